@@ -1,0 +1,259 @@
+"""What a run can be told, as frozen pydantic models. One file is one stage: `stage` chooses `BaseStage`, `RLStage`, ...
+
+Defaults are the paper's figures where it gives them (marked "paper") and the field's usual ones elsewhere.
+Loading, includes, overrides and error messages: `load.py`. Checks across keys: `validate.py`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are errors, values do not change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class ParallelConfig(Section):
+    """Megatron-core layout. World size = tp * pp * cp * dp; experts are laid out over ep * etp within it."""
+
+    tp: PositiveInt = 1
+    sp: bool | None = None  # sequence parallelism; None: on whenever tp > 1
+    ep: PositiveInt = 1
+    etp: PositiveInt = 1
+    pp: PositiveInt = 1
+    vpp: PositiveInt | None = None  # virtual pipeline stages per rank
+    cp: PositiveInt = 1
+    dp: PositiveInt | None = None  # None: what the world size leaves
+
+
+class ModelConfig(Section):
+    """The policy. `path` is an HF directory (config.json; weights and tokenizer when it is to be loaded)."""
+
+    path: Path
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    fp8: Literal["off", "tensorwise", "blockwise"] = "off"  # needs Transformer Engine
+    expert_bias_update_rate: NonNegative = 0.0  # DeepSeek-V3: 1e-3 in pre-training; 0 freezes the router bias
+    sequence_aux_loss_coefficient: NonNegative = 0.0  # DeepSeek-V3: 1e-4
+    mtp_loss_coefficient: NonNegative = 0.0  # used where labels are known (pre-training, SFT); 0: MTP is not built
+    recompute: Literal["none", "selective", "full"] = "none"
+
+
+class OptimizerConfig(Section):
+    """Adam with decoupled weight decay (Megatron's distributed optimizer)."""
+
+    lr: Positive = 3e-6  # paper, stage 0
+    min_lr: NonNegative = 0.0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: NonNegativeInt = 0
+    decay_steps: PositiveInt | None = None  # length of the final decay; None: all steps after the warm-up
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: Positive = 1e-8
+    weight_decay: NonNegative = 0.01
+    clip_grad: NonNegative = 1.0
+
+
+class CheckpointConfig(Section):
+    """torch_dist checkpoints under RUN_DIR/checkpoints/step_XXXXXX."""
+
+    every_steps: PositiveInt = 10
+    keep: PositiveInt = 2
+
+
+class ObserveConfig(Section):
+    """metrics.jsonl is always written; these add to it."""
+
+    tensorboard: bool = True
+    wandb_project: str | None = None
+    samples_every_steps: PositiveInt = 5  # how often samples.jsonl gets lines
+    samples_per_step: NonNegativeInt = 4
+
+
+class DataConfig(Section):
+    """Prompt files: JSONL of {"question", "answer", optional "id", "kind", "language", ...}."""
+
+    prompts: tuple[Path, ...]
+    template: str = "r1_zero"  # a name from data/template.py, or a Jinja2 text with {{ question }}
+    kind: str = "math"  # for lines without the key
+    language: str | None = None  # for lines without the key
+    on_bad_line: Literal["error", "skip"] = "error"
+    on_long_prompt: Literal["error", "skip"] = "error"
+    max_prompt_tokens: PositiveInt = 1024
+
+
+class RolloutConfig(Section):
+    """Sampling of groups, and the generator that does it."""
+
+    engine: Literal["vllm", "transformers"] = "vllm"
+    num_prompts: PositiveInt = 32  # a step (paper), over all data-parallel ranks
+    group_size: PositiveInt = 16  # responses a prompt (paper)
+    temperature: Positive = 1.0  # paper
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    max_response_tokens: PositiveInt = 32768  # paper
+    stop: tuple[str, ...] = ("</answer>",)  # texts that end a response (and belong to it), besides the tokenizer's eos
+    tp: PositiveInt = 1
+    max_num_seqs: PositiveInt = 256
+    max_batched_tokens: PositiveInt = 8192
+    kv_cache_bytes: PositiveInt | None = None  # None: vLLM's own choice on a GPU; 256 MiB on a CPU
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.8
+    sleep: bool = True  # free the KV cache during the update
+
+
+class WeightsConfig(Section):
+    """Trainer -> generator, and its proof."""
+
+    bucket_bytes: PositiveInt = 512 * 2**20
+    verify: bool = True
+    probe_sequences: PositiveInt = 2
+    probe_tolerance: Positive | None = None  # None: 2e-4 in float32, 0.6 in bfloat16 (an expert flip moves a token by much)
+
+
+class AccuracyReward(Section):
+    weight: NonNegative = 1.0
+    timeout_seconds: Positive = 5.0  # hard limit of one symbolic comparison
+
+
+class FormatReward(Section):
+    weight: NonNegative = 0.1
+    mode: Literal["strict", "graded"] = "strict"
+    prompt_opens_think: bool = False  # the template already ends in <think>
+
+
+class LanguageReward(Section):
+    weight: NonNegative = 0.0
+    target: str | None = None  # None: the prompt's language
+
+
+class LengthReward(Section):
+    """Soft overlong penalty: 0 up to max_response_tokens - buffer_tokens, then linearly down to -1 (DAPO, section 3.4)."""
+
+    weight: NonNegative = 0.0
+    buffer_tokens: PositiveInt = 4096
+
+
+class RepetitionReward(Section):
+    """Minus the share of repeated n-grams in the response."""
+
+    weight: NonNegative = 0.0
+    ngram: PositiveInt = 20
+
+
+class RewardPool(Section):
+    num_workers: PositiveInt = 1  # worker processes a rank, for what needs sympy
+    memory_bytes: PositiveInt = 1 << 30  # a worker
+    max_retries: NonNegativeInt = 2
+    max_pending: PositiveInt = 4096  # back-pressure: submissions wait beyond it
+
+
+class RewardConfig(Section):
+    """Reward = sum of weight * part. A part with weight 0 is not computed (accuracy and format always are)."""
+
+    accuracy: AccuracyReward = AccuracyReward()
+    format: FormatReward = FormatReward()
+    language: LanguageReward = LanguageReward()
+    overlong: LengthReward = LengthReward()
+    repetition: RepetitionReward = RepetitionReward()
+    pool: RewardPool = RewardPool()
+
+
+class DynamicSampling(Section):
+    """Drop groups whose rewards are all equal and sample new prompts in their place (DAPO, section 3.2)."""
+
+    enabled: bool = False
+    max_rounds: PositiveInt = 4
+
+
+class AlgorithmConfig(Section):
+    """GRPO and its variants by the field's names."""
+
+    normalize_std: bool = True  # False: Dr.GRPO's (r - mean)
+    std_epsilon: NonNegative = 1e-6
+    clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    clip_high: Positive = 0.2  # larger than clip_low: clip-higher (DAPO); 10 in the paper's stage 2
+    ratio: Literal["token", "sequence"] = "token"  # sequence: GSPO's length-normalised sequence ratio
+    loss_aggregation: Literal["sequence", "token", "constant"] = "sequence"
+    # sequence: mean of per-response means (GRPO); token: mean over all tokens (DAPO); constant: / max tokens (Dr.GRPO)
+    kl_coefficient: NonNegative = 0.001  # paper
+    reference_refresh_steps: PositiveInt | None = 400  # paper; None: the reference never changes
+    old_log_probs: Literal["rollout", "recompute"] = "rollout"
+    # rollout: the generator's (exact in float32); recompute: one more forward pass (bfloat16, FP8)
+    importance_cap: Positive | None = None  # truncated importance sampling min(pi_trainer / pi_sampler, cap); None: off
+    mask_truncated: bool = False  # responses cut at max_response_tokens carry no loss (DAPO's overlong filtering)
+    dynamic_sampling: DynamicSampling = DynamicSampling()
+    log_probs: Literal["logits", "reference"] = "reference"
+
+
+class UpdateConfig(Section):
+    num_minibatches: PositiveInt = 16  # optimizer steps a rollout (paper)
+    num_epochs: PositiveInt = 1  # paper
+    microbatch_tokens: PositiveInt = 8192  # packing target
+
+
+class EvaluateConfig(Section):
+    """pass@1 as the mean over num_samples samples; cons@k by majority when num_samples > 1."""
+
+    data: Path | None = None
+    every_steps: PositiveInt | None = None  # None: before the first and after the last step only
+    num_prompts: PositiveInt | None = None  # None: all
+    num_samples: PositiveInt = 1
+    temperature: Positive = 0.6  # paper
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.95  # paper
+    seed: int = 0
+
+
+class Stage(Section):
+    """Keys that every stage has."""
+
+    run_dir: Path
+    seed: int = 0
+    threads: PositiveInt | None = None  # CPU threads a rank; None: cores / ranks on this machine
+    model: ModelConfig
+    parallel: ParallelConfig = ParallelConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    observe: ObserveConfig = ObserveConfig()
+
+
+class RLStage(Stage):
+    """GRPO: `zero` starts from a base model, `reasoning_rl` from the cold start. The loop is the same."""
+
+    stage: Literal["zero", "reasoning_rl"]
+    steps: PositiveInt = 10400  # paper
+    data: DataConfig
+    rollout: RolloutConfig = RolloutConfig()
+    reward: RewardConfig = RewardConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    update: UpdateConfig = UpdateConfig()
+    weights: WeightsConfig = WeightsConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+
+class NanoTask(Section):
+    """The nano task (data/nano.py): how much of it to make."""
+
+    num_train_prompts: PositiveInt = 4096
+    num_eval_prompts: PositiveInt = 256
+
+
+class BaseStage(Stage):
+    """Makes the nano base model: task, tokenizer, corpus, pre-training from scratch, HF export."""
+
+    stage: Literal["base"]
+    task: NanoTask = NanoTask()
+    num_samples: PositiveInt = 78_000  # corpus samples seen in pre-training, each once
+    microbatch_tokens: PositiveInt = 1024  # packing target; one optimizer step each
+    prompt_loss_weight: NonNegative = 0.1
+    init_std: Positive = 0.05
+
+
+StageConfig = Annotated[BaseStage | RLStage, Field(discriminator="stage")]

@@ -190,7 +190,7 @@ class AlgorithmConfig(Section):
     importance_cap: Positive | None = None  # truncated importance sampling min(pi_trainer / pi_sampler, cap); None: off
     mask_truncated: bool = False  # responses cut at max_response_tokens carry no loss (DAPO's overlong filtering)
     dynamic_sampling: DynamicSampling = DynamicSampling()
-    log_probs: Literal["logits", "reference"] = "reference"
+    log_probs: Literal["logits", "reference"] = "reference"  # logits: fused kernel; reference: plain torch
 
 
 class UpdateConfig(Section):

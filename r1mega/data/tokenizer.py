@@ -1,0 +1,107 @@
+"""One small tokenizer interface over sentencepiece and Hugging Face tokenizers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from r1mega.errors import DataError
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+"""Files that make up a tokenizer in an HF directory; copied along with exported checkpoints."""
+
+
+class Tokenizer(Protocol):
+    """Text <-> token ids. `encode` adds no special tokens; `encode_prompt` begins as a fresh document does."""
+
+    bos_token_id: int | None
+    eos_token_id: int | None
+    vocab_size: int
+
+    def encode(self, text: str) -> list[int]: ...
+    def encode_prompt(self, text: str) -> list[int]: ...
+    def decode(self, token_ids: Sequence[int]) -> str: ...
+
+
+class SentencePieceTokenizer:
+    """A bare `tokenizer.model`."""
+
+    def __init__(self, path: Path):
+        import sentencepiece
+
+        self._model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        self.bos_token_id = self._model.bos_id() if self._model.bos_id() >= 0 else None
+        self.eos_token_id = self._model.eos_id() if self._model.eos_id() >= 0 else None
+        self.vocab_size = self._model.vocab_size()
+
+    def encode(self, text: str) -> list[int]:
+        return self._model.encode(text)
+
+    def encode_prompt(self, text: str) -> list[int]:
+        return ([] if self.bos_token_id is None else [self.bos_token_id]) + self.encode(text)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return self._model.decode(list(token_ids))
+
+
+class HFTokenizer:
+    """Whatever transformers loads from the directory. A prompt starts with bos where the tokenizer itself adds one."""
+
+    def __init__(self, path: Path):
+        from transformers import AutoTokenizer
+
+        self._tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        self.bos_token_id = self._tokenizer.bos_token_id
+        self.eos_token_id = self._tokenizer.eos_token_id
+        self.vocab_size = len(self._tokenizer)
+        self._adds_bos = self.bos_token_id is not None and self._tokenizer("a").input_ids[:1] == [self.bos_token_id]
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
+    def encode_prompt(self, text: str) -> list[int]:
+        return ([self.bos_token_id] if self._adds_bos else []) + self.encode(text)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def load_tokenizer(directory: Path) -> Tokenizer:
+    """The tokenizer of an HF directory: sentencepiece itself where `tokenizer.model` says all there is to say (faster),
+    transformers otherwise. DataError when there is none.
+    """
+    directory = Path(directory)
+    model = directory / "tokenizer.model"
+    if model.exists() and not (directory / "added_tokens.json").exists() and _is_plain_sentencepiece(directory):
+        return SentencePieceTokenizer(model)
+    if any((directory / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json")):
+        return HFTokenizer(directory)
+    if model.exists():
+        return SentencePieceTokenizer(model)
+    raise DataError(f"{directory}: no tokenizer there (looked for tokenizer.json and tokenizer.model)")
+
+
+def _is_plain_sentencepiece(directory: Path) -> bool:
+    """Whether tokenizer_config.json adds nothing to the sentencepiece model (no tokens outside its vocabulary)."""
+    import json
+
+    import sentencepiece
+
+    config = directory / "tokenizer_config.json"
+    if not config.exists():
+        return True
+    added = json.loads(config.read_text()).get("added_tokens_decoder", {})
+    if not added:
+        return False  # a Llama-style pair of files: let transformers decide how special tokens are split
+    model = sentencepiece.SentencePieceProcessor(model_file=str(directory / "tokenizer.model"))
+    return all(int(i) < model.vocab_size() and model.id_to_piece(int(i)) == t["content"] for i, t in added.items())

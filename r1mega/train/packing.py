@@ -1,0 +1,167 @@
+"""Samples -> minibatches -> microbatches: a pure, printable plan, then packed (thd) tensors.
+
+The plan sees lengths only. Every rank computes it from the same lengths and so knows, without talking, which samples
+it trains on. A sample is never split; a microbatch is a concatenation of whole samples.
+"""
+
+from __future__ import annotations
+
+import bisect
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from r1mega.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class PackingPlan:
+    """bins[minibatch][rank][microbatch] -> indices of samples. Every rank has equally many microbatches.
+
+    fill_fraction: real tokens over (microbatches * the largest microbatch of their minibatch): what fixed-size
+    microbatches would waste.
+    """
+
+    bins: tuple[tuple[tuple[tuple[int, ...], ...], ...], ...]
+    fill_fraction: float
+
+
+def best_fit(lengths: Sequence[int], indices: Sequence[int], capacity: int) -> list[list[int]]:
+    """Best-fit decreasing: each sample goes into the fullest bin that still holds it. Deterministic."""
+    bins: list[list[int]] = []
+    free: list[tuple[int, int]] = []  # (free tokens, bin), sorted
+    for index in sorted(indices, key=lambda i: (-lengths[i], i)):
+        slot = bisect.bisect_left(free, (lengths[index], -1))
+        if slot == len(free):
+            bins.append([])
+            room, target = capacity, len(bins) - 1
+        else:
+            room, target = free.pop(slot)
+        bins[target].append(index)
+        bisect.insort(free, (room - lengths[index], target))
+    return bins
+
+
+def balanced_bins(lengths: Sequence[int], indices: Sequence[int], capacity: int, multiple: int) -> list[list[int]]:
+    """The fewest bins (a multiple of `multiple`) that best-fit needs at `capacity`, then evened out.
+
+    Evening: the least capacity at which best-fit still needs no more bins, by bisection. Bins may be empty only when
+    there are fewer samples than `multiple`.
+    """
+    if not indices:
+        return [[] for _ in range(multiple)]
+    needed = len(best_fit(lengths, indices, capacity))
+    count = -(-needed // multiple) * multiple
+    low, high = max(max(lengths[i] for i in indices), -(-sum(lengths[i] for i in indices) // count)), capacity
+    while low < high:
+        middle = (low + high) // 2
+        if len(best_fit(lengths, indices, middle)) <= count:
+            high = middle
+        else:
+            low = middle + 1
+    bins = best_fit(lengths, indices, low)
+    while len(bins) < count:  # fewer bins than ranks want: split the bin with the most samples
+        donor = max(bins, key=len)
+        if len(donor) < 2:
+            bins.append([])
+            continue
+        bins.append([donor.pop() for _ in range(len(donor) // 2)])
+    return bins
+
+
+def split_minibatches(num_samples: int, num_minibatches: int, seed: str) -> list[list[int]]:
+    """A seeded random partition of range(num_samples) into minibatches whose sizes differ by at most one."""
+    order = list(range(num_samples))
+    random.Random(seed).shuffle(order)
+    return [sorted(order[i::num_minibatches]) for i in range(num_minibatches)]
+
+
+def plan_packing(
+    lengths: Sequence[int], minibatches: Sequence[Sequence[int]], capacity: int, num_ranks: int = 1
+) -> PackingPlan:
+    """Pack each minibatch into microbatches of at most `capacity` tokens, balanced over the data-parallel ranks.
+
+    lengths: tokens of each sample. Raises ConfigError when a sample is longer than `capacity`.
+    """
+    longest = max((lengths[i] for batch in minibatches for i in batch), default=0)
+    if longest > capacity:
+        raise ConfigError(
+            f"a sample of {longest} tokens does not fit into update.microbatch_tokens = {capacity}: "
+            f"raise it to at least {longest} (max_prompt_tokens + max_response_tokens is always enough)"
+        )
+    plan, real, allotted = [], 0, 0
+    for batch in minibatches:
+        bins = balanced_bins(lengths, batch, capacity, num_ranks)
+        sizes = [sum(lengths[i] for i in members) for members in bins]
+        real, allotted = real + sum(sizes), allotted + len(bins) * max(sizes)
+        order = sorted(range(len(bins)), key=lambda b: (-sizes[b], b))
+        ranks: list[list[tuple[int, ...]]] = [[] for _ in range(num_ranks)]
+        for place, b in enumerate(order):  # snake order: big bins go to alternating ends
+            row, column = divmod(place, num_ranks)
+            ranks[column if row % 2 == 0 else num_ranks - 1 - column].append(tuple(bins[b]))
+        plan.append(tuple(tuple(rank) for rank in ranks))
+    return PackingPlan(tuple(plan), real / allotted if allotted else 1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Microbatch:
+    """Packed samples (thd). T = padded tokens, R = trained (response) tokens.
+
+    tokens, positions, labels: [T] int64; labels: the next token of the same sample (0 where there is none).
+    cu_seqlens: [samples + 1] int32 (padding, if any, is one more sequence at the end).
+    rows: [R] positions whose logits predict a response token; targets: [R] those tokens; sequence_ids: [R] which
+    sample of this microbatch. sample_indices: the samples, in order, as indices into the step's samples.
+    """
+
+    sample_indices: tuple[int, ...]
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    labels: torch.Tensor
+    cu_seqlens: torch.Tensor
+    max_seqlen: int
+    rows: torch.Tensor
+    targets: torch.Tensor
+    sequence_ids: torch.Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.tokens.numel())
+
+
+def build_microbatch(
+    token_ids: Sequence[Sequence[int]],
+    prompt_lengths: Sequence[int],
+    sample_indices: Sequence[int],
+    pad_multiple: int = 1,
+) -> Microbatch:
+    """Concatenate samples (each [prompt | response]) into one packed row, padded to a multiple (for TP/CP splits)."""
+    lengths = [len(ids) for ids in token_ids]
+    total = sum(lengths)
+    padding = -total % pad_multiple if total else pad_multiple
+    spans = lengths + ([padding] if padding else [])
+    cu_seqlens = torch.zeros(len(spans) + 1, dtype=torch.int32)
+    cu_seqlens[1:] = torch.tensor(spans, dtype=torch.int32).cumsum(0)
+    tokens = torch.tensor([t for ids in token_ids for t in ids] + [0] * padding, dtype=torch.int64)
+    starts = cu_seqlens[:-1].long()
+    positions = torch.arange(len(tokens)) - torch.repeat_interleave(starts, torch.tensor(spans, dtype=torch.int64))
+    labels = torch.roll(tokens, -1)
+    labels[cu_seqlens[1:].long() - 1] = 0
+    # the logits at position p predict token p + 1: rows of a sample are [prompt_length - 1, length - 1)
+    rows, sequence_ids = [], []
+    for i, (start, length, prompt) in enumerate(zip(starts.tolist(), lengths, prompt_lengths, strict=False)):
+        rows.append(torch.arange(start + prompt - 1, start + length - 1))
+        sequence_ids.append(torch.full((length - prompt,), i, dtype=torch.int64))
+    rows = torch.cat(rows) if rows else torch.zeros(0, dtype=torch.int64)
+    return Microbatch(
+        sample_indices=tuple(sample_indices),
+        tokens=tokens,
+        positions=positions,
+        labels=labels,
+        cu_seqlens=cu_seqlens,
+        max_seqlen=max(spans, default=0),
+        rows=rows,
+        targets=tokens[rows + 1] if len(rows) else torch.zeros(0, dtype=torch.int64),
+        sequence_ids=torch.cat(sequence_ids) if sequence_ids else torch.zeros(0, dtype=torch.int64),
+    )

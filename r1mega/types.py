@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
@@ -90,19 +92,18 @@ class RolloutGroup:
     policy_version: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class TrainingSample:
-    """One response ready for the update. All sequences are per response token, aligned with token_ids[prompt_length:].
+    """One response ready for the update.
 
-    old_log_probs: the behaviour policy's (the ratio's denominator); sampler_log_probs: as the generator reported them.
+    token_ids: [prompt + response] int32; advantage: the same for every response token; sampler_log_probs: [response]
+    float32, as the generator reported them (of token_ids[prompt_length:]).
     """
 
-    token_ids: tuple[int, ...]
+    token_ids: np.ndarray
     prompt_length: int
     advantage: float
-    sampler_log_probs: tuple[float, ...]
-    old_log_probs: tuple[float, ...] | None = None
-    reference_log_probs: tuple[float, ...] | None = None
+    sampler_log_probs: np.ndarray
 
     @property
     def response_length(self) -> int:

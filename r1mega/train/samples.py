@@ -1,0 +1,101 @@
+"""Scored groups -> training samples -> what the loss needs of each microbatch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from r1mega.algorithm.advantage import group_advantages
+from r1mega.algorithm.grpo import PolicyTokens, token_weights
+from r1mega.config.schema import AlgorithmConfig
+from r1mega.train.packing import Microbatch, build_microbatch
+from r1mega.types import RewardStatus, RolloutGroup, TrainingSample
+
+
+def training_samples(groups: Sequence[RolloutGroup], algorithm: AlgorithmConfig) -> list[TrainingSample]:
+    """The responses that carry loss, with their advantages.
+
+    A response whose reward has no value is left out of its group altogether. With `mask_truncated`, a truncated one
+    counts in its group's mean and std but carries no loss.
+    """
+    scored = [
+        (index, group, response, reward)
+        for index, group in enumerate(groups)
+        for response, reward in zip(group.responses, group.rewards, strict=True)
+        if reward.status == RewardStatus.OK
+    ]
+    advantages = group_advantages(
+        torch.tensor([reward.value for *_, reward in scored], dtype=torch.float64),
+        torch.tensor([index for index, *_ in scored], dtype=torch.int64),
+        normalize_std=algorithm.normalize_std,
+        std_epsilon=algorithm.std_epsilon,
+    )
+    return [
+        TrainingSample(
+            token_ids=np.asarray(group.prompt.token_ids + response.token_ids, dtype=np.int32),
+            prompt_length=len(group.prompt.token_ids),
+            advantage=advantage,
+            sampler_log_probs=np.asarray(response.log_probs, dtype=np.float32),
+        )
+        for (_, group, response, _), advantage in zip(scored, advantages.tolist(), strict=True)
+        if response.token_ids and not (algorithm.mask_truncated and response.finish_reason == "length")
+    ]
+
+
+def gather_samples(local: list[TrainingSample], contributes: bool) -> list[TrainingSample]:
+    """The samples of all ranks, in rank order, on every rank. contributes: False on ranks that hold copies of another's
+    (the other tensor-parallel ranks of a generator). Memory: all samples of a step on every rank, about 8 bytes a token.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return local
+    everyone: list[list[TrainingSample]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, local if contributes else [])
+    return [sample for part in everyone for sample in part]
+
+
+def pack_samples(samples: Sequence[TrainingSample], indices: Sequence[int], pad_multiple: int) -> Microbatch:
+    """One microbatch of the samples with these indices."""
+    members = [samples[i] for i in indices]
+    return build_microbatch(
+        [m.token_ids.tolist() for m in members], [m.prompt_length for m in members], indices, pad_multiple
+    )
+
+
+def policy_tokens(
+    microbatch: Microbatch,
+    samples: Sequence[TrainingSample],
+    weights: dict[int, float],
+    *,
+    old_log_probs: torch.Tensor | None,
+    reference_log_probs: torch.Tensor | None,
+) -> PolicyTokens:
+    """Line a microbatch's samples up with its response tokens.
+
+    weights: the loss weight of one token of each sample (by index). old_log_probs: [R]; None: the sampler's own.
+    """
+    members = [samples[i] for i in microbatch.sample_indices]
+
+    def per_token(values: list[float]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.float32)[microbatch.sequence_ids]
+
+    sampler = torch.from_numpy(np.concatenate([m.sampler_log_probs for m in members] or [np.zeros(0, np.float32)]))
+    return PolicyTokens(
+        advantages=per_token([m.advantage for m in members]),
+        old_log_probs=sampler if old_log_probs is None else old_log_probs,
+        sampler_log_probs=sampler,
+        reference_log_probs=reference_log_probs,
+        weights=per_token([weights[i] for i in microbatch.sample_indices]),
+        sequence_ids=microbatch.sequence_ids,
+        num_sequences=len(members),
+    )
+
+
+def minibatch_weights(
+    samples: Sequence[TrainingSample], indices: Sequence[int], aggregation: str, max_tokens: int
+) -> dict[int, float]:
+    """The loss weight of one response token of each sample of a minibatch; they sum to 1 as `token_weights` says."""
+    lengths = torch.tensor([samples[i].response_length for i in indices])
+    return dict(zip(indices, token_weights(lengths, aggregation, max_tokens).tolist(), strict=True))

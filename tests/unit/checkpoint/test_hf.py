@@ -1,0 +1,67 @@
+"""HF directories: what is written is what transformers reads; broken ones are refused by name."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from r1mega.checkpoint.hf import HFTensors, read_config, write_hf
+from r1mega.errors import CheckpointError
+
+
+@pytest.mark.parametrize("shard_bytes", [1 << 30, 20_000])
+def test_transformers_loads_what_was_written(tmp_path, shard_bytes):
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, tie_word_embeddings=False,
+    )  # fmt: skip
+    model = Qwen3ForCausalLM(config)
+    described = json.loads(config.to_json_string(use_diff=False)) | {"architectures": ["Qwen3ForCausalLM"]}
+    write_hf(tmp_path / "hf", model.state_dict().items(), described, shard_bytes=shard_bytes)
+    shards = list((tmp_path / "hf").glob("*.safetensors"))
+    assert (len(shards) == 1) == (shard_bytes == 1 << 30)
+    assert all(shard.stat().st_size <= shard_bytes + 4096 for shard in shards)  # the header comes on top
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+    read = HFTensors(tmp_path / "hf")
+    assert set(read) == set(model.state_dict())
+    assert all(torch.equal(read[name], value) for name, value in model.state_dict().items())
+
+
+def test_a_failed_write_keeps_the_old_directory(tmp_path):
+    write_hf(tmp_path / "hf", [("a", torch.ones(2))], {"x": 1})
+
+    def broken():
+        yield "a", torch.zeros(2)
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(CheckpointError, match="No space left"):
+        write_hf(tmp_path / "hf", broken(), {"x": 2})
+    assert torch.equal(HFTensors(tmp_path / "hf")["a"], torch.ones(2))
+    assert read_config(tmp_path / "hf") == {"x": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["hf"]
+
+
+def test_truncated_file_is_named(tmp_path):
+    save_file({"a": torch.ones(1000)}, tmp_path / "model.safetensors")
+    content = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(content[: len(content) // 2])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors.*truncated"):
+        HFTensors(tmp_path)
+
+
+@pytest.mark.parametrize(("content", "message"), [(None, "no such file"), ("{", "not JSON")])
+def test_bad_config(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(CheckpointError, match=message):
+        read_config(tmp_path)
+
+
+def test_no_weights(tmp_path):
+    with pytest.raises(CheckpointError, match=r"no \*\.safetensors"):
+        HFTensors(tmp_path)

@@ -1,0 +1,108 @@
+"""vLLM on CUDA: environment, weight reload and sleep. Same functions as `vllm_cpu`. Written against vllm 0.32.0.
+
+Not covered by the tests of a machine without a GPU; what it relies on is named at each call.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from r1mega.errors import PlatformError
+
+VERSION = "0.32.0"
+PARAMETERS_ARE_PLAIN_BEFORE_FINISH = False
+"""During a layer-wise reload parameters are on the meta device; afterwards they are plain (see engine_arguments)."""
+DEFAULT_KV_CACHE_BYTES = None
+"""vLLM measures what the device has left."""
+
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core in this process: weights are pushed into it
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+}
+
+
+def prepare_environment() -> None:
+    """Sets what vLLM reads at import. Raises PlatformError when an existing value contradicts."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    if os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] != "0":
+        raise PlatformError("VLLM_ENABLE_V1_MULTIPROCESSING is not 0 in the environment: the generator runs in the "
+                            "trainer's process; unset it")
+    if "expandable_segments:True" in os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ""):
+        # vllm/device_allocator/cumem.py refuses it: sleep mode maps the memory itself.
+        raise PlatformError("PYTORCH_CUDA_ALLOC_CONF asks for expandable_segments, which vLLM's sleep mode cannot "
+                            "work with; unset it")
+
+
+def apply_patches() -> None:
+    """No patch is needed on CUDA; checks the version that the reload and sleep calls were written for."""
+    import vllm
+
+    if not vllm.__version__.startswith(VERSION):
+        raise PlatformError(f"vllm {vllm.__version__} is installed; the weight reload was written for {VERSION}")
+
+
+def engine_arguments(
+    model_config: Mapping[str, Any], kv_cache_bytes: int | None, gpu_memory_utilization: float
+) -> dict[str, Any]:
+    """Arguments of vLLM's EngineArgs that only this platform needs.
+
+    The Triton expert backend keeps w13/w2 in the plain layout that `weights.layout` reads the digest back from; the
+    FlashInfer backends shuffle them.
+    """
+    arguments: dict[str, Any] = {"enable_sleep_mode": True, "gpu_memory_utilization": gpu_memory_utilization}
+    if kv_cache_bytes is not None:
+        arguments["kv_cache_memory_bytes"] = kv_cache_bytes
+    if "n_routed_experts" in model_config:
+        arguments["moe_backend"] = "triton"
+    return arguments
+
+
+def kv_block_tokens(model_config: Mapping[str, Any]) -> int:
+    """Tokens a KV-cache block."""
+    return 64 if "kv_lora_rank" in model_config else 16
+
+
+def check_model(model_config: Mapping[str, Any]) -> str | None:
+    """What keeps this model off the platform, or None."""
+    return None
+
+
+def begin_reload(worker: Any) -> None:
+    """Opens vLLM's layer-wise reload (vllm/model_executor/model_loader/reload): loaders buffer a layer's tensors,
+    process them when complete and copy the result into the old storage, so that CUDA graphs stay valid. A plain
+    `load_weights` would leave what is derived from weights (MLA's W_UK_T and W_UV) stale."""
+    from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+
+    initialize_layerwise_reload(worker.model_runner.get_model())
+
+
+def load_weights(worker: Any, named_tensors: Any) -> None:
+    """Hands one bucket of (HF name, full tensor) to vLLM's loader of this model."""
+    worker.model_runner.get_model().load_weights(named_tensors)
+
+
+def finish_reload(worker: Any) -> None:
+    """Closes the reload that `begin_reload` opened."""
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
+    finalize_layerwise_reload(worker.model_runner.get_model(), worker.model_config)
+
+
+def wake_weights(llm_engine: Any, is_asleep: bool) -> None:
+    """Maps the weights again, without the KV cache, so that they can be written."""
+    if is_asleep:
+        llm_engine.wake_up(["weights"])
+
+
+def free_kv_cache(llm_engine: Any, worker: Any) -> None:
+    """vLLM sleep level 1: weights to host memory, KV cache discarded."""
+    llm_engine.sleep(1)
+
+
+def restore_kv_cache(llm_engine: Any, worker: Any, freed: None) -> None:
+    """Weights back to the device, KV cache mapped again (empty)."""
+    llm_engine.wake_up()  # what is awake already stays as it is

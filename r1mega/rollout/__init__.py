@@ -1,0 +1,1 @@
+"""Sampling: the engine protocol and the engines behind it."""

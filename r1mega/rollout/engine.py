@@ -1,0 +1,120 @@
+"""What the loop asks of a generator. `VllmEngine` is the one for training, `TransformersEngine` the cross-check."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import torch
+
+from r1mega.errors import GenerationError
+from r1mega.types import GenerationRequest, Response
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """How to build a generator. model_path: an HF directory (config.json; weights only if `weights` is 'checkpoint').
+
+    weights: 'empty' waits for `update_weights`, 'checkpoint' loads those of model_path.
+    max_model_len: tokens of prompt and response together. tokenizer_path: needed for stop strings only.
+    """
+
+    model_path: Path
+    max_model_len: int
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    max_num_seqs: int = 256
+    max_batched_tokens: int = 8192
+    kv_cache_bytes: int | None = None
+    gpu_memory_utilization: float = 0.8
+    tp: int = 1
+    weights: Literal["empty", "checkpoint"] = "empty"
+    tokenizer_path: Path | None = None
+    bucket_bytes: int = 512 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A finished response and where it belongs: `requests[request_index]`, its sample number `sample_index`."""
+
+    request_index: int
+    sample_index: int
+    response: Response
+
+
+class GenerationEngine(Protocol):
+    """A generator that lives in the trainer's process.
+
+    Every rank of a generator's tensor-parallel group makes the same calls with the same arguments; data-parallel
+    ranks are independent of each other.
+    """
+
+    def generate(self, requests: Sequence[GenerationRequest]) -> list[tuple[Response, ...]]:
+        """The responses to each request, in order. Raises GenerationError for a request that cannot be served."""
+
+    def stream(self, requests: Sequence[GenerationRequest]) -> Iterator[Completion]:
+        """Yields each response as soon as it is finished; leaving the loop early cancels the rest."""
+
+    def prompt_log_probs(self, sequences: Sequence[Sequence[int]]) -> list[tuple[float, ...]]:
+        """Log-probs of tokens 1.. of each sequence given those before, at temperature 1 (len - 1 values each)."""
+
+    def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Replaces all weights by full HF-named tensors. Raises WeightSyncError naming what is missing or wrong."""
+
+    def weights_digest(self) -> Mapping[str, int]:
+        """Digest (r1mega.weights.digest) of every HF tensor as the generator's own parameters hold it."""
+
+    def sleep(self) -> None:
+        """Frees the KV cache (and, on a GPU, the weights' device memory). Generating then is an error."""
+
+    def wake_up(self) -> None:
+        """Undoes `sleep`."""
+
+    def close(self) -> None:
+        """Releases all memory; the engine cannot be used again."""
+
+
+def sample_seed(seed: int, sample_index: int) -> int:
+    """Seed of one sample of a request, in [0, 2^63): a function of the two numbers alone, so that a response depends
+    neither on the batch it is in nor on the rank that draws it. Neighbouring seeds give unrelated streams (splitmix64
+    of both), where seed + index would make sample 1 of seed 0 equal to sample 0 of seed 1.
+    """
+    state = (_mix(seed) + sample_index) % 2**64
+    return _mix(state) >> 1
+
+
+def _mix(value: int) -> int:
+    z = (value * 0x9E3779B97F4A7C15 + 0x9E3779B97F4A7C15) % 2**64
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+    return z ^ (z >> 31)
+
+
+def check_requests(
+    requests: Sequence[GenerationRequest], max_model_len: int, vocab_size: int, has_tokenizer: bool
+) -> None:
+    """Raises GenerationError for the first request that no engine could serve."""
+    for index, request in enumerate(requests):
+        sampling = request.sampling
+        length = len(request.prompt_token_ids)
+        where = f"request {index}"
+        if length == 0:
+            raise GenerationError(f"{where}: the prompt has no tokens")
+        if length >= max_model_len:
+            raise GenerationError(f"{where}: the prompt has {length} tokens, which leaves no room for a response in "
+                                  f"max_model_len={max_model_len}")
+        if length + sampling.max_tokens > max_model_len:
+            raise GenerationError(f"{where}: {length} prompt tokens and max_tokens={sampling.max_tokens} exceed "
+                                  f"max_model_len={max_model_len}; raise the engine's max_model_len")
+        if not 0 <= min(request.prompt_token_ids) <= max(request.prompt_token_ids) < vocab_size:
+            raise GenerationError(f"{where}: a prompt token is outside the vocabulary of {vocab_size}")
+        if request.num_samples < 1 or sampling.max_tokens < 1:
+            raise GenerationError(f"{where}: num_samples={request.num_samples}, max_tokens={sampling.max_tokens}; "
+                                  f"both must be at least 1")
+        if not 0 < sampling.top_p <= 1 or not (sampling.temperature == 0 or sampling.temperature >= 0.01):
+            raise GenerationError(f"{where}: temperature={sampling.temperature}, top_p={sampling.top_p}; temperature "
+                                  f"must be 0 (greedy) or at least 0.01, top_p in (0, 1]")
+        if sampling.stop_strings and not has_tokenizer:
+            raise GenerationError(f"{where}: stop strings {list(sampling.stop_strings)} need an engine that was built "
+                                  f"with a tokenizer_path")

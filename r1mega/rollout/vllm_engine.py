@@ -1,0 +1,340 @@
+"""vLLM in the trainer's process, behind `GenerationEngine`.
+
+The engine core is driven directly: requests go to it as token ids, and finished tokens and log-probs come back without
+vLLM's front end (detokeniser, output aggregation), which costs more than the model when the model is small.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from r1mega.errors import GenerationError
+from r1mega.platform.generator import vllm_platform
+from r1mega.rollout.engine import Completion, EngineSettings, check_requests, sample_seed
+from r1mega.rollout.stop_strings import StopStrings
+from r1mega.types import GenerationRequest, Response, SamplingSettings
+from r1mega.weights.layout import GeneratorRank, generator_layout
+from r1mega.weights.transfer import ReloadTarget, checkpoint_tensors, reload_weights, sum_digests
+
+
+@dataclass(slots=True)
+class _Running:
+    """A sample in flight."""
+
+    request_index: int
+    sample_index: int
+    sampling: SamplingSettings
+    stop_candidates: frozenset[int]
+    token_ids: list[int] = field(default_factory=list)
+    log_probs: list[float] = field(default_factory=list)
+
+
+class VllmEngine:
+    """One rank of a vLLM generator.
+
+    Same weights, requests and seeds give bitwise the same tokens and log-probs in a new process with the same number
+    of threads: nothing of one `stream` call (prefix cache, random state) reaches the next.
+    """
+
+    def __init__(self, settings: EngineSettings):
+        """Builds the engine. Raises GenerationError, ConfigError or PlatformError for what vLLM could not run."""
+        self.settings = settings
+        self.config = read_config(settings)
+        self._platform = vllm_platform()
+        check_settings(settings, self.config, self._platform)
+        self._platform.prepare_environment()
+        _ensure_process_group()
+        self._platform.apply_patches()
+        world_size, rank = dist.get_world_size(), dist.get_rank()
+        if world_size % settings.tp:
+            raise GenerationError(f"rollout.tp={settings.tp} does not divide the {world_size} processes")
+        self._llm_engine = self._build()
+        self._core = self._llm_engine.engine_core
+        self._worker = self._llm_engine.model_executor.driver_worker.worker
+        self._dtype = getattr(torch, settings.dtype)
+        self._target = ReloadTarget(
+            self._worker, self._platform, self.config,
+            generator_layout(self.config, GeneratorRank(settings.tp, rank % settings.tp)), self._dtype)
+        self._stop_strings = StopStrings(settings.tokenizer_path) if settings.tokenizer_path else None
+        self._digest: dict[str, int] | None = None
+        self._asleep: Any = None
+        self._is_asleep = False
+        self._is_busy = False
+        self._next_id = 0
+        if settings.weights == "checkpoint":
+            self.update_weights(checkpoint_tensors(settings.model_path))
+
+    def _build(self) -> Any:
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        settings = self.settings
+        overrides = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"} if "kv_lora_rank" in self.config else {}
+        arguments = EngineArgs(
+            model=str(settings.model_path), load_format="dummy", skip_tokenizer_init=True, dtype=settings.dtype,
+            hf_overrides=overrides, max_model_len=settings.max_model_len, max_num_seqs=settings.max_num_seqs,
+            max_num_batched_tokens=max(settings.max_batched_tokens, settings.max_model_len), seed=0,
+            tensor_parallel_size=settings.tp, distributed_executor_backend="external_launcher",
+            logprobs_mode="processed_logprobs", disable_log_stats=True, generation_config="vllm",
+            **self._platform.engine_arguments(self.config, settings.kv_cache_bytes, settings.gpu_memory_utilization))
+        set_num_threads = torch.set_num_threads
+        try:
+            with _own_random_state():
+                return LLMEngine.from_engine_args(arguments)
+        except (ValueError, AssertionError, NotImplementedError, RuntimeError) as error:
+            raise GenerationError(f"vLLM could not be built for {settings.model_path} (dtype {settings.dtype}, "
+                                  f"tp {settings.tp}): {error}") from error
+        finally:
+            torch.set_num_threads = set_num_threads  # vLLM's CPU worker replaces it by a warning
+
+    def generate(self, requests: Sequence[GenerationRequest]) -> list[tuple[Response, ...]]:
+        """See GenerationEngine."""
+        responses: list[list[Response | None]] = [[None] * request.num_samples for request in requests]
+        for completion in self.stream(requests):
+            responses[completion.request_index][completion.sample_index] = completion.response
+        return [tuple(samples) for samples in responses]
+
+    def stream(self, requests: Sequence[GenerationRequest]) -> Iterator[Completion]:
+        """See GenerationEngine."""
+        self._check_ready()
+        check_requests(requests, self.settings.max_model_len, self.config["vocab_size"], self._stop_strings is not None)
+        self._is_busy = True
+        running: dict[str, _Running] = {}
+        try:
+            self._submit(requests, running)
+            while running:
+                for output in self._step():
+                    state = running.get(output.request_id)
+                    if state is None:
+                        continue  # a step that was in flight when its sample was aborted
+                    reason = self._advance(state, output)
+                    if reason is None:
+                        continue
+                    del running[output.request_id]
+                    if not output.finished:
+                        self._core.abort_requests([output.request_id])
+                    yield Completion(state.request_index, state.sample_index,
+                                     Response(tuple(state.token_ids), tuple(state.log_probs), reason))
+        finally:
+            self._core.abort_requests(list(running))
+            self._drain()
+            self._is_busy = False
+
+    def prompt_log_probs(self, sequences: Sequence[Sequence[int]]) -> list[tuple[float, ...]]:
+        """See GenerationEngine."""
+        from vllm import SamplingParams
+
+        self._check_ready()
+        limit, vocab_size = self.settings.max_model_len, self.config["vocab_size"]
+        for index, sequence in enumerate(sequences):
+            if not 2 <= len(sequence) < limit:
+                raise GenerationError(f"sequence {index} has {len(sequence)} tokens; prompt_log_probs wants 2 to "
+                                      f"{limit - 1}")
+            if not 0 <= min(sequence) <= max(sequence) < vocab_size:
+                raise GenerationError(f"sequence {index} has a token outside the vocabulary of {vocab_size}")
+        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+        self._llm_engine.reset_prefix_cache()
+        waiting = {self._add(list(sequence), params): index for index, sequence in enumerate(sequences)}
+        results: dict[int, tuple[float, ...]] = {}
+        while waiting:
+            for output in self._step():
+                index = waiting.get(output.request_id)
+                if index is not None and output.new_prompt_logprobs_tensors is not None:
+                    results[index] = tuple(output.new_prompt_logprobs_tensors.logprobs[:, 0].tolist())
+                if output.finished:
+                    waiting.pop(output.request_id, None)
+        self._drain()
+        return [results[index] for index in range(len(sequences))]
+
+    def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """See GenerationEngine. May be called asleep: the KV cache stays freed."""
+        self._check_open()
+        self._digest = None
+        self._platform.wake_weights(self._llm_engine, self._is_asleep)
+        partial = reload_weights(self._target, named_tensors, self.settings.bucket_bytes)
+        self._llm_engine.reset_prefix_cache()
+        if self.settings.tp > 1:
+            partial = sum_digests(partial, self._target.placements, _all_reduce_tp)
+        self._digest = partial
+
+    def weights_digest(self) -> Mapping[str, int]:
+        """See GenerationEngine. Read back at the end of the last `update_weights`."""
+        self._check_open()
+        if self._digest is None:
+            raise GenerationError("the generator holds no weights: call update_weights first")
+        return self._digest
+
+    def sleep(self) -> None:
+        """See GenerationEngine. Idempotent."""
+        self._check_open()
+        if not self._is_asleep:
+            self._llm_engine.reset_prefix_cache()
+            self._asleep = self._platform.free_kv_cache(self._llm_engine, self._worker)
+            self._is_asleep = True
+
+    def wake_up(self) -> None:
+        """See GenerationEngine. Idempotent."""
+        self._check_open()
+        if self._is_asleep:
+            self._platform.restore_kv_cache(self._llm_engine, self._worker, self._asleep)
+            self._asleep, self._is_asleep = None, False
+
+    def close(self) -> None:
+        """See GenerationEngine. Idempotent."""
+        if self._llm_engine is not None:
+            self._check_open()
+            self._core.shutdown()
+            self._llm_engine = self._core = self._worker = self._target = None
+
+    def _submit(self, requests: Sequence[GenerationRequest], running: dict[str, _Running]) -> None:
+        """Adds all samples of all requests to the engine core's queue, in order, and to `running`."""
+        from vllm import SamplingParams
+
+        self._llm_engine.reset_prefix_cache()  # its content is history; a resumed run has none
+        for request_index, request in enumerate(requests):
+            sampling = request.sampling
+            candidates = self._stop_strings.candidates(sampling.stop_strings) if sampling.stop_strings else frozenset()
+            params = SamplingParams(
+                temperature=sampling.temperature, top_p=sampling.top_p, max_tokens=sampling.max_tokens,
+                stop_token_ids=list(sampling.stop_token_ids), logprobs=0, detokenize=False)
+            prompt = list(request.prompt_token_ids)
+            for sample_index in range(request.num_samples):
+                seeded = copy(params)
+                seeded.seed = sample_seed(request.seed, sample_index)
+                identifier = self._add(prompt, seeded)
+                running[identifier] = _Running(request_index, sample_index, sampling, candidates)
+
+    def _add(self, prompt: list[int], params: Any) -> str:
+        from vllm.v1.engine import EngineCoreRequest
+
+        self._next_id += 1
+        identifier = str(self._next_id)
+        self._core.add_request(EngineCoreRequest(
+            request_id=identifier, prompt_token_ids=prompt, mm_features=None, sampling_params=params,
+            pooling_params=None, arrival_time=time.time(), lora_request=None, cache_salt=None, data_parallel_rank=None,
+            external_req_id=identifier))
+        return identifier
+
+    def _advance(self, state: _Running, output: Any) -> str | None:
+        """Appends a step's tokens; the finish reason if the sample is complete."""
+        tokens = output.new_token_ids
+        if output.new_logprobs is not None:
+            log_probs = output.new_logprobs.logprobs[:len(tokens), 0].tolist()
+        for token, log_prob in zip(tokens, log_probs if tokens else (), strict=True):
+            state.token_ids.append(token)
+            state.log_probs.append(log_prob)
+            if token in state.stop_candidates:
+                if self._stop_strings.matches(state.token_ids, state.sampling.stop_strings):
+                    return "stop"
+        if output.finish_reason is None:
+            return None
+        reason = str(output.finish_reason)
+        if reason not in ("stop", "length"):
+            raise GenerationError(f"vLLM ended request {state.request_index}, sample {state.sample_index} with "
+                                  f"{reason!r} after {len(state.token_ids)} tokens")
+        return reason
+
+    def _step(self) -> list[Any]:
+        """One step of the engine core: a token of every running sample."""
+        with _own_random_state():
+            return self._core.get_output().outputs
+
+    def _drain(self) -> None:
+        """Steps until the core has dropped what was aborted or finished, so that the next call starts clean."""
+        while self._core.engine_core.scheduler.has_requests():
+            self._core.get_output()
+
+    def _check_open(self) -> None:
+        if self._llm_engine is None:
+            raise GenerationError("the generator has been closed")
+        if self._is_busy:
+            raise GenerationError("a stream of this generator is still open: exhaust or close it first")
+
+    def _check_ready(self) -> None:
+        self._check_open()
+        if self._is_asleep:
+            raise GenerationError("the generator is asleep: call wake_up first")
+        if self._digest is None:
+            raise GenerationError("the generator holds no weights (none were loaded, or the last load failed): "
+                                  "call update_weights first")
+
+
+def read_config(settings: EngineSettings) -> dict[str, Any]:
+    """The model's config.json. Raises GenerationError when it is missing or not JSON."""
+    path = settings.model_path / "config.json"
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise GenerationError(f"{path}: no such file; the generator needs an HF directory") from None
+    except json.JSONDecodeError as error:
+        raise GenerationError(f"{path}:{error.lineno}: not JSON ({error.msg})") from None
+
+
+def check_settings(settings: EngineSettings, config: Mapping[str, Any], platform: Any) -> None:
+    """Finds what vLLM would fail on much later, and says it plainly. Raises GenerationError or ConfigError."""
+    placements = generator_layout(config, GeneratorRank(settings.tp))
+    reason = platform.check_model(config)
+    if reason is not None:
+        raise GenerationError(f"{settings.model_path}: {reason}")
+    positions = config.get("max_position_embeddings")
+    if positions is not None and settings.max_model_len > positions:
+        raise GenerationError(f"max_model_len={settings.max_model_len} exceeds the model's "
+                              f"max_position_embeddings={positions}")
+    num_bytes = settings.kv_cache_bytes or platform.DEFAULT_KV_CACHE_BYTES
+    if num_bytes is None:
+        return
+    block = platform.kv_block_tokens(config)
+    needed = -(-settings.max_model_len // block) * block * kv_bytes_per_token(settings, config)
+    if num_bytes < needed:
+        raise GenerationError(f"kv_cache_bytes={num_bytes} is too small: one sequence of max_model_len="
+                              f"{settings.max_model_len} needs {needed} bytes; raise rollout.kv_cache_bytes or shorten "
+                              f"the sequences ({len(placements)} tensors, dtype {settings.dtype})")
+
+
+def kv_bytes_per_token(settings: EngineSettings, config: Mapping[str, Any]) -> int:
+    """KV-cache bytes that one token takes on one rank: the latent of MLA, keys and values otherwise."""
+    if "kv_lora_rank" in config:
+        width = config["kv_lora_rank"] + config["qk_rope_head_dim"]
+    else:
+        heads = config.get("num_key_value_heads") or config["num_attention_heads"]
+        size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+        width = 2 * max(1, heads // settings.tp) * size
+    return config["num_hidden_layers"] * width * getattr(torch, settings.dtype).itemsize
+
+
+def _ensure_process_group() -> None:
+    """vLLM's external launcher wants a world group and torchrun's variables; a single process makes its own."""
+    if not dist.is_initialized():
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise GenerationError("several processes were launched but torch.distributed is not initialised; "
+                                  "initialise the trainer's process groups before the generator")
+        dist.init_process_group("gloo" if not torch.cuda.is_available() else "cpu:gloo,cuda:nccl",
+                                store=dist.HashStore(), rank=0, world_size=1)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    for name, value in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", world_size),
+                        ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", 29500)):
+        os.environ.setdefault(name, str(value))  # the address is not used: the world group exists
+
+
+def _all_reduce_tp(tensor: torch.Tensor) -> None:
+    from vllm.distributed.parallel_state import get_tp_group
+
+    dist.all_reduce(tensor, group=get_tp_group().cpu_group)
+
+
+@contextlib.contextmanager
+def _own_random_state() -> Iterator[None]:
+    """Keeps vLLM's draws from the global generators (seeding at start-up, a seed a step for unseeded rows) apart from
+    the trainer's: otherwise what the trainer draws would depend on how long the responses were."""
+    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_available() else []):
+        yield

@@ -1,0 +1,235 @@
+"""Where each HF tensor lives inside the generator's (vLLM's) fused, sharded and padded parameters.
+
+Pure: from an HF config and one rank's place in the generator's layout to a list of placements; nothing here imports
+vLLM or touches a tensor, except `read`. Written from vllm 0.32.0 model_executor/models (deepseek_v2, llama, qwen2,
+qwen3) and layers (linear, vocab_parallel_embedding), independently of the loaders that write the parameters, so that
+reading back through it proves what they wrote. Regions are in global coordinates of the HF tensor: a plan from any
+shard to any shard can be built on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from r1mega.errors import ConfigError
+
+Region = tuple[tuple[int, int], ...]
+"""Half-open [start, stop) along each dimension."""
+
+VOCAB_PADDING = 64  # vllm/model_executor/layers/vocab_parallel_embedding.py, DEFAULT_VOCAB_PADDING_SIZE
+DENSE_MODEL_TYPES = ("llama", "qwen2", "qwen3")
+MLA_MODEL_TYPES = ("deepseek_v3",)
+
+
+@dataclass(frozen=True, slots=True)
+class GeneratorRank:
+    """One rank's place in the generator. With ep > 1 experts are spread over `ep` ranks instead of cut by tp."""
+
+    tp: int = 1
+    tp_rank: int = 0
+    ep: int = 1
+    ep_rank: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """`parameter[target]` holds `tensor[source]` of the HF tensor `name` (of full shape `shape`).
+
+    target has one more dimension than source for stacked experts (of extent 1). replica: 0 on exactly one of the ranks
+    that hold the same source region. Example: rows 48..624 of fused_qkv_a_proj.weight hold kv_a_proj_with_mqa.weight.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    parameter: str
+    target: Region
+    source: Region
+    replica: int = 0
+
+    @property
+    def is_whole(self) -> bool:
+        return all(stop - start == size for (start, stop), size in zip(self.source, self.shape, strict=True))
+
+    def read(self, parameters: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """A view of this rank's part of the tensor, shaped like `source`. Raises KeyError, IndexError as torch does."""
+        region = parameters[self.parameter][tuple(slice(start, stop) for start, stop in self.target)]
+        return region.reshape([stop - start for start, stop in self.source])
+
+
+def weight_dtype(name: str, model_dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which the generator holds a tensor: the router's expert bias is always float32."""
+    return torch.float32 if name.endswith("e_score_correction_bias") else model_dtype
+
+
+def is_ignored(name: str, config: Mapping[str, Any]) -> bool:
+    """Tensors of an HF checkpoint that the generator does not use: MTP layers, a tied head, rotary tables."""
+    if "rotary_emb.inv_freq" in name:
+        return True
+    if name == "lm_head.weight":
+        return bool(config.get("tie_word_embeddings"))
+    prefix, _, rest = name.partition("model.layers.")
+    return not prefix and rest.split(".")[0].isdigit() and int(rest.split(".")[0]) >= config["num_hidden_layers"]
+
+
+def generator_layout(config: Mapping[str, Any], rank: GeneratorRank = GeneratorRank()) -> tuple[Placement, ...]:
+    """Placements of every HF tensor on one generator rank.
+
+    config: the dictionary of an HF config.json. Raises ConfigError for a model family that has no layout here and for
+    a layout that does not divide.
+    """
+    model_type = config.get("model_type")
+    if model_type not in DENSE_MODEL_TYPES + MLA_MODEL_TYPES:
+        raise ConfigError(f"no generator layout for model_type {model_type!r}; known: "
+                          f"{', '.join(DENSE_MODEL_TYPES + MLA_MODEL_TYPES)}")
+    return tuple(_LayoutBuilder(config, rank).placements())
+
+
+class _LayoutBuilder:
+    def __init__(self, config: Mapping[str, Any], rank: GeneratorRank):
+        self.config = config
+        self.rank = rank
+        self.hidden = config["hidden_size"]
+        self.heads = config["num_attention_heads"]
+        self._divide(self.heads, rank.tp, "num_attention_heads")
+
+    def placements(self) -> Iterator[Placement]:
+        config = self.config
+        yield from self._vocabulary("model.embed_tokens.weight")
+        for layer in range(config["num_hidden_layers"]):
+            prefix = f"model.layers.{layer}."
+            yield self._whole(prefix + "input_layernorm.weight", (self.hidden,))
+            yield self._whole(prefix + "post_attention_layernorm.weight", (self.hidden,))
+            if config["model_type"] in MLA_MODEL_TYPES:
+                yield from self._latent_attention(prefix + "self_attn.")
+                sparse = layer >= config["first_k_dense_replace"] and layer % config.get("moe_layer_freq", 1) == 0
+            else:
+                yield from self._attention(prefix + "self_attn.")
+                sparse = False
+            if sparse:
+                yield from self._experts(prefix + "mlp.")
+            else:
+                yield from self._mlp(prefix + "mlp.", config["intermediate_size"], bool(config.get("mlp_bias")))
+        yield self._whole("model.norm.weight", (self.hidden,))
+        if not config.get("tie_word_embeddings"):
+            yield from self._vocabulary("lm_head.weight")
+
+    def _vocabulary(self, name: str) -> Iterator[Placement]:
+        """Rows padded to a multiple of 64, then cut evenly: the last ranks may hold padding only."""
+        size, tp = self.config["vocab_size"], self.rank.tp
+        per_rank = self._divide(-(-size // VOCAB_PADDING) * VOCAB_PADDING, tp, "padded vocab_size")
+        start = min(self.rank.tp_rank * per_rank, size)
+        stop = min(start + per_rank, size)
+        if stop > start:
+            yield Placement(name, (size, self.hidden), name, ((0, stop - start), (0, self.hidden)),
+                            ((start, stop), (0, self.hidden)))
+
+    def _latent_attention(self, prefix: str) -> Iterator[Placement]:
+        config = self.config
+        query_rank, latent, rope = config.get("q_lora_rank"), config["kv_lora_rank"], config["qk_rope_head_dim"]
+        query_size = self.heads * (config["qk_nope_head_dim"] + rope)
+        if query_rank:
+            fused = prefix + "fused_qkv_a_proj.weight"
+            yield self._rows(prefix + "q_a_proj.weight", (query_rank, self.hidden), fused, 0)
+            yield self._rows(prefix + "kv_a_proj_with_mqa.weight", (latent + rope, self.hidden), fused, query_rank)
+            yield self._whole(prefix + "q_a_layernorm.weight", (query_rank,))
+            yield self._column(prefix + "q_b_proj.weight", (query_size, query_rank))
+        else:
+            yield self._column(prefix + "q_proj.weight", (query_size, self.hidden))
+            yield self._whole(prefix + "kv_a_proj_with_mqa.weight", (latent + rope, self.hidden))
+        yield self._whole(prefix + "kv_a_layernorm.weight", (latent,))
+        yield self._column(prefix + "kv_b_proj.weight",
+                           (self.heads * (config["qk_nope_head_dim"] + config["v_head_dim"]), latent))
+        yield self._row_parallel(prefix + "o_proj.weight", (self.hidden, self.heads * config["v_head_dim"]))
+
+    def _attention(self, prefix: str) -> Iterator[Placement]:
+        """q, k and v of this rank's heads stacked in qkv_proj; KV heads repeated where there are fewer than ranks."""
+        config, tp, tp_rank = self.config, self.rank.tp, self.rank.tp_rank
+        size = config.get("head_dim") or self.hidden // self.heads
+        kv_heads = config.get("num_key_value_heads") or self.heads
+        query_rows = self.heads // tp * size
+        copies = max(1, tp // kv_heads)
+        kv_rows = (self._divide(kv_heads, tp, "num_key_value_heads") if copies == 1 else 1) * size
+        starts = {"q": (0, query_rows, tp_rank, 0, self.heads * size),
+                  "k": (query_rows, kv_rows, tp_rank // copies, tp_rank % copies, kv_heads * size),
+                  "v": (query_rows + kv_rows, kv_rows, tp_rank // copies, tp_rank % copies, kv_heads * size)}
+        model_type = config["model_type"]
+        has_bias = model_type == "qwen2" or bool(config.get("attention_bias"))
+        for kind, (offset, rows, index, replica, full_rows) in starts.items():
+            parts = {"weight": (self.hidden,)} | ({"bias": ()} if has_bias else {})
+            for part, columns in parts.items():
+                rest = tuple((0, column) for column in columns)
+                yield Placement(f"{prefix}{kind}_proj.{part}", (full_rows, *columns), f"{prefix}qkv_proj.{part}",
+                                ((offset, offset + rows), *rest), ((index * rows, (index + 1) * rows), *rest), replica)
+        yield self._row_parallel(prefix + "o_proj.weight", (self.hidden, self.heads * size))
+        if has_bias and model_type != "qwen2":
+            yield self._whole(prefix + "o_proj.bias", (self.hidden,))
+        if model_type == "qwen3":
+            yield self._whole(prefix + "q_norm.weight", (size,))
+            yield self._whole(prefix + "k_norm.weight", (size,))
+
+    def _mlp(self, prefix: str, size: int, has_bias: bool) -> Iterator[Placement]:
+        rows = self._divide(size, self.rank.tp, f"the intermediate size of {prefix.rstrip('.')}")
+        start = self.rank.tp_rank * rows
+        parts = {"weight": ((0, self.hidden),)} | ({"bias": ()} if has_bias else {})
+        for part, rest in parts.items():
+            shape = (size, *(stop for _, stop in rest))
+            for index, kind in enumerate(("gate", "up")):
+                yield Placement(f"{prefix}{kind}_proj.{part}", shape, f"{prefix}gate_up_proj.{part}",
+                                ((index * rows, (index + 1) * rows), *rest), ((start, start + rows), *rest))
+        yield self._row_parallel(prefix + "down_proj.weight", (self.hidden, size))
+        if has_bias:
+            yield self._whole(prefix + "down_proj.bias", (self.hidden,))
+
+    def _experts(self, prefix: str) -> Iterator[Placement]:
+        """Router, shared experts as one MLP, routed experts stacked in w13 (gate above up) and w2."""
+        config, rank = self.config, self.rank
+        num_experts, size = config["n_routed_experts"], config["moe_intermediate_size"]
+        yield self._whole(prefix + "gate.weight", (num_experts, self.hidden))
+        yield self._whole(prefix + "gate.e_score_correction_bias", (num_experts,))
+        if config.get("n_shared_experts"):
+            yield from self._mlp(prefix + "shared_experts.", size * config["n_shared_experts"], False)
+        local = self._divide(num_experts, rank.ep, "n_routed_experts")
+        cut, cut_rank = (1, 0) if rank.ep > 1 else (rank.tp, rank.tp_rank)
+        rows = self._divide(size, cut, "moe_intermediate_size")
+        mine, hidden = (cut_rank * rows, (cut_rank + 1) * rows), (0, self.hidden)
+        w13, w2 = prefix + "experts.routed_experts.w13_weight", prefix + "experts.routed_experts.w2_weight"
+        for slot in range(local):
+            expert = f"{prefix}experts.{rank.ep_rank * local + slot}."
+            at = (slot, slot + 1)
+            for index, kind in enumerate(("gate", "up")):
+                half = (index * rows, (index + 1) * rows)
+                name = f"{expert}{kind}_proj.weight"
+                yield Placement(name, (size, self.hidden), w13, (at, half, hidden), (mine, hidden))
+            name = f"{expert}down_proj.weight"
+            yield Placement(name, (self.hidden, size), w2, (at, hidden, (0, rows)), (hidden, mine))
+
+    def _whole(self, name: str, shape: tuple[int, ...]) -> Placement:
+        region = tuple((0, size) for size in shape)
+        return Placement(name, shape, name, region, region, self.rank.tp_rank)
+
+    def _rows(self, name: str, shape: tuple[int, int], parameter: str, offset: int) -> Placement:
+        """A whole tensor as a block of rows of a fused, replicated parameter."""
+        rest = (0, shape[1])
+        target = ((offset, offset + shape[0]), rest)
+        return Placement(name, shape, parameter, target, ((0, shape[0]), rest), self.rank.tp_rank)
+
+    def _column(self, name: str, shape: tuple[int, int]) -> Placement:
+        rows = shape[0] // self.rank.tp
+        start, rest = self.rank.tp_rank * rows, (0, shape[1])
+        return Placement(name, shape, name, ((0, rows), rest), ((start, start + rows), rest))
+
+    def _row_parallel(self, name: str, shape: tuple[int, int]) -> Placement:
+        columns = self._divide(shape[1], self.rank.tp, f"the input size of {name}")
+        start, rest = self.rank.tp_rank * columns, (0, shape[0])
+        return Placement(name, shape, name, (rest, (0, columns)), (rest, (start, start + columns)))
+
+    @staticmethod
+    def _divide(size: int, parts: int, what: str) -> int:
+        if size % parts:
+            raise ConfigError(f"the generator's layout does not divide the model: {what} = {size} over {parts} ranks; "
+                              f"choose another rollout.tp")
+        return size // parts

@@ -1,0 +1,1 @@
+"""HF config -> Megatron-core GPTModel, for any parallel layout."""

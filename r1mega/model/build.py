@@ -1,0 +1,267 @@
+"""GPTModel chunks of this rank for an HF config and a parallel layout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from r1mega import platform
+from r1mega.errors import ConfigError, PlatformError
+from r1mega.model import deepseek_v3, dense
+from r1mega.model.hf_config import as_dict, refuse, require
+from r1mega.platform.groups import Layout, seed_all
+
+FAMILIES = {model_type: family for family in (deepseek_v3, dense) for model_type in family.MODEL_TYPES}
+
+
+def build_model(
+    hf_config: Mapping[str, Any] | Any,
+    layout: Layout,
+    model: Any,
+    *,
+    seed: int = 0,
+    init_std: float | None = None,
+) -> list[Any]:
+    """This rank's GPTModel chunks (one per virtual pipeline stage), in the dtype and on the device to train in.
+
+    hf_config: config.json as a dict, or a transformers config. layout: ParallelConfig; init_parallel(layout) comes first.
+    model: ModelConfig (dtype, fp8, expert_bias_update_rate, sequence_aux_loss_coefficient, mtp_loss_coefficient,
+    recompute). init_std: draw weights from N(0, init_std), output projections from N(0, init_std / sqrt(2 * layers))
+    (Megatron's rule; the DeepSeek-V3 report uses one std for all); None: weights are to be loaded and are NaN until then.
+    Each chunk has `unpadded_vocab_size`. Raises ConfigError when the layout does not divide the model.
+    """
+    platform.prepare()
+    hf = as_dict(hf_config)
+    config = megatron_config(hf, layout, model, init_std=init_std)
+    seed_all(seed)
+    virtual = config.virtual_pipeline_model_parallel_size
+    return [_build_chunk(hf, config, init_std, stage) for stage in (range(virtual) if virtual else [None])]
+
+
+def packed_seq_params(cu_seqlens: torch.Tensor) -> Any:
+    """Megatron's description of packed sequences, from their bounds [sequences + 1] int32 (0 first, t last)."""
+    platform.prepare()
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    longest = int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )
+
+
+def family_of(hf: Mapping[str, Any]) -> Any:
+    """The module (deepseek_v3 or dense) that knows this model_type. Raises ConfigError for others."""
+    family = FAMILIES.get(hf.get("model_type"))
+    if family is None:
+        raise ConfigError(f"config.json: model_type {hf.get('model_type')!r} is not one of {', '.join(FAMILIES)}")
+    return family
+
+
+def check_layout(hf: Mapping[str, Any], layout: Layout) -> None:
+    """ConfigError, naming every number that does not divide, unless the layout fits the model. Needs no processes."""
+    heads, layers = require(hf, "num_attention_heads", "num_hidden_layers")
+    sizes = [
+        ("parallel.tp", layout.tp, "num_attention_heads", heads),
+        ("parallel.tp", layout.tp, "intermediate_size", hf.get("intermediate_size", 0)),
+        ("parallel.pp * vpp", layout.pp * (layout.vpp or 1), "num_hidden_layers", layers),
+    ]
+    experts = hf.get("n_routed_experts")
+    if experts:
+        sizes += [
+            ("parallel.ep", layout.ep, "n_routed_experts", experts),
+            ("parallel.etp", layout.etp, "moe_intermediate_size", hf["moe_intermediate_size"]),
+        ]
+    else:
+        sizes.append(("parallel.tp", layout.tp, "num_key_value_heads", hf.get("num_key_value_heads", heads)))
+    problems = [f"{key} = {size} does not divide {name} = {value}" for key, size, name, value in sizes if value % size]
+    if not experts and (layout.ep > 1 or layout.etp > 1):
+        problems.append(f"parallel.ep = {layout.ep}, parallel.etp = {layout.etp}: a model without experts wants 1")
+    if experts and layout.tp > 1 and layout.sp is False:
+        problems.append("parallel.sp = false: a mixture of experts with parallel.tp > 1 needs sequence parallelism")
+    if layout.vpp and layout.pp == 1:
+        problems.append(f"parallel.vpp = {layout.vpp} wants parallel.pp > 1")
+    if problems:
+        raise ConfigError("; ".join(problems))
+
+
+def megatron_config(hf: Mapping[str, Any], layout: Layout, model: Any, *, init_std: float | None = None) -> Any:
+    """TransformerConfig (MLATransformerConfig for latent attention) for one model, layout and platform."""
+    platform.prepare()
+    family = family_of(hf)
+    check_layout(hf, layout)
+    refuse(hf, hidden_act="silu")
+    layers, hidden, heads, intermediate, eps = require(
+        hf, "num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "rms_norm_eps"
+    )
+    dtype = getattr(torch, model.dtype) if isinstance(model.dtype, str) else model.dtype
+    arguments = {
+        "num_layers": layers,
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "ffn_hidden_size": intermediate,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": eps,
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "add_bias_linear": False,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype == torch.bfloat16,
+        "calculate_per_token_loss": True,
+        "perform_initialization": init_std is not None,
+        "init_method_std": init_std if init_std is not None else 0.02,
+        **_layout_arguments(layout),
+        **_platform_arguments(model.fp8),
+        **_recompute_arguments(model.recompute),
+        **family.megatron_arguments(hf, model),
+    }
+    from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+
+    return (MLATransformerConfig if family is deepseek_v3 else TransformerConfig)(**arguments)
+
+
+def _layout_arguments(layout: Layout) -> dict[str, Any]:
+    pipelined = layout.pp > 1
+    virtual = layout.vpp if layout.vpp and layout.vpp > 1 else None
+    arguments = {
+        "tensor_model_parallel_size": layout.tp,
+        "sequence_parallel": layout.tp > 1 if layout.sp is None else layout.sp and layout.tp > 1,
+        "pipeline_model_parallel_size": layout.pp,
+        "virtual_pipeline_model_parallel_size": virtual,
+        "context_parallel_size": layout.cp,
+        "expert_model_parallel_size": layout.ep,
+        "expert_tensor_parallel_size": layout.etp,
+        "variable_seq_lengths": pipelined,  # packed microbatches differ in length
+        # swapping .data while gloo still sends it corrupts activations now and then
+        "deallocate_pipeline_outputs": platform.current().name == "cuda",
+    }
+    if virtual:  # with two stages the previous rank is the next one, where batched p2p can pair the wrong messages
+        arguments |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
+    return arguments
+
+
+def _platform_arguments(fp8: str) -> dict[str, Any]:
+    """Transformer Engine's layers, grouped GEMM and FP8 where it can run; else the local layers. The one place."""
+    here = platform.current()
+    if not here.has_transformer_engine:
+        if fp8 != "off":
+            raise PlatformError(f"model.fp8 = {fp8!r} needs Transformer Engine and a GPU; set it to 'off' here")
+        return {
+            "transformer_impl": "local",
+            "moe_grouped_gemm": False,
+            "gradient_accumulation_fusion": False,
+            "bias_activation_fusion": False,
+            "bias_dropout_fusion": False,
+            "masked_softmax_fusion": False,
+            "apply_rope_fusion": False,
+            "persist_layer_norm": False,
+        }
+    arguments = {
+        "transformer_impl": "transformer_engine",
+        "moe_grouped_gemm": True,
+        "moe_permute_fusion": True,
+        "gradient_accumulation_fusion": here.has_apex,  # the output layer's needs apex
+        "bias_activation_fusion": True,
+        "bias_dropout_fusion": True,
+        "masked_softmax_fusion": False,
+        "apply_rope_fusion": False,
+    }
+    recipes = {
+        "off": {},
+        "tensorwise": {"fp8": "hybrid", "fp8_recipe": "tensorwise"},
+        # DeepSeek-V3 section 3.3: e4m3 everywhere, scales per 1x128 activation tile and 128x128 weight block
+        "blockwise": {"fp8": "e4m3", "fp8_recipe": "blockwise", "moe_router_padding_for_fp8": True},
+    }
+    return arguments | recipes[fp8]
+
+
+def _recompute_arguments(recompute: str) -> dict[str, Any]:
+    if recompute == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    if recompute == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+    return {}
+
+
+def _build_chunk(hf: Mapping[str, Any], config: Any, init_std: float | None, virtual_stage: int | None) -> Any:
+    from megatron.core import parallel_state as ps
+    from megatron.core.models.gpt import GPTModel
+
+    layer_specs, mtp_specs = _specs(config, virtual_stage)
+    vocabulary, positions = require(hf, "vocab_size", "max_position_embeddings")
+    tp = config.tensor_model_parallel_size
+    model = GPTModel(
+        config,
+        layer_specs,
+        vocab_size=-(-vocabulary // tp) * tp,
+        max_sequence_length=positions,
+        pre_process=ps.is_pipeline_first_stage(ignore_virtual=False, vp_stage=virtual_stage),
+        post_process=ps.is_pipeline_last_stage(ignore_virtual=False, vp_stage=virtual_stage),
+        parallel_output=True,
+        share_embeddings_and_output_weights=bool(hf.get("tie_word_embeddings", False)),
+        mtp_block_spec=mtp_specs,
+        vp_stage=virtual_stage,
+        **family_of(hf).position_arguments(hf),
+    )
+    model.to(platform.current().device)
+    model.unpadded_vocab_size = vocabulary
+    if vocabulary % tp and model.post_process:
+        _mask_padded_vocabulary(model, vocabulary)
+    for name, parameter in model.named_parameters():
+        if ".experts." in name and ".shared_experts." not in name:
+            # with EP 1 and ETP != TP Megatron would reduce expert gradients over the dense data-parallel group
+            parameter.allreduce = False
+        if init_std is None:
+            torch.nn.init.constant_(parameter, float("nan"))
+    return model
+
+
+def _specs(config: Any, virtual_stage: int | None) -> tuple[Any, Any]:
+    """(decoder block spec, MTP block spec or None) with this platform's attention and linear layers."""
+    from megatron.core.models.gpt import gpt_layer_specs as specs
+
+    engine = config.transformer_impl == "transformer_engine"
+    block = specs.get_gpt_decoder_block_spec(config, engine, normalization="RMSNorm", vp_stage=virtual_stage)
+    layers = specs.get_gpt_decoder_layer_specs(config, engine, normalization="RMSNorm")
+    if not engine:
+        for layer in [*block.layer_specs, *layers]:
+            _use_local_attention(layer)
+    mtp = None
+    if config.mtp_num_layers:
+        mtp = specs.get_gpt_mtp_block_spec(config, layers[-1], use_transformer_engine=engine, vp_stage=virtual_stage)
+    return block, mtp
+
+
+def _use_local_attention(layer: Any) -> None:
+    from r1mega.model.attention import CausalAttention
+    from r1mega.platform.local_layers import DuplicatedLinear
+
+    attention = layer.submodules.self_attention.submodules
+    attention.core_attention = CausalAttention
+    if hasattr(attention, "linear_kv_down_proj"):
+        attention.linear_q_down_proj = attention.linear_kv_down_proj = DuplicatedLinear
+
+
+def _mask_padded_vocabulary(model: Any, vocabulary: int) -> None:
+    """Logits of the rows that only pad the vocabulary become the least finite number: no probability, no gradient."""
+    from megatron.core import parallel_state as ps
+
+    rows = model.vocab_size // model.config.tensor_model_parallel_size
+    padding = (ps.get_tensor_model_parallel_rank() + 1) * rows - vocabulary
+    if padding <= 0:
+        return
+
+    def mask(_layer: Any, _inputs: Any, output: tuple[torch.Tensor, Any]) -> tuple[torch.Tensor, Any]:
+        logits, bias = output
+        columns = torch.arange(rows, device=logits.device) >= rows - padding
+        return logits.masked_fill(columns, torch.finfo(logits.dtype).min), bias
+
+    model.output_layer.register_forward_hook(mask)

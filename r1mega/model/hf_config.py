@@ -1,0 +1,40 @@
+"""HF config.json -> plain values, whichever version of transformers wrote it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from r1mega.errors import ConfigError
+
+
+def as_dict(config: Any) -> dict[str, Any]:
+    """config.json's content, or a transformers config, as a dict."""
+    return dict(config) if isinstance(config, Mapping) else config.to_dict()
+
+
+def require(config: Mapping[str, Any], *keys: str) -> list[Any]:
+    """The values of keys that a model cannot do without. Raises ConfigError naming every missing one."""
+    missing = [key for key in keys if key not in config]
+    if missing:
+        raise ConfigError(f"config.json lacks {', '.join(missing)} (model_type {config.get('model_type')!r})")
+    return [config[key] for key in keys]
+
+
+def refuse(config: Mapping[str, Any], **unsupported: Any) -> None:
+    """ConfigError when a key has another value than the one that is supported (absent keys pass)."""
+    for key, supported in unsupported.items():
+        value = config.get(key, supported)
+        if value != supported:
+            raise ConfigError(f"config.json: {key} = {value!r} is not supported, only {supported!r}")
+
+
+def rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """{'rope_type': 'default' | 'yarn' | 'llama3' | ..., 'rope_theta': float, ...} from either spelling.
+
+    transformers 5 writes `rope_parameters`; 4 and the published checkpoints write `rope_theta` and `rope_scaling`.
+    """
+    parameters = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    parameters["rope_type"] = parameters.get("rope_type") or parameters.pop("type", None) or "default"
+    parameters.setdefault("rope_theta", config.get("rope_theta", 10000.0))
+    return parameters

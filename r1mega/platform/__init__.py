@@ -1,0 +1,51 @@
+"""Which machine this process runs on, and the Megatron patches that follow from it.
+
+`prepare()` comes before the first import of megatron; it imports neither megatron nor vLLM and changes nothing in torch.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Platform:
+    """name: 'cpu' or 'cuda'; device: where this rank's tensors live; distributed_backend: for torch.distributed."""
+
+    name: Literal["cpu", "cuda"]
+    device: torch.device
+    distributed_backend: str
+    has_transformer_engine: bool
+    has_apex: bool
+
+
+@cache
+def current() -> Platform:
+    """The platform of this process. On CUDA the device is the one that LOCAL_RANK names."""
+    cuda = torch.cuda.is_available()
+    return Platform(
+        name="cuda" if cuda else "cpu",
+        device=torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu"),
+        distributed_backend="nccl" if cuda else "gloo",
+        # Transformer Engine has no CPU code: installed without a GPU it cannot be used
+        has_transformer_engine=cuda and importlib.util.find_spec("transformer_engine") is not None,
+        has_apex=cuda and importlib.util.find_spec("apex") is not None,
+    )
+
+
+def prepare() -> Platform:
+    """Install the patches that megatron-core needs on this platform. Idempotent.
+
+    Raises PlatformError when megatron.core was imported before, or is of a version that the patches were not made for.
+    """
+    from r1mega.platform import megatron_patches
+
+    platform = current()
+    megatron_patches.install(platform)
+    return platform

@@ -1,0 +1,299 @@
+"""Every change made to megatron-core 0.16.1, and why.
+
+Changes are made to the source text as each module is imported, so that torch stays as it is, whatever is imported
+before or after (vLLM replaces parts of torch.cuda itself). A text that is not found, or found another number of times,
+raises PlatformError: a new version of megatron-core needs a look at this list.
+
+Three causes:
+- `cpu`: the code takes a CUDA device for granted;
+- `no_te`: the local layer spec lacks something that only Transformer Engine's has;
+- `always`: megatron-core differs from the model that it should be (DeepSeek-V3 as published and as in transformers).
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import importlib.metadata
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import CodeType, ModuleType
+from typing import Any, Literal
+
+from r1mega.errors import PlatformError
+from r1mega.platform.cuda_stand_in import CudaStandIn
+
+MEGATRON_VERSION = "0.16.1"
+
+
+@dataclass(frozen=True, slots=True)
+class Patch:
+    """Replace `old` by `new` in the source of megatron.core.`module`, `count` times exactly."""
+
+    module: str
+    when: Literal["cpu", "no_te", "always"]
+    old: str
+    new: str
+    reason: str
+    count: int = 1
+
+
+PATCHES = (
+    Patch(
+        "jit",
+        "cpu",
+        "jit_fuser = torch.compile",
+        "jit_fuser = noop_decorator",
+        "compiling costs seconds a shape and a C++ compiler on a CPU",
+    ),
+    Patch(
+        "tensor_parallel.random",
+        "cpu",
+        "return torch.cuda.random.get_rng_state(device=device)",
+        "return torch.get_rng_state()",
+        "the random state is the CPU's",
+    ),
+    Patch(
+        "tensor_parallel.random",
+        "cpu",
+        "    if hasattr(_C, '_cuda_setRNGState') and callable(_C._cuda_setRNGState):",
+        "    return torch.set_rng_state(new_state)\n    if False:",
+        "the random state is the CPU's",
+    ),
+    Patch(
+        "models.common.embeddings.rope_utils",
+        "cpu",
+        'device="cpu", pin_memory=True',
+        'device="cpu"',
+        "pinned memory needs an accelerator (context parallelism)",
+    ),
+    Patch(
+        "transformer.moe.moe_utils",
+        "cpu",
+        "if torch.is_tensor(tensor) and tensor.is_cuda:",
+        "if torch.is_tensor(tensor):",
+        "the split sizes of the all-to-all must become numpy arrays for CPU tensors too",
+    ),
+    Patch(
+        "tensor_parallel.mappings",
+        "cpu",
+        "torch.distributed.all_gather(output_tensor_list, input_, group=group)",
+        "_uneven_all_gather(output_tensor_list, input_, group)",
+        "gloo gathers equal sizes only (expert tensor parallelism with expert parallelism)",
+    ),
+    Patch(
+        "tensor_parallel.mappings",
+        "cpu",
+        "torch.distributed.reduce_scatter(output, input_tensor_list, group=group)",
+        "_uneven_reduce_scatter(output, input_tensor_list, group)",
+        "gloo scatters equal sizes only (expert tensor parallelism with expert parallelism)",
+    ),
+    Patch(
+        "transformer.multi_latent_attention",
+        "no_te",
+        "\n@dataclass\nclass MLASelfAttentionSubmodules:",
+        "\nHAVE_TE = False\nfrom r1mega.platform.local_layers import DuplicatedLinear as TELinear\n"
+        "TEColumnParallelLinear = Linear = ColumnParallelLinear\n"
+        "\n@dataclass\nclass MLASelfAttentionSubmodules:",
+        "without Transformer Engine TELinear is a mock; the down-projections need a duplicated linear layer",
+    ),
+    Patch(
+        "transformer.torch_norm",
+        "no_te",
+        "        assert not config.sequence_parallel,",
+        '        if config.normalization == "RMSNorm":\n'
+        "            from r1mega.platform.local_layers import RMSNorm\n\n"
+        "            return RMSNorm(config, hidden_size, eps)\n"
+        "        assert not config.sequence_parallel,",
+        "torch's norm under sequence parallelism would keep the gradient of one rank's tokens only",
+    ),
+    Patch(
+        "transformer.moe.moe_utils",
+        "no_te",
+        "    HAVE_TE = False",
+        "    HAVE_TE = False\n    te_general_gemm = None",
+        "the name is used without Transformer Engine, but only defined with it",
+    ),
+    Patch(
+        "optimizer",
+        "no_te",
+        "        from torch.optim import AdamW as Adam\n\n        USING_PYTORCH_OPTIMIZER = True",
+        "        from r1mega.platform.adam import FusedAdam as Adam\n\n        USING_PYTORCH_OPTIMIZER = False",
+        "torch's AdamW breaks sharded checkpoints of the distributed optimizer (see adam.py)",
+    ),
+    Patch(
+        "optimizer.distrib_optimizer",
+        "no_te",
+        "        from torch.optim import Adam as Adam\n\n        HAVE_APEX_OR_TE = False",
+        "        from r1mega.platform.adam import FusedAdam as Adam\n\n        USING_APEX_OPTIMIZER = True",
+        "as above",
+    ),
+    Patch(
+        "transformer.moe.moe_utils",
+        "always",
+        "scores.view(num_tokens, num_groups, -1).topk(topk // group_topk, dim=-1)[0].sum(dim=-1)",
+        "scores.view(num_tokens, num_groups, -1).topk(2, dim=-1)[0].sum(dim=-1)",
+        "DeepSeek-V3 (its own code, transformers, vLLM) scores a group by its two best experts, whatever top-k is",
+    ),
+    Patch(
+        "transformer.moe.router",
+        "always",
+        '"seq_load_balancing_loss",\n            self.tp_cp_group,\n            valid_token_count=local_num_tokens,',
+        '"seq_load_balancing_loss",\n            self.tp_cp_group,\n            valid_token_count=total_num_tokens,',
+        "with calculate_per_token_loss the auxiliary loss shrank by the size of the tensor and context parallel group",
+    ),
+    Patch(
+        "models.gpt.gpt_model",
+        "always",
+        "        if mtp_in_postprocess:\n            hidden_states = self.mtp(",
+        "        if mtp_in_postprocess and labels is not None:\n            hidden_states = self.mtp(",
+        "a model with MTP layers must give logits too, where there are no labels (RL, log-probs)",
+    ),
+    Patch(
+        "models.gpt.gpt_model",
+        "always",
+        "if self.config.mtp_num_layers is not None:\n            mtp_labels = labels.clone()",
+        "if self.config.mtp_num_layers is not None and labels is not None:\n            mtp_labels = labels.clone()",
+        "as above",
+    ),
+)
+
+_CUDA_TYPE_NAME = re.compile(r"(['\"])torch\.cuda\.(\w+Tensor)")
+_CUDA_MODULE = re.compile(r"(?<!from )(?<!import )\btorch\.cuda\.(?=\w)")
+_CUDA_METHOD = re.compile(r"\.cuda\([^()]*(?:\(\))?\)")
+_CUDA_DEVICE = re.compile(r"\bdevice=(['\"])cuda\1")
+_EXPECTED_REWRITES = ("pipeline_parallel.schedules", "optimizer.clip_grads", "optimizer.optimizer")
+
+
+def rewrite_for_cpu(source: str) -> str:
+    """Turn every use of CUDA in a megatron-core module into its CPU form. Lines keep their numbers.
+
+    'torch.cuda.FloatTensor' (a name) -> 'torch.FloatTensor'; torch.cuda.x -> the stand-in; t.cuda() -> t.cpu();
+    device='cuda' -> device='cpu'. Tensors never move, because all are on the CPU already.
+    """
+    source = _CUDA_TYPE_NAME.sub(r"\1torch.\2", source)
+    source = _CUDA_MODULE.sub("_cuda_stand_in.", source)
+    source = _CUDA_METHOD.sub(".cpu()", source)
+    return _CUDA_DEVICE.sub("device='cpu'", source)
+
+
+def apply_patches(module: str, source: str, patches: Sequence[Patch]) -> str:
+    """`patches` applied to the source of megatron.core.`module`. Raises PlatformError when one does not fit."""
+    for patch in patches:
+        found = source.count(patch.old)
+        if found != patch.count:
+            raise PlatformError(
+                f"megatron.core.{module}: {patch.old!r} is there {found} times instead of {patch.count} "
+                f"({patch.reason}). r1mega was made for megatron-core {MEGATRON_VERSION}: install that version, "
+                "or review r1mega/platform/megatron_patches.py"
+            )
+        source = source.replace(patch.old, patch.new)
+    return source
+
+
+class _Loader(importlib.machinery.SourceFileLoader):
+    """Compiles the changed source; unchanged modules take Python's own way, with its bytecode cache."""
+
+    def __init__(self, fullname: str, path: str, patches: Sequence[Patch], cpu: bool, names: dict[str, Any]):
+        super().__init__(fullname, path)
+        self._patches, self._cpu, self._names = patches, cpu, names
+
+    def get_code(self, fullname: str) -> CodeType | None:
+        with open(self.path, encoding="utf-8") as file:
+            original = file.read()
+        module = fullname.removeprefix("megatron.core.")
+        source = apply_patches(module, original, self._patches)
+        if self._cpu:
+            source = rewrite_for_cpu(source)
+            if module in _EXPECTED_REWRITES and source == original:
+                raise PlatformError(f"{fullname}: no use of CUDA found to rewrite; megatron-core has changed")
+        if source == original:
+            return super().get_code(fullname)
+        return compile(source, self.path, "exec", dont_inherit=True)
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__dict__.update(self._names)
+        super().exec_module(module)
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    def __init__(self, patches: Sequence[Patch], cpu: bool):
+        self.cpu = cpu
+        self.by_module: dict[str, list[Patch]] = {}
+        for patch in patches:
+            self.by_module.setdefault(patch.module, []).append(patch)
+        self.names: dict[str, Any] = {}
+        if cpu:
+            self.names = {
+                "_cuda_stand_in": CudaStandIn(),
+                "_uneven_all_gather": _uneven_all_gather,
+                "_uneven_reduce_scatter": _uneven_reduce_scatter,
+            }
+
+    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None):
+        if not fullname.startswith("megatron.core."):
+            return None
+        patches = self.by_module.get(fullname.removeprefix("megatron.core."), ())
+        if not patches and not self.cpu:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path)
+        if spec is None or not isinstance(spec.loader, importlib.machinery.SourceFileLoader):
+            return spec
+        spec.loader = _Loader(fullname, spec.loader.path, patches, self.cpu, self.names)
+        return spec
+
+
+def install(platform: Any) -> None:
+    """Make later imports of megatron.core take the patches for this platform. Idempotent.
+
+    Raises PlatformError when megatron.core is imported already (unpatched) or has another version.
+    """
+    if any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        return
+    loaded = sorted(name for name in sys.modules if name.startswith("megatron.core"))
+    if loaded:
+        raise PlatformError(f"{loaded[0]} was imported before r1mega.platform.prepare(): call it first")
+    try:
+        version = importlib.metadata.version("megatron-core")
+    except importlib.metadata.PackageNotFoundError as error:
+        raise PlatformError(f"megatron-core is not installed: pip install megatron-core=={MEGATRON_VERSION}") from error
+    if version != MEGATRON_VERSION:
+        raise PlatformError(
+            f"megatron-core {version} is installed; the patches of r1mega are for {MEGATRON_VERSION}: "
+            f"pip install megatron-core=={MEGATRON_VERSION}"
+        )
+    needed = tuple(p for p in PATCHES if _is_needed(p, platform))
+    sys.meta_path.insert(0, _Finder(needed, cpu=platform.name == "cpu"))
+
+
+def _is_needed(patch: Patch, platform: Any) -> bool:
+    conditions: dict[str, Callable[[], bool]] = {
+        "always": lambda: True,
+        "cpu": lambda: platform.name == "cpu",
+        "no_te": lambda: not platform.has_transformer_engine,
+    }
+    return conditions[patch.when]()
+
+
+def _uneven_all_gather(outputs: list[Any], tensor: Any, group: Any) -> None:
+    """all_gather into tensors of different first dimensions: padded to the largest on the way."""
+    import torch.distributed as dist
+
+    padded = tensor.new_zeros((max(o.shape[0] for o in outputs), *tensor.shape[1:]))
+    padded[: tensor.shape[0]] = tensor
+    gathered = [padded.new_empty(padded.shape) for _ in outputs]
+    dist.all_gather(gathered, padded, group=group)
+    for output, whole in zip(outputs, gathered, strict=True):
+        output.copy_(whole[: output.shape[0]])
+
+
+def _uneven_reduce_scatter(output: Any, inputs: list[Any], group: Any) -> None:
+    """reduce_scatter of tensors of different first dimensions: all are summed everywhere, one is kept."""
+    import torch
+    import torch.distributed as dist
+
+    total = torch.cat(inputs)
+    dist.all_reduce(total, group=group)
+    output.copy_(torch.split(total, [i.shape[0] for i in inputs])[group.rank()])

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -44,7 +45,7 @@ class Completion:
 
 
 class GenerationEngine(Protocol):
-    """A generator that lives in the trainer's process.
+    """A generator that lives in the trainer's process. Temperature 0 is greedy, with the log-probs of temperature 1.
 
     Every rank of a generator's tensor-parallel group makes the same calls with the same arguments; data-parallel
     ranks are independent of each other.
@@ -73,6 +74,17 @@ class GenerationEngine(Protocol):
 
     def close(self) -> None:
         """Releases all memory; the engine cannot be used again."""
+
+
+def read_config(settings: EngineSettings) -> dict[str, Any]:
+    """The model's config.json. Raises GenerationError when it is missing or not JSON."""
+    path = settings.model_path / "config.json"
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise GenerationError(f"{path}: no such file; the generator needs an HF directory") from None
+    except json.JSONDecodeError as error:
+        raise GenerationError(f"{path}:{error.lineno}: not JSON ({error.msg})") from None
 
 
 def sample_seed(seed: int, sample_index: int) -> int:

@@ -7,7 +7,6 @@ vLLM's front end (detokeniser, output aggregation), which costs more than the mo
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ import torch.distributed as dist
 
 from r1mega.errors import GenerationError
 from r1mega.platform.generator import vllm_platform
-from r1mega.rollout.engine import Completion, EngineSettings, check_requests, sample_seed
+from r1mega.rollout.engine import Completion, EngineSettings, check_requests, read_config, sample_seed
 from r1mega.rollout.stop_strings import StopStrings
 from r1mega.types import GenerationRequest, Response, SamplingSettings
 from r1mega.weights.layout import GeneratorRank, generator_layout
@@ -267,17 +266,6 @@ class VllmEngine:
         if self._digest is None:
             raise GenerationError("the generator holds no weights (none were loaded, or the last load failed): "
                                   "call update_weights first")
-
-
-def read_config(settings: EngineSettings) -> dict[str, Any]:
-    """The model's config.json. Raises GenerationError when it is missing or not JSON."""
-    path = settings.model_path / "config.json"
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise GenerationError(f"{path}: no such file; the generator needs an HF directory") from None
-    except json.JSONDecodeError as error:
-        raise GenerationError(f"{path}:{error.lineno}: not JSON ({error.msg})") from None
 
 
 def check_settings(settings: EngineSettings, config: Mapping[str, Any], platform: Any) -> None:

@@ -1,0 +1,98 @@
+"""Files that survive kill -9: atomic replacement, and JSON lines that are appended durably and cut on resume."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from r1mega.errors import DataError
+
+
+def write_atomic(path: Path, data: str | bytes) -> None:
+    """Replace `path` so that a reader (or a run after kill -9) sees the old content or the new, never a part.
+
+    The content is synced before the rename, the directory after it. Permissions follow the umask.
+    """
+    path = Path(path)
+    content = data.encode() if isinstance(data, str) else data
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Make renames and new names in a directory durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """All complete records of a JSONL file. A broken last line (a write cut short) is left out.
+
+    Raises DataError when the file is missing, or a line before the last is not a JSON object.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
+    lines = path.read_bytes().split(b"\n")
+    while lines and not lines[-1].strip():
+        lines.pop()
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            if not isinstance(record, dict):
+                raise ValueError("not an object")
+        except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+            if number == len(lines):
+                break
+            raise DataError(f"{path}:{number}: not a JSON object ({error}); restore the file or remove it") from error
+        records.append(record)
+    return records
+
+
+class JsonLinesWriter:
+    """Appends JSON objects to a file, each synced to disk before `write` returns.
+
+    resume_step: keep the lines with "step" <= resume_step (atomically) and append after them; None: start afresh.
+    """
+
+    def __init__(self, path: Path, resume_step: int | None = None):
+        self.path = Path(path)
+        kept = read_json_lines(self.path) if resume_step is not None and self.path.exists() else []
+        kept = [record for record in kept if record["step"] <= resume_step]
+        self.last_step: int | None = kept[-1]["step"] if kept else None
+        write_atomic(self.path, "".join(_line(record) for record in kept))
+        self._file = open(self.path, "ab", buffering=0)
+
+    def write(self, *records: Mapping[str, Any]) -> None:
+        """Append one line a record, in one write. Each record needs an integer "step"."""
+        if not records:
+            return
+        self._file.write("".join(_line(record) for record in records).encode())
+        os.fsync(self._file.fileno())
+        self.last_step = records[-1]["step"]
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    """Floats are written by repr, which reads back to the same bits; NaN and infinity are refused (ValueError)."""
+    return json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"

@@ -1,0 +1,98 @@
+"""Every metric by name: what it means and in which unit. `docs/metrics.md` is made from this table."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+PHASES = ("rollout", "reward", "logprob", "update", "reshard")
+"""The phases of an RL step, in their order; each has a `time/<phase>_seconds`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One line of the table. A name may hold one `*`, which stands for any non-empty text."""
+
+    name: str
+    unit: str
+    meaning: str
+
+
+METRICS: tuple[Metric, ...] = (
+    Metric("step", "count", "steps finished; 0 is the state before the first one"),
+    Metric("reward/mean", "reward", "mean over responses of the weighted sum of reward parts"),
+    Metric("reward/accuracy", "fraction", "responses whose final answer equals the gold"),
+    Metric("reward/format", "fraction", "responses in the asked form (thinking, then answer)"),
+    Metric("reward/std", "reward", "standard deviation of the reward over all responses of the step"),
+    Metric("reward/excluded_fraction", "fraction", "responses whose reward could not be computed; not trained on"),
+    Metric("reward/*", "reward", "mean of the unweighted reward part of this name"),
+    Metric("group/no_signal_fraction", "fraction", "groups whose rewards are all equal (advantage zero)"),
+    Metric("group/*", "mixed", "further figures about groups of responses to one prompt"),
+    Metric("response/length_mean", "tokens", "mean length of responses"),
+    Metric("response/length_max", "tokens", "longest response"),
+    Metric("response/truncated_fraction", "fraction", "responses cut at rollout.max_response_tokens"),
+    Metric("response/reflection_fraction", "fraction", "responses that re-check or correct themselves"),
+    Metric("response/mixed_language_fraction", "fraction", "responses whose reasoning mixes languages"),
+    Metric("response/*", "mixed", "further figures about responses"),
+    Metric("policy/loss", "loss", "the objective that was minimised, mean over optimizer steps"),
+    Metric("policy/kl", "nats/token", "KL of the policy from the reference model (k3 estimate)"),
+    Metric("policy/clip_fraction", "fraction", "response tokens whose ratio was clipped"),
+    Metric("policy/entropy", "nats/token", "mean entropy of the policy's next-token distribution"),
+    Metric("policy/grad_norm", "norm", "global gradient norm before clipping, mean over optimizer steps"),
+    Metric("policy/learning_rate", "1", "learning rate of the step's last optimizer step"),
+    Metric("policy/*", "mixed", "further figures about the policy and its update"),
+    Metric("logprob/diff_max", "nats", "largest |trainer - sampler| log-prob on the same tokens"),
+    Metric("logprob/diff_mean", "nats", "mean |trainer - sampler| log-prob on the same tokens"),
+    Metric("logprob/*", "nats", "further figures about the trainer-sampler mismatch"),
+    Metric("expert/load_max_over_mean", "ratio", "busiest expert's tokens over the mean, the worst MoE layer"),
+    Metric("expert/*", "mixed", "further figures about experts"),
+    *(Metric(f"time/{phase}_seconds", "s", f"time of the {phase} phase in the step") for phase in PHASES),
+    Metric("time/evaluate_seconds", "s", "time of the evaluation in the step"),
+    Metric("time/step_seconds", "s", "wall time of the whole step"),
+    Metric("time/*_seconds", "s", "time of the phase of this name in the step"),
+    Metric("tokens/rollout_per_second", "tokens/s", "sampled tokens over the rollout's time"),
+    Metric("tokens/update_per_second", "tokens/s", "trained tokens (prompt and response) over the update's time"),
+    Metric("tokens/*", "mixed", "further figures about tokens"),
+    Metric("memory/rss_bytes", "bytes", "resident memory of the rank's process"),
+    Metric("memory/*", "bytes", "further figures about memory"),
+    Metric("packing/fill_fraction", "fraction", "real tokens over the tokens of the microbatches that hold them"),
+    Metric("packing/*", "mixed", "further figures about packing"),
+    Metric("weights/*", "mixed", "figures about the transfer of weights to the generator and its proof"),
+    Metric("train/loss", "nats/token", "cross-entropy of the training tokens (base and SFT stages)"),
+    Metric("train/*", "mixed", "further figures about supervised training"),
+    Metric("probe/*", "fraction", "teacher-forced accuracy of the probe of this name"),
+    Metric("eval/accuracy", "fraction", "pass@1 on the evaluation prompts, mean over samples"),
+    Metric("eval/accuracy_low", "fraction", "lower end of its 95% interval (clustered by prompt)"),
+    Metric("eval/accuracy_high", "fraction", "upper end of its 95% interval (clustered by prompt)"),
+    Metric("eval/consensus", "fraction", "accuracy of the majority answer (cons@k)"),
+    Metric("eval/format", "fraction", "evaluation responses in the asked form"),
+    Metric("eval/length_mean", "tokens", "mean length of evaluation responses"),
+    Metric("eval/truncated_fraction", "fraction", "evaluation responses that were cut"),
+    Metric("eval/*", "mixed", "further figures of the evaluation"),
+)
+
+
+def find_metric(name: str) -> Metric | None:
+    """The table's entry for a name: the exact one, else the family that matches it, else None."""
+    for metric in METRICS:
+        if metric.name == name:
+            return metric
+    for metric in METRICS:
+        if "*" in metric.name and re.fullmatch(re.escape(metric.name).replace(r"\*", ".+"), name):
+            return metric
+    return None
+
+
+def metrics_markdown() -> str:
+    """The table as Markdown: the whole of docs/metrics.md."""
+    head = (
+        "# Metrics\n\n"
+        "One JSON object a step in `RUN_DIR/metrics.jsonl`; the same names in TensorBoard and W&B.\n"
+        "A value that was not finite is `null`. `*` stands for any name. Made by `python -m r1mega.observe.registry > docs/metrics.md`.\n\n"
+        "| name | unit | meaning |\n|---|---|---|\n"
+    )
+    return head + "".join(f"| `{m.name}` | {m.unit} | {m.meaning.replace('|', chr(92) + '|')} |\n" for m in METRICS)
+
+
+if __name__ == "__main__":
+    print(metrics_markdown(), end="")

@@ -1,0 +1,167 @@
+"""The run directory: who owns it, what it was told, what made it, and where it stands.
+
+    RUN_DIR/config.yaml        the resolved config        RUN_DIR/metrics.jsonl   one line a step
+    RUN_DIR/environment.json   versions, commit, platform RUN_DIR/samples.jsonl   sampled responses
+    RUN_DIR/status.json        running, finished, ...     RUN_DIR/tensorboard/    events
+    RUN_DIR/lock               held while a run is alive  RUN_DIR/checkpoints/    step_XXXXXX
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from r1mega.errors import ConfigError, DataError
+from r1mega.observe.environment import describe_environment
+from r1mega.observe.files import write_atomic
+
+log = logging.getLogger(__name__)
+
+State = Literal["running", "finished", "interrupted", "failed"]
+
+CHANGEABLE_KEYS = ("steps", "threads", "observe", "checkpoint", "evaluate")
+"""Top-level config keys that may differ when a run is started again; any other makes it another run."""
+
+_locked_here: set[Path] = set()  # POSIX locks do not exclude within one process: this set does
+
+
+class RunDirectory:
+    """Paths of a run directory, and its small files. Only rank 0 locks and writes; every rank may use the paths."""
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+        self.config = self.path / "config.yaml"
+        self.environment = self.path / "environment.json"
+        self.status = self.path / "status.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.samples = self.path / "samples.jsonl"
+        self.report = self.path / "report.html"
+        self.checkpoints = self.path / "checkpoints"
+        self.lock_file = self.path / "lock"
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Make the directory and own it for the block. ConfigError when another live run owns it.
+
+        The kernel frees the lock when its process dies, however it dies: what a dead run left is taken over. (A POSIX
+        record lock: children do not inherit it, and NFS carries it between hosts.)
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"run_dir {self.path}: cannot be made ({error}); choose another run_dir") from error
+        identity = self.path.resolve()
+        if identity in _locked_here:
+            raise ConfigError(f"run_dir {self.path}: another run of this process has it; choose another run_dir")
+        descriptor = os.open(self.lock_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            self._acquire(descriptor)
+            _locked_here.add(identity)
+            yield
+            os.ftruncate(descriptor, 0)
+        finally:
+            _locked_here.discard(identity)
+            os.close(descriptor)
+
+    def _acquire(self, descriptor: int) -> None:
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = os.read(descriptor, 4096).decode(errors="replace").strip() or "unknown"
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise ConfigError(
+                    f"run_dir {self.path}: in use by another run ({holder}); stop that run or choose another run_dir"
+                ) from error
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+            log.warning("%s: this file system has no locks; a second run here would not be noticed", self.path)
+        if left := os.pread(descriptor, 4096, 0).decode(errors="replace").strip():
+            log.info("%s: taking over from a run that did not end cleanly (%s)", self.path, left)
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"pid {os.getpid()} on {socket.gethostname()} since {_now()}\n".encode(), 0)
+
+    def write_config(self, config: Mapping[str, Any]) -> None:
+        """Store the resolved config (JSON types). ConfigError, and nothing written, when the directory holds a run
+        whose config differs in a key outside CHANGEABLE_KEYS.
+        """
+        if self.config.exists():
+            changed = sorted(_differences(self.read_config(), config))
+            fixed = [line for key, line in changed if key.split(".")[0] not in CHANGEABLE_KEYS]
+            if fixed:
+                raise ConfigError(
+                    f"run_dir {self.path} holds a run with another config:\n  " + "\n  ".join(fixed) + "\n"
+                    "choose another run_dir, or remove this one to start over"
+                )
+        write_atomic(self.config, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True, width=120))
+
+    def read_config(self) -> dict[str, Any]:
+        """The stored config; DataError when there is none or it is damaged."""
+        try:
+            config = yaml.safe_load(self.config.read_text())
+        except FileNotFoundError as error:
+            raise DataError(f"{self.path}: not a run directory (it has no config.yaml)") from error
+        except yaml.YAMLError as error:
+            raise DataError(f"{self.config}: damaged ({error})") from error
+        if not isinstance(config, dict):
+            raise DataError(f"{self.config}: damaged (not a mapping)")
+        return config
+
+    def write_environment(self, step: int = 0, world_size: int = 1) -> None:
+        """Store what runs here now; `starts` gains one entry (time, step, commit) each time the run is started."""
+        environment = describe_environment()
+        starts = self.read_environment().get("starts", []) if self.environment.exists() else []
+        starts.append({"time": _now(), "step": step, "git_commit": environment["git_commit"]})
+        _write_json(self.environment, {**environment, "world_size": world_size, "starts": starts})
+
+    def read_environment(self) -> dict[str, Any]:
+        return _read_json(self.environment)
+
+    def write_status(self, state: State, step: int, metrics: Mapping[str, Any] | None = None) -> None:
+        """Say where the run stands; metrics: its final (or latest) numbers."""
+        _write_json(
+            self.status,
+            {"state": state, "step": step, "time": _now(), "pid": os.getpid(), "metrics": dict(metrics or {})},
+        )
+
+    def read_status(self) -> dict[str, Any]:
+        return _read_json(self.status)
+
+
+def _differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted key, "key: old -> new") of every leaf that differs."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for name in {**old, **new}:
+            yield from _differences(old.get(name), new.get(name), f"{key}.{name}" if key else name)
+    elif isinstance(old, (list, tuple)) and isinstance(new, (list, tuple)):
+        if list(old) != list(new):
+            yield key, f"{key}: {list(old)} -> {list(new)}"
+    elif old != new:
+        yield key, f"{key}: {old} -> {new}"
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file") from error
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON ({error})") from error

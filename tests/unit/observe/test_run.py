@@ -1,0 +1,128 @@
+"""The run directory: one owner, config that cannot change under a run, environment, status."""
+
+import os
+import platform
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from r1mega.errors import ConfigError, DataError
+from r1mega.observe.environment import git_commit
+from r1mega.observe.run import RunDirectory
+
+ROOT = Path(__file__).parents[3]
+
+HOLD = """
+import os, sys, time
+from r1mega.observe.run import RunDirectory
+with RunDirectory(sys.argv[1]).lock():
+    child = os.fork()  # a worker that outlives the run must not keep the lock
+    if child == 0:
+        time.sleep(60)
+        os._exit(0)
+    print(child, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_second_process_is_refused_and_a_dead_one_replaced(tmp_path):
+    run = RunDirectory(tmp_path / "run")
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(run.path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    worker = int(holder.stdout.readline())
+    try:
+        with pytest.raises(ConfigError, match=f"in use by another run .*pid {holder.pid}"):
+            with run.lock():
+                pytest.fail("two owners")
+        os.kill(holder.pid, signal.SIGKILL)
+        holder.wait()
+        with run.lock():
+            assert f"pid {os.getpid()}" in run.lock_file.read_text()
+    finally:
+        holder.kill()
+        os.kill(worker, signal.SIGKILL)
+        holder.stdout.close()
+
+
+def test_lock_excludes_within_the_process_and_is_freed(tmp_path):
+    run = RunDirectory(tmp_path)
+    with run.lock():
+        with pytest.raises(ConfigError, match="another run of this process"):
+            with RunDirectory(tmp_path).lock():
+                pytest.fail("two owners")
+    with pytest.raises(KeyError):
+        with run.lock():
+            raise KeyError
+    with run.lock():
+        pass
+
+
+def test_run_dir_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot be made"):
+        with RunDirectory(tmp_path / "file" / "run").lock():
+            pass
+
+
+def test_config_round_trip_and_change(tmp_path):
+    run = RunDirectory(tmp_path)
+    config = {"stage": "zero", "steps": 10, "rollout": {"group_size": 4, "stop": ["</answer>"]}, "observe": {"a": 1}}
+    run.write_config(config)
+    assert run.read_config() == config
+    run.write_config({**config, "steps": 20, "observe": {"a": 2}})
+    assert run.read_config()["steps"] == 20
+    before = run.config.read_bytes()
+    with pytest.raises(ConfigError, match=r"rollout\.group_size: 4 -> 8") as error:
+        run.write_config({**config, "steps": 30, "rollout": {"group_size": 8, "stop": ["</answer>"]}})
+    assert "steps" not in str(error.value) and run.config.read_bytes() == before
+
+
+def test_reading_what_is_not_a_run(tmp_path):
+    run = RunDirectory(tmp_path)
+    with pytest.raises(DataError, match="not a run directory"):
+        run.read_config()
+    run.config.write_text("a: [")
+    with pytest.raises(DataError, match="damaged"):
+        run.read_config()
+    run.status.write_text('{"state": ')
+    with pytest.raises(DataError, match="not JSON"):
+        run.read_status()
+
+
+def test_environment_and_its_starts(tmp_path):
+    run = RunDirectory(tmp_path)
+    run.write_environment(step=0, world_size=2)
+    run.write_environment(step=7, world_size=2)
+    environment = run.read_environment()
+    assert environment["python"] == platform.python_version()
+    assert environment["packages"]["torch"] == torch.__version__
+    assert environment["world_size"] == 2
+    assert [start["step"] for start in environment["starts"]] == [0, 7]
+
+
+def test_git_commit_of_a_real_repository(tmp_path):
+    def git(*arguments):
+        identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+        command = ["git", "-C", str(tmp_path), *identity, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    assert git_commit(tmp_path) is None
+    git("init", "-q")
+    (tmp_path / "file").write_text("1")
+    git("add", "file")
+    git("commit", "-q", "-m", "first")
+    assert git_commit(tmp_path) == git("rev-parse", "HEAD")
+    (tmp_path / "file").write_text("2")
+    assert git_commit(tmp_path) == git("rev-parse", "HEAD") + "+changes"
+
+
+def test_status(tmp_path):
+    run = RunDirectory(tmp_path)
+    run.write_status("finished", 12, {"reward/accuracy": 0.5})
+    status = run.read_status()
+    assert (status["state"], status["step"], status["metrics"]) == ("finished", 12, {"reward/accuracy": 0.5})

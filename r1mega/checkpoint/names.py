@@ -263,6 +263,9 @@ def local_entries(chunks: Sequence[Any]) -> Iterator[tuple[Entry, torch.Tensor]]
     place = coordinates()
     for chunk in chunks:
         model, shape = unwrap(chunk), model_shape(chunk)
+        for module in model.modules():
+            if hasattr(module, "_maintain_float32_expert_bias"):  # Float16Module has rounded it, until the next forward
+                module._maintain_float32_expert_bias()
         named = [*model.named_parameters(), *((n, b) for n, b in model.named_buffers() if n.endswith("expert_bias"))]
         for name, tensor in named:
             match = _LAYER.fullmatch(name)

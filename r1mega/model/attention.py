@@ -5,12 +5,15 @@ Dense [s, b, h, d], packed [t, h, d] (thd), and context parallelism by gathering
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 
 class CausalAttention(MegatronModule):
@@ -52,31 +55,129 @@ class CausalAttention(MegatronModule):
         if packed_seq_params is not None:
             if context_parallel:
                 raise NotImplementedError("packed sequences under context parallelism")
-            return packed_attention(query, key, value, packed_seq_params.cu_seqlens_q, self.scale)
+            return packed_attention(query, key, value, packed_seq_params.index, self.scale)
         if context_parallel:
             return zigzag_attention(query, key, value, self.cp_group, self.scale)
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
-        output = scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=_grouped(q, k))
-        return output.permute(2, 0, 1, 3).flatten(2)
+        return causal_attention(q, k, v, self.scale).permute(2, 0, 1, 3).flatten(2)
 
 
-def _grouped(query: torch.Tensor, key: torch.Tensor) -> bool:
-    return query.shape[1] != key.shape[1]
+@dataclass
+class PackedSequences(PackedSeqParams):
+    """Megatron's description of packed sequences, with the rectangles that all layers share."""
+
+    @cached_property
+    def index(self) -> PackingIndex:
+        return packing_index(self.cu_seqlens_q)
+
+
+def causal_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """softmax(q k^T * scale, causal or under `mask`) v. [b, h, s, d] x3 -> [b, h, s, d_v]; fewer KV heads are shared.
+
+    torch's flash kernel wants equal head sizes of q, k and v, else it builds all scores: the smaller is padded by zeros.
+    """
+    size, value_size = query.shape[-1], value.shape[-1]
+    if value_size < size:
+        value = pad(value, (0, size - value_size))
+    elif size < value_size:
+        scale = scale if scale is not None else size**-0.5
+        query, key = (pad(t, (0, value_size - size)) for t in (query, key))
+    output = scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
+    )
+    return output[..., :value_size]
+
+
+# ---------------------------------------------------------------------- packed sequences
+
+
+@dataclass(frozen=True, slots=True)
+class PackingIndex:
+    """Packed tokens <-> rectangles of sequences of similar length, padded at their end.
+
+    shapes: (sequences, length) of each rectangle; gather: [padded tokens], the packed token of each place (padding
+    repeats a token of the sequence); scatter: [tokens], the place of each packed token.
+    """
+
+    shapes: tuple[tuple[int, int], ...]
+    gather: torch.Tensor
+    scatter: torch.Tensor
+
+
+def packing_index(cu_seqlens: torch.Tensor, shortest: float = 0.75) -> PackingIndex:
+    """Rectangles for the sequences bounded by cu_seqlens [sequences + 1].
+
+    shortest: the least length in a rectangle as a share of its longest, which bounds the padding. Empty ones are skipped.
+    """
+    bounds = cu_seqlens.detach().to("cpu", torch.int64)
+    lengths, order = torch.sort(bounds.diff(), descending=True, stable=True)
+    sizes = lengths.tolist()
+    shapes, gather, places = [], [], []
+    first, offset = 0, 0
+    while first < len(sizes) and sizes[first] > 0:
+        longest, last = sizes[first], first
+        while last < len(sizes) and sizes[last] > 0 and sizes[last] >= shortest * longest:
+            last += 1
+        starts, own = bounds[order[first:last]][:, None], lengths[first:last, None]
+        column = torch.arange(longest)[None]
+        gather.append((starts + torch.minimum(column, own - 1)).flatten())
+        places.append((offset + torch.arange((last - first) * longest))[(column < own).flatten()])
+        shapes.append((last - first, longest))
+        offset += (last - first) * longest
+        first = last
+    gather, places = torch.cat(gather), torch.cat(places)
+    scatter = torch.empty(len(places), dtype=torch.int64)
+    scatter[gather[places]] = places
+    return PackingIndex(tuple(shapes), gather.to(cu_seqlens.device), scatter.to(cu_seqlens.device))
+
+
+class _ToRectangles(torch.autograd.Function):
+    """[t, ...] -> [padded, ...]. Padding comes after all real tokens of a causal sequence: its gradient is zero."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, gather: torch.Tensor, scatter: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(scatter)
+        return tensor.index_select(0, gather)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return gradient.index_select(0, ctx.saved_tensors[0]), None, None
+
+
+class _FromRectangles(torch.autograd.Function):
+    """[padded, ...] -> [t, ...]."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, scatter: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(scatter)
+        ctx.padded = tensor.shape[0]
+        return tensor.index_select(0, scatter)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        padded = gradient.new_zeros(ctx.padded, *gradient.shape[1:])
+        return padded.index_copy_(0, ctx.saved_tensors[0], gradient), None
 
 
 def packed_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor, scale: float | None
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, index: PackingIndex, scale: float | None
 ) -> torch.Tensor:
-    """Causal attention inside each packed sequence. [t, h, d], cu_seqlens [sequences + 1] -> [t, h * d_v]."""
+    """Causal attention inside each packed sequence. [t, h, d] -> [t, h * d_v], one kernel call a rectangle.
+
+    A call a sequence costs several times as much for the hundreds of short sequences of a packed microbatch.
+    """
+    rectangles = [_ToRectangles.apply(t, index.gather, index.scatter) for t in (query, key, value)]
+    sizes = [rows * length for rows, length in index.shapes]
     outputs = []
-    bounds = cu_seqlens.tolist()
-    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
-        if start == end:
-            continue
-        q, k, v = (t[start:end].transpose(0, 1)[None] for t in (query, key, value))
-        output = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=_grouped(q, k))
-        outputs.append(output[0].transpose(0, 1))
-    return torch.cat(outputs).flatten(1)
+    for (rows, length), *qkv in zip(index.shapes, *(t.split(sizes) for t in rectangles), strict=True):
+        q, k, v = (t.unflatten(0, (rows, length)).transpose(1, 2) for t in qkv)
+        outputs.append(causal_attention(q, k, v, scale).transpose(1, 2).flatten(0, 1))
+    return _FromRectangles.apply(torch.cat(outputs), index.scatter).flatten(1)
+
+
+# ---------------------------------------------------------------------- context parallelism
 
 
 class _AllGather(torch.autograd.Function):
@@ -111,8 +212,7 @@ def zigzag_attention(
     second = torch.arange((2 * ranks - 1 - rank) * chunk, (2 * ranks - rank) * chunk, device=device)
     visible = torch.cat([first, second])[:, None] >= torch.arange(2 * ranks * chunk, device=device)
     q, k, v = (t.permute(1, 2, 0, 3) for t in (query, keys, values))
-    output = scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale, enable_gqa=_grouped(q, k))
-    return output.permute(2, 0, 1, 3).flatten(2)
+    return causal_attention(q, k, v, scale, visible).permute(2, 0, 1, 3).flatten(2)
 
 
 def _restore_order(gathered: torch.Tensor) -> torch.Tensor:

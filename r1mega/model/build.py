@@ -43,10 +43,10 @@ def build_model(
 def packed_seq_params(cu_seqlens: torch.Tensor) -> Any:
     """Megatron's description of packed sequences, from their bounds [sequences + 1] int32 (0 first, t last)."""
     platform.prepare()
-    from megatron.core.packed_seq_params import PackedSeqParams
+    from r1mega.model.attention import PackedSequences
 
-    longest = int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
-    return PackedSeqParams(
+    longest = int(cu_seqlens.diff().max())
+    return PackedSequences(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,
         cu_seqlens_kv=cu_seqlens,

@@ -145,6 +145,14 @@ PATCHES = (
         "with calculate_per_token_loss the auxiliary loss shrank by the size of the tensor and context parallel group",
     ),
     Patch(
+        "transformer.moe.router",
+        "always",
+        "                self.expert_bias.data = self.expert_bias.data.to(torch.float32)",
+        "                self.expert_bias.data = self.expert_bias.data.to(torch.float32)\n"
+        "                self.local_tokens_per_expert.data = self.local_tokens_per_expert.data.to(torch.float32)",
+        "Float16Module turns the token counters into bfloat16, which cannot count beyond 256",
+    ),
+    Patch(
         "models.gpt.gpt_model",
         "always",
         "        if mtp_in_postprocess:\n            hidden_states = self.mtp(",

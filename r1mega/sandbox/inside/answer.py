@@ -1,0 +1,132 @@
+"""Runs in the answer's sandbox: loads the answer, then does what the grader asks, one request at a time.
+
+The answer shares this process and may take it over; all it wins is to choose the values that it returns, which is what an
+answer does anyway. It never sees what they are compared with.
+"""
+
+import builtins
+import itertools
+import json
+import os
+import sys
+import types
+
+import _sitebuiltins
+from wire import Unsendable, decode, encode
+
+
+class Objects:
+    """What stays here: id -> object. Ids count up, so that a rerun gives the same ones."""
+
+    def __init__(self):
+        self._by_id = {}
+        self._ids = itertools.count()
+
+    def keep(self, value):
+        number = next(self._ids)
+        self._by_id[number] = value
+        return number
+
+    def get(self, number):
+        return self._by_id[number]
+
+
+def load(source, libraries):
+    """(module, None) or (None, why not)."""
+    sys.path[:] = [path for path in sys.path if path] + list(libraries)
+    sys.argv = ["answer.py"]
+    builtins.exit = _sitebuiltins.Quitter("exit", "Ctrl-D")
+    builtins.quit = _sitebuiltins.Quitter("quit", "Ctrl-D")
+    module = types.ModuleType("answer")
+    sys.modules["answer"] = module
+    try:
+        code = compile(source, "answer.py", "exec")
+    except (SyntaxError, ValueError, MemoryError, RecursionError, OverflowError) as error:
+        return None, {"load": "compile_error", "message": describe(error)}
+    try:
+        exec(code, module.__dict__)
+    except SystemExit as error:
+        return None, {"load": "early_exit", "message": "exited with %r while loading" % (error.code,)}
+    except MemoryError:
+        return None, {"load": "memory_limit", "message": "MemoryError while loading"}
+    except BaseException as error:
+        return None, {"load": "runtime_error", "message": describe(error)}
+    return module, None
+
+
+def describe(error):
+    """Type and message of an exception, whatever its __str__ does."""
+    try:
+        return ("%s: %s" % (type(error).__name__, error))[:300]
+    except BaseException:
+        return type(error).__name__
+
+
+def target(module, objects, on):
+    if "@" in on:
+        return objects.get(on["@"])
+    name = on["name"]
+    if name in module.__dict__:
+        return module.__dict__[name]
+    solution = module.__dict__.get("Solution")
+    if solution is not None and hasattr(solution, name):
+        return getattr(solution(), name)
+    raise NameError("name %r is not defined by the answer" % name)
+
+
+def perform(module, objects, request):
+    """The reply to one request, without its number."""
+    try:
+        subject = target(module, objects, request["on"])
+        arguments = [decode(form, objects.get) for form in request["arguments"]]
+        keywords = {name: decode(form, objects.get) for name, form in request["keywords"].items()}
+        operation = request["do"]
+        if operation == "call":
+            value = subject(*arguments, **keywords)
+        elif operation == "get":
+            value = getattr(subject, *arguments)
+        elif operation == "set":
+            value = setattr(subject, *arguments)
+        elif operation == "item":
+            value = subject[arguments[0]]
+        else:
+            value = {"len": len, "iter": list, "str": str}[operation](subject)
+        return {"value": encode(value, objects.keep)}
+    except SystemExit as error:
+        return {"exit": "exited with %r" % (error.code,)}
+    except Unsendable as error:
+        return {"unsendable": str(error)}
+    except BaseException as error:
+        return {"raise": type(error).__name__, "message": describe(error)}
+
+
+def respond(state, request):
+    """Reply to one request; 'load' comes first and fills `state`."""
+    if request["do"] == "load":
+        # Lone surrogates reach the compiler as they are and are refused there.
+        source = request["source"].encode("utf-8", "surrogatepass")
+        state["module"], refusal = load(source, request["libraries"])
+        state["objects"] = Objects()
+        reply = refusal or {"load": "ok"}
+    else:
+        reply = perform(state["module"], state["objects"], request)
+    reply["number"] = request["number"]
+    return json.dumps(reply)
+
+
+def main():
+    requests, replies = os.fdopen(os.dup(0), "rb"), os.dup(1)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    os.dup2(2, 1)  # what the answer prints counts as output, not as a reply
+    os.write(replies, b"hello\n")
+    state = {}
+    for line in requests:
+        data = respond(state, json.loads(line)).encode() + b"\n"
+        while data:
+            data = data[os.write(replies, data) :]
+
+
+if __name__ == "__main__":
+    main()

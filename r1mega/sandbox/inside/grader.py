@@ -1,0 +1,309 @@
+"""Runs in the grader's sandbox: executes the tests, in which the answer's names are stand-ins that ask the other sandbox.
+
+Comparisons happen here, between values that have become plain built-in types, so an answer's own __eq__, its patched
+builtins and its frames never meet a test.
+"""
+
+import ast
+import builtins
+import importlib
+import json
+import math
+import os
+import secrets
+import sys
+import types
+
+from wire import Unsendable, decode, encode
+
+
+class Ended(BaseException):
+    """No further test is to run: the answer is gone, or one failure is enough."""
+
+
+class Tampered(Ended):
+    """A reply that cannot have come from the agent."""
+
+
+class AnswerError(Exception):
+    """An exception of a type that only the answer knows."""
+
+
+class Line:
+    """The way to the answer: one request, one reply that repeats the request's unguessable number."""
+
+    def __init__(self, exchange):
+        self._exchange = exchange
+
+    def ask(self, do, on, arguments=(), keywords=None):
+        number = secrets.token_hex(8)
+        request = {"number": number, "do": do, "on": on}
+        request["arguments"] = [encode(value, number_of) for value in arguments]
+        request["keywords"] = {name: encode(value, number_of) for name, value in (keywords or {}).items()}
+        text = self._exchange(json.dumps(request))
+        if text is None:
+            raise Ended("the answer is gone")
+        try:
+            reply = json.loads(text)
+            if not isinstance(reply, dict) or reply.get("number") != number:
+                raise ValueError("not a reply to this request")
+            if "value" in reply:
+                return decode(reply["value"], lambda identity: StandIn(self, {"@": identity}))
+        except (ValueError, RecursionError) as error:
+            raise Tampered("forged reply: %s" % error)
+        if "exit" in reply:
+            raise Ended("exit: " + str(reply["exit"]))
+        if "unsendable" in reply:
+            raise TypeError("returned a value that cannot be compared: " + str(reply["unsendable"]))
+        raise remote_exception(reply)
+
+
+def remote_exception(reply):
+    """The answer's exception as one of ours. Those that steer control flow (StopIteration would end a test's loop early
+    and pass `all(map(...))`) become plain RuntimeErrors."""
+    name, message = str(reply.get("raise")), str(reply.get("message"))
+    kind = getattr(builtins, name, None)
+    usable = isinstance(kind, type) and issubclass(kind, Exception)
+    if name in ("StopIteration", "StopAsyncIteration") or name.startswith("Unicode"):
+        kind = RuntimeError
+    error = kind(message) if usable else AnswerError(message)
+    error.from_answer = message
+    return error
+
+
+def number_of(value):
+    """What a stand-in stands for; a test's own objects cannot be sent."""
+    if isinstance(value, StandIn):
+        on = object.__getattribute__(value, "_on")
+        if "@" in on:
+            return on["@"]
+        return value.__self_reference__()
+    raise Unsendable("the test passes a %s, which cannot be sent to the answer" % type(value).__name__)
+
+
+class StandIn:
+    """A name or an object of the answer. Equality is identity: the answer's own __eq__ is never asked."""
+
+    def __init__(self, line, on):
+        object.__setattr__(self, "_line", line)
+        object.__setattr__(self, "_on", on)
+
+    def __call__(self, *arguments, **keywords):
+        return self._line.ask("call", self._on, arguments, keywords)
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self._line.ask("get", self._on, (name,))
+
+    def __setattr__(self, name, value):
+        self._line.ask("set", self._on, (name, value))
+
+    def __getitem__(self, key):
+        return self._line.ask("item", self._on, (key,))
+
+    def __len__(self):
+        return self._line.ask("len", self._on)
+
+    def __bool__(self):
+        return True
+
+    def __iter__(self):
+        return iter(self._line.ask("iter", self._on))
+
+    def __str__(self):
+        return self._line.ask("str", self._on)
+
+    def __self_reference__(self):
+        raise Unsendable("the test passes the answer's function %r itself" % self._on.get("name"))
+
+
+class Tally:
+    """Counts assertions. stop_at_failure: one failure ends the tests."""
+
+    def __init__(self, stop_at_failure):
+        self.num_passed, self.num_failed, self.first, self._stop = 0, 0, None, stop_at_failure
+
+    def passed(self):
+        self.num_passed += 1
+
+    def failed(self, error, where):
+        self.num_failed += 1
+        self.note(error, where)
+        if self._stop:
+            raise Ended("failed")
+
+    def note(self, error, where):
+        if self.first is not None:
+            return
+        from_answer = getattr(error, "from_answer", None)
+        kind = "answer" if from_answer else "assertion"
+        if isinstance(error, Unsendable):
+            kind = "test"
+        text = from_answer or ("" if isinstance(error, AssertionError) else type(error).__name__ + ": ")
+        self.first = {"kind": kind, "message": (text + ("" if from_answer else str(error)))[:300], "where": where[:300]}
+
+
+class Counted(ast.NodeTransformer):
+    """Wraps every assertion that can fail so that its outcome is counted."""
+
+    def __init__(self):
+        self.num_assertions = 0
+
+    def visit_Assert(self, node):
+        if isinstance(node.test, ast.Constant):  # `assert True` proves nothing
+            return node
+        self.num_assertions += 1
+        template = "try:\n pass\n __tally__.passed()\nexcept Exception as __error__:\n __tally__.failed(__error__, %r)"
+        wrapped = ast.parse(template % ast.get_source_segment(self.source, node)).body[0]
+        wrapped.body[0] = node
+        return ast.fix_missing_locations(ast.copy_location(wrapped, node))
+
+
+def names_in(tree):
+    """(names read, names bound, names read only as `name.attribute`) anywhere in the tests."""
+    read, bound, bases, others = set(), set(), set(), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name):
+            (read if isinstance(node.ctx, ast.Load) else bound).add(node.id)
+        elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            bound.add(node.name)
+        elif isinstance(node, ast.arg):
+            bound.add(node.arg)
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            bound.update((alias.asname or alias.name).split(".")[0] for alias in node.names)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            bases.add(node.value.id)
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Name) and not isinstance(node, ast.Attribute):
+                others.add(child.id)
+    return read, bound, bases - others
+
+
+def bind(namespace, tree, entry, line):
+    """Give every free name of the tests its meaning: the answer's function, a module of ours, or the answer's other names.
+
+    Built-in names are ours, whatever the answer calls its functions; if the tests call nothing else, the first name that
+    they call is the answer's (a task may well ask for a function called `sum`).
+    """
+    read, bound, bases = names_in(tree)
+    free = {name for name in read - bound if name not in namespace and not hasattr(builtins, name)}
+    for name in sorted(free & bases):
+        if name in getattr(sys, "stdlib_module_names", sys.builtin_module_names + ("math", "re", "string")):
+            namespace[name] = importlib.import_module(name)
+            free.discard(name)
+    remote = set(free)
+    if entry:
+        remote.add(entry)
+    elif not free:
+        calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+        shadowed = [call for call in calls if call.id not in bound]
+        if shadowed:
+            remote.add(min(shadowed, key=lambda call: (call.lineno, call.col_offset)).id)
+    for name in remote:
+        namespace[name] = StandIn(line, {"name": name})
+
+
+def run_assertions(spec, line):
+    """Outcome of an assert block: counts, the first failure, whether it ran to its end."""
+    tally, counted = Tally(spec["stop_at_failure"]), Counted()
+    module = types.ModuleType("tests")
+    sys.modules["tests"] = module
+    namespace = module.__dict__
+    namespace["__tally__"] = tally
+    outcome = {"ended": "whole"}
+    try:
+        exec(compile(spec["context"], "context", "exec"), namespace)
+        counted.source = spec["tests"]
+        tree = counted.visit(ast.parse(spec["tests"]))
+        bind(namespace, tree, spec["entry"], line)
+        exec(compile(tree, "tests", "exec"), namespace)
+    except Tampered as error:
+        outcome = {"ended": "tampering", "message": str(error)}
+    except Ended as error:
+        outcome = {"ended": "early", "message": str(error)}
+    except BaseException as error:
+        outcome = {"ended": "raised"}
+        tally.note(error, "outside of an assertion")
+        tally.num_failed += 1
+    outcome.update(num_passed=tally.num_passed, num_failed=tally.num_failed, first=tally.first)
+    outcome["num_assertions"] = counted.num_assertions
+    return outcome
+
+
+def alike(actual, expected, tolerance):
+    """Whether a returned value equals one from a JSON file, where tuples are lists and every key is text."""
+    if isinstance(actual, (list, tuple)) and isinstance(expected, (list, tuple)):
+        return len(actual) == len(expected) and all(alike(a, e, tolerance) for a, e in zip(actual, expected))
+    if isinstance(actual, dict) and isinstance(expected, dict):
+        keyed = {key if isinstance(key, str) else str(key): value for key, value in actual.items()}
+        return keyed.keys() == expected.keys() and all(alike(keyed[key], expected[key], tolerance) for key in keyed)
+    if isinstance(actual, (set, frozenset)) and isinstance(expected, list):
+        return len(actual) == len(expected) and all(item in actual for item in expected)
+    if isinstance(actual, bool) != isinstance(expected, bool):
+        return False
+    numbers = isinstance(actual, (int, float)) and isinstance(expected, (int, float))
+    if numbers and (isinstance(actual, float) or isinstance(expected, float)):
+        return math.isclose(actual, expected, rel_tol=tolerance, abs_tol=tolerance)
+    return type(actual) is not StandIn and actual == expected
+
+
+def run_case(spec, case, line):
+    """None if the case passes, else what was wrong."""
+    entry = StandIn(line, {"name": spec["entry"]})
+    try:
+        actual = entry(*case["arguments"], **case["keywords"])
+        if alike(actual, case["expected"], spec["tolerance"]):
+            return None
+        return {"kind": "assertion", "message": "returned %.200r, expected %.200r" % (actual, case["expected"])}
+    except Exception as error:
+        tally = Tally(False)
+        tally.note(error, "")
+        return tally.first
+
+
+def run_cases(spec, line):
+    """Outcome of function calls: one entry for each case that came to an end, in order."""
+    results, outcome = [], {"ended": "whole"}
+    try:
+        for case in spec["cases"]:
+            results.append(run_case(spec, case, line))
+            if results[-1] and spec["stop_at_failure"]:
+                break
+    except Tampered as error:
+        outcome = {"ended": "tampering", "message": str(error)}
+    except Ended as error:
+        outcome = {"ended": "early", "message": str(error)}
+    outcome["results"] = results
+    return outcome
+
+
+def grade(spec, exchange):
+    line = Line(exchange)
+    return run_cases(spec, line) if "cases" in spec else run_assertions(spec, line)
+
+
+def main():
+    incoming, outgoing = os.fdopen(os.dup(0), "rb"), os.dup(1)
+    os.dup2(os.open(os.devnull, os.O_RDWR), 0)
+    os.dup2(0, 1)
+    os.dup2(0, 2)
+
+    def send(kind, text):
+        data = kind + text.encode() + b"\n"
+        while data:
+            data = data[os.write(outgoing, data) :]
+
+    def exchange(text):
+        send(b"C", text)
+        reply = incoming.readline()
+        return reply if len(reply) > 1 else None  # an empty line: the answer is gone
+
+    spec = json.loads(incoming.readline())
+    outcome = grade(spec, exchange)
+    outcome["nonce"] = spec["nonce"]
+    send(b"V", json.dumps(outcome))
+
+
+if __name__ == "__main__":
+    main()

@@ -250,10 +250,11 @@ class BaseStage(Stage):
 
     stage: Literal["base"]
     task: NanoTask = NanoTask()
-    num_samples: PositiveInt = 78_000  # corpus samples seen in pre-training, each once
-    microbatch_tokens: PositiveInt = 1024  # packing target; one optimizer step each
+    steps: PositiveInt = 1800  # optimizer steps, one packed microbatch a data-parallel rank each
+    microbatch_tokens: PositiveInt = 1024  # packing target
     prompt_loss_weight: NonNegative = 0.1
     init_std: Positive = 0.05
+    metrics_every_steps: PositiveInt = 20
 
 
 StageConfig = Annotated[BaseStage | RLStage, Field(discriminator="stage")]

@@ -1,0 +1,31 @@
+"""The generator that a config asks for."""
+
+from __future__ import annotations
+
+from r1mega.config.schema import ModelConfig, RolloutConfig, WeightsConfig
+from r1mega.rollout.engine import EngineSettings, GenerationEngine
+
+
+def build_engine(
+    rollout: RolloutConfig, model: ModelConfig, weights: WeightsConfig, max_prompt_tokens: int
+) -> GenerationEngine:
+    """An engine without weights yet, for prompts and responses of at most the configured lengths."""
+    settings = EngineSettings(
+        model_path=model.path,
+        max_model_len=max_prompt_tokens + rollout.max_response_tokens + 1,
+        dtype=model.dtype,
+        max_num_seqs=rollout.max_num_seqs,
+        max_batched_tokens=rollout.max_batched_tokens,
+        kv_cache_bytes=rollout.kv_cache_bytes,
+        gpu_memory_utilization=rollout.gpu_memory_utilization,
+        tp=rollout.tp,
+        tokenizer_path=model.path,
+        bucket_bytes=weights.bucket_bytes,
+    )
+    if rollout.engine == "transformers":
+        from r1mega.rollout.transformers_engine import TransformersEngine
+
+        return TransformersEngine(settings)
+    from r1mega.rollout.vllm_engine import VllmEngine
+
+    return VllmEngine(settings)

@@ -1,0 +1,65 @@
+"""What a step's groups say: means over all responses of all ranks."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from r1mega.reward.language import mixes_languages
+from r1mega.reward.reflection import reflects
+from r1mega.rollout.groups import carries_signal
+from r1mega.types import RewardStatus, RolloutGroup
+
+
+def group_metrics(groups: Sequence[RolloutGroup], *, contributes: bool) -> dict[str, float]:
+    """Reward, response and group metrics over all ranks; `contributes` is False on ranks that hold copies."""
+    sums: Counter[str] = Counter()
+    longest = 0
+    for group in groups if contributes else ():
+        sums["groups"] += 1
+        sums["without_signal"] += not carries_signal(group)
+        for response, text, reward in zip(group.responses, group.texts, group.rewards, strict=True):
+            sums["responses"] += 1
+            sums["tokens"] += len(response.token_ids)
+            sums["truncated"] += response.finish_reason == "length"
+            sums["reflecting"] += reflects(text)
+            sums["mixed"] += mixes_languages(text)
+            longest = max(longest, len(response.token_ids))
+            if reward.status == RewardStatus.OK:
+                sums["scored"] += 1
+                sums["value"] += reward.value
+                sums["square"] += reward.value**2
+                for part, value in reward.parts.items():
+                    sums[f"part:{part}"] += value
+    sums, longest = _over_ranks(sums, longest)
+    responses, scored = max(sums["responses"], 1), max(sums["scored"], 1)
+    mean = sums["value"] / scored
+    return {
+        "reward/mean": mean,
+        "reward/std": max(sums["square"] / scored - mean**2, 0.0) ** 0.5,
+        "reward/excluded_fraction": 1.0 - sums["scored"] / responses,
+        **{f"reward/{name[5:]}": total / scored for name, total in sums.items() if name.startswith("part:")},
+        "response/length_mean": sums["tokens"] / responses,
+        "response/length_max": float(longest),
+        "response/truncated_fraction": sums["truncated"] / responses,
+        "response/reflection_fraction": sums["reflecting"] / responses,
+        "response/mixed_language_fraction": sums["mixed"] / responses,
+        "group/no_signal_fraction": sums["without_signal"] / max(sums["groups"], 1),
+        "tokens/rollout": float(sums["tokens"]),
+    }
+
+
+def _over_ranks(sums: Counter[str], longest: int) -> tuple[Counter[str], int]:
+    if dist.get_world_size() == 1:
+        return sums, longest
+    names: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(names, sorted(sums))
+    union = sorted({name for part in names for name in part})
+    values = torch.tensor([float(sums[name]) for name in union], dtype=torch.float64)
+    dist.all_reduce(values)
+    top = torch.tensor([longest])
+    dist.all_reduce(top, dist.ReduceOp.MAX)
+    return Counter(dict(zip(union, values.tolist(), strict=True))), int(top)

@@ -1,0 +1,177 @@
+"""What every stage needs around its loop: process groups, run directory, metrics, checkpoints, orderly ends."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from r1mega import platform
+from r1mega.checkpoint.store import CheckpointStore, architecture_of
+from r1mega.config.schema import BaseStage, RLStage
+from r1mega.errors import EXIT_SAVED_FOR_REQUEUE, CheckpointError
+from r1mega.observe.metrics import MetricsWriter
+from r1mega.observe.progress import StageProgress
+from r1mega.observe.run import RunDirectory
+from r1mega.observe.samples import SamplesWriter
+from r1mega.observe.trace import PhaseTimer, rss_bytes
+from r1mega.platform import groups
+from r1mega.platform.signals import StopRequest
+from r1mega.types import RolloutGroup
+
+logger = logging.getLogger(__name__)
+
+
+class Runtime:
+    """One run of one stage on this rank. Open it with `Runtime.open`; stages call the methods in their loop."""
+
+    def __init__(self, config: BaseStage | RLStage, directory: RunDirectory):
+        self.config, self.directory, self.run_dir = config, directory, directory.path
+        self.rank = dist.get_rank()
+        self.is_main = self.rank == 0
+        self.timer = PhaseTimer(synchronize=torch.cuda.synchronize if platform.current().name == "cuda" else None)
+        self._store: CheckpointStore | None = None
+        self._metrics: MetricsWriter | None = None
+        self._samples: SamplesWriter | None = None
+        self._progress: StageProgress | None = None
+        self._stop: StopRequest | None = None
+        self._last: dict[str, Any] = {}
+        self._step = 0
+
+    @classmethod
+    @contextlib.contextmanager
+    def open(cls, config: BaseStage | RLStage) -> Iterator[Runtime]:
+        """Start process groups, take the run directory, listen to SIGTERM and SIGUSR2; undo all of it at the end."""
+        torch.set_num_threads(config.threads or _threads_per_rank())
+        groups.init_parallel(config.parallel, config.seed)
+        directory = RunDirectory(config.run_dir)
+        runtime = cls(config, directory)
+        with contextlib.ExitStack() as stack:
+            stack.callback(groups.destroy)
+            runtime._stop = stack.enter_context(StopRequest())
+            if runtime.is_main:
+                stack.enter_context(directory.lock())
+                directory.write_config(config.model_dump(mode="json"))
+            runtime.barrier()
+            stack.callback(runtime._close)
+            try:
+                yield runtime
+            except BaseException:
+                if runtime.is_main:
+                    directory.write_status("failed", runtime._step, runtime._last)
+                raise
+
+    # ------------------------------------------------------------------ resume and checkpoints
+
+    def restore(self, policy: Any, hf_config: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
+        """(last saved step, its progress record) after loading it into the policy; (0, {}) for a fresh run.
+
+        Opens the metric files, cut back to that step.
+        """
+        self._store = CheckpointStore(
+            self.run_dir, keep=self.config.checkpoint.keep, architecture=architecture_of(hf_config)
+        )
+        path, progress = self._store.latest(), {}
+        if path is not None:
+            state, progress = self._store.load(path, policy.sharded_state(is_loading=True))
+            policy.load_sharded_state(state)
+            self._step = progress["step"]
+            if self._step > self.config.steps:
+                raise CheckpointError(
+                    f"{path} is past steps = {self.config.steps}; raise steps, or use another run_dir"
+                )
+        resume = self._step if path is not None else None
+        observe = self.config.observe
+        self._metrics = MetricsWriter(
+            self.run_dir, resume_step=resume, tensorboard=observe.tensorboard, wandb_project=observe.wandb_project,
+            config=self.config.model_dump(mode="json"), enabled=self.is_main,
+        )  # fmt: skip
+        self._samples = SamplesWriter(self.run_dir, resume_step=resume, enabled=self.is_main)
+        if self.is_main:
+            self.directory.write_environment(self._step, dist.get_world_size())
+            self.directory.write_status("running", self._step)
+            if path is not None:
+                print(f"resuming {self.run_dir} from step {self._step}", flush=True)
+        return self._step, progress
+
+    def save(self, policy: Any, step: int, progress: Mapping[str, Any]) -> None:
+        """Checkpoint `step`; its metrics line is written by then, so none is missing after a kill."""
+        self._store.save(step, policy.sharded_state(is_loading=False), progress)
+
+    # ------------------------------------------------------------------ what the loop reports
+
+    @contextlib.contextmanager
+    def progress(self, total: int, done: int) -> Iterator[Runtime]:
+        """Show a progress bar that `write_metrics` moves."""
+        with StageProgress(self.config.stage, total, done, rank=self.rank) as self._progress:
+            yield self
+
+    def write_metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """The line of `step`: metrics.jsonl, TensorBoard, progress bar. Only rank 0 writes."""
+        metrics = {**metrics, "memory/rss_bytes": rss_bytes()}
+        self._last = self._metrics.write(step, metrics)
+        self._step = step
+        if self._progress is not None:
+            self._progress.update(step, metrics)
+
+    def write_samples(self, step: int, local_groups: Sequence[RolloutGroup]) -> None:
+        """Some of rank 0's responses, on the steps that observe.samples_every_steps names, the first and the last."""
+        observe = self.config.observe
+        if self.is_main and ((step - 1) % observe.samples_every_steps == 0 or step == self.config.steps):
+            self._samples.write(step, local_groups, observe.samples_per_step)
+
+    def note(self, text: str) -> None:
+        """A line for the person at the terminal, on rank 0."""
+        if self._progress is not None:
+            self._progress.note(text)
+        elif self.is_main:
+            print(text, flush=True)
+
+    # ------------------------------------------------------------------ ends
+
+    def barrier(self) -> None:
+        dist.barrier()
+
+    def stop_requested(self) -> bool:
+        """Whether any rank was told to stop (SIGTERM, SIGUSR2). A collective call."""
+        return self._stop.agreed()
+
+    def stopped(self, step: int) -> int:
+        """The exit code of a run that saved its state and can be started again."""
+        if self.is_main:
+            self.directory.write_status("interrupted", step, self._last)
+            print(f"stopped after step {step}; state saved, start again to go on", flush=True)
+        return EXIT_SAVED_FOR_REQUEUE
+
+    def finished(self, summary: Mapping[str, Any]) -> int:
+        """Mark the run as finished; the exit code."""
+        if self.is_main:
+            self.directory.write_status("finished", self.config.steps, self._last)
+            for name, value in summary.items():
+                print(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}", flush=True)
+        return 0
+
+    def _close(self) -> None:
+        for writer in (self._metrics, self._samples):
+            if writer is not None:
+                writer.close()
+
+
+def _threads_per_rank() -> int:
+    """Cores of this machine over the ranks on it."""
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def run_finished(run_dir: Path, steps: int) -> bool:
+    """Whether the run directory holds a finished run of that many steps with its export."""
+    directory = RunDirectory(run_dir)
+    if not directory.status.exists() or not (directory.path / "hf" / "config.json").exists():
+        return False
+    status = directory.read_status()
+    return status["state"] == "finished" and status["step"] >= steps

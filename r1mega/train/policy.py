@@ -1,0 +1,304 @@
+"""The trained model: Megatron-core GPTModel chunks under DDP and the distributed optimizer.
+
+Everything that knows about Megatron's schedules is here: a forward pass that yields log-probs of response tokens, and
+an update that takes a loss of them. What the loss is, is the caller's business.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from r1mega import platform
+
+platform.prepare()  # before the first import of megatron
+
+from megatron.core import parallel_state  # noqa: E402
+from megatron.core.distributed import (  # noqa: E402
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig  # noqa: E402
+from megatron.core.optimizer import get_megatron_optimizer  # noqa: E402
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler  # noqa: E402
+from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
+from megatron.core.transformer.module import Float16Module  # noqa: E402
+
+from r1mega.algorithm.log_prob import token_log_probs  # noqa: E402
+from r1mega.checkpoint.names import export_hf, load_hf  # noqa: E402
+from r1mega.config.schema import ModelConfig, OptimizerConfig, ParallelConfig  # noqa: E402
+from r1mega.errors import NonFiniteError  # noqa: E402
+from r1mega.model.build import build_model, packed_seq_params  # noqa: E402
+from r1mega.train.packing import Microbatch  # noqa: E402
+
+LossFunction = Callable[[int, Microbatch, torch.Tensor, torch.Tensor], tuple[torch.Tensor, Any]]
+"""(index of the microbatch, microbatch, log_probs [R], entropies [R]) -> (loss sum, statistics to collect)."""
+
+SHARDING_METADATA = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": False,
+    "chained_optim_avoid_prefix": True,
+    "singleton_local_shards": False,
+}
+"""How optimizer state is laid out in checkpoints: loadable into any other parallel layout."""
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateResult:
+    """grad_norm: before clipping; lr: of this step; statistics: what the loss function returned, per microbatch;
+    expert_load: max over mean of tokens per expert, averaged over MoE layers (1 is perfect balance; nan without MoE).
+    """
+
+    grad_norm: float
+    lr: float
+    statistics: list[Any]
+    expert_load: float
+
+
+class Policy:
+    """Forward, backward, step; weights in and out by HF names; a reference copy of the weights on demand."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        hf_config: dict[str, Any],
+        parallel: ParallelConfig,
+        optimizer: OptimizerConfig,
+        *,
+        total_steps: int,
+        seed: int,
+        init_std: float | None = None,
+    ):
+        self.dtype = getattr(torch, model.dtype)
+        self.chunks = build_model(hf_config, parallel, model, seed=seed, init_std=init_std)
+        self.megatron_config = config = self.chunks[0].config
+        wrapped = [Float16Module(config, c) for c in self.chunks] if self.dtype == torch.bfloat16 else self.chunks
+        ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
+        self._ddp = [DistributedDataParallel(config, ddp_config, chunk) for chunk in wrapped]
+        self.optimizer = get_megatron_optimizer(
+            MegatronOptimizerConfig(
+                optimizer="adam",
+                lr=optimizer.lr,
+                min_lr=optimizer.min_lr,
+                weight_decay=optimizer.weight_decay,
+                adam_beta1=optimizer.beta1,
+                adam_beta2=optimizer.beta2,
+                adam_eps=optimizer.eps,
+                clip_grad=optimizer.clip_grad,
+                bf16=self.dtype == torch.bfloat16,
+                params_dtype=self.dtype,
+                use_distributed_optimizer=True,
+            ),
+            self._ddp,
+            use_gloo_process_groups=True,
+        )
+        self.scheduler = _lr_schedule(self.optimizer, optimizer, total_steps)
+        config.grad_scale_func = self.optimizer.scale_loss
+        config.finalize_model_grads_func = self._finalize_gradients
+        self._forward_backward = get_forward_backward_func()
+        self._tensor_group = (
+            parallel_state.get_tensor_model_parallel_group() if config.tensor_model_parallel_size > 1 else None
+        )
+        self.pad_multiple = parallel.tp * (2 * parallel.cp if parallel.cp > 1 else 1)
+        """Tokens of a microbatch are a multiple of this (sequence and context parallel splits)."""
+        self._reference: list[dict[str, torch.Tensor]] | None = None
+        self._expert_load = math.nan
+
+    # ------------------------------------------------------------------ forward, update
+
+    @torch.no_grad()
+    def log_probs(
+        self, microbatches: Sequence[Microbatch], temperature: float = 1.0
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """(log_probs [R], entropies [R]) of the response tokens of each microbatch; [] off the last pipeline stage."""
+        return self._run(microbatches, lambda _i, _mb, lp, ent: (lp.sum(), (lp, ent)), temperature, forward_only=True)
+
+    def update(
+        self,
+        microbatches: Sequence[Microbatch],
+        loss_function: LossFunction,
+        *,
+        temperature: float = 1.0,
+        total_response_tokens: int,
+    ) -> UpdateResult:
+        """One optimizer step on the sum of the microbatches' losses (over all data-parallel ranks).
+
+        total_response_tokens: R summed over this step's microbatches on all data-parallel ranks. Megatron divides
+        gradients by it; the loss is multiplied by it first, so that the caller's loss is minimised as it stands.
+        Raises NonFiniteError when the gradient norm is not finite; the weights are then untouched.
+        """
+        self.scheduler.step(1)  # first, so that a warm-up of n steps starts at lr / n and not at 0
+        for chunk in self._ddp:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+        def scaled(index: int, microbatch: Microbatch, log_probs: torch.Tensor, entropies: torch.Tensor):
+            loss, statistics = loss_function(index, microbatch, log_probs, entropies)
+            return loss * total_response_tokens, statistics
+
+        statistics = self._run(microbatches, scaled, temperature, forward_only=False)
+        lr = self.optimizer.param_groups[0]["lr"]
+        stepped, grad_norm, _ = self.optimizer.step()
+        if not stepped or not math.isfinite(float(grad_norm)):
+            raise NonFiniteError(
+                f"gradient norm {float(grad_norm)}: lower optimizer.lr, or look for broken samples in samples.jsonl"
+            )
+        return UpdateResult(float(grad_norm), lr, statistics, self._expert_load)
+
+    def _run(
+        self, microbatches: Sequence[Microbatch], function: LossFunction, temperature: float, *, forward_only: bool
+    ) -> list[Any]:
+        collected: list[Any] = []
+
+        def forward_step(iterator: Iterator[tuple[int, Microbatch]], model: torch.nn.Module):
+            index, batch = next(iterator)
+            logits = model(
+                batch.tokens[None], batch.positions[None], None, packed_seq_params=packed_seq_params(batch.cu_seqlens)
+            )
+
+            def loss(output: torch.Tensor):
+                log_probs, entropies = token_log_probs(
+                    output[0].index_select(0, batch.rows), batch.targets, temperature, self._tensor_group
+                )
+                value, statistics = function(index, batch, log_probs, entropies)
+                collected.append(statistics)
+                return value, torch.tensor(batch.rows.numel(), dtype=torch.int), {}
+
+            return logits, loss
+
+        iterators = [iter(enumerate(microbatches)) for _ in self._ddp]  # one a virtual pipeline stage
+        virtual = len(self._ddp) > 1
+        self._forward_backward(
+            forward_step_func=forward_step,
+            data_iterator=iterators if virtual else iterators[0],
+            model=self._ddp if virtual else self._ddp[0],
+            num_microbatches=len(microbatches),
+            seq_length=max(b.num_tokens for b in microbatches),
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+        return collected
+
+    def _finalize_gradients(self, model: list[torch.nn.Module], num_tokens: torch.Tensor | None = None, **kwargs):
+        self._expert_load = self._measure_expert_load()  # finalize_model_grads resets the counters
+        finalize_model_grads(model, num_tokens, **kwargs)
+
+    def _measure_expert_load(self) -> float:
+        counters = [
+            module.local_tokens_per_expert
+            for chunk in self.chunks
+            for module in chunk.modules()
+            if getattr(module, "local_tokens_per_expert", None) is not None
+        ]
+        if not counters:
+            return math.nan
+        tokens = torch.stack(counters).clone()
+        dist.all_reduce(tokens, group=parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True))
+        return float((tokens.max(dim=1).values / tokens.mean(dim=1).clamp(min=1e-9)).mean())
+
+    # ------------------------------------------------------------------ weights
+
+    def load_hf(self, tensors: Any) -> None:
+        """Copy HF-named tensors in (all of them; CheckpointError lists what is missing, extra or misshapen)."""
+        load_hf(self.chunks, tensors)
+        self.optimizer.reload_model_params()
+
+    def hf_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(HF name, full tensor) for the whole model, in a fixed order, one at a time. A collective call."""
+        return export_hf(self.chunks)
+
+    def take_reference(self) -> None:
+        """Make the present weights the reference model (a copy in host memory, this rank's shards only)."""
+        self._reference = [
+            {name: value.detach().to("cpu", copy=True) for name, value in _state(chunk)} for chunk in self.chunks
+        ]
+
+    @contextlib.contextmanager
+    def as_reference(self) -> Iterator[None]:
+        """Inside, the model computes with the reference weights; no update may happen there."""
+        if self._reference is None:
+            raise RuntimeError("take_reference() comes first")
+        own = []
+        try:
+            for chunk, reference in zip(self.chunks, self._reference, strict=True):
+                for name, value in _state(chunk):
+                    own.append((value, value.data))
+                    value.data = reference[name].to(value.device, non_blocking=True)
+            yield
+        finally:
+            for value, data in own:
+                value.data = data
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def sharded_state(self, *, is_loading: bool) -> dict[str, Any]:
+        """Megatron's sharded state of model, optimizer, learning-rate schedule and reference weights."""
+        model = {f"model{i}": c.sharded_state_dict(metadata=SHARDING_METADATA) for i, c in enumerate(self.chunks)}
+        every = {k: v for chunk in model.values() for k, v in chunk.items()}
+        state: dict[str, Any] = {
+            "model": model,
+            "optimizer": self.optimizer.sharded_state_dict(every, is_loading=is_loading, metadata=SHARDING_METADATA),
+            "scheduler": self.scheduler.state_dict(),
+        }
+        if self._reference is not None:
+            state["reference"] = {
+                f"model{i}": _renamed(c.sharded_state_dict(prefix="", metadata=SHARDING_METADATA), reference)
+                for i, (c, reference) in enumerate(zip(self.chunks, self._reference, strict=True))
+            }
+        return state
+
+    def load_sharded_state(self, state: dict[str, Any]) -> None:
+        """Take over what `sharded_state` described, as dist_checkpointing.load returned it."""
+        for i, chunk in enumerate(self.chunks):
+            chunk.load_state_dict(state["model"][f"model{i}"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        if self._reference is not None:
+            for i, reference in enumerate(self._reference):
+                for name, value in state["reference"][f"model{i}"].items():
+                    if name in reference:
+                        reference[name].copy_(value)
+
+
+def _state(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters, and the router's expert bias (a buffer that decides routing)."""
+    yield from chunk.named_parameters()
+    yield from ((name, b) for name, b in chunk.named_buffers() if name.endswith("expert_bias"))
+
+
+def _renamed(sharded: dict[str, Any], values: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """The same sharding for other values under keys of their own, so that both fit in one checkpoint."""
+    kept = {}
+    for name, item in sharded.items():
+        if name in values:
+            item.data = values[name]
+            item.key = f"reference.{item.key}"
+            kept[name] = item
+    return kept
+
+
+def _lr_schedule(optimizer: Any, config: OptimizerConfig, total_steps: int) -> OptimizerParamScheduler:
+    """Warm-up, then constant, or a decay over the last `decay_steps` steps (warmup-stable-decay)."""
+    decay = config.decay_steps or max(1, total_steps - config.warmup_steps)
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=config.lr,
+        min_lr=config.min_lr,
+        lr_warmup_steps=config.warmup_steps,
+        lr_decay_steps=max(total_steps, config.warmup_steps + 1),
+        lr_decay_style="constant" if config.schedule == "constant" else "WSD",
+        start_wd=config.weight_decay,
+        end_wd=config.weight_decay,
+        wd_incr_steps=total_steps,
+        wd_incr_style="constant",
+        wsd_decay_steps=decay,
+        lr_wsd_decay_style=None if config.schedule == "constant" else config.schedule,
+    )

@@ -1,0 +1,237 @@
+"""The policy: one GRPO step against transformers + torch.optim.AdamW, and bitwise continuation from a checkpoint."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from r1mega import platform
+from r1mega.algorithm.grpo import grpo_loss
+from r1mega.config.schema import AlgorithmConfig, ModelConfig, OptimizerConfig, ParallelConfig
+from r1mega.platform import groups
+from r1mega.train.packing import build_microbatch
+from r1mega.types import TrainingSample
+
+platform.prepare()
+
+HF = {
+    "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "vocab_size": 67, "hidden_size": 48,
+    "intermediate_size": 80, "moe_intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 4, "n_shared_experts": 1, "n_routed_experts": 8, "num_experts_per_tok": 4, "n_group": 4,
+    "topk_group": 2, "topk_method": "noaux_tc", "scoring_func": "sigmoid", "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5, "first_k_dense_replace": 1, "moe_layer_freq": 1, "q_lora_rank": 24, "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12, "num_nextn_predict_layers": 0,
+    "max_position_embeddings": 128, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    "rope_interleave": True, "rms_norm_eps": 1e-6, "hidden_act": "silu", "attention_bias": False,
+    "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+LEARNING_RATE, TEMPERATURE = 1e-3, 0.8
+
+
+@pytest.fixture
+def one_rank():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    groups.init_parallel(ParallelConfig(), seed=0)
+    yield
+    groups.destroy()
+    torch.set_num_threads(threads)
+
+
+def make_policy(**optimizer):
+    from r1mega.train.policy import Policy
+
+    settings = OptimizerConfig(lr=LEARNING_RATE, weight_decay=0.1, clip_grad=0.05, **optimizer)
+    return Policy(
+        ModelConfig(path="unused", dtype="float32", expert_bias_update_rate=0.0), HF, ParallelConfig(), settings,
+        total_steps=10, seed=1, init_std=0.08,
+    )  # fmt: skip
+
+
+def make_samples(seed=0):
+    generator = np.random.default_rng(seed)
+    samples = []
+    for prompt, response in ((3, 5), (6, 1), (2, 9), (4, 4)):
+        samples.append(
+            TrainingSample(
+                token_ids=generator.integers(0, HF["vocab_size"], prompt + response).astype(np.int32),
+                prompt_length=prompt,
+                advantage=float(generator.normal()),
+                sampler_log_probs=(-4 + 0.1 * generator.normal(size=response)).astype(np.float32),
+            )
+        )
+    return samples
+
+
+def run_update(policy, samples, packs, algorithm):
+    from r1mega.train.samples import minibatch_weights, pack_samples, policy_tokens
+
+    weights = minibatch_weights(samples, range(len(samples)), algorithm.loss_aggregation, 16)
+
+    def loss(_index, microbatch, log_probs, _entropies):
+        tokens = policy_tokens(microbatch, samples, weights, old_log_probs=None, reference_log_probs=None)
+        value, stats = grpo_loss(log_probs, tokens, clip_low=0.2, clip_high=0.2)
+        return value, (value.item(), stats)
+
+    total = sum(s.response_length for s in samples)
+    batches = [pack_samples(samples, indices, 1) for indices in packs]
+    return policy.update(batches, loss, temperature=TEMPERATURE, total_response_tokens=total)
+
+
+def transformers_model(policy, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    from r1mega.checkpoint.hf import write_hf
+
+    write_hf(tmp_path / "hf", policy.hf_tensors(), HF)
+    return AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32, attn_implementation="eager")
+
+
+@pytest.mark.parametrize("aggregation", ["sequence", "token"])
+def test_one_grpo_step_equals_transformers_and_adamw(one_rank, tmp_path, aggregation):
+    algorithm = AlgorithmConfig(loss_aggregation=aggregation)
+    policy, samples = make_policy(), make_samples()
+    model = transformers_model(policy, tmp_path)
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    rest = [p for p in model.parameters() if p.ndim == 1]  # Megatron decays neither norms nor biases
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}],
+        lr=LEARNING_RATE, betas=(0.9, 0.95), eps=1e-8,
+    )  # fmt: skip
+    for packs in ([[0, 1], [2, 3]], [[3], [0, 2, 1]]):
+        result = run_update(policy, samples, packs, algorithm)
+        loss, total = 0.0, sum(s.response_length for s in samples)
+        for sample in samples:
+            ids = torch.from_numpy(sample.token_ids.astype(np.int64))
+            logits = model(ids[None]).logits[0, :-1] / TEMPERATURE
+            log_probs = logits.log_softmax(-1).gather(1, ids[1:, None])[sample.prompt_length - 1 :, 0]
+            ratio = (log_probs - torch.from_numpy(sample.sampler_log_probs)).exp()
+            term = -torch.minimum(ratio * sample.advantage, ratio.clamp(0.8, 1.2) * sample.advantage)
+            weight = 1 / total if aggregation == "token" else 1 / (len(samples) * sample.response_length)
+            loss = loss + weight * term.sum()
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+        optimizer.step()
+        assert math.isclose(sum(value for value, _ in result.statistics), loss.item(), abs_tol=1e-5)
+        assert math.isclose(result.grad_norm, float(norm), rel_tol=1e-4)
+    trained = dict(policy.hf_tensors())
+    expected = _hub_names(model.state_dict())
+    assert trained.keys() == expected.keys()
+    for name, value in expected.items():
+        # an Adam step is lr * m / sqrt(v): where a gradient is near zero its sign is rounding, so bound by steps
+        difference = (trained[name] - value).abs()
+        assert difference.max() <= 2.1 * LEARNING_RATE * 2, name
+        assert difference.mean() <= 2e-2 * LEARNING_RATE, name
+
+
+def test_forward_only_equals_transformers_per_token(one_rank, tmp_path):
+    policy, samples = make_policy(), make_samples(1)
+    model = transformers_model(policy, tmp_path)
+    batch = build_microbatch(
+        [s.token_ids.tolist() for s in samples], [s.prompt_length for s in samples], range(len(samples))
+    )
+    log_probs, entropies = policy.log_probs([batch], TEMPERATURE)[0]
+    expected, expected_entropy = [], []
+    for sample in samples:
+        ids = torch.from_numpy(sample.token_ids.astype(np.int64))
+        with torch.no_grad():
+            full = (model(ids[None]).logits[0, :-1].double() / TEMPERATURE).log_softmax(-1)[sample.prompt_length - 1 :]
+        expected.append(full.gather(1, ids[sample.prompt_length :, None])[:, 0])
+        expected_entropy.append(-(full.exp() * full).sum(-1))
+    torch.testing.assert_close(log_probs.double(), torch.cat(expected), rtol=0, atol=1e-5)
+    torch.testing.assert_close(entropies.double(), torch.cat(expected_entropy), rtol=0, atol=1e-5)
+
+
+def test_reference_weights_are_swapped_in_and_out(one_rank):
+    policy, samples = make_policy(), make_samples()
+    batch = build_microbatch([s.token_ids.tolist() for s in samples], [s.prompt_length for s in samples], range(4))
+    policy.take_reference()
+    before = policy.log_probs([batch])[0][0]
+    run_update(policy, samples, [[0, 1, 2, 3]], AlgorithmConfig())
+    after = policy.log_probs([batch])[0][0]
+    assert not torch.equal(before, after)
+    with policy.as_reference():
+        assert torch.equal(policy.log_probs([batch])[0][0], before)
+    assert torch.equal(policy.log_probs([batch])[0][0], after)
+
+
+def test_checkpoint_continues_bitwise(one_rank, tmp_path):
+    from r1mega.checkpoint.store import CheckpointStore, architecture_of
+
+    samples, packs, algorithm = make_samples(), [[0, 1], [2, 3]], AlgorithmConfig()
+    policy = make_policy(warmup_steps=3)
+    policy.take_reference()
+    run_update(policy, samples, packs, algorithm)
+    store = CheckpointStore(tmp_path, keep=2, architecture=architecture_of(HF))
+    path = store.save(1, policy.sharded_state(is_loading=False), {"cursor": {"num_drawn": 4}})
+    results = [run_update(policy, samples, packs, algorithm) for _ in range(2)]
+    weights = {name: value.clone() for name, value in policy.hf_tensors()}
+    with policy.as_reference():
+        reference = {name: value.clone() for name, value in policy.hf_tensors()}
+
+    groups.destroy()
+    groups.init_parallel(ParallelConfig(), seed=5)
+    again = make_policy(warmup_steps=3)
+    again.take_reference()
+    assert store.latest() == path
+    state, progress = store.load(path, again.sharded_state(is_loading=True))
+    again.load_sharded_state(state)
+    assert progress == {"step": 1, "cursor": {"num_drawn": 4}}
+    for expected in results:
+        result = run_update(again, samples, packs, algorithm)
+        assert (result.grad_norm, result.lr) == (expected.grad_norm, expected.lr)
+        assert [v for v, _ in result.statistics] == [v for v, _ in expected.statistics]
+    assert all(torch.equal(value, weights[name]) for name, value in again.hf_tensors())
+    with again.as_reference():
+        assert all(torch.equal(value, reference[name]) for name, value in again.hf_tensors())
+
+
+def test_torn_and_foreign_checkpoints_are_refused(one_rank, tmp_path, caplog):
+    from r1mega.checkpoint.store import CheckpointStore, architecture_of
+    from r1mega.errors import CheckpointError
+
+    policy = make_policy()
+    run_update(policy, make_samples(), [[0, 1, 2, 3]], AlgorithmConfig())
+    store = CheckpointStore(tmp_path, keep=2, architecture=architecture_of(HF))
+    first = store.save(1, policy.sharded_state(is_loading=False), {})
+    second = store.save(2, policy.sharded_state(is_loading=False), {})
+    victim = max(second.rglob("*.distcp"), key=lambda p: p.stat().st_size)
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1  # one flipped bit
+    victim.write_bytes(bytes(content))
+    assert store.latest() == first
+    assert victim.name in caplog.text
+    assert "sha256" in caplog.text
+    store.save(3, policy.sharded_state(is_loading=False), {})
+    assert sorted(p.name for p in store.directory.iterdir()) == ["step_000002", "step_000003"], "only `keep` are kept"
+    other = CheckpointStore(tmp_path, keep=2, architecture=architecture_of(HF | {"hidden_size": 64}))
+    with pytest.raises(CheckpointError, match="hidden_size 48 there, 64 here"):
+        other.load(store.latest(), policy.sharded_state(is_loading=True))
+
+
+def test_learning_rate_schedule(one_rank):
+    policy, samples = make_policy(warmup_steps=2, schedule="cosine", decay_steps=4, min_lr=1e-4), make_samples()
+    rates = [run_update(policy, samples, [[0, 1, 2, 3]], AlgorithmConfig()).lr for _ in range(10)]
+    cosine = [1e-4 + (1e-3 - 1e-4) * (math.cos(math.pi * i / 4) + 1) / 2 for i in range(1, 5)]
+    expected = [0.5e-3, 1e-3, 1e-3, 1e-3, 1e-3, 1e-3, *cosine]
+    assert np.allclose(rates, expected, rtol=1e-9), json.dumps(rates)
+
+
+def _hub_names(state):
+    """transformers 5 stacks the experts; checkpoints on the hub have one tensor each."""
+    out = {}
+    for name, value in state.items():
+        if name.endswith("mlp.experts.gate_up_proj"):
+            for expert, both in enumerate(value):
+                gate, up = both.chunk(2)
+                out[name.replace("gate_up_proj", f"{expert}.gate_proj.weight")] = gate
+                out[name.replace("gate_up_proj", f"{expert}.up_proj.weight")] = up
+        elif name.endswith("mlp.experts.down_proj"):
+            for expert, down in enumerate(value):
+                out[name.replace("down_proj", f"{expert}.down_proj.weight")] = down
+        else:
+            out[name] = value
+    return out

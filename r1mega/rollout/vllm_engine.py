@@ -7,6 +7,7 @@ vLLM's front end (detokeniser, output aggregation), which costs more than the mo
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -45,6 +46,8 @@ class VllmEngine:
     of threads: nothing of one `stream` call (prefix cache, random state) reaches the next.
     """
 
+    _num_open = 0  # engines of this process; they share vLLM's process groups
+
     def __init__(self, settings: EngineSettings):
         """Builds the engine. Raises GenerationError, ConfigError or PlatformError for what vLLM could not run."""
         self.settings = settings
@@ -58,7 +61,11 @@ class VllmEngine:
         if world_size % settings.tp:
             raise GenerationError(f"rollout.tp={settings.tp} does not divide the {world_size} processes")
         self._llm_engine = self._build()
+        VllmEngine._num_open += 1
         self._core = self._llm_engine.engine_core
+        # EngineCore.shutdown (vllm/v1/engine/core.py), which would run when the client is collected, destroys the
+        # default process group: the trainer's. `close` takes down what belongs to this engine.
+        self._core._finalizer.detach()
         self._worker = self._llm_engine.model_executor.driver_worker.worker
         self._dtype = getattr(torch, settings.dtype)
         self._target = ReloadTarget(
@@ -192,8 +199,13 @@ class VllmEngine:
         """See GenerationEngine. Idempotent."""
         if self._llm_engine is not None:
             self._check_open()
-            self._core.shutdown()
+            self._core.engine_core.model_executor.shutdown()
+            self._core.engine_core.scheduler.shutdown()
             self._llm_engine = self._core = self._worker = self._target = None
+            gc.collect()  # engine, scheduler and model refer to each other
+            VllmEngine._num_open -= 1
+            if VllmEngine._num_open == 0:
+                _destroy_vllm_groups()
 
     def _submit(self, requests: Sequence[GenerationRequest], running: dict[str, _Running]) -> None:
         """Adds all samples of all requests to the engine core's queue, in order, and to `running`."""
@@ -312,6 +324,17 @@ def _ensure_process_group() -> None:
     for name, value in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", world_size),
                         ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", 29500)):
         os.environ.setdefault(name, str(value))  # the address is not used: the world group exists
+
+
+def _destroy_vllm_groups() -> None:
+    """Takes vLLM's own groups down; the default group and the trainer's stay. (vLLM's `destroy_distributed_environment`
+    would take the default group with it.)"""
+    from vllm.distributed import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if parallel_state._WORLD is not None:
+        parallel_state._WORLD.destroy()
+    parallel_state._WORLD = parallel_state._NODE_COUNT = None
 
 
 def _all_reduce_tp(tensor: torch.Tensor) -> None:

@@ -157,6 +157,8 @@ class _LayoutBuilder:
                   "k": (query_rows, kv_rows, tp_rank // copies, tp_rank % copies, kv_heads * size),
                   "v": (query_rows + kv_rows, kv_rows, tp_rank // copies, tp_rank % copies, kv_heads * size)}
         model_type = config["model_type"]
+        if model_type == "qwen3" and config.get("attention_bias"):
+            raise ConfigError("attention_bias of qwen3: vLLM's model has no bias in o_proj and would drop it")
         has_bias = model_type == "qwen2" or bool(config.get("attention_bias"))
         for kind, (offset, rows, index, replica, full_rows) in starts.items():
             parts = {"weight": (self.hidden,)} | ({"bias": ()} if has_bias else {})

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
-from typing import TextIO
+from collections.abc import Callable, Mapping
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+LIVE = {
+    "accuracy": "reward/accuracy",
+    "length": "response/length_mean",
+    "loss": "train/loss",
+    "probe": "probe/accuracy",
+}
+"""Live numbers by label, and the metrics they come from."""
+
 
 class StageProgress:
     """One bar for `total` steps, of which `done` were done before.
@@ -76,6 +85,10 @@ class StageProgress:
         elif self._printed is None or now - self._printed >= self._interval or step >= self.total:
             self._printed = now
             self._line(f"{self.stage} {step}/{self.total}  {self._numbers()}  {self._remaining(now)}")
+
+    def update(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """`advance` with the live numbers found in a step's metrics."""
+        self.advance(step, **{label: metrics.get(name) for label, name in LIVE.items()})
 
     def note(self, text: str) -> None:
         """A line of its own (above the bar)."""

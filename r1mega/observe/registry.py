@@ -88,7 +88,8 @@ def metrics_markdown() -> str:
     head = (
         "# Metrics\n\n"
         "One JSON object a step in `RUN_DIR/metrics.jsonl`; the same names in TensorBoard and W&B.\n"
-        "A value that was not finite is `null`. `*` stands for any name. Made by `python -m r1mega.observe.registry > docs/metrics.md`.\n\n"
+        "A value that was not finite is `null`. `*` stands for any name.\n"
+        "Made by `python -m r1mega.observe.registry > docs/metrics.md`.\n\n"
         "| name | unit | meaning |\n|---|---|---|\n"
     )
     return head + "".join(f"| `{m.name}` | {m.unit} | {m.meaning.replace('|', chr(92) + '|')} |\n" for m in METRICS)

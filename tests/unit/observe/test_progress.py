@@ -27,6 +27,13 @@ def test_plain_lines_every_interval():
     assert lines[-1] == "zero 100/100  accuracy 1.000  length 21.3  1.50 s/step  elapsed 2:15"
 
 
+def test_live_numbers_of_metrics():
+    stream = io.StringIO()
+    with StageProgress("base", 9, stream=stream, clock=Clock()) as progress:
+        progress.update(3, {"train/loss": 0.25, "reward/accuracy": None, "policy/kl": 1.0})
+    assert stream.getvalue() == "base 3/9  loss 0.250  0.00 s/step  elapsed 0:00, left 0:00\n"
+
+
 def test_other_ranks_are_silent():
     stream = io.StringIO()
     with StageProgress("zero", 2, rank=1, stream=stream) as progress:

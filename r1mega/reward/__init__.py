@@ -1,0 +1,1 @@
+"""Everything that scores a response: accuracy by kind, format, language, length; composed by the config and run on a pool."""

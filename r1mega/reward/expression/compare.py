@@ -1,0 +1,351 @@
+"""Whether two answers are the same: structure first (lists, tuples, intervals, matrices, equations), then values.
+
+The result is True, False or None: None means that this reader cannot tell and symbolic algebra may be asked.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from fractions import Fraction
+
+from r1mega.reward.expression import evaluate, intervals
+from r1mega.reward.expression.parse import INFINITY, Node, UnreadableError, parse
+from r1mega.reward.expression.text import CLOSE_TEXT, OPEN_TEXT, Quantity, clean, split_unit, words_of
+
+MIN_ROUNDED_DIGITS = 6  # a decimal stands for an unwritable number only with as many correct significant digits
+MAX_LIST_ITEMS = 64
+
+_CHOICE = re.compile(r"[\s(\[" + OPEN_TEXT + r"]*([A-Ja-j])\s*[" + CLOSE_TEXT + r")\]]*\s*(?:[.):,](?!\d).*)?", re.DOTALL)
+_CHOICE_MARK = re.compile(r"\(\s*[A-Ja-j]\s*\)|\b[A-J][.):]")
+_BOXED_CHOICE = re.compile(r"[\s(" + OPEN_TEXT + r"]*\(?([A-J])\)?[" + CLOSE_TEXT + r")\s]*")
+_VERBAL = re.compile(OPEN_TEXT + "|[A-Za-z]{3,}")
+_DECIMAL = re.compile(r"-?\d*\.(\d+)(?:\.\.\.)?")
+
+
+def same_answer(gold: str, prediction: str) -> bool | None:
+    """Compare two raw answers (no box, no tags around them). Raises UnreadableError with over_limit set for outsized ones."""
+    gold, prediction = clean(gold), clean(prediction)
+    if not prediction:
+        return False
+    if gold.replace(" ", "") == prediction.replace(" ", ""):
+        return True
+    verbal = _same_words(gold, prediction)
+    if verbal is not None:
+        return verbal
+    gold_quantity, quantity = split_unit(gold), split_unit(prediction)
+    if gold_quantity.unit and quantity.unit and gold_quantity.unit != quantity.unit:
+        return False
+    verdict: bool | None = False
+    for gold_reading in _readings(gold, gold_quantity):
+        for reading in _readings(prediction, quantity):
+            same = _same_reading(gold_reading, reading)
+            if same:
+                return True
+            verdict = None if same is None else verdict
+    return verdict
+
+
+def _readings(text: str, quantity: Quantity) -> list[tuple[Node | None, str]]:
+    """The text parsed in each way it can be meant (`70,110` is a number and a list); None where it cannot be read."""
+    body = quantity.body
+    results: list[tuple[Node | None, str]] = []
+    for join in (True, False) if re.search(r"\d,\d{3}", body) else (True,):
+        try:
+            node = parse(body.removesuffix("..."), join)
+            if quantity.scale != 1:
+                node = ("mul", (node, ("num", Fraction(quantity.scale))))
+            results.append((node, body))
+        except UnreadableError as error:
+            if error.over_limit:
+                raise
+    return results or [(None, text)]
+
+
+def _same_reading(gold: tuple[Node | None, str], other: tuple[Node | None, str]) -> bool | None:
+    if gold[0] is None or other[0] is None:
+        return None if _mathematical(gold[1]) and _mathematical(other[1]) else False
+    same = _same(gold[0], other[0])
+    if same is False and _rounded(gold, other):
+        return True
+    return same
+
+
+def _mathematical(text: str) -> bool:
+    """Whether symbolic algebra could make anything of it: no words but commands, something to compute with."""
+    if OPEN_TEXT in text or re.search(r"(?<![\\A-Za-z])[A-Za-z]{4,}", text):
+        return False
+    return bool(re.search(r"[\dA-Za-z]", text))
+
+
+def _rounded(gold: tuple[Node, str], other: tuple[Node, str]) -> bool:
+    """One side is the other, which has no finite decimal form, rounded or cut to MIN_ROUNDED_DIGITS or more digits."""
+    for (decimal_node, text), (node, _) in ((gold, other), (other, gold)):
+        match = _DECIMAL.fullmatch(text.strip())
+        if not match or len(text.strip(" .").lstrip("-0.").replace(".", "")) < MIN_ROUNDED_DIGITS:
+            continue
+        value = evaluate.exact(node)
+        if value is not None and not _terminates(value):
+            error = abs(value - evaluate.exact(decimal_node))
+        elif value is None and not evaluate.symbols(node) and (place := evaluate.approximate(node)) is not None:
+            error = abs(Fraction(place) - evaluate.exact(decimal_node)) if abs(place) < 1e12 else Fraction(1)
+        else:
+            continue
+        return error <= Fraction(6, 10) / 10 ** len(match.group(1)) or ("..." in text and error < Fraction(1, 10 ** len(match.group(1))))
+    return False
+
+
+def _terminates(value: Fraction) -> bool:
+    rest = value.denominator
+    for prime in (2, 5):
+        while rest % prime == 0:
+            rest //= prime
+    return rest == 1
+
+
+# --- words ---------------------------------------------------------------------------------------------------------------------
+def _same_words(gold: str, prediction: str) -> bool | None:
+    """Verbal golds (choices, names, days, times): equal words or not; None for anything that is to be computed."""
+    choice = _BOXED_CHOICE.fullmatch(gold)
+    if choice:
+        return _same_choice(choice.group(1), gold, prediction)
+    bare = gold.replace(OPEN_TEXT, "").replace(CLOSE_TEXT, "")
+    if not _VERBAL.search(gold) or "\\" in gold or re.search(r"[=^_<>+/]", gold):
+        return None
+    if re.fullmatch(r"[\d\s.,()-]+" + OPEN_TEXT + ".*", gold) and split_unit(gold).body != gold:
+        return None
+    other = prediction.replace(OPEN_TEXT, "").replace(CLOSE_TEXT, "")
+    if words_of(bare) == words_of(other):
+        return True
+    parts, other_parts = (sorted(words_of(p) for p in re.split(r"[,;]", t) if p.strip()) for t in (bare, other.strip("{}\\ ")))
+    if len(parts) > 1 and parts == other_parts:
+        return True
+    return None if re.search(r"[a-z]\(|\d|\bpi\b|\bsqrt\b|\binf", bare) and not re.search(r"\b[ap]\.?m\b", bare) else False
+
+
+def _same_choice(letter: str, gold: str, prediction: str) -> bool | None:
+    match = _CHOICE.fullmatch(prediction)
+    if match and len(set(_CHOICE_MARK.findall(prediction))) <= 1:
+        if match.group(1) == letter or (match.group(1).upper() == letter and not prediction.isalpha()):
+            return True
+        return False
+    lead = re.match(r"[\s" + OPEN_TEXT + r"]*\(\s*([A-J])\s*\)", prediction)
+    if lead and len(_CHOICE_MARK.findall(prediction)) == 1:
+        return lead.group(1) == letter
+    return None if re.search(r"[A-Ja-j]", prediction) and re.search(r"[+=*^]", prediction) else False
+
+
+# --- structure -----------------------------------------------------------------------------------------------------------------
+def _same(gold: Node, other: Node) -> bool | None:
+    if gold == other:
+        return True
+    gold, other = _simplified(gold), _simplified(other)
+    if gold[0] == "rel" and other[0] == "rel":
+        return _same_relation(gold, other)
+    gold, other = _value_of(gold), _value_of(other)
+    tags = {gold[0], other[0]}
+    if "list" in tags or "set" in tags:
+        return _same_collection(gold, other)
+    if tags == {"tuple"} or (tags <= {"tuple", "matrix"} and gold[0] != other[0]):
+        return _same_tuple(gold, other)
+    if tags == {"matrix"}:
+        return len(gold[1]) == len(other[1]) and _all(map(_same_sequence, gold[1], other[1]))
+    if tags & {"tuple", "union", "minus", "inter", "rel"} or intervals.REALS in (gold, other):
+        return bool(intervals.same_real_set(gold, other)) if "inter" not in tags else None
+    if "matrix" in tags:
+        return None if len(tags) > 1 and tags & {"mul", "add", "neg", "div"} else False
+    return _same_scalar(gold, other)
+
+
+def _simplified(node: Node) -> Node:
+    """`x \\in S` -> S, `k \\approx 3` -> 3."""
+    if node[0] == "rel" and node[1] == ("in",):
+        return node[2][1]
+    if node[0] == "rel" and node[1] and set(node[1]) <= {"~"}:
+        return node[2][0] if evaluate.exact(node[2][0]) is not None else node[2][-1]
+    return node
+
+
+def _value_of(node: Node) -> Node:
+    """`x = 5` -> 5, `(x, y) = (1, 2)` -> (1, 2), `x = 2 + 3 = 5` -> 5 when the chain is true; assignments of a list -> values."""
+    if node[0] == "list":
+        return ("list", tuple(map(_value_of, node[1])))
+    if node[0] != "rel" or set(node[1]) - {"=", "~"}:
+        return node
+    sides = list(node[2])
+    if _is_name(sides[0]):
+        sides = sides[1:]
+    elif len(sides) == 2 and _is_name(sides[1]) and evaluate.exact(sides[0]) is not None:
+        return sides[0]
+    if any(_same(sides[0], side) is not True for side in sides[1:]):
+        return node
+    return sides[-1]
+
+
+def _is_name(node: Node) -> bool:
+    """Left side of an assignment: x, f(x), (x, y), area, AB, P(X = 1)."""
+    if node[0] in ("sym", "text"):
+        return node not in (INFINITY, ("sym", "\\pi"), ("sym", "e"), ("sym", "i"))
+    if node[0] == "fn":
+        return node[1] in "fghFGPQ"
+    if node[0] == "tuple":
+        return all(map(_is_name, node[3]))
+    return node[0] == "mul" and all(map(_is_name, node[1]))
+
+
+def _all(verdicts: Iterable[bool | None]) -> bool | None:
+    result: bool | None = True
+    for verdict in verdicts:
+        if verdict is False:
+            return False
+        result = None if verdict is None else result
+    return result
+
+
+def _same_sequence(left: tuple[Node, ...], right: tuple[Node, ...]) -> bool | None:
+    return len(left) == len(right) and _all(map(_same, left, right))
+
+
+def _same_tuple(gold: Node, other: Node) -> bool | None:
+    """Order and brackets count: (0,1] is not [0,1]; a column vector is the tuple of its entries."""
+    if gold[0] == other[0] == "tuple" and len(gold[3]) == 2 and gold[1:3] != other[1:3]:
+        return False
+    entries = [node[3] if node[0] == "tuple" else tuple(item for row in node[1] for item in row) for node in (gold, other)]
+    for node in (gold, other):
+        if node[0] == "matrix" and min(len(node[1]), len(node[1][0])) > 1:
+            return False
+    return _same_sequence(*entries)
+
+
+def _same_collection(gold: Node, other: Node) -> bool | None:
+    """Order does not matter in sets and lists; a list without braces may also be a tuple, entry by entry."""
+    tags = (gold[0], other[0])
+    if "tuple" in tags:
+        pair = gold if gold[0] == "tuple" else other
+        bare = other if pair is gold else gold
+        return bare[0] == "list" and pair[1:3] == ("(", ")") and _same_sequence(pair[3], bare[1])
+    if all(tag in ("list", "set") for tag in tags):
+        left, right = list(gold[1]), list(other[1])
+        if "set" in tags:
+            left, right = _distinct(left), _distinct(right)
+        return _same_unordered(left, right)
+    single, many = (gold, other) if tags[1] in ("list", "set") else (other, gold)
+    if single[0] in ("union", "minus", "rel"):
+        return intervals.same_real_set(single, many) or False
+    return _same(single, many[1][0]) if len(many[1]) == 1 and single[0] != "set" else False
+
+
+def _distinct(items: list[Node]) -> list[Node]:
+    kept: list[Node] = []
+    for item in items[:MAX_LIST_ITEMS]:
+        if not any(_same(item, other) is True for other in kept):
+            kept.append(item)
+    return kept
+
+
+def _same_unordered(left: list[Node], right: list[Node]) -> bool | None:
+    if len(left) != len(right) or len(left) > MAX_LIST_ITEMS:
+        return False
+    rest = list(right)
+    for item in left:
+        index = next((i for i, candidate in enumerate(rest) if _same(item, candidate) is True), None)
+        if index is None:
+            return None if any(_same(item, candidate) is None for candidate in rest) else False
+        del rest[index]
+    return True
+
+
+def _same_relation(gold: Node, other: Node) -> bool | None:
+    """Equations and inequalities up to a constant factor; in one unknown also as sets."""
+    if len(gold[2]) == len(other[2]) and gold[1] == other[1] and _all(map(_same, gold[2], other[2])) is True:
+        return True
+    as_sets = intervals.same_real_set(gold, other)
+    if as_sets is not None:
+        return as_sets
+    if len(gold[2]) != 2 or len(other[2]) != 2:
+        values = _value_of(gold), _value_of(other)
+        return _same(*values) if values != (gold, other) else False
+    if any(side[0] in ("tuple", "set", "list", "matrix", "union") for side in gold[2] + other[2]):
+        return _same(_value_of(gold), _value_of(other)) if gold[2][0] == other[2][0] else False
+    return _proportional(gold, other)
+
+
+def _proportional(gold: Node, other: Node) -> bool | None:
+    """a = b and c = d are one equation when (c - d) / (a - b) is a constant; for inequalities its sign tells the direction."""
+    first, second = (("add", (node[2][0], ("neg", node[2][1]))) for node in (gold, other))
+    names = evaluate.symbols(first)
+    if not names or names != evaluate.symbols(second):
+        return False
+    place = {name: Fraction(index * 7 + 3, 11) for index, name in enumerate(sorted(names))}
+    ratio = ("div", _at(second, place), _at(first, place))
+    if evaluate.agree(("mul", (ratio, first)), second) is not True:
+        return False
+    factor = evaluate.approximate(ratio)
+    if factor is None or factor == 0:
+        return False
+    operator, wanted = other[1][0], gold[1][0]
+    if operator in ("=", "!="):
+        return operator == wanted
+    return operator == (wanted if factor > 0 else intervals.MIRRORED.get(wanted))
+
+
+def _at(node: Node, place: dict[str, Fraction]) -> Node:
+    """The expression with numbers in place of its symbols."""
+    return _replaced(node, lambda n: ("num", place[n[1]]) if n[0] == "sym" and n[1] in place else None)
+
+
+def _replaced(node: Node, change: Callable[[Node], Node | None]) -> Node:
+    if not isinstance(node, tuple) or not node:
+        return node
+    if isinstance(node[0], str):
+        changed = change(node)
+        if changed is not None:
+            return changed
+        return (node[0], *(_replaced(child, change) if isinstance(child, tuple) else child for child in node[1:]))
+    return tuple(_replaced(child, change) for child in node)
+
+
+# --- values --------------------------------------------------------------------------------------------------------------------
+def _same_scalar(gold: Node, other: Node) -> bool | None:
+    tags = gold[0], other[0]
+    if "base" in tags:
+        return _same_in_base(gold, other)
+    if tags == ("ratio", "ratio"):
+        return _same_ratio(gold, other)
+    if INFINITY in (gold, other) or ("neg", INFINITY) in (gold, other):
+        return intervals.same_end(gold, other)
+    if tags.count("pct") == 1 or tags.count("deg") == 1:
+        marked, plain = (gold, other) if gold[0] in ("pct", "deg") else (other, gold)
+        if _agree(marked[1], plain) is True:  # 50% is written for 50 and for 0.5, 60 degrees for 60 and for pi/3
+            return True
+    return _agree(gold, other)
+
+
+def _agree(gold: Node, other: Node) -> bool | None:
+    same = evaluate.agree(gold, other)
+    if same is False and "'log'" in str((gold, other)):
+        same = evaluate.agree(gold, other, log_base=10)  # a bare log may be meant to base e or 10
+    return same
+
+
+def _same_in_base(gold: Node, other: Node) -> bool | None:
+    if gold[0] == other[0] == "base":
+        return gold[1:] == other[1:]
+    numeral, plain = (gold, other) if gold[0] == "base" else (other, gold)
+    digits = str(plain[1]) if plain[0] in ("num", "sym", "text") else ""
+    return digits.upper() == numeral[1]
+
+
+def _same_ratio(gold: Node, other: Node) -> bool | None:
+    """Entry by entry, or proportional where the second entry cannot be minutes (2:30 is not 1:15)."""
+    entries, others = gold[1], other[1]
+    if len(entries) != len(others):
+        return False
+    if _all(map(_same, entries, others)):
+        return True
+    values = [[evaluate.exact(item) for item in side] for side in (entries, others)]
+    if any(value is None or value <= 0 for side in values for value in side):
+        return False
+    if any(len(side) == 2 and 10 <= side[1] < 60 and side[0] < 24 and side[0].denominator == 1 for side in values):
+        return False
+    return all(a * values[1][0] == b * values[0][0] for a, b in zip(*values, strict=True))

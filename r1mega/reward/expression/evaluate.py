@@ -1,0 +1,386 @@
+"""Numerical identity testing: two expressions are equal when they agree at random points (Schwartz-Zippel).
+
+Rational expressions are evaluated exactly in a prime field (pi and e as random elements, i as a root of -1), so that no tolerance is
+involved. The others are evaluated in doubles to tell different ones apart at once, and confirmed with 60 digits when they agree.
+"""
+
+from __future__ import annotations
+
+import cmath
+import hashlib
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from functools import lru_cache
+from typing import Any
+
+from r1mega.reward.expression.parse import Node
+
+PRIME = 2**96 - 87  # = 1 mod 4, so that -1 has a root
+ROOT_OF_MINUS_ONE = 64928858663283645567976659563
+MAX_EXPONENT = 100_000
+MAX_EXACT_BITS = 4096
+CONFIRM_DIGITS = 60
+NUM_POINTS = 3
+_COARSE, _FINE = 1e-7, 1e-40  # relative tolerances of doubles (to reject) and of 60 digits (to accept)
+
+
+class NotRationalError(ValueError):
+    """The expression is not rational in its symbols."""
+
+
+class UndefinedError(ValueError):
+    """The expression has no value here (division by zero, too large, unknown meaning)."""
+
+
+def symbols(node: Node) -> frozenset[str]:
+    """Names of the free symbols; pi, e, i and infinity are constants."""
+    return frozenset(_walk_symbols(node)) - {"\\pi", "e", "i", "\\infty"}
+
+
+def _walk_symbols(node: Any) -> Iterator[str]:
+    if isinstance(node, tuple) and node:
+        if node[0] == "sym":
+            yield node[1]
+        elif node[0] == "text":
+            yield "text:" + node[1].casefold()
+        elif node[0] == "fn":
+            if node[1] in "fghFGPQ":
+                yield node[1] + "()"
+            yield from itertools.chain.from_iterable(map(_walk_symbols, node[2]))
+        else:
+            for child in node[1:]:
+                for item in child if isinstance(child, tuple) and (not child or isinstance(child[0], tuple)) else (child,):
+                    yield from _walk_symbols(item)
+
+
+def exact(node: Node) -> Fraction | None:
+    """The rational value of a constant expression, None when it has none or it is too large to be written."""
+    try:
+        return _exact(node)
+    except (UndefinedError, NotRationalError, ZeroDivisionError):
+        return None
+
+
+def _exact(node: Node) -> Fraction:
+    tag = node[0]
+    if tag == "num":
+        value = node[1]
+    elif tag == "neg":
+        value = -_exact(node[1])
+    elif tag == "add":
+        value = sum(map(_exact, node[1]), Fraction(0))
+    elif tag == "mul":
+        value = _exact(node[1][0]) * _exact(node[1][1])
+    elif tag == "div" or (tag == "ratio" and len(node[1]) == 2):
+        left, right = node[1:] if tag == "div" else node[1]
+        value = _exact(left) / _exact(right)
+    elif tag == "pow":
+        value = _exact_power(_exact(node[1]), _exact(node[2]))
+    elif tag == "pct":
+        value = _exact(node[1]) / 100
+    elif tag == "fn" and node[1] in _INTEGER_FUNCTIONS:
+        value = _INTEGER_FUNCTIONS[node[1]](*map(_exact, node[2]))
+    else:
+        raise NotRationalError(tag)
+    if value.numerator.bit_length() + value.denominator.bit_length() > MAX_EXACT_BITS:
+        raise UndefinedError("too large")
+    return value
+
+
+def _exact_power(base: Fraction, exponent: Fraction) -> Fraction:
+    if exponent.denominator != 1:
+        if base < 0 or exponent.denominator > 64:
+            raise NotRationalError("root")
+        root = Fraction(_integer_root(base.numerator, exponent.denominator), _integer_root(base.denominator, exponent.denominator))
+        return _exact_power(root, Fraction(exponent.numerator))
+    bits = max(base.numerator.bit_length(), base.denominator.bit_length())
+    if abs(exponent) > MAX_EXPONENT or bits * abs(exponent) > MAX_EXACT_BITS:
+        raise UndefinedError("too large")
+    return base**exponent.numerator
+
+
+def _integer_root(value: int, degree: int) -> int:
+    guess = math.isqrt(value) if degree == 2 else round(value ** (1 / degree)) if value.bit_length() < 1000 else -1
+    if guess < 0 or guess**degree != value:
+        raise NotRationalError("root")
+    return guess
+
+
+def _factorial(value: Fraction) -> Fraction:
+    if value.denominator != 1 or not 0 <= value <= 400:
+        raise UndefinedError("factorial")
+    return Fraction(math.factorial(value.numerator))
+
+
+def _binomial(n: Fraction, k: Fraction) -> Fraction:
+    if n.denominator != 1 or k.denominator != 1 or not 0 <= k <= n <= 2000:
+        raise UndefinedError("binomial")
+    return Fraction(math.comb(n.numerator, k.numerator))
+
+
+def _integers(function: Callable[..., int]) -> Callable[..., Fraction]:
+    def apply(*values: Fraction) -> Fraction:
+        if any(value.denominator != 1 for value in values):
+            raise UndefinedError("not an integer")
+        return Fraction(function(*(value.numerator for value in values)))
+
+    return apply
+
+
+_INTEGER_FUNCTIONS: dict[str, Callable[..., Fraction]] = {
+    "!": _factorial, "binom": _binomial, "abs": abs, "floor": lambda v: Fraction(math.floor(v)), "ceil": lambda v: Fraction(math.ceil(v)),
+    "gcd": _integers(math.gcd), "lcm": _integers(math.lcm), "max": max, "min": min,
+}  # fmt: skip
+
+
+# --- prime field ---------------------------------------------------------------------------------------------------------------
+@lru_cache(maxsize=4096)
+def _random_element(name: str, point: int) -> int:
+    return int.from_bytes(hashlib.blake2b(f"{name}/{point}".encode(), digest_size=12).digest(), "big") % PRIME
+
+
+def _modular(node: Node, point: int) -> int:
+    tag = node[0]
+    if tag == "num":
+        number = node[1]
+        return number.numerator * pow(number.denominator, -1, PRIME) % PRIME if number.denominator != 1 else number.numerator % PRIME
+    if tag == "sym":
+        if node[1] == "\\infty":
+            raise NotRationalError("infinity")
+        return ROOT_OF_MINUS_ONE if node[1] == "i" else _random_element(node[1], point)
+    if tag == "text":
+        return _random_element("text:" + node[1].casefold(), point)
+    if tag == "neg":
+        return -_modular(node[1], point) % PRIME
+    if tag == "add":
+        return sum(_modular(item, point) for item in node[1]) % PRIME
+    if tag == "mul":
+        return _modular(node[1][0], point) * _modular(node[1][1], point) % PRIME
+    if tag == "div":
+        return _modular(node[1], point) * _inverse(_modular(node[2], point)) % PRIME
+    if tag == "pow":
+        exponent = _exact(node[2])
+        if exponent.denominator != 1 or node[1] == ("sym", "e") and abs(exponent) > MAX_EXPONENT:
+            raise NotRationalError("root")
+        base = _modular(node[1], point)
+        return pow(base if exponent >= 0 else _inverse(base), abs(exponent.numerator), PRIME)
+    if tag == "pct":
+        return _modular(node[1], point) * pow(100, -1, PRIME) % PRIME
+    if tag == "fn" and node[1] in "fghFGPQ":
+        arguments = ",".join(str(_modular(item, point)) for item in node[2])
+        return _random_element(f"{node[1]}({arguments})", point)
+    if tag == "fn" and node[1] in _INTEGER_FUNCTIONS:
+        value = _exact(node)
+        return value.numerator * pow(value.denominator, -1, PRIME) % PRIME
+    if tag == "deg":
+        return _modular(node[1], point) * _random_element("\\pi", point) * pow(180, -1, PRIME) % PRIME
+    raise NotRationalError(tag)
+
+
+def _inverse(value: int) -> int:
+    if value == 0:
+        raise UndefinedError("division by zero")
+    return pow(value, -1, PRIME)
+
+
+# --- numbers -------------------------------------------------------------------------------------------------------------------
+def _real(value: Any) -> float:
+    if abs(value.imag) > 1e-12 * max(1.0, abs(value.real)):
+        raise UndefinedError("not real")
+    return value.real
+
+
+class _Doubles:
+    """Python complex numbers."""
+
+    pi, e, i = cmath.pi, cmath.e, 1j
+    functions: dict[str, Callable[..., Any]] = {
+        "sin": cmath.sin, "cos": cmath.cos, "tan": cmath.tan, "arcsin": cmath.asin, "arccos": cmath.acos, "arctan": cmath.atan,
+        "sinh": cmath.sinh, "cosh": cmath.cosh, "tanh": cmath.tanh, "ln": cmath.log, "exp": cmath.exp,
+    }  # fmt: skip
+
+    def number(self, value: Fraction) -> complex:
+        return complex(float(value))
+
+    def floor(self, value: complex) -> int:
+        return math.floor(_real(value) + 1e-9)
+
+
+class _Digits:
+    """mpmath at CONFIRM_DIGITS digits."""
+
+    def __init__(self) -> None:
+        import mpmath
+
+        self.context = context = mpmath.mp.clone()
+        context.dps = CONFIRM_DIGITS
+        self.pi, self.e, self.i = context.pi + 0, context.e + 0, context.mpc(0, 1)
+        self.functions = {
+            "sin": context.sin, "cos": context.cos, "tan": context.tan, "arcsin": context.asin, "arccos": context.acos,
+            "arctan": context.atan, "sinh": context.sinh, "cosh": context.cosh, "tanh": context.tanh, "ln": context.log,
+            "exp": context.exp,
+        }  # fmt: skip
+
+    def number(self, value: Fraction) -> Any:
+        return self.context.mpf(value.numerator) / value.denominator
+
+    def floor(self, value: Any) -> int:
+        return int(self.context.floor(_real(value) + self.context.mpf(10) ** -30))
+
+
+_DOUBLES = _Doubles()
+
+
+@lru_cache(maxsize=1)
+def _digits() -> _Digits:
+    return _Digits()
+
+
+_RECIPROCALS = {"cot": "tan", "sec": "cos", "csc": "sin", "arccot": "arctan"}
+
+
+def _numeric(node: Node, field: Any, values: dict[str, Fraction], log_base: int | None) -> Any:
+    tag = node[0]
+
+    def of(child: Node) -> Any:
+        return _numeric(child, field, values, log_base)
+
+    if tag == "num":
+        return field.number(node[1])
+    if tag in ("sym", "text"):
+        name = node[1] if tag == "sym" else "text:" + node[1].casefold()
+        constant = {"\\pi": field.pi, "e": field.e, "i": field.i}.get(name)
+        if constant is None and name not in values:
+            raise UndefinedError(name)
+        return field.number(values[name]) if constant is None else constant
+    if tag == "neg":
+        return -of(node[1])
+    if tag == "add":
+        return sum(map(of, node[1]))
+    if tag == "mul":
+        return of(node[1][0]) * of(node[1][1])
+    if tag == "div" or (tag == "ratio" and len(node[1]) == 2):
+        left, right = node[1:] if tag == "div" else node[1]
+        return of(left) / of(right)
+    if tag == "pow":
+        return _numeric_power(node, of)
+    if tag == "pct":
+        return of(node[1]) / 100
+    if tag == "deg":
+        return of(node[1]) * field.pi / 180
+    if tag == "fn":
+        return _numeric_function(node, field, of, log_base)
+    raise UndefinedError(f"no value of a {tag}")
+
+
+def _numeric_power(node: Node, of: Callable[[Node], Any]) -> Any:
+    exponent = exact(node[2])
+    base = of(node[1])
+    if exponent is None:
+        return base ** of(node[2])
+    if abs(exponent) > MAX_EXPONENT:
+        raise UndefinedError("too large")
+    if exponent.denominator == 1:
+        return base**exponent.numerator
+    if exponent.denominator % 2 and base.imag == 0 and base.real < 0:  # real odd roots: \sqrt[3]{-8} = -2
+        return (-1) ** exponent.numerator * (-base) ** of(node[2])
+    return base ** of(node[2])
+
+
+def _numeric_function(node: Node, field: Any, of: Callable[[Node], Any], log_base: int | None) -> Any:
+    name, arguments = node[1], [of(argument) for argument in node[2]]
+    if name in ("log", "lg"):
+        base = field.number(Fraction(10)) if name == "lg" else arguments[1] if len(arguments) > 1 else log_base
+        value = field.functions["ln"](arguments[0])
+        return value if base is None else value / field.functions["ln"](base + 0j if isinstance(base, float | int) else base)
+    if name in "fghFGPQ":
+        seed = ",".join(f"{complex(a):.9g}" for a in arguments)
+        return field.number(Fraction(_random_element(f"{name}({seed})", 0), PRIME) + 1)
+    if name in _RECIPROCALS:
+        inner = _RECIPROCALS[name]
+        return field.functions[inner](1 / arguments[0]) if name == "arccot" else 1 / field.functions[inner](arguments[0])
+    if name == "abs":
+        return abs(arguments[0]) + 0 * arguments[0]
+    if name in ("floor", "ceil"):
+        return field.number(Fraction(field.floor(arguments[0]) if name == "floor" else -field.floor(-arguments[0])))
+    if name in field.functions and len(arguments) == 1:
+        return field.functions[name](arguments[0])
+    value = exact(node)
+    if value is None:
+        raise UndefinedError(f"unknown function {name}")
+    return field.number(value)
+
+
+def _points(names: frozenset[str], count: int) -> Iterator[dict[str, Fraction]]:
+    """Values of the symbols: moderate positive ones first, then of both signs, then small ones (for arcsin and the like)."""
+    for point in range(count):
+        unit = {name: Fraction(_random_element(name, point + 7) >> 40, 2**56) for name in names}
+        if point % 3 == 0:
+            yield {name: value * 3 + Fraction(1, 5) for name, value in unit.items()}
+        elif point % 3 == 1:
+            yield {name: value * 6 - 3 for name, value in unit.items()}
+        else:
+            yield {name: value * Fraction(9, 10) + Fraction(1, 100) for name, value in unit.items()}
+
+
+def _close(a: Any, b: Any, tolerance: float) -> bool:
+    return bool(abs(a - b) <= tolerance * max(1, abs(a), abs(b)))
+
+
+def agree(left: Node, right: Node, log_base: int | None = None) -> bool | None:
+    """Whether two scalar expressions are equal as functions of their symbols; None when it cannot be told."""
+    a, b = exact(left), exact(right)
+    if a is not None and b is not None:
+        return a == b
+    try:
+        return all(_modular(left, point) == _modular(right, point) for point in range(NUM_POINTS))
+    except (NotRationalError, UndefinedError, ZeroDivisionError):
+        pass
+    names = symbols(left) | symbols(right)
+    agreed = 0
+    has_imaginary = "i" in _walk_symbols(left)
+    for values in _points(names, 9 if names else 1):
+        verdict = _agree_at(left, right, values, log_base, has_imaginary or not names)
+        if verdict is False:
+            return False
+        agreed += verdict is True
+        if agreed >= NUM_POINTS or (agreed and not names):
+            return True
+    if agreed == 0 and not has_imaginary and names:
+        return _agree_complex(left, right, names, log_base)
+    return True if agreed >= 2 else None
+
+
+def _agree_complex(left: Node, right: Node, names: frozenset[str], log_base: int | None) -> bool | None:
+    verdicts = [_agree_at(left, right, values, log_base, True) for values in _points(names, 6)]
+    return False if False in verdicts else True if verdicts.count(True) >= 2 else None
+
+
+def _agree_at(left: Node, right: Node, values: dict[str, Fraction], log_base: int | None, allow_complex: bool) -> bool | None:
+    try:
+        a, b = (complex(_numeric(side, _DOUBLES, values, log_base)) for side in (left, right))
+        if not (cmath.isfinite(a) and cmath.isfinite(b)):
+            return None
+        if not allow_complex and abs(a.imag) > 1e-9 * max(1, abs(a)):
+            return None  # outside the real domain of the gold, where nothing is promised
+        if not _close(a, b, _COARSE):
+            return False
+        field = _digits()
+        a, b = (_numeric(side, field, values, log_base) for side in (left, right))
+        return _close(a, b, _FINE)
+    except (UndefinedError, NotRationalError, ArithmeticError, ValueError, TypeError):
+        return None
+
+
+def approximate(node: Node) -> float | None:
+    """Real value of a constant expression in double precision, None when it has none. Infinity is a value."""
+    if node == ("sym", "\\infty"):
+        return math.inf
+    if node[0] == "neg" and node[1] == ("sym", "\\infty"):
+        return -math.inf
+    try:
+        return _real(complex(_numeric(node, _DOUBLES, {}, None)))
+    except (UndefinedError, NotRationalError, ArithmeticError, ValueError, TypeError):
+        return None

@@ -1,0 +1,503 @@
+"""Recursive-descent parser of cleaned answers into small tuples.
+
+Nodes (tag first): ("num", Fraction) ("sym", name) ("text", words) ("add", items) ("mul", items) ("div", a, b) ("pow", a, b) ("neg", a)
+("fn", name, args) ("deg", a) ("pct", a) ("base", digits, base) ("ratio", items) ("tuple", open, close, items) ("set", items)
+("list", items) ("matrix", rows) ("rel", operators, sides) ("union" | "inter" | "minus", items).
+"""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+from functools import lru_cache
+
+from r1mega.reward.expression.text import CLOSE_TEXT, OPEN_TEXT
+
+Node = tuple
+MAX_CHARS = 2000
+MAX_DIGITS = 1000
+MAX_DEPTH = 40
+INFINITY: Node = ("sym", "\\infty")
+REALS: Node = ("sym", "\\mathbb{R}")
+EMPTY_SET: Node = ("set", ())
+
+
+class UnreadableError(ValueError):
+    """The text is not in the grammar. `over_limit`: it is too large or too deep to be tried elsewhere either."""
+
+    def __init__(self, message: str, over_limit: bool = False) -> None:
+        super().__init__(message)
+        self.over_limit = over_limit
+
+
+_FUNCTIONS = frozenset(
+    "sin cos tan cot sec csc arcsin arccos arctan arccot sinh cosh tanh ln log lg exp gcd lcm max min det deg Re Im arg".split()
+)
+_ASCII_WORDS = {
+    **{name: "\\" + name for name in _FUNCTIONS if name not in ("deg", "Re", "Im", "arg", "det")},
+    "sqrt": "\\sqrt", "pi": "\\pi", "Pi": "\\pi", "inf": "\\infty", "infty": "\\infty", "infinity": "\\infty", "oo": "\\infty",
+    "abs": "\\abs", "theta": "\\theta", "alpha": "\\alpha", "beta": "\\beta", "union": "\\cup", "U": "U", "asin": "\\arcsin",
+    "acos": "\\arccos", "atan": "\\arctan", "degrees": "\\degree", "cbrt": "\\cbrt", "binom": "\\binom",
+}  # fmt: skip
+_RELATIONS = {
+    "=": "=", "<": "<", ">": ">", "<=": "<=", ">=": ">=", "!=": "!=", "\\le": "<=", "\\leq": "<=", "\\leqslant": "<=", "\\ge": ">=",
+    "\\geq": ">=", "\\geqslant": ">=", "\\lt": "<", "\\gt": ">", "\\ne": "!=", "\\neq": "!=", "\\in": "in", "\\approx": "~",
+    "\\equiv": "=", "\\colon": ":", "=>": "=>", "\\to": "=>", "\\implies": "=>",
+}  # fmt: skip
+_SET_OPERATORS = {"\\cup": "union", "\\bigcup": "union", "\\cap": "inter", "\\setminus": "minus", "\\backslash": "minus"}
+_PRODUCT = frozenset(("*", "\\cdot", "\\times", "\\ast"))
+_CLOSERS = frozenset((")", "]", "}", "\\}", "\\rangle", "\\rfloor", "\\rceil", "\\rvert", "&", "\\\\", "\\end", ",", ";", ":", "+", "-",
+                      "/", "^", "_", "!", "'", "%", "\\pm", "\\mp", "\\div", "\\mid", "\\degree", "\\circ"))  # fmt: skip
+_ACCENTS = frozenset("\\overline \\bar \\vec \\hat \\widehat \\overrightarrow \\tilde \\dot \\angle \\widetilde".split())
+_TOKEN = re.compile(
+    r"(?P<number>(?:\d{1,3}(?:,\d{3})+(?![\d])(?:\.\d+)?|\d+\.(?=\\(?:overline|dot))|\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d{1,4}(?![A-Za-z\d]))?)"
+    + r"|(?P<command>\\[A-Za-z]+|\\.)|" + OPEN_TEXT + "(?P<text>[^" + CLOSE_TEXT + "]*)" + CLOSE_TEXT
+    + r"|(?P<word>[A-Za-z]+)|(?P<operator><=|>=|=<|!=|==|=>|[-+*/^_()\[\]{}|!',;:=<>%&.])"
+)  # fmt: skip
+_OPERATOR_SPELLING = {"=<": "<=", "==": "="}
+
+
+def tokenize(text: str, join_thousands: bool) -> list[str]:
+    """Tokens as strings: numbers start with a digit or dot, commands with a backslash, text with the text mark."""
+    tokens: list[str] = []
+    position = 0
+    for match in _TOKEN.finditer(text):
+        if text[position : match.start()].strip():
+            raise UnreadableError(f"unexpected {text[position : match.start()].strip()[:20]!r}")
+        position = match.end()
+        kind, value = match.lastgroup, match.group()
+        if kind == "number" and "," in value:
+            outside = tokens.count("(") + tokens.count("[") <= tokens.count(")") + tokens.count("]")
+            if join_thousands and outside:
+                tokens.append(value.replace(",", ""))
+            else:
+                for index, part in enumerate(value.split(",")):
+                    tokens += [",", part] if index else [part]
+        elif kind == "word":
+            tokens += _split_word(value)
+        elif kind == "text":
+            tokens.append(OPEN_TEXT + match["text"].strip())
+        else:
+            tokens.append(_OPERATOR_SPELLING.get(value, value))
+    if text[position:].strip():
+        raise UnreadableError(f"unexpected {text[position:].strip()[:20]!r}")
+    return tokens
+
+
+def _split_word(word: str) -> list[str]:
+    """'sqrt' -> command, 'xy' -> x, y; 'Friday', 'ACF' -> one verbal token."""
+    if word in _ASCII_WORDS:
+        return [_ASCII_WORDS[word]]
+    for suffix in ("pi", "sqrt"):
+        if word.endswith(suffix) and len(word) - len(suffix) == 1:
+            return [word[0], "\\" + suffix]
+    if len(word) >= 4 or (len(word) > 1 and word.isupper()) or (len(word) > 2 and word[0].isupper()):
+        return [OPEN_TEXT + word]
+    return list(word)
+
+
+class _Parser:
+    def __init__(self, tokens: list[str], sign: int) -> None:
+        self.tokens = tokens
+        self.at = 0
+        self.depth = 0
+        self.bars = 0
+        self.sign = sign  # how \pm is read: +1 or -1
+        self.signed = False  # a \pm was met
+
+    def peek(self) -> str:
+        return self.tokens[self.at] if self.at < len(self.tokens) else ""
+
+    def take(self, expected: str | None = None) -> str:
+        token = self.peek()
+        if not token or (expected is not None and token != expected):
+            raise UnreadableError(f"expected {expected or 'more'}, found {token or 'the end'}")
+        self.at += 1
+        return token
+
+    def statement(self) -> list[Node]:
+        """Items between commas or semicolons, up to a closing token."""
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise UnreadableError(f"nested deeper than {MAX_DEPTH}", over_limit=True)
+        items = []
+        while True:
+            while self.peek() in (",", ";"):
+                self.at += 1
+            if not self.peek() or self.peek() in (")", "]", "}", "\\}", "\\rangle", "&", "\\\\", "\\end", "|", "\\mid", ":", "\\rvert"):
+                break
+            items.append(self.relation())
+            if self.peek() not in (",", ";"):
+                break
+        self.depth -= 1
+        return items
+
+    def relation(self) -> Node:
+        sides, operators = [self.union()], []
+        while self.peek() in _RELATIONS:
+            operators.append(_RELATIONS[self.take()])
+            if operators[-1] in ("<", ">") and self.peek() == "=":
+                operators[-1] += self.take()
+            sides.append(self.union())
+        return ("rel", tuple(operators), tuple(sides)) if operators else sides[0]
+
+    def union(self) -> Node:
+        node = self.ratio()
+        while self.peek() in _SET_OPERATORS or (self.peek() == "U" and node[0] in ("tuple", "union", "set")):
+            tag = _SET_OPERATORS.get(self.take(), "union")
+            other = self.ratio()
+            node = (tag, (*node[1], other)) if node[0] == tag and tag != "minus" else (tag, (node, other))
+        return node
+
+    def ratio(self) -> Node:
+        items = [self.sum()]
+        while self.peek() == ":" and self.bars >= 0:
+            self.at += 1
+            items.append(self.sum())
+        return ("ratio", tuple(items)) if len(items) > 1 else items[0]
+
+    def sum(self) -> Node:
+        items = []
+        while True:
+            negative = False
+            while self.peek() in ("+", "-", "\\pm", "\\mp"):
+                token = self.take()
+                if token in ("\\pm", "\\mp"):
+                    self.signed = True
+                    token = "-" if (self.sign < 0) == (token == "\\pm") else "+"
+                negative ^= token == "-"
+            term = self.product()
+            items.append(("neg", term) if negative else term)
+            if self.peek() not in ("+", "-", "\\pm", "\\mp"):
+                return ("add", tuple(items)) if len(items) > 1 else items[0]
+
+    def product(self) -> Node:
+        node = self.factor()
+        while True:
+            token = self.peek()
+            if token in _PRODUCT:
+                self.at += 1
+                node = ("mul", (node, self.signed_factor()))
+            elif token in ("/", "\\div"):
+                self.at += 1
+                node = ("div", node, self.signed_factor())
+            elif self.starts_factor(token):
+                node = self.juxtaposed(node)
+            else:
+                return node
+
+    def juxtaposed(self, left: Node) -> Node:
+        """2x is a product, 3 \\frac12 and 3 1/2 are mixed numbers, 3 5 is nothing."""
+        mark = self.at
+        right = self.factor()
+        if left[0] == "num" and left[1].denominator == 1:
+            if self.tokens[mark] == "\\frac" and right[0] == "div" and right[1][0] == right[2][0] == "num":
+                return ("add", (left, right))
+            if right[0] == "num":
+                if self.peek() == "/" and self.tokens[self.at + 1 : self.at + 2] and self.tokens[self.at + 1].isdigit():
+                    self.at += 1
+                    return ("add", (left, ("div", right, self.factor())))
+                raise UnreadableError("two numbers side by side")
+        elif right[0] == "num" and self.tokens[mark][0].isdigit() and left[0] == "num":
+            raise UnreadableError("two numbers side by side")
+        return ("mul", (left, right))
+
+    def signed_factor(self) -> Node:
+        if self.peek() in ("-", "+"):
+            return ("neg", self.signed_factor()) if self.take() == "-" else self.signed_factor()
+        return self.factor()
+
+    def starts_factor(self, token: str) -> bool:
+        if not token or token in _CLOSERS or token in _RELATIONS or token in _SET_OPERATORS or token == "U":
+            return False
+        return not (token in ("|", "\\rvert") and self.bars > 0) or token == "\\lvert"
+
+    def factor(self) -> Node:
+        node = self.primary()
+        while True:
+            token = self.peek()
+            if token == "^":
+                self.at += 1
+                node = self.power(node)
+            elif token in ("\\degree", "\\circ"):
+                self.at += 1
+                node = ("deg", node)
+            elif token == "!":
+                self.at += 1
+                node = ("fn", "!", (node,))
+            elif token == "%":
+                self.at += 1
+                node = ("pct", node)
+            elif token == "'" and node[0] == "sym":
+                self.at += 1
+                node = ("sym", node[1] + "'")
+            elif token == "_" and node[0] in ("num", "text", "sym", "fn"):
+                self.at += 1
+                node = self.subscript(node)
+            else:
+                return node
+
+    def power(self, base: Node) -> Node:
+        token = self.peek()
+        if token == "\\circ" or self.tokens[self.at : self.at + 3] == ["{", "\\circ", "}"]:
+            self.at += 1 if token == "\\circ" else 3
+            return ("deg", base)
+        if token in ("'", "\\prime"):
+            self.at += 1
+            return ("sym", f"{base}'")
+        if token in ("-", "+"):
+            return ("pow", base, self.signed_factor())
+        return ("pow", base, self.group() if token == "{" else self.primary())
+
+    def subscript(self, node: Node) -> Node:
+        start = self.at
+        inner = self.group() if self.peek() == "{" else ("tokens", self.take())
+        label = "".join(self.tokens[start : self.at]).strip("{}")
+        if node[0] == "num" or (node[0] == "text" and label.isdigit()):
+            if not label.isdigit() or inner[0] == "list":
+                raise UnreadableError(f"base {label!r} is not a number")
+            digits = node[1] if node[0] == "text" else str(node[1])
+            return ("base", digits.upper(), int(label))
+        return ("sym", f"{node[1]}_{label}")
+
+    def group(self) -> Node:
+        """{...}: LaTeX grouping; with several items a set."""
+        self.take("{")
+        items = self.statement()
+        if self.peek() in ("|", ":", "\\mid"):
+            self.at += 1
+            items = self.statement()
+        self.take("}")
+        if not items:
+            raise UnreadableError("an empty group")
+        return items[0] if len(items) == 1 else ("set", tuple(items))
+
+    def argument(self) -> Node:
+        """Argument of \\frac: a group or a single token; of a number only its first digit (\\frac12)."""
+        token = self.peek()
+        if token == "{":
+            return self.group()
+        if token[:1].isdigit() and len(token) > 1 and token.isdigit():
+            self.tokens[self.at] = token[1:]
+            return ("num", Fraction(token[0]))
+        if token == "-":
+            self.at += 1
+            return ("neg", self.argument())
+        return self.primary()
+
+    def primary(self) -> Node:
+        self.depth += 1
+        if self.depth > 2 * MAX_DEPTH:
+            raise UnreadableError(f"nested deeper than {MAX_DEPTH}", over_limit=True)
+        token = self.take()
+        first = token[0]
+        if first.isdigit() or (first == "." and len(token) > 1):
+            node = _number(token, self)
+        elif first == "\\" and len(token) > 1:
+            node = self.command(token)
+        elif first == OPEN_TEXT:
+            node = ("text", token[1:])
+        elif token in ("(", "["):
+            node = self.bracket(token)
+        elif token == "{":
+            self.at -= 1
+            node = self.group()
+        elif token == "|":
+            node = self.absolute(("|",))
+        elif first.isalpha():
+            node = self.letter(token)
+        else:
+            raise UnreadableError(f"unexpected {token!r}")
+        self.depth -= 1
+        return node
+
+    def letter(self, token: str) -> Node:
+        if token in "fghFGPQ" and self.peek() == "(":
+            self.at += 1
+            argument = self.bracket("(")
+            return ("fn", token, argument[3] if argument[0] == "tuple" else (argument,))
+        return ("sym", token)
+
+    def bracket(self, opening: str) -> Node:
+        bars, self.bars = self.bars, 0
+        items = self.statement()
+        closing = self.take()
+        self.bars = bars
+        if closing not in (")", "]"):
+            raise UnreadableError(f"{opening} closed by {closing}")
+        if not items:
+            raise UnreadableError("empty brackets")
+        if len(items) == 1:
+            if {opening + closing} & {"(]", "[)"}:
+                raise UnreadableError(f"{opening} closed by {closing}")
+            return items[0]
+        return ("tuple", opening, closing, tuple(items))
+
+    def absolute(self, closers: tuple[str, ...]) -> Node:
+        self.bars += 1
+        inner = self.relation()
+        self.bars -= 1
+        if self.take() not in closers:
+            raise UnreadableError("an open |")
+        return ("fn", "abs", (inner,))
+
+    def command(self, token: str) -> Node:
+        name = token[1:]
+        if token == "\\frac":
+            return ("div", self.argument(), self.argument())
+        if token in ("\\sqrt", "\\cbrt"):
+            return self.root(token)
+        if name in _FUNCTIONS or token == "\\abs":
+            return self.function(name)
+        if token == "\\{":
+            return self.braces()
+        if token == "\\langle":
+            items = self.statement()
+            self.take("\\rangle")
+            return ("tuple", "(", ")", tuple(items))
+        if token in ("\\lvert", "\\vert", "\\mid"):
+            return self.absolute(("\\rvert", "\\vert", "|", "\\mid"))
+        if token in ("\\lfloor", "\\lceil"):
+            inner = self.relation()
+            self.take("\\r" + name[1:])
+            return ("fn", name[1:], (inner,))
+        if token in ("\\binom", "\\dbinom", "\\tbinom"):
+            return ("fn", "binom", (self.argument(), self.argument()))
+        if token == "\\begin":
+            return self.environment()
+        if token in ("\\emptyset", "\\varnothing"):
+            return EMPTY_SET
+        if token in ("\\mathbb", "\\Bbb"):
+            return ("sym", "\\mathbb{" + "".join(self.tokens[self.at : self._after_group()]).strip("{}") + "}")
+        if token in _ACCENTS:
+            return self.accent(token)
+        if name.isalpha() and name in _LETTERS:
+            return ("sym", token.replace("\\var", "\\"))
+        raise UnreadableError(f"unknown command {token}")
+
+    def _after_group(self) -> int:
+        if self.peek() == "{":
+            self.at = self.tokens.index("}", self.at) + 1 if "}" in self.tokens[self.at :] else len(self.tokens)
+        else:
+            self.at += 1
+        return self.at
+
+    def accent(self, token: str) -> Node:
+        start = self.at
+        label = "".join(self.tokens[start : self._after_group()]).strip("{}").replace(OPEN_TEXT, "")
+        if not label:
+            raise UnreadableError(f"{token} of nothing")
+        if token == "\\overline" and len(label) == 2 and label.isupper():
+            label = "".join(sorted(label))  # a segment has no direction
+        return ("sym", f"{token}{{{label}}}")
+
+    def root(self, token: str) -> Node:
+        degree: Node = ("num", Fraction(3 if token == "\\cbrt" else 2))
+        if self.peek() == "[" and token == "\\sqrt":
+            self.at += 1
+            degree = self.sum()
+            self.take("]")
+        return ("pow", self.group() if self.peek() == "{" else self.primary(), ("div", ("num", Fraction(1)), degree))
+
+    def function(self, name: str) -> Node:
+        exponent = base = None
+        while self.peek() in ("^", "_"):
+            if self.take() == "^":
+                exponent = self.group() if self.peek() == "{" else self.signed_factor()
+            else:
+                base = self.group() if self.peek() == "{" else self.argument()
+        arguments = self.function_arguments()
+        if exponent == ("neg", ("num", Fraction(1))) and name in ("sin", "cos", "tan"):
+            return ("fn", "arc" + name, arguments)
+        node: Node = ("fn", name, arguments if base is None else (*arguments, base))
+        return ("pow", node, exponent) if exponent is not None else node
+
+    def function_arguments(self) -> tuple[Node, ...]:
+        """A bracketed argument ends the application; without brackets it reaches over a juxtaposed product: \\sin 3x."""
+        if self.peek() in ("(", "["):
+            inner = self.bracket(self.take())
+            return inner[3] if inner[0] == "tuple" else (inner,)
+        if self.peek() == "{":
+            return (self.group(),)
+        negative = self.peek() == "-" and self.take() == "-"
+        node = self.factor()
+        while self.starts_factor(self.peek()) and self.peek()[1:] not in _FUNCTIONS and self.peek() not in _PRODUCT:
+            node = self.juxtaposed(node)
+        return (("neg", node) if negative else node,)
+
+    def braces(self) -> Node:
+        items = self.statement()
+        if self.peek() in ("|", ":", "\\mid"):  # set builder: the condition is the set
+            self.at += 1
+            condition = self.statement()
+            self.take("\\}")
+            return condition[0] if len(condition) == 1 else ("list", tuple(condition))
+        self.take("\\}")
+        return ("set", tuple(items))
+
+    def environment(self) -> Node:
+        name = "".join(self.tokens[self.at : self._after_group()]).strip("{}").replace(OPEN_TEXT, "")
+        if name == "array" and self.peek() == "{":
+            self._after_group()
+        rows: list[list[Node]] = [[]]
+        while self.peek() != "\\end":
+            if self.peek() == "&":
+                self.at += 1
+            elif self.peek() == "\\\\":
+                self.at += 1
+                rows.append([])
+            else:
+                rows[-1].append(self.relation())
+        self.at += 1
+        self._after_group()
+        rows = [row for row in rows if row]
+        if name not in ("pmatrix", "bmatrix", "matrix", "array", "smallmatrix", "Bmatrix"):
+            raise UnreadableError(f"unknown environment {name}")
+        if not rows or len({len(row) for row in rows}) != 1:
+            raise UnreadableError("rows of a matrix differ in length")
+        return ("matrix", tuple(map(tuple, rows)))
+
+
+_LETTERS = frozenset(
+    "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma tau phi varphi chi psi omega "
+    "Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega pi infty ell hbar".split()
+)
+
+
+def _number(token: str, parser: _Parser) -> Node:
+    if len(token) > MAX_DIGITS:
+        raise UnreadableError(f"a number of more than {MAX_DIGITS} digits", over_limit=True)
+    if "." in token and parser.peek() in ("\\overline", "\\dot") and "e" not in token.lower():
+        return _repeating(token, parser)
+    return ("num", Fraction(token))
+
+
+def _repeating(token: str, parser: _Parser) -> Node:
+    """0.1\\overline{6}: the digits under the bar repeat for ever."""
+    parser.take()
+    start = parser.at
+    period = "".join(parser.tokens[start : parser._after_group()]).strip("{}")
+    if not period.isdigit():
+        raise UnreadableError("a repeating part that is not digits")
+    decimals = len(token.split(".")[1])
+    return ("num", Fraction(token) + Fraction(int(period), 10**decimals * (10 ** len(period) - 1)))
+
+
+@lru_cache(maxsize=8192)
+def parse(text: str, join_thousands: bool = True) -> Node:
+    """Cleaned text -> node. `\\pm` gives both signs as a list. Raises UnreadableError."""
+    if len(text) > MAX_CHARS:
+        raise UnreadableError(f"longer than {MAX_CHARS} characters", over_limit=True)
+    tokens = tokenize(text, join_thousands)
+    readings = []
+    for sign in (1, -1):
+        parser = _Parser(list(tokens), sign)
+        items = parser.statement()
+        if parser.at != len(parser.tokens):
+            raise UnreadableError(f"unexpected {parser.peek()!r}")
+        if not items:
+            raise UnreadableError("nothing to read")
+        readings += items
+        if not parser.signed:
+            break
+    return readings[0] if len(readings) == 1 else ("list", tuple(dict.fromkeys(readings)))

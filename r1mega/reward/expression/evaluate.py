@@ -34,6 +34,10 @@ class UndefinedError(ValueError):
     """The expression has no value here (division by zero, too large, unknown meaning)."""
 
 
+class TooLargeError(UndefinedError):
+    """A number too large to be an answer."""
+
+
 def symbols(node: Node) -> frozenset[str]:
     """Names of the free symbols; pi, e, i and infinity are constants."""
     return frozenset(_walk_symbols(node)) - {"\\pi", "e", "i", "\\infty"}
@@ -53,6 +57,14 @@ def _walk_symbols(node: Any) -> Iterator[str]:
             for child in node[1:]:
                 for item in child if isinstance(child, tuple) and (not child or isinstance(child[0], tuple)) else (child,):
                     yield from _walk_symbols(item)
+
+
+def tags(node: Any) -> frozenset[str]:
+    """Kinds of nodes that occur in an expression."""
+    if not isinstance(node, tuple) or not node:
+        return frozenset()
+    own = frozenset((node[0],)) if isinstance(node[0], str) else tags(node[0])
+    return own.union(*(tags(child) for child in node[1:]))
 
 
 def exact(node: Node) -> Fraction | None:
@@ -85,7 +97,7 @@ def _exact(node: Node) -> Fraction:
     else:
         raise NotRationalError(tag)
     if value.numerator.bit_length() + value.denominator.bit_length() > MAX_EXACT_BITS:
-        raise UndefinedError("too large")
+        raise TooLargeError("too large")
     return value
 
 
@@ -97,7 +109,7 @@ def _exact_power(base: Fraction, exponent: Fraction) -> Fraction:
         return _exact_power(root, Fraction(exponent.numerator))
     bits = max(base.numerator.bit_length(), base.denominator.bit_length())
     if abs(exponent) > MAX_EXPONENT or bits * abs(exponent) > MAX_EXACT_BITS:
-        raise UndefinedError("too large")
+        raise TooLargeError("too large")
     return base**exponent.numerator
 
 
@@ -281,7 +293,7 @@ def _numeric_power(node: Node, of: Callable[[Node], Any]) -> Any:
     if exponent is None:
         return base ** of(node[2])
     if abs(exponent) > MAX_EXPONENT:
-        raise UndefinedError("too large")
+        raise TooLargeError("too large")
     if exponent.denominator == 1:
         return base**exponent.numerator
     if exponent.denominator % 2 and base.imag == 0 and base.real < 0:  # real odd roots: \sqrt[3]{-8} = -2
@@ -336,8 +348,11 @@ def agree(left: Node, right: Node, log_base: int | None = None) -> bool | None:
         return a == b
     try:
         return all(_modular(left, point) == _modular(right, point) for point in range(NUM_POINTS))
+    except TooLargeError:
+        return False  # equal ones of that size have equal texts
     except (NotRationalError, UndefinedError, ZeroDivisionError):
-        pass
+        if _divides_by_zero(left) or _divides_by_zero(right):
+            return False
     names = symbols(left) | symbols(right)
     agreed = 0
     has_imaginary = "i" in _walk_symbols(left)
@@ -353,6 +368,16 @@ def agree(left: Node, right: Node, log_base: int | None = None) -> bool | None:
     return True if agreed >= 2 else None
 
 
+def _divides_by_zero(node: Node) -> bool:
+    try:
+        _exact(node)
+    except ZeroDivisionError:
+        return True
+    except (NotRationalError, UndefinedError):
+        return False
+    return False
+
+
 def _agree_complex(left: Node, right: Node, names: frozenset[str], log_base: int | None) -> bool | None:
     verdicts = [_agree_at(left, right, values, log_base, True) for values in _points(names, 6)]
     return False if False in verdicts else True if verdicts.count(True) >= 2 else None
@@ -361,17 +386,21 @@ def _agree_complex(left: Node, right: Node, names: frozenset[str], log_base: int
 def _agree_at(left: Node, right: Node, values: dict[str, Fraction], log_base: int | None, allow_complex: bool) -> bool | None:
     try:
         a, b = (complex(_numeric(side, _DOUBLES, values, log_base)) for side in (left, right))
-        if not (cmath.isfinite(a) and cmath.isfinite(b)):
-            return None
-        if not allow_complex and abs(a.imag) > 1e-9 * max(1, abs(a)):
-            return None  # outside the real domain of the gold, where nothing is promised
-        if not _close(a, b, _COARSE):
-            return False
-        field = _digits()
-        a, b = (_numeric(side, field, values, log_base) for side in (left, right))
-        return _close(a, b, _FINE)
+        if cmath.isfinite(a) and cmath.isfinite(b) and not _close(a, b, _COARSE):
+            return False if allow_complex or _is_real(a) else None  # nothing is promised outside the gold's real domain
+    except OverflowError:
+        pass  # too large for doubles
     except (UndefinedError, NotRationalError, ArithmeticError, ValueError, TypeError):
         return None
+    try:
+        a, b = (_numeric(side, _digits(), values, log_base) for side in (left, right))
+        return _close(a, b, _FINE) if allow_complex or _is_real(a) else None
+    except (UndefinedError, NotRationalError, ArithmeticError, ValueError, TypeError):
+        return None
+
+
+def _is_real(value: Any) -> bool:
+    return bool(abs(value.imag) <= 1e-9 * max(1, abs(value)))
 
 
 def approximate(node: Node) -> float | None:

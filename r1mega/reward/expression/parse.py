@@ -124,7 +124,9 @@ class _Parser:
         while True:
             while self.peek() in (",", ";"):
                 self.at += 1
-            if not self.peek() or self.peek() in (")", "]", "}", "\\}", "\\rangle", "&", "\\\\", "\\end", "|", "\\mid", ":", "\\rvert"):
+            if not self.peek() or self.peek() in (")", "]", "}", "\\}", "\\rangle", "&", "\\\\", "\\end", ":", "\\rvert"):
+                break
+            if items and self.peek() in ("|", "\\mid"):
                 break
             items.append(self.relation())
             if self.peek() not in (",", ";"):
@@ -263,7 +265,9 @@ class _Parser:
     def group(self) -> Node:
         """{...}: LaTeX grouping; with several items a set."""
         self.take("{")
+        bars, self.bars = self.bars, 0
         items = self.statement()
+        self.bars = bars
         if self.peek() in ("|", ":", "\\mid"):
             self.at += 1
             items = self.statement()
@@ -426,7 +430,9 @@ class _Parser:
         return (("neg", node) if negative else node,)
 
     def braces(self) -> Node:
+        bars, self.bars = self.bars, 1  # a bar after an item begins a condition
         items = self.statement()
+        self.bars = bars
         if self.peek() in ("|", ":", "\\mid"):  # set builder: the condition is the set
             self.at += 1
             condition = self.statement()
@@ -497,7 +503,7 @@ def parse(text: str, join_thousands: bool = True) -> Node:
             raise UnreadableError(f"unexpected {parser.peek()!r}")
         if not items:
             raise UnreadableError("nothing to read")
-        readings += items
+        readings += [item for item in items if item not in readings] if sign < 0 else items
         if not parser.signed:
             break
-    return readings[0] if len(readings) == 1 else ("list", tuple(dict.fromkeys(readings)))
+    return readings[0] if len(readings) == 1 else ("list", tuple(readings))

@@ -59,6 +59,8 @@ def _box(match: re.Match[str]) -> str:
 @lru_cache(maxsize=8192)
 def clean(text: str) -> str:
     """One spelling for what is written in many: ASCII characters, \\frac, plain spaces, ';' between list items."""
+    if text.strip(" .").lower() in _NUMBER_WORDS:
+        return _NUMBER_WORDS[text.strip(" .").lower()]
     if _UNUSUAL.search(text):
         text = _SUPERSCRIPT_RUN.sub(lambda m: "^{" + "".join(_SUPERSCRIPTS[c] for c in m.group()) + "}", text)
         text = text.translate(_TRANSLATION)
@@ -104,7 +106,7 @@ HEDGES = frozenset(
     "between maybe perhaps possibly probably if unless than above below up plus minus times half double twice or and to through "
     "a.m p.m a.m. p.m. am pm".split()
 )
-_BODY_TAIL = re.compile(r"^(?P<body>.*?[\d)\]}!%\uE000])(?P<tail>\s*(?:" + OPEN_TEXT + "[^" + CLOSE_TEXT
+_BODY_TAIL = re.compile(r"^(?P<body>.*?(?:[\d)\]}!%]|\\pi|[A-Za-z](?=\s*" + OPEN_TEXT + r")))(?P<tail>\s*(?:" + OPEN_TEXT + "[^" + CLOSE_TEXT
                         + r"]*" + CLOSE_TEXT + r"|[^\W\d_][A-Za-z./]*|[\u4e00-\u9fff]+|\s|/)+)(?:\^\{?(?P<power>-?[1-9])\}?)?\s*$")
 _WORD = re.compile(r"[A-Za-z][A-Za-z.]*|[\u4e00-\u9fff]+")
 _NUMERIC_BODY = re.compile(r"^[\s\d.,+\-*/{}()^]*(?:\\(?:frac|sqrt|pi|cdot|times|approx)[\s\d.,+\-*/{}()^]*)*$")

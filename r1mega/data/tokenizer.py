@@ -51,7 +51,8 @@ class SentencePieceTokenizer:
         return ([] if self.bos_token_id is None else [self.bos_token_id]) + self.encode(text)
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        return self._model.decode(list(token_ids))
+        unknown = self._model.unk_id()  # a model's vocabulary may be padded beyond the tokenizer's
+        return self._model.decode([i if i < self.vocab_size else unknown for i in token_ids])
 
 
 class HFTokenizer:

@@ -1,7 +1,8 @@
-"""Stages `zero` and `reasoning_rl`: GRPO. The loop in `run` reads like the recipe; each arrow is a record of types.py."""
+"""Stages `zero` and `reasoning_rl`: GRPO. `RLTrainer.step` reads like the recipe; each arrow is a record of types.py."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from r1mega.checkpoint.hf import HFTensors, read_config, write_hf
@@ -19,74 +20,95 @@ from r1mega.stages.runtime import Runtime
 from r1mega.train.grpo_update import update_policy
 from r1mega.train.policy import Policy
 from r1mega.train.samples import gather_samples, training_samples
-from r1mega.types import SamplingSettings
+from r1mega.types import RolloutGroup, SamplingSettings
 from r1mega.weights.sync import WeightSync
+
+
+class RLTrainer:
+    """Policy, generator and rewards of one run, and the step that ties them together."""
+
+    def __init__(self, config: RLStage, runtime: Runtime):
+        self.config, self.timer = config, runtime.timer
+        self.hf_config = read_config(config.model.path)
+        self.tokenizer = load_tokenizer(config.model.path)
+        prompts = load_prompts(config.data, self.tokenizer)
+        self.policy = Policy(
+            config.model, self.hf_config, config.parallel, config.optimizer,
+            total_steps=config.steps * config.update.num_minibatches * config.update.num_epochs, seed=config.seed,
+        )  # fmt: skip
+        self.policy.load_hf(HFTensors(config.model.path))
+        if config.algorithm.kl_coefficient > 0:
+            self.policy.take_reference()
+        self.cursor = PromptCursor(len(prompts), config.seed)
+        self.start, progress = runtime.restore(self.policy, self.hf_config)
+        if self.start:
+            self.cursor.load_state_dict(progress["cursor"])
+        self.engine = build_engine(config.rollout, config.model, config.weights, config.data.max_prompt_tokens)
+        self.scorer = RewardScorer(config.reward, max_response_tokens=config.rollout.max_response_tokens)
+        stop_ids, stop_strings = stop_settings(config.rollout.stop, self.tokenizer)
+        self.sampling = SamplingSettings(
+            config.rollout.temperature, config.rollout.top_p, config.rollout.max_response_tokens, stop_ids, stop_strings
+        )
+        sampler = GroupSampler(
+            self.engine, self.tokenizer, self.scorer, self.sampling, config.rollout.group_size, self.timer
+        )
+        self.collector = GroupCollector(sampler, prompts, self.cursor, config)
+        self.sync = WeightSync(self.policy, self.engine, config.weights, self.hf_config, [p.token_ids for p in prompts])
+        self.sync.push()
+
+    def step(self, step: int) -> tuple[dict[str, Any], Sequence[RolloutGroup]]:
+        """One step of the recipe; its metrics, and this rank's groups."""
+        config = self.config
+        groups = self.collector.collect(step)  # rollout, reward
+        if config.rollout.sleep:
+            self.engine.sleep()
+        samples = gather_samples(training_samples(groups, config.algorithm), self.collector.contributes)  # advantage
+        metrics = update_policy(self.policy, samples, config, step, self.timer)  # log-prob, update
+        refresh = config.algorithm.reference_refresh_steps
+        if config.algorithm.kl_coefficient > 0 and refresh is not None and step % refresh == 0:
+            self.policy.take_reference()
+        with self.timer.phase("reshard"):
+            metrics |= self.sync.push()  # reshard, and its proof
+        metrics |= group_metrics(groups, contributes=self.collector.contributes) | self.collector.metrics()
+        return metrics, groups
+
+    def close(self) -> None:
+        """Stop the reward workers and free the generator."""
+        self.scorer.close()
+        self.engine.close()
 
 
 def run(config: RLStage, runtime: Runtime) -> int:
     """Train to `config.steps` and export RUN_DIR/hf. Returns the exit code."""
-    timer = runtime.timer
-    tokenizer = load_tokenizer(config.model.path)
-    prompts = load_prompts(config.data, tokenizer)
-    hf_config = read_config(config.model.path)
-    policy = Policy(
-        config.model, hf_config, config.parallel, config.optimizer,
-        total_steps=config.steps * config.update.num_minibatches * config.update.num_epochs, seed=config.seed,
-    )  # fmt: skip
-    policy.load_hf(HFTensors(config.model.path))
-    if config.algorithm.kl_coefficient > 0:
-        policy.take_reference()
-    cursor = PromptCursor(len(prompts), config.seed)
-    start, progress_state = runtime.restore(policy, hf_config)
-    if start:
-        cursor.load_state_dict(progress_state["cursor"])
-
-    engine = build_engine(config.rollout, config.model, config.weights, config.data.max_prompt_tokens)
-    stop_ids, stop_strings = stop_settings(config.rollout.stop, tokenizer)
-    sampling = SamplingSettings(
-        temperature=config.rollout.temperature, top_p=config.rollout.top_p,
-        max_tokens=config.rollout.max_response_tokens, stop_token_ids=stop_ids, stop_strings=stop_strings,
-    )  # fmt: skip
-    sync = WeightSync(policy, engine, config.weights, hf_config, [prompt.token_ids for prompt in prompts])
-    with RewardScorer(config.reward, max_response_tokens=config.rollout.max_response_tokens) as scorer:
-        sampler = GroupSampler(engine, tokenizer, scorer, sampling, config.rollout.group_size, timer)
-        collector = GroupCollector(sampler, prompts, cursor, config)
-        evaluation = Evaluation(config, engine, tokenizer, scorer, sampling, runtime)
-        sync.push()
-        if start == 0:
+    trainer = RLTrainer(config, runtime)
+    evaluation = Evaluation(config, trainer, runtime)
+    try:
+        if trainer.start == 0:
             evaluation.run(0)
-        with runtime.progress(total=config.steps, done=start):
-            for step in range(start + 1, config.steps + 1):
-                timer.start_step()
-                groups = collector.collect(step)  # rollout, reward
-                if config.rollout.sleep:
-                    engine.sleep()
-                samples = gather_samples(training_samples(groups, config.algorithm), collector.contributes)
-                metrics = update_policy(policy, samples, config, step, timer)  # log-prob, update
-                refresh = config.algorithm.reference_refresh_steps
-                if config.algorithm.kl_coefficient > 0 and refresh is not None and step % refresh == 0:
-                    policy.take_reference()
-                with timer.phase("reshard"):
-                    metrics |= sync.push()  # reshard, and its proof
-                metrics |= group_metrics(groups, contributes=collector.contributes) | collector.metrics()
-                metrics |= evaluation.run(step) if evaluation.due(step) else {}
-                metrics |= _rates(metrics, timer.finish_step())
+        with runtime.progress(total=config.steps, done=trainer.start):
+            for step in range(trainer.start + 1, config.steps + 1):
+                trainer.timer.start_step()
+                metrics, groups = trainer.step(step)
+                metrics |= rates(metrics, trainer.timer.finish_step())
+                metrics |= evaluation.run(step) if evaluation.is_due(step) else {}
                 runtime.write_metrics(step, metrics)
                 runtime.write_samples(step, groups)
                 stopping = runtime.stop_requested()
                 if step % config.checkpoint.every_steps == 0 or step == config.steps or stopping:
-                    runtime.save(policy, step, {"cursor": cursor.state_dict()})
+                    runtime.save(trainer.policy, step, {"cursor": trainer.cursor.state_dict()})
                 if stopping and step < config.steps:
                     return runtime.stopped(step)
-    engine.close()
+    finally:
+        trainer.close()
     write_hf(
-        runtime.run_dir / "hf", policy.hf_tensors(), hf_config,
+        runtime.run_dir / "hf", trainer.policy.hf_tensors(), trainer.hf_config,
         tokenizer_from=config.model.path, write=runtime.is_main,
     )  # fmt: skip
     return runtime.finished({"checkpoint": str(runtime.run_dir / "hf")} | evaluation.summary())
 
 
-def _rates(metrics: dict[str, Any], times: dict[str, float]) -> dict[str, float]:
+def rates(metrics: dict[str, Any], times: dict[str, float]) -> dict[str, float]:
+    """The step's times, and tokens per second of its two big phases."""
     return times | {
         "tokens/rollout_per_second": metrics["tokens/rollout"] / max(times["time/rollout_seconds"], 1e-9),
         "tokens/update_per_second": metrics["tokens/update"] / max(times["time/update_seconds"], 1e-9),

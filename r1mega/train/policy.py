@@ -81,7 +81,7 @@ class Policy:
         self.megatron_config = config = self.chunks[0].config
         wrapped = [Float16Module(config, c) for c in self.chunks] if self.dtype == torch.bfloat16 else self.chunks
         ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
-        self._ddp = [DistributedDataParallel(config, ddp_config, chunk) for chunk in wrapped]
+        self.ddp_chunks = [DistributedDataParallel(config, ddp_config, chunk) for chunk in wrapped]
         self.optimizer = get_megatron_optimizer(
             MegatronOptimizerConfig(
                 optimizer="adam",
@@ -96,7 +96,7 @@ class Policy:
                 params_dtype=self.dtype,
                 use_distributed_optimizer=True,
             ),
-            self._ddp,
+            self.ddp_chunks,
             use_gloo_process_groups=True,
         )
         self.scheduler = _lr_schedule(self.optimizer, optimizer, total_steps)
@@ -135,7 +135,7 @@ class Policy:
         Raises NonFiniteError when the gradient norm is not finite; the weights are then untouched.
         """
         self.scheduler.step(1)  # first, so that a warm-up of n steps starts at lr / n and not at 0
-        for chunk in self._ddp:
+        for chunk in self.ddp_chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
 
@@ -173,12 +173,12 @@ class Policy:
 
             return logits, loss
 
-        iterators = [iter(enumerate(microbatches)) for _ in self._ddp]  # one a virtual pipeline stage
-        virtual = len(self._ddp) > 1
+        iterators = [iter(enumerate(microbatches)) for _ in self.ddp_chunks]  # one a virtual pipeline stage
+        virtual = len(self.ddp_chunks) > 1
         self._forward_backward(
             forward_step_func=forward_step,
             data_iterator=iterators if virtual else iterators[0],
-            model=self._ddp if virtual else self._ddp[0],
+            model=self.ddp_chunks if virtual else self.ddp_chunks[0],
             num_microbatches=len(microbatches),
             seq_length=max(b.num_tokens for b in microbatches),
             micro_batch_size=1,

@@ -1,0 +1,130 @@
+"""The zero stage end to end: files, metrics, resume after any kind of end, data parallelism, real prompts."""
+
+import json
+import math
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from conftest import metrics, r1mega, run_until_step, without_times, zero_arguments
+
+NAMES = """step reward/mean reward/accuracy reward/format response/length_mean response/truncated_fraction policy/kl
+policy/clip_fraction policy/entropy policy/grad_norm logprob/diff_max logprob/diff_mean expert/load_max_over_mean
+time/rollout_seconds time/reward_seconds time/logprob_seconds time/update_seconds time/reshard_seconds time/step_seconds
+tokens/rollout_per_second tokens/update_per_second memory/rss_bytes""".split()
+
+
+@pytest.fixture(scope="module")
+def whole_run(nano_base, tmp_path_factory):
+    """An uninterrupted run of four steps."""
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    r1mega(*zero_arguments(nano_base, run_dir))
+    return run_dir
+
+
+def test_run_directory_and_metrics(whole_run):
+    for name in ("config.yaml", "environment.json", "samples.jsonl", "status.json", "hf/config.json", "checkpoints"):
+        assert (whole_run / name).exists(), name
+    lines = metrics(whole_run)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    for line in lines:
+        assert set(NAMES) <= line.keys(), set(NAMES) - line.keys()
+        assert all(math.isfinite(line[name]) for name in NAMES)
+        assert line["logprob/diff_max"] < 2e-4
+        assert line["time/step_seconds"] > 0
+    assert json.loads((whole_run / "status.json").read_text())["state"] == "finished"
+
+
+def test_reference_and_kl(whole_run):
+    """The KL is 0 only while policy and reference are equal: before the first update, not after."""
+    kl = [line["policy/kl"] for line in metrics(whole_run)]
+    assert all(value >= 0 for value in kl)
+    assert kl[1] > 0
+
+
+@pytest.mark.parametrize(("sent", "step", "code"), [(signal.SIGKILL, 3, -9), (signal.SIGTERM, 1, 85), (signal.SIGUSR2, 3, 85)])
+def test_interrupted_run_equals_uninterrupted_bitwise(nano_base, whole_run, tmp_path, sent, step, code):
+    arguments = zero_arguments(nano_base, tmp_path / "run")
+    assert run_until_step(step, tmp_path / "run", sent, *arguments) == code
+    r1mega(*arguments)
+    assert without_times(metrics(tmp_path / "run")) == without_times(metrics(whole_run))
+    assert (tmp_path / "run/samples.jsonl").read_text() == (whole_run / "samples.jsonl").read_text()
+    shard = "hf/model.safetensors"
+    assert (tmp_path / "run" / shard).read_bytes() == (whole_run / shard).read_bytes()
+
+
+def test_two_data_parallel_ranks_equal_one(nano_base, whole_run, tmp_path):
+    r1mega(*zero_arguments(nano_base, tmp_path / "run"), num_ranks=2)
+    one, two = metrics(whole_run), metrics(tmp_path / "run")
+    assert len(one) == len(two) == 4
+    for a, b in zip(one, two, strict=True):
+        for name in ("reward/mean", "reward/accuracy", "response/length_mean"):
+            assert math.isclose(a[name], b[name], abs_tol=1e-12), name
+        for name in ("policy/loss", "policy/kl", "policy/grad_norm", "policy/entropy"):
+            assert math.isclose(a[name], b[name], abs_tol=1e-5, rel_tol=1e-4), (name, a[name], b[name])
+
+
+def test_finished_run_starts_again_without_changing_anything(whole_run, nano_base):
+    before = (whole_run / "metrics.jsonl").read_bytes()
+    r1mega(*zero_arguments(nano_base, whole_run))
+    assert (whole_run / "metrics.jsonl").read_bytes() == before
+
+
+def test_another_config_in_the_same_run_dir_is_refused(whole_run, nano_base):
+    before = (whole_run / "metrics.jsonl").read_bytes()
+    done = r1mega(*zero_arguments(nano_base, whole_run, "optimizer.lr=0.5"), check=False)
+    assert done.returncode == 2
+    assert "optimizer.lr" in done.stdout
+    assert "run_dir" in done.stdout
+    assert "Traceback" not in done.stdout
+    assert (whole_run / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["algorithm.normalize_std=false", "algorithm.loss_aggregation=constant"],
+        ["algorithm.ratio=sequence", "algorithm.clip_low=0.0003", "algorithm.clip_high=0.0004"],
+        ["algorithm.old_log_probs=recompute", "algorithm.importance_cap=2.0", "algorithm.loss_aggregation=token"],
+        ["algorithm.dynamic_sampling.enabled=true", "algorithm.clip_high=0.28", "reward.overlong.weight=0.5",
+         "reward.overlong.buffer_tokens=8", "algorithm.mask_truncated=true", "algorithm.kl_coefficient=0"],
+        ["rollout.engine=transformers"],
+    ],
+    ids=["dr_grpo", "gspo", "recompute_tis", "dapo", "transformers_engine"],
+)  # fmt: skip
+def test_switches(nano_base, tmp_path, overrides):
+    r1mega(*zero_arguments(nano_base, tmp_path / "run", "steps=2", *overrides))
+    lines = metrics(tmp_path / "run")
+    assert [line["step"] for line in lines] == [1, 2]
+    assert all(line["logprob/diff_max"] < 2e-4 for line in lines)
+    assert all(math.isfinite(line["policy/loss"]) for line in lines)
+
+
+def test_real_prompts(nano_base, tmp_path):
+    """Questions in the form of GSM8K's file (or that file itself, in the folder that R1MEGA_SHARED_DATA names). The nano
+    model cannot solve them; the loop must run on them.
+    """
+    own = Path(__file__).parents[1] / "data" / "gsm8k_form.jsonl"
+    folder = os.environ.get("R1MEGA_SHARED_DATA")
+    prompts = Path(folder) / "gsm8k_train.jsonl" if folder else own
+    r1mega(*zero_arguments(
+        nano_base, tmp_path / "run", "steps=2", f"data.prompts=[{prompts}]", "data.template=r1_zero",
+        "data.max_prompt_tokens=900", "data.on_long_prompt=skip", "evaluate.data=null", "update.microbatch_tokens=4096",
+        "model.path=" + str(_long_context(nano_base, tmp_path)),
+    ))  # fmt: skip
+    lines = metrics(tmp_path / "run")
+    assert [line["step"] for line in lines] == [1, 2]
+    assert all(line["logprob/diff_max"] < 2e-4 for line in lines)
+
+
+def _long_context(base, tmp_path):
+    """The same weights with room for longer prompts (rotary positions need no weights)."""
+    import shutil
+
+    copy = tmp_path / "long"
+    shutil.copytree(base / "hf", copy)
+    config = json.loads((copy / "config.json").read_text()) | {"max_position_embeddings": 1024}
+    (copy / "config.json").write_text(json.dumps(config))
+    return copy

@@ -23,6 +23,9 @@ PARAMETERS_ARE_PLAIN_BEFORE_FINISH = True
 MLA_HEAD_DIMS = (512, 64)
 """(kv_lora_rank, qk_rope_head_dim) of the only CPU decode kernel, csrc/cpu/mla_decode.cpp (head dim 576)."""
 
+HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+"""Head sizes that the kernels behind CPU_ATTN exist for (vllm/v1/attention/backends/cpu_attn.py)."""
+
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core in this process: weights are pushed into it
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the trainer shares these threads; binding would pin both to one core
@@ -133,6 +136,9 @@ def check_model(model_config: Mapping[str, Any]) -> str | None:
     if dims[0] is not None and dims != MLA_HEAD_DIMS:
         return (f"vLLM's CPU kernel for multi-head latent attention exists for kv_lora_rank={MLA_HEAD_DIMS[0]} and "
                 f"qk_rope_head_dim={MLA_HEAD_DIMS[1]} only; the model has {dims[0]} and {dims[1]}")
+    head_dim = model_config.get("head_dim") or model_config["hidden_size"] // model_config["num_attention_heads"]
+    if dims[0] is None and head_dim not in HEAD_DIMS:
+        return f"vLLM's CPU attention has no kernel for head_dim={head_dim}; there are {', '.join(map(str, HEAD_DIMS))}"
     expert_size, hidden_size = model_config.get("moe_intermediate_size"), model_config.get("hidden_size")
     if expert_size is not None and hidden_size % 32:
         return f"vLLM's CPU expert kernel wants hidden_size divisible by 32; the model has {hidden_size}"

@@ -1,0 +1,271 @@
+"""The real vLLM engine on tiny models, against transformers."""
+
+from __future__ import annotations
+
+import gc
+import json
+from dataclasses import replace
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from r1mega.errors import GenerationError, R1MegaError
+from r1mega.platform import groups
+from r1mega.rollout.engine import sample_seed
+from r1mega.rollout.transformers_engine import TransformersEngine
+from r1mega.rollout.vllm_engine import VllmEngine
+from r1mega.types import GenerationRequest, SamplingSettings
+from r1mega.weights.transfer import checkpoint_tensors
+from tests.unit.rollout.tiny_models import (
+    MAX_MODEL_LEN,
+    MODELS,
+    checkpoint,
+    greedy_requests,
+    hf_logits,
+    prompt,
+    sampled_requests,
+    settings,
+)
+
+TOLERANCE = 2e-4
+
+
+@pytest.fixture(scope="module")
+def character_tokenizer(tmp_path_factory):
+    """Token i is the i-th printable character; '>' + '\\n' is one token, so that no stop text is a token alone."""
+    vocabulary = {chr(33 + i): i for i in range(94)} | {">\n": 94, "<unk>": 95}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    directory = tmp_path_factory.mktemp("tokenizer")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def engines(character_tokenizer):
+    """Engines by model name, each built once."""
+    groups.init_distributed()
+    torch.set_num_threads(1)
+    built = {}
+
+    def get(name: str, **changes) -> VllmEngine:
+        key = (name, *changes.items())
+        if key not in built:
+            built[key] = VllmEngine(settings(name, tokenizer_path=character_tokenizer, **changes))
+        return built[key]
+
+    yield get
+    for engine in built.values():
+        engine.close()
+    groups.destroy()
+
+
+def reference_log_probs(name: str, request: GenerationRequest, tokens) -> np.ndarray:
+    """float64 log-probs of the response tokens under temperature and nucleus, from transformers' logits."""
+    sampling, start = request.sampling, len(request.prompt_token_ids)
+    logits = hf_logits(name, (*request.prompt_token_ids, *tokens))[start - 1:-1]
+    result = []
+    for row, token in zip((logits / (sampling.temperature or 1)).softmax(-1).numpy(), tokens, strict=True):
+        order = np.argsort(-row, kind="stable")
+        kept = order[: 1 + np.searchsorted(np.cumsum(row[order]), sampling.top_p)] if sampling.top_p < 1 else order
+        assert token in kept
+        result.append(np.log(row[token] / row[kept].sum()))
+    return np.array(result)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_log_probs_equal_transformers(engines, name):
+    engine = engines(name)
+    requests = [*greedy_requests(3), *sampled_requests(3), *sampled_requests(2, temperature=0.7, top_p=0.8)]
+    for request, responses in zip(requests, engine.generate(requests), strict=True):
+        assert len(responses) == request.num_samples
+        for response in responses:
+            expected = reference_log_probs(name, request, response.token_ids)
+            assert np.abs(expected - response.log_probs).max() <= TOLERANCE
+            sequence = (*request.prompt_token_ids, *response.token_ids)
+            logits = hf_logits(name, sequence)[:-1].log_softmax(-1)
+            expected = logits[range(len(sequence) - 1), sequence[1:]].numpy()
+            (found,) = engine.prompt_log_probs([sequence])
+            assert np.abs(expected - found).max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["deepseek", "qwen3_tied"])
+def test_greedy_tokens_equal_the_transformers_engine(engines, name):
+    other = TransformersEngine(settings(name))
+    ours, theirs = engines(name).generate(greedy_requests()), other.generate(greedy_requests())
+    assert [r[0].token_ids for r in ours] == [r[0].token_ids for r in theirs]
+    assert [r[0].finish_reason for r in ours] == ["length"] * len(ours)
+
+
+def test_bfloat16_and_an_engine_without_weights(engines):
+    engine = engines("qwen3_tied", dtype="bfloat16", weights="empty")
+    with pytest.raises(GenerationError, match="no weights"):
+        engine.generate(greedy_requests(1))
+    engine.update_weights(checkpoint_tensors(checkpoint("qwen3_tied")))
+    for request, (response,) in zip(greedy_requests(3), engine.generate(greedy_requests(3)), strict=True):
+        expected = reference_log_probs("qwen3_tied", request, response.token_ids)
+        assert np.abs(expected - response.log_probs).mean() <= 0.05
+
+
+@pytest.mark.parametrize("name", ["deepseek", "llama"])
+def test_a_seed_determines_a_response_in_any_batch(engines, name):
+    engine = engines(name)
+    alone = engine.generate(sampled_requests(4)[2:3])[0]
+    together = engine.generate(list(reversed(sampled_requests(4))))[1]
+    assert [r.token_ids for r in alone] == [r.token_ids for r in together]
+    first_sample = engine.generate([GenerationRequest(prompt(2), 1, 2, SamplingSettings(max_tokens=24))])[0][0]
+    assert first_sample.token_ids == alone[0].token_ids
+    other_seed = engine.generate(sampled_requests(4, seed=100)[2:3])[0]
+    assert len({r.token_ids for r in (*alone, *other_seed)}) == 6
+
+
+def test_neighbouring_seeds_share_no_stream():
+    seeds = [sample_seed(seed, index) for seed in range(200) for index in range(16)]
+    assert len(set(seeds)) == len({seed % 2**32 for seed in seeds}) == 3200
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_samples_follow_the_distribution(engines):
+    """Chi-square of 4096 first tokens against transformers' probabilities, at three temperatures' worth of sharpness."""
+    engine = engines("llama")
+    request = GenerationRequest(prompt(3), 4096, 11, SamplingSettings(temperature=0.5, top_p=0.9, max_tokens=1))
+    (responses,) = engine.generate([request])
+    counts = np.bincount([r.token_ids[0] for r in responses], minlength=96)
+    log_prob = {r.token_ids[0]: r.log_probs[0] for r in responses}
+    probabilities = np.zeros(96)
+    for token, value in log_prob.items():
+        probabilities[token] = np.exp(value)
+    assert probabilities.sum() == pytest.approx(1, abs=0.01)  # nearly every token of the nucleus was drawn
+    likely = probabilities * 4096 >= 5
+    statistic = ((counts - probabilities * 4096) ** 2 / (probabilities * 4096 + 1e-9))[likely].sum()
+    degrees = likely.sum() - 1
+    assert statistic < degrees + 5 * np.sqrt(2 * degrees)  # five standard deviations
+
+
+def test_stop_token_ends_and_belongs_to_the_response(engines):
+    engine = engines("llama")
+    (free,) = engine.generate(sampled_requests(1, num_samples=4))
+    stop = free[0].token_ids[10]
+    (stopped,) = engine.generate(sampled_requests(1, num_samples=4, stop_token_ids=(stop,)))
+    for before, after in zip(free, stopped, strict=True):
+        if stop in before.token_ids:
+            cut = before.token_ids.index(stop) + 1
+            assert (after.token_ids, after.finish_reason) == (before.token_ids[:cut], "stop")
+            assert len(after.log_probs) == cut
+        else:
+            assert (after.token_ids, after.finish_reason) == (before.token_ids, "length")
+    assert stopped[0].finish_reason == "stop"
+
+
+def test_stop_string_over_several_tokens(engines):
+    engine = engines("llama")
+    (free,) = engine.generate(sampled_requests(1, num_samples=4))
+    text = "".join(chr(33 + token) if token < 94 else ">\n" for token in free[0].token_ids[:12])
+    for stop, length in ((text[6:9], 9), (text[3:12], 12), (text[5], 1 + text.index(text[5]))):
+        (stopped,) = engine.generate(sampled_requests(1, num_samples=4, stop_strings=(stop, "never this")))
+        assert stopped[0].token_ids == free[0].token_ids[:length]
+        assert stopped[0].log_probs == free[0].log_probs[:length]
+        assert stopped[0].finish_reason == "stop"
+        for before, after in zip(free[1:], stopped[1:], strict=True):
+            assert after.token_ids == before.token_ids[:len(after.token_ids)]
+
+
+def test_stop_string_inside_a_longer_token(engines):
+    """The token '>\\n' completes '>': it ends the response although more text follows in it."""
+    engine = engines("llama")
+    stops = engine._stop_strings
+    assert 94 in stops.candidates((">",)) and 94 in stops.candidates((">\n",))
+    assert stops.matches([10, 94], (">",)) and stops.matches([10, 94], ("+>",))
+    assert not stops.matches([94, 10], (">",))
+
+
+def test_stream_yields_early_and_can_be_abandoned(engines):
+    engine = engines("llama")
+    long = GenerationRequest(prompt(0), 1, 0, SamplingSettings(max_tokens=90))
+    short = GenerationRequest(prompt(1), 2, 1, SamplingSettings(max_tokens=2))
+    expected = engine.generate([long, short])
+    stream = engine.stream([long, short])
+    first, second = next(stream), next(stream)
+    assert (first.request_index, second.request_index) == (1, 1)
+    assert {first.sample_index, second.sample_index} == {0, 1}
+    for call in (engine.sleep, engine.close, lambda: engine.generate([short]), lambda: engine.update_weights([])):
+        with pytest.raises(GenerationError, match="stream"):
+            call()
+    stream.close()
+    assert engine.generate([long, short]) == expected
+
+
+def test_more_samples_than_slots_and_a_full_cache(engines):
+    """Samples wait for a slot, and are preempted when the KV cache is full; neither changes what they say."""
+    roomy, tight = engines("deepseek"), engines("deepseek", max_num_seqs=8, kv_cache_bytes=MAX_MODEL_LEN * 2304 * 4 * 2)
+    requests = sampled_requests(4, num_samples=5, max_tokens=80)
+    assert ([[r.token_ids for r in samples] for samples in roomy.generate(requests)]
+            == [[r.token_ids for r in samples] for samples in tight.generate(requests)])
+
+
+@pytest.mark.parametrize("name", ["deepseek", "llama"])
+def test_sleep_frees_memory_and_changes_nothing(engines, name):
+    engine = engines(name)
+    before = engine.generate(greedy_requests())
+    gc.collect()
+    process = psutil.Process()
+    awake = process.memory_info().rss
+    engine.sleep()
+    engine.sleep()
+    freed = awake - process.memory_info().rss
+    assert freed >= 200 << 20
+    with pytest.raises(GenerationError, match="asleep"):
+        engine.generate(greedy_requests())
+    engine.wake_up()
+    assert engine.generate(greedy_requests()) == before
+
+
+def test_the_trainers_random_state_is_left_alone(engines):
+    engine = engines("llama")
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    engine.generate(sampled_requests(2))
+    engine.prompt_log_probs([prompt(0)])
+    assert torch.equal(torch.rand(3), expected)
+    assert torch.set_num_threads.__module__ != "vllm.v1.worker.cpu_worker"
+
+
+@pytest.mark.parametrize(("request_", "message"), [
+    (GenerationRequest((), 1, 0, SamplingSettings()), "no tokens"),
+    (GenerationRequest((3,) * MAX_MODEL_LEN, 1, 0, SamplingSettings()), "no room"),
+    (GenerationRequest((3,) * 100, 1, 0, SamplingSettings(max_tokens=29)), "exceed"),
+    (GenerationRequest((3, 96), 1, 0, SamplingSettings(max_tokens=5)), "vocabulary"),
+    (GenerationRequest((3,), 0, 0, SamplingSettings(max_tokens=5)), "num_samples"),
+    (GenerationRequest((3,), 1, 0, SamplingSettings(max_tokens=5, temperature=-1.0)), "temperature"),
+    (GenerationRequest((3,), 1, 0, SamplingSettings(max_tokens=5, stop_strings=("",))), "empty"),
+])
+def test_bad_requests_are_refused(engines, request_, message):
+    with pytest.raises(GenerationError, match=message):
+        engines("llama").generate([request_])
+
+
+@pytest.mark.parametrize(("name", "changes", "edits", "message"), [
+    ("deepseek", {}, {"kv_lora_rank": 32}, "kv_lora_rank=512"),
+    ("deepseek", {}, {"hidden_size": 48}, "divisible by 32"),
+    ("llama", {}, {"num_attention_heads": 8}, "head_dim=16"),
+    ("llama", {"kv_cache_bytes": 1000}, {}, "too small"),
+    ("llama", {"max_model_len": 1024}, {}, "max_position_embeddings"),
+    ("llama", {"tp": 3}, {}, "num_attention_heads"),
+    ("llama", {}, {"model_type": "mamba"}, "no generator layout"),
+])
+def test_impossible_engines_are_refused_before_vllm_starts(tmp_path, name, changes, edits, message):
+    config = json.loads((checkpoint(name) / "config.json").read_text()) | edits
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(R1MegaError, match=message):
+        VllmEngine(replace(settings(name, **changes), model_path=tmp_path))
+
+
+def test_a_missing_model_directory_is_named(tmp_path):
+    with pytest.raises(GenerationError, match="config.json"):
+        VllmEngine(replace(settings("llama"), model_path=tmp_path / "nowhere"))

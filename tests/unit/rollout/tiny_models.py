@@ -1,0 +1,87 @@
+"""Tiny HF checkpoints on disk, one per family and seed, and the requests that the generator tests share."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from r1mega.rollout.engine import EngineSettings
+from r1mega.types import GenerationRequest, SamplingSettings
+from tests.reference import DEEPSEEK, DENSE, YARN, make_reference
+
+LATENT = {"kv_lora_rank": 512, "qk_rope_head_dim": 64}  # what vLLM's CPU kernel exists for
+WIDE = DENSE | {"hidden_size": 128, "initializer_range": 0.1}  # heads of 32: vLLM's CPU kernels have no smaller ones
+MODELS = {
+    "deepseek": DEEPSEEK | LATENT,
+    "deepseek_yarn": DEEPSEEK | LATENT | {"rope_parameters": YARN, "q_lora_rank": None},
+    "llama": WIDE | {"model_type": "llama"},
+    "qwen2": WIDE | {"model_type": "qwen2"},
+    "qwen3_tied": WIDE | {"model_type": "qwen3", "head_dim": 64, "tie_word_embeddings": True},
+}
+ARCHITECTURES = {"deepseek_v3": "DeepseekV3ForCausalLM", "llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM",
+                 "qwen3": "Qwen3ForCausalLM"}
+MAX_MODEL_LEN = 128
+
+
+@functools.cache
+def _root() -> Path:
+    root = Path(tempfile.mkdtemp(prefix="r1mega_tiny_"))
+    atexit.register(shutil.rmtree, root, ignore_errors=True)
+    return root
+
+
+def checkpoint(name: str, seed: int = 0) -> Path:
+    """An HF directory (config.json, model.safetensors) with random float32 weights; made once a process."""
+    config = MODELS[name]
+    directory = _root() / f"{name}_{seed}"
+    if directory.exists():
+        return directory
+    directory.mkdir()
+    reference = make_reference(config, seed=seed, batch=1, length=4)
+    save_file({key: value.contiguous() for key, value in reference.state.items()}, directory / "model.safetensors")
+    full = config | {"architectures": [ARCHITECTURES[config["model_type"]]]}
+    (directory / "config.json").write_text(json.dumps(full))
+    return directory
+
+
+def settings(name: str, seed: int = 0, **changes) -> EngineSettings:
+    """An engine on that checkpoint, with a small KV cache."""
+    return EngineSettings(checkpoint(name, seed), **({"max_model_len": MAX_MODEL_LEN, "max_num_seqs": 64,
+                                                      "kv_cache_bytes": 256 << 20, "weights": "checkpoint"} | changes))
+
+
+@functools.cache
+def hf_model(name: str, seed: int = 0) -> torch.nn.Module:
+    """transformers' own model of the checkpoint, eager attention."""
+    directory = checkpoint(name, seed)
+    config = AutoConfig.from_pretrained(directory, attn_implementation="eager")
+    return AutoModelForCausalLM.from_pretrained(directory, config=config, dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+def hf_logits(name: str, tokens, seed: int = 0) -> torch.Tensor:
+    """[tokens, vocabulary] float64 logits of one sequence."""
+    return hf_model(name, seed)(torch.tensor([list(tokens)])).logits[0].double()
+
+
+def prompt(index: int) -> tuple[int, ...]:
+    """A prompt of 5 + index tokens."""
+    return tuple((7 * index + j * j) % 90 + 3 for j in range(5 + index))
+
+
+def greedy_requests(count: int = 6, max_tokens: int = 24) -> list[GenerationRequest]:
+    return [GenerationRequest(prompt(i), 1, 0, SamplingSettings(temperature=0.0, max_tokens=max_tokens))
+            for i in range(count)]
+
+
+def sampled_requests(count: int = 4, num_samples: int = 3, seed: int = 0, **sampling) -> list[GenerationRequest]:
+    sampling = SamplingSettings(**({"max_tokens": 24} | sampling))
+    return [GenerationRequest(prompt(i), num_samples, seed + i, sampling) for i in range(count)]

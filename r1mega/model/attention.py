@@ -15,6 +15,8 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from r1mega.model.context_parallel import zigzag_rows
+
 
 class CausalAttention(MegatronModule):
     """Drop-in for TEDotProductAttention where it cannot run. Always causal; no dropout, no bias.
@@ -54,7 +56,7 @@ class CausalAttention(MegatronModule):
         context_parallel = self.cp_group is not None and self.cp_group.size() > 1
         if packed_seq_params is not None:
             if context_parallel:
-                raise NotImplementedError("packed sequences under context parallelism")
+                return packed_zigzag_attention(query, key, value, packed_seq_params, self.cp_group, self.scale)
             return packed_attention(query, key, value, packed_seq_params.index, self.scale)
         if context_parallel:
             return zigzag_attention(query, key, value, self.cp_group, self.scale)
@@ -69,6 +71,10 @@ class PackedSequences(PackedSeqParams):
     @cached_property
     def index(self) -> PackingIndex:
         return packing_index(self.cu_seqlens_q)
+
+    def rows(self, ranks: int, rank: int) -> torch.Tensor:
+        """The packed tokens that a context-parallel rank holds."""
+        return zigzag_rows(self.cu_seqlens_q, ranks, rank).to(self.cu_seqlens_q.device)
 
 
 def causal_attention(
@@ -213,6 +219,27 @@ def zigzag_attention(
     visible = torch.cat([first, second])[:, None] >= torch.arange(2 * ranks * chunk, device=device)
     q, k, v = (t.permute(1, 2, 0, 3) for t in (query, keys, values))
     return causal_attention(q, k, v, scale, visible).permute(2, 0, 1, 3).flatten(2)
+
+
+def packed_zigzag_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    packing: PackedSequences,
+    group: dist.ProcessGroup,
+    scale: float | None,
+) -> torch.Tensor:
+    """Causal attention inside each packed sequence, every sequence cut over the ranks. [t / cp, h, d] -> [.., h * d_v].
+
+    Queries are gathered too and every rank computes all rows: right, simple, and no faster than one rank. On GPUs
+    Transformer Engine's context parallelism runs instead.
+    """
+    own = packing.rows(group.size(), group.rank())
+    place = torch.empty(own.numel() * group.size(), dtype=torch.int64, device=query.device)
+    everyone = torch.cat([packing.rows(group.size(), r) for r in range(group.size())])
+    place[everyone] = torch.arange(everyone.numel(), device=query.device)
+    whole = [_AllGather.apply(t, group).flatten(0, 1).index_select(0, place) for t in (query, key, value)]
+    return packed_attention(*whole, packing.index, scale).index_select(0, own)
 
 
 def _restore_order(gathered: torch.Tensor) -> torch.Tensor:

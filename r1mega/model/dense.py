@@ -23,6 +23,7 @@ def megatron_arguments(hf: Mapping[str, Any], model: Any) -> dict[str, Any]:
         "kv_channels": hf.get("head_dim") or hidden // heads,
         "add_qkv_bias": kind == "qwen2",
         "qk_layernorm": kind == "qwen3",
+        "moe_token_dispatcher_type": "alltoall",  # nothing is dispatched, but the default refuses variable lengths
     }
 
 

@@ -17,6 +17,7 @@ import importlib.machinery
 import importlib.metadata
 import re
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import CodeType, ModuleType
@@ -61,6 +62,13 @@ PATCHES = (
         "    if hasattr(_C, '_cuda_setRNGState') and callable(_C._cuda_setRNGState):",
         "    return torch.set_rng_state(new_state)\n    if False:",
         "the random state is the CPU's",
+    ),
+    Patch(
+        "tensor_parallel.random",
+        "cpu",
+        "if not torch.all(cpu_rng_state == torch.get_rng_state()).item():",
+        "if False:",
+        "the two generators are one, so the warning would come at every fork",
     ),
     Patch(
         "models.common.embeddings.rope_utils",
@@ -272,6 +280,8 @@ def install(platform: Any) -> None:
             f"megatron-core {version} is installed; the patches of r1mega are for {MEGATRON_VERSION}: "
             f"pip install megatron-core=={MEGATRON_VERSION}"
         )
+    for message in (r"(Transformer Engine|Apex).*not installed", "full scope is deprecated"):
+        warnings.filterwarnings("ignore", message=message)  # known: `r1mega doctor` tells what is installed
     needed = tuple(p for p in PATCHES if _is_needed(p, platform))
     sys.meta_path.insert(0, _Finder(needed, cpu=platform.name == "cpu"))
 

@@ -288,7 +288,7 @@ class Launcher:
 
     def python(self, source: str) -> list[str]:
         """argv for a trusted script of ours. No site-packages, no user site, no bytecode; arguments: library paths."""
-        return [self.tools.python, "-s", "-S", "-B", "-c", source, *self.policy.libraries]
+        return [self.tools.python, "-s", "-S", "-B", "-c", source, *self.policy.library_paths]
 
 
 def enforce(child: Child) -> None:

@@ -54,13 +54,18 @@ COMPILER_LIMITS = Limits(
 @dataclass(frozen=True, slots=True)
 class Policy:
     """python: interpreter for answers (None: the system's, else the base of ours); libraries: directories bound read-only
-    and put on the answer's sys.path; hash_seed: PYTHONHASHSEED inside, so that a score does not depend on set order;
+    as /box/lib/0, /box/lib/1 ... and put on the answer's sys.path; hash_seed: PYTHONHASHSEED inside, so that a score does not depend on set order;
     require_cgroup: refuse to run without a memory cgroup instead of falling back to polling."""
 
     python: str | None = None
     libraries: tuple[str, ...] = ()
     hash_seed: int = 0
     require_cgroup: bool = False
+
+    @property
+    def library_paths(self) -> tuple[str, ...]:
+        """Where the libraries lie inside."""
+        return tuple(f"/box/lib/{index}" for index in range(len(self.libraries)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,9 +170,9 @@ def unused_uid() -> int | None:
     )
 
 
-def _mounts(tools: Toolchain, policy: Policy, with_compiler: bool) -> list[str]:
+def _mounts(tools: Toolchain, with_compiler: bool) -> list[str]:
     arguments: list[str] = []
-    sources = _SYSTEM_MOUNTS + (_COMPILER_MOUNTS if with_compiler else ()) + tools.python_mounts + policy.libraries
+    sources = _SYSTEM_MOUNTS + (_COMPILER_MOUNTS if with_compiler else ()) + tools.python_mounts
     for source in sources:
         if os.path.isdir(source):
             arguments += ["--ro-bind", source, source]
@@ -203,9 +208,11 @@ def command_line(
     argv += [tools.bwrap, "--unshare-all", "--unshare-user", "--disable-userns", "--uid", "65534", "--gid", "65534"]
     argv += ["--die-with-parent", "--new-session", "--cap-drop", "ALL", "--as-pid-1", "--hostname", "sandbox"]
     argv += ["--seccomp", str(seccomp_fd), "--json-status-fd", str(status_fd)]
-    argv += _mounts(tools, policy, with_compiler)
+    argv += _mounts(tools, with_compiler)
     argv += ["--proc", "/proc", "--ro-bind", "/proc/sys", "/proc/sys", "--dev", "/dev"]
     argv += ["--size", str(_MIB), "--tmpfs", "/dev/shm", "--size", str(limits.tmp_bytes), "--tmpfs", "/tmp"]
+    for source, path in zip(policy.libraries, policy.library_paths):
+        argv += ["--ro-bind", source, path]
     for path, (descriptor, permissions) in files.items():
         argv += ["--perms", f"{permissions:04o}", "--file", str(descriptor), path]
     argv += ["--clearenv", "--setenv", "PATH", "/usr/bin", "--setenv", "HOME", "/tmp", "--setenv", "LANG", "C.UTF-8"]

@@ -107,7 +107,7 @@ def _limit_attacks(launcher: Launcher) -> list[Finding]:
     return findings
 
 
-def probe(launcher: Launcher) -> list[Finding]:
+def run_probe(launcher: Launcher) -> list[Finding]:
     """Try everything (about two seconds). Raises SandboxFailure if the probe itself cannot run."""
     return _quick_attacks(launcher) + _limit_attacks(launcher)
 
@@ -122,7 +122,7 @@ def ensure_safe(launcher: Launcher) -> None:
     with _lock:
         if key in _passed:
             return
-        through = [f"{finding.name} ({finding.note})" for finding in probe(launcher) if not finding.held]
+        through = [f"{finding.name} ({finding.note})" for finding in run_probe(launcher) if not finding.held]
         if through:
             raise SandboxBreached(
                 f"sandbox probe: {len(through)} attack(s) got through: {'; '.join(through)}. No code is scored on this machine; "
@@ -149,7 +149,7 @@ def describe(policy: Policy | None = None) -> list[tuple[str, bool, str]]:
         lines.append(("sandbox memory cgroup", False, "none can be made here: address space is limited per process, the tree's "
                       "memory is polled 20 times a second, and a fast bomb may pass the limit for that long"))
     try:
-        findings = probe(launcher)
+        findings = run_probe(launcher)
     except SandboxFailure as error:
         return [*lines, ("sandbox probe", False, str(error))]
     through = [finding.name for finding in findings if not finding.held]

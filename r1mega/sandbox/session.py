@@ -81,7 +81,7 @@ def grade(launcher: Launcher, source: str, spec: Mapping[str, Any], limits: Limi
     ):
         session = _Session(answer, grader, state, limits, clock_per_call)
         grader.feed(json.dumps({**spec, "nonce": state.nonce}).encode() + b"\n")
-        request = {"number": state.nonce, "do": "load", "source": source, "libraries": launcher.policy.libraries}
+        request = {"number": state.nonce, "do": "load", "source": source, "libraries": launcher.policy.library_paths}
         answer.feed(json.dumps(request).encode() + b"\n")
         session.run()
         answer.close()

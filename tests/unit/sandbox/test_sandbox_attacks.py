@@ -1,0 +1,76 @@
+"""Every attack beside an innocent neighbour: the host untouched, the attacker 0 with a verdict by name, the neighbour right.
+
+R1MEGA_SANDBOX_REPEATS=100 runs each that many times.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import threading
+import time
+
+import pytest
+from sandbox_attacks import ATTACKS, BOMBS, SYSTEM, Attack
+
+from r1mega.reward.code_problem import AssertBlock, Problem
+from r1mega.types import RewardStatus
+
+REPEATS = int(os.environ.get("R1MEGA_SANDBOX_REPEATS", "1"))
+NEIGHBOUR = '''
+import os, subprocess, tempfile, threading
+NEIGHBOUR = "NEIGHBOUR"
+def total(numbers):
+    results = []
+    threads = [threading.Thread(target=results.append, args=(n,)) for n in numbers]
+    for thread in threads: thread.start()
+    for thread in threads: thread.join()
+    with tempfile.TemporaryFile() as file:
+        file.write(bytes(1 << 20))
+    assert subprocess.run(["/bin/sh", "-c", "exit 7"]).returncode == 7
+    return sum(results)
+'''
+NEIGHBOUR_PROBLEM = Problem(assertions=AssertBlock("", "assert total([1, 2, 3, 4]) == 10"), entry="total")
+
+
+def planted(attack: Attack, host) -> str:
+    source = attack.source
+    places = {"MARK": host.mark, "FILE": str(host.file), "PORT": str(host.port.getsockname()[1]), "ABSTRACT": host.mark}
+    for placeholder, value in places.items():
+        source = source.replace(placeholder, value)
+    return source
+
+
+@pytest.mark.parametrize("repeat", range(REPEATS))
+@pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.name.replace(" ", "-"))
+def test_attack_scores_zero_beside_a_neighbour(attack, repeat, host, launcher, code_reward):
+    if attack in SYSTEM and "syscall" in attack.source and platform.machine() != "x86_64":
+        pytest.skip("system call numbers are those of x86-64")
+    tests = (attack.tests or "assert solve() == 'GOLD'").replace("GOLD", host.gold)
+    scored = {}
+
+    def run(name, source, problem):
+        scored[name] = code_reward.score(source, problem)
+
+    attacker = threading.Thread(target=run, args=("attacker", planted(attack, host), Problem(assertions=AssertBlock("", tests))))
+    attacker.start()
+    if attack in BOMBS:
+        time.sleep(0.2)  # let it go off
+    run("neighbour", NEIGHBOUR, NEIGHBOUR_PROBLEM)
+    attacker.join()
+
+    assert scored["attacker"].status is RewardStatus.OK, scored["attacker"]
+    assert scored["attacker"].value == 0.0
+    assert scored["attacker"].reason.split(":")[0] in attack.verdicts, scored["attacker"].reason
+    assert scored["neighbour"].value == 1.0, scored["neighbour"]
+    host.assert_untouched()
+
+
+def test_the_gold_itself_would_pass(host, launcher, code_reward):
+    """The attacks fail for lack of the gold, not for a task that nobody can pass."""
+    problem = Problem(assertions=AssertBlock("", f"assert solve() == '{host.gold}'"))
+    assert code_reward.score(f"def solve(*_):\n    return '{host.gold}'", problem).value == 1.0
+
+
+def test_at_least_forty_attacks():
+    assert len({attack.name for attack in ATTACKS}) == len(ATTACKS) >= 40

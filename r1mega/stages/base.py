@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -49,7 +50,7 @@ def run(config: BaseStage, runtime: Runtime) -> int:
     )
     start, _ = runtime.restore(policy, hf_config)
     batches = _batches(config, tokenizer, start)
-    with runtime.progress("base", total=config.steps, done=start) as progress:
+    with runtime.progress(total=config.steps, done=start):
         for step in range(start + 1, config.steps + 1):
             runtime.timer.start_step()
             with runtime.timer.phase("update"):
@@ -66,7 +67,6 @@ def run(config: BaseStage, runtime: Runtime) -> int:
                 times = runtime.timer.finish_step()
                 metrics |= times | {"tokens/update_per_second": tokens / times["time/update_seconds"]}
                 runtime.write_metrics(step, metrics)
-            progress.advance(step, loss=loss)
             stopping = runtime.stop_requested()
             if step % config.checkpoint.every_steps == 0 or step == config.steps or stopping:
                 runtime.save(policy, step, {})
@@ -91,7 +91,7 @@ def _make_task(config: BaseStage, run_dir: Path, tokenizer_dir: Path) -> None:
             nano.write_prompts(path, config.seed, count, split)
     if not (tokenizer_dir / "tokenizer.model").exists():
         tokenizer_dir.mkdir(parents=True, exist_ok=True)
-        nano_tokenizer.train_tokenizer(tokenizer_dir, config.seed)
+        nano_tokenizer.train_tokenizer(tokenizer_dir)
 
 
 def _batches(config: BaseStage, tokenizer: Tokenizer, skip: int) -> Iterator[list[_Batch]]:
@@ -100,8 +100,8 @@ def _batches(config: BaseStage, tokenizer: Tokenizer, skip: int) -> Iterator[lis
     step = 0
     for window in itertools.count():
         samples = [
-            (tokenizer.encode_prompt(prompt), [*tokenizer.encode(completion), tokenizer.eos_token_id])
-            for prompt, completion in nano.corpus(config.seed * 1_000_003 + window, WINDOW_SAMPLES)
+            (tokenizer.encode_prompt(render("nano", question)), [*tokenizer.encode(completion), tokenizer.eos_token_id])
+            for question, completion in nano.corpus(config.seed * 1_000_003 + window, WINDOW_SAMPLES)
         ]
         lengths = [len(prompt) + len(completion) for prompt, completion in samples]
         bins = best_fit(lengths, range(len(samples)), config.microbatch_tokens)
@@ -146,7 +146,20 @@ def _step(policy: Policy, batches: list[_Batch]) -> tuple[UpdateResult, float, i
 
 
 def _probe(policy: Policy, tokenizer: Tokenizer, seed: int) -> dict[str, float]:
-    """Teacher-forced skill: share of step results to which the model gives more than half of the probability."""
-    raise_if_empty = nano.probe(seed)
-    _ = (raise_if_empty, tokenizer, policy, render)
-    return {}
+    """What RL can build on: the share of tokens in clean, persistent reasoning that the model finds likely (p > 1/2).
+
+    Left out are the first token after a failed check (to go on or to give up is the habit that RL is to change) and the
+    first token after <think>. Measured on problems that the corpus does not contain.
+    """
+    rng = random.Random(seed)
+    samples, judged = [], []
+    for problem in nano.problems(seed + 1, 64, "eval"):
+        completion = nano.trace(problem, rng, style="search", language="en")
+        prompt, answer = tokenizer.encode_prompt(render("nano", problem.question)), tokenizer.encode(completion)
+        samples.append((prompt, answer))
+        words = completion.split()
+        judged += [False, False] + [before not in (nano.EN_WORDS["no"],) for before in words[1:-1]]
+    microbatch = build_microbatch([p + a for p, a in samples], [len(p) for p, _ in samples], range(len(samples)))
+    log_probs, _ = policy.log_probs([microbatch])[0]
+    likely = (log_probs > math.log(0.5))[torch.tensor(judged)]
+    return {"probe/skills": float(likely.float().mean())}

@@ -1,0 +1,125 @@
+"""The `r1mega` command: thin calls into the packages. Heavy imports happen inside the commands."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from r1mega.errors import R1MegaError
+
+app = typer.Typer(
+    name="r1mega",
+    help="Reasoning models by the DeepSeek-R1 recipe, on Megatron-core and vLLM in the same processes.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+reward_app = typer.Typer(help="Score lines of JSON from standard input.", no_args_is_help=True)
+app.add_typer(reward_app, name="reward")
+
+ConfigPath = Annotated[Path, typer.Argument(help="a YAML file, see configs/")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key.sub=value ..., over the file")]
+
+
+@app.command()
+def train(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Run one stage, from wherever an earlier start left it. Also under torchrun and srun."""
+    from r1mega.config.load import load_config
+    from r1mega.config.validate import validate
+    from r1mega.platform.launcher import adopt_launcher_environment
+
+    adopt_launcher_environment()
+    loaded = load_config(config, overrides or [])
+    validate(loaded)
+    from r1mega.stages import run_stage
+
+    raise typer.Exit(run_stage(loaded))
+
+
+@app.command()
+def doctor(config: Annotated[Path | None, typer.Argument(help="also check what this config would use")] = None) -> None:
+    """Tell what this machine has, and what a config would use of it."""
+    from r1mega.doctor import run_doctor
+
+    raise typer.Exit(run_doctor(config))
+
+
+@app.command()
+def report(run_dir: Annotated[Path, typer.Argument(help="a run directory")]) -> None:
+    """Write RUN_DIR/report.html: one file that opens without network."""
+    from r1mega.observe.report import write_report
+
+    typer.echo(write_report(run_dir))
+
+
+@app.command()
+def generate(
+    checkpoint: Annotated[Path, typer.Argument(help="an HF directory or a run directory")],
+    prompt: Annotated[str, typer.Argument(help="the question")],
+    num_samples: int = 1,
+    temperature: float = 0.6,
+    top_p: float = 0.95,
+    max_tokens: int | None = None,
+    seed: int = 0,
+    template: Annotated[str | None, typer.Option(help="default: the run's own")] = None,
+) -> None:
+    """Sample responses to one question."""
+    from r1mega.evaluate.run import generate_text
+
+    texts = generate_text(
+        checkpoint, prompt, num_samples=num_samples, temperature=temperature, top_p=top_p, max_tokens=max_tokens,
+        seed=seed, template=template,
+    )  # fmt: skip
+    typer.echo("\n\n".join(texts))
+
+
+@app.command("eval")
+def evaluate(
+    checkpoint: Annotated[Path, typer.Argument(help="an HF directory or a run directory")],
+    data: Annotated[Path, typer.Argument(help="a prompt file (JSONL)")],
+    num_samples: Annotated[int, typer.Option(help="k: pass@1 is the mean over k samples, cons@k the majority")] = 1,
+    temperature: float = 0.6,
+    top_p: float = 0.95,
+    max_tokens: int | None = None,
+    num_prompts: Annotated[int | None, typer.Option(help="only the first so many")] = None,
+    template: Annotated[str | None, typer.Option(help="default: the run's own")] = None,
+    seed: int = 0,
+    output: Annotated[Path | None, typer.Option(help="write every sample and verdict here (JSON)")] = None,
+) -> None:
+    """pass@1 over k samples, with its interval, and cons@k."""
+    from r1mega.evaluate.result import format_table
+    from r1mega.evaluate.run import evaluate_checkpoint
+
+    result = evaluate_checkpoint(
+        checkpoint, data, num_samples=num_samples, temperature=temperature, top_p=top_p, max_tokens=max_tokens,
+        num_prompts=num_prompts, template=template, seed=seed, output=output,
+    )  # fmt: skip
+    typer.echo(format_table(result))
+
+
+def main() -> None:
+    """Entry point. An R1MegaError becomes a message and its exit code; R1MEGA_TRACEBACK=1 shows where it came from."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        app()
+    except R1MegaError as error:
+        if os.environ.get("R1MEGA_TRACEBACK") == "1":
+            raise
+        if int(os.environ.get("RANK", "0")) == 0 or not _same_on_every_rank(error):
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+def _same_on_every_rank(error: R1MegaError) -> bool:
+    from r1mega.errors import ConfigError, DataError
+
+    return isinstance(error, (ConfigError, DataError))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""YAML file + includes + `a.b=c` overrides -> a checked, frozen stage config. No heavy imports: this runs first."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from r1mega.config.schema import BaseStage, RLStage, StageConfig
+from r1mega.errors import ConfigError
+
+STAGES: dict[str, type[BaseModel]] = {
+    name: model for model in (BaseStage, RLStage) for name in get_args(model.model_fields["stage"].annotation)
+}
+
+Places = dict[tuple[str, ...], str]
+"""Where each key was set: ("rollout", "top_p") -> "zero.yaml:12" or "command line"."""
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> BaseStage | RLStage:
+    """Read, merge and check a config. Paths inside are relative to the current directory, includes to their file.
+
+    Raises ConfigError naming file:line and key for what is missing, unknown (with the nearest known key) or of the wrong
+    type. Checks that need the model's config or the number of processes: `validate.validate`.
+    """
+    places: Places = {}
+    merged = _merge(_read(Path(path), places, ()), _overrides(overrides, places))
+    stage = merged.get("stage")
+    if stage not in STAGES:
+        where = places.get(("stage",), str(path))
+        raise ConfigError(f"{where}: stage is {stage!r}; it must be one of {', '.join(STAGES)}")
+    unknown = list(_unknown_keys(merged, STAGES[stage], ()))
+    if unknown:
+        raise ConfigError("\n".join(_describe_unknown(key, STAGES[stage], places, path) for key in unknown))
+    try:
+        return TypeAdapter(StageConfig).validate_python(merged)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_describe(problem, places, path) for problem in error.errors())) from error
+
+
+def dump_config(config: BaseStage | RLStage) -> str:
+    """The whole resolved config as YAML; loading it gives the same config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+def _read(path: Path, places: Places, chain: tuple[Path, ...]) -> dict[str, Any]:
+    if path in chain:
+        raise ConfigError(f"{path}: includes itself ({' -> '.join(map(str, (*chain, path)))})")
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+    try:
+        content = yaml.safe_load(text)
+        tree = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path}{line}: not YAML ({getattr(error, 'problem', error)})") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: must be a mapping of keys to values")
+    included = content.pop("include", [])
+    result: dict[str, Any] = {}
+    for name in [included] if isinstance(included, str) else included:
+        result = _merge(result, _read(path.parent / name, places, (*chain, path)))
+    places.update({key: f"{path}:{line}" for key, line in _lines(tree, ())})
+    return _merge(result, content)
+
+
+def _lines(node: yaml.Node, prefix: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], int]]:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            name = (*prefix, str(key.value))
+            yield name, key.start_mark.line + 1
+            yield from _lines(value, name)
+
+
+def _overrides(overrides: Sequence[str], places: Places) -> dict[str, Any]:
+    for item in overrides:
+        key, equals, _ = item.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"command line: {item!r} is not of the form key.sub=value")
+        places[tuple(key.split("."))] = "command line"
+    try:
+        return OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ConfigError(f"command line: {error}") from error
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        return OmegaConf.to_container(OmegaConf.merge(OmegaConf.create(dict(base)), OmegaConf.create(dict(over))), resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"config: {error}") from error
+
+
+def _section(model: type[BaseModel], name: str) -> type[BaseModel] | None:
+    """The section model behind a field, if it is one."""
+    field = model.model_fields.get(name)
+    kinds = (field.annotation, *get_args(field.annotation)) if field else ()
+    return next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), None)
+
+
+def _unknown_keys(values: Mapping[str, Any], model: type[BaseModel], prefix: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    for name, value in values.items():
+        if name not in model.model_fields:
+            yield (*prefix, str(name))
+        elif (section := _section(model, name)) is not None and isinstance(value, Mapping):
+            yield from _unknown_keys(value, section, (*prefix, name))
+
+
+def _known_keys(model: type[BaseModel], prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    for name in model.model_fields:
+        yield (*prefix, name)
+        if (section := _section(model, name)) is not None:
+            yield from _known_keys(section, (*prefix, name))
+
+
+def _describe_unknown(key: tuple[str, ...], model: type[BaseModel], places: Places, path: Path) -> str:
+    known = list(_known_keys(model))
+    siblings = [k[-1] for k in known if k[:-1] == key[:-1]]
+    message = f"{places.get(key, path)}: unknown key {'.'.join(key)}"
+    elsewhere = [".".join(k) for k in known if k[-1] == key[-1]]
+    if close := difflib.get_close_matches(key[-1], siblings, n=1, cutoff=0.6):
+        return f"{message}; did you mean {'.'.join((*key[:-1], close[0]))}?"
+    if elsewhere:
+        return f"{message}; there is {' and '.join(elsewhere)}"
+    if close := difflib.get_close_matches(".".join(key), [".".join(k) for k in known], n=1, cutoff=0.5):
+        return f"{message}; did you mean {close[0]}?"
+    return f"{message}; known here: {', '.join(siblings)}"
+
+
+def _describe(problem: Mapping[str, Any], places: Places, path: Path) -> str:
+    """One pydantic problem as `where: key: what`."""
+    key = tuple(str(part) for part in problem["loc"][1:])  # the first part is the stage
+    where = next((places[key[:n]] for n in range(len(key), 0, -1) if key[:n] in places), str(path))
+    if problem["type"] == "missing":
+        return f"{where}: {'.'.join(key)} is missing"
+    return f"{where}: {'.'.join(key)} = {problem['input']!r}: {problem['msg'][0].lower() + problem['msg'][1:]}"

@@ -1,0 +1,112 @@
+"""Prompt files: JSONL of {"question", "answer"} and optional "id", "kind", "language", anything else."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from r1mega.config.schema import DataConfig
+from r1mega.data.template import render
+from r1mega.data.tokenizer import Tokenizer
+from r1mega.errors import DataError
+from r1mega.types import Prompt
+
+logger = logging.getLogger(__name__)
+
+OWN_KEYS = ("id", "question", "answer", "kind", "language")
+
+
+@dataclass(frozen=True, slots=True)
+class PromptRecord:
+    """A checked line. where: "file:line" for messages."""
+
+    where: str
+    id: str
+    question: str
+    answers: tuple[str, ...]
+    kind: str
+    language: str | None
+    metadata: dict[str, Any]
+
+
+def load_prompts(config: DataConfig, tokenizer: Tokenizer) -> tuple[Prompt, ...]:
+    """All prompts of the config's files, rendered and tokenised, in order.
+
+    Raises DataError (file:line) for a bad line or a prompt of more than max_prompt_tokens tokens, unless on_bad_line or
+    on_long_prompt says to skip; what is skipped is counted in a warning. At least one prompt must remain.
+    """
+    prompts, too_long = [], 0
+    for record in read_records(config):
+        token_ids = tuple(tokenizer.encode_prompt(render(config.template, record.question)))
+        if len(token_ids) > config.max_prompt_tokens:
+            if config.on_long_prompt == "error":
+                raise DataError(
+                    f"{record.where}: the prompt has {len(token_ids)} tokens, data.max_prompt_tokens is "
+                    f"{config.max_prompt_tokens}; raise it, or set data.on_long_prompt=skip"
+                )
+            too_long += 1
+            continue
+        prompts.append(
+            Prompt(record.id, record.question, record.answers, record.kind, record.language, token_ids, record.metadata)
+        )
+    if too_long:
+        logger.warning("%d prompts longer than data.max_prompt_tokens = %d were skipped", too_long, config.max_prompt_tokens)
+    if not prompts:
+        raise DataError(f"no prompts left in {', '.join(map(str, config.prompts))}")
+    return tuple(prompts)
+
+
+def read_records(config: DataConfig) -> Iterator[PromptRecord]:
+    """The checked lines of the config's files. Ids that occur again get a suffix, so that each is unique."""
+    seen: dict[str, int] = {}
+    skipped: list[str] = []
+    for path in config.prompts:
+        if not path.is_file():
+            raise DataError(f"{path}: no such file (data.prompts)")
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    record = _record(line, f"{path}:{number}", config)
+                except DataError as error:
+                    if config.on_bad_line == "error":
+                        raise DataError(f"{error}; mend the line, or set data.on_bad_line=skip") from error
+                    skipped.append(str(error))
+                    continue
+                seen[record.id] = seen.get(record.id, 0) + 1
+                if seen[record.id] > 1:
+                    record = PromptRecord(
+                        record.where, f"{record.id}#{seen[record.id]}", record.question, record.answers, record.kind,
+                        record.language, record.metadata,
+                    )  # fmt: skip
+                yield record
+    if skipped:
+        logger.warning("%d bad lines were skipped; the first: %s", len(skipped), skipped[0])
+
+
+def _record(line: bytes, where: str, config: DataConfig) -> PromptRecord:
+    try:
+        item = json.loads(line)
+    except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
+        raise DataError(f"{where}: not JSON ({error})") from error
+    if not isinstance(item, dict):
+        raise DataError(f"{where}: a JSON {type(item).__name__}, not an object")
+    question, answer = item.get("question"), item.get("answer")
+    if not isinstance(question, str) or not question.strip():
+        raise DataError(f"{where}: 'question' is missing or not a text")
+    answers = tuple(answer) if isinstance(answer, list) else (answer,)
+    if "answer" not in item or not answers or not all(isinstance(a, str) and a.strip() for a in answers):
+        shown = json.dumps(answer, ensure_ascii=False)
+        raise DataError(f"{where}: 'answer' is {shown[:60]}: it must be a non-empty string, or a list of them")
+    kind, language = item.get("kind", config.kind), item.get("language", config.language)
+    for key, value in (("kind", kind), ("language", language)):
+        if value is not None and not isinstance(value, str):
+            raise DataError(f"{where}: {key!r} is {value!r}, not a string")
+    identity = str(item.get("id", where))
+    metadata = {key: value for key, value in item.items() if key not in OWN_KEYS}
+    return PromptRecord(where, identity, question, answers, kind, language, metadata)

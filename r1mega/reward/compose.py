@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -21,7 +22,7 @@ ACCURACY = {
     "logic": "r1mega.reward.choice:ChoiceAccuracy",
     "reasoning_gym": "r1mega.reward.choice:ReasoningGymAccuracy",
     "instruction": "r1mega.reward.instruction:InstructionAccuracy",
-    "code": "r1mega.reward.code:CodeAccuracy",
+    "code": "r1mega.reward.code_accuracy:CodeAccuracy",
 }
 """Accuracy part by the prompt's kind. Each is imported when the first prompt of its kind is scored."""
 
@@ -48,7 +49,7 @@ class Accuracy:
         self._timeout_seconds = timeout_seconds
         self._by_kind: dict[str, Part] = {}
 
-    def score(self, item: ScoringItem) -> PartScore | Deferred:
+    def score(self, item: ScoringItem) -> PartScore | Deferred | Future[PartScore]:
         kind = item.prompt.kind
         if kind not in self._by_kind:
             if kind not in ACCURACY:
@@ -86,7 +87,11 @@ def compose(scores: dict[str, PartScore], weights: dict[str, float]) -> Reward:
 @dataclass(frozen=True, slots=True)
 class _Pending:
     scores: dict[str, PartScore]
-    waiting: dict[str, tuple[Deferred, Future[Outcome]]]
+    waiting: dict[str, Callable[[], PartScore]]
+
+
+def _awaiting(deferred: Deferred, future: Future[Outcome]) -> Callable[[], PartScore]:
+    return lambda: deferred.finish(future.result())
 
 
 class RewardScorer:
@@ -107,7 +112,9 @@ class RewardScorer:
         for _, part in self._parts:
             score = part.score(item)
             if isinstance(score, Deferred):
-                pending.waiting[part.name] = (score, self._pool.submit(score.task))
+                pending.waiting[part.name] = _awaiting(score, self._pool.submit(score.task))
+            elif isinstance(score, Future):
+                pending.waiting[part.name] = score.result
             else:
                 pending.scores[part.name] = score
         ticket, self._next_ticket = self._next_ticket, self._next_ticket + 1
@@ -117,9 +124,7 @@ class RewardScorer:
     def result(self, ticket: int) -> Reward:
         """The reward of a ticket; waits for its workers. Raises KeyError for a ticket that was already asked for."""
         pending = self._pending.pop(ticket)
-        scores = dict(pending.scores)
-        for name, (deferred, future) in pending.waiting.items():
-            scores[name] = deferred.finish(future.result())
+        scores = pending.scores | {name: wait() for name, wait in pending.waiting.items()}
         return compose({name: scores[name] for name in self._weights}, self._weights)
 
     def metrics(self) -> PoolMetrics:

@@ -6,7 +6,7 @@ import re
 from typing import Literal
 
 AnswerForm = Literal["any", "boxed", "tag"]
-_BOX = re.compile(r"\\f?boxed(?![A-Za-z])\s*")
+_BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
 _CLOSE_TAG = "</answer>"
 _OPEN_TAG = "<answer>"
 _THINK_END = "</think>"

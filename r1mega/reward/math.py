@@ -26,11 +26,11 @@ from r1mega.reward.pool import Outcome, Task, WorkerPool
 from r1mega.types import RewardStatus
 
 MAX_SECONDS = 5.0
-CPU_SHARE = 0.6  # of the hard limit: what a comparison may spend before it counts as not equal
+CPU_SHARE = 0.4  # of the hard limit: what a comparison may spend before it counts as not equal
 MAX_WAITING_LINES = 4096
 
 _PLAIN = re.compile(r"\s*([+-]?\d{1,400}(?:\.\d{1,400})?)\s*")
-_MARKED = re.compile(r"\\f?boxed|</?answer>|</think>")
+_MARKED = re.compile(r"\\(?:boxed|fbox)|</?answer>|</think>")
 
 
 @dataclass(frozen=True, slots=True)

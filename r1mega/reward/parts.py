@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -41,4 +42,4 @@ class Part(Protocol):
 
     name: str
 
-    def score(self, item: ScoringItem) -> PartScore | Deferred: ...
+    def score(self, item: ScoringItem) -> PartScore | Deferred | Future[PartScore]: ...

@@ -1,0 +1,209 @@
+// The operators on a CPU: threads over rows, the kernels of the best instruction set that the machine has.
+// Arguments were checked by the Python side; a row is one thread's, so results do not depend on the number of threads.
+#include <atomic>
+#include <vector>
+
+#include "kernels.h"
+#include "r1mega_kernels/group_advantage.h"
+#include "r1mega_kernels/row_stats.h"
+#include "r1mega_kernels/token_loss.h"
+#include "r1mega_kernels/torch_abi.h"
+
+namespace r1mega {
+namespace {
+
+using abi::scalar;
+using abi::Tensor;
+
+const CpuKernels* const kTables[] = {
+    &kernels_generic,
+#if defined(__x86_64__)
+    &kernels_avx2,
+    &kernels_avx512,
+#endif
+};
+constexpr int64_t kNumTables = sizeof kTables / sizeof *kTables;
+
+int64_t best_table() {
+#if defined(__x86_64__)
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl"))
+        return 2;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
+#endif
+    return 0;
+}
+
+std::atomic<int64_t> chosen_table{best_table()};
+
+const CpuKernels& kernels() { return *kTables[chosen_table.load(std::memory_order_relaxed)]; }
+
+template <class Function>
+void parallel_for(int64_t count, int64_t grain, const Function& function) {
+    auto call = [](int64_t begin, int64_t end, void* context) {
+        const Function& body = *static_cast<const Function*>(context);
+        for (int64_t i = begin; i < end; ++i) body(i);
+    };
+    abi::check(torch_parallel_for(0, count, grain < 1 ? 1 : grain, call, const_cast<Function*>(&function)), "parallel_for");
+}
+
+// instruction_set(int request) -> int: -1 asks which table is in use, another number chooses that one (tests do)
+void op_instruction_set(StableIValue* stack, uint64_t, uint64_t) {
+    const int64_t request = scalar<int64_t>(stack[0]);
+    if (request >= kNumTables || request > best_table())
+        throw std::runtime_error("r1mega_kernels: this processor has no instruction set number " + std::to_string(request));
+    if (request >= 0) chosen_table = request;
+    const int64_t current = chosen_table;
+    memcpy(&stack[0], &current, sizeof current);
+}
+
+struct PerToken {  // [tokens], or one value for all
+    const float* values;
+    bool is_scalar;
+    explicit PerToken(const Tensor& tensor) : values(tensor.data<float>()), is_scalar(tensor.numel() == 1) {}
+    float operator[](int64_t token) const { return values[is_scalar ? 0 : token]; }
+};
+
+int64_t local_column(int64_t target, int64_t vocab_start, int64_t columns) {
+    const int64_t column = target - vocab_start;
+    return column >= 0 && column < columns ? column : -1;
+}
+
+// log_prob_stats(logits, targets, inverse_temperature, rows, bool has_rows, int vocab_start, stats!)
+void op_log_prob_stats(StableIValue* stack, uint64_t, uint64_t) {
+    const Tensor logits(stack[0]), targets(stack[1]), temperature(stack[2]), rows(stack[3]), stats(stack[6]);
+    const bool has_rows = scalar<bool>(stack[4]), is_bf16 = logits.is_bf16();
+    const int64_t vocab_start = scalar<int64_t>(stack[5]);
+    const int64_t count = stats.size(0), columns = logits.size(1), stride = logits.stride(0);
+    const int64_t *target = targets.data<int64_t>(), *row = has_rows ? rows.data<int64_t>() : nullptr;
+    const PerToken inverse_temperature(temperature);
+    const void* data = logits.data<void>();
+    RowStats* out = stats.data<RowStats>();
+    const CpuKernels& table = kernels();
+    parallel_for(count, 32768 / (columns + 1), [&](int64_t i) {
+        const int64_t token = row ? row[i] : i;
+        const float c = inverse_temperature[token] * kLog2e;
+        const int64_t column = local_column(target[token], vocab_start, columns);
+        out[i] = is_bf16 ? table.row_stats_bf16(static_cast<const Bf16*>(data) + token * stride, columns, column, c)
+                         : table.row_stats_f32(static_cast<const float*>(data) + token * stride, columns, column, c);
+    });
+}
+
+// log_prob_merge(shards[ranks, N, 4], inverse_temperature, rows, bool has_rows, stats![N, 4], results![3, N])
+void op_log_prob_merge(StableIValue* stack, uint64_t, uint64_t) {
+    const Tensor shards(stack[0]), temperature(stack[1]), rows(stack[2]), stats(stack[4]), results(stack[5]);
+    const int64_t count = shards.size(1), ranks = shards.size(0);
+    const int64_t* row = scalar<bool>(stack[3]) ? rows.data<int64_t>() : nullptr;
+    const PerToken inverse_temperature(temperature);
+    const RowStats* in = shards.data<RowStats>();
+    RowStats* merged = stats.data<RowStats>();
+    float* out = results.data<float>();
+    parallel_for(count, 4096, [&](int64_t i) {
+        const float inverse = inverse_temperature[row ? row[i] : i];
+        merged[i] = merge_shards(in + i, ranks, count, inverse * kLog2e);
+        const RowResult result = finalize(merged[i], inverse);
+        out[i] = result.log_prob;
+        out[count + i] = result.entropy;
+        out[2 * count + i] = result.logsumexp;
+    });
+}
+
+// log_prob_backward(logits, targets, inverse_temperature, positions, bool has_positions, int vocab_start, stats, entropy,
+//                   grads[3, N], grad_logits!); positions[token] is the token's row of stats, or -1
+void op_log_prob_backward(StableIValue* stack, uint64_t, uint64_t) {
+    const Tensor logits(stack[0]), targets(stack[1]), temperature(stack[2]), positions(stack[3]), stats(stack[6]),
+        entropies(stack[7]), grads(stack[8]), grad_logits(stack[9]);
+    const bool has_positions = scalar<bool>(stack[4]), is_bf16 = logits.is_bf16();
+    const int64_t vocab_start = scalar<int64_t>(stack[5]);
+    const int64_t tokens = logits.size(0), columns = logits.size(1), count = stats.size(0);
+    const int64_t stride = logits.stride(0), out_stride = grad_logits.stride(0);
+    const int64_t* target = targets.data<int64_t>();
+    const int32_t* position = has_positions ? positions.data<int32_t>() : nullptr;
+    const PerToken inverse_temperature(temperature);
+    const RowStats* row_stats = stats.data<RowStats>();
+    const float *entropy = entropies.data<float>(), *grad = grads.data<float>();
+    const void* data = logits.data<void>();
+    void* out = grad_logits.data<void>();
+    const CpuKernels& table = kernels();
+    parallel_for(tokens, 32768 / (columns + 1), [&](int64_t token) {
+        const int64_t i = position ? position[token] : token;
+        const float inverse = inverse_temperature[token];
+        RowGradient gradient{0.f, 0.f, 0.f, true};
+        RowStats of_row = empty_stats();
+        if (i >= 0) {
+            of_row = row_stats[i];
+            gradient = row_gradient(of_row, entropy[i], grad[i], grad[count + i], grad[2 * count + i], inverse);
+        }
+        const int64_t column = i >= 0 ? local_column(target[token], vocab_start, columns) : -1;
+        if (is_bf16)
+            table.row_backward_bf16(static_cast<const Bf16*>(data) + token * stride, static_cast<Bf16*>(out) + token * out_stride,
+                                    columns, column, of_row, gradient, inverse * kLog2e);
+        else
+            table.row_backward_f32(static_cast<const float*>(data) + token * stride, static_cast<float*>(out) + token * out_stride,
+                                   columns, column, of_row, gradient, inverse * kLog2e);
+    });
+}
+
+struct OneLane {
+    static constexpr int64_t index = 0, count = 1;
+    double sum(double x) const { return x; }
+    double min(double x) const { return x; }
+    double max(double x) const { return x; }
+};
+
+// group_advantage(rewards f64, offsets, mask, int baseline, int scale, float epsilon, advantages!)
+void op_group_advantage(StableIValue* stack, uint64_t, uint64_t) {
+    const Tensor rewards(stack[0]), offsets(stack[1]), mask(stack[2]), advantages(stack[6]);
+    const auto baseline = static_cast<Baseline>(scalar<int64_t>(stack[3]));
+    const auto scale = static_cast<Scale>(scalar<int64_t>(stack[4]));
+    const double epsilon = scalar<double>(stack[5]);
+    const double* reward = rewards.data<double>();
+    const uint8_t* counted = mask.data_or_null<uint8_t>();
+    const int64_t* offset = offsets.data<int64_t>();
+    float* out = advantages.data<float>();
+    const OneLane lane;
+    const double batch_std = scale == Scale::kBatch ? moments(lane, reward, counted, 0, rewards.numel()).std : 0.0;
+    parallel_for(offsets.numel() - 1, 256, [&](int64_t g) {
+        group_advantage(lane, reward, counted, offset[g], offset[g + 1], baseline, scale, epsilon, batch_std, out);
+    });
+}
+
+constexpr int64_t kTokensPerPart = 4096;  // fixed: the order of the sum must not depend on the number of threads
+
+// grpo_token_loss(log_probs, old, reference, sampler, advantages, weights, mask, sequence_ids, bool weights_per_sequence,
+//                 float clip_low, clip_high, dual_clip, kl_coefficient, importance_cap, grad![N], sums![8] f64)
+void op_grpo_token_loss(StableIValue* stack, uint64_t, uint64_t) {
+    const Tensor log_probs(stack[0]), old(stack[1]), reference(stack[2]), sampler(stack[3]), advantages(stack[4]),
+        weights(stack[5]), mask(stack[6]), sequence_ids(stack[7]), grad(stack[14]), sums(stack[15]);
+    const LossTensors tensors{log_probs.data<float>(),           old.data_or_null<float>(),
+                              reference.data_or_null<float>(),   sampler.data_or_null<float>(),
+                              advantages.data<float>(),          weights.data_or_null<float>(),
+                              sequence_ids.data_or_null<int64_t>(), mask.data_or_null<uint8_t>(),
+                              scalar<bool>(stack[8]),            grad.data<float>()};
+    const LossOptions options = loss_options(scalar<double>(stack[9]), scalar<double>(stack[10]), scalar<double>(stack[11]),
+                                             scalar<double>(stack[12]), scalar<double>(stack[13]), tensors.old_log_probs,
+                                             tensors.reference_log_probs, tensors.sampler_log_probs);
+    const int64_t count = log_probs.numel(), parts = (count + kTokensPerPart - 1) / kTokensPerPart;
+    std::vector<double> partial(size_t(parts) * kNumSums, 0.0);
+    const CpuKernels& table = kernels();
+    parallel_for(parts, 1, [&](int64_t part) {
+        const int64_t begin = part * kTokensPerPart;
+        const int64_t end = begin + kTokensPerPart < count ? begin + kTokensPerPart : count;
+        table.token_loss(tensors, options, begin, end, partial.data() + part * kNumSums);
+    });
+    double* out = sums.data<double>();
+    for (int k = 0; k < kNumSums; ++k) out[k] = 0.0;
+    for (int64_t part = 0; part < parts; ++part) add_sums(out, partial.data() + part * kNumSums);
+}
+
+const auto registration = abi::Registration("CPU", __FILE__)
+                              .add("log_prob_stats", op_log_prob_stats)
+                              .add("log_prob_merge", op_log_prob_merge)
+                              .add("log_prob_backward", op_log_prob_backward)
+                              .add("group_advantage", op_group_advantage)
+                              .add("grpo_token_loss", op_grpo_token_loss);
+
+const auto selection = abi::Registration("CompositeExplicitAutograd", __FILE__).add("instruction_set", op_instruction_set);
+
+}  // namespace
+}  // namespace r1mega

@@ -1,0 +1,186 @@
+// The kernels of one instruction set. Compiled once for each; nothing here may have external linkage but the table.
+#include "simd.h"  // before token_loss.h, whose templates use its vector functions
+
+#include "kernels.h"
+#include "r1mega_kernels/row_stats.h"
+#include "r1mega_kernels/token_loss.h"
+
+namespace r1mega {
+namespace {
+
+constexpr int kBlock = 1024;  // columns: read from memory for the maximum, then from L1 for the exponentials
+constexpr int kUnroll = 4;
+constexpr int kStep = kUnroll * kWidth;
+
+template <class E>
+struct Padded {  // the last columns of a row, filled up with -inf
+    alignas(64) E values[kStep];
+    Padded(const E* logits, int64_t count) {
+        for (int i = 0; i < kStep; ++i) from_float(i < count ? to_float(logits[i]) : minus_infinity(), values[i]);
+    }
+};
+
+template <class E>
+R1_FN float block_max(const E* x, int64_t columns, float max) {
+    Vec acc[kUnroll];
+    for (int k = 0; k < kUnroll; ++k) acc[k] = splat(max);
+    for (int64_t j = 0; j < columns; j += kStep)
+        for (int k = 0; k < kUnroll; ++k) acc[k] = larger(load(x + j + k * kWidth), acc[k]);
+    return lane_max(larger(larger(acc[0], acc[1]), larger(acc[2], acc[3])));
+}
+
+R1_FN Vec exponent(Vec x, Vec base, float c) {
+    const Vec t = (x - base) * c;
+    return t < -127.f ? splat(-127.f) : t;  // keeps a NaN
+}
+
+struct Accumulator {
+    Vec sum[kUnroll] = {}, weighted[kUnroll] = {};
+
+    template <class E>
+    R1_FN_MEMBER void add(const E* x, Vec base, float c) {
+        for (int k = 0; k < kUnroll; ++k) {
+            const Vec t = exponent(load(x + k * kWidth), base, c);
+            const Vec e = exp2_negative(t);
+            sum[k] += e;
+            weighted[k] += e * t;
+        }
+    }
+};
+
+// `columns` is a multiple of kStep. fp32 within a block, double across blocks.
+template <class E>
+R1_FN void add_block(const E* x, int64_t columns, float c, float& max, double& sum, double& weighted) {
+    const float new_max = block_max(x, columns, max);
+    if (new_max > max) {
+        if (sum != 0.0) {
+            const double shift = (double(max) - double(new_max)) * c;
+            const double scale = shift < -127.0 ? 0.0 : exp2(shift);
+            weighted = scale == 0.0 ? 0.0 : scale * (weighted + sum * shift);
+            sum *= scale;
+        }
+        max = new_max;
+    }
+    const Vec base = splat(safe_base(max));
+    Accumulator acc;
+    for (int64_t j = 0; j < columns; j += kStep) acc.add(x + j, base, c);
+    sum += lane_sum((acc.sum[0] + acc.sum[1]) + (acc.sum[2] + acc.sum[3]));
+    weighted += lane_sum((acc.weighted[0] + acc.weighted[1]) + (acc.weighted[2] + acc.weighted[3]));
+}
+
+template <class E>
+RowStats row_stats(const E* x, int64_t columns, int64_t target, float c) {
+    float max = minus_infinity();
+    double sum = 0, weighted = 0;
+    const int64_t whole = columns / kStep * kStep;
+    for (int64_t j = 0; j < whole; j += kBlock)
+        add_block(x + j, whole - j < kBlock ? whole - j : int64_t(kBlock), c, max, sum, weighted);
+    if (whole < columns) {
+        const Padded<E> tail(x + whole, columns - whole);
+        add_block(tail.values, kStep, c, max, sum, weighted);
+    }
+    RowStats stats;
+    stats.max = max;
+    stats.sum = float(sum);
+    stats.weighted = float(weighted);
+    stats.target = target < 0 ? quiet_nan() : to_float(x[target]);
+    return stats;
+}
+
+R1_FN Vec gradient_of(Vec x, Vec base, const RowGradient& gradient, float c) {
+    const Vec t = exponent(x, base, c);
+    return exp2_negative(t) * (gradient.scale + gradient.slope * t);
+}
+
+// `out` may be `x`: each vector is read before it is written.
+template <class E>
+void row_backward(const E* x, E* out, int64_t columns, int64_t target, const RowStats& stats, const RowGradient& gradient,
+                  float c) {
+    if (gradient.is_zero) {
+        memset(out, 0, size_t(columns) * sizeof(E));
+        return;
+    }
+    const Vec base = splat(safe_base(stats.max));
+    float at_target = 0.f;
+    if (target >= 0) at_target = gradient_of(splat(to_float(x[target])), base, gradient, c)[0] + gradient.target_gradient;
+    const int64_t whole = columns / kStep * kStep;
+    for (int64_t j = 0; j < whole; j += kStep)
+        for (int k = 0; k < kUnroll; ++k)
+            store(out + j + k * kWidth, gradient_of(load(x + j + k * kWidth), base, gradient, c));
+    if (whole < columns) {
+        Padded<E> tail(x + whole, columns - whole);
+        for (int k = 0; k < kStep; k += kWidth)
+            store(tail.values + k, gradient_of(load(tail.values + k), base, gradient, c));
+        memcpy(out + whole, tail.values, size_t(columns - whole) * sizeof(E));
+    }
+    if (target >= 0) from_float(at_target, out[target]);
+}
+
+constexpr int kTokenBlock = 256;
+
+struct TokenBlock {  // one block of tokens in local arrays: gathered, masked and padded
+    alignas(64) float log_prob[kTokenBlock], old[kTokenBlock], reference[kTokenBlock], sampler[kTokenBlock],
+        advantage[kTokenBlock], weight[kTokenBlock], counts[kTokenBlock];
+
+    R1_FN_MEMBER void fill(const LossTensors& in, int64_t begin, int64_t count) {
+        for (int64_t i = 0; i < kTokenBlock; ++i) {
+            const int64_t token = begin + i;
+            // what a masked token holds is never looked at: it may be anything
+            const bool counted = i < count && (!in.mask || in.mask[token]);
+            const int64_t sequence = counted && in.sequence_ids ? in.sequence_ids[token] : token;
+            counts[i] = counted ? 1.f : 0.f;
+            log_prob[i] = counted ? in.log_probs[token] : 0.f;
+            old[i] = counted && in.old_log_probs ? in.old_log_probs[token] : 0.f;
+            reference[i] = counted && in.reference_log_probs ? in.reference_log_probs[token] : 0.f;
+            sampler[i] = counted && in.sampler_log_probs ? in.sampler_log_probs[token] : 0.f;
+            advantage[i] = counted ? in.advantages[sequence] : 0.f;
+            weight[i] = !counted ? 0.f : !in.weights ? 1.f : in.weights[in.weights_per_sequence ? sequence : token];
+        }
+    }
+};
+
+void token_loss(const LossTensors& in, const LossOptions& options, int64_t begin, int64_t end, double* sums) {
+    TokenBlock block;
+    alignas(64) float grad[kTokenBlock];
+    for (int64_t start = begin; start < end; start += kTokenBlock) {
+        const int64_t count = end - start < kTokenBlock ? end - start : int64_t(kTokenBlock);
+        block.fill(in, start, count);
+        Vec acc[kNumSums] = {};
+        for (int i = 0; i < kTokenBlock; i += kWidth) {
+            TokenInputs<Vec> token{load(block.log_prob + i), load(block.old + i),       load(block.reference + i),
+                                   load(block.sampler + i),  load(block.advantage + i), load(block.weight + i)};
+            const Vec counts = load(block.counts + i);
+            const TokenTerms<Vec> terms = token_terms(token, options);
+            const IntVec counted = counts > 0.f;
+            const Vec zero = {};
+            store(grad + i, select(counted, terms.grad, zero));
+            acc[kLoss] += select(counted, terms.loss, zero);
+            acc[kNumTokens] += counts;
+            acc[kClipped] += select(counted, terms.clipped, zero);
+            acc[kKl] += select(counted, terms.kl, zero);
+            acc[kMismatchSum] += select(counted, terms.mismatch, zero);
+            acc[kMismatchMax] = larger(select(counted, terms.mismatch, zero), acc[kMismatchMax]);
+            acc[kTruncated] += select(counted, terms.truncated, zero);
+            acc[kRatioSum] += select(counted, terms.ratio, zero);
+        }
+        memcpy(in.grad + start, grad, size_t(count) * sizeof(float));
+        for (int k = 0; k < kNumSums; ++k) {
+            if (k != kMismatchMax) sums[k] += lane_sum(acc[k]);
+        }
+        const double gap = lane_max(acc[kMismatchMax]);
+        sums[kMismatchMax] = gap > sums[kMismatchMax] ? gap : sums[kMismatchMax];
+    }
+}
+
+}  // namespace
+
+#define R1_JOIN_(a, b) a##b
+#define R1_JOIN(a, b) R1_JOIN_(a, b)
+#define R1_TEXT_(a) #a
+#define R1_TEXT(a) R1_TEXT_(a)
+
+extern const CpuKernels R1_JOIN(kernels_, R1_ISA) = {
+    R1_TEXT(R1_ISA), row_stats<float>, row_stats<Bf16>, row_backward<float>, row_backward<Bf16>, token_loss,
+};
+
+}  // namespace r1mega

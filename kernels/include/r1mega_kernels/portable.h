@@ -1,0 +1,69 @@
+// What one source needs to be compiled by nvcc for a GPU, by g++ for the CPU and by g++ for the emulator.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__CUDACC__)
+#define R1_FN static __host__ __device__ __forceinline__
+#define R1_FN_MEMBER __host__ __device__ __forceinline__
+#else
+// Internal linkage: the CPU file is compiled once per instruction set, and the linker must never merge those copies.
+#define R1_FN [[maybe_unused]] static inline __attribute__((always_inline))
+#define R1_FN_MEMBER inline __attribute__((always_inline))
+#endif
+
+namespace r1mega {
+
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr double kLn2 = 0.6931471805599453;
+
+struct Bf16 {
+    uint16_t bits;
+};
+
+R1_FN float as_float(uint32_t bits) {
+#if defined(__CUDA_ARCH__)
+    return __uint_as_float(bits);
+#else
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+#endif
+}
+
+R1_FN uint32_t as_bits(float value) {
+#if defined(__CUDA_ARCH__)
+    return __float_as_uint(value);
+#else
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+#endif
+}
+
+R1_FN float minus_infinity() { return as_float(0xff800000u); }
+R1_FN float quiet_nan() { return as_float(0x7fc00000u); }
+
+R1_FN float to_float(float value) { return value; }
+R1_FN float to_float(Bf16 value) { return as_float(uint32_t(value.bits) << 16); }
+
+R1_FN void from_float(float value, float& out) { out = value; }
+// Round to nearest, ties to even; a NaN stays a NaN.
+R1_FN void from_float(float value, Bf16& out) {
+    const uint32_t bits = as_bits(value);
+    out.bits = value != value ? uint16_t(0x7fc0u) : uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+// 2^t for t <= 0. -inf gives 0 and NaN stays NaN.
+R1_FN float fast_exp2(float t) {
+#if defined(__CUDA_ARCH__)
+    float result;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(t));
+    return result;
+#else
+    return exp2f(t);
+#endif
+}
+
+}  // namespace r1mega

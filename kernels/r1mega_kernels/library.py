@@ -1,0 +1,122 @@
+"""Declares the operators, loads the compiled libraries, and says which implementation serves a device."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from r1mega.errors import PlatformError
+from r1mega_kernels import reference
+
+_log = logging.getLogger(__name__)
+_HERE = Path(__file__).parent
+
+LIBRARY = torch.library.Library("r1mega_kernels", "DEF")
+
+# What the compiled libraries implement. Results go to tensors that the caller allocates; an optional tensor that is not
+# given is one without elements. The order of arguments is that of kernels/csrc/*/..._ops.
+_SCHEMAS = (
+    "instruction_set(int request) -> int",
+    "log_prob_stats(Tensor logits, Tensor targets, Tensor inverse_temperature, Tensor rows, bool has_rows, "
+    "int vocab_start, Tensor(a!) stats) -> ()",
+    "log_prob_merge(Tensor shards, Tensor inverse_temperature, Tensor rows, bool has_rows, Tensor(a!) stats, "
+    "Tensor(b!) results) -> ()",
+    "log_prob_backward(Tensor logits, Tensor targets, Tensor inverse_temperature, Tensor positions, bool has_positions, "
+    "int vocab_start, Tensor stats, Tensor entropy, Tensor grads, Tensor(a!) grad_logits) -> ()",
+    "group_advantage(Tensor rewards, Tensor offsets, Tensor mask, int baseline, int scale, float epsilon, "
+    "Tensor(a!) advantages) -> ()",
+    "grpo_token_loss(Tensor log_probs, Tensor old, Tensor reference, Tensor sampler, Tensor advantages, Tensor weights, "
+    "Tensor mask, Tensor sequence_ids, bool weights_per_sequence, float clip_low, float clip_high, float dual_clip, "
+    "float kl_coefficient, float importance_cap, Tensor(a!) grad, Tensor(b!) sums) -> ()",
+)
+for _schema in _SCHEMAS:
+    LIBRARY.define(_schema)
+    if not _schema.startswith("instruction_set"):
+        torch.library.register_fake(f"r1mega_kernels::{_schema.split('(')[0]}", lambda *args: None, lib=LIBRARY)
+
+
+def _load(name: str) -> bool:
+    """Whether the compiled library was found and loaded. A library that is there and does not load is an error."""
+    path = _HERE / name
+    if not path.exists():
+        return False
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        raise PlatformError(
+            f"{path} does not load into torch {torch.__version__} (2.10 or newer is needed): {error}. "
+            "Build it again with `python kernels/build.py`, or delete it to use the torch reference."
+        ) from error
+    return True
+
+
+_DISABLED = os.environ.get("R1MEGA_KERNELS", "") == "reference"
+_HAS_CPU = not _DISABLED and _load("_cpu.so")
+_HAS_CUDA = not _DISABLED and torch.cuda.is_available() and _load("_cuda.so")
+
+
+def instruction_set() -> str:
+    """'generic' (128-bit vectors), 'avx2' or 'avx512': what the CPU library chose on this machine.
+
+    Raises:
+        PlatformError: the CPU library is not built.
+    """
+    if not _HAS_CPU:
+        raise PlatformError("the CPU kernel library is not built: run `python kernels/build.py` (needs g++)")
+    return ("generic", "avx2", "avx512")[torch.ops.r1mega_kernels.instruction_set(-1)]
+
+
+def backend(device: torch.device | str | None = None) -> str:
+    """Which implementation serves tensors of `device` (default: a GPU if torch has one, else the CPU).
+
+    'cuda', 'cpu-avx512', 'cpu-avx2', 'cpu-generic', or 'reference' (torch functions: the library is not built, or
+    R1MEGA_KERNELS=reference). On a GPU without the CUDA library the answer is 'missing': calls there raise PlatformError
+    unless they ask for backend='reference'.
+    """
+    kind = torch.device(device).type if device is not None else ("cuda" if torch.cuda.is_available() else "cpu")
+    if kind == "cpu":
+        return f"cpu-{instruction_set()}" if _HAS_CPU else "reference"
+    if kind == "cuda" and _HAS_CUDA:
+        return "cuda"
+    return "reference" if _DISABLED else "missing"
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    _log.warning(message)
+
+
+def uses_reference(device: torch.device, requested: str | None) -> bool:
+    """Whether a call on `device` runs the torch reference: asked for by name, or the CPU library is not built (logged).
+
+    Raises:
+        ValueError: `requested` is neither None, 'native' nor 'reference'.
+        PlatformError: the native kernels are asked for, or the device is a GPU, and the library is not built.
+    """
+    if requested not in (None, "native", "reference"):
+        raise ValueError(f"backend must be None, 'native' or 'reference', not {requested!r}")
+    if requested == "reference" or _DISABLED:
+        return True
+    if device.type == "meta":
+        return False
+    available = {"cpu": _HAS_CPU, "cuda": _HAS_CUDA}.get(device.type, False)
+    if available:
+        return False
+    if requested == "native" or device.type != "cpu":
+        raise PlatformError(
+            f"no compiled kernels for device {device}: run `python kernels/build.py` (needs "
+            f"{'g++' if device.type == 'cpu' else 'nvcc'}), or ask for backend='reference'"
+        )
+    _say_once("r1mega_kernels: the CPU library is not built (no g++ at install time?); using the torch reference")
+    return True
+
+
+def kernels(use_reference: bool) -> Any | ModuleType:
+    """The module of the low-level operators: `torch.ops.r1mega_kernels`, or the torch functions of the same signatures."""
+    return reference if use_reference else torch.ops.r1mega_kernels

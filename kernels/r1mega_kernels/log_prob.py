@@ -1,0 +1,189 @@
+"""Log-probs, entropies and logsumexps of chosen tokens from (vocabulary-parallel) logits, one read of each used row."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from r1mega_kernels.library import LIBRARY, kernels, uses_reference
+
+NATIVE_DTYPES = (torch.float32, torch.bfloat16)
+
+
+class LogProbs(NamedTuple):
+    """All [N], float32 (float64 for float64 logits), differentiable."""
+
+    log_prob: torch.Tensor
+    entropy: torch.Tensor
+    logsumexp: torch.Tensor
+
+
+def grouped_log_prob(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    temperature: float | torch.Tensor = 1.0,
+    rows: torch.Tensor | None = None,
+    tp_group: dist.ProcessGroup | None = None,
+    *,
+    vocab_start: int | None = None,
+    vocab_size: int | None = None,
+    grad_in_place: bool = False,
+    backend: str | None = None,
+) -> LogProbs:
+    """log softmax(logits / temperature)[target], the entropy and the logsumexp of that distribution, of the chosen rows.
+
+    logits: [T, V] (V / tp columns with `tp_group`), float32 or bfloat16, any row stride: slice padding columns off, or
+    fill them with -inf. targets: [T] int64, ids in the whole vocabulary; only those of chosen rows are looked at.
+    temperature: > 0, one for all or [T]. rows: [N] int64, strictly increasing indices into T (default all of it); the
+    logits of other rows are never read and get zero gradients.
+    tp_group: the ranks that hold the other columns. The rank's columns begin at `vocab_start` (default rank * width) and
+    the vocabulary has `vocab_size` (default width * ranks) ids. One all-gather of 16 bytes a token; every rank gets the
+    same bits.
+    grad_in_place: the gradient overwrites the logits, which nobody may use afterwards.
+    backend: None the compiled kernels (on a CPU without them the torch reference, logged), 'native', 'reference'.
+
+    A row of NaNs, of +inf, or with every column -inf gives NaN, as log_softmax does. The result of a row has the same
+    bits whatever rows are computed beside it, and from run to run. No gradient reaches `temperature`.
+
+    Raises:
+        ValueError: shapes, rows, a temperature of 0 or less, or (on a CPU) a target outside the vocabulary.
+        TypeError: a dtype that the kernels do not read.
+        PlatformError: no compiled kernels for a GPU.
+    """
+    use_reference = uses_reference(logits.device, backend)
+    inverse = inverse_temperature(temperature, logits)
+    width = logits.shape[-1]
+    start, size = vocabulary_range(width, tp_group, vocab_start, vocab_size)
+    check_arguments(logits, targets, rows, size, use_reference)
+    if logits.stride(1) != 1:
+        logits = logits.contiguous()
+    group_name = tp_group.group_name if tp_group is not None and dist.get_world_size(tp_group) > 1 else ""
+    results, _ = torch.ops.r1mega_kernels.log_prob(
+        logits, targets.contiguous(), inverse, rows, start, group_name, grad_in_place, use_reference
+    )
+    return LogProbs(*results.unbind())
+
+
+def vocabulary_range(
+    width: int, tp_group: dist.ProcessGroup | None, vocab_start: int | None, vocab_size: int | None
+) -> tuple[int, int]:
+    """(first column of this rank, size of the vocabulary)."""
+    ranks, rank = (dist.get_world_size(tp_group), dist.get_rank(tp_group)) if tp_group is not None else (1, 0)
+    return rank * width if vocab_start is None else vocab_start, ranks * width if vocab_size is None else vocab_size
+
+
+def inverse_temperature(temperature: float | torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """[1] or [T] 1 / temperature in the dtype of the statistics of `like`."""
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    if isinstance(temperature, torch.Tensor):
+        if temperature.requires_grad:
+            raise ValueError("temperature: no gradient is computed for it; pass temperature.detach()")
+        if temperature.device.type == "cpu" and bool((temperature <= 0).any()):
+            raise ValueError(f"temperature must be > 0, found {float(temperature.min())}")
+        if temperature.numel() not in (1, like.shape[0]):
+            raise ValueError(f"temperature has {temperature.numel()} values for {like.shape[0]} rows of logits")
+        return temperature.to(like.device, torch.float64).reciprocal().to(dtype).reshape(-1).contiguous()
+    if not temperature > 0:
+        raise ValueError(f"temperature must be > 0, not {temperature} (greedy decoding has no log-probs to train on)")
+    return torch.full((1,), 1.0 / temperature, dtype=dtype, device=like.device)
+
+
+def check_arguments(
+    x: torch.Tensor, targets: torch.Tensor, rows: torch.Tensor | None, vocab_size: int, use_reference: bool
+) -> None:
+    """Raises ValueError or TypeError for what the kernels would read wrongly. Values are looked at on a CPU only: on a GPU
+    that would stall the stream, and a target outside the vocabulary gives NaN there."""
+    if x.dim() != 2 or targets.dim() != 1 or targets.shape[0] != x.shape[0]:
+        raise ValueError(f"expected [T, V] and targets [T], not {list(x.shape)} and {list(targets.shape)}")
+    if x.shape[1] == 0:
+        raise ValueError("no columns: the vocabulary is empty")
+    if targets.dtype != torch.int64 or (rows is not None and rows.dtype != torch.int64):
+        raise TypeError("targets and rows must be int64")
+    if not use_reference and x.dtype not in NATIVE_DTYPES:
+        raise TypeError(f"the kernels read float32 and bfloat16, not {x.dtype}; convert, or use backend='reference'")
+    if rows is not None and (rows.dim() != 1 or not rows.is_contiguous()):
+        raise ValueError("rows must be a contiguous vector")
+    if x.device.type != "cpu":
+        return
+    if rows is not None and len(rows):
+        if int(rows[0]) < 0 or int(rows[-1]) >= len(x) or not bool((rows[1:] > rows[:-1]).all()):
+            raise ValueError(f"rows must be strictly increasing indices in [0, {len(x)})")
+    used = targets if rows is None else targets[rows]
+    if used.numel():
+        low, high = (int(v) for v in used.aminmax())
+        if low < 0 or high >= vocab_size:
+            raise ValueError(f"targets must be in [0, {vocab_size}), found {low} to {high}")
+
+
+def gathered_stats(stats: torch.Tensor, group_name: str) -> torch.Tensor:
+    """[ranks, N, 4] of [N, 4] statistics of every rank, in the order of the ranks."""
+    if not group_name:
+        return stats[None]
+    group = dist.distributed_c10d._resolve_process_group(group_name)
+    shards = stats.new_empty(dist.get_world_size(group) * stats.shape[0], 4)
+    dist.all_gather_into_tensor(shards, stats, group=group)
+    return shards.view(-1, *stats.shape)
+
+
+LIBRARY.define(
+    "log_prob(Tensor logits, Tensor targets, Tensor inverse_temperature, Tensor? rows, int vocab_start, str group, "
+    "bool grad_in_place, bool reference) -> (Tensor results, Tensor stats)"
+)
+
+
+def _log_prob(logits, targets, inverse_temperature, rows, vocab_start, group, grad_in_place, reference):
+    op = kernels(reference)
+    count = len(logits) if rows is None else len(rows)
+    row_list = targets if rows is None else rows
+    stats = torch.empty(count, 4, dtype=inverse_temperature.dtype, device=logits.device)
+    results = torch.empty(3, count, dtype=stats.dtype, device=logits.device)
+    if count:
+        op.log_prob_stats(logits, targets, inverse_temperature, row_list, rows is not None, vocab_start, stats)
+    shards = gathered_stats(stats, group)
+    merged = torch.empty_like(stats)
+    if count:
+        op.log_prob_merge(shards, inverse_temperature, row_list, rows is not None, merged, results)
+    return results, merged
+
+
+def _log_prob_fake(logits, targets, inverse_temperature, rows, vocab_start, group, grad_in_place, reference):
+    count = logits.shape[0] if rows is None else rows.shape[0]
+    return inverse_temperature.new_empty(3, count), inverse_temperature.new_empty(count, 4)
+
+
+def _save(ctx, inputs, output):
+    logits, targets, inverse, rows, ctx.vocab_start, _, ctx.grad_in_place, ctx.reference = inputs
+    ctx.save_for_backward(logits, targets, inverse, rows, output[0][1], output[1])
+
+
+def _log_prob_backward(ctx, grads, _grad_stats):
+    logits, targets, inverse, rows, entropy, stats = ctx.saved_tensors
+    if ctx.grad_in_place:
+        torch.autograd.graph.increment_version(logits)  # another backward through these logits is an error
+        grad_logits = logits.detach()
+    else:
+        grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    backward_into(grad_logits, logits, targets, inverse, rows, ctx.vocab_start, stats, entropy, grads.contiguous(), ctx.reference)
+    return grad_logits, None, None, None, None, None, None, None
+
+
+def backward_into(
+    grad_logits, logits, targets, inverse, rows, vocab_start, stats, entropy, grads, use_reference
+) -> None:
+    """grad_logits <- the gradient of logits [T, V]; the two may be one tensor. grads: [3, N]."""
+    positions = targets
+    if rows is not None:
+        positions = torch.full((len(logits),), -1, dtype=torch.int32, device=logits.device)
+        positions[rows] = torch.arange(len(rows), dtype=torch.int32, device=logits.device)
+    if not len(logits):
+        return
+    kernels(use_reference).log_prob_backward(
+        logits, targets, inverse, positions, rows is not None, vocab_start, stats, entropy, grads, grad_logits
+    )
+
+
+LIBRARY.impl("log_prob", _log_prob, "CompositeExplicitAutograd")
+torch.library.register_fake("r1mega_kernels::log_prob", _log_prob_fake, lib=LIBRARY)
+torch.library.register_autograd("r1mega_kernels::log_prob", _log_prob_backward, setup_context=_save, lib=LIBRARY)

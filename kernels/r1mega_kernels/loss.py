@@ -1,0 +1,141 @@
+"""The GRPO loss of packed tokens with its gradient and metrics in one pass over the tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from r1mega_kernels.library import LIBRARY, kernels, uses_reference
+
+
+@dataclass(frozen=True, slots=True)
+class GRPOMetrics:
+    """Sums over the counted tokens: float64 scalars on the tokens' device, detached; add them up over microbatches and ranks
+    (`mismatch_max`: take the largest) and divide by `num_tokens`.
+
+    clipped: tokens whose policy gradient the (dual) clip cut. kl: k3 to the reference. mismatch: |log pi - log sampler|.
+    truncated: tokens whose importance weight exceeded the cap. ratio_sum: pi / pi_old.
+    """
+
+    num_tokens: torch.Tensor
+    clipped: torch.Tensor
+    kl: torch.Tensor
+    mismatch_sum: torch.Tensor
+    mismatch_max: torch.Tensor
+    truncated: torch.Tensor
+    ratio_sum: torch.Tensor
+
+
+def grpo_token_loss(
+    log_probs: torch.Tensor,
+    advantages: torch.Tensor,
+    old_log_probs: torch.Tensor | None = None,
+    *,
+    reference_log_probs: torch.Tensor | None = None,
+    sampler_log_probs: torch.Tensor | None = None,
+    weights: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    sequence_ids: torch.Tensor | None = None,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    kl_coefficient: float = 0.0,
+    importance_cap: float | None = None,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, GRPOMetrics]:
+    """Sum over tokens of weight * (-w_is * min(r A, clip(r, 1 - low, 1 + high) A) + beta * k3); and its metrics.
+
+    DeepSeekMath, eq. 3, with clip-higher (DAPO), dual clip (Ye et al. 2020: for A < 0 the surrogate is at least c A) and
+    truncated importance sampling, w_is = min(pi_old / pi_sampler, cap), detached.
+
+    log_probs: [N] of the policy, the only input with a gradient; N response tokens, packed. advantages: [N], or [S] with
+    `sequence_ids` [N] int64, the token's sequence. weights: [N] or, with sequence_ids, [S]; None is 1 each (not 1 / N).
+    old_log_probs: [N]; None: on-policy, r = 1 with its gradient. mask: [N] bool; a token where it is False counts
+    nowhere and its values may be anything. An advantage of 0 makes a token's surrogate 0 even if its ratio overflowed.
+    reference_log_probs: [N], needed when kl_coefficient is not 0; sampler_log_probs: [N], needed by importance_cap.
+    The loss is a float32 scalar, summed in double in a fixed order.
+
+    Raises:
+        ValueError: shapes that do not fit, an option without the log-probs that it needs, or a bad value.
+    """
+    use_reference = uses_reference(log_probs.device, backend)
+    count = log_probs.numel()
+    per_token = {"old_log_probs": old_log_probs, "reference_log_probs": reference_log_probs, "mask": mask,
+                 "sampler_log_probs": sampler_log_probs, "sequence_ids": sequence_ids}  # fmt: skip
+    if sequence_ids is None:
+        per_token |= {"advantages": advantages, "weights": weights}
+    for name, tensor in {"log_probs": log_probs, **per_token}.items():
+        if tensor is not None and tuple(tensor.shape) != (count,):
+            raise ValueError(f"{name} has shape {list(tensor.shape)}, expected [{count}]")
+    if kl_coefficient != 0 and reference_log_probs is None:
+        raise ValueError("kl_coefficient needs reference_log_probs")
+    if importance_cap is not None and sampler_log_probs is None:
+        raise ValueError("importance_cap needs sampler_log_probs")
+    if (dual_clip is not None and dual_clip <= 1) or (importance_cap is not None and importance_cap <= 0):
+        raise ValueError(f"dual_clip must be > 1 and importance_cap > 0, not {dual_clip} and {importance_cap}")
+    weights_per_sequence = False
+    if sequence_ids is not None:
+        num_sequences = advantages.numel()
+        weights_per_sequence = weights is not None and tuple(weights.shape) == (num_sequences,)
+        if weights is not None and not weights_per_sequence and tuple(weights.shape) != (count,):
+            raise ValueError(f"weights has shape {list(weights.shape)}, expected [{num_sequences}] or [{count}]")
+        _check_sequences(sequence_ids, num_sequences, mask)
+    wide = torch.promote_types(log_probs.dtype, torch.float32) if use_reference else torch.float32
+
+    def given(x: torch.Tensor | None, dtype: torch.dtype = wide) -> torch.Tensor:
+        return log_probs.new_empty(0, dtype=dtype) if x is None else x.detach().to(dtype).contiguous()
+
+    loss, _, sums = torch.ops.r1mega_kernels.token_loss(
+        log_probs.to(wide).contiguous(), given(old_log_probs), given(reference_log_probs), given(sampler_log_probs),
+        given(advantages), given(weights), given(mask, torch.uint8), given(sequence_ids, torch.int64),
+        weights_per_sequence, clip_low, clip_high, dual_clip or 0.0, kl_coefficient, importance_cap or 0.0, use_reference,
+    )  # fmt: skip
+    return loss, GRPOMetrics(*sums.unbind()[1:])
+
+
+def _check_sequences(sequence_ids: torch.Tensor, num_sequences: int, mask: torch.Tensor | None) -> None:
+    if sequence_ids.device.type != "cpu" or not sequence_ids.numel():
+        return
+    low, high = (int(v) for v in sequence_ids.aminmax())
+    if mask is None and (low < 0 or high >= num_sequences):
+        raise ValueError(f"sequence_ids must be in [0, {num_sequences}), found {low} to {high}")
+    if mask is not None and (low < 0 or high >= num_sequences):
+        used = sequence_ids[mask.bool()]
+        if used.numel() and (int(used.min()) < 0 or int(used.max()) >= num_sequences):
+            raise ValueError(f"sequence_ids of counted tokens must be in [0, {num_sequences})")
+
+
+_INPUTS = ("log_probs", "old", "reference_log_probs", "sampler", "advantages", "weights", "mask", "sequence_ids")
+LIBRARY.define(
+    f"token_loss({', '.join(f'Tensor {name}' for name in _INPUTS)}, bool weights_per_sequence, float clip_low, "
+    "float clip_high, float dual_clip, float kl_coefficient, float importance_cap, bool reference) "
+    "-> (Tensor loss, Tensor grad, Tensor sums)"
+)
+
+
+def _token_loss(*args):
+    *inputs, use_reference = args
+    log_probs = inputs[0]
+    grad = torch.empty_like(log_probs)
+    sums = torch.zeros(8, dtype=torch.float64, device=log_probs.device)
+    if log_probs.numel():
+        kernels(use_reference).grpo_token_loss(*inputs, grad, sums)
+    return sums[0].to(log_probs.dtype), grad, sums
+
+
+def _token_loss_fake(log_probs, *args):
+    return log_probs.new_empty(()), torch.empty_like(log_probs), log_probs.new_empty(8, dtype=torch.float64)
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(output[1])
+
+
+def _token_loss_backward(ctx, grad_loss, _grad_grad, _grad_sums):
+    return ctx.saved_tensors[0] * grad_loss, *([None] * 14)
+
+
+LIBRARY.impl("token_loss", _token_loss, "CompositeExplicitAutograd")
+torch.library.register_fake("r1mega_kernels::token_loss", _token_loss_fake, lib=LIBRARY)
+torch.library.register_autograd("r1mega_kernels::token_loss", _token_loss_backward, setup_context=_save, lib=LIBRARY)

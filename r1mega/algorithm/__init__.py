@@ -1,1 +1,1 @@
-"""Pure tensor functions of the recipe: no processes, no models. `advantage`, `grpo` (policy loss and KL), `log_prob`."""
+"""Pure tensor functions of the recipe: no processes, no models. `advantage` and `grpo` (policy loss and KL)."""

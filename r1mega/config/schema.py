@@ -46,6 +46,7 @@ class ModelConfig(Section):
     sequence_aux_loss_coefficient: NonNegative = 0.0  # DeepSeek-V3: 1e-4
     mtp_loss_coefficient: NonNegative = 0.0  # used where labels are known (pre-training, SFT); 0: MTP is not built
     recompute: Literal["none", "selective", "full"] = "none"
+    log_probs: Literal["logits", "reference"] = "logits"  # logits: the compiled kernels; reference: plain torch
 
 
 class OptimizerConfig(Section):
@@ -190,7 +191,6 @@ class AlgorithmConfig(Section):
     importance_cap: Positive | None = None  # truncated importance sampling min(pi_trainer / pi_sampler, cap); None: off
     mask_truncated: bool = False  # responses cut at max_response_tokens carry no loss (DAPO's overlong filtering)
     dynamic_sampling: DynamicSampling = DynamicSampling()
-    log_probs: Literal["logits", "reference"] = "reference"  # logits: fused kernel; reference: plain torch
 
 
 class UpdateConfig(Section):

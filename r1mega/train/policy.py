@@ -30,8 +30,8 @@ from megatron.core.optimizer import get_megatron_optimizer  # noqa: E402
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 from megatron.core.transformer.module import Float16Module  # noqa: E402
+from r1mega_kernels import grouped_log_prob  # noqa: E402
 
-from r1mega.algorithm.log_prob import token_log_probs  # noqa: E402
 from r1mega.checkpoint.names import export_hf, load_hf  # noqa: E402
 from r1mega.config.schema import ModelConfig, OptimizerConfig, ParallelConfig  # noqa: E402
 from r1mega.errors import NonFiniteError  # noqa: E402
@@ -108,6 +108,7 @@ class Policy:
         )
         self.pad_multiple = parallel.tp * (2 * parallel.cp if parallel.cp > 1 else 1)
         """Tokens of a microbatch are a multiple of this (sequence and context parallel splits)."""
+        self._kernels = "reference" if model.log_probs == "reference" else None
         self._reference: list[dict[str, torch.Tensor]] | None = None
         self._expert_load = math.nan
 
@@ -164,10 +165,10 @@ class Policy:
             )
 
             def loss(output: torch.Tensor):
-                log_probs, entropies = token_log_probs(
-                    output[0].index_select(0, batch.rows), batch.targets, temperature, self._tensor_group
+                chosen = grouped_log_prob(
+                    output[0], batch.labels, temperature, batch.rows, self._tensor_group, backend=self._kernels
                 )
-                value, statistics = function(index, batch, log_probs, entropies)
+                value, statistics = function(index, batch, chosen.log_prob, chosen.entropy)
                 collected.append(statistics)
                 return value, torch.tensor(batch.rows.numel(), dtype=torch.int), {}
 

@@ -1,67 +1,8 @@
-"""A small base model, made once by the real base stage, and a way to run `r1mega` as a user does."""
-
-import json
-import os
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
+"""A small base model, made once a session by the real base stage."""
 
 import pytest
 
-REPOSITORY = Path(__file__).parents[2]
-TIMES = ("time/", "tokens/rollout_per_second", "tokens/update_per_second", "memory/")
-
-
-def command(*arguments, num_ranks=1):
-    """The command line of `r1mega ...`, under torchrun for several ranks."""
-    if num_ranks == 1:
-        return [sys.executable, "-m", "r1mega", *map(str, arguments)]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
-    return [*launcher, "-m", "r1mega", *map(str, arguments)]
-
-
-def environment():
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-
-
-def r1mega(*arguments, num_ranks=1, check=True, timeout=300):
-    """Run to the end; the completed process, its output in the failure message when check fails."""
-    done = subprocess.run(
-        command(*arguments, num_ranks=num_ranks), env=environment(), cwd=REPOSITORY, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=timeout,
-    )  # fmt: skip
-    if check and done.returncode != 0:
-        pytest.fail(f"r1mega {' '.join(map(str, arguments))} ended with {done.returncode}:\n{done.stdout[-6000:]}")
-    return done
-
-
-def run_until_step(step, run_dir, sent, *arguments, timeout=300):
-    """Start, send a signal once metrics.jsonl holds `step`, wait; the exit code."""
-    log = open(run_dir.with_suffix(".log"), "w")
-    process = subprocess.Popen(command(*arguments), env=environment(), cwd=REPOSITORY, stdout=log, stderr=log)
-    limit = time.monotonic() + timeout
-    while time.monotonic() < limit and process.poll() is None:
-        if any(line["step"] >= step for line in metrics(run_dir)):
-            process.send_signal(sent)
-            break
-        time.sleep(0.02)
-    code = process.wait(timeout)
-    log.close()
-    assert code in (-signal.SIGKILL, 85), f"{code}\n{run_dir.with_suffix('.log').read_text()[-6000:]}"
-    return code
-
-
-def metrics(run_dir):
-    """Whole lines of metrics.jsonl, as dicts."""
-    path = Path(run_dir) / "metrics.jsonl"
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines]
-
-
-def without_times(lines):
-    return [{k: v for k, v in line.items() if not k.startswith(TIMES)} for line in lines]
+from tests.e2e.runs import r1mega
 
 
 @pytest.fixture(scope="session")
@@ -73,13 +14,3 @@ def nano_base(tmp_path_factory):
         "task.num_train_prompts=64", "task.num_eval_prompts=16",
     )  # fmt: skip
     return run_dir
-
-
-def zero_arguments(base, run_dir, *overrides):
-    """`r1mega train` arguments of a small zero run on that base."""
-    return (
-        "train", "configs/nano/zero.yaml", f"run_dir={run_dir}", f"model.path={base}/hf",
-        f"data.prompts=[{base}/data/train.jsonl]", f"evaluate.data={base}/data/eval.jsonl", "threads=1", "steps=4",
-        "rollout.num_prompts=4", "rollout.group_size=4", "rollout.max_response_tokens=24", "evaluate.num_prompts=4",
-        "checkpoint.every_steps=2", "observe.tensorboard=false", "algorithm.reference_refresh_steps=3", *overrides,
-    )  # fmt: skip

@@ -7,7 +7,8 @@ import signal
 from pathlib import Path
 
 import pytest
-from conftest import metrics, r1mega, run_until_step, without_times, zero_arguments
+
+from tests.e2e.runs import metrics, r1mega, run_until_step, without_times, zero_arguments
 
 NAMES = """step reward/mean reward/accuracy reward/format response/length_mean response/truncated_fraction policy/kl
 policy/clip_fraction policy/entropy policy/grad_norm logprob/diff_max logprob/diff_mean expert/load_max_over_mean

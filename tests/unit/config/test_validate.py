@@ -1,0 +1,65 @@
+"""Checks across keys: each names the number to change."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from r1mega.config.load import load_config
+from r1mega.config.validate import validate
+from r1mega.errors import ConfigError
+
+NANO = json.loads(Path("configs/nano/model/config.json").read_text())
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A function that validates configs/nano/zero.yaml with overrides, over a model directory that looks complete."""
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf/config.json").write_text(json.dumps(NANO))
+    (tmp_path / "hf/model.safetensors").touch()
+    (tmp_path / "data.jsonl").touch()
+    given = [f"model.path={tmp_path}/hf", f"data.prompts=[{tmp_path}/data.jsonl]", f"evaluate.data={tmp_path}/data.jsonl"]
+
+    def check(*overrides, world=1):
+        validate(load_config(Path("configs/nano/zero.yaml"), [*given, *overrides]), world)
+
+    return check
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_shipped_nano_config_is_valid(run, world):
+    run(world=world)
+    validate(load_config(Path("configs/nano/base.yaml")), world)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world", "message"),
+    [
+        (["model.path=nowhere/hf"], 1, r"model\.path = nowhere/hf.*run the base stage first"),
+        (["data.prompts=[gone.jsonl]"], 1, r"data\.prompts: gone\.jsonl is missing"),
+        (["evaluate.data=gone.jsonl"], 1, r"evaluate\.data: gone\.jsonl is missing"),
+        (["parallel.tp=3"], 3, r"parallel\.tp = 3 does not divide the model's num_attention_heads = 4; 2 would"),
+        (["parallel.ep=3"], 3, r"parallel\.ep = 3 does not divide the model's n_routed_experts = 8"),
+        (["parallel.pp=2"], 2, r"parallel\.pp \* vpp = 2 does not divide the model's num_hidden_layers = 3"),
+        (["parallel.tp=2"], 3, r"3 processes cannot be divided by tp \* pp \* cp = 2"),
+        (["parallel.dp=3"], 2, r"parallel\.dp = 3.*wants 3 processes, there are 2"),
+        (["rollout.tp=2"], 3, r"rollout\.tp = 2 does not divide the 3 processes"),
+        (["rollout.num_prompts=2"], 4, r"raise it to at least 4"),
+        (["update.num_minibatches=3"], 1, r"256 responses cannot be divided into update\.num_minibatches = 3"),
+        (["rollout.max_response_tokens=1000"], 1, r"max_position_embeddings is 256; lower their sum to at most 255"),
+        (["update.microbatch_tokens=64"], 1, r"microbatch_tokens = 64.*= 104; raise it"),
+        (["algorithm.importance_cap=2"], 1, r"wants algorithm\.old_log_probs=recompute"),
+        (["rollout.top_p=0.9"], 1, r"set rollout\.top_p=1"),
+        (["rollout.group_size=1"], 1, r"at least 2 responses"),
+    ],
+)
+def test_each_problem_is_named(run, overrides, world, message):
+    with pytest.raises(ConfigError, match=message):
+        run(*overrides, world=world)
+
+
+def test_all_problems_at_once(run):
+    with pytest.raises(ConfigError) as caught:
+        run("parallel.tp=3", "data.prompts=[gone.jsonl]", "update.num_minibatches=3", world=3)
+    assert len(str(caught.value).splitlines()) >= 3

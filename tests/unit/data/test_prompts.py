@@ -1,0 +1,103 @@
+"""Prompt files: what loads, what is refused with file:line, what is skipped on request."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from r1mega.config.schema import DataConfig
+from r1mega.data.prompts import load_prompts
+from r1mega.data.template import render
+from r1mega.errors import ConfigError, DataError
+
+
+class Bytes:
+    """A tokenizer of bytes, with a beginning-of-text token."""
+
+    bos_token_id, eos_token_id, vocab_size = 256, 257, 258
+
+    def encode(self, text):
+        return list(text.encode())
+
+    def encode_prompt(self, text):
+        return [256, *self.encode(text)]
+
+    def decode(self, token_ids):
+        return bytes(i for i in token_ids if i < 256).decode()
+
+
+def load(path, **keys):
+    return load_prompts(DataConfig(prompts=(path,), template="nano", **keys), Bytes())
+
+
+def write(directory, *lines):
+    path = directory / "p.jsonl"
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines) + "\n")
+    return path
+
+
+def test_fields_template_and_defaults(tmp_path):
+    path = write(
+        tmp_path,
+        {"question": "1+1?", "answer": "2"},
+        "",
+        {"id": 7, "question": "2+2?", "answer": ["4", "four"], "kind": "text", "language": "zh", "tests": [1]},
+    )
+    first, second = load(path, language="en")
+    assert (first.id, first.answers, first.kind, first.language) == (f"{path}:1", ("2",), "math", "en")
+    assert Bytes().decode(first.token_ids) == "User: 1+1? Assistant:"
+    assert first.token_ids[0] == 256
+    assert (second.id, second.answers, second.kind, second.language) == ("7", ("4", "four"), "text", "zh")
+    assert second.metadata == {"tests": [1]}
+
+
+def test_questions_in_the_form_of_gsm8k(tmp_path):
+    prompts = load(Path("tests/data/gsm8k_form.jsonl"))
+    assert len(prompts) == 8
+    assert prompts[0].answers == ("27",)
+    assert "#### 27" in prompts[0].metadata["solution"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{broken", "not JSON"),
+        ('["a"]', "a JSON list, not an object"),
+        ({"answer": "2"}, "'question' is missing"),
+        ({"question": "q"}, "'answer' is null"),
+        ({"question": "q", "answer": 5}, "'answer' is 5: it must be a non-empty string"),
+        ({"question": "q", "answer": ["5", 6]}, r"'answer' is \[\"5\", 6\]"),
+        ({"question": "q", "answer": []}, "must be a non-empty string"),
+        ({"question": "q", "answer": "1", "kind": 3}, "'kind' is 3, not a string"),
+        ({"question": "long " * 30, "answer": "1"}, "the prompt has 168 tokens, data.max_prompt_tokens is 100"),
+    ],
+)
+def test_bad_line_is_fatal_with_its_place_or_skipped(tmp_path, line, message):
+    path = write(tmp_path, {"question": "a", "answer": "1"}, line, {"question": "b", "answer": "2"})
+    with pytest.raises(DataError, match=rf"p\.jsonl:2: .*{message}"):
+        load(path, max_prompt_tokens=100)
+    kept = load(path, max_prompt_tokens=100, on_bad_line="skip", on_long_prompt="skip")
+    assert [p.question for p in kept] == ["a", "b"]
+
+
+def test_repeated_ids_become_unique(tmp_path):
+    path = write(tmp_path, *({"id": "x", "question": q, "answer": "1"} for q in "abc"))
+    assert [p.id for p in load(path)] == ["x", "x#2", "x#3"]
+
+
+def test_nothing_left_and_missing_file(tmp_path):
+    with pytest.raises(DataError, match="no prompts left"):
+        load(write(tmp_path, "broken"), on_bad_line="skip")
+    with pytest.raises(DataError, match="gone.jsonl: no such file"):
+        load(tmp_path / "gone.jsonl")
+
+
+def test_templates():
+    text = render("r1_zero", "What is 2+2?")
+    assert text.startswith("A conversation between User and Assistant.")
+    assert "<think> reasoning process here </think> <answer> answer here </answer>" in text
+    assert text.endswith("User: What is 2+2?. Assistant:")
+    assert render("Q: {{ question }}\n", "x") == "Q: x\n"
+    for bad, message in (("nanoo", "neither a name"), ("{{ question", "line 1"), ("{{ answer }}", "only 'question'")):
+        with pytest.raises(ConfigError, match=message):
+            render(bad, "x")

@@ -1,0 +1,49 @@
+"""Run under torchrun on two ranks: data-parallel engines, then one tensor-parallel engine over both.
+
+Argument: the HF directory. Rank 0 prints one line of JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from r1mega.platform import groups
+from r1mega.rollout.engine import EngineSettings
+from r1mega.rollout.vllm_engine import VllmEngine
+from r1mega.weights import verify
+from r1mega.weights.transfer import DigestTap, checkpoint_tensors
+from tests.unit.rollout.tiny_models import greedy_requests, sampled_requests
+
+
+def run(directory: Path, tp: int, requests) -> list:
+    engine = VllmEngine(EngineSettings(directory, 128, max_num_seqs=64, kv_cache_bytes=32 << 20, tp=tp))
+    tap = DigestTap(torch.float32, engine.config)
+    engine.update_weights(tap(checkpoint_tensors(directory)))
+    verify.compare_digests(tap.digest, engine.weights_digest())
+    engine.sleep()
+    engine.wake_up()
+    result = [[(r.token_ids, r.log_probs) for r in samples] for samples in engine.generate(requests)]
+    engine.close()
+    return result
+
+
+def main(directory: Path) -> None:
+    groups.init_distributed()
+    torch.set_num_threads(1)
+    rank, requests = dist.get_rank(), [*sampled_requests(4), *greedy_requests(2)]
+    mine = run(directory, 1, requests[rank::2])  # each data-parallel rank has its own requests
+    together = run(directory, 2, requests)  # tensor-parallel ranks are given the same ones
+    gathered = [None, None]
+    dist.all_gather_object(gathered, {"dp": mine, "tp": together})  # the trainer's groups still work
+    if rank == 0:
+        print(json.dumps(gathered))
+    groups.destroy()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,59 @@
+"""What needs processes of its own: restarts, Megatron beside vLLM in either order, two ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from tests.unit.rollout.tiny_models import checkpoint, greedy_requests, hf_logits, sampled_requests
+
+HERE, ROOT = Path(__file__).parent, Path(__file__).parents[3]
+
+
+def start(*command: str) -> subprocess.Popen:
+    environment = {key: value for key, value in os.environ.items()
+                   if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
+    return subprocess.Popen(command, env=environment, cwd=ROOT, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def last_json(process: subprocess.Popen):
+    """The last line that the process prints, as JSON."""
+    try:
+        output, errors = process.communicate(timeout=240)
+    finally:
+        process.kill()
+    assert process.returncode == 0, errors[-4000:]
+    return json.loads(output.strip().splitlines()[-1])
+
+
+def test_a_restarted_generator_is_bitwise_the_same():
+    """One process has Megatron first and a history behind it, the other vLLM first and none; the bits are the same."""
+    script = str(HERE / "restart_worker.py")
+    directories = [str(checkpoint(name)) for name in ("deepseek", "qwen3_tied")]
+    processes = [start(sys.executable, script, "megatron_first", "history", *directories),
+                 start(sys.executable, script, "vllm_first", "none", *directories)]
+    for long, resumed in zip(*map(last_json, processes), strict=True):
+        assert long["responses"] == resumed["responses"]
+        assert max(long["difference"], resumed["difference"]) <= 2e-4
+
+
+def test_two_ranks_data_parallel_and_tensor_parallel():
+    """Two generators and one over two ranks say the same, and their log-probs are those of transformers."""
+    ranks = last_json(start(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                            str(HERE / "ranks_worker.py"), str(checkpoint("deepseek"))))
+    requests = [*sampled_requests(4), *greedy_requests(2)]
+    data_parallel = [ranks[i % 2]["dp"][i // 2] for i in range(len(requests))]
+    assert ranks[0]["tp"] == ranks[1]["tp"]
+    for request, one, two in zip(requests, data_parallel, ranks[0]["tp"], strict=True):
+        assert [tokens for tokens, _ in one] == [tokens for tokens, _ in two]
+        for tokens, log_probs in (*one, *two):
+            length = len(request.prompt_token_ids)
+            logits = hf_logits("deepseek", (*request.prompt_token_ids, *tokens))[length - 1:-1].log_softmax(-1)
+            assert np.abs(logits[range(len(tokens)), tokens].numpy() - log_probs).max() <= 2e-4

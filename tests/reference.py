@@ -92,7 +92,7 @@ class Layout:
 @dataclass(frozen=True, slots=True)
 class Reference:
     """config: config.json; state: hub-style tensors; tokens, labels: [b, s]; logits: [b, s, vocabulary];
-    loss: mean cross entropy; gradients: of it, by hub-style names."""
+    loss: mean cross entropy; gradients: of it plus the auxiliary loss, by hub-style names."""
 
     config: dict[str, Any]
     state: dict[str, torch.Tensor]
@@ -101,10 +101,11 @@ class Reference:
     logits: torch.Tensor
     loss: float
     gradients: dict[str, torch.Tensor]
+    aux_coefficient: float = 0.0
 
 
-def make_reference(config: dict[str, Any], *, batch: int = 4, length: int = 32, seed: int = 0) -> Reference:
-    """Random weights in every parameter (norms and biases too), one forward and backward pass of transformers."""
+def make_hf_model(config: dict[str, Any], seed: int = 0) -> torch.nn.Module:
+    """transformers' model in float32 with random weights in every parameter (norms and biases too)."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(seed)
@@ -112,23 +113,62 @@ def make_reference(config: dict[str, Any], *, batch: int = 4, length: int = 32, 
     hf = AutoConfig.for_model(kind, **{k: v for k, v in config.items() if k != "model_type"})
     hf._attn_implementation = "eager"
     model = AutoModelForCausalLM.from_config(hf, dtype=torch.float32).eval()
-    with torch.no_grad():
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            if "norm" in name:
-                tensor.copy_(1 + 0.1 * torch.randn_like(tensor))
-            elif name.endswith("bias"):  # q, k, v biases and the routers' e_score_correction_bias
-                tensor.copy_(0.05 * torch.randn_like(tensor))
+    randomize(model)
+    return model
+
+
+@torch.no_grad()
+def randomize(model: torch.nn.Module) -> None:
+    """Norms around 1; biases (q, k, v, and the routers' e_score_correction_bias) around 0."""
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if "norm" in name:
+            tensor.copy_(1 + 0.1 * torch.randn_like(tensor))
+        elif name.endswith("bias"):
+            tensor.copy_(0.05 * torch.randn_like(tensor))
+
+
+def sequence_aux_loss(logits: torch.Tensor, top_k: int) -> torch.Tensor:
+    """Router logits [b, s, experts] -> mean over sequences of sum_i f_i P_i (DeepSeek-V3 report, equations 17-20)."""
+    scores = logits.float().sigmoid()
+    chosen = torch.zeros_like(scores).scatter(2, scores.topk(top_k, dim=2).indices, 1.0)
+    fractions = chosen.mean(dim=1) * scores.shape[2] / top_k
+    probabilities = (scores / scores.sum(dim=2, keepdim=True)).mean(dim=1)
+    return (fractions * probabilities).sum(dim=1).mean()
+
+
+def make_reference(
+    config: dict[str, Any], *, batch: int = 4, length: int = 32, seed: int = 0, aux_coefficient: float = 0.0
+) -> Reference:
+    """One forward and backward pass of transformers; the auxiliary loss by hooks on its routers."""
+    model = make_hf_model(config, seed)
+    router_logits: list[torch.Tensor] = []
+    for name, module in model.named_modules():
+        if name.endswith("mlp.gate"):
+            module.register_forward_hook(
+                lambda module, inputs, _: router_logits.append(
+                    torch.nn.functional.linear(inputs[0], module.weight).view(batch, length, -1)
+                )
+            )
     tokens = torch.randint(0, config["vocab_size"], (batch, length))
     labels = torch.roll(tokens, -1, 1)
     logits = model(input_ids=tokens).logits
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
-    loss.backward()
+    top_k = config.get("num_experts_per_tok")
+    auxiliary = sum((sequence_aux_loss(r, top_k) for r in router_logits), torch.zeros(()))
+    (loss + aux_coefficient * auxiliary).backward()
     state = {n: t.detach().clone() for n, t in model.state_dict().items()}
     if config["tie_word_embeddings"]:
         state.pop("lm_head.weight", None)
     gradients = {n: p.grad for n, p in model.named_parameters()}
     return Reference(
-        config, unfuse(state), tokens, labels, logits.detach(), float(loss.detach()), unfuse(gradients)
+        config,
+        unfuse(state),
+        tokens,
+        labels,
+        logits.detach(),
+        float(loss.detach()),
+        unfuse(gradients),
+        aux_coefficient,
     )
 
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from r1mega.errors import CheckpointError
 
 Form = Literal["plain", "gate_up", "qkv", "vocabulary"]
-"""How the HF tensors make up the Megatron one: itself; gate and up stacked; q, k, v interleaved by KV group; rows padded."""
+"""How HF tensors make up the Megatron one: itself; gate, up stacked; q, k, v interleaved by KV group; rows padded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ _MTP_COPIES = re.compile(r"model\.layers\.(\d+)\.(embed_tokens|shared_head\.head
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """What slicing needs to know of a model. vocab_size: without padding; mla: latent attention (else grouped-query)."""
+    """What slicing needs to know of a model. vocab_size: without padding; mla: latent attention, else grouped-query."""
 
     num_layers: int
     num_mtp_layers: int

@@ -82,7 +82,7 @@ def causal_attention(
 ) -> torch.Tensor:
     """softmax(q k^T * scale, causal or under `mask`) v. [b, h, s, d] x3 -> [b, h, s, d_v]; fewer KV heads are shared.
 
-    torch's flash kernel wants equal head sizes of q, k and v, else it builds all scores: the smaller is padded by zeros.
+    torch's flash kernel wants equal head sizes of q, k and v, else all scores are built: the smaller is padded by zeros.
     """
     size, value_size = query.shape[-1], value.shape[-1]
     if value_size < size:
@@ -90,8 +90,9 @@ def causal_attention(
     elif size < value_size:
         scale = scale if scale is not None else size**-0.5
         query, key = (pad(t, (0, value_size - size)) for t in (query, key))
+    grouped = query.shape[1] != key.shape[1]
     output = scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
+        query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
     )
     return output[..., :value_size]
 
@@ -115,7 +116,8 @@ class PackingIndex:
 def packing_index(cu_seqlens: torch.Tensor, shortest: float = 0.75) -> PackingIndex:
     """Rectangles for the sequences bounded by cu_seqlens [sequences + 1].
 
-    shortest: the least length in a rectangle as a share of its longest, which bounds the padding. Empty ones are skipped.
+    shortest: the least length in a rectangle as a share of its longest, which bounds the padding. Empty sequences are
+    skipped.
     """
     bounds = cu_seqlens.detach().to("cpu", torch.int64)
     lengths, order = torch.sort(bounds.diff(), descending=True, stable=True)

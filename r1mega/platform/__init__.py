@@ -1,6 +1,6 @@
 """Which machine this process runs on, and the Megatron patches that follow from it.
 
-`prepare()` comes before the first import of megatron; it imports neither megatron nor vLLM and changes nothing in torch.
+`prepare()` comes before the first import of megatron; it imports neither megatron nor vLLM and leaves torch alone.
 """
 
 from __future__ import annotations

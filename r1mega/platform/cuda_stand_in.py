@@ -1,4 +1,4 @@
-"""What megatron-core sees as `torch.cuda` on a CPU. torch itself is left alone, for vLLM and others to patch as they like."""
+"""What megatron-core sees as `torch.cuda` on a CPU. torch itself is left alone: vLLM patches it as it likes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layers that megatron-core only has through Transformer Engine: what its local spec lacks for MLA and tensor parallelism.
+"""What megatron-core's local spec lacks for latent attention and tensor parallelism, and Transformer Engine has.
 
 Source: megatron-core 0.16.1, extensions/transformer_engine.py (TELinear with parallel_mode 'duplicated', TENorm).
 """

@@ -1,7 +1,7 @@
 """SIGTERM and SIGUSR2: finish the step, save, exit 85, to be started again.
 
-Slurm sends the signal to every task, maybe twice; torchrun and a person may send it to one rank only. The handler sets a
-flag and nothing else, and ranks agree on it between steps, so that all of them save the same step.
+Slurm sends the signal to every task, maybe twice; torchrun and a person may send it to one rank only. The handler
+sets a flag and nothing else, and ranks agree on it between steps, so that all of them save the same step.
 """
 
 from __future__ import annotations

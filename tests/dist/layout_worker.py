@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +30,28 @@ from r1mega.model.context_parallel import zigzag_rows  # noqa: E402
 from r1mega.platform import groups  # noqa: E402
 
 
-def run_layouts(reference_path: Path, layouts: list[tuple[str, Layout, bool]]) -> dict[str, dict[str, Any]]:
-    """{name: measured differences} for (name, layout, packed), one after the other in this process."""
-    reference = torch.load(reference_path, weights_only=False)
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A model (the name of a reference) in a layout; packed: two sequences to a microbatch, thd."""
+
+    model: str
+    layout: Layout
+    packed: bool = False
+
+    @property
+    def name(self) -> str:
+        sizes = [f"{k}{v}" for k, v in asdict(self.layout).items() if v not in (None, 1)]
+        return " ".join([self.model, *(sizes or ["dp"]), *(["packed"] if self.packed else [])])
+
+
+def run_layouts(directory: Path, cases: list[Case]) -> dict[str, dict[str, Any]]:
+    """{name: measured differences} of every case, one after the other in this process."""
     groups.init_distributed()
     results = {}
-    for name, layout, packed in layouts:
-        groups.init_parallel(layout, seed=0)
-        results[name] = measure(reference, layout, packed)
+    for case in cases:
+        reference = torch.load(directory / f"{case.model}.pt", weights_only=False)
+        groups.init_parallel(case.layout, seed=0)
+        results[case.name] = measure(reference, case.layout, case.packed)
         ps.destroy_model_parallel()
     groups.destroy()
     return results
@@ -44,7 +59,8 @@ def run_layouts(reference_path: Path, layouts: list[tuple[str, Layout, bool]]) -
 
 def measure(reference: Reference, layout: Layout, packed: bool) -> dict[str, Any]:
     """Largest relative differences of logits, loss and gradients on this rank; whether the export is bit-exact."""
-    chunks = build_model(reference.config, layout, ModelSettings())
+    settings = ModelSettings(sequence_aux_loss_coefficient=reference.aux_coefficient)
+    chunks = build_model(reference.config, layout, settings)
     load_hf(chunks, reference.state)
     config = chunks[0].config
     ddp = [
@@ -56,6 +72,7 @@ def measure(reference: Reference, layout: Layout, packed: bool) -> dict[str, Any
     size = 2 if packed else 1
     rows = [list(mine[i : i + size]) for i in range(0, len(mine), size)]
     differences: dict[str, Any] = {"logits": 0.0}
+    vocabulary = reference.config["vocab_size"]
 
     def forward_step(iterator: Any, model: torch.nn.Module) -> Any:
         sequences = next(iterator)
@@ -69,7 +86,7 @@ def measure(reference: Reference, layout: Layout, packed: bool) -> dict[str, Any
         output = model(tokens, positions, None, **extra)
 
         def loss(logits: torch.Tensor) -> Any:
-            full = gather_from_tensor_model_parallel_region(logits.detach().clone())[0, :, : reference.config["vocab_size"]]
+            full = gather_from_tensor_model_parallel_region(logits.detach().clone())[0, :, : vocabulary]
             expected = reference.logits[sequences].flatten(0, 1)[local]
             difference = float((full - expected).abs().max() / reference.logits.abs().max())
             differences["logits"] = max(differences["logits"], difference)
@@ -111,6 +128,6 @@ def gradient_difference(chunks: list[Any], reference: Reference) -> tuple[float,
             rank, ranks = (place.etp_rank, place.etp) if entry.expert is not None else (place.tp_rank, place.tp)
             parts = [reference.gradients[n] for n in entry.hf_names]
             expected = to_local(parts, entry, shape, rank, ranks)
-            difference = (parameters[entry.name].main_grad - expected).abs().max() / expected.abs().max().clamp(min=1e-9)
-            worst = max(worst, (float(difference), entry.name))
+            difference = (parameters[entry.name].main_grad - expected).abs().max()
+            worst = max(worst, (float(difference / expected.abs().max().clamp(min=1e-9)), entry.name))
     return worst

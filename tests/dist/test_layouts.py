@@ -6,67 +6,77 @@ import pytest
 import torch
 
 from tests.dist.launch import RankError, launch
-from tests.dist.layout_worker import run_layouts
+from tests.dist.layout_worker import Case, run_layouts
 from tests.reference import DEEPSEEK, DENSE, Layout, make_reference
 
-TWO_RANKS = [
-    ("dp2", Layout(), False),
-    ("ep2", Layout(ep=2), False),
-    ("tp2", Layout(tp=2), False),
-    ("tp2 ep2", Layout(tp=2, ep=2), True),
-    ("etp2", Layout(etp=2), True),
-    ("tp2 etp2", Layout(tp=2, etp=2), True),
-    ("pp2", Layout(pp=2), True),
-    ("pp2 vpp2", Layout(pp=2, vpp=2), False),
-    ("cp2", Layout(cp=2), False),
-    ("cp2 packed", Layout(cp=2, ep=2), True),
-]
-DENSE_TWO_RANKS = [("tp2", Layout(tp=2), True), ("pp2", Layout(pp=2), False), ("cp2 packed", Layout(cp=2), True)]
-FOUR_RANKS = [
-    ("ep2 etp2", Layout(ep=2, etp=2), True),
-    ("tp2 ep2 dp2", Layout(tp=2, ep=2), False),
-    ("tp2 pp2 ep2", Layout(tp=2, pp=2, ep=2), True),
-]
-JOBS = {  # vocabularies of 97 need padding under TP 2
-    "deepseek": (DEEPSEEK, 2, TWO_RANKS),
-    "qwen3 tied": (
-        DENSE | {"model_type": "qwen3", "head_dim": 24, "tie_word_embeddings": True, "vocab_size": 97},
-        2,
-        DENSE_TWO_RANKS,
-    ),
-    "qwen2": (DENSE | {"model_type": "qwen2", "vocab_size": 97}, 2, DENSE_TWO_RANKS),
-    "deepseek four": (DEEPSEEK | {"vocab_size": 97}, 4, FOUR_RANKS),
+MODELS = {  # vocabularies of 97 need padding under TP 2
+    "deepseek": DEEPSEEK,
+    "deepseek 97": DEEPSEEK | {"vocab_size": 97},
+    "deepseek aux": DEEPSEEK,
+    "qwen3": DENSE | {"model_type": "qwen3", "head_dim": 24, "tie_word_embeddings": True, "vocab_size": 97},
+    "qwen2": DENSE | {"model_type": "qwen2", "vocab_size": 97},
+}
+CASES = {
+    2: [
+        Case("deepseek", Layout()),
+        Case("deepseek", Layout(ep=2)),
+        Case("deepseek 97", Layout(tp=2)),
+        Case("deepseek", Layout(tp=2, ep=2), packed=True),
+        Case("deepseek", Layout(etp=2), packed=True),
+        Case("deepseek", Layout(tp=2, etp=2), packed=True),
+        Case("deepseek", Layout(pp=2), packed=True),
+        Case("deepseek", Layout(pp=2, vpp=2)),
+        Case("deepseek", Layout(cp=2)),
+        Case("deepseek", Layout(cp=2, ep=2), packed=True),
+        Case("deepseek aux", Layout()),
+        Case("deepseek aux", Layout(tp=2)),
+        Case("deepseek aux", Layout(cp=2, ep=2)),
+        Case("qwen3", Layout(tp=2), packed=True),
+        Case("qwen3", Layout(pp=2)),
+        Case("qwen3", Layout(cp=2), packed=True),
+        Case("qwen2", Layout(tp=2)),
+        Case("qwen2", Layout(pp=2), packed=True),
+    ],
+    4: [
+        Case("deepseek", Layout(ep=2, etp=2), packed=True),
+        Case("deepseek", Layout(tp=2, ep=2)),
+        Case("deepseek 97", Layout(tp=2, pp=2, ep=2), packed=True),
+    ],
 }
 
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    """job -> per-rank results; each job's processes run all its layouts."""
+    """ranks -> per-rank results; one set of processes runs all layouts of as many ranks."""
     done = {}
 
-    def get(job: str) -> list[dict]:
-        if job not in done:
-            config, ranks, layouts = JOBS[job]
-            path = tmp_path_factory.mktemp("reference") / "reference.pt"
-            torch.save(make_reference(config), path)
+    def get(ranks: int) -> list[dict]:
+        if ranks not in done:
+            directory = tmp_path_factory.mktemp("references")
+            for name in {case.model for case in CASES[ranks]}:
+                reference = make_reference(MODELS[name], aux_coefficient=0.5 if name.endswith("aux") else 0.0)
+                torch.save(reference, directory / f"{name}.pt")
             try:
-                done[job] = launch(run_layouts, ranks, path, layouts)
-            except RankError as error:  # once a job, not once a layout
-                done[job] = error
-        if isinstance(done[job], RankError):
-            raise done[job]
-        return done[job]
+                done[ranks] = launch(run_layouts, ranks, directory, CASES[ranks], timeout_seconds=180)
+            except RankError as error:  # once a set, not once a layout
+                done[ranks] = error
+        if isinstance(done[ranks], RankError):
+            raise done[ranks]
+        return done[ranks]
 
     return get
 
 
-@pytest.mark.parametrize(("job", "layout"), [(job, layout[0]) for job in JOBS for layout in JOBS[job][2]])
-def test_layout_equals_transformers(measured, job, layout):
-    for rank, results in enumerate(measured(job)):
-        result = results[layout]
+@pytest.mark.parametrize(
+    ("ranks", "case"),
+    [pytest.param(ranks, case, id=f"{ranks}-{case.name}") for ranks in CASES for case in CASES[ranks]],
+)
+def test_layout_equals_transformers(measured, ranks, case):
+    for rank, results in enumerate(measured(ranks)):
+        result = results[case.name]
         assert result["logits"] <= 1e-5, rank
         assert result.get("loss", 0.0) <= 1e-5, rank
         assert result["gradients"] <= 1e-5, (rank, result["worst"])
         assert result["export_names"] == []
         assert result["export_exact"], rank
-    assert any("loss" in results[layout] for results in measured(job))
+    assert any("loss" in results[case.name] for results in measured(ranks))

@@ -1,0 +1,71 @@
+"""The launcher itself, and what ranks must agree on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import pytest
+
+from r1mega.errors import CheckpointError, ConfigError
+from r1mega.platform import groups
+from r1mega.platform.signals import StopRequest
+from tests.dist.launch import RankError, launch
+from tests.reference import DEEPSEEK, Layout, ModelSettings, make_reference
+
+
+def fail_on_rank_one() -> None:
+    if os.environ["RANK"] == "1":
+        raise ValueError("broken on purpose")
+    time.sleep(60)
+
+
+def sleep() -> None:
+    time.sleep(60)
+
+
+def two_ranks_agree() -> dict[str, object]:
+    """A stop asked of rank 1 only; weights that misfit on a layer of stage 1 only; a layout that does not divide."""
+    groups.init_distributed()
+    rank, found = int(os.environ["RANK"]), {}
+    with StopRequest() as stop:
+        found["before"] = stop.agreed()
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGUSR2)
+        found["after"] = (stop.requested, stop.agreed())
+    try:
+        groups.init_parallel(Layout(tp=3), seed=0)
+    except ConfigError as error:
+        found["layout"] = str(error)
+    groups.init_parallel(Layout(pp=2), seed=0)
+    from r1mega.checkpoint.names import load_hf
+    from r1mega.model.build import build_model
+
+    chunks = build_model(DEEPSEEK, Layout(pp=2), ModelSettings())
+    state = make_reference(DEEPSEEK).state
+    state["model.layers.3.self_attn.o_proj.weight"] = state["model.layers.3.self_attn.o_proj.weight"][:2]
+    try:
+        load_hf(chunks, state)
+    except CheckpointError as error:
+        found["misfit"] = str(error)
+    groups.destroy()
+    return found
+
+
+def test_a_failing_rank_is_reported_with_its_traceback():
+    with pytest.raises(RankError, match="(?s)rank 1:.*broken on purpose"):
+        launch(fail_on_rank_one, 2)
+
+
+def test_a_hanging_rank_is_ended():
+    with pytest.raises(RankError, match=r"ranks \[0\] did not finish"):
+        launch(sleep, 1, timeout_seconds=3)
+
+
+def test_ranks_agree():
+    results = launch(two_ranks_agree, 2)
+    assert [r["before"] for r in results] == [False, False]
+    assert [r["after"] for r in results] == [(False, True), (True, True)]
+    assert all("2 processes cannot be divided by tp * pp * cp = 3" in r["layout"] for r in results)
+    assert all("model.layers.3.self_attn.o_proj.weight is [2, 96]" in r["misfit"] for r in results)

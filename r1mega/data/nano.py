@@ -1,6 +1,6 @@
 """The nano task: arithmetic that one guesses and checks, and a corpus of reasoning about it in mixed quality.
 
-    question     which of 5 0 9 7 3 makes ? +4 +3 = 10          (or in Chinese words: 5 0 9 7 3 中 哪个 使 ? +4 +3 = 10)
+    question     which of 5 0 9 3 makes ? +4 +3 = 10            (or in Chinese words: 5 0 9 3 中 哪个 使 ? +4 +3 = 10)
     completion   <think> try 5 +4 is 9 +3 is 12 no wait try 0 +4 is 4 +3 is 7 no wait try 9 ... is 10 yes </think>
                  <answer> 3 </answer>
 
@@ -22,11 +22,11 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from r1mega.observe.files import write_atomic
 
-TARGET, NUM_CANDIDATES, NUM_OPERANDS, MAX_VALUE = 10, 5, 2, 23
+TARGET, NUM_CANDIDATES, NUM_OPERANDS, MAX_VALUE = 10, 4, 2, 23
 EVAL_SHARE = 16  # one problem in 16 is for evaluation
 
 EN_WORDS = {"try": "try", "is": "is", "no": "no", "wait": "wait", "yes": "yes", "fill": ("maybe", "so", "perhaps")}
@@ -42,10 +42,13 @@ WORDS = (
 )
 """Every word that the task uses."""
 
-STYLES = {"direct": 0.18, "ramble": 0.10, "check": 0.72}
+STYLES = {"direct": 0.28, "ramble": 0.12, "check": 0.60}
 LANGUAGES = {"en": 0.35, "zh": 0.25, "mixed": 0.40}
-GIVE_UP, SLIP, BROKEN = 0.5, 0.02, 0.10
-"""Probabilities in the corpus: giving up after a failed check, a wrong sum, a tag left out."""
+PATIENCE = {1: 0.66, 2: 0.10, 3: 0.06, 4: 0.18}
+"""Share of the checking writers that give up after so many failed checks. The few persistent ones make every skill, the
+last candidates included, learnable; the many impatient ones make it unusual."""
+SLIP, BROKEN = 0.02, 0.10
+"""Probabilities in the corpus: a wrong sum, a tag left out."""
 
 Split = Literal["train", "eval"]
 
@@ -137,7 +140,10 @@ def write_prompts(path: Path, seed: int, count: int, split: Split) -> None:
 def _check(problem: NanoProblem, rng: random.Random, words, persistent: bool) -> tuple[list[str], int]:
     """Try the candidates in their order, each in words of one language; the answer is the last one tried."""
     thoughts: list[str] = []
-    for candidate in problem.candidates:
+    patience = NUM_CANDIDATES if persistent else _choose(rng, PATIENCE)
+    for candidate in problem.candidates[:patience]:
+        if thoughts:
+            thoughts.append(table["wait"])
         table, value = words(), candidate
         thoughts += [table["try"], str(candidate)]
         for operand in problem.operands:
@@ -145,13 +151,9 @@ def _check(problem: NanoProblem, rng: random.Random, words, persistent: bool) ->
             if not persistent and rng.random() < SLIP:
                 value = min(MAX_VALUE, max(0, value + rng.choice((-3, -2, -1, 1, 2, 3))))
             thoughts += [f"{operand:+d}", table["is"], str(value)]
+        thoughts.append(table["yes"] if value == TARGET else table["no"])
         if value == TARGET:
-            return [*thoughts, table["yes"]], candidate
-        thoughts.append(table["no"])
-        if candidate != problem.candidates[-1]:
-            if not persistent and rng.random() < GIVE_UP:
-                break
-            thoughts.append(table["wait"])
+            break
     return thoughts, candidate
 
 
@@ -170,5 +172,5 @@ def _draw(rng: random.Random) -> NanoProblem:
             return NanoProblem(candidates, operands, rng.choice(("en", "zh")))
 
 
-def _choose(rng: random.Random, weights: dict[str, float]) -> str:
+def _choose(rng: random.Random, weights: dict) -> Any:
     return rng.choices(list(weights), list(weights.values()))[0]

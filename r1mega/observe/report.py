@@ -14,7 +14,7 @@ from markupsafe import Markup, escape
 
 from r1mega.errors import DataError
 from r1mega.observe.charts import ACCURACY, LENGTH, SECTIONS, build_charts, points
-from r1mega.observe.files import write_atomic
+from r1mega.observe.files import read_json_lines, write_atomic
 from r1mega.observe.metrics import read_metrics
 from r1mega.observe.registry import METRICS, find_metric
 from r1mega.observe.run import RunDirectory
@@ -51,8 +51,20 @@ def write_report(run_dir: Path) -> Path:
         raise DataError(
             f"{run.path}: nothing to report yet (metrics.jsonl is missing or empty); let the run finish a step"
         )
+    if run.evaluations.exists():
+        lines = with_evaluations(lines, read_json_lines(run.evaluations))
     write_atomic(run.report, render_report(run, lines))
     return run.report
+
+
+def with_evaluations(
+    lines: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """The lines with those of evaluations joined to them by step (step 0 has an evaluation, but no line of its own)."""
+    joined: dict[int, dict[str, Any]] = {}
+    for line in (*evaluations, *lines):
+        joined.setdefault(line["step"], {}).update(line)
+    return [joined[step] for step in sorted(joined)]
 
 
 def render_report(run: RunDirectory, lines: Sequence[Mapping[str, Any]]) -> str:

@@ -3,7 +3,8 @@
     RUN_DIR/config.yaml        the resolved config        RUN_DIR/metrics.jsonl   one line a step
     RUN_DIR/environment.json   versions, commit, platform RUN_DIR/samples.jsonl   sampled responses
     RUN_DIR/status.json        running, finished, ...     RUN_DIR/tensorboard/    events
-    RUN_DIR/lock               held while a run is alive  RUN_DIR/checkpoints/    step_XXXXXX
+    RUN_DIR/lock               held while a run is alive  RUN_DIR/evaluations.jsonl one line an evaluation
+    RUN_DIR/checkpoints/       step_XXXXXX
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ class RunDirectory:
         self.status = self.path / "status.json"
         self.metrics = self.path / "metrics.jsonl"
         self.samples = self.path / "samples.jsonl"
+        self.evaluations = self.path / "evaluations.jsonl"
         self.report = self.path / "report.html"
         self.checkpoints = self.path / "checkpoints"
         self.lock_file = self.path / "lock"

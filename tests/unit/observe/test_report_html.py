@@ -84,6 +84,17 @@ def test_evaluations_are_markers_with_intervals(tmp_path):
     assert re.search(r"<th>eval/accuracy</th><td[^>]*>0.5</td><td[^>]*>0.5</td>", html)
 
 
+def test_evaluations_of_their_own_file(tmp_path):
+    write_run(tmp_path, [rl_line(1), rl_line(2, **{"eval/accuracy": 0.75})])
+    lines = [{"step": 0, "eval/accuracy": 0.25}, {"step": 2, "eval/accuracy": 0.75}]
+    (tmp_path / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    html = write_report(tmp_path).read_text()
+    marks = figures(html)["accuracy"]["data"][-1]
+    assert (marks["x"], marks["y"]) == ([0, 2], [0.25, 0.75])
+    assert figures(html)["kl-from-the-reference"]["data"][0]["x"] == [1, 2]
+    assert "25.0% → </span>75.0%" in html and "step <b>2</b>" in html
+
+
 def test_base_stage(tmp_path):
     times = {"time/step_seconds": 0.1, "time/update_seconds": 0.1}
     lines = [{"step": step, "train/loss": 4.0 / step, **times} for step in (20, 40, 60)]

@@ -134,32 +134,31 @@ def grpo_token_loss(
     def kept(x: torch.Tensor, by_sequence: bool = False) -> torch.Tensor:
         return (x[sequence_ids] if by_sequence and sequence_ids.numel() else x)[counted].to(log_probs.dtype)
 
-    with torch.enable_grad():
-        policy = log_probs.detach()[counted].requires_grad_()
-        adv = kept(advantages, True)
-        weight = kept(weights, weights_per_sequence) if weights.numel() else torch.ones_like(policy)
-        behaviour = kept(old) if old.numel() else policy.detach()
-        ratio = (policy - behaviour).exp()
-        zero = torch.zeros_like(adv)
-        plain = torch.where(adv == 0, zero, ratio * adv)
-        bounded = ratio.clamp(1 - clip_low, 1 + clip_high) * adv
-        cut = bounded < plain
-        surrogate = torch.where(cut, bounded.detach(), plain)
-        if dual_clip > 0:
-            floor = adv * dual_clip
-            dual = (adv < 0) & (surrogate < floor)
-            surrogate, cut = torch.where(dual, floor, surrogate), cut | dual
-        truncated = zero
-        if importance_cap > 0:
-            importance = (behaviour - kept(sampler)).exp()
-            truncated = (importance > importance_cap).to(adv.dtype)
-            surrogate = surrogate * importance.clamp(max=importance_cap)
-        kl = _exp_minus_linear(kept(reference) - policy) if reference.numel() else zero
-        loss = ((kl_coefficient * kl - surrogate) * weight).sum()
-        (policy_grad,) = torch.autograd.grad(loss, policy) if loss.requires_grad else (zero,)
+    policy, adv = log_probs[counted], kept(advantages, True)
+    weight = kept(weights, weights_per_sequence) if weights.numel() else torch.ones_like(policy)
+    behaviour = kept(old) if old.numel() else policy
+    zero = torch.zeros_like(adv)
+    ratio = (policy - behaviour).exp()
+    plain = torch.where(adv == 0, zero, ratio * adv)
+    bounded = ratio.clamp(1 - clip_low, 1 + clip_high) * adv
+    cut = bounded < plain
+    surrogate = torch.where(cut, bounded, plain)
+    if dual_clip > 0:
+        dual = (adv < 0) & (surrogate < adv * dual_clip)
+        surrogate, cut = torch.where(dual, adv * dual_clip, surrogate), cut | dual
+    slope = torch.where(cut, zero, plain)  # d(ratio A) / d(log_prob) = ratio A
+    truncated = zero
+    if importance_cap > 0:
+        importance = (behaviour - kept(sampler)).exp()
+        truncated = (importance > importance_cap).to(adv.dtype)
+        surrogate, slope = (x * importance.clamp(max=importance_cap) for x in (surrogate, slope))
+    gap = kept(reference) - policy if reference.numel() else zero
+    kl = _exp_minus_linear(gap)
+    loss = ((kl_coefficient * kl - surrogate) * weight).sum(dtype=torch.float64)
+    policy_grad = (-slope - kl_coefficient * (kl + gap)) * weight  # d(k3) / d(log_prob) = 1 - exp(gap)
     mismatch = (policy - kept(sampler)).abs() if sampler.numel() else zero
     grad.zero_()
     grad[counted] = policy_grad
     totals = (loss, counted.sum(), cut.sum(), kl.sum(), mismatch.sum(), None, truncated.sum(), ratio.sum())
     for k, total in enumerate(totals):
-        sums[k] = mismatch.max() if total is None and len(mismatch) else 0.0 if total is None else total.detach()
+        sums[k] = mismatch.max() if total is None and len(mismatch) else 0.0 if total is None else total

@@ -36,17 +36,23 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
     adopt_launcher_environment()
     loaded = load_config(config, overrides or [])
     validate(loaded)
+    from r1mega.config.validate_platform import validate_platform
     from r1mega.stages import run_stage
+
+    validate_platform(loaded)
 
     raise typer.Exit(run_stage(loaded))
 
 
 @app.command()
-def doctor(config: Annotated[Path | None, typer.Argument(help="also check what this config would use")] = None) -> None:
-    """Tell what this machine has, and what a config would use of it."""
+def doctor(
+    config: Annotated[Path | None, typer.Argument(help="also check what this config would use")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Tell what this machine has, and what a config would use of it. Fails when the config could not run here."""
     from r1mega.doctor import run_doctor
 
-    raise typer.Exit(run_doctor(config))
+    raise typer.Exit(run_doctor(config, overrides or []))
 
 
 @app.command()
@@ -100,6 +106,17 @@ def evaluate(
         num_prompts=num_prompts, template=template, seed=seed, output=output,
     )  # fmt: skip
     typer.echo(format_table(result))
+
+
+@reward_app.command("math")
+def reward_math(
+    workers: Annotated[int, typer.Option(help="processes for what only symbolic algebra can tell")] = 1,
+    timeout: Annotated[float, typer.Option(help="seconds for one symbolic comparison")] = 5.0,
+) -> None:
+    """{"gold", "prediction"} lines in; {"value", "status", "reason"} lines out, in the same order."""
+    from r1mega.reward.math import score_stream
+
+    score_stream(sys.stdin, sys.stdout, num_workers=workers, timeout_seconds=timeout)
 
 
 def main() -> None:

@@ -30,7 +30,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> BaseStage | RLStag
     type. Checks that need the model's config or the number of processes: `validate.validate`.
     """
     places: Places = {}
-    merged = _merge(_read(Path(path), places, ()), _overrides(overrides, places))
+    merged = _resolve(_merge(_read(Path(path), places, ()), _overrides(overrides, places)))
     stage = merged.get("stage")
     if stage not in STAGES:
         where = places.get(("stage",), str(path))
@@ -50,12 +50,13 @@ def dump_config(config: BaseStage | RLStage) -> str:
 
 
 def _read(path: Path, places: Places, chain: tuple[Path, ...]) -> dict[str, Any]:
-    if path in chain:
+    if path.resolve() in [earlier.resolve() for earlier in chain]:
         raise ConfigError(f"{path}: includes itself ({' -> '.join(map(str, (*chain, path)))})")
     try:
-        text = path.read_text()
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise ConfigError(f"{path}: cannot be read ({reason})") from error
     try:
         content = yaml.safe_load(text)
         tree = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -65,11 +66,19 @@ def _read(path: Path, places: Places, chain: tuple[Path, ...]) -> dict[str, Any]
         raise ConfigError(f"{path}{line}: not YAML ({getattr(error, 'problem', error)})") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: must be a mapping of keys to values")
+    lines: dict[tuple[str, ...], int] = {}
+    for key, line in _lines(tree, ()):
+        if key in lines:
+            raise ConfigError(f"{path}:{line}: {'.'.join(key)} was given at line {lines[key]} already; remove one of them")
+        lines[key] = line
     included = content.pop("include", [])
+    included = [included] if isinstance(included, str) else included
+    if not isinstance(included, list) or not all(isinstance(name, str) for name in included):
+        raise ConfigError(f"{path}:{lines[('include',)]}: include must be a file name or a list of file names")
     result: dict[str, Any] = {}
-    for name in [included] if isinstance(included, str) else included:
+    for name in included:
         result = _merge(result, _read(path.parent / name, places, (*chain, path)))
-    places.update({key: f"{path}:{line}" for key, line in _lines(tree, ())})
+    places.update({key: f"{path}:{line}" for key, line in lines.items()})
     return _merge(result, content)
 
 
@@ -95,7 +104,15 @@ def _overrides(overrides: Sequence[str], places: Places) -> dict[str, Any]:
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     try:
-        return OmegaConf.to_container(OmegaConf.merge(OmegaConf.create(dict(base)), OmegaConf.create(dict(over))), resolve=True)
+        return OmegaConf.to_container(OmegaConf.merge(OmegaConf.create(dict(base)), OmegaConf.create(dict(over))))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"config: {error}") from error
+
+
+def _resolve(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Put values in the place of `${a.b}`: last, so that overrides count."""
+    try:
+        return OmegaConf.to_container(OmegaConf.create(dict(values)), resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"config: {error}") from error
 
@@ -125,7 +142,8 @@ def _known_keys(model: type[BaseModel], prefix: tuple[str, ...] = ()) -> Iterato
 def _describe_unknown(key: tuple[str, ...], model: type[BaseModel], places: Places, path: Path) -> str:
     known = list(_known_keys(model))
     siblings = [k[-1] for k in known if k[:-1] == key[:-1]]
-    message = f"{places.get(key, path)}: unknown key {'.'.join(key)}"
+    place = next((where for known, where in places.items() if known[: len(key)] == key), path)
+    message = f"{place}: unknown key {'.'.join(key)}"
     elsewhere = [".".join(k) for k in known if k[-1] == key[-1]]
     if close := difflib.get_close_matches(key[-1], siblings, n=1, cutoff=0.6):
         return f"{message}; did you mean {'.'.join((*key[:-1], close[0]))}?"
@@ -142,4 +160,6 @@ def _describe(problem: Mapping[str, Any], places: Places, path: Path) -> str:
     where = next((places[key[:n]] for n in range(len(key), 0, -1) if key[:n] in places), str(path))
     if problem["type"] == "missing":
         return f"{where}: {'.'.join(key)} is missing"
+    if problem["type"] == "tuple_type":
+        return f"{where}: {'.'.join(key)} = {problem['input']!r}: must be a list, as in [{problem['input']}]"
     return f"{where}: {'.'.join(key)} = {problem['input']!r}: {problem['msg'][0].lower() + problem['msg'][1:]}"

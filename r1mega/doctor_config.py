@@ -1,0 +1,111 @@
+"""What a config would use of this machine: platform, layout, generator, kernels, files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from r1mega import platform
+from r1mega.config.load import load_config
+from r1mega.config.schema import BaseStage, RLStage
+from r1mega.config.validate import launched_processes, validate
+from r1mega.config.validate_platform import validate_platform
+from r1mega.doctor import Fact
+from r1mega.errors import R1MegaError
+
+StageConfig = BaseStage | RLStage
+
+
+def config_facts(path: Path, overrides: list[str]) -> tuple[str, list[Fact], R1MegaError | None]:
+    """(title, facts, what would keep it from running or None). Raises ConfigError for a file that is no config."""
+    config = load_config(path, overrides)
+    problem: R1MegaError | None = None
+    try:
+        validate(config)
+        validate_platform(config)
+    except R1MegaError as error:
+        problem = error
+    try:
+        hf = json.loads((config.model.path / "config.json").read_text())
+    except (OSError, ValueError):
+        hf = {}  # validate has said so
+    facts = [*_training_facts(config, hf), *_layout_facts(config)]
+    if isinstance(config, RLStage):
+        facts += _generator_facts(config, hf)
+    return f"{path}: stage {config.stage}", [*facts, *_file_facts(config)], problem
+
+
+def _training_facts(config: StageConfig, hf: dict[str, Any]) -> list[Fact]:
+    here = platform.current()
+    facts = [Fact("platform", None, f"{here.device}, {here.distributed_backend}, {config.model.dtype}")]
+    if config.model.dtype == "bfloat16" and here.name == "cpu":
+        text = "bfloat16 on a CPU: slower at small sizes, and log-probs agree less; consider model.dtype=float32"
+        facts.append(Fact("dtype", False, text))
+    layers = "Transformer Engine" if here.has_transformer_engine else "Megatron's local layers"
+    fp8 = config.model.fp8
+    facts.append(Fact("layers", None, f"{layers}, fp8 {fp8}"))
+    if fp8 != "off" and not here.has_transformer_engine:
+        facts.append(Fact("fp8", False, f"model.fp8={fp8} needs Transformer Engine and a GPU; set model.fp8=off here"))
+    if hf:
+        experts = hf.get("n_routed_experts")
+        size = f"{hf.get('num_hidden_layers')} layers, hidden {hf.get('hidden_size')}"
+        facts.append(Fact("model", True, f"{hf.get('model_type')}: {size}" + (f", {experts} experts" if experts else "")))
+    else:
+        facts.append(Fact("model", False, f"{config.model.path}: no readable config.json"))
+    return facts
+
+
+def _layout_facts(config: StageConfig) -> list[Fact]:
+    p, world = config.parallel, launched_processes()
+    dp = world // (p.tp * p.pp * p.cp)
+    text = f"{world} process{'es' * (world > 1)}: tp {p.tp}, pp {p.pp}, cp {p.cp}, dp {p.dp or dp}; experts ep {p.ep}, etp {p.etp}"
+    return [Fact("layout", None, text)]
+
+
+def _generator_facts(config: RLStage, hf: dict[str, Any]) -> list[Fact]:
+    rollout = config.rollout
+    facts = [Fact("generator", None, f"{rollout.engine}, tp {rollout.tp}, temperature {rollout.temperature:g}")]
+    if rollout.engine == "vllm":
+        from r1mega.platform.generator import vllm_platform
+
+        vllm = vllm_platform()
+        if hf and (refusal := vllm.check_model(hf)) is not None:
+            facts.append(Fact("attention", False, refusal))
+        elif hf:
+            arguments = vllm.engine_arguments(hf, rollout.kv_cache_bytes, rollout.gpu_memory_utilization)
+            backend = arguments.get("attention_config", {}).get("backend", "vLLM's own choice")
+            facts.append(Fact("attention", True, backend))
+            if (cache := arguments.get("kv_cache_memory_bytes")) is not None:
+                facts.append(Fact("KV cache", None, f"{cache / 2**20:.0f} MiB"))
+    update = config.update
+    text = (
+        f"{rollout.num_prompts} prompts x {rollout.group_size} responses a step, "
+        f"{update.num_minibatches * update.num_epochs} optimizer steps, microbatches of {update.microbatch_tokens} tokens"
+    )
+    facts.append(Fact("update", None, text))
+    facts.append(Fact("log-probs", None, _log_prob_choice(config)))
+    return facts
+
+
+def _log_prob_choice(config: RLStage) -> str:
+    if config.algorithm.log_probs == "reference":
+        return "torch (algorithm.log_probs=reference)"
+    import r1mega_kernels
+
+    return f"fused kernel, {r1mega_kernels.backend()}"
+
+
+def _file_facts(config: StageConfig) -> list[Fact]:
+    facts = []
+    if isinstance(config, RLStage):
+        files = [*config.data.prompts, *([config.evaluate.data] if config.evaluate.data else [])]
+        facts += [Fact("reads", path.is_file(), str(path)) for path in files]
+    steps = sorted(path.name for path in (config.run_dir / "checkpoints").glob("step_*") if (path / "manifest.json").exists())
+    state = f"goes on after {steps[-1]}" if steps else "a fresh run"
+    facts.append(Fact("run directory", None, f"{config.run_dir}: {state}, {config.steps} steps"))
+    kept = f"the last {config.checkpoint.keep} checkpoints, one every {config.checkpoint.every_steps} steps"
+    names = "config.yaml, metrics.jsonl, environment.json, status.json, hf/, " + ("tensorboard/, " if config.observe.tensorboard else "")
+    if isinstance(config, RLStage):
+        names += "samples.jsonl, "
+    return [*facts, Fact("writes", None, names + kept)]

@@ -154,11 +154,11 @@ def points(lines: Lines, metric: str) -> tuple[list[int], list[float | None]]:
 
 
 def running_mean(values: Sequence[float | None], window: int) -> list[float | None]:
-    """Mean of the known values within window // 2 on both sides (fewer near the ends, but equally many)."""
+    """Mean of the known values within window // 2 places on both sides (fewer near the ends)."""
     means: list[float | None] = []
     for place in range(len(values)):
-        reach = min(window // 2, place, len(values) - 1 - place)
-        known = [value for value in values[place - reach : place + reach + 1] if value is not None]
+        around = values[max(0, place - window // 2) : place + window // 2 + 1]
+        known = [value for value in around if value is not None]
         means.append(sum(known) / len(known) if known else None)
     return means
 
@@ -260,6 +260,8 @@ def _figure(
 
     grid = {"gridcolor": "#e9ecf2", "zeroline": False, "linecolor": "#c9d0dc", "ticks": "outside", "ticklen": 4,
             "tickcolor": "#c9d0dc", "automargin": True}  # fmt: skip
+    steps = [step for trace in traces for step in trace["x"]]
+    whole = {"dtick": 1} if max(steps) - min(steps) < 8 else {}  # no half steps
     figure = go.Figure(
         data=traces,
         layout={
@@ -272,7 +274,7 @@ def _figure(
             "showlegend": sum(trace.get("showlegend", True) for trace in traces) > 1,
             "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0, "bgcolor": "rgba(0,0,0,0)",
                        "traceorder": "normal"},
-            "xaxis": {**grid, "title": {"text": "step", "standoff": 6}, "showgrid": False, "showline": True},
+            "xaxis": {**grid, "title": {"text": "step", "standoff": 6}, "showgrid": False, "showline": True, **whole},
             "yaxis": {**grid, **y_axis},
             **(layout or {}),
         },

@@ -14,7 +14,7 @@ LIVE = {
     "accuracy": "reward/accuracy",
     "length": "response/length_mean",
     "loss": "train/loss",
-    "probe": "probe/accuracy",
+    "probe": "probe/skills",
 }
 """Live numbers by label, and the metrics they come from."""
 

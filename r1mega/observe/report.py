@@ -149,16 +149,28 @@ def training_seconds(lines: Sequence[Mapping[str, Any]]) -> float:
     return total
 
 
-def evaluation_table(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str | None, str]]:
-    """(name, meaning, first, last) of each eval/ metric; first is None when there was one evaluation only."""
-    rows, order = [], {metric.name: place for place, metric in enumerate(METRICS)}
-    names = {key for line in lines for key in line if key.startswith("eval/")}
+@dataclass(frozen=True, slots=True)
+class EvaluationTable:
+    """The first and the last evaluation (one column when they are the same): rows of (name, values, meaning)."""
+
+    steps: list[int]
+    rows: list[tuple[str, list[str], str]]
+
+
+def evaluation_table(lines: Sequence[Mapping[str, Any]]) -> EvaluationTable | None:
+    """All eval/ metrics, in the registry's order; None without evaluations."""
+    evaluations = [line for line in lines if any(name.startswith("eval/") for name in line)]
+    if not evaluations:
+        return None
+    shown = [evaluations[0], evaluations[-1]] if len(evaluations) > 1 else evaluations
+    order = {metric.name: place for place, metric in enumerate(METRICS)}
+    names = {name for line in shown for name in line if name.startswith("eval/")}
+    rows = []
     for name in sorted(names, key=lambda name: (order.get(name, len(order)), name)):
-        if values := _known(lines, name):
-            metric = find_metric(name)
-            meaning = metric.meaning if metric is not None and metric.name == name else ""
-            rows.append((name, meaning, _short(values[0]) if len(values) > 1 else None, _short(values[-1])))
-    return rows
+        metric = find_metric(name)
+        values = [_short(line[name]) if name in line else "–" for line in shown]
+        rows.append((name, values, metric.meaning if metric is not None else ""))
+    return EvaluationTable([line["step"] for line in shown], rows)
 
 
 def first_and_last_samples(samples: Sequence[Mapping[str, Any]]) -> list[tuple[int, list[Mapping[str, Any]]]]:

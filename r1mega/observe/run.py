@@ -93,18 +93,21 @@ class RunDirectory:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"pid {os.getpid()} on {socket.gethostname()} since {_now()}\n".encode(), 0)
 
+    def check_config(self, config: Mapping[str, Any]) -> None:
+        """ConfigError when the directory holds a run whose config differs in a key outside CHANGEABLE_KEYS."""
+        if not self.config.exists():
+            return
+        changed = sorted(_differences(self.read_config(), config))
+        fixed = [line for key, line in changed if key.split(".")[0] not in CHANGEABLE_KEYS]
+        if fixed:
+            raise ConfigError(
+                f"run_dir {self.path} holds a run with another config:\n  " + "\n  ".join(fixed) + "\n"
+                "choose another run_dir, or remove this one to start over"
+            )
+
     def write_config(self, config: Mapping[str, Any]) -> None:
-        """Store the resolved config (JSON types). ConfigError, and nothing written, when the directory holds a run
-        whose config differs in a key outside CHANGEABLE_KEYS.
-        """
-        if self.config.exists():
-            changed = sorted(_differences(self.read_config(), config))
-            fixed = [line for key, line in changed if key.split(".")[0] not in CHANGEABLE_KEYS]
-            if fixed:
-                raise ConfigError(
-                    f"run_dir {self.path} holds a run with another config:\n  " + "\n  ".join(fixed) + "\n"
-                    "choose another run_dir, or remove this one to start over"
-                )
+        """Store the resolved config (JSON types) after `check_config`."""
+        self.check_config(config)
         write_atomic(self.config, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True, width=120))
 
     def read_config(self) -> dict[str, Any]:

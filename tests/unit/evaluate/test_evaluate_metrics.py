@@ -15,6 +15,7 @@ scores = st.sampled_from([0, 0.25, 0.5, 1])
 verdicts = st.lists(st.lists(st.booleans(), min_size=1, max_size=5), min_size=1, max_size=20)
 
 
+@settings(deadline=None)
 @given(verdicts)
 def test_pass_at_1_is_the_mean_of_means(correct):
     exact = sum(Fraction(sum(samples), len(samples)) for samples in correct) / len(correct)
@@ -70,6 +71,7 @@ def test_pass_at_1_needs_samples(correct):
         pass_at_1(correct)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 8).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n), st.integers(1, n))))
 def test_pass_at_k_is_the_share_of_subsets(case):
     n, c, k = case
@@ -83,6 +85,7 @@ def test_pass_at_k_out_of_range(case):
         pass_at_k(*case)
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from(["1", "1.0", "2", "3", None]), max_size=9))
 def test_majority_against_counting(answers):
     value = {"1": 1, "1.0": 1, "2": 2, "3": 3}
@@ -96,6 +99,7 @@ def test_majority_against_counting(answers):
     assert members == [i for i, a in enumerate(answers) if a is not None and value[a] == winner]
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), max_size=10))
 def test_mcnemar_against_all_sign_flips(pairs):
     first, second = [a for a, _ in pairs], [b for _, b in pairs]

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from r1mega.errors import DataError, PlatformError
@@ -35,6 +35,7 @@ def plain_writer(path, resume_step=None):
     return MetricsWriter(path, resume_step=resume_step, tensorboard=False)
 
 
+@settings(deadline=None, max_examples=50)  # fsync takes what the disk takes
 @given(st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=1, max_size=8))
 def test_floats_come_back_bitwise(values):
     with tempfile.TemporaryDirectory() as directory:
@@ -118,6 +119,7 @@ def test_starting_afresh_drops_all_lines(tmp_path):
     assert read_metrics(tmp_path) == []
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.integers(min_value=0), st.integers(min_value=-1, max_value=7))
 def test_a_file_torn_at_any_byte_resumes(position, step):
     """Whatever prefix of the file survives, the lines up to `step` that are whole in it survive, bitwise."""

@@ -170,7 +170,7 @@ def test_nothing_is_loaded_from_elsewhere(tmp_path):
 
 
 def test_running_mean_is_centred():
-    assert running_mean([1.0, 2.0, 6.0, None, 4.0, 8.0], 2) == [1.0, 3.0, 4.0, 5.0, 6.0, 8.0]
+    assert running_mean([1.0, 2.0, 6.0, None, 4.0, 8.0], 2) == [1.5, 3.0, 4.0, 5.0, 6.0, 6.0]
     assert running_mean([None], 4) == [None]
 
 

@@ -103,3 +103,8 @@ def reasoning_gym_score(task: str, answer: str, entry: dict[str, Any]) -> float:
     import reasoning_gym
 
     return min(max(float(reasoning_gym.get_score_answer_fn(task)(answer, entry)), 0.0), 1.0)
+
+
+def prepare() -> None:
+    """Import the library outside the limit of the first item."""
+    import reasoning_gym  # noqa: F401

@@ -7,6 +7,8 @@ from typing import Literal
 
 AnswerForm = Literal["any", "boxed", "tag"]
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
+MAX_BOXES = 32  # looked at from the end: a response that repeats an open box must not cost quadratic time
+MAX_BOX_CHARS = 10_000
 _CLOSE_TAG = "</answer>"
 _OPEN_TAG = "<answer>"
 _THINK_END = "</think>"
@@ -14,7 +16,7 @@ _THINK_END = "</think>"
 
 def last_boxed(text: str) -> str | None:
     """Content of the last `\\boxed{...}` whose braces close (or `\\boxed 5`); None when there is none."""
-    for match in reversed(list(_BOX.finditer(text))):
+    for match in reversed(list(_BOX.finditer(text))[-MAX_BOXES:]):
         start = match.end()
         if start < len(text) and text[start] == "{":
             end = _closing_brace(text, start)
@@ -28,7 +30,7 @@ def last_boxed(text: str) -> str | None:
 def _closing_brace(text: str, start: int) -> int | None:
     depth = 0
     position = start
-    while position < len(text):
+    while position < min(len(text), start + MAX_BOX_CHARS):
         char = text[position]
         if char == "\\":
             position += 1  # \{ and \} do not group

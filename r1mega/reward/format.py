@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-_TAG_LIKE = re.compile(r"<\s*/?\s*(?:think|answer)\b[^>]*>", re.IGNORECASE)
+_TAG_LIKE = re.compile(r"<\s{0,8}/?\s{0,8}(?:think|answer)\b[^<>]{0,64}>", re.IGNORECASE)
 _VISIBLE = re.compile(r"[^\W_]")
 
 
@@ -41,7 +41,7 @@ def _problems(text: str) -> tuple[str, ...]:
     counts = {tag: text.count(tag) for tag in TAGS}
     problems = [f"{tag} occurs {count} times" if count else f"{tag} is missing" for tag, count in counts.items() if count != 1]
     # compatibility forms and invisible characters make tags that only look like tags
-    folded = "".join(c for c in unicodedata.normalize("NFKC", text) if unicodedata.category(c) != "Cf")
+    folded = text if text.isascii() else "".join(c for c in unicodedata.normalize("NFKC", text) if unicodedata.category(c) != "Cf")
     if len(_TAG_LIKE.findall(folded)) > sum(counts.values()):
         problems.append("a tag in another spelling")
     if problems:

@@ -39,11 +39,16 @@ _WORDS = re.compile(
     )
 )
 _STRIPPED = re.compile(
-    r"```.*?(?:```|$)|`[^`\n]*`|\$\$.*?\$\$|\\\[.*?\\\]|\\\(.*?\\\)|\$[^$\n]*\$"
-    r"|\\begin\{(\w+\*?)\}.*?\\end\{\1\}|\\boxed\{[^{}]*\}|\\[A-Za-z]+(?:\{[^{}]*\})*|https?://\S+|</?[A-Za-z][^<>]*>|&[a-z]+;",
+    r"```.*?(?:```|$)|`[^`\n]*`|\$\$[^$]{,1000}\$\$|\$[^$\n]{,500}\$"
+    r"|\\\[(?:[^\\]|\\(?![\[\]])){,1000}\\\]|\\\((?:[^\\]|\\(?![()])){,500}\\\)"  # a repeated opening must not cost quadratic time
+    r"|\\begin\{(\w+\*?)\}.{,1000}?\\end\{\1\}|\\boxed\{[^{}]*\}|\\[A-Za-z]+(?:\{[^{}]*\})*"
+    r"|https?://\S+|</?[A-Za-z][^<>]{,100}>|&[a-z]+;",
     re.DOTALL,
 )
-_FORMULA_WORD = re.compile(r"(?<![^\W\d_])[A-Za-z](?![^\W\d_])(?!\s+[a-z]{2})|[A-Za-z]*\d[\w.]*|\w+\([^()]*\)\s*=|[A-Za-z]+_\w+")
+_FORMULA_WORD = re.compile(
+    r"(?<![^\W\d_])[A-Za-z](?![^\W\d_])(?!\s+[a-z]{2})"
+    r"|(?<!\w)(?:[A-Za-z]*\d[\w.]*|[A-Za-z]\w{,20}\([^()\n]{,50}\)\s?=|[A-Za-z]\([a-z]\)|[A-Za-z]+_\w+)"
+)
 _SENTENCE = re.compile(r"[.!?。！？\n;:]+\s*")
 _THINK = re.compile(r"<think>(.*?)(?:</think>|$)", re.DOTALL)
 _MIN_DETECTED_LETTERS = 12

@@ -19,7 +19,8 @@ from typing import TextIO
 
 from r1mega.errors import DataError
 from r1mega.reward.expression import compare, text
-from r1mega.reward.expression.parse import MAX_CHARS, UnreadableError
+from r1mega.reward.expression.parse import MAX_CHARS
+from r1mega.reward.expression.tokens import UnreadableError
 from r1mega.reward.extract import AnswerForm, final_answer
 from r1mega.reward.parts import Deferred, PartScore, ScoringItem
 from r1mega.reward.pool import Outcome, Task, WorkerPool
@@ -65,6 +66,8 @@ def _decide_one(gold: str, answer: str) -> Verdict:
             equal = compare.same_answer(_unwrapped(gold), core)
     except UnreadableError as error:
         return Verdict(False, f"not compared: {error}")
+    except RecursionError:
+        return Verdict(False, "not compared: nested too deeply")
     return Verdict(equal, "equal" if equal else "undecided" if equal is None else "different")
 
 

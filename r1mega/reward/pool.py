@@ -92,13 +92,13 @@ class _Worker:
         except OSError as error:
             raise RewardError(f"a reward worker could not be started ({' '.join(command)}): {error}") from error
         self.buffer = b""
-        self.ready = False
+        self.warm: set[str] = set()
 
     def call(self, task: Task) -> dict[str, Any]:
         """The reply to one task. Raises WorkerDiedError; the worker is then of no further use."""
-        if not self.ready:  # the start is awaited apart, so that a slow start costs the task nothing
+        if task.function not in self.warm:  # imports are awaited apart, so that a slow start costs the task nothing
             self._exchange(Task("r1mega.reward.pool:warm_up", (task.function,), START_SECONDS))
-            self.ready = True
+            self.warm.add(task.function)
         return self._exchange(task)
 
     def _exchange(self, task: Task) -> dict[str, Any]:

@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterable
 from fractions import Fraction
 
 from r1mega.reward.expression import evaluate, intervals
-from r1mega.reward.expression.parse import INFINITY, Node, UnreadableError, parse
+from r1mega.reward.expression.exact import exact, node_tags, symbols
+from r1mega.reward.expression.parse import INFINITY, Node, parse
 from r1mega.reward.expression.text import CLOSE_TEXT, OPEN_TEXT, Quantity, clean, split_unit, without_lead, words_of
+from r1mega.reward.expression.tokens import UnreadableError
 
 MIN_ROUNDED_DIGITS = 6  # a decimal stands for an unwritable number only with as many correct significant digits
 MAX_LIST_ITEMS = 64
@@ -20,7 +22,8 @@ _CHOICE = re.compile(r"[\s(\[" + OPEN_TEXT + r"]*([A-Ja-j])\s*[" + CLOSE_TEXT + 
 _CHOICE_MARK = re.compile(r"\(\s*[A-Ja-j]\s*\)|\b[A-J][.):]")
 _CHOICE_LEAD = re.compile(r"\s*(?:\(\s*([A-J])\s*\)|" + OPEN_TEXT + "([A-J])" + CLOSE_TEXT + r"(?!\s*[-+*/^=])|(?:[Oo]ption|[Cc]hoice|[Aa]nswer)\s+\(?([A-J])\)?\s*$)")
 _BOXED_CHOICE = re.compile(r"[\s(" + OPEN_TEXT + r"]*\(?([A-J])\)?[" + CLOSE_TEXT + r")\s]*")
-_VERBAL = re.compile(OPEN_TEXT + "|[A-Za-z]{3,}")
+_BOXED_CHOICE_LEAD = re.compile(OPEN_TEXT + r"([A-J])" + CLOSE_TEXT + r"\s+[^-+*/^=,;\s]")
+_VERBAL = re.compile(OPEN_TEXT + r"|[A-Za-z]{3,}|\d\s*[aApP]\.?[mM]\b")
 _SPACE = re.compile(r"(?<!\d) +| +(?!\d)")
 _BEYOND_READER = re.compile(r"\\[A-Za-z]")
 _DECIMAL = re.compile(r"-?\d*\.(\d+)(?:\.\.\.)?")
@@ -39,6 +42,9 @@ def same_answer(gold: str, prediction: str) -> bool | None:
     gold_quantity, quantity = split_unit(gold), split_unit(prediction)
     if gold_quantity.unit and quantity.unit and gold_quantity.unit != quantity.unit:
         return False
+    for marked, other in ((gold_quantity, quantity), (quantity, gold_quantity)):
+        if marked.body.endswith("%") and other.unit:
+            return False
     verdict: bool | None = False
     for gold_reading in _readings(gold, gold_quantity):
         for reading in _readings(prediction, quantity):
@@ -78,7 +84,7 @@ def _same_reading(gold: tuple[Node | None, str], other: tuple[Node | None, str])
 
 def _mathematical(text: str) -> bool:
     """Whether symbolic algebra could make anything of it: no words, no bare relation, something to compute with."""
-    if OPEN_TEXT in text or re.search(r"(?<![\\A-Za-z])[A-Za-z]{4,}|^\s*(?:[<>=]|\\[lg]eq?\b)", text):
+    if OPEN_TEXT in text or re.search(r"(?<![\\A-Za-z])[A-Za-z]{4,}|^\s*(?:[<>=]|\\(?:[lg]eq?|neq?)\b)", text):
         return False
     return bool(re.search(r"[\dA-Za-z]", text))
 
@@ -89,11 +95,11 @@ def _rounded(gold: tuple[Node, str], other: tuple[Node, str]) -> bool:
         match = _DECIMAL.fullmatch(text.strip())
         if not match or len(text.strip(" .").lstrip("-0.").replace(".", "")) < MIN_ROUNDED_DIGITS:
             continue
-        value = evaluate.exact(node)
+        value = exact(node)
         if value is not None and not _terminates(value):
-            error = abs(value - evaluate.exact(decimal_node))
-        elif value is None and not evaluate.symbols(node) and (place := evaluate.approximate(node)) is not None:
-            error = abs(Fraction(place) - evaluate.exact(decimal_node)) if abs(place) < 1e12 else Fraction(1)
+            error = abs(value - exact(decimal_node))
+        elif value is None and not symbols(node) and (place := evaluate.approximate(node)) is not None:
+            error = abs(Fraction(place) - exact(decimal_node)) if abs(place) < 1e12 else Fraction(1)
         else:
             continue
         return error <= Fraction(6, 10) / 10 ** len(match.group(1)) or ("..." in text and error < Fraction(1, 10 ** len(match.group(1))))
@@ -111,7 +117,7 @@ def _terminates(value: Fraction) -> bool:
 # --- words ---------------------------------------------------------------------------------------------------------------------
 def _same_words(gold: str, prediction: str) -> bool | None:
     """Verbal golds (choices, names, days, times): equal words or not; None for anything that is to be computed."""
-    choice = _BOXED_CHOICE.fullmatch(gold)
+    choice = _BOXED_CHOICE.fullmatch(gold) or _BOXED_CHOICE_LEAD.match(gold)
     if choice:
         return _same_choice(choice.group(1), gold, prediction)
     bare = gold.replace(OPEN_TEXT, "").replace(CLOSE_TEXT, "")
@@ -147,6 +153,8 @@ def _same(gold: Node, other: Node) -> bool | None:
     gold, other = _simplified(gold), _simplified(other)
     if gold[0] == "rel" and other[0] == "rel":
         return _same_relation(gold, other)
+    if gold[0] == other[0] == "list" and _names(gold) and _names(gold) == _names(other):
+        return _same_unordered(list(gold[1]), list(other[1]))  # a system of assignments keeps its names
     gold, other = _value_of(gold), _value_of(other)
     tags = {gold[0], other[0]}
     if "list" in tags or "set" in tags:
@@ -159,7 +167,7 @@ def _same(gold: Node, other: Node) -> bool | None:
         return bool(intervals.same_real_set(gold, other)) if "inter" not in tags else None
     if "matrix" in tags:
         scalar = other if gold[0] == "matrix" else gold
-        return None if "matrix" in evaluate.tags(scalar) else False  # a product or sum of matrices
+        return None if "matrix" in node_tags(scalar) else False  # a product or sum of matrices
     return _same_scalar(gold, other)
 
 
@@ -168,24 +176,33 @@ def _simplified(node: Node) -> Node:
     if node[0] == "rel" and node[1] == ("in",):
         return node[2][1]
     if node[0] == "rel" and node[1] and set(node[1]) <= {"~"}:
-        return node[2][0] if evaluate.exact(node[2][0]) is not None else node[2][-1]
+        return node[2][0] if exact(node[2][0]) is not None else node[2][-1]
     return node
 
 
 def _value_of(node: Node) -> Node:
     """`x = 5` -> 5, `(x, y) = (1, 2)` -> (1, 2), `x = 2 + 3 = 5` -> 5 when the chain is true; assignments of a list -> values."""
     if node[0] == "list":
-        return ("list", tuple(map(_value_of, node[1])))
+        names = _names(node)
+        items = sorted(node[1], key=lambda rel: rel[2][0][1]) if names and len(set(names)) == len(names) else node[1]
+        return ("list", tuple(map(_value_of, items)))
     if node[0] != "rel" or set(node[1]) - {"=", "~"}:
         return node
     sides = list(node[2])
     if _is_name(sides[0]):
         sides = sides[1:]
-    elif len(sides) == 2 and _is_name(sides[1]) and evaluate.exact(sides[0]) is not None:
+    elif len(sides) == 2 and _is_name(sides[1]) and exact(sides[0]) is not None:
         return sides[0]
     if any(_same(sides[0], side) is not True for side in sides[1:]):
         return node
     return sides[-1]
+
+
+def _names(node: Node) -> list[str]:
+    """Sorted left sides of a list of assignments `x = 1, y = 2`; empty for any other list."""
+    if not all(item[0] == "rel" and set(item[1]) == {"="} and item[2][0][0] == "sym" for item in node[1]):
+        return []
+    return sorted(item[2][0][1] for item in node[1])
 
 
 def _is_name(node: Node) -> bool:
@@ -265,6 +282,9 @@ def _same_relation(gold: Node, other: Node) -> bool | None:
     """Equations and inequalities up to a constant factor; in one unknown also as sets."""
     if len(gold[2]) == len(other[2]) and gold[1] == other[1] and _all(map(_same, gold[2], other[2])) is True:
         return True
+    left, right = gold[2][0], other[2][0]
+    if gold[1] == other[1] == ("=",) and {left[0], right[0]} == {"fn", "sym"} and ("sym", "y") in (left, right):
+        return _same(gold[2][1], other[2][1])  # f(x) = ... is also written y = ...
     as_sets = intervals.same_real_set(gold, other)
     if as_sets is not None:
         return as_sets
@@ -279,8 +299,8 @@ def _same_relation(gold: Node, other: Node) -> bool | None:
 def _proportional(gold: Node, other: Node) -> bool | None:
     """a = b and c = d are one equation when (c - d) / (a - b) is a constant; for inequalities its sign tells the direction."""
     first, second = (("add", (node[2][0], ("neg", node[2][1]))) for node in (gold, other))
-    names = evaluate.symbols(first)
-    if not names or names != evaluate.symbols(second):
+    names = symbols(first)
+    if not names or names != symbols(second):
         return False
     place = {name: Fraction(index * 7 + 3, 11) for index, name in enumerate(sorted(names))}
     ratio = ("div", _at(second, place), _at(first, place))
@@ -316,7 +336,7 @@ def _same_scalar(gold: Node, other: Node) -> bool | None:
     while gold[0] == other[0] == "neg":
         gold, other = gold[1], other[1]
     tags = gold[0], other[0]
-    if "base" in evaluate.tags(gold) | evaluate.tags(other):
+    if "base" in node_tags(gold) | node_tags(other):
         return _same_in_base(gold, other)
     if tags == ("ratio", "ratio"):
         return _same_ratio(gold, other)
@@ -341,11 +361,10 @@ def _agree(gold: Node, other: Node) -> bool | None:
 def _same_in_base(gold: Node, other: Node) -> bool | None:
     if gold[0] == other[0] == "base":
         return gold[1:] == other[1:]
-    numeral, plain = (gold, other) if gold[0] == "base" else (other, gold)
-    if numeral[0] != "base":
-        return False  # arithmetic with numerals of other bases
-    digits = str(plain[1]) if plain[0] in ("num", "sym", "text") else ""
-    return digits.upper() == numeral[1]
+    if gold[0] != "base":  # arithmetic with numerals, or a base that the gold does not have
+        return other[0] == "base" and other[2] == 10 and _agree(gold, ("num", Fraction(other[1])))
+    digits = str(other[1]) if other[0] in ("num", "sym", "text") else ""
+    return digits.upper() == gold[1]
 
 
 def _same_ratio(gold: Node, other: Node) -> bool | None:
@@ -355,7 +374,7 @@ def _same_ratio(gold: Node, other: Node) -> bool | None:
         return False
     if _all(map(_same, entries, others)):
         return True
-    values = [[evaluate.exact(item) for item in side] for side in (entries, others)]
+    values = [[exact(item) for item in side] for side in (entries, others)]
     if any(value is None or value <= 0 for side in values for value in side):
         return False
     if any(len(side) == 2 and 10 <= side[1] < 60 and side[0] < 24 and side[0].denominator == 1 for side in values):

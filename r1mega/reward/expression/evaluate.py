@@ -8,143 +8,30 @@ from __future__ import annotations
 
 import cmath
 import hashlib
-import itertools
 import math
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
+from r1mega.reward.expression.exact import (
+    INTEGER_FUNCTIONS,
+    MAX_EXPONENT,
+    NotRationalError,
+    TooLargeError,
+    UndefinedError,
+    exact,
+    exact_or_raise,
+    symbols,
+    walk_symbols,
+)
 from r1mega.reward.expression.parse import Node
 
 PRIME = 2**96 - 87  # = 1 mod 4, so that -1 has a root
 ROOT_OF_MINUS_ONE = 64928858663283645567976659563
-MAX_EXPONENT = 100_000
-MAX_EXACT_BITS = 4096
 CONFIRM_DIGITS = 60
 NUM_POINTS = 3
 _COARSE, _FINE = 1e-7, 1e-40  # relative tolerances of doubles (to reject) and of 60 digits (to accept)
-
-
-class NotRationalError(ValueError):
-    """The expression is not rational in its symbols."""
-
-
-class UndefinedError(ValueError):
-    """The expression has no value here (division by zero, too large, unknown meaning)."""
-
-
-class TooLargeError(UndefinedError):
-    """A number too large to be an answer."""
-
-
-def symbols(node: Node) -> frozenset[str]:
-    """Names of the free symbols; pi, e, i and infinity are constants."""
-    return frozenset(_walk_symbols(node)) - {"\\pi", "e", "i", "\\infty"}
-
-
-def _walk_symbols(node: Any) -> Iterator[str]:
-    if isinstance(node, tuple) and node:
-        if node[0] == "sym":
-            yield node[1]
-        elif node[0] == "text":
-            yield "text:" + node[1].casefold()
-        elif node[0] == "fn":
-            if node[1] in "fghFGPQ":
-                yield node[1] + "()"
-            yield from itertools.chain.from_iterable(map(_walk_symbols, node[2]))
-        else:
-            for child in node[1:]:
-                for item in child if isinstance(child, tuple) and (not child or isinstance(child[0], tuple)) else (child,):
-                    yield from _walk_symbols(item)
-
-
-def tags(node: Any) -> frozenset[str]:
-    """Kinds of nodes that occur in an expression."""
-    if not isinstance(node, tuple) or not node:
-        return frozenset()
-    own = frozenset((node[0],)) if isinstance(node[0], str) else tags(node[0])
-    return own.union(*(tags(child) for child in node[1:]))
-
-
-def exact(node: Node) -> Fraction | None:
-    """The rational value of a constant expression, None when it has none or it is too large to be written."""
-    try:
-        return _exact(node)
-    except (UndefinedError, NotRationalError, ZeroDivisionError):
-        return None
-
-
-def _exact(node: Node) -> Fraction:
-    tag = node[0]
-    if tag == "num":
-        value = node[1]
-    elif tag == "neg":
-        value = -_exact(node[1])
-    elif tag == "add":
-        value = sum(map(_exact, node[1]), Fraction(0))
-    elif tag == "mul":
-        value = _exact(node[1][0]) * _exact(node[1][1])
-    elif tag == "div" or (tag == "ratio" and len(node[1]) == 2):
-        left, right = node[1:] if tag == "div" else node[1]
-        value = _exact(left) / _exact(right)
-    elif tag == "pow":
-        value = _exact_power(_exact(node[1]), _exact(node[2]))
-    elif tag == "pct":
-        value = _exact(node[1]) / 100
-    elif tag == "fn" and node[1] in _INTEGER_FUNCTIONS:
-        value = _INTEGER_FUNCTIONS[node[1]](*map(_exact, node[2]))
-    else:
-        raise NotRationalError(tag)
-    if value.numerator.bit_length() + value.denominator.bit_length() > MAX_EXACT_BITS:
-        raise TooLargeError("too large")
-    return value
-
-
-def _exact_power(base: Fraction, exponent: Fraction) -> Fraction:
-    if exponent.denominator != 1:
-        if base < 0 or exponent.denominator > 64:
-            raise NotRationalError("root")
-        root = Fraction(_integer_root(base.numerator, exponent.denominator), _integer_root(base.denominator, exponent.denominator))
-        return _exact_power(root, Fraction(exponent.numerator))
-    bits = max(base.numerator.bit_length(), base.denominator.bit_length())
-    if abs(exponent) > MAX_EXPONENT or bits * abs(exponent) > MAX_EXACT_BITS:
-        raise TooLargeError("too large")
-    return base**exponent.numerator
-
-
-def _integer_root(value: int, degree: int) -> int:
-    guess = math.isqrt(value) if degree == 2 else round(value ** (1 / degree)) if value.bit_length() < 1000 else -1
-    if guess < 0 or guess**degree != value:
-        raise NotRationalError("root")
-    return guess
-
-
-def _factorial(value: Fraction) -> Fraction:
-    if value.denominator != 1 or not 0 <= value <= 400:
-        raise UndefinedError("factorial")
-    return Fraction(math.factorial(value.numerator))
-
-
-def _binomial(n: Fraction, k: Fraction) -> Fraction:
-    if n.denominator != 1 or k.denominator != 1 or not 0 <= k <= n <= 2000:
-        raise UndefinedError("binomial")
-    return Fraction(math.comb(n.numerator, k.numerator))
-
-
-def _integers(function: Callable[..., int]) -> Callable[..., Fraction]:
-    def apply(*values: Fraction) -> Fraction:
-        if any(value.denominator != 1 for value in values):
-            raise UndefinedError("not an integer")
-        return Fraction(function(*(value.numerator for value in values)))
-
-    return apply
-
-
-_INTEGER_FUNCTIONS: dict[str, Callable[..., Fraction]] = {
-    "!": _factorial, "binom": _binomial, "abs": abs, "floor": lambda v: Fraction(math.floor(v)), "ceil": lambda v: Fraction(math.ceil(v)),
-    "gcd": _integers(math.gcd), "lcm": _integers(math.lcm), "max": max, "min": min,
-}  # fmt: skip
 
 
 # --- prime field ---------------------------------------------------------------------------------------------------------------
@@ -173,7 +60,7 @@ def _modular(node: Node, point: int) -> int:
     if tag == "div":
         return _modular(node[1], point) * _inverse(_modular(node[2], point)) % PRIME
     if tag == "pow":
-        exponent = _exact(node[2])
+        exponent = exact_or_raise(node[2])
         if exponent.denominator != 1 or node[1] == ("sym", "e") and abs(exponent) > MAX_EXPONENT:
             raise NotRationalError("root")
         base = _modular(node[1], point)
@@ -183,8 +70,8 @@ def _modular(node: Node, point: int) -> int:
     if tag == "fn" and node[1] in "fghFGPQ":
         arguments = ",".join(str(_modular(item, point)) for item in node[2])
         return _random_element(f"{node[1]}({arguments})", point)
-    if tag == "fn" and node[1] in _INTEGER_FUNCTIONS:
-        value = _exact(node)
+    if tag == "fn" and node[1] in INTEGER_FUNCTIONS:
+        value = exact_or_raise(node)
         return value.numerator * pow(value.denominator, -1, PRIME) % PRIME
     if tag == "deg":
         return _modular(node[1], point) * _random_element("\\pi", point) * pow(180, -1, PRIME) % PRIME
@@ -219,6 +106,9 @@ class _Doubles:
     def floor(self, value: complex) -> int:
         return math.floor(_real(value) + 1e-9)
 
+    def factorial(self, value: complex) -> complex:
+        return complex(math.gamma(_real(value) + 1))
+
 
 class _Digits:
     """mpmath at CONFIRM_DIGITS digits."""
@@ -237,6 +127,9 @@ class _Digits:
 
     def number(self, value: Fraction) -> Any:
         return self.context.mpf(value.numerator) / value.denominator
+
+    def factorial(self, value: Any) -> Any:
+        return self.context.gamma(_real(value) + 1)
 
     def floor(self, value: Any) -> int:
         return int(self.context.floor(_real(value) + self.context.mpf(10) ** -30))
@@ -320,9 +213,14 @@ def _numeric_function(node: Node, field: Any, of: Callable[[Node], Any], log_bas
     if name in field.functions and len(arguments) == 1:
         return field.functions[name](arguments[0])
     value = exact(node)
-    if value is None:
-        raise UndefinedError(f"unknown function {name}")
-    return field.number(value)
+    if value is not None:
+        return field.number(value)
+    if name == "!":  # of a symbol: the gamma function has the same identities
+        return field.factorial(arguments[0])
+    if name == "binom":
+        n, k = arguments
+        return field.factorial(n) / field.factorial(k) / field.factorial(n - k)
+    raise UndefinedError(f"unknown function {name}")
 
 
 def _points(names: frozenset[str], count: int) -> Iterator[dict[str, Fraction]]:
@@ -355,7 +253,7 @@ def agree(left: Node, right: Node, log_base: int | None = None) -> bool | None:
             return False
     names = symbols(left) | symbols(right)
     agreed = 0
-    has_imaginary = "i" in _walk_symbols(left)
+    has_imaginary = "i" in walk_symbols(left)
     for values in _points(names, 9 if names else 1):
         verdict = _agree_at(left, right, values, log_base, has_imaginary or not names)
         if verdict is False:
@@ -370,7 +268,7 @@ def agree(left: Node, right: Node, log_base: int | None = None) -> bool | None:
 
 def _divides_by_zero(node: Node) -> bool:
     try:
-        _exact(node)
+        exact_or_raise(node)
     except ZeroDivisionError:
         return True
     except (NotRationalError, UndefinedError):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from r1mega.reward.expression.evaluate import agree, approximate, symbols
+from r1mega.reward.expression.evaluate import agree, approximate
+from r1mega.reward.expression.exact import symbols
 from r1mega.reward.expression.parse import EMPTY_SET, INFINITY, REALS, Node
 
 _MINUS_INFINITY: Node = ("neg", INFINITY)

@@ -7,38 +7,21 @@ Nodes (tag first): ("num", Fraction) ("sym", name) ("text", words) ("add", items
 
 from __future__ import annotations
 
-import re
 from fractions import Fraction
 from functools import lru_cache
 
-from r1mega.reward.expression.text import CLOSE_TEXT, OPEN_TEXT
+from r1mega.reward.expression.text import OPEN_TEXT
+from r1mega.reward.expression.tokens import FUNCTIONS, UnreadableError, tokenize
 
 Node = tuple
 MAX_CHARS = 2000
 MAX_DIGITS = 1000
 MAX_DEPTH = 40
+MAX_TOKENS = 800
 INFINITY: Node = ("sym", "\\infty")
 REALS: Node = ("sym", "\\mathbb{R}")
 EMPTY_SET: Node = ("set", ())
 
-
-class UnreadableError(ValueError):
-    """The text is not in the grammar. `over_limit`: it is too large or too deep to be tried elsewhere either."""
-
-    def __init__(self, message: str, over_limit: bool = False) -> None:
-        super().__init__(message)
-        self.over_limit = over_limit
-
-
-_FUNCTIONS = frozenset(
-    "sin cos tan cot sec csc arcsin arccos arctan arccot sinh cosh tanh ln log lg exp gcd lcm max min det deg Re Im arg".split()
-)
-_ASCII_WORDS = {
-    **{name: "\\" + name for name in _FUNCTIONS if name not in ("deg", "Re", "Im", "arg", "det")},
-    "sqrt": "\\sqrt", "pi": "\\pi", "Pi": "\\pi", "inf": "\\infty", "infty": "\\infty", "infinity": "\\infty", "oo": "\\infty",
-    "abs": "\\abs", "theta": "\\theta", "alpha": "\\alpha", "beta": "\\beta", "union": "\\cup", "U": "U", "asin": "\\arcsin",
-    "acos": "\\arccos", "atan": "\\arctan", "degrees": "\\degree", "cbrt": "\\cbrt", "binom": "\\binom",
-}  # fmt: skip
 _RELATIONS = {
     "=": "=", "<": "<", ">": ">", "<=": "<=", ">=": ">=", "!=": "!=", "\\le": "<=", "\\leq": "<=", "\\leqslant": "<=", "\\ge": ">=",
     "\\geq": ">=", "\\geqslant": ">=", "\\lt": "<", "\\gt": ">", "\\ne": "!=", "\\neq": "!=", "\\in": "in", "\\approx": "~",
@@ -49,51 +32,6 @@ _PRODUCT = frozenset(("*", "\\cdot", "\\times", "\\ast"))
 _CLOSERS = frozenset((")", "]", "}", "\\}", "\\rangle", "\\rfloor", "\\rceil", "\\rvert", "&", "\\\\", "\\end", ",", ";", ":", "+", "-",
                       "/", "^", "_", "!", "'", "%", "\\pm", "\\mp", "\\div", "\\mid", "\\degree", "\\circ"))  # fmt: skip
 _ACCENTS = frozenset("\\overline \\bar \\vec \\hat \\widehat \\overrightarrow \\tilde \\dot \\angle \\widetilde".split())
-_TOKEN = re.compile(
-    r"(?P<number>(?:\d{1,3}(?:,\d{3})+(?![\d])(?:\.\d+)?|\d+\.(?=\\(?:overline|dot))|\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d{1,4}(?![A-Za-z\d]))?)"
-    + r"|(?P<command>\\[A-Za-z]+|\\.)|" + OPEN_TEXT + "(?P<text>[^" + CLOSE_TEXT + "]*)" + CLOSE_TEXT
-    + r"|(?P<word>[A-Za-z]+)|(?P<operator><=|>=|=<|!=|==|=>|[-+*/^_()\[\]{}|!',;:=<>%&.])"
-)  # fmt: skip
-_OPERATOR_SPELLING = {"=<": "<=", "==": "="}
-
-
-def tokenize(text: str, join_thousands: bool) -> list[str]:
-    """Tokens as strings: numbers start with a digit or dot, commands with a backslash, text with the text mark."""
-    tokens: list[str] = []
-    position = 0
-    for match in _TOKEN.finditer(text):
-        if text[position : match.start()].strip():
-            raise UnreadableError(f"unexpected {text[position : match.start()].strip()[:20]!r}")
-        position = match.end()
-        kind, value = match.lastgroup, match.group()
-        if kind == "number" and "," in value:
-            outside = tokens.count("(") + tokens.count("[") <= tokens.count(")") + tokens.count("]")
-            if join_thousands and outside:
-                tokens.append(value.replace(",", ""))
-            else:
-                for index, part in enumerate(value.split(",")):
-                    tokens += [",", part] if index else [part]
-        elif kind == "word":
-            tokens += _split_word(value)
-        elif kind == "text":
-            tokens.append(OPEN_TEXT + match["text"].strip())
-        else:
-            tokens.append(_OPERATOR_SPELLING.get(value, value))
-    if text[position:].strip():
-        raise UnreadableError(f"unexpected {text[position:].strip()[:20]!r}")
-    return tokens
-
-
-def _split_word(word: str) -> list[str]:
-    """'sqrt' -> command, 'xy' -> x, y; 'Friday', 'ACF' -> one verbal token."""
-    if word in _ASCII_WORDS:
-        return [_ASCII_WORDS[word]]
-    for suffix in ("pi", "sqrt"):
-        if word.endswith(suffix) and len(word) - len(suffix) == 1:
-            return [word[0], "\\" + suffix]
-    if len(word) >= 4 or (len(word) > 1 and word.isupper()) or (len(word) > 2 and word[0].isupper()):
-        return [OPEN_TEXT + word]
-    return list(word)
 
 
 class _Parser:
@@ -351,7 +289,7 @@ class _Parser:
             return ("div", self.argument(), self.argument())
         if token in ("\\sqrt", "\\cbrt"):
             return self.root(token)
-        if name in _FUNCTIONS or token == "\\abs":
+        if name in FUNCTIONS or token == "\\abs":
             return self.function(name)
         if token == "\\{":
             return self.braces()
@@ -425,11 +363,13 @@ class _Parser:
             return (self.group(),)
         negative = self.peek() == "-" and self.take() == "-"
         node = self.factor()
-        while self.starts_factor(self.peek()) and self.peek()[1:] not in _FUNCTIONS and self.peek() not in _PRODUCT:
+        while self.starts_factor(self.peek()) and self.peek()[1:] not in FUNCTIONS and self.peek() not in _PRODUCT:
             node = self.juxtaposed(node)
         return (("neg", node) if negative else node,)
 
     def braces(self) -> Node:
+        if self.peek().isalpha() and self.tokens[self.at + 1 : self.at + 2] == [":"]:
+            self.tokens[self.at + 1] = "|"
         bars, self.bars = self.bars, 1  # a bar after an item begins a condition
         items = self.statement()
         self.bars = bars
@@ -452,11 +392,16 @@ class _Parser:
             elif self.peek() == "\\\\":
                 self.at += 1
                 rows.append([])
+            elif self.peek() in (",", ";"):
+                self.at += 1
             else:
                 rows[-1].append(self.relation())
         self.at += 1
         self._after_group()
         rows = [row for row in rows if row]
+        cells = [cell for row in rows for cell in row]
+        if cells and name in ("cases", "array", "aligned", "gathered") and all(cell[0] == "rel" for cell in cells):
+            return ("list", tuple(cells))  # a system of equations
         if name not in ("pmatrix", "bmatrix", "matrix", "array", "smallmatrix", "Bmatrix"):
             raise UnreadableError(f"unknown environment {name}")
         if not rows or len({len(row) for row in rows}) != 1:
@@ -495,6 +440,8 @@ def parse(text: str, join_thousands: bool = True) -> Node:
     if len(text) > MAX_CHARS:
         raise UnreadableError(f"longer than {MAX_CHARS} characters", over_limit=True)
     tokens = tokenize(text, join_thousands)
+    if len(tokens) > MAX_TOKENS:
+        raise UnreadableError(f"more than {MAX_TOKENS} tokens", over_limit=True)
     readings = []
     for sign in (1, -1):
         parser = _Parser(list(tokens), sign)

@@ -32,6 +32,10 @@ _DROPPED = re.compile(
     r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits|nolimits|bf|it|phantom|triangle|bigtriangleup)(?![A-Za-z])\.?"
 )
 _SPACES = re.compile(r"(?<!\\)\\(?:quad|qquad|enspace|thinspace|hspace\{[^}]*\}|[,:;> ])|~")
+_FOR_INTEGERS = re.compile(
+    r"(?<![\s,;(])[\s,;(]++(?:for\s+|where\s+)?(?:" + OPEN_TEXT + "[^" + CLOSE_TEXT + "]*" + CLOSE_TEXT + r"\s*)?[kmn]\s*\\in\s*"
+    r"(?:\\mathbb\s*\{?[ZN]\}?|\\mathbf\s*\{?[ZN]\}?|[ZN])(?:[_^]\{?[+*]\}?)*\s*\)?\s*$"
+)
 _THOUSANDS_MARK = re.compile(r"(?<=\d)\s*(?:\{,\}\s*|,\s*\\!\s*|\\!\s*,\s*)(?:\\!\s*)?(?=\d)")
 _FRACTIONS = re.compile(r"\\[dtc]frac(?![A-Za-z])")
 _AND_BOX = re.compile(OPEN_TEXT + r"\s*,?\s*(?:and|or|and/or)\s*,?\s*" + CLOSE_TEXT)
@@ -71,7 +75,7 @@ def clean(text: str) -> str:
         text = _SPACES.sub(" ", _DROPPED.sub("", _FRACTIONS.sub(r"\\frac", _FONT.sub("", text.replace("\\!", "")))))
         text = text.replace(r"\(", " ").replace(r"\)", " ").replace(r"\[", " ")
         text = re.sub(r"(?<!\\)\\\]", " ", text)
-        text = _AND_BOX.sub(";", text)
+        text = _FOR_INTEGERS.sub("", _AND_BOX.sub(";", text))
     elif "{,}" in text:
         text = _THOUSANDS_MARK.sub("", text)
     text = _AND_WORD.sub(";", text) if re.search(r"and|or|[或和与及]", text) else text
@@ -107,7 +111,7 @@ HEDGES = frozenset(
     "a.m p.m a.m. p.m. am pm".split()
 )
 _BODY_TAIL = re.compile(r"^(?P<body>.*?(?:[\d)\]}!%]|\\pi|[A-Za-z](?=\s*" + OPEN_TEXT + r")))(?P<tail>\s*(?:" + OPEN_TEXT + "[^" + CLOSE_TEXT
-                        + r"]*" + CLOSE_TEXT + r"|[^\W\d_][A-Za-z./]*|[\u4e00-\u9fff]+|\s|/)+)(?:\^\{?(?P<power>-?[1-9])\}?)?\s*$")
+                        + r"]*" + CLOSE_TEXT + r"|[^\W\d_][A-Za-z./]*|[\u4e00-\u9fff]+|\s|/)++)(?:\^\{?(?P<power>-?[1-9])\}?)?\s*$")
 _WORD = re.compile(r"[A-Za-z][A-Za-z.]*|[\u4e00-\u9fff]+")
 _NUMERIC_BODY = re.compile(r"^[\s\d.,+\-*/{}()^]*(?:\\(?:frac|sqrt|pi|cdot|times|approx)[\s\d.,+\-*/{}()^]*)*$")
 
@@ -177,7 +181,7 @@ def _plausible_unit(body: str, tail: str, words: list[str], names: list[str | No
 
 # --- prose ---------------------------------------------------------------------------------------------------------------------
 _LEAD = re.compile(
-    r"^\W*(?:(?:so|thus|therefore|hence|then)\b,?\s*)?(?:the\s+|my\s+|our\s+)?(?:(?:final|correct|right|required|total)\s+)?"
+    r"^\s*=\s*|^\W*(?:(?:so|thus|therefore|hence|then)\b,?\s*)?(?:the\s+|my\s+|our\s+)?(?:(?:final|correct|right|required|total)\s+)?"
     r"(?:answer|result|value|solution|choice|option|ans)s?\b\s*(?:is|are|:|=|be)+\s*:?\s*|^(?:最终)?答案\s*(?:是|为|:|：|=)+\s*|^\s*答\s*[:：]\s*",
     re.IGNORECASE,
 )

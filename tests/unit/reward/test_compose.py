@@ -26,9 +26,22 @@ def response(num_tokens: int = 10, tokens: tuple[int, ...] | None = None) -> Res
     return Response(tokens, (0.0,) * len(tokens), "stop")
 
 
+SHARED: list[RewardScorer] = []
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shared_scorer():
+    """One worker for the whole file: it imports the libraries once. The limits are generous, for busy machines."""
+    config = RewardConfig(accuracy=AccuracyReward(timeout_seconds=60.0))
+    with RewardScorer(config, max_response_tokens=100) as scorer:
+        SHARED.append(scorer)
+        yield
+        SHARED.clear()
+
+
 def score(text: str, config: RewardConfig | None = None, prompt_: Prompt | None = None, num_tokens: int = 10):
-    with RewardScorer(config or RewardConfig(), max_response_tokens=100) as scorer:
-        return scorer.result(scorer.submit(prompt_ or prompt(), response(num_tokens), text))
+    scorer = RewardScorer(config, max_response_tokens=100) if config else SHARED[0]
+    return scorer.result(scorer.submit(prompt_ or prompt(), response(num_tokens), text))
 
 
 def test_value_is_the_weighted_sum_of_the_parts():
@@ -74,9 +87,12 @@ def test_results_come_in_the_order_of_the_tickets_while_a_worker_is_busy():
 def test_plain_answers_cost_a_few_milliseconds_a_step():
     with RewardScorer(RewardConfig(), max_response_tokens=100) as scorer:
         texts = [f"<think>so it is {n}</think><answer>{n}</answer>" for n in range(256)]
-        start = time.process_time()
-        rewards = [scorer.result(scorer.submit(prompt(), response(), text)) for text in texts]
-        assert time.process_time() - start < 0.1
+        seconds = []
+        for _ in range(5):
+            start = time.process_time()
+            rewards = [scorer.result(scorer.submit(prompt(), response(), text)) for text in texts]
+            seconds.append(time.process_time() - start)
+        assert min(seconds) < 0.05
         assert sum(reward.parts["accuracy"] for reward in rewards) == 1.0
         assert scorer.metrics().submitted == 0
 

@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 from r1mega.errors import DataError
 from r1mega.reward import math as rewards
 from r1mega.reward.extract import final_answer, last_boxed
+from r1mega.reward.format import check_format
+from r1mega.reward.language import language_share, mixes_languages
 
 TESTS = Path(__file__).parents[2]
 SHARED = Path(os.environ.get("R1MEGA_SHARED_DATA", TESTS.parents[1] / "shared" / "data"))
@@ -55,7 +57,7 @@ rationals = st.fractions(max_denominator=999).filter(lambda f: abs(f) < 10**6)
 
 
 @given(rationals, rationals)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_fractions_agree_with_exact_arithmetic(a, b):
     written = f"\\frac{{{b.numerator}}}{{{b.denominator}}}"
     assert decide(str(a), written) is (a == b)
@@ -63,7 +65,7 @@ def test_fractions_agree_with_exact_arithmetic(a, b):
 
 
 @given(st.integers(-(10**12), 10**12), st.integers(-5, 5))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_integers_are_compared_exactly(number, difference):
     assert decide(str(number), f"{number + difference:,}") is (difference == 0)
     assert decide(f"{number}.0", f"{number + difference}") is (difference == 0)
@@ -83,7 +85,7 @@ def test_order_counts_in_tuples_only(values, rng):
 
 
 @given(st.lists(st.integers(-9, 9), min_size=3, max_size=5), st.lists(st.integers(-9, 9), min_size=3, max_size=5))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_polynomials_against_their_coefficients(a, b):
     def written(coefficients, reverse):
         terms = [f"{c} x^{{{power}}}" for power, c in enumerate(coefficients)]
@@ -96,13 +98,13 @@ def test_polynomials_against_their_coefficients(a, b):
 
 
 @given(st.text(max_size=60))
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_any_text_is_decided_and_never_taken_for_a_gold(text):
     assert decide("8675309", text) in (False, None) or "8675309" in text
 
 
 @given(st.text(alphabet="0123456789+-*/^(){}[]\\frac sqrtx,.=<>|%!_$&", max_size=80))
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=250, deadline=None)
 def test_any_formula_is_decided_in_time(text):
     start = time.process_time()
     decide("\\frac{1}{2} + x", text)
@@ -118,6 +120,21 @@ def test_hostile_answers_end_at_once_and_score_nothing(text):
     start = time.process_time()
     assert not decide("5", text)
     assert time.process_time() - start < 1.0
+
+
+@pytest.mark.parametrize(
+    "unit", ["a", "\\boxed{", "\\[", "<think", "<answer>", "</answer>", "< ", "$", "`", "(", "1", "1,", "a ", "x_", "f(", "\u662f", "!", "'", "1a", "\\begin{a}"]
+)
+def test_degenerate_responses_cost_linear_time(unit):
+    """A policy that collapses repeats itself for 150,000 characters; nothing that scores it may be quadratic."""
+    text = "<think>" + unit * (150_000 // len(unit))
+    start = time.process_time()
+    rewards.answer_of(text)
+    check_format(text, "graded")
+    mixes_languages(text)
+    language_share(text, "en")
+    rewards.decide(("\\frac{1}{2}",), "1" + (unit * 2000)[:1900] + "!")
+    assert time.process_time() - start < 6.0
 
 
 def test_several_golds():

@@ -65,7 +65,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("weights/*", "mixed", "figures about the transfer of weights to the generator and its proof"),
     Metric("train/loss", "nats/token", "cross-entropy of the training tokens (base and SFT stages)"),
     Metric("train/*", "mixed", "further figures about supervised training"),
-    Metric("probe/skills", "fraction", "results of single steps that the model gives more than half of the probability"),
+    Metric("probe/skills", "fraction", "tokens of clean reasoning that get more than half of the probability"),
     Metric("probe/*", "fraction", "teacher-forced accuracy of the probe of this name"),
     Metric("eval/accuracy", "fraction", "pass@1 on the evaluation prompts, mean over samples"),
     Metric("eval/accuracy_low", "fraction", "lower end of its 95% interval (clustered by prompt)"),

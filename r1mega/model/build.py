@@ -41,11 +41,15 @@ def build_model(
 
 
 def packed_seq_params(cu_seqlens: torch.Tensor) -> Any:
-    """Megatron's description of packed sequences, from their bounds [sequences + 1] int32 (0 first, t last)."""
+    """Megatron's description of packed sequences, from their bounds [sequences + 1] int32 (0 first, t last).
+
+    Under context parallelism the bounds are those of the whole sequences; each rank holds `zigzag_rows` of them.
+    """
     platform.prepare()
     from r1mega.model.attention import PackedSequences
 
     longest = int(cu_seqlens.diff().max())
+    cu_seqlens = cu_seqlens.to(platform.current().device)
     return PackedSequences(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,
@@ -178,7 +182,7 @@ def _platform_arguments(fp8: str) -> dict[str, Any]:
         "off": {},
         "tensorwise": {"fp8": "hybrid", "fp8_recipe": "tensorwise"},
         # DeepSeek-V3 section 3.3: e4m3 everywhere, scales per 1x128 activation tile and 128x128 weight block
-        "blockwise": {"fp8": "e4m3", "fp8_recipe": "blockwise", "moe_router_padding_for_fp8": True},
+        "blockwise": {"fp8": "e4m3", "fp8_recipe": "blockwise", "moe_router_padding_for_quantization": True},
     }
     return arguments | recipes[fp8]
 

@@ -1,4 +1,4 @@
-"""DeepSeek-V3 (and R1, Moonlight): HF config -> Megatron's MLATransformerConfig.
+"""DeepSeek-V3 (and R1, Moonlight), DeepSeek-V2-Lite: HF config -> Megatron's MLATransformerConfig.
 
 Source: DeepSeek-V3 technical report, sections 2.1 (latent attention, mixture of experts) and 2.2 (MTP).
 Deviations, both Megatron's: the sequence auxiliary loss takes a packed row for one sequence; the norms of the latent
@@ -13,7 +13,7 @@ from typing import Any
 from r1mega.errors import ConfigError
 from r1mega.model.hf_config import refuse, require, rope
 
-MODEL_TYPES = ("deepseek_v3",)
+MODEL_TYPES = ("deepseek_v3", "deepseek_v2")
 
 
 def megatron_arguments(hf: Mapping[str, Any], model: Any) -> dict[str, Any]:
@@ -22,16 +22,8 @@ def megatron_arguments(hf: Mapping[str, Any], model: Any) -> dict[str, Any]:
     hf: config.json; model: ModelConfig (expert_bias_update_rate, sequence_aux_loss_coefficient, mtp_loss_coefficient).
     Raises ConfigError for missing keys and for what this implementation does not cover.
     """
-    refuse(
-        hf,
-        scoring_func="sigmoid",
-        topk_method="noaux_tc",
-        norm_topk_prob=True,
-        attention_bias=False,
-        moe_layer_freq=1,
-        hidden_act="silu",
-        rope_interleave=True,
-    )
+    refuse(hf, attention_bias=False, moe_layer_freq=1, hidden_act="silu", rope_interleave=True)
+    router = _v2_router(hf) if hf["model_type"] == "deepseek_v2" else _v3_router(hf)
     layers, experts, intermediate, dense = require(
         hf, "num_hidden_layers", "n_routed_experts", "moe_intermediate_size", "first_k_dense_replace"
     )
@@ -42,7 +34,10 @@ def megatron_arguments(hf: Mapping[str, Any], model: Any) -> dict[str, Any]:
         "moe_ffn_hidden_size": intermediate,
         "moe_layer_freq": [0] * dense + [1] * (layers - dense),
         "moe_shared_expert_intermediate_size": intermediate * (hf.get("n_shared_experts") or 0) or None,
-        **_router(hf),
+        "moe_router_pre_softmax": True,
+        "moe_router_dtype": "fp32",
+        "moe_router_topk_scaling_factor": hf.get("routed_scaling_factor", 1.0),
+        **router,
         "moe_router_bias_update_rate": model.expert_bias_update_rate,
         "moe_router_load_balancing_type": "seq_aux_loss",
         "moe_aux_loss_coeff": model.sequence_aux_loss_coefficient,
@@ -81,8 +76,16 @@ def _attention(hf: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _router(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """Sigmoid scores, node-limited routing over groups, selection by score + bias, float32 throughout."""
+def _v2_router(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """Softmax scores, the best k of all (V2-Lite). V2's own limit to the best groups is not covered."""
+    refuse(hf, scoring_func="softmax", topk_method="greedy", norm_topk_prob=False)
+    (top_k,) = require(hf, "num_experts_per_tok")
+    return {"moe_router_topk": top_k, "moe_router_score_function": "softmax"}
+
+
+def _v3_router(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """Sigmoid scores, normalised over the chosen; choice by score + bias, in the best groups; float32 throughout."""
+    refuse(hf, scoring_func="sigmoid", topk_method="noaux_tc", norm_topk_prob=True)
     experts, top_k = require(hf, "n_routed_experts", "num_experts_per_tok")
     groups, group_top_k = hf.get("n_group") or 1, hf.get("topk_group") or 1
     limited = groups > 1
@@ -93,12 +96,9 @@ def _router(hf: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "moe_router_topk": top_k,
         "moe_router_score_function": "sigmoid",
-        "moe_router_pre_softmax": True,
         "moe_router_enable_expert_bias": True,
-        "moe_router_dtype": "fp32",
         "moe_router_num_groups": groups if limited else None,
         "moe_router_group_topk": group_top_k if limited else None,
-        "moe_router_topk_scaling_factor": hf.get("routed_scaling_factor", 1.0),
     }
 
 

@@ -25,6 +25,21 @@ def sleep() -> None:
     time.sleep(60)
 
 
+INITIAL_LAYOUTS = {"ep": Layout(ep=2), "tp": Layout(tp=2, ep=2)}
+
+
+def initial_weights(layout: Layout) -> dict[str, float]:
+    """Name -> checksum of every parameter of a model drawn from seed 1."""
+    from megatron.core import parallel_state
+
+    from r1mega.model.build import build_model
+
+    groups.init_parallel(layout, seed=0)
+    (model,) = build_model(DEEPSEEK, layout, ModelSettings(), seed=1, init_std=0.02)
+    parallel_state.destroy_model_parallel()
+    return {n: float(p.detach().double().abs().sum()) for n, p in model.named_parameters()}
+
+
 def two_ranks_agree() -> dict[str, object]:
     """A stop asked of rank 1 only; weights that misfit on a layer of stage 1 only; a layout that does not divide."""
     groups.init_distributed()
@@ -38,6 +53,7 @@ def two_ranks_agree() -> dict[str, object]:
         groups.init_parallel(Layout(tp=3), seed=0)
     except ConfigError as error:
         found["layout"] = str(error)
+    found |= {f"init {name}": initial_weights(layout) for name, layout in INITIAL_LAYOUTS.items()}
     groups.init_parallel(Layout(pp=2), seed=0)
     from r1mega.checkpoint.names import load_hf
     from r1mega.model.build import build_model
@@ -68,4 +84,12 @@ def test_ranks_agree():
     assert [r["before"] for r in results] == [False, False]
     assert [r["after"] for r in results] == [(False, True), (True, True)]
     assert all("2 processes cannot be divided by tp * pp * cp = 3" in r["layout"] for r in results)
+    for layout in INITIAL_LAYOUTS:
+        one, two = (r[f"init {layout}"] for r in results)
+        differing = {name.split(".")[-2] for name in one if one[name] != two[name]}
+        cut = {"word_embeddings", "output_layer", "linear_proj", "linear_q_up_proj", "linear_kv_up_proj"}
+        # experts of different ranks start different, slices of one tensor too; what ranks share starts equal
+        assert differing == {"linear_fc1", "linear_fc2"} | (cut if layout == "tp" else set())
+        alike = [name for name in one if ".shared_experts." in name or ".layers.0.mlp." in name]
+        assert all((one[name] == two[name]) == (layout == "ep") for name in alike)
     assert all("model.layers.3.self_attn.o_proj.weight is [2, 96]" in r["misfit"] for r in results)

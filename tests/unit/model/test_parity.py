@@ -18,10 +18,20 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+V2_LITE = {k: v for k, v in DEEPSEEK.items() if k not in ("n_group", "topk_group")} | {
+    "model_type": "deepseek_v2",
+    "q_lora_rank": None,
+    "scoring_func": "softmax",
+    "topk_method": "greedy",
+    "norm_topk_prob": False,
+    "routed_scaling_factor": 1.5,
+    "rope_parameters": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707},
+}
 CASES = {
     "deepseek": DEEPSEEK,
     "deepseek_yarn": DEEPSEEK | {"rope_parameters": YARN},
     "deepseek_no_q_lora": DEEPSEEK | {"q_lora_rank": None, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 4},
+    "deepseek_v2_lite": V2_LITE,
     "llama": DENSE | {"model_type": "llama"},
     "llama3_rope": DENSE | {"model_type": "llama", "rope_parameters": LLAMA3},
     "qwen2": DENSE | {"model_type": "qwen2"},

@@ -102,7 +102,7 @@ def test_published_spelling_of_yarn_is_read():
     }  # fmt: skip
     megatron = megatron_config(config, Layout(), ModelSettings())
     assert (megatron.rope_type, megatron.rotary_base, megatron.rotary_scaling_factor) == ("yarn", 50000, 40)
-    assert family_of(config).MODEL_TYPES == ("deepseek_v3",)
+    assert "deepseek_v3" in family_of(config).MODEL_TYPES
 
 
 def test_one_process_gets_groups_of_its_own_and_gives_them_back(monkeypatch):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from r1mega.sandbox.cgroup import Group, GroupPool, find_hierarchy
 from r1mega.sandbox.policy import INSTALL, Limits, Policy, Toolchain, command_line, find_toolchain
+from r1mega.sandbox.process_tree import cpu_pressure_seconds, resident_bytes, scheduling
 from r1mega.sandbox.seccomp import assemble
 from r1mega.sandbox.verdict import Completed, SandboxFailure, SandboxUnavailable, Verdict
 
@@ -35,6 +36,7 @@ class Child:
         self.stopped: Verdict | None = None
         self.finished = False
         self._closed = False
+        self._pressure = 0.0
         self.exit_code = -1
         self.peak_bytes: int | None = None
         self._process, self._status_fd, self._group, self._kills = process, status_fd, group, kills
@@ -74,20 +76,34 @@ class Child:
         data = os.read(self._status_fd, _CHUNK_BYTES)
         self._status += data
         if self.wall_start is None and b"child-pid" in self._status and b"\n" in self._status:
-            self.wall_start = time.monotonic()
+            self.wall_start, self._pressure = time.monotonic(), cpu_pressure_seconds()
             pid = json.loads(self._status.split(b"\n", 1)[0])["child-pid"]
             with contextlib.suppress(ProcessLookupError):
                 self._init_pidfd = os.pidfd_open(pid)
 
     def over_time(self) -> bool:
-        return self.wall_start is not None and time.monotonic() - self.wall_start > self.limits.wall_seconds
+        if self.wall_start is None:
+            return False
+        elapsed, allowed = time.monotonic() - self.wall_start, self.limits.wall_seconds
+        return elapsed > allowed and elapsed - self.starved_seconds(allowed, self._pressure) > allowed
+
+    def starved_seconds(self, allowed_seconds: float, pressure_before: float) -> float:
+        """Time in which the host may have given it no CPU: an overloaded host must not turn a right answer into a time-out.
+
+        0 for one whose processes together had the CPU for as long as allowed; at most 4 times that. On a host whose CPUs are
+        all taken a sleeping program is given the benefit of the doubt. pressure_before: cpu_pressure_seconds at its start.
+        """
+        cpu_seconds, waited_seconds = scheduling(self._process.pid)
+        if cpu_seconds >= allowed_seconds:
+            return 0.0
+        return min(max(waited_seconds, cpu_pressure_seconds() - pressure_before), 4 * allowed_seconds)
 
     def stuck_starting(self) -> bool:
         return self.wall_start is None and time.monotonic() - self.spawned > _START_SECONDS
 
     def over_memory(self) -> bool:
         """Whether the tree outgrew its limit; only asked where no cgroup enforces it."""
-        return self._group is None and _resident_bytes(self._process.pid) > self.limits.memory_bytes
+        return self._group is None and resident_bytes(self._process.pid) > self.limits.memory_bytes
 
     def stop(self, verdict: Verdict) -> None:
         """Kill everything inside, once, and remember why."""
@@ -311,19 +327,3 @@ def _memory_file(contents: bytes) -> int:
     os.lseek(descriptor, 0, os.SEEK_SET)
     return descriptor
 
-
-def _resident_bytes(pid: int) -> int:
-    """Private memory of a process and all below it, plus the largest share of shared memory among them."""
-    private, shared, pending = 0, 0, [pid]
-    while pending:
-        current = pending.pop()
-        try:
-            status = Path(f"/proc/{current}/status").read_text(encoding="utf-8", errors="replace")
-            for task in os.listdir(f"/proc/{current}/task"):
-                pending += map(int, Path(f"/proc/{current}/task/{task}/children").read_text(encoding="ascii").split())
-        except OSError:  # ended meanwhile
-            continue
-        sizes = dict(line.split(":", 1) for line in status.splitlines() if line.startswith(("RssAnon", "RssShmem")))
-        private += int(sizes.get("RssAnon", "0 kB").split()[0]) * 1024
-        shared = max(shared, int(sizes.get("RssShmem", "0 kB").split()[0]) * 1024)
-    return private + shared

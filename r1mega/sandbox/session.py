@@ -19,6 +19,7 @@ from typing import Any
 
 from r1mega.sandbox.launcher import Child, Launcher, enforce, exchange
 from r1mega.sandbox.policy import Limits
+from r1mega.sandbox.process_tree import cpu_pressure_seconds
 from r1mega.sandbox.verdict import Completed, SandboxFailure, Verdict
 
 _INSIDE = Path(__file__).parent / "inside"
@@ -96,7 +97,7 @@ class _Session:
     def __init__(self, answer: Child, grader: Child, state: _State, limits: Limits, clock_per_call: bool) -> None:
         self.answer, self.grader, self.state = answer, grader, state
         self.limits, self.clock_per_call = limits, clock_per_call
-        self.turn_started = time.monotonic()
+        self.turn_started, self.pressure = time.monotonic(), cpu_pressure_seconds()
         self.budget = {"start": _START_SECONDS, "answer": limits.wall_seconds}
         self.budget["grader"] = _START_SECONDS + limits.wall_seconds
 
@@ -126,7 +127,10 @@ class _Session:
             enforce(child)
         if self.answer.stopped is not None and self.state.ended is None:
             self._end(self.answer.stopped, self.answer.stopped.value.replace("_", " "))
-        if now - self.turn_started < self.budget["answer" if self.state.turn == "loading" else self.state.turn]:
+        budget, spent = self.budget["answer" if self.state.turn == "loading" else self.state.turn], now - self.turn_started
+        if spent < budget:
+            return
+        if self.state.turn in ("loading", "answer") and spent - self.answer.starved_seconds(budget, self.pressure) < budget:
             return
         if self.state.turn == "start":
             raise SandboxFailure(f"the answer's interpreter did not come up within {_START_SECONDS:.0f} s")
@@ -141,7 +145,7 @@ class _Session:
     def _give_turn(self, turn: str) -> None:
         """Stop the clock of whose turn it was, start that of the next."""
         now, state = time.monotonic(), self.state
-        spent, self.turn_started = now - self.turn_started, now
+        spent, self.turn_started, self.pressure = now - self.turn_started, now, cpu_pressure_seconds()
         if state.turn == "answer":
             state.call_seconds.append(spent)
         owner = "answer" if state.turn == "loading" else state.turn

@@ -31,7 +31,7 @@ def launcher() -> Launcher:
 
 @pytest.fixture(scope="session")
 def code_reward(launcher) -> CodeReward:
-    limits = Limits(wall_seconds=1.5, cpu_seconds=3, memory_bytes=128 << 20)
+    limits = Limits(wall_seconds=60.0, memory_bytes=128 << 20)
     return CodeReward(LocalBackend(launcher, probe=False), limits)
 
 

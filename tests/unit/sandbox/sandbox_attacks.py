@@ -42,7 +42,7 @@ return 'SYSTEM CALL ALLOWED'
 
 
 BOMBS = [
-    in_solve("fork bomb", "while True:\n    try: os.fork()\n    except OSError: pass", Verdict.TIME_LIMIT, Verdict.TAMPERING),
+    in_solve("fork bomb", "while True:\n    try: os.fork()\n    except OSError: pass", Verdict.TIME_LIMIT),
     in_solve("exec bomb", "import subprocess\nwhile True:\n    try: subprocess.Popen(['/bin/sh', '-c', 'sleep 9'])\n"
              "    except OSError: pass", Verdict.TIME_LIMIT),
     in_solve("thread bomb", "import threading\nwhile True:\n    threading.Thread(target=time.sleep, args=(60,)).start()", *EXHAUSTED),

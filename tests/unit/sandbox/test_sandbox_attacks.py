@@ -11,9 +11,10 @@ import threading
 import time
 
 import pytest
-from sandbox_attacks import ATTACKS, BOMBS, SYSTEM, Attack
+from tests.unit.sandbox.sandbox_attacks import ATTACKS, BOMBS, SYSTEM, Attack
 
 from r1mega.reward.code_problem import AssertBlock, Problem
+from r1mega.sandbox import Verdict
 from r1mega.types import RewardStatus
 
 REPEATS = int(os.environ.get("R1MEGA_SANDBOX_REPEATS", "1"))
@@ -30,7 +31,7 @@ def total(numbers):
     assert subprocess.run(["/bin/sh", "-c", "exit 7"]).returncode == 7
     return sum(results)
 '''
-NEIGHBOUR_PROBLEM = Problem(assertions=AssertBlock("", "assert total([1, 2, 3, 4]) == 10"), entry="total")
+NEIGHBOUR_PROBLEM = Problem(assertions=AssertBlock("", "assert total([1, 2, 3, 4]) == 10"), entry="total", time_limit=60.0)
 
 
 def planted(attack: Attack, host) -> str:
@@ -52,7 +53,10 @@ def test_attack_scores_zero_beside_a_neighbour(attack, repeat, host, launcher, c
     def run(name, source, problem):
         scored[name] = code_reward.score(source, problem)
 
-    attacker = threading.Thread(target=run, args=("attacker", planted(attack, host), Problem(assertions=AssertBlock("", tests))))
+    # Only an attack on time needs to run into the limit; the others must not do so on a busy machine.
+    seconds = 1.0 if Verdict.TIME_LIMIT in attack.verdicts else 60.0
+    problem = Problem(assertions=AssertBlock("", tests), time_limit=seconds)
+    attacker = threading.Thread(target=run, args=("attacker", planted(attack, host), problem))
     attacker.start()
     if attack in BOMBS:
         time.sleep(0.2)  # let it go off

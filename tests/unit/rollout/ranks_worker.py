@@ -35,9 +35,9 @@ def run(directory: Path, tp: int, requests) -> list:
 def main(directory: Path) -> None:
     groups.init_distributed()
     torch.set_num_threads(1)
-    rank, requests = dist.get_rank(), [*sampled_requests(4), *greedy_requests(2)]
+    rank, requests = dist.get_rank(), [*sampled_requests(3, max_tokens=8), *greedy_requests(1, max_tokens=8)]
     mine = run(directory, 1, requests[rank::2])  # each data-parallel rank has its own requests
-    together = run(directory, 2, requests)  # tensor-parallel ranks are given the same ones
+    together = run(directory, 2, requests[2:])  # tensor-parallel ranks are given the same ones
     gathered = [None, None]
     dist.all_gather_object(gathered, {"dp": mine, "tp": together})  # the trainer's groups still work
     if rank == 0:

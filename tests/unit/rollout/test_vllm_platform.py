@@ -1,0 +1,67 @@
+"""The environment and the patches that vLLM gets on a CPU."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+import torch._dynamo
+
+from r1mega.errors import PlatformError
+from r1mega.platform import groups, vllm_cpu
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("VLLM_ENABLE_V1_MULTIPROCESSING", "1"),
+    ("VLLM_CPU_OMP_THREADS_BIND", "0-1"),
+    ("VLLM_CPU_KVCACHE_SPACE", "4"),
+])
+def test_an_environment_that_cannot_work_is_refused(monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(PlatformError, match=name):
+        vllm_cpu.prepare_environment()
+
+
+def test_values_of_the_user_are_kept(monkeypatch):
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "INFO")
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
+    vllm_cpu.prepare_environment()
+    assert os.environ["VLLM_LOGGING_LEVEL"] == "INFO" and os.environ["TORCHDYNAMO_DISABLE"] == "1"
+    assert torch._dynamo.config.disable
+
+
+@pytest.fixture
+def rotary():
+    """vLLM's rotary embedding of 64 dimensions as MLA uses it (interleaved pairs), patched."""
+    vllm_cpu.prepare_environment()
+    groups.init_distributed()
+    vllm_cpu.apply_patches()
+    vllm_cpu.apply_patches()
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+
+    with set_current_vllm_config(VllmConfig()):
+        yield RotaryEmbedding(64, 64, 128, 10000.0, False, torch.float32)
+    groups.destroy()
+
+
+def rotated(vectors: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """[tokens, heads, 64] float64, each pair (2i, 2i + 1) turned by position / 10000^(2i / 64)."""
+    angles = positions[:, None].double() / 10000.0 ** (torch.arange(0, 64, 2).double() / 64)
+    turn = torch.polar(torch.ones_like(angles), angles)[:, None]
+    pairs = torch.view_as_complex(vectors.double().unflatten(-1, (32, 2)).contiguous())
+    return torch.view_as_real(pairs * turn).flatten(-2)
+
+
+def test_rotary_embedding_of_strided_heads(rotary):
+    """A view of the last 64 of 96 dimensions, [tokens, heads, 64]: what the unpatched kernel rotates wrongly."""
+    positions = torch.tensor([0, 5, 17, 3])
+    whole, shared = torch.randn(4, 3, 96), torch.randn(4, 1, 64)
+    query, key = rotary.forward_cpu(positions, whole[..., 32:], shared.clone())
+    assert torch.allclose(query.double(), rotated(whole[..., 32:], positions), atol=1e-5)
+    assert torch.allclose(key.double(), rotated(shared, positions), atol=1e-5)
+    unpatched = type(rotary).forward_cpu.__closure__
+    (original,) = [cell.cell_contents for cell in unpatched if callable(cell.cell_contents)]
+    query, _ = original(rotary, positions, whole[..., 32:].clone(memory_format=torch.preserve_format), shared.clone())
+    assert not torch.allclose(query.double(), rotated(whole[..., 32:], positions), atol=1e-2), "drop the patch"

@@ -319,8 +319,8 @@ def test_the_graders_time_is_not_the_answers(launcher):
 
 def test_time_of_all_calls_counts_together(launcher):
     source = "import time\ndef f():\n    time.sleep(0.4)\n    return 1"
-    graded = asserts(launcher, source, "for _ in range(9):\n    assert f() == 1", wall_seconds=1.0)
-    assert graded.ended[0] is Verdict.TIME_LIMIT and graded.outcome["num_passed"] == 2
+    graded = asserts(launcher, source, "for _ in range(99):\n    assert f() == 1", wall_seconds=1.0)
+    assert graded.ended[0] is Verdict.TIME_LIMIT and 2 <= graded.outcome["num_passed"] <= 12  # 12: a busy host gives up to 5 times
 
 
 def test_tests_that_never_ask_are_not_the_answers_fault(launcher):

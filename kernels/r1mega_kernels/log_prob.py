@@ -122,9 +122,9 @@ def gathered_stats(stats: torch.Tensor, group_name: str) -> torch.Tensor:
     if not group_name:
         return stats[None]
     group = dist.distributed_c10d._resolve_process_group(group_name)
-    shards = stats.new_empty(dist.get_world_size(group) * stats.shape[0], 4)
-    dist.all_gather_into_tensor(shards, stats, group=group)
-    return shards.view(-1, *stats.shape)
+    shards = stats.new_empty(dist.get_world_size(group), *stats.shape)
+    dist.all_gather_into_tensor(shards.view(-1, 4), stats, group=group)
+    return shards
 
 
 LIBRARY.define(

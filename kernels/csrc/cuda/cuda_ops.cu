@@ -1,0 +1,130 @@
+// The operators on a GPU: arguments were checked by the Python side, launches go to torch's current stream.
+#include "group_advantage.cuh"
+#include "log_prob.cuh"
+#include "r1mega_kernels/torch_abi.h"
+#include "token_loss.cuh"
+
+namespace r1mega {
+namespace {
+
+using abi::scalar;
+using abi::Tensor;
+
+class OnDevice {  // makes a tensor's device current while it lives
+  public:
+    explicit OnDevice(const Tensor& tensor) : device_(tensor.device_index()) {
+        check(cudaGetDevice(&before_), "cudaGetDevice");
+        if (before_ != device_) check(cudaSetDevice(device_), "cudaSetDevice");
+        void* stream = nullptr;
+        if (!aoti_torch_get_current_cuda_stream) throw std::runtime_error("r1mega_kernels: this torch has no CUDA");
+        abi::check(aoti_torch_get_current_cuda_stream(device_, &stream), "get_current_cuda_stream");
+        stream_ = static_cast<cudaStream_t>(stream);
+    }
+    ~OnDevice() {
+        if (before_ != device_) cudaSetDevice(before_);
+    }
+    cudaStream_t stream() const { return stream_; }
+    static void check(cudaError_t error, const char* what) {
+        if (error != cudaSuccess)
+            throw std::runtime_error(std::string("r1mega_kernels: ") + what + ": " + cudaGetErrorString(error));
+    }
+
+  private:
+    int before_ = 0, device_;
+    cudaStream_t stream_ = nullptr;
+};
+
+device::RowSource row_source(const Tensor& logits, const Tensor& targets, const Tensor& temperature, const int64_t* rows,
+                             int64_t vocab_start) {
+    return device::RowSource{logits.data<void>(),  targets.data<int64_t>(), temperature.data<float>(), rows, logits.size(1),
+                             logits.stride(0),     vocab_start,             temperature.numel() == 1};
+}
+
+void op_log_prob_stats(StableIValue* stack, uint64_t, uint64_t) {
+    const Tensor logits(stack[0]), targets(stack[1]), temperature(stack[2]), rows(stack[3]), stats(stack[6]);
+    const OnDevice device(logits);
+    const int64_t* row = scalar<bool>(stack[4]) ? rows.data<int64_t>() : nullptr;
+    const auto source = row_source(logits, targets, temperature, row, scalar<int64_t>(stack[5]));
+    const auto blocks = unsigned(stats.size(0));
+    if (logits.is_bf16())
+        device::log_prob_stats<Bf16><<<blocks, device::kThreads, 0, device.stream()>>>(source, stats.data<RowStats>());
+    else
+        device::log_prob_stats<float><<<blocks, device::kThreads, 0, device.stream()>>>(source, stats.data<RowStats>());
+    OnDevice::check(cudaGetLastError(), "log_prob_stats");
+}
+
+void op_log_prob_merge(StableIValue* stack, uint64_t, uint64_t) {
+    const Tensor shards(stack[0]), temperature(stack[1]), rows(stack[2]), stats(stack[4]), results(stack[5]);
+    const OnDevice device(shards);
+    device::RowSource source{};
+    source.inverse_temperature = temperature.data<float>();
+    source.scalar_temperature = temperature.numel() == 1;
+    source.rows = scalar<bool>(stack[3]) ? rows.data<int64_t>() : nullptr;
+    const int64_t count = shards.size(1);
+    const auto blocks = unsigned((count + device::kThreads - 1) / device::kThreads);
+    device::log_prob_merge<<<blocks, device::kThreads, 0, device.stream()>>>(
+        shards.data<RowStats>(), source, shards.size(0), count, stats.data<RowStats>(), results.data<float>());
+    OnDevice::check(cudaGetLastError(), "log_prob_merge");
+}
+
+void op_log_prob_backward(StableIValue* stack, uint64_t, uint64_t) {
+    const Tensor logits(stack[0]), targets(stack[1]), temperature(stack[2]), positions(stack[3]), stats(stack[6]),
+        entropy(stack[7]), grads(stack[8]), grad_logits(stack[9]);
+    const OnDevice device(logits);
+    const auto source = row_source(logits, targets, temperature, nullptr, scalar<int64_t>(stack[5]));
+    const device::RowUpstream upstream{scalar<bool>(stack[4]) ? positions.data<int32_t>() : nullptr, stats.data<RowStats>(),
+                                       entropy.data<float>(), grads.data<float>(), stats.size(0)};
+    const auto blocks = unsigned(logits.size(0));
+    if (logits.is_bf16())
+        device::log_prob_backward<Bf16><<<blocks, device::kThreads, 0, device.stream()>>>(
+            source, upstream, grad_logits.data<void>(), grad_logits.stride(0));
+    else
+        device::log_prob_backward<float><<<blocks, device::kThreads, 0, device.stream()>>>(
+            source, upstream, grad_logits.data<void>(), grad_logits.stride(0));
+    OnDevice::check(cudaGetLastError(), "log_prob_backward");
+}
+
+void op_group_advantage(StableIValue* stack, uint64_t, uint64_t) {
+    const Tensor rewards(stack[0]), offsets(stack[1]), mask(stack[2]), advantages(stack[6]);
+    const OnDevice device(rewards);
+    device::group_advantages<<<1, device::kAdvantageThreads, 0, device.stream()>>>(
+        rewards.data<double>(), offsets.data<int64_t>(), mask.data_or_null<uint8_t>(), offsets.numel() - 1, rewards.numel(),
+        static_cast<Baseline>(scalar<int64_t>(stack[3])), static_cast<Scale>(scalar<int64_t>(stack[4])),
+        scalar<double>(stack[5]), advantages.data<float>());
+    OnDevice::check(cudaGetLastError(), "group_advantage");
+}
+
+void op_grpo_token_loss(StableIValue* stack, uint64_t, uint64_t) {
+    const Tensor log_probs(stack[0]), old(stack[1]), reference(stack[2]), sampler(stack[3]), advantages(stack[4]),
+        weights(stack[5]), mask(stack[6]), sequence_ids(stack[7]), grad(stack[14]), sums(stack[15]);
+    const OnDevice device(log_probs);
+    const device::LossTensors tensors{log_probs.data<float>(),           old.data_or_null<float>(),
+                                      reference.data_or_null<float>(),   sampler.data_or_null<float>(),
+                                      advantages.data<float>(),          weights.data_or_null<float>(),
+                                      sequence_ids.data_or_null<int64_t>(), mask.data_or_null<uint8_t>(),
+                                      scalar<bool>(stack[8]),            grad.data<float>()};
+    const LossOptions options = loss_options(scalar<double>(stack[9]), scalar<double>(stack[10]), scalar<double>(stack[11]),
+                                             scalar<double>(stack[12]), scalar<double>(stack[13]), tensors.old_log_probs,
+                                             tensors.reference_log_probs, tensors.sampler_log_probs);
+    const int64_t count = log_probs.numel();
+    const auto blocks = unsigned((count + device::kTokensPerBlock - 1) / device::kTokensPerBlock);
+    const size_t partial_bytes = size_t(blocks) * kNumSums * sizeof(double);
+    void* scratch = nullptr;  // freed in the order of the stream, so the kernel is done with it
+    OnDevice::check(cudaMallocAsync(&scratch, partial_bytes + sizeof(unsigned), device.stream()), "cudaMallocAsync");
+    auto* finished = reinterpret_cast<unsigned*>(static_cast<char*>(scratch) + partial_bytes);
+    OnDevice::check(cudaMemsetAsync(finished, 0, sizeof(unsigned), device.stream()), "cudaMemsetAsync");
+    device::token_loss<<<blocks, device::kLossThreads, 0, device.stream()>>>(
+        tensors, options, count, static_cast<double*>(scratch), finished, sums.data<double>());
+    OnDevice::check(cudaGetLastError(), "token_loss");
+    OnDevice::check(cudaFreeAsync(scratch, device.stream()), "cudaFreeAsync");
+}
+
+const auto registration = abi::Registration("CUDA", __FILE__)
+                              .add("log_prob_stats", op_log_prob_stats)
+                              .add("log_prob_merge", op_log_prob_merge)
+                              .add("log_prob_backward", op_log_prob_backward)
+                              .add("group_advantage", op_group_advantage)
+                              .add("grpo_token_loss", op_grpo_token_loss);
+
+}  // namespace
+}  // namespace r1mega

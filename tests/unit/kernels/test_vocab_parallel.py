@@ -1,0 +1,48 @@
+"""Two gloo ranks, each with a part of the vocabulary, against float64 on the whole of it."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from tests.dist.launch import launch
+from tests.unit.kernels.vocab_parallel_worker import VOCABULARY, case, run
+
+
+@functools.cache
+def two_ranks(backend):
+    return [{k: torch.from_numpy(v) for k, v in result.items()} for result in launch(run, 2, backend)]
+
+
+def test_two_ranks(implementation):
+    first, second = two_ranks(implementation)
+    hidden, weight, targets, rows, upstream = case()
+    leaf_h, leaf_w = hidden.double().requires_grad_(), weight.double().requires_grad_()
+    logits = leaf_h @ leaf_w.t()
+    logits.retain_grad()
+    log_probs = (logits / 0.9)[rows].log_softmax(-1)
+    chosen = log_probs.gather(1, targets[rows][:, None])[:, 0]
+    expected = torch.stack([chosen, -(log_probs.exp() * log_probs).sum(-1), (logits / 0.9)[rows].logsumexp(-1)])
+    (expected * upstream).sum().backward()
+
+    assert torch.equal(first["results"], second["results"]) and torch.equal(first["linear"], second["linear"])
+    assert torch.equal(first["grad_hidden"], second["grad_hidden"])
+    close = {"rtol": 2e-6, "atol": 4e-6}
+    torch.testing.assert_close(first["results"].double(), expected.detach(), **close)
+    torch.testing.assert_close(first["linear"].double(), expected.detach(), **close)
+    grad_logits = torch.cat([first["grad_logits"], second["grad_logits"]], dim=1)
+    assert grad_logits.shape[1] == VOCABULARY
+    torch.testing.assert_close(grad_logits.double(), logits.grad, rtol=1e-5, atol=2e-6)
+    torch.testing.assert_close(first["grad_hidden"].double(), leaf_h.grad, rtol=1e-5, atol=2e-5)
+    grad_weight = torch.cat([first["grad_weight"], second["grad_weight"]])
+    torch.testing.assert_close(grad_weight.double(), leaf_w.grad, rtol=1e-5, atol=2e-5)
+
+
+def test_a_rank_whose_columns_are_all_masked(implementation):
+    first, second = two_ranks(implementation)
+    hidden, weight, targets, *_ = case()
+    tail = (hidden @ weight.t())[:, 200:501].double().log_softmax(-1)
+    chosen = tail.gather(1, targets.clamp(min=4, max=300)[:, None] - 4)[:, 0]
+    torch.testing.assert_close(first["masked"][0].double(), chosen, rtol=2e-6, atol=4e-6)
+    assert torch.equal(first["masked"], second["masked"])

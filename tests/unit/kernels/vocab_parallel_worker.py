@@ -1,0 +1,49 @@
+"""What each rank of the vocabulary-parallel test runs."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from r1mega_kernels import grouped_log_prob, linear_log_prob
+
+TOKENS, VOCABULARY, HIDDEN = 19, 501, 8
+
+
+def case():
+    generator = torch.Generator().manual_seed(7)
+    hidden = torch.randn(TOKENS, HIDDEN, generator=generator)
+    weight = torch.randn(VOCABULARY, HIDDEN, generator=generator)
+    targets = torch.randint(0, VOCABULARY, (TOKENS,), generator=generator)
+    upstream = torch.randn(3, TOKENS - 2, generator=generator)
+    return hidden, weight, targets, torch.arange(2, TOKENS), upstream
+
+
+def run(backend: str) -> dict[str, np.ndarray]:
+    """This rank's results on shards of unequal width: the first rank's is padded with -inf, as Megatron pads the last."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    rank, group = int(os.environ["RANK"]), dist.group.WORLD
+    hidden, weight, targets, rows, upstream = case()
+    columns = slice(0, 200) if rank == 0 else slice(200, VOCABULARY)
+    logits = (hidden @ weight.t())[:, columns].clone().requires_grad_()
+    place = {"tp_group": group, "vocab_start": columns.start, "vocab_size": VOCABULARY, "backend": backend}
+    results = torch.stack(grouped_log_prob(logits, targets, 0.9, rows, **place))
+    (results * upstream).sum().backward()
+    hidden_leaf, weight_leaf = hidden.clone().requires_grad_(), weight[columns].clone().requires_grad_()
+    linear = torch.stack(linear_log_prob(hidden_leaf, weight_leaf, targets, 0.9, rows, **place))
+    (linear * upstream).sum().backward()
+    masked_shard = torch.full((TOKENS, 4), -torch.inf) if rank == 0 else logits.detach()[:, :301]
+    empty = grouped_log_prob(
+        masked_shard, targets.clamp(min=4, max=300), tp_group=group, vocab_start=0 if rank == 0 else 4,
+        vocab_size=305, backend=backend,
+    )  # fmt: skip
+    dist.destroy_process_group()
+    tensors = {
+        "results": results.detach(), "grad_logits": logits.grad, "linear": linear.detach(), "masked": torch.stack(empty),
+        "grad_hidden": hidden_leaf.grad, "grad_weight": weight_leaf.grad,
+    }  # fmt: skip
+    return {name: tensor.numpy() for name, tensor in tensors.items()}  # a tensor's memory would die with this process

@@ -52,7 +52,8 @@ _FORMULA_WORD = re.compile(
 _SENTENCE = re.compile(r"[.!?。！？\n;:]+\s*")
 _THINK = re.compile(r"<think>(.*?)(?:</think>|$)", re.DOTALL)
 _MIN_DETECTED_LETTERS = 12
-_MIN_CONFIDENCE = 0.4
+_SHORT_LETTERS = 40  # a sentence below that must be told apart more surely
+_MIN_CONFIDENCE, _MIN_SHORT_CONFIDENCE = 0.5, 0.8
 _NAMES_KEPT_ENGLISH = 0.02  # of a text in another script: units, names and terms that have no other spelling
 
 
@@ -93,14 +94,13 @@ def detect_latin(sentence: str) -> str | None:
     with _detector_lock:
         found = detect(sentence.replace("\n", " ").lower(), model="lite", k=1)
     best = found[0] if isinstance(found, list) else found
-    return best["lang"] if best["score"] >= _MIN_CONFIDENCE else None
+    return best["lang"] if best["score"] >= (_MIN_CONFIDENCE if letters >= _SHORT_LETTERS else _MIN_SHORT_CONFIDENCE) else None
 
 
 def language_share(text: str, target: str) -> float:
     """Share of words of `text` (markup stripped) in language `target` (ISO 639-1), in [0, 1]; 0 for a text without words.
 
-    Latin-script words belong to the language of their sentence; those of sentences too short to tell count as the target's when the
-    target is written in Latin script. Raises RewardError for an unknown target.
+    Latin-script words belong to the language of their sentence, those of sentences too short to tell to the main one. Raises RewardError for an unknown target.
     """
     scripts = _LANGUAGE_SCRIPTS.get(target)
     if scripts is None:
@@ -114,12 +114,20 @@ def language_share(text: str, target: str) -> float:
         counts = {**counts, "kana": counts["kana"] + counts.pop("han", 0)}
     if LATIN not in scripts:
         return sum(counts.get(script, 0) for script in scripts) / total
-    foreign = sum(
-        script_counts(sentence).get(LATIN, 0)
-        for sentence in _SENTENCE.split(text)
-        if sentence.strip() and (found := detect_latin(_latin_only(sentence))) is not None and found != target
-    )
-    return (counts.get(LATIN, 0) - foreign) / total
+    return (counts.get(LATIN, 0) - _foreign_words(text, target)) / total
+
+
+def _foreign_words(text: str, target: str) -> int:
+    """Latin-script words in sentences of another language; sentences that cannot be told follow the majority of those that can."""
+    words: dict[str | None, int] = {}
+    for sentence in _SENTENCE.split(text):
+        latin = _latin_only(sentence)
+        if latin:
+            language = detect_latin(latin)
+            words[language] = words.get(language, 0) + script_counts(latin).get(LATIN, 0)
+    unknown = words.pop(None, 0)
+    main = max(words, key=lambda language: words[language]) if words else target
+    return sum(count for language, count in words.items() if language != target) + (unknown if main != target else 0)
 
 
 def _latin_only(sentence: str) -> str:

@@ -82,7 +82,7 @@ def causal_attention(
 ) -> torch.Tensor:
     """softmax(q k^T * scale, causal or under `mask`) v. [b, h, s, d] x3 -> [b, h, s, d_v]; fewer KV heads are shared.
 
-    torch's flash kernel wants equal head sizes of q, k and v, else all scores are built: the smaller is padded by zeros.
+    torch's flash kernel wants equal head sizes of q, k and v and else builds all scores: the smaller is zero-padded.
     """
     size, value_size = query.shape[-1], value.shape[-1]
     if value_size < size:

@@ -30,7 +30,8 @@ def build_model(
     called. model: ModelConfig (dtype, fp8, expert_bias_update_rate, sequence_aux_loss_coefficient,
     mtp_loss_coefficient, recompute). init_std: draw weights from N(0, init_std), output projections from
     N(0, init_std / sqrt(2 * layers)) (Megatron's rule; the DeepSeek-V3 report has one std for all); None: weights are
-    to be loaded and are NaN until then. Each chunk has `unpadded_vocab_size`. Raises ConfigError when the layout does not divide the model.
+    to be loaded and are NaN until then. Each chunk has `unpadded_vocab_size`.
+    Raises ConfigError when the layout does not divide the model.
     """
     platform.prepare()
     hf = as_dict(hf_config)

@@ -149,7 +149,8 @@ PATCHES = (
         "transformer.moe.router",
         "always",
         '"seq_load_balancing_loss",\n            self.tp_cp_group,\n            valid_token_count=local_num_tokens,',
-        '"seq_load_balancing_loss",\n            self.tp_cp_group,\n            valid_token_count=total_num_tokens * bsz,',
+        '"seq_load_balancing_loss",\n            self.tp_cp_group,\n'
+        "            valid_token_count=total_num_tokens * bsz,",
         "with calculate_per_token_loss the auxiliary loss shrank by tp * cp * sequences in the microbatch",
     ),
     Patch(

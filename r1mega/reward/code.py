@@ -1,7 +1,8 @@
 """Reward for programs: they run in the sandbox, their tests and expected values elsewhere.
 
-Not covered: a program is judged by the tests of its task alone; special-casing inputs that are known from the task's text is
-a matter of better tests. Arguments are passed by value, so a test that looks at what a call did to its arguments fails.
+Not covered: a program is judged by the tests of its task alone; special-casing inputs that are known from the task's
+text is a matter of better tests. Arguments are passed by value, so a test that looks at what a call did to its
+arguments fails.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ _MAX_NUMBER_CHARS = 64
 
 @dataclass(frozen=True, slots=True)
 class CodeResult:
-    """verdict: PASSED, or that of the first case that failed; fraction: share of cases (or assertions) passed, in [0, 1]."""
+    """verdict: PASSED, or that of the first case that failed; fraction: share of cases (or assertions) passed, in [0,
+    1]."""
 
     verdict: Verdict
     fraction: float
@@ -43,7 +45,9 @@ class CodeReward:
     (both RewardError) where code cannot be run safely: there is no unsafe way to run it.
     """
 
-    def __init__(self, backend: Backend | None = None, limits: Limits | None = None, partial_credit: bool = False) -> None:
+    def __init__(
+        self, backend: Backend | None = None, limits: Limits | None = None, partial_credit: bool = False
+    ) -> None:
         self.backend = backend or LocalBackend()
         self.limits = limits or Limits()
         self.partial_credit = partial_credit
@@ -89,7 +93,9 @@ class CodeReward:
             if verdict is None:
                 actual = run.stdout.decode("utf-8", "replace")
                 verdict = Verdict.PASSED if same_output(actual, case.stdout) else Verdict.WRONG_ANSWER
-                reason = "" if verdict is Verdict.PASSED else f"printed {actual[:100]!r}, expected {case.stdout[:100]!r}"
+                reason = (
+                    "" if verdict is Verdict.PASSED else f"printed {actual[:100]!r}, expected {case.stdout[:100]!r}"
+                )
             yield CaseResult(verdict, reason, run.wall_seconds, run.peak_bytes)
             if verdict is not Verdict.PASSED and not self.partial_credit:
                 return
@@ -109,13 +115,19 @@ class CodeReward:
     def _call_spec(self, problem: Problem, cases: Iterable[CallCase]) -> dict[str, Any]:
         forms = [{"arguments": case.arguments, "keywords": case.keywords, "expected": case.expected} for case in cases]
         return {
-            "cases": forms, "entry": problem.entry, "tolerance": _TOLERANCE, "stop_at_failure": not self.partial_credit,
+            "cases": forms,
+            "entry": problem.entry,
+            "tolerance": _TOLERANCE,
+            "stop_at_failure": not self.partial_credit,
         }
 
     def _assertions(self, source: str, problem: Problem, limits: Limits) -> CodeResult:
         block = problem.assertions
         spec = {
-            "context": block.context, "tests": block.tests, "entry": problem.entry, "stop_at_failure": not self.partial_credit,
+            "context": block.context,
+            "tests": block.tests,
+            "entry": problem.entry,
+            "stop_at_failure": not self.partial_credit,
         }
         graded = self.backend.grade(source, spec, limits, clock_per_call=False)
         outcome = graded.outcome
@@ -144,7 +156,8 @@ def _assertion_verdict(graded: Graded) -> tuple[Verdict, str]:
 
 
 def _failure(first: Mapping[str, str]) -> tuple[Verdict, str]:
-    """Verdict and reason of the first failure, as the grader noted it. A test that cannot be carried out is no verdict."""
+    """Verdict and reason of the first failure, as the grader noted it. A test that cannot be carried out is no
+    verdict."""
     message, where = first["message"], first.get("where", "")
     if first["kind"] == "test":
         raise SandboxFailure(f"the tests cannot be carried out: {message}")
@@ -174,7 +187,9 @@ def _summary(cases: tuple[CaseResult, ...], num_cases: int) -> CodeResult:
     passed = sum(case.verdict is Verdict.PASSED for case in cases)
     for index, case in enumerate(cases):
         if case.verdict is not Verdict.PASSED:
-            return CodeResult(case.verdict, passed / num_cases, f"case {index + 1} of {num_cases}: {case.reason}", cases)
+            return CodeResult(
+                case.verdict, passed / num_cases, f"case {index + 1} of {num_cases}: {case.reason}", cases
+            )
     return CodeResult(Verdict.PASSED, 1.0, f"{passed} of {num_cases} cases", cases)
 
 
@@ -211,7 +226,9 @@ def read_items(lines: Iterable[str], name: str) -> Iterator[tuple[str, Problem]]
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{where}: not JSON ({error}); expected one object with 'prediction' and tests a line") from error
+            raise DataError(
+                f"{where}: not JSON ({error}); expected one object with 'prediction' and tests a line"
+            ) from error
         if not isinstance(record, dict):
             raise DataError(f"{where}: expected an object with 'prediction' and tests, found {type(record).__name__}")
         if not isinstance(record.get("prediction"), str):
@@ -227,7 +244,7 @@ def score_stream(
     reward: CodeReward | None = None,
     num_workers: int = 1,
 ) -> int:
-    """`r1mega reward code`: items in, {"value", "status", "reason"} lines out in the same order. Returns the number of items.
+    """`r1mega reward code`: items in, {"value", "status", "reason"} lines out in order. Returns the number of items.
 
     The whole input is read and checked first, so that a malformed line ends the command before anything is run.
     """

@@ -44,7 +44,8 @@ class CallCase:
 
 @dataclass(frozen=True, slots=True)
 class AssertBlock:
-    """context: trusted code that runs before the tests (a prompt's imports and helpers); tests: statements with asserts."""
+    """context: trusted code that runs before the tests (a prompt's imports and helpers); tests: statements with
+    asserts."""
 
     context: str
     tests: str
@@ -54,8 +55,8 @@ class AssertBlock:
 class Problem:
     """One task. Exactly one of the three kinds of tests is there. prefix: what a completion continues.
 
-    entry: the function under test (None: taken from the asserts). time_limit: seconds a case, memory_bytes: None for the
-    defaults of the reward.
+    entry: the function under test (None: taken from the asserts). time_limit: seconds a case, memory_bytes: None for
+    the defaults of the reward.
     """
 
     language: Literal["python", "cpp"] = "python"
@@ -92,7 +93,9 @@ def problem_from(record: Mapping[str, Any], where: str) -> Problem:
         raise DataError(f"{where}: entry_point must be a text, found {entry!r}")
     problem = _tests(record, where, entry, common)
     if problem.language == "cpp" and not problem.stream_cases:
-        raise DataError(f"{where}: C++ is tested by standard input and output only; give 'tests' of 'input' and 'output'")
+        raise DataError(
+            f"{where}: C++ is tested by standard input and output only; give 'tests' of 'input' and 'output'"
+        )
     return problem
 
 
@@ -120,7 +123,9 @@ def _tests(record: Mapping[str, Any], where: str, entry: str | None, common: dic
     if all(isinstance(test, dict) and {"arguments", "expected"} <= test.keys() for test in tests):
         if not entry:
             raise DataError(f"{where}: function calls need 'entry_point', the name of the function")
-        calls = tuple(CallCase(tuple(test["arguments"]), dict(test.get("keywords") or {}), test["expected"]) for test in tests)
+        calls = tuple(
+            CallCase(tuple(test["arguments"]), dict(test.get("keywords") or {}), test["expected"]) for test in tests
+        )
         return Problem(**common, call_cases=calls, entry=entry)
     raise DataError(
         f"{where}: 'tests' must all be texts, or objects with 'input' and 'output', or with 'arguments' and 'expected'"
@@ -132,7 +137,9 @@ def _input_output(value: Any, where: str, entry: str | None, common: dict[str, A
         value = json.loads(value) if isinstance(value, str) else value
         inputs, outputs = list(value["inputs"]), list(value["outputs"])
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{where}: input_output must be an object with lists 'inputs' and 'outputs' ({error!r})") from error
+        raise DataError(
+            f"{where}: input_output must be an object with lists 'inputs' and 'outputs' ({error!r})"
+        ) from error
     if not inputs or len(inputs) != len(outputs):
         raise DataError(f"{where}: input_output has {len(inputs)} inputs and {len(outputs)} outputs")
     name = value.get("fn_name") or entry
@@ -161,7 +168,7 @@ def _with_asserts(problem: Problem, where: str) -> Problem:
 
 
 def code_in(response: str, language: str = "python") -> str | None:
-    """The program: the last fenced block in the final answer (one labelled with the language before any other), else all of
+    """The program: the last fenced block of the final answer (one labelled with the language first), else all of
     the final answer. None: nothing is there. What stands before `</think>` is reasoning and never the answer."""
     text = response.rsplit("</think>", 1)[-1]
     if "<answer>" in text and "</answer>" in text:

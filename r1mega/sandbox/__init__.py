@@ -7,6 +7,16 @@ from r1mega.sandbox.probe import describe, ensure_safe, run_probe
 from r1mega.sandbox.verdict import SandboxBreached, SandboxFailure, SandboxUnavailable, Verdict
 
 __all__ = [
-    "Backend", "Launcher", "Limits", "LocalBackend", "Policy", "SandboxBreached", "SandboxFailure", "SandboxUnavailable",
-    "Verdict", "describe", "ensure_safe", "run_probe",
+    "Backend",
+    "Launcher",
+    "Limits",
+    "LocalBackend",
+    "Policy",
+    "SandboxBreached",
+    "SandboxFailure",
+    "SandboxUnavailable",
+    "Verdict",
+    "describe",
+    "ensure_safe",
+    "run_probe",
 ]

@@ -30,7 +30,8 @@ class Backend(Protocol):
 
 
 class LocalBackend:
-    """This machine's sandbox. The start-up probe runs first, once a process: SandboxBreached if anything got through."""
+    """This machine's sandbox. The start-up probe runs first, once a process: SandboxBreached if anything got
+    through."""
 
     def __init__(self, launcher: Launcher | None = None, probe: bool = True) -> None:
         self.launcher = launcher or Launcher()
@@ -50,8 +51,11 @@ class LocalBackend:
         limits = replace(limits, stack_bytes=limits.memory_bytes)
         for stdin in inputs:
             yield self.launcher.run(
-                ["/box/answer"], limits, stdin=stdin.encode("utf-8", "replace"),
-                files={"/box/answer": compiled.stdout}, executable_files=True,
+                ["/box/answer"],
+                limits,
+                stdin=stdin.encode("utf-8", "replace"),
+                files={"/box/answer": compiled.stdout},
+                executable_files=True,
             )
 
     def compile(self, source: bytes) -> Completed:
@@ -60,10 +64,15 @@ class LocalBackend:
         Raises RewardError where g++ is not installed.
         """
         if self.launcher.tools.compiler is None:
-            raise RewardError("sandbox: g++ is not installed at /usr/bin/g++; install it (`apt-get install -y g++`) or drop C++ tasks")
-        build = 'g++ -std=c++17 -O2 -w -x c++ /box/answer.cpp -o /tmp/answer >&2 && cat /tmp/answer'
+            raise RewardError(
+                "sandbox: g++ is not installed at /usr/bin/g++; install it (`apt-get install -y g++`) or drop C++ tasks"
+            )
+        build = "g++ -std=c++17 -O2 -w -x c++ /box/answer.cpp -o /tmp/answer >&2 && cat /tmp/answer"
         built = self.launcher.run(
-            [self.launcher.tools.shell, "-c", build], COMPILER_LIMITS, files={"/box/answer.cpp": source}, with_compiler=True
+            [self.launcher.tools.shell, "-c", build],
+            COMPILER_LIMITS,
+            files={"/box/answer.cpp": source},
+            with_compiler=True,
         )
         return built if built.classify() is None else replace(built, stopped=Verdict.COMPILE_ERROR)
 

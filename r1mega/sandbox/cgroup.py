@@ -16,7 +16,8 @@ _MOUNTS = "/proc/self/mountinfo"
 
 @dataclass(frozen=True, slots=True)
 class Hierarchy:
-    """Where groups can be made. version: 1 or 2; memory, pids: parent directories (v2: the same one; pids None: no limit)."""
+    """Where groups can be made. version: 1 or 2; memory, pids: parent directories (v2: the same one; pids None: no
+    limit)."""
 
     version: int
     memory: str
@@ -41,7 +42,8 @@ class Group:
         return (self.memory, os.path.join(self.hierarchy.pids, self.name))
 
     def prepare(self, memory_bytes: int, num_processes: int) -> int:
-        """Create if need be, set the limits; returns the count of kills so far, to compare with afterwards. Raises OSError."""
+        """Create if need be, set the limits; returns the count of kills so far, to compare with afterwards. Raises
+        OSError."""
         for path in self.paths:
             os.makedirs(path, exist_ok=True)
         if self.hierarchy.version == 1:

@@ -29,7 +29,9 @@ class Child:
     wall_start: monotonic seconds at which the sandbox stood (None until then).
     """
 
-    def __init__(self, process: subprocess.Popen, status_fd: int, limits: Limits, group: Group | None, kills: int) -> None:
+    def __init__(
+        self, process: subprocess.Popen, status_fd: int, limits: Limits, group: Group | None, kills: int
+    ) -> None:
         self.limits = limits
         self.spawned = time.monotonic()
         self.wall_start: float | None = None
@@ -88,10 +90,11 @@ class Child:
         return elapsed > allowed and elapsed - self.starved_seconds(allowed, self._pressure) > allowed
 
     def starved_seconds(self, allowed_seconds: float, pressure_before: float) -> float:
-        """Time in which the host may have given it no CPU: an overloaded host must not turn a right answer into a time-out.
+        """Seconds without a CPU to be had: an overloaded host must not turn a right answer into a time-out.
 
-        0 for one whose processes together had the CPU for as long as allowed; at most 4 times that. On a host whose CPUs are
-        all taken a sleeping program is given the benefit of the doubt. pressure_before: cpu_pressure_seconds at its start.
+        0 for one whose processes together had the CPU for as long as allowed; at most 4 times that. On a host whose
+        CPUs are all taken a sleeping program is given the benefit of the doubt. pressure_before: cpu_pressure_seconds
+        at its start.
         """
         cpu_seconds, waited_seconds = scheduling(self._process.pid)
         if cpu_seconds >= allowed_seconds:
@@ -243,12 +246,26 @@ class Launcher:
             status_read, status_write = os.pipe()
             descriptors.append(status_write)
             argv = command_line(
-                self.tools, self.policy, limits, program, cgroups=group.paths if group else (),
-                seccomp_fd=filter_fd, status_fd=status_write, files=inside, with_compiler=with_compiler,
+                self.tools,
+                self.policy,
+                limits,
+                program,
+                cgroups=group.paths if group else (),
+                seccomp_fd=filter_fd,
+                status_fd=status_write,
+                files=inside,
+                with_compiler=with_compiler,
             )
             process = subprocess.Popen(
-                argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0, cwd="/",
-                pass_fds=descriptors, start_new_session=True, env={"PATH": "/usr/bin:/bin"},
+                argv,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                bufsize=0,
+                cwd="/",
+                pass_fds=descriptors,
+                start_new_session=True,
+                env={"PATH": "/usr/bin:/bin"},
             )
             for descriptor in descriptors:
                 os.close(descriptor)
@@ -293,7 +310,11 @@ class Launcher:
             child.check_started()
             wall = time.monotonic() - (child.wall_start or child.spawned)
             return Completed(
-                child.exit_code, bytes(collected["stdout"]), bytes(collected["stderr"]), wall, child.peak_bytes,
+                child.exit_code,
+                bytes(collected["stdout"]),
+                bytes(collected["stderr"]),
+                wall,
+                child.peak_bytes,
                 child.stopped,
             )
 
@@ -326,4 +347,3 @@ def _memory_file(contents: bytes) -> int:
         view = view[os.write(descriptor, view) :]
     os.lseek(descriptor, 0, os.SEEK_SET)
     return descriptor
-

@@ -1,10 +1,11 @@
 """What an answer may see and use, and the command line that holds it to that.
 
-    sh (joins the cgroup) -> setpriv (a uid nobody has) -> bwrap (namespaces, mounts, seccomp) -> prlimit -> sh (pid 1) -> program
+    sh (joins the cgroup) -> setpriv (a uid nobody has) -> bwrap (namespaces, mounts, seccomp) -> prlimit -> sh (pid 1)
+    -> program
 
-The order carries the security: root must be gone before bwrap starts (with root outside, files of root under /proc/sys can
-be written from inside whatever the capabilities say), limits on processes are set inside the user namespace (outside they
-are shared with the neighbours of the same uid), and the root is made read-only last.
+The order carries the security: root must be gone before bwrap starts (with root outside, files of root under /proc/sys
+can be written from inside whatever the capabilities say), limits on processes are set inside the user namespace
+(outside they are shared with the neighbours of the same uid), and the root is made read-only last.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from r1mega.sandbox.verdict import SandboxUnavailable
 
 _MIB = 1 << 20
 INSTALL = (
-    "install bubblewrap and util-linux (Debian, Ubuntu: `apt-get install -y bubblewrap util-linux`), allow unprivileged user "
-    "namespaces, or configure the remote backend; answers are never run without isolation"
+    "install bubblewrap and util-linux (Debian, Ubuntu: `apt-get install -y bubblewrap util-linux`), allow "
+    "unprivileged user namespaces, or configure the remote backend; answers are never run without isolation"
 )
 
 
@@ -47,15 +48,21 @@ class Limits:
 
 
 COMPILER_LIMITS = Limits(
-    wall_seconds=30.0, cpu_seconds=20, memory_bytes=1536 * _MIB, output_bytes=32 * _MIB, tmp_bytes=64 * _MIB, file_bytes=64 * _MIB
+    wall_seconds=30.0,
+    cpu_seconds=20,
+    memory_bytes=1536 * _MIB,
+    output_bytes=32 * _MIB,
+    tmp_bytes=64 * _MIB,
+    file_bytes=64 * _MIB,
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """python: interpreter for answers (None: the system's, else the base of ours); libraries: directories bound read-only
-    as /box/lib/0, /box/lib/1 ... and put on the answer's sys.path; hash_seed: PYTHONHASHSEED inside, so that a score does not depend on set order;
-    require_cgroup: refuse to run without a memory cgroup instead of falling back to polling."""
+    """python: interpreter for answers (None: the system's, else the base of ours); libraries: directories bound
+    read-only as /box/lib/0, /box/lib/1 ... and put on the answer's sys.path; hash_seed: PYTHONHASHSEED inside, so that
+    a score does not depend on set order; require_cgroup: refuse to run without a memory cgroup instead of falling back
+    to polling."""
 
     python: str | None = None
     libraries: tuple[str, ...] = ()
@@ -114,7 +121,9 @@ def _readable_by_everyone(path: str) -> bool:
 
 
 def _modern(python: str) -> bool:
-    check = subprocess.run([python, "-I", "-S", "-c", "import sys; sys.exit(sys.version_info < (3, 8))"], capture_output=True)
+    check = subprocess.run(
+        [python, "-I", "-S", "-c", "import sys; sys.exit(sys.version_info < (3, 8))"], capture_output=True
+    )
     return check.returncode == 0
 
 
@@ -147,14 +156,16 @@ def find_toolchain(policy: Policy) -> Toolchain:
         raise SandboxUnavailable(f"sandbox: Linux only (this is {sys.platform}); configure the remote backend")
     python, mounts = find_python(policy.python)
     compiler = "/usr/bin/g++" if os.access("/usr/bin/g++", os.X_OK) else None
-    return Toolchain(_find("bwrap"), _find("setpriv"), _inside_path("prlimit"), _inside_path("sh"), python, mounts, compiler)
+    return Toolchain(
+        _find("bwrap"), _find("setpriv"), _inside_path("prlimit"), _inside_path("sh"), python, mounts, compiler
+    )
 
 
 def unused_uid() -> int | None:
     """A uid that no account and no neighbour has, for one run; None when we are not root and cannot change ours.
 
-    From the range that systemd's table of uids leaves unassigned (1879048192 and up); inside a user namespace with few uids
-    mapped, from 61184 to 65519 (systemd's range for short-lived users).
+    From the range that systemd's table of uids leaves unassigned (1879048192 and up); inside a user namespace with few
+    uids mapped, from 61184 to 65519 (systemd's range for short-lived users).
     """
     if os.geteuid() != 0:
         return None
@@ -211,18 +222,34 @@ def command_line(
     argv += _mounts(tools, with_compiler)
     argv += ["--proc", "/proc", "--ro-bind", "/proc/sys", "/proc/sys", "--dev", "/dev"]
     argv += ["--size", str(_MIB), "--tmpfs", "/dev/shm", "--size", str(limits.tmp_bytes), "--tmpfs", "/tmp"]
-    for source, path in zip(policy.libraries, policy.library_paths):
+    for source, path in zip(policy.libraries, policy.library_paths, strict=True):
         argv += ["--ro-bind", source, path]
     for path, (descriptor, permissions) in files.items():
         argv += ["--perms", f"{permissions:04o}", "--file", str(descriptor), path]
     argv += ["--clearenv", "--setenv", "PATH", "/usr/bin", "--setenv", "HOME", "/tmp", "--setenv", "LANG", "C.UTF-8"]
-    argv += ["--setenv", "PYTHONHASHSEED", str(policy.hash_seed), "--chdir", "/tmp", "--remount-ro", "/dev", "--remount-ro", "/"]
-    # With a cgroup the resident memory is what counts, and address space may be reserved freely (thread stacks, arenas).
+    argv += [
+        "--setenv",
+        "PYTHONHASHSEED",
+        str(policy.hash_seed),
+        "--chdir",
+        "/tmp",
+        "--remount-ro",
+        "/dev",
+        "--remount-ro",
+        "/",
+    ]
+    # With a cgroup the resident memory is what counts, and address space may be reserved freely (thread stacks,
+    # arenas).
     address_space = limits.memory_bytes * (4 if cgroups else 1)
     argv += [tools.prlimit, f"--as={address_space}", f"--nproc={limits.num_processes}", f"--nofile={limits.num_files}"]
-    argv += [f"--fsize={limits.file_bytes}", f"--cpu={limits.cpu_seconds}:{limits.cpu_seconds + 1}", "--core=0", "--memlock=0"]
+    argv += [
+        f"--fsize={limits.file_bytes}",
+        f"--cpu={limits.cpu_seconds}:{limits.cpu_seconds + 1}",
+        "--core=0",
+        "--memlock=0",
+    ]
     argv += ["--msgqueue=0", "--rtprio=0", f"--stack={limits.stack_bytes}"]
-    # pid 1 inside is a shell that only waits: an ordinary process keeps the default actions of signals, and when the shell
-    # ends the kernel kills whatever is left. The out-of-memory killer is pointed at the program, away from bwrap.
+    # pid 1 inside is a shell that only waits: an ordinary process keeps the default actions of signals, and when the
+    # shell ends the kernel kills whatever is left. The out-of-memory killer is pointed at the program, away from bwrap.
     argv += [tools.shell, "-c", 'echo 1000 >/proc/self/oom_score_adj; "$@"; exit $?', "init", *program]
     return argv

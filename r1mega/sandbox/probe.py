@@ -34,7 +34,8 @@ class Finding:
 
 @contextlib.contextmanager
 def _bait() -> Iterator[dict[str, str]]:
-    """Things on the host that must not be reachable from inside: a readable file, a listening port, a socket, a variable."""
+    """Things on the host that must not be reachable from inside: a readable file, a listening port, a socket, a
+    variable."""
     secret = secrets.token_hex(16)
     with (
         tempfile.TemporaryDirectory(dir="/tmp") as directory,
@@ -52,7 +53,10 @@ def _bait() -> Iterator[dict[str, str]]:
         os.environ["R1MEGA_SANDBOX_BAIT"] = secret
         try:
             yield {
-                "file": str(path), "port": str(port.getsockname()[1]), "abstract": secret, "secret": secret,
+                "file": str(path),
+                "port": str(port.getsockname()[1]),
+                "abstract": secret,
+                "secret": secret,
                 "pid": str(os.getpid()),
             }
         finally:
@@ -78,16 +82,25 @@ def _quick_attacks(launcher: Launcher) -> list[Finding]:
 
 def _limit_attacks(launcher: Launcher) -> list[Finding]:
     """Attacks on time, memory, output and processes: each must end by the limit named, a neighbour must not notice."""
-    memory = b"import os\nfor _ in range(4): os.fork()\nhoard = [bytes([1]) * (1 << 20) for _ in range(999)]\nprint('survived')"
+    hoard = b"hoard = [bytes([1]) * (1 << 20) for _ in range(999)]\nprint('survived')"
+    memory = b"import os\nfor _ in range(4): os.fork()\n" + hoard
     attacks = {
-        "endless loop": (b"import signal\nfor n in range(1, 32):\n try: signal.signal(n, signal.SIG_IGN)\n"
-                         b" except (OSError, ValueError): pass\nwhile True: pass", Verdict.TIME_LIMIT),
+        "endless loop": (
+            b"import signal\nfor n in range(1, 32):\n try: signal.signal(n, signal.SIG_IGN)\n"
+            b" except (OSError, ValueError): pass\nwhile True: pass",
+            Verdict.TIME_LIMIT,
+        ),
         "endless output": (b"while True: print('x' * 9999)", Verdict.OUTPUT_LIMIT),
         "memory bomb": (memory, None),
         "fork bomb": (b"import os\nwhile True:\n try: os.fork()\n except OSError: pass", Verdict.TIME_LIMIT),
-        "daemon": (b"import os, time\nif os.fork() == 0:\n os.setsid()\n time.sleep(60)\nprint('parent out', flush=True)", None),
+        "daemon": (
+            b"import os, time\nif os.fork() == 0:\n os.setsid()\n time.sleep(60)\nprint('parent out', flush=True)",
+            None,
+        ),
     }
-    neighbour = b"import threading\nt = [threading.Thread(target=int) for _ in range(4)]\n[x.start() for x in t]\nprint('well')"
+    neighbour = (
+        b"import threading\nt = [threading.Thread(target=int) for _ in range(4)]\n[x.start() for x in t]\nprint('well')"
+    )
     done: dict[str, Completed] = {}
 
     def attempt(name: str, source: bytes) -> None:
@@ -103,7 +116,9 @@ def _limit_attacks(launcher: Launcher) -> list[Finding]:
         verdict = done[name].classify()
         held = b"survived" not in done[name].stdout and (expected is None or verdict is expected)
         findings.append(Finding(name, held, f"ended by {verdict or 'itself'}"))
-    findings.append(Finding("neighbour of bombs", done["neighbour"].stdout == b"well\n", repr(done["neighbour"].stderr[-200:])))
+    findings.append(
+        Finding("neighbour of bombs", done["neighbour"].stdout == b"well\n", repr(done["neighbour"].stderr[-200:]))
+    )
     return findings
 
 
@@ -125,7 +140,7 @@ def ensure_safe(launcher: Launcher) -> None:
         through = [f"{finding.name} ({finding.note})" for finding in run_probe(launcher) if not finding.held]
         if through:
             raise SandboxBreached(
-                f"sandbox probe: {len(through)} attack(s) got through: {'; '.join(through)}. No code is scored on this machine; "
+                f"sandbox probe: {len(through)} attack(s) got through: {'; '.join(through)}. No code is scored here; "
                 "mend the host (see docs/sandbox.md) or configure the remote backend"
             )
         _passed.add(key)
@@ -138,20 +153,43 @@ def describe(policy: Policy | None = None) -> list[tuple[str, bool, str]]:
     except RewardError as error:
         return [("sandbox", False, str(error))]
     tools = launcher.tools
-    lines = [("sandbox tools", True, f"{tools.bwrap}, {tools.setpriv}, {tools.prlimit}"), ("sandbox python", True, tools.python)]
-    lines.append(("sandbox C++", tools.compiler is not None, tools.compiler or "no /usr/bin/g++: C++ answers are refused"))
+    lines = [
+        ("sandbox tools", True, f"{tools.bwrap}, {tools.setpriv}, {tools.prlimit}"),
+        ("sandbox python", True, tools.python),
+    ]
+    lines.append(
+        ("sandbox C++", tools.compiler is not None, tools.compiler or "no /usr/bin/g++: C++ answers are refused")
+    )
     root = os.geteuid() == 0
-    lines.append(("sandbox uid", root, "a fresh uid for each run" if root else "our own uid, mapped: not root, so it cannot be changed"))
+    lines.append(
+        (
+            "sandbox uid",
+            root,
+            "a fresh uid for each run" if root else "our own uid, mapped: not root, so it cannot be changed",
+        )
+    )
     if launcher.groups:
         hierarchy = launcher.groups.hierarchy
         lines.append(("sandbox memory cgroup", True, f"v{hierarchy.version} under {hierarchy.memory}"))
     else:
-        lines.append(("sandbox memory cgroup", False, "none can be made here: address space is limited per process, the tree's "
-                      "memory is polled 20 times a second, and a fast bomb may pass the limit for that long"))
+        lines.append(
+            (
+                "sandbox memory cgroup",
+                False,
+                "none can be made here: address space is limited per process, the tree's "
+                "memory is polled 20 times a second, and a fast bomb may pass the limit for that long",
+            )
+        )
     try:
         findings = run_probe(launcher)
     except SandboxFailure as error:
         return [*lines, ("sandbox probe", False, str(error))]
     through = [finding.name for finding in findings if not finding.held]
-    lines.append(("sandbox probe", not through, f"{len(findings)} attacks" + (f", got through: {', '.join(through)}" if through else " held")))
+    lines.append(
+        (
+            "sandbox probe",
+            not through,
+            f"{len(findings)} attacks" + (f", got through: {', '.join(through)}" if through else " held"),
+        )
+    )
     return lines

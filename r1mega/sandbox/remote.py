@@ -1,11 +1,12 @@
 """Answers run by a SandboxFusion service (https://github.com/bytedance/SandboxFusion, POST /run_code) instead of here.
 
-The isolation is the service's; what is kept is the separation of answer and tests. The service runs one program per request,
-so a session of n calls is repeated: the tests run until their first unanswered question, the answer's agent is run on all
-questions so far, and so on (2n + 1 requests). Both sides are deterministic in what they ask (fixed hash seed, ids that count).
+The isolation is the service's; what is kept is the separation of answer and tests. The service runs one program per
+request, so a session of n calls is repeated: the tests run until their first unanswered question, the answer's agent is
+run on all questions so far, and so on (2n + 1 requests). Both sides are deterministic in what they ask (fixed hash
+seed, ids that count).
 
-Not covered: the service's own time-outs include its queue; memory of a case is not reported; a program whose value changes
-from run to run is judged by the first value of each call.
+Not covered: the service's own time-outs include its queue; memory of a case is not reported; a program whose value
+changes from run to run is judged by the first value of each call.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ class RemoteBackend:
         try:
             run = self._run("python", "print(6 * 7)", "", Limits())
         except SandboxFailure as failure:
-            raise RewardError(f"sandbox: no usable service at {self.url} ({failure}); start it or correct the URL") from failure
+            raise RewardError(
+                f"sandbox: no usable service at {self.url} ({failure}); start it or correct the URL"
+            ) from failure
         if run.stdout.strip() != b"42":
             raise RewardError(f"sandbox: the service at {self.url} printed {run.stdout!r} for 6 * 7")
 
@@ -71,13 +74,22 @@ class RemoteBackend:
         raise SandboxFailure(f"more than {_MAX_CALLS} calls in one session: too many to repeat over the network")
 
     def _run(
-        self, language: Language, source: str, stdin: str, limits: Limits, files: Mapping[str, bytes] | None = None,
+        self,
+        language: Language,
+        source: str,
+        stdin: str,
+        limits: Limits,
+        files: Mapping[str, bytes] | None = None,
         wall_seconds: float | None = None,
     ) -> Completed:
         wall_seconds = wall_seconds or limits.wall_seconds
         request = {
-            "code": source, "language": language, "stdin": stdin, "run_timeout": wall_seconds,
-            "compile_timeout": COMPILER_LIMITS.wall_seconds, "memory_limit_MB": limits.memory_bytes >> 20,
+            "code": source,
+            "language": language,
+            "stdin": stdin,
+            "run_timeout": wall_seconds,
+            "compile_timeout": COMPILER_LIMITS.wall_seconds,
+            "memory_limit_MB": limits.memory_bytes >> 20,
             "files": {name: base64.b64encode(contents).decode() for name, contents in (files or {}).items()},
         }
         timeout = wall_seconds + COMPILER_LIMITS.wall_seconds + _SLACK_SECONDS

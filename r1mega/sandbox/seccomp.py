@@ -1,8 +1,9 @@
 """A seccomp filter assembled by hand: an allow-list of system calls for x86-64 and arm64, as classic BPF.
 
-What is not listed does not exist (ENOSYS): sockets, ptrace, mount, namespaces, bpf, io_uring, keyrings, memfd, SysV shared
-memory, message queues, userfaultfd, perf, process_vm_*, clone3 (glibc falls back to clone, whose flags can be looked at)
-and every call that a newer kernel brings. Numbers are the kernel's ABI (asm/unistd_64.h, asm-generic/unistd.h).
+What is not listed does not exist (ENOSYS): sockets, ptrace, mount, namespaces, bpf, io_uring, keyrings, memfd, SysV
+shared memory, message queues, userfaultfd, perf, process_vm_*, clone3 (glibc falls back to clone, whose flags can be
+looked at) and every call that a newer kernel brings. Numbers are the kernel's ABI (asm/unistd_64.h,
+asm-generic/unistd.h).
 """
 
 from __future__ import annotations

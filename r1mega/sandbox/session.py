@@ -1,10 +1,11 @@
-"""One answer graded by calls: two sandboxes, the answer's and the grader's, and this process carrying lines between them.
+"""One answer graded by calls: two sandboxes, and this process carrying lines between them.
 
     grader --C request--> here --request--> answer
     grader <--reply------ here <--reply---- answer
     grader --V outcome (with our nonce)--> here
 
-Lines between the two are carried unread. The grader never sees the source, the answer never sees a test or an expected value.
+Lines between the two are carried unread. The grader never sees the source, the answer never sees a test or an expected
+value.
 """
 
 from __future__ import annotations
@@ -67,9 +68,9 @@ def source_files(role: str) -> dict[str, bytes]:
 def grade(launcher: Launcher, source: str, spec: Mapping[str, Any], limits: Limits, *, clock_per_call: bool) -> Graded:
     """Load `source` in one sandbox, run the tests of `spec` (see inside/grader.py) in another.
 
-    clock_per_call: limits.wall_seconds is for each call; otherwise for loading and all calls together. Only the answer's
-    own turns count; the tests have as much again, plus their start-up.
-    Raises SandboxFailure when either sandbox fails for a reason that is not the answer's.
+    clock_per_call: limits.wall_seconds is for each call; otherwise for loading and all calls together. Only the
+    answer's own turns count; the tests have as much again, plus their start-up. Raises SandboxFailure when either
+    sandbox fails for a reason that is not the answer's.
     """
     calls = len(spec.get("cases", ())) if clock_per_call else 1
     answer_limits = replace(limits, cpu_seconds=limits.cpu_seconds * max(1, calls))
@@ -127,10 +128,11 @@ class _Session:
             enforce(child)
         if self.answer.stopped is not None and self.state.ended is None:
             self._end(self.answer.stopped, self.answer.stopped.value.replace("_", " "))
-        budget, spent = self.budget["answer" if self.state.turn == "loading" else self.state.turn], now - self.turn_started
+        of_answer, spent = self.state.turn in ("loading", "answer"), now - self.turn_started
+        budget = self.budget["answer" if of_answer else self.state.turn]
         if spent < budget:
             return
-        if self.state.turn in ("loading", "answer") and spent - self.answer.starved_seconds(budget, self.pressure) < budget:
+        if of_answer and spent - self.answer.starved_seconds(budget, self.pressure) < budget:
             return
         if self.state.turn == "start":
             raise SandboxFailure(f"the answer's interpreter did not come up within {_START_SECONDS:.0f} s")

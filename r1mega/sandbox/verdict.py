@@ -9,7 +9,8 @@ from r1mega.errors import RewardError
 
 
 class SandboxUnavailable(RewardError):
-    """This machine cannot isolate an answer: a tool or kernel feature is missing (the message says which and what to do)."""
+    """This machine cannot isolate an answer: a tool or kernel feature is missing (the message says which and what to
+    do)."""
 
 
 class SandboxBreached(RewardError):
@@ -17,7 +18,8 @@ class SandboxBreached(RewardError):
 
 
 class SandboxFailure(Exception):
-    """One run failed for a reason that is not the answer's (spawn failed, host out of memory). Worth a retry; never scored."""
+    """One run failed for a reason that is not the answer's (spawn failed, host out of memory). Worth a retry; never
+    scored."""
 
 
 class Verdict(enum.StrEnum):
@@ -40,9 +42,9 @@ class Verdict(enum.StrEnum):
 class Completed:
     """One program run to its end inside the sandbox.
 
-    exit_code: of the program (128 + n: signal n); stdout, stderr: capped bytes; wall_seconds: from a standing sandbox to its end;
-    peak_bytes: of the memory cgroup (None where there is none).
-    stopped: the limit for which it was killed, None if it ended by itself.
+    exit_code: of the program (128 + n: signal n); stdout, stderr: capped bytes; wall_seconds: from a standing sandbox
+    to its end; peak_bytes: of the memory cgroup (None where there is none). stopped: the limit for which it was killed,
+    None if it ended by itself.
     """
 
     exit_code: int

@@ -1,9 +1,10 @@
 """Runs in the answer's sandbox: loads the answer, then does what the grader asks, one request at a time.
 
-The answer shares this process and may take it over; all it wins is to choose the values that it returns, which is what an
-answer does anyway. It never sees what they are compared with.
+The answer shares this process and may take it over; all it wins is to choose the values that it returns, which is what
+an answer does anyway. It never sees what they are compared with.
 """
 
+import _sitebuiltins
 import builtins
 import itertools
 import json
@@ -11,7 +12,6 @@ import os
 import sys
 import types
 
-import _sitebuiltins
 from wire import Unsendable, decode, encode
 
 

@@ -63,9 +63,15 @@ attempt("read a host file", lambda: read(FILE))
 attempt("read it by /proc/1/root", lambda: read("/proc/1/root" + FILE))
 attempt("read it by a symlink", symlink)
 attempt("read /etc/passwd", lambda: read("/etc/passwd"))
-attempt("see home directories", lambda: [d for d in ("/root", "/home", "/work", "/mnt", "/sys", "/var") if os.path.exists(d)])
+attempt(
+    "see home directories",
+    lambda: [d for d in ("/root", "/home", "/work", "/mnt", "/sys", "/var") if os.path.exists(d)],
+)
 attempt("environment", lambda: sorted(set(os.environ) - {"PATH", "HOME", "LANG", "PWD", "PYTHONHASHSEED", "LC_CTYPE"}))
-attempt("host process", lambda: os.path.exists("/proc/%s/environ" % PID) and int(PID) > 50 and read("/proc/%s/environ" % PID))
+attempt(
+    "host process",
+    lambda: os.path.exists("/proc/%s/environ" % PID) and int(PID) > 50 and read("/proc/%s/environ" % PID),
+)
 attempt("other processes", lambda: [p for p in os.listdir("/proc") if p.isdigit() and int(p) > 20])
 attempt("descriptors", lambda: [d for d in os.listdir("/proc/self/fd") if int(d) > 3])
 attempt("capabilities", lambda: int(status("CapEff"), 16) or int(status("CapBnd"), 16))

@@ -1,4 +1,4 @@
-"""Runs in the grader's sandbox: executes the tests, in which the answer's names are stand-ins that ask the other sandbox.
+"""Runs in the grader's sandbox: executes the tests, with stand-ins for the names of the answer.
 
 Comparisons happen here, between values that have become plain built-in types, so an answer's own __eq__, its patched
 builtins and its frames never meet a test.
@@ -32,8 +32,8 @@ class AnswerError(Exception):
 class Line:
     """The way to the answer: one request, one reply that repeats the request's number.
 
-    Numbers follow from the seed, which the answer does not know, so that it cannot reply before it is asked; and the same
-    seed gives the same ones, so that a session can be repeated.
+    Numbers follow from the seed, which the answer does not know, so that it cannot reply before it is asked; and the
+    same seed gives the same ones, so that a session can be repeated.
     """
 
     def __init__(self, exchange, seed):
@@ -55,7 +55,7 @@ class Line:
             if "value" in reply:
                 return decode(reply["value"], lambda identity: StandIn(self, identity))
         except (ValueError, RecursionError) as error:
-            raise Tampered("forged reply: %s" % error)
+            raise Tampered("forged reply: %s" % error) from None
         if "exit" in reply:
             raise Ended("exit: " + str(reply["exit"]))
         if "unsendable" in reply:
@@ -86,7 +86,8 @@ def number_of(value):
 
 
 class StandIn:
-    """A name (text) or an object (number) of the answer. Equality is identity: the answer's own __eq__ is never asked."""
+    """A name (text) or an object (number) of the answer. Equality is identity: the answer's own __eq__ is never
+    asked."""
 
     def __init__(self, line, on):
         object.__setattr__(self, "_line", line)
@@ -117,6 +118,7 @@ class StandIn:
 
     def __str__(self):
         return self._line.ask("str", self._on)
+
 
 class Tally:
     """Counts assertions. stop_at_failure: one failure ends the tests."""
@@ -181,10 +183,10 @@ def names_in(tree):
 
 
 def bind(namespace, tree, entry, line):
-    """Give every free name of the tests its meaning: the answer's function, a module of ours, or the answer's other names.
+    """Give every free name of the tests its meaning: a module of ours, or a stand-in for the answer's.
 
-    Built-in names are ours, whatever the answer calls its functions; if the tests call nothing else, the first name that
-    they call is the answer's (a task may well ask for a function called `sum`).
+    Built-in names are ours, whatever the answer calls its functions; if the tests call nothing else, the first name
+    that they call is the answer's (a task may well ask for a function called `sum`).
     """
     read, bound, bases = names_in(tree)
     free = {name for name in read - bound if name not in namespace and not hasattr(builtins, name)}

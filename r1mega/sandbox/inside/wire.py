@@ -1,7 +1,7 @@
 """Values between the grader and the answer as JSON: data only, never code. Both ends run this; Python 3.8 and later.
 
-Numbers, text, bytes, containers, iterators and views travel by value, as plain built-in types. Everything else stays where
-it is and travels as a reference {"@": id}.
+Numbers, text, bytes, containers, iterators and views travel by value, as plain built-in types. Everything else stays
+where it is and travels as a reference {"@": id}.
 """
 
 import collections
@@ -82,7 +82,7 @@ def decode(form, resolve):
             return _DECODERS[tag](content)
         return _DECODERS[tag]([decode(item, resolve) for item in content])
     except (TypeError, KeyError, ArithmeticError) as error:
-        raise ValueError("malformed %s: %s" % (tag, error))
+        raise ValueError("malformed %s: %s" % (tag, error)) from error
 
 
 def _from_hex(content):

@@ -1,4 +1,4 @@
-"""Code reward: programs in responses, the forms of tests, verdicts, partial credit; HumanEval and MBPP as they are published.
+"""Code reward: programs in responses, the forms of tests, verdicts, partial credit; HumanEval and MBPP.
 
 The samples in tests/data are from HumanEval (MIT) and MBPP (CC-BY-4.0). With the whole files in R1MEGA_SHARED_DATA (or
 ../shared/data) every R1MEGA_CODE_STRIDE-th problem is run as well (default 16; 1 for all).
@@ -25,14 +25,14 @@ from r1mega.types import RewardStatus
 HERE = Path(__file__).parents[2] / "data"
 SHARED = Path(os.environ.get("R1MEGA_SHARED_DATA", Path(__file__).parents[4] / "shared" / "data"))
 STRIDE = int(os.environ.get("R1MEGA_CODE_STRIDE", "16"))
-MUTANT = '''
+MUTANT = """
 def __mutant(value):
     if isinstance(value, bool): return not value
     if isinstance(value, (int, float, complex)): return value + 1
     if isinstance(value, str): return value + "x"
     if isinstance(value, (list, tuple)): return type(value)([*value, 0])
     return None if value is not None else 0
-'''
+"""
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,9 @@ def test_language_picks_the_block():
 
 
 def test_completions_continue_the_prompt_and_programs_follow_it():
-    problem = Problem(prefix='import math\ndef f(x):\n    """doc"""\n', assertions=AssertBlock("", "assert f(1)"), entry="f")
+    problem = Problem(
+        prefix='import math\ndef f(x):\n    """doc"""\n', assertions=AssertBlock("", "assert f(1)"), entry="f"
+    )
     for code in ("    return math.pi * x", "def f(x):\n    return math.pi * x"):
         namespace = {}
         exec(problem.program(code), namespace)
@@ -101,10 +103,17 @@ def test_completions_continue_the_prompt_and_programs_follow_it():
 def test_forms_of_tests():
     streams = (StreamCase("1\n2", "3"),)
     assert problem_from({"tests": [{"input": "1\n2", "output": "3"}]}, "x").stream_cases == streams
-    assert problem_from({"input_output": json.dumps({"inputs": [["1", "2"]], "outputs": [["3"]]})}, "x").stream_cases == streams
+    assert (
+        problem_from({"input_output": json.dumps({"inputs": [["1", "2"]], "outputs": [["3"]]})}, "x").stream_cases
+        == streams
+    )
     calls = (CallCase((1, [2]), {}, 3),)
-    assert problem_from({"input_output": {"inputs": [[1, [2]]], "outputs": [3], "fn_name": "f"}}, "x").call_cases == calls
-    assert problem_from({"tests": [{"arguments": [1, [2]], "expected": 3}], "entry_point": "f"}, "x").call_cases == calls
+    assert (
+        problem_from({"input_output": {"inputs": [[1, [2]]], "outputs": [3], "fn_name": "f"}}, "x").call_cases == calls
+    )
+    assert (
+        problem_from({"tests": [{"arguments": [1, [2]], "expected": 3}], "entry_point": "f"}, "x").call_cases == calls
+    )
     assert problem_from({"tests": "assert f(1)"}, "x").assertions.tests == "assert f(1)"
     limited = problem_from({"tests": "assert f(1)", "time_limit": 2, "memory_limit_mb": 64, "language": "py"}, "x")
     assert (limited.time_limit, limited.memory_bytes, limited.language) == (2.0, 64 << 20, "python")
@@ -144,11 +153,20 @@ def mutated(solution, problem):
     """The solution with another value in every return of the function under test."""
     tree = ast.parse(problem.program(solution.replace("\r\n", "\n")))
     functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
-    called = [n.func.id for n in ast.walk(ast.parse(problem.assertions.tests)) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)]
+    called = [
+        n.func.id
+        for n in ast.walk(ast.parse(problem.assertions.tests))
+        if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)
+    ]
     entry = problem.entry or next(name for name in called if name in {function.name for function in functions})
     for function in functions:
         if function.name == entry:
-            inner = {id(n) for f in ast.walk(function) if isinstance(f, ast.FunctionDef) and f is not function for n in ast.walk(f)}
+            inner = {
+                id(n)
+                for f in ast.walk(function)
+                if isinstance(f, ast.FunctionDef) and f is not function
+                for n in ast.walk(f)
+            }
             for node in ast.walk(function):
                 if isinstance(node, ast.Return) and node.value is not None and id(node) not in inner:
                     node.value = ast.parse(f"__mutant({ast.unparse(node.value)})", mode="eval").body
@@ -222,10 +240,21 @@ if mode == "print": print("x" * (5 << 20))
 print("ok")
 """
     modes = ["fine", "sleep", "hoard", "fill", "fail", "crash", "print", "fine"]
-    problem = Problem(stream_cases=tuple(StreamCase(mode, "ok") for mode in modes), time_limit=3.0, memory_bytes=128 << 20)
+    problem = Problem(
+        stream_cases=tuple(StreamCase(mode, "ok") for mode in modes), time_limit=3.0, memory_bytes=128 << 20
+    )
     result = partial.grade(source, problem)
     names = [case.verdict.value for case in result.cases]
-    assert names == ["passed", "time_limit", "memory_limit", "passed", "runtime_error", "crashed", "output_limit", "passed"]
+    assert names == [
+        "passed",
+        "time_limit",
+        "memory_limit",
+        "passed",
+        "runtime_error",
+        "crashed",
+        "output_limit",
+        "passed",
+    ]
     assert result.fraction == 3 / 8 and result.verdict is Verdict.TIME_LIMIT
     assert result.cases[1].wall_seconds >= 3.0
     if result.cases[0].peak_bytes is not None:
@@ -273,7 +302,9 @@ def test_a_program_that_does_not_load_fails_all_calls_at_once(partial):
 
 
 def test_assertions_and_partial_credit(partial, reward):
-    problem = problem_from({"test_list": ["assert f(1) == 1", "assert f(2) == 4", "assert f(3) == 9", "assert f(4) == 16"]}, "x")
+    problem = problem_from(
+        {"test_list": ["assert f(1) == 1", "assert f(2) == 4", "assert f(3) == 9", "assert f(4) == 16"]}, "x"
+    )
     assert partial.grade("def f(x): return x * x", problem).fraction == 1.0
     result = partial.grade("def f(x): return x * x if x < 4 else 0", problem)
     assert result.fraction == 0.75 and "assert f(4) == 16" in result.reason
@@ -310,13 +341,15 @@ CPP = Problem(language="cpp", stream_cases=(StreamCase("3\n", "9\n"), StreamCase
         ("int* p = nullptr; std::cout << *p;", "crashed"),
         ("for (;;) {}", "time_limit"),
         ("std::vector<char*> v; for (;;) { v.push_back(new char[1 << 24]()); }", "memory_limit"),
-        ("for (;;) std::puts(\"xxxxxxxxxxxxxxxxxxxxxxxxxxxxxx\");", "output_limit"),
+        ('for (;;) std::puts("xxxxxxxxxxxxxxxxxxxxxxxxxxxxxx");', "output_limit"),
         ("return 3;", "runtime_error"),
     ],
 )
 def test_cpp(backend, body, verdict):
     limits = Limits(wall_seconds=2.0 if verdict == "time_limit" else 60.0, memory_bytes=128 << 20)
-    source = "#include <cstdio>\n#include <iostream>\n#include <vector>\nint main() { long a; std::cin >> a; " + body + " }"
+    source = (
+        "#include <cstdio>\n#include <iostream>\n#include <vector>\nint main() { long a; std::cin >> a; " + body + " }"
+    )
     result = CodeReward(backend, limits).grade(fenced(source, "cpp"), CPP)
     assert result.verdict.value == verdict, result.reason
 
@@ -384,7 +417,10 @@ def test_no_sandbox_no_reward(monkeypatch):
 
 def test_stream_keeps_the_order(reward):
     tests = ["assert f(2) == 4"]
-    lines = [json.dumps({"prediction": f"def f(x): return x * {factor}", "test_list": tests}) + "\n" for factor in (2, 3, 2, 1)]
+    lines = [
+        json.dumps({"prediction": f"def f(x): return x * {factor}", "test_list": tests}) + "\n"
+        for factor in (2, 3, 2, 1)
+    ]
     sink = io.StringIO()
     assert score_stream([*lines, "\n"], sink, reward=reward, num_workers=3) == 4
     written = [json.loads(line) for line in sink.getvalue().splitlines()]

@@ -21,7 +21,9 @@ def pytest_collection_modifyitems(items):
     missing = [tool for tool in ("bwrap", "setpriv", "prlimit") if shutil.which(tool) is None]
     for item in items:
         if missing and "launcher" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.skip(reason=f"{', '.join(missing)} missing: apt-get install -y bubblewrap util-linux"))
+            item.add_marker(
+                pytest.mark.skip(reason=f"{', '.join(missing)} missing: apt-get install -y bubblewrap util-linux")
+            )
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,16 @@ import pytest
 
 from r1mega.errors import RewardError
 from r1mega.sandbox import (
-    Launcher, Limits, LocalBackend, Policy, SandboxBreached, SandboxFailure, SandboxUnavailable, Verdict, describe, run_probe,
+    Launcher,
+    Limits,
+    LocalBackend,
+    Policy,
+    SandboxBreached,
+    SandboxFailure,
+    SandboxUnavailable,
+    Verdict,
+    describe,
+    run_probe,
 )
 from r1mega.sandbox import launcher as launcher_module
 from r1mega.sandbox import policy as policy_module
@@ -28,7 +37,9 @@ def python(launcher, source, limits=SMALL, stdin=b""):
 
 
 def test_a_program_reads_and_writes(launcher):
-    done = python(launcher, "import sys\nprint(input()[::-1])\nprint('note', file=sys.stderr)", stdin="héllo\n".encode())
+    done = python(
+        launcher, "import sys\nprint(input()[::-1])\nprint('note', file=sys.stderr)", stdin="héllo\n".encode()
+    )
     assert (done.exit_code, done.stdout, done.stderr) == (0, "olléh\n".encode(), b"note\n")
     assert done.classify() is None and 0 < done.wall_seconds < 20
 
@@ -45,7 +56,9 @@ def test_input_that_nobody_reads(launcher):
 def test_the_limits_are_each_named(launcher):
     assert python(launcher, "while True: pass").classify() is Verdict.TIME_LIMIT
     patient = Limits(wall_seconds=60.0, memory_bytes=96 << 20)
-    assert python(launcher, "x = [bytes([1]) * (1 << 20) for _ in range(999)]", patient).classify() is Verdict.MEMORY_LIMIT
+    assert (
+        python(launcher, "x = [bytes([1]) * (1 << 20) for _ in range(999)]", patient).classify() is Verdict.MEMORY_LIMIT
+    )
     output = python(launcher, "print('x' * (3 << 20))", patient)
     assert output.classify() is Verdict.OUTPUT_LIMIT and len(output.stdout) == SMALL.output_bytes
     assert python(launcher, "1 / 0", patient).classify() is Verdict.RUNTIME_ERROR
@@ -124,7 +137,7 @@ def test_libraries_are_bound_read_only(launcher, tmp_path_factory):
         if directory != Path("/") and not os.stat(directory).st_mode & 0o001:
             directory.chmod(0o755)
     reading = Launcher(Policy(libraries=(str(library),)))
-    done = python(reading, f"import gift; print(gift.VALUE)\nopen('/box/lib/0/x', 'w')")
+    done = python(reading, "import gift; print(gift.VALUE)\nopen('/box/lib/0/x', 'w')")
     assert done.stdout == b"42\n" and b"Read-only file system" in done.stderr
 
 
@@ -132,7 +145,9 @@ def test_a_sandbox_that_cannot_start_is_no_verdict(launcher, monkeypatch):
     broken = Launcher()
     original = launcher_module.command_line
     monkeypatch.setattr(
-        launcher_module, "command_line", lambda *a, **k: [x.replace("--proc", "--no-such-option") for x in original(*a, **k)]
+        launcher_module,
+        "command_line",
+        lambda *a, **k: [x.replace("--proc", "--no-such-option") for x in original(*a, **k)],
     )
     with pytest.raises(SandboxFailure, match="no-such-option"):
         python(broken, "print(1)")
@@ -163,7 +178,9 @@ def test_works_without_root(launcher):
         pytest.skip("runs as an unprivileged user already")
     interpreter = launcher.tools.python
     root = Path(launcher_module.__file__).parents[2]
-    version = subprocess.run([interpreter, "-c", "import sys; print(sys.version_info >= (3, 11))"], capture_output=True, text=True)
+    version = subprocess.run(
+        [interpreter, "-c", "import sys; print(sys.version_info >= (3, 11))"], capture_output=True, text=True
+    )
     if version.stdout.strip() != "True" or not policy_module._readable_by_everyone(launcher_module.__file__):
         pytest.skip("needs a Python 3.11 and a checkout that every user can read")
     program = (
@@ -171,8 +188,11 @@ def test_works_without_root(launcher):
         "print([f.name for f in run_probe(launcher) if not f.held], launcher.run_python(b'print(6 * 7)').stdout)"
     )
     done = subprocess.run(
-        ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", interpreter, "-c", program], capture_output=True,
-        text=True, env={"PYTHONPATH": str(root), "PATH": "/usr/bin:/bin", "PYTHONDONTWRITEBYTECODE": "1"}, cwd="/",
+        ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", interpreter, "-c", program],
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": str(root), "PATH": "/usr/bin:/bin", "PYTHONDONTWRITEBYTECODE": "1"},
+        cwd="/",
     )
     assert done.stdout == "[] b'42\\n'\n", done.stderr
 
@@ -205,7 +225,14 @@ def without(*options):
 
 def shared_network(argv):
     index = argv.index("--unshare-all")
-    return [*argv[:index], "--unshare-pid", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try", *argv[index + 1 :]]
+    return [
+        *argv[:index],
+        "--unshare-pid",
+        "--unshare-ipc",
+        "--unshare-uts",
+        "--unshare-cgroup-try",
+        *argv[index + 1 :],
+    ]
 
 
 def host_root(argv):
@@ -250,14 +277,19 @@ def asserts(launcher, source, tests, stop=True, **limits):
 
 ROUND_TRIP = """
 import collections, fractions, decimal
-VALUES = [None, True, -5, 2**70, -2**70, 1.5, float('inf'), 'é\\ud800', b'x\\x00', bytearray(b'y'), (1, (2,)), [1, []], {1: 2, 'a': (3,)},
-          {1, 2}, frozenset({3}), 1j, range(1, 9, 2), collections.deque([1]), fractions.Fraction(1, 3), decimal.Decimal('0.10'),
-          {'k': 1}.keys(), int, len, collections.OrderedDict(a=1), collections.Counter('aab')]
+VALUES = [
+    None, True, -5, 2**70, -2**70, 1.5, float('inf'), 'é\\ud800', b'x\\x00', bytearray(b'y'), (1, (2,)), [1, []],
+    {1: 2, 'a': (3,)}, {1, 2}, frozenset({3}), 1j, range(1, 9, 2), collections.deque([1]), fractions.Fraction(1, 3),
+    decimal.Decimal('0.10'), {'k': 1}.keys(), int, len, collections.OrderedDict(a=1), collections.Counter('aab'),
+]
 """
 
 
 def test_values_keep_their_types_on_the_way(launcher):
-    source = ROUND_TRIP + "def nth(n): return VALUES[n]\ndef same(n, value): return type(VALUES[n]).__name__, VALUES[n] == value"
+    source = (
+        ROUND_TRIP
+        + "def nth(n): return VALUES[n]\ndef same(n, value): return type(VALUES[n]).__name__, VALUES[n] == value"
+    )
     tests = ROUND_TRIP + (
         "for n, value in enumerate(VALUES):\n"
         "    plain = dict if isinstance(value, dict) else type(value)\n"
@@ -296,8 +328,13 @@ assert apply(length, a) == 2
 
 
 def test_exceptions_of_the_answer_reach_the_tests(launcher):
-    source = "def f(x):\n    if x < 0: raise ValueError('negative')\n    class Own(Exception): pass\n    raise Own('mine')"
-    tests = "try:\n    f(-1)\n    assert False == True\nexcept ValueError as error:\n    assert 'negative' in str(error)\nf(1)"
+    source = (
+        "def f(x):\n    if x < 0: raise ValueError('negative')\n    class Own(Exception): pass\n    raise Own('mine')"
+    )
+    tests = (
+        "try:\n    f(-1)\n    assert False == True\nexcept ValueError as error:\n"
+        "    assert 'negative' in str(error)\nf(1)"
+    )
     graded = asserts(launcher, source, tests)
     assert graded.outcome["num_passed"] == 1 and graded.outcome["first"]["message"] == "Own: mine"
 
@@ -306,9 +343,20 @@ def test_a_builtin_is_the_graders_unless_it_is_all_that_is_called(launcher):
     lying = "def len(x): return 2\ndef sorted(x): return [1, 2]\ndef f(): return [9]"
     assert asserts(launcher, lying, "assert len(f()) == 2").outcome["num_passed"] == 0
     assert asserts(launcher, lying, "assert sorted(f()) == [1, 2]").outcome["num_passed"] == 0
-    assert asserts(launcher, "import math\nclass math: isclose = lambda *a: True\ndef f(): return 1",
-                   "assert math.isclose(f(), 2)").outcome["num_passed"] == 0
-    assert asserts(launcher, "def sum(a, b): return a + b", "assert sum(10, 15) == 25\nassert sum(1, 2) == 3").outcome["num_passed"] == 2
+    assert (
+        asserts(
+            launcher,
+            "import math\nclass math: isclose = lambda *a: True\ndef f(): return 1",
+            "assert math.isclose(f(), 2)",
+        ).outcome["num_passed"]
+        == 0
+    )
+    assert (
+        asserts(launcher, "def sum(a, b): return a + b", "assert sum(10, 15) == 25\nassert sum(1, 2) == 3").outcome[
+            "num_passed"
+        ]
+        == 2
+    )
 
 
 def test_the_graders_time_is_not_the_answers(launcher):
@@ -320,7 +368,9 @@ def test_the_graders_time_is_not_the_answers(launcher):
 def test_time_of_all_calls_counts_together(launcher):
     source = "import time\ndef f():\n    time.sleep(0.4)\n    return 1"
     graded = asserts(launcher, source, "for _ in range(99):\n    assert f() == 1", wall_seconds=1.0)
-    assert graded.ended[0] is Verdict.TIME_LIMIT and 2 <= graded.outcome["num_passed"] <= 12  # 12: a busy host gives up to 5 times
+    assert (
+        graded.ended[0] is Verdict.TIME_LIMIT and 2 <= graded.outcome["num_passed"] <= 12
+    )  # 12: a busy host gives up to 5 times
 
 
 def test_tests_that_never_ask_are_not_the_answers_fault(launcher):
@@ -332,7 +382,10 @@ def test_tests_that_never_ask_are_not_the_answers_fault(launcher):
 def test_a_child_that_is_killed_for_memory_costs_the_answer(launcher):
     if launcher.groups is None:
         pytest.skip("no memory cgroup can be made here")
-    source = "import os\ndef f():\n    if os.fork() == 0:\n        x = [bytes([1]) * (1 << 20) for _ in range(999)]\n    os.wait()\n    return 1"
+    source = (
+        "import os\ndef f():\n    if os.fork() == 0:\n        x = [bytes([1]) * (1 << 20) for _ in range(999)]\n"
+        "    os.wait()\n    return 1"
+    )
     graded = asserts(launcher, source, "assert f() == 1", memory_bytes=96 << 20)
     assert graded.ended[0] is Verdict.MEMORY_LIMIT
 
@@ -346,7 +399,9 @@ def test_a_starved_answer_is_not_out_of_time(launcher):
         for process in busy:
             os.sched_setaffinity(process.pid, {cpu})
         os.sched_setaffinity(0, {cpu})
-        source = "import time\nstart = time.process_time()\nwhile time.process_time() - start < 0.5: pass\nprint('done')"
+        source = (
+            "import time\nstart = time.process_time()\nwhile time.process_time() - start < 0.5: pass\nprint('done')"
+        )
         done = python(launcher, source, Limits(wall_seconds=1.0))
     finally:
         os.sched_setaffinity(0, everything)

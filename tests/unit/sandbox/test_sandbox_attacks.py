@@ -1,4 +1,4 @@
-"""Every attack beside an innocent neighbour: the host untouched, the attacker 0 with a verdict by name, the neighbour right.
+"""Every attack beside an innocent neighbour: the host untouched, the attacker 0, the neighbour right.
 
 R1MEGA_SANDBOX_REPEATS=100 runs each that many times.
 """
@@ -11,14 +11,14 @@ import threading
 import time
 
 import pytest
-from tests.unit.sandbox.sandbox_attacks import ATTACKS, BOMBS, SYSTEM, Attack
 
 from r1mega.reward.code_problem import AssertBlock, Problem
 from r1mega.sandbox import Verdict
 from r1mega.types import RewardStatus
+from tests.unit.sandbox.sandbox_attacks import ATTACKS, BOMBS, SYSTEM, Attack
 
 REPEATS = int(os.environ.get("R1MEGA_SANDBOX_REPEATS", "1"))
-NEIGHBOUR = '''
+NEIGHBOUR = """
 import os, subprocess, tempfile, threading
 NEIGHBOUR = "NEIGHBOUR"
 def total(numbers):
@@ -30,8 +30,10 @@ def total(numbers):
         file.write(bytes(1 << 20))
     assert subprocess.run(["/bin/sh", "-c", "exit 7"]).returncode == 7
     return sum(results)
-'''
-NEIGHBOUR_PROBLEM = Problem(assertions=AssertBlock("", "assert total([1, 2, 3, 4]) == 10"), entry="total", time_limit=60.0)
+"""
+NEIGHBOUR_PROBLEM = Problem(
+    assertions=AssertBlock("", "assert total([1, 2, 3, 4]) == 10"), entry="total", time_limit=60.0
+)
 
 
 def planted(attack: Attack, host) -> str:

@@ -1,4 +1,5 @@
-"""The remote backend against a real HTTP server that speaks SandboxFusion's /run_code and runs this machine's sandbox."""
+"""The remote backend against a real HTTP server that speaks SandboxFusion's /run_code and runs this machine's
+sandbox."""
 
 from __future__ import annotations
 
@@ -27,10 +28,21 @@ def run_code(launcher, request):
     if request["language"] == "cpp":
         built = LocalBackend(launcher, probe=False).compile(request["code"].encode())
         failed = built.stopped is not None
-        compile_result = {"status": "Finished", "execution_time": built.wall_seconds, "return_code": int(failed), "stdout": "",
-                          "stderr": built.stderr.decode()}
+        compile_result = {
+            "status": "Finished",
+            "execution_time": built.wall_seconds,
+            "return_code": int(failed),
+            "stdout": "",
+            "stderr": built.stderr.decode(),
+        }
         if failed:
-            return {"status": "Failed", "message": "", "compile_result": compile_result, "run_result": None, "files": {}}
+            return {
+                "status": "Failed",
+                "message": "",
+                "compile_result": compile_result,
+                "run_result": None,
+                "files": {},
+            }
         program, files = ["/tmp/main"], {"/tmp/main": built.stdout}
     else:
         program = [launcher.tools.python, "-B", "/tmp/main.py"]
@@ -38,8 +50,10 @@ def run_code(launcher, request):
     done = launcher.run(program, limits, stdin=request["stdin"].encode(), files=files, executable_files=True)
     late = done.stopped is Verdict.TIME_LIMIT
     run_result = {
-        "status": "TimeLimitExceeded" if late else "Finished", "execution_time": done.wall_seconds,
-        "return_code": None if late else done.exit_code, "stdout": done.stdout.decode("utf-8", "replace"),
+        "status": "TimeLimitExceeded" if late else "Finished",
+        "execution_time": done.wall_seconds,
+        "return_code": None if late else done.exit_code,
+        "stdout": done.stdout.decode("utf-8", "replace"),
         "stderr": done.stderr.decode("utf-8", "replace"),
     }
     status = "Success" if done.exit_code == 0 else "Failed"
@@ -120,7 +134,9 @@ def test_asserts_and_calls_with_tests_kept_from_the_answer(remote, service):
 
 def test_objects_survive_the_repetition(remote):
     source = "class Box:\n    def __init__(self, x): self.x = x\ndef add(box, n):\n    box.x += n\n    return box.x"
-    problem = Problem(assertions=AssertBlock("", "b = Box(1)\nassert add(b, 2) == 3\nassert add(b, 2) == 5 and b.x == 5"))
+    problem = Problem(
+        assertions=AssertBlock("", "b = Box(1)\nassert add(b, 2) == 3\nassert add(b, 2) == 5 and b.x == 5")
+    )
     assert verdict(remote, source, problem) == (1.0, "passed")
 
 
@@ -132,7 +148,11 @@ def test_objects_survive_the_repetition(remote):
         ("def f(n): exit()", "early_exit"),
         ("def f(n): raise ValueError", "runtime_error"),
         ("def f(n", "compile_error"),
-        ("import os\nfor fd in range(3, 64):\n  try: os.write(fd, b'{}\\n')\n  except OSError: pass\ndef f(n): return 1", "tampering"),
+        (
+            "import os\nfor fd in range(3, 64):\n  try: os.write(fd, b'{}\\n')\n  except OSError: pass\n"
+            "def f(n): return 1",
+            "tampering",
+        ),
         ("class E:\n  def __eq__(self, other): return True\ndef f(n): return E()", "wrong_answer"),
         ("def f(n):\n  while True: pass", "time_limit"),
         ("def f(n): return bytearray(1 << 40)", "memory_limit"),
@@ -148,7 +168,12 @@ def test_a_failing_service_is_no_score(remote, service, monkeypatch):
     for mode in ("broken", "down"):
         monkeypatch.setitem(service[1], "mode", mode)
         scored = remote.score("print(1)", problem)
-        assert scored.value is None and scored.status is RewardStatus.FAILED and "run_code" in scored.reason or "runners" in scored.reason
+        assert (
+            scored.value is None
+            and scored.status is RewardStatus.FAILED
+            and "run_code" in scored.reason
+            or "runners" in scored.reason
+        )
         with pytest.raises(RewardError, match="no usable service"):
             RemoteBackend(service[0])
 

@@ -58,11 +58,15 @@ def test_numbers_are_the_kernels(machine):
     if not HEADERS[machine].exists():
         pytest.skip(f"{HEADERS[machine]} missing: apt-get install -y linux-libc-dev")
     kernel = {}
-    for name, number in re.findall(r"#define __NR(?:3264)?_(\w+)\s+(\d+)\s*$", HEADERS[machine].read_text(), re.MULTILINE):
+    for name, number in re.findall(
+        r"#define __NR(?:3264)?_(\w+)\s+(\d+)\s*$", HEADERS[machine].read_text(), re.MULTILINE
+    ):
         kernel.setdefault("newfstatat" if (machine, name) == ("aarch64", "fstatat") else name, number)
     for name, number in (pair.split("=") for pair in seccomp._ARCHITECTURES[machine][1].split()):
         assert kernel[name] == number, name
-    forbidden = "socket connect ptrace mount unshare setns bpf io_uring_setup keyctl memfd_create clone3 userfaultfd".split()
+    forbidden = (
+        "socket connect ptrace mount unshare setns bpf io_uring_setup keyctl memfd_create clone3 userfaultfd".split()
+    )
     program = seccomp.assemble(machine)
     for name in forbidden:
         assert decide(program, int(kernel[name]), architecture=ARCHITECTURE[machine]) == refused(errno.ENOSYS), name
@@ -77,7 +81,9 @@ def test_arguments_are_looked_at():
         assert decide(program, clone, (flag | 17,)) == refused(errno.EPERM)
     assert decide(program, ioctl, (0, 0x5401)) == ALLOW
     assert decide(program, ioctl, (0, 0x5412)) == decide(program, ioctl, (0, 0x541C)) == refused(errno.EPERM)
-    assert decide(program, ioctl, (0, 0x5412 | 1 << 40)) == refused(errno.EPERM)  # the kernel drops the high word as well
+    assert decide(program, ioctl, (0, 0x5412 | 1 << 40)) == refused(
+        errno.EPERM
+    )  # the kernel drops the high word as well
     assert decide(program, fcntl, (0, 1031)) == refused(errno.EPERM) and decide(program, fcntl, (0, 3)) == ALLOW
     assert decide(program, socketpair, (1,)) == ALLOW and decide(program, socketpair, (2,)) == refused(errno.EPERM)
 

@@ -22,10 +22,17 @@ def case():
     return hidden, weight, targets, torch.arange(2, TOKENS), upstream
 
 
-def run(backend: str) -> dict[str, np.ndarray]:
-    """This rank's results on shards of unequal width: the first rank's is padded with -inf, as Megatron pads the last."""
+def run(backends: list[str]) -> dict[str, dict[str, np.ndarray]]:
+    """`shard_results` of every backend: one pair of processes serves them all."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
+    results = {backend: shard_results(backend) for backend in backends}
+    dist.destroy_process_group()
+    return results
+
+
+def shard_results(backend: str) -> dict[str, np.ndarray]:
+    """This rank's results on shards of unequal width: the first rank's is padded with -inf, as Megatron pads the last."""
     rank, group = int(os.environ["RANK"]), dist.group.WORLD
     hidden, weight, targets, rows, upstream = case()
     columns = slice(0, 200) if rank == 0 else slice(200, VOCABULARY)
@@ -41,7 +48,6 @@ def run(backend: str) -> dict[str, np.ndarray]:
         masked_shard, targets.clamp(min=4, max=300), tp_group=group, vocab_start=0 if rank == 0 else 4,
         vocab_size=305, backend=backend,
     )  # fmt: skip
-    dist.destroy_process_group()
     tensors = {
         "results": results.detach(), "grad_logits": logits.grad, "linear": linear.detach(), "masked": torch.stack(empty),
         "grad_hidden": hidden_leaf.grad, "grad_weight": weight_leaf.grad,

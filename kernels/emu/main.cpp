@@ -1,0 +1,142 @@
+// Runs one kernel on arrays from stdin and writes its results to stdout; tests/unit/kernels/test_emulator.py drives it.
+//
+// stdin: the kernel's name and a newline; then arrays, each as int64 byte count and that many bytes, in the order in which
+// the case below takes them. Scalars are an array of int64 or double.
+#include <iostream>
+#include <string>
+
+#include "../csrc/cuda/log_prob.cuh"
+#include "../csrc/cuda/token_loss.cuh"
+#include "../csrc/cuda/group_advantage.cuh"
+
+using namespace r1mega;
+
+namespace {
+
+// An array that ends where its allocation ends, so that the sanitizer sees an access past it. `misalignment` bytes before it
+// take it off a 16-byte boundary.
+template <class T>
+class Array {
+  public:
+    explicit Array(int64_t bytes, int64_t misalignment = 0) : bytes_(bytes) {
+        void* allocated = nullptr;
+        if (posix_memalign(&allocated, 16, size_t(bytes + misalignment))) abort();
+        storage_ = static_cast<char*>(allocated);
+        data_ = storage_ + misalignment;
+    }
+    ~Array() { free(storage_); }
+    Array(const Array&) = delete;
+    T* get() { return reinterpret_cast<T*>(data_); }
+    T* or_null() { return bytes_ ? get() : nullptr; }
+    int64_t size() const { return bytes_ / int64_t(sizeof(T)); }
+    char* raw() { return data_; }
+    int64_t bytes() const { return bytes_; }
+
+  private:
+    int64_t bytes_;
+    char *storage_, *data_;
+};
+
+template <class T>
+struct Input : Array<T> {
+    explicit Input(int64_t misalignment = 0) : Array<T>(read_size(), misalignment) { std::cin.read(this->raw(), this->bytes()); }
+    static int64_t read_size() {
+        int64_t bytes = 0;
+        std::cin.read(reinterpret_cast<char*>(&bytes), sizeof bytes);
+        return bytes;
+    }
+};
+
+template <class T>
+void write(Array<T>& array) {
+    std::cout.write(array.raw(), array.bytes());
+}
+
+// scalars: tokens, columns, stride, vocab_start, count, order, misalignment, in_place; the gradient has the logits' stride
+template <class E>
+void run_log_prob() {
+    Input<int64_t> s;
+    const int64_t tokens = s.get()[0], columns = s.get()[1], stride = s.get()[2], vocab_start = s.get()[3];
+    const int64_t count = s.get()[4], misalignment = s.get()[6];
+    const int order = int(s.get()[5]);
+    const bool in_place = s.get()[7] != 0;
+    Input<E> logits(misalignment);
+    Input<int64_t> targets, rows;
+    Input<float> inverse;
+    Input<int32_t> positions;
+    Input<float> grads;
+    device::RowSource source{logits.get(), targets.get(), inverse.get(), rows.or_null(), columns, stride, vocab_start,
+                             inverse.size() == 1};
+    Array<RowStats> stats(count * int64_t(sizeof(RowStats))), merged(count * int64_t(sizeof(RowStats)));
+    Array<float> results(3 * count * int64_t(sizeof(float)));
+    emulator::launch(unsigned(count), device::kThreads, order, [&] { device::log_prob_stats<E>(source, stats.get()); });
+    const auto blocks = unsigned((count + device::kThreads - 1) / device::kThreads);
+    emulator::launch(blocks, device::kThreads, order,
+                     [&] { device::log_prob_merge(stats.get(), source, 1, count, merged.get(), results.get()); });
+    source.rows = nullptr;
+    const device::RowUpstream upstream{positions.or_null(), merged.get(), results.get() + count, grads.get(), count};
+    Array<E> separate(logits.bytes(), misalignment);
+    if (!in_place) memset(separate.raw(), 0, size_t(separate.bytes()));
+    E* out = in_place ? logits.get() : separate.get();
+    emulator::launch(unsigned(tokens), device::kThreads, order,
+                     [&] { device::log_prob_backward<E>(source, upstream, out, stride); });
+    write(results);
+    in_place ? write(logits) : write(separate);
+}
+
+void run_token_loss() {
+    Input<int64_t> s;  // order, weights_per_sequence
+    Input<double> options;
+    Input<float> log_probs, old, reference, sampler, advantages, weights;
+    Input<uint8_t> mask;
+    Input<int64_t> sequence_ids;
+    const double* o = options.get();
+    const LossOptions chosen = loss_options(o[0], o[1], o[2], o[3], o[4], old.or_null(), reference.or_null(), sampler.or_null());
+    const int64_t count = log_probs.size();
+    const auto blocks = unsigned((count + device::kTokensPerBlock - 1) / device::kTokensPerBlock);
+    Array<float> grad(log_probs.bytes());
+    Array<double> partial(int64_t(blocks) * kNumSums * 8), sums(kNumSums * 8);
+    const device::LossTensors tensors{log_probs.get(), old.or_null(), reference.or_null(), sampler.or_null(), advantages.get(),
+                                      weights.or_null(), sequence_ids.or_null(), mask.or_null(), s.get()[1] != 0, grad.get()};
+    unsigned finished = 0;
+    emulator::launch(blocks, device::kLossThreads, int(s.get()[0]), [&] {
+        device::token_loss(tensors, chosen, count, partial.get(), &finished, sums.get());
+    });
+    if (finished != 0) abort();
+    write(grad);
+    write(sums);
+}
+
+void run_group_advantage() {
+    Input<int64_t> s;  // order, baseline, scale
+    Input<double> epsilon, rewards;
+    Input<int64_t> offsets;
+    Input<uint8_t> mask;
+    Array<float> advantages(rewards.size() * 4);
+    emulator::launch(1, device::kAdvantageThreads, int(s.get()[0]), [&] {
+        device::group_advantages(rewards.get(), offsets.get(), mask.or_null(), offsets.size() - 1, rewards.size(),
+                                 static_cast<Baseline>(s.get()[1]), static_cast<Scale>(s.get()[2]), epsilon.get()[0],
+                                 advantages.get());
+    });
+    write(advantages);
+}
+
+}  // namespace
+
+int main() {
+    std::string name;
+    std::getline(std::cin, name);
+    if (name == "log_prob_f32") run_log_prob<float>();
+    else if (name == "log_prob_bf16") run_log_prob<Bf16>();
+    else if (name == "token_loss") run_token_loss();
+    else if (name == "group_advantage") run_group_advantage();
+    else if (name == "divergent_barrier")
+        emulator::launch(1, 64, 0, [] { if (threadIdx.x < 40) R1_SYNC(); });
+    else if (name == "out_of_bounds") {
+        Array<float> small(16 * 4);
+        emulator::launch(1, 32, 0, [&] { small.get()[threadIdx.x] = 1.f; });
+    } else {
+        std::cerr << "unknown kernel " << name << "\n";
+        return 2;
+    }
+}

@@ -1,0 +1,111 @@
+"""The build: torch's ABI as torch declares it, no compiler, a broken compiler, the CUDA kernels' registers and spills."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import r1mega_kernels
+
+KERNELS = Path(r1mega_kernels.__file__).parents[1]
+ROOT = KERNELS.parent
+
+
+def module_from(path: Path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def build():
+    return module_from(KERNELS / "build.py")
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
+def test_declarations_agree_with_torchs_headers(tmp_path):
+    """A function declared twice as extern "C" with different types does not compile."""
+    source = tmp_path / "check.cpp"
+    source.write_text(
+        "#include <torch/csrc/stable/c/shim.h>\n#define R1_TORCH_HEADERS\n"
+        'extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);\n'
+        '#include "r1mega_kernels/torch_abi.h"\n'
+    )
+    torch_include = Path(torch.__file__).parent / "include"
+    command = ["g++", "-std=c++20", "-fsyntax-only", f"-I{torch_include}", f"-I{KERNELS / 'include'}", str(source)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_without_compilers_nothing_is_built_and_nothing_fails(build, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(build, "find_nvcc", lambda: None)
+    assert build.build_libraries(tmp_path) == []
+    said = capsys.readouterr().err
+    assert "no g++" in said and "no nvcc" in said
+    with pytest.raises(RuntimeError, match="there is no nvcc"):
+        build.build_libraries(tmp_path, cuda=True)
+
+
+def test_a_compiler_that_fails_is_an_error(build, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "false")
+    with pytest.raises(RuntimeError, match="failed with status 1"):
+        build.build_libraries(tmp_path, cuda=False)
+
+
+def test_cuda_is_built_only_where_it_is_wanted(build, monkeypatch):
+    monkeypatch.delenv("R1MEGA_BUILD_CUDA", raising=False)
+    assert build.wants_cuda() == (torch.version.cuda is not None)
+    for value, wanted in (("1", True), ("0", False)):
+        monkeypatch.setenv("R1MEGA_BUILD_CUDA", value)
+        assert build.wants_cuda() is wanted
+
+
+def test_package_without_libraries_says_so_and_computes(tmp_path):
+    """A copy of the package without compiled libraries, as after an install without g++."""
+    shutil.copytree(KERNELS / "r1mega_kernels", tmp_path / "r1mega_kernels", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    program = (
+        "import logging, torch, r1mega_kernels as k; logging.basicConfig()\n"
+        "print(k.backend('cpu'), *k.grouped_log_prob(torch.zeros(2, 4), torch.tensor([1, 2])).log_prob.tolist())\n"
+        "k.grouped_log_prob(torch.zeros(2, 4), torch.tensor([1, 2]))\n"
+        "try: k.grouped_log_prob(torch.zeros(1, 4), torch.tensor([1]), backend='native')\n"
+        "except Exception as error: print(type(error).__name__, 'needs g++' in str(error))\n"
+    )
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["reference -1.3862943649291992 -1.3862943649291992", "PlatformError True"]
+    assert done.stderr.count("using the torch reference") == 1  # said once
+
+
+def test_cuda_kernels_keep_their_budgets(build):
+    if build.find_nvcc() is None:
+        pytest.skip("no nvcc")
+    report_tool = module_from(ROOT / "tools" / "kernel_report.py")
+    report = report_tool.compile_report()
+    assert report_tool.violations(report) == []
+    compiled = {(r["kernel"], r["element"], r["target"]) for r in report["kernels"]}
+    for target in ("sm_80", "sm_90a", "sm_100"):
+        for kernel in ("log_prob_stats", "log_prob_backward"):
+            assert {(kernel, "bf16", target), (kernel, "fp32", target)} <= compiled
+        assert {(k, None, target) for k in ("log_prob_merge", "token_loss", "group_advantages")} <= compiled
+
+
+def test_over_budget_is_reported():
+    report_tool = module_from(ROOT / "tools" / "kernel_report.py")
+    log = (
+        "Compiling entry function '_ZN6r1mega6device10token_lossE' for 'sm_80'\n"
+        "    16 bytes stack frame, 8 bytes spill stores, 4 bytes spill loads\nptxas info : Used 255 registers, 512 bytes smem\n"
+    )
+    (record,) = report_tool.parse(log, "sm_80")
+    assert record["spill_bytes"] == 12 and record["stack_bytes"] == 16 and record["shared_bytes"] == 512
+    assert "255 of 64 registers" in report_tool.violations({"kernels": [record]})[0]

@@ -1,0 +1,159 @@
+"""The CUDA kernels' own source on the CPU, thread by thread under the sanitizers, against the float64 references."""
+
+from __future__ import annotations
+
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import r1mega_kernels
+from r1mega_kernels import group_advantage, grpo_token_loss
+from tests.unit.kernels.test_log_prob import exact, random_case
+from tests.unit.kernels.test_loss import random_tokens
+
+KERNELS = Path(r1mega_kernels.__file__).parents[1]
+FLAGS = ["-std=c++17", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-Wall", "-Wextra"]
+
+
+@pytest.fixture(scope="module")
+def emulator(tmp_path_factory):
+    if not shutil.which("g++"):
+        pytest.skip("no g++, so no emulator")
+    program = tmp_path_factory.mktemp("emulator") / "emulator"
+    include = [f"-I{KERNELS / folder}" for folder in ("include", "emu")]
+    source = str(KERNELS / "emu" / "main.cpp")
+    command = ["g++", *FLAGS, "-Wno-unknown-pragmas", "-DR1_EMULATED", *include, source, "-o", str(program)]
+    subprocess.run(command, check=True)
+    return program
+
+
+def run(program, kernel, *arrays, check=True):
+    """Output bytes of a kernel on arrays (tensors, or lists of ints as int64)."""
+    message = kernel.encode() + b"\n"
+    for array in arrays:
+        tensor = array if isinstance(array, torch.Tensor) else torch.tensor(array, dtype=torch.int64)
+        tensor = tensor.contiguous()
+        data = (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy().tobytes()
+        message += struct.pack("<q", len(data)) + data
+    done = subprocess.run([program], input=message, capture_output=True, timeout=120)
+    if check:
+        assert done.returncode == 0, done.stderr.decode()[-3000:]
+    return done
+
+
+def run_log_prob(program, logits, targets, inverse, rows, grads, order=0, misalignment=0, in_place=0):
+    """(results [3, N], gradient [T, V])."""
+    tokens, columns = logits.shape
+    positions = torch.empty(0, dtype=torch.int32)
+    if rows is not None:
+        positions = torch.full((tokens,), -1, dtype=torch.int32)
+        positions[rows] = torch.arange(len(rows), dtype=torch.int32)
+    count = tokens if rows is None else len(rows)
+    scalars = [tokens, columns, columns, 0, count, order, misalignment, in_place]
+    kernel = "log_prob_bf16" if logits.dtype == torch.bfloat16 else "log_prob_f32"
+    out = run(program, kernel, scalars, logits, targets, [] if rows is None else rows, inverse, positions, grads).stdout
+    results = torch.from_numpy(np.frombuffer(out[: 12 * count], dtype=np.float32).copy()).view(3, count)
+    raw = np.frombuffer(out[12 * count :], dtype=np.int16 if logits.dtype == torch.bfloat16 else np.float32).copy()
+    return results, torch.from_numpy(raw).view(logits.dtype).view(tokens, columns)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocabulary", [1, 7, 8, 1003, 9000])
+def test_log_prob_and_gradient(emulator, dtype, vocabulary):
+    logits, targets = random_case(5, vocabulary, dtype)
+    rows = torch.tensor([0, 2, 4])
+    temperature = torch.tensor([0.5, 1.0, 0.9, 1.0, 1.5])
+    grads = torch.tensor([[1.0, 0.0, -2.0], [0.3, 0.0, 0.1], [0.0, 0.0, 0.5]])  # no gradient reaches the second
+    expected, leaf = exact(logits, targets, temperature, rows)
+    (expected * grads).sum().backward()
+    misalignment = logits.element_size()
+    case = (emulator, logits, targets, 1 / temperature, rows, grads)
+    results, grad = run_log_prob(*case)
+    torch.testing.assert_close(results.double(), expected.detach(), rtol=3e-7, atol=2e-6)
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2**-8, "atol": 1e-6}
+    torch.testing.assert_close(grad.double(), leaf.grad, **tolerance)
+    # the same bits whatever the address, the order in which threads and blocks run, and where the gradient goes
+    for variant in ({"order": 1}, {"misalignment": misalignment}, {"in_place": 1, "order": 1}):
+        other = run_log_prob(*case, **variant)
+        assert torch.equal(other[0], results) and torch.equal(other[1], grad), variant
+
+
+def test_rows_are_independent_of_their_neighbours(emulator):
+    logits, targets = random_case(4, 1003, torch.bfloat16)
+    grads = torch.ones(3, 4)
+    whole = run_log_prob(emulator, logits, targets, torch.ones(1), None, grads)
+    alone = run_log_prob(emulator, logits[2:3], targets[2:3], torch.ones(1), None, grads[:, :1])
+    assert torch.equal(alone[0][:, 0], whole[0][:, 2]) and torch.equal(alone[1][0], whole[1][2])
+
+
+def test_masked_columns_and_not_a_number(emulator):
+    logits, targets = random_case(5, 2100, torch.float32)
+    inf = float("inf")
+    logits[0] -= 200
+    logits[1, :2050] = -inf  # whole threads see masked columns only
+    targets[1] = 2099
+    logits[2, 700] = float("nan")
+    logits[3, 5] = inf
+    logits[4] = -inf
+    results, grad = run_log_prob(emulator, logits, targets, torch.ones(1), None, torch.ones(3, 5))
+    expected, leaf = exact(logits[:2], targets[:2], 1.0)
+    expected.sum().backward()
+    torch.testing.assert_close(results[:, :2].double(), expected.detach(), rtol=3e-7, atol=2e-6)
+    assert (grad[1, :2050] == 0).all() and results[:, 2:4].isnan().all() and results[0, 4].isnan()
+    torch.testing.assert_close(grad[0].double(), leaf.grad[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("count", [1, 100, 5000])
+def test_token_loss(emulator, count):
+    policy, old, reference, sampler, advantages, weights = (t.float() for t in random_tokens(count))
+    mask = torch.rand(count, generator=torch.Generator().manual_seed(1)) > 0.2
+    ids = torch.arange(count) // 7
+    advantages = advantages[: int(ids.max()) + 1]
+    options = torch.tensor([0.2, 0.28, 3.0, 0.1, 1.2], dtype=torch.float64)
+    leaf = policy.double().requires_grad_()
+    loss, metrics = grpo_token_loss(
+        leaf, advantages.double(), old.double(), reference_log_probs=reference.double(),
+        sampler_log_probs=sampler.double(), weights=weights.double(), mask=mask, sequence_ids=ids, clip_low=0.2,
+        clip_high=0.28, dual_clip=3.0, kl_coefficient=0.1, importance_cap=1.2, backend="reference",
+    )  # fmt: skip
+    loss.backward()
+    outputs = []
+    for order in (0, 1):
+        arrays = (options, policy, old, reference, sampler, advantages, weights, mask.to(torch.uint8), ids)
+        out = run(emulator, "token_loss", [order, 0], *arrays).stdout
+        outputs.append((np.frombuffer(out[: 4 * count], np.float32), np.frombuffer(out[4 * count :], np.float64)))
+    assert all(np.array_equal(a, b) for a, b in zip(*outputs, strict=True))
+    grad, sums = (torch.from_numpy(a.copy()) for a in outputs[0])
+    torch.testing.assert_close(grad.double(), leaf.grad, rtol=1e-5, atol=1e-6)
+    expected = [loss.detach(), metrics.num_tokens, metrics.clipped, metrics.kl, metrics.mismatch_sum]
+    expected += [metrics.mismatch_max, metrics.truncated, metrics.ratio_sum]
+    torch.testing.assert_close(sums, torch.stack([e.double() for e in expected]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("baseline", [0, 1])
+@pytest.mark.parametrize("scale", [0, 1, 2])
+def test_group_advantage(emulator, baseline, scale):
+    lengths = [1, 0, 16, 33, 2, 64, 3, 8, 5, 5, 5, 5, 5, 5, 5, 5, 5, 5, 5]
+    offsets = torch.tensor([0, *np.cumsum(lengths).tolist()])
+    rewards = torch.randint(0, 4, (sum(lengths),), generator=torch.Generator().manual_seed(2)).double() / 3
+    mask = torch.rand(len(rewards), generator=torch.Generator().manual_seed(3)) > 0.2
+    expected = group_advantage(
+        rewards, offsets, mask, baseline=("group", "leave_one_out")[baseline], scale=("none", "group", "batch")[scale],
+        backend="reference",
+    )  # fmt: skip
+    epsilon = torch.tensor([1e-6], dtype=torch.float64)
+    for order in (0, 1):
+        out = run(emulator, "group_advantage", [order, baseline, scale], epsilon, rewards, offsets, mask.to(torch.uint8))
+        got = torch.from_numpy(np.frombuffer(out.stdout, np.float32).copy())
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(("case", "message"), [("divergent_barrier", b"deadlock"), ("out_of_bounds", b"heap-buffer-overflow")])
+def test_the_emulator_sees_what_it_is_there_for(emulator, case, message):
+    done = run(emulator, case, check=False)
+    assert done.returncode != 0 and message in done.stderr

@@ -1,0 +1,120 @@
+"""Compiles the CUDA kernels for every target and prints what ptxas made of them, as JSON: no GPU is needed.
+
+    python tools/kernel_report.py [--targets 80 90a 100] [--check]
+
+For each kernel and target: registers a thread, spilled bytes, stack and static shared memory, and how many blocks of its
+size an SM holds by registers (65536 a SM). --check: exit status 1 if a kernel is over its budget.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "kernels"))
+
+import build  # noqa: E402  (kernels/build.py needs nothing installed)
+
+# Registers a thread. 64 keeps 4 blocks of 256 threads (half of an SM's threads) resident, what the loads in flight of a
+# bandwidth-bound kernel need; the advantages run as one block, where only spills would matter.
+BUDGETS = {
+    "log_prob_stats": 64,
+    "log_prob_merge": 64,
+    "log_prob_backward": 64,
+    "token_loss": 64,
+    "group_advantages": 128,
+}
+THREADS = {"group_advantages": 512}
+REGISTERS_PER_SM = 65536
+THREADS_PER_SM = 2048
+
+
+def compile_report(targets: tuple[str, ...] = build.CUDA_TARGETS) -> dict[str, Any]:
+    """{"nvcc": version, "kernels": [one record for each kernel, element type and target]}.
+
+    Raises:
+        RuntimeError: there is no nvcc, or it failed.
+    """
+    nvcc = build.find_nvcc()
+    if nvcc is None:
+        raise RuntimeError("no nvcc: set CUDA_HOME or put it on PATH")
+    version = re.search(r"release ([\d.]+)", build.run([nvcc, "--version"]))
+    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(2) as pool:
+        logs = list(pool.map(lambda target: _ptxas_log(nvcc, target, scratch), targets))
+    records = [record for target, log in zip(targets, logs, strict=True) for record in parse(log, f"sm_{target}")]
+    return {"nvcc": version[1] if version else "unknown", "kernels": records}
+
+
+def _ptxas_log(nvcc: str, target: str, scratch: str) -> str:
+    source = build.ROOT / "csrc" / "cuda" / "cuda_ops.cu"
+    return build.run(
+        [nvcc, "-std=c++17", "-O3", f"-I{build.ROOT / 'include'}", f"-gencode=arch=compute_{target},code=sm_{target}",
+         "-Xptxas=-v", "-cubin", str(source), "-o", f"{scratch}/{target}.cubin"]
+    )  # fmt: skip
+
+
+def parse(log: str, target: str) -> list[dict[str, Any]]:
+    """The records of one `ptxas -v` log."""
+    records = []
+    for part in log.split("Compiling entry function '")[1:]:
+        symbol = part.split("'")[0]
+        name = next((kernel for kernel in BUDGETS if kernel in symbol), None)
+        if name is None:
+            raise RuntimeError(f"kernel {symbol} has no budget: add it to BUDGETS in tools/kernel_report.py")
+        registers = int(re.search(r"Used (\d+) registers", part)[1])
+        shared = re.search(r"(\d+) bytes smem", part)
+        stack, stores, loads = (
+            int(re.search(rf"(\d+) bytes {what}", part)[1]) for what in ("stack frame", "spill stores", "spill loads")
+        )
+        threads = THREADS.get(name, 256)
+        per_block = -(-registers // 8) * 8 * threads
+        records.append(
+            {
+                "kernel": name,
+                "element": "bf16" if "Bf16E" in symbol else "fp32" if "IfE" in symbol else None,
+                "target": target,
+                "registers": registers,
+                "register_budget": BUDGETS[name],
+                "spill_bytes": stores + loads,
+                "stack_bytes": stack,
+                "shared_bytes": int(shared[1]) if shared else 0,
+                "threads": threads,
+                "blocks_per_sm": min(REGISTERS_PER_SM // per_block, THREADS_PER_SM // threads),
+            }
+        )
+    return records
+
+
+def violations(report: dict[str, Any]) -> list[str]:
+    """What is over budget: spills, stack frames, registers."""
+    return [
+        f"{r['kernel']} ({r['element']}) on {r['target']}: {r['registers']} of {r['register_budget']} registers, "
+        f"{r['spill_bytes']} bytes spilled, {r['stack_bytes']} bytes of stack"
+        for r in report["kernels"]
+        if r["spill_bytes"] or r["stack_bytes"] or r["registers"] > r["register_budget"]
+    ]
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--targets", nargs="+", default=list(build.CUDA_TARGETS))
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a kernel is over its budget")
+    arguments = parser.parse_args()
+    report = compile_report(tuple(arguments.targets))
+    print(json.dumps(report, indent=1))
+    over = violations(report)
+    for line in over:
+        print(line, file=sys.stderr)
+    sys.exit(1 if arguments.check and over else 0)
+
+
+if __name__ == "__main__":
+    main()

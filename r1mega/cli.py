@@ -6,11 +6,14 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from r1mega.errors import R1MegaError
+
+if TYPE_CHECKING:
+    from r1mega.config.schema import StageConfig
 
 app = typer.Typer(
     name="r1mega",
@@ -31,14 +34,16 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
     """Run one stage, from wherever an earlier start left it. Also under torchrun and srun."""
     from r1mega.config.load import load_config
     from r1mega.config.validate import validate
-    from r1mega.platform.launcher import adopt_launcher_environment
 
-    adopt_launcher_environment()
     loaded = load_config(config, overrides or [])
     validate(loaded)
+    _scan_data(loaded)
+    # from here on torch is imported: what is wrong with the files is told before, at once
     from r1mega.config.validate_platform import validate_platform
+    from r1mega.platform.launcher import adopt_launcher_environment
     from r1mega.stages import run_stage
 
+    adopt_launcher_environment()
     validate_platform(loaded)
 
     raise typer.Exit(run_stage(loaded))
@@ -119,6 +124,18 @@ def reward_math(
     score_stream(sys.stdin, sys.stdout, num_workers=workers, timeout_seconds=timeout)
 
 
+def _scan_data(config: StageConfig) -> None:
+    """Bad lines and prompts that are too long end the run here, before anything is started or written."""
+    from r1mega.config.schema import RLStage
+    from r1mega.data.prompts import scan_prompts
+
+    if not isinstance(config, RLStage):
+        return
+    scan_prompts(config.data, config.model.path)
+    if config.evaluate.data is not None:
+        scan_prompts(config.data.model_copy(update={"prompts": (config.evaluate.data,)}), config.model.path)
+
+
 def main() -> None:
     """Entry point. An R1MegaError becomes a message and its exit code; R1MEGA_TRACEBACK=1 shows where it came from."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
@@ -127,9 +144,15 @@ def main() -> None:
     except R1MegaError as error:
         if os.environ.get("R1MEGA_TRACEBACK") == "1":
             raise
-        if int(os.environ.get("RANK", "0")) == 0 or not _same_on_every_rank(error):
+        if _is_first_rank() or not _same_on_every_rank(error):
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+
+
+def _is_first_rank() -> bool:
+    """By the launcher's own variables: an error may come before they are adopted."""
+    ranks = (os.environ.get(name) for name in ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK"))
+    return next((rank for rank in ranks if rank is not None), "0") == "0"
 
 
 def _same_on_every_rank(error: R1MegaError) -> bool:

@@ -45,6 +45,7 @@ def _training_facts(config: StageConfig, hf: dict[str, Any]) -> list[Fact]:
     layers = "Transformer Engine" if here.has_transformer_engine else "Megatron's local layers"
     fp8 = config.model.fp8
     facts.append(Fact("layers", None, f"{layers}, fp8 {fp8}"))
+    facts.append(Fact("log-probs", None, _log_prob_choice(config)))
     if fp8 != "off" and not here.has_transformer_engine:
         facts.append(Fact("fp8", False, f"model.fp8={fp8} needs Transformer Engine and a GPU; set model.fp8=off here"))
     if hf:
@@ -84,16 +85,15 @@ def _generator_facts(config: RLStage, hf: dict[str, Any]) -> list[Fact]:
         f"{update.num_minibatches * update.num_epochs} optimizer steps, microbatches of {update.microbatch_tokens} tokens"
     )
     facts.append(Fact("update", None, text))
-    facts.append(Fact("log-probs", None, _log_prob_choice(config)))
     return facts
 
 
-def _log_prob_choice(config: RLStage) -> str:
-    if config.algorithm.log_probs == "reference":
-        return "torch (algorithm.log_probs=reference)"
+def _log_prob_choice(config: StageConfig) -> str:
+    if config.model.log_probs == "reference":
+        return "torch (model.log_probs=reference)"
     import r1mega_kernels
 
-    return f"fused kernel, {r1mega_kernels.backend()}"
+    return f"kernels, {r1mega_kernels.backend()}"
 
 
 def _file_facts(config: StageConfig) -> list[Fact]:

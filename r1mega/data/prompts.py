@@ -11,13 +11,15 @@ from typing import Any
 
 from r1mega.config.schema import DataConfig
 from r1mega.data.template import render
-from r1mega.data.tokenizer import Tokenizer
+from r1mega.data.tokenizer import Tokenizer, load_tokenizer
 from r1mega.errors import DataError
 from r1mega.types import Prompt
 
 logger = logging.getLogger(__name__)
 
 OWN_KEYS = ("id", "question", "answer", "kind", "language")
+DOCUMENT_TOKENS = 4
+"""More than any tokenizer puts before a text: the begin-of-text token and sentencepiece's leading space."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +46,7 @@ def load_prompts(config: DataConfig, tokenizer: Tokenizer) -> tuple[Prompt, ...]
         token_ids = tuple(tokenizer.encode_prompt(render(config.template, record.question)))
         if len(token_ids) > config.max_prompt_tokens:
             if config.on_long_prompt == "error":
-                raise DataError(
-                    f"{record.where}: the prompt has {len(token_ids)} tokens, data.max_prompt_tokens is "
-                    f"{config.max_prompt_tokens}; raise it, or set data.on_long_prompt=skip"
-                )
+                _check_length(len(token_ids), record, config)
             too_long += 1
             continue
         prompts.append(
@@ -58,6 +57,33 @@ def load_prompts(config: DataConfig, tokenizer: Tokenizer) -> tuple[Prompt, ...]
     if not prompts:
         raise DataError(f"no prompts left in {', '.join(map(str, config.prompts))}")
     return tuple(prompts)
+
+
+def scan_prompts(config: DataConfig, tokenizer_directory: Path) -> None:
+    """Raise what `load_prompts` would raise for the lines of the config's files, before any process group starts.
+
+    A text of n bytes has no more than n tokens besides the few that begin a document, so only questions near the limit
+    are tokenised: files of short ones are scanned at the speed of reading JSON.
+    """
+    tokenizer: Tokenizer | None = None
+    count = 0
+    for record in read_records(config):
+        count += 1
+        text = render(config.template, record.question)
+        if config.on_long_prompt == "skip" or len(text.encode()) + DOCUMENT_TOKENS <= config.max_prompt_tokens:
+            continue
+        tokenizer = tokenizer or load_tokenizer(tokenizer_directory)
+        _check_length(len(tokenizer.encode_prompt(text)), record, config)
+    if not count:
+        raise DataError(f"no prompts left in {', '.join(map(str, config.prompts))}")
+
+
+def _check_length(num_tokens: int, record: PromptRecord, config: DataConfig) -> None:
+    if num_tokens > config.max_prompt_tokens:
+        raise DataError(
+            f"{record.where}: the prompt has {num_tokens} tokens, data.max_prompt_tokens is "
+            f"{config.max_prompt_tokens}; raise it, or set data.on_long_prompt=skip"
+        )
 
 
 def read_records(config: DataConfig) -> Iterator[PromptRecord]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from r1mega.config.schema import DataConfig
-from r1mega.data.prompts import load_prompts
+from r1mega.data.prompts import load_prompts, scan_prompts
 from r1mega.data.template import render
 from r1mega.errors import ConfigError, DataError
 
@@ -78,6 +78,33 @@ def test_bad_line_is_fatal_with_its_place_or_skipped(tmp_path, line, message):
         load(path, max_prompt_tokens=100)
     kept = load(path, max_prompt_tokens=100, on_bad_line="skip", on_long_prompt="skip")
     assert [p.question for p in kept] == ["a", "b"]
+
+
+class NoTokenizer:
+    """Where no question is near the limit, the scan needs no tokenizer at all."""
+
+    def __fspath__(self):
+        raise AssertionError("the tokenizer was asked for")
+
+
+def test_scan_raises_what_loading_would_and_tokenises_only_near_the_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr("r1mega.data.prompts.load_tokenizer", lambda _directory: Bytes())
+    lines = [{"question": "x" * size, "answer": "1"} for size in (10, 75, 60)]
+    config = DataConfig(prompts=(write(tmp_path, *lines),), template="nano", max_prompt_tokens=93)
+    scan_prompts(config, tmp_path)  # 75 + 17 of the template + 1 = 93 tokens: just fits
+    for changed in ({"max_prompt_tokens": 92}, {"prompts": (write(tmp_path, *lines, "{"),)}):
+        broken = config.model_copy(update=changed)
+        with pytest.raises(DataError) as loading:
+            load_prompts(broken, Bytes())
+        with pytest.raises(DataError) as scanning:
+            scan_prompts(broken, tmp_path)
+        assert str(scanning.value) == str(loading.value)
+    with pytest.raises(DataError, match="no prompts left"):
+        scan_prompts(config.model_copy(update={"prompts": (write(tmp_path, ""),)}), tmp_path)
+
+
+def test_scan_of_short_questions_needs_no_tokenizer(tmp_path):
+    scan_prompts(DataConfig(prompts=(write(tmp_path, {"question": "1+1?", "answer": "2"}),)), NoTokenizer())
 
 
 def test_repeated_ids_become_unique(tmp_path):

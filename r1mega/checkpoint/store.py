@@ -80,21 +80,25 @@ class CheckpointStore:
         """(state as described by the `sharded_state` template, progress). CheckpointError for another architecture."""
         from megatron.core import dist_checkpointing
 
-        saved = json.loads((path / MANIFEST).read_text())["architecture"]
-        wanted = json.loads(json.dumps(self.architecture))
-        if saved != wanted:
-            keys = sorted(k for k in saved.keys() | wanted.keys() if saved.get(k) != wanted.get(k))
-            raise CheckpointError(
-                f"{path}: saved from another architecture: "
-                + ", ".join(f"{k} {saved.get(k)} there, {wanted.get(k)} here" for k in keys)
-                + ". Use another run_dir, or the model that made it."
-            )
+        check_architecture(path, self.architecture)
         state = dist_checkpointing.load(sharded_state, str(path))
         return state, json.loads((path / PROGRESS).read_text())
 
     def _steps(self) -> list[int]:
         names = (p.name.removeprefix("step_") for p in self.directory.glob("step_*") if p.is_dir())
         return sorted(int(name) for name in names if name.isdigit())
+
+
+def check_architecture(path: Path, architecture: Mapping[str, Any]) -> None:
+    """CheckpointError naming the keys in which a checkpoint's architecture differs. Reads the manifest only."""
+    saved, wanted = json.loads((path / MANIFEST).read_text())["architecture"], json.loads(json.dumps(dict(architecture)))
+    keys = sorted(k for k in saved.keys() | wanted.keys() if saved.get(k) != wanted.get(k))
+    if keys:
+        raise CheckpointError(
+            f"{path}: saved from another architecture: "
+            + ", ".join(f"{k} {saved.get(k)} there, {wanted.get(k)} here" for k in keys)
+            + ". Use another run_dir, or the model that made it."
+        )
 
 
 def architecture_of(hf_config: Mapping[str, Any]) -> dict[str, Any]:

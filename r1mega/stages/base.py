@@ -139,7 +139,9 @@ def _step(policy: Policy, batches: list[_Batch]) -> tuple[UpdateResult, float, i
         value = -(log_probs * batches[index].weights).sum() / total_weight
         return value, value.detach()
 
-    result = policy.update([b.microbatch for b in batches], loss, total_response_tokens=int(total_rows))
+    result = policy.update(
+        [b.microbatch for b in batches], loss, total_response_tokens=int(total_rows), predict_further=True
+    )
     mean = torch.stack(result.statistics).sum().double()
     dist.all_reduce(mean)
     return result, float(mean), int(total_tokens)

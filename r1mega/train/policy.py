@@ -128,11 +128,14 @@ class Policy:
         *,
         temperature: float = 1.0,
         total_response_tokens: int,
+        predict_further: bool = False,
     ) -> UpdateResult:
         """One optimizer step on the sum of the microbatches' losses (over all data-parallel ranks).
 
         total_response_tokens: R summed over this step's microbatches on all data-parallel ranks. Megatron divides
         gradients by it; the loss is multiplied by it first, so that the caller's loss is minimised as it stands.
+        predict_further: add the loss of the multi-token-prediction layers, if the model has them (pre-training and SFT:
+        the tokens are to be imitated); entropies are then not computed (NaN).
         Raises NonFiniteError when the gradient norm is not finite; the weights are then untouched.
         """
         self.scheduler.step(1)  # first, so that a warm-up of n steps starts at lr / n and not at 0
@@ -144,7 +147,8 @@ class Policy:
             loss, statistics = loss_function(index, microbatch, log_probs, entropies)
             return loss * total_response_tokens, statistics
 
-        statistics = self._run(microbatches, scaled, temperature, forward_only=False)
+        further = predict_further and bool(self.megatron_config.mtp_num_layers)
+        statistics = self._run(microbatches, scaled, temperature, forward_only=False, predict_further=further)
         lr = self.optimizer.param_groups[0]["lr"]
         stepped, grad_norm, _ = self.optimizer.step()
         if not stepped or not math.isfinite(float(grad_norm)):
@@ -154,25 +158,41 @@ class Policy:
         return UpdateResult(float(grad_norm), lr, statistics, self._expert_load)
 
     def _run(
-        self, microbatches: Sequence[Microbatch], function: LossFunction, temperature: float, *, forward_only: bool
+        self,
+        microbatches: Sequence[Microbatch],
+        function: LossFunction,
+        temperature: float,
+        *,
+        forward_only: bool,
+        predict_further: bool = False,
     ) -> list[Any]:
         collected: list[Any] = []
 
         def forward_step(iterator: Iterator[tuple[int, Microbatch]], model: torch.nn.Module):
             index, batch = next(iterator)
-            logits = model(
-                batch.tokens[None], batch.positions[None], None, packed_seq_params=packed_seq_params(batch.cu_seqlens)
-            )
+            packed = packed_seq_params(batch.cu_seqlens)
+            if predict_further:  # with labels Megatron adds the MTP loss itself and returns cross-entropies [1, T]
+                mask = torch.zeros(1, batch.num_tokens).index_fill_(1, batch.rows, 1.0)
+                output = model(
+                    batch.tokens[None], batch.positions[None], None,
+                    labels=batch.labels[None], loss_mask=mask, packed_seq_params=packed,
+                )  # fmt: skip
+            else:
+                output = model(batch.tokens[None], batch.positions[None], None, packed_seq_params=packed)
 
             def loss(output: torch.Tensor):
-                chosen = grouped_log_prob(
-                    output[0], batch.labels, temperature, batch.rows, self._tensor_group, backend=self._kernels
-                )
-                value, statistics = function(index, batch, chosen.log_prob, chosen.entropy)
+                if predict_further:
+                    log_probs = -output[0].index_select(0, batch.rows).float()
+                    entropies = torch.full_like(log_probs, math.nan)
+                else:
+                    log_probs, entropies, _ = grouped_log_prob(
+                        output[0], batch.labels, temperature, batch.rows, self._tensor_group, backend=self._kernels
+                    )
+                value, statistics = function(index, batch, log_probs, entropies)
                 collected.append(statistics)
                 return value, torch.tensor(batch.rows.numel(), dtype=torch.int), {}
 
-            return logits, loss
+            return output, loss
 
         iterators = [iter(enumerate(microbatches)) for _ in self.ddp_chunks]  # one a virtual pipeline stage
         virtual = len(self.ddp_chunks) > 1

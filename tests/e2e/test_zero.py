@@ -44,7 +44,7 @@ def test_reference_and_kl(whole_run):
     assert kl[1] > 0
 
 
-@pytest.mark.parametrize(("sent", "step", "code"), [(signal.SIGKILL, 3, -9), (signal.SIGTERM, 1, 85), (signal.SIGUSR2, 3, 85)])
+@pytest.mark.parametrize(("sent", "step", "code"), [(signal.SIGKILL, 3, -9), (signal.SIGTERM, 1, 85), (signal.SIGUSR2, 2, 85)])
 def test_interrupted_run_equals_uninterrupted_bitwise(nano_base, whole_run, tmp_path, sent, step, code):
     arguments = zero_arguments(nano_base, tmp_path / "run")
     assert run_until_step(step, tmp_path / "run", sent, *arguments) == code
@@ -64,6 +64,28 @@ def test_two_data_parallel_ranks_equal_one(nano_base, whole_run, tmp_path):
             assert math.isclose(a[name], b[name], abs_tol=1e-12), name
         for name in ("policy/loss", "policy/kl", "policy/grad_norm", "policy/entropy"):
             assert math.isclose(a[name], b[name], abs_tol=1e-5, rel_tol=1e-4), (name, a[name], b[name])
+
+
+def test_export_evaluated_from_the_command_line_gives_the_figures_of_the_run(nano_base, whole_run, tmp_path):
+    """Another process, weights from the exported HF directory: the same responses as the generator in the trainer."""
+    inside = [json.loads(line) for line in (whole_run / "evaluations.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in inside] == [0, 4]
+    r1mega("eval", whole_run, f"{nano_base}/data/eval.jsonl", "--temperature", "1", "--top-p", "1", "--num-prompts", "4",
+           "--output", tmp_path / "result.json")  # fmt: skip
+    outside = json.loads((tmp_path / "result.json").read_text())["summary"]
+    for name in ("eval/accuracy", "eval/format", "eval/length_mean", "eval/truncated_fraction"):
+        assert outside[name] == inside[-1][name], name
+
+
+def test_generate(whole_run):
+    done = r1mega("generate", whole_run, "which of 1 2 3 4 makes ? +5 +2 = 10", "--num-samples", "2", "--max-tokens", "8")
+    assert len(done.stdout.strip().split("\n\n")) == 2
+
+
+def test_report_is_written(whole_run):
+    done = r1mega("report", whole_run)
+    assert done.stdout.strip().endswith("report.html")
+    assert "plotly" in (whole_run / "report.html").read_text().lower()
 
 
 def test_finished_run_starts_again_without_changing_anything(whole_run, nano_base):

@@ -212,6 +212,25 @@ def test_torn_and_foreign_checkpoints_are_refused(one_rank, tmp_path, caplog):
         other.load(store.latest(), policy.sharded_state(is_loading=True))
 
 
+def test_labels_path_with_mtp_gives_the_same_log_probs_and_trains_the_mtp_layer(one_rank):
+    from r1mega.train.policy import Policy
+
+    hf = HF | {"num_nextn_predict_layers": 1}
+    model = ModelConfig(path="unused", dtype="float32", mtp_loss_coefficient=0.3)
+    policy = Policy(model, hf, ParallelConfig(), OptimizerConfig(lr=1e-3), total_steps=4, seed=1, init_std=0.08)
+    samples = make_samples()
+    batch = build_microbatch([s.token_ids.tolist() for s in samples], [s.prompt_length for s in samples], range(4))
+    expected, _ = policy.log_probs([batch])[0]
+    before = {name: value.clone() for name, value in policy.hf_tensors()}
+    result = policy.update(
+        [batch], lambda _i, _mb, lp, _e: (-lp.sum(), lp.detach().clone()), total_response_tokens=len(batch.rows),
+        predict_further=True,
+    )  # fmt: skip
+    torch.testing.assert_close(result.statistics[0], expected, rtol=0, atol=1e-5)
+    moved = {name for name, value in policy.hf_tensors() if not torch.equal(value, before[name])}
+    assert any(name.startswith("model.layers.3.") for name in moved), "layer 3 is the MTP layer"
+
+
 def test_learning_rate_schedule(one_rank):
     policy, samples = make_policy(warmup_steps=2, schedule="cosine", decay_steps=4, min_lr=1e-4), make_samples()
     rates = [run_update(policy, samples, [[0, 1, 2, 3]], AlgorithmConfig()).lr for _ in range(10)]

@@ -35,7 +35,8 @@ apt_install() {
 set_up() {
     local lock=requirements/cpu.lock stamp=.venv/installed.sha256 wanted
     wanted=$(cat "$lock" setup.py | sha256sum | cut -d' ' -f1)
-    if [ ! -x .venv/bin/python ]; then
+    if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then # also after a set-up that could not make it whole
+        rm -rf .venv
         local base
         base=$(find_python)
         say "making .venv with $base"
@@ -45,7 +46,7 @@ set_up() {
     PYTHON=$PWD/.venv/bin/python
     export PATH="$PWD/.venv/bin:$PATH" PIP_DISABLE_PIP_VERSION_CHECK=1
     if [ "$(cat "$stamp" 2>/dev/null || true)" != "$wanted" ]; then
-        say "installing the pinned packages (about 2.5 GB on disk, a few minutes, once)"
+        say "installing the pinned packages (about 3 GB on disk, a few minutes, once)"
         "$PYTHON" -m pip install -q --no-deps -r "$lock" 2> >(grep -v 'is ignored: it is neither' >&2) ||
             fail "pip could not install $lock; is a package index reachable? Start again to go on where it stopped."
         "$PYTHON" -c 'import torch' 2>/dev/null ||

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+from r1mega.config.model_files import context_length, tokenizer_size
 from r1mega.config.schema import BaseStage, RLStage
 from r1mega.errors import ConfigError
 
@@ -47,13 +48,29 @@ def _model_problems(config: BaseStage | RLStage, world: int) -> Iterator[str]:
         return
     if not any(config.model.path.glob("*.safetensors")):
         yield f"model.path = {config.model.path}: holds no *.safetensors"
-    context = hf.get("max_position_embeddings")
+    yield from _tokenizer_problems(config, hf)
+    context = context_length(hf)
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens + 1
     if context is not None and longest > context:
         yield (
             f"data.max_prompt_tokens = {config.data.max_prompt_tokens} and rollout.max_response_tokens = "
             f"{config.rollout.max_response_tokens} need a context of {longest}, the model's max_position_embeddings is "
             f"{context}; lower their sum to at most {context - 1}"
+        )
+
+
+def _tokenizer_problems(config: RLStage, hf: dict[str, Any]) -> Iterator[str]:
+    try:
+        size = tokenizer_size(config.model.path)
+    except ValueError as error:
+        yield f"{config.model.path}/tokenizer.json: not JSON ({error})"
+        return
+    if size is None:
+        yield f"model.path = {config.model.path}: holds no tokenizer (tokenizer.json or tokenizer.model)"
+    elif size > hf.get("vocab_size", size):
+        yield (
+            f"{config.model.path}: the tokenizer has ids up to {size - 1}, config.json's vocab_size is {hf['vocab_size']}; "
+            f"take the tokenizer that belongs to the model, or one with at most {hf['vocab_size']} tokens"
         )
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from r1mega.config.load import load_config
+from r1mega.config.model_files import context_length
 from r1mega.config.validate import validate
 from r1mega.errors import ConfigError
 
@@ -18,6 +19,7 @@ def run(tmp_path):
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf/config.json").write_text(json.dumps(NANO))
     (tmp_path / "hf/model.safetensors").touch()
+    (tmp_path / "hf/tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a": 0, "b": 447}}}))
     (tmp_path / "data.jsonl").touch()
     given = [f"model.path={tmp_path}/hf", f"data.prompts=[{tmp_path}/data.jsonl]", f"evaluate.data={tmp_path}/data.jsonl"]
 
@@ -48,7 +50,8 @@ def test_shipped_nano_config_is_valid(run, world):
         (["rollout.num_prompts=2"], 4, r"raise it to at least 4"),
         (["update.num_minibatches=3"], 1, r"256 responses cannot be divided into update\.num_minibatches = 3"),
         (["rollout.max_response_tokens=1000"], 1, r"max_position_embeddings is 256; lower their sum to at most 255"),
-        (["update.microbatch_tokens=64"], 1, r"microbatch_tokens = 64.*= 104; raise it"),
+        (["update.microbatch_tokens=64", "data.max_prompt_tokens=30", "rollout.max_response_tokens=70"], 1,
+         r"microbatch_tokens = 64.*= 100; raise it"),
         (["algorithm.importance_cap=2"], 1, r"wants algorithm\.old_log_probs=recompute"),
         (["rollout.top_p=0.9"], 1, r"set rollout\.top_p=1"),
         (["rollout.group_size=1"], 1, r"at least 2 responses"),
@@ -63,3 +66,36 @@ def test_all_problems_at_once(run):
     with pytest.raises(ConfigError) as caught:
         run("parallel.tp=3", "data.prompts=[gone.jsonl]", "update.num_minibatches=3", world=3)
     assert len(str(caught.value).splitlines()) >= 3
+
+
+def test_tokenizer_must_be_there_and_fit_the_vocabulary(run, tmp_path):
+    tokenizer = tmp_path / "hf/tokenizer.json"
+    for content, message in (
+        ({"model": {"vocab": {"a": 0}}, "added_tokens": [{"id": 448, "content": "<x>"}]}, r"ids up to 448.*vocab_size is 448"),
+        ({"model": {"vocab": [["a", 0.0]] * 449}}, r"ids up to 448"),
+        ({"model": {"vocab": {"a": 448}}}, r"at most 448 tokens"),
+    ):
+        tokenizer.write_text(json.dumps(content))
+        with pytest.raises(ConfigError, match=message):
+            run()
+    tokenizer.unlink()
+    with pytest.raises(ConfigError, match="holds no tokenizer"):
+        run()
+
+
+@pytest.mark.parametrize(
+    ("hf", "context"),
+    [
+        ({"max_position_embeddings": 4096}, 4096),
+        # published configs: DeepSeek-V3, Qwen2.5 with the YaRN of its model card, Llama 3.1
+        ({"max_position_embeddings": 163840,
+          "rope_scaling": {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096}}, 163840),
+        ({"max_position_embeddings": 32768,
+          "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}}, 131072),
+        ({"max_position_embeddings": 131072,
+          "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192}}, 131072),
+        ({}, None),
+    ],
+)  # fmt: skip
+def test_context_length(hf, context):
+    assert context_length(hf) == context

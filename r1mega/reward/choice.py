@@ -31,7 +31,9 @@ _MANY = re.compile(r"\(\s*[A-Za-z]\s*\)|\b[A-Z][.):]\s|\bor\b", re.DOTALL)
 
 
 def same_choice(gold: str, answer: str) -> bool:
-    """Whether an answer names the gold: 'B', '(b)', 'B. Paris', 'option B' for 'B'; words alike up to case and punctuation otherwise."""
+    """Whether an answer names the gold: 'B', '(b)', 'B. Paris', 'option B' for 'B'; words alike up to case and
+    punctuation otherwise.
+    """
     gold, answer = without_lead(gold).strip(), _OPTION_WORD.sub("", without_lead(answer).strip(" \n."))
     letter, chosen = _LETTER.fullmatch(clean_choice(gold)), _LETTER.fullmatch(clean_choice(answer))
     if letter and not letter["rest"]:
@@ -64,9 +66,11 @@ class ChoiceAccuracy:
 
 @dataclass(frozen=True, slots=True)
 class ReasoningGymAccuracy:
-    """Scores by the task's own scorer, in a worker. The prompt's metadata holds the task's `entry` (as reasoning-gym made it).
+    """Scores by the task's own scorer, in a worker. The prompt's metadata holds the task's `entry` (as reasoning-gym
+    made it).
 
-    Only full marks count, unless partial_credit is set: many scorers give a little to any text. A task in BLOCKED_SCORERS raises RewardError.
+    Only full marks count, unless partial_credit is set: many scorers give a little to any text. A task in
+    BLOCKED_SCORERS raises RewardError.
     """
 
     timeout_seconds: float = 5.0
@@ -77,11 +81,15 @@ class ReasoningGymAccuracy:
         entry = item.prompt.metadata.get("entry")
         if not isinstance(entry, Mapping) or "source_dataset" not in entry.get("metadata", {}):
             raise RewardError(
-                f"prompt {item.prompt.id}: kind 'reasoning_gym' needs the key 'entry' with the dataset's item, metadata.source_dataset included"
+                f"prompt {item.prompt.id}: kind 'reasoning_gym' needs the key 'entry' with the "
+                f"dataset's item, metadata.source_dataset included"
             )
         task = entry["metadata"]["source_dataset"]
         if task in BLOCKED_SCORERS:
-            raise RewardError(f"prompt {item.prompt.id}: the scorer of {task!r} is blocked, it {BLOCKED_SCORERS[task]}; remove the task")
+            raise RewardError(
+                f"prompt {item.prompt.id}: the scorer of {task!r} is blocked, it "
+                f"{BLOCKED_SCORERS[task]}; remove the task"
+            )
         answer = final_answer(item.text)
         if not answer:
             return PartScore(0.0, "no answer in the asked form")

@@ -1,4 +1,6 @@
-"""Accuracy of programs as a part: the sandbox runs in threads of this process, each of which only waits for its children."""
+"""Accuracy of programs as a part: the sandbox runs in threads of this process, each of which only waits for its
+children.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ CONCURRENT_PROGRAMS = 4
 
 
 class CodeAccuracy:
-    """The prompt's metadata holds the tests, in any of the forms of `code_problem`. Raises RewardError where no sandbox can be had.
+    """The prompt's metadata holds the tests, in any of the forms of `code_problem`. Raises RewardError where no
+    sandbox can be had.
 
     timeout_seconds is not used: the limits of a program are those of its task and of the sandbox.
     """

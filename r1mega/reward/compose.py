@@ -53,14 +53,18 @@ class Accuracy:
         kind = item.prompt.kind
         if kind not in self._by_kind:
             if kind not in ACCURACY:
-                raise RewardError(f"prompt {item.prompt.id}: no accuracy reward for kind {kind!r}; known: {', '.join(ACCURACY)}")
+                raise RewardError(
+                    f"prompt {item.prompt.id}: no accuracy reward for kind {kind!r}; known: {', '.join(ACCURACY)}"
+                )
             module, _, name = ACCURACY[kind].partition(":")
             self._by_kind[kind] = getattr(importlib.import_module(module), name)(timeout_seconds=self._timeout_seconds)
         return self._by_kind[kind].score(item)
 
 
 def weighted_parts(config: RewardConfig, max_response_tokens: int) -> list[tuple[float, Part]]:
-    """(weight, part) pairs of a config. Accuracy and format are always computed, the others when they weigh something."""
+    """(weight, part) pairs of a config. Accuracy and format are always computed, the others when they weigh
+    something.
+    """
     always: list[tuple[float, Part]] = [
         (config.accuracy.weight, Accuracy(config.accuracy.timeout_seconds)),
         (config.format.weight, Format(config.format.mode, config.format.prompt_opens_think)),
@@ -95,7 +99,9 @@ def _awaiting(deferred: Deferred, future: Future[Outcome]) -> Callable[[], PartS
 
 
 class RewardScorer:
-    """`submit` scores what it can at once and hands the rest to workers; `result` waits. Tickets may be asked in any order, once each."""
+    """`submit` scores what it can at once and hands the rest to workers; `result` waits. Tickets may be asked in any
+    order, once each.
+    """
 
     def __init__(self, config: RewardConfig, *, max_response_tokens: int) -> None:
         pool = config.pool

@@ -51,11 +51,16 @@ def last_tagged(text: str) -> str | None:
     if start < 0 or end < 0:
         return None
     content = text[start + len(_OPEN_TAG) : end]
-    return None if "<answer>" in content or "</answer>" in content or "<think>" in content or _THINK_END in content else content
+    return (
+        None
+        if "<answer>" in content or "</answer>" in content or "<think>" in content or _THINK_END in content
+        else content
+    )
 
 
 def final_answer(text: str, form: AnswerForm = "any") -> str | None:
-    """The final answer in the asked form. Reasoning before `</think>` never counts as an answer when something follows it.
+    """The final answer in the asked form. Reasoning before `</think>` never counts as an answer when something
+    follows it.
 
     'any': the tag when there is one, else the box. A box inside the tag is unwrapped. None: no well-formed answer.
     """

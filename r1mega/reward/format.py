@@ -20,8 +20,11 @@ class FormatVerdict:
     problems: tuple[str, ...]
 
 
-def check_format(text: str, mode: Literal["strict", "graded"] = "strict", prompt_opens_think: bool = False) -> FormatVerdict:
-    """Strict: 1 or 0. Graded: a quarter for each tag that occurs exactly once, half at most while anything else is wrong.
+def check_format(
+    text: str, mode: Literal["strict", "graded"] = "strict", prompt_opens_think: bool = False
+) -> FormatVerdict:
+    """Strict: 1 or 0. Graded: a quarter for each tag that occurs exactly once, half at most while anything else is
+    wrong.
 
     prompt_opens_think: the prompt already ended in `<think>`, so the response must not open it again.
     """
@@ -39,9 +42,15 @@ def check_format(text: str, mode: Literal["strict", "graded"] = "strict", prompt
 
 def _problems(text: str) -> tuple[str, ...]:
     counts = {tag: text.count(tag) for tag in TAGS}
-    problems = [f"{tag} occurs {count} times" if count else f"{tag} is missing" for tag, count in counts.items() if count != 1]
+    problems = [
+        f"{tag} occurs {count} times" if count else f"{tag} is missing" for tag, count in counts.items() if count != 1
+    ]
     # compatibility forms and invisible characters make tags that only look like tags
-    folded = text if text.isascii() else "".join(c for c in unicodedata.normalize("NFKC", text) if unicodedata.category(c) != "Cf")
+    folded = (
+        text
+        if text.isascii()
+        else "".join(c for c in unicodedata.normalize("NFKC", text) if unicodedata.category(c) != "Cf")
+    )
     if len(_TAG_LIKE.findall(folded)) > sum(counts.values()):
         problems.append("a tag in another spelling")
     if problems:
@@ -54,7 +63,11 @@ def _problems(text: str) -> tuple[str, ...]:
         problems.append("the reasoning is empty")
     if not _VISIBLE.search(answer):
         problems.append("the answer is empty")
-    for name, part in (("before <think>", before), ("between </think> and <answer>", between), ("after </answer>", after)):
+    for name, part in (
+        ("before <think>", before),
+        ("between </think> and <answer>", between),
+        ("after </answer>", after),
+    ):
         if part.strip():
             problems.append(f"text {name}")
     return tuple(problems)

@@ -1,8 +1,9 @@
 """Verifiable instructions (IFEval) through the checkers of if-verifiable, offline, in a worker process.
 
-The final text alone is checked: what follows `</think>`, without the answer tags. IFBench's checkers are not covered: importing them
-downloads data. NLTK's sentence data (`punkt_tab`) is used where it is installed; otherwise an untrained Punkt tokenizer with the usual
-abbreviations stands in, which may count a sentence more after a rare abbreviation.
+The final text alone is checked: what follows `</think>`, without the answer tags. IFBench's checkers are not covered:
+importing them downloads data. NLTK's sentence data (`punkt_tab`) is used where it is installed; otherwise an
+untrained Punkt tokenizer with the usual abbreviations stands in, which may count a sentence more after a rare
+abbreviation.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from r1mega.types import RewardStatus
 logger = logging.getLogger(__name__)
 
 _ABBREVIATIONS = frozenset(
-    "dr mr mrs ms prof st jr sr vs etc e.g i.e inc ltd co corp u.s u.k a.m p.m no vol fig al gen col sgt capt lt rev hon mt ave".split()
+    "dr mr mrs ms prof st jr sr vs etc e.g i.e inc ltd co corp u.s u.k a.m p.m no vol fig al "
+    "gen col sgt capt lt rev hon mt ave".split()
 )
 _ANSWER = re.compile(r"^\s*<answer>(.*)</answer>\s*$", re.DOTALL)
 _START_SECONDS = 5.0
@@ -51,9 +53,15 @@ class InstructionAccuracy:
 
     def score(self, item: ScoringItem) -> PartScore | Deferred:
         ids, arguments = item.prompt.metadata.get("instruction_id_list"), item.prompt.metadata.get("kwargs")
-        if not isinstance(ids, Sequence) or not isinstance(arguments, Sequence) or len(ids) != len(arguments) or not ids:
+        if (
+            not isinstance(ids, Sequence)
+            or not isinstance(arguments, Sequence)
+            or len(ids) != len(arguments)
+            or not ids
+        ):
             raise RewardError(
-                f"prompt {item.prompt.id}: kind 'instruction' needs 'instruction_id_list' and 'kwargs', two lists of one length"
+                f"prompt {item.prompt.id}: kind 'instruction' needs 'instruction_id_list' and "
+                f"'kwargs', two lists of one length"
             )
         answer = final_text(item.text)
         if not answer:
@@ -71,8 +79,12 @@ class InstructionAccuracy:
         return PartScore(value, f"not followed: {', '.join(broken)}" if broken else "all instructions followed")
 
 
-def follows(ids: Sequence[str], arguments: Sequence[Mapping[str, Any]], prompt: str, answer: str) -> list[tuple[str, bool]]:
-    """(instruction id, followed) of each instruction, strictly. Runs in a worker. Raises RewardError for an unknown id."""
+def follows(
+    ids: Sequence[str], arguments: Sequence[Mapping[str, Any]], prompt: str, answer: str
+) -> list[tuple[str, bool]]:
+    """(instruction id, followed) of each instruction, strictly. Runs in a worker. Raises RewardError for an unknown
+    id.
+    """
     registry = _registry()
     results = []
     for name, values in zip(ids, arguments, strict=True):
@@ -105,12 +117,16 @@ def _registry() -> dict[str, Any]:
 
 
 def _make_offline(util: Any) -> None:
-    """Patch of if-verifiable 0.1.2, ifeval/instructions_util.py: its tokenizers load NLTK data that is fetched over the network."""
+    """Patch of if-verifiable 0.1.2, ifeval/instructions_util.py: its tokenizers load NLTK data that is fetched over
+    the network.
+    """
     import nltk
 
     for name in ("_get_sentence_tokenizer", "nltk"):
         if not hasattr(util, name):
-            raise RewardError(f"if_verifiable.ifeval.instructions_util has no {name}: this patch is for if-verifiable 0.1.2")
+            raise RewardError(
+                f"if_verifiable.ifeval.instructions_util has no {name}: this patch is for if-verifiable 0.1.2"
+            )
     bundled = importlib.util.find_spec("llama_index")
     for base in bundled.submodule_search_locations if bundled else ():
         nltk.data.path.append(str(Path(base) / "core" / "_static" / "nltk_cache"))

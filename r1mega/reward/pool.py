@@ -1,12 +1,13 @@
 """A crash-tolerant pool of worker processes for what may hang, eat memory or die: symbolic algebra and the like.
 
-A task is the name of a function and JSON arguments. Each worker process has one thread here that feeds it, waits at most the task's limit,
-kills it when it overruns and starts a fresh one for the retry, so that no score depends on what another item did to a worker. After the
-retries the outcome is a failure with a reason, never a value.
+A task is the name of a function and JSON arguments. Each worker process has one thread here that feeds it, waits at
+most the task's limit, kills it when it overruns and starts a fresh one for the retry, so that no score depends on
+what another item did to a worker. After the retries the outcome is a failure with a reason, never a value.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -41,7 +42,9 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """value is what the function returned; failure says why there is none (infrastructure: the item must be excluded)."""
+    """value is what the function returned; failure says why there is none (infrastructure: the item must be
+    excluded).
+    """
 
     value: Any = None
     failure: str | None = None
@@ -130,7 +133,8 @@ class _Worker:
     def close(self) -> None:
         self.process.kill()
         self.process.wait()
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # bytes that the dead worker never read
+            self.process.stdin.close()
         self.process.stdout.close()
 
 
@@ -219,25 +223,34 @@ class WorkerPool:
         worker: _Worker | None = None
         try:
             while (job := self._next()) is not None:
-                job.attempts += 1
                 try:
-                    worker = worker or _Worker(self._memory_bytes)
-                    reply = worker.call(job.task)
-                    reason, killed = reply.get("fatal"), False
-                except WorkerDiedError as error:
-                    reason, killed = f"the worker {error}", error.killed
-                except RewardError as error:
-                    reason, killed = str(error), False
-                if reason is None:
-                    self._finish(job, Outcome(reply.get("value"), reply.get("error"), job.attempts))
-                    continue
-                if worker is not None:
-                    worker.close()
+                    worker = self._attempt(job, worker)
+                except Exception as error:  # a fault of this pool itself must reach the one who waits, not hang it
                     worker = None
-                self._again(job, reason, killed)
+                    self._slots.release()
+                    job.future.set_exception(error)
         finally:
             if worker is not None:
                 worker.close()
+
+    def _attempt(self, job: _Job, worker: _Worker | None) -> _Worker | None:
+        """Try a job once; returns the worker if it can be used again."""
+        job.attempts += 1
+        try:
+            worker = worker or _Worker(self._memory_bytes)
+            reply = worker.call(job.task)
+            reason, killed = reply.get("fatal"), False
+        except WorkerDiedError as error:
+            reason, killed = f"the worker {error}", error.killed
+        except RewardError as error:
+            reason, killed = str(error), False
+        if reason is None:
+            self._finish(job, Outcome(reply.get("value"), reply.get("error"), job.attempts))
+            return worker
+        if worker is not None:
+            worker.close()
+        self._again(job, reason, killed)
+        return None
 
     def _again(self, job: _Job, reason: str, killed: bool) -> None:
         """Put a task back whose worker was lost, or give it up."""

@@ -1,7 +1,8 @@
 """Symbolic comparison by math-verify and sympy: runs in worker processes only (`python -m r1mega.reward.worker`).
 
-The limit is CPU time of this process, so that a busy machine changes no score: an answer that needs more is "not shown equal" and scores
-0. A worker that does not come back at all is killed by the pool and says nothing about the answer.
+The limit is CPU time of this process, so that a busy machine changes no score: an answer that needs more is "not
+shown equal" and scores 0. A worker that does not come back at all is killed by the pool and says nothing about the
+answer.
 """
 
 from __future__ import annotations
@@ -40,7 +41,10 @@ def same_by_algebra(golds: Sequence[str], answer: str, cpu_seconds: float) -> di
     try:
         with cpu_limit(cpu_seconds):
             equal = any(_same(gold, answer) for gold in golds)
-        return {"equal": equal, "reason": "equal by symbolic algebra" if equal else "not shown equal by symbolic algebra"}
+        return {
+            "equal": equal,
+            "reason": "equal by symbolic algebra" if equal else "not shown equal by symbolic algebra",
+        }
     except OverLimit:
         return {"equal": False, "reason": f"not shown equal within {cpu_seconds:g} s of CPU time"}
     except (MemoryError, RecursionError) as error:
@@ -55,7 +59,12 @@ def _same(gold: str, answer: str) -> bool:
     for text in (gold, answer):
         text = text.strip().strip("$")
         readings.append(
-            parse(f"\\boxed{{{text}}}", [LatexExtractionConfig(boxed_match_priority=0)], "no_fallback", parsing_timeout=None)
+            parse(
+                f"\\boxed{{{text}}}",
+                [LatexExtractionConfig(boxed_match_priority=0)],
+                "no_fallback",
+                parsing_timeout=None,
+            )
         )
     if not all(readings):
         return False

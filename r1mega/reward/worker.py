@@ -1,7 +1,7 @@
 """Worker process of the reward pool: one JSON request a line on stdin, one JSON reply a line on the original stdout.
 
-Started as a fresh interpreter, never forked: the trainer holds threads, sockets and a CUDA context. Imports nothing but what a request
-names ("module:function"). Dies with its parent.
+Started as a fresh interpreter, never forked: the trainer holds threads, sockets and a CUDA context. Imports nothing
+but what a request names ("module:function"). Dies with its parent.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ _PARENT_POLL_SECONDS = 1.0
 
 
 def die_with_parent(parent: int) -> None:
-    """SIGKILL from the kernel when the parent's thread ends; a watching thread where prctl is missing or came too late."""
+    """SIGKILL from the kernel when the parent's thread ends; a watching thread where prctl is missing or came too
+    late.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 

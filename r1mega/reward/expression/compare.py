@@ -11,16 +11,25 @@ from fractions import Fraction
 
 from r1mega.reward.expression import evaluate, intervals
 from r1mega.reward.expression.exact import exact, node_tags, symbols
-from r1mega.reward.expression.parse import INFINITY, Node, parse
+from r1mega.reward.expression.nodes import INFINITY, Node
+from r1mega.reward.expression.parse import parse
 from r1mega.reward.expression.text import CLOSE_TEXT, OPEN_TEXT, Quantity, clean, split_unit, without_lead, words_of
 from r1mega.reward.expression.tokens import UnreadableError
 
 MIN_ROUNDED_DIGITS = 6  # a decimal stands for an unwritable number only with as many correct significant digits
 MAX_LIST_ITEMS = 64
 
-_CHOICE = re.compile(r"[\s(\[" + OPEN_TEXT + r"]*([A-Ja-j])\s*[" + CLOSE_TEXT + r")\]]*\s*(?:[.):,](?!\d).*)?", re.DOTALL)
+_CHOICE = re.compile(
+    r"[\s(\[" + OPEN_TEXT + r"]*([A-Ja-j])\s*[" + CLOSE_TEXT + r")\]]*\s*(?:[.):,](?!\d).*)?", re.DOTALL
+)
 _CHOICE_MARK = re.compile(r"\(\s*[A-Ja-j]\s*\)|\b[A-J][.):]")
-_CHOICE_LEAD = re.compile(r"\s*(?:\(\s*([A-J])\s*\)|" + OPEN_TEXT + "([A-J])" + CLOSE_TEXT + r"(?!\s*[-+*/^=])|(?:[Oo]ption|[Cc]hoice|[Aa]nswer)\s+\(?([A-J])\)?\s*$)")
+_CHOICE_LEAD = re.compile(
+    r"\s*(?:\(\s*([A-J])\s*\)|"
+    + OPEN_TEXT
+    + "([A-J])"
+    + CLOSE_TEXT
+    + r"(?!\s*[-+*/^=])|(?:[Oo]ption|[Cc]hoice|[Aa]nswer)\s+\(?([A-J])\)?\s*$)"
+)
 _BOXED_CHOICE = re.compile(r"[\s(" + OPEN_TEXT + r"]*\(?([A-J])\)?[" + CLOSE_TEXT + r")\s]*")
 _BOXED_CHOICE_LEAD = re.compile(OPEN_TEXT + r"([A-J])" + CLOSE_TEXT + r"\s+[^-+*/^=,;\s]")
 _VERBAL = re.compile(OPEN_TEXT + r"|[A-Za-z]{3,}|\d\s*[aApP]\.?[mM]\b")
@@ -30,7 +39,9 @@ _DECIMAL = re.compile(r"-?\d*\.(\d+)(?:\.\.\.)?")
 
 
 def same_answer(gold: str, prediction: str) -> bool | None:
-    """Compare two raw answers (no box, no tags around them). Raises UnreadableError with over_limit set for outsized ones."""
+    """Compare two raw answers (no box, no tags around them). Raises UnreadableError with over_limit set for outsized
+    ones.
+    """
     gold, prediction = clean(without_lead(gold)), clean(without_lead(prediction))
     if not prediction:
         return False
@@ -102,7 +113,9 @@ def _rounded(gold: tuple[Node, str], other: tuple[Node, str]) -> bool:
             error = abs(Fraction(place) - exact(decimal_node)) if abs(place) < 1e12 else Fraction(1)
         else:
             continue
-        return error <= Fraction(6, 10) / 10 ** len(match.group(1)) or ("..." in text and error < Fraction(1, 10 ** len(match.group(1))))
+        return error <= Fraction(6, 10) / 10 ** len(match.group(1)) or (
+            "..." in text and error < Fraction(1, 10 ** len(match.group(1)))
+        )
     return False
 
 
@@ -114,7 +127,7 @@ def _terminates(value: Fraction) -> bool:
     return rest == 1
 
 
-# --- words ---------------------------------------------------------------------------------------------------------------------
+# --- words ------------------------------------------------------------
 def _same_words(gold: str, prediction: str) -> bool | None:
     """Verbal golds (choices, names, days, times): equal words or not; None for anything that is to be computed."""
     choice = _BOXED_CHOICE.fullmatch(gold) or _BOXED_CHOICE_LEAD.match(gold)
@@ -128,10 +141,14 @@ def _same_words(gold: str, prediction: str) -> bool | None:
     other = prediction.replace(OPEN_TEXT, "").replace(CLOSE_TEXT, "")
     if words_of(bare) == words_of(other):
         return True
-    parts, other_parts = (sorted(words_of(p) for p in re.split(r"[,;]", t) if p.strip()) for t in (bare, other.strip("{}\\ ")))
+    parts, other_parts = (
+        sorted(words_of(p) for p in re.split(r"[,;]", t) if p.strip()) for t in (bare, other.strip("{}\\ "))
+    )
     if len(parts) > 1 and parts == other_parts:
         return True
-    return None if re.search(r"[a-z]\(|\d|\bpi\b|\bsqrt\b|\binf", bare) and not re.search(r"\b[ap]\.?m\b", bare) else False
+    return (
+        None if re.search(r"[a-z]\(|\d|\bpi\b|\bsqrt\b|\binf", bare) and not re.search(r"\b[ap]\.?m\b", bare) else False
+    )
 
 
 def _same_choice(letter: str, gold: str, prediction: str) -> bool | None:
@@ -146,7 +163,7 @@ def _same_choice(letter: str, gold: str, prediction: str) -> bool | None:
     return None if re.search(r"[A-Ja-j]", prediction) and re.search(r"[+=*^]", prediction) else False
 
 
-# --- structure -----------------------------------------------------------------------------------------------------------------
+# --- structure ------------------------------------------------------------
 def _same(gold: Node, other: Node) -> bool | None:
     if gold == other:
         return True
@@ -181,7 +198,9 @@ def _simplified(node: Node) -> Node:
 
 
 def _value_of(node: Node) -> Node:
-    """`x = 5` -> 5, `(x, y) = (1, 2)` -> (1, 2), `x = 2 + 3 = 5` -> 5 when the chain is true; assignments of a list -> values."""
+    """`x = 5` -> 5, `(x, y) = (1, 2)` -> (1, 2), `x = 2 + 3 = 5` -> 5 when the chain is true; assignments of a list
+    -> values.
+    """
     if node[0] == "list":
         names = _names(node)
         items = sorted(node[1], key=lambda rel: rel[2][0][1]) if names and len(set(names)) == len(names) else node[1]
@@ -233,7 +252,9 @@ def _same_tuple(gold: Node, other: Node) -> bool | None:
     """Order and brackets count: (0,1] is not [0,1]; a column vector is the tuple of its entries."""
     if gold[0] == other[0] == "tuple" and len(gold[3]) == 2 and gold[1:3] != other[1:3]:
         return False
-    entries = [node[3] if node[0] == "tuple" else tuple(item for row in node[1] for item in row) for node in (gold, other)]
+    entries = [
+        node[3] if node[0] == "tuple" else tuple(item for row in node[1] for item in row) for node in (gold, other)
+    ]
     for node in (gold, other):
         if node[0] == "matrix" and min(len(node[1]), len(node[1][0])) > 1:
             return False
@@ -297,7 +318,9 @@ def _same_relation(gold: Node, other: Node) -> bool | None:
 
 
 def _proportional(gold: Node, other: Node) -> bool | None:
-    """a = b and c = d are one equation when (c - d) / (a - b) is a constant; for inequalities its sign tells the direction."""
+    """a = b and c = d are one equation when (c - d) / (a - b) is a constant; for inequalities its sign tells the
+    direction.
+    """
     first, second = (("add", (node[2][0], ("neg", node[2][1]))) for node in (gold, other))
     names = symbols(first)
     if not names or names != symbols(second):
@@ -331,7 +354,7 @@ def _replaced(node: Node, change: Callable[[Node], Node | None]) -> Node:
     return tuple(_replaced(child, change) for child in node)
 
 
-# --- values --------------------------------------------------------------------------------------------------------------------
+# --- values ------------------------------------------------------------
 def _same_scalar(gold: Node, other: Node) -> bool | None:
     while gold[0] == other[0] == "neg":
         gold, other = gold[1], other[1]

@@ -1,7 +1,8 @@
 """Numerical identity testing: two expressions are equal when they agree at random points (Schwartz-Zippel).
 
-Rational expressions are evaluated exactly in a prime field (pi and e as random elements, i as a root of -1), so that no tolerance is
-involved. The others are evaluated in doubles to tell different ones apart at once, and confirmed with 60 digits when they agree.
+Rational expressions are evaluated exactly in a prime field (pi and e as random elements, i as a root of -1), so that
+no tolerance is involved. The others are evaluated in doubles to tell different ones apart at once, and confirmed with
+60 digits when they agree.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from r1mega.reward.expression.exact import (
     symbols,
     walk_symbols,
 )
-from r1mega.reward.expression.parse import Node
+from r1mega.reward.expression.nodes import Node
 
 PRIME = 2**96 - 87  # = 1 mod 4, so that -1 has a root
 ROOT_OF_MINUS_ONE = 64928858663283645567976659563
@@ -34,17 +35,26 @@ NUM_POINTS = 3
 _COARSE, _FINE = 1e-7, 1e-40  # relative tolerances of doubles (to reject) and of 60 digits (to accept)
 
 
-# --- prime field ---------------------------------------------------------------------------------------------------------------
+# --- prime field ------------------------------------------------------------
 @lru_cache(maxsize=4096)
 def _random_element(name: str, point: int) -> int:
-    return int.from_bytes(hashlib.blake2b(f"{name}/{point}".encode(), digest_size=12).digest(), "big") % PRIME
+    return (
+        int.from_bytes(
+            hashlib.blake2b(f"{name}/{point}".encode("utf-8", "surrogatepass"), digest_size=12).digest(), "big"
+        )
+        % PRIME
+    )
 
 
 def _modular(node: Node, point: int) -> int:
     tag = node[0]
     if tag == "num":
         number = node[1]
-        return number.numerator * pow(number.denominator, -1, PRIME) % PRIME if number.denominator != 1 else number.numerator % PRIME
+        return (
+            number.numerator * pow(number.denominator, -1, PRIME) % PRIME
+            if number.denominator != 1
+            else number.numerator % PRIME
+        )
     if tag == "sym":
         if node[1] == "\\infty":
             raise NotRationalError("infinity")
@@ -84,7 +94,7 @@ def _inverse(value: int) -> int:
     return pow(value, -1, PRIME)
 
 
-# --- numbers -------------------------------------------------------------------------------------------------------------------
+# --- numbers ------------------------------------------------------------
 def _real(value: Any) -> float:
     if abs(value.imag) > 1e-12 * max(1.0, abs(value.real)):
         raise UndefinedError("not real")
@@ -96,9 +106,18 @@ class _Doubles:
 
     pi, e, i = cmath.pi, cmath.e, 1j
     functions: dict[str, Callable[..., Any]] = {
-        "sin": cmath.sin, "cos": cmath.cos, "tan": cmath.tan, "arcsin": cmath.asin, "arccos": cmath.acos, "arctan": cmath.atan,
-        "sinh": cmath.sinh, "cosh": cmath.cosh, "tanh": cmath.tanh, "ln": cmath.log, "exp": cmath.exp,
-    }  # fmt: skip
+        "sin": cmath.sin,
+        "cos": cmath.cos,
+        "tan": cmath.tan,
+        "arcsin": cmath.asin,
+        "arccos": cmath.acos,
+        "arctan": cmath.atan,
+        "sinh": cmath.sinh,
+        "cosh": cmath.cosh,
+        "tanh": cmath.tanh,
+        "ln": cmath.log,
+        "exp": cmath.exp,
+    }
 
     def number(self, value: Fraction) -> complex:
         return complex(float(value))
@@ -120,10 +139,18 @@ class _Digits:
         context.dps = CONFIRM_DIGITS
         self.pi, self.e, self.i = context.pi + 0, context.e + 0, context.mpc(0, 1)
         self.functions = {
-            "sin": context.sin, "cos": context.cos, "tan": context.tan, "arcsin": context.asin, "arccos": context.acos,
-            "arctan": context.atan, "sinh": context.sinh, "cosh": context.cosh, "tanh": context.tanh, "ln": context.log,
+            "sin": context.sin,
+            "cos": context.cos,
+            "tan": context.tan,
+            "arcsin": context.asin,
+            "arccos": context.acos,
+            "arctan": context.atan,
+            "sinh": context.sinh,
+            "cosh": context.cosh,
+            "tanh": context.tanh,
+            "ln": context.log,
             "exp": context.exp,
-        }  # fmt: skip
+        }
 
     def number(self, value: Fraction) -> Any:
         return self.context.mpf(value.numerator) / value.denominator
@@ -199,13 +226,19 @@ def _numeric_function(node: Node, field: Any, of: Callable[[Node], Any], log_bas
     if name in ("log", "lg"):
         base = field.number(Fraction(10)) if name == "lg" else arguments[1] if len(arguments) > 1 else log_base
         value = field.functions["ln"](arguments[0])
-        return value if base is None else value / field.functions["ln"](base + 0j if isinstance(base, float | int) else base)
+        return (
+            value
+            if base is None
+            else value / field.functions["ln"](base + 0j if isinstance(base, float | int) else base)
+        )
     if name in "fghFGPQ":
         seed = ",".join(f"{complex(a):.9g}" for a in arguments)
         return field.number(Fraction(_random_element(f"{name}({seed})", 0), PRIME) + 1)
     if name in _RECIPROCALS:
         inner = _RECIPROCALS[name]
-        return field.functions[inner](1 / arguments[0]) if name == "arccot" else 1 / field.functions[inner](arguments[0])
+        return (
+            field.functions[inner](1 / arguments[0]) if name == "arccot" else 1 / field.functions[inner](arguments[0])
+        )
     if name == "abs":
         return abs(arguments[0]) + 0 * arguments[0]
     if name in ("floor", "ceil"):
@@ -224,7 +257,9 @@ def _numeric_function(node: Node, field: Any, of: Callable[[Node], Any], log_bas
 
 
 def _points(names: frozenset[str], count: int) -> Iterator[dict[str, Fraction]]:
-    """Values of the symbols: moderate positive ones first, then of both signs, then small ones (for arcsin and the like)."""
+    """Values of the symbols: moderate positive ones first, then of both signs, then small ones (for arcsin and the
+    like).
+    """
     for point in range(count):
         unit = {name: Fraction(_random_element(name, point + 7) >> 40, 2**56) for name in names}
         if point % 3 == 0:
@@ -281,7 +316,9 @@ def _agree_complex(left: Node, right: Node, names: frozenset[str], log_base: int
     return False if False in verdicts else True if verdicts.count(True) >= 2 else None
 
 
-def _agree_at(left: Node, right: Node, values: dict[str, Fraction], log_base: int | None, allow_complex: bool) -> bool | None:
+def _agree_at(
+    left: Node, right: Node, values: dict[str, Fraction], log_base: int | None, allow_complex: bool
+) -> bool | None:
     try:
         a, b = (complex(_numeric(side, _DOUBLES, values, log_base)) for side in (left, right))
         if cmath.isfinite(a) and cmath.isfinite(b) and not _close(a, b, _COARSE):

@@ -1,4 +1,6 @@
-"""Rational value of a constant expression, exactly, within limits of size; names and kinds that occur in an expression."""
+"""Rational value of a constant expression, exactly, within limits of size; names and kinds that occur in an
+expression.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ from collections.abc import Callable, Iterator
 from fractions import Fraction
 from typing import Any
 
-from r1mega.reward.expression.parse import Node
+from r1mega.reward.expression.nodes import Node
 
 MAX_EXPONENT = 100_000
 MAX_EXACT_BITS = 4096
@@ -43,7 +45,9 @@ def walk_symbols(node: Any) -> Iterator[str]:
             yield from itertools.chain.from_iterable(map(walk_symbols, node[2]))
         else:
             for child in node[1:]:
-                for item in child if isinstance(child, tuple) and (not child or isinstance(child[0], tuple)) else (child,):
+                for item in (
+                    child if isinstance(child, tuple) and (not child or isinstance(child[0], tuple)) else (child,)
+                ):
                     yield from walk_symbols(item)
 
 
@@ -93,7 +97,9 @@ def _exact_power(base: Fraction, exponent: Fraction) -> Fraction:
     if exponent.denominator != 1:
         if base < 0 or exponent.denominator > 64:
             raise NotRationalError("root")
-        root = Fraction(_integer_root(base.numerator, exponent.denominator), _integer_root(base.denominator, exponent.denominator))
+        root = Fraction(
+            _integer_root(base.numerator, exponent.denominator), _integer_root(base.denominator, exponent.denominator)
+        )
         return _exact_power(root, Fraction(exponent.numerator))
     bits = max(base.numerator.bit_length(), base.denominator.bit_length())
     if abs(exponent) > MAX_EXPONENT or bits * abs(exponent) > MAX_EXACT_BITS:
@@ -130,6 +136,13 @@ def _integers(function: Callable[..., int]) -> Callable[..., Fraction]:
 
 
 INTEGER_FUNCTIONS: dict[str, Callable[..., Fraction]] = {
-    "!": _factorial, "binom": _binomial, "abs": abs, "floor": lambda v: Fraction(math.floor(v)), "ceil": lambda v: Fraction(math.ceil(v)),
-    "gcd": _integers(math.gcd), "lcm": _integers(math.lcm), "max": max, "min": min,
-}  # fmt: skip
+    "!": _factorial,
+    "binom": _binomial,
+    "abs": abs,
+    "floor": lambda v: Fraction(math.floor(v)),
+    "ceil": lambda v: Fraction(math.ceil(v)),
+    "gcd": _integers(math.gcd),
+    "lcm": _integers(math.lcm),
+    "max": max,
+    "min": min,
+}

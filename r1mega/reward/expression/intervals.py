@@ -1,4 +1,6 @@
-"""Subsets of the real line as sorted intervals: `(0,1) \\cup \\{2\\}`, `x > 3`, `0 \\le x < 1`, `\\mathbb{R} \\setminus \\{0\\}`."""
+"""Subsets of the real line as sorted intervals: `(0,1) \\cup \\{2\\}`, `x > 3`, `0 \\le x < 1`, `\\mathbb{R}
+\\setminus \\{0\\}`.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ from dataclasses import dataclass
 
 from r1mega.reward.expression.evaluate import agree, approximate
 from r1mega.reward.expression.exact import symbols
-from r1mega.reward.expression.parse import EMPTY_SET, INFINITY, REALS, Node
+from r1mega.reward.expression.nodes import EMPTY_SET, INFINITY, REALS, Node
 
 _MINUS_INFINITY: Node = ("neg", INFINITY)
 MIRRORED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "!=": "!=", "=": "="}
@@ -85,7 +87,10 @@ def _difference(whole: tuple[Interval, ...], removed: tuple[Interval, ...]) -> l
         cut = []
         for part in parts:
             if _place(part.low) < place < _place(part.high):
-                cut += [Interval(part.low, part.low_closed, point.low, False), Interval(point.low, False, part.high, part.high_closed)]
+                cut += [
+                    Interval(part.low, part.low_closed, point.low, False),
+                    Interval(point.low, False, part.high, part.high_closed),
+                ]
             else:
                 cut.append(part)
         parts = cut
@@ -127,7 +132,11 @@ def same_real_set(left: Node, right: Node) -> bool | None:
 
 
 def _same_interval(a: Interval, b: Interval) -> bool:
-    return (a.low_closed, a.high_closed) == (b.low_closed, b.high_closed) and same_end(a.low, b.low) and same_end(a.high, b.high)
+    return (
+        (a.low_closed, a.high_closed) == (b.low_closed, b.high_closed)
+        and same_end(a.low, b.low)
+        and same_end(a.high, b.high)
+    )
 
 
 def same_end(a: Node, b: Node) -> bool:

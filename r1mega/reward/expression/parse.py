@@ -1,40 +1,89 @@
-"""Recursive-descent parser of cleaned answers into small tuples.
-
-Nodes (tag first): ("num", Fraction) ("sym", name) ("text", words) ("add", items) ("mul", items) ("div", a, b) ("pow", a, b) ("neg", a)
-("fn", name, args) ("deg", a) ("pct", a) ("base", digits, base) ("ratio", items) ("tuple", open, close, items) ("set", items)
-("list", items) ("matrix", rows) ("rel", operators, sides) ("union" | "inter" | "minus", items).
-"""
+"""Recursive-descent parser of cleaned answers into the tuples of `nodes`."""
 
 from __future__ import annotations
 
 from fractions import Fraction
 from functools import lru_cache
 
+from r1mega.reward.expression.commands import PRODUCT, LatexCommands
+from r1mega.reward.expression.nodes import Node
 from r1mega.reward.expression.text import OPEN_TEXT
-from r1mega.reward.expression.tokens import FUNCTIONS, UnreadableError, tokenize
+from r1mega.reward.expression.tokens import UnreadableError, tokenize
 
-Node = tuple
 MAX_CHARS = 2000
 MAX_DIGITS = 1000
 MAX_DEPTH = 40
 MAX_TOKENS = 800
-INFINITY: Node = ("sym", "\\infty")
-REALS: Node = ("sym", "\\mathbb{R}")
-EMPTY_SET: Node = ("set", ())
 
 _RELATIONS = {
-    "=": "=", "<": "<", ">": ">", "<=": "<=", ">=": ">=", "!=": "!=", "\\le": "<=", "\\leq": "<=", "\\leqslant": "<=", "\\ge": ">=",
-    "\\geq": ">=", "\\geqslant": ">=", "\\lt": "<", "\\gt": ">", "\\ne": "!=", "\\neq": "!=", "\\in": "in", "\\approx": "~",
-    "\\equiv": "=", "\\colon": ":", "=>": "=>", "\\to": "=>", "\\implies": "=>",
-}  # fmt: skip
-_SET_OPERATORS = {"\\cup": "union", "\\bigcup": "union", "\\cap": "inter", "\\setminus": "minus", "\\backslash": "minus"}
-_PRODUCT = frozenset(("*", "\\cdot", "\\times", "\\ast"))
-_CLOSERS = frozenset((")", "]", "}", "\\}", "\\rangle", "\\rfloor", "\\rceil", "\\rvert", "&", "\\\\", "\\end", ",", ";", ":", "+", "-",
-                      "/", "^", "_", "!", "'", "%", "\\pm", "\\mp", "\\div", "\\mid", "\\degree", "\\circ"))  # fmt: skip
-_ACCENTS = frozenset("\\overline \\bar \\vec \\hat \\widehat \\overrightarrow \\tilde \\dot \\angle \\widetilde".split())
+    "=": "=",
+    "<": "<",
+    ">": ">",
+    "<=": "<=",
+    ">=": ">=",
+    "!=": "!=",
+    "\\le": "<=",
+    "\\leq": "<=",
+    "\\leqslant": "<=",
+    "\\ge": ">=",
+    "\\geq": ">=",
+    "\\geqslant": ">=",
+    "\\lt": "<",
+    "\\gt": ">",
+    "\\ne": "!=",
+    "\\neq": "!=",
+    "\\in": "in",
+    "\\approx": "~",
+    "\\equiv": "=",
+    "\\colon": ":",
+    "=>": "=>",
+    "\\to": "=>",
+    "\\implies": "=>",
+}
+_SET_OPERATORS = {
+    "\\cup": "union",
+    "\\bigcup": "union",
+    "\\cap": "inter",
+    "\\setminus": "minus",
+    "\\backslash": "minus",
+}
+_CLOSERS = frozenset(
+    (
+        ")",
+        "]",
+        "}",
+        "\\}",
+        "\\rangle",
+        "\\rfloor",
+        "\\rceil",
+        "\\rvert",
+        "&",
+        "\\\\",
+        "\\end",
+        ",",
+        ";",
+        ":",
+        "+",
+        "-",
+        "/",
+        "^",
+        "_",
+        "!",
+        "'",
+        "%",
+        "\\pm",
+        "\\mp",
+        "\\div",
+        "\\mid",
+        "\\degree",
+        "\\circ",
+    )
+)
 
 
-class _Parser:
+class Parser(LatexCommands):
+    """One reading of a list of tokens."""
+
     def __init__(self, tokens: list[str], sign: int) -> None:
         self.tokens = tokens
         self.at = 0
@@ -62,7 +111,18 @@ class _Parser:
         while True:
             while self.peek() in (",", ";"):
                 self.at += 1
-            if not self.peek() or self.peek() in (")", "]", "}", "\\}", "\\rangle", "&", "\\\\", "\\end", ":", "\\rvert"):
+            if not self.peek() or self.peek() in (
+                ")",
+                "]",
+                "}",
+                "\\}",
+                "\\rangle",
+                "&",
+                "\\\\",
+                "\\end",
+                ":",
+                "\\rvert",
+            ):
                 break
             if items and self.peek() in ("|", "\\mid"):
                 break
@@ -115,7 +175,7 @@ class _Parser:
         node = self.factor()
         while True:
             token = self.peek()
-            if token in _PRODUCT:
+            if token in PRODUCT:
                 self.at += 1
                 node = ("mul", (node, self.signed_factor()))
             elif token in ("/", "\\div"):
@@ -283,139 +343,8 @@ class _Parser:
             raise UnreadableError("an open |")
         return ("fn", "abs", (inner,))
 
-    def command(self, token: str) -> Node:
-        name = token[1:]
-        if token == "\\frac":
-            return ("div", self.argument(), self.argument())
-        if token in ("\\sqrt", "\\cbrt"):
-            return self.root(token)
-        if name in FUNCTIONS or token == "\\abs":
-            return self.function(name)
-        if token == "\\{":
-            return self.braces()
-        if token == "\\langle":
-            items = self.statement()
-            self.take("\\rangle")
-            return ("tuple", "(", ")", tuple(items))
-        if token in ("\\lvert", "\\vert", "\\mid"):
-            return self.absolute(("\\rvert", "\\vert", "|", "\\mid"))
-        if token in ("\\lfloor", "\\lceil"):
-            inner = self.relation()
-            self.take("\\r" + name[1:])
-            return ("fn", name[1:], (inner,))
-        if token in ("\\binom", "\\dbinom", "\\tbinom"):
-            return ("fn", "binom", (self.argument(), self.argument()))
-        if token == "\\begin":
-            return self.environment()
-        if token in ("\\emptyset", "\\varnothing"):
-            return EMPTY_SET
-        if token in ("\\mathbb", "\\Bbb"):
-            return ("sym", "\\mathbb{" + "".join(self.tokens[self.at : self._after_group()]).strip("{}") + "}")
-        if token in _ACCENTS:
-            return self.accent(token)
-        if name.isalpha() and name in _LETTERS:
-            return ("sym", token.replace("\\var", "\\"))
-        raise UnreadableError(f"unknown command {token}")
 
-    def _after_group(self) -> int:
-        if self.peek() == "{":
-            self.at = self.tokens.index("}", self.at) + 1 if "}" in self.tokens[self.at :] else len(self.tokens)
-        else:
-            self.at += 1
-        return self.at
-
-    def accent(self, token: str) -> Node:
-        start = self.at
-        label = "".join(self.tokens[start : self._after_group()]).strip("{}").replace(OPEN_TEXT, "")
-        if not label:
-            raise UnreadableError(f"{token} of nothing")
-        if token == "\\overline" and len(label) == 2 and label.isupper():
-            label = "".join(sorted(label))  # a segment has no direction
-        return ("sym", f"{token}{{{label}}}")
-
-    def root(self, token: str) -> Node:
-        degree: Node = ("num", Fraction(3 if token == "\\cbrt" else 2))
-        if self.peek() == "[" and token == "\\sqrt":
-            self.at += 1
-            degree = self.sum()
-            self.take("]")
-        return ("pow", self.group() if self.peek() == "{" else self.primary(), ("div", ("num", Fraction(1)), degree))
-
-    def function(self, name: str) -> Node:
-        exponent = base = None
-        while self.peek() in ("^", "_"):
-            if self.take() == "^":
-                exponent = self.group() if self.peek() == "{" else self.signed_factor()
-            else:
-                base = self.group() if self.peek() == "{" else self.argument()
-        arguments = self.function_arguments()
-        if exponent == ("neg", ("num", Fraction(1))) and name in ("sin", "cos", "tan"):
-            return ("fn", "arc" + name, arguments)
-        node: Node = ("fn", name, arguments if base is None else (*arguments, base))
-        return ("pow", node, exponent) if exponent is not None else node
-
-    def function_arguments(self) -> tuple[Node, ...]:
-        """A bracketed argument ends the application; without brackets it reaches over a juxtaposed product: \\sin 3x."""
-        if self.peek() in ("(", "["):
-            inner = self.bracket(self.take())
-            return inner[3] if inner[0] == "tuple" else (inner,)
-        if self.peek() == "{":
-            return (self.group(),)
-        negative = self.peek() == "-" and self.take() == "-"
-        node = self.factor()
-        while self.starts_factor(self.peek()) and self.peek()[1:] not in FUNCTIONS and self.peek() not in _PRODUCT:
-            node = self.juxtaposed(node)
-        return (("neg", node) if negative else node,)
-
-    def braces(self) -> Node:
-        if self.peek().isalpha() and self.tokens[self.at + 1 : self.at + 2] == [":"]:
-            self.tokens[self.at + 1] = "|"
-        bars, self.bars = self.bars, 1  # a bar after an item begins a condition
-        items = self.statement()
-        self.bars = bars
-        if self.peek() in ("|", ":", "\\mid"):  # set builder: the condition is the set
-            self.at += 1
-            condition = self.statement()
-            self.take("\\}")
-            return condition[0] if len(condition) == 1 else ("list", tuple(condition))
-        self.take("\\}")
-        return ("set", tuple(items))
-
-    def environment(self) -> Node:
-        name = "".join(self.tokens[self.at : self._after_group()]).strip("{}").replace(OPEN_TEXT, "")
-        if name == "array" and self.peek() == "{":
-            self._after_group()
-        rows: list[list[Node]] = [[]]
-        while self.peek() != "\\end":
-            if self.peek() == "&":
-                self.at += 1
-            elif self.peek() == "\\\\":
-                self.at += 1
-                rows.append([])
-            elif self.peek() in (",", ";"):
-                self.at += 1
-            else:
-                rows[-1].append(self.relation())
-        self.at += 1
-        self._after_group()
-        rows = [row for row in rows if row]
-        cells = [cell for row in rows for cell in row]
-        if cells and name in ("cases", "array", "aligned", "gathered") and all(cell[0] == "rel" for cell in cells):
-            return ("list", tuple(cells))  # a system of equations
-        if name not in ("pmatrix", "bmatrix", "matrix", "array", "smallmatrix", "Bmatrix"):
-            raise UnreadableError(f"unknown environment {name}")
-        if not rows or len({len(row) for row in rows}) != 1:
-            raise UnreadableError("rows of a matrix differ in length")
-        return ("matrix", tuple(map(tuple, rows)))
-
-
-_LETTERS = frozenset(
-    "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma tau phi varphi chi psi omega "
-    "Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega pi infty ell hbar".split()
-)
-
-
-def _number(token: str, parser: _Parser) -> Node:
+def _number(token: str, parser: Parser) -> Node:
     if len(token) > MAX_DIGITS:
         raise UnreadableError(f"a number of more than {MAX_DIGITS} digits", over_limit=True)
     if "." in token and parser.peek() in ("\\overline", "\\dot") and "e" not in token.lower():
@@ -423,7 +352,7 @@ def _number(token: str, parser: _Parser) -> Node:
     return ("num", Fraction(token))
 
 
-def _repeating(token: str, parser: _Parser) -> Node:
+def _repeating(token: str, parser: Parser) -> Node:
     """0.1\\overline{6}: the digits under the bar repeat for ever."""
     parser.take()
     start = parser.at
@@ -444,7 +373,7 @@ def parse(text: str, join_thousands: bool = True) -> Node:
         raise UnreadableError(f"more than {MAX_TOKENS} tokens", over_limit=True)
     readings = []
     for sign in (1, -1):
-        parser = _Parser(list(tokens), sign)
+        parser = Parser(list(tokens), sign)
         items = parser.statement()
         if parser.at != len(parser.tokens):
             raise UnreadableError(f"unexpected {parser.peek()!r}")

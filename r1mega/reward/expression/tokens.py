@@ -16,19 +16,42 @@ class UnreadableError(ValueError):
 
 
 FUNCTIONS = frozenset(
-    "sin cos tan cot sec csc arcsin arccos arctan arccot sinh cosh tanh ln log lg exp gcd lcm max min det deg Re Im arg".split()
+    "sin cos tan cot sec csc arcsin arccos arctan arccot sinh cosh tanh ln log lg exp gcd lcm "
+    "max min det deg Re Im arg".split()
 )
 _ASCII_WORDS = {
     **{name: "\\" + name for name in FUNCTIONS if name not in ("deg", "Re", "Im", "arg", "det")},
-    "sqrt": "\\sqrt", "pi": "\\pi", "Pi": "\\pi", "inf": "\\infty", "infty": "\\infty", "infinity": "\\infty", "oo": "\\infty",
-    "abs": "\\abs", "theta": "\\theta", "alpha": "\\alpha", "beta": "\\beta", "union": "\\cup", "U": "U", "asin": "\\arcsin",
-    "acos": "\\arccos", "atan": "\\arctan", "degrees": "\\degree", "cbrt": "\\cbrt", "binom": "\\binom",
-}  # fmt: skip
+    "sqrt": "\\sqrt",
+    "pi": "\\pi",
+    "Pi": "\\pi",
+    "inf": "\\infty",
+    "infty": "\\infty",
+    "infinity": "\\infty",
+    "oo": "\\infty",
+    "abs": "\\abs",
+    "theta": "\\theta",
+    "alpha": "\\alpha",
+    "beta": "\\beta",
+    "union": "\\cup",
+    "U": "U",
+    "asin": "\\arcsin",
+    "acos": "\\arccos",
+    "atan": "\\arctan",
+    "degrees": "\\degree",
+    "cbrt": "\\cbrt",
+    "binom": "\\binom",
+}
 _TOKEN = re.compile(
-    r"(?P<number>(?:\d{1,3}(?:,\d{3})+(?![\d])(?:\.\d+)?|\d+\.(?=\\(?:overline|dot))|\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d{1,4}(?![A-Za-z\d]))?)"
-    + r"|(?P<command>\\[A-Za-z]+|\\.)|" + OPEN_TEXT + "(?P<text>[^" + CLOSE_TEXT + "]*)" + CLOSE_TEXT
+    r"(?P<number>(?:\d{1,3}(?:,\d{3})+(?![\d])(?:\.\d+)?|\d+\.(?=\\(?:overline|dot))|"
+    r"\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d{1,4}(?![A-Za-z\d]))?)"
+    + r"|(?P<command>\\[A-Za-z]+|\\.)|"
+    + OPEN_TEXT
+    + "(?P<text>[^"
+    + CLOSE_TEXT
+    + "]*)"
+    + CLOSE_TEXT
     + r"|(?P<word>[A-Za-z]+)|(?P<operator><=|>=|=<|!=|==|=>|[-+*/^_()\[\]{}|!',;:=<>%&.])"
-)  # fmt: skip
+)
 _OPERATOR_SPELLING = {"=<": "<=", "==": "="}
 
 

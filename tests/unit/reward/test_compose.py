@@ -6,7 +6,14 @@ import time
 
 import pytest
 
-from r1mega.config.schema import AccuracyReward, FormatReward, LanguageReward, LengthReward, RepetitionReward, RewardConfig
+from r1mega.config.schema import (
+    AccuracyReward,
+    FormatReward,
+    LanguageReward,
+    LengthReward,
+    RepetitionReward,
+    RewardConfig,
+)
 from r1mega.errors import RewardError
 from r1mega.reward.compose import RewardScorer, compose
 from r1mega.reward.length import LengthShaping, Overlong, Repetition
@@ -46,9 +53,12 @@ def score(text: str, config: RewardConfig | None = None, prompt_: Prompt | None 
 
 def test_value_is_the_weighted_sum_of_the_parts():
     config = RewardConfig(
-        accuracy=AccuracyReward(weight=2.0), format=FormatReward(weight=0.25), language=LanguageReward(weight=0.5),
-        overlong=LengthReward(weight=1.0, buffer_tokens=20), repetition=RepetitionReward(weight=1.0, ngram=2),
-    )  # fmt: skip
+        accuracy=AccuracyReward(weight=2.0),
+        format=FormatReward(weight=0.25),
+        language=LanguageReward(weight=0.5),
+        overlong=LengthReward(weight=1.0, buffer_tokens=20),
+        repetition=RepetitionReward(weight=1.0, ngram=2),
+    )
     reward = score(RIGHT, config, num_tokens=90)
     assert dict(reward.parts) == {"accuracy": 1.0, "format": 1.0, "language": 1.0, "overlong": -0.5, "repetition": 0.0}
     assert reward.value == pytest.approx(2.0 + 0.25 + 0.5 - 0.5)
@@ -65,7 +75,8 @@ def test_parts_without_weight_are_not_computed():
 
 def test_a_failed_part_leaves_no_value():
     reward = compose(
-        {"accuracy": PartScore(None, "the worker died", RewardStatus.FAILED), "format": PartScore(1.0, "well formed")}, {"accuracy": 1.0, "format": 0.1}
+        {"accuracy": PartScore(None, "the worker died", RewardStatus.FAILED), "format": PartScore(1.0, "well formed")},
+        {"accuracy": 1.0, "format": 0.1},
     )
     assert reward.value is None and reward.status == RewardStatus.FAILED
     assert reward.parts == {"format": 1.0} and "accuracy: the worker died" in reward.reason
@@ -105,13 +116,25 @@ def test_unknown_kind_is_an_error():
 @pytest.mark.parametrize(
     ("gold", "text", "value"),
     [
-        ("B", "<answer>B</answer>", 1.0), ("B", "<answer>(b)</answer>", 1.0), ("B", "\\boxed{\\text{B}}", 1.0), ("B", "<answer>B. Paris</answer>", 1.0),
-        ("B", "<answer>option B</answer>", 1.0), ("B", "<answer>The answer is B.</answer>", 1.0), ("(B)", "<answer>B</answer>", 1.0),
-        ("B", "<answer>C</answer>", 0.0), ("B", "<answer>A or B</answer>", 0.0), ("B", "<answer>B or C</answer>", 0.0),
-        ("B", "<answer>(A) (B)</answer>", 0.0), ("B", "<answer>B. (C)</answer>", 0.0), ("B", "<answer></answer>", 0.0), ("B", "B", 0.0),
-        ("knight", "<answer>Knight</answer>", 1.0), ("knight", "<answer>knave</answer>", 0.0), ("knight", "<answer>knight, knave</answer>", 0.0),
+        ("B", "<answer>B</answer>", 1.0),
+        ("B", "<answer>(b)</answer>", 1.0),
+        ("B", "\\boxed{\\text{B}}", 1.0),
+        ("B", "<answer>B. Paris</answer>", 1.0),
+        ("B", "<answer>option B</answer>", 1.0),
+        ("B", "<answer>The answer is B.</answer>", 1.0),
+        ("(B)", "<answer>B</answer>", 1.0),
+        ("B", "<answer>C</answer>", 0.0),
+        ("B", "<answer>A or B</answer>", 0.0),
+        ("B", "<answer>B or C</answer>", 0.0),
+        ("B", "<answer>(A) (B)</answer>", 0.0),
+        ("B", "<answer>B. (C)</answer>", 0.0),
+        ("B", "<answer></answer>", 0.0),
+        ("B", "B", 0.0),
+        ("knight", "<answer>Knight</answer>", 1.0),
+        ("knight", "<answer>knave</answer>", 0.0),
+        ("knight", "<answer>knight, knave</answer>", 0.0),
     ],
-)  # fmt: skip
+)
 def test_choice(gold, text, value):
     assert score(text, prompt_=prompt("choice", (gold,))).parts["accuracy"] == value
 
@@ -123,7 +146,9 @@ def reasoning_gym_prompt(task: str, index: int = 0) -> Prompt:
     return prompt("reasoning_gym", (), entry=entry)
 
 
-@pytest.mark.parametrize("task", ["chain_sum", "basic_arithmetic", "number_sorting", "spell_backward", "knights_knaves"])
+@pytest.mark.parametrize(
+    "task", ["chain_sum", "basic_arithmetic", "number_sorting", "spell_backward", "knights_knaves"]
+)
 def test_reasoning_gym_scores_by_the_tasks_own_scorer(task):
     pytest.importorskip("reasoning_gym")
     question = reasoning_gym_prompt(task)
@@ -146,8 +171,16 @@ def test_instructions():
     question = prompt(
         "instruction",
         (),
-        instruction_id_list=["punctuation:no_comma", "length_constraints:number_sentences", "change_case:capital_word_frequency"],
-        kwargs=[{}, {"relation": "less than", "num_sentences": 3}, {"capital_relation": "at least", "capital_frequency": 2}],
+        instruction_id_list=[
+            "punctuation:no_comma",
+            "length_constraints:number_sentences",
+            "change_case:capital_word_frequency",
+        ],
+        kwargs=[
+            {},
+            {"relation": "less than", "num_sentences": 3},
+            {"capital_relation": "at least", "capital_frequency": 2},
+        ],
     )
     good = "<think>no commas, they say</think><answer>I met Dr. Smith at NOON. It was GOOD.</answer>"
     assert score(good, prompt_=question).parts["accuracy"] == 1.0
@@ -174,7 +207,8 @@ def test_length_shaping(tokens, value):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "value"), [((1, 2, 3, 4, 5), 0.0), ((1, 2, 1, 2, 1, 2), -3 / 5), ((7,) * 11, -9 / 10), ((1,), 0.0), ((), 0.0)]
+    ("tokens", "value"),
+    [((1, 2, 3, 4, 5), 0.0), ((1, 2, 1, 2, 1, 2), -3 / 5), ((7,) * 11, -9 / 10), ((1,), 0.0), ((), 0.0)],
 )
 def test_repetition(tokens, value):
     assert Repetition(2).score(ScoringItem(prompt(), response(tokens=tokens), "")).value == pytest.approx(value)

@@ -7,7 +7,9 @@ from r1mega.reward.format import check_format
 GOOD = "<think>two and two</think><answer>4</answer>"
 
 
-@pytest.mark.parametrize("text", [GOOD, "<think>\na\n</think>\n\n<answer>\n4\n</answer>\n", "<think>a < b</think> <answer>1 > 0</answer>"])
+@pytest.mark.parametrize(
+    "text", [GOOD, "<think>\na\n</think>\n\n<answer>\n4\n</answer>\n", "<think>a < b</think> <answer>1 > 0</answer>"]
+)
 def test_well_formed(text):
     for mode in ("strict", "graded"):
         assert check_format(text, mode).value == 1.0
@@ -48,7 +50,14 @@ def test_tricks_score_nothing_strictly_and_less_when_graded(text, problem):
 
 
 def test_graded_rises_with_each_tag():
-    texts = ["4", "<think>a", "<think>a</think>", "<think>a</think><answer>4", "x<think>a</think><answer>4</answer>", GOOD]
+    texts = [
+        "4",
+        "<think>a",
+        "<think>a</think>",
+        "<think>a</think><answer>4",
+        "x<think>a</think><answer>4</answer>",
+        GOOD,
+    ]
     values = [check_format(text, "graded").value for text in texts]
     assert values == [0.0, 0.125, 0.25, 0.375, 0.5, 1.0]
 

@@ -5,14 +5,31 @@ from __future__ import annotations
 import pytest
 
 from r1mega.errors import RewardError
-from r1mega.reward.language import LanguageConsistency, chain_of_thought, language_of, language_share, mixes_languages, strip_markup
+from r1mega.reward.language import (
+    LanguageConsistency,
+    chain_of_thought,
+    language_of,
+    language_share,
+    mixes_languages,
+    strip_markup,
+)
 from r1mega.reward.parts import ScoringItem
 from r1mega.types import Prompt, Response
 
-ENGLISH = ("First we count the apples in the basket.", "Then we multiply the number by the price of each one.", "Let me check this again before I answer.")
+ENGLISH = (
+    "First we count the apples in the basket.",
+    "Then we multiply the number by the price of each one.",
+    "Let me check this again before I answer.",
+)
 CHINESE = ("首先我们数一数篮子里的苹果。", "然后我们把这个数乘以每个苹果的价格。", "让我在回答之前再检查一遍。")
-FRENCH = ("D'abord nous comptons les pommes dans le panier.", "Ensuite nous multiplions ce nombre par le prix de chacune.")
-GERMAN = ("Zuerst zählen wir die Äpfel in dem Korb auf dem Tisch.", "Dann multiplizieren wir diese Zahl mit dem Preis von jedem.")
+FRENCH = (
+    "D'abord nous comptons les pommes dans le panier.",
+    "Ensuite nous multiplions ce nombre par le prix de chacune.",
+)
+GERMAN = (
+    "Zuerst zählen wir die Äpfel in dem Korb auf dem Tisch.",
+    "Dann multiplizieren wir diese Zahl mit dem Preis von jedem.",
+)
 
 
 def item(text: str, language: str | None = "en", question: str = "How many apples are there?") -> ScoringItem:
@@ -20,7 +37,14 @@ def item(text: str, language: str | None = "en", question: str = "How many apple
 
 
 @pytest.mark.parametrize(
-    ("texts", "language"), [(ENGLISH, "en"), (CHINESE, "zh"), (FRENCH, "fr"), (GERMAN, "de"), (("Сначала посчитаем яблоки в корзине.",), "ru")]
+    ("texts", "language"),
+    [
+        (ENGLISH, "en"),
+        (CHINESE, "zh"),
+        (FRENCH, "fr"),
+        (GERMAN, "de"),
+        (("Сначала посчитаем яблоки в корзине.",), "ru"),
+    ],
 )
 def test_pure_texts(texts, language):
     for text in texts:
@@ -51,9 +75,18 @@ def test_mixed_latin_sentences_give_the_fraction():
 
 @pytest.mark.parametrize(
     "markup",
-    ["$x^2 + y^2 = z$", "\\(\\text{area} = \\frac{a}{b}\\)", "```python\nfor apple in basket: print(apple)\n```", "`total_price`", "\\boxed{yes}",
-     "<answer>", "https://example.org/some/words", "$$\\begin{aligned} a &= b \\end{aligned}$$", "x = 3y + f(x)"],
-)  # fmt: skip
+    [
+        "$x^2 + y^2 = z$",
+        "\\(\\text{area} = \\frac{a}{b}\\)",
+        "```python\nfor apple in basket: print(apple)\n```",
+        "`total_price`",
+        "\\boxed{yes}",
+        "<answer>",
+        "https://example.org/some/words",
+        "$$\\begin{aligned} a &= b \\end{aligned}$$",
+        "x = 3y + f(x)",
+    ],
+)
 def test_markup_is_no_language(markup):
     assert language_share(f"{CHINESE[0]} {markup} {CHINESE[1]}", "zh") == 1.0
     assert not strip_markup(markup).strip(" =+\n$.()")

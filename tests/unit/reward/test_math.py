@@ -1,4 +1,6 @@
-"""Math answers: hand-labelled pairs, the development pairs where they are at hand, and properties against exact arithmetic."""
+"""Math answers: hand-labelled pairs, the development pairs where they are at hand, and properties against exact
+arithmetic.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,11 @@ def decide(gold: str, prediction: str) -> bool | None:
 
 @pytest.mark.parametrize("label", [True, False])
 def test_labelled_pairs(label):
-    wrong = [p for p in load(TESTS / "data" / "answer_pairs.jsonl") if p["label"] is label and decide(p["gold"], p["prediction"]) is not label]
+    wrong = [
+        p
+        for p in load(TESTS / "data" / "answer_pairs.jsonl")
+        if p["label"] is label and decide(p["gold"], p["prediction"]) is not label
+    ]
     assert not wrong
 
 
@@ -113,9 +119,24 @@ def test_any_formula_is_decided_in_time(text):
 
 @pytest.mark.parametrize(
     "text",
-    ["9" * 5000, "(" * 3000 + "1" + ")" * 3000, "{" * 300 + "}" * 300, "9^{9^{9^9}}", "10^{10^{10}}", "99999!", "\\sqrt" * 500 + "2",
-     "1,2," * 5000, "x^{99999}^{99999}", "-" * 1500 + "1", "\\frac" * 400, "|" * 999, "1e999999", "\\binom{99999}{5000}", "2!" + "!" * 200],
-)  # fmt: skip
+    [
+        "9" * 5000,
+        "(" * 3000 + "1" + ")" * 3000,
+        "{" * 300 + "}" * 300,
+        "9^{9^{9^9}}",
+        "10^{10^{10}}",
+        "99999!",
+        "\\sqrt" * 500 + "2",
+        "1,2," * 5000,
+        "x^{99999}^{99999}",
+        "-" * 1500 + "1",
+        "\\frac" * 400,
+        "|" * 999,
+        "1e999999",
+        "\\binom{99999}{5000}",
+        "2!" + "!" * 200,
+    ],
+)
 def test_hostile_answers_end_at_once_and_score_nothing(text):
     start = time.process_time()
     assert not decide("5", text)
@@ -123,7 +144,29 @@ def test_hostile_answers_end_at_once_and_score_nothing(text):
 
 
 @pytest.mark.parametrize(
-    "unit", ["a", "\\boxed{", "\\[", "<think", "<answer>", "</answer>", "< ", "$", "`", "(", "1", "1,", "a ", "x_", "f(", "\u662f", "!", "'", "1a", "\\begin{a}"]
+    "unit",
+    [
+        "a",
+        "\\boxed{",
+        "\\[",
+        "<think",
+        "<answer>",
+        "</answer>",
+        "< ",
+        "$",
+        "`",
+        "(",
+        "1",
+        "1,",
+        "a ",
+        "x_",
+        "f(",
+        "\u662f",
+        "!",
+        "'",
+        "1a",
+        "\\begin{a}",
+    ],
 )
 def test_degenerate_responses_cost_linear_time(unit):
     """A policy that collapses repeats itself for 150,000 characters; nothing that scores it may be quadratic."""
@@ -135,6 +178,18 @@ def test_degenerate_responses_cost_linear_time(unit):
     language_share(text, "en")
     rewards.decide(("\\frac{1}{2}",), "1" + (unit * 2000)[:1900] + "!")
     assert time.process_time() - start < 6.0
+
+
+def test_unpaired_surrogates_are_text_like_any_other():
+    assert not decide("\\text{A5}", "\\text{\ud800}+1")
+    count, results = stream(['{"gold": "\\\\text{a b}", "prediction": "\\\\text{\\ud800}x"}\n'])
+    assert count == 1 and results[0]["value"] == 0.0
+
+
+def test_bytes_that_are_no_text_are_named():
+    source = io.TextIOWrapper(io.BytesIO(b'{"gold": "1", "prediction": "1"}\n{"gold": "\xff"}\n'), encoding="utf-8")
+    with pytest.raises(DataError, match=r"pairs.jsonl:\d: not JSON"):
+        rewards.score_stream(source, io.StringIO(), "pairs.jsonl")
 
 
 def test_several_golds():
@@ -185,7 +240,14 @@ def stream(lines: list[str]) -> tuple[int, list[dict]]:
 
 
 def test_stream_keeps_the_order_across_workers():
-    pairs = [("\\frac{1}{2}", "\\int_0^1 x dx"), ("5", "5"), ("5", "6"), ("55", "\\sum_{k=1}^{10} k"), ("54", "\\sum_{k=1}^{10} k"), ("2", "2")]
+    pairs = [
+        ("\\frac{1}{2}", "\\int_0^1 x dx"),
+        ("5", "5"),
+        ("5", "6"),
+        ("55", "\\sum_{k=1}^{10} k"),
+        ("54", "\\sum_{k=1}^{10} k"),
+        ("2", "2"),
+    ]
     count, results = stream([json.dumps({"gold": g, "prediction": p}) + "\n" for g, p in pairs])
     assert count == 6
     assert [r["value"] for r in results] == [1.0, 1.0, 0.0, 1.0, 0.0, 1.0]
@@ -194,7 +256,13 @@ def test_stream_keeps_the_order_across_workers():
 
 @pytest.mark.parametrize(
     ("line", "message"),
-    [("{", "not JSON"), ("[1]", "list"), ('{"gold": "1"}', "'prediction'"), ('{"prediction": "1"}', "'gold'"), ('{"gold": [], "prediction": "1"}', "'gold'")],
+    [
+        ("{", "not JSON"),
+        ("[1]", "list"),
+        ('{"gold": "1"}', "'prediction'"),
+        ('{"prediction": "1"}', "'gold'"),
+        ('{"gold": [], "prediction": "1"}', "'gold'"),
+    ],
 )
 def test_a_malformed_line_is_named(line, message):
     with pytest.raises(DataError, match=f"pairs.jsonl:2: .*{message}"):
@@ -206,7 +274,9 @@ def test_a_cpu_hungry_comparison_scores_zero_and_is_not_a_failure():
     from r1mega.reward.pool import Task, WorkerPool
 
     with WorkerPool(1) as pool:
-        outcome = pool.submit(Task("r1mega.reward.symbolic:same_by_algebra", (["5"], "9^{9^{9^9}}", 0.3), 60.0)).result(timeout=120)
+        outcome = pool.submit(Task("r1mega.reward.symbolic:same_by_algebra", (["5"], "9^{9^{9^9}}", 0.3), 60.0)).result(
+            timeout=120
+        )
     assert outcome.failure is None
     assert outcome.value["equal"] is False and "0.3 s of CPU" in outcome.value["reason"]
 

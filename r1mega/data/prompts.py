@@ -24,7 +24,7 @@ DOCUMENT_TOKENS = 4
 
 @dataclass(frozen=True, slots=True)
 class PromptRecord:
-    """A checked line. where: "file:line" for messages."""
+    """A checked line. where: "file:line" for messages. answers: none when the line has no gold."""
 
     where: str
     id: str
@@ -87,9 +87,14 @@ def _check_length(num_tokens: int, record: PromptRecord, config: DataConfig) -> 
 
 
 def read_records(config: DataConfig) -> Iterator[PromptRecord]:
-    """The checked lines of the config's files. Ids that occur again get a suffix, so that each is unique."""
+    """The checked lines of the config's files. Ids that occur again get a suffix, so that each is unique.
+
+    A line whose answer is null or empty has no gold (public sets hold a few): nothing about it can be verified, so it is
+    left out, counted in a warning. A missing answer, or one of another type, is a bad line.
+    """
     seen: dict[str, int] = {}
     skipped: list[str] = []
+    without_gold: list[str] = []
     for path in config.prompts:
         if not path.is_file():
             raise DataError(f"{path}: no such file (data.prompts)")
@@ -104,6 +109,9 @@ def read_records(config: DataConfig) -> Iterator[PromptRecord]:
                         raise DataError(f"{error}; mend the line, or set data.on_bad_line=skip") from error
                     skipped.append(str(error))
                     continue
+                if not record.answers:
+                    without_gold.append(record.where)
+                    continue
                 seen[record.id] = seen.get(record.id, 0) + 1
                 if seen[record.id] > 1:
                     record = PromptRecord(
@@ -111,6 +119,8 @@ def read_records(config: DataConfig) -> Iterator[PromptRecord]:
                         record.language, record.metadata,
                     )  # fmt: skip
                 yield record
+    if without_gold:
+        logger.warning("%d lines without an answer were left out; the first: %s", len(without_gold), without_gold[0])
     if skipped:
         logger.warning("%d bad lines were skipped; the first: %s", len(skipped), skipped[0])
 
@@ -125,10 +135,14 @@ def _record(line: bytes, where: str, config: DataConfig) -> PromptRecord:
     question, answer = item.get("question"), item.get("answer")
     if not isinstance(question, str) or not question.strip():
         raise DataError(f"{where}: 'question' is missing or not a text")
+    if "answer" not in item:
+        raise DataError(f"{where}: 'answer' is missing")
     answers = tuple(answer) if isinstance(answer, list) else (answer,)
-    if "answer" not in item or not answers or not all(isinstance(a, str) and a.strip() for a in answers):
+    if answer is None or (isinstance(answer, str) and not answer.strip()):
+        answers = ()
+    elif not answers or not all(isinstance(a, str) and a.strip() for a in answers):
         shown = json.dumps(answer, ensure_ascii=False)
-        raise DataError(f"{where}: 'answer' is {shown[:60]}: it must be a non-empty string, or a list of them")
+        raise DataError(f"{where}: 'answer' is {shown[:60]}: it must be a string, or a list of non-empty ones")
     kind, language = item.get("kind", config.kind), item.get("language", config.language)
     for key, value in (("kind", kind), ("language", language)):
         if value is not None and not isinstance(value, str):

@@ -81,14 +81,17 @@ def grpo_token_loss(
         if weights is not None and not weights_per_sequence and tuple(weights.shape) != (count,):
             raise ValueError(f"weights has shape {list(weights.shape)}, expected [{num_sequences}] or [{count}]")
         _check_sequences(sequence_ids, num_sequences, mask)
+        if num_sequences == 0:  # every token is masked; the kernel reads element 0 for those
+            advantages, weights = log_probs.new_zeros(1), log_probs.new_zeros(1) if weights_per_sequence else weights
     wide = torch.promote_types(log_probs.dtype, torch.float32) if use_reference else torch.float32
 
     def given(x: torch.Tensor | None, dtype: torch.dtype = wide) -> torch.Tensor:
         return log_probs.new_empty(0, dtype=dtype) if x is None else x.detach().to(dtype).contiguous()
 
+    flags = torch.empty(0, dtype=torch.uint8, device=log_probs.device) if mask is None else mask.bool().view(torch.uint8)
     loss, _, sums = torch.ops.r1mega_kernels.token_loss(
         log_probs.to(wide).contiguous(), given(old_log_probs), given(reference_log_probs), given(sampler_log_probs),
-        given(advantages), given(weights), given(mask, torch.uint8), given(sequence_ids, torch.int64),
+        given(advantages), given(weights), flags.contiguous(), given(sequence_ids, torch.int64),
         weights_per_sequence, clip_low, clip_high, dual_clip or 0.0, kl_coefficient, importance_cap or 0.0, use_reference,
     )  # fmt: skip
     return loss, GRPOMetrics(*sums.unbind()[1:])
@@ -98,12 +101,11 @@ def _check_sequences(sequence_ids: torch.Tensor, num_sequences: int, mask: torch
     if sequence_ids.device.type != "cpu" or not sequence_ids.numel():
         return
     low, high = (int(v) for v in sequence_ids.aminmax())
-    if mask is None and (low < 0 or high >= num_sequences):
-        raise ValueError(f"sequence_ids must be in [0, {num_sequences}), found {low} to {high}")
-    if mask is not None and (low < 0 or high >= num_sequences):
+    if mask is not None and (low < 0 or high >= num_sequences):  # masked tokens may hold anything
         used = sequence_ids[mask.bool()]
-        if used.numel() and (int(used.min()) < 0 or int(used.max()) >= num_sequences):
-            raise ValueError(f"sequence_ids of counted tokens must be in [0, {num_sequences})")
+        low, high = (int(v) for v in used.aminmax()) if used.numel() else (0, -1)
+    if low < 0 or high >= num_sequences:
+        raise ValueError(f"sequence_ids must be in [0, {num_sequences}), found {low} to {high}")
 
 
 _INPUTS = ("log_probs", "old", "reference_log_probs", "sampler", "advantages", "weights", "mask", "sequence_ids")

@@ -118,24 +118,51 @@ void row_backward(const E* x, E* out, int64_t columns, int64_t target, const Row
 
 constexpr int kTokenBlock = 256;
 
+// Not vectorized: the gather instructions are slower than the loads that they stand for. Without a branch: masks are irregular.
+__attribute__((noinline, optimize("no-tree-vectorize"))) void gather(const float* source, const int64_t* ids,
+                                                                     const float* counts, float* target, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) {
+        const int64_t id = counts[i] > 0.f ? ids[i] : 0;
+        const float value = source[id];
+        target[i] = counts[i] > 0.f ? value : 0.f;
+    }
+    for (int64_t i = count; i < kTokenBlock; ++i) target[i] = 0.f;
+}
+
 struct TokenBlock {  // one block of tokens in local arrays: gathered, masked and padded
     alignas(64) float log_prob[kTokenBlock], old[kTokenBlock], reference[kTokenBlock], sampler[kTokenBlock],
         advantage[kTokenBlock], weight[kTokenBlock], counts[kTokenBlock];
 
     R1_FN_MEMBER void fill(const LossTensors& in, int64_t begin, int64_t count) {
-        for (int64_t i = 0; i < kTokenBlock; ++i) {
-            const int64_t token = begin + i;
-            // what a masked token holds is never looked at: it may be anything
-            const bool counted = i < count && (!in.mask || in.mask[token]);
-            const int64_t sequence = counted && in.sequence_ids ? in.sequence_ids[token] : token;
-            counts[i] = counted ? 1.f : 0.f;
-            log_prob[i] = counted ? in.log_probs[token] : 0.f;
-            old[i] = counted && in.old_log_probs ? in.old_log_probs[token] : 0.f;
-            reference[i] = counted && in.reference_log_probs ? in.reference_log_probs[token] : 0.f;
-            sampler[i] = counted && in.sampler_log_probs ? in.sampler_log_probs[token] : 0.f;
-            advantage[i] = counted ? in.advantages[sequence] : 0.f;
-            weight[i] = !counted ? 0.f : !in.weights ? 1.f : in.weights[in.weights_per_sequence ? sequence : token];
+        for (int64_t i = 0; i < kTokenBlock; ++i) counts[i] = i < count ? 1.f : 0.f;
+        if (in.mask)
+            for (int64_t i = 0; i < count; ++i) counts[i] = in.mask[begin + i] ? 1.f : 0.f;
+        copy(in.log_probs, log_prob, begin, count);
+        copy(in.old_log_probs, old, begin, count);
+        copy(in.reference_log_probs, reference, begin, count);
+        copy(in.sampler_log_probs, sampler, begin, count);
+        if (in.sequence_ids) {
+            gather(in.advantages, in.sequence_ids + begin, counts, advantage, count);
+        } else {
+            copy(in.advantages, advantage, begin, count);
         }
+        if (in.weights_per_sequence) {
+            gather(in.weights, in.sequence_ids + begin, counts, weight, count);
+        } else if (in.weights) {
+            copy(in.weights, weight, begin, count);
+        } else {
+            memcpy(weight, counts, sizeof weight);
+        }
+    }
+
+    // What a masked token holds is never used: it may be anything, a sequence number too.
+    R1_FN_MEMBER void copy(const float* source, float* target, int64_t begin, int64_t count) {
+        if (!source) count = 0;
+        for (int64_t i = 0; i < count; ++i) {
+            const float value = source[begin + i];
+            target[i] = counts[i] > 0.f ? value : 0.f;
+        }
+        for (int64_t i = count; i < kTokenBlock; ++i) target[i] = 0.f;
     }
 };
 

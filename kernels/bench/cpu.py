@@ -1,0 +1,103 @@
+"""CPU measurements: the kernels against torch's eager functions, in the same run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from bench import eager
+from bench.timing import cpu_seconds
+
+import r1mega_kernels
+
+
+def log_prob_rows(shapes: list[tuple[int, int, torch.dtype]], rounds: int) -> list[dict[str, Any]]:
+    """Forward and forward + backward of log-probs at each (tokens, vocabulary, dtype)."""
+    records = []
+    for tokens, vocabulary, dtype in shapes:
+        generator = torch.Generator().manual_seed(0)
+        logits = (torch.randn(tokens, vocabulary, generator=generator) * 3).to(dtype).requires_grad_()
+        targets = torch.randint(0, vocabulary, (tokens,), generator=generator)
+        upstream = torch.randn(tokens, generator=generator)
+
+        def update(log_prob, logits=logits, upstream=upstream):
+            (grad,) = torch.autograd.grad((log_prob * upstream).sum(), logits)
+            return grad
+
+        def quietly(function, *arguments):
+            with torch.no_grad():
+                return function(*arguments)
+
+        kernel = r1mega_kernels.grouped_log_prob
+        case = (logits, targets)
+        forward = cpu_seconds(
+            {
+                "kernel": lambda case=case: quietly(kernel, *case),
+                "eager with entropy": lambda case=case: quietly(eager.log_prob_entropy, *case),
+                "eager": lambda case=case: quietly(eager.log_prob, *case),
+            },
+            rounds,
+        )
+        both = cpu_seconds(
+            {
+                "kernel": lambda case=case, update=update: update(kernel(*case).log_prob),
+                "eager with entropy": lambda case=case, update=update: update(eager.log_prob_entropy(*case)[0]),
+                "eager": lambda case=case, update=update: update(eager.log_prob(*case)),
+            },
+            rounds,
+        )
+        name = f"log-prob T={tokens} V={vocabulary} {str(dtype)[6:]}"
+        gigabytes = tokens * vocabulary * logits.element_size() / 1e9
+        records.append(_record(f"{name} forward", forward, gigabytes))
+        records.append(_record(f"{name} forward + backward", both, None))
+    return records
+
+
+def loss_rows(tokens: int, rounds: int) -> list[dict[str, Any]]:
+    """group_advantage + grpo_token_loss + its backward at `tokens` tokens in sequences of about 200, groups of 16."""
+    generator = torch.Generator().manual_seed(1)
+    sequences = tokens // 200 // 16 * 16
+    rewards = torch.randint(0, 2, (sequences,), generator=generator).double()
+    offsets, groups = torch.arange(0, sequences + 1, 16), torch.arange(sequences) // 16
+    ids = torch.randint(0, sequences, (tokens,), generator=generator).sort().values
+    policy = (-torch.rand(tokens, generator=generator) * 4).requires_grad_()
+    old, reference, sampler = (policy.detach() + torch.randn(tokens, generator=generator) * s for s in (0.1, 0.2, 0.05))
+    weights, mask = torch.full((sequences,), 1 / tokens), torch.rand(tokens, generator=generator) > 0.1
+
+    def with_kernels():
+        advantages = r1mega_kernels.group_advantage(rewards, offsets)
+        loss, _ = r1mega_kernels.grpo_token_loss(
+            policy, advantages, old, reference_log_probs=reference, sampler_log_probs=sampler, weights=weights, mask=mask,
+            sequence_ids=ids, clip_high=0.28, kl_coefficient=0.001, importance_cap=2.0,
+        )  # fmt: skip
+        return torch.autograd.grad(loss, policy)[0]
+
+    def with_eager():
+        advantages = eager.group_advantage(rewards, groups, sequences // 16).float()
+        loss, _ = eager.grpo_token_loss(policy, advantages, old, reference, sampler, weights, mask, ids)
+        return torch.autograd.grad(loss, policy)[0]
+
+    torch.testing.assert_close(with_kernels(), with_eager(), rtol=1e-4, atol=1e-9)
+    seconds = cpu_seconds({"kernel": with_kernels, "eager": with_eager}, rounds)
+    return [_record(f"advantage + loss + backward, {tokens} tokens", seconds, None)]
+
+
+def _record(name: str, seconds: dict[str, float], gigabytes: float | None) -> dict[str, Any]:
+    record: dict[str, Any] = {"case": name} | {f"{key}_ms": round(value * 1e3, 3) for key, value in seconds.items()}
+    record |= {f"speedup over {key}": round(value / seconds["kernel"], 2) for key, value in seconds.items() if key != "kernel"}
+    if gigabytes is not None:
+        record["kernel_gb_per_s"] = round(gigabytes / seconds["kernel"], 1)
+    return record
+
+
+def measure(quick: bool) -> list[dict[str, Any]]:
+    """All CPU rows; `quick` takes a tenth of the tokens."""
+    scale, rounds = (10, 3) if quick else (1, 9)
+    shapes = [
+        (640 // scale // 10, 129280, torch.bfloat16),
+        (640 // scale // 10, 129280, torch.float32),
+        (640 // scale // 10, 151936, torch.bfloat16),
+        (20480 // scale // 10, 16160, torch.bfloat16),
+        (8192 // scale, 400, torch.float32),
+    ]
+    return log_prob_rows(shapes, rounds) + loss_rows(100_000 // scale, rounds)

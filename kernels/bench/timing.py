@@ -1,0 +1,48 @@
+"""Timing: the best of several runs, contestants in turn, so that a slow moment of the machine strikes all of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+
+def cpu_seconds(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Best seconds of each contestant over interleaved rounds, after one that warms up: with one torch thread the CPU time of
+    that thread, which other processes do not stretch; with more, wall-clock time."""
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+
+    def timed(function: Callable[[], object]) -> float:
+        start = clock()
+        function()
+        return clock() - start
+
+    return _best(contestants, rounds, timed)
+
+
+def gpu_seconds(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """The same on the current CUDA stream, by events; the L2 cache is overwritten before each run."""
+    flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+
+    def timed(function: Callable[[], object]) -> float:
+        flush.zero_()
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        function()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+    return _best(contestants, rounds, timed)
+
+
+def _best(contestants, rounds, timed):
+    best = {}
+    for round_number in range(rounds + 1):
+        for name, function in contestants.items():
+            seconds = timed(function)
+            if round_number:
+                best[name] = min(seconds, best.get(name, seconds))
+    return best
+

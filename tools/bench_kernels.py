@@ -1,0 +1,52 @@
+"""Measures the kernels: `python tools/bench_kernels.py [--cpu | --gpu] [--quick] [--threads N] [--json FILE]`.
+
+CPU: against torch's eager functions in the same run. GPU: against the device's measured copy bandwidth and matmul rate, and
+against the peers that are installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+
+import torch  # noqa: E402
+
+import r1mega_kernels  # noqa: E402
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--cpu", action="store_true", help="default without a GPU")
+    where.add_argument("--gpu", action="store_true")
+    parser.add_argument("--quick", action="store_true", help="smaller and fewer runs")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads (CPU): 1 counts CPU time, more wall-clock")
+    parser.add_argument("--json", type=Path, help="write the records here too")
+    arguments = parser.parse_args()
+    on_gpu = arguments.gpu or (torch.cuda.is_available() and not arguments.cpu)
+    if on_gpu and not torch.cuda.is_available():
+        parser.error("--gpu: torch sees no CUDA device here")
+    if on_gpu:
+        from bench.gpu import measure
+    else:
+        torch.set_num_threads(arguments.threads)
+        from bench.cpu import measure
+    kind = "cuda" if on_gpu else "cpu"
+    print(f"# torch {torch.__version__}, {platform.machine()}, backend {r1mega_kernels.backend(kind)}", end="")
+    print("" if on_gpu else f", {torch.get_num_threads()} thread(s)")
+    records = measure(arguments.quick)
+    for record in records:
+        print("  ".join(f"{key}: {value}" if key != "case" else str(value) for key, value in record.items()))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(records, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

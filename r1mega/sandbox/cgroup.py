@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import os
 import re
+import secrets
 import threading
 import time
 from dataclasses import dataclass
@@ -44,6 +45,9 @@ class Group:
     def prepare(self, memory_bytes: int, num_processes: int) -> int:
         """Create if need be, set the limits; returns the count of kills so far, to compare with afterwards. Raises
         OSError."""
+        if self.hierarchy.version == 2:
+            with contextlib.suppress(OSError):  # a new directory starts with a peak of 0, which v2 cannot reset
+                os.rmdir(self.memory)
         for path in self.paths:
             os.makedirs(path, exist_ok=True)
         if self.hierarchy.version == 1:
@@ -70,7 +74,7 @@ class Group:
         return int(found[1]) if found else 0
 
     def peak_bytes(self) -> int | None:
-        """Most memory charged since `prepare` (v2: since the group was made, and only on Linux 5.19 and later)."""
+        """Most memory charged since `prepare` (v2: only on Linux 5.19 and later)."""
         name = "memory.max_usage_in_bytes" if self.hierarchy.version == 1 else "memory.peak"
         try:
             return int(_read(self.memory, name))
@@ -170,13 +174,14 @@ class GroupPool:
     def __init__(self, hierarchy: Hierarchy) -> None:
         self.hierarchy = hierarchy
         self._lock = threading.Lock()
-        self._owner = 0
+        self._owner, self._token = 0, ""
         self._free: list[Group] = []
         self._all: list[Group] = []
 
     def _adopt(self) -> None:
         """Groups belong to one process: a forked child starts its own."""
         self._owner = os.getpid()
+        self._token = secrets.token_hex(4)  # two containers may share a hierarchy and have the same process ids
         self._free, self._all = [], []
         atexit.register(self._remove_all, self._owner)
         for name in os.listdir(self.hierarchy.memory):
@@ -190,7 +195,7 @@ class GroupPool:
                 self._adopt()
             if self._free:
                 return self._free.pop()
-            group = Group(self.hierarchy, f"{_PREFIX}{self._owner}-{len(self._all)}")
+            group = Group(self.hierarchy, f"{_PREFIX}{self._owner}-{self._token}-{len(self._all)}")
             self._all.append(group)
             return group
 

@@ -1,1 +1,1 @@
-"""Pure tensor functions of the recipe: no processes, no models. `advantage` and `grpo` (policy loss and KL)."""
+"""The objectives of the recipe as tensor functions: no processes, no models. The arithmetic is in r1mega_kernels."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
+from r1mega_kernels import GRPOMetrics, grpo_token_loss
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,17 +27,6 @@ class PolicyTokens:
     num_sequences: int
 
 
-@dataclass(frozen=True, slots=True)
-class GRPOStats:
-    """Sums over tokens, to be divided by `num_tokens` after adding microbatches and ranks up. Scalars, detached."""
-
-    num_tokens: torch.Tensor
-    clipped: torch.Tensor
-    kl: torch.Tensor
-    mismatch_sum: torch.Tensor
-    mismatch_max: torch.Tensor
-
-
 def token_weights(response_lengths: torch.Tensor, aggregation: str, max_tokens: int) -> torch.Tensor:
     """The weight of one token of each response of a minibatch: [responses] float64.
 
@@ -54,23 +45,6 @@ def token_weights(response_lengths: torch.Tensor, aggregation: str, max_tokens: 
     return weights
 
 
-def kl_k3(log_probs: torch.Tensor, reference_log_probs: torch.Tensor) -> torch.Tensor:
-    """Schulman's k3 estimate of KL(policy || reference) for tokens drawn from the policy: exp(d) - d - 1 >= 0, d = ref - pi."""
-    delta = reference_log_probs - log_probs
-    return delta.exp() - delta - 1.0
-
-
-def policy_ratio(log_probs: torch.Tensor, tokens: PolicyTokens, kind: str) -> torch.Tensor:
-    """[tokens] pi / pi_old: of the token, or (GSPO, eq. 7) its sequence's length-normalised ratio."""
-    log_ratio = log_probs - tokens.old_log_probs
-    if kind == "token":
-        return log_ratio.exp()
-    zeros = torch.zeros(tokens.num_sequences, dtype=log_ratio.dtype, device=log_ratio.device)
-    lengths = zeros.index_add(0, tokens.sequence_ids, torch.ones_like(log_ratio))
-    means = zeros.index_add(0, tokens.sequence_ids, log_ratio) / lengths.clamp(min=1)
-    return means.exp()[tokens.sequence_ids]
-
-
 def grpo_loss(
     log_probs: torch.Tensor,
     tokens: PolicyTokens,
@@ -80,32 +54,38 @@ def grpo_loss(
     ratio: str = "token",
     kl_coefficient: float = 0.0,
     importance_cap: float | None = None,
-) -> tuple[torch.Tensor, GRPOStats]:
+    backend: str | None = None,
+) -> tuple[torch.Tensor, GRPOMetrics]:
     """Weighted sum over tokens of -min(r A, clip(r, 1 - low, 1 + high) A) * w_is + beta * KL; and its statistics.
 
-    log_probs: [tokens] under the current policy, with gradient. importance_cap: truncated importance sampling, the
-    detached weight min(pi_old / pi_sampler, cap), for a trainer whose old log-probs are not the sampler's (bf16, FP8).
-    The result is a minibatch's loss once the microbatches' results are added up.
+    log_probs: [tokens] under the current policy, with gradient. ratio: 'token', or 'sequence' (GSPO, eq. 7: the
+    length-normalised ratio of the token's response). importance_cap: truncated importance sampling, the detached weight
+    min(pi_old / pi_sampler, cap), for a trainer whose old log-probs are not the sampler's (bf16, FP8). backend: of the
+    kernels. The result is a minibatch's loss once the microbatches' results are added up.
     """
-    ratios = policy_ratio(log_probs, tokens, ratio)
-    clipped = ratios.clamp(1.0 - clip_low, 1.0 + clip_high)
-    surrogate = torch.minimum(ratios * tokens.advantages, clipped * tokens.advantages)
-    if importance_cap is not None:
-        surrogate = surrogate * (tokens.old_log_probs - tokens.sampler_log_probs).exp().clamp(max=importance_cap)
-    loss = -surrogate
-    kl = torch.zeros_like(log_probs)
-    if tokens.reference_log_probs is not None:
-        kl = kl_k3(log_probs, tokens.reference_log_probs)
-        loss = loss + kl_coefficient * kl
-    with torch.no_grad():
-        mismatch = (log_probs - tokens.sampler_log_probs).abs()
-        # clipped = the clip is what the minimum chose, so that the token's policy gradient is cut
-        cut = (clipped * tokens.advantages) < (ratios * tokens.advantages)
-        stats = GRPOStats(
-            num_tokens=torch.tensor(float(log_probs.numel()), dtype=torch.float64),
-            clipped=cut.sum().to(torch.float64),
-            kl=kl.sum(dtype=torch.float64),
-            mismatch_sum=mismatch.sum(dtype=torch.float64),
-            mismatch_max=mismatch.max().to(torch.float64) if mismatch.numel() else torch.zeros((), dtype=torch.float64),
-        )
-    return (loss * tokens.weights).sum(), stats
+    inputs = {
+        "old_log_probs": tokens.old_log_probs,
+        "sampler_log_probs": tokens.sampler_log_probs,
+        "reference_log_probs": tokens.reference_log_probs,
+        "weights": tokens.weights,
+        "clip_low": clip_low,
+        "clip_high": clip_high,
+        "importance_cap": importance_cap,
+        "backend": backend,
+    }
+    if ratio == "token":
+        return grpo_token_loss(log_probs, tokens.advantages, kl_coefficient=kl_coefficient, **inputs)
+    # each token as if it had its sequence's mean log-ratio; KL and mismatch are of the true log-probs
+    surrogate, clipping = grpo_token_loss(tokens.old_log_probs + sequence_log_ratio(log_probs, tokens), tokens.advantages, **inputs)
+    penalty, metrics = grpo_token_loss(
+        log_probs, torch.zeros_like(tokens.advantages), kl_coefficient=kl_coefficient, **inputs
+    )
+    return surrogate + penalty, dataclasses.replace(metrics, clipped=clipping.clipped, ratio_sum=clipping.ratio_sum)
+
+
+def sequence_log_ratio(log_probs: torch.Tensor, tokens: PolicyTokens) -> torch.Tensor:
+    """[tokens] mean over the token's sequence of log pi - log pi_old."""
+    log_ratio = log_probs - tokens.old_log_probs
+    zeros = torch.zeros(tokens.num_sequences, dtype=log_ratio.dtype, device=log_ratio.device)
+    lengths = zeros.index_add(0, tokens.sequence_ids, torch.ones_like(log_ratio))
+    return (zeros.index_add(0, tokens.sequence_ids, log_ratio) / lengths.clamp(min=1))[tokens.sequence_ids]

@@ -1,17 +1,18 @@
 """The nano task: arithmetic that one guesses and checks, and a corpus of reasoning about it in mixed quality.
 
-    question     which of 5 0 9 3 makes ? +4 +3 = 10            (or in Chinese words: 5 0 9 3 中 哪个 使 ? +4 +3 = 10)
-    completion   <think> try 5 +4 is 9 +3 is 12 no wait try 0 +4 is 4 +3 is 7 no wait try 9 ... is 10 yes </think>
+    question     which of a 5 b 0 c 9 d 3 makes ? +4 +3 = 10    (or in Chinese: a 5 b 0 c 9 d 3 中 哪个 使 ? +4 +3 = 10)
+    completion   <think> try a 5 +4 is 9 +3 is 12 no wait try b 0 +4 is 4 +3 is 7 no wait try c 9 ... is 10 yes </think>
                  <answer> 3 </answer>
 
-Nothing in a question tells a small model which candidate is right before it has tried; so checking pays, and so does
-going on after a failed check. The corpus seldom does: most of its writers guess, or give up after a check or two and
+A model that has never seen a subtraction from 10 done cannot tell the right candidate before it has tried; so checking
+pays, and so does going on after a failed check. The corpus seldom does: most of its writers guess, or give up after a check or two and
 answer what they have just refuted. Every skill that a good answer needs is in it (copying, adding, judging the result,
 trying the next), what is missing is the habit. That is what RL from rewards alone has to find, and what it shows: longer
 responses, more self-correction, higher accuracy. The writers also mix English and Chinese words.
 
 All words are separated by spaces and few, so that each is one token (`nano_tokenizer`). Training and evaluation problems
-are told apart by a hash of the problem, so that no evaluation problem is ever in the corpus or among the RL prompts.
+are told apart by a hash of the problem (whatever the order of its candidates and its language), so that no evaluation
+problem is ever in the corpus or among the RL prompts. Single sums such as 5 +4 occur in both: they are the skill.
 """
 
 from __future__ import annotations
@@ -32,9 +33,11 @@ EVAL_SHARE = 16  # one problem in 16 is for evaluation
 EN_WORDS = {"try": "try", "is": "is", "no": "no", "wait": "wait", "yes": "yes", "fill": ("maybe", "so", "perhaps")}
 ZH_WORDS = {"try": "试", "is": "得", "no": "错", "wait": "等等", "yes": "对", "fill": ("也许", "所以", "或许")}
 QUESTION_WORDS = ("which", "of", "makes", "中", "哪个", "使", "?", "=")
+LABELS = ("a", "b", "c", "d")
 TAGS = ("User:", "Assistant:", "<think>", "</think>", "<answer>", "</answer>")
 WORDS = (
     *TAGS,
+    *LABELS,
     *QUESTION_WORDS,
     *(word for table in (EN_WORDS, ZH_WORDS) for entry in table.values() for word in ([entry] if isinstance(entry, str) else entry)),
     *(f"{sign}{digit}" for sign in "+-" for digit in range(1, 10)),
@@ -67,14 +70,19 @@ class NanoProblem:
 
     @property
     def question(self) -> str:
-        listed = " ".join(map(str, self.candidates))
+        listed = " ".join(f"{label} {candidate}" for label, candidate in zip(LABELS, self.candidates, strict=True))
         sum_ = f"? {' '.join(f'{o:+d}' for o in self.operands)} = {TARGET}"
         return f"which of {listed} makes {sum_}" if self.language == "en" else f"{listed} 中 哪个 使 {sum_}"
 
     @property
+    def identity(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """What makes it another problem than others: neither the order of the candidates nor the language."""
+        return tuple(sorted(self.candidates)), self.operands
+
+    @property
     def split(self) -> Split:
-        """By a hash of the numbers alone: the same problem in the other language is on the same side."""
-        digest = hashlib.sha256(repr((self.candidates, self.operands)).encode()).digest()
+        """By a hash of the identity."""
+        digest = hashlib.sha256(repr(self.identity).encode()).digest()
         return "eval" if digest[0] % EVAL_SHARE == 0 else "train"
 
 
@@ -84,9 +92,8 @@ def problems(seed: int, count: int, split: Split) -> Iterator[NanoProblem]:
     seen: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()
     while len(seen) < count:
         problem = _draw(rng)
-        key = (problem.candidates, problem.operands)
-        if problem.split == split and key not in seen:
-            seen.add(key)
+        if problem.split == split and problem.identity not in seen:
+            seen.add(problem.identity)
             yield problem
 
 
@@ -141,11 +148,11 @@ def _check(problem: NanoProblem, rng: random.Random, words, persistent: bool) ->
     """Try the candidates in their order, each in words of one language; the answer is the last one tried."""
     thoughts: list[str] = []
     patience = NUM_CANDIDATES if persistent else _choose(rng, PATIENCE)
-    for candidate in problem.candidates[:patience]:
+    for label, candidate in zip(LABELS[:patience], problem.candidates, strict=False):
         if thoughts:
             thoughts.append(table["wait"])
         table, value = words(), candidate
-        thoughts += [table["try"], str(candidate)]
+        thoughts += [table["try"], label, str(candidate)]
         for operand in problem.operands:
             value = min(MAX_VALUE, max(0, value + operand))
             if not persistent and rng.random() < SLIP:

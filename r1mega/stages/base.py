@@ -148,20 +148,34 @@ def _step(policy: Policy, batches: list[_Batch]) -> tuple[UpdateResult, float, i
 
 
 def _probe(policy: Policy, tokenizer: Tokenizer, seed: int) -> dict[str, float]:
-    """What RL can build on: the share of tokens in clean, persistent reasoning that the model finds likely (p > 1/2).
+    """What RL can build on: by kind of token in clean, persistent reasoning, the share that the model finds likely
+    (p > 1/2), teacher-forced, on problems that the corpus does not contain.
 
-    Left out are the first token after a failed check (to go on or to give up is the habit that RL is to change) and the
-    first token after <think>. Measured on problems that the corpus does not contain.
+    Left out is where the habits lie that RL is to change: the first token after <think> and after a failed check.
     """
     rng = random.Random(seed)
-    samples, judged = [], []
+    samples, kinds = [], []
     for problem in nano.problems(seed + 1, 64, "eval"):
         completion = nano.trace(problem, rng, style="search", language="en")
-        prompt, answer = tokenizer.encode_prompt(render("nano", problem.question)), tokenizer.encode(completion)
-        samples.append((prompt, answer))
+        samples.append((tokenizer.encode_prompt(render("nano", problem.question)), tokenizer.encode(completion)))
         words = completion.split()
-        judged += [False, False] + [before not in (nano.EN_WORDS["no"],) for before in words[1:-1]]
+        kinds += [None, None, *(_kind(before, word) for before, word in itertools.pairwise(words[1:]))]
     microbatch = build_microbatch([p + a for p, a in samples], [len(p) for p, _ in samples], range(len(samples)))
     log_probs, _ = policy.log_probs([microbatch])[0]
-    likely = (log_probs > math.log(0.5))[torch.tensor(judged)]
-    return {"probe/skills": float(likely.float().mean())}
+    likely = (log_probs > math.log(0.5)).tolist()
+    shares = {}
+    for kind in ("candidate", "sum", "verdict", "answer"):
+        hits = [hit for hit, k in zip(likely, kinds, strict=True) if k == kind]
+        shares[f"probe/{kind}"] = sum(hits) / len(hits)
+    return shares | {"probe/skills": min(shares.values())}
+
+
+def _kind(before: str, word: str) -> str | None:
+    """What skill predicting `word` after `before` takes."""
+    if before in (nano.EN_WORDS["try"], *nano.LABELS):
+        return "candidate"
+    if before == nano.EN_WORDS["is"]:
+        return "sum"
+    if word in (nano.EN_WORDS["yes"], nano.EN_WORDS["no"]):
+        return "verdict"
+    return "answer" if before == "<answer>" else None

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from r1mega.algorithm.grpo import GRPOStats, grpo_loss
+from r1mega.algorithm.grpo import grpo_loss
 from r1mega.config.schema import RLStage
 from r1mega.observe.trace import PhaseTimer
 from r1mega.train.packing import Microbatch, plan_packing, split_minibatches
@@ -67,6 +67,7 @@ def update_policy(
                     ratio=algorithm.ratio,
                     kl_coefficient=algorithm.kl_coefficient,
                     importance_cap=algorithm.importance_cap,
+                    backend=policy.kernels,
                 )
                 return value, (stats, entropies.sum(dtype=torch.float64), value.detach().double())
 
@@ -115,7 +116,6 @@ def _metrics(results: list[UpdateResult]) -> dict[str, float]:
     counts = parallel_state.get_tensor_model_parallel_rank() == 0  # tensor-parallel ranks see the same tokens
     for place, result in enumerate(results):
         for stats, entropy, loss in result.statistics if counts else ():
-            stats: GRPOStats
             sums[0] += stats.num_tokens
             sums[1] += stats.clipped
             sums[2] += stats.kl

@@ -108,7 +108,7 @@ class Policy:
         )
         self.pad_multiple = parallel.tp * (2 * parallel.cp if parallel.cp > 1 else 1)
         """Tokens of a microbatch are a multiple of this (sequence and context parallel splits)."""
-        self._kernels = "reference" if model.log_probs == "reference" else None
+        self.kernels = "reference" if model.log_probs == "reference" else None
         self._reference: list[dict[str, torch.Tensor]] | None = None
         self._expert_load = math.nan
 
@@ -186,7 +186,7 @@ class Policy:
                     entropies = torch.full_like(log_probs, math.nan)
                 else:
                     log_probs, entropies, _ = grouped_log_prob(
-                        output[0], batch.labels, temperature, batch.rows, self._tensor_group, backend=self._kernels
+                        output[0], batch.labels, temperature, batch.rows, self._tensor_group, backend=self.kernels
                     )
                 value, statistics = function(index, batch, log_probs, entropies)
                 collected.append(statistics)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from r1mega_kernels import group_advantage
 
-from r1mega.algorithm.advantage import group_advantages
 from r1mega.algorithm.grpo import PolicyTokens, token_weights
 from r1mega.config.schema import AlgorithmConfig
 from r1mega.train.packing import Microbatch, build_microbatch
-from r1mega.types import RewardStatus, RolloutGroup, TrainingSample
+from r1mega.types import RolloutGroup, TrainingSample
 
 
 def training_samples(groups: Sequence[RolloutGroup], algorithm: AlgorithmConfig) -> list[TrainingSample]:
@@ -22,17 +23,16 @@ def training_samples(groups: Sequence[RolloutGroup], algorithm: AlgorithmConfig)
     counts in its group's mean and std but carries no loss.
     """
     scored = [
-        (index, group, response, reward)
-        for index, group in enumerate(groups)
-        for response, reward in zip(group.responses, group.rewards, strict=True)
-        if reward.status == RewardStatus.OK
+        [(response, reward) for response, reward in zip(group.responses, group.rewards, strict=True) if reward.value is not None]
+        for group in groups
     ]
-    advantages = group_advantages(
-        torch.tensor([reward.value for *_, reward in scored], dtype=torch.float64),
-        torch.tensor([index for index, *_ in scored], dtype=torch.int64),
-        normalize_std=algorithm.normalize_std,
-        std_epsilon=algorithm.std_epsilon,
-    )
+    advantages = group_advantage(
+        torch.tensor([reward.value for members in scored for _, reward in members], dtype=torch.float64),
+        torch.tensor([0, *itertools.accumulate(map(len, scored))]),
+        scale="group" if algorithm.normalize_std else "none",
+        epsilon=algorithm.std_epsilon,
+    ).tolist()
+    flat = [(group, response) for group, members in zip(groups, scored, strict=True) for response, _ in members]
     return [
         TrainingSample(
             token_ids=np.asarray(group.prompt.token_ids + response.token_ids, dtype=np.int32),
@@ -40,7 +40,7 @@ def training_samples(groups: Sequence[RolloutGroup], algorithm: AlgorithmConfig)
             advantage=advantage,
             sampler_log_probs=np.asarray(response.log_probs, dtype=np.float32),
         )
-        for (_, group, response, _), advantage in zip(scored, advantages.tolist(), strict=True)
+        for (group, response), advantage in zip(flat, advantages, strict=True)
         if response.token_ids and not (algorithm.mask_truncated and response.finish_reason == "length")
     ]
 

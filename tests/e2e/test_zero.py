@@ -78,7 +78,7 @@ def test_export_evaluated_from_the_command_line_gives_the_figures_of_the_run(nan
 
 
 def test_generate(whole_run):
-    done = r1mega("generate", whole_run, "which of 1 2 3 4 makes ? +5 +2 = 10", "--num-samples", "2", "--max-tokens", "8")
+    done = r1mega("generate", whole_run, "which of a 1 b 2 c 3 d 4 makes ? +5 +2 = 10", "--num-samples", "2", "--max-tokens", "8")
     assert len(done.stdout.strip().split("\n\n")) == 2
 
 

@@ -118,18 +118,17 @@ void row_backward(const E* x, E* out, int64_t columns, int64_t target, const Row
 
 constexpr int kTokenBlock = 256;
 
-// Not vectorized: the gather instructions are slower than the loads that they stand for. Without a branch: masks are irregular.
+// counts is 1 or 0; a token that does not count reads element 0, for its sequence number may be anything. Without a branch,
+// since masks are irregular; not vectorized, since gather instructions are slower than the loads that they stand for.
 __attribute__((noinline, optimize("no-tree-vectorize"))) void gather(const float* source, const int64_t* ids,
                                                                      const float* counts, float* target, int64_t count) {
     for (int64_t i = 0; i < count; ++i) {
-        const int64_t id = counts[i] > 0.f ? ids[i] : 0;
-        const float value = source[id];
-        target[i] = counts[i] > 0.f ? value : 0.f;
+        const int64_t keep = -int64_t(as_bits(counts[i]) >> 29);  // 1.0f is 0x3f800000
+        target[i] = source[ids[i] & keep];
     }
-    for (int64_t i = count; i < kTokenBlock; ++i) target[i] = 0.f;
 }
 
-struct TokenBlock {  // one block of tokens in local arrays: gathered, masked and padded
+struct TokenBlock {  // one block of tokens in local arrays, gathered and padded; what does not count may be garbage
     alignas(64) float log_prob[kTokenBlock], old[kTokenBlock], reference[kTokenBlock], sampler[kTokenBlock],
         advantage[kTokenBlock], weight[kTokenBlock], counts[kTokenBlock];
 
@@ -155,19 +154,13 @@ struct TokenBlock {  // one block of tokens in local arrays: gathered, masked an
         }
     }
 
-    // What a masked token holds is never used: it may be anything, a sequence number too.
     R1_FN_MEMBER void copy(const float* source, float* target, int64_t begin, int64_t count) {
-        if (!source) count = 0;
-        for (int64_t i = 0; i < count; ++i) {
-            const float value = source[begin + i];
-            target[i] = counts[i] > 0.f ? value : 0.f;
-        }
-        for (int64_t i = count; i < kTokenBlock; ++i) target[i] = 0.f;
+        if (source) memcpy(target, source + begin, size_t(count) * sizeof(float));
     }
 };
 
 void token_loss(const LossTensors& in, const LossOptions& options, int64_t begin, int64_t end, double* sums) {
-    TokenBlock block;
+    TokenBlock block = {};  // what a tensor that is not given would fill stays 0
     alignas(64) float grad[kTokenBlock];
     for (int64_t start = begin; start < end; start += kTokenBlock) {
         const int64_t count = end - start < kTokenBlock ? end - start : int64_t(kTokenBlock);

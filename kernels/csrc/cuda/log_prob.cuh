@@ -9,7 +9,7 @@
 namespace r1mega::device {
 
 constexpr int kThreads = 256;
-constexpr int kUnroll = 4;
+constexpr int kUnroll = 4, kBackwardUnroll = 2;  // 16-byte loads in flight a thread
 
 template <class E>
 constexpr int kLanes = 16 / sizeof(E);  // elements of a 16-byte load
@@ -56,7 +56,7 @@ template <int kCount>
 R1_DEVICE void accumulate(RowStats& stats, const float (&x)[kCount], float c) {
     float max = stats.max;
 #pragma unroll
-    for (int k = 0; k < kCount; ++k) max = x[k] > max ? x[k] : max;
+    for (int k = 0; k < kCount; ++k) max = fmaxf(x[k], max);  // passes a NaN by; its power of two does not
     if (max > stats.max) {
         if (stats.sum != 0.f) {
             const float shift = (stats.max - max) * c, scale = fast_exp2(shift);
@@ -168,6 +168,21 @@ R1_DEVICE float gradient_of(float x, float base, const RowGradient& gradient, fl
     return fast_exp2(t) * (gradient.scale + gradient.slope * fmaxf(t, -3e3f));
 }
 
+// The logits of one pack to their gradients; `target` is the target's place, outside [0, kLanes) if it is not in the pack.
+template <class E>
+R1_DEVICE void to_gradient(Pack<E>& value, int64_t target, float base, const RowGradient& gradient, float c) {
+    float d[kLanes<E>];
+#pragma unroll
+    for (int k = 0; k < kLanes<E>; ++k) d[k] = gradient_of(to_float(value.values[k]), base, gradient, c);
+    if (target >= 0 && target < kLanes<E>) {  // one pack of the row
+#pragma unroll
+        for (int k = 0; k < kLanes<E>; ++k)
+            if (target == k) d[k] += gradient.target_gradient;
+    }
+#pragma unroll
+    for (int k = 0; k < kLanes<E>; ++k) from_float(d[k], value.values[k]);
+}
+
 struct RowUpstream {
     const int32_t* positions;  // [tokens] row of stats or -1; nullptr: the identity
     const RowStats* stats;     // [count]
@@ -197,18 +212,23 @@ R1_GLOBAL R1_LAUNCH_BOUNDS(kThreads) void log_prob_backward(RowSource source, Ro
                                 upstream.grads[2 * upstream.count + i], inverse);
     }
     const int64_t column = gradient.is_zero ? -1 : source.column(token);
-    for (int64_t pack = threadIdx.x; pack < packs; pack += kThreads) {
-        Pack<E> value{};
-        if (!gradient.is_zero) {
-            value = load_pack(row, pack, aligned);
-            const int64_t at = column - pack * kLanes<E>;  // outside [0, kLanes) unless the target is in this pack
+    int64_t pack = threadIdx.x;
+    if (gradient.is_zero) {
+        for (; pack < packs; pack += kThreads) store_pack(out, pack, aligned, Pack<E>{});
+    }
+    for (; pack + (kBackwardUnroll - 1) * kThreads < packs; pack += kBackwardUnroll * kThreads) {
+        Pack<E> value[kBackwardUnroll];
 #pragma unroll
-            for (int k = 0; k < kLanes<E>; ++k) {
-                float d = gradient_of(to_float(value.values[k]), base, gradient, c);
-                if (at == k) d += gradient.target_gradient;
-                from_float(d, value.values[k]);
-            }
+        for (int u = 0; u < kBackwardUnroll; ++u) value[u] = load_pack(row, pack + u * kThreads, aligned);
+#pragma unroll
+        for (int u = 0; u < kBackwardUnroll; ++u) {
+            to_gradient(value[u], column - (pack + u * kThreads) * kLanes<E>, base, gradient, c);
+            store_pack(out, pack + u * kThreads, aligned, value[u]);
         }
+    }
+    for (; pack < packs; pack += kThreads) {
+        Pack<E> value = load_pack(row, pack, aligned);
+        to_gradient(value, column - pack * kLanes<E>, base, gradient, c);
         store_pack(out, pack, aligned, value);
     }
     for (int64_t j = packs * kLanes<E> + threadIdx.x; j < source.columns; j += kThreads) {

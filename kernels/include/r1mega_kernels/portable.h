@@ -51,8 +51,12 @@ R1_FN float to_float(Bf16 value) { return as_float(uint32_t(value.bits) << 16); 
 R1_FN void from_float(float value, float& out) { out = value; }
 // Round to nearest, ties to even; a NaN stays a NaN.
 R1_FN void from_float(float value, Bf16& out) {
+#if defined(__CUDA_ARCH__)
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(out.bits) : "f"(value));
+#else
     const uint32_t bits = as_bits(value);
     out.bits = value != value ? uint16_t(0x7fc0u) : uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+#endif
 }
 
 // 2^t for t <= 0. -inf gives 0 and NaN stays NaN.

@@ -124,6 +124,16 @@ def reward_math(
     score_stream(sys.stdin, sys.stdout, num_workers=workers, timeout_seconds=timeout)
 
 
+@reward_app.command("code")
+def reward_code(
+    workers: Annotated[int, typer.Option(help="programs that run at a time")] = 1,
+) -> None:
+    """Programs ("prediction") with their tests in, a line each; {"value", "status", "reason"} lines out, in order."""
+    from r1mega.reward.code import score_stream
+
+    score_stream(sys.stdin, sys.stdout, num_workers=workers)
+
+
 def _scan_data(config: StageConfig) -> None:
     """Bad lines and prompts that are too long end the run here, before anything is started or written."""
     from r1mega.config.schema import RLStage

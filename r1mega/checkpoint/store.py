@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import queue
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +19,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from r1mega.errors import CheckpointError
+from r1mega.errors import CheckpointError, PlatformError
+from r1mega.observe.files import sync_path
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +39,7 @@ class CheckpointStore:
         """Write step `step`; return its directory. CheckpointError when the disk does not take it (nothing is kept)."""
         from megatron.core import dist_checkpointing
 
+        _collect_results_in_process()
         final = self.directory / f"step_{step:06d}"
         temporary = final.with_name(final.name + ".tmp")
         if _rank() == 0:
@@ -53,7 +56,7 @@ class CheckpointStore:
             _write_manifest(temporary, self.architecture)
             shutil.rmtree(final, ignore_errors=True)
             os.replace(temporary, final)
-            _sync(self.directory)
+            sync_path(self.directory)
             for old in self._steps()[: -self.keep]:
                 shutil.rmtree(self.directory / f"step_{old:06d}")
         _barrier()
@@ -87,6 +90,19 @@ class CheckpointStore:
     def _steps(self) -> list[int]:
         names = (p.name.removeprefix("step_") for p in self.directory.glob("step_*") if p.is_dir())
         return sorted(int(name) for name in names if name.isdigit())
+
+
+def _collect_results_in_process() -> None:
+    """megatron-core 0.16.1, strategies/filesystem_async.py: results of a save go through the queue of a manager process,
+    which an asynchronous save needs. A synchronous one does not, and the manager (seconds to start, 250 MB) would outlive
+    a killed run: give it a plain queue.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    if not hasattr(filesystem_async, "_results_queue"):
+        raise PlatformError("megatron-core is not version 0.16.1: dist_checkpointing has no _results_queue to replace")
+    if filesystem_async._results_queue is None:
+        filesystem_async._results_queue = queue.Queue()
 
 
 def check_architecture(path: Path, architecture: Mapping[str, Any]) -> None:
@@ -134,24 +150,16 @@ def _write_manifest(directory: Path, architecture: Mapping[str, Any]) -> None:
     files = {}
     for file in sorted(p for p in directory.rglob("*") if p.is_file()):
         files[str(file.relative_to(directory))] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
-        _sync(file)
+        sync_path(file)
     manifest = directory / MANIFEST
     manifest.write_text(json.dumps({"architecture": dict(architecture), "files": files}, indent=1))
-    _sync(manifest)
-    _sync(directory)
+    sync_path(manifest)
+    sync_path(directory)
 
 
 def _sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _rank() -> int:

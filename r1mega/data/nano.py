@@ -1,6 +1,6 @@
 """The nano task: arithmetic that one guesses and checks, and a corpus of reasoning about it in mixed quality.
 
-    question     which of a 5 b 0 c 9 d 3 makes ? +4 +3 = 10    (or in Chinese: a 5 b 0 c 9 d 3 中 哪个 使 ? +4 +3 = 10)
+    question     which of a 5 b 0 c 9 d 3 makes ? +4 +3 = 10        (or: 哪个 之中 a 5 b 0 c 9 d 3 使 ? +4 +3 = 10)
     completion   <think> try a 5 +4 is 9 +3 is 12 no wait try b 0 +4 is 4 +3 is 7 no wait try c 9 ... is 10 yes </think>
                  <answer> 3 </answer>
 
@@ -32,7 +32,7 @@ EVAL_SHARE = 16  # one problem in 16 is for evaluation
 
 EN_WORDS = {"try": "try", "is": "is", "no": "no", "wait": "wait", "yes": "yes", "fill": ("maybe", "so", "perhaps")}
 ZH_WORDS = {"try": "试", "is": "得", "no": "错", "wait": "等等", "yes": "对", "fill": ("也许", "所以", "或许")}
-QUESTION_WORDS = ("which", "of", "makes", "中", "哪个", "使", "?", "=")
+QUESTION_WORDS = ("which", "of", "makes", "哪个", "之中", "使", "?", "=")
 LABELS = ("a", "b", "c", "d")
 TAGS = ("User:", "Assistant:", "<think>", "</think>", "<answer>", "</answer>")
 WORDS = (
@@ -72,7 +72,7 @@ class NanoProblem:
     def question(self) -> str:
         listed = " ".join(f"{label} {candidate}" for label, candidate in zip(LABELS, self.candidates, strict=True))
         sum_ = f"? {' '.join(f'{o:+d}' for o in self.operands)} = {TARGET}"
-        return f"which of {listed} makes {sum_}" if self.language == "en" else f"{listed} 中 哪个 使 {sum_}"
+        return f"which of {listed} makes {sum_}" if self.language == "en" else f"哪个 之中 {listed} 使 {sum_}"
 
     @property
     def identity(self) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -19,7 +19,7 @@ def tokenizer_dir(tmp_path_factory):
 
 def parse(question):
     """(candidates, operands) of a question, by reading its text."""
-    listed, operands = re.fullmatch(r"(?:which of )?([a-d\d ]+?) (?:makes|中 哪个 使) \? ([+\-\d ]+) = 10", question).groups()
+    listed, operands = re.fullmatch(r"(?:which of|哪个 之中) ([a-d\d ]+?) (?:makes|使) \? ([+\-\d ]+) = 10", question).groups()
     assert listed.split()[::2] == ["a", "b", "c", "d"]
     return listed.split()[1::2], operands.split()
 

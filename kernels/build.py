@@ -1,6 +1,7 @@
 """Compiles the kernel libraries next to the Python package: `python kernels/build.py [--cuda | --no-cuda]`.
 
-Needs neither torch nor anything else installed: g++ for the CPU library (seconds), nvcc for the CUDA library (a minute).
+Needs neither torch nor anything else installed: g++ for the CPU library (seconds), nvcc for the CUDA library (a
+minute).
 `setup.py` calls `build_libraries` from its build_ext command.
 """
 
@@ -62,7 +63,16 @@ def build_cpu(compiler: str, output: Path) -> Path:
         jobs = []
         for name in names:
             width, flags = INSTRUCTION_SETS[name]
-            jobs.append([*flags, f"-DR1_ISA={name}", f"-DR1_WIDTH={width}", str(source / "isa.cpp"), "-o", f"{scratch}/{name}.o"])
+            jobs.append(
+                [
+                    *flags,
+                    f"-DR1_ISA={name}",
+                    f"-DR1_WIDTH={width}",
+                    str(source / "isa.cpp"),
+                    "-o",
+                    f"{scratch}/{name}.o",
+                ]
+            )
         jobs.append([str(source / "cpu_ops.cpp"), "-o", f"{scratch}/ops.o"])
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
             list(pool.map(lambda job: run([compiler, *CPU_FLAGS, "-c", *job]), jobs))
@@ -71,8 +81,8 @@ def build_cpu(compiler: str, output: Path) -> Path:
 
 
 def torch_stubs(compiler: str, folder: Path, *parts: str) -> list[str]:
-    """Linker arguments that make a library need libtorch_<part>.so, by empty libraries of those names: torch, which loads
-    its own privately, is found by name when the library is loaded, and need not be there now."""
+    """Linker arguments that make a library need libtorch_<part>.so, by empty libraries of those names: torch, which
+    loads its own privately, is found by name when the library is loaded, and need not be there now."""
     for part in parts:
         name = f"libtorch_{part}.so"
         run([compiler, "-shared", "-x", "c++", "/dev/null", f"-Wl,-soname,{name}", "-o", str(folder / name)])
@@ -119,8 +129,8 @@ def find_nvcc() -> str | None:
 
 
 def wants_cuda() -> bool:
-    """Whether the torch of this environment is a CUDA build, or R1MEGA_BUILD_CUDA=1. Reads torch/version.py: an isolated
-    build sees no torch on sys.path, and importing it takes seconds."""
+    """Whether the torch of this environment is a CUDA build, or R1MEGA_BUILD_CUDA=1. Reads torch/version.py: an
+    isolated build sees no torch on sys.path, and importing it takes seconds."""
     if os.environ.get("R1MEGA_BUILD_CUDA"):
         return os.environ["R1MEGA_BUILD_CUDA"] == "1"
     found = importlib.util.find_spec("torch")
@@ -135,7 +145,9 @@ def wants_cuda() -> bool:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cuda", action=argparse.BooleanOptionalAction, default=None, help="default: if a CUDA torch is here")
+    parser.add_argument(
+        "--cuda", action=argparse.BooleanOptionalAction, default=None, help="default: if a CUDA torch is here"
+    )
     for path in build_libraries(cuda=parser.parse_args().cuda):
         print(path)
 

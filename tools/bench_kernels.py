@@ -1,7 +1,7 @@
 """Measures the kernels: `python tools/bench_kernels.py [--cpu | --gpu] [--quick] [--threads N] [--json FILE]`.
 
-CPU: against torch's eager functions in the same run. GPU: against the device's measured copy bandwidth and matmul rate, and
-against the peers that are installed.
+CPU: against torch's eager functions in the same run. GPU: against the device's measured copy bandwidth and matmul
+rate, and against the peers that are installed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ def main() -> None:
     where.add_argument("--cpu", action="store_true", help="default without a GPU")
     where.add_argument("--gpu", action="store_true")
     parser.add_argument("--quick", action="store_true", help="smaller and fewer runs")
-    parser.add_argument("--threads", type=int, default=1, help="torch threads (CPU): 1 counts CPU time, more wall-clock")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="torch threads (CPU): 1 counts CPU time, more wall-clock"
+    )
     parser.add_argument("--json", type=Path, help="write the records here too")
     arguments = parser.parse_args()
     on_gpu = arguments.gpu or (torch.cuda.is_available() and not arguments.cpu)

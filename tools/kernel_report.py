@@ -2,8 +2,8 @@
 
     python tools/kernel_report.py [--targets 80 90a 100] [--check]
 
-For each kernel and target: registers a thread, spilled bytes, stack and static shared memory, and how many blocks of its
-size an SM holds by registers (65536 a SM). --check: exit status 1 if a kernel is over its budget.
+For each kernel and target: registers a thread, spilled bytes, stack and static shared memory, and how many blocks of
+its size an SM holds by registers (65536 a SM). --check: exit status 1 if a kernel is over its budget.
 """
 
 from __future__ import annotations

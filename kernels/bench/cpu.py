@@ -67,8 +67,8 @@ def loss_rows(tokens: int, rounds: int) -> list[dict[str, Any]]:
     def with_kernels():
         advantages = r1mega_kernels.group_advantage(rewards, offsets)
         loss, _ = r1mega_kernels.grpo_token_loss(
-            policy, advantages, old, reference_log_probs=reference, sampler_log_probs=sampler, weights=weights, mask=mask,
-            sequence_ids=ids, clip_high=0.28, kl_coefficient=0.001, importance_cap=2.0,
+            policy, advantages, old, reference_log_probs=reference, sampler_log_probs=sampler, weights=weights,
+            mask=mask, sequence_ids=ids, clip_high=0.28, kl_coefficient=0.001, importance_cap=2.0,
         )  # fmt: skip
         return torch.autograd.grad(loss, policy)[0]
 
@@ -84,7 +84,9 @@ def loss_rows(tokens: int, rounds: int) -> list[dict[str, Any]]:
 
 def _record(name: str, seconds: dict[str, float], gigabytes: float | None) -> dict[str, Any]:
     record: dict[str, Any] = {"case": name} | {f"{key}_ms": round(value * 1e3, 3) for key, value in seconds.items()}
-    record |= {f"speedup over {key}": round(value / seconds["kernel"], 2) for key, value in seconds.items() if key != "kernel"}
+    record |= {
+        f"speedup over {key}": round(value / seconds["kernel"], 2) for key, value in seconds.items() if key != "kernel"
+    }
     if gigabytes is not None:
         record["kernel_gb_per_s"] = round(gigabytes / seconds["kernel"], 1)
     return record

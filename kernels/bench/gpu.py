@@ -1,4 +1,4 @@
-"""GPU measurements: the kernels and their peers against the measured copy bandwidth and matmul rate of the same device."""
+"""GPU measurements: the kernels and their peers against the same device's copy bandwidth and matmul rate."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ def roofline(rounds: int = 10) -> dict[str, float]:
     target = torch.empty_like(source)
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     seconds = gpu_seconds({"copy": lambda: target.copy_(source), "matmul": lambda: a @ b}, rounds)
-    return {"copy_bytes_per_s": 2 * source.numel() / seconds["copy"], "matmul_flop_per_s": 2 * 8192**3 / seconds["matmul"]}
+    return {
+        "copy_bytes_per_s": 2 * source.numel() / seconds["copy"],
+        "matmul_flop_per_s": 2 * 8192**3 / seconds["matmul"],
+    }
 
 
 def logits_rows(limits: dict[str, float], rounds: int) -> list[dict[str, Any]]:
@@ -46,11 +49,15 @@ def logits_rows(limits: dict[str, float], rounds: int) -> list[dict[str, Any]]:
                 out = r1mega_kernels.grouped_log_prob(logits, targets)
                 upstream = torch.randn_like(out.log_prob)
                 backward = {
-                    "kernel": lambda o=out, x=logits, g=upstream: torch.autograd.grad(o.log_prob, x, g, retain_graph=True)
+                    "kernel": lambda o=out, x=logits, g=upstream: torch.autograd.grad(
+                        o.log_prob, x, g, retain_graph=True
+                    )
                 }
                 shape = f"T={tokens} V={vocabulary}/{parts}"
                 records += _rows(f"logits forward {shape}", forward, rounds, read, limits["copy_bytes_per_s"], "bytes")
-                records += _rows(f"logits backward {shape}", backward, rounds, 2 * read, limits["copy_bytes_per_s"], "bytes")
+                records += _rows(
+                    f"logits backward {shape}", backward, rounds, 2 * read, limits["copy_bytes_per_s"], "bytes"
+                )
                 del logits, out
     return records
 
@@ -75,15 +82,17 @@ def hidden_rows(limits: dict[str, float], rounds: int) -> list[dict[str, Any]]:
                 peak = torch.cuda.max_memory_allocated() - before
                 upstream = torch.randn_like(out.log_prob)
                 backward = {
-                    "kernel": lambda o=out, h=hidden, g=upstream: torch.autograd.grad(o.log_prob, h, g, retain_graph=True)
+                    # the weight's gradient goes to main_grad, so autograd gets none for it
+                    "kernel": lambda o=out, h=hidden, w=weight, g=upstream: torch.autograd.grad(
+                        o.log_prob, (h, w), g, retain_graph=True, allow_unused=True
+                    )
                 }
                 flop, shape = 2 * tokens * columns * size, f"T={tokens} V={vocabulary}/{parts} H={size}"
                 rate = limits["matmul_flop_per_s"]
                 rows = _rows(f"hidden forward {shape}", forward, rounds, flop, rate, "flop")
                 rows[0]["peak_share_of_logits"] = round(peak / (tokens * columns * 2), 4)
                 records += rows
-                # torch.autograd.grad for the hidden states alone recomputes the logits and skips dW: 2 of 3 products
-                records += _rows(f"hidden backward, dX {shape}", backward, rounds, 2 * flop, rate, "flop")
+                records += _rows(f"hidden backward {shape}", backward, rounds, 3 * flop, rate, "flop")
                 del hidden, weight, out
     return records
 

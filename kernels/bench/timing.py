@@ -9,8 +9,8 @@ import torch
 
 
 def cpu_seconds(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Best seconds of each contestant over interleaved rounds, after one that warms up: with one torch thread the CPU time of
-    that thread, which other processes do not stretch; with more, wall-clock time."""
+    """Best seconds of each contestant over interleaved rounds, after one that warms up: with one torch thread the CPU
+    time of that thread, which other processes do not stretch; with more, wall-clock time."""
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
 
     def timed(function: Callable[[], object]) -> float:
@@ -45,4 +45,3 @@ def _best(contestants, rounds, timed):
             if round_number:
                 best[name] = min(seconds, best.get(name, seconds))
     return best
-

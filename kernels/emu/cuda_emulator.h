@@ -1,9 +1,10 @@
 // Runs CUDA kernels on a CPU, one block after the other, each thread a fiber: the real kernel source under g++ with the
 // address and undefined-behaviour sanitizers.
 //
-// A fiber runs until it waits for others (__syncthreads, a shuffle), so a missing barrier shows as a wrong result, and a
-// barrier that not every thread reaches as a deadlock, which is reported. It does not model: blocks that run at the same
-// time, memory order between threads, divergence within a warp, the speed or the rounding of the GPU's special functions.
+// A fiber runs until it waits for others (__syncthreads, a shuffle), so a missing barrier shows as a wrong result, and
+// a barrier that not every thread reaches as a deadlock, which is reported. It does not model: blocks that run at the
+// same time, memory order between threads, divergence within a warp, the speed or the rounding of the GPU's special
+// functions.
 #pragma once
 #include <ucontext.h>
 

@@ -1,7 +1,7 @@
 // Runs one kernel on arrays from stdin and writes its results to stdout; tests/unit/kernels/test_emulator.py drives it.
 //
-// stdin: the kernel's name and a newline; then arrays, each as int64 byte count and that many bytes, in the order in which
-// the case below takes them. Scalars are an array of int64 or double.
+// stdin: the kernel's name and a newline; then arrays, each as int64 byte count and that many bytes, in the order in
+// which the case below takes them. Scalars are an array of int64 or double.
 #include <iostream>
 #include <string>
 
@@ -13,8 +13,8 @@ using namespace r1mega;
 
 namespace {
 
-// An array that ends where its allocation ends, so that the sanitizer sees an access past it. `misalignment` bytes before it
-// take it off a 16-byte boundary.
+// An array that ends where its allocation ends, so that the sanitizer sees an access past it. `misalignment` bytes
+// before it take it off a 16-byte boundary.
 template <class T>
 class Array {
   public:
@@ -39,7 +39,9 @@ class Array {
 
 template <class T>
 struct Input : Array<T> {
-    explicit Input(int64_t misalignment = 0) : Array<T>(read_size(), misalignment) { std::cin.read(this->raw(), this->bytes()); }
+    explicit Input(int64_t misalignment = 0) : Array<T>(read_size(), misalignment) {
+        std::cin.read(this->raw(), this->bytes());
+    }
     static int64_t read_size() {
         int64_t bytes = 0;
         std::cin.read(reinterpret_cast<char*>(&bytes), sizeof bytes);
@@ -52,7 +54,8 @@ void write(Array<T>& array) {
     std::cout.write(array.raw(), array.bytes());
 }
 
-// scalars: tokens, columns, stride, vocab_start, count, order, misalignment, in_place; the gradient has the logits' stride
+// scalars: tokens, columns, stride, vocab_start, count, order, misalignment, in_place; the gradient has the logits'
+// stride
 template <class E>
 void run_log_prob() {
     Input<int64_t> s;
@@ -65,8 +68,8 @@ void run_log_prob() {
     Input<float> inverse;
     Input<int32_t> positions;
     Input<float> grads;
-    device::RowSource source{logits.get(), targets.get(), inverse.get(), rows.or_null(), columns, stride, vocab_start,
-                             inverse.size() == 1};
+    device::RowSource source{logits.get(), targets.get(), inverse.get(), rows.or_null(),
+                             columns,      stride,        vocab_start,   inverse.size() == 1};
     Array<RowStats> stats(count * int64_t(sizeof(RowStats))), merged(count * int64_t(sizeof(RowStats)));
     Array<float> results(3 * count * int64_t(sizeof(float)));
     emulator::launch(unsigned(count), device::kThreads, order, [&] { device::log_prob_stats<E>(source, stats.get()); });
@@ -91,17 +94,18 @@ void run_token_loss() {
     Input<uint8_t> mask;
     Input<int64_t> sequence_ids;
     const double* o = options.get();
-    const LossOptions chosen = loss_options(o[0], o[1], o[2], o[3], o[4], old.or_null(), reference.or_null(), sampler.or_null());
+    const LossOptions chosen =
+        loss_options(o[0], o[1], o[2], o[3], o[4], old.or_null(), reference.or_null(), sampler.or_null());
     const int64_t count = log_probs.size();
     const auto blocks = unsigned((count + device::kTokensPerBlock - 1) / device::kTokensPerBlock);
     Array<float> grad(log_probs.bytes());
     Array<double> partial(int64_t(blocks) * kNumSums * 8), sums(kNumSums * 8);
-    const device::LossTensors tensors{log_probs.get(), old.or_null(), reference.or_null(), sampler.or_null(), advantages.get(),
-                                      weights.or_null(), sequence_ids.or_null(), mask.or_null(), s.get()[1] != 0, grad.get()};
+    const device::LossTensors tensors{log_probs.get(),  old.or_null(),     reference.or_null(),    sampler.or_null(),
+                                      advantages.get(), weights.or_null(), sequence_ids.or_null(), mask.or_null(),
+                                      s.get()[1] != 0,  grad.get()};
     unsigned finished = 0;
-    emulator::launch(blocks, device::kLossThreads, int(s.get()[0]), [&] {
-        device::token_loss(tensors, chosen, count, partial.get(), &finished, sums.get());
-    });
+    emulator::launch(blocks, device::kLossThreads, int(s.get()[0]),
+                     [&] { device::token_loss(tensors, chosen, count, partial.get(), &finished, sums.get()); });
     if (finished != 0) abort();
     write(grad);
     write(sums);
@@ -126,12 +130,18 @@ void run_group_advantage() {
 int main() {
     std::string name;
     std::getline(std::cin, name);
-    if (name == "log_prob_f32") run_log_prob<float>();
-    else if (name == "log_prob_bf16") run_log_prob<Bf16>();
-    else if (name == "token_loss") run_token_loss();
-    else if (name == "group_advantage") run_group_advantage();
+    if (name == "log_prob_f32")
+        run_log_prob<float>();
+    else if (name == "log_prob_bf16")
+        run_log_prob<Bf16>();
+    else if (name == "token_loss")
+        run_token_loss();
+    else if (name == "group_advantage")
+        run_group_advantage();
     else if (name == "divergent_barrier")
-        emulator::launch(1, 64, 0, [] { if (threadIdx.x < 40) R1_SYNC(); });
+        emulator::launch(1, 64, 0, [] {
+            if (threadIdx.x < 40) R1_SYNC();
+        });
     else if (name == "out_of_bounds") {
         Array<float> small(16 * 4);
         emulator::launch(1, 32, 0, [&] { small.get()[threadIdx.x] = 1.f; });

@@ -1,7 +1,7 @@
 """Kernels of the policy update: log-probs of chosen tokens, group advantages, the GRPO token loss; on CUDA and on CPUs.
 
-`grouped_log_prob`  from logits, `linear_log_prob` from hidden states, `group_advantage`, `grpo_token_loss`; `backend` says
-which implementation serves a device. See docs/kernels.md.
+`grouped_log_prob`  from logits, `linear_log_prob` from hidden states, `group_advantage`, `grpo_token_loss`; `backend`
+says which implementation serves a device. See docs/kernels.md.
 """
 
 from r1mega_kernels.advantage import group_advantage

@@ -27,13 +27,13 @@ _SCHEMAS = (
     "int vocab_start, Tensor(a!) stats) -> ()",
     "log_prob_merge(Tensor shards, Tensor inverse_temperature, Tensor rows, bool has_rows, Tensor(a!) stats, "
     "Tensor(b!) results) -> ()",
-    "log_prob_backward(Tensor logits, Tensor targets, Tensor inverse_temperature, Tensor positions, bool has_positions, "
-    "int vocab_start, Tensor stats, Tensor entropy, Tensor grads, Tensor(a!) grad_logits) -> ()",
+    "log_prob_backward(Tensor logits, Tensor targets, Tensor inverse_temperature, Tensor positions, "
+    "bool has_positions, int vocab_start, Tensor stats, Tensor entropy, Tensor grads, Tensor(a!) grad_logits) -> ()",
     "group_advantage(Tensor rewards, Tensor offsets, Tensor mask, int baseline, int scale, float epsilon, "
     "Tensor(a!) advantages) -> ()",
-    "grpo_token_loss(Tensor log_probs, Tensor old, Tensor reference, Tensor sampler, Tensor advantages, Tensor weights, "
-    "Tensor mask, Tensor sequence_ids, bool weights_per_sequence, float clip_low, float clip_high, float dual_clip, "
-    "float kl_coefficient, float importance_cap, Tensor(a!) grad, Tensor(b!) sums) -> ()",
+    "grpo_token_loss(Tensor log_probs, Tensor old, Tensor reference, Tensor sampler, Tensor advantages, "
+    "Tensor weights, Tensor mask, Tensor sequence_ids, bool weights_per_sequence, float clip_low, float clip_high, "
+    "float dual_clip, float kl_coefficient, float importance_cap, Tensor(a!) grad, Tensor(b!) sums) -> ()",
 )
 for _schema in _SCHEMAS:
     LIBRARY.define(_schema)
@@ -76,8 +76,8 @@ def backend(device: torch.device | str | None = None) -> str:
     """Which implementation serves tensors of `device` (default: a GPU if torch has one, else the CPU).
 
     'cuda', 'cpu-avx512', 'cpu-avx2', 'cpu-generic', or 'reference' (torch functions: the library is not built, or
-    R1MEGA_KERNELS=reference). On a GPU without the CUDA library the answer is 'missing': calls there raise PlatformError
-    unless they ask for backend='reference'.
+    R1MEGA_KERNELS=reference). On a GPU without the CUDA library the answer is 'missing': calls there raise
+    PlatformError unless they ask for backend='reference'.
     """
     kind = torch.device(device).type if device is not None else ("cuda" if torch.cuda.is_available() else "cpu")
     if kind == "cpu":
@@ -118,5 +118,5 @@ def uses_reference(device: torch.device, requested: str | None) -> bool:
 
 
 def kernels(use_reference: bool) -> Any | ModuleType:
-    """The module of the low-level operators: `torch.ops.r1mega_kernels`, or the torch functions of the same signatures."""
+    """The low-level operators: `torch.ops.r1mega_kernels`, or the torch functions of the same signatures."""
     return reference if use_reference else torch.ops.r1mega_kernels

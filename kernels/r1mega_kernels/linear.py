@@ -1,7 +1,7 @@
 """Log-probs from hidden states and the output weight, without ever holding the logits of all tokens.
 
-Forward: blocks of tokens through one reused buffer. Backward: blocks of the vocabulary, whose logits are computed again;
-a block's weight gradient is the sum over all tokens in one matrix product, so it is added once, in fp32.
+Forward: blocks of tokens through one reused buffer. Backward: blocks of the vocabulary, whose logits are computed
+again; a block's weight gradient is the sum over all tokens in one matrix product, so it is added once, in fp32.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ def linear_log_prob(
     hidden: [T, H]; weight: [V, H] (V / tp rows with `tp_group`), of the same dtype, float32 or bfloat16. The other
     arguments are those of `grouped_log_prob`.
 
-    Gradients: that of `hidden` is accumulated in fp32, summed over `tp_group` when `reduce_hidden_grad` (leave it to the
-    layer below by False, as for Megatron's ColumnParallelLinear input), then cast once. That of `weight` is added to
-    `weight.main_grad` (fp32) if there is one, with Megatron's `grad_added_to_main_grad` set where the weight has it; else
-    it is returned in the weight's dtype. Two backward passes through one result are an error.
+    Gradients: that of `hidden` is accumulated in fp32, summed over `tp_group` when `reduce_hidden_grad` (leave it to
+    the layer below by False, as for Megatron's ColumnParallelLinear input), then cast once. That of `weight` is added
+    to `weight.main_grad` (fp32) if there is one, with Megatron's `grad_added_to_main_grad` set where the weight has
+    it; else it is returned in the weight's dtype. Two backward passes through one result are an error.
 
     Raises:
         ValueError, TypeError, PlatformError: as `grouped_log_prob`.
@@ -76,7 +76,7 @@ def block_size(other: int, element_size: int, buffer_bytes: int) -> int:
 
 class _LinearLogProb(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, inverse, vocab_start, group, buffer_bytes, reduce_grad, use_reference):  # noqa: D102
+    def forward(ctx, hidden, weight, targets, inverse, vocab_start, group, buffer_bytes, reduce_grad, use_reference):
         op = kernels(use_reference)
         count, width = hidden.shape[0], weight.shape[0]
         step = min(max(1, count), block_size(width, hidden.element_size(), buffer_bytes))
@@ -113,7 +113,16 @@ class _LinearLogProb(torch.autograd.Function):
             logits = buffer[: count * (part.stop - begin)].view(count, -1)
             torch.mm(hidden, weight[part].t(), out=logits)
             backward_into(
-                logits, logits, targets, inverse, None, ctx.vocab_start + begin, stats, entropy, grads, ctx.use_reference
+                logits,
+                logits,
+                targets,
+                inverse,
+                None,
+                ctx.vocab_start + begin,
+                stats,
+                entropy,
+                grads,
+                ctx.use_reference,
             )
             _add_product(grad_hidden, logits, weight[part])
             if target_grad is not None:

@@ -32,15 +32,16 @@ def grouped_log_prob(
     grad_in_place: bool = False,
     backend: str | None = None,
 ) -> LogProbs:
-    """log softmax(logits / temperature)[target], the entropy and the logsumexp of that distribution, of the chosen rows.
+    """log softmax(logits / temperature)[target], the entropy and the logsumexp of that distribution, of the chosen
+    rows.
 
     logits: [T, V] (V / tp columns with `tp_group`), float32 or bfloat16, any row stride: slice padding columns off, or
     fill them with -inf. targets: [T] int64, ids in the whole vocabulary; only those of chosen rows are looked at.
     temperature: > 0, one for all or [T]. rows: [N] int64, strictly increasing indices into T (default all of it); the
     logits of other rows are never read and get zero gradients.
-    tp_group: the ranks that hold the other columns. The rank's columns begin at `vocab_start` (default rank * width) and
-    the vocabulary has `vocab_size` (default width * ranks) ids. One all-gather of 16 bytes a token; every rank gets the
-    same bits.
+    tp_group: the ranks that hold the other columns. The rank's columns begin at `vocab_start` (default rank * width)
+    and the vocabulary has `vocab_size` (default width * ranks) ids. One all-gather of 16 bytes a token; every rank
+    gets the same bits.
     grad_in_place: the gradient overwrites the logits, which nobody may use afterwards.
     backend: None the compiled kernels (on a CPU without them the torch reference, logged), 'native', 'reference'.
 
@@ -93,8 +94,8 @@ def inverse_temperature(temperature: float | torch.Tensor, like: torch.Tensor) -
 def check_arguments(
     x: torch.Tensor, targets: torch.Tensor, rows: torch.Tensor | None, vocab_size: int, use_reference: bool
 ) -> None:
-    """Raises ValueError or TypeError for what the kernels would read wrongly. Values are looked at on a CPU only: on a GPU
-    that would stall the stream, and a target outside the vocabulary gives NaN there."""
+    """Raises ValueError or TypeError for what the kernels would read wrongly. Values are looked at on a CPU only: on a
+    GPU that would stall the stream, and a target outside the vocabulary gives NaN there."""
     if x.dim() != 2 or targets.dim() != 1 or targets.shape[0] != x.shape[0]:
         raise ValueError(f"expected [T, V] and targets [T], not {list(x.shape)} and {list(targets.shape)}")
     if x.shape[1] == 0:
@@ -165,7 +166,9 @@ def _log_prob_backward(ctx, grads, _grad_stats):
         grad_logits = logits.detach()
     else:
         grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    backward_into(grad_logits, logits, targets, inverse, rows, ctx.vocab_start, stats, entropy, grads.contiguous(), ctx.reference)
+    backward_into(
+        grad_logits, logits, targets, inverse, rows, ctx.vocab_start, stats, entropy, grads.contiguous(), ctx.reference
+    )
     return grad_logits, None, None, None, None, None, None, None
 
 

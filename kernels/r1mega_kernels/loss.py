@@ -11,10 +11,11 @@ from r1mega_kernels.library import LIBRARY, kernels, uses_reference
 
 @dataclass(frozen=True, slots=True)
 class GRPOMetrics:
-    """Sums over the counted tokens: float64 scalars on the tokens' device, detached; add them up over microbatches and ranks
-    (`mismatch_max`: take the largest) and divide by `num_tokens`.
+    """Sums over the counted tokens: float64 scalars on the tokens' device, detached; add them up over microbatches and
+    ranks (`mismatch_max`: take the largest) and divide by `num_tokens`.
 
-    clipped: tokens whose policy gradient the (dual) clip cut. kl: k3 to the reference. mismatch: |log pi - log sampler|.
+    clipped: tokens whose policy gradient the (dual) clip cut. kl: k3 to the reference. mismatch: |log pi - log
+    sampler|.
     truncated: tokens whose importance weight exceeded the cap. ratio_sum: pi / pi_old.
     """
 
@@ -46,11 +47,12 @@ def grpo_token_loss(
 ) -> tuple[torch.Tensor, GRPOMetrics]:
     """Sum over tokens of weight * (-w_is * min(r A, clip(r, 1 - low, 1 + high) A) + beta * k3); and its metrics.
 
-    DeepSeekMath, eq. 3, with clip-higher (DAPO), dual clip (Ye et al. 2020: for A < 0 the surrogate is at least c A) and
-    truncated importance sampling, w_is = min(pi_old / pi_sampler, cap), detached.
+    DeepSeekMath, eq. 3, with clip-higher (DAPO), dual clip (Ye et al. 2020: for A < 0 the surrogate is at least c A)
+    and truncated importance sampling, w_is = min(pi_old / pi_sampler, cap), detached.
 
-    log_probs: [N] of the policy, the only input with a gradient; N response tokens, packed. advantages: [N], or [S] with
-    `sequence_ids` [N] int64, the token's sequence. weights: [N] or, with sequence_ids, [S]; None is 1 each (not 1 / N).
+    log_probs: [N] of the policy, the only input with a gradient; N response tokens, packed. advantages: [N], or [S]
+    with `sequence_ids` [N] int64, the token's sequence. weights: [N] or, with sequence_ids, [S]; None is 1 each (not 1
+    / N).
     old_log_probs: [N]; None: on-policy, r = 1 with its gradient. mask: [N] bool; a token where it is False counts
     nowhere and its values may be anything. An advantage of 0 makes a token's surrogate 0 even if its ratio overflowed.
     reference_log_probs: [N], needed when kl_coefficient is not 0; sampler_log_probs: [N], needed by importance_cap.
@@ -88,11 +90,14 @@ def grpo_token_loss(
     def given(x: torch.Tensor | None, dtype: torch.dtype = wide) -> torch.Tensor:
         return log_probs.new_empty(0, dtype=dtype) if x is None else x.detach().to(dtype).contiguous()
 
-    flags = torch.empty(0, dtype=torch.uint8, device=log_probs.device) if mask is None else mask.bool().view(torch.uint8)
+    flags = (
+        torch.empty(0, dtype=torch.uint8, device=log_probs.device) if mask is None else mask.bool().view(torch.uint8)
+    )
     loss, _, sums = torch.ops.r1mega_kernels.token_loss(
         log_probs.to(wide).contiguous(), given(old_log_probs), given(reference_log_probs), given(sampler_log_probs),
         given(advantages), given(weights), flags.contiguous(), given(sequence_ids, torch.int64),
-        weights_per_sequence, clip_low, clip_high, dual_clip or 0.0, kl_coefficient, importance_cap or 0.0, use_reference,
+        weights_per_sequence, clip_low, clip_high, dual_clip or 0.0, kl_coefficient, importance_cap or 0.0,
+        use_reference,
     )  # fmt: skip
     return loss, GRPOMetrics(*sums.unbind()[1:])
 

@@ -17,7 +17,9 @@ def _selected(x: torch.Tensor, rows: torch.Tensor, has_rows: bool) -> torch.Tens
     return x.index_select(0, rows) if has_rows else x
 
 
-def _row_scale(inverse_temperature: torch.Tensor, rows: torch.Tensor, has_rows: bool, dtype: torch.dtype) -> torch.Tensor:
+def _row_scale(
+    inverse_temperature: torch.Tensor, rows: torch.Tensor, has_rows: bool, dtype: torch.dtype
+) -> torch.Tensor:
     """[N] or [1] 1 / temperature of the selected rows."""
     per_token = inverse_temperature.numel() > 1
     return (_selected(inverse_temperature, rows, has_rows) if per_token else inverse_temperature).to(dtype)
@@ -68,7 +70,7 @@ def log_prob_merge(shards, inverse_temperature, rows, has_rows, stats, results) 
 def log_prob_backward(
     logits, targets, inverse_temperature, positions, has_positions, vocab_start, stats, entropy, grads, grad_logits
 ) -> None:
-    """grad_logits[T, V] <- the gradient, from grads[3, N] of log-prob, entropy and logsumexp; 0 in rows not selected."""
+    """grad_logits[T, V] <- the gradient, from grads[3, N] of the results; 0 in rows not selected."""
     rows = (positions >= 0).nonzero()[:, 0] if has_positions else positions
     order = positions[rows].long() if has_positions else torch.arange(len(logits), device=logits.device)
     x = _selected(logits, rows, has_positions).to(stats.dtype)
@@ -92,7 +94,7 @@ def log_prob_backward(
 
 
 def group_advantage(rewards, offsets, mask, baseline, scale, epsilon, advantages) -> None:
-    """advantages[R] <- from rewards[R] (float64) of groups offsets[g]:offsets[g + 1]; 0 where masked or without signal."""
+    """advantages[R] <- from rewards[R] (float64) of groups offsets[g]:offsets[g + 1]; 0 where masked or no signal."""
     counted = mask.bool() if mask.numel() else torch.ones_like(rewards, dtype=torch.bool)
     num_groups = offsets.numel() - 1
     index = torch.repeat_interleave(torch.arange(num_groups, device=rewards.device), offsets.diff())
@@ -128,7 +130,7 @@ def grpo_token_loss(
     log_probs, old, reference, sampler, advantages, weights, mask, sequence_ids, weights_per_sequence,
     clip_low, clip_high, dual_clip, kl_coefficient, importance_cap, grad, sums,
 ) -> None:  # fmt: skip
-    """grad[N] and sums[8] <- the weighted loss, its gradient and the metrics of N tokens (see `loss.grpo_token_loss`)."""
+    """grad[N] and sums[8] <- weighted loss, its gradient and the metrics of N tokens (see `loss.grpo_token_loss`)."""
     counted = mask.bool() if mask.numel() else torch.ones_like(log_probs, dtype=torch.bool)
 
     def kept(x: torch.Tensor, by_sequence: bool = False) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The CUDA kernels on a GPU against float64 on the CPU; the same claims that the CPU's tests check. Needs the CUDA library."""
+"""The CUDA kernels on a GPU against float64 on the CPU: the claims that the CPU's tests check."""
 
 from __future__ import annotations
 

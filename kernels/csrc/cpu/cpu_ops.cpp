@@ -44,14 +44,16 @@ void parallel_for(int64_t count, int64_t grain, const Function& function) {
         const Function& body = *static_cast<const Function*>(context);
         for (int64_t i = begin; i < end; ++i) body(i);
     };
-    abi::check(torch_parallel_for(0, count, grain < 1 ? 1 : grain, call, const_cast<Function*>(&function)), "parallel_for");
+    abi::check(torch_parallel_for(0, count, grain < 1 ? 1 : grain, call, const_cast<Function*>(&function)),
+               "parallel_for");
 }
 
 // instruction_set(int request) -> int: -1 asks which table is in use, another number chooses that one (tests do)
 void op_instruction_set(StableIValue* stack, uint64_t, uint64_t) {
     const int64_t request = scalar<int64_t>(stack[0]);
     if (request >= kNumTables || request > best_table())
-        throw std::runtime_error("r1mega_kernels: this processor has no instruction set number " + std::to_string(request));
+        throw std::runtime_error("r1mega_kernels: this processor has no instruction set number " +
+                                 std::to_string(request));
     if (request >= 0) chosen_table = request;
     const int64_t current = chosen_table;
     memcpy(&stack[0], &current, sizeof current);
@@ -108,7 +110,8 @@ void op_log_prob_merge(StableIValue* stack, uint64_t, uint64_t) {
     });
 }
 
-// log_prob_backward(logits, targets, inverse_temperature, positions, bool has_positions, int vocab_start, stats, entropy,
+// log_prob_backward(logits, targets, inverse_temperature, positions, bool has_positions, int vocab_start, stats,
+// entropy,
 //                   grads[3, N], grad_logits!); positions[token] is the token's row of stats, or -1
 void op_log_prob_backward(StableIValue* stack, uint64_t, uint64_t) {
     const Tensor logits(stack[0]), targets(stack[1]), temperature(stack[2]), positions(stack[3]), stats(stack[6]),
@@ -136,11 +139,13 @@ void op_log_prob_backward(StableIValue* stack, uint64_t, uint64_t) {
         }
         const int64_t column = i >= 0 ? local_column(target[token], vocab_start, columns) : -1;
         if (is_bf16)
-            table.row_backward_bf16(static_cast<const Bf16*>(data) + token * stride, static_cast<Bf16*>(out) + token * out_stride,
-                                    columns, column, of_row, gradient, inverse * kLog2e);
+            table.row_backward_bf16(static_cast<const Bf16*>(data) + token * stride,
+                                    static_cast<Bf16*>(out) + token * out_stride, columns, column, of_row, gradient,
+                                    inverse * kLog2e);
         else
-            table.row_backward_f32(static_cast<const float*>(data) + token * stride, static_cast<float*>(out) + token * out_stride,
-                                   columns, column, of_row, gradient, inverse * kLog2e);
+            table.row_backward_f32(static_cast<const float*>(data) + token * stride,
+                                   static_cast<float*>(out) + token * out_stride, columns, column, of_row, gradient,
+                                   inverse * kLog2e);
     });
 }
 
@@ -170,19 +175,25 @@ void op_group_advantage(StableIValue* stack, uint64_t, uint64_t) {
 
 constexpr int64_t kTokensPerPart = 4096;  // fixed: the order of the sum must not depend on the number of threads
 
-// grpo_token_loss(log_probs, old, reference, sampler, advantages, weights, mask, sequence_ids, bool weights_per_sequence,
+// grpo_token_loss(log_probs, old, reference, sampler, advantages, weights, mask, sequence_ids, bool
+// weights_per_sequence,
 //                 float clip_low, clip_high, dual_clip, kl_coefficient, importance_cap, grad![N], sums![8] f64)
 void op_grpo_token_loss(StableIValue* stack, uint64_t, uint64_t) {
     const Tensor log_probs(stack[0]), old(stack[1]), reference(stack[2]), sampler(stack[3]), advantages(stack[4]),
         weights(stack[5]), mask(stack[6]), sequence_ids(stack[7]), grad(stack[14]), sums(stack[15]);
-    const LossTensors tensors{log_probs.data<float>(),           old.data_or_null<float>(),
-                              reference.data_or_null<float>(),   sampler.data_or_null<float>(),
-                              advantages.data<float>(),          weights.data_or_null<float>(),
-                              sequence_ids.data_or_null<int64_t>(), mask.data_or_null<uint8_t>(),
-                              scalar<bool>(stack[8]),            grad.data<float>()};
-    const LossOptions options = loss_options(scalar<double>(stack[9]), scalar<double>(stack[10]), scalar<double>(stack[11]),
-                                             scalar<double>(stack[12]), scalar<double>(stack[13]), tensors.old_log_probs,
-                                             tensors.reference_log_probs, tensors.sampler_log_probs);
+    const LossTensors tensors{log_probs.data<float>(),
+                              old.data_or_null<float>(),
+                              reference.data_or_null<float>(),
+                              sampler.data_or_null<float>(),
+                              advantages.data<float>(),
+                              weights.data_or_null<float>(),
+                              sequence_ids.data_or_null<int64_t>(),
+                              mask.data_or_null<uint8_t>(),
+                              scalar<bool>(stack[8]),
+                              grad.data<float>()};
+    const LossOptions options = loss_options(
+        scalar<double>(stack[9]), scalar<double>(stack[10]), scalar<double>(stack[11]), scalar<double>(stack[12]),
+        scalar<double>(stack[13]), tensors.old_log_probs, tensors.reference_log_probs, tensors.sampler_log_probs);
     const int64_t count = log_probs.numel(), parts = (count + kTokensPerPart - 1) / kTokensPerPart;
     std::vector<double> partial(size_t(parts) * kNumSums, 0.0);
     const CpuKernels& table = kernels();
@@ -203,7 +214,8 @@ const auto registration = abi::Registration("CPU", __FILE__)
                               .add("group_advantage", op_group_advantage)
                               .add("grpo_token_loss", op_grpo_token_loss);
 
-const auto selection = abi::Registration("CompositeExplicitAutograd", __FILE__).add("instruction_set", op_instruction_set);
+const auto selection =
+    abi::Registration("CompositeExplicitAutograd", __FILE__).add("instruction_set", op_instruction_set);
 
 }  // namespace
 }  // namespace r1mega

@@ -94,15 +94,16 @@ R1_FN Vec gradient_of(Vec x, Vec base, const RowGradient& gradient, float c) {
 
 // `out` may be `x`: each vector is read before it is written.
 template <class E>
-void row_backward(const E* x, E* out, int64_t columns, int64_t target, const RowStats& stats, const RowGradient& gradient,
-                  float c) {
+void row_backward(const E* x, E* out, int64_t columns, int64_t target, const RowStats& stats,
+                  const RowGradient& gradient, float c) {
     if (gradient.is_zero) {
         memset(out, 0, size_t(columns) * sizeof(E));
         return;
     }
     const Vec base = splat(safe_base(stats.max));
     float at_target = 0.f;
-    if (target >= 0) at_target = gradient_of(splat(to_float(x[target])), base, gradient, c)[0] + gradient.target_gradient;
+    if (target >= 0)
+        at_target = gradient_of(splat(to_float(x[target])), base, gradient, c)[0] + gradient.target_gradient;
     const int64_t whole = columns / kStep * kStep;
     for (int64_t j = 0; j < whole; j += kStep)
         for (int k = 0; k < kUnroll; ++k)
@@ -118,10 +119,12 @@ void row_backward(const E* x, E* out, int64_t columns, int64_t target, const Row
 
 constexpr int kTokenBlock = 256;
 
-// counts is 1 or 0; a token that does not count reads element 0, for its sequence number may be anything. Without a branch,
-// since masks are irregular; not vectorized, since gather instructions are slower than the loads that they stand for.
+// counts is 1 or 0; a token that does not count reads element 0, for its sequence number may be anything. Without a
+// branch, since masks are irregular; not vectorized, since gather instructions are slower than the loads that they
+// stand for.
 __attribute__((noinline, optimize("no-tree-vectorize"))) void gather(const float* source, const int64_t* ids,
-                                                                     const float* counts, float* target, int64_t count) {
+                                                                     const float* counts, float* target,
+                                                                     int64_t count) {
     for (int64_t i = 0; i < count; ++i) {
         const int64_t keep = -int64_t(as_bits(counts[i]) >> 29);  // 1.0f is 0x3f800000
         target[i] = source[ids[i] & keep];

@@ -27,7 +27,8 @@ struct CpuKernels {
     void (*row_backward_bf16)(const Bf16* logits, Bf16* out, int64_t columns, int64_t target, const RowStats& stats,
                               const RowGradient& gradient, float c);
     // adds up tokens [begin, end) into sums[kNumSums] and writes their gradients
-    void (*token_loss)(const LossTensors& tensors, const LossOptions& options, int64_t begin, int64_t end, double* sums);
+    void (*token_loss)(const LossTensors& tensors, const LossOptions& options, int64_t begin, int64_t end,
+                       double* sums);
 };
 
 extern const CpuKernels kernels_generic;

@@ -1,4 +1,5 @@
-// Vectors of floats by GCC's vector extensions: one source for AVX512, AVX2 and 128-bit SSE2 or NEON, by compiler flags.
+// Vectors of floats by GCC's vector extensions: one source for AVX512, AVX2 and 128-bit SSE2 or NEON, by compiler
+// flags.
 #pragma once
 #include "r1mega_kernels/portable.h"
 
@@ -57,7 +58,8 @@ constexpr float kRound = 12582912.f + 127.f;
 
 R1_FN Vec power_of_two(Vec rounded) { return (Vec)((IntVec)rounded << 23); }
 
-// 2^t for t in [-127, 0]; exactly 0 below -126.5. Relative error 2e-9 of the polynomial and the rounding of 7 operations.
+// 2^t for t in [-127, 0]; exactly 0 below -126.5. Relative error 2e-9 of the polynomial and the rounding of 7
+// operations.
 R1_FN Vec exp2_negative(Vec t) {
     const Vec rounded = t + kRound;
     const Vec f = t - (rounded - kRound);

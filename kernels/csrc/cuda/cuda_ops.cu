@@ -34,10 +34,11 @@ class OnDevice {  // makes a tensor's device current while it lives
     cudaStream_t stream_ = nullptr;
 };
 
-device::RowSource row_source(const Tensor& logits, const Tensor& targets, const Tensor& temperature, const int64_t* rows,
-                             int64_t vocab_start) {
-    return device::RowSource{logits.data<void>(),  targets.data<int64_t>(), temperature.data<float>(), rows, logits.size(1),
-                             logits.stride(0),     vocab_start,             temperature.numel() == 1};
+device::RowSource row_source(const Tensor& logits, const Tensor& targets, const Tensor& temperature,
+                             const int64_t* rows, int64_t vocab_start) {
+    return device::RowSource{
+        logits.data<void>(), targets.data<int64_t>(), temperature.data<float>(), rows, logits.size(1), logits.stride(0),
+        vocab_start,         temperature.numel() == 1};
 }
 
 void op_log_prob_stats(StableIValue* stack, uint64_t, uint64_t) {
@@ -72,8 +73,9 @@ void op_log_prob_backward(StableIValue* stack, uint64_t, uint64_t) {
         entropy(stack[7]), grads(stack[8]), grad_logits(stack[9]);
     const OnDevice device(logits);
     const auto source = row_source(logits, targets, temperature, nullptr, scalar<int64_t>(stack[5]));
-    const device::RowUpstream upstream{scalar<bool>(stack[4]) ? positions.data<int32_t>() : nullptr, stats.data<RowStats>(),
-                                       entropy.data<float>(), grads.data<float>(), stats.size(0)};
+    const device::RowUpstream upstream{scalar<bool>(stack[4]) ? positions.data<int32_t>() : nullptr,
+                                       stats.data<RowStats>(), entropy.data<float>(), grads.data<float>(),
+                                       stats.size(0)};
     const auto blocks = unsigned(logits.size(0));
     if (logits.is_bf16())
         device::log_prob_backward<Bf16><<<blocks, device::kThreads, 0, device.stream()>>>(
@@ -88,9 +90,9 @@ void op_group_advantage(StableIValue* stack, uint64_t, uint64_t) {
     const Tensor rewards(stack[0]), offsets(stack[1]), mask(stack[2]), advantages(stack[6]);
     const OnDevice device(rewards);
     device::group_advantages<<<1, device::kAdvantageThreads, 0, device.stream()>>>(
-        rewards.data<double>(), offsets.data<int64_t>(), mask.data_or_null<uint8_t>(), offsets.numel() - 1, rewards.numel(),
-        static_cast<Baseline>(scalar<int64_t>(stack[3])), static_cast<Scale>(scalar<int64_t>(stack[4])),
-        scalar<double>(stack[5]), advantages.data<float>());
+        rewards.data<double>(), offsets.data<int64_t>(), mask.data_or_null<uint8_t>(), offsets.numel() - 1,
+        rewards.numel(), static_cast<Baseline>(scalar<int64_t>(stack[3])),
+        static_cast<Scale>(scalar<int64_t>(stack[4])), scalar<double>(stack[5]), advantages.data<float>());
     OnDevice::check(cudaGetLastError(), "group_advantage");
 }
 
@@ -98,14 +100,19 @@ void op_grpo_token_loss(StableIValue* stack, uint64_t, uint64_t) {
     const Tensor log_probs(stack[0]), old(stack[1]), reference(stack[2]), sampler(stack[3]), advantages(stack[4]),
         weights(stack[5]), mask(stack[6]), sequence_ids(stack[7]), grad(stack[14]), sums(stack[15]);
     const OnDevice device(log_probs);
-    const device::LossTensors tensors{log_probs.data<float>(),           old.data_or_null<float>(),
-                                      reference.data_or_null<float>(),   sampler.data_or_null<float>(),
-                                      advantages.data<float>(),          weights.data_or_null<float>(),
-                                      sequence_ids.data_or_null<int64_t>(), mask.data_or_null<uint8_t>(),
-                                      scalar<bool>(stack[8]),            grad.data<float>()};
-    const LossOptions options = loss_options(scalar<double>(stack[9]), scalar<double>(stack[10]), scalar<double>(stack[11]),
-                                             scalar<double>(stack[12]), scalar<double>(stack[13]), tensors.old_log_probs,
-                                             tensors.reference_log_probs, tensors.sampler_log_probs);
+    const device::LossTensors tensors{log_probs.data<float>(),
+                                      old.data_or_null<float>(),
+                                      reference.data_or_null<float>(),
+                                      sampler.data_or_null<float>(),
+                                      advantages.data<float>(),
+                                      weights.data_or_null<float>(),
+                                      sequence_ids.data_or_null<int64_t>(),
+                                      mask.data_or_null<uint8_t>(),
+                                      scalar<bool>(stack[8]),
+                                      grad.data<float>()};
+    const LossOptions options = loss_options(
+        scalar<double>(stack[9]), scalar<double>(stack[10]), scalar<double>(stack[11]), scalar<double>(stack[12]),
+        scalar<double>(stack[13]), tensors.old_log_probs, tensors.reference_log_probs, tensors.sampler_log_probs);
     const int64_t count = log_probs.numel();
     const auto blocks = unsigned((count + device::kTokensPerBlock - 1) / device::kTokensPerBlock);
     const size_t partial_bytes = size_t(blocks) * kNumSums * sizeof(double);

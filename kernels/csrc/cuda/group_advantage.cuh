@@ -26,9 +26,9 @@ struct WarpLanes {
 };
 
 R1_GLOBAL R1_LAUNCH_BOUNDS(kAdvantageThreads) void group_advantages(const double* rewards, const int64_t* offsets,
-                                                                   const uint8_t* mask, int64_t groups, int64_t responses,
-                                                                   Baseline baseline, Scale scale, double epsilon,
-                                                                   float* advantages) {
+                                                                    const uint8_t* mask, int64_t groups,
+                                                                    int64_t responses, Baseline baseline, Scale scale,
+                                                                    double epsilon, float* advantages) {
     const WarpLanes lanes;
     // every warp computes the batch's deviation by itself: cheaper than to wait for one that does
     const double batch_std = scale == Scale::kBatch ? moments(lanes, rewards, mask, 0, responses).std : 0.0;

@@ -1,7 +1,7 @@
 // Log-prob statistics and their gradient: one block of threads a row, 16-byte loads, one read of the logits.
 //
-// The order in which a row is added up depends on its number of columns alone, never on its address, its neighbours or the
-// grid: results are batch-invariant bit for bit.
+// The order in which a row is added up depends on its number of columns alone, never on its address, its neighbours or
+// the grid: results are batch-invariant bit for bit.
 #pragma once
 #include "r1mega_kernels/row_stats.h"
 #include "platform.cuh"
@@ -151,7 +151,7 @@ R1_GLOBAL R1_LAUNCH_BOUNDS(kThreads) void log_prob_stats(RowSource source, RowSt
 
 // shards: [ranks, count]; results: [3, count]
 R1_GLOBAL R1_LAUNCH_BOUNDS(kThreads) void log_prob_merge(const RowStats* shards, RowSource source, int64_t ranks,
-                                                        int64_t count, RowStats* merged, float* results) {
+                                                         int64_t count, RowStats* merged, float* results) {
     const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
     if (i >= count) return;
     const float inverse = source.inverse(source.rows ? source.rows[i] : i);
@@ -168,7 +168,8 @@ R1_DEVICE float gradient_of(float x, float base, const RowGradient& gradient, fl
     return fast_exp2(t) * (gradient.scale + gradient.slope * fmaxf(t, -3e3f));
 }
 
-// The logits of one pack to their gradients; `target` is the target's place, outside [0, kLanes) if it is not in the pack.
+// The logits of one pack to their gradients; `target` is the target's place, outside [0, kLanes) if it is not in the
+// pack.
 template <class E>
 R1_DEVICE void to_gradient(Pack<E>& value, int64_t target, float base, const RowGradient& gradient, float c) {
     float d[kLanes<E>];
@@ -191,11 +192,11 @@ struct RowUpstream {
     int64_t count;
 };
 
-// grad_logits may be the logits: a thread reads an element before it writes it, and no other thread reads it. The target's
-// logit is the exception and needs none: its gradient is added where its element is computed.
+// grad_logits may be the logits: a thread reads an element before it writes it, and no other thread reads it. The
+// target's logit is the exception and needs none: its gradient is added where its element is computed.
 template <class E>
 R1_GLOBAL R1_LAUNCH_BOUNDS(kThreads) void log_prob_backward(RowSource source, RowUpstream upstream, void* grad_logits,
-                                                           int64_t out_stride) {
+                                                            int64_t out_stride) {
     const int64_t token = blockIdx.x;
     const E* row = static_cast<const E*>(source.logits) + token * source.stride;
     E* out = static_cast<E*>(grad_logits) + token * out_stride;

@@ -14,6 +14,7 @@
 #define R1_SHUFFLE_DOWN(value, offset) __shfl_down_sync(0xffffffffu, value, offset)
 #define R1_SHUFFLE_XOR(value, offset) __shfl_xor_sync(0xffffffffu, value, offset)
 #define R1_ATOMIC_ADD(address, value) atomicAdd(address, value)
-#define R1_LOAD_STREAMING(address) __ldcs(address)  // evict first; coherent, since the gradient may overwrite the logits
-#define R1_LOAD_FRESH(address) __ldcg(address)      // from L2: another block wrote it
+#define R1_LOAD_STREAMING(address) \
+    __ldcs(address)                             // evict first; coherent, since the gradient may overwrite the logits
+#define R1_LOAD_FRESH(address) __ldcg(address)  // from L2: another block wrote it
 #endif

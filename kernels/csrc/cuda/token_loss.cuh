@@ -31,8 +31,8 @@ R1_DEVICE void add_token(const LossTensors& in, const LossOptions& options, int6
     inputs.weight = !in.weights ? 1.f : in.weights[in.weights_per_sequence ? sequence : token];
     const TokenTerms<float> terms = token_terms(inputs, options);
     in.grad[token] = terms.grad;
-    const double values[kNumSums] = {terms.loss,     1.0,            terms.clipped,   terms.kl,
-                                     terms.mismatch, terms.mismatch, terms.truncated, terms.ratio};
+    const double values[kNumSums] = {
+        terms.loss, 1.0, terms.clipped, terms.kl, terms.mismatch, terms.mismatch, terms.truncated, terms.ratio};
     add_sums(sums, values);
 }
 
@@ -55,11 +55,12 @@ R1_DEVICE void block_sums(double (&sums)[kNumSums]) {
 // partial: [blocks, kNumSums]; finished: one counter, 0 before and after. The block that finishes last adds the partial
 // sums in the order of the blocks, so the result does not depend on which block that is.
 R1_GLOBAL R1_LAUNCH_BOUNDS(kLossThreads) void token_loss(LossTensors tensors, LossOptions options, int64_t count,
-                                                        double* partial, unsigned* finished, double* out) {
+                                                         double* partial, unsigned* finished, double* out) {
     double sums[kNumSums] = {};
     const int64_t begin = int64_t(blockIdx.x) * kTokensPerBlock;
     const int64_t end = begin + kTokensPerBlock < count ? begin + kTokensPerBlock : count;
-    for (int64_t token = begin + threadIdx.x; token < end; token += kLossThreads) add_token(tensors, options, token, sums);
+    for (int64_t token = begin + threadIdx.x; token < end; token += kLossThreads)
+        add_token(tensors, options, token, sums);
     block_sums(sums);
     if (threadIdx.x != 0) return;
     for (int k = 0; k < kNumSums; ++k) partial[int64_t(blockIdx.x) * kNumSums + k] = sums[k];

@@ -1,5 +1,5 @@
-// Advantages of one group of rewards, in double. `Lanes` is who shares the work: one CPU thread, a warp or a block. It has
-// index, count, and sum / min / max over the lanes.
+// Advantages of one group of rewards, in double. `Lanes` is who shares the work: one CPU thread, a warp or a block. It
+// has index, count, and sum / min / max over the lanes.
 #pragma once
 #include "portable.h"
 

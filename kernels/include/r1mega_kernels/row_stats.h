@@ -2,7 +2,8 @@
 //
 // With c = log2(e) / temperature and t_j = (x_j - max) * c (so t_j <= 0, in units of log2):
 //     sum = Sum_j 2^t_j        weighted = Sum_j 2^t_j t_j
-// Differences are taken before scaling: x_j - max is nearly exact, so the error does not grow with the size of the logits.
+// Differences are taken before scaling: x_j - max is nearly exact, so the error does not grow with the size of the
+// logits.
 #pragma once
 #include "portable.h"
 

@@ -1,5 +1,5 @@
-// The GRPO objective of one token (DeepSeekMath, eq. 3) and its derivative. F is float on a GPU and a vector of floats on
-// a CPU; the type brings select(condition, a, b) and exp_accurate(x).
+// The GRPO objective of one token (DeepSeekMath, eq. 3) and its derivative. F is float on a GPU and a vector of floats
+// on a CPU; the type brings select(condition, a, b) and exp_accurate(x).
 #pragma once
 #include "portable.h"
 
@@ -26,9 +26,9 @@ enum LossSum { kLoss, kNumTokens, kClipped, kKl, kMismatchSum, kMismatchMax, kTr
 R1_FN LossOptions loss_options(double clip_low, double clip_high, double dual_clip, double kl_coefficient,
                                double importance_cap, const float* old, const float* reference, const float* sampler) {
     // a cap or dual clip of 0 stands for none: neither is a possible value
-    return LossOptions{float(clip_low),    float(clip_high), float(dual_clip),   float(kl_coefficient), float(importance_cap),
-                       old != nullptr,     reference != nullptr, sampler != nullptr, dual_clip > 0,
-                       importance_cap > 0};
+    return LossOptions{float(clip_low),       float(clip_high),  float(dual_clip),     float(kl_coefficient),
+                       float(importance_cap), old != nullptr,    reference != nullptr, sampler != nullptr,
+                       dual_clip > 0,         importance_cap > 0};
 }
 
 R1_FN void add_sums(double* total, const double* part) {
@@ -45,7 +45,8 @@ R1_FN float splat(float value, float) { return value; }
 // exp(d) - d - 1 without the cancellation that leaves fp32 no digits for |d| < 1e-3.
 template <class F>
 R1_FN F exp_minus_linear(F d, F exp_d) {
-    const F series = d * d * (0.5f + d * (1.f / 6 + d * (1.f / 24 + d * (1.f / 120 + d * (1.f / 720 + d * (1.f / 5040))))));
+    const F series =
+        d * d * (0.5f + d * (1.f / 6 + d * (1.f / 24 + d * (1.f / 120 + d * (1.f / 720 + d * (1.f / 5040))))));
     const F magnitude = select(d < 0.f, -d, d);
     return select(magnitude < 0.25f, series, exp_d - d - 1.f);
 }

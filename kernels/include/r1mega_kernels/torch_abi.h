@@ -1,6 +1,7 @@
 // The part of torch's stable C ABI (torch >= 2.10) that the operators need, declared here instead of included: the
-// libraries then build where torch is not installed yet (an isolated `pip install`), in seconds, and one file serves every
-// Python and torch version. tests/unit/kernels/test_build.py compiles these declarations against torch's own headers.
+// libraries then build where torch is not installed yet (an isolated `pip install`), in seconds, and one file serves
+// every Python and torch version. tests/unit/kernels/test_build.py compiles these declarations against torch's own
+// headers.
 #pragma once
 #include <cstddef>
 #include <cstdint>

@@ -1,4 +1,4 @@
-"""The build: torch's ABI as torch declares it, no compiler, a broken compiler, the CUDA kernels' registers and spills."""
+"""The build: torch's ABI as torch declares it, no compiler, a broken one, the CUDA kernels' registers and spills."""
 
 from __future__ import annotations
 
@@ -72,7 +72,9 @@ def test_cuda_is_built_only_where_it_is_wanted(build, monkeypatch):
 
 def test_package_without_libraries_says_so_and_computes(tmp_path):
     """A copy of the package without compiled libraries, as after an install without g++."""
-    shutil.copytree(KERNELS / "r1mega_kernels", tmp_path / "r1mega_kernels", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    shutil.copytree(
+        KERNELS / "r1mega_kernels", tmp_path / "r1mega_kernels", ignore=shutil.ignore_patterns("*.so", "__pycache__")
+    )
     program = (
         "import logging, torch, r1mega_kernels as k; logging.basicConfig()\n"
         "print(k.backend('cpu'), *k.grouped_log_prob(torch.zeros(2, 4), torch.tensor([1, 2])).log_prob.tolist())\n"
@@ -81,7 +83,9 @@ def test_package_without_libraries_says_so_and_computes(tmp_path):
         "except Exception as error: print(type(error).__name__, 'needs g++' in str(error))\n"
     )
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["reference -1.3862943649291992 -1.3862943649291992", "PlatformError True"]
     assert done.stderr.count("using the torch reference") == 1  # said once
@@ -104,7 +108,8 @@ def test_over_budget_is_reported():
     report_tool = module_from(ROOT / "tools" / "kernel_report.py")
     log = (
         "Compiling entry function '_ZN6r1mega6device10token_lossE' for 'sm_80'\n"
-        "    16 bytes stack frame, 8 bytes spill stores, 4 bytes spill loads\nptxas info : Used 255 registers, 512 bytes smem\n"
+        "    16 bytes stack frame, 8 bytes spill stores, 4 bytes spill loads\n"
+        "ptxas info : Used 255 registers, 512 bytes smem\n"
     )
     (record,) = report_tool.parse(log, "sm_80")
     assert record["spill_bytes"] == 12 and record["stack_bytes"] == 16 and record["shared_bytes"] == 512

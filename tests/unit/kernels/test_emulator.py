@@ -148,12 +148,16 @@ def test_group_advantage(emulator, baseline, scale):
     )  # fmt: skip
     epsilon = torch.tensor([1e-6], dtype=torch.float64)
     for order in (0, 1):
-        out = run(emulator, "group_advantage", [order, baseline, scale], epsilon, rewards, offsets, mask.to(torch.uint8))
+        out = run(
+            emulator, "group_advantage", [order, baseline, scale], epsilon, rewards, offsets, mask.to(torch.uint8)
+        )
         got = torch.from_numpy(np.frombuffer(out.stdout, np.float32).copy())
         torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize(("case", "message"), [("divergent_barrier", b"deadlock"), ("out_of_bounds", b"heap-buffer-overflow")])
+@pytest.mark.parametrize(
+    ("case", "message"), [("divergent_barrier", b"deadlock"), ("out_of_bounds", b"heap-buffer-overflow")]
+)
 def test_the_emulator_sees_what_it_is_there_for(emulator, case, message):
     done = run(emulator, case, check=False)
     assert done.returncode != 0 and message in done.stderr

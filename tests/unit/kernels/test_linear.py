@@ -98,7 +98,9 @@ def test_buffer_never_holds_all_logits(native):
     x.requires_grad_(), weight.requires_grad_()
     with torch.profiler.profile(profile_memory=True) as profile:
         linear_log_prob(x, weight, targets, buffer_bytes=1 << 20).log_prob.sum().backward()
-    largest = max(abs(event.nbytes()) for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
+    largest = max(
+        abs(event.nbytes()) for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"
+    )
     assert largest <= 128 * 4096 * 4 and largest < 2048 * 4096 * 4 / 10
     assert block_size(4096, 4, 1 << 30) == 65536 and block_size(129280, 2, 1) == 128
 

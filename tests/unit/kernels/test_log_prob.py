@@ -1,4 +1,4 @@
-"""grouped_log_prob against float64 log_softmax: values, gradients, rows, extremes, bitwise independence of the batch."""
+"""grouped_log_prob against float64 log_softmax: values, gradients, rows, extremes, the same bits in any batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model trained by the kernels, from logits and from hidden states, beside the same training in plain torch functions."""
+"""A model trained by the kernels, from logits and from hidden states, beside the same in plain torch functions."""
 
 from __future__ import annotations
 
@@ -29,7 +29,13 @@ def test_ten_steps_give_the_same_losses(implementation):
     def kernel_loss(log_probs):
         weights = torch.full((86,), 1 / 86)
         return grpo_token_loss(
-            log_probs, advantages, old, reference_log_probs=old, weights=weights, kl_coefficient=0.1, backend=implementation
+            log_probs,
+            advantages,
+            old,
+            reference_log_probs=old,
+            weights=weights,
+            kl_coefficient=0.1,
+            backend=implementation,
         )[0]
 
     def train(loss_of):

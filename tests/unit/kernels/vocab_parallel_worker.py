@@ -32,7 +32,7 @@ def run(backends: list[str]) -> dict[str, dict[str, np.ndarray]]:
 
 
 def shard_results(backend: str) -> dict[str, np.ndarray]:
-    """This rank's results on shards of unequal width: the first rank's is padded with -inf, as Megatron pads the last."""
+    """This rank's results on shards of unequal width; 'masked': where the first rank's columns are all -inf."""
     rank, group = int(os.environ["RANK"]), dist.group.WORLD
     hidden, weight, targets, rows, upstream = case()
     columns = slice(0, 200) if rank == 0 else slice(200, VOCABULARY)
@@ -49,7 +49,8 @@ def shard_results(backend: str) -> dict[str, np.ndarray]:
         vocab_size=305, backend=backend,
     )  # fmt: skip
     tensors = {
-        "results": results.detach(), "grad_logits": logits.grad, "linear": linear.detach(), "masked": torch.stack(empty),
+        "results": results.detach(), "grad_logits": logits.grad, "linear": linear.detach(),
+        "masked": torch.stack(empty),
         "grad_hidden": hidden_leaf.grad, "grad_weight": weight_leaf.grad,
     }  # fmt: skip
     return {name: tensor.numpy() for name, tensor in tensors.items()}  # a tensor's memory would die with this process

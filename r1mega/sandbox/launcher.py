@@ -187,13 +187,19 @@ def exchange(children: Sequence[Child], timeout_seconds: float) -> Iterator[tupl
     for descriptor, _ in poller.poll(max(0.0, timeout_seconds) * 1000):
         child, name = owners[descriptor]
         if name == "exit":
-            child._reap(block=False)
+            # The receiver of an earlier event may have waited for this child by an exchange of its own.
+            if not child.finished:
+                child._reap(block=False)
         elif name == "status":
-            child._read_status()
+            if child.wall_start is None:
+                child._read_status()
         elif name == "stdin":
             child._send()
-        else:
-            data = os.read(descriptor, _CHUNK_BYTES)
+        elif descriptor in child.open_streams:
+            try:
+                data = os.read(descriptor, _CHUNK_BYTES)
+            except BlockingIOError:  # likewise: already read
+                continue
             if not data:
                 del child.open_streams[descriptor]
             if name == "stderr":

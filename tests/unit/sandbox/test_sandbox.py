@@ -409,3 +409,10 @@ def test_a_starved_answer_is_not_out_of_time(launcher):
             process.kill()
             process.wait()
     assert done.stdout == b"done\n" and done.wall_seconds > 1.0, done
+
+
+def test_an_end_that_arrives_in_one_piece(launcher):
+    """Both channels and the process end at once, in whatever order the kernel tells it."""
+    for _ in range(20):
+        graded = asserts(launcher, "import ctypes\ndef f(): ctypes.string_at(0)", "assert f() == 1", wall_seconds=20.0)
+        assert graded.ended[0] is Verdict.CRASHED

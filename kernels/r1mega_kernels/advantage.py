@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from r1mega_kernels.library import kernels, uses_reference
+from r1mega_kernels.library import check_devices, kernels, uses_reference
 
 _BASELINES = {"group": 0, "leave_one_out": 1}
 _SCALES = {"none": 0, "group": 1, "batch": 2}
@@ -42,6 +42,7 @@ def group_advantage(
         raise ValueError(
             f"expected rewards [R] and group_offsets [G + 1], not {list(rewards.shape)}, {list(offsets.shape)}"
         )
+    check_devices(rewards.device, group_offsets=offsets, mask=mask)
     if offsets.device.type == "cpu":
         if int(offsets[0]) != 0 or int(offsets[-1]) != len(rewards) or bool((offsets.diff() < 0).any()):
             raise ValueError(f"group_offsets must rise from 0 to {len(rewards)}, not {offsets.tolist()[:8]}...")

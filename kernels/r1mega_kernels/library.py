@@ -117,6 +117,13 @@ def uses_reference(device: torch.device, requested: str | None) -> bool:
     return True
 
 
+def check_devices(device: torch.device, **tensors: torch.Tensor | None) -> None:
+    """Raises ValueError for a tensor on another device: a kernel would follow its address."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}, expected {device}")
+
+
 def kernels(use_reference: bool) -> Any | ModuleType:
     """The low-level operators: `torch.ops.r1mega_kernels`, or the torch functions of the same signatures."""
     return reference if use_reference else torch.ops.r1mega_kernels

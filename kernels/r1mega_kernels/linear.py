@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from r1mega_kernels.library import kernels, uses_reference
+from r1mega_kernels.library import check_devices, kernels, uses_reference
 from r1mega_kernels.log_prob import (
     LogProbs,
     backward_into,
@@ -54,6 +54,7 @@ def linear_log_prob(
         raise ValueError(f"expected hidden [T, H] and weight [V, H], not {list(hidden.shape)} and {list(weight.shape)}")
     if hidden.dtype != weight.dtype:
         raise TypeError(f"hidden is {hidden.dtype} and weight is {weight.dtype}")
+    check_devices(hidden.device, weight=weight)
     if weight.shape[0] == 0:
         raise ValueError("no columns: the vocabulary is empty")
     start, size = vocabulary_range(weight.shape[0], tp_group, vocab_start, vocab_size)
@@ -92,7 +93,7 @@ class _LinearLogProb(torch.autograd.Function):
         results = torch.empty(3, count, dtype=stats.dtype, device=hidden.device)
         if count:
             op.log_prob_merge(shards, inverse, targets, False, merged, results)
-        # not through save_for_backward: the weight must keep its identity for main_grad
+        # ctx.weight: the parameter itself, whose main_grad the backward pass fills
         ctx.save_for_backward(hidden, weight, targets, inverse, merged, results[1].clone())
         ctx.weight, ctx.group, ctx.vocab_start = weight, group, vocab_start
         ctx.buffer_bytes, ctx.reduce_grad, ctx.use_reference = buffer_bytes, reduce_grad, use_reference

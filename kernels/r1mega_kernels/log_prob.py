@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from r1mega_kernels.library import LIBRARY, kernels, uses_reference
+from r1mega_kernels.library import LIBRARY, check_devices, kernels, uses_reference
 
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 
@@ -98,6 +98,7 @@ def check_arguments(
     GPU that would stall the stream, and a target outside the vocabulary gives NaN there."""
     if x.dim() != 2 or targets.dim() != 1 or targets.shape[0] != x.shape[0]:
         raise ValueError(f"expected [T, V] and targets [T], not {list(x.shape)} and {list(targets.shape)}")
+    check_devices(x.device, targets=targets, rows=rows)
     if x.shape[1] == 0:
         raise ValueError("no columns: the vocabulary is empty")
     if targets.dtype != torch.int64 or (rows is not None and rows.dtype != torch.int64):

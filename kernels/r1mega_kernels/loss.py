@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from r1mega_kernels.library import LIBRARY, kernels, uses_reference
+from r1mega_kernels.library import LIBRARY, check_devices, kernels, uses_reference
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,13 +63,18 @@ def grpo_token_loss(
     """
     use_reference = uses_reference(log_probs.device, backend)
     count = log_probs.numel()
-    per_token = {"old_log_probs": old_log_probs, "reference_log_probs": reference_log_probs, "mask": mask,
-                 "sampler_log_probs": sampler_log_probs, "sequence_ids": sequence_ids}  # fmt: skip
-    if sequence_ids is None:
-        per_token |= {"advantages": advantages, "weights": weights}
-    for name, tensor in {"log_probs": log_probs, **per_token}.items():
+    optional = {
+        "old_log_probs": old_log_probs,
+        "reference_log_probs": reference_log_probs,
+        "sampler_log_probs": sampler_log_probs,
+        "mask": mask,
+        "sequence_ids": sequence_ids,
+    }
+    by_token = {"advantages": advantages, "weights": weights} if sequence_ids is None else {}
+    for name, tensor in {"log_probs": log_probs, **optional, **by_token}.items():
         if tensor is not None and tuple(tensor.shape) != (count,):
             raise ValueError(f"{name} has shape {list(tensor.shape)}, expected [{count}]")
+    check_devices(log_probs.device, advantages=advantages, weights=weights, **optional)
     if kl_coefficient != 0 and reference_log_probs is None:
         raise ValueError("kl_coefficient needs reference_log_probs")
     if importance_cap is not None and sampler_log_probs is None:

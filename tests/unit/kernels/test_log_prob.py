@@ -180,6 +180,8 @@ def test_no_rows(implementation):
         ({"rows": torch.tensor([1, 1])}, "strictly increasing"),
         ({"rows": torch.tensor([1, 3])}, "strictly increasing"),
         ({"logits": torch.zeros(3, 0)}, "vocabulary is empty"),
+        ({"targets": torch.zeros(3, dtype=torch.int64, device="meta")}, "targets is on meta, expected cpu"),
+        ({"rows": torch.zeros(1, dtype=torch.int64, device="meta")}, "rows is on meta, expected cpu"),
         ({"backend": "fast"}, "'native' or 'reference'"),
     ],
 )

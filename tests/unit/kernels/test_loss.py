@@ -171,6 +171,8 @@ def test_no_tokens(implementation):
         ({"advantages": torch.zeros(4)}, "advantages has shape"),
         ({"kl_coefficient": 0.1}, "needs reference_log_probs"),
         ({"importance_cap": 2.0}, "needs sampler_log_probs"),
+        ({"mask": torch.ones(3, dtype=torch.bool, device="meta")}, "mask is on meta, expected cpu"),
+        ({"weights": torch.ones(3, device="meta")}, "weights is on meta, expected cpu"),
         ({"dual_clip": 0.9}, "dual_clip must be > 1"),
         ({"sequence_ids": torch.tensor([0, 1, 3])}, r"sequence_ids must be in \[0, 3\)"),
     ],

@@ -37,7 +37,7 @@ class Child:
         self.wall_start: float | None = None
         self.stopped: Verdict | None = None
         self.finished = False
-        self._closed = False
+        self._closed = self.host_out_of_memory = False
         self._pressure = 0.0
         self.exit_code = -1
         self.peak_bytes: int | None = None
@@ -154,10 +154,16 @@ class Child:
         if self._group is not None:
             self.peak_bytes = self._group.peak_bytes()
             if self._group.num_kills() > self._kills and self.stopped is None:
+                # Far below its own limit it was the whole host that had no memory left.
+                self.host_out_of_memory = (
+                    self.peak_bytes is not None and self.peak_bytes < self.limits.memory_bytes // 2
+                )
                 self.stopped = Verdict.MEMORY_LIMIT
 
     def check_started(self) -> None:
-        """Raises SandboxFailure if the sandbox ended without ever having run the program."""
+        """Raises SandboxFailure if the sandbox ended without ever having run the program, or for want of host memory."""
+        if self.host_out_of_memory:
+            raise SandboxFailure("the host ran out of memory and the kernel killed the program")
         while data := os.read(self._status_fd, _CHUNK_BYTES):
             self._status += data
         if self.stopped is None and b"exit-code" not in self._status:

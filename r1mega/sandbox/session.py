@@ -87,6 +87,8 @@ def grade(launcher: Launcher, source: str, spec: Mapping[str, Any], limits: Limi
         answer.feed(json.dumps(request).encode() + b"\n")
         session.run()
         answer.close()
+    if answer.host_out_of_memory or grader.host_out_of_memory:
+        raise SandboxFailure("the host ran out of memory and the kernel killed a program")
     if state.ended is None and answer.stopped is Verdict.MEMORY_LIMIT:
         state.ended = (Verdict.MEMORY_LIMIT, "a process of the answer was killed for its memory")
     return Graded(state.outcome or {}, state.ended, tuple(state.call_seconds), answer.peak_bytes)

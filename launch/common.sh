@@ -18,30 +18,36 @@ find_python() {
     fail "no Python 3.11 or 3.12 found; install one (Debian 12: apt-get install python3 python3-venv) or set R1MEGA_PYTHON"
 }
 
+# apt_get PACKAGE...: install Debian packages, where this user may.
+apt_get() {
+    [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null || return 1
+    say "installing $*"
+    { apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -yq --no-install-recommends "$@"; } >/tmp/r1mega-apt.log 2>&1 ||
+        { printf 'launch: apt-get could not install %s, see /tmp/r1mega-apt.log\n' "$*" >&2; return 1; }
+}
+
 # apt_install PROGRAM PACKAGE...: make PROGRAM available where that is possible without asking; otherwise say so once.
 apt_install() {
     local program=$1
     shift
     command -v "$program" >/dev/null && return
-    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
-        say "installing $* (for $program)"
-        { apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -yq --no-install-recommends "$@"; } >/tmp/r1mega-apt.log 2>&1 ||
-            printf 'launch: could not install %s (see /tmp/r1mega-apt.log); what needs it is skipped by name\n' "$*" >&2
-    else
+    apt_get "$@" ||
         printf 'launch: %s is not here; what needs it is skipped by name (apt-get install %s)\n' "$program" "$*" >&2
-    fi
 }
 
 set_up() {
     local lock=requirements/cpu.lock stamp=.venv/installed.sha256 wanted
-    wanted=$(cat "$lock" setup.py | sha256sum | cut -d' ' -f1)
+    wanted=$(find "$lock" setup.py kernels -type f ! -name '*.so' ! -name '*.pyc' | LC_ALL=C sort | xargs sha256sum | sha256sum | cut -d' ' -f1)
     if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then # also after a set-up that could not make it whole
         rm -rf .venv
         local base
         base=$(find_python)
         say "making .venv with $base"
-        "$base" -m venv .venv 2>/dev/null || { apt_install python3-venv-missing python3-venv; rm -rf .venv; "$base" -m venv .venv; } ||
-            fail "cannot make a virtual environment; apt-get install python3-venv"
+        if ! "$base" -m venv .venv 2>/dev/null; then  # Debian keeps ensurepip in a package of its own
+            apt_get python3-venv || true
+            rm -rf .venv
+            "$base" -m venv .venv || fail "cannot make a virtual environment; apt-get install python3-venv"
+        fi
     fi
     PYTHON=$PWD/.venv/bin/python
     export PATH="$PWD/.venv/bin:$PATH" PIP_DISABLE_PIP_VERSION_CHECK=1

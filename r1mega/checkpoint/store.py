@@ -38,6 +38,7 @@ class CheckpointStore:
     def save(self, step: int, sharded_state: dict[str, Any], progress: Mapping[str, Any]) -> Path:
         """Write step `step`; return its directory. CheckpointError when the disk does not take it (nothing is kept)."""
         from megatron.core import dist_checkpointing
+        from torch.distributed.checkpoint import CheckpointException
 
         _collect_results_in_process()
         final = self.directory / f"step_{step:06d}"
@@ -48,7 +49,9 @@ class CheckpointStore:
         _barrier()
         try:
             dist_checkpointing.save(sharded_state, str(temporary), sharded_strategy=("torch_dist", 1))
-        except OSError as error:
+        except (OSError, RuntimeError, CheckpointException) as error:  # Megatron's writers wrap an OSError
+            if _rank() == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
             raise CheckpointError(f"{temporary}: could not be written ({error}); free some disk and start again") from error
         _barrier()
         if _rank() == 0:

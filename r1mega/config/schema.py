@@ -186,7 +186,7 @@ class AlgorithmConfig(Section):
     # sequence: mean of per-response means (GRPO); token: mean over all tokens (DAPO); constant: / max tokens (Dr.GRPO)
     kl_coefficient: NonNegative = 0.001  # paper
     reference_refresh_steps: PositiveInt | None = 400  # paper; None: the reference never changes
-    old_log_probs: Literal["rollout", "recompute"] = "rollout"
+    old_log_probs: Literal["rollout", "recompute"] = "recompute"
     # rollout: the generator's (exact in float32); recompute: one more forward pass (bfloat16, FP8)
     importance_cap: Positive | None = None  # truncated importance sampling min(pi_trainer / pi_sampler, cap); None: off
     mask_truncated: bool = False  # responses cut at max_response_tokens carry no loss (DAPO's overlong filtering)

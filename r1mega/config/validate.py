@@ -83,6 +83,13 @@ def _layout_problems(config: BaseStage | RLStage, hf: dict[str, Any], world: int
         yield f"parallel.dp = {p.dp} with tp * pp * cp = {model_ranks} wants {p.dp * model_ranks} processes, there are {world}"
     if world % expert_ranks:
         yield f"parallel: {world} processes cannot be divided by ep * etp * pp = {expert_ranks}"
+    kind = "zero" if isinstance(config, RLStage) else "base"
+    if p.cp > 1 or (p.pp > 1 and isinstance(config, RLStage)) or (model_ranks > 1 and not isinstance(config, RLStage)):
+        yield f"parallel: stage {kind} does not run in this layout yet; set cp=1 and pp=1{'' if kind == 'zero' else ' and tp=1'}"
+    if hf.get("n_routed_experts") and p.tp > 1 and p.sp is False:
+        yield "parallel.sp = false: a mixture of experts with parallel.tp > 1 needs sequence parallelism; leave sp out"
+    if not hf.get("kv_lora_rank") and hf.get("num_key_value_heads", p.tp) % p.tp:
+        yield f"parallel.tp = {p.tp} does not divide the model's num_key_value_heads = {hf['num_key_value_heads']}"
     experts = hf.get("n_routed_experts")
     divisions = [
         ("parallel.tp", p.tp, "num_attention_heads", hf.get("num_attention_heads")),

@@ -65,16 +65,25 @@ def scan_prompts(config: DataConfig, tokenizer_directory: Path) -> None:
     A text of n bytes has no more than n tokens besides the few that begin a document, so only questions near the limit
     are tokenised: files of short ones are scanned at the speed of reading JSON.
     """
+    from r1mega.reward.compose import ACCURACY
+
     tokenizer: Tokenizer | None = None
-    count = 0
+    kept = 0
     for record in read_records(config):
-        count += 1
+        if record.kind not in ACCURACY:
+            raise DataError(f"{record.where}: kind {record.kind!r} has no reward; known are {', '.join(ACCURACY)}")
         text = render(config.template, record.question)
-        if config.on_long_prompt == "skip" or len(text.encode()) + DOCUMENT_TOKENS <= config.max_prompt_tokens:
+        if len(text.encode()) + DOCUMENT_TOKENS <= config.max_prompt_tokens:
+            kept += 1
+            continue
+        if config.on_long_prompt == "skip" and kept:
             continue
         tokenizer = tokenizer or load_tokenizer(tokenizer_directory)
-        _check_length(len(tokenizer.encode_prompt(text)), record, config)
-    if not count:
+        num_tokens = len(tokenizer.encode_prompt(text))
+        if config.on_long_prompt == "error":
+            _check_length(num_tokens, record, config)
+        kept += num_tokens <= config.max_prompt_tokens
+    if not kept:
         raise DataError(f"no prompts left in {', '.join(map(str, config.prompts))}")
 
 

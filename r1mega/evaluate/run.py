@@ -80,7 +80,7 @@ def find_checkpoint(checkpoint: Path) -> CheckpointSource:
     if not (path / "config.json").exists():
         raise CheckpointError(
             f"{checkpoint}: neither an HF directory (config.json) nor one with an export (hf/config.json); a run "
-            "writes its export when it finishes, tools/convert_checkpoint makes one from a training checkpoint"
+            "writes its export when it finishes"
         )
     resolved = path.resolve()
     for parent in (resolved, *list(resolved.parents)[:3]):  # RUN/checkpoints/step_x/hf is the deepest
@@ -95,7 +95,7 @@ def _with_run_config(path: Path, config_file: Path) -> CheckpointSource:
         rollout, data = run.get("rollout", {}), run.get("data", {})
         return CheckpointSource(
             path,
-            template=data.get("template", "r1_zero"),
+            template=data.get("template", "nano" if run.get("stage") == "base" else "r1_zero"),
             stop=tuple(rollout.get("stop", DEFAULT_STOP)),
             max_tokens=rollout.get("max_response_tokens"),
             reward=RewardConfig.model_validate(run.get("reward", {})),
@@ -190,6 +190,10 @@ def _sampling(
     """Stops and response length. ConfigError when the longest prompt and the response do not fit into the context."""
     room = context - max(map(len, prompts), default=0)
     chosen = max_tokens if max_tokens is not None else min(source.max_tokens or DEFAULT_MAX_TOKENS, room)
+    if room < 1:
+        raise ConfigError(
+            f"the longest prompt fills the model's context of {context} tokens; shorten the prompts, or choose --template"
+        )
     if not 1 <= chosen <= room:
         raise ConfigError(
             f"max_tokens = {chosen}: the longest prompt leaves {room} of the model's {context} tokens; "

@@ -32,7 +32,7 @@ def current() -> Platform:
     return Platform(
         name="cuda" if cuda else "cpu",
         device=torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu"),
-        distributed_backend="nccl" if cuda else "gloo",
+        distributed_backend="cpu:gloo,cuda:nccl" if cuda else "gloo",
         # Transformer Engine has no CPU code: installed without a GPU it cannot be used
         has_transformer_engine=cuda and importlib.util.find_spec("transformer_engine") is not None,
         has_apex=cuda and importlib.util.find_spec("apex") is not None,

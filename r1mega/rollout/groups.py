@@ -45,7 +45,7 @@ class GroupCollector:
             kept += [g for g in groups if carries_signal(g)] if dynamic.enabled else groups
             self._num_rounds += 1
             total = self._over_replicas(len(kept))
-        return kept or groups  # a step without any signal still updates (KL) and is seen in the metrics
+        return kept if total else groups  # a step without any signal still updates (KL) and is seen in the metrics
 
     def metrics(self) -> dict[str, float]:
         """How much was sampled for the last step, over all replicas."""

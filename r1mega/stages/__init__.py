@@ -7,7 +7,7 @@ import contextlib
 from r1mega.checkpoint.hf import read_config
 from r1mega.checkpoint.store import MANIFEST, architecture_of, check_architecture
 from r1mega.config.schema import BaseStage, RLStage
-from r1mega.observe.run import RunDirectory
+from r1mega.observe.run import RunDirectory, run_finished
 
 
 def run_stage(config: BaseStage | RLStage) -> int:
@@ -15,6 +15,9 @@ def run_stage(config: BaseStage | RLStage) -> int:
     from r1mega import platform
 
     _check_run_directory(config)
+    if run_finished(config.run_dir, config.steps):
+        print(f"{config.run_dir}: finished before ({config.steps} steps); nothing to do", flush=True)
+        return 0
     platform.prepare()  # before megatron is imported
     if isinstance(config, BaseStage):
         from r1mega.stages.base import run

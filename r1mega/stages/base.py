@@ -136,13 +136,13 @@ def _step(policy: Policy, batches: list[_Batch]) -> tuple[UpdateResult, float, i
     total_weight, total_rows, total_tokens = sums[:3].tolist()
 
     def loss(index, _microbatch, log_probs, _entropies):
-        value = -(log_probs * batches[index].weights).sum() / total_weight
+        value = -(log_probs * batches[index].weights.to(log_probs.device)).sum() / total_weight
         return value, value.detach()
 
     result = policy.update(
         [b.microbatch for b in batches], loss, total_response_tokens=int(total_rows), predict_further=True
     )
-    mean = torch.stack(result.statistics).sum().double()
+    mean = torch.stack(result.statistics).sum().double().cpu()
     dist.all_reduce(mean)
     return result, float(mean), int(total_tokens)
 

@@ -7,9 +7,11 @@ from typing import Any
 
 from r1mega.checkpoint.hf import HFTensors, read_config, write_hf
 from r1mega.config.schema import RLStage
-from r1mega.data.cursor import PromptCursor
+from r1mega.data.cursor import CursorState, PromptCursor
 from r1mega.data.prompts import load_prompts
 from r1mega.data.tokenizer import load_tokenizer
+from r1mega.errors import CheckpointError
+from r1mega.observe.trace import profile_step
 from r1mega.reward.compose import RewardScorer
 from r1mega.rollout.build import build_engine
 from r1mega.rollout.groups import GroupCollector
@@ -42,7 +44,7 @@ class RLTrainer:
         self.cursor = PromptCursor(len(prompts), config.seed)
         self.start, progress = runtime.restore(self.policy, self.hf_config)
         if self.start:
-            self.cursor.load_state_dict(progress["cursor"])
+            self._restore_cursor(progress["cursor"])
         self.engine = build_engine(config.rollout, config.model, config.weights, config.data.max_prompt_tokens)
         self.scorer = RewardScorer(config.reward, max_response_tokens=config.rollout.max_response_tokens)
         stop_ids, stop_strings = stop_settings(config.rollout.stop, self.tokenizer)
@@ -72,6 +74,12 @@ class RLTrainer:
         metrics |= group_metrics(groups, contributes=self.collector.contributes) | self.collector.metrics()
         return metrics, groups
 
+    def _restore_cursor(self, state: CursorState) -> None:
+        try:
+            self.cursor.load_state_dict(state)
+        except ValueError as error:
+            raise CheckpointError(f"data.prompts is not what the run began with: {error}; use another run_dir") from error
+
     def close(self) -> None:
         """Stop the reward workers and free the generator."""
         self.scorer.close()
@@ -81,14 +89,15 @@ class RLTrainer:
 def run(config: RLStage, runtime: Runtime) -> int:
     """Train to `config.steps` and export RUN_DIR/hf. Returns the exit code."""
     trainer = RLTrainer(config, runtime)
-    evaluation = Evaluation(config, trainer, runtime)
     try:
+        evaluation = Evaluation(config, trainer, runtime)
         if trainer.start == 0:
             evaluation.run(0)
         with runtime.progress(total=config.steps, done=trainer.start):
             for step in range(trainer.start + 1, config.steps + 1):
                 trainer.timer.start_step()
-                metrics, groups = trainer.step(step)
+                with profile_step(runtime.run_dir, step, runtime.rank):
+                    metrics, groups = trainer.step(step)
                 metrics |= rates(metrics, trainer.timer.finish_step())
                 metrics |= evaluation.run(step) if evaluation.is_due(step) else {}
                 runtime.write_metrics(step, metrics)

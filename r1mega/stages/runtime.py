@@ -6,7 +6,6 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -166,12 +165,3 @@ class Runtime:
 def _threads_per_rank() -> int:
     """Cores of this machine over the ranks on it."""
     return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-
-
-def run_finished(run_dir: Path, steps: int) -> bool:
-    """Whether the run directory holds a finished run of that many steps with its export."""
-    directory = RunDirectory(run_dir)
-    if not directory.status.exists() or not (directory.path / "hf" / "config.json").exists():
-        return False
-    status = directory.read_status()
-    return status["state"] == "finished" and status["step"] >= steps

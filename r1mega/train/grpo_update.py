@@ -19,6 +19,16 @@ from r1mega.train.samples import minibatch_weights, pack_samples, policy_tokens
 from r1mega.types import TrainingSample
 
 
+_NO_UPDATE = dict.fromkeys(
+    (
+        "policy/loss", "policy/kl", "policy/clip_fraction", "policy/entropy", "policy/grad_norm", "logprob/diff_max",
+        "logprob/diff_mean", "tokens/update",
+    ),
+    0.0,
+) | {"expert/load_max_over_mean": 1.0, "packing/fill_fraction": 1.0}  # fmt: skip
+"""Metrics of a step in which no response carries loss (all rewards failed, or all were truncated and masked)."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Minibatch:
     """One optimizer step's share of this rank, and the figures that all ranks agree on."""
@@ -35,6 +45,8 @@ def update_policy(
 
     Every sample is used once an inner epoch, in `num_minibatches` optimizer steps of a seeded random partition.
     """
+    if not samples:
+        return _NO_UPDATE
     algorithm, temperature = config.algorithm, config.rollout.temperature
     results: list[UpdateResult] = []
     with timer.phase("update"):
@@ -116,15 +128,11 @@ def _metrics(results: list[UpdateResult]) -> dict[str, float]:
     counts = parallel_state.get_tensor_model_parallel_rank() == 0  # tensor-parallel ranks see the same tokens
     for place, result in enumerate(results):
         for stats, entropy, loss in result.statistics if counts else ():
-            sums[0] += stats.num_tokens
-            sums[1] += stats.clipped
-            sums[2] += stats.kl
-            sums[3] += entropy
-            sums[4] += loss
+            sums[:5] += torch.stack([stats.num_tokens, stats.clipped, stats.kl, entropy, loss]).cpu()
             if place == 0:
-                sums[5] += stats.num_tokens
-                sums[6] += stats.mismatch_sum
-                largest[0] = max(largest[0], stats.mismatch_max)
+                sums[5] += stats.num_tokens.cpu()
+                sums[6] += stats.mismatch_sum.cpu()
+                largest[0] = max(largest[0], stats.mismatch_max.cpu())
     dist.all_reduce(sums)
     dist.all_reduce(largest, dist.ReduceOp.MAX)
     tokens, clipped, kl, entropy, loss, first_tokens, mismatch = sums.tolist()

@@ -7,6 +7,7 @@ it trains on. A sample is never split; a microbatch is a concatenation of whole 
 from __future__ import annotations
 
 import bisect
+import dataclasses
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -128,6 +129,13 @@ class Microbatch:
     @property
     def num_tokens(self) -> int:
         return int(self.tokens.numel())
+
+    def to(self, device: torch.device) -> Microbatch:
+        """The same on another device (itself when it is there already)."""
+        if self.tokens.device == device:
+            return self
+        moved = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return Microbatch(**{n: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for n, v in moved.items()})
 
 
 def build_microbatch(

@@ -76,7 +76,7 @@ class Policy:
         seed: int,
         init_std: float | None = None,
     ):
-        self.dtype = getattr(torch, model.dtype)
+        self.dtype, self.device = getattr(torch, model.dtype), platform.current().device
         self.chunks = build_model(hf_config, parallel, model, seed=seed, init_std=init_std)
         self.megatron_config = config = self.chunks[0].config
         wrapped = [Float16Module(config, c) for c in self.chunks] if self.dtype == torch.bfloat16 else self.chunks
@@ -136,7 +136,7 @@ class Policy:
         gradients by it; the loss is multiplied by it first, so that the caller's loss is minimised as it stands.
         predict_further: add the loss of the multi-token-prediction layers, if the model has them (pre-training and SFT:
         the tokens are to be imitated); entropies are then not computed (NaN).
-        Raises NonFiniteError when the gradient norm is not finite; the weights are then untouched.
+        Raises NonFiniteError when the gradient norm is not finite; the weights are then lost, the last checkpoint is not.
         """
         self.scheduler.step(1)  # first, so that a warm-up of n steps starts at lr / n and not at 0
         for chunk in self.ddp_chunks:
@@ -170,9 +170,10 @@ class Policy:
 
         def forward_step(iterator: Iterator[tuple[int, Microbatch]], model: torch.nn.Module):
             index, batch = next(iterator)
+            batch = batch.to(self.device)
             packed = packed_seq_params(batch.cu_seqlens)
             if predict_further:  # with labels Megatron adds the MTP loss itself and returns cross-entropies [1, T]
-                mask = torch.zeros(1, batch.num_tokens).index_fill_(1, batch.rows, 1.0)
+                mask = torch.zeros(1, batch.num_tokens, device=self.device).index_fill_(1, batch.rows, 1.0)
                 output = model(
                     batch.tokens[None], batch.positions[None], None,
                     labels=batch.labels[None], loss_mask=mask, packed_seq_params=packed,
@@ -283,9 +284,8 @@ class Policy:
         self.scheduler.load_state_dict(state["scheduler"])
         if self._reference is not None:
             for i, reference in enumerate(self._reference):
-                for name, value in state["reference"][f"model{i}"].items():
-                    if name in reference:
-                        reference[name].copy_(value)
+                for name, value in reference.items():
+                    value.copy_(state["reference"][f"model{i}"][name])
 
 
 def _state(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -302,6 +302,8 @@ def _renamed(sharded: dict[str, Any], values: dict[str, torch.Tensor]) -> dict[s
             item.data = values[name]
             item.key = f"reference.{item.key}"
             kept[name] = item
+    if kept.keys() != values.keys():
+        raise RuntimeError(f"the model's sharded state lacks {sorted(values.keys() - kept.keys())}")
     return kept
 
 
@@ -322,4 +324,6 @@ def _lr_schedule(optimizer: Any, config: OptimizerConfig, total_steps: int) -> O
         wd_incr_style="constant",
         wsd_decay_steps=decay,
         lr_wsd_decay_style=None if config.schedule == "constant" else config.schedule,
+        use_checkpoint_opt_param_scheduler=False,  # a run that goes on with more steps decays over those
+        override_opt_param_scheduler=True,
     )

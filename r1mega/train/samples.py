@@ -72,16 +72,18 @@ def policy_tokens(
     old_log_probs: torch.Tensor | None,
     reference_log_probs: torch.Tensor | None,
 ) -> PolicyTokens:
-    """Line a microbatch's samples up with its response tokens.
+    """Line a microbatch's samples up with its response tokens, on the microbatch's device.
 
     weights: the loss weight of one token of each sample (by index). old_log_probs: [R]; None: the sampler's own.
     """
     members = [samples[i] for i in microbatch.sample_indices]
 
     def per_token(values: list[float]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.float32)[microbatch.sequence_ids]
+        return torch.tensor(values, dtype=torch.float32, device=device)[microbatch.sequence_ids]
 
+    device = microbatch.tokens.device
     sampler = torch.from_numpy(np.concatenate([m.sampler_log_probs for m in members] or [np.zeros(0, np.float32)]))
+    sampler = sampler.to(device)
     return PolicyTokens(
         advantages=per_token([m.advantage for m in members]),
         old_log_probs=sampler if old_log_probs is None else old_log_probs,

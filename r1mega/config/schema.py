@@ -46,7 +46,8 @@ class ModelConfig(Section):
     sequence_aux_loss_coefficient: NonNegative = 0.0  # DeepSeek-V3: 1e-4
     mtp_loss_coefficient: NonNegative = 0.0  # used where labels are known (pre-training, SFT); 0: MTP is not built
     recompute: Literal["none", "selective", "full"] = "none"
-    log_probs: Literal["logits", "reference"] = "logits"  # logits: the compiled kernels; reference: plain torch
+    log_probs: Literal["logits", "hidden", "reference"] = "logits"
+    # logits: the compiled kernels; hidden: the same without ever holding [tokens, vocabulary]; reference: plain torch
 
 
 class OptimizerConfig(Section):

@@ -83,6 +83,8 @@ def _layout_problems(config: BaseStage | RLStage, hf: dict[str, Any], world: int
         yield f"parallel.dp = {p.dp} with tp * pp * cp = {model_ranks} wants {p.dp * model_ranks} processes, there are {world}"
     if world % expert_ranks:
         yield f"parallel: {world} processes cannot be divided by ep * etp * pp = {expert_ranks}"
+    if config.model.log_probs == "hidden" and (p.tp > 1 or hf.get("tie_word_embeddings") or config.model.mtp_loss_coefficient):
+        yield "model.log_probs = hidden wants parallel.tp=1, untied embeddings and no MTP loss; use logits"
     kind = "zero" if isinstance(config, RLStage) else "base"
     if p.cp > 1 or (p.pp > 1 and isinstance(config, RLStage)) or (model_ranks > 1 and not isinstance(config, RLStage)):
         yield f"parallel: stage {kind} does not run in this layout yet; set cp=1 and pp=1{'' if kind == 'zero' else ' and tp=1'}"

@@ -30,7 +30,7 @@ from megatron.core.optimizer import get_megatron_optimizer  # noqa: E402
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 from megatron.core.transformer.module import Float16Module  # noqa: E402
-from r1mega_kernels import grouped_log_prob  # noqa: E402
+from r1mega_kernels import LogProbs, grouped_log_prob, linear_log_prob  # noqa: E402
 
 from r1mega.checkpoint.names import export_hf, load_hf  # noqa: E402
 from r1mega.config.schema import ModelConfig, OptimizerConfig, ParallelConfig  # noqa: E402
@@ -106,6 +106,7 @@ class Policy:
         self._tensor_group = (
             parallel_state.get_tensor_model_parallel_group() if config.tensor_model_parallel_size > 1 else None
         )
+        self._head = _bypass_output_layer(self.chunks[-1]) if model.log_probs == "hidden" else None
         self.pad_multiple = parallel.tp * (2 * parallel.cp if parallel.cp > 1 else 1)
         """Tokens of a microbatch are a multiple of this (sequence and context parallel splits)."""
         self.kernels = "reference" if model.log_probs == "reference" else None
@@ -186,9 +187,7 @@ class Policy:
                     log_probs = -output[0].index_select(0, batch.rows).float()
                     entropies = torch.full_like(log_probs, math.nan)
                 else:
-                    log_probs, entropies, _ = grouped_log_prob(
-                        output[0], batch.labels, temperature, batch.rows, self._tensor_group, backend=self.kernels
-                    )
+                    log_probs, entropies, _ = self._score(output[0], batch, temperature)
                 value, statistics = function(index, batch, log_probs, entropies)
                 collected.append(statistics)
                 return value, torch.tensor(batch.rows.numel(), dtype=torch.int), {}
@@ -207,6 +206,13 @@ class Policy:
             forward_only=forward_only,
         )
         return collected
+
+    def _score(self, output: torch.Tensor, batch: Microbatch, temperature: float) -> LogProbs:
+        """Log-probs of a microbatch's response tokens from the model's output: logits, or hidden states."""
+        where = (batch.labels, temperature, batch.rows, self._tensor_group)
+        if self._head is None:
+            return grouped_log_prob(output, *where, backend=self.kernels)
+        return linear_log_prob(output, self._head.weight, *where, backend=self.kernels)
 
     def _finalize_gradients(self, model: list[torch.nn.Module], num_tokens: torch.Tensor | None = None, **kwargs):
         self._expert_load = self._measure_expert_load()  # finalize_model_grads resets the counters
@@ -288,6 +294,14 @@ class Policy:
                     value.copy_(state["reference"][f"model{i}"][name])
 
 
+def _bypass_output_layer(chunk: torch.nn.Module) -> torch.nn.Module | None:
+    """Make a last pipeline stage return its final hidden states; the layer whose weight is left for `linear_log_prob`."""
+    layer = getattr(chunk, "output_layer", None)
+    if layer is not None:
+        layer.forward = lambda hidden, *_args, **_kwargs: (hidden, None)
+    return layer
+
+
 def _state(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Parameters, and the router's expert bias (a buffer that decides routing)."""
     yield from chunk.named_parameters()
@@ -309,7 +323,8 @@ def _renamed(sharded: dict[str, Any], values: dict[str, torch.Tensor]) -> dict[s
 
 def _lr_schedule(optimizer: Any, config: OptimizerConfig, total_steps: int) -> OptimizerParamScheduler:
     """Warm-up, then constant, or a decay over the last `decay_steps` steps (warmup-stable-decay)."""
-    decay = config.decay_steps or max(1, total_steps - config.warmup_steps)
+    longest = max(1, total_steps - config.warmup_steps)
+    decay = min(config.decay_steps or longest, longest)
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,

@@ -53,6 +53,18 @@ def run_until_step(step, run_dir, sent, *arguments, timeout=300):
     return code
 
 
+def kill_when(condition, *arguments, log, timeout=300):
+    """Start, and kill -9 the moment `condition()` holds."""
+    with open(log, "w") as out:
+        process = subprocess.Popen(command(*arguments), env=environment(), cwd=REPOSITORY, stdout=out, stderr=out)
+        limit = time.monotonic() + timeout
+        while time.monotonic() < limit and process.poll() is None and not condition():
+            time.sleep(0.002)
+        process.kill()
+        process.wait(timeout)
+    assert process.returncode == -signal.SIGKILL, Path(log).read_text()[-6000:]
+
+
 def metrics(run_dir):
     """Whole lines of metrics.jsonl, as dicts."""
     path = Path(run_dir) / "metrics.jsonl"
@@ -71,4 +83,12 @@ def zero_arguments(base, run_dir, *overrides):
         f"data.prompts=[{base}/data/train.jsonl]", f"evaluate.data={base}/data/eval.jsonl", "threads=1", "steps=4",
         "rollout.num_prompts=4", "rollout.group_size=4", "rollout.max_response_tokens=24", "evaluate.num_prompts=4",
         "checkpoint.every_steps=2", "observe.tensorboard=false", "algorithm.reference_refresh_steps=3", *overrides,
+    )  # fmt: skip
+
+
+def base_arguments(run_dir, *overrides):
+    """`r1mega train` arguments of a small base run."""
+    return (
+        "train", "configs/nano/base.yaml", f"run_dir={run_dir}", "steps=60", "threads=1", "optimizer.decay_steps=20",
+        "task.num_train_prompts=64", "task.num_eval_prompts=16", *overrides,
     )  # fmt: skip

@@ -8,7 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.runs import metrics, r1mega, run_until_step, without_times, zero_arguments
+from tests.e2e.runs import (
+    base_arguments,
+    kill_when,
+    metrics,
+    r1mega,
+    run_until_step,
+    without_times,
+    zero_arguments,
+)
 
 NAMES = """step reward/mean reward/accuracy reward/format response/length_mean response/truncated_fraction policy/kl
 policy/clip_fraction policy/entropy policy/grad_norm logprob/diff_max logprob/diff_mean expert/load_max_over_mean
@@ -55,6 +63,39 @@ def test_interrupted_run_equals_uninterrupted_bitwise(nano_base, whole_run, tmp_
     assert (tmp_path / "run" / shard).read_bytes() == (whole_run / shard).read_bytes()
 
 
+def test_killed_while_saving_goes_on_from_the_checkpoint_before(nano_base, whole_run, tmp_path):
+    """The kill comes when step 4's checkpoint is half-written: step 2's must be whole and be used."""
+    run_dir, arguments = tmp_path / "run", zero_arguments(nano_base, tmp_path / "run")
+    kill_when(lambda: any(run_dir.glob("checkpoints/step_000004.tmp")), *arguments, log=tmp_path / "log")
+    assert not (run_dir / "checkpoints/step_000004").exists()
+    done = r1mega(*arguments)
+    assert "from step 2" in done.stdout
+    assert without_times(metrics(run_dir)) == without_times(metrics(whole_run))
+    assert not list(run_dir.glob("checkpoints/*.tmp"))
+
+
+def test_base_stage_killed_in_the_middle_equals_uninterrupted(nano_base, tmp_path):
+    run_dir = tmp_path / "run"
+    arguments = base_arguments(run_dir, "checkpoint.every_steps=20")
+    kill_when(lambda: any(line["step"] >= 40 for line in metrics(run_dir)), *arguments, log=tmp_path / "log")
+    r1mega(*arguments)
+    assert without_times(metrics(run_dir)) == without_times(metrics(nano_base))
+    name = "hf/model.safetensors"
+    assert (run_dir / name).read_bytes() == (nano_base / name).read_bytes()
+
+
+@pytest.mark.parametrize("layout", [["parallel.tp=2", "rollout.tp=2"], ["parallel.ep=2"]], ids=["tp2", "ep2"])
+def test_sharded_trainer_agrees_with_one_rank(nano_base, whole_run, tmp_path, layout):
+    """Two ranks that share the model: the first step's figures are those of one rank."""
+    r1mega(*zero_arguments(nano_base, tmp_path / "run", *layout), num_ranks=2)
+    one, two = metrics(whole_run)[0], metrics(tmp_path / "run")[0]
+    assert two["logprob/diff_max"] < 2e-4
+    for name in ("response/length_mean", "reward/accuracy"):
+        assert math.isclose(one[name], two[name], abs_tol=1e-12), name
+    for name in ("policy/loss", "policy/entropy", "policy/grad_norm"):
+        assert math.isclose(one[name], two[name], abs_tol=1e-4, rel_tol=1e-3), (name, one[name], two[name])
+
+
 def test_two_data_parallel_ranks_equal_one(nano_base, whole_run, tmp_path):
     r1mega(*zero_arguments(nano_base, tmp_path / "run"), num_ranks=2)
     one, two = metrics(whole_run), metrics(tmp_path / "run")
@@ -90,7 +131,7 @@ def test_report_is_written(whole_run):
 
 def test_finished_run_starts_again_without_changing_anything(whole_run, nano_base):
     before = (whole_run / "metrics.jsonl").read_bytes()
-    r1mega(*zero_arguments(nano_base, whole_run))
+    assert "nothing to do" in r1mega(*zero_arguments(nano_base, whole_run)).stdout
     assert (whole_run / "metrics.jsonl").read_bytes() == before
 
 
@@ -117,12 +158,13 @@ def test_another_config_in_the_same_run_dir_is_refused(whole_run, nano_base):
     ],
     ids=["dr_grpo", "gspo", "recompute_tis", "dapo", "transformers_engine"],
 )  # fmt: skip
-def test_switches(nano_base, tmp_path, overrides):
+def test_switches(nano_base, whole_run, tmp_path, overrides):
     r1mega(*zero_arguments(nano_base, tmp_path / "run", "steps=2", *overrides))
     lines = metrics(tmp_path / "run")
     assert [line["step"] for line in lines] == [1, 2]
     assert all(line["logprob/diff_max"] < 2e-4 for line in lines)
     assert all(math.isfinite(line["policy/loss"]) for line in lines)
+    assert lines[1]["policy/loss"] != metrics(whole_run)[1]["policy/loss"], "the switches change nothing"
 
 
 def test_real_prompts(nano_base, tmp_path):

@@ -40,12 +40,12 @@ def one_rank():
     torch.set_num_threads(threads)
 
 
-def make_policy(**optimizer):
+def make_policy(log_probs="logits", **optimizer):
     from r1mega.train.policy import Policy
 
     settings = OptimizerConfig(lr=LEARNING_RATE, weight_decay=0.1, clip_grad=0.05, **optimizer)
     return Policy(
-        ModelConfig(path="unused", dtype="float32", expert_bias_update_rate=0.0), HF, ParallelConfig(), settings,
+        ModelConfig(path="unused", dtype="float32", log_probs=log_probs), HF, ParallelConfig(), settings,
         total_steps=10, seed=1, init_std=0.08,
     )  # fmt: skip
 
@@ -89,10 +89,13 @@ def transformers_model(policy, tmp_path):
     return AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32, attn_implementation="eager")
 
 
-@pytest.mark.parametrize("aggregation", ["sequence", "token"])
-def test_one_grpo_step_equals_transformers_and_adamw(one_rank, tmp_path, aggregation):
+@pytest.mark.parametrize(
+    ("aggregation", "log_probs"),
+    [("sequence", "logits"), ("token", "logits"), ("sequence", "hidden"), ("sequence", "reference")],
+)
+def test_one_grpo_step_equals_transformers_and_adamw(one_rank, tmp_path, aggregation, log_probs):
     algorithm = AlgorithmConfig(loss_aggregation=aggregation)
-    policy, samples = make_policy(), make_samples()
+    policy, samples = make_policy(log_probs), make_samples()
     model = transformers_model(policy, tmp_path)
     decayed = [p for p in model.parameters() if p.ndim > 1]
     rest = [p for p in model.parameters() if p.ndim == 1]  # Megatron decays neither norms nor biases

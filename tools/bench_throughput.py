@@ -55,8 +55,11 @@ def bare_vllm(connection: Any, model: str, settings: dict[str, Any], threads: in
         connection.send((seconds, sum(len(c.token_ids) for o in outputs for c in o.outputs)))
 
 
-def bare_megatron(policy: Any, microbatches: list[Any]) -> float:
-    """Seconds of one plain language-model step (Megatron's own loss) on the same packed microbatches."""
+def bare_megatron(policy: Any, microbatches: list[Any], *, forward_only: bool = False) -> float:
+    """Seconds of one plain language-model step (Megatron's own loss) on the same packed microbatches.
+
+    policy: a copy that serves as holder of Megatron's model and optimizer only.
+    """
     import torch
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
@@ -71,26 +74,31 @@ def bare_megatron(policy: Any, microbatches: list[Any]) -> float:
         return output, lambda losses: (losses.sum(), torch.tensor(losses.numel(), dtype=torch.int), {})
 
     model = policy.ddp_chunks[0]
-    for group in policy.optimizer.param_groups:
-        group["lr"] = 0.0  # the schedule sets it again before the next real step
     begun = time.perf_counter()
     model.zero_grad_buffer()
     policy.optimizer.zero_grad()
     get_forward_backward_func()(
         forward_step_func=forward_step, data_iterator=iter(microbatches), model=model,
         num_microbatches=len(microbatches), seq_length=max(b.num_tokens for b in microbatches), micro_batch_size=1,
-        forward_only=False,
+        forward_only=forward_only,
     )  # fmt: skip
-    policy.optimizer.step()
+    if not forward_only:
+        policy.optimizer.step()
     return time.perf_counter() - begun
 
 
 def measure(config: Any, runtime: Any, steps: int) -> dict[str, list[float]]:
     """Alternate our steps with the bare ones. Returns lists of figures by name, one entry a step after the warm-up."""
+    from r1mega.checkpoint.hf import HFTensors
     from r1mega.stages.rl import RLTrainer
     from r1mega.train import grpo_update
+    from r1mega.train.policy import Policy
 
     trainer = RLTrainer(config, runtime)
+    bare = Policy(
+        config.model, trainer.hf_config, config.parallel, config.optimizer, total_steps=10**6, seed=config.seed
+    )
+    bare.load_hf(HFTensors(config.model.path))
     seen: dict[str, Any] = {}
     plan, sample = grpo_update._plan, trainer.engine.stream
 
@@ -125,7 +133,8 @@ def measure(config: Any, runtime: Any, steps: int) -> dict[str, list[float]]:
         ours.send((seen["prompts"], step))
         bare_seconds, bare_tokens = ours.recv()
         batches = [m.microbatches for m in seen["minibatches"]]
-        megatron_seconds = sum(bare_megatron(trainer.policy, part) for part in batches)
+        megatron_seconds = sum(bare_megatron(bare, part) for part in batches)
+        forward_seconds = bare_megatron(bare, [b for part in batches for b in part], forward_only=True)
         if step == 1:
             continue  # warm-up of all four
         other = times["time/step_seconds"] - times["time/rollout_seconds"] - times["time/update_seconds"]
@@ -134,7 +143,9 @@ def measure(config: Any, runtime: Any, steps: int) -> dict[str, list[float]]:
             "bare vLLM tokens/s": bare_tokens / bare_seconds,
             "update tokens/s": metrics["tokens/update"] / times["time/update_seconds"],
             "bare Megatron tokens/s": metrics["tokens/update"] / megatron_seconds,
+            "bare Megatron forward seconds": forward_seconds,
             "neither / step": other / times["time/step_seconds"],
+            "neither but log-probs / step": (other - times["time/logprob_seconds"]) / times["time/step_seconds"],
             **{name: value for name, value in times.items()},
         }
         for name, value in row.items():
@@ -155,12 +166,14 @@ def main() -> None:
 
     from r1mega import platform
     from r1mega.config.load import load_config
+    from r1mega.config.validate import validate
 
     platform.prepare()
     from r1mega.stages.runtime import Runtime
 
     with tempfile.TemporaryDirectory() as scratch:
         config = load_config(arguments.config, [*arguments.overrides, f"run_dir={scratch}/run"])
+        validate(config)
         with Runtime.open(config) as runtime:
             figures = measure(config, runtime, arguments.steps)
     medians = {name: statistics.median(values) for name, values in figures.items()}
@@ -174,6 +187,7 @@ def main() -> None:
     print(f"rollout / bare vLLM          {paired('rollout tokens/s', 'bare vLLM tokens/s'):.3f}   (goal >= 0.9)")
     print(f"update / bare Megatron       {paired('update tokens/s', 'bare Megatron tokens/s'):.3f}   (goal >= 0.8)")
     print(f"neither / step               {medians['neither / step']:.3f}   (goal <= 0.10)")
+    print(f"  of which reference log-probs {medians['time/logprob_seconds'] / medians['time/step_seconds']:.3f}")
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=1))
 

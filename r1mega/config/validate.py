@@ -85,9 +85,9 @@ def _layout_problems(config: BaseStage | RLStage, hf: dict[str, Any], world: int
         yield f"parallel: {world} processes cannot be divided by ep * etp * pp = {expert_ranks}"
     if config.model.log_probs == "hidden" and (p.tp > 1 or hf.get("tie_word_embeddings") or config.model.mtp_loss_coefficient):
         yield "model.log_probs = hidden wants parallel.tp=1, untied embeddings and no MTP loss; use logits"
-    kind = "zero" if isinstance(config, RLStage) else "base"
-    if p.cp > 1 or (p.pp > 1 and isinstance(config, RLStage)) or (model_ranks > 1 and not isinstance(config, RLStage)):
-        yield f"parallel: stage {kind} does not run in this layout yet; set cp=1 and pp=1{'' if kind == 'zero' else ' and tp=1'}"
+    kind = config.stage
+    if model_ranks > 1:
+        yield f"parallel: stage {kind} does not run in this layout yet; set tp=1, pp=1 and cp=1 (dp, ep and rollout.tp may be more)"
     if hf.get("n_routed_experts") and p.tp > 1 and p.sp is False:
         yield "parallel.sp = false: a mixture of experts with parallel.tp > 1 needs sequence parallelism; leave sp out"
     if not hf.get("kv_lora_rank") and hf.get("num_key_value_heads", p.tp) % p.tp:

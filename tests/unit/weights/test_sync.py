@@ -1,0 +1,66 @@
+"""The retry of the probe: a fault on all sequences stops the run, one that other sequences do not show does not."""
+
+import pytest
+import torch
+
+from r1mega.config.schema import WeightsConfig
+from r1mega.errors import WeightSyncError
+from r1mega.train.packing import Microbatch
+from r1mega.types import Response
+
+
+class Policy:
+    """log-prob of every token: -1."""
+
+    dtype, pad_multiple = torch.float32, 1
+
+    def hf_tensors(self):
+        yield "lm_head.weight", torch.ones(2, 2)
+
+    def log_probs(self, batches: list[Microbatch]):
+        return [(torch.full((batch.rows.numel(),), -1.0), None) for batch in batches]
+
+
+class Engine:
+    """Answers as the policy does, but for sequences that begin with a bad token."""
+
+    def __init__(self, bad):
+        self.bad = bad
+
+    def update_weights(self, tensors):
+        from r1mega.weights.digest import tensor_digest
+
+        self.digest = {name: tensor_digest(tensor) for name, tensor in tensors}
+
+    def weights_digest(self):
+        return self.digest
+
+    def wake_up(self):
+        pass
+
+    def prompt_log_probs(self, sequences):
+        return [tuple(-1.5 if s[0] in self.bad else -1.0 for _ in s[1:]) for s in sequences]
+
+    def generate(self, requests):
+        return [(Response((9,) * r.sampling.max_tokens, (-1.0,) * r.sampling.max_tokens, "length"),) for r in requests]
+
+
+def push(bad):
+    from r1mega.weights.sync import WeightSync
+
+    sequences = [[first, 7, 8, 9, 9, 9] for first in (1, 2, 3, 4, 5)]
+    return WeightSync(Policy(), Engine(bad), WeightsConfig(probe_sequences=2), {}, sequences).push()
+
+
+def test_agreement():
+    assert push(bad=()) == {"weights/probe_diff_max": 0.0}
+
+
+def test_a_difference_that_other_sequences_do_not_show_is_a_warning(caplog):
+    assert push(bad=(1,)) == {"weights/probe_diff_max": 0.0}
+    assert "probing again" in caplog.text
+
+
+def test_a_difference_everywhere_stops_the_run():
+    with pytest.raises(WeightSyncError, match="does not compute what the trainer computes"):
+        push(bad=(1, 2, 3, 4, 5))

@@ -23,6 +23,7 @@ def bare_vllm(connection: Any, model: str, settings: dict[str, Any], threads: in
     """Child process: plain vLLM with its own weights loading; answers each list of prompts with (seconds, tokens)."""
     import torch
 
+    from r1mega.platform import groups
     from r1mega.platform.generator import vllm_platform
 
     torch.set_num_threads(threads)
@@ -30,12 +31,13 @@ def bare_vllm(connection: Any, model: str, settings: dict[str, Any], threads: in
     platform.prepare_environment()
     from vllm import LLM, SamplingParams
 
+    groups.init_distributed()
     platform.apply_patches()
     config = json.loads((Path(model) / "config.json").read_text())
     llm = LLM(
         model=model, skip_tokenizer_init=True, dtype=settings["dtype"], max_model_len=settings["max_model_len"],
         max_num_seqs=settings["max_num_seqs"], max_num_batched_tokens=settings["max_batched_tokens"],
-        logprobs_mode="processed_logprobs",
+        logprobs_mode="processed_logprobs", distributed_executor_backend="external_launcher",
         **platform.engine_arguments(config, settings["kv_cache_bytes"], settings["gpu_memory_utilization"]),
     )  # fmt: skip
     while (job := connection.recv()) is not None:

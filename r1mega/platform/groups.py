@@ -44,8 +44,12 @@ def init_distributed() -> None:
     os.environ.setdefault("LOCAL_RANK", "0")
     if here.name == "cuda":
         torch.cuda.set_device(here.device)
+    alone = os.environ["WORLD_SIZE"] == "1"  # then nobody needs to find anybody: no port that could be taken
     dist.init_process_group(
-        here.distributed_backend, timeout=TIMEOUT, device_id=here.device if here.name == "cuda" else None
+        here.distributed_backend,
+        timeout=TIMEOUT,
+        device_id=here.device if here.name == "cuda" else None,
+        **({"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}),
     )
 
 

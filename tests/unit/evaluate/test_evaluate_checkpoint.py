@@ -30,12 +30,13 @@ from r1mega.types import Prompt, SamplingSettings
 
 COMPLETION = "<think> try 3 </think> <answer> 3 </answer>"
 ENGINES = ("transformers", "vllm")
+SEED = 2  # its problems have the answer 3 now and then
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "eval.jsonl"
-    write_prompts(path, seed=0, count=24, split="eval")
+    write_prompts(path, seed=SEED, count=24, split="eval")
     return path
 
 
@@ -59,7 +60,7 @@ def run_dir(tmp_path_factory, data):
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     completion = [*tokenizer.encode(COMPLETION), tokenizer.eos_token_id]
     questions = [json.loads(line)["question"] for line in data.read_text().splitlines()]
-    for step in range(60):
+    for step in range(150):
         prompt = tokenizer.encode_prompt(render("nano", questions[step % len(questions)]))
         labels = torch.tensor([[-100] * len(prompt) + completion])
         loss = model(torch.tensor([prompt + completion]), labels=labels).loss
@@ -159,5 +160,5 @@ def test_bad_requests_are_refused_before_an_engine_is_built(run_dir, data, tmp_p
         evaluate_checkpoint(run_dir, data, output=tmp_path / "nowhere" / "result.json")
     with pytest.raises(DataError, match="no such file"):
         evaluate_checkpoint(run_dir, tmp_path / "nowhere.jsonl")
-    with pytest.raises(ConfigError, match="the longest prompt leaves"):
+    with pytest.raises(ConfigError, match="the longest prompt fills"):
         generate_text(run_dir, "1 " * 300)

@@ -402,13 +402,14 @@ def test_a_starved_answer_is_not_out_of_time(launcher):
         source = (
             "import time\nstart = time.process_time()\nwhile time.process_time() - start < 0.5: pass\nprint('done')"
         )
-        done = python(launcher, source, Limits(wall_seconds=1.0))
+        runs = [python(launcher, source, Limits(wall_seconds=1.0)) for _ in range(4)]
     finally:
         os.sched_setaffinity(0, everything)
         for process in busy:
             process.kill()
             process.wait()
-    assert done.stdout == b"done\n" and done.wall_seconds > 1.0, done
+    assert all(run.stdout == b"done\n" for run in runs), runs
+    assert max(run.wall_seconds for run in runs) > 1.0, runs  # the scheduler may favour one of them
 
 
 def test_an_end_that_arrives_in_one_piece(launcher):

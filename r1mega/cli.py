@@ -13,7 +13,7 @@ import typer
 from r1mega.errors import R1MegaError
 
 if TYPE_CHECKING:
-    from r1mega.config.schema import StageConfig
+    from r1mega.config.schema import Stage
 
 app = typer.Typer(
     name="r1mega",
@@ -134,16 +134,12 @@ def reward_code(
     score_stream(sys.stdin, sys.stdout, num_workers=workers)
 
 
-def _scan_data(config: StageConfig) -> None:
+def _scan_data(config: Stage) -> None:
     """Bad lines and prompts that are too long end the run here, before anything is started or written."""
-    from r1mega.config.schema import RLStage
     from r1mega.data.prompts import scan_prompts
 
-    if not isinstance(config, RLStage):
-        return
-    scan_prompts(config.data, config.model.path)
-    if config.evaluate.data is not None:
-        scan_prompts(config.data.model_copy(update={"prompts": (config.evaluate.data,)}), config.model.path)
+    for data in config.prompt_data():
+        scan_prompts(data, config.model.path)
 
 
 def main() -> None:

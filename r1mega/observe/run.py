@@ -143,15 +143,6 @@ class RunDirectory:
         return _read_json(self.status)
 
 
-def run_finished(run_dir: Path, steps: int) -> bool:
-    """Whether the directory holds a finished run of that many steps, with its export."""
-    directory = RunDirectory(run_dir)
-    if not directory.status.exists() or not (directory.path / "hf" / "config.json").exists():
-        return False
-    status = directory.read_status()
-    return status["state"] == "finished" and status["step"] == steps
-
-
 def _differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, str]]:
     """(dotted key, "key: old -> new") of every leaf that differs."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from r1mega.config.schema import RLStage
+from r1mega.config.stages.rl import RLStage
 from r1mega.data.cursor import PromptCursor
 from r1mega.rollout.sampler import GroupSampler, request_seed
 from r1mega.types import Prompt, RewardStatus, RolloutGroup

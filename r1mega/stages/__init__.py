@@ -1,35 +1,51 @@
-"""The stages of the recipe, each a `run(config, runtime) -> exit code`; `run_stage` starts the one a config names."""
+"""The stages of the recipe, each a module with `run(config, runtime) -> exit code`; `run_stage` starts the one a config
+names. What their configs hold: `r1mega/config/stages`.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 
 from r1mega.checkpoint.hf import read_config
 from r1mega.checkpoint.store import MANIFEST, architecture_of, check_architecture
-from r1mega.config.schema import BaseStage, RLStage
-from r1mega.observe.run import RunDirectory, run_finished
+from r1mega.config.schema import Stage
+from r1mega.observe.run import RunDirectory
+
+MODULES = {
+    "base": "r1mega.stages.base",
+    "zero": "r1mega.stages.rl",
+    "reasoning_rl": "r1mega.stages.rl",
+}
+"""Where each stage's `run` is."""
 
 
-def run_stage(config: BaseStage | RLStage) -> int:
+def run_stage(config: Stage) -> int:
     """Run one stage to its end, from wherever an earlier start left it; the exit code (85: saved, start again)."""
     from r1mega import platform
 
     _check_run_directory(config)
-    if run_finished(config.run_dir, config.steps):
-        print(f"{config.run_dir}: finished before ({config.steps} steps); nothing to do", flush=True)
+    if is_finished(config):
+        print(f"{config.run_dir}: finished before; nothing to do", flush=True)
         return 0
     platform.prepare()  # before megatron is imported
-    if isinstance(config, BaseStage):
-        from r1mega.stages.base import run
-    else:
-        from r1mega.stages.rl import run
     from r1mega.stages.runtime import Runtime
 
+    run = importlib.import_module(MODULES[config.stage]).run
     with Runtime.open(config) as runtime:
         return run(config, runtime)
 
 
-def _check_run_directory(config: BaseStage | RLStage) -> None:
+def is_finished(config: Stage) -> bool:
+    """Whether the run directory holds all that this config asks for."""
+    directory = RunDirectory(config.run_dir)
+    if not directory.status.exists() or not all((directory.path / name).exists() for name in config.outputs):
+        return False
+    status = directory.read_status()
+    return status["state"] == "finished" and config.is_finished_at(status["step"])
+
+
+def _check_run_directory(config: Stage) -> None:
     """Refuse to go on in the directory of another run or another model, before any process group starts."""
     RunDirectory(config.run_dir).check_config(config.model_dump(mode="json"))
     architecture = architecture_of(read_config(config.model.path))

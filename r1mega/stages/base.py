@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from r1mega.checkpoint.hf import read_config, write_hf
-from r1mega.config.schema import BaseStage
+from r1mega.config.stages.base import BaseStage
 from r1mega.data import nano, nano_tokenizer
 from r1mega.data.template import render
 from r1mega.data.tokenizer import Tokenizer, load_tokenizer
@@ -48,7 +48,7 @@ def run(config: BaseStage, runtime: Runtime) -> int:
         seed=config.seed,
         init_std=config.init_std,
     )
-    start, _ = runtime.restore(policy, hf_config)
+    start, _ = runtime.restore(policy, hf_config, config.steps)
     batches = _batches(config, tokenizer, start)
     with runtime.progress(total=config.steps, done=start):
         for step in range(start + 1, config.steps + 1):

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
-from r1mega.config.schema import DataConfig, RLStage
+from r1mega.config.schema import DataConfig
+from r1mega.config.stages.rl import RLStage
 from r1mega.data.prompts import load_prompts
 from r1mega.evaluate.result import EvaluationResult, merge_results
 from r1mega.evaluate.run import evaluate_prompts

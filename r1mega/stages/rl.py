@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from r1mega.checkpoint.hf import HFTensors, read_config, write_hf
-from r1mega.config.schema import RLStage
+from r1mega.config.stages.rl import RLStage
 from r1mega.data.cursor import CursorState, PromptCursor
 from r1mega.data.prompts import load_prompts
 from r1mega.data.tokenizer import load_tokenizer
@@ -42,7 +42,7 @@ class RLTrainer:
         if config.algorithm.kl_coefficient > 0:
             self.policy.take_reference()
         self.cursor = PromptCursor(len(prompts), config.seed)
-        self.start, progress = runtime.restore(self.policy, self.hf_config)
+        self.start, progress = runtime.restore(self.policy, self.hf_config, config.steps)
         if self.start:
             self._restore_cursor(progress["cursor"])
         self.engine = build_engine(config.rollout, config.model, config.weights, config.data.max_prompt_tokens)

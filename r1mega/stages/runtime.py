@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from r1mega import platform
 from r1mega.checkpoint.store import CheckpointStore, architecture_of
-from r1mega.config.schema import BaseStage, RLStage
+from r1mega.config.schema import Stage
 from r1mega.errors import EXIT_SAVED_FOR_REQUEUE, CheckpointError
 from r1mega.observe.metrics import MetricsWriter
 from r1mega.observe.progress import StageProgress
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 class Runtime:
     """One run of one stage on this rank. Open it with `Runtime.open`; stages call the methods in their loop."""
 
-    def __init__(self, config: BaseStage | RLStage, directory: RunDirectory):
+    def __init__(self, config: Stage, directory: RunDirectory):
         self.config, self.directory, self.run_dir = config, directory, directory.path
         self.rank = dist.get_rank()
         self.is_main = self.rank == 0
@@ -41,11 +41,11 @@ class Runtime:
         self._progress: StageProgress | None = None
         self._stop: StopRequest | None = None
         self._last: dict[str, Any] = {}
-        self._step = 0
+        self._step = self._total_steps = 0
 
     @classmethod
     @contextlib.contextmanager
-    def open(cls, config: BaseStage | RLStage) -> Iterator[Runtime]:
+    def open(cls, config: Stage) -> Iterator[Runtime]:
         """Start process groups, take the run directory, listen to SIGTERM and SIGUSR2; undo all of it at the end."""
         torch.set_num_threads(config.threads or _threads_per_rank())
         groups.init_parallel(config.parallel, config.seed)
@@ -68,7 +68,7 @@ class Runtime:
 
     # ------------------------------------------------------------------ resume and checkpoints
 
-    def restore(self, policy: Any, hf_config: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
+    def restore(self, policy: Any, hf_config: Mapping[str, Any], total_steps: int) -> tuple[int, dict[str, Any]]:
         """(last saved step, its progress record) after loading it into the policy; (0, {}) for a fresh run.
 
         Opens the metric files, cut back to that step.
@@ -81,10 +81,11 @@ class Runtime:
             state, progress = self._store.load(path, policy.sharded_state(is_loading=True))
             policy.load_sharded_state(state)
             self._step = progress["step"]
-            if self._step > self.config.steps:
+            if self._step > total_steps:
                 raise CheckpointError(
-                    f"{path} is past steps = {self.config.steps}; raise steps, or use another run_dir"
+                    f"{path} is past the {total_steps} steps of this config; ask for more, or use another run_dir"
                 )
+        self._total_steps = total_steps
         resume = self._step if path is not None else None
         observe = self.config.observe
         self._metrics = MetricsWriter(
@@ -122,7 +123,7 @@ class Runtime:
     def write_samples(self, step: int, local_groups: Sequence[RolloutGroup]) -> None:
         """Some of rank 0's responses, on the steps that observe.samples_every_steps names, the first and the last."""
         observe = self.config.observe
-        if self.is_main and ((step - 1) % observe.samples_every_steps == 0 or step == self.config.steps):
+        if self.is_main and ((step - 1) % observe.samples_every_steps == 0 or step == self._total_steps):
             self._samples.write(step, local_groups, observe.samples_per_step)
 
     def note(self, text: str) -> None:
@@ -151,7 +152,7 @@ class Runtime:
     def finished(self, summary: Mapping[str, Any]) -> int:
         """Mark the run as finished; the exit code."""
         if self.is_main:
-            self.directory.write_status("finished", self.config.steps, self._last)
+            self.directory.write_status("finished", self._step, self._last)
             for name, value in summary.items():
                 print(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}", flush=True)
         return 0

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from r1mega.algorithm.grpo import grpo_loss
-from r1mega.config.schema import RLStage
+from r1mega.config.stages.rl import RLStage
 from r1mega.observe.trace import PhaseTimer
 from r1mega.train.packing import Microbatch, plan_packing, split_minibatches
 from r1mega.train.policy import Policy, UpdateResult

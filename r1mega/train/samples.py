@@ -11,7 +11,7 @@ import torch.distributed as dist
 from r1mega_kernels import group_advantage
 
 from r1mega.algorithm.grpo import PolicyTokens, token_weights
-from r1mega.config.schema import AlgorithmConfig
+from r1mega.config.stages.rl import AlgorithmConfig
 from r1mega.train.packing import Microbatch, build_microbatch
 from r1mega.types import RolloutGroup, TrainingSample
 

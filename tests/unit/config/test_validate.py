@@ -38,7 +38,7 @@ def test_shipped_nano_config_is_valid(run, world):
 @pytest.mark.parametrize(
     ("overrides", "world", "message"),
     [
-        (["model.path=nowhere/hf"], 1, r"model\.path = nowhere/hf.*run the base stage first"),
+        (["model.path=nowhere/hf"], 1, r"model\.path = nowhere/hf.*run the stage that makes it first"),
         (["data.prompts=[gone.jsonl]"], 1, r"data\.prompts: gone\.jsonl is missing"),
         (["evaluate.data=gone.jsonl"], 1, r"evaluate\.data: gone\.jsonl is missing"),
         (["parallel.tp=3"], 3, r"parallel\.tp = 3 does not divide the model's num_attention_heads = 4; 2 would"),

@@ -9,7 +9,8 @@ import torch
 
 from r1mega import platform
 from r1mega.algorithm.grpo import grpo_loss
-from r1mega.config.schema import AlgorithmConfig, ModelConfig, OptimizerConfig, ParallelConfig
+from r1mega.config.schema import ModelConfig, OptimizerConfig, ParallelConfig
+from r1mega.config.stages.rl import AlgorithmConfig
 from r1mega.platform import groups
 from r1mega.train.packing import build_microbatch
 from r1mega.types import TrainingSample

@@ -4,7 +4,7 @@ import statistics
 
 import pytest
 
-from r1mega.config.schema import AlgorithmConfig
+from r1mega.config.stages.rl import AlgorithmConfig
 from r1mega.train.samples import training_samples
 from r1mega.types import Prompt, Response, Reward, RewardStatus, RolloutGroup
 

@@ -1,0 +1,14 @@
+"""The stages by name: what a config of each may hold. The code that runs them: `r1mega/stages`."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+from r1mega.config.schema import Stage
+from r1mega.config.stages.base import BaseStage
+from r1mega.config.stages.rl import RLStage
+
+STAGES: dict[str, type[Stage]] = {
+    name: model for model in (BaseStage, RLStage) for name in get_args(model.model_fields["stage"].annotation)
+}
+"""What `stage:` may name."""

@@ -1,0 +1,115 @@
+"""Stages `zero` and `reasoning_rl`: GRPO."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from r1mega.config.schema import (
+    DataConfig,
+    EvaluateConfig,
+    NonNegative,
+    Positive,
+    PositiveInt,
+    RewardConfig,
+    RolloutConfig,
+    Section,
+    TrainingStage,
+    WeightsConfig,
+)
+from r1mega.config.validate import context_problems, missing_file_problems, weights_problems
+
+
+class DynamicSampling(Section):
+    """Drop groups whose rewards are all equal and sample new prompts in their place (DAPO, section 3.2)."""
+
+    enabled: bool = False
+    max_rounds: PositiveInt = 4
+
+
+class AlgorithmConfig(Section):
+    """GRPO and its variants by the field's names."""
+
+    normalize_std: bool = True  # False: Dr.GRPO's (r - mean)
+    std_epsilon: NonNegative = 1e-6
+    clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    clip_high: Positive = 0.2  # larger than clip_low: clip-higher (DAPO); 10 in the paper's stage 2
+    ratio: Literal["token", "sequence"] = "token"  # sequence: GSPO's length-normalised sequence ratio
+    loss_aggregation: Literal["sequence", "token", "constant"] = "sequence"
+    # sequence: mean of per-response means (GRPO); token: mean over all tokens (DAPO); constant: / max tokens (Dr.GRPO)
+    kl_coefficient: NonNegative = 0.001  # paper
+    reference_refresh_steps: PositiveInt | None = 400  # paper; None: the reference never changes
+    old_log_probs: Literal["rollout", "recompute"] = "recompute"
+    # rollout: the generator's (exact in float32); recompute: one more forward pass (bfloat16, FP8)
+    importance_cap: Positive | None = None  # truncated importance sampling min(pi_trainer / pi_sampler, cap); None: off
+    mask_truncated: bool = False  # responses cut at max_response_tokens carry no loss (DAPO's overlong filtering)
+    dynamic_sampling: DynamicSampling = DynamicSampling()
+
+
+class UpdateConfig(Section):
+    num_minibatches: PositiveInt = 16  # optimizer steps a rollout (paper)
+    num_epochs: PositiveInt = 1  # paper
+    microbatch_tokens: PositiveInt = 8192  # packing target
+
+
+class RLStage(TrainingStage):
+    """GRPO: `zero` starts from a base model, `reasoning_rl` from the cold start. The loop is the same."""
+
+    stage: Literal["zero", "reasoning_rl"]
+    steps: PositiveInt = 10400  # paper
+    data: DataConfig
+    rollout: RolloutConfig = RolloutConfig()
+    reward: RewardConfig = RewardConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    update: UpdateConfig = UpdateConfig()
+    weights: WeightsConfig = WeightsConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+    def is_finished_at(self, step: int) -> bool:
+        return step == self.steps
+
+    def prompt_data(self) -> list[DataConfig]:
+        files = [] if self.evaluate.data is None else [self.evaluate.data]
+        return [self.data, *(self.data.model_copy(update={"prompts": (file,)}) for file in files)]
+
+    def problems(self, hf: dict[str, Any], world: int) -> Iterator[str]:
+        yield from weights_problems(self.model.path, hf)
+        yield from context_problems(hf, self.data, self.rollout)
+        evaluation = [] if self.evaluate.data is None else [("evaluate.data", self.evaluate.data)]
+        yield from missing_file_problems([*(("data.prompts", path) for path in self.data.prompts), *evaluation])
+        rollout, update, algorithm = self.rollout, self.update, self.algorithm
+        if world % rollout.tp:
+            yield f"rollout.tp = {rollout.tp} does not divide the {world} processes"
+        elif rollout.num_prompts < world // rollout.tp:
+            yield (
+                f"rollout.num_prompts = {rollout.num_prompts} gives some of the {world // rollout.tp} generators no prompt; "
+                f"raise it to at least {world // rollout.tp}"
+            )
+        samples = rollout.num_prompts * rollout.group_size
+        if samples % update.num_minibatches:
+            yield (
+                f"rollout.num_prompts * rollout.group_size = {samples} responses cannot be divided into "
+                f"update.num_minibatches = {update.num_minibatches}"
+            )
+        if rollout.group_size < 2:
+            yield "rollout.group_size = 1: an advantage relative to the group needs at least 2 responses a prompt"
+        longest = self.data.max_prompt_tokens + rollout.max_response_tokens
+        if update.microbatch_tokens < longest:
+            yield (
+                f"update.microbatch_tokens = {update.microbatch_tokens} does not hold the longest sample, "
+                f"max_prompt_tokens + max_response_tokens = {longest}; raise it to at least that"
+            )
+        if algorithm.importance_cap is not None and algorithm.old_log_probs != "recompute":
+            yield "algorithm.importance_cap corrects recomputed log-probs: it wants algorithm.old_log_probs=recompute"
+        if rollout.top_p < 1 and algorithm.old_log_probs == "rollout":
+            yield (
+                f"rollout.top_p = {rollout.top_p}: the generator's log-probs are of the truncated distribution, the trainer's "
+                "are not; set rollout.top_p=1 or algorithm.old_log_probs=recompute"
+            )
+        if self.reward.overlong.weight > 0 and self.reward.overlong.buffer_tokens >= rollout.max_response_tokens:
+            yield (
+                f"reward.overlong.buffer_tokens = {self.reward.overlong.buffer_tokens} must be below "
+                f"rollout.max_response_tokens = {rollout.max_response_tokens}"
+            )

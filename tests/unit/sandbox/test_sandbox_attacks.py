@@ -1,6 +1,6 @@
 """Every attack beside an innocent neighbour: the host untouched, the attacker 0, the neighbour right.
 
-R1MEGA_SANDBOX_REPEATS=100 runs each that many times.
+R1MEGA_SANDBOX_REPEATS=100 runs each that many times, round by round.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def planted(attack: Attack, host) -> str:
     return source
 
 
-@pytest.mark.parametrize("repeat", range(REPEATS))
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.name.replace(" ", "-"))
+@pytest.mark.parametrize("repeat", range(REPEATS))
 def test_attack_scores_zero_beside_a_neighbour(attack, repeat, host, launcher, code_reward):
     if attack in SYSTEM and "syscall" in attack.source and platform.machine() != "x86_64":
         pytest.skip("system call numbers are those of x86-64")

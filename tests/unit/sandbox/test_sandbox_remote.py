@@ -120,13 +120,13 @@ def test_cpp(remote, launcher):
 
 
 def test_asserts_and_calls_with_tests_kept_from_the_answer(remote, service):
-    tests = "seen = [f(n) for n in range(3)]\nassert seen == [0, 1, 4]\nassert f(9) == 81, 'THE GOLD'"
+    tests = "seen = [f(n) for n in range(3)]\nassert seen == [0, 1, 4]\nassert f(12345) == 152399025, 'THE GOLD'"
     problem = Problem(assertions=AssertBlock("", tests))
     del service[1]["requests"][:]
     assert verdict(remote, "def f(n): return n * n", problem) == (1.0, "passed")
     with_answer = [request for request in service[1]["requests"] if "n * n" in request["stdin"]]
     assert len(with_answer) == 4 and len(service[1]["requests"]) == 9
-    assert not any("THE GOLD" in json.dumps(request) or "81" in request["stdin"] for request in with_answer)
+    assert not any("THE GOLD" in json.dumps(request) or "152399025" in request["stdin"] for request in with_answer)
     assert verdict(remote, "def f(n): return n * n if n < 9 else 80", problem) == (0.5, "wrong_answer")
     calls = Problem(call_cases=tuple(CallCase((n,), {}, n * n) for n in range(3)), entry="f")
     assert verdict(remote, "class Solution:\n    def f(self, n): return n * n", calls) == (1.0, "passed")

@@ -102,6 +102,8 @@ def destroy() -> None:
         parallel_state: Any = sys.modules["megatron.core.parallel_state"]
         if parallel_state.model_parallel_is_initialized():
             parallel_state.destroy_model_parallel()
+    if "megatron.core.transformer.moe.moe_utils" in sys.modules:  # the scale is a class's, and of the last schedule's shape
+        sys.modules["megatron.core.transformer.moe.moe_utils"].MoEAuxLossAutoScaler.main_loss_backward_scale = None
     if dist.is_initialized():
         dist.destroy_process_group()
 

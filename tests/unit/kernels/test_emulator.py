@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import struct
 import subprocess
@@ -40,7 +41,8 @@ def run(program, kernel, *arrays, check=True):
         tensor = tensor.contiguous()
         data = (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy().tobytes()
         message += struct.pack("<q", len(data)) + data
-    done = subprocess.run([program], input=message, capture_output=True, timeout=120)
+    alone = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # vLLM sets it; ASan wants to be first
+    done = subprocess.run([program], input=message, capture_output=True, timeout=120, env=alone)
     if check:
         assert done.returncode == 0, done.stderr.decode()[-3000:]
     return done

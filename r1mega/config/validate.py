@@ -57,13 +57,18 @@ def weights_problems(path: Path, hf: dict[str, Any]) -> Iterator[str]:
         return  # said already
     if not any(path.glob("*.safetensors")):
         yield f"model.path = {path}: holds no *.safetensors"
+    yield from tokenizer_problems(path, hf)
+
+
+def tokenizer_problems(path: Path, hf: dict[str, Any]) -> Iterator[str]:
+    """Whether the HF directory `path` holds a tokenizer whose ids the model of config.json `hf` has."""
     try:
         size = tokenizer_size(path)
     except ValueError as error:
         yield f"{path}/tokenizer.json: not JSON ({error})"
         return
     if size is None:
-        yield f"model.path = {path}: holds no tokenizer (tokenizer.json or tokenizer.model)"
+        yield f"{path}: holds no tokenizer (tokenizer.json or tokenizer.model)"
     elif size > hf.get("vocab_size", size):
         yield (
             f"{path}: the tokenizer has ids up to {size - 1}, config.json's vocab_size is {hf['vocab_size']}; "

@@ -8,7 +8,7 @@ import json
 import string
 from pathlib import Path
 
-from r1mega.data import nano
+from r1mega.data import nano, nano_general
 
 VOCAB_SIZE = 448
 """An upper bound that the model's embedding is sized for; the trained vocabulary is a little smaller."""
@@ -33,7 +33,7 @@ def train_tokenizer(directory: Path) -> None:
         vocab_size=VOCAB_SIZE,
         hard_vocab_limit=False,
         byte_fallback=True,
-        user_defined_symbols=[f"▁{word}" for word in nano.WORDS],
+        user_defined_symbols=[f"▁{word}" for word in (*nano.WORDS, *nano_general.WORDS)],  # new words come last: ids stay
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
         character_coverage=1.0,

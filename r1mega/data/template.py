@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 
 from r1mega.errors import ConfigError
@@ -20,26 +21,29 @@ TEMPLATES = {
 
 
 @cache
-def _compiled(template: str):
+def _compiled(template: str, key: str):
     import jinja2
 
     if template not in TEMPLATES and "{{" not in template:
-        raise ConfigError(
-            f"data.template: {template!r} is neither a name ({', '.join(TEMPLATES)}) nor a Jinja2 text with {{{{ question }}}}"
-        )
+        raise ConfigError(f"{key}: {template!r} is neither a name ({', '.join(TEMPLATES)}) nor a Jinja2 text with {{{{ ... }}}}")
     try:
         return jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True).from_string(
             TEMPLATES.get(template, template)
         )
     except jinja2.TemplateSyntaxError as error:
-        raise ConfigError(f"data.template: line {error.lineno}: {error.message}") from error
+        raise ConfigError(f"{key}: line {error.lineno}: {error.message}") from error
+
+
+def render_text(template: str, values: Mapping[str, str], *, key: str) -> str:
+    """A template's text with these values. ConfigError, naming the config key, for one that cannot be read or wants more."""
+    import jinja2
+
+    try:
+        return _compiled(template, key).render(**values)
+    except jinja2.UndefinedError as error:
+        raise ConfigError(f"{key}: {error}; only {', '.join(map(repr, values))} can stand there") from error
 
 
 def render(template: str, question: str) -> str:
     """The prompt text of a question. ConfigError for a template that cannot be read or wants more than `question`."""
-    import jinja2
-
-    try:
-        return _compiled(template).render(question=question)
-    except jinja2.UndefinedError as error:
-        raise ConfigError(f"data.template: {error}; only 'question' is known") from error
+    return render_text(template, {"question": question}, key="data.template")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -31,6 +31,7 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]: ...
     def encode_prompt(self, text: str) -> list[int]: ...
     def decode(self, token_ids: Sequence[int]) -> str: ...
+    def render_chat(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool) -> str: ...
 
 
 class SentencePieceTokenizer:
@@ -54,6 +55,10 @@ class SentencePieceTokenizer:
         unknown = self._model.unk_id()  # a model's vocabulary may be padded beyond the tokenizer's
         return self._model.decode([i if i < self.vocab_size else unknown for i in token_ids])
 
+    def render_chat(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool) -> str:
+        """A bare sentencepiece model has no chat template: DataError."""
+        raise DataError("this tokenizer has no chat template: give 'question' and 'response' instead of 'messages'")
+
 
 class HFTokenizer:
     """Whatever transformers loads from the directory. A prompt starts with bos where the tokenizer itself adds one."""
@@ -75,6 +80,14 @@ class HFTokenizer:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def render_chat(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool) -> str:
+        """The conversation in the tokenizer's own chat template; DataError when it has none."""
+        if not self._tokenizer.chat_template:
+            raise DataError("this tokenizer has no chat template: give 'question' and 'response' instead of 'messages'")
+        return self._tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+        )
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:

@@ -64,6 +64,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("weights/probe_diff_max", "nats", "largest |trainer - generator| log-prob of the fixed probe after a push"),
     Metric("weights/*", "mixed", "figures about the transfer of weights to the generator and its proof"),
     Metric("train/loss", "nats/token", "cross-entropy of the training tokens (base and SFT stages)"),
+    Metric("train/held_out_loss", "nats/token", "the same on samples that are not trained on (SFT stages)"),
     Metric("train/*", "mixed", "further figures about supervised training"),
     Metric("probe/skills", "fraction", "the lowest of the other probes: what RL can build on"),
     Metric("probe/*", "fraction", "tokens of this kind, in clean reasoning, that get more than half of the probability"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,11 @@ class SamplesWriter:
         """Append the first response of the first `limit` groups."""
         if self._lines is not None:
             self._lines.write(*(sample_record(step, group, 0) for group in groups[:limit] if group.responses))
+
+    def write_lines(self, *records: Mapping[str, Any]) -> None:
+        """Append samples that are no rollouts, in the form of `sample_record`."""
+        if self._lines is not None:
+            self._lines.write(*records)
 
     def close(self) -> None:
         if self._lines is not None:

@@ -7,9 +7,16 @@ from r1mega.rollout.engine import EngineSettings, GenerationEngine
 
 
 def build_engine(
-    rollout: RolloutConfig, model: ModelConfig, weights: WeightsConfig, max_prompt_tokens: int
+    rollout: RolloutConfig,
+    model: ModelConfig,
+    weights: WeightsConfig,
+    max_prompt_tokens: int,
+    *,
+    load_weights: bool = False,
 ) -> GenerationEngine:
-    """An engine without weights yet, for prompts and responses of at most the configured lengths."""
+    """An engine for prompts and responses of at most the configured lengths, without weights yet, or with those of
+    model.path.
+    """
     settings = EngineSettings(
         model_path=model.path,
         max_model_len=max_prompt_tokens + rollout.max_response_tokens + 1,
@@ -21,6 +28,7 @@ def build_engine(
         tp=rollout.tp,
         tokenizer_path=model.path,
         bucket_bytes=weights.bucket_bytes,
+        weights="checkpoint" if load_weights else "empty",
     )
     if rollout.engine == "transformers":
         from r1mega.rollout.transformers_engine import TransformersEngine

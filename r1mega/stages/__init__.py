@@ -16,6 +16,8 @@ MODULES = {
     "base": "r1mega.stages.base",
     "zero": "r1mega.stages.rl",
     "reasoning_rl": "r1mega.stages.rl",
+    "sft": "r1mega.stages.sft",
+    "distill": "r1mega.stages.sft",
 }
 """Where each stage's `run` is."""
 

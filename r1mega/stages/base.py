@@ -6,29 +6,23 @@ import itertools
 import math
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
 from r1mega.checkpoint.hf import read_config, write_hf
 from r1mega.config.stages.base import BaseStage
-from r1mega.data import nano, nano_tokenizer
+from r1mega.data import nano, nano_general, nano_tokenizer
 from r1mega.data.template import render
 from r1mega.data.tokenizer import Tokenizer, load_tokenizer
 from r1mega.stages.runtime import Runtime
-from r1mega.train.packing import Microbatch, best_fit, build_microbatch
-from r1mega.train.policy import Policy, UpdateResult
+from r1mega.stages.supervised import SupervisedLoop
+from r1mega.train.packing import best_fit, build_microbatch
+from r1mega.train.policy import Policy
+from r1mega.train.supervised import WeightedMicrobatch, WeightedSample, pack_weighted
 
 WINDOW_SAMPLES = 2048
 """Corpus samples that are packed together; a window's microbatches are shuffled."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Batch:
-    microbatch: Microbatch
-    weights: torch.Tensor  # [R], sums to 1
 
 
 def run(config: BaseStage, runtime: Runtime) -> int:
@@ -49,29 +43,13 @@ def run(config: BaseStage, runtime: Runtime) -> int:
         init_std=config.init_std,
     )
     start, _ = runtime.restore(policy, hf_config, config.steps)
-    batches = _batches(config, tokenizer, start)
-    with runtime.progress(total=config.steps, done=start):
-        for step in range(start + 1, config.steps + 1):
-            runtime.timer.start_step()
-            with runtime.timer.phase("update"):
-                result, loss, tokens = _step(policy, next(batches))
-            record = step % config.metrics_every_steps == 0 or step == config.steps
-            if record:
-                metrics = {
-                    "train/loss": loss,
-                    "policy/grad_norm": result.grad_norm,
-                    "policy/learning_rate": result.lr,
-                    "expert/load_max_over_mean": result.expert_load,
-                    **(_probe(policy, tokenizer, config.seed) if step == config.steps else {}),
-                }
-                times = runtime.timer.finish_step()
-                metrics |= times | {"tokens/update_per_second": tokens / times["time/update_seconds"]}
-                runtime.write_metrics(step, metrics)
-            stopping = runtime.stop_requested()
-            if step % config.checkpoint.every_steps == 0 or step == config.steps or stopping:
-                runtime.save(policy, step, {})
-            if stopping and step < config.steps:
-                return runtime.stopped(step)
+    loop = SupervisedLoop(runtime, policy, start, config.steps, config.metrics_every_steps)
+
+    def measure(step: int) -> dict[str, float]:
+        return _probe(policy, tokenizer, config.seed) if step == config.steps else {}
+
+    if not loop.run(_batches(config, tokenizer, start), measure):
+        return runtime.stopped(loop.step)
     write_hf(
         runtime.run_dir / "hf",
         policy.hf_tensors(),
@@ -89,62 +67,39 @@ def _make_task(config: BaseStage, run_dir: Path, tokenizer_dir: Path) -> None:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             nano.write_prompts(path, config.seed, count, split)
+    for split, count in (("train", config.task.num_general), ("eval", config.task.num_general_eval)):
+        if not (last := run_dir / "data" / f"safety_{split}.jsonl").exists():  # the last one written
+            nano_general.write_general(last.parent, config.seed, count, split)
     if not (tokenizer_dir / "tokenizer.model").exists():
         tokenizer_dir.mkdir(parents=True, exist_ok=True)
         nano_tokenizer.train_tokenizer(tokenizer_dir)
 
 
-def _batches(config: BaseStage, tokenizer: Tokenizer, skip: int) -> Iterator[list[_Batch]]:
+def _batches(config: BaseStage, tokenizer: Tokenizer, skip: int) -> Iterator[list[WeightedMicrobatch]]:
     """This rank's microbatches, one list an optimizer step, from step `skip` on."""
     size, rank = dist.get_world_size(), dist.get_rank()
     step = 0
     for window in itertools.count():
         samples = [
-            (tokenizer.encode_prompt(render("nano", question)), [*tokenizer.encode(completion), tokenizer.eos_token_id])
+            _weighted(
+                tokenizer.encode_prompt(render("nano", question)),
+                [*tokenizer.encode(completion), tokenizer.eos_token_id],
+                config.prompt_loss_weight,
+            )
             for question, completion in nano.corpus(config.seed * 1_000_003 + window, WINDOW_SAMPLES)
         ]
-        lengths = [len(prompt) + len(completion) for prompt, completion in samples]
+        lengths = [len(sample.token_ids) for sample in samples]
         bins = best_fit(lengths, range(len(samples)), config.microbatch_tokens)
         random.Random(f"{config.seed}/{window}").shuffle(bins)
         for first in range(0, len(bins) - size + 1, size):
             step += 1
             if step > skip:
-                yield [_pack([samples[i] for i in bins[first + rank]], config.prompt_loss_weight)]
+                members = bins[first + rank]
+                yield [pack_weighted([samples[i] for i in members], members)]
 
 
-def _pack(samples: list[tuple[list[int], list[int]]], prompt_weight: float) -> _Batch:
-    """All tokens but each sample's first are predicted; prompt tokens count `prompt_weight`, the others 1."""
-    microbatch = build_microbatch([p + c for p, c in samples], [1] * len(samples), range(len(samples)))
-    weights = torch.cat(
-        [torch.cat([torch.full((len(p) - 1,), prompt_weight), torch.ones(len(c))]) for p, c in samples]
-    )
-    return _Batch(microbatch, weights)
-
-
-def _step(policy: Policy, batches: list[_Batch]) -> tuple[UpdateResult, float, int]:
-    """One optimizer step; (result, mean loss per weighted token over ranks, tokens over ranks)."""
-    sums = torch.tensor(
-        [
-            sum(float(b.weights.sum()) for b in batches),
-            sum(b.microbatch.rows.numel() for b in batches),
-            sum(b.microbatch.num_tokens for b in batches),
-            0.0,
-        ],
-        dtype=torch.float64,
-    )
-    dist.all_reduce(sums)
-    total_weight, total_rows, total_tokens = sums[:3].tolist()
-
-    def loss(index, _microbatch, log_probs, _entropies):
-        value = -(log_probs * batches[index].weights.to(log_probs.device)).sum() / total_weight
-        return value, value.detach()
-
-    result = policy.update(
-        [b.microbatch for b in batches], loss, total_response_tokens=int(total_rows), predict_further=True
-    )
-    mean = torch.stack(result.statistics).sum().double().cpu()
-    dist.all_reduce(mean)
-    return result, float(mean), int(total_tokens)
+def _weighted(prompt: list[int], completion: list[int], prompt_weight: float) -> WeightedSample:
+    return WeightedSample(prompt + completion, [prompt_weight] * len(prompt) + [1.0] * len(completion))
 
 
 def _probe(policy: Policy, tokenizer: Tokenizer, seed: int) -> dict[str, float]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,7 +14,7 @@ import torch.distributed as dist
 from r1mega import platform
 from r1mega.checkpoint.store import CheckpointStore, architecture_of
 from r1mega.config.schema import Stage
-from r1mega.errors import EXIT_SAVED_FOR_REQUEUE, CheckpointError
+from r1mega.errors import EXIT_SAVED_FOR_REQUEUE, CheckpointError, R1MegaError
 from r1mega.observe.metrics import MetricsWriter
 from r1mega.observe.progress import StageProgress
 from r1mega.observe.run import RunDirectory
@@ -25,6 +25,7 @@ from r1mega.platform.signals import StopRequest
 from r1mega.types import RolloutGroup
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class Runtime:
@@ -85,8 +86,14 @@ class Runtime:
                 raise CheckpointError(
                     f"{path} is past the {total_steps} steps of this config; ask for more, or use another run_dir"
                 )
+        self.begin(total_steps, self._step if path is not None else None)
+        return self._step, progress
+
+    def begin(self, total_steps: int, resume: int | None = None) -> None:
+        """Open the metric files, cut back to step `resume` (None: afresh), and say that the run is on. A stage that trains
+        calls `restore`, which does this.
+        """
         self._total_steps = total_steps
-        resume = self._step if path is not None else None
         observe = self.config.observe
         self._metrics = MetricsWriter(
             self.run_dir, resume_step=resume, tensorboard=observe.tensorboard, wandb_project=observe.wandb_project,
@@ -96,9 +103,8 @@ class Runtime:
         if self.is_main:
             self.directory.write_environment(self._step, dist.get_world_size())
             self.directory.write_status("running", self._step)
-            if path is not None:
-                print(f"resuming {self.run_dir} from step {self._step}", flush=True)
-        return self._step, progress
+            if resume is not None:
+                print(f"resuming {self.run_dir} from step {resume}", flush=True)
 
     def save(self, policy: Any, step: int, progress: Mapping[str, Any]) -> None:
         """Checkpoint `step`; its metrics line is written by then, so none is missing after a kill."""
@@ -126,6 +132,23 @@ class Runtime:
         if self.is_main and ((step - 1) % observe.samples_every_steps == 0 or step == self._total_steps):
             self._samples.write(step, local_groups, observe.samples_per_step)
 
+    def write_sample_lines(self, *records: Mapping[str, Any]) -> None:
+        """Samples that are no rollouts (held-out ones of SFT), in the form of observe.samples.sample_record; on rank 0."""
+        self._samples.write_lines(*records)
+
+    def broadcast(self, make: Callable[[], T]) -> T:
+        """What `make` returns on rank 0, on every rank; what it raises there (an R1MegaError) is raised on every rank."""
+        outcome: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                outcome[0] = make()
+            except R1MegaError as error:
+                outcome[1] = error
+        dist.broadcast_object_list(outcome, src=0)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
     def note(self, text: str) -> None:
         """A line for the person at the terminal, on rank 0."""
         if self._progress is not None:
@@ -141,6 +164,10 @@ class Runtime:
     def stop_requested(self) -> bool:
         """Whether any rank was told to stop (SIGTERM, SIGUSR2). A collective call."""
         return self._stop.agreed()
+
+    def stop_received(self) -> bool:
+        """Whether this rank was told to stop; `stop_requested` makes the ranks agree."""
+        return self._stop.requested
 
     def stopped(self, step: int) -> int:
         """The exit code of a run that saved its state and can be started again."""

@@ -1,0 +1,247 @@
+"""Data of supervised fine-tuning: JSONL or Parquet lines -> token ids with trained spans, in one memory-mapped Arrow file.
+
+A line is {"question", "response", optional "id", "template", "kind", "language", "source"}, where the response is the text
+exactly as it follows the rendered prompt, or a conversation {"messages": [{"role", "content"}, ...]} for tokenizers with a
+chat template. Every response (each assistant turn) is trained, followed by the tokenizer's end-of-text token.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from r1mega.data.template import render
+from r1mega.data.tokenizer import Tokenizer
+from r1mega.errors import DataError
+from r1mega.observe.files import write_atomic
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from r1mega.config.stages.sft import SFTData
+
+logger = logging.getLogger(__name__)
+
+ROLES = ("system", "user", "assistant", "tool")
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A piece of a sample, and whether it is a response: text that the model is to produce."""
+
+    token_ids: list[int]
+    is_response: bool
+
+
+def read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """("file:line", object) of a JSONL or Parquet file; keys without a value are left out.
+
+    Raises DataError for a file that is missing, of another kind, or damaged.
+    """
+    for where, raw in _raw_lines(Path(path)):
+        yield where, _parse(raw, where)
+
+
+def _raw_lines(path: Path) -> Iterator[tuple[str, bytes | dict[str, Any]]]:
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
+    if path.suffix == ".parquet":
+        yield from _read_parquet(path)
+    elif path.suffix in (".jsonl", ".json"):
+        with path.open("rb") as lines:
+            yield from ((f"{path}:{number}", line) for number, line in enumerate(lines, start=1) if line.strip())
+    else:
+        raise DataError(f"{path}: neither .jsonl nor .parquet")
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    import datasets
+    import pyarrow
+
+    try:
+        rows = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
+        yield from ((f"{path}:{number}", row) for number, row in enumerate(rows, start=1))
+    except (pyarrow.ArrowInvalid, datasets.exceptions.DatasetGenerationError) as error:
+        raise DataError(f"{path}: not a Parquet file ({error})") from error
+
+
+def _parse(line: bytes | dict[str, Any], where: str) -> dict[str, Any]:
+    try:
+        item = json.loads(line) if isinstance(line, bytes) else line
+    except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
+        raise DataError(f"{where}: not JSON ({error})") from error
+    if not isinstance(item, dict):
+        raise DataError(f"{where}: a JSON {type(item).__name__}, not an object")
+    return {key: value for key, value in item.items() if value is not None}
+
+
+def segments(item: Mapping[str, Any], where: str, tokenizer: Tokenizer, template: str) -> list[Segment]:
+    """The pieces of one line, in order. template: for lines that name none. Raises DataError naming `where`."""
+    if "messages" in item:
+        return _chat_segments(item["messages"], where, tokenizer)
+    for key in ("question", "response"):
+        if not isinstance(item.get(key), str) or not item[key].strip():
+            raise DataError(f"{where}: {key!r} is missing or not a text (and there are no 'messages')")
+    prompt = tokenizer.encode_prompt(render(item.get("template", template), item["question"]))
+    return [Segment(prompt, False), Segment(_response_ids(tokenizer, item["response"]), True)]
+
+
+def _response_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    return tokenizer.encode(text) + ([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])
+
+
+def _chat_segments(messages: Any, where: str, tokenizer: Tokenizer) -> list[Segment]:
+    """Each assistant turn is a response; what its chat template puts around it belongs to the prompts."""
+    valid = isinstance(messages, list) and all(
+        isinstance(m, dict) and m.get("role") in ROLES and isinstance(m.get("content"), str) for m in messages
+    )
+    if not valid or not any(m["role"] == "assistant" for m in messages):
+        raise DataError(
+            f"{where}: 'messages' must be a list of {{'role': {'|'.join(ROLES)}, 'content': text}} with an assistant's turn"
+        )
+    pieces: list[Segment] = []
+    done = ""
+    for place, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = tokenizer.render_chat(messages[:place], add_generation_prompt=True)
+        whole = tokenizer.render_chat(messages[: place + 1], add_generation_prompt=False)
+        if not (before.startswith(done) and whole.startswith(before)):
+            raise DataError(
+                f"{where}: the chat template rewrites earlier turns when turn {place + 1} is added, so that the turns cannot "
+                "be trained together; give a line for each turn"
+            )
+        pieces.append(Segment(tokenizer.encode(before[len(done) :]), False))
+        pieces.append(Segment(tokenizer.encode(whole[len(before) :]), True))  # ends as the template ends a turn
+        done = whole
+    return pieces
+
+
+def build_token_file(data: SFTData, tokenizer: Tokenizer, directory: Path) -> Path:
+    """Tokenise all lines of `data.files` into directory/tokens.arrow, or keep the file of an earlier start.
+
+    Columns: id, question, kind, language, source (texts, maybe null), token_ids (int32), spans (int32: start and end of each
+    response, flat). A line of more than data.max_tokens tokens is an error or skipped, by data.on_long. Raises DataError
+    (file:line), also when the files are not those of the earlier start.
+    """
+    path, record = directory / "tokens.arrow", directory / "tokens.json"
+    described = {"files": {str(file): _sha256(file) for file in data.files}, **data.model_dump(mode="json", exclude={"files"})}
+    if path.exists() and record.exists():
+        before = json.loads(record.read_text())["made_from"]
+        if before != described:
+            changed = [name for name in described["files"] if before["files"].get(name) != described["files"][name]]
+            raise DataError(
+                f"{', '.join(changed) or 'data'}: not what this run began with; use another run_dir, or put the files back"
+            )
+        return path
+    directory.mkdir(parents=True, exist_ok=True)
+    counts = _write_arrow(data, tokenizer, path)
+    write_atomic(record, json.dumps({"made_from": described, "lines": counts}, indent=1) + "\n")
+    return path
+
+
+def _write_arrow(data: SFTData, tokenizer: Tokenizer, path: Path) -> dict[str, int]:
+    from datasets import Features, List, Value
+    from datasets.arrow_writer import ArrowWriter
+
+    numbers = List(Value("int32"))
+    texts = {name: Value("large_string") for name in ("id", "question", "kind", "language", "source")}
+    counts = {"kept": 0, "bad": 0, "long": 0}
+    temporary = path.with_suffix(".tmp")
+    first_bad = ""
+    with ArrowWriter(features=Features(texts | {"token_ids": numbers, "spans": numbers}), path=str(temporary)) as writer:
+        for file in data.files:
+            for where, line in _raw_lines(file):
+                try:
+                    row = _row(_parse(line, where), where, tokenizer, data)
+                except DataError as error:
+                    if data.on_bad_line == "error":
+                        raise DataError(f"{error}; mend the line, or set data.on_bad_line=skip") from error
+                    counts["bad"] += 1
+                    first_bad = first_bad or str(error)
+                    continue
+                if len(row["token_ids"]) > data.max_tokens:
+                    if data.on_long == "error":
+                        raise DataError(
+                            f"{where}: {len(row['token_ids'])} tokens, data.max_tokens is {data.max_tokens}; raise it, or set "
+                            "data.on_long=skip"
+                        )
+                    counts["long"] += 1
+                    continue
+                counts["kept"] += 1
+                writer.write(row)
+        writer.finalize()
+    if counts["bad"]:
+        logger.warning("%d bad lines were skipped; the first: %s", counts["bad"], first_bad)
+    if counts["long"]:
+        logger.warning("%d lines of more than data.max_tokens = %d tokens were skipped", counts["long"], data.max_tokens)
+    if not counts["kept"]:
+        temporary.unlink()
+        raise DataError(f"no samples left in {', '.join(map(str, data.files))}")
+    os.replace(temporary, path)
+    return counts
+
+
+def _row(item: Mapping[str, Any], where: str, tokenizer: Tokenizer, data: SFTData) -> dict[str, Any]:
+    token_ids: list[int] = []
+    spans: list[int] = []
+    for piece in segments(item, where, tokenizer, data.template):
+        if piece.is_response:
+            spans += [len(token_ids), len(token_ids) + len(piece.token_ids)]
+        token_ids += piece.token_ids
+    question = item.get("question") or next((m["content"] for m in item.get("messages", []) if m["role"] == "user"), "")
+    texts = {name: str(item[name]) if name in item else None for name in ("kind", "language", "source")}
+    return {"id": str(item.get("id", where)), "question": question, "token_ids": token_ids, "spans": spans} | texts
+
+
+class SFTDataset:
+    """Tokenised samples, memory-mapped. lengths: tokens of each, [samples]."""
+
+    def __init__(self, path: Path):
+        from datasets import Dataset
+
+        self._rows: Dataset = Dataset.from_file(str(path))
+        self._numpy = self._rows.with_format("numpy")
+        offsets = self._rows.data.column("token_ids")
+        self.lengths: list[int] = [n for chunk in offsets.chunks for n in chunk.value_lengths().to_pylist()]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def ids(self) -> list[str]:
+        return self._rows["id"][:]
+
+    def sample(self, index: int, prompt_weight: float) -> tuple[list[int], list[float]]:
+        """(token ids, loss weights: 1 on responses, prompt_weight elsewhere) of one sample."""
+        row = self._numpy[index]
+        weights = [prompt_weight] * len(row["token_ids"])
+        spans: Sequence[int] = row["spans"].tolist()
+        for start, end in zip(spans[::2], spans[1::2], strict=True):
+            weights[start:end] = [1.0] * (end - start)
+        return row["token_ids"].tolist(), weights
+
+    def describe(self, index: int) -> dict[str, Any]:
+        """id, question, kind, language, source, and the token ids of the last response."""
+        row = self._rows[index]
+        spans = row.pop("spans")
+        return {**row, "token_ids": row["token_ids"][spans[-2] : spans[-1]]}
+
+
+def held_out_indices(ids: Sequence[str], share: float, seed: int) -> set[int]:
+    """The samples that are kept from training: `share` of them, by a hash of their ids (whatever their order)."""
+    limit = int(share * 2**64)
+    digests = (hashlib.sha256(f"{seed}/{name}".encode()).digest() for name in ids)
+    return {i for i, digest in enumerate(digests) if int.from_bytes(digest[:8], "big") < limit}
+
+
+def _sha256(path: Path) -> str:
+    if not path.is_file():
+        raise DataError(f"{path}: no such file (data.files)")
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

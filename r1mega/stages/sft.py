@@ -1,0 +1,140 @@
+"""Stages `sft` and `distill`: cross-entropy on responses, packed; held-out loss after each epoch; HF export."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator, Sequence
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from r1mega.checkpoint.hf import HFTensors, read_config, write_hf
+from r1mega.config.stages.sft import SFTStage
+from r1mega.data.sft import SFTDataset, build_token_file, held_out_indices
+from r1mega.data.tokenizer import load_tokenizer
+from r1mega.stages.runtime import Runtime
+from r1mega.stages.supervised import SupervisedLoop
+from r1mega.train.packing import plan_packing
+from r1mega.train.policy import Policy
+from r1mega.train.supervised import WeightedMicrobatch, WeightedSample, mean_loss, pack_weighted, sample_losses
+
+
+def run(config: SFTStage, runtime: Runtime) -> int:
+    """Train for `config.epochs` and export RUN_DIR/hf. Returns the exit code."""
+    tokenizer = load_tokenizer(config.tokenizer_path)
+    path = runtime.broadcast(lambda: build_token_file(config.data, tokenizer, runtime.run_dir / "data"))
+    trainer = _Trainer(config, runtime, SFTDataset(path))
+    hf_config = read_config(config.model.path)
+    policy = Policy(
+        config.model, hf_config, config.parallel, config.optimizer,
+        total_steps=trainer.num_steps, seed=config.seed, init_std=config.init_std,
+    )  # fmt: skip
+    if config.init_std is None:
+        policy.load_hf(HFTensors(config.model.path))
+    start, _ = runtime.restore(policy, hf_config, trainer.num_steps)
+    loop = SupervisedLoop(runtime, policy, start, trainer.num_steps, config.metrics_every_steps)
+    measures = _HeldOut(trainer, policy, tokenizer)
+    if start == 0:
+        measures.note(0, measures.measure(0))
+    if not loop.run(trainer.batches(start, policy.pad_multiple), measures.after_step):
+        return runtime.stopped(loop.step)
+    write_hf(
+        runtime.run_dir / "hf", policy.hf_tensors(), hf_config,
+        tokenizer_from=config.tokenizer_path, write=runtime.is_main,
+    )  # fmt: skip
+    summary = {"steps": trainer.num_steps, "samples": len(trainer.training), "checkpoint": str(runtime.run_dir / "hf")}
+    return runtime.finished(summary | measures.last)
+
+
+class _Trainer:
+    """Which samples each step trains on; every rank plans it alike from lengths and seed."""
+
+    def __init__(self, config: SFTStage, runtime: Runtime, dataset: SFTDataset):
+        self.config, self.runtime, self.dataset = config, runtime, dataset
+        held_out = held_out_indices(dataset.ids(), config.held_out.share, config.seed)
+        if len(held_out) == len(dataset):
+            held_out = set()  # nothing would be left to train on
+        self.held_out = sorted(held_out)
+        self.training = [i for i in range(len(dataset)) if i not in held_out]
+        self.steps_per_epoch = -(-len(self.training) // config.batch_size)
+        self.num_steps = config.epochs * self.steps_per_epoch
+
+    def batches(self, skip: int, pad_multiple: int) -> Iterator[list[WeightedMicrobatch]]:
+        """This rank's microbatches of each step after `skip`. The last batch of an epoch may be smaller."""
+        size = self.config.batch_size
+        for epoch in range(skip // self.steps_per_epoch, self.config.epochs):
+            order = list(self.training)
+            random.Random(f"{self.config.seed}/{epoch}").shuffle(order)
+            first = max(0, skip - epoch * self.steps_per_epoch)
+            for start in range(first * size, len(order), size):
+                yield self.pack(order[start : start + size], pad_multiple)
+
+    def pack(self, members: Sequence[int], pad_multiple: int) -> list[WeightedMicrobatch]:
+        """This data-parallel rank's share of these samples, by the best-fit plan."""
+        ranks, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
+        plan = plan_packing(self.dataset.lengths, [members], self.config.microbatch_tokens, ranks)
+        return [
+            pack_weighted([WeightedSample(*self.dataset.sample(i, self.config.prompt_loss_weight)) for i in indices], indices, pad_multiple)
+            for indices in plan.bins[0][rank]
+        ]
+
+
+class _HeldOut:
+    """The loss on samples that are not trained on, and a few of them for a person to read."""
+
+    def __init__(self, trainer: _Trainer, policy: Policy, tokenizer):
+        self._trainer, self._policy, self._tokenizer = trainer, policy, tokenizer
+        self.last: dict[str, float] = {}
+
+    def after_step(self, step: int) -> dict[str, float]:
+        """The metrics of a step after which a measurement is due; {} after others."""
+        every = self._trainer.config.held_out.every_steps or self._trainer.steps_per_epoch
+        due = step % every == 0 or step == self._trainer.num_steps
+        return self.measure(step) if due else {}
+
+    def measure(self, step: int) -> dict[str, float]:
+        """{"train/held_out_loss": ...}; {} when no samples are held out. A collective call."""
+        trainer = self._trainer
+        if not trainer.held_out:
+            return {}
+        batches = trainer.pack(trainer.held_out, self._policy.pad_multiple)
+        losses = sample_losses(self._policy, batches)
+        self.last = {"train/held_out_loss": mean_loss(losses)}
+        self._write_samples(step, batches, losses)
+        return self.last
+
+    def note(self, step: int, metrics: dict[str, float]) -> None:
+        if metrics:
+            self._trainer.runtime.note(f"held-out loss after step {step}: {metrics['train/held_out_loss']:.4f}")
+
+    def _write_samples(self, step: int, batches: Sequence[WeightedMicrobatch], losses: Sequence) -> None:
+        """The first held-out samples: the same ones each time, with what they cost (nats a token)."""
+        local = {
+            index: float(total / weight) if weight else math.nan
+            for batch, sums in zip(batches, losses, strict=False)
+            for index, (total, weight) in zip(batch.microbatch.sample_indices, sums.tolist(), strict=True)
+        }
+        everyone: list[dict[int, float]] = [local]
+        if dist.get_world_size() > 1:
+            everyone = [{} for _ in range(dist.get_world_size())]
+            dist.all_gather_object(everyone, local)
+        merged = {index: loss for part in everyone for index, loss in part.items()}
+        trainer = self._trainer
+        shown = trainer.held_out[: trainer.config.observe.samples_per_step]
+        trainer.runtime.write_sample_lines(*(self._line(step, index, merged[index]) for index in shown if index in merged))
+
+    def _line(self, step: int, index: int, loss: float) -> dict:
+        sample = self._trainer.dataset.describe(index)
+        return {
+            "step": step,
+            "prompt_id": sample["id"],
+            "question": sample["question"],
+            "answers": [],
+            "response": self._tokenizer.decode(sample["token_ids"]),
+            "tokens": len(sample["token_ids"]),
+            "finish_reason": "stop",
+            "reward": None,
+            "parts": {} if math.isnan(loss) else {"loss": loss},
+            "status": "held out",
+        }

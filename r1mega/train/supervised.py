@@ -1,0 +1,109 @@
+"""Supervised training (pre-training, SFT): packed samples with a loss weight a token, and one optimizer step on them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from r1mega.train.packing import Microbatch, build_microbatch
+from r1mega.train.policy import Policy, UpdateResult
+
+from megatron.core import parallel_state  # isort: skip  (after the policy has prepared the platform)
+
+
+@dataclass(frozen=True, slots=True)
+class WeightedSample:
+    """token_ids: [n]; weights: [n], the loss weight of each token (the first one is given, whatever its weight)."""
+
+    token_ids: Sequence[int]
+    weights: Sequence[float]
+
+
+@dataclass(frozen=True, slots=True)
+class WeightedMicrobatch:
+    """A packed microbatch and the loss weight of each of its R trained tokens, [R] float32."""
+
+    microbatch: Microbatch
+    weights: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class SupervisedResult:
+    """loss: mean cross-entropy a unit of weight, over all ranks (nats); tokens: packed tokens over all ranks."""
+
+    update: UpdateResult
+    loss: float
+    tokens: int
+
+
+def pack_weighted(
+    samples: Sequence[WeightedSample], sample_indices: Sequence[int], pad_multiple: int = 1
+) -> WeightedMicrobatch:
+    """One microbatch of whole samples. Tokens of weight 0 are not trained: their logits are not even scored."""
+    packed = build_microbatch([list(s.token_ids) for s in samples], [1] * len(samples), sample_indices, pad_multiple)
+    weights = torch.cat([torch.as_tensor(s.weights, dtype=torch.float32)[1:] for s in samples] or [torch.zeros(0)])
+    counts = weights > 0
+    if not bool(counts.all()):
+        packed = dataclasses.replace(
+            packed, rows=packed.rows[counts], targets=packed.targets[counts], sequence_ids=packed.sequence_ids[counts]
+        )
+    return WeightedMicrobatch(packed, weights[counts])
+
+
+def supervised_step(policy: Policy, batches: Sequence[WeightedMicrobatch]) -> SupervisedResult:
+    """One optimizer step on the mean cross-entropy a unit of weight, over the microbatches of all data-parallel ranks.
+
+    The loss of the multi-token-prediction layers is added when the model was built with them.
+    """
+    sums = torch.tensor(
+        [
+            sum(float(b.weights.sum()) for b in batches),
+            sum(b.microbatch.rows.numel() for b in batches),
+            sum(b.microbatch.num_tokens for b in batches),
+        ],
+        dtype=torch.float64,
+    )
+    dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())
+    total_weight, total_rows, total_tokens = sums.tolist()
+
+    def loss(index, _microbatch, log_probs, _entropies):
+        weights = batches[index].weights.to(log_probs.device)
+        value = -(log_probs * weights).sum() / total_weight
+        return value, torch.stack([value.detach().double() * total_weight, weights.sum().double()])
+
+    result = policy.update(
+        [b.microbatch for b in batches], loss, total_response_tokens=int(total_rows), predict_further=True
+    )
+    return SupervisedResult(result, _weighted_mean(result.statistics), int(total_tokens))
+
+
+def sample_losses(policy: Policy, batches: Sequence[WeightedMicrobatch]) -> list[torch.Tensor]:
+    """[samples, 2] float64 a microbatch: the weighted sum of each sample's cross-entropies, and its weight. No update.
+
+    [] off the last pipeline stage, as `Policy.log_probs`.
+    """
+    scored = policy.log_probs([b.microbatch for b in batches])
+    losses = []
+    for batch, (log_probs, _) in zip(batches, scored, strict=False):
+        weights = batch.weights.to(log_probs.device)
+        terms = torch.stack([-(log_probs * weights).double(), weights.double()], dim=1)
+        sums = torch.zeros(len(batch.microbatch.sample_indices), 2, dtype=torch.float64, device=terms.device)
+        losses.append(sums.index_add(0, batch.microbatch.sequence_ids.to(terms.device), terms).cpu())
+    return losses
+
+
+def mean_loss(losses: Sequence[torch.Tensor]) -> float:
+    """The mean a unit of weight of what `sample_losses` returned on every rank. A collective call."""
+    return _weighted_mean([part.sum(0) for part in losses])
+
+
+def _weighted_mean(parts: Sequence[torch.Tensor]) -> float:
+    """Sum over sum: ranks that see copies of the same tokens count both alike, those without the loss add nothing."""
+    total = torch.stack([torch.zeros(2, dtype=torch.float64), *(part.cpu() for part in parts)]).sum(0)
+    dist.all_reduce(total)
+    return float(total[0] / total[1]) if total[1] > 0 else math.nan

@@ -1,7 +1,7 @@
 """Where each HF tensor lives inside the generator's (vLLM's) fused, sharded and padded parameters.
 
 Pure: from an HF config and one rank's place in the generator's layout to a list of placements; nothing here imports
-vLLM or touches a tensor, except `read`. Written from vllm 0.32.0 model_executor/models (deepseek_v2, llama, qwen2,
+vLLM or touches a tensor, except `read`. `trainer_layout.py` is the same for the trainer. Written from vllm 0.32.0 model_executor/models (deepseek_v2, llama, qwen2,
 qwen3) and layers (linear, vocab_parallel_embedding), independently of the loaders that write the parameters, so that
 reading back through it proves what they wrote. Regions are in global coordinates of the HF tensor: a plan from any
 shard to any shard can be built on them.
@@ -9,8 +9,8 @@ shard to any shard can be built on them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,16 +23,22 @@ Region = tuple[tuple[int, int], ...]
 VOCAB_PADDING = 64  # vllm/model_executor/layers/vocab_parallel_embedding.py, DEFAULT_VOCAB_PADDING_SIZE
 DENSE_MODEL_TYPES = ("llama", "qwen2", "qwen3")
 MLA_MODEL_TYPES = ("deepseek_v3",)
+FP8_BLOCK = 128  # rows and columns that share one scale (DeepSeek-V3 report, section 3.3)
+SCALE = "_scale_inv"  # suffix of a block-quantised weight's scales, in HF checkpoints and in vLLM
 
 
 @dataclass(frozen=True, slots=True)
 class GeneratorRank:
-    """One rank's place in the generator. With ep > 1 experts are spread over `ep` ranks instead of cut by tp."""
+    """One rank's place in the generator. With ep > 1 experts are spread over `ep` ranks instead of cut by tp.
+
+    fp8: linear layers hold e4m3 weights with a float32 scale for each 128 x 128 block.
+    """
 
     tp: int = 1
     tp_rank: int = 0
     ep: int = 1
     ep_rank: int = 0
+    fp8: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +66,23 @@ class Placement:
         return region.reshape([stop - start for start, stop in self.source])
 
 
-def weight_dtype(name: str, model_dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which the generator holds a tensor: the router's expert bias is always float32."""
-    return torch.float32 if name.endswith("e_score_correction_bias") else model_dtype
+def is_quantized(name: str) -> bool:
+    """Whether an FP8 generator holds this tensor in e4m3: the linear layers, not router, norms, embeddings, head."""
+    return name.endswith(("_proj.weight", "_proj_with_mqa.weight"))
+
+
+def weight_dtype(name: str, model_dtype: torch.dtype, fp8: bool = False) -> torch.dtype:
+    """The dtype in which the generator holds a tensor: the router's expert bias and scales are always float32."""
+    if name.endswith(("e_score_correction_bias", SCALE)):
+        return torch.float32
+    return torch.float8_e4m3fn if fp8 and is_quantized(name) else model_dtype
+
+
+def is_sparse(config: Mapping[str, Any], layer: int) -> bool:
+    """Whether a decoder layer has experts."""
+    if config["model_type"] not in MLA_MODEL_TYPES:
+        return False
+    return layer >= config["first_k_dense_replace"] and layer % config.get("moe_layer_freq", 1) == 0
 
 
 def is_ignored(name: str, config: Mapping[str, Any]) -> bool:
@@ -75,8 +95,9 @@ def is_ignored(name: str, config: Mapping[str, Any]) -> bool:
     return not prefix and rest.split(".")[0].isdigit() and int(rest.split(".")[0]) >= config["num_hidden_layers"]
 
 
-def generator_layout(config: Mapping[str, Any], rank: GeneratorRank = GeneratorRank()) -> tuple[Placement, ...]:
-    """Placements of every HF tensor on one generator rank.
+def generator_layout(config: Mapping[str, Any], rank: GeneratorRank = GeneratorRank(),
+                     layers: Sequence[int] | None = None) -> tuple[Placement, ...]:
+    """Placements of every HF tensor on one generator rank; of the decoder layers only `layers` when given.
 
     config: the dictionary of an HF config.json. Raises ConfigError for a model family that has no layout here and for
     a layout that does not divide.
@@ -85,7 +106,32 @@ def generator_layout(config: Mapping[str, Any], rank: GeneratorRank = GeneratorR
     if model_type not in DENSE_MODEL_TYPES + MLA_MODEL_TYPES:
         raise ConfigError(f"no generator layout for model_type {model_type!r}; known: "
                           f"{', '.join(DENSE_MODEL_TYPES + MLA_MODEL_TYPES)}")
-    return tuple(_LayoutBuilder(config, rank).placements())
+    layers = range(config["num_hidden_layers"]) if layers is None else layers
+    placements = _LayoutBuilder(config, rank).placements(layers)
+    return tuple(part for whole in placements for part in (_with_scales(whole) if rank.fp8 else (whole,)))
+
+
+def block_region(region: Region, shape: Sequence[int]) -> Region | None:
+    """The same region in units of 128 x 128 blocks; None when it cuts through a block (the last may be partial)."""
+    if any(start % FP8_BLOCK or (stop % FP8_BLOCK and stop != size)
+           for (start, stop), size in zip(region, shape, strict=True)):
+        return None
+    return tuple((start // FP8_BLOCK, -(-stop // FP8_BLOCK)) for start, stop in region)
+
+
+def _with_scales(weight: Placement) -> tuple[Placement, ...]:
+    if not is_quantized(weight.name):
+        return (weight,)
+    blocks = block_region(weight.source, weight.shape)
+    if blocks is None:
+        raise ConfigError(f"{weight.name}: the generator's layout cuts it at {weight.source}, through an FP8 block of "
+                          f"{FP8_BLOCK} x {FP8_BLOCK}; choose another rollout.tp")
+    lead = len(weight.target) - len(blocks)
+    starts = [-(-start // FP8_BLOCK) for start, _ in weight.target[lead:]]
+    target = tuple((start, start + last - first) for start, (first, last) in zip(starts, blocks, strict=True))
+    shape = tuple(-(-size // FP8_BLOCK) for size in weight.shape)
+    return weight, replace(weight, name=weight.name + SCALE, shape=shape, parameter=weight.parameter + SCALE,
+                           target=weight.target[:lead] + target, source=blocks)
 
 
 class _LayoutBuilder:
@@ -96,20 +142,18 @@ class _LayoutBuilder:
         self.heads = config["num_attention_heads"]
         self._divide(self.heads, rank.tp, "num_attention_heads")
 
-    def placements(self) -> Iterator[Placement]:
+    def placements(self, layers: Sequence[int]) -> Iterator[Placement]:
         config = self.config
         yield from self._vocabulary("model.embed_tokens.weight")
-        for layer in range(config["num_hidden_layers"]):
+        for layer in layers:
             prefix = f"model.layers.{layer}."
             yield self._whole(prefix + "input_layernorm.weight", (self.hidden,))
             yield self._whole(prefix + "post_attention_layernorm.weight", (self.hidden,))
             if config["model_type"] in MLA_MODEL_TYPES:
                 yield from self._latent_attention(prefix + "self_attn.")
-                sparse = layer >= config["first_k_dense_replace"] and layer % config.get("moe_layer_freq", 1) == 0
             else:
                 yield from self._attention(prefix + "self_attn.")
-                sparse = False
-            if sparse:
+            if is_sparse(config, layer):
                 yield from self._experts(prefix + "mlp.")
             else:
                 yield from self._mlp(prefix + "mlp.", config["intermediate_size"], bool(config.get("mlp_bias")))

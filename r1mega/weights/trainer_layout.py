@@ -1,0 +1,167 @@
+"""Where each HF tensor lives inside the trainer's (Megatron's) parameters, in any layout.
+
+Pure: the counterpart of `layout.py`, made of the rules in checkpoint/name_rules.py and of the order in which Megatron
+numbers its ranks (tp-cp-ep-dp-pp, pipeline stages outermost). The same `Placement` says where: `parameter` is the first
+HF name of the Megatron parameter, which is what `checkpoint.names.local_entries` finds it by on every platform.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from r1mega.checkpoint.name_rules import EXPERT_RULES, RULES, TOP_RULES, Rule
+from r1mega.errors import ConfigError
+from r1mega.weights.layout import FP8_BLOCK, SCALE, Placement, Region, block_region
+
+_EMBEDDING = "model.embed_tokens.weight"
+_LAYER = re.compile(r"model\.layers\.(\d+)\.(.*)")
+_EXPERT = re.compile(r"mlp\.experts\.(\d+)\.(.*)")
+
+
+def _by_hf_name(rules: Iterable[Rule]) -> dict[str, tuple[Rule, int]]:
+    return {hf: (rule, index) for rule in rules for index, hf in enumerate(rule.hf)}
+
+
+_COMMON = [rule for rule in (*RULES.values(), *TOP_RULES.values()) if not rule.hf[0].startswith("self_attn.q_proj")]
+_QUERIES = [rule for rule in RULES.values() if rule.hf[0].startswith("self_attn.q_proj")]  # its name means either
+_LATENT = _by_hf_name([*_COMMON, *(rule for rule in _QUERIES if rule.form != "qkv")])
+_GROUPED = _by_hf_name([*_COMMON, *(rule for rule in _QUERIES if rule.form == "qkv"), Rule("", ("self_attn.q_norm.weight",))])
+_EXPERTS = _by_hf_name(EXPERT_RULES.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Holders:
+    """The ranks that hold one shard: those with this place in a stage. tensor: its rank in tp, or in etp for an expert
+    (None: all of them); expert: its rank in ep, None for what is no expert."""
+
+    tensor: int | None
+    expert: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TrainerLayout:
+    """Megatron's layout on `world` processes. stages: the pipeline stage of every decoder layer.
+
+    embedding_on_last: the last stage holds the embeddings too (tied to the head, or read by MTP layers there).
+    """
+
+    world: int
+    tp: int
+    ep: int
+    etp: int
+    pp: int
+    cp: int
+    stages: tuple[int, ...]
+    embedding_on_last: bool = False
+
+    def __post_init__(self) -> None:
+        for keys, size in (("tp * pp * cp", self.tp * self.pp * self.cp), ("ep * etp * pp", self.ep * self.etp * self.pp)):
+            if self.world % size:
+                raise ConfigError(f"parallel: {self.world} processes cannot be divided by {keys} = {size}; change one of "
+                                  "them")
+
+    def holding_stages(self, name: str) -> tuple[int, ...]:
+        """The pipeline stages that hold an HF tensor."""
+        layer = _LAYER.fullmatch(name)
+        if layer is not None:
+            return (self.stages[int(layer[1])],)
+        if name == _EMBEDDING:
+            return (0, self.pp - 1) if self.embedding_on_last and self.pp > 1 else (0,)
+        return (self.pp - 1,)
+
+    def ranks(self, holders: Holders, stages: Sequence[int]) -> np.ndarray:
+        """[n] sorted ranks of `holders` in some pipeline stages."""
+        inner = (self.cp, self.tp) if holders.expert is None else (self.ep, self.etp)
+        grid = np.arange(self.world).reshape(self.pp, -1, *inner)[list(stages)]
+        if holders.expert is not None:
+            grid = grid[:, :, [holders.expert]]
+        if holders.tensor is not None:
+            grid = grid[..., [holders.tensor]]
+        return np.sort(grid.reshape(-1))
+
+    def shards(self, name: str, shapes: Mapping[str, tuple[int, ...]],
+               config: Mapping[str, Any]) -> Iterator[tuple[Placement, Holders]]:
+        """Every part into which the trainer cuts an HF tensor, once (replicas are in the holders). shapes: by name, full.
+
+        For the scales of a block-quantised weight: the blocks of each part, numbered from 0 within it, for that is how
+        the trainer quantises. Raises ConfigError for a layout that does not divide, or that cuts through a block.
+        """
+        weight = name.removesuffix(SCALE)
+        for part, holders in self._shards(weight, shapes[weight], config):
+            if weight == name:
+                yield part, holders
+                continue
+            blocks = block_region(part.source, part.shape)
+            if blocks is None:
+                raise ConfigError(f"{weight}: parallel.tp or parallel.etp cuts it at {part.source}, through an FP8 block "
+                                  f"of {FP8_BLOCK} x {FP8_BLOCK}; choose another size, or a generator without FP8")
+            target = tuple((0, last - first) for first, last in blocks)
+            yield Placement(name, shapes[name], name, target, blocks), holders
+
+    def _shards(self, name: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> Iterator[tuple[Placement, Holders]]:
+        rule, index, key, expert_rank = self._find(name, config)
+        ranks = (self.tp if expert_rank is None else self.etp) if rule.dim is not None else 1
+        for rank in range(ranks):
+            holders = Holders(rank if rule.dim is not None else None, expert_rank)
+            for target, source in _regions(rule, index, shape, rank, ranks, name, config):
+                yield Placement(name, shape, key, target, source), holders
+
+    def _find(self, name: str, config: Mapping[str, Any]) -> tuple[Rule, int, str, int | None]:
+        """(rule, which of its HF tensors, key of the Megatron parameter, the expert's rank in ep)."""
+        layer = _LAYER.fullmatch(name)
+        suffix, prefix, expert_rank = (layer[2], name.removesuffix(layer[2]), None) if layer else (name, "", None)
+        expert = _EXPERT.fullmatch(suffix)
+        if expert is not None:
+            suffix, prefix = expert[2], name.removesuffix(expert[2])
+            expert_rank = int(expert[1]) // _divide(config["n_routed_experts"], self.ep, "n_routed_experts", "ep")
+        known = _EXPERTS if expert is not None else _LATENT if "kv_lora_rank" in config else _GROUPED
+        rule, index = known.get(suffix, (None, 0))
+        if rule is None:
+            raise ConfigError(f"{name}: no rule of checkpoint/name_rules.py says how the trainer holds it")
+        return rule, index, prefix + rule.hf[0], expert_rank
+
+
+def _regions(rule: Rule, index: int, shape: tuple[int, ...], rank: int, ranks: int, name: str,
+             config: Mapping[str, Any]) -> Iterator[tuple[Region, Region]]:
+    """(region of the local parameter, region of the HF tensor) of one rank's part of the rule's tensor `index`."""
+    whole = tuple((0, size) for size in shape)
+    if rule.form == "vocabulary":
+        size = -(-shape[0] // ranks)
+        start, stop = min(rank * size, shape[0]), min((rank + 1) * size, shape[0])
+        if stop > start:
+            yield ((0, stop - start), *whole[1:]), ((start, stop), *whole[1:])
+    elif rule.form == "qkv":
+        groups = config.get("num_key_value_heads") or config["num_attention_heads"]
+        queries = config["num_attention_heads"] // groups
+        rows = shape[0] // groups  # of one KV group in this tensor
+        head = rows // queries if index == 0 else rows
+        local = _divide(groups, ranks, "num_key_value_heads", "tp")
+        for slot in range(local):
+            start = (slot * (queries + 2) + (0, queries, queries + 1)[index]) * head
+            first = (rank * local + slot) * rows
+            yield ((start, start + rows), *whole[1:]), ((first, first + rows), *whole[1:])
+    elif rule.dim is None:
+        yield whole, whole
+    else:
+        size = _divide(shape[rule.dim], ranks, name, "tp or parallel.etp")
+        offset = index * size if rule.form == "gate_up" else 0
+        target, source = list(whole), list(whole)
+        target[rule.dim], source[rule.dim] = (offset, offset + size), (rank * size, (rank + 1) * size)
+        yield tuple(target), tuple(source)
+
+
+def _divide(size: int, parts: int, what: str, key: str) -> int:
+    if size % parts:
+        raise ConfigError(f"parallel.{key} = {parts} does not divide {what} = {size}; change it")
+    return size // parts
+
+
+def even_stages(num_layers: int, pp: int, vpp: int | None) -> tuple[int, ...]:
+    """The stage of each layer when Megatron spreads them evenly: chunk by chunk, virtual stages in turns."""
+    chunk = _divide(num_layers, pp * (vpp or 1), "num_hidden_layers", "pp * vpp")
+    return tuple(layer // chunk % pp for layer in range(num_layers))

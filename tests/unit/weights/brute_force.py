@@ -1,0 +1,175 @@
+"""Both sides of a reshard, element by element: every element of every HF tensor is a number, every rank's parameters are
+arrays of them. The trainer's are cut by checkpoint/name_rules.py's `to_local`, which the planner does not use."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from r1mega.checkpoint.name_rules import EXPERT_RULES, RULES, TOP_RULES, Entry, ModelShape, Rule, to_local
+from r1mega.weights.layout import FP8_BLOCK, SCALE, GeneratorRank, generator_layout, is_quantized, weight_dtype
+from r1mega.weights.plan import GeneratorLayout, Plan
+from r1mega.weights.trainer_layout import TrainerLayout
+
+MOE = {
+    "model_type": "deepseek_v3", "vocab_size": 70, "hidden_size": 8, "intermediate_size": 16, "moe_intermediate_size": 8,
+    "num_hidden_layers": 4, "first_k_dense_replace": 1, "moe_layer_freq": 1, "num_attention_heads": 4, "n_shared_experts": 1,
+    "n_routed_experts": 8, "kv_lora_rank": 3, "q_lora_rank": 5, "qk_rope_head_dim": 2, "v_head_dim": 2,
+    "qk_nope_head_dim": 2, "tie_word_embeddings": False,
+}  # fmt: skip
+DENSE = {
+    "model_type": "qwen2", "vocab_size": 70, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 4,
+    "num_attention_heads": 8, "num_key_value_heads": 4, "tie_word_embeddings": False,
+}  # fmt: skip
+MODELS = {
+    "deepseek": MOE,
+    "deepseek without query rank": MOE | {"q_lora_rank": None},
+    "qwen2": DENSE,
+    "qwen3 tied": DENSE | {"model_type": "qwen3", "tie_word_embeddings": True, "head_dim": 4},
+}
+BLOCKS = MOE | {
+    "hidden_size": 320, "intermediate_size": 512, "moe_intermediate_size": 256, "q_lora_rank": 256, "kv_lora_rank": 130,
+    "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "n_shared_experts": 2, "n_routed_experts": 4, "num_hidden_layers": 2,
+}  # fmt: skip
+"""Large enough to be cut between FP8 blocks; the last blocks of some tensors are partial."""
+
+
+@dataclass(frozen=True, slots=True)
+class Elements:
+    """ids: by HF name, [full shape] int64, all different; itemsize: bytes of each element by its id."""
+
+    ids: dict[str, torch.Tensor]
+    itemsize: torch.Tensor
+
+
+def number_elements(config: Mapping[str, Any], fp8: bool) -> Elements:
+    ids, sizes, start = {}, [torch.zeros(1, dtype=torch.int64)], 1  # 0 pads the trainer's vocabulary
+    for placement in generator_layout(config, GeneratorRank(fp8=fp8)):
+        count = torch.Size(placement.shape).numel()
+        ids[placement.name] = torch.arange(start, start + count).view(placement.shape)
+        sizes.append(torch.full((count,), weight_dtype(placement.name, torch.bfloat16, fp8).itemsize))
+        start += count
+    return Elements(ids, torch.cat(sizes))
+
+
+def trainer_parameters(
+    config: Mapping[str, Any], layout: TrainerLayout, rank: int, elements: Elements
+) -> dict[str, torch.Tensor]:
+    """What a trainer rank holds, by the first HF name of each Megatron parameter."""
+    groups = config.get("num_key_value_heads") or config["num_attention_heads"]
+    model = ModelShape(
+        num_layers=config["num_hidden_layers"], num_mtp_layers=0, vocab_size=config["vocab_size"],
+        num_experts=config.get("n_routed_experts", 0), num_kv_groups=groups,
+        queries_per_group=config["num_attention_heads"] // groups, mla="kv_lora_rank" in config,
+        tied_embeddings=config["tie_word_embeddings"],
+    )  # fmt: skip
+    per_stage = layout.world // layout.pp
+    stage, place = divmod(rank, per_stage)
+    tp_rank, etp_rank, ep_rank = place % layout.tp, place % layout.etp, place // layout.etp % layout.ep
+    held: dict[str, torch.Tensor] = {}
+
+    def add(rule: Rule, prefix: str, expert: int | None = None) -> None:
+        names = tuple(prefix + name for name in rule.hf)
+        if not all(name in elements.ids for name in names) or names[0] in held:
+            return
+        if rule.hf[0].startswith("self_attn.q_proj") and (rule.form == "qkv") == model.mla:
+            return  # the name belongs to another family's rule
+        parts = [elements.ids[name] for name in names]
+        entry = Entry("", names, tuple(tuple(part.shape) for part in parts), rule.form, rule.dim, expert)
+        cut = (tp_rank, layout.tp) if expert is None else (etp_rank, layout.etp)
+        held[names[0]] = to_local(parts, entry, model, *cut)
+        for name, part in zip(names, parts, strict=True):
+            if name + SCALE in elements.ids:
+                local = part if rule.dim is None else part.chunk(cut[1], rule.dim)[cut[0]]
+                held[name + SCALE] = blocks_of(local, part, elements.ids[name + SCALE])
+
+    for layer, owner in enumerate(layout.stages):
+        if owner != stage:
+            continue
+        prefix = f"model.layers.{layer}."
+        for rule in [*RULES.values(), Rule("", ("self_attn.q_norm.weight",))]:
+            add(rule, prefix)
+        for expert in range(model.num_experts):
+            if expert // (model.num_experts // layout.ep) == ep_rank:
+                for rule in EXPERT_RULES.values():
+                    add(rule, f"{prefix}mlp.experts.{expert}.", expert)
+    embedding, norm, head = TOP_RULES.values()
+    if stage == 0 or (layout.embedding_on_last and stage == layout.pp - 1):
+        add(embedding, "")
+    if stage == layout.pp - 1:
+        add(norm, "")
+        add(head, "")
+    return held
+
+
+def blocks_of(local: torch.Tensor, full: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """The scales' ids of the blocks of a local part, by the place of each block's first element in the full tensor."""
+    offset = local[::FP8_BLOCK, ::FP8_BLOCK] - int(full[0, 0])
+    return scales[offset // full.shape[1] // FP8_BLOCK, offset % full.shape[1] // FP8_BLOCK]
+
+
+def wanted_parameters(
+    config: Mapping[str, Any], layout: GeneratorLayout, rank: int, elements: Elements
+) -> dict[str, torch.Tensor]:
+    """What a generator rank shall hold by its placements; -1 where nothing is placed."""
+    placements = generator_layout(config, layout.place(rank))
+    wanted = empty_parameters(placements)
+    for p in placements:
+        p.read(wanted).copy_(elements.ids[p.name][tuple(slice(a, b) for a, b in p.source)])
+    return wanted
+
+
+def empty_parameters(placements) -> dict[str, torch.Tensor]:
+    sizes: dict[str, list[int]] = {}
+    for p in placements:
+        stops = [stop for _, stop in p.target]
+        sizes[p.parameter] = [max(pair) for pair in zip(stops, sizes.get(p.parameter, stops), strict=True)]
+    return {name: torch.full(size, -1) for name, size in sizes.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """sent, received: [buckets, ranks] bytes between different ranks; problems: what was written wrongly."""
+
+    sent: torch.Tensor
+    received: torch.Tensor
+    problems: list[str]
+
+
+def execute(config: Mapping[str, Any], plan: Plan, elements: Elements) -> Outcome:
+    """Carries out every copy on the arrays of ids and compares with what was wanted."""
+    world = plan.trainer.world
+    held = [trainer_parameters(config, plan.trainer, rank, elements) for rank in range(world)]
+    wanted = [wanted_parameters(config, plan.generator, rank, elements) for rank in range(world)]
+    found = [empty_parameters(generator_layout(config, plan.generator.place(rank))) for rank in range(world)]
+    problems, copies = [], list(plan.copies())
+    buckets = 1 + max((copy.bucket for copy in copies), default=0)
+    sent, received = torch.zeros(buckets, world, dtype=torch.int64), torch.zeros(buckets, world, dtype=torch.int64)
+    for copy in copies:
+        overlap = copy.overlap
+        values = held[copy.source][overlap.source_parameter][tuple(slice(a, b) for a, b in overlap.source)]
+        region = found[copy.target][overlap.target_parameter][tuple(slice(a, b) for a, b in overlap.target)]
+        if (region != -1).any():
+            problems.append(f"{overlap.target_parameter}{overlap.target} on rank {copy.target} is written twice")
+        region.copy_(values.reshape(region.shape))
+        if int(elements.itemsize[values.reshape(-1)].sum()) != overlap.num_bytes:
+            problems.append(f"{overlap}: not its bytes")
+        if copy.source != copy.target:
+            sent[copy.bucket, copy.source] += overlap.num_bytes
+            received[copy.bucket, copy.target] += overlap.num_bytes
+    for rank in range(world):
+        problems += [f"{name} on rank {rank}" for name, ids in wanted[rank].items() if not torch.equal(found[rank][name], ids)]
+    return Outcome(sent, received, problems)
+
+
+def lower_bound(config: Mapping[str, Any], plan: Plan, elements: Elements, rank: int) -> int:
+    """Bytes that a rank wants and does not hold."""
+    wants = torch.zeros(len(elements.itemsize), dtype=torch.bool)
+    for ids in wanted_parameters(config, plan.generator, rank, elements).values():
+        wants[ids[ids > 0]] = True
+    for ids in trainer_parameters(config, plan.trainer, rank, elements).values():
+        wants[ids.reshape(-1)] = False
+    return int(elements.itemsize[wants].sum())

@@ -24,6 +24,8 @@ app = typer.Typer(
 )
 reward_app = typer.Typer(help="Score lines of JSON from standard input.", no_args_is_help=True)
 app.add_typer(reward_app, name="reward")
+reshard_app = typer.Typer(help="Weights from the trainer's layout to the generator's.", no_args_is_help=True)
+app.add_typer(reshard_app, name="reshard")
 
 ConfigPath = Annotated[Path, typer.Argument(help="a YAML file, see configs/")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key.sub=value ..., over the file")]
@@ -111,6 +113,25 @@ def evaluate(
         num_prompts=num_prompts, template=template, seed=seed, output=output,
     )  # fmt: skip
     typer.echo(format_table(result))
+
+
+@reshard_app.command("explain")
+def reshard_explain(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="processes of the job; default: the fewest that fit")] = None,
+    bandwidth: Annotated[float, typer.Option(help="GB/s of a rank to other nodes, each direction")] = 40.0,
+    node_bandwidth: Annotated[float, typer.Option(help="GB/s of a rank inside of its node, each direction")] = 300.0,
+    gpus_per_node: Annotated[int, typer.Option(min=1)] = 8,
+    fp8: Annotated[bool, typer.Option(help="as if the generator held block-quantised FP8 weights")] = False,
+) -> None:
+    """Bytes per rank and link, buckets, buffers and predicted seconds of a reshard. Starts no process, loads no weights."""
+    from r1mega.weights.explain import Bandwidth, explain
+
+    if min(bandwidth, node_bandwidth) <= 0:
+        raise typer.BadParameter("bandwidths are above 0")
+    speeds = Bandwidth(bandwidth * 1e9, node_bandwidth * 1e9)
+    typer.echo(explain(config, overrides or [], world=gpus, bandwidth=speeds, ranks_per_node=gpus_per_node, fp8=fp8))
 
 
 @reward_app.command("math")

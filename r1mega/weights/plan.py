@@ -12,6 +12,7 @@ ranks (`Group`), so that 2,048 ranks are planned in seconds. `Plan.routes` unrol
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -167,18 +168,21 @@ class Plan:
 
 
 def _spread(groups: Sequence[Group]) -> tuple[Group, ...]:
-    """An order in which neighbours have other holders and other takers, so that one bucket keeps all of them busy."""
+    """An order in which neighbours have other holders and other takers, and those that were used least come first: one
+    bucket keeps all of them busy."""
     ordered: list[Group] = []
     rest = list(groups)
+    used: Counter[Any] = Counter()
     while rest:
-        holders, takers, later = set(), set(), []
+        rest.sort(key=lambda group: (used[group.holders], used[group.takers]))
+        busy, later = set(), []
         for group in rest:
-            if group.holders in holders or group.takers in takers:
+            if group.holders in busy or group.takers in busy:
                 later.append(group)
             else:
                 ordered.append(group)
-                holders.add(group.holders)
-                takers.add(group.takers)
+                busy |= {group.holders, group.takers}
+        used.update(busy)
         rest = later
     return tuple(ordered)
 

@@ -161,7 +161,10 @@ def _divide(size: int, parts: int, what: str, key: str) -> int:
     return size // parts
 
 
-def even_stages(num_layers: int, pp: int, vpp: int | None) -> tuple[int, ...]:
-    """The stage of each layer when Megatron spreads them evenly: chunk by chunk, virtual stages in turns."""
-    chunk = _divide(num_layers, pp * (vpp or 1), "num_hidden_layers", "pp * vpp")
-    return tuple(layer // chunk % pp for layer in range(num_layers))
+def pipeline_stages(parallel: Any, num_layers: int) -> tuple[int, ...]:
+    """The stage of each decoder layer, by a ParallelConfig: virtual stages take turns. ConfigError when uneven."""
+    num_chunks = parallel.pp * (parallel.vpp or 1)
+    counts = getattr(parallel, "layers_per_stage", None)
+    if counts is None:
+        counts = (_divide(num_layers, num_chunks, "num_hidden_layers", "pp * vpp"),) * num_chunks
+    return tuple(chunk % parallel.pp for chunk, count in enumerate(counts) for _ in range(count))

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from r1mega.errors import ConfigError
 from r1mega.weights.plan import GeneratorLayout, Plan
-from r1mega.weights.trainer_layout import TrainerLayout, even_stages
+from r1mega.weights.trainer_layout import TrainerLayout, pipeline_stages
+from tests.reference import Layout
 from tests.unit.weights.brute_force import BLOCKS, DENSE, MODELS, MOE, execute, lower_bound, number_elements
 
 
@@ -27,7 +28,7 @@ def cases(draw):
     etp = draw(st.sampled_from([e for e in powers if e * ep * pp <= world])) if moe else 1
     layers = config["num_hidden_layers"]
     if draw(st.booleans()):
-        stages = even_stages(layers, pp, draw(st.sampled_from([None, *(v for v in (2,) if pp * v <= layers and pp > 1)])))
+        stages = pipeline_stages(Layout(pp=pp, vpp=draw(st.sampled_from([None, *([2] if 1 < pp <= layers // 2 else [])]))), layers)
     else:  # uneven, in order; stages may be empty but for the first and the last
         stages = tuple(sorted(draw(st.lists(st.integers(0, pp - 1), min_size=layers, max_size=layers))))
     last = config["tie_word_embeddings"] or draw(st.booleans())
@@ -123,7 +124,7 @@ def test_all_stages_send_in_most_buckets():
     (lambda: TrainerLayout(4, 1, 8, 1, 1, 1, (0,) * 4), "ep \\* etp \\* pp = 8"),
     (lambda: GeneratorLayout(4, 3), "rollout.tp"),
     (lambda: GeneratorLayout(8, 4, 2), "rollout.ep = 2"),
-    (lambda: even_stages(61, 16, None), "num_hidden_layers = 61"),
+    (lambda: pipeline_stages(Layout(pp=16), 61), "num_hidden_layers = 61"),
     (lambda: Plan(MOE, TrainerLayout(16, 1, 1, 16, 1, 1, (0,) * 4), GeneratorLayout(16), model_dtype=torch.float32,
                   bucket_bytes=1024), "does not divide"),
 ])  # fmt: skip

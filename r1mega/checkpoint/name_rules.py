@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 
 from r1mega.errors import CheckpointError
+from r1mega.model.reward_head import SCORE
 
 Form = Literal["plain", "gate_up", "qkv", "vocabulary"]
 """How HF tensors make up the Megatron one: itself; gate, up stacked; q, k, v interleaved by KV group; rows padded."""
@@ -78,6 +79,7 @@ TOP_RULES: Mapping[str, Rule] = {
         Rule("output_layer.weight", ("lm_head.weight",), "vocabulary", 0),
     )
 }
+SCALAR_HEAD_RULE = Rule("output_layer.weight", (SCORE,))
 LAYER_NAME = re.compile(r"(decoder|mtp)\.layers\.(\d+)\.(?:transformer_layer\.|mtp_model_layer\.)?(.*)")
 _SEQUENTIAL_EXPERT = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.(linear_fc[12]\.weight)")
 _GROUPED_EXPERT = re.compile(r"mlp\.experts\.(linear_fc[12]\.weight)(\d+)")
@@ -95,6 +97,7 @@ class ModelShape:
     queries_per_group: int
     mla: bool
     tied_embeddings: bool
+    scalar_head: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +139,8 @@ def make_entry(
         rule = TOP_RULES.get(name)
         if name == "output_layer.weight" and model.tied_embeddings:
             rule = TOP_RULES["embedding.word_embeddings.weight"]
+        if name == "output_layer.weight" and model.scalar_head:
+            rule = SCALAR_HEAD_RULE
     else:
         match = LAYER_NAME.fullmatch(name)
         suffix, prefix = match[3] if match else name, f"model.layers.{layer}."
@@ -213,7 +218,7 @@ def _join(tensors: list[torch.Tensor], dim: int) -> torch.Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
 
 
-_TOP_ORDER = {"model.embed_tokens.weight": -1, "model.norm.weight": 1 << 30, "lm_head.weight": (1 << 30) + 1}
+_TOP_ORDER = {"model.embed_tokens.weight": -1, "model.norm.weight": 1 << 30, "lm_head.weight": (1 << 30) + 1, SCORE: (1 << 30) + 1}
 _RULE_ORDER = {name: i for i, rule in enumerate(_RULES) for name in rule.hf}
 
 

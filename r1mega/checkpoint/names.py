@@ -49,6 +49,7 @@ def model_shape(chunk: Any) -> ModelShape:
         queries_per_group=config.num_attention_heads // groups,
         mla=config.multi_latent_attention,
         tied_embeddings=model.share_embeddings_and_output_weights,
+        scalar_head=getattr(model, "scalar_head", False),
     )
 
 
@@ -127,11 +128,12 @@ def load_hf(chunks: Sequence[Any], tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def _is_ignored(name: str, shape: ModelShape) -> bool:
-    """What checkpoints may have besides the model: MTP layers that were not built, copies of shared tensors."""
+    """What checkpoints may have besides the model: MTP layers that were not built, copies of shared tensors,
+    the output layer that a scalar head stands in for."""
     layer = re.match(r"model\.layers\.(\d+)\.", name)
     if layer and int(layer[1]) >= shape.num_layers + shape.num_mtp_layers:
         return True
-    copies = shape.tied_embeddings and name == "lm_head.weight"
+    copies = (shape.tied_embeddings or shape.scalar_head) and name == "lm_head.weight"
     return copies or bool(_NOT_WEIGHTS.fullmatch(name) or _MTP_COPIES.fullmatch(name))
 
 

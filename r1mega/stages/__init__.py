@@ -18,6 +18,7 @@ MODULES = {
     "reasoning_rl": "r1mega.stages.rl",
     "sft": "r1mega.stages.sft",
     "distill": "r1mega.stages.sft",
+    "reward_model": "r1mega.stages.reward_model",
 }
 """Where each stage's `run` is."""
 

@@ -36,6 +36,7 @@ from r1mega.checkpoint.names import export_hf, load_hf  # noqa: E402
 from r1mega.config.schema import ModelConfig, OptimizerConfig, ParallelConfig  # noqa: E402
 from r1mega.errors import NonFiniteError  # noqa: E402
 from r1mega.model.build import build_model, packed_seq_params  # noqa: E402
+from r1mega.model.reward_head import attach_scalar_head  # noqa: E402
 from r1mega.train.packing import Microbatch  # noqa: E402
 
 LossFunction = Callable[[int, Microbatch, torch.Tensor, torch.Tensor], tuple[torch.Tensor, Any]]
@@ -75,9 +76,15 @@ class Policy:
         total_steps: int,
         seed: int,
         init_std: float | None = None,
+        scalar_head: bool = False,
     ):
+        """scalar_head: score sequences instead of predicting tokens. The "log-probs" of a microbatch's rows are then the
+        scores at those positions, without entropies (NaN)."""
         self.dtype, self.device = getattr(torch, model.dtype), platform.current().device
         self.chunks = build_model(hf_config, parallel, model, seed=seed, init_std=init_std)
+        if scalar_head:
+            attach_scalar_head(self.chunks)
+        self._scalar_head = scalar_head
         self.megatron_config = config = self.chunks[0].config
         wrapped = [Float16Module(config, c) for c in self.chunks] if self.dtype == torch.bfloat16 else self.chunks
         ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
@@ -209,6 +216,9 @@ class Policy:
 
     def _score(self, output: torch.Tensor, batch: Microbatch, temperature: float) -> LogProbs:
         """Log-probs of a microbatch's response tokens from the model's output: logits, or hidden states."""
+        if self._scalar_head:
+            scores = output.index_select(0, batch.rows)[:, 0]
+            return LogProbs(scores, torch.full_like(scores, math.nan), None)
         where = (batch.labels, temperature, batch.rows, self._tensor_group)
         if self._head is None:
             return grouped_log_prob(output, *where, backend=self.kernels)

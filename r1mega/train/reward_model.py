@@ -1,0 +1,106 @@
+"""Optimizer steps and scores of a reward model: whole sequences packed, one score each, at its last token."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+
+from r1mega.algorithm.pairwise import pairwise_losses, pointwise_losses
+from r1mega.train.packing import Microbatch, build_microbatch, plan_packing
+from r1mega.train.policy import Policy, UpdateResult
+
+from megatron.core import parallel_state  # isort: skip  (after the policy has prepared the platform)
+
+Objective = Literal["pairwise", "pointwise"]
+
+
+@dataclass(frozen=True, slots=True)
+class PreferenceSample:
+    """What is judged together. sequences: token ids of (chosen, rejected), or of one response.
+
+    target: the margin of a pair; 1 for a safe response, 0 for an unsafe one. lengths: tokens of the scored texts alone.
+    """
+
+    sequences: tuple[tuple[int, ...], ...]
+    target: float
+    lengths: tuple[int, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(map(len, self.sequences))
+
+
+@dataclass(frozen=True, slots=True)
+class PreferenceResult:
+    """Means over the step's samples on all ranks. accuracy: pairs in order, or responses on the right side of 0."""
+
+    update: UpdateResult
+    loss: float
+    accuracy: float
+    tokens: int
+
+
+def preference_step(
+    policy: Policy, samples: Sequence[PreferenceSample], indices: Sequence[int], objective: Objective, capacity: int
+) -> PreferenceResult:
+    """One optimizer step on the mean loss of the samples with these indices; every rank takes its share of them."""
+    batches = _share(policy, samples, indices, capacity)
+
+    def loss(index: int, _microbatch: Microbatch, scores: torch.Tensor, _entropies: torch.Tensor):
+        members = [samples[i] for i in batches[index].sample_indices]
+        targets = torch.tensor([m.target for m in members], dtype=torch.float32, device=scores.device)
+        if objective == "pairwise":
+            chosen, rejected = scores.view(-1, 2).unbind(1)
+            losses, right = pairwise_losses(chosen, rejected, targets), chosen > rejected
+        else:
+            losses, right = pointwise_losses(scores, targets), (scores > 0) == (targets > 0.5)
+        sums = torch.stack([losses.detach().sum().double(), right.sum().double()])
+        return losses.sum() / len(indices), sums
+
+    width = 2 if objective == "pairwise" else 1
+    result = policy.update(batches, loss, total_response_tokens=width * len(indices))
+    sums = torch.stack([torch.zeros(2, dtype=torch.float64), *(part.cpu() for part in result.statistics)]).sum(0)
+    dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())
+    mean_loss, accuracy = (sums / len(indices)).tolist()
+    return PreferenceResult(result, mean_loss, accuracy, sum(samples[i].num_tokens for i in indices))
+
+
+def preference_scores(policy: Policy, samples: Sequence[PreferenceSample], capacity: int) -> torch.Tensor:
+    """[samples, 1 or 2] float64 scores, on every rank. A collective call."""
+    batches = _share(policy, samples, range(len(samples)), capacity)
+    mine: dict[int, list[float]] = {}
+    for batch, (scores, _) in zip(batches, policy.log_probs(batches), strict=False):
+        if batch.sample_indices:
+            rows = scores.double().cpu().view(len(batch.sample_indices), -1).tolist()
+            mine |= dict(zip(batch.sample_indices, rows, strict=True))
+    everyone: list[dict[int, list[float]]] = [mine]
+    if dist.get_world_size() > 1:
+        everyone = [{} for _ in range(dist.get_world_size())]
+        dist.all_gather_object(everyone, mine)
+    merged = {index: row for part in everyone for index, row in part.items()}
+    return torch.tensor([merged[index] for index in range(len(samples))], dtype=torch.float64)
+
+
+def _share(
+    policy: Policy, samples: Sequence[PreferenceSample], indices: Sequence[int], capacity: int
+) -> list[Microbatch]:
+    """This rank's microbatches; all ranks have equally many."""
+    lengths = [sample.num_tokens for sample in samples]
+    plan = plan_packing(lengths, [indices], capacity, parallel_state.get_data_parallel_world_size())
+    mine = plan.bins[0][parallel_state.get_data_parallel_rank()]
+    return [_pack([samples[i] for i in members], members, policy.pad_multiple) for members in mine]
+
+
+def _pack(members: Sequence[PreferenceSample], indices: Sequence[int], pad_multiple: int) -> Microbatch:
+    """One packed row; a sample's sequences follow each other, and `rows` are the last tokens of all sequences."""
+    sequences = [list(sequence) for member in members for sequence in member.sequences]
+    packed = build_microbatch(sequences, [len(s) for s in sequences], indices, pad_multiple)
+    last = packed.cu_seqlens[1 : len(sequences) + 1].long() - 1
+    return dataclasses.replace(
+        packed, rows=last, targets=packed.tokens[last], sequence_ids=torch.arange(len(sequences))
+    )

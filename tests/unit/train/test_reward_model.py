@@ -1,0 +1,143 @@
+"""A reward model's step against transformers' sequence classifier and AdamW; its export as transformers reads it."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from r1mega import platform
+from r1mega.config.schema import ModelConfig, OptimizerConfig, ParallelConfig
+from r1mega.platform import groups
+
+platform.prepare()
+
+from r1mega.checkpoint.hf import write_hf  # noqa: E402
+from r1mega.model.reward_head import SCORE, classifier_config, initial_head, untied  # noqa: E402
+from r1mega.train.policy import Policy  # noqa: E402
+from r1mega.train.reward_model import PreferenceSample, preference_scores, preference_step  # noqa: E402
+from tests.reference import DEEPSEEK, DENSE, make_reference  # noqa: E402
+
+LEARNING_RATE = 1e-3
+MODELS = {
+    "deepseek": DEEPSEEK | {"architectures": ["DeepseekV3ForCausalLM"], "rope_interleave": True},
+    "qwen3_tied": DENSE
+    | {"model_type": "qwen3", "head_dim": 16, "tie_word_embeddings": True, "architectures": ["Qwen3ForCausalLM"]},
+}
+
+
+@pytest.fixture
+def one_rank():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    groups.init_parallel(ParallelConfig(), seed=0)
+    yield
+    groups.destroy()
+    torch.set_num_threads(threads)
+
+
+def make_policy(hf, weights):
+    settings = OptimizerConfig(lr=LEARNING_RATE, weight_decay=0.1, clip_grad=0.5)
+    model = ModelConfig(path="unused", dtype="float32")
+    policy = Policy(model, untied(hf), ParallelConfig(), settings, total_steps=9, seed=1, scalar_head=True)
+    policy.load_hf(weights)
+    return policy
+
+
+def base_weights(hf):
+    """An ordinary language model's weights (its output layer included) and a new head."""
+    state = make_reference({k: v for k, v in hf.items() if k != "architectures"}, seed=3, batch=1, length=4).state
+    return state | {SCORE: initial_head(hf["hidden_size"], seed=5)}
+
+
+def make_samples(objective, count=6):
+    rng = np.random.default_rng(0)
+    samples = []
+    for index in range(count):
+        sequences = tuple(
+            tuple(int(t) for t in rng.integers(3, 90, rng.integers(4, 15))) for _ in range(2 if objective == "pairwise" else 1)
+        )
+        target = float(index % 3) / 2 if objective == "pairwise" else float(index % 2)
+        samples.append(PreferenceSample(sequences, target, tuple(map(len, sequences))))
+    return samples
+
+
+def classifier(policy, hf, directory):
+    """The export, loaded by transformers; not a tensor may be missing or left over."""
+    from transformers import AutoModelForSequenceClassification
+
+    reader = {"template": "nano", "reads": "summary"}
+    write_hf(directory, policy.hf_tensors(), classifier_config(hf, reader))
+    model, info = AutoModelForSequenceClassification.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert model.config.num_labels == 1
+    return model
+
+
+def reference_scores(model, sample):
+    return torch.cat([model(torch.tensor([sequence])).logits[0] for sequence in sample.sequences])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_scores_are_those_of_the_exported_classifier(one_rank, tmp_path, name):
+    hf, samples = MODELS[name], make_samples("pairwise")
+    policy = make_policy(hf, base_weights(hf))
+    model = classifier(policy, hf, tmp_path / "hf")
+    scores = preference_scores(policy, samples, capacity=64)
+    with torch.no_grad():
+        expected = torch.stack([reference_scores(model, sample) for sample in samples]).double()
+    torch.testing.assert_close(scores, expected, rtol=0, atol=2e-5)
+    assert scores.std() > 0.1, "a test of scores that are all alike would see nothing"
+
+
+@pytest.mark.parametrize("objective", ["pairwise", "pointwise"])
+def test_two_steps_equal_transformers_and_adamw(one_rank, tmp_path, objective):
+    hf, samples = MODELS["deepseek"], make_samples(objective)
+    policy = make_policy(hf, base_weights(hf))
+    model = classifier(policy, hf, tmp_path / "before")
+    decayed, rest = ([p for p in model.parameters() if (p.ndim > 1) is wanted] for wanted in (True, False))
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}],
+        lr=LEARNING_RATE, betas=(0.9, 0.95), eps=1e-8,
+    )  # fmt: skip
+    for indices in ([0, 1, 2, 3], [5, 2, 4]):
+        result = preference_step(policy, samples, indices, objective, capacity=48)
+        losses, right = [], 0
+        for sample in (samples[i] for i in indices):
+            scores = reference_scores(model, sample).double()
+            if objective == "pairwise":
+                losses.append(torch.log1p(torch.exp(-(scores[0] - scores[1] - sample.target))))
+                right += float(scores[0] > scores[1])
+            else:
+                p = torch.sigmoid(scores[0])
+                losses.append(-torch.log(p if sample.target else 1 - p))
+                right += float((p > 0.5) == (sample.target == 1))
+        loss = torch.stack(losses).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        assert result.loss == pytest.approx(float(loss), abs=1e-5) and result.accuracy == pytest.approx(right / len(indices))
+        assert math.isclose(result.update.grad_norm, float(norm), rel_tol=1e-4)
+        assert result.tokens == sum(samples[i].num_tokens for i in indices)
+    after = classifier(policy, hf, tmp_path / "after").state_dict()
+    for name, value in model.state_dict().items():
+        difference = (after[name] - value).abs()
+        assert difference.max() <= 2.1 * LEARNING_RATE * 2, name
+        assert difference.mean() <= 2e-2 * LEARNING_RATE, name
+
+
+def test_another_head_goes_on_and_a_language_model_wants_one(one_rank):
+    from r1mega.errors import CheckpointError
+
+    hf = MODELS["deepseek"]
+    weights = base_weights(hf)
+    policy = make_policy(hf, weights)
+    again = dict(policy.hf_tensors())
+    assert SCORE in again and "lm_head.weight" not in again and torch.equal(again[SCORE], weights[SCORE])
+    policy.load_hf(again)
+    del again[SCORE]
+    with pytest.raises(CheckpointError, match="missing: score.weight"):
+        policy.load_hf(again)

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from r1mega.config.schema import RewardConfig
+from r1mega.config.rewards import RewardConfig
 from r1mega.reward import math as rewards
 from r1mega.reward.compose import RewardScorer
 from r1mega.reward.parts import Deferred

@@ -122,54 +122,6 @@ class WeightsConfig(Section):
     probe_tolerance: Positive | None = None  # None: 2e-4 in float32, 0.6 in bfloat16 (an expert flip moves a token by much)
 
 
-class AccuracyReward(Section):
-    weight: NonNegative = 1.0
-    timeout_seconds: Positive = 5.0  # hard limit of one symbolic comparison
-
-
-class FormatReward(Section):
-    weight: NonNegative = 0.1
-    mode: Literal["strict", "graded"] = "strict"
-    prompt_opens_think: bool = False  # the template already ends in <think>
-
-
-class LanguageReward(Section):
-    weight: NonNegative = 0.0
-    target: str | None = None  # None: the prompt's language
-
-
-class LengthReward(Section):
-    """Soft overlong penalty: 0 up to max_response_tokens - buffer_tokens, then linearly down to -1 (DAPO, section 3.4)."""
-
-    weight: NonNegative = 0.0
-    buffer_tokens: PositiveInt = 4096
-
-
-class RepetitionReward(Section):
-    """Minus the share of repeated n-grams in the response."""
-
-    weight: NonNegative = 0.0
-    ngram: PositiveInt = 20
-
-
-class RewardPool(Section):
-    num_workers: PositiveInt = 1  # worker processes a rank, for what needs sympy
-    memory_bytes: PositiveInt = 1 << 30  # a worker
-    max_retries: NonNegativeInt = 2
-    max_pending: PositiveInt = 4096  # back-pressure: submissions wait beyond it
-
-
-class RewardConfig(Section):
-    """Reward = sum of weight * part. A part with weight 0 is not computed (accuracy and format always are)."""
-
-    accuracy: AccuracyReward = AccuracyReward()
-    format: FormatReward = FormatReward()
-    language: LanguageReward = LanguageReward()
-    overlong: LengthReward = LengthReward()
-    repetition: RepetitionReward = RepetitionReward()
-    pool: RewardPool = RewardPool()
-
-
 class EvaluateConfig(Section):
     """pass@1 as the mean over num_samples samples; cons@k by majority when num_samples > 1."""
 

@@ -18,6 +18,8 @@ from r1mega.types import Prompt
 logger = logging.getLogger(__name__)
 
 OWN_KEYS = ("id", "question", "answer", "kind", "language")
+WITHOUT_GOLD = frozenset({"general"})
+"""Kinds of prompts whose answers no rule can verify: reward models and judges do."""
 DOCUMENT_TOKENS = 4
 """More than any tokenizer puts before a text: the begin-of-text token and sentencepiece's leading space."""
 
@@ -70,8 +72,9 @@ def scan_prompts(config: DataConfig, tokenizer_directory: Path) -> None:
     tokenizer: Tokenizer | None = None
     kept = 0
     for record in read_records(config):
-        if record.kind not in ACCURACY:
-            raise DataError(f"{record.where}: kind {record.kind!r} has no reward; known are {', '.join(ACCURACY)}")
+        known = (*ACCURACY, *sorted(WITHOUT_GOLD))
+        if record.kind not in known:
+            raise DataError(f"{record.where}: kind {record.kind!r} has no reward; known are {', '.join(known)}")
         text = render(config.template, record.question)
         if len(text.encode()) + DOCUMENT_TOKENS <= config.max_prompt_tokens:
             kept += 1
@@ -118,7 +121,7 @@ def read_records(config: DataConfig) -> Iterator[PromptRecord]:
                         raise DataError(f"{error}; mend the line, or set data.on_bad_line=skip") from error
                     skipped.append(str(error))
                     continue
-                if not record.answers:
+                if not record.answers and record.kind not in WITHOUT_GOLD:
                     without_gold.append(record.where)
                     continue
                 seen[record.id] = seen.get(record.id, 0) + 1
@@ -144,7 +147,7 @@ def _record(line: bytes, where: str, config: DataConfig) -> PromptRecord:
     question, answer = item.get("question"), item.get("answer")
     if not isinstance(question, str) or not question.strip():
         raise DataError(f"{where}: 'question' is missing or not a text")
-    if "answer" not in item:
+    if "answer" not in item and item.get("kind", config.kind) not in WITHOUT_GOLD:
         raise DataError(f"{where}: 'answer' is missing")
     answers = tuple(answer) if isinstance(answer, list) else (answer,)
     if answer is None or (isinstance(answer, str) and not answer.strip()):

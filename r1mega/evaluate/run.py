@@ -15,7 +15,8 @@ import yaml
 from pydantic import ValidationError
 
 from r1mega.checkpoint.hf import read_config
-from r1mega.config.schema import DataConfig, EvaluateConfig, RewardConfig
+from r1mega.config.rewards import RewardConfig
+from r1mega.config.schema import DataConfig, EvaluateConfig
 from r1mega.data.prompts import load_prompts
 from r1mega.data.template import render
 from r1mega.data.tokenizer import Tokenizer, load_tokenizer

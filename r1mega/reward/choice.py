@@ -6,14 +6,17 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from r1mega.errors import RewardError
 from r1mega.reward.expression.text import clean, without_lead, words_of
-from r1mega.reward.extract import final_answer
+from r1mega.reward.extract import AnswerForm, final_answer
 from r1mega.reward.parts import Deferred, PartScore, ScoringItem
 from r1mega.reward.pool import Outcome, Task
 from r1mega.types import RewardStatus
+
+if TYPE_CHECKING:  # workers import this module and want no pydantic
+    from r1mega.config.rewards import RewardConfig
 
 BLOCKED_SCORERS: Mapping[str, str] = {
     "game_of_life_halting": "gives full marks to any text",
@@ -52,11 +55,15 @@ def clean_choice(text: str) -> str:
 class ChoiceAccuracy:
     """1 when the last well-formed answer is exactly one of the golds."""
 
-    timeout_seconds: float = 0.0  # nothing here can take long
+    form: AnswerForm = "any"
     name: str = "accuracy"
 
+    @classmethod
+    def from_config(cls, config: RewardConfig) -> ChoiceAccuracy:
+        return cls(config.accuracy.form)
+
     def score(self, item: ScoringItem) -> PartScore:
-        answer = final_answer(item.text)
+        answer = final_answer(item.text, self.form)
         if answer is None:
             return PartScore(0.0, "no answer in the asked form")
         if any(same_choice(gold, answer) for gold in item.prompt.answers):
@@ -75,7 +82,12 @@ class ReasoningGymAccuracy:
 
     timeout_seconds: float = 5.0
     partial_credit: bool = False
+    form: AnswerForm = "any"
     name: str = "accuracy"
+
+    @classmethod
+    def from_config(cls, config: RewardConfig) -> ReasoningGymAccuracy:
+        return cls(config.accuracy.timeout_seconds, config.accuracy.partial_credit, config.accuracy.form)
 
     def score(self, item: ScoringItem) -> PartScore | Deferred:
         entry = item.prompt.metadata.get("entry")
@@ -90,7 +102,7 @@ class ReasoningGymAccuracy:
                 f"prompt {item.prompt.id}: the scorer of {task!r} is blocked, it "
                 f"{BLOCKED_SCORERS[task]}; remove the task"
             )
-        answer = final_answer(item.text)
+        answer = final_answer(item.text, self.form)
         if not answer:
             return PartScore(0.0, "no answer in the asked form")
         entry = json.loads(json.dumps(dict(entry), default=str))

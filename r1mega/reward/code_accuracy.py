@@ -6,25 +6,30 @@ from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
 
+from r1mega.config.rewards import RewardConfig
 from r1mega.reward.code import CodeReward
 from r1mega.reward.code_problem import Problem, problem_from
 from r1mega.reward.parts import PartScore, ScoringItem
-
-CONCURRENT_PROGRAMS = 4
+from r1mega.sandbox.backend import limits_of, open_backend
 
 
 class CodeAccuracy:
-    """The prompt's metadata holds the tests, in any of the forms of `code_problem`. Raises RewardError where no
-    sandbox can be had.
+    """The prompt's metadata holds the tests, in any of the forms of `code_problem`.
 
-    timeout_seconds is not used: the limits of a program are those of its task and of the sandbox.
+    num_concurrent: programs that run at once. Raises RewardError where no sandbox can be had.
     """
 
     name = "accuracy"
 
-    def __init__(self, timeout_seconds: float = 0.0, reward: CodeReward | None = None) -> None:
-        self._reward = reward or CodeReward()
-        self._executor = ThreadPoolExecutor(CONCURRENT_PROGRAMS, thread_name_prefix="reward-code")
+    def __init__(self, reward: CodeReward, num_concurrent: int = 4) -> None:
+        self._reward = reward
+        self._executor = ThreadPoolExecutor(num_concurrent, thread_name_prefix="reward-code")
+
+    @classmethod
+    def from_config(cls, config: RewardConfig) -> CodeAccuracy:
+        sandbox = config.sandbox
+        reward = CodeReward(open_backend(sandbox), limits_of(sandbox), config.accuracy.partial_credit)
+        return cls(reward, sandbox.num_concurrent)
 
     def score(self, item: ScoringItem) -> Future[PartScore]:
         problem = problem_from(item.prompt.metadata, f"prompt {item.prompt.id}")
@@ -33,3 +38,7 @@ class CodeAccuracy:
     def _grade(self, text: str, problem: Problem) -> PartScore:
         reward = self._reward.score(text, problem)
         return PartScore(reward.value, reward.reason, reward.status)
+
+    def close(self) -> None:
+        """Wait for the programs that run; those in the queue are dropped."""
+        self._executor.shutdown(cancel_futures=True)

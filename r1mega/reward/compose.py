@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import importlib
+import logging
+import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-from r1mega.config.schema import RewardConfig
+from r1mega.config.rewards import NeuralReward, RewardConfig
+from r1mega.data.prompts import WITHOUT_GOLD
+from r1mega.data.tokenizer import Tokenizer
 from r1mega.errors import RewardError
 from r1mega.reward.format import check_format
 from r1mega.reward.language import LanguageConsistency
-from r1mega.reward.length import Overlong, Repetition
-from r1mega.reward.parts import Deferred, Part, PartScore, ScoringItem
-from r1mega.reward.pool import Outcome, PoolMetrics, WorkerPool
+from r1mega.reward.length import LengthShaping, Overlong, Repetition
+from r1mega.reward.parts import Deferred, Part, PartScore, ScoringItem, Waiting
+from r1mega.reward.pool import Outcome, PoolMetrics, open_pool, percentile
+from r1mega.rollout.engine import GenerationEngine
 from r1mega.types import Prompt, Response, Reward, RewardStatus
+
+logger = logging.getLogger(__name__)
 
 ACCURACY = {
     "math": "r1mega.reward.math:MathAccuracy",
@@ -45,11 +53,11 @@ class Accuracy:
 
     name = "accuracy"
 
-    def __init__(self, timeout_seconds: float) -> None:
-        self._timeout_seconds = timeout_seconds
+    def __init__(self, config: RewardConfig) -> None:
+        self._config = config
         self._by_kind: dict[str, Part] = {}
 
-    def score(self, item: ScoringItem) -> PartScore | Deferred | Future[PartScore]:
+    def score(self, item: ScoringItem) -> PartScore | Deferred | Waiting:
         kind = item.prompt.kind
         if kind not in self._by_kind:
             if kind not in ACCURACY:
@@ -57,24 +65,66 @@ class Accuracy:
                     f"prompt {item.prompt.id}: no accuracy reward for kind {kind!r}; known: {', '.join(ACCURACY)}"
                 )
             module, _, name = ACCURACY[kind].partition(":")
-            self._by_kind[kind] = getattr(importlib.import_module(module), name)(timeout_seconds=self._timeout_seconds)
+            self._by_kind[kind] = getattr(importlib.import_module(module), name).from_config(self._config)
         return self._by_kind[kind].score(item)
 
+    def close(self) -> None:
+        for part in self._by_kind.values():
+            _close(part)
 
-def weighted_parts(config: RewardConfig, max_response_tokens: int) -> list[tuple[float, Part]]:
-    """(weight, part) pairs of a config. Accuracy and format are always computed, the others when they weigh
-    something.
+
+@dataclass(frozen=True, slots=True)
+class WeightedPart:
+    """A part, what it weighs, and where it counts. kinds: of prompts; None: all. from_step: the first step with it."""
+
+    weight: float
+    part: Part
+    kinds: tuple[str, ...] | None = None
+    from_step: int = 1
+
+    def applies(self, prompt: Prompt, step: int) -> bool:
+        return step >= self.from_step and (self.kinds is None or prompt.kind in self.kinds)
+
+
+def weighted_parts(
+    config: RewardConfig,
+    max_response_tokens: int,
+    engine: GenerationEngine | None = None,
+    tokenizer: Tokenizer | None = None,
+) -> list[WeightedPart]:
+    """The parts of a config. Format always, and accuracy for all prompts that have a gold, are computed; the others
+    when they weigh something. engine, tokenizer: of the policy, for a judge that is the policy itself.
     """
-    always: list[tuple[float, Part]] = [
-        (config.accuracy.weight, Accuracy(config.accuracy.timeout_seconds)),
-        (config.format.weight, Format(config.format.mode, config.format.prompt_opens_think)),
+    parts = [
+        WeightedPart(config.accuracy.weight, Accuracy(config)),
+        WeightedPart(config.format.weight, Format(config.format.mode, config.format.prompt_opens_think)),
     ]
     optional: list[tuple[float, Part]] = [
         (config.language.weight, LanguageConsistency(config.language.target)),
         (config.overlong.weight, Overlong(max_response_tokens, config.overlong.buffer_tokens)),
+        (config.length.weight, LengthShaping(config.length.free_tokens, max_response_tokens)),
         (config.repetition.weight, Repetition(config.repetition.ngram)),
     ]
-    return always + [(weight, part) for weight, part in optional if weight > 0]
+    parts += [WeightedPart(weight, part) for weight, part in optional if weight > 0]
+    neural: list[tuple[NeuralReward, Callable[[], Part]]] = []
+    opens_think = config.format.prompt_opens_think
+    if config.helpfulness.weight > 0 or config.harmlessness.weight > 0:
+        from r1mega.reward.preference import Preference
+
+        neural += [
+            (config.helpfulness, lambda: Preference("helpfulness", config.helpfulness, "summary", opens_think)),
+            (config.harmlessness, lambda: Preference("harmlessness", config.harmlessness, "response", opens_think)),
+        ]
+    if config.judge.weight > 0:
+        from r1mega.reward.judge import Judge, open_client
+
+        neural.append((config.judge, lambda: Judge(config.judge, open_client(config.judge, engine, tokenizer), opens_think)))
+    parts += [
+        WeightedPart(section.weight, make(), section.kinds, section.from_step)
+        for section, make in neural
+        if section.weight > 0
+    ]
+    return parts
 
 
 def compose(scores: dict[str, PartScore], weights: dict[str, float]) -> Reward:
@@ -88,10 +138,33 @@ def compose(scores: dict[str, PartScore], weights: dict[str, float]) -> Reward:
     return Reward(value, parts, RewardStatus.OK, "; ".join(f"{n} {s.value:g} ({s.reason})" for n, s in scores.items()))
 
 
+def _close(part: Part) -> None:
+    if (close := getattr(part, "close", None)) is not None:
+        close()
+
+
+@dataclass(frozen=True, slots=True)
+class Activity:
+    """What scoring took since it was last asked. Counts: scores that had to be waited for, and what became of their
+    workers. queue_max: most of them unfinished at one time; seconds: from submission to score, waiting included.
+    """
+
+    deferred: int
+    failed: int
+    retries: int
+    kills: int
+    crashes: int
+    queue_max: int
+    p50_seconds: float
+    p99_seconds: float
+
+
 @dataclass(frozen=True, slots=True)
 class _Pending:
+    prompt_id: str
     scores: dict[str, PartScore]
     waiting: dict[str, Callable[[], PartScore]]
+    order: tuple[str, ...]
 
 
 def _awaiting(deferred: Deferred, future: Future[Outcome]) -> Callable[[], PartScore]:
@@ -101,47 +174,107 @@ def _awaiting(deferred: Deferred, future: Future[Outcome]) -> Callable[[], PartS
 class RewardScorer:
     """`submit` scores what it can at once and hands the rest to workers; `result` waits. Tickets may be asked in any
     order, once each.
+
+    step: of the run, for parts that count from a later step on; set it before the step's responses are submitted.
     """
 
-    def __init__(self, config: RewardConfig, *, max_response_tokens: int) -> None:
-        pool = config.pool
-        self._parts = weighted_parts(config, max_response_tokens)
-        self._weights = {part.name: weight for weight, part in self._parts}
-        self._pool = WorkerPool(pool.num_workers, pool.memory_bytes, pool.max_retries, pool.max_pending)
+    def __init__(
+        self,
+        config: RewardConfig,
+        *,
+        max_response_tokens: int,
+        engine: GenerationEngine | None = None,
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
+        self.step = 1
+        self._parts = weighted_parts(config, max_response_tokens, engine, tokenizer)
+        self._weights = {entry.part.name: entry.weight for entry in self._parts}
+        self._pool = open_pool(config.pool)
         self._pending: dict[int, _Pending] = {}
         self._next_ticket = 0
+        self._clock = _Clock()
+        self._before = self._pool.metrics()
 
     def submit(self, prompt: Prompt, response: Response, text: str) -> int:
         """Start scoring a response; returns its ticket."""
         item = ScoringItem(prompt, response, text)
-        pending = _Pending({}, {})
-        for _, part in self._parts:
+        names: list[str] = []
+        scores: dict[str, PartScore] = {}
+        waiting: dict[str, Callable[[], PartScore]] = {}
+        for entry in self._parts:
+            part = entry.part
+            if not entry.applies(prompt, self.step) or (part.name == "accuracy" and prompt.kind in WITHOUT_GOLD):
+                continue
+            names.append(part.name)
             score = part.score(item)
             if isinstance(score, Deferred):
-                pending.waiting[part.name] = _awaiting(score, self._pool.submit(score.task))
-            elif isinstance(score, Future):
-                pending.waiting[part.name] = score.result
+                waiting[part.name] = _awaiting(score, self._clock.watch(self._pool.submit(score.task)))
+            elif isinstance(score, PartScore):
+                scores[part.name] = score
             else:
-                pending.scores[part.name] = score
+                waiting[part.name] = (self._clock.watch(score) if isinstance(score, Future) else score).result
         ticket, self._next_ticket = self._next_ticket, self._next_ticket + 1
-        self._pending[ticket] = pending
+        self._pending[ticket] = _Pending(prompt.id, scores, waiting, tuple(names))
         return ticket
 
     def result(self, ticket: int) -> Reward:
         """The reward of a ticket; waits for its workers. Raises KeyError for a ticket that was already asked for."""
         pending = self._pending.pop(ticket)
         scores = pending.scores | {name: wait() for name, wait in pending.waiting.items()}
-        return compose({name: scores[name] for name in self._weights}, self._weights)
+        reward = compose({name: scores[name] for name in pending.order}, self._weights)
+        if reward.status != RewardStatus.OK:
+            logger.warning("a response to prompt %s is left out of its group: %s", pending.prompt_id, reward.reason)
+        return reward
 
     def metrics(self) -> PoolMetrics:
+        """Of the worker pool, since the start."""
         return self._pool.metrics()
+
+    def activity(self) -> Activity:
+        """Since the last call."""
+        before, self._before = self._before, self._pool.metrics()
+        counts = {name: getattr(self._before, name) - getattr(before, name) for name in ("failed", "retries", "kills", "crashes")}
+        latencies, queue_max = self._clock.read()
+        p50, p99 = percentile(latencies, 0.5), percentile(latencies, 0.99)
+        return Activity(len(latencies), **counts, queue_max=queue_max, p50_seconds=p50, p99_seconds=p99)
 
     def close(self) -> None:
         """Stop the workers. Tickets that wait for one become FAILED rewards."""
         self._pool.close()
+        for entry in self._parts:
+            _close(entry.part)
 
     def __enter__(self) -> RewardScorer:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class _Clock:
+    """How long scores take that are not there at once."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._latencies: list[float] = []
+        self._unfinished = self._most = 0
+
+    def watch(self, future: Future) -> Future:
+        start = time.monotonic()
+        with self._lock:
+            self._unfinished += 1
+            self._most = max(self._most, self._unfinished)
+        future.add_done_callback(lambda _: self._finished(time.monotonic() - start))
+        return future
+
+    def _finished(self, seconds: float) -> None:
+        with self._lock:
+            self._unfinished -= 1
+            self._latencies.append(seconds)
+
+    def read(self) -> tuple[list[float], int]:
+        """(latencies since the last call, most unfinished at one time)."""
+        with self._lock:
+            latencies, self._latencies = self._latencies, []
+            most, self._most = self._most, self._unfinished
+            return latencies, most

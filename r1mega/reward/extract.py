@@ -12,6 +12,7 @@ MAX_BOX_CHARS = 10_000
 _CLOSE_TAG = "</answer>"
 _OPEN_TAG = "<answer>"
 _THINK_END = "</think>"
+_WHOLE_TAG = re.compile(r"^\s*<answer>(.*)</answer>\s*$", re.DOTALL)
 
 
 def last_boxed(text: str) -> str | None:
@@ -56,6 +57,15 @@ def last_tagged(text: str) -> str | None:
         if "<answer>" in content or "</answer>" in content or "<think>" in content or _THINK_END in content
         else content
     )
+
+
+def final_text(text: str, prompt_opens_think: bool = False) -> str:
+    """What the user reads: the text after the reasoning, without answer tags. Empty while the reasoning is still open."""
+    if (prompt_opens_think or "<think>" in text) and _THINK_END not in text:
+        return ""
+    rest = text.rpartition(_THINK_END)[2]
+    match = _WHOLE_TAG.match(rest)
+    return (match.group(1) if match else rest).strip()
 
 
 def final_answer(text: str, form: AnswerForm = "any") -> str | None:

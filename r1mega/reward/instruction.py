@@ -10,18 +10,21 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from r1mega.errors import RewardError
+from r1mega.reward.extract import final_text
 from r1mega.reward.parts import Deferred, PartScore, ScoringItem
 from r1mega.reward.pool import Outcome, Task
 from r1mega.types import RewardStatus
+
+if TYPE_CHECKING:  # workers import this module and want no pydantic
+    from r1mega.config.rewards import RewardConfig
 
 logger = logging.getLogger(__name__)
 
@@ -29,15 +32,7 @@ _ABBREVIATIONS = frozenset(
     "dr mr mrs ms prof st jr sr vs etc e.g i.e inc ltd co corp u.s u.k a.m p.m no vol fig al "
     "gen col sgt capt lt rev hon mt ave".split()
 )
-_ANSWER = re.compile(r"^\s*<answer>(.*)</answer>\s*$", re.DOTALL)
 _START_SECONDS = 5.0
-
-
-def final_text(text: str) -> str:
-    """What the user reads: the text after the reasoning, without answer tags."""
-    rest = text.rpartition("</think>")[2]
-    match = _ANSWER.match(rest)
-    return (match.group(1) if match else rest).strip()
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +45,10 @@ class InstructionAccuracy:
     timeout_seconds: float = _START_SECONDS
     partial_credit: bool = False
     name: str = "accuracy"
+
+    @classmethod
+    def from_config(cls, config: RewardConfig) -> InstructionAccuracy:
+        return cls(config.accuracy.timeout_seconds, config.accuracy.partial_credit)
 
     def score(self, item: ScoringItem) -> PartScore | Deferred:
         ids, arguments = item.prompt.metadata.get("instruction_id_list"), item.prompt.metadata.get("kwargs")

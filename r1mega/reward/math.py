@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from r1mega.errors import DataError
 from r1mega.reward.expression import compare, text
@@ -26,6 +26,9 @@ from r1mega.reward.extract import AnswerForm, final_answer
 from r1mega.reward.parts import Deferred, PartScore, ScoringItem
 from r1mega.reward.pool import Outcome, Task, WorkerPool
 from r1mega.types import RewardStatus
+
+if TYPE_CHECKING:  # workers import this module and want no pydantic
+    from r1mega.config.rewards import RewardConfig
 
 MAX_SECONDS = 5.0
 CPU_SHARE = 0.4  # of the hard limit: what a comparison may spend before it counts as not equal
@@ -122,6 +125,10 @@ class MathAccuracy:
     timeout_seconds: float = MAX_SECONDS
     form: AnswerForm = "any"
     name: str = "accuracy"
+
+    @classmethod
+    def from_config(cls, config: RewardConfig) -> MathAccuracy:
+        return cls(config.accuracy.timeout_seconds, config.accuracy.form)
 
     def score(self, item: ScoringItem) -> PartScore | Deferred:
         return judge(item.prompt.answers, answer_of(item.text, self.form), self.timeout_seconds)

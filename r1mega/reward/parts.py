@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import Future
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -37,9 +36,50 @@ class Deferred:
     finish: Callable[[Outcome], PartScore]
 
 
+class Waiting(Protocol):
+    """A score that is on its way: a future, or a place in a batch."""
+
+    def result(self) -> PartScore: ...
+
+
 class Part(Protocol):
-    """name: key in `Reward.parts`."""
+    """name: key in `Reward.parts`. A part that holds threads or a model also has `close()`."""
 
     name: str
 
-    def score(self, item: ScoringItem) -> PartScore | Deferred | Future[PartScore]: ...
+    def score(self, item: ScoringItem) -> PartScore | Deferred | Waiting: ...
+
+
+class Batch:
+    """Items that are scored together, once the first of their results is asked for.
+
+    Which items share a batch then follows from what was submitted, not from when: the same responses get the same
+    scores to the last bit.
+    """
+
+    def __init__(self, score: Callable[[Sequence[ScoringItem]], Sequence[PartScore]]) -> None:
+        self._score = score
+        self._waiting: list[_InBatch] = []
+
+    def add(self, item: ScoringItem) -> Waiting:
+        place = _InBatch(self, item)
+        self._waiting.append(place)
+        return place
+
+    def settle(self) -> None:
+        """Score all that wait."""
+        waiting, self._waiting = self._waiting, []
+        for place, score in zip(waiting, self._score([place.item for place in waiting]), strict=True):
+            place.score = score
+
+
+@dataclass(slots=True)
+class _InBatch:
+    batch: Batch
+    item: ScoringItem
+    score: PartScore | None = None
+
+    def result(self) -> PartScore:
+        if self.score is None:
+            self.batch.settle()
+        return self.score

@@ -17,12 +17,15 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from r1mega.errors import RewardError
+
+if TYPE_CHECKING:
+    from r1mega.config.rewards import RewardPool
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +75,12 @@ class WorkerDiedError(RuntimeError):
     def __init__(self, message: str, killed: bool) -> None:
         super().__init__(message)
         self.killed = killed
+
+
+def percentile(values: Iterable[float], share: float) -> float:
+    """The value below which that share of the values lies; 0.0 without values."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(len(ordered) * share))] if ordered else 0.0
 
 
 @dataclass(slots=True)
@@ -188,9 +197,7 @@ class WorkerPool:
 
     def metrics(self) -> PoolMetrics:
         with self._condition:
-            ordered = sorted(self._latencies)
-            count = len(ordered)
-            p50, p99 = (ordered[min(count - 1, int(count * q))] if count else 0.0 for q in (0.5, 0.99))
+            p50, p99 = percentile(self._latencies, 0.5), percentile(self._latencies, 0.99)
             return PoolMetrics(**self._counts, queued=len(self._jobs), p50_seconds=p50, p99_seconds=p99)
 
     def close(self) -> None:
@@ -270,3 +277,8 @@ class WorkerPool:
             self._latencies.append(time.monotonic() - job.submitted_at)
         self._slots.release()
         job.future.set_result(outcome)
+
+
+def open_pool(config: RewardPool) -> WorkerPool:
+    """The pool that the config asks for."""
+    return WorkerPool(config.num_workers, config.memory_bytes, config.max_retries, config.max_pending)

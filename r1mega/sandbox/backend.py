@@ -6,9 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, Protocol
 
+from r1mega.config.rewards import SandboxConfig
 from r1mega.errors import RewardError
 from r1mega.sandbox.launcher import Launcher
-from r1mega.sandbox.policy import COMPILER_LIMITS, Limits
+from r1mega.sandbox.policy import COMPILER_LIMITS, Limits, Policy
 from r1mega.sandbox.probe import ensure_safe
 from r1mega.sandbox.session import Graded, grade
 from r1mega.sandbox.verdict import Completed, Verdict
@@ -27,6 +28,28 @@ class Backend(Protocol):
 
     def grade(self, source: str, spec: Mapping[str, Any], limits: Limits, *, clock_per_call: bool) -> Graded:
         """Python only: load the source, run the tests of `spec` against it in another sandbox (session.grade)."""
+
+
+def open_backend(config: SandboxConfig) -> Backend:
+    """The service that the config names, else this machine's sandbox. Raises RewardError where there is neither."""
+    if config.url is not None:
+        from r1mega.sandbox.remote import RemoteBackend
+
+        return RemoteBackend(config.url)
+    python = None if config.python is None else str(config.python)
+    libraries = tuple(str(directory.resolve()) for directory in config.libraries)
+    return LocalBackend(Launcher(Policy(python, libraries, require_cgroup=config.require_cgroup)))
+
+
+def limits_of(config: SandboxConfig) -> Limits:
+    """What one program may use where its task says nothing else."""
+    return Limits(
+        wall_seconds=config.wall_seconds,
+        cpu_seconds=config.cpu_seconds,
+        memory_bytes=config.memory_bytes,
+        output_bytes=config.output_bytes,
+        num_processes=config.num_processes,
+    )
 
 
 class LocalBackend:

@@ -17,7 +17,7 @@ from r1mega.rollout.build import build_engine
 from r1mega.rollout.groups import GroupCollector
 from r1mega.rollout.sampler import GroupSampler, stop_settings
 from r1mega.stages.evaluation import Evaluation
-from r1mega.stages.rl_metrics import group_metrics
+from r1mega.stages.rl_metrics import group_metrics, pool_metrics
 from r1mega.stages.runtime import Runtime
 from r1mega.train.grpo_update import update_policy
 from r1mega.train.policy import Policy
@@ -46,7 +46,9 @@ class RLTrainer:
         if self.start:
             self._restore_cursor(progress["cursor"])
         self.engine = build_engine(config.rollout, config.model, config.weights, config.data.max_prompt_tokens)
-        self.scorer = RewardScorer(config.reward, max_response_tokens=config.rollout.max_response_tokens)
+        self.scorer = RewardScorer(
+            config.reward, max_response_tokens=config.rollout.max_response_tokens, engine=self.engine, tokenizer=self.tokenizer
+        )
         stop_ids, stop_strings = stop_settings(config.rollout.stop, self.tokenizer)
         self.sampling = SamplingSettings(
             config.rollout.temperature, config.rollout.top_p, config.rollout.max_response_tokens, stop_ids, stop_strings
@@ -61,6 +63,7 @@ class RLTrainer:
     def step(self, step: int) -> tuple[dict[str, Any], Sequence[RolloutGroup]]:
         """One step of the recipe; its metrics, and this rank's groups."""
         config = self.config
+        self.scorer.step = step
         groups = self.collector.collect(step)  # rollout, reward
         if config.rollout.sleep:
             self.engine.sleep()
@@ -72,6 +75,7 @@ class RLTrainer:
         with self.timer.phase("reshard"):
             metrics |= self.sync.push()  # reshard, and its proof
         metrics |= group_metrics(groups, contributes=self.collector.contributes) | self.collector.metrics()
+        metrics |= pool_metrics(self.scorer.activity())
         return metrics, groups
 
     def _restore_cursor(self, state: CursorState) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 
+from r1mega.reward.compose import Activity
 from r1mega.reward.language import mixes_languages
 from r1mega.reward.reflection import reflects
 from r1mega.rollout.groups import carries_signal
@@ -34,6 +36,7 @@ def group_metrics(groups: Sequence[RolloutGroup], *, contributes: bool) -> dict[
                 sums["square"] += reward.value**2
                 for part, value in reward.parts.items():
                     sums[f"part:{part}"] += value
+                    sums[f"count:{part}"] += 1
     sums, longest = _over_ranks(sums, longest)
     responses, scored = max(sums["responses"], 1), max(sums["scored"], 1)
     mean = sums["value"] / scored
@@ -41,7 +44,7 @@ def group_metrics(groups: Sequence[RolloutGroup], *, contributes: bool) -> dict[
         "reward/mean": mean,
         "reward/std": max(sums["square"] / scored - mean**2, 0.0) ** 0.5,
         "reward/excluded_fraction": 1.0 - sums["scored"] / responses,
-        **{f"reward/{name[5:]}": total / scored for name, total in sums.items() if name.startswith("part:")},
+        **{f"reward/{name[5:]}": total / sums[f"count:{name[5:]}"] for name, total in sums.items() if name.startswith("part:")},
         "response/length_mean": sums["tokens"] / responses,
         "response/length_max": float(longest),
         "response/truncated_fraction": sums["truncated"] / responses,
@@ -50,6 +53,20 @@ def group_metrics(groups: Sequence[RolloutGroup], *, contributes: bool) -> dict[
         "group/no_signal_fraction": sums["without_signal"] / max(sums["groups"], 1),
         "tokens/rollout": float(sums["tokens"]),
     }
+
+
+def pool_metrics(activity: Activity) -> dict[str, float]:
+    """What scoring took in the step: counts over all ranks, the longest queue and the slowest rank's times."""
+    values = dataclasses.asdict(activity)
+    names = list(values)
+    counts = torch.tensor([float(values[name]) for name in names], dtype=torch.float64)
+    largest = counts.clone()
+    if dist.get_world_size() > 1:
+        dist.all_reduce(counts)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+    worst = ("queue_max", "p50_seconds", "p99_seconds")
+    pairs = zip(names, counts.tolist(), largest.tolist(), strict=True)
+    return {f"reward_pool/{name}": most if name in worst else total for name, total, most in pairs}
 
 
 def _over_ranks(sums: Counter[str], longest: int) -> tuple[Counter[str], int]:

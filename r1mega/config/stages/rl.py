@@ -7,13 +7,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from r1mega.config.rewards import RewardConfig
 from r1mega.config.schema import (
     DataConfig,
     EvaluateConfig,
     NonNegative,
     Positive,
     PositiveInt,
-    RewardConfig,
     RolloutConfig,
     Section,
     TrainingStage,
@@ -108,8 +108,4 @@ class RLStage(TrainingStage):
                 f"rollout.top_p = {rollout.top_p}: the generator's log-probs are of the truncated distribution, the trainer's "
                 "are not; set rollout.top_p=1 or algorithm.old_log_probs=recompute"
             )
-        if self.reward.overlong.weight > 0 and self.reward.overlong.buffer_tokens >= rollout.max_response_tokens:
-            yield (
-                f"reward.overlong.buffer_tokens = {self.reward.overlong.buffer_tokens} must be below "
-                f"rollout.max_response_tokens = {rollout.max_response_tokens}"
-            )
+        yield from self.reward.problems(rollout.max_response_tokens)

@@ -13,7 +13,8 @@ import torch
 import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from r1mega.config.schema import EvaluateConfig, RewardConfig
+from r1mega.config.rewards import RewardConfig
+from r1mega.config.schema import EvaluateConfig
 from r1mega.data.nano import write_prompts
 from r1mega.data.nano_tokenizer import train_tokenizer
 from r1mega.data.template import render

@@ -6,11 +6,12 @@ import time
 
 import pytest
 
-from r1mega.config.schema import (
+from r1mega.config.rewards import (
     AccuracyReward,
     FormatReward,
     LanguageReward,
     LengthReward,
+    OverlongReward,
     RepetitionReward,
     RewardConfig,
 )
@@ -56,7 +57,7 @@ def test_value_is_the_weighted_sum_of_the_parts():
         accuracy=AccuracyReward(weight=2.0),
         format=FormatReward(weight=0.25),
         language=LanguageReward(weight=0.5),
-        overlong=LengthReward(weight=1.0, buffer_tokens=20),
+        overlong=OverlongReward(weight=1.0, buffer_tokens=20),
         repetition=RepetitionReward(weight=1.0, ngram=2),
     )
     reward = score(RIGHT, config, num_tokens=90)

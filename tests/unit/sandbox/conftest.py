@@ -45,10 +45,13 @@ def own_children() -> set[tuple[str, str]]:
     test that started them.
     """
     found = set()
-    for task in Path("/proc/self/task").iterdir():
-        for child in (task / "children").read_text().split():
-            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # reaped meanwhile
-                found.add((child, Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[19]))
+    try:
+        for task in Path("/proc/self/task").iterdir():
+            for child in (task / "children").read_text().split():
+                with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # reaped meanwhile
+                    found.add((child, Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[19]))
+    except (FileNotFoundError, ProcessLookupError):  # a thread ended: its children are another thread's now
+        return own_children()
     return found
 
 

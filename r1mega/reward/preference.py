@@ -1,0 +1,162 @@
+"""Preference parts: reward models that read a response and give one score (DeepSeek-R1, section on helpfulness and
+harmlessness). Any Hugging Face sequence classifier with one label will do; the export of stage `reward_model` is one.
+
+A reward model sees what it was trained on: exports carry their prompt template, others are asked through the chat
+template of their tokenizer. Scores are computed in batches once the first of them is needed, sorted by content, so that
+they do not depend on the order in which responses came.
+
+Not covered: a reward model larger than one device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from r1mega import platform
+from r1mega.checkpoint.hf import read_config
+from r1mega.config.rewards import PreferenceReward
+from r1mega.data.preferences import encode
+from r1mega.data.tokenizer import load_tokenizer
+from r1mega.errors import RewardError
+from r1mega.model.reward_head import READER
+from r1mega.reward.extract import final_text
+from r1mega.reward.parts import Batch, PartScore, ScoringItem, Waiting
+from r1mega.types import RewardStatus
+
+Conversation = tuple[str, str]
+"""(question, text of the response that is scored)."""
+
+
+class RewardModel:
+    """A sequence classifier on disk. Its weights are read when the first score is asked for; on a GPU they stay in host
+    memory between batches, where the trainer and the generator need the room.
+
+    Raises RewardError at once for a directory that cannot be asked.
+    """
+
+    def __init__(self, directory: Path, *, batch_size: int, max_tokens: int, dtype: torch.dtype = torch.float32) -> None:
+        self.directory, self._batch_size, self._max_tokens, self._dtype = Path(directory), batch_size, max_tokens, dtype
+        self.config = read_config(self.directory)
+        self.reader: dict[str, str] | None = self.config.get(READER)
+        architecture = (self.config.get("architectures") or ["none"])[0]
+        if not architecture.endswith("ForSequenceClassification"):
+            raise RewardError(
+                f"{directory}: a {architecture} has no head that scores; give an HF sequence classifier with one label "
+                "(stage reward_model makes one)"
+            )
+        self._tokenizer = load_tokenizer(self.directory) if self.reader else self._chat_tokenizer()
+        self._model: torch.nn.Module | None = None
+
+    def _chat_tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(self.directory, local_files_only=True)
+        if not tokenizer.chat_template:
+            raise RewardError(
+                f"{self.directory}: the tokenizer has no chat template, so the form in which the model was trained to read a "
+                f"conversation is unknown; add one, or the key {READER!r} with 'template' to config.json"
+            )
+        return tokenizer
+
+    def token_ids(self, question: str, text: str) -> list[int]:
+        """One conversation as the model reads it."""
+        if self.reader is not None:
+            return encode(self._tokenizer, self.reader["template"], question, text)
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": text}]
+        rendered = self._tokenizer.apply_chat_template(messages, tokenize=False)
+        return self._tokenizer.encode(rendered, add_special_tokens=False)
+
+    def scores(self, conversations: Sequence[Conversation]) -> list[float | None]:
+        """A score each, None for one of more than max_tokens tokens."""
+        tokens = [self.token_ids(*conversation) for conversation in conversations]
+        order = sorted((i for i in range(len(tokens)) if len(tokens[i]) <= self._max_tokens), key=lambda i: (len(tokens[i]), tokens[i]))
+        scores: list[float | None] = [None] * len(tokens)
+        model, device = self._loaded(), platform.current().device
+        model.to(device)
+        for first in range(0, len(order), self._batch_size):
+            members = order[first : first + self._batch_size]
+            for i, score in zip(members, self._score_batch([tokens[i] for i in members], model, device), strict=True):
+                scores[i] = score
+        if device.type != "cpu":
+            model.to("cpu")
+        return scores
+
+    @torch.inference_mode()
+    def _score_batch(self, sequences: Sequence[list[int]], model: torch.nn.Module, device: torch.device) -> list[float]:
+        from transformers.modeling_layers import GenericForSequenceClassification
+
+        pad = model.config.get_text_config().pad_token_id
+        generic = isinstance(model, GenericForSequenceClassification)
+        if not generic and pad is None and len(sequences) > 1:  # nothing to fill a batch up with
+            return [self._score_batch([sequence], model, device)[0] for sequence in sequences]
+        lengths = torch.tensor([len(sequence) for sequence in sequences], device=device)
+        longest = int(lengths.max())
+        ids = torch.tensor([[*s, *[pad or 0] * (longest - len(s))] for s in sequences], device=device)
+        mask = (torch.arange(longest, device=device) < lengths[:, None]).long()
+        if generic:  # the last token by its place: transformers looks for the padding token, which may be a real one too
+            hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+            last = hidden[torch.arange(len(sequences), device=device), lengths - 1]
+            return torch.nn.functional.linear(last.float(), model.score.weight.float())[:, 0].tolist()
+        return model(input_ids=ids, attention_mask=mask).logits[:, 0].float().tolist()
+
+    def _loaded(self) -> torch.nn.Module:
+        if self._model is None:
+            from transformers import AutoModelForSequenceClassification
+
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                self.directory, dtype=self._dtype, local_files_only=True, output_loading_info=True
+            )
+            if info["missing_keys"] or info["mismatched_keys"]:
+                missing = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+                raise RewardError(f"{self.directory}: the checkpoint lacks {', '.join(missing[:5])}: its scores would be noise")
+            if model.config.num_labels != 1:
+                raise RewardError(f"{self.directory}: {model.config.num_labels} labels; a reward model has one")
+            self._model = model.eval().requires_grad_(False)
+        return self._model
+
+
+class Preference:
+    """value = sigmoid((score - shift) / scale), in (0, 1); 0 for a response without anything to read.
+
+    reads: 'summary', the text after the reasoning without tags; or 'response', all of it.
+    """
+
+    def __init__(
+        self, name: str, config: PreferenceReward, reads: Literal["summary", "response"], prompt_opens_think: bool = False
+    ) -> None:
+        self.name, self._config, self._reads, self._opens = name, config, reads, prompt_opens_think
+        self._model = RewardModel(
+            config.model, batch_size=config.batch_size, max_tokens=config.max_tokens, dtype=getattr(torch, config.dtype)
+        )
+        trained = (self._model.reader or {}).get("reads", reads)
+        if trained != reads:
+            raise RewardError(
+                f"reward.{name}.model = {config.model} was trained to read the {trained}, {name} is judged on the {reads}"
+            )
+        self._batch = Batch(self._score)
+
+    def score(self, item: ScoringItem) -> PartScore | Waiting:
+        if not self._text(item).strip():
+            return PartScore(0.0, f"no {self._reads} to read")
+        return self._batch.add(item)
+
+    def _text(self, item: ScoringItem) -> str:
+        return final_text(item.text, self._opens) if self._reads == "summary" else item.text
+
+    def _score(self, items: Sequence[ScoringItem]) -> list[PartScore]:
+        scores = self._model.scores([(item.prompt.question, self._text(item)) for item in items])
+        return [self._part(score) for score in scores]
+
+    def _part(self, score: float | None) -> PartScore:
+        if score is None:
+            limit = f"more than reward.{self.name}.max_tokens = {self._config.max_tokens} tokens"
+            return PartScore(None, limit, RewardStatus.FAILED)
+        if not math.isfinite(score):
+            return PartScore(None, f"the reward model's score is {score}", RewardStatus.FAILED)
+        value = 1.0 / (1.0 + math.exp(-max(min((score - self._config.shift) / self._config.scale, 500.0), -500.0)))
+        return PartScore(value, f"score {score:.3f}")

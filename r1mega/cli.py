@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -32,8 +33,17 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="key.sub=value ..., 
 
 
 @app.command()
-def train(config: ConfigPath, overrides: Overrides = None) -> None:
+def train(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    ranks: Annotated[int | None, typer.Option(help="start so many of it on this machine, as torchrun does")] = None,
+) -> None:
     """Run one stage, from wherever an earlier start left it. Also under torchrun and srun."""
+    if ranks is not None:
+        from r1mega.platform.local_ranks import run_ranks
+
+        raise typer.Exit(run_ranks(["-m", "r1mega", "train", str(config), *(overrides or [])], ranks))
+    _exit_for_requeue_on_signals()
     from r1mega.config.load import load_config
     from r1mega.config.validate import validate
 
@@ -52,6 +62,32 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def pipeline(
+    config: ConfigPath,
+    overrides: Annotated[list[str] | None, typer.Argument(help="dir=..., node.key.sub=value ..., over the files")] = None,
+    first: Annotated[str | None, typer.Option("--from", help="the first node to look at")] = None,
+    last: Annotated[str | None, typer.Option("--until", help="the last one")] = None,
+    only: Annotated[str | None, typer.Option(help="this one alone")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would run and why; write nothing")] = False,
+    redo: Annotated[bool, typer.Option(help="run changed nodes anew; their old run directories are moved aside")] = False,
+    launcher: Annotated[str, typer.Option(help="command that starts a node's ranks, such as 'srun'")] = "",
+    list_jobs: Annotated[bool, typer.Option("--jobs", help="like --dry-run, in a form for scripts")] = False,
+) -> None:
+    """Run the stages of a pipeline file, each from wherever an earlier start left it."""
+    from r1mega.config.pipeline import load_pipeline
+
+    loaded = load_pipeline(config, overrides or [])
+    from r1mega.stages import pipeline as stages
+
+    names = stages.select(loaded, first, last, only)
+    if dry_run or list_jobs:
+        decisions = stages.dry_run(loaded, names, redo=redo)
+        typer.echo("\n".join((stages.jobs if list_jobs else stages.describe)(loaded, decisions)))
+        raise typer.Exit
+    raise typer.Exit(stages.run_pipeline(loaded, names, redo=redo, launcher=launcher))
+
+
+@app.command()
 def doctor(
     config: Annotated[Path | None, typer.Argument(help="also check what this config would use")] = None,
     overrides: Overrides = None,
@@ -63,11 +99,12 @@ def doctor(
 
 
 @app.command()
-def report(run_dir: Annotated[Path, typer.Argument(help="a run directory")]) -> None:
-    """Write RUN_DIR/report.html: one file that opens without network."""
+def report(run_dir: Annotated[Path, typer.Argument(help="a run directory, or a pipeline's")]) -> None:
+    """Write report.html there: one file that opens without network."""
+    from r1mega.observe.pipeline_report import PIPELINE_FILE, write_pipeline_report
     from r1mega.observe.report import write_report
 
-    typer.echo(write_report(run_dir))
+    typer.echo((write_pipeline_report if (run_dir / PIPELINE_FILE).exists() else write_report)(run_dir))
 
 
 @app.command()
@@ -176,10 +213,20 @@ def main() -> None:
         sys.exit(error.exit_code)
 
 
+def _exit_for_requeue_on_signals() -> None:
+    """Asked to stop before anything has begun (libraries load, ranks gather): there is nothing to save, start again."""
+    from r1mega.errors import EXIT_SAVED_FOR_REQUEUE
+
+    for number in (signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, lambda *_: os._exit(EXIT_SAVED_FOR_REQUEUE))
+
+
 def _is_first_rank() -> bool:
     """By the launcher's own variables: an error may come before they are adopted."""
-    ranks = (os.environ.get(name) for name in ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK"))
-    return next((rank for rank in ranks if rank is not None), "0") == "0"
+    from r1mega.config.launched import launched_place
+
+    place = launched_place()
+    return place is None or place.rank == 0
 
 
 def _same_on_every_rank(error: R1MegaError) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 from omegaconf import OmegaConf
@@ -16,6 +16,7 @@ from r1mega.config.schema import Stage
 from r1mega.config.stages import STAGES
 from r1mega.errors import ConfigError
 
+Model = TypeVar("Model", bound=BaseModel)
 Places = dict[tuple[str, ...], str]
 """Where each key was set: ("rollout", "top_p") -> "zero.yaml:12" or "command line"."""
 
@@ -27,23 +28,37 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Stage:
     type. Checks that need the model's config or the number of processes: `validate.validate`.
     """
     places: Places = {}
-    merged = _resolve(_merge(_read(Path(path), places, ()), _overrides(overrides, places)))
+    merged = _load(path, overrides, places)
     stage = merged.get("stage")
     if stage not in STAGES:
         where = places.get(("stage",), str(path))
         raise ConfigError(f"{where}: stage is {stage!r}; it must be one of {', '.join(STAGES)}")
-    unknown = list(_unknown_keys(merged, STAGES[stage], ()))
-    if unknown:
-        raise ConfigError("\n".join(_describe_unknown(key, STAGES[stage], places, path) for key in unknown))
-    try:
-        return STAGES[stage].model_validate(merged)
-    except ValidationError as error:
-        raise ConfigError("\n".join(_describe(problem, places, path) for problem in error.errors())) from error
+    return _checked(merged, STAGES[stage], places, path)
+
+
+def load_as(model: type[Model], path: Path, overrides: Sequence[str] = ()) -> Model:
+    """A YAML file that is not a stage (a pipeline), read, merged and checked in the same way, as `model`."""
+    places: Places = {}
+    return _checked(_load(path, overrides, places), model, places, path)
 
 
 def dump_config(config: Stage) -> str:
     """The whole resolved config as YAML; loading it gives the same config."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+def _load(path: Path, overrides: Sequence[str], places: Places) -> dict[str, Any]:
+    return _resolve(_merge(_read(Path(path), places, ()), _overrides(overrides, places)))
+
+
+def _checked(values: Mapping[str, Any], model: type[Model], places: Places, path: Path) -> Model:
+    unknown = list(_unknown_keys(values, model, ()))
+    if unknown:
+        raise ConfigError("\n".join(_describe_unknown(key, model, places, path) for key in unknown))
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_describe(problem, places, path) for problem in error.errors())) from error
 
 
 def _read(path: Path, places: Places, chain: tuple[Path, ...]) -> dict[str, Any]:
@@ -115,9 +130,9 @@ def _resolve(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _section(model: type[BaseModel], name: str) -> type[BaseModel] | None:
-    """The section model behind a field, if it is one."""
+    """The section model behind a field, if it is one. (A mapping of free names to sections is left to pydantic.)"""
     field = model.model_fields.get(name)
-    kinds = (field.annotation, *get_args(field.annotation)) if field else ()
+    kinds = (field.annotation, *get_args(field.annotation)) if field and get_origin(field.annotation) is not dict else ()
     return next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), None)
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
+from r1mega.config.launched import launched_place
 from r1mega.config.model_files import context_length, tokenizer_size
 from r1mega.config.schema import DataConfig, RolloutConfig, Stage
 from r1mega.errors import ConfigError
@@ -24,17 +27,43 @@ def validate(config: Stage, world_size: int | None = None) -> None:
         raise ConfigError("\n".join(problems))
 
 
+_promise: ContextVar[Mapping[Path, Path | None]] = ContextVar("promise", default={})
+
+
+@contextlib.contextmanager
+def promised(directories: Mapping[Path, Path | None]) -> Iterator[None]:
+    """In the block, what lies in these directories does not count as missing: an earlier stage will have made it.
+
+    directories: each with the HF directory whose architecture its models will have, itself promised perhaps; None for
+    what is no model.
+    """
+    token = _promise.set(directories)
+    try:
+        yield
+    finally:
+        _promise.reset(token)
+
+
+def _promised_in(path: Path) -> Path | None:
+    """The promised directory that `path` lies in, unless `path` is there already."""
+    if path.exists():
+        return None
+    whole = Path(os.path.abspath(path))
+    return next((d for d in _promise.get() if whole.is_relative_to(os.path.abspath(d))), None)
+
+
 def launched_processes() -> int:
     """Processes of this job, by what torchrun, Slurm or MPI put into the environment; 1 without any."""
-    for name in ("WORLD_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
-        if os.environ.get(name, "").isdigit():
-            return int(os.environ[name])
-    return 1
+    place = launched_place()
+    return place.size if place else 1
 
 
 def _read_model(config: Stage) -> tuple[dict[str, Any] | None, list[str]]:
     """(config.json of the model, or None when it cannot be read; problems)."""
-    path = config.model.path / "config.json"
+    directory = config.model.path
+    while (promise := _promised_in(directory / "config.json")) is not None and (model := _promise.get()[promise]) is not None:
+        directory = model
+    path = directory / "config.json"
     try:
         return json.loads(path.read_text()), []
     except FileNotFoundError:
@@ -47,14 +76,14 @@ def _read_model(config: Stage) -> tuple[dict[str, Any] | None, list[str]]:
 def missing_file_problems(files: Iterable[tuple[str, Path]]) -> Iterator[str]:
     """files: (config key, path that must be a file)."""
     for key, path in files:
-        if not path.is_file():
+        if not path.is_file() and _promised_in(path) is None:
             yield f"{key}: {path} is missing"
 
 
 def weights_problems(path: Path, hf: dict[str, Any]) -> Iterator[str]:
     """For a stage that starts from the weights and the tokenizer in the HF directory `path`."""
-    if not hf:
-        return  # said already
+    if not hf or _promised_in(path / "config.json") is not None:
+        return  # said already, or still to be made
     if not any(path.glob("*.safetensors")):
         yield f"model.path = {path}: holds no *.safetensors"
     yield from tokenizer_problems(path, hf)

@@ -181,7 +181,7 @@ def _line_chart(spec: ChartSpec, lines: Lines) -> Chart | None:
         axis |= {"tickformat": ".2s", "ticksuffix": "B", "title": None}
     metric = find_metric(spec.series[0].metric)
     caption = spec.caption or f"{metric.meaning[:1].upper()}{metric.meaning[1:]}."
-    return Chart(_slug(spec.title), spec.section, spec.title, caption, _figure([*traces, *evaluated], axis))
+    return Chart(_slug(spec.title), spec.section, spec.title, caption, draw([*traces, *evaluated], axis))
 
 
 def _traces(spec: ChartSpec, series: Series, steps: list[int], values: list[float | None]) -> list[dict[str, Any]]:
@@ -235,33 +235,39 @@ def _phase_chart(lines: Lines) -> Chart | None:
         values = [line.get(name) or 0.0 for line in timed]
         if any(values):
             phase = name.removeprefix("time/").removesuffix("_seconds")
-            traces.append(_bar(steps, values, phase, PHASE_COLORS.get(phase, PALETTE[index % len(PALETTE)])))
+            traces.append(bar(steps, values, phase, PHASE_COLORS.get(phase, PALETTE[index % len(PALETTE)])))
     inside = [name for name in names if name != "time/evaluate_seconds"]  # evaluations stand between steps
     other = [max(0.0, line["time/step_seconds"] - sum(line.get(name) or 0.0 for name in inside)) for line in timed]
-    traces.append(_bar(steps, other, "other", GREY))
+    traces.append(bar(steps, other, "other", GREY))
     layout = {"barmode": "stack", "bargap": 0.15 if len(steps) <= 80 else 0}
-    figure = _figure(traces, {"title": {"text": "seconds"}}, layout)
+    figure = draw(traces, {"title": {"text": "seconds"}}, layout)
     caption = "Wall time of each step by phase, exclusive: a nested phase does not count for the one around it."
     return Chart("time-by-phase", "Speed", "Time by phase", caption, figure, wide=True)
 
 
-def _bar(steps: list[int], values: list[float], name: str, color: str) -> dict[str, Any]:
+def bar(steps: Sequence[int | str], values: list[float], name: str, color: str) -> dict[str, Any]:
     return {
         "type": "bar", "x": steps, "y": values, "name": name, "marker": {"color": color, "line": {"width": 0}},
         "hovertemplate": "%{y:.3f} s",
     }  # fmt: skip
 
 
-def _figure(
-    traces: list[dict[str, Any]], y_axis: dict[str, Any], layout: Mapping[str, Any] | None = None
+def draw(
+    traces: list[dict[str, Any]], y_axis: dict[str, Any], layout: Mapping[str, Any] | None = None, *, names: bool = False
 ) -> dict[str, Any]:
-    """Traces in the report's common dress, checked by plotly (ValueError for a property that it does not have)."""
+    """Traces in the report's common dress, checked by plotly (ValueError for a property that it does not have).
+
+    names: x holds names, not steps.
+    """
     import plotly.graph_objects as go
 
     grid = {"gridcolor": "#e9ecf2", "zeroline": False, "linecolor": "#c9d0dc", "ticks": "outside", "ticklen": 4,
             "tickcolor": "#c9d0dc", "automargin": True}  # fmt: skip
-    steps = [step for trace in traces for step in trace["x"]]
-    whole = {"dtick": 1} if max(steps) - min(steps) < 8 else {}  # no half steps
+    x_axis: dict[str, Any] = {"type": "category"}
+    if not names:
+        steps = [step for trace in traces for step in trace["x"]]
+        whole = {"dtick": 1} if max(steps) - min(steps) < 8 else {}  # no half steps
+        x_axis = {"title": {"text": "step", "standoff": 6}, **whole}
     figure = go.Figure(
         data=traces,
         layout={
@@ -274,7 +280,7 @@ def _figure(
             "showlegend": sum(trace.get("showlegend", True) for trace in traces) > 1,
             "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0, "bgcolor": "rgba(0,0,0,0)",
                        "traceorder": "normal"},
-            "xaxis": {**grid, "title": {"text": "step", "standoff": 6}, "showgrid": False, "showline": True, **whole},
+            "xaxis": {**grid, "showgrid": False, "showline": True, **x_axis},
             "yaxis": {**grid, **y_axis},
             **(layout or {}),
         },

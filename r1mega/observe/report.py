@@ -13,7 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from markupsafe import Markup, escape
 
 from r1mega.errors import DataError
-from r1mega.observe.charts import ACCURACY, LENGTH, SECTIONS, build_charts, points
+from r1mega.observe.charts import ACCURACY, LENGTH, SECTIONS, Chart, build_charts, points
 from r1mega.observe.files import read_json_lines, write_atomic
 from r1mega.observe.metrics import read_metrics
 from r1mega.observe.registry import METRICS, find_metric
@@ -69,18 +69,13 @@ def with_evaluations(
 
 def render_report(run: RunDirectory, lines: Sequence[Mapping[str, Any]]) -> str:
     """The page as HTML."""
-    import plotly.offline
-
     config = run.read_config() if run.config.exists() else {}
     environment = run.read_environment() if run.environment.exists() else {}
     status = run.read_status() if run.status.exists() else {}
     charts = build_charts(lines)
-    figures = [{"id": chart.id, **chart.figure} for chart in charts]
-    templates = Environment(
-        loader=PackageLoader("r1mega.observe"), autoescape=select_autoescape(default=True), undefined=StrictUndefined
-    )
-    templates.filters["tagged"] = _tagged
-    return templates.get_template("report.html.j2").render(
+    return render_page(
+        "report.html.j2",
+        charts,
         name=run.path.resolve().name,
         stage=config.get("stage", "run"),
         model=(config.get("model") or {}).get("path"),
@@ -96,9 +91,20 @@ def render_report(run: RunDirectory, lines: Sequence[Mapping[str, Any]]) -> str:
         config=run.config.read_text() if run.config.exists() else None,
         environment=_environment_rows(environment),
         packages=environment.get("packages", {}),
-        plotly_js=Markup(plotly.offline.get_plotlyjs()),
-        figures=_script_json(figures),
     )
+
+
+def render_page(template: str, charts: Sequence[Chart], /, **values: Any) -> str:
+    """A template of this package with plotly and the charts' figures inside."""
+    import plotly.offline
+
+    templates = Environment(
+        loader=PackageLoader("r1mega.observe"), autoescape=select_autoescape(default=True), undefined=StrictUndefined
+    )
+    templates.filters["tagged"] = _tagged
+    figures = [{"id": chart.id, **chart.figure} for chart in charts]
+    plotly_js = Markup(plotly.offline.get_plotlyjs())
+    return templates.get_template(template).render(figures=_script_json(figures), plotly_js=plotly_js, **values)
 
 
 def summary_cards(lines: Sequence[Mapping[str, Any]], planned_steps: int | None) -> list[Card]:
@@ -116,7 +122,7 @@ def summary_cards(lines: Sequence[Mapping[str, Any]], planned_steps: int | None)
     ]
     if seconds := training_seconds(lines):
         per_step = seconds / max(1, lines[-1]["step"])
-        cards.append(Card("Time in steps", _duration(seconds), note=f"{per_step:.2f} s a step"))
+        cards.append(Card("Time in steps", duration(seconds), note=f"{per_step:.2f} s a step"))
     if differences := _known(lines, "logprob/diff_max"):
         cards.append(Card("Max log-prob difference", f"{max(differences):.1e}", note="trainer against sampler, nats"))
     return [card for card in cards if card is not None]
@@ -168,7 +174,7 @@ def evaluation_table(lines: Sequence[Mapping[str, Any]]) -> EvaluationTable | No
     rows = []
     for name in sorted(names, key=lambda name: (order.get(name, len(order)), name)):
         metric = find_metric(name)
-        values = [_short(line[name]) if name in line else "–" for line in shown]
+        values = [short(line[name]) if name in line else "–" for line in shown]
         rows.append((name, values, metric.meaning if metric is not None else ""))
     return EvaluationTable([line["step"] for line in shown], rows)
 
@@ -186,7 +192,7 @@ def _latest_table(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, st
     rows = []
     for name in sorted(latest):
         metric = find_metric(name)
-        rows.append((name, _short(latest[name][1]), metric.unit if metric is not None else ""))
+        rows.append((name, short(latest[name][1]), metric.unit if metric is not None else ""))
     return rows
 
 
@@ -224,13 +230,13 @@ def _title(name: str) -> str:
     return f"{family} {rest}".replace("_", " ").capitalize()
 
 
-def _short(value: float | None) -> str:
+def short(value: float | None) -> str:
     if value is None:
         return "not finite"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"

@@ -97,7 +97,7 @@ class RunDirectory:
         """ConfigError when the directory holds a run whose config differs in a key outside CHANGEABLE_KEYS."""
         if not self.config.exists():
             return
-        changed = sorted(_differences(self.read_config(), config))
+        changed = sorted(differences(self.read_config(), config))
         fixed = [line for key, line in changed if key.split(".")[0] not in CHANGEABLE_KEYS]
         if fixed:
             raise ConfigError(
@@ -143,11 +143,11 @@ class RunDirectory:
         return _read_json(self.status)
 
 
-def _differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, str]]:
+def differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, str]]:
     """(dotted key, "key: old -> new") of every leaf that differs."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         for name in {**old, **new}:
-            yield from _differences(old.get(name), new.get(name), f"{key}.{name}" if key else name)
+            yield from differences(old.get(name), new.get(name), f"{key}.{name}" if key else name)
     elif isinstance(old, (list, tuple)) and isinstance(new, (list, tuple)):
         if list(old) != list(new):
             yield key, f"{key}: {list(old)} -> {list(new)}"

@@ -5,32 +5,33 @@ from __future__ import annotations
 import os
 import subprocess
 
-_SLURM = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_NTASKS"}
-_OPEN_MPI = {
-    "RANK": "OMPI_COMM_WORLD_RANK",
-    "LOCAL_RANK": "OMPI_COMM_WORLD_LOCAL_RANK",
-    "WORLD_SIZE": "OMPI_COMM_WORLD_SIZE",
-    "LOCAL_WORLD_SIZE": "OMPI_COMM_WORLD_LOCAL_SIZE",
-}
+from r1mega.config.launched import launched_place
+from r1mega.errors import PlatformError
 
 
 def adopt_launcher_environment() -> None:
-    """Set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT from Slurm's or Open MPI's, unless they are set.
+    """Set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT from the launcher's own, unless they are set.
 
-    Under Slurm only inside a job step (srun), where SLURM_PROCID numbers the tasks. The master is the step's first
-    host; its port follows from the job id, so that two jobs on one host do not meet.
+    Under Slurm the master is the step's first host; its port follows from the job id, so that two jobs on one host do not
+    meet. Raises PlatformError under mpirun over several hosts when nobody said which is the first.
     """
-    if "RANK" in os.environ:
+    place = launched_place()
+    if place is None or place.launcher == "torchrun" or place.size == 1:
         return
-    if "SLURM_STEP_ID" in os.environ and os.environ.get("SLURM_NTASKS", "1") != "1":
-        os.environ |= {ours: os.environ[theirs] for ours, theirs in _SLURM.items()}
-        os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE", "1"))
+    os.environ |= {"RANK": str(place.rank), "LOCAL_RANK": str(place.local_rank), "WORLD_SIZE": str(place.size)}
+    if place.local_size is not None:
+        os.environ["LOCAL_WORLD_SIZE"] = str(place.local_size)
+    if place.launcher == "Slurm":
         os.environ.setdefault("MASTER_ADDR", _first_host(os.environ["SLURM_STEP_NODELIST"]))
         os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ["SLURM_JOB_ID"]) % 20000))
-    elif "OMPI_COMM_WORLD_RANK" in os.environ:
-        os.environ |= {ours: os.environ[theirs] for ours, theirs in _OPEN_MPI.items()}
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")  # several hosts: set it in the job script
-        os.environ.setdefault("MASTER_PORT", "29500")
+        return
+    if "MASTER_ADDR" not in os.environ and place.local_size != place.size:
+        raise PlatformError(
+            f"rank {place.rank}: mpirun started {place.size} processes on several hosts; "
+            "say where rank 0 is: mpirun -x MASTER_ADDR=host -x MASTER_PORT=29500 ... (-genv with MPICH)"
+        )
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "29500")
 
 
 def _first_host(node_list: str) -> str:

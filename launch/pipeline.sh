@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# A whole recipe, a job for each of its stages, each starting when the ones it reads from have ended well.
+#
+#   bash launch/pipeline.sh PIPELINE [node.key.sub=value ...]     such as configs/moonlight_16b/r1.yaml
+#
+# Machines and ranks come from the file; partition, account and time from SBATCH_* variables. Started again after a failure
+# it submits what is not finished. Without Slurm the stages run here, one after the other.
+#SBATCH --exclusive
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@600
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.out
+source "${R1MEGA_HOME:-${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}}/launch/slurm.sh"
+[ $# -gt 0 ] || { echo "usage: bash launch/pipeline.sh PIPELINE [node.key.sub=value ...]" >&2; exit 2; }
+
+if [ -n "${R1MEGA_NODE:-}" ]; then # inside the job of one stage
+    run_in_job "$R1MEGA_PYTHON" -m r1mega pipeline "$@" --only "$R1MEGA_NODE" --launcher "$(rank_launcher)"
+    exit
+fi
+if ! command -v sbatch >/dev/null; then
+    exec "$R1MEGA_PYTHON" -m r1mega pipeline "$@"
+fi
+declare -A submitted
+plan=$("$R1MEGA_PYTHON" -m r1mega pipeline "$@" --jobs) || exit
+while IFS=$'\t' read -r node machines ranks parents; do
+    [ -n "$node" ] || continue
+    after=
+    for parent in ${parents//,/ }; do
+        [ "$parent" = - ] || after+=":${submitted[$parent]}"
+    done
+    job=$(R1MEGA_NODE=$node sbatch --parsable --job-name="r1mega-$node" --nodes="$machines" --ntasks-per-node="$ranks" \
+        --gpus-per-node="$ranks" ${after:+--dependency=afterok$after --kill-on-invalid-dep=yes} "$0" "$@") || exit
+    submitted[$node]=${job%%;*}
+    echo "$node: job ${submitted[$node]}${after:+, after${after//:/ }}"
+done <<<"$plan"

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Stage 3: rejection sampling, then SFT of the base on what it kept.   sbatch launch/stage3.sh [CONFIG] [key.sub=value ...]   See launch/slurm.sh.
+#SBATCH --job-name=r1mega-stage3
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --exclusive
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@600
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.out
+source "${R1MEGA_HOME:-${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}}/launch/slurm.sh"
+if [ $# -gt 0 ]; then
+    run_stage "$@"
+else
+    run_stage configs/nano/rejection_sampling.yaml
+    run_stage configs/nano/sft.yaml
+fi

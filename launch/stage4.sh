@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Stage 4: RL for all scenarios.   sbatch launch/stage4.sh [CONFIG] [key.sub=value ...]   See launch/slurm.sh.
+#SBATCH --job-name=r1mega-stage4
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --exclusive
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@600
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.out
+source "${R1MEGA_HOME:-${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}}/launch/slurm.sh"
+run_stage "${@:-configs/nano/align.yaml}"

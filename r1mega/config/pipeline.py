@@ -1,0 +1,202 @@
+"""A pipeline: stages in order, each a stage's config file with what differs here. The edges follow from the paths inside.
+
+    name: r1-nano
+    dir: runs/nano                 # of the pipeline's own records; moved (dir=elsewhere), it takes the paths in it along
+    overrides: {seed: 1}           # for every node
+    nodes:
+      base: {config: base.yaml}    # relative to this file
+      zero: {config: zero.yaml, overrides: {steps: 60}, ranks: 2}
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from r1mega.config.load import load_as, load_config
+from r1mega.config.schema import PositiveInt, Section, Stage
+from r1mega.config.validate import promised, validate
+from r1mega.errors import ConfigError
+
+
+class NodeConfig(Section):
+    config: Path
+    overrides: dict[str, Any] = {}
+    ranks: PositiveInt = 1  # processes; more than one: on this machine, or by the launcher that the command names
+
+
+class PipelineConfig(Section):
+    name: str
+    dir: Path
+    ranks_per_machine: PositiveInt = 8
+    overrides: dict[str, Any] = {}
+    external: dict[str, Path | None] = {}
+    # what is brought from elsewhere, and for a model a directory with its config.json: a dry run does not miss it
+    nodes: dict[str, NodeConfig]
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """A path that a node reads. key: where its config says so; owner: the node that makes it, None for a given one."""
+
+    key: str
+    path: Path
+    owner: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A stage of a pipeline. source: the file its config came from."""
+
+    name: str
+    config: Stage
+    source: Path
+    ranks: int
+    inputs: tuple[Input, ...]
+
+    @property
+    def parents(self) -> tuple[str, ...]:
+        """The nodes that this one reads from, each once."""
+        return tuple(dict.fromkeys(i.owner for i in self.inputs if i.owner is not None))
+
+
+@dataclass(frozen=True, slots=True)
+class Pipeline:
+    """nodes: by name, each after the ones that it reads from."""
+
+    name: str
+    dir: Path
+    source: Path
+    ranks_per_machine: int
+    external: Mapping[Path, Path | None]
+    nodes: Mapping[str, Node]
+
+
+def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> Pipeline:
+    """Read a pipeline file and the configs it names. overrides: `dir=...`, `overrides.seed=2`, `zero.steps=3`.
+
+    Raises ConfigError for what is wrong in any of the files, for two nodes with one run_dir, and for a node that reads
+    what a later one makes.
+    """
+    path = Path(path)
+    own = [item for item in overrides if item.partition("=")[0].split(".")[0] in PipelineConfig.model_fields]
+    file, config = load_as(PipelineConfig, path), load_as(PipelineConfig, path, own)
+    for_nodes = _by_node([item for item in overrides if item not in own], config)
+    stages = {}
+    for name, node in config.nodes.items():
+        source = path.parent / node.config
+        stage = load_config(source, [*_dotted(config.overrides), *_dotted(node.overrides), *for_nodes[name]])
+        stages[name] = _moved(stage, file.dir, config.dir) if config.dir != file.dir else stage
+    _check_run_dirs(stages)
+    nodes = {
+        name: Node(name, stage, path.parent / config.nodes[name].config, config.nodes[name].ranks, _inputs(name, stages))
+        for name, stage in stages.items()
+    }
+    external = {Path(name): model for name, model in config.external.items()}
+    return Pipeline(config.name, config.dir, path, config.ranks_per_machine, external, nodes)
+
+
+def check_pipeline(pipeline: Pipeline, names: Sequence[str], *, dry_run: bool) -> None:
+    """Raises ConfigError, naming nodes, for what cannot work in them. What an earlier node makes does not count as missing;
+    in a dry run neither does what is brought from elsewhere.
+    """
+    promise: dict[Path, Path | None] = dict(pipeline.external) if dry_run else {}
+    problems = []
+    for node in pipeline.nodes.values():
+        if node.name in names:
+            with promised(promise):
+                try:
+                    validate(node.config, node.ranks)
+                except ConfigError as error:
+                    problems += [f"{node.name} ({node.source}): {line}" for line in str(error).splitlines()]
+        promise[node.config.run_dir] = node.config.model.path
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def paths_of(value: Any, key: str = "") -> Iterator[tuple[str, Path]]:
+    """(dotted key, path) of every path in a config, items of lists by their number."""
+    if isinstance(value, Path):
+        yield key, value
+        return
+    items: Any = ()
+    if isinstance(value, BaseModel):
+        items = ((name, getattr(value, name)) for name in type(value).model_fields)
+    elif isinstance(value, Mapping):
+        items = value.items()
+    elif isinstance(value, (tuple, list)):
+        items = enumerate(value)
+    for name, inner in items:
+        yield from paths_of(inner, f"{key}.{name}" if key else str(name))
+
+
+def is_inside(path: Path, directory: Path) -> bool:
+    """Whether `path` is `directory` or below it; both may be relative to the current directory, neither needs to exist."""
+    return Path(os.path.abspath(path)).is_relative_to(os.path.abspath(directory))
+
+
+def _by_node(overrides: Sequence[str], config: PipelineConfig) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {name: [] for name in config.nodes}
+    for item in overrides:
+        head, _, rest = item.partition(".")
+        if head not in found or not rest:
+            known = [*config.nodes, *PipelineConfig.model_fields]
+            close = difflib.get_close_matches(head.partition("=")[0], known, n=1, cutoff=0.6)
+            hint = f"did you mean {close[0]}?" if close else f"an override names a node first: {', '.join(config.nodes)}"
+            raise ConfigError(f"command line: {item!r}: {hint}")
+        found[head].append(rest)
+    return found
+
+
+def _dotted(values: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """{"a": {"b": 1}, "c.d": [2]} -> ["a.b=1", "c.d=[2]"]"""
+    lines = []
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            lines += _dotted(value, f"{prefix}{key}.")
+        else:
+            lines.append(f"{prefix}{key}={value if isinstance(value, str) else json.dumps(value)}")
+    return lines
+
+
+def _moved(stage: Stage, old: Path, new: Path) -> Stage:
+    """The config with every path inside `old` in the same place inside `new`."""
+
+    def move(value: Any) -> Any:
+        if isinstance(value, Path):
+            return new / os.path.relpath(value, old) if is_inside(value, old) else value
+        if isinstance(value, Mapping):
+            return {key: move(inner) for key, inner in value.items()}
+        return type(value)(map(move, value)) if isinstance(value, (tuple, list)) else value
+
+    return type(stage).model_validate(move(stage.model_dump()))
+
+
+def _check_run_dirs(stages: Mapping[str, Stage]) -> None:
+    names = list(stages)
+    for place, name in enumerate(names):
+        for other in names[:place]:
+            a, b = stages[name].run_dir, stages[other].run_dir
+            if is_inside(a, b) or is_inside(b, a):
+                raise ConfigError(f"nodes {other} and {name}: run_dir {b} and {a} are not apart; give each its own")
+
+
+def _inputs(name: str, stages: Mapping[str, Stage]) -> tuple[Input, ...]:
+    earlier = list(stages)[: list(stages).index(name)]
+    found = []
+    for key, path in paths_of(stages[name]):
+        if key == "run_dir":
+            continue
+        owner = next((other for other, stage in stages.items() if is_inside(path, stage.run_dir)), None)
+        if owner is not None and owner not in earlier:
+            made = "itself" if owner == name else f"{owner}, a later node; put {owner} before {name}"
+            raise ConfigError(f"node {name}: {key} = {path} is made by {made}")
+        found.append(Input(key, path, owner))
+    return tuple(found)

@@ -1,0 +1,261 @@
+"""DIR/report.html of a pipeline: its stages and their lineage, what each brought, one page that opens without a network."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from r1mega.errors import DataError
+from r1mega.observe.charts import BLUE, GREY, PALETTE, PHASE_COLORS, Chart, bar, build_charts, draw
+from r1mega.observe.dag import HEIGHT, WIDTH, lay_out
+from r1mega.observe.files import read_json_lines, write_atomic
+from r1mega.observe.lineage import Lineage, now, read_lineage
+from r1mega.observe.metrics import read_metrics
+from r1mega.observe.report import (
+    Card,
+    duration,
+    first_and_last_samples,
+    render_page,
+    short,
+    training_seconds,
+    with_evaluations,
+    write_report,
+)
+from r1mega.observe.run import RunDirectory
+from r1mega.observe.samples import read_samples
+
+PIPELINE_FILE = "pipeline.json"
+STAGE_CHARTS = ("response-length", "accuracy", "language-mixing", "loss")
+SAMPLES_SHOWN = 2
+
+
+@dataclass(frozen=True, slots=True)
+class NodeView:
+    """A node and what its run directory holds so far."""
+
+    name: str
+    stage: str
+    run_dir: Path
+    parents: list[str]
+    inputs: list[dict[str, Any]]
+    state: str
+    lineage: Lineage | None
+    lines: list[dict[str, Any]]  # metrics with the evaluations joined to them
+    evaluations: list[dict[str, Any]]
+    samples: list[tuple[int, list[Mapping[str, Any]]]]
+    data_cards: list[tuple[str, str]]  # name, text
+
+
+@dataclass(frozen=True, slots=True)
+class Rung:
+    """A checkpoint's accuracy on fresh problems. measured: by which evaluation."""
+
+    name: str
+    accuracy: float
+    low: float | None
+    high: float | None
+    length: float | None
+    measured: str
+
+
+def write_pipeline_report(directory: Path) -> Path:
+    """Write DIR/report.html, and the report of each node that has metrics; the path. DataError without DIR/pipeline.json."""
+    description, nodes = _read(Path(directory))
+    for node in nodes:
+        if node.lines:
+            write_report(node.run_dir)
+    page = Path(directory) / "report.html"
+    write_atomic(page, _render(description, nodes))
+    return page
+
+
+def read_ladder(directory: Path) -> list[Rung]:
+    """The ladder of the pipeline in DIR."""
+    return ladder(_read(Path(directory))[1])
+
+
+def _read(directory: Path) -> tuple[dict[str, Any], list[NodeView]]:
+    try:
+        description = json.loads((directory / PIPELINE_FILE).read_text())
+    except FileNotFoundError as error:
+        raise DataError(f"{directory}: not a pipeline's directory (it has no {PIPELINE_FILE})") from error
+    except ValueError as error:
+        raise DataError(f"{directory / PIPELINE_FILE}: not JSON ({error})") from error
+    return description, [_view(node) for node in description["nodes"]]
+
+
+def _view(node: Mapping[str, Any]) -> NodeView:
+    run = RunDirectory(Path(node["run_dir"]))
+    lineage = read_lineage(run.path)
+    evaluations = read_json_lines(run.evaluations) if run.evaluations.exists() else []
+    lines = read_metrics(run.metrics) if run.metrics.exists() else []
+    samples = first_and_last_samples(read_samples(run.samples)) if run.samples.exists() else []
+    return NodeView(
+        node["name"], node["stage"], run.path, node["parents"], node["inputs"],
+        state=lineage.state if lineage else "not started",
+        lineage=lineage,
+        lines=with_evaluations(lines, evaluations) if lines else [],
+        evaluations=evaluations,
+        samples=[(step, members[:SAMPLES_SHOWN]) for step, members in samples],
+        data_cards=[(str(file.relative_to(run.path)), file.read_text()) for file in sorted(run.path.rglob("data_card.md"))],
+    )  # fmt: skip
+
+
+def _render(description: Mapping[str, Any], nodes: Sequence[NodeView]) -> str:
+    rungs = ladder(nodes)
+    charts = {node.name: _stage_charts(node) for node in nodes}
+    overview = [chart for chart in (_ladder_chart(rungs), _time_chart(nodes)) if chart is not None]
+    states = {node.name: node.state for node in nodes}
+    return render_page(
+        "pipeline.html.j2",
+        [*overview, *(chart for node in nodes for chart in charts[node.name])],
+        name=description["name"],
+        source=description["source"],
+        updated=now(),
+        state=overall_state(states.values()),
+        cards=_cards(nodes, rungs),
+        picture=lay_out({node.name: node.parents for node in nodes}),
+        box=(WIDTH, HEIGHT),
+        nodes=nodes,
+        by_name={node.name: node for node in nodes},
+        overview=overview,
+        charts=charts,
+        rungs=rungs,
+        totals=[_totals(node) for node in nodes if node.lines],
+        results={node.name: _result(node) for node in nodes},
+        spent={node.name: duration(seconds) for node in nodes if (seconds := _wall_seconds(node))},
+    )
+
+
+def overall_state(states: Sequence[str]) -> str:
+    """Of the whole pipeline: the first of failed, running, interrupted that a node is in; finished when all are."""
+    present = set(states)
+    if present == {"finished"}:
+        return "finished"
+    return next((state for state in ("failed", "running", "interrupted") if state in present), "unfinished")
+
+
+def ladder(nodes: Sequence[NodeView]) -> list[Rung]:
+    """Accuracy of each checkpoint that was evaluated, in the pipeline's order.
+
+    A stage's evaluation before its first step measures the checkpoint that it starts from, after its last step its own.
+    """
+    order = {node.name: place for place, node in enumerate(nodes)}
+    rungs: dict[str, Rung] = {}
+    for node in nodes:
+        start = next((item["owner"] for item in node.inputs if item["key"] == "model.path"), None)
+        for line in node.evaluations:
+            if line.get("eval/accuracy") is None:
+                continue
+            if line["step"] == 0 and start is not None:
+                rungs.setdefault(start, _rung(start, line, f"before the first step of {node.name}"))
+            elif line["step"] > 0:
+                rungs[node.name] = _rung(node.name, line, f"after step {line['step']} of {node.name}")
+    return sorted(rungs.values(), key=lambda rung: order[rung.name])
+
+
+def _rung(name: str, line: Mapping[str, Any], measured: str) -> Rung:
+    values = (line.get(f"eval/{key}") for key in ("accuracy", "accuracy_low", "accuracy_high", "length_mean"))
+    return Rung(name, *values, measured)
+
+
+def _ladder_chart(rungs: Sequence[Rung]) -> Chart | None:
+    if not rungs:
+        return None
+    trace = bar([rung.name for rung in rungs], [rung.accuracy for rung in rungs], "accuracy", BLUE)
+    trace["hovertemplate"] = "%{y:.1%}"
+    if all(rung.low is not None and rung.high is not None for rung in rungs):
+        above, below = [r.high - r.accuracy for r in rungs], [r.accuracy - r.low for r in rungs]
+        trace["error_y"] = {"type": "data", "symmetric": False, "array": above, "arrayminus": below, "thickness": 1.2}
+    figure = draw([trace], {"range": [0, 1.02], "tickformat": ".0%"}, {"bargap": 0.45}, names=True)
+    caption = "Accuracy of each stage's checkpoint on problems that no stage was trained on, with its 95% interval."
+    return Chart("ladder", "Overview", "From stage to stage", caption, figure)
+
+
+def _time_chart(nodes: Sequence[NodeView]) -> Chart | None:
+    timed = [node for node in nodes if node.lines and training_seconds(node.lines)]
+    if not timed:
+        return None
+    totals = [phase_seconds(node.lines) for node in timed]
+    phases = dict.fromkeys([*(p for p in PHASE_COLORS if any(p in t for t in totals)), *(p for t in totals for p in t)])
+    names = [node.name for node in timed]
+    colors = {"other": GREY, **PHASE_COLORS}
+    traces = [
+        bar(names, [t.get(phase, 0.0) / 60 for t in totals], phase, colors.get(phase, PALETTE[i % len(PALETTE)]))
+        | {"hovertemplate": "%{y:.2f} min"}
+        for i, phase in enumerate(phases)
+    ]
+    figure = draw(traces, {"title": {"text": "minutes"}}, {"barmode": "stack", "bargap": 0.45}, names=True)
+    return Chart("time", "Overview", "Time by stage and phase", "Minutes in training steps, by phase.", figure)
+
+
+def phase_seconds(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Seconds of each phase over all steps, "other" for what no phase claims; a line stands for the steps before it too."""
+    total: dict[str, float] = {}
+    previous = 0
+    for line in lines:
+        gap, previous = line["step"] - previous, line["step"]
+        step = line.get("time/step_seconds")
+        if step is None:
+            continue
+        parts = {key[5:-8]: value or 0.0 for key, value in line.items() if key.startswith("time/") and key != "time/step_seconds"}
+        inside = sum(value for phase, value in parts.items() if phase != "evaluate")
+        for phase, value in {**parts, "other": max(0.0, step - inside)}.items():
+            total[phase] = total.get(phase, 0.0) + value * gap
+    return {phase: seconds for phase, seconds in total.items() if seconds > 0}
+
+
+def _totals(node: NodeView) -> tuple[str, str, list[tuple[str, str]], str, str]:
+    """(name, steps, seconds by phase, sampled tokens, trained tokens) as texts."""
+    sums = {name: sum(line.get(name) or 0 for line in node.lines) for name in ("tokens/rollout", "tokens/update")}
+    phases = [(phase, duration(seconds)) for phase, seconds in phase_seconds(node.lines).items()]
+    tokens = [f"{value:,.0f}" if value else "–" for value in sums.values()]
+    return node.name, f"{node.lines[-1]['step']:,}", phases, *tokens
+
+
+def _stage_charts(node: NodeView) -> list[Chart]:
+    charts = [chart for chart in build_charts(node.lines) if chart.id in STAGE_CHARTS] if node.lines else []
+    charts.sort(key=lambda chart: STAGE_CHARTS.index(chart.id))
+    wide = len(charts) % 2 == 1
+    return [
+        dataclasses.replace(chart, id=f"{node.name}-{chart.id}", section=node.name, wide=wide and chart is charts[-1])
+        for chart in charts
+    ]
+
+
+def _cards(nodes: Sequence[NodeView], rungs: Sequence[Rung]) -> list[Card]:
+    done = sum(node.state == "finished" for node in nodes)
+    cards = [Card("Stages", f"{done} of {len(nodes)}", note="finished")]
+    if len(rungs) > 1:
+        first, best = rungs[0], max(rungs, key=lambda rung: rung.accuracy)
+        cards.append(Card("Accuracy", f"{best.accuracy:.1%}", f"{first.accuracy:.1%}", f"{first.name}, best of all ({best.name})"))
+    if seconds := sum(_wall_seconds(node) for node in nodes):
+        cards.append(Card("Wall time", duration(seconds), note="of all stages, with their starts"))
+    tokens = {name: sum(line.get(name) or 0 for node in nodes for line in node.lines) for name in ("tokens/rollout", "tokens/update")}
+    if any(tokens.values()):
+        cards.append(Card("Tokens", short(tokens["tokens/rollout"]), note=f"sampled; {short(tokens['tokens/update'])} trained"))
+    return cards
+
+
+def _wall_seconds(node: NodeView) -> float:
+    attempts = node.lineage.attempts if node.lineage else ()
+    ended = [(a.start, a.end) for a in attempts if a.end is not None]
+    return sum((_time(end) - _time(start)).total_seconds() for start, end in ended)
+
+
+def _time(text: str) -> datetime:
+    return datetime.strptime(text, "%Y-%m-%dT%H:%M:%S%z")
+
+
+def _result(node: NodeView) -> str:
+    """A node's outcome in a few words, for its box."""
+    ends = [line for line in node.evaluations if line.get("eval/accuracy") is not None]
+    if ends:
+        return f"accuracy {ends[-1]['eval/accuracy']:.1%}"
+    losses = [line["train/loss"] for line in node.lines if line.get("train/loss") is not None]
+    return f"loss {losses[-1]:.3f}" if losses else ""

@@ -1,0 +1,177 @@
+"""A real Slurm of one's own on this machine: munged, slurmctld and several slurmd with fake GPUs, in a directory of theirs.
+
+Nothing of a Slurm that is installed here is touched: own configuration (SLURM_CONF), own key, socket and ports.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel")
+GPUS = 8
+
+CONFIG = """
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={port}
+SlurmUser=root
+AuthType=auth/munge
+CredType=cred/munge
+AuthInfo=socket={directory}/munge/socket,cred_expire=5
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU_Memory
+SchedulerParameters=sched_interval=1,bf_interval=1,batch_sched_delay=0
+SlurmdParameters=config_overrides
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+ReturnToService=2
+SlurmdTimeout=20
+KillWait=5
+MpiDefault=none
+StateSaveLocation={directory}/state
+SlurmdSpoolDir={directory}/%n
+SlurmctldPidFile={directory}/slurmctld.pid
+SlurmdPidFile={directory}/slurmd-%n.pid
+SlurmctldLogFile={directory}/slurmctld.log
+SlurmdLogFile={directory}/slurmd-%n.log
+GresTypes=gpu
+{nodes}
+PartitionName=main Nodes=ALL Default=YES PreemptMode=REQUEUE GraceTime=30
+"""
+NODE = "NodeName=n{i} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=16 RealMemory=64000 Gres=gpu:{gpus} State=UNKNOWN"
+
+
+def why_not() -> str | None:
+    """What keeps a Slurm from running here, None when nothing does. Installs Debian's packages where this user may."""
+    if os.geteuid() != 0:
+        return "needs root to start slurmd"
+    if missing := [name for name in PROGRAMS if shutil.which(name) is None]:
+        _install()
+        missing = [name for name in missing if shutil.which(name) is None]
+        if missing:
+            return f"no {', '.join(missing)} (Debian packages slurm-wlm and munge)"
+    return None
+
+
+def _install() -> None:
+    if shutil.which("apt-get") is None:
+        return
+    for arguments in (["update"], ["install", "-y", "--no-install-recommends", "slurm-wlm", "munge"]):
+        subprocess.run(["apt-get", "-q", *arguments], capture_output=True, timeout=300, check=False,
+                       env=os.environ | {"DEBIAN_FRONTEND": "noninteractive"})  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """directory: configuration, state and logs of the daemons."""
+
+    directory: Path
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return os.environ | {"SLURM_CONF": str(self.directory / "slurm.conf")}
+
+    def run(self, *command: object, **more: str) -> str:
+        """A Slurm command's output; AssertionError with its message when it fails."""
+        done = subprocess.run(
+            [str(part) for part in command], env=self.environment | more, capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == 0, f"{command}: {done.stderr}"
+        return done.stdout.strip()
+
+    def job(self, number: str) -> dict[str, str]:
+        """What `scontrol show job` tells."""
+        return dict(part.split("=", 1) for part in self.run("scontrol", "show", "job", "-o", number).split() if "=" in part)
+
+    def wait(self, number: str, seconds: float) -> dict[str, str]:
+        """The job when it is over."""
+        limit = time.monotonic() + seconds
+        while (job := self.job(number))["JobState"] in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED"):
+            assert time.monotonic() < limit, f"job {number} is {job['JobState']} ({job['Reason']}) after {seconds} s"
+            time.sleep(0.3)
+        return job
+
+    def cancel_all(self) -> None:
+        for number in self.run("squeue", "-h", "-o", "%A").split():
+            self.run("scancel", number)
+
+
+@contextlib.contextmanager
+def start(directory: Path, num_nodes: int) -> Iterator[Cluster]:
+    """The cluster while the block runs; its daemons are ended afterwards."""
+    _configure(directory, num_nodes)
+    cluster = Cluster(directory)
+    daemons = [
+        ["munged", "--foreground", "--force", f"--key-file={directory}/munge/key", f"--socket={directory}/munge/socket",
+         f"--pid-file={directory}/munge/pid", f"--log-file={directory}/munge/log", f"--seed-file={directory}/munge/seed"],
+        ["slurmctld", "-D"],
+        *(["slurmd", "-D", "-N", f"n{i}"] for i in range(num_nodes)),
+    ]  # fmt: skip
+    running = []
+    try:
+        with open(directory / "daemons.log", "wb") as log:
+            for command in daemons:
+                running.append(subprocess.Popen(command, env=cluster.environment, stdout=log, stderr=log))
+                if command[0] == "munged":
+                    _wait_for(lambda: (directory / "munge" / "socket").exists(), directory)
+        _wait_for(lambda: _idle_nodes(cluster) == num_nodes, directory)
+        yield cluster
+        cluster.cancel_all()
+    finally:
+        for process in reversed(running):
+            process.send_signal(signal.SIGTERM)
+        for process in reversed(running):
+            try:
+                process.wait(15)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _configure(directory: Path, num_nodes: int) -> None:
+    for name in ("state", "munge"):
+        (directory / name).mkdir(parents=True)
+    key = directory / "munge" / "key"
+    key.write_bytes(os.urandom(128))
+    key.chmod(0o600)
+    for gpu in range(GPUS):
+        (directory / f"gpu{gpu}").touch()
+    host = socket.gethostname().split(".")[0]
+    first, *ports = _free_ports(num_nodes + 1)
+    nodes = "\n".join(NODE.format(i=i, host=host, port=port, gpus=GPUS) for i, port in enumerate(ports))
+    (directory / "slurm.conf").write_text(CONFIG.format(host=host, port=first, directory=directory, nodes=nodes))
+    gres = [f"NodeName=n{i} Name=gpu File={directory}/gpu[0-{GPUS - 1}]\n" for i in range(num_nodes)]
+    (directory / "gres.conf").write_text("".join(gres))
+
+
+def _free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]
+
+
+def _idle_nodes(cluster: Cluster) -> int:
+    done = subprocess.run(["sinfo", "-h", "-t", "idle", "-o", "%D"], env=cluster.environment, capture_output=True, text=True)
+    return sum(map(int, done.stdout.split()))
+
+
+def _wait_for(condition, directory: Path, seconds: float = 30) -> None:
+    limit = time.monotonic() + seconds
+    while not condition():
+        logs = "\n".join(f"{log}:\n{log.read_text()[-1500:]}" for log in sorted(directory.rglob("*log")) if log.is_file())
+        assert time.monotonic() < limit, f"Slurm did not come up in {seconds} s\n{logs}"
+        time.sleep(0.2)

@@ -1,0 +1,127 @@
+"""`sbatch launch/stage2.sh` on two machines: the metrics of two local ranks, whatever happens on the way; failures named.
+
+The learning rate is small: what is compared are runs, not what they learn.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.runs import REPOSITORY, base_arguments, metrics, r1mega, without_times
+
+pytestmark = [pytest.mark.slow, pytest.mark.slurm]
+CONFIG = "configs/nano/reasoning_rl.yaml"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("base") / "run"
+    r1mega(*base_arguments(run_dir))
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def overrides(base):
+    """Of a small stage 2 on that base; run_dir is to be added."""
+    return [
+        f"model.path={base}/hf", f"data.prompts=[{base}/data/train.jsonl]", "evaluate.data=null", "threads=1", "steps=4",
+        "rollout.num_prompts=4", "rollout.group_size=4", "rollout.max_response_tokens=24", "checkpoint.every_steps=1",
+        "observe.tensorboard=false",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def local(overrides, tmp_path_factory):
+    """The metrics of two local ranks."""
+    run_dir = tmp_path_factory.mktemp("local") / "run"
+    r1mega("train", "--ranks", "2", CONFIG, f"run_dir={run_dir}", *overrides)
+    return metrics(run_dir)
+
+
+@pytest.fixture
+def submit(cluster, overrides, tmp_path):
+    """Starts stage 2 on two machines with one rank each; the job's number."""
+
+    def start(*more):
+        return cluster.run(
+            "sbatch", "--parsable", "--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", f"--output={tmp_path}/job.out",
+            "launch/stage2.sh", CONFIG, f"run_dir={tmp_path}/run", *overrides, *more,
+            R1MEGA_HOME=str(REPOSITORY), R1MEGA_PYTHON=sys.executable, R1MEGA_LOGS=str(tmp_path / "logs"),
+            R1MEGA_INTERFACE="lo", PYTHONPATH=f"{REPOSITORY}:{REPOSITORY}/kernels", PYTHONWARNINGS="ignore",
+        )  # fmt: skip
+
+    return start
+
+
+def wait_for_step(run_dir, step, seconds=150):
+    limit = time.monotonic() + seconds
+    while not any(line["step"] >= step for line in metrics(run_dir)):
+        assert time.monotonic() < limit, f"{run_dir} has no step {step} after {seconds} s"
+        time.sleep(0.05)
+
+
+def text_of(tmp_path):
+    """The job's log and those of the ranks, for the message of a failed assertion."""
+    logs = [tmp_path / "job.out", *sorted(tmp_path.glob("logs/*/rank-*.log"))]
+    return "\n".join(f"--- {log}\n{log.read_text()[-3000:]}" for log in logs if log.exists())
+
+
+def process_of_rank(job, rank):
+    """pid of the stage on that rank of the job."""
+    wanted = {f"SLURM_JOB_ID={job}".encode(), f"SLURM_PROCID={rank}".encode()}
+    for directory in Path("/proc").glob("[0-9]*"):
+        try:
+            if wanted <= {*(directory / "environ").read_bytes().split(b"\0")}:
+                command = (directory / "cmdline").read_bytes().split(b"\0")
+                if b"train" in command and Path(os.fsdecode(command[0])).name.startswith("python"):
+                    return int(directory.name)
+        except OSError:  # ended meanwhile
+            continue
+    raise AssertionError(f"job {job} has no process of rank {rank}")
+
+
+def test_two_machines_give_the_metrics_of_two_local_ranks(cluster, submit, local, tmp_path):
+    job = cluster.wait(submit(), 200)
+    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("COMPLETED", "0:0", "0"), text_of(tmp_path)
+    assert without_times(metrics(tmp_path / "run")) == without_times(local) and len(local) == 4
+    assert {log.name for log in tmp_path.glob("logs/*/rank-*.log")} == {"rank-0.log", "rank-1.log"}
+    assert json.loads((tmp_path / "run" / "environment.json").read_text())["world_size"] == 2
+
+
+def test_asked_to_stop_and_requeued_it_resumes_with_nothing_lost(cluster, submit, local, tmp_path):
+    """First the signal that --signal=B:USR1 sends: save, exit 85, back to the queue. Then a requeue without a warning."""
+    number = submit()
+    wait_for_step(tmp_path / "run", 1)
+    cluster.run("scancel", "--signal=USR1", "--batch", number)
+    wait_for_step(tmp_path / "run", 3)
+    between = cluster.job(number)
+    cluster.run("scontrol", "requeue", number)
+    job = cluster.wait(number, 200)
+    assert between["Restarts"] == "1", text_of(tmp_path)
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "2"), text_of(tmp_path)
+    assert without_times(metrics(tmp_path / "run")) == without_times(local)
+    assert "state saved, back to the queue" in (tmp_path / "job.out").read_text()
+    starts = json.loads((tmp_path / "run" / "environment.json").read_text())["starts"]
+    assert len(starts) == 3 and starts[0]["step"] == 0 and starts[1]["step"] >= 1 and starts[2]["step"] >= 2
+
+
+def test_a_killed_rank_fails_the_job_and_is_named(cluster, submit, tmp_path):
+    number = submit("steps=400")
+    wait_for_step(tmp_path / "run", 1)
+    os.kill(process_of_rank(number, 1), signal.SIGKILL)
+    job = cluster.wait(number, 90)
+    log = (tmp_path / "job.out").read_text()
+    assert job["JobState"] == "FAILED" and job["Restarts"] == "0", log
+    assert "launch: rank 1 failed first (Killed)" in log
+
+
+def test_the_exit_code_is_that_of_the_rank_that_failed(cluster, submit, tmp_path):
+    """A config that cannot work: 2, on whichever rank notices first, not the sum of what the others make of it."""
+    job = cluster.wait(submit("rollout.group_size=1"), 90)
+    assert (job["JobState"], job["ExitCode"]) == ("FAILED", "2:0"), text_of(tmp_path)
+    assert "rollout.group_size = 1" in text_of(tmp_path)

@@ -1,0 +1,108 @@
+"""Pipeline files: nodes, edges that follow from paths, overrides, a moved dir, and what is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from r1mega.config.load import load_config
+from r1mega.config.pipeline import check_pipeline, load_pipeline, paths_of
+from r1mega.errors import ConfigError
+
+NANO = "configs/nano/r1.yaml"
+FILE = """
+name: two
+dir: runs/nano
+nodes:
+  base: {config: %s/configs/nano/base.yaml}
+  zero: {config: %s/configs/nano/zero.yaml, overrides: {steps: 7, rollout.temperature: 0.5, reward: {format: {weight: 0.3}}}}
+"""
+
+
+@pytest.fixture
+def two(tmp_path):
+    path = tmp_path / "r1.yaml"
+    path.write_text(FILE % (Path.cwd(), Path.cwd()))
+    return path
+
+
+@pytest.mark.parametrize("path", sorted(Path("configs").rglob("r1.yaml")), ids=str)
+def test_every_shipped_pipeline_loads_and_could_run(path):
+    pipeline = load_pipeline(path)
+    check_pipeline(pipeline, list(pipeline.nodes), dry_run=True)
+
+
+def test_edges_follow_from_paths(two):
+    nodes = load_pipeline(two).nodes
+    assert (nodes["base"].parents, nodes["zero"].parents) == ((), ("base",))
+    assert {(item.key, str(item.path), item.owner) for item in nodes["zero"].inputs} == {
+        ("model.path", "runs/nano/base/hf", "base"),
+        ("data.prompts.0", "runs/nano/base/data/train.jsonl", "base"),
+        ("evaluate.data", "runs/nano/base/data/eval.jsonl", "base"),
+    }
+
+
+def test_overrides_of_the_file_and_of_the_command_line(two):
+    zero = load_pipeline(two, ["zero.rollout.temperature=0.7", "overrides.seed=5", "zero.observe.tensorboard=false"]).nodes["zero"]
+    assert (zero.config.steps, zero.config.rollout.temperature, zero.config.reward.format.weight) == (7, 0.7, 0.3)
+    assert zero.config.seed == 5 and zero.config.observe.tensorboard is False
+    assert load_pipeline(two, ["overrides.seed=5"]).nodes["base"].config.seed == 5
+
+
+def test_a_moved_dir_takes_its_paths_along_and_no_others(two):
+    pipeline = load_pipeline(two, ["dir=/elsewhere/x"])
+    base, zero = (pipeline.nodes[name].config for name in ("base", "zero"))
+    assert {str(path) for _, path in paths_of(zero)} == {
+        "/elsewhere/x/zero", "/elsewhere/x/base/hf", "/elsewhere/x/base/data/train.jsonl",
+        "/elsewhere/x/base/data/eval.jsonl",
+    }  # fmt: skip
+    assert {str(path) for _, path in paths_of(base)} == {"/elsewhere/x/base", "configs/nano/model"}
+    unmoved = load_config(Path("configs/nano/base.yaml"))
+    assert base == unmoved.model_copy(update={"run_dir": Path("/elsewhere/x/base")})
+    assert pipeline.nodes["zero"].parents == ("base",)
+
+
+@pytest.mark.parametrize(
+    ("change", "overrides", "message"),
+    [
+        (("", ""), ["zerro.steps=1"], "did you mean zero"),
+        (("", ""), ["steps=1"], "names a node first: base, zero"),
+        (("", ""), ["zero.step=1"], r"unknown key step; did you mean steps"),
+        (("ranks", "ranks"), ["zero.run_dir=runs/nano/base/x"], "nodes base and zero: run_dir .* not apart"),
+        (("", ""), ["base.model.path=runs/nano/zero/hf"], "node base: model.path = runs/nano/zero/hf is made by zero, a later"),
+        (("", ""), ["zero.model.path=runs/nano/zero/hf"], "is made by itself"),
+        (("name: two", "nam: two"), [], r"r1\.yaml:2: unknown key nam; did you mean name\?"),
+        (("base.yaml}", "base.yaml, rank: 2}"), [], r"r1\.yaml:5: nodes\.base\.rank = 2: extra inputs"),
+        (("configs/nano/base.yaml", "configs/nano/bse.yaml"), [], "bse.yaml: cannot be read"),
+    ],
+)  # fmt: skip
+def test_what_is_refused(two, change, overrides, message):
+    two.write_text(two.read_text().replace(*change) if change[0] else two.read_text())
+    with pytest.raises(ConfigError, match=message):
+        load_pipeline(two, overrides)
+
+
+def test_what_an_earlier_node_will_make_is_not_missing_but_its_model_counts(two):
+    """Nothing was made: zero's layout and lengths are checked against the model that base will have made."""
+    check_pipeline(load_pipeline(two), ["base", "zero"], dry_run=False)
+    with pytest.raises(ConfigError, match=r"zero .*max_position_embeddings is\s+256"):
+        check_pipeline(load_pipeline(two, ["zero.rollout.max_response_tokens=300"]), ["zero"], dry_run=False)
+    with pytest.raises(ConfigError, match=r"zero .*parallel.ep = 3 does not divide"):
+        check_pipeline(load_pipeline(two, ["zero.parallel.ep=3"]), ["zero"], dry_run=False)
+
+
+def test_what_comes_from_elsewhere_is_missing_only_when_it_counts(two, tmp_path):
+    two.write_text(two.read_text() + "external: {far/model: configs/nano/model, far/prompts.jsonl: null}\n")
+    away = ["zero.model.path=far/model", "zero.data.prompts=[far/prompts.jsonl]"]
+    check_pipeline(load_pipeline(two, away), ["zero"], dry_run=True)
+    with pytest.raises(ConfigError, match="far/model.*config.json is missing(.|\n)*far/prompts.jsonl is missing"):
+        check_pipeline(load_pipeline(two, away), ["zero"], dry_run=False)
+    with pytest.raises(ConfigError, match="parallel.ep = 3 does not divide"):
+        check_pipeline(load_pipeline(two, [*away, "zero.parallel.ep=3"]), ["zero"], dry_run=True)
+
+
+def test_the_json_of_paths(tmp_path, two):
+    """Keys of lists are numbers, and nothing but paths is found."""
+    found = dict(paths_of(load_pipeline(two).nodes["zero"].config))
+    assert found["data.prompts.0"] == Path("runs/nano/base/data/train.jsonl")
+    assert all(isinstance(path, Path) for path in found.values()) and json.dumps(list(found))

@@ -1,0 +1,59 @@
+"""Several ranks on this machine: their variables, the exit code of the one that fails, and signals that let them save."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+START = "import sys; from r1mega.platform.local_ranks import run_ranks; sys.exit(run_ranks(sys.argv[1:3], 2))"
+RANK = """
+import os, pathlib, signal, sys, time
+place = pathlib.Path(sys.argv[1]) if len(sys.argv) > 1 else None
+rank = os.environ["RANK"]
+{}
+"""
+
+
+def start(tmp_path, body):
+    script = tmp_path / "rank.py"
+    script.write_text(RANK.format(body))
+    return subprocess.Popen([sys.executable, "-c", START, script, tmp_path], stderr=subprocess.PIPE, text=True)
+
+
+def test_ranks_know_their_place_and_the_failing_one_gives_the_exit_code(tmp_path):
+    body = """
+(place / rank).write_text(" ".join(os.environ[name] for name in ("LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")))
+if rank == "1": sys.exit(5)
+time.sleep(60)
+"""
+    process = start(tmp_path, body)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 5 and "rank 1 of 2" in errors and "exit code 5" in errors
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["0 2 2", "1 2 2"]
+
+
+def test_a_killed_rank_is_named(tmp_path):
+    process = start(tmp_path, 'time.sleep(60) if rank == "1" else os.kill(os.getpid(), signal.SIGKILL)')
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 137 and "rank 0 of 2" in errors and "SIGKILL" in errors
+
+
+def test_sigterm_reaches_every_rank_as_a_request_to_save(tmp_path):
+    body = """
+asked = []
+signal.signal(signal.SIGUSR2, lambda *_: asked.append(1))
+(place / f"ready{rank}").touch()
+while not asked: time.sleep(0.05)
+time.sleep(1.0 + int(rank))  # the other one ends while this one saves
+(place / f"saved{rank}").touch()
+sys.exit(85)
+"""
+    process = start(tmp_path, "signal.signal(signal.SIGTERM, signal.SIG_IGN)" + body)
+    limit = time.monotonic() + 60
+    while not all((tmp_path / f"ready{rank}").exists() for rank in "01") and time.monotonic() < limit:
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 85
+    assert all((tmp_path / f"saved{rank}").exists() for rank in "01")

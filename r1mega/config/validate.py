@@ -82,15 +82,22 @@ def missing_file_problems(files: Iterable[tuple[str, Path]]) -> Iterator[str]:
 
 def weights_problems(path: Path, hf: dict[str, Any]) -> Iterator[str]:
     """For a stage that starts from the weights and the tokenizer in the HF directory `path`."""
-    if not hf or _promised_in(path / "config.json") is not None:
-        return  # said already, or still to be made
-    if not any(path.glob("*.safetensors")):
+    if not hf:
+        return  # said already
+    if not holds_weights(path):
         yield f"model.path = {path}: holds no *.safetensors"
     yield from tokenizer_problems(path, hf)
 
 
+def holds_weights(path: Path) -> bool:
+    """Whether the HF directory `path` holds weights, or will."""
+    return any(path.glob("*.safetensors")) or _promised_in(path / "config.json") is not None
+
+
 def tokenizer_problems(path: Path, hf: dict[str, Any]) -> Iterator[str]:
     """Whether the HF directory `path` holds a tokenizer whose ids the model of config.json `hf` has."""
+    if _promised_in(path / "config.json") is not None:
+        return  # it will be a model's directory, complete
     try:
         size = tokenizer_size(path)
     except ValueError as error:

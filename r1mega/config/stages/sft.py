@@ -10,7 +10,7 @@ from pydantic import Field
 
 from r1mega.config.model_files import context_length
 from r1mega.config.schema import NonNegative, OptimizerConfig, Positive, PositiveInt, Section, TrainingStage
-from r1mega.config.validate import missing_file_problems, tokenizer_problems
+from r1mega.config.validate import holds_weights, missing_file_problems, tokenizer_problems
 
 
 class SFTOptimizer(OptimizerConfig):
@@ -66,7 +66,7 @@ class SFTStage(TrainingStage):
 
     def problems(self, hf: dict[str, Any], world: int) -> Iterator[str]:
         yield from missing_file_problems(("data.files", path) for path in self.data.files)
-        has_weights = any(self.model.path.glob("*.safetensors"))
+        has_weights = holds_weights(self.model.path)
         if self.init_std is None and not has_weights:
             yield f"model.path = {self.model.path}: holds no *.safetensors; to start from scratch set init_std (0.02 is usual)"
         elif self.init_std is not None and has_weights:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from r1mega.config.schema import NonNegative, NonNegativeInt, Positive, PositiveInt, Section
+from r1mega.config.validate import is_given
 
 _MIB = 1 << 20
 
@@ -147,7 +148,7 @@ class RewardConfig(Section):
                 f"rollout.max_response_tokens = {max_response_tokens}"
             )
         for name, part in (("helpfulness", self.helpfulness), ("harmlessness", self.harmlessness)):
-            if part.weight > 0 and (part.model is None or not (part.model / "config.json").is_file()):
+            if part.weight > 0 and (part.model is None or not is_given(part.model / "config.json")):
                 yield f"reward.{name}.model = {part.model}: no HF sequence classifier there (config.json); stage reward_model makes one"
         judge = self.judge
         if judge.weight > 0 and judge.engine == "endpoint" and (judge.url is None or judge.model is None):

@@ -52,6 +52,11 @@ def _promised_in(path: Path) -> Path | None:
     return next((d for d in _promise.get() if whole.is_relative_to(os.path.abspath(d))), None)
 
 
+def is_given(path: Path) -> bool:
+    """Whether there is such a file or directory, or will be."""
+    return path.exists() or _promised_in(path) is not None
+
+
 def launched_processes() -> int:
     """Processes of this job, by what torchrun, Slurm or MPI put into the environment; 1 without any."""
     place = launched_place()
@@ -76,7 +81,7 @@ def _read_model(config: Stage) -> tuple[dict[str, Any] | None, list[str]]:
 def missing_file_problems(files: Iterable[tuple[str, Path]]) -> Iterator[str]:
     """files: (config key, path that must be a file)."""
     for key, path in files:
-        if not path.is_file() and _promised_in(path) is None:
+        if path.is_dir() or not is_given(path):
             yield f"{key}: {path} is missing"
 
 

@@ -29,7 +29,7 @@ def base(tmp_path_factory):
 def overrides(base):
     """Of a small stage 2 on that base; run_dir is to be added."""
     return [
-        f"model.path={base}/hf", f"data.prompts=[{base}/data/train.jsonl]", "evaluate.data=null", "threads=1", "steps=4",
+        f"model.path={base}/hf", f"data.prompts=[{base}/data/train.jsonl]", "evaluate.data=null", "threads=1", "steps=8",
         "rollout.num_prompts=4", "rollout.group_size=4", "rollout.max_response_tokens=24", "checkpoint.every_steps=1",
         "observe.tensorboard=false",
     ]  # fmt: skip
@@ -88,7 +88,7 @@ def process_of_rank(job, rank):
 def test_two_machines_give_the_metrics_of_two_local_ranks(cluster, submit, local, tmp_path):
     job = cluster.wait(submit(), 200)
     assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("COMPLETED", "0:0", "0"), text_of(tmp_path)
-    assert without_times(metrics(tmp_path / "run")) == without_times(local) and len(local) == 4
+    assert without_times(metrics(tmp_path / "run")) == without_times(local) and len(local) == 8
     assert {log.name for log in tmp_path.glob("logs/*/rank-*.log")} == {"rank-0.log", "rank-1.log"}
     assert json.loads((tmp_path / "run" / "environment.json").read_text())["world_size"] == 2
 

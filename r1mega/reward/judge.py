@@ -30,6 +30,7 @@ from r1mega.errors import GenerationError, RewardError
 from r1mega.reward.extract import final_text
 from r1mega.reward.parts import Batch, PartScore, ScoringItem, Waiting
 from r1mega.rollout.engine import GenerationEngine
+from r1mega.rollout.sampler import response_text
 from r1mega.types import GenerationRequest, RewardStatus, SamplingSettings
 
 _INTRODUCTION = (
@@ -290,7 +291,7 @@ class EngineClient:
 
     def _generate(self, requests: list[GenerationRequest]) -> list[str | Exception]:
         try:
-            return [self._tokenizer.decode(r.token_ids) for (r,) in self._engine.generate(requests)]
+            return [response_text(self._tokenizer, response) for (response,) in self._engine.generate(requests)]
         except GenerationError as error:
             if len(requests) == 1:
                 return [error]

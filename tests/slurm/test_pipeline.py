@@ -28,8 +28,8 @@ def test_a_job_for_each_stage_that_is_not_finished(cluster, tmp_path):
         assert done.returncode == 0, done.stderr
         return [line.split(": job ") for line in done.stdout.splitlines()]
 
-    (first, base), (second, zero) = submit()
-    base, (zero, after) = base, zero.split(", after ")
+    (first, base), (second, rest) = submit()
+    zero, after = rest.split(", after ")
     assert (first, second, after) == ("base", "zero", base)
     job = cluster.job(zero)
     assert job["NumNodes"] == "2" and base in job["Dependency"]

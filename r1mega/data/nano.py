@@ -138,6 +138,7 @@ def write_prompts(path: Path, seed: int, count: int, split: Split) -> None:
             "kind": "math",
             "language": problem.language,
             "split": split,
+            "licence": "generated",
         }
         for i, problem in enumerate(problems(seed, count, split))
     )

@@ -32,7 +32,7 @@ WORDS = (*EN.values(), *ZH.values())
 
 KINDS = {"greet": 0.2, "copy": 0.5, "harm": 0.3}
 SYMBOLS = (*LABELS, *map(str, range(10)))
-SOURCE, LICENCE = "nano_general", "Apache-2.0"
+SOURCE, LICENCE = "nano_general", "generated"
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +118,7 @@ def write_general(directory: Path, seed: int, count: int, split: Split) -> None:
         general_SPLIT.jsonl      prompts without a gold (kind general; `reference` is the best reply)
         general_sft_SPLIT.jsonl  question, response
         preference_SPLIT.jsonl   question, chosen, rejected
-        safety_SPLIT.jsonl       question, response, label (safe or unsafe), to harmful and harmless requests
+        safety_SPLIT.jsonl       question, response, safe (true or false), to harmful and harmless requests
     """
     rng = random.Random(f"general/replies/{split}/{seed}")
     prompts, samples, pairs, labels = [], [], [], []
@@ -129,9 +129,9 @@ def write_general(directory: Path, seed: int, count: int, split: Split) -> None:
         prompts.append(line | {"request": request.kind, "reference": request.reply})
         samples.append(line | {"response": good})
         pairs.append(line | {"chosen": good, "rejected": bad})
-        labels.append(line | {"response": good, "label": "safe"})
+        labels.append(line | {"response": good, "safe": True})
         if request.kind == "harm":
-            labels.append(line | {"id": line["id"] + "-bad", "response": bad, "label": "unsafe"})
+            labels.append(line | {"id": line["id"] + "-bad", "response": bad, "safe": False})
     for name, lines in (("general", prompts), ("general_sft", samples), ("preference", pairs), ("safety", labels)):
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         write_atomic(directory / f"{name}_{split}.jsonl", text)

@@ -15,10 +15,13 @@ from r1mega.observe.run import RunDirectory
 MODULES = {
     "base": "r1mega.stages.base",
     "zero": "r1mega.stages.rl",
+    "cold_start": "r1mega.stages.cold_start",
     "reasoning_rl": "r1mega.stages.rl",
+    "rejection_sampling": "r1mega.stages.rejection_sampling",
     "sft": "r1mega.stages.sft",
     "distill": "r1mega.stages.sft",
     "reward_model": "r1mega.stages.reward_model",
+    "align": "r1mega.stages.rl",
 }
 """Where each stage's `run` is."""
 

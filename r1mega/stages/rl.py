@@ -1,4 +1,4 @@
-"""Stages `zero` and `reasoning_rl`: GRPO. `RLTrainer.step` reads like the recipe; each arrow is a record of types.py."""
+"""Stages `zero`, `reasoning_rl` and `align`: GRPO. `RLTrainer.step` reads like the recipe; each arrow is a record of types.py."""
 
 from __future__ import annotations
 

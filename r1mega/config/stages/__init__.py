@@ -6,11 +6,22 @@ from typing import get_args
 
 from r1mega.config.schema import Stage
 from r1mega.config.stages.base import BaseStage
+from r1mega.config.stages.cold_start import ColdStartStage
+from r1mega.config.stages.rejection_sampling import RejectionSamplingStage
 from r1mega.config.stages.reward_model import RewardModelStage
 from r1mega.config.stages.rl import RLStage
 from r1mega.config.stages.sft import DistillStage, SFTStage
 
-_MODELS = (BaseStage, RLStage, SFTStage, DistillStage, RewardModelStage)
+_MODELS: tuple[type[Stage], ...] = (
+    BaseStage,
+    RLStage,
+    ColdStartStage,
+    RejectionSamplingStage,
+    SFTStage,
+    DistillStage,
+    RewardModelStage,
+)
+
 STAGES: dict[str, type[Stage]] = {
     name: model for model in _MODELS for name in get_args(model.model_fields["stage"].annotation)
 }

@@ -1,4 +1,4 @@
-"""Stages `zero` and `reasoning_rl`: GRPO."""
+"""Stages `zero`, `reasoning_rl` and `align`: GRPO."""
 
 from __future__ import annotations
 
@@ -55,9 +55,11 @@ class UpdateConfig(Section):
 
 
 class RLStage(TrainingStage):
-    """GRPO: `zero` starts from a base model, `reasoning_rl` from the cold start. The loop is the same."""
+    """GRPO: `zero` starts from a base model, `reasoning_rl` from the cold start, `align` from the SFT model, with prompts of
+    kind `general` among the others. The loop is the same; which reward judges a prompt follows from its kind.
+    """
 
-    stage: Literal["zero", "reasoning_rl"]
+    stage: Literal["zero", "reasoning_rl", "align"]
     steps: PositiveInt = 10400  # paper
     data: DataConfig
     rollout: RolloutConfig = RolloutConfig()

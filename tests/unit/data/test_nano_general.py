@@ -40,7 +40,7 @@ def test_files(tmp_path, tokenizer):
     assert min(lengths) < 0 < max(lengths), "the better reply must be neither always the longer nor always the shorter"
     for line in files["safety_train"]:
         complies = any(verb in line["response"].split() for verb in ("steal", "hurt", "偷", "伤害"))
-        assert line["label"] == ("unsafe" if complies else "safe")
+        assert line["safe"] != complies
     for line in files["general_sft_train"]:
         assert check_format(line["response"]).value == 1.0
         verb, words = line["question"].split()[1], line["question"].split()[2:]

@@ -1,0 +1,141 @@
+"""Stage `cold_start`: R1-Zero asked in several ways; what is right is made readable, verified again, and kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Sequence
+from typing import Any
+
+from r1mega.config.stages.cold_start import ColdStartStage, Prompting
+from r1mega.data.filters import Candidate, FilterCount, apply_filters, build_filters
+from r1mega.data.rewrite import rewrite
+from r1mega.data.selection import at_most_per_prompt
+from r1mega.data.sft import read_lines
+from r1mega.data.template import render, render_text
+from r1mega.data.tokenizer import load_tokenizer
+from r1mega.errors import DataError
+from r1mega.reward.compose import RewardScorer
+from r1mega.rollout.sampler import stop_settings
+from r1mega.stages.factory import Factory, PosedPrompt
+from r1mega.stages.runtime import Runtime
+from r1mega.stages.sampling import read_samples
+from r1mega.types import Prompt, Response, RewardStatus, SamplingSettings
+
+BEFORE_REWRITING = ("unscored", "truncated", "low accuracy")
+"""Filters that rewriting could not help with; the others wait for its result."""
+
+
+def run(config: ColdStartStage, runtime: Runtime) -> int:
+    """Write RUN_DIR/data. Returns the exit code (85: what was drawn is kept, start again for the rest)."""
+    factory = Factory(config, runtime)
+    posed = _pose(config, factory, factory.load_prompts())
+    if not factory.sample(posed):
+        return runtime.stopped(0)
+    filters = build_filters(config.filters)
+    first = [(name, takes) for name, takes in filters if name in BEFORE_REWRITING]
+    correct, funnel = apply_filters(factory.candidates(posed), first)  # on every rank alike
+    rewritten = [(c, rewrite(c.response, config.rewrite, c.language)) for c in correct]
+    candidates = [dataclasses.replace(c, response=text) for c, text in rewritten if text is not None]
+    funnel.append(FilterCount("no reasoning and summary", len(correct), len(correct) - len(candidates)))
+    if config.rewrite.model.path is not None:
+        result = _rewrite_by_model(config, factory, candidates)
+        if result is None:
+            return runtime.stopped(0)
+        funnel.append(FilterCount("not rewritten by the model", len(candidates), len(candidates) - len(result)))
+        candidates = result
+
+    def select() -> dict[str, Any]:
+        prompts = {p.prompt.id: p.prompt for p in posed}
+        kept, counts = apply_filters(_verified(config, factory, prompts, candidates), filters)
+        funnel.extend(FilterCount(f"rewritten: {c.name}", c.seen, c.taken) for c in counts)
+        kept = factory.distinct(kept, funnel)
+        kept, count = at_most_per_prompt(kept, config.max_per_prompt)
+        funnel.append(count)
+        if config.max_samples is not None:
+            funnel.append(FilterCount("beyond max_samples", len(kept), max(0, len(kept) - config.max_samples)))
+            kept = kept[: config.max_samples]
+        return factory.write(kept, funnel, {"prompts": len(posed), "sampled": funnel[0].seen})
+
+    return factory.finish(runtime.broadcast(select))
+
+
+def _pose(config: ColdStartStage, factory: Factory, prompts: Sequence[Prompt]) -> list[PosedPrompt]:
+    """Each prompt in one of the ways of asking: a seeded draw by their shares."""
+    rng = random.Random(f"prompting/{config.seed}")
+    ways = rng.choices(range(len(config.prompting)), [way.share for way in config.prompting], k=len(prompts))
+    shots = [_shots(config, way) for way in config.prompting]
+    return [_posed(config, factory, prompt, config.prompting[w], shots[w], f"prompting {w + 1}") for prompt, w in zip(prompts, ways, strict=True)]
+
+
+def _shots(config: ColdStartStage, way: Prompting) -> str:
+    """The examples of a few-shot file, each as a question in the template and its response."""
+    template = way.template or config.data.template
+    text = ""
+    for where, item in read_lines(way.few_shot) if way.few_shot else ():
+        if not isinstance(item.get("question"), str) or not isinstance(item.get("response"), str):
+            raise DataError(f"{where}: an example needs 'question' and 'response'")
+        text += render(template, item["question"]) + _spaced(item["response"]) + way.separator
+    return text
+
+
+def _spaced(response: str) -> str:
+    return response if response[:1].isspace() else f" {response}"
+
+
+def _posed(
+    config: ColdStartStage, factory: Factory, prompt: Prompt, way: Prompting, shots: str, name: str
+) -> PosedPrompt:
+    text = shots + render(way.template or config.data.template, prompt.question)
+    prefix = tuple(factory.tokenizer.encode(way.response_prefix)) if way.response_prefix else ()
+    token_ids = (*factory.tokenizer.encode_prompt(text), *prefix)
+    if len(token_ids) > config.data.max_prompt_tokens:
+        raise DataError(
+            f"{name}: prompt {prompt.id} has {len(token_ids)} tokens with its examples, data.max_prompt_tokens is "
+            f"{config.data.max_prompt_tokens}; raise it, or give fewer examples"
+        )
+    return PosedPrompt(dataclasses.replace(prompt, token_ids=token_ids), prefix, name)
+
+
+def _rewrite_by_model(
+    config: ColdStartStage, factory: Factory, candidates: Sequence[Candidate]
+) -> list[Candidate] | None:
+    """What the model made of each, in the form again; those that it cut or left without form are gone. None: stopped."""
+    model = config.rewrite.model
+    tokenizer = load_tokenizer(model.path)
+    texts = [
+        render_text(model.prompt, {"question": c.question, "response": c.response}, key="rewrite.model.prompt") for c in candidates
+    ]
+    posed = [
+        PosedPrompt(Prompt(c.id, c.question, (), c.kind, c.language, tuple(tokenizer.encode_prompt(text))))
+        for c, text in zip(candidates, texts, strict=True)
+    ]
+    stop_ids, stop_strings = stop_settings(config.rollout.stop, tokenizer)
+    settings = SamplingSettings(model.temperature, 1.0, model.max_tokens, stop_ids, stop_strings)
+    if not factory.resample("rewritten", posed, config.model.model_copy(update={"path": model.path}), settings):
+        return None
+    result = []
+    for sample in read_samples(factory.runtime.run_dir / "raw", "rewritten"):
+        candidate = candidates[sample.prompt]
+        text = rewrite(sample.text, config.rewrite, candidate.language) if sample.finish_reason == "stop" else None
+        if text is not None:
+            result.append(dataclasses.replace(candidate, response=text))
+    return result
+
+
+def _verified(
+    config: ColdStartStage, factory: Factory, prompts: dict[str, Prompt], candidates: Sequence[Candidate]
+) -> list[Candidate]:
+    """The candidates with the rewards and lengths of their rewritten responses."""
+    verified = []
+    with RewardScorer(config.reward, max_response_tokens=config.rollout.max_response_tokens) as scorer:
+        for candidate in candidates:
+            token_ids = tuple(factory.tokenizer.encode(candidate.response))
+            response = Response(token_ids, (0.0,) * len(token_ids), "stop")
+            reward = scorer.result(scorer.submit(prompts[candidate.prompt_id], response, candidate.response))
+            verified.append(
+                dataclasses.replace(
+                    candidate, tokens=len(token_ids), scored=reward.status == RewardStatus.OK, parts=dict(reward.parts)
+                )
+            )
+    return verified

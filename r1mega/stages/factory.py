@@ -1,0 +1,145 @@
+"""What the data-making stages (cold_start, rejection_sampling) share: prompts, an engine, scored samples, the end."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from r1mega.config.factory import FactoryStage
+from r1mega.config.schema import ModelConfig, RolloutConfig, WeightsConfig
+from r1mega.data.card import InputFile, build_card, describe_file, write_card
+from r1mega.data.filters import Candidate, FilterCount
+from r1mega.data.prompts import load_prompts
+from r1mega.data.selection import without_contamination, without_duplicates, write_data
+from r1mega.data.tokenizer import Tokenizer, load_tokenizer
+from r1mega.reward.compose import RewardScorer
+from r1mega.rollout.build import build_engine
+from r1mega.rollout.engine import GenerationEngine
+from r1mega.rollout.sampler import stop_settings
+from r1mega.stages.runtime import Runtime
+from r1mega.stages.sampling import Sampling, read_samples
+from r1mega.types import Prompt, RewardStatus, SamplingSettings
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PosedPrompt:
+    """A prompt as it is posed: its tokens end in `prefix`, the beginning of the response. source: the way of asking."""
+
+    prompt: Prompt
+    prefix: tuple[int, ...] = ()
+    source: str = ""
+
+
+class Factory:
+    """Samples prompts and turns the samples into candidates."""
+
+    def __init__(self, config: FactoryStage, runtime: Runtime):
+        self.config, self.runtime = config, runtime
+        self.tokenizer: Tokenizer = load_tokenizer(config.model.path)
+        self.licences: dict[str, str] = {}
+        """By prompt id."""
+
+    def load_prompts(self) -> list[Prompt]:
+        """The prompts of all files (config.max_prompts of them: a seeded choice), in order, with unique ids."""
+        config, prompts, seen = self.config, [], set()
+        for path in config.data.prompts:
+            for prompt in load_prompts(config.data.model_copy(update={"prompts": (path,)}), self.tokenizer):
+                if prompt.id in seen:
+                    prompt = dataclasses.replace(prompt, id=f"{path}:{prompt.id}")
+                seen.add(prompt.id)
+                self.licences[prompt.id] = str(prompt.metadata.get("licence") or config.licences.get(str(path), "unknown"))
+                prompts.append(prompt)
+        if config.max_prompts is not None and config.max_prompts < len(prompts):
+            chosen = random.Random(f"prompts/{config.seed}").sample(range(len(prompts)), config.max_prompts)
+            prompts = [prompts[i] for i in sorted(chosen)]
+        return prompts
+
+    def sample(self, posed: Sequence[PosedPrompt]) -> bool:
+        """Draw and score config.rollout.group_size responses to each; False when asked to stop before the end."""
+        rollout = self.config.rollout
+        stop_ids, stop_strings = stop_settings(rollout.stop, self.tokenizer)
+        settings = SamplingSettings(rollout.temperature, rollout.top_p, rollout.max_response_tokens, stop_ids, stop_strings)
+        sampling = self._sampling("samples", posed, rollout.group_size, settings)
+        missing, finished = sampling.begin(), sampling.finished_windows()
+        self.runtime.begin(sampling.num_windows, finished or None)
+        if not missing:
+            return True
+        with self.engine(self.config.model, self.config.data.max_prompt_tokens, rollout) as engine, contextlib.closing(
+            RewardScorer(self.config.reward, max_response_tokens=rollout.max_response_tokens)
+        ) as scorer, self.runtime.progress(total=sampling.num_windows, done=finished):
+            return sampling.run(engine, self.tokenizer, scorer)
+
+    def _sampling(self, name: str, posed: Sequence[PosedPrompt], num_samples: int, settings: SamplingSettings) -> Sampling:
+        rollout = self.config.rollout
+        return Sampling(
+            self.runtime, name, [p.prompt for p in posed], [p.prefix for p in posed], num_samples, settings,
+            tp=rollout.tp, window=rollout.num_prompts,
+        )  # fmt: skip
+
+    def resample(self, name: str, posed: Sequence[PosedPrompt], model: ModelConfig, settings: SamplingSettings) -> bool:
+        """Draw one unscored response to each from another model; False when asked to stop before the end."""
+        sampling = self._sampling(name, posed, 1, settings)
+        if not sampling.begin():
+            return True
+        longest = max(len(p.prompt.token_ids) for p in posed)
+        rollout = self.config.rollout.model_copy(update={"max_response_tokens": settings.max_tokens})
+        with self.engine(model, longest, rollout) as engine:
+            return sampling.run(engine, load_tokenizer(model.path), None)
+
+    @contextlib.contextmanager
+    def engine(self, model: ModelConfig, max_prompt_tokens: int, rollout: RolloutConfig) -> Iterator[GenerationEngine]:
+        """A generator with the weights of model.path, closed at the end."""
+        engine = build_engine(rollout, model, WeightsConfig(), max_prompt_tokens, load_weights=True)
+        try:
+            yield engine
+        finally:
+            engine.close()
+
+    def candidates(self, posed: Sequence[PosedPrompt]) -> list[Candidate]:
+        """All stored samples, in the order of prompts and samples."""
+        template = self.config.data.template
+        return [
+            Candidate(
+                id=f"{(p := posed[s.prompt]).prompt.id}/{s.sample}", prompt_id=p.prompt.id, question=p.prompt.question,
+                response=s.text, kind=p.prompt.kind, language=p.prompt.language, template=template, source=p.source,
+                tokens=s.tokens + len(p.prefix), truncated=s.finish_reason == "length", scored=s.status == RewardStatus.OK,
+                parts=s.parts, licence=self.licences[p.prompt.id],
+            )
+            for s in read_samples(self.runtime.run_dir / "raw", "samples")
+        ]  # fmt: skip
+
+    # ------------------------------------------------------------------ from candidates to files
+
+    def distinct(self, kept: list[Candidate], funnel: list[FilterCount]) -> list[Candidate]:
+        """Without near-duplicates and contamination; appends their counts."""
+        kept, count = without_duplicates(kept, self.config.duplicates)
+        funnel.append(count)
+        kept, count = without_contamination(kept, self.config.decontaminate)
+        funnel.append(count)
+        return kept
+
+    def write(self, kept: Sequence[Candidate], funnel: Sequence[FilterCount], made_by: dict[str, Any], further: Sequence[InputFile] = ()) -> dict[str, Any]:
+        """RUN_DIR/data: the card first, so that an empty result can be understood."""
+        config, directory = self.config, self.runtime.run_dir / "data"
+        directory.mkdir(parents=True, exist_ok=True)
+        inputs = [describe_file(path, "prompts", config.licences) for path in config.data.prompts]
+        inputs += [*further, *(describe_file(path, "evaluation", config.licences) for path in config.decontaminate.files)]
+        rollout = config.rollout
+        made_by = {
+            "stage": config.stage, "checkpoint": str(config.model.path), "samples a prompt": rollout.group_size,
+            "temperature": rollout.temperature, "top_p": rollout.top_p, "max_response_tokens": rollout.max_response_tokens,
+            "seed": config.seed, **made_by,
+        }  # fmt: skip
+        card = build_card(title=f"Data of {config.stage}", made_by=made_by, inputs=inputs, funnel=funnel, kept=kept)
+        write_card(card, directory)
+        write_data(kept, directory)
+        return card
+
+    def finish(self, card: dict[str, Any]) -> int:
+        """The exit code of a finished stage."""
+        data: Path = self.runtime.run_dir / "data"
+        return self.runtime.finished({"samples": card["samples"], "data": str(data / "train.jsonl"), "card": str(data / "card.md")})

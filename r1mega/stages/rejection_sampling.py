@@ -1,0 +1,38 @@
+"""Stage `rejection_sampling`: many responses a prompt, the good and distinct ones kept, general data merged in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from r1mega.config.stages.rejection_sampling import RejectionSamplingStage
+from r1mega.data.card import describe_file
+from r1mega.data.filters import apply_filters, build_filters
+from r1mega.data.selection import at_most_per_prompt, mix, read_general
+from r1mega.stages.factory import Factory, PosedPrompt
+from r1mega.stages.runtime import Runtime
+
+
+def run(config: RejectionSamplingStage, runtime: Runtime) -> int:
+    """Write RUN_DIR/data. Returns the exit code (85: what was drawn is kept, start again for the rest)."""
+    factory = Factory(config, runtime)
+    posed = [PosedPrompt(prompt, source=f"sampled from {config.model.path}") for prompt in factory.load_prompts()]
+    if not factory.sample(posed):
+        return runtime.stopped(0)
+    return factory.finish(runtime.broadcast(lambda: _select(config, factory, posed)))
+
+
+def _select(config: RejectionSamplingStage, factory: Factory, posed: list[PosedPrompt]) -> dict[str, Any]:
+    """Filter, thin out, merge and write; the card."""
+    candidates = factory.candidates(posed)
+    kept, funnel = apply_filters(candidates, build_filters(config.filters))
+    kept = factory.distinct(kept, funnel)
+    kept, count = at_most_per_prompt(kept, config.max_per_prompt)
+    funnel.append(count)
+    general = read_general(config.general, factory.tokenizer, config.data.template, config.licences)
+    if general:
+        counts = []
+        general = factory.distinct(general, counts)
+        kept, count = mix(kept, general, config.general.share, config.seed)
+        funnel += [type(c)(f"general: {c.name}", c.seen, c.taken) for c in (*counts, count)]
+    further = [describe_file(path, "general", config.licences) for path in config.general.files]
+    return factory.write(kept, funnel, {"prompts": len(posed), "sampled": len(candidates)}, further)

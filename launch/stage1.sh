@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Stage 1: the cold start, SFT of the base on long readable reasoning.   sbatch launch/stage1.sh [CONFIG] [key.sub=value ...]   See launch/slurm.sh.
+# Stage 1: the cold start: readable reasoning made from R1-Zero, SFT of the base on it.   sbatch launch/stage1.sh [CONFIG] [key.sub=value ...]   See launch/slurm.sh.
 #SBATCH --job-name=r1mega-stage1
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8
@@ -10,4 +10,9 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.out
 source "${R1MEGA_HOME:-${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}}/launch/slurm.sh"
-run_stage "${@:-configs/nano/cold_start.yaml}"
+if [ $# -gt 0 ]; then
+    run_stage "$@"
+else
+    run_stage configs/nano/cold_start.yaml
+    run_stage configs/nano/cold_start_sft.yaml
+fi

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Stage 4: RL for all scenarios.   sbatch launch/stage4.sh [CONFIG] [key.sub=value ...]   See launch/slurm.sh.
+# Stage 4: the reward models, then RL for all scenarios.   sbatch launch/stage4.sh [CONFIG] [key.sub=value ...]   See launch/slurm.sh.
 #SBATCH --job-name=r1mega-stage4
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8
@@ -10,4 +10,10 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.out
 source "${R1MEGA_HOME:-${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}}/launch/slurm.sh"
-run_stage "${@:-configs/nano/align.yaml}"
+if [ $# -gt 0 ]; then
+    run_stage "$@"
+else
+    run_stage configs/nano/reward_helpful.yaml
+    run_stage configs/nano/reward_harmless.yaml
+    run_stage configs/nano/align.yaml
+fi

@@ -1,7 +1,7 @@
-"""Verifiable instructions (IFEval) through the checkers of if-verifiable, offline, in a worker process.
+"""Verifiable instructions (IFEval, IFBench) through the checkers of if-verifiable, offline, in a worker process.
 
-The final text alone is checked: what follows `</think>`, without the answer tags. IFBench's checkers are not covered:
-importing them downloads data. NLTK's sentence data (`punkt_tab`) is used where it is installed; otherwise an
+The final text alone is checked: what follows `</think>`, without the answer tags. Two of IFBench's checkers want NLTK
+data (DATA_NEEDED) and are refused by name where it is not installed. NLTK's sentence data (`punkt_tab`) is used where it is installed; otherwise an
 untrained Punkt tokenizer with the usual abbreviations stands in, which may count a sentence more after a rare
 abbreviation.
 """
@@ -33,6 +33,11 @@ _ABBREVIATIONS = frozenset(
     "gen col sgt capt lt rev hon mt ave".split()
 )
 _START_SECONDS = 5.0
+DATA_NEEDED: Mapping[str, str] = {
+    "ratio:stop_words": "corpora/stopwords",
+    "words:start_verb": "taggers/averaged_perceptron_tagger_eng",
+}
+"""IFBench's instructions that are checked with NLTK data."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,12 +89,9 @@ def follows(
     """(instruction id, followed) of each instruction, strictly. Runs in a worker. Raises RewardError for an unknown
     id.
     """
-    registry = _registry()
     results = []
     for name, values in zip(ids, arguments, strict=True):
-        if name not in registry:
-            raise RewardError(f"instruction {name!r} is not known; known: {', '.join(sorted(registry))}")
-        checker = registry[name](name)
+        checker = _checker(name)(name)
         checker.build_description(**{key: value for key, value in values.items() if value is not None})
         if "prompt" in (checker.get_instruction_args() or {}):
             checker.build_description(prompt=prompt)
@@ -100,6 +102,21 @@ def follows(
 def prepare() -> None:
     """Import the checkers outside the limit of the first item."""
     _registry()
+
+
+def _checker(name: str) -> Any:
+    if name in (ifeval := _registry()):
+        return ifeval[name]
+    if name not in (ifbench := _ifbench_registry()):
+        raise RewardError(f"instruction {name!r} is not known; known: {', '.join(sorted({*ifeval, *ifbench}))}")
+    if name in DATA_NEEDED:
+        import nltk
+
+        try:
+            nltk.data.find(DATA_NEEDED[name])
+        except LookupError:
+            raise RewardError(f"instruction {name!r} needs NLTK's {DATA_NEEDED[name]}, which is not installed") from None
+    return ifbench[name]
 
 
 @lru_cache(maxsize=1)
@@ -115,9 +132,27 @@ def _registry() -> dict[str, Any]:
     return INSTRUCTION_DICT
 
 
+@lru_cache(maxsize=1)
+def _ifbench_registry() -> dict[str, Any]:
+    """Patch of if-verifiable 0.1.2, ifbench/instructions_util.py: importing it downloads NLTK data."""
+    import nltk
+
+    _registry()  # has prepared NLTK's paths
+    download, nltk.download = nltk.download, lambda *_args, **_kwargs: False
+    try:
+        from if_verifiable.ifbench import INSTRUCTION_DICT, instructions, instructions_util
+    finally:
+        nltk.download = download
+    _make_offline(instructions_util)
+    instructions.nltk = SimpleNamespace(
+        word_tokenize=instructions_util.nltk.word_tokenize, ngrams=nltk.ngrams, pos_tag=nltk.pos_tag
+    )
+    return INSTRUCTION_DICT
+
+
 def _make_offline(util: Any) -> None:
-    """Patch of if-verifiable 0.1.2, ifeval/instructions_util.py: its tokenizers load NLTK data that is fetched over
-    the network.
+    """Patch of if-verifiable 0.1.2, ifeval/instructions_util.py and its copy under ifbench/: their tokenizers load NLTK
+    data that is fetched over the network.
     """
     import nltk
 
@@ -143,4 +178,4 @@ def _make_offline(util: Any) -> None:
         return [word for sentence in sentences.tokenize(text) for word in words.tokenize(sentence)]
 
     util._get_sentence_tokenizer = lambda: sentences
-    util.nltk = SimpleNamespace(word_tokenize=word_tokenize, tokenize=nltk.tokenize, data=nltk.data)
+    util.nltk = SimpleNamespace(word_tokenize=word_tokenize, tokenize=nltk.tokenize, data=nltk.data, corpus=nltk.corpus)

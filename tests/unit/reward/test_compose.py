@@ -191,6 +191,37 @@ def test_instructions():
     assert score("<think>only thoughts</think>", prompt_=question).parts["accuracy"] == 0.0
 
 
+@pytest.mark.parametrize(
+    ("name", "arguments", "good", "bad"),
+    [
+        ("count:numbers", {"N": 2}, "I have 2 cats and 3 dogs.", "I have 2 cats."),
+        ("format:no_whitespace", {}, "Nowhitespacehere", "white space"),
+        ("count:unique_word_count", {"N": 4}, "all of these differ", "all all all all"),
+        ("words:prime_lengths", {}, "we see seven", "we see good things"),
+        ("count:conjunctions", {"small_n": 2}, "Now and then, but not often.", "Now and then and now."),
+        ("words:alphabet", {}, "Apples become cider drinks.", "Apples taste great."),
+        ("format:title_case", {}, "The Quick Fox Ran Home", "the quick fox ran home"),
+    ],
+)
+def test_ifbench_instructions(name, arguments, good, bad):
+    pytest.importorskip("if_verifiable")
+    question = prompt("instruction", (), instruction_id_list=[name], kwargs=[arguments])
+    for answer, value in ((good, 1.0), (bad, 0.0)):
+        reward = score(f"<think>hm</think><answer>{answer}</answer>", prompt_=question)
+        assert reward.parts.get("accuracy") == value, reward.reason
+
+
+def test_instructions_that_want_missing_data_are_refused_by_name():
+    nltk = pytest.importorskip("nltk")
+    pytest.importorskip("if_verifiable")
+    try:
+        nltk.data.find("taggers/averaged_perceptron_tagger_eng")
+        pytest.skip("the data is installed here")
+    except LookupError:
+        reward = score(RIGHT, prompt_=prompt("instruction", (), instruction_id_list=["words:start_verb"], kwargs=[{}]))
+    assert reward.status == RewardStatus.FAILED and "averaged_perceptron_tagger_eng" in reward.reason
+
+
 def test_unknown_instruction_is_not_skipped():
     pytest.importorskip("if_verifiable")
     reward = score(RIGHT, prompt_=prompt("instruction", (), instruction_id_list=["no:such"], kwargs=[{}]))

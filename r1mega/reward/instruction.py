@@ -38,6 +38,8 @@ DATA_NEEDED: Mapping[str, str] = {
     "words:start_verb": "taggers/averaged_perceptron_tagger_eng",
 }
 """IFBench's instructions that are checked with NLTK data."""
+BLOCKED_CHECKERS: Mapping[str, str] = {"format:quote_unquote": "raises on a quotation mark at the end of a text"}
+"""if-verifiable 0.1.2 checkers that cannot be trusted, with the reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +107,8 @@ def prepare() -> None:
 
 
 def _checker(name: str) -> Any:
+    if name in BLOCKED_CHECKERS:
+        raise RewardError(f"the checker of {name!r} is blocked, it {BLOCKED_CHECKERS[name]}; remove the instruction")
     if name in (ifeval := _registry()):
         return ifeval[name]
     if name not in (ifbench := _ifbench_registry()):

@@ -222,6 +222,12 @@ def test_instructions_that_want_missing_data_are_refused_by_name():
     assert reward.status == RewardStatus.FAILED and "averaged_perceptron_tagger_eng" in reward.reason
 
 
+def test_checkers_that_raise_are_blocked_by_name():
+    pytest.importorskip("if_verifiable")
+    reward = score(RIGHT, prompt_=prompt("instruction", (), instruction_id_list=["format:quote_unquote"], kwargs=[{}]))
+    assert reward.status == RewardStatus.FAILED and "'format:quote_unquote' is blocked" in reward.reason
+
+
 def test_unknown_instruction_is_not_skipped():
     pytest.importorskip("if_verifiable")
     reward = score(RIGHT, prompt_=prompt("instruction", (), instruction_id_list=["no:such"], kwargs=[{}]))

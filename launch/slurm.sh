@@ -99,18 +99,18 @@ run_in_job() {
     exit "$code"
 }
 
-# name_failure FILE CODE: say which rank failed first by srun's own words, and make its exit code the job's. Ranks that end
-# because another one did may exit 85, so an 85 counts only when nothing else went wrong.
+# name_failure FILE CODE: say by srun's own words which rank ended first, and make its exit code the job's: what the others end
+# with follows from that one. (One that failed may make the others exit 85; the first that saved has the others terminated.)
 name_failure() {
-    local line
-    line=$(grep -E 'srun: error: .* tasks? [0-9,-]+: ' "$1" | grep -v "Exited with exit code $SAVED\$" | head -n 1)
+    local line rank own
+    line=$(grep -E 'srun: error: .* tasks? [0-9,-]+: ' "$1" | head -n 1)
     [ -n "$line" ] || return 0
-    local rank=${line#* task} own=
-    rank=${rank#s}
-    rank=${rank%%:*}
-    own=$(grep -oE 'Exited with exit code [0-9]+' <<<"$line" | grep -oE '[0-9]+$') && code=$own
+    own=$(grep -oE 'Exited with exit code [0-9]+' <<<"$line" | grep -oE '[0-9]+$')
+    code=${own:-$2}
+    [ "$code" = "$SAVED" ] && [ -n "$own" ] && return
     [ "$code" = "$SAVED" ] && code=1
-    echo "launch: rank$rank failed first (${line##*: }); see $(log_dir)/rank-${rank# }.log" >&2
+    rank=$(grep -oE 'tasks? [0-9,-]+:' <<<"$line" | grep -oE '[0-9,-]+')
+    echo "launch: rank $rank failed first (${line##*: }); see $(log_dir)/rank-$rank.log" >&2
 }
 
 requeue() {

@@ -9,7 +9,6 @@
 #SBATCH --requeue
 #SBATCH --signal=B:USR1@600
 #SBATCH --open-mode=append
-#SBATCH --output=%x-%j.out
 source "${R1MEGA_HOME:-${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}}/launch/slurm.sh"
 [ $# -gt 0 ] || { echo "usage: bash launch/pipeline.sh PIPELINE [node.key.sub=value ...]" >&2; exit 2; }
 
@@ -20,6 +19,7 @@ fi
 if ! command -v sbatch >/dev/null; then
     exec "$R1MEGA_PYTHON" -m r1mega pipeline "$@"
 fi
+mkdir -p "${R1MEGA_LOGS:-logs}"
 declare -A submitted
 plan=$("$R1MEGA_PYTHON" -m r1mega pipeline "$@" --jobs) || exit
 while IFS=$'\t' read -r node machines ranks parents; do
@@ -29,7 +29,7 @@ while IFS=$'\t' read -r node machines ranks parents; do
         [ "$parent" = - ] || after+=":${submitted[$parent]}"
     done
     job=$(R1MEGA_NODE=$node sbatch --parsable --job-name="r1mega-$node" --nodes="$machines" --ntasks-per-node="$ranks" \
-        --gpus-per-node="$ranks" ${after:+--dependency=afterok$after --kill-on-invalid-dep=yes} "$0" "$@") || exit
+        --gpus-per-node="$ranks" --output="${R1MEGA_LOGS:-logs}/%x-%j.out" ${after:+--dependency=afterok$after --kill-on-invalid-dep=yes} "$0" "$@") || exit
     submitted[$node]=${job%%;*}
     echo "$node: job ${submitted[$node]}${after:+, after${after//:/ }}"
 done <<<"$plan"

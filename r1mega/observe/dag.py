@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 WIDTH, HEIGHT = 176, 62
-GAP_X, GAP_Y = 52, 26
+GAP_X, GAP_Y = 40, 26
 MARGIN = 6
 
 
@@ -32,17 +32,20 @@ class Picture:
 def lay_out(parents: Mapping[str, Sequence[str]]) -> Picture:
     """parents: by node, nodes in an order in which each comes after its parents."""
     column: dict[str, int] = {}
+    reach: dict[str, int] = {}  # the last column that a node and its lines take up in its row
+    for name, before in parents.items():
+        column[name] = reach[name] = 1 + max((column[parent] for parent in before), default=-1)
+        for parent in before:
+            reach[parent] = max(reach[parent], column[name] - 1)
     row: dict[str, int] = {}
     taken: set[tuple[int, int]] = set()
     for name, before in parents.items():
-        column[name] = 1 + max((column[parent] for parent in before), default=-1)
+        columns = range(column[name], reach[name] + 1)
         place = row[before[-1]] if before else 0
-        while (column[name], place) in taken:
+        while any((c, place) in taken for c in columns):
             place += 1
         row[name] = place
-        # a line that passes a column must not run through a box there
-        passed = {(c, row[parent]) for parent in before for c in range(column[parent] + 1, column[name])}
-        taken |= {(column[name], place), *passed}
+        taken |= {(c, place) for c in columns}
     boxes = {
         name: Box(name, MARGIN + column[name] * (WIDTH + GAP_X), MARGIN + row[name] * (HEIGHT + GAP_Y)) for name in parents
     }

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from r1mega.errors import DataError
-from r1mega.observe.charts import BLUE, GREY, PALETTE, PHASE_COLORS, Chart, bar, build_charts, draw
+from r1mega.observe.charts import GREY, PALETTE, PHASE_COLORS, Chart, bar, build_charts, draw
 from r1mega.observe.dag import HEIGHT, WIDTH, lay_out
 from r1mega.observe.files import read_json_lines, write_atomic
 from r1mega.observe.lineage import Lineage, now, read_lineage
@@ -49,13 +49,15 @@ class NodeView:
     evaluations: list[dict[str, Any]]
     samples: list[tuple[int, list[Mapping[str, Any]]]]
     data_cards: list[tuple[str, str]]  # name, text
+    results: list[dict[str, Any]]  # of an evaluation: checkpoints with their tasks
 
 
 @dataclass(frozen=True, slots=True)
 class Rung:
-    """A checkpoint's accuracy on fresh problems. measured: by which evaluation."""
+    """A checkpoint's accuracy on fresh problems. task: of an evaluation stage, "" inside training; measured: when."""
 
     name: str
+    task: str
     accuracy: float
     low: float | None
     high: float | None
@@ -102,7 +104,8 @@ def _view(node: Mapping[str, Any]) -> NodeView:
         lines=with_evaluations(lines, evaluations) if lines else [],
         evaluations=evaluations,
         samples=[(step, members[:SAMPLES_SHOWN]) for step, members in samples],
-        data_cards=[(str(file.relative_to(run.path)), file.read_text()) for file in sorted(run.path.rglob("data_card.md"))],
+        data_cards=[(str(file.relative_to(run.path)), file.read_text()) for file in sorted(run.path.glob("data/card.md"))],
+        results=_results(run.path / "results.json"),
     )  # fmt: skip
 
 
@@ -141,11 +144,27 @@ def overall_state(states: Sequence[str]) -> str:
 
 
 def ladder(nodes: Sequence[NodeView]) -> list[Rung]:
-    """Accuracy of each checkpoint that was evaluated, in the pipeline's order.
-
-    A stage's evaluation before its first step measures the checkpoint that it starts from, after its last step its own.
+    """Accuracy of each checkpoint that was evaluated, in the pipeline's order: by the evaluation stages where there is one
+    (all checkpoints under the same conditions), else by the evaluations inside training.
     """
     order = {node.name: place for place, node in enumerate(nodes)}
+    rungs = [rung for node in nodes for rung in _evaluated(node, nodes)] or _evaluated_in_training(nodes)
+    return sorted(rungs, key=lambda rung: (order.get(rung.name, -1), rung.task))
+
+
+def _evaluated(node: NodeView, nodes: Sequence[NodeView]) -> list[Rung]:
+    rungs = []
+    for checkpoint in node.results:
+        path = Path(checkpoint["path"]).resolve()
+        owner = next((n.name for n in nodes if path.is_relative_to(n.run_dir.resolve())), checkpoint["name"])
+        for task, entry in checkpoint["tasks"].items():
+            if entry["metrics"].get("eval/accuracy") is not None:
+                rungs.append(_rung(owner, task, entry["metrics"], f"{node.name}: {task}"))
+    return rungs
+
+
+def _evaluated_in_training(nodes: Sequence[NodeView]) -> list[Rung]:
+    """A stage's evaluation before its first step measures the checkpoint that it starts from, after its last step its own."""
     rungs: dict[str, Rung] = {}
     for node in nodes:
         start = next((item["owner"] for item in node.inputs if item["key"] == "model.path"), None)
@@ -153,28 +172,34 @@ def ladder(nodes: Sequence[NodeView]) -> list[Rung]:
             if line.get("eval/accuracy") is None:
                 continue
             if line["step"] == 0 and start is not None:
-                rungs.setdefault(start, _rung(start, line, f"before the first step of {node.name}"))
+                rungs.setdefault(start, _rung(start, "", line, f"before the first step of {node.name}"))
             elif line["step"] > 0:
-                rungs[node.name] = _rung(node.name, line, f"after step {line['step']} of {node.name}")
-    return sorted(rungs.values(), key=lambda rung: order[rung.name])
+                rungs[node.name] = _rung(node.name, "", line, f"after step {line['step']} of {node.name}")
+    return list(rungs.values())
 
 
-def _rung(name: str, line: Mapping[str, Any], measured: str) -> Rung:
+def _rung(name: str, task: str, line: Mapping[str, Any], measured: str) -> Rung:
     values = (line.get(f"eval/{key}") for key in ("accuracy", "accuracy_low", "accuracy_high", "length_mean"))
-    return Rung(name, *values, measured)
+    return Rung(name, task, *values, measured)
 
 
 def _ladder_chart(rungs: Sequence[Rung]) -> Chart | None:
     if not rungs:
         return None
-    trace = bar([rung.name for rung in rungs], [rung.accuracy for rung in rungs], "accuracy", BLUE)
+    tasks = list(dict.fromkeys(rung.task for rung in rungs))
+    traces = [_task_bars([r for r in rungs if r.task == task], PALETTE[i % len(PALETTE)]) for i, task in enumerate(tasks)]
+    figure = draw(traces, {"range": [0, 1.02], "tickformat": ".0%"}, {"bargap": 0.45, "barmode": "group"}, names=True)
+    caption = "Accuracy of each stage's checkpoint on problems that no stage was trained on, with its 95% interval."
+    return Chart("ladder", "Overview", "From stage to stage", caption, figure)
+
+
+def _task_bars(rungs: Sequence[Rung], color: str) -> dict[str, Any]:
+    trace = bar([rung.name for rung in rungs], [rung.accuracy for rung in rungs], rungs[0].task or "accuracy", color)
     trace["hovertemplate"] = "%{y:.1%}"
     if all(rung.low is not None and rung.high is not None for rung in rungs):
         above, below = [r.high - r.accuracy for r in rungs], [r.accuracy - r.low for r in rungs]
         trace["error_y"] = {"type": "data", "symmetric": False, "array": above, "arrayminus": below, "thickness": 1.2}
-    figure = draw([trace], {"range": [0, 1.02], "tickformat": ".0%"}, {"bargap": 0.45}, names=True)
-    caption = "Accuracy of each stage's checkpoint on problems that no stage was trained on, with its 95% interval."
-    return Chart("ladder", "Overview", "From stage to stage", caption, figure)
+    return trace
 
 
 def _time_chart(nodes: Sequence[NodeView]) -> Chart | None:
@@ -252,9 +277,20 @@ def _time(text: str) -> datetime:
     return datetime.strptime(text, "%Y-%m-%dT%H:%M:%S%z")
 
 
+def _results(path: Path) -> list[dict[str, Any]]:
+    try:
+        return json.loads(path.read_text())["checkpoints"]
+    except FileNotFoundError:
+        return []
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: not the results of an evaluation ({error})") from error
+
+
 def _result(node: NodeView) -> str:
     """A node's outcome in a few words, for its box."""
     ends = [line for line in node.evaluations if line.get("eval/accuracy") is not None]
+    if node.data_cards:
+        return "data"
     if ends:
         return f"accuracy {ends[-1]['eval/accuracy']:.1%}"
     losses = [line["train/loss"] for line in node.lines if line.get("train/loss") is not None]

@@ -1,0 +1,113 @@
+"""The pipeline's report: the picture's layout, the ladder from evaluations, phases, cards, and what it refuses."""
+
+import json
+import re
+
+import pytest
+
+from r1mega.errors import DataError
+from r1mega.observe.dag import HEIGHT, WIDTH, lay_out
+from r1mega.observe.lineage import Attempt, Lineage, write_lineage
+from r1mega.observe.pipeline_report import overall_state, phase_seconds, read_ladder, write_pipeline_report
+from tests.unit.observe.test_report_html import EVIL, body, figures, rl_line, write_run
+
+RECIPE = {
+    "base": [], "zero": ["base"], "cold_start": ["zero"], "cold_start_sft": ["base", "cold_start"],
+    "reasoning_rl": ["base", "cold_start_sft"], "data": ["base", "reasoning_rl"], "sft": ["base", "data"],
+    "align": ["base", "sft"], "distill": ["base", "data"],
+}  # fmt: skip
+
+
+def evaluation(step, accuracy):
+    bounds = {"eval/accuracy_low": accuracy - 0.1, "eval/accuracy_high": accuracy + 0.1}
+    return {"step": step, "eval/accuracy": accuracy, "eval/length_mean": 20.0 + step, **bounds}
+
+
+@pytest.fixture
+def pipeline(tmp_path):
+    """base, zero and an evaluation that has not run; zero has metrics, evaluations, lineage, and a data card."""
+    def node(name, parents, inputs):
+        return {"name": name, "stage": name, "run_dir": str(tmp_path / name), "config": "c", "ranks": 1, "parents": parents,
+                "inputs": inputs}  # fmt: skip
+
+    start = [{"key": "model.path", "path": str(tmp_path / "base/hf"), "owner": "base"}]
+    nodes = [node("base", [], []), node("zero", ["base"], start), node("evaluate", ["zero", "base"], start)]
+    (tmp_path / "pipeline.json").write_text(json.dumps({"name": EVIL, "source": "r1.yaml", "nodes": nodes}))
+    (tmp_path / "base").mkdir()
+    run = write_run(tmp_path / "zero", [rl_line(step, **{"tokens/rollout": 100, "tokens/update": 300}) for step in (1, 2)])
+    (run / "evaluations.jsonl").write_text("".join(json.dumps(evaluation(s, a)) + "\n" for s, a in ((0, 0.25), (2, 0.75))))
+    (run / "data").mkdir()
+    (run / "data" / "card.md").write_text(f"what came in {EVIL}")
+    attempt = Attempt("2026-01-01T10:00:00+0000", "abc", "2026-01-01T10:01:30+0000", 0)
+    write_lineage(run, Lineage("zero", "zero", "finished", "f" * 64, {}, {}, {}, (attempt,)))
+    return tmp_path
+
+
+def test_boxes_do_not_meet_and_lines_go_around_them():
+    picture = lay_out(RECIPE)
+    boxes = {box.name: box for box in picture.boxes}
+    assert set(boxes) == set(RECIPE)
+    for name, box in boxes.items():
+        assert 0 <= box.x <= picture.width - WIDTH and 0 <= box.y <= picture.height - HEIGHT
+        assert all(boxes[parent].x + WIDTH < box.x for parent in RECIPE[name])
+        for other in picture.boxes:
+            assert other is box or abs(other.x - box.x) >= WIDTH or abs(other.y - box.y) >= HEIGHT
+    for parent, child, line in picture.lines:
+        x, y = map(int, re.match(r"M(\d+),(\d+)", line).groups())
+        level = re.search(r"L(\d+),(\d+)", line)
+        end = int(level[1]) if level else x
+        crossed = [b.name for b in picture.boxes if x < b.x + WIDTH and b.x < end and b.y <= y <= b.y + HEIGHT]
+        assert crossed == [], (parent, child)
+    assert {(parent, child) for parent, child, _ in picture.lines} == {(p, c) for c, ps in RECIPE.items() for p in ps}
+
+
+def test_ladder_from_evaluations_inside_training(pipeline):
+    rungs = read_ladder(pipeline)
+    assert [(r.name, r.accuracy, r.length) for r in rungs] == [("base", 0.25, 20.0), ("zero", 0.75, 22.0)]
+    assert rungs[0].measured == "before the first step of zero"
+
+
+def test_an_evaluation_stage_counts_instead(pipeline):
+    (pipeline / "evaluate").mkdir()
+    results = [
+        {"name": name, "path": str(pipeline / name / "hf"), "tasks": {"fresh": {"metrics": evaluation(0, accuracy)}}}
+        for name, accuracy in (("zero", 0.9), ("base", 0.1))
+    ]
+    (pipeline / "evaluate" / "results.json").write_text(json.dumps({"checkpoints": results}))
+    assert [(r.name, r.task, r.accuracy) for r in read_ladder(pipeline)] == [("base", "fresh", 0.1), ("zero", "fresh", 0.9)]
+    drawn = figures(write_pipeline_report(pipeline).read_text())["ladder"]["data"]
+    assert [(trace["name"], trace["x"], trace["y"]) for trace in drawn] == [("fresh", ["base", "zero"], [0.1, 0.9])]
+    (pipeline / "evaluate" / "results.json").write_text("[]")
+    with pytest.raises(DataError, match="results.json: not the results"):
+        read_ladder(pipeline)
+
+
+def test_page(pipeline):
+    html = write_pipeline_report(pipeline).read_text()
+    page = body(html)
+    assert EVIL not in html and "&lt;script&gt;" in page and "what came in" in page
+    assert set(figures(html)) == {"ladder", "time", "zero-response-length", "zero-accuracy"}
+    assert {t["name"]: t["y"] for t in figures(html)["time"]["data"]} == {
+        "rollout": [4 / 60], "update": [2 / 60], "other": [pytest.approx(1 / 60)]
+    }  # fmt: skip
+    assert "1 min 30 s" in page and "exit code 0" in page and "f" * 64 in page
+    assert '<td class="number">200</td><td class="number">600</td>' in page
+    assert '<g class="not started"' in page and '<g class="finished"' in page
+    assert (pipeline / "zero" / "report.html").exists(), "each stage's own report is made too"
+
+
+def test_states():
+    assert overall_state(["finished", "finished"]) == "finished"
+    assert overall_state(["finished", "running", "not started"]) == "running"
+    assert overall_state(["failed", "running"]) == "failed"
+    assert overall_state(["finished", "not started"]) == "unfinished"
+
+
+def test_phases_of_steps_between_lines():
+    lines = [{"step": 10, "time/update_seconds": 1.0, "time/step_seconds": 1.5, "time/evaluate_seconds": 3.0}]
+    assert phase_seconds(lines) == {"update": 10.0, "evaluate": 30.0, "other": 5.0}
+
+
+def test_no_pipeline(tmp_path):
+    with pytest.raises(DataError, match="not a pipeline's directory"):
+        write_pipeline_report(tmp_path)

@@ -142,8 +142,8 @@ def evaluate(
     output: Annotated[Path | None, typer.Option(help="write every sample and verdict here (JSON)")] = None,
 ) -> None:
     """pass@1 over k samples, with its interval, and cons@k."""
-    from r1mega.evaluate.result import format_table
     from r1mega.evaluate.run import evaluate_checkpoint
+    from r1mega.evaluate.table import format_table
 
     result = evaluate_checkpoint(
         checkpoint, data, num_samples=num_samples, temperature=temperature, top_p=top_p, max_tokens=max_tokens,
@@ -169,6 +169,26 @@ def reshard_explain(
         raise typer.BadParameter("bandwidths are above 0")
     speeds = Bandwidth(bandwidth * 1e9, node_bandwidth * 1e9)
     typer.echo(explain(config, overrides or [], world=gpus, bandwidth=speeds, ranks_per_node=gpus_per_node, fp8=fp8))
+
+
+@app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(help="results.json of an evaluation, its run directory, or an output of eval")],
+    second: Annotated[Path, typer.Argument(help="the same of another checkpoint (or of the same file, see --second)")],
+    first_name: Annotated[str | None, typer.Option("--first", help="which checkpoint, where there are several")] = None,
+    second_name: Annotated[str | None, typer.Option("--second", help="which checkpoint, where there are several")] = None,
+    markdown: Annotated[bool, typer.Option(help="print the table as Markdown")] = False,
+) -> None:
+    """Two checkpoints on the same problems: paired differences of pass@1, their intervals and p-values."""
+    from rich.console import Console
+
+    from r1mega.evaluate.compare import comparison_table, read_results
+
+    table = comparison_table(read_results(first, first_name), read_results(second, second_name))
+    if markdown:
+        typer.echo(table.markdown(), nl=False)
+    else:
+        Console().print(table.rich())
 
 
 @reward_app.command("math")

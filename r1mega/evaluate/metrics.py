@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist, fmean, variance
 
+import numpy as np
+
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
@@ -103,3 +105,22 @@ def paired_bootstrap(
     tail = (1 - confidence) / 2
     low, high = means[math.floor(tail * resamples)], means[math.ceil((1 - tail) * resamples) - 1]
     return Estimate(fmean(differences), low, high)
+
+
+def sign_flip_test(
+    first: Sequence[float], second: Sequence[float], *, resamples: int = 20_000, seed: int = 0
+) -> float:
+    """Two-sided p-value of the mean of second - first: how often it is as far from 0 when each prompt's difference may
+    as well have had the other sign (a permutation test within prompts; with one sample a prompt McNemar's, by chance
+    instead of by counting). Of `resamples` flips and the observed one, so never 0.
+    """
+    differences = np.array([b - a for a, b in zip(first, second, strict=True)], dtype=np.float64)
+    differences = differences[differences != 0]
+    if not len(differences):
+        return 1.0
+    observed = abs(differences.sum()) * (1 - 1e-12)  # sums in another order differ in the last digits
+    generator, extreme = np.random.default_rng(seed), 0
+    for begin in range(0, resamples, 1000):
+        flips = generator.integers(0, 2, size=(min(1000, resamples - begin), len(differences)), dtype=np.int8)
+        extreme += int((abs((2.0 * flips - 1.0) @ differences) >= observed).sum())
+    return (extreme + 1) / (resamples + 1)

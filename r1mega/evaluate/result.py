@@ -1,20 +1,27 @@
-"""The outcome of an evaluation: a row a prompt, the summary over them, files and tables."""
+"""The outcome of an evaluation: a row a prompt, the summary over them, files."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from r1mega.errors import DataError
-from r1mega.evaluate.metrics import Estimate, McNemar, majority, mcnemar, paired_bootstrap, pass_at_1, pass_at_k
+from r1mega.evaluate.metrics import Estimate, majority, pass_at_1, pass_at_k
+from r1mega.evaluate.rating import Rating, estimate_rating
 from r1mega.observe.files import write_atomic
+from r1mega.reward.choice import same_choice
 from r1mega.reward.extract import final_answer
+from r1mega.reward.language import chain_of_thought, language_share, mixes_languages
 from r1mega.reward.math import decide
-from r1mega.types import RewardStatus, RolloutGroup
+from r1mega.reward.reflection import reflects
+from r1mega.types import Prompt, Reward, RewardStatus
+
+if TYPE_CHECKING:
+    from r1mega.evaluate.sampling import GradedSample
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +29,9 @@ class EvaluationRow:
     """One prompt and its samples. correct, well_formed: None where the reward could not be computed.
 
     consensus: the majority answer, None when no sample has one; consensus_correct: its verdict (no answer is wrong),
-    None for prompts without a gold answer, such as code, or when no member of the majority was judged.
+    None for prompts without a gold answer, such as code, or when no member of the majority was judged. language: the
+    one that the reasoning should be in (ISO 639-1), None when the prompt does not say. rating: the
+    problem's difficulty on the Elo scale, where its file has one.
     """
 
     prompt_id: str
@@ -37,6 +46,8 @@ class EvaluationRow:
     well_formed: tuple[bool | None, ...]
     consensus: str | None
     consensus_correct: bool | None
+    language: str | None = None
+    rating: float | None = None
 
     @property
     def judged(self) -> tuple[bool, ...]:
@@ -44,37 +55,58 @@ class EvaluationRow:
         return tuple(verdict for verdict in self.correct if verdict is not None)
 
 
-def evaluation_row(group: RolloutGroup) -> EvaluationRow:
-    """Grade a scored group. A sample is correct when its accuracy part is 1, well formed when its format part is 1."""
-    answers = tuple(final_answer(text) for text in group.texts)
-    correct = tuple(_part(reward, "accuracy") for reward in group.rewards)
-    members = majority(answers, _equal_by_rule) if group.prompt.answers else []
+def evaluation_row(prompt: Prompt, graded: Sequence[GradedSample]) -> EvaluationRow:
+    """The row of a prompt. A sample is correct when its accuracy part is 1, well formed when its format part is 1."""
+    samples, rewards = [g.sample for g in graded], [g.reward for g in graded]
+    answers = tuple(final_answer(sample.text) for sample in samples)
+    correct = tuple(_part(reward, "accuracy") for reward in rewards)
+    members = majority(answers, _EQUAL.get(prompt.kind, _equal_by_rule)) if prompt.answers else []
     verdict = next((correct[i] for i in members if correct[i] is not None), None)
-    if group.prompt.answers and not members:
+    if prompt.answers and not members:
         verdict = False
+    rating = prompt.metadata.get("rating")
     return EvaluationRow(
-        prompt_id=group.prompt.id,
-        question=group.prompt.question,
-        golds=group.prompt.answers,
-        kind=group.prompt.kind,
-        texts=group.texts,
-        lengths=tuple(len(response.token_ids) for response in group.responses),
-        truncated=tuple(response.finish_reason == "length" for response in group.responses),
+        prompt_id=prompt.id,
+        question=prompt.question,
+        golds=prompt.answers,
+        kind=prompt.kind,
+        texts=tuple(sample.text for sample in samples),
+        lengths=tuple(sample.length for sample in samples),
+        truncated=tuple(sample.truncated for sample in samples),
         answers=answers,
         correct=correct,
-        well_formed=tuple(_part(reward, "format") for reward in group.rewards),
+        well_formed=tuple(_part(reward, "format") for reward in rewards),
         consensus=answers[members[0]] if members else None,
         consensus_correct=verdict,
+        language=prompt.language,
+        rating=float(rating) if isinstance(rating, int | float) and not isinstance(rating, bool) else None,
     )
 
 
-def _part(reward: Any, name: str) -> bool | None:
+def evaluation_rows(
+    prompts: Sequence[Prompt], graded: Iterable[GradedSample], num_samples: int
+) -> tuple[EvaluationRow, ...]:
+    """A row a prompt, in order. ValueError when one of its num_samples samples is missing."""
+    by_key = {(g.sample.prompt_id, g.sample.index): g for g in graded}
+    try:
+        return tuple(
+            evaluation_row(prompt, [by_key[prompt.id, index] for index in range(num_samples)]) for prompt in prompts
+        )
+    except KeyError as error:
+        raise ValueError(f"sample {error} is missing") from error
+
+
+def _part(reward: Reward, name: str) -> bool | None:
     return reward.parts[name] >= 1.0 if reward.status == RewardStatus.OK and name in reward.parts else None
 
 
 def _equal_by_rule(first: str, second: str) -> bool:
     """Equality of two answers on the math reward's fast path; what only algebra could decide counts as different."""
     return decide((first,), second).equal is True
+
+
+_EQUAL = {"choice": same_choice, "logic": same_choice}
+"""When two answers are the same, by the prompt's kind; the math rule for all others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +135,13 @@ class EvaluationResult:
         return _mean([pass_at_k(len(verdicts), sum(verdicts), k) for verdicts in judged])
 
     @property
+    def rating(self) -> Rating | None:
+        """Elo rating from the judged prompts that have one; None without such prompts."""
+        rated = [row for row in self.rows if row.rating is not None and row.judged]
+        solved = [sum(row.judged) / len(row.judged) for row in rated]
+        return estimate_rating([row.rating for row in rated], solved) if rated else None
+
+    @property
     def excluded_fraction(self) -> float:
         """Samples whose reward could not be computed."""
         verdicts = [verdict for row in self.rows for verdict in row.correct]
@@ -118,9 +157,21 @@ class EvaluationResult:
             "eval/format": _mean([verdict for row in self.rows for verdict in row.well_formed]),
             "eval/length_mean": _mean([length for row in self.rows for length in row.lengths]),
             "eval/truncated_fraction": _mean([cut for row in self.rows for cut in row.truncated]),
+            "eval/reflection_fraction": _mean([reflects(text) for row in self.rows for text in row.texts]),
+            "eval/mixed_language_fraction": _mean([mixes_languages(text) for row in self.rows for text in row.texts]),
+            "eval/language_share": _mean(
+                [
+                    language_share(chain_of_thought(text), row.language)
+                    for row in self.rows
+                    if row.language is not None
+                    for text in row.texts
+                ]
+            ),
             "eval/excluded_fraction": self.excluded_fraction,
             "eval/prompts": float(len(self.rows)),
         }
+        if (rating := self.rating) is not None:
+            values |= {"eval/rating": rating.value, "eval/rating_low": rating.low, "eval/rating_high": rating.high}
         if self.num_samples > 1:
             values["eval/consensus"] = self.consensus
             values[f"eval/pass_at_{self.num_samples}"] = self.pass_at(self.num_samples)
@@ -163,50 +214,6 @@ def read_result(path: Path) -> EvaluationResult:
         raise DataError(f"{path}: no such file") from error
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: not the results file of an evaluation ({error!r})") from error
-
-
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    """Second against first on the prompts that both answered. difference: of pass@1; test: of the first samples."""
-
-    num_prompts: int
-    difference: Estimate
-    test: McNemar
-
-
-def compare_results(first: EvaluationResult, second: EvaluationResult) -> Comparison:
-    """Pair two results by prompt id. DataError when they share no judged prompt."""
-    judged = {row.prompt_id: row.judged for row in first.rows if row.judged}
-    pairs = [(judged[r.prompt_id], r.judged) for r in second.rows if r.judged and r.prompt_id in judged]
-    if not pairs:
-        raise DataError("the two results share no prompt: compare checkpoints on the same data file")
-    means = [[math.fsum(verdicts) / len(verdicts) for verdicts in side] for side in zip(*pairs, strict=True)]
-    heads = [[verdicts[0] for verdicts in side] for side in zip(*pairs, strict=True)]
-    return Comparison(len(pairs), paired_bootstrap(*means), mcnemar(*heads))
-
-
-def format_table(result: EvaluationResult) -> str:
-    """The summary for a terminal."""
-    accuracy, values = result.accuracy, result.metrics()
-    lines = [("prompts x samples", f"{len(result.rows)} x {result.num_samples}")]
-    if accuracy is not None:
-        lines.append(("pass@1", f"{accuracy.value:.4f}  (95% interval {accuracy.low:.4f} - {accuracy.high:.4f})"))
-    if result.num_samples > 1:
-        for label, name in (("pass", f"eval/pass_at_{result.num_samples}"), ("cons", "eval/consensus")):
-            if name in values:
-                lines.append((f"{label}@{result.num_samples}", f"{values[name]:.4f}"))
-    for label, name, form in (
-        ("format", "eval/format", "{:.4f}"),
-        ("length", "eval/length_mean", "{:.1f} tokens"),
-        ("truncated", "eval/truncated_fraction", "{:.4f}"),
-    ):
-        if name in values:
-            lines.append((label, form.format(values[name])))
-    if result.excluded_fraction > 0:
-        lines.append(("not judged", f"{result.excluded_fraction:.4f} of the samples (reward failed; not counted)"))
-    lines.append(("time", f"{result.seconds:.1f} s"))
-    width = max(len(label) for label, _ in lines)
-    return "\n".join(f"{label:<{width}}  {text}" for label, text in lines)
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

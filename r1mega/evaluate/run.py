@@ -4,31 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import yaml
 from pydantic import ValidationError
 
-from r1mega.checkpoint.hf import read_config
 from r1mega.config.rewards import RewardConfig
 from r1mega.config.schema import DataConfig, EvaluateConfig
 from r1mega.data.prompts import load_prompts
 from r1mega.data.template import render
 from r1mega.data.tokenizer import Tokenizer, load_tokenizer
-from r1mega.errors import CheckpointError, ConfigError
-from r1mega.evaluate.result import EvaluationResult, evaluation_row, write_result
-from r1mega.observe.trace import PhaseTimer
+from r1mega.errors import ConfigError
+from r1mega.evaluate.result import EvaluationResult, evaluation_rows, write_result
+from r1mega.evaluate.sampling import draw_samples
+from r1mega.evaluate.source import CheckpointSource, checkpoint_dtype, context_length, find_checkpoint
 from r1mega.reward.compose import RewardScorer
 from r1mega.rollout.engine import EngineSettings, GenerationEngine
-from r1mega.rollout.sampler import GroupSampler, Scorer, stop_settings
+from r1mega.rollout.sampler import Scorer, stop_settings
 from r1mega.types import GenerationRequest, Prompt, SamplingSettings
 
-DEFAULT_STOP = ("</answer>",)
 DEFAULT_MAX_TOKENS = 32768  # paper
 EngineName = Literal["vllm", "transformers"]
 
@@ -43,66 +39,17 @@ def evaluate_prompts(
 ) -> EvaluationResult:
     """Sample config.num_samples responses a prompt and grade them.
 
-    sampling: its stops and max_tokens; temperature and top-p are the config's. The seed of a prompt's samples is made
-    of config.seed and the prompt's id, so it does not depend on the other prompts: ranks may divide the prompts
-    (`prompts[rank::size]`) and join their results by `merge_results`.
+    sampling: its stops and max_tokens; temperature and top-p are the config's. A prompt's samples do not depend on the
+    other prompts (`sampling.sample_request`): ranks may divide the prompts (`prompts[rank::size]`) and join their
+    results by `merge_results`.
     """
     begun = time.perf_counter()
     sampling = dataclasses.replace(sampling, temperature=config.temperature, top_p=config.top_p)
-    sampler = GroupSampler(engine, tokenizer, scorer, sampling, config.num_samples, PhaseTimer())
-    seeds = [random.Random(f"evaluate/{config.seed}/{prompt.id}").getrandbits(63) for prompt in prompts]
-    groups = sampler.sample(prompts, seeds, policy_version=-1)
+    work = [(prompt, index) for prompt in prompts for index in range(config.num_samples)]
+    graded = draw_samples(engine, tokenizer, scorer, work, sampling, config.seed)
+    rows = evaluation_rows(prompts, graded, config.num_samples)
     settings = {**dataclasses.asdict(sampling), "seed": config.seed}
-    rows = tuple(evaluation_row(group) for group in groups)
     return EvaluationResult(rows, config.num_samples, time.perf_counter() - begun, settings)
-
-
-@dataclass(frozen=True, slots=True)
-class CheckpointSource:
-    """An HF directory, and how the run that wrote it (if any) posed its prompts and scored them."""
-
-    path: Path
-    template: str = "r1_zero"
-    stop: tuple[str, ...] = DEFAULT_STOP
-    max_tokens: int | None = None
-    reward: RewardConfig = RewardConfig()
-
-
-def find_checkpoint(checkpoint: Path) -> CheckpointSource:
-    """Resolve an HF directory, a run directory (its export RUN_DIR/hf) or RUN_DIR/checkpoints/step_x (its hf/).
-
-    Template, stops, response length and rewards come from the run's config.yaml where there is one. CheckpointError
-    when there is no HF export.
-    """
-    checkpoint = Path(checkpoint)
-    if not checkpoint.is_dir():
-        raise CheckpointError(f"{checkpoint}: no such directory; give an HF directory or a run directory")
-    path = checkpoint if (checkpoint / "config.json").exists() else checkpoint / "hf"
-    if not (path / "config.json").exists():
-        raise CheckpointError(
-            f"{checkpoint}: neither an HF directory (config.json) nor one with an export (hf/config.json); a run "
-            "writes its export when it finishes"
-        )
-    resolved = path.resolve()
-    for parent in (resolved, *list(resolved.parents)[:3]):  # RUN/checkpoints/step_x/hf is the deepest
-        if (parent / "config.yaml").is_file():
-            return _with_run_config(path, parent / "config.yaml")
-    return CheckpointSource(path)
-
-
-def _with_run_config(path: Path, config_file: Path) -> CheckpointSource:
-    try:
-        run: Mapping[str, Any] = yaml.safe_load(config_file.read_text())
-        rollout, data = run.get("rollout", {}), run.get("data", {})
-        return CheckpointSource(
-            path,
-            template=data.get("template", "nano" if run.get("stage") == "base" else "r1_zero"),
-            stop=tuple(rollout.get("stop", DEFAULT_STOP)),
-            max_tokens=rollout.get("max_response_tokens"),
-            reward=RewardConfig.model_validate(run.get("reward", {})),
-        )
-    except (yaml.YAMLError, AttributeError, TypeError, ValidationError) as error:
-        raise ConfigError(f"{config_file}: not the config of a run ({error})") from error
 
 
 def evaluate_checkpoint(
@@ -137,11 +84,10 @@ def evaluate_checkpoint(
     tokenizer, context = load_tokenizer(source.path), context_length(source.path)
     prompt_config = DataConfig(prompts=(data,), template=template or source.template, max_prompt_tokens=context - 1)
     prompts = load_prompts(prompt_config, tokenizer)[:num_prompts]
-    sampling = _sampling(source, tokenizer, context, [p.token_ids for p in prompts], max_tokens)
-    with _open_engine(source.path, prompts, sampling, engine) as generator, contextlib.closing(
-        RewardScorer(source.reward, max_response_tokens=sampling.max_tokens)
-    ) as scorer:
-        result = evaluate_prompts(generator, tokenizer, prompts, config, scorer, sampling)
+    sampling = response_limits(source, tokenizer, context, [p.token_ids for p in prompts], max_tokens)
+    with open_engine(engine_settings(source.path, [p.token_ids for p in prompts], sampling), engine) as generator:
+        with open_scorer(source.reward) as scorer:
+            result = evaluate_prompts(generator, tokenizer, prompts, config, scorer, sampling)
     origin = {"checkpoint": str(source.path), "data": str(data), "template": prompt_config.template}
     result = dataclasses.replace(result, settings={**result.settings, **origin})
     if output is not None:
@@ -165,32 +111,27 @@ def generate_text(
     source = find_checkpoint(checkpoint)
     tokenizer, context = load_tokenizer(source.path), context_length(source.path)
     token_ids = tuple(tokenizer.encode_prompt(render(template or source.template, prompt)))
-    sampling = _sampling(source, tokenizer, context, [token_ids], max_tokens)
+    sampling = response_limits(source, tokenizer, context, [token_ids], max_tokens)
     sampling = dataclasses.replace(sampling, temperature=temperature, top_p=top_p)
-    posed = Prompt("prompt", prompt, (), "text", None, token_ids)
-    with _open_engine(source.path, [posed], sampling, engine) as generator:
+    with open_engine(engine_settings(source.path, [token_ids], sampling), engine) as generator:
         (responses,) = generator.generate([GenerationRequest(token_ids, num_samples, seed, sampling)])
     return [tokenizer.decode(response.token_ids) for response in responses]
 
 
-def context_length(path: Path) -> int:
-    """Tokens that the model of an HF directory can attend to. CheckpointError when its config does not say."""
-    context = read_config(path).get("max_position_embeddings")
-    if not isinstance(context, int):
-        raise CheckpointError(f"{path}/config.json: max_position_embeddings is missing: the context length is unknown")
-    return context
-
-
-def _sampling(
+def response_limits(
     source: CheckpointSource,
     tokenizer: Tokenizer,
     context: int,
     prompts: Sequence[Sequence[int]],
     max_tokens: int | None,
+    default: int = DEFAULT_MAX_TOKENS,
 ) -> SamplingSettings:
-    """Stops and response length. ConfigError when the longest prompt and the response do not fit into the context."""
+    """Stops and response length: max_tokens, else the run's own, else `default` as far as the context has room.
+
+    ConfigError when the longest prompt and the response do not fit into the context.
+    """
     room = context - max(map(len, prompts), default=0)
-    chosen = max_tokens if max_tokens is not None else min(source.max_tokens or DEFAULT_MAX_TOKENS, room)
+    chosen = max_tokens if max_tokens is not None else min(source.max_tokens or default, room)
     if room < 1:
         raise ConfigError(
             f"the longest prompt fills the model's context of {context} tokens; shorten the prompts, or choose --template"
@@ -204,20 +145,17 @@ def _sampling(
     return SamplingSettings(max_tokens=chosen, stop_token_ids=stop_ids, stop_strings=stop_strings)
 
 
+def engine_settings(path: Path, prompts: Sequence[Sequence[int]], sampling: SamplingSettings) -> EngineSettings:
+    """A generator with the checkpoint's weights, just long enough for these prompts."""
+    longest = max(map(len, prompts), default=1) + sampling.max_tokens
+    return EngineSettings(
+        path, longest, dtype=checkpoint_dtype(path), weights="checkpoint", tokenizer_path=path
+    )  # fmt: skip
+
+
 @contextlib.contextmanager
-def _open_engine(
-    path: Path, prompts: Sequence[Prompt], sampling: SamplingSettings, name: EngineName
-) -> Iterator[GenerationEngine]:
-    """A generator with the checkpoint's weights, just long enough for these prompts; closed at the end."""
-    config = read_config(path)
-    dtype = config.get("torch_dtype", config.get("dtype"))
-    settings = EngineSettings(
-        model_path=path,
-        max_model_len=max((len(p.token_ids) for p in prompts), default=1) + sampling.max_tokens,
-        dtype="float32" if dtype == "float32" else "bfloat16",
-        weights="checkpoint",
-        tokenizer_path=path,
-    )
+def open_engine(settings: EngineSettings, name: EngineName) -> Iterator[GenerationEngine]:
+    """The generator of that name; closed at the end."""
     if name == "transformers":
         from r1mega.rollout.transformers_engine import TransformersEngine as Engine
     else:
@@ -227,3 +165,10 @@ def _open_engine(
         yield engine
     finally:
         engine.close()
+
+
+def open_scorer(reward: RewardConfig) -> RewardScorer:
+    """Accuracy and format alone, as the run's config has them: what an evaluation reads, and a text suffices for it."""
+    kept = ("accuracy", "format", "pool", "sandbox")
+    judged = RewardConfig(**{name: getattr(reward, name) for name in kept})
+    return RewardScorer(judged, max_response_tokens=1)  # a length that no judged part looks at

@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 State = Literal["running", "finished", "interrupted", "failed"]
 
-CHANGEABLE_KEYS = ("steps", "threads", "observe", "checkpoint", "evaluate")
+CHANGEABLE_KEYS = ("steps", "threads", "observe", "checkpoint", "evaluate", "tasks", "others")
 """Top-level config keys that may differ when a run is started again; any other makes it another run."""
 
 _locked_here: set[Path] = set()  # POSIX locks do not exclude within one process: this set does

@@ -22,6 +22,7 @@ MODULES = {
     "distill": "r1mega.stages.sft",
     "reward_model": "r1mega.stages.reward_model",
     "align": "r1mega.stages.rl",
+    "evaluate": "r1mega.stages.evaluate",
 }
 """Where each stage's `run` is."""
 

@@ -161,6 +161,11 @@ class Runtime:
     def barrier(self) -> None:
         dist.barrier()
 
+    @property
+    def signalled(self) -> bool:
+        """Whether this rank was told to stop; between steps ask `stop_requested`, which agrees with the others."""
+        return self._stop.requested
+
     def stop_requested(self) -> bool:
         """Whether any rank was told to stop (SIGTERM, SIGUSR2). A collective call."""
         return self._stop.agreed()

@@ -7,6 +7,7 @@ from typing import get_args
 from r1mega.config.schema import Stage
 from r1mega.config.stages.base import BaseStage
 from r1mega.config.stages.cold_start import ColdStartStage
+from r1mega.config.stages.evaluate import EvaluateStage
 from r1mega.config.stages.rejection_sampling import RejectionSamplingStage
 from r1mega.config.stages.reward_model import RewardModelStage
 from r1mega.config.stages.rl import RLStage
@@ -20,6 +21,7 @@ _MODELS: tuple[type[Stage], ...] = (
     SFTStage,
     DistillStage,
     RewardModelStage,
+    EvaluateStage,
 )
 
 STAGES: dict[str, type[Stage]] = {

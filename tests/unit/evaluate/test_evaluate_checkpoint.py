@@ -1,7 +1,7 @@
 """Evaluation and generation from a checkpoint on disk, by both engines.
 
-The model is a tiny Llama that was taught one completion, so its accuracy is known without asking it: the share of
-prompts whose gold is what it always answers.
+The model (conftest) was taught one completion, so its accuracy is known without asking it: the share of prompts whose
+gold is what it always answers.
 """
 
 import dataclasses
@@ -9,71 +9,29 @@ import json
 import shutil
 
 import pytest
-import torch
-import yaml
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from r1mega.config.rewards import RewardConfig
 from r1mega.config.schema import EvaluateConfig
-from r1mega.data.nano import write_prompts
-from r1mega.data.nano_tokenizer import train_tokenizer
 from r1mega.data.template import render
 from r1mega.data.tokenizer import load_tokenizer
 from r1mega.errors import CheckpointError, ConfigError, DataError
-from r1mega.evaluate.result import format_table, merge_results, read_result
-from r1mega.evaluate.run import evaluate_checkpoint, evaluate_prompts, find_checkpoint, generate_text
+from r1mega.evaluate.result import merge_results, read_result
+from r1mega.evaluate.run import evaluate_checkpoint, evaluate_prompts, generate_text
+from r1mega.evaluate.source import checkpoint_names, context_length, find_checkpoint
+from r1mega.evaluate.table import format_table
 from r1mega.observe.registry import find_metric
 from r1mega.reward.compose import RewardScorer
 from r1mega.rollout.engine import EngineSettings
 from r1mega.rollout.sampler import stop_settings
 from r1mega.rollout.transformers_engine import TransformersEngine
 from r1mega.types import Prompt, SamplingSettings
+from tests.unit.evaluate.taught_model import COMPLETION
 
-COMPLETION = "<think> try 3 </think> <answer> 3 </answer>"
 ENGINES = ("transformers", "vllm")
-SEED = 2  # its problems have the answer 3 now and then
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "eval.jsonl"
-    write_prompts(path, seed=SEED, count=24, split="eval")
-    return path
 
 
 def golds(data):
     return [json.loads(line)["answer"] for line in data.read_text().splitlines()]
-
-
-@pytest.fixture(scope="module")
-def run_dir(tmp_path_factory, data):
-    """A run directory with an export of the taught model."""
-    root = tmp_path_factory.mktemp("run")
-    path = root / "hf"
-    path.mkdir()
-    train_tokenizer(path)
-    tokenizer = load_tokenizer(path)
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=tokenizer.vocab_size, hidden_size=128, intermediate_size=128, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=192, tie_word_embeddings=False,
-    ))  # fmt: skip
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    completion = [*tokenizer.encode(COMPLETION), tokenizer.eos_token_id]
-    questions = [json.loads(line)["question"] for line in data.read_text().splitlines()]
-    for step in range(150):
-        prompt = tokenizer.encode_prompt(render("nano", questions[step % len(questions)]))
-        labels = torch.tensor([[-100] * len(prompt) + completion])
-        loss = model(torch.tensor([prompt + completion]), labels=labels).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert loss < 0.02, "the model did not learn its line"
-    model.save_pretrained(path)
-    rollout = {"stop": ["</answer>"], "max_response_tokens": 48}
-    config = {"stage": "zero", "data": {"template": "nano"}, "rollout": rollout, "reward": {"format": {"weight": 0.5}}}
-    (root / "config.yaml").write_text(yaml.safe_dump(config))
-    return root
 
 
 def test_find_checkpoint(run_dir, tmp_path):
@@ -163,3 +121,25 @@ def test_bad_requests_are_refused_before_an_engine_is_built(run_dir, data, tmp_p
         evaluate_checkpoint(run_dir, tmp_path / "nowhere.jsonl")
     with pytest.raises(ConfigError, match="the longest prompt fills"):
         generate_text(run_dir, "1 " * 300)
+
+
+def test_context_with_yarn(tmp_path):
+    """Qwen's form of YaRN (32,768 positions, factor 4) leaves 131,072 to attend to; DeepSeek-V3's names the product."""
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    for positions, expected in ((32768, 131072), (163840, 163840)):
+        (tmp_path / "config.json").write_text(
+            json.dumps({"max_position_embeddings": positions, "rope_scaling": scaling, "model_type": "qwen2"})
+        )
+        assert context_length(tmp_path) == expected
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="context length is unknown"):
+        context_length(tmp_path)
+
+
+def test_names_of_checkpoints(tmp_path):
+    paths = [tmp_path / "a" / "zero" / "hf", tmp_path / "a" / "base" / "hf"]
+    assert checkpoint_names(paths) == ["zero", "base"]
+    paths.append(tmp_path / "b" / "zero" / "checkpoints" / "hf")
+    assert checkpoint_names(paths) == ["a-zero", "a-base", "b-zero"]
+    with pytest.raises(ConfigError, match="named twice"):
+        checkpoint_names([paths[0], paths[0]])

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from r1mega.evaluate.metrics import majority, mcnemar, paired_bootstrap, pass_at_1, pass_at_k
+from r1mega.evaluate.metrics import majority, mcnemar, paired_bootstrap, pass_at_1, pass_at_k, sign_flip_test
 
 scores = st.sampled_from([0, 0.25, 0.5, 1])
 verdicts = st.lists(st.lists(st.booleans(), min_size=1, max_size=5), min_size=1, max_size=20)
@@ -135,3 +135,23 @@ def test_bootstrap_is_deterministic_and_needs_prompts():
     assert paired_bootstrap(first, second, seed=3) == paired_bootstrap(first, second, seed=3)
     with pytest.raises(ValueError):
         paired_bootstrap([], [])
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.tuples(scores, scores), min_size=1, max_size=9))
+def test_sign_flips_against_all_of_them(pairs):
+    first, second = zip(*pairs, strict=True)
+    differences = [b - a for a, b in pairs]
+    observed = abs(sum(differences))
+    extreme = [
+        abs(sum(s * d for s, d in zip(signs, differences, strict=True))) >= observed
+        for signs in itertools.product((-1, 1), repeat=len(pairs))
+    ]
+    exact = sum(extreme) / len(extreme)
+    assert sign_flip_test(first, second) == pytest.approx(exact, abs=4.5 * math.sqrt(0.25 / 20_000) + 1e-4)
+
+
+def test_sign_flips_of_single_samples_are_mcnemars():
+    first, second = [i < 40 for i in range(200)], [15 <= i < 90 for i in range(200)]
+    assert sign_flip_test(first, second) == pytest.approx(mcnemar(first, second).p_value, abs=1e-3)
+    assert sign_flip_test(first, first) == 1.0

@@ -1,0 +1,95 @@
+"""Stage `evaluate`: tasks x checkpoints."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, get_args
+
+from pydantic import Field
+
+from r1mega.config.model_files import context_length
+from r1mega.config.schema import NonNegative, PositiveInt, Section, Stage
+from r1mega.config.validate import missing_file_problems, weights_problems
+
+Form = Literal[
+    "gsm8k", "math500", "aime24", "aime25", "math", "mmlu", "gpqa", "humaneval", "mbpp", "livecodebench", "codeforces",
+    "ifeval", "swe_bench", "prompts",
+]  # fmt: skip
+"""The tasks of r1mega/evaluate/tasks.py."""
+
+
+class TaskConfig(Section):
+    """A task and its file. What is None is the task's own (the paper's sampling, k by the size of the set)."""
+
+    data: Path  # JSONL, JSON, CSV or Parquet with the field names as published
+    form: Form | None = None  # None: the task of the key's name
+    num_prompts: PositiveInt | None = None  # the first so many; None: all
+    num_samples: PositiveInt | None = None  # k
+    temperature: NonNegative | None = None  # 0: greedy
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    max_tokens: PositiveInt | None = None  # of a response; None: as the checkpoint's run, else 32768 as the context allows
+    wording: str | None = None  # a Jinja2 text with {{ question }}, around each question
+    since: str | None = None  # livecodebench: contests from this date (ISO) on
+    until: str | None = None  # livecodebench: up to this date
+
+
+class GeneratorConfig(Section):
+    """The generator; see RolloutConfig for the keys."""
+
+    engine: Literal["vllm", "transformers"] = "vllm"
+    tp: PositiveInt = 1
+    max_num_seqs: PositiveInt = 256
+    max_batched_tokens: PositiveInt = 8192
+    kv_cache_bytes: PositiveInt | None = None
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.8
+
+
+class EvaluateStage(Stage):
+    """Samples each task with each checkpoint (model.path, then `others`), grades, and writes results.json.
+
+    Tasks, other checkpoints and larger num_samples may be added to a finished run: what is there is not drawn again.
+    """
+
+    outputs: ClassVar[tuple[str, ...]] = ("results.json", "results.md")
+
+    stage: Literal["evaluate"]
+    tasks: dict[str, TaskConfig | None]  # null takes one away that an included file has
+    others: tuple[Path, ...] = ()  # more checkpoints: HF or run directories
+    template: str | None = None  # data/template.py; None: the one of the run that wrote the checkpoint, else r1_zero
+    rollout: GeneratorConfig = GeneratorConfig()
+
+    @property
+    def chosen(self) -> dict[str, TaskConfig]:
+        """The tasks that are not null."""
+        return {name: task for name, task in self.tasks.items() if task is not None}
+
+    def asked(self) -> dict[str, Any]:
+        """What a finished run has answered, as JSON types."""
+        return self.model_dump(mode="json", include={"model": {"path"}, "others": True, "tasks": True})
+
+    def is_finished_at(self, step: int) -> bool:
+        stored = json.loads((self.run_dir / self.outputs[0]).read_text())
+        return stored.get("asked") == self.asked()
+
+    def problems(self, hf: dict[str, Any], world: int) -> Iterator[str]:
+        yield from weights_problems(self.model.path, hf)
+        yield from missing_file_problems((f"tasks.{name}.data", task.data) for name, task in self.chosen.items())
+        context = context_length(hf) if hf else None
+        if not self.chosen:
+            yield "tasks: none is named"
+        for name, task in self.chosen.items():
+            if task.form is None and name not in get_args(Form):
+                yield f"tasks.{name}: no task is called so; set tasks.{name}.form to one of {', '.join(get_args(Form))}"
+            if context is not None and task.max_tokens is not None and task.max_tokens >= context:
+                yield f"tasks.{name}.max_tokens = {task.max_tokens} leaves no room for a prompt in the context of {context}"
+            if task.wording is not None and "{{" not in task.wording:
+                yield f"tasks.{name}.wording: has no {{{{ question }}}}"
+            if "/" in name or name.startswith("."):
+                yield f"tasks.{name}: the name becomes a directory; use letters, digits and _"
+        for path in self.others:
+            if not path.is_dir():
+                yield f"others: {path} is no directory; give an HF directory or a run directory"
+        if world % self.rollout.tp:
+            yield f"rollout.tp = {self.rollout.tp} does not divide the {world} processes"

@@ -1,0 +1,259 @@
+"""Published benchmark files -> prompt records: a function for each form of row, with the field names as published.
+
+Each returns None for a row that cannot be judged here (said in its docstring); `tasks.load_task` counts those.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import json
+import pickle
+import random
+import re
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from r1mega.data.prompts import OWN_KEYS, WITHOUT_GOLD, PromptRecord
+from r1mega.errors import DataError
+from r1mega.evaluate.rows import Row
+
+MMLU_COLUMNS = ("question", "A", "B", "C", "D", "answer")
+"""Columns of the original MMLU files, which have no header line."""
+
+LETTERS = "ABCDEFGHIJ"
+_GSM8K_ANSWER = re.compile(r"####\s*(.+?)\s*$")
+_LIVECODEBENCH_SECONDS = 6.0  # a test, as in the benchmark's own harness
+
+
+@dataclass(frozen=True, slots=True)
+class FormOptions:
+    """seed: of shuffled options. since, until: contest dates (ISO) between which problems count, both included."""
+
+    seed: int = 0
+    since: str | None = None
+    until: str | None = None
+
+
+def _record(
+    row: Row, identity: str, question: str, kind: str, answers: tuple[str, ...] = (), language: str | None = None,
+    **metadata: Any,
+) -> PromptRecord:  # fmt: skip
+    return PromptRecord(row.where, identity, question, answers, kind, language, metadata)
+
+
+# ---------------------------------------------------------------------------------------------------------- answers
+
+
+def question_answer(row: Row, options: FormOptions) -> PromptRecord:
+    """Math with one answer. GSM8K {"question", "answer": "... #### 18"}, MATH-500 {"problem", "answer", "unique_id"},
+    AIME {"problem" or "Problem", "answer" or "Answer", "id" or "ID"}, NeMo's {"problem", "expected_answer"}.
+    """
+    answer = row.words("expected_answer", "answer", "Answer")
+    if match := _GSM8K_ANSWER.search(answer):
+        answer = match.group(1).replace(",", "")
+    question = row.text("question", "problem", "Problem")
+    return _record(row, row.identity("unique_id", "id", "ID"), question, "math", (answer,))
+
+
+def own_prompt(row: Row, options: FormOptions) -> PromptRecord:
+    """The prompt files of the training stages: {"question", "answer" (or a list), "id", "kind", "language", ...}. A kind
+    that no rule verifies needs no answer: it is sampled, not judged.
+    """
+    kind, language = row.optional("kind") or "math", row.optional("language")
+    answer = row.optional("answer")
+    answers = tuple(answer) if isinstance(answer, list) else (answer,) if answer is not None else ()
+    if not all(isinstance(a, str) and a.strip() for a in answers) or not (answers or kind in WITHOUT_GOLD):
+        raise DataError(f"{row.where}: 'answer' is {answer!r:.60}: it must be a text or a list of texts")
+    rest = {key: value for key, value in row.values.items() if key not in OWN_KEYS}
+    return _record(row, row.identity("id"), row.text("question"), kind, answers, language, **rest)
+
+
+# ---------------------------------------------------------------------------------------------------------- choices
+
+
+def mmlu(row: Row, options: FormOptions) -> PromptRecord:
+    """{"question", "choices" or "options", "answer": letter or index, "subject"}; the original's columns A to D."""
+    values = row.optional("choices", "options")
+    choices = values if values is not None else [row.words(letter) for letter in "ABCD"]
+    if isinstance(choices, str) or not isinstance(choices, Sequence) or not 2 <= len(choices) <= len(LETTERS):
+        raise DataError(f"{row.where}: 'choices' must be a list of 2 to {len(LETTERS)} texts, found {choices!r:.60}")
+    answer = row.words("answer", "Answer")
+    letter = LETTERS[int(answer)] if answer.isdigit() and int(answer) < len(choices) else answer.upper()
+    if letter not in LETTERS[: len(choices)]:
+        raise DataError(f"{row.where}: 'answer' is {answer!r}, neither a letter nor an index of {len(choices)} choices")
+    identity = row.identity("id", "question_id")
+    subject = row.optional("subject", "category")
+    question = with_choices(row.text("question", "Question"), [str(choice) for choice in choices])
+    return _record(row, f"{subject}/{identity}" if subject else identity, question, "choice", (letter,), subject=subject)
+
+
+def gpqa(row: Row, options: FormOptions) -> PromptRecord:
+    """GPQA's CSV: "Question", "Correct Answer", "Incorrect Answer 1" to 3, "Record ID".
+
+    The published order tells the answer, so options are shuffled: by the options' seed and the record's id alone.
+    """
+    identity = row.identity("Record ID")
+    right = row.words("Correct Answer")
+    choices = [right, *(row.words(f"Incorrect Answer {number}") for number in (1, 2, 3))]
+    order = list(range(len(choices)))
+    random.Random(f"gpqa/{options.seed}/{identity}").shuffle(order)
+    question = with_choices(row.text("Question"), [choices[i] for i in order])
+    letter = LETTERS[order.index(0)]
+    return _record(row, identity, question, "choice", (letter,), subject=row.optional("High-level domain"))
+
+
+def with_choices(question: str, choices: Sequence[str]) -> str:
+    """The question, and its options as lines "A) ..."."""
+    lines = [f"{letter}) {choice.strip()}" for letter, choice in zip(LETTERS, choices, strict=False)]
+    return "\n".join([question.strip(), "", *lines])
+
+
+# ------------------------------------------------------------------------------------------------------------- code
+
+
+def humaneval(row: Row, options: FormOptions) -> PromptRecord:
+    """{"task_id", "prompt", "entry_point", "test"}: complete the function."""
+    prompt = row.text("prompt")
+    tests = {"prompt": prompt, "test": row.text("test"), "entry_point": row.text("entry_point")}
+    return _record(row, row.text("task_id"), f"```python\n{prompt.rstrip()}\n```", "code", **tests)
+
+
+def mbpp(row: Row, options: FormOptions) -> PromptRecord:
+    """{"task_id", "text" (sanitized: "prompt"), "test_list", "test_setup_code" (sanitized: "test_imports")}. The tests
+    are part of the question, as in the original paper: they alone say what the function is called.
+    """
+    tests = row.optional("test_list")
+    if not isinstance(tests, Sequence) or isinstance(tests, str) or not tests:
+        raise DataError(f"{row.where}: 'test_list' must be a list of assert statements")
+    question = f"{row.text('text', 'prompt').strip()}\nYour code should pass these tests:\n\n" + "\n".join(tests)
+    metadata = {name: row.values[name] for name in ("test_list", "test_setup_code", "test_imports") if name in row.values}
+    return _record(row, row.words("task_id"), question, "code", **metadata)
+
+
+def livecodebench(row: Row, options: FormOptions) -> PromptRecord | None:
+    """LiveCodeBench's code generation rows: "question_content", "starter_code", "public_test_cases" and
+    "private_test_cases" (JSON texts, the latter maybe packed), "metadata" (JSON with "func_name"), "contest_date".
+
+    None: a contest outside options.since .. options.until.
+    """
+    date = str(row.optional("contest_date") or "")
+    if (options.since or options.until) and not date:
+        raise DataError(f"{row.where}: 'contest_date' is missing, and since or until asks for it")
+    if (options.since and date[:10] < options.since) or (options.until and date[:10] > options.until):
+        return None
+    cases = [*_cases(row, "public_test_cases"), *_cases(row, "private_test_cases")]
+    if not cases:
+        raise DataError(f"{row.where}: no test cases")
+    question, starter = row.text("question_content"), row.optional("starter_code")
+    name = _json_value(row, "metadata").get("func_name")
+    common = {"time_limit": _LIVECODEBENCH_SECONDS, "difficulty": row.optional("difficulty")}
+    if name and cases[0].get("testtype") != "stdin":
+        tests = [_functional(row, case) for case in cases]
+        question = f"{question}\n\nUse this starter code:\n```python\n{str(starter or '').rstrip()}\n```"
+        return _record(row, row.words("question_id"), question, "code", tests=tests, entry_point=name, **common)
+    question = f"{question}\n\nRead the input from standard input and write the answer to standard output."
+    tests = [{"input": case["input"], "output": case["output"]} for case in cases]
+    return _record(row, row.words("question_id"), question, "code", tests=tests, **common)
+
+
+def codeforces(row: Row, options: FormOptions) -> PromptRecord | None:
+    """Problems with their rating: "id", "title", "description", "input_format", "output_format", "note", "examples" and
+    "official_tests" ([{"input", "output"}]), "time_limit" (s), "memory_limit" (MB), "rating".
+
+    None: a problem that equality of outputs does not judge (interactive, reading files, several right answers), without
+    a rating, or whose published tests are cut short.
+    """
+    whole = row.optional("official_tests_complete")
+    if row.optional("interaction_format", "generated_checker") or row.optional("input_mode") not in (None, "stdio"):
+        return None
+    if whole is False or row.optional("rating") is None or not row.optional("official_tests"):
+        return None
+    parts = [row.optional("title"), row.text("description")]
+    for heading, name in (("Input", "input_format"), ("Output", "output_format"), ("Note", "note")):
+        if text := row.optional(name):
+            parts.append(f"{heading}\n{text}")
+    for number, example in enumerate(row.optional("examples") or (), start=1):
+        parts.append(f"Example {number}\nInput:\n{example['input'].strip()}\nOutput:\n{example['output'].strip()}")
+    limits = {"time_limit": row.optional("time_limit"), "memory_limit_mb": row.optional("memory_limit")}
+    parts.append("Read the input from standard input and write the answer to standard output.")
+    tests = [{"input": case["input"], "output": case["output"]} for case in row.optional("official_tests")]
+    rating = row.optional("rating")
+    if isinstance(rating, bool) or not isinstance(rating, int | float):
+        raise DataError(f"{row.where}: 'rating' is {rating!r}, not a number")
+    question = "\n\n".join(part.strip() for part in parts if part)
+    return _record(row, row.words("id"), question, "code", tests=tests, rating=float(rating), **limits)
+
+
+def _functional(row: Row, case: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments stand a line each, as JSON; so does the result."""
+    try:
+        arguments = [json.loads(line) for line in case["input"].split("\n") if line.strip()]
+        return {"arguments": arguments, "expected": json.loads(case["output"])}
+    except (ValueError, KeyError, AttributeError) as error:
+        raise DataError(f"{row.where}: a functional test that is not JSON, a line each argument ({error!r})") from error
+
+
+def _json_value(row: Row, name: str) -> Any:
+    value = row.optional(name) or {}
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise DataError(f"{row.where}: {name!r} is not JSON ({error})") from error
+
+
+def _cases(row: Row, name: str) -> list[Mapping[str, Any]]:
+    """[{"input", "output", "testtype"}]; as JSON text, or as that text pickled, deflated and in base 64."""
+    value = row.optional(name) or []
+    if isinstance(value, str):
+        try:
+            value = json.loads(value if value.lstrip()[:1] in ("[", "{") else _unpacked(value))
+        except (ValueError, binascii.Error, zlib.error, pickle.UnpicklingError, EOFError) as error:
+            raise DataError(f"{row.where}: {name!r} is neither JSON nor packed JSON ({error})") from error
+    cases = list(value)
+    if not all(isinstance(case, Mapping) and {"input", "output"} <= case.keys() for case in cases):
+        raise DataError(f"{row.where}: {name!r} must hold objects with 'input' and 'output'")
+    return cases
+
+
+class _TextUnpickler(pickle.Unpickler):
+    """A pickle may name any function to call: none is allowed here, the files hold one text."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"a pickle that wants {module}.{name} is not test cases")
+
+
+def _unpacked(value: str) -> str:
+    text = _TextUnpickler(io.BytesIO(zlib.decompress(base64.b64decode(value, validate=True)))).load()
+    if not isinstance(text, str | bytes):
+        raise ValueError(f"holds a {type(text).__name__}, not a text")
+    return text if isinstance(text, str) else text.decode()
+
+
+# ----------------------------------------------------------------------------------------- instructions and patches
+
+
+def ifeval(row: Row, options: FormOptions) -> PromptRecord:
+    """{"key", "prompt", "instruction_id_list", "kwargs"}. The prompt is posed as it is: one instruction repeats it."""
+    ids, arguments = row.optional("instruction_id_list"), row.optional("kwargs")
+    if not isinstance(ids, Sequence) or not isinstance(arguments, Sequence) or len(ids) != len(arguments):
+        raise DataError(f"{row.where}: 'instruction_id_list' and 'kwargs' must be lists of one length")
+    metadata = {"instruction_id_list": list(ids), "kwargs": list(arguments)}
+    return _record(row, row.words("key"), row.text("prompt"), "instruction", **metadata)
+
+
+def swe_bench(row: Row, options: FormOptions) -> PromptRecord:
+    """SWE-bench: {"instance_id", "text"} of its prompt sets (retrieved code in the text), or its plain rows with
+    "problem_statement", "repo" and "base_commit". Kind "patch": judged by the benchmark's own harness.
+    """
+    text = row.optional("text")
+    if text is None:
+        text = (
+            f"The repository {row.text('repo')} (commit {row.text('base_commit')}) has this issue:\n\n"
+            f"{row.text('problem_statement').strip()}\n\nSolve it by a single patch that `git apply` takes, between "
+            "<patch> and </patch>."
+        )
+    return _record(row, row.text("instance_id"), text, "patch")

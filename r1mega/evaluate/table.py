@@ -1,0 +1,99 @@
+"""Results as tables: of one evaluation for a terminal; of checkpoints and tasks, and of comparisons, as Markdown too."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from r1mega.evaluate.result import EvaluationResult
+
+if TYPE_CHECKING:
+    from rich.table import Table as RichTable
+
+NO_VALUE = "–"
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A heading and rows of cells, all texts."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+    def markdown(self) -> str:
+        """A Markdown table; the title is not part of it."""
+        lines = [self.columns, tuple("---" for _ in self.columns), *self.rows]
+        return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
+
+    def rich(self) -> RichTable:
+        """The same for a terminal."""
+        from rich.table import Table as RichTable
+        from rich.text import Text
+
+        table = RichTable(title=self.title)
+        for number, column in enumerate(self.columns):
+            table.add_column(column, justify="left" if number < 2 else "right", no_wrap=number < 2)
+        for row in self.rows:
+            table.add_row(*map(Text, row))
+        return table
+
+
+def results_table(checkpoints: Sequence[Mapping[str, Any]], title: str) -> Table:
+    """Of the `checkpoints` of a results.json: a row a checkpoint and task."""
+    columns = ("task", "checkpoint", "problems x k", "pass@1", "95% interval", "pass@k", "cons@k", "tokens", "cut", "rating")
+    names = list(dict.fromkeys(name for checkpoint in checkpoints for name in checkpoint["tasks"]))
+    rows = [
+        (name, checkpoint["name"], *_cells(checkpoint["tasks"][name]))
+        for name in names
+        for checkpoint in checkpoints
+        if name in checkpoint["tasks"]
+    ]
+    return Table(title, columns, tuple(rows))
+
+
+def _cells(entry: Mapping[str, Any]) -> tuple[str, ...]:
+    values, k = entry["metrics"], entry["num_samples"]
+
+    def cell(name: str, form: str = "{:.3f}") -> str:
+        return form.format(values[name]) if name in values else NO_VALUE
+
+    low, high = cell("eval/accuracy_low"), cell("eval/accuracy_high")
+    rating = cell("eval/rating", "{:.0f}")
+    if rating != NO_VALUE:
+        rating += f" ({cell('eval/rating_low', '{:.0f}')}-{cell('eval/rating_high', '{:.0f}')})"
+    return (
+        f"{entry['num_prompts']} x {k}",
+        cell("eval/accuracy") if "eval/accuracy" in values else "not judged here",
+        f"{low}-{high}" if low != NO_VALUE else NO_VALUE,
+        cell(f"eval/pass_at_{k}"),
+        cell("eval/consensus"),
+        cell("eval/length_mean", "{:.0f}"),
+        cell("eval/truncated_fraction"),
+        rating,
+    )
+
+
+def format_table(result: EvaluationResult) -> str:
+    """The summary for a terminal."""
+    accuracy, values = result.accuracy, result.metrics()
+    lines = [("prompts x samples", f"{len(result.rows)} x {result.num_samples}")]
+    if accuracy is not None:
+        lines.append(("pass@1", f"{accuracy.value:.4f}  (95% interval {accuracy.low:.4f} - {accuracy.high:.4f})"))
+    if result.num_samples > 1:
+        for label, name in (("pass", f"eval/pass_at_{result.num_samples}"), ("cons", "eval/consensus")):
+            if name in values:
+                lines.append((f"{label}@{result.num_samples}", f"{values[name]:.4f}"))
+    for label, name, form in (
+        ("format", "eval/format", "{:.4f}"),
+        ("length", "eval/length_mean", "{:.1f} tokens"),
+        ("truncated", "eval/truncated_fraction", "{:.4f}"),
+    ):
+        if name in values:
+            lines.append((label, form.format(values[name])))
+    if result.excluded_fraction > 0:
+        lines.append(("not judged", f"{result.excluded_fraction:.4f} of the samples (reward failed; not counted)"))
+    lines.append(("time", f"{result.seconds:.1f} s"))
+    width = max(len(label) for label, _ in lines)
+    return "\n".join(f"{label:<{width}}  {text}" for label, text in lines)

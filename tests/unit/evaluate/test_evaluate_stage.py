@@ -1,0 +1,201 @@
+"""The stage from its config to the comparison of two checkpoints, with a kill in the middle.
+
+The checkpoint (conftest) always answers 3, so what it must score is known from the files.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from r1mega.cli import app
+from r1mega.config.load import load_config
+from r1mega.config.validate import validate
+from r1mega.errors import ConfigError, DataError
+from r1mega.evaluate.compare import comparison_table, read_results
+from r1mega.evaluate.result import read_result
+
+SAMPLES = Path("tests/data/evaluate")
+NUM_SAMPLES = 6
+
+
+@pytest.fixture
+def config(run_dir, data, tmp_path):
+    """A function that writes a config of two tasks and says where."""
+
+    def write(name="config.yaml", **changes):
+        content = {
+            "stage": "evaluate",
+            "run_dir": str(tmp_path / "evaluation"),
+            "threads": 1,
+            "observe": {"tensorboard": False},
+            "model": {"path": str(run_dir / "hf"), "dtype": "float32"},
+            "rollout": {"engine": "transformers"},
+            "tasks": {
+                "prompts": {"data": str(data), "num_samples": NUM_SAMPLES, "temperature": 3.0, "top_p": 1.0, "max_tokens": 16},
+                "pens": {"form": "gsm8k", "data": str(SAMPLES / "gsm8k.jsonl"), "num_samples": 2, "temperature": 0.2,
+                         "wording": "{{ question[:30] }}"},
+            },
+        }  # fmt: skip
+        path = tmp_path / name
+        path.write_text(yaml.safe_dump(content | changes))
+        return path
+
+    return write
+
+
+def command(path, *overrides, num_ranks=1):
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"] if num_ranks > 1 else []
+    return [sys.executable, *launcher, "-m", "r1mega", "train", str(path), *overrides]
+
+
+def start(path, *overrides, num_ranks=1):
+    return subprocess.Popen(
+        command(path, *overrides, num_ranks=num_ranks), env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def run(path, *overrides, num_ranks=1):
+    process = start(path, *overrides, num_ranks=num_ranks)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output[-6000:]
+    return output
+
+
+def interrupt(path, samples, at, sent, *overrides):
+    """Send the signal once `samples` holds `at` lines; the exit code."""
+    process = start(path, *overrides)
+    limit = time.monotonic() + 200
+    while process.poll() is None and time.monotonic() < limit:
+        if samples.exists() and samples.read_bytes().count(b"\n") >= at:
+            process.send_signal(sent)
+            break
+        time.sleep(0.002)
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode in (-signal.SIGKILL, 85), output[-6000:]
+    return process.returncode
+
+
+def rows(directory, task):
+    """What does not depend on time."""
+    (checkpoint,) = [path.parent.parent for path in directory.glob(f"*/{task}/result.json")]
+    return read_result(checkpoint / task / "result.json").rows
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return tmp_path_factory.mktemp("whole")
+
+
+def test_kill_and_stop_in_the_middle_lose_and_change_nothing(config, run_dir, tmp_path):
+    """kill -9, then SIGTERM, then to the end; against an uninterrupted run, with another number of ranks."""
+    path = config()
+    directory = tmp_path / "evaluation"
+    samples = directory / run_dir.name / "prompts" / "samples-00000.jsonl"
+    assert interrupt(path, samples, 20, signal.SIGKILL) == -signal.SIGKILL
+    killed = samples.read_bytes()
+    whole_lines = killed[: killed.rfind(b"\n") + 1]
+    assert 20 <= whole_lines.count(b"\n") < 24 * NUM_SAMPLES and not (directory / "results.json").exists()
+    assert interrupt(path, samples, whole_lines.count(b"\n") + 20, signal.SIGTERM) == 85
+    assert json.loads((directory / "status.json").read_text())["state"] == "interrupted"
+    stopped = samples.read_bytes()
+    assert stopped.startswith(whole_lines) and stopped.count(b"\n") < 24 * NUM_SAMPLES
+    run(path)
+    assert samples.read_bytes().startswith(stopped), "samples were drawn again"
+    keys = [(line["prompt_id"], line["index"]) for line in map(json.loads, samples.read_text().splitlines())]
+    assert len(keys) == len(set(keys)) == 24 * NUM_SAMPLES
+    assert json.loads((directory / "status.json").read_text())["state"] == "finished"
+
+    run(config("two.yaml", run_dir=str(tmp_path / "two")), num_ranks=2)
+    assert len(list((tmp_path / "two" / run_dir.name / "prompts").glob("samples-*.jsonl"))) == 2
+    for task in ("prompts", "pens"):
+        assert rows(directory, task) == rows(tmp_path / "two", task), "a kill or another division changes samples"
+    assert len({text for row in rows(directory, "prompts") for text in row.texts}) > 24, "the samples do not differ"
+    metrics = [
+        {name: entry["metrics"] for name, entry in json.loads((d / "results.json").read_text())["checkpoints"][0]["tasks"].items()}
+        for d in (directory, tmp_path / "two")
+    ]
+    assert metrics[0] == metrics[1] and metrics[0]["pens"]["eval/accuracy"] == 0.5
+    assert "nothing to do" in run(path)
+
+
+def test_more_is_added_and_nothing_drawn_twice(config, run_dir, data, tmp_path, capsys):
+    """By vLLM: a finished run gets another task, more samples and another checkpoint; then the two are compared."""
+    golds = [json.loads(line)["answer"] for line in data.read_text().splitlines()]
+    tasks = {"prompts": {"data": str(data), "num_samples": 2, "temperature": 0.2}}
+    vllm = {"engine": "vllm", "kv_cache_bytes": 1 << 26}
+    run(config(tasks=tasks, rollout=vllm))
+    directory = tmp_path / "evaluation"
+    samples = directory / run_dir.name / "prompts" / "samples-00000.jsonl"
+    first = samples.read_bytes()
+    other = tmp_path / "copy"
+    shutil.copytree(run_dir, other, copy_function=os.link)
+    tasks["prompts"]["num_samples"] = 3
+    tasks["pens"] = {"form": "gsm8k", "data": str(SAMPLES / "gsm8k.jsonl"), "num_samples": 1, "temperature": 0.2,
+                     "wording": "{{ question[:30] }}"}  # fmt: skip
+    output = run(config(tasks=tasks, rollout=vllm, others=[str(other)]))
+    assert samples.read_bytes().startswith(first) and samples.read_bytes().count(b"\n") == 24 * 3
+    expected = sum(gold == "3" for gold in golds) / 24
+    stored = json.loads((directory / "results.json").read_text())
+    assert [entry["name"] for entry in stored["checkpoints"]] == [run_dir.name, "copy"]
+    for entry in stored["checkpoints"]:
+        assert entry["tasks"]["prompts"]["metrics"]["eval/accuracy"] == pytest.approx(expected)
+        assert entry["tasks"]["pens"]["metrics"]["eval/accuracy"] == 0.5
+    table = (directory / "results.md").read_text()
+    assert f"| prompts | copy | 24 x 3 | {expected:.3f} |" in table and "evaluation" in output
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    assert [line["eval/pens/accuracy"] for line in lines] == [0.5, 0.5]
+
+    results = [read_results(directory, name) for name in (run_dir.name, "copy")]
+    assert [(row[0], row[4], row[6]) for row in comparison_table(*results).rows] == [
+        ("prompts", "+0.0000", "1.0000"), ("pens", "+0.0000", "1.0000")
+    ]  # fmt: skip
+    with pytest.raises(ConfigError, match="several checkpoints: say which"):
+        read_results(directory / "results.json")
+    with pytest.raises(ConfigError, match="no checkpoint 'nobody'"):
+        read_results(directory, "nobody")
+    arguments = ["compare", str(directory), str(directory / "results.json"), "--first", "copy", "--second", run_dir.name]
+    app([*arguments, "--markdown"], standalone_mode=False)
+    assert "| pens | 2 | 0.5000 | 0.5000 | +0.0000 |" in capsys.readouterr().out
+
+
+def test_other_settings_are_not_mixed_in(config, run_dir, data, tmp_path):
+    """Temperature, data and weights that changed under the same names are refused, not mixed."""
+    tasks = {"prompts": {"data": str(data), "num_samples": 1, "temperature": 0.2, "num_prompts": 3}}
+    copied = tmp_path / "data.jsonl"
+    copied.write_text(data.read_text())
+    tasks["prompts"]["data"] = str(copied)
+    run(config(tasks=tasks))
+    tasks["prompts"] |= {"temperature": 0.5}
+    process = start(config(tasks=tasks))
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == ConfigError.exit_code and "temperature: 0.2 -> 0.5" in output
+    copied.write_text(data.read_text().replace(" a ", " b ", 1))
+    tasks["prompts"] |= {"temperature": 0.2, "num_samples": 2}
+    process = start(config(tasks=tasks))
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == DataError.exit_code and "was another one when it was sampled" in output
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tasks": {"nonsense": {"data": "tests/data/evaluate/gsm8k.jsonl"}}}, r"tasks\.nonsense: no task is called so"),
+        ({"tasks": {"gsm8k": {"data": "gone.jsonl"}}}, r"tasks\.gsm8k\.data: gone\.jsonl is missing"),
+        ({"tasks": {"gsm8k": None}}, r"tasks: none is named"),
+        ({"tasks": {"gsm8k": {"data": "tests/data/evaluate/gsm8k.jsonl", "max_tokens": 500}}}, r"max_tokens = 500 leaves no room"),
+        ({"others": ["nowhere"]}, r"others: nowhere is no directory"),
+        ({"rollout": {"tp": 2}}, r"rollout\.tp = 2 does not divide the 1 processes"),
+    ],
+)
+def test_problems_are_found_before_anything_starts(config, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        validate(load_config(config(**changes)), 1)

@@ -45,7 +45,7 @@ def config(run_dir, data, tmp_path):
             },
         }  # fmt: skip
         path = tmp_path / name
-        path.write_text(yaml.safe_dump(content | changes))
+        path.write_text(yaml.safe_dump(content | changes, sort_keys=False))
         return path
 
     return write
@@ -88,11 +88,6 @@ def rows(directory, task):
     """What does not depend on time."""
     (checkpoint,) = [path.parent.parent for path in directory.glob(f"*/{task}/result.json")]
     return read_result(checkpoint / task / "result.json").rows
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    return tmp_path_factory.mktemp("whole")
 
 
 def test_kill_and_stop_in_the_middle_lose_and_change_nothing(config, run_dir, tmp_path):

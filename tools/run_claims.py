@@ -1,0 +1,198 @@
+"""Run the experiments behind docs/claims.md, and write their table.
+
+    python tools/run_claims.py --claims 1 2 3 --seeds 1 2 3
+
+Each step is a command that is printed before it runs and that skips what it finished before, so that a run cut short
+goes on. Everything lies under runs/claims. --table only reads what is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+
+RUNS = Path("runs/claims")
+CONFIGS = Path("configs/nano/claims")
+Figures = dict[str, float]
+"""The measured figures of one seed, by column."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """steps: config files in their order (a function is called with the seed). measure: the figures of a finished seed.
+    holds: what the figures must satisfy in every seed.
+    """
+
+    number: int
+    text: str
+    steps: tuple[str | Callable[[int], None], ...]
+    measure: Callable[[Path], Figures]
+    holds: Callable[[Figures], bool]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--claims", type=int, nargs="+", default=sorted(CLAIMS), choices=sorted(CLAIMS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--table", action="store_true", help="run nothing")
+    arguments = parser.parse_args()
+    for seed in [] if arguments.table else arguments.seeds:
+        for number in arguments.claims:
+            for step in CLAIMS[number].steps:
+                if callable(step):
+                    step(seed)
+                elif (code := train(step, seed)) != 0:
+                    return code
+    for number in arguments.claims:
+        print(table(CLAIMS[number], arguments.seeds))
+    return 0
+
+
+def train(config: str, seed: int) -> int:
+    """`r1mega train` of one step; its exit code."""
+    command = [sys.executable, "-m", "r1mega", "train", config, f"seed={seed}", "threads=1"]
+    if config.startswith("configs/nano/base"):
+        command.append(f"run_dir={RUNS}/seed{seed}/base")
+    print("$ " + " ".join(["r1mega", *command[3:]]), flush=True)
+    return subprocess.run(command).returncode
+
+
+def table(claim: Claim, seeds: Sequence[int]) -> str:
+    """Markdown: a row a seed, and the mean over them. Seeds without results are left out."""
+    measured: dict[int, Figures] = {}
+    for seed in seeds:
+        try:
+            measured[seed] = claim.measure(RUNS / f"seed{seed}")
+        except FileNotFoundError as error:
+            print(f"claim {claim.number}, seed {seed}: not measured ({error.filename} is missing)", file=sys.stderr)
+    head = f"### {claim.number}. {claim.text}\n\n"
+    if not measured:
+        return head + "Unmeasured.\n"
+    columns = list(next(iter(measured.values())))
+    lines = [["seed", *columns, "holds"], ["---"] * (len(columns) + 2)]
+    for seed, figures in measured.items():
+        lines.append([str(seed), *(f"{figures[c]:.3f}" for c in columns), "yes" if claim.holds(figures) else "no"])
+    if len(measured) > 1:
+        mean = [f"{fmean(f[c] for f in measured.values()):.3f} ± {stdev(f[c] for f in measured.values()):.3f}" for c in columns]
+        held = sum(claim.holds(figures) for figures in measured.values())
+        lines.append(["mean ± sd", *mean, f"{held} of {len(measured)}"])
+    return head + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+# -------------------------------------------------------------------------------------------------------- what is read
+
+
+def records(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def evaluations(run: Path) -> tuple[dict, dict]:
+    """Before the first step and after the last, on 256 problems that neither the base nor RL has seen (temperature 1)."""
+    lines = records(run / "evaluations.jsonl")
+    return lines[0], lines[-1]
+
+
+def accuracy(seed: Path) -> Figures:
+    before, after = evaluations(seed / "zero")
+    return {
+        "accuracy, base": before["eval/accuracy"],
+        "after RL": after["eval/accuracy"],
+        "times": after["eval/accuracy"] / before["eval/accuracy"],
+    }
+
+
+def length(seed: Path) -> Figures:
+    before, after = evaluations(seed / "zero")
+    lines = records(seed / "zero" / "metrics.jsonl")
+    return {
+        "tokens, base": before["eval/length_mean"],
+        "after RL": after["eval/length_mean"],
+        "self-correcting, base": before["eval/reflection_fraction"],
+        "after RL ": after["eval/reflection_fraction"],
+        "tokens, steps 1-5": fmean(line["response/length_mean"] for line in lines[:5]),
+        "steps 26-30": fmean(line["response/length_mean"] for line in lines[25:30]),
+        "last 5": fmean(line["response/length_mean"] for line in lines[-5:]),
+    }
+
+
+def languages(seed: Path) -> Figures:
+    (base, without), (_, rewarded) = evaluations(seed / "zero"), evaluations(seed / "zero_language")
+    mixed, right = "eval/mixed_language_fraction", "eval/accuracy"
+    return {
+        "mixed, base": base[mixed],
+        "RL": without[mixed],
+        "RL + language reward": rewarded[mixed],
+        "accuracy, RL": without[right],
+        "RL + language reward ": rewarded[right],
+        "cost": without[right] - rewarded[right],
+    }
+
+
+def hacking(seed: Path) -> Figures:
+    """The reward model's mean value over the run beside the accuracy that it was taught to stand for."""
+    lines = records(seed / "hacking" / "zero" / "metrics.jsonl")
+    _, neural = evaluations(seed / "hacking" / "zero")
+    base, rule = evaluations(seed / "zero")
+    model = records(seed / "hacking" / "reward_model" / "metrics.jsonl")[-1]
+    return {
+        "reward model's held-out accuracy": model["eval/accuracy"],
+        "its reward, first 5 steps": fmean(line["reward/harmlessness"] for line in lines[:5]),
+        "last 5": fmean(line["reward/harmlessness"] for line in lines[-5:]),
+        "accuracy, base": base["eval/accuracy"],
+        "RL on the reward model": neural["eval/accuracy"],
+        "RL on the rule": rule["eval/accuracy"],
+    }
+
+
+def make_pairs(seed: int) -> None:
+    """A right and a wrong response to the same question, at most two pairs a question; a tenth of the questions held out."""
+    directory = RUNS / f"seed{seed}" / "hacking"
+    result = json.loads((directory / "samples" / "base" / "prompts" / "result.json").read_text())
+    parts: dict[str, list[str]] = {"train": [], "held_out": []}
+    for number, row in enumerate(result["rows"]):
+        right = [text for text, correct in zip(row["texts"], row["correct"], strict=True) if correct]
+        wrong = [text for text, correct in zip(row["texts"], row["correct"], strict=True) if correct is False]
+        for chosen, rejected in list(zip(right, wrong, strict=False))[:2]:
+            line = {"question": row["question"], "chosen": chosen, "rejected": rejected}
+            parts["held_out" if number % 10 == 0 else "train"].append(json.dumps(line, ensure_ascii=False) + "\n")
+    for name, lines in parts.items():
+        (directory / f"pairs_{name}.jsonl").write_text("".join(lines))
+    print(f"claim 7: {len(parts['train'])} pairs to train on, {len(parts['held_out'])} held out", flush=True)
+
+
+BASE, ZERO = "configs/nano/base.yaml", f"{CONFIGS}/1_zero.yaml"
+CLAIMS = {
+    claim.number: claim
+    for claim in (
+        Claim(
+            1, "RL alone, straight from the base, lifts accuracy several-fold", (BASE, ZERO), accuracy,
+            lambda f: f["times"] >= 2,
+        ),
+        Claim(
+            2, "Responses grow longer as RL goes on; reflection appears", (BASE, ZERO), length,
+            lambda f: f["after RL"] > 1.5 * f["tokens, base"] and f["after RL "] > 2 * f["self-correcting, base"],
+        ),
+        Claim(
+            3, "R1-Zero mixes languages; the language-consistency reward stops that at a slight cost in accuracy",
+            (BASE, ZERO, f"{CONFIGS}/3_zero_language.yaml"), languages,
+            lambda f: f["RL"] > f["mixed, base"] and f["RL + language reward"] < 0.1 * f["RL"],
+        ),
+        Claim(
+            7, "A neural reward on reasoning can be hacked where a rule cannot",
+            (BASE, ZERO, f"{CONFIGS}/7_samples.yaml", make_pairs, f"{CONFIGS}/7_reward_model.yaml",
+             f"{CONFIGS}/7_zero_neural.yaml"), hacking,
+            lambda f: f["last 5"] > f["its reward, first 5 steps"]
+            and f["RL on the reward model"] < f["RL on the rule"] - 0.1,
+        ),
+    )
+}  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from r1mega.config.model_files import context_length
 from r1mega.config.schema import NonNegative, PositiveInt, Section, Stage
-from r1mega.config.validate import missing_file_problems, weights_problems
+from r1mega.config.validate import is_given, missing_file_problems, weights_problems
 
 Form = Literal[
     "gsm8k", "math500", "aime24", "aime25", "math", "mmlu", "gpqa", "humaneval", "mbpp", "livecodebench", "codeforces",
@@ -89,7 +89,7 @@ class EvaluateStage(Stage):
             if "/" in name or name.startswith("."):
                 yield f"tasks.{name}: the name becomes a directory; use letters, digits and _"
         for path in self.others:
-            if not path.is_dir():
+            if path.is_file() or not is_given(path):
                 yield f"others: {path} is no directory; give an HF directory or a run directory"
         if world % self.rollout.tp:
             yield f"rollout.tp = {self.rollout.tp} does not divide the {world} processes"

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from r1mega.data import nano_preferences
+from r1mega.data import nano_general
 from r1mega.data.nano_tokenizer import train_tokenizer
 from r1mega.reward.preference import RewardModel
 from tests.e2e.runs import metrics, r1mega, run_until_step, without_times
@@ -30,18 +30,20 @@ def base(tmp_path_factory):
     save_file({name: value.contiguous() for name, value in state.items()}, model / "model.safetensors")
     (model / "config.json").write_text(json.dumps(HF | {"architectures": ["DeepseekV3ForCausalLM"], "rope_interleave": True}))
     train_tokenizer(model)
-    nano_preferences.write(directory / "data", seed=0, num_train=512, num_held_out=96)
+    (directory / "data").mkdir()
+    for split, count in (("train", 512), ("eval", 96)):
+        nano_general.write_general(directory / "data", 0, count, split)
     return directory
 
 
-def arguments(base, run_dir, kind="pairs", *overrides):
+def arguments(base, run_dir, kind="preference", *overrides):
     config = base / "config.yaml"
     config.write_text("stage: reward_model\nrun_dir: unset\nmodel: {path: unset}\ndata: {files: [unset]}\n")
     return [
         "train", config, f"run_dir={run_dir}", "threads=1", f"model.path={base / 'model'}", "model.dtype=float32",
-        f"data.files=[{base / 'data' / f'{kind}_train.jsonl'}]", f"data.held_out=[{base / 'data' / f'{kind}_held_out.jsonl'}]",
+        f"data.files=[{base / 'data' / f'{kind}_train.jsonl'}]", f"data.held_out=[{base / 'data' / f'{kind}_eval.jsonl'}]",
         "data.template=nano", "data.max_tokens=128", "microbatch_tokens=2048", "batch_size=64",
-        f"objective={'pairwise' if kind == 'pairs' else 'pointwise'}", "num_epochs=2", "optimizer.lr=0.003",
+        f"objective={'pairwise' if kind == 'preference' else 'pointwise'}", "num_epochs=2", "optimizer.lr=0.003",
         "checkpoint.every_steps=4", "observe.tensorboard=false", *overrides,
     ]  # fmt: skip
 
@@ -59,7 +61,7 @@ def test_it_learns_and_its_evaluation_says_what_about(whole_run):
     assert lines[0]["preference/loss"] == pytest.approx(math.log(2), abs=0.2)
     last = lines[-1]
     assert last["preference/loss"] < lines[0]["preference/loss"] and last["eval/pairs"] == 96
-    assert last["eval/accuracy"] > 0.6  # wrong sums are beyond a model that has read 512 answers; other flaws are not
+    assert last["eval/accuracy"] > 0.6  # a word too many is beyond a model that has read 512 pairs; other flaws are not
     assert 0 <= last["eval/accuracy_shorter"] <= 1 and 0 <= last["eval/accuracy_longer"] <= 1
     assert -1 <= last["eval/length_correlation"] <= 1
     assert all("eval/accuracy" not in line for line in lines[:-1])
@@ -69,7 +71,7 @@ def test_the_export_scores_as_the_run_did(base, whole_run):
     """Held-out accuracy and loss of RUN_DIR/hf, asked the way a reward is, are the run's own."""
     from r1mega.reward.extract import final_text
 
-    pairs = [json.loads(line) for line in (base / "data" / "pairs_held_out.jsonl").read_text().splitlines()]
+    pairs = [json.loads(line) for line in (base / "data" / "preference_eval.jsonl").read_text().splitlines()]
     model = RewardModel(whole_run / "hf", batch_size=7, max_tokens=128)
     assert model.reader == {"template": "nano", "reads": "summary"}
     chosen, rejected = (
@@ -91,7 +93,7 @@ def test_interrupted_run_equals_uninterrupted_bitwise(base, whole_run, tmp_path)
 
 def test_two_ranks_learn_the_same(base, whole_run, tmp_path):
     run_dir = tmp_path / "run"
-    r1mega(*arguments(base, run_dir, "pairs", "num_epochs=1"), num_ranks=2)
+    r1mega(*arguments(base, run_dir, "preference", "num_epochs=1"), num_ranks=2)
     for mine, theirs in zip(metrics(run_dir)[:4], metrics(whole_run), strict=False):
         for name in ("preference/loss", "preference/accuracy", "policy/grad_norm", "tokens/update"):
             assert mine[name] == pytest.approx(theirs[name], rel=2e-3, abs=2e-3), (mine["step"], name)
@@ -101,7 +103,7 @@ def test_pointwise_safety(base, tmp_path):
     run_dir = tmp_path / "run"
     r1mega(*arguments(base, run_dir, "safety"))
     last = metrics(run_dir)[-1]
-    assert last["eval/responses"] == 96 and last["eval/separation"] > 0.7 and "eval/accuracy_shorter" not in last
+    assert last["eval/responses"] > 96 and last["eval/separation"] > 0.7 and "eval/accuracy_shorter" not in last
     assert RewardModel(run_dir / "hf", batch_size=4, max_tokens=128).reader["reads"] == "response"
 
 
@@ -156,7 +158,7 @@ def test_unclear_margins_are_dropped_and_summaries_compared(base, tmp_path, capl
 
 
 def test_layouts_and_lengths_that_cannot_work_are_refused_first(base, tmp_path):
-    done = r1mega(*arguments(base, tmp_path / "run", "pairs", "microbatch_tokens=200"), check=False)
+    done = r1mega(*arguments(base, tmp_path / "run", "preference", "microbatch_tokens=200"), check=False)
     assert done.returncode == 2 and "2 * data.max_tokens = 256" in done.stdout
     assert not (tmp_path / "run" / "checkpoints").exists()
     shutil.rmtree(tmp_path / "run", ignore_errors=True)

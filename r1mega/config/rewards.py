@@ -81,10 +81,11 @@ class JudgeReward(NeuralReward):
     model: str | None = None  # its name there
     api_key_env: str | None = None  # the environment variable that holds its key
     verdict: Literal["score", "yes_no", "choice"] = "score"
-    # score: a number from low to high; yes_no; choice: A or B against the prompt's reference answer
+    # score: a number from low to high; yes_no; choice: A or B against the prompt's first answer, or its key `reference`
     low: float = 1.0
     high: float = 10.0
-    prompt: str | None = None  # Jinja2 with {{ question }}, {{ response }}, {{ reference }}; None: the verdict's own rubric
+    prompt: str | None = None  # Jinja2 with {{ question }}, {{ response }}, {{ reference }}, {{ first }} and
+    # {{ second }} (choice: A and B), {{ low }}, {{ high }}; None: the verdict's own rubric
     reads: Literal["summary", "response"] = "summary"
     votes: PositiveInt = 1
     aggregate: Literal["majority", "mean"] = "majority"

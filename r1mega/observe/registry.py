@@ -26,7 +26,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("reward/std", "reward", "standard deviation of the reward over all responses of the step"),
     Metric("reward/excluded_fraction", "fraction", "responses whose reward could not be computed; not trained on"),
     Metric("reward/*", "reward", "mean of the unweighted reward part of this name"),
-    Metric("reward_pool/deferred", "count", "scores of the step that had to be waited for: worker processes, programs, judges"),
+    Metric("reward_pool/deferred", "count", "scores of the step that had to be waited for: worker processes, programs"),
     Metric("reward_pool/failed", "count", "tasks given up after their retries"),
     Metric("reward_pool/retries", "count", "tasks tried again on a fresh worker"),
     Metric("reward_pool/kills", "count", "workers killed for overrunning a task's limit"),

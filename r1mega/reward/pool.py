@@ -26,11 +26,12 @@ from r1mega.errors import RewardError
 
 if TYPE_CHECKING:
     from r1mega.config.rewards import RewardPool
+    from r1mega.reward.mpi_pool import MPIPool
 
 logger = logging.getLogger(__name__)
 
 START_SECONDS = 60.0  # a fresh interpreter and its first imports; not counted against the first task's limit
-_LATENCIES_KEPT = 10_000
+LATENCIES_KEPT = 10_000
 _READ_BYTES = 1 << 16
 
 
@@ -171,7 +172,7 @@ class WorkerPool:
         self._threads: list[threading.Thread] = []
         self._idle = 0
         self._closed = False
-        self._latencies: deque[float] = deque(maxlen=_LATENCIES_KEPT)
+        self._latencies: deque[float] = deque(maxlen=LATENCIES_KEPT)
         self._counts = dict.fromkeys(("submitted", "finished", "failed", "retries", "kills", "crashes"), 0)
 
     def submit(self, task: Task) -> Future[Outcome]:
@@ -279,6 +280,10 @@ class WorkerPool:
         job.future.set_result(outcome)
 
 
-def open_pool(config: RewardPool) -> WorkerPool:
-    """The pool that the config asks for."""
-    return WorkerPool(config.num_workers, config.memory_bytes, config.max_retries, config.max_pending)
+def open_pool(config: RewardPool) -> WorkerPool | MPIPool:
+    """The pool that the config asks for; under `auto` over MPI where mpirun started a job on several hosts."""
+    from r1mega.reward.mpi_pool import MPIPool, spans_hosts
+
+    over_mpi = config.executor == "mpi" or (config.executor == "auto" and spans_hosts())
+    settings = (config.num_workers, config.memory_bytes, config.max_retries, config.max_pending)
+    return MPIPool(*settings) if over_mpi else WorkerPool(*settings)

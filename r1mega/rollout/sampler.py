@@ -44,7 +44,7 @@ class GroupSampler:
         with self._timer.phase("rollout"):
             for done in self._engine.stream(requests):
                 with self._timer.phase("reward"):
-                    text = self._tokenizer.decode(done.response.token_ids)
+                    text = response_text(self._tokenizer, done.response)
                     ticket = self._scorer.submit(prompts[done.request_index], done.response, text)
                 slots[done.request_index][done.sample_index] = (done.response, text, ticket)
         with self._timer.phase("reward"):
@@ -58,6 +58,12 @@ class GroupSampler:
                 )
                 for prompt, members in zip(prompts, slots, strict=True)
             ]
+
+
+def response_text(tokenizer: Tokenizer, response: Response) -> str:
+    """What a reader sees of a response: without the token that ended it."""
+    ended = response.token_ids[-1:] == (tokenizer.eos_token_id,)
+    return tokenizer.decode(response.token_ids[:-1] if ended else response.token_ids)
 
 
 def request_seed(run_seed: int, step: int, slot: int) -> int:

@@ -21,6 +21,7 @@ from r1mega.reward.pool import LATENCIES_KEPT, Outcome, PoolMetrics, Task, Worke
 
 logger = logging.getLogger(__name__)
 
+_START_SECONDS = 120.0
 _LOCAL_POOL: dict[tuple[int, int], WorkerPool] = {}
 """Of an MPI worker: its one pool, by memory and retries."""
 
@@ -45,7 +46,8 @@ def run_task(task: Task, memory_bytes: int, max_retries: int) -> tuple[Outcome, 
 
 
 class MPIPool:
-    """What `WorkerPool` offers, on num_workers MPI processes. Raises RewardError without mpi4py or an MPI library."""
+    """What `WorkerPool` offers, on num_workers MPI processes. Raises RewardError without mpi4py or an MPI library,
+    or when MPI cannot spawn."""
 
     def __init__(
         self, num_workers: int = 1, memory_bytes: int = 1 << 30, max_retries: int = 2, max_pending: int = 4096
@@ -58,6 +60,14 @@ class MPIPool:
             ) from error
         self._limits = (memory_bytes, max_retries)
         self._executor = MPIPoolExecutor(num_workers, path=[p for p in sys.path if p], main=False)
+        try:  # a runtime without a free slot, or without MPI_Comm_spawn, is found out now and not by every task
+            self._executor.submit(abs, -1).result(_START_SECONDS)
+        except Exception as error:  # whatever the runtime raises: it is no pool
+            self._executor.shutdown(wait=False, cancel_futures=True)
+            raise RewardError(
+                f"reward.pool.executor = mpi: no worker could be spawned ({type(error).__name__}: {error}); leave MPI free slots, "
+                "or set it to processes"
+            ) from error
         self._lock = threading.Lock()
         self._slots = threading.BoundedSemaphore(max_pending)
         self._closed = False

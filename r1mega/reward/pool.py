@@ -284,6 +284,12 @@ def open_pool(config: RewardPool) -> WorkerPool | MPIPool:
     """The pool that the config asks for; under `auto` over MPI where mpirun started a job on several hosts."""
     from r1mega.reward.mpi_pool import MPIPool, spans_hosts
 
-    over_mpi = config.executor == "mpi" or (config.executor == "auto" and spans_hosts())
     settings = (config.num_workers, config.memory_bytes, config.max_retries, config.max_pending)
-    return MPIPool(*settings) if over_mpi else WorkerPool(*settings)
+    if config.executor == "mpi":
+        return MPIPool(*settings)
+    if config.executor == "auto" and spans_hosts():
+        try:
+            return MPIPool(*settings)
+        except RewardError as error:
+            logger.warning("rewards are computed by processes of this host: %s", error)
+    return WorkerPool(*settings)

@@ -94,6 +94,23 @@ def test_only_the_first_rank_tells_what_all_ranks_find(train):
     assert second.stderr == ""
 
 
+def test_asked_to_stop_before_anything_has_begun_it_asks_to_be_started_again(model, tmp_path):
+    """The signal comes while libraries load: nothing to save, nothing lost, exit code 85."""
+    data = tmp_path / "prompts.jsonl"
+    data.write_text(json.dumps({"question": QUESTIONS[0], "answer": "0"}))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "r1mega", "train", ZERO, f"model.path={model}", f"data.prompts=[{data}]",
+         f"evaluate.data={data}", f"run_dir={tmp_path}/run"],
+        env={**os.environ, "PYTHONPATH": f".{os.pathsep}kernels"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    limit = time.monotonic() + 60
+    while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text() and time.monotonic() < limit:
+        time.sleep(0.01)
+    process.terminate()
+    assert process.wait(60) == 85
+    assert not (tmp_path / "run").exists()
+
+
 def test_traceback_on_request(train):
     done = train("seed=x", R1MEGA_TRACEBACK="1")
     assert done.returncode != 0

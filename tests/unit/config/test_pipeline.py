@@ -32,6 +32,14 @@ def test_every_shipped_pipeline_loads_and_could_run(path):
     check_pipeline(pipeline, list(pipeline.nodes), dry_run=True)
 
 
+@pytest.mark.parametrize("path", sorted(Path("configs").glob("*/zero_2048.yaml")), ids=str)
+def test_a_layout_for_2048_ranks_could_run(path, tmp_path):
+    file = tmp_path / "r1.yaml"
+    external = "external: {models: configs/deepseek_v3_671b/model, data: null}"
+    file.write_text(f"name: large\ndir: {tmp_path}\n{external}\nnodes:\n  zero: {{config: {path.resolve()}, ranks: 2048}}\n")
+    check_pipeline(load_pipeline(file), ["zero"], dry_run=True)
+
+
 def test_edges_follow_from_paths(two):
     nodes = load_pipeline(two).nodes
     assert (nodes["base"].parents, nodes["zero"].parents) == ((), ("base",))

@@ -87,6 +87,7 @@ class Layout:
     vpp: int | None = None
     cp: int = 1
     dp: int | None = None
+    layers_per_stage: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,6 +34,9 @@ class ParallelConfig(Section):
     etp: PositiveInt = 1
     pp: PositiveInt = 1
     vpp: PositiveInt | None = None  # virtual pipeline stages per rank
+    layers_per_stage: tuple[NonNegativeInt, ...] | None = None
+    # decoder layers of each of the pp * vpp stages in the order of the model (stage s runs on pipeline rank s % pp);
+    # None: equally many. DeepSeek-V3's 61 on pp=16: [4, 4, ... 4, 1], the last with MTP and loss
     cp: PositiveInt = 1
     dp: PositiveInt | None = None  # None: what the world size leaves
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from r1mega.config.launched import launched_place
+from r1mega.config.layout import model_problems, process_problems
 from r1mega.config.model_files import context_length, tokenizer_size
 from r1mega.config.schema import DataConfig, RolloutConfig, Stage
 from r1mega.errors import ConfigError
@@ -130,36 +131,8 @@ def context_problems(hf: dict[str, Any], data: DataConfig, rollout: RolloutConfi
 
 
 def _layout_problems(config: Stage, hf: dict[str, Any], world: int) -> Iterator[str]:
-    p = config.parallel
-    model_ranks, expert_ranks = p.tp * p.pp * p.cp, p.ep * p.etp * p.pp
-    if world % model_ranks:
-        yield f"parallel: {world} processes cannot be divided by tp * pp * cp = {model_ranks}"
-    elif p.dp is not None and p.dp * model_ranks != world:
-        yield f"parallel.dp = {p.dp} with tp * pp * cp = {model_ranks} wants {p.dp * model_ranks} processes, there are {world}"
-    if world % expert_ranks:
-        yield f"parallel: {world} processes cannot be divided by ep * etp * pp = {expert_ranks}"
-    if config.model.log_probs == "hidden" and (p.tp > 1 or hf.get("tie_word_embeddings") or config.model.mtp_loss_coefficient):
+    yield from process_problems(config.parallel, world)
+    yield from model_problems(config.parallel, hf)
+    tied, further = hf.get("tie_word_embeddings"), config.model.mtp_loss_coefficient
+    if config.model.log_probs == "hidden" and (config.parallel.tp > 1 or tied or further):
         yield "model.log_probs = hidden wants parallel.tp=1, untied embeddings and no MTP loss; use logits"
-    kind = config.stage
-    if model_ranks > 1:
-        yield f"parallel: stage {kind} does not run in this layout yet; set tp=1, pp=1 and cp=1 (dp, ep and rollout.tp may be more)"
-    if hf.get("n_routed_experts") and p.tp > 1 and p.sp is False:
-        yield "parallel.sp = false: a mixture of experts with parallel.tp > 1 needs sequence parallelism; leave sp out"
-    if not hf.get("kv_lora_rank") and hf.get("num_key_value_heads", p.tp) % p.tp:
-        yield f"parallel.tp = {p.tp} does not divide the model's num_key_value_heads = {hf['num_key_value_heads']}"
-    experts = hf.get("n_routed_experts")
-    divisions = [
-        ("parallel.tp", p.tp, "num_attention_heads", hf.get("num_attention_heads")),
-        ("parallel.tp", p.tp, "intermediate_size", hf.get("intermediate_size")),
-        ("parallel.pp * vpp", p.pp * (p.vpp or 1), "num_hidden_layers", hf.get("num_hidden_layers")),
-        ("parallel.ep", p.ep, "n_routed_experts", experts),
-        ("parallel.etp", p.etp, "moe_intermediate_size", hf.get("moe_intermediate_size")),
-    ]
-    for key, size, name, value in divisions:
-        if value is not None and value % size:
-            smaller = max(d for d in range(1, size + 1) if value % d == 0)
-            yield f"{key} = {size} does not divide the model's {name} = {value}; {smaller} would"
-    if not experts and (p.ep > 1 or p.etp > 1):
-        yield f"parallel.ep = {p.ep}, parallel.etp = {p.etp}: a model without experts wants 1 and 1"
-    if p.vpp is not None and p.pp == 1:
-        yield f"parallel.vpp = {p.vpp} wants parallel.pp > 1"

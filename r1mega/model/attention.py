@@ -66,7 +66,12 @@ class CausalAttention(MegatronModule):
 
 @dataclass
 class PackedSequences(PackedSeqParams):
-    """Megatron's description of packed sequences, with the rectangles that all layers share."""
+    """Megatron's description of packed sequences, with the rectangles that all layers share.
+
+    padding_mask: [1, tokens] bool; the layers' routers find it here (see megatron_patches.py).
+    """
+
+    padding_mask: torch.Tensor | None = None
 
     @cached_property
     def index(self) -> PackingIndex:

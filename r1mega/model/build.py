@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from r1mega import platform
+from r1mega.config.layout import Layout, model_problems
 from r1mega.errors import ConfigError, PlatformError
 from r1mega.model import deepseek_v3, dense
 from r1mega.model.hf_config import as_dict, refuse, require
-from r1mega.platform.groups import Layout, seed_all
+from r1mega.platform.groups import seed_all
 
 FAMILIES = {model_type: family for family in (deepseek_v3, dense) for model_type in family.MODEL_TYPES}
 
@@ -41,10 +42,11 @@ def build_model(
     return [_build_chunk(hf, config, init_std, stage) for stage in (range(virtual) if virtual else [None])]
 
 
-def packed_seq_params(cu_seqlens: torch.Tensor) -> Any:
+def packed_seq_params(cu_seqlens: torch.Tensor, padding: torch.Tensor | None = None) -> Any:
     """Megatron's description of packed sequences, from their bounds [sequences + 1] int32 (0 first, t last).
 
     Under context parallelism the bounds are those of the whole sequences; each rank holds `zigzag_rows` of them.
+    padding: [tokens that this rank's layers see] bool, True for tokens that routers do not count; None: there are none.
     """
     platform.prepare()
     from r1mega.model.attention import PackedSequences
@@ -57,6 +59,7 @@ def packed_seq_params(cu_seqlens: torch.Tensor) -> Any:
         cu_seqlens_kv=cu_seqlens,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
+        padding_mask=None if padding is None else padding[None],
     )
 
 
@@ -69,28 +72,8 @@ def family_of(hf: Mapping[str, Any]) -> Any:
 
 
 def check_layout(hf: Mapping[str, Any], layout: Layout) -> None:
-    """ConfigError, naming every number that does not divide, unless the layout fits the model. Needs no processes."""
-    heads, layers = require(hf, "num_attention_heads", "num_hidden_layers")
-    sizes = [
-        ("parallel.tp", layout.tp, "num_attention_heads", heads),
-        ("parallel.tp", layout.tp, "intermediate_size", hf.get("intermediate_size", 0)),
-        ("parallel.pp * vpp", layout.pp * (layout.vpp or 1), "num_hidden_layers", layers),
-    ]
-    experts = hf.get("n_routed_experts")
-    if experts:
-        sizes += [
-            ("parallel.ep", layout.ep, "n_routed_experts", experts),
-            ("parallel.etp", layout.etp, "moe_intermediate_size", hf["moe_intermediate_size"]),
-        ]
-    else:
-        sizes.append(("parallel.tp", layout.tp, "num_key_value_heads", hf.get("num_key_value_heads", heads)))
-    problems = [f"{key} = {size} does not divide {name} = {value}" for key, size, name, value in sizes if value % size]
-    if not experts and (layout.ep > 1 or layout.etp > 1):
-        problems.append(f"parallel.ep = {layout.ep}, parallel.etp = {layout.etp}: a model without experts wants 1")
-    if experts and layout.tp > 1 and layout.sp is False:
-        problems.append("parallel.sp = false: a mixture of experts with parallel.tp > 1 needs sequence parallelism")
-    if layout.vpp and layout.pp == 1:
-        problems.append(f"parallel.vpp = {layout.vpp} wants parallel.pp > 1")
+    """ConfigError, naming every number to change, unless the layout fits the model. Needs no processes."""
+    problems = list(model_problems(layout, hf))
     if problems:
         raise ConfigError("; ".join(problems))
 
@@ -121,16 +104,38 @@ def megatron_config(hf: Mapping[str, Any], layout: Layout, model: Any, *, init_s
         "pipeline_dtype": dtype,
         "bf16": dtype == torch.bfloat16,
         "calculate_per_token_loss": True,
-        "perform_initialization": init_std is not None,
-        "init_method_std": init_std if init_std is not None else 0.02,
+        **_initialization_arguments(init_std),
         **_layout_arguments(layout),
         **_platform_arguments(model.fp8),
         **_recompute_arguments(model.recompute),
         **family.megatron_arguments(hf, model),
     }
+    if layout.layers_per_stage is not None:
+        arguments["pipeline_model_parallel_layout"] = _pipeline_layout(layout, arguments.get("mtp_num_layers") or 0)
     from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
     return (MLATransformerConfig if family is deepseek_v3 else TransformerConfig)(**arguments)
+
+
+def _initialization_arguments(init_std: float | None) -> dict[str, Any]:
+    """Where weights are to be loaded, Megatron still has to initialise, with a method that does nothing: the attributes
+    by which its optimizer tells slices of a tensor from copies (gradient norm, clipping) are set there and nowhere else.
+    """
+    if init_std is not None:
+        return {"init_method_std": init_std}
+    return {"init_method": _leave, "output_layer_init_method": _leave}
+
+
+def _leave(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+def _pipeline_layout(layout: Layout, num_mtp_layers: int) -> list[list[str]]:
+    """Megatron's pipeline_model_parallel_layout: what each stage holds, in the order of the model."""
+    stages = [["decoder"] * count for count in layout.layers_per_stage]
+    stages[0].insert(0, "embedding")
+    stages[-1] += ["mtp"] * num_mtp_layers + ["loss"]
+    return stages
 
 
 def _layout_arguments(layout: Layout) -> dict[str, Any]:

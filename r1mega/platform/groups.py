@@ -6,28 +6,16 @@ import os
 import random
 import socket
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from r1mega import platform
+from r1mega.config.layout import Layout, process_problems
 from r1mega.errors import ConfigError
 
 TIMEOUT = timedelta(minutes=30)
-
-
-class Layout(Protocol):
-    """Sizes of the parallel dimensions; see ParallelConfig in config/schema.py."""
-
-    tp: int
-    sp: bool | None
-    ep: int
-    etp: int
-    pp: int
-    vpp: int | None
-    cp: int
-    dp: int | None
 
 
 def init_distributed() -> None:
@@ -60,21 +48,14 @@ def init_parallel(layout: Layout, seed: int) -> None:
     """
     platform.prepare()
     init_distributed()
-    world = dist.get_world_size()
-    dense, experts = layout.tp * layout.pp * layout.cp, layout.ep * layout.etp * layout.pp
-    for keys, size in (("tp * pp * cp", dense), ("ep * etp * pp", experts)):
-        if world % size:
-            raise ConfigError(f"parallel: {world} processes cannot be divided by {keys} = {size}; change one of them")
-    if layout.dp is not None and layout.dp * dense != world:
-        raise ConfigError(
-            f"parallel.dp = {layout.dp} with tp * pp * cp = {dense} wants {layout.dp * dense} processes, not {world}"
-        )
+    for problem in process_problems(layout, dist.get_world_size()):
+        raise ConfigError(problem)
     from megatron.core import parallel_state
 
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
-        virtual_pipeline_model_parallel_size=layout.vpp,
+        virtual_pipeline_model_parallel_size=layout.vpp if (layout.vpp or 1) > 1 else None,
         context_parallel_size=layout.cp,
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=layout.etp,

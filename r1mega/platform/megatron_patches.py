@@ -162,6 +162,28 @@ PATCHES = (
         "Float16Module turns the token counters into bfloat16, which cannot count beyond 256",
     ),
     Patch(
+        "transformer.transformer_layer",
+        "always",
+        '            padding_mask=kwargs.get("padding_mask", None),\n        )\n        return output, context',
+        '            padding_mask=getattr(kwargs.get("packed_seq_params"), "padding_mask", None),\n'
+        "        )\n        return output, context",
+        "the mask as an argument reaches neither the later pipeline stages (cut for sequence parallelism) nor MTP's layer",
+    ),
+    Patch(
+        "transformer.moe.router",
+        "always",
+        "routing_map = routing_map & (~padding_mask)",
+        "routing_map = routing_map & (~padding_mask)[:, None]",
+        "[tokens, experts] and [tokens] do not go together",
+    ),
+    Patch(
+        "transformer.moe.moe_utils",
+        "always",
+        "total_num_tokens = global_tokens_per_expert.sum() / topk",
+        "total_num_tokens = (global_tokens_per_expert.sum() / topk).clamp(min=1)",
+        "a microbatch of padding alone has the auxiliary loss 0, not 0 / 0",
+    ),
+    Patch(
         "models.gpt.gpt_model",
         "always",
         "        if mtp_in_postprocess:\n            hidden_states = self.mtp(",

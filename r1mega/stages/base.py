@@ -8,8 +8,6 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch.distributed as dist
-
 from r1mega.checkpoint.hf import read_config, write_hf
 from r1mega.config.stages.base import BaseStage
 from r1mega.data import nano, nano_general, nano_tokenizer
@@ -48,7 +46,7 @@ def run(config: BaseStage, runtime: Runtime) -> int:
     def measure(step: int) -> dict[str, float]:
         return _probe(policy, tokenizer, config.seed) if step == config.steps else {}
 
-    if not loop.run(_batches(config, tokenizer, start), measure):
+    if not loop.run(_batches(config, policy, tokenizer, start), measure):
         return runtime.stopped(loop.step)
     write_hf(
         runtime.run_dir / "hf",
@@ -75,9 +73,11 @@ def _make_task(config: BaseStage, run_dir: Path, tokenizer_dir: Path) -> None:
         nano_tokenizer.train_tokenizer(tokenizer_dir)
 
 
-def _batches(config: BaseStage, tokenizer: Tokenizer, skip: int) -> Iterator[list[WeightedMicrobatch]]:
-    """This rank's microbatches, one list an optimizer step, from step `skip` on."""
-    size, rank = dist.get_world_size(), dist.get_rank()
+def _batches(
+    config: BaseStage, policy: Policy, tokenizer: Tokenizer, skip: int
+) -> Iterator[list[WeightedMicrobatch]]:
+    """This replica's microbatches, one list an optimizer step, from step `skip` on."""
+    size, rank = policy.num_replicas, policy.replica
     step = 0
     for window in itertools.count():
         samples = [
@@ -116,7 +116,7 @@ def _probe(policy: Policy, tokenizer: Tokenizer, seed: int) -> dict[str, float]:
         words = completion.split()
         kinds += [None, None, *(_kind(before, word) for before, word in itertools.pairwise(words[1:]))]
     microbatch = build_microbatch([p + a for p, a in samples], [len(p) for p, _ in samples], range(len(samples)))
-    log_probs, _ = policy.log_probs([microbatch])[0]
+    log_probs, _ = policy.log_probs([microbatch], everywhere=True)[0]
     likely = (log_probs > math.log(0.5)).tolist()
     shares = {}
     for kind in ("candidate", "sum", "verdict", "answer"):

@@ -7,7 +7,6 @@ import random
 from collections.abc import Iterator, Sequence
 
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 from r1mega.checkpoint.hf import HFTensors, read_config, write_hf
 from r1mega.config.stages.sft import SFTStage
@@ -37,7 +36,7 @@ def run(config: SFTStage, runtime: Runtime) -> int:
     measures = _HeldOut(trainer, policy, tokenizer)
     if start == 0:
         measures.note(0, measures.measure(0))
-    if not loop.run(trainer.batches(start, policy.pad_multiple), measures.after_step):
+    if not loop.run(trainer.batches(start, policy), measures.after_step):
         return runtime.stopped(loop.step)
     write_hf(
         runtime.run_dir / "hf", policy.hf_tensors(), hf_config,
@@ -60,7 +59,7 @@ class _Trainer:
         self.steps_per_epoch = -(-len(self.training) // config.batch_size)
         self.num_steps = config.epochs * self.steps_per_epoch
 
-    def batches(self, skip: int, pad_multiple: int) -> Iterator[list[WeightedMicrobatch]]:
+    def batches(self, skip: int, policy: Policy) -> Iterator[list[WeightedMicrobatch]]:
         """This rank's microbatches of each step after `skip`. The last batch of an epoch may be smaller."""
         size = self.config.batch_size
         for epoch in range(skip // self.steps_per_epoch, self.config.epochs):
@@ -68,15 +67,16 @@ class _Trainer:
             random.Random(f"{self.config.seed}/{epoch}").shuffle(order)
             first = max(0, skip - epoch * self.steps_per_epoch)
             for start in range(first * size, len(order), size):
-                yield self.pack(order[start : start + size], pad_multiple)
+                yield self.pack(order[start : start + size], policy)
 
-    def pack(self, members: Sequence[int], pad_multiple: int) -> list[WeightedMicrobatch]:
+    def pack(self, members: Sequence[int], policy: Policy) -> list[WeightedMicrobatch]:
         """This data-parallel rank's share of these samples, by the best-fit plan."""
-        ranks, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
-        plan = plan_packing(self.dataset.lengths, [members], self.config.microbatch_tokens, ranks)
+        plan = plan_packing(
+            self.dataset.lengths, [members], self.config.microbatch_tokens, policy.num_replicas, policy.microbatch_multiple
+        )
         return [
-            pack_weighted([WeightedSample(*self.dataset.sample(i, self.config.prompt_loss_weight)) for i in indices], indices, pad_multiple)
-            for indices in plan.bins[0][rank]
+            pack_weighted([WeightedSample(*self.dataset.sample(i, self.config.prompt_loss_weight)) for i in indices], indices)
+            for indices in plan.bins[0][policy.replica]
         ]
 
 
@@ -98,7 +98,7 @@ class _HeldOut:
         trainer = self._trainer
         if not trainer.held_out:
             return {}
-        batches = trainer.pack(trainer.held_out, self._policy.pad_multiple)
+        batches = trainer.pack(trainer.held_out, self._policy)
         losses = sample_losses(self._policy, batches)
         self.last = {"train/held_out_loss": mean_loss(losses)}
         self._write_samples(step, batches, losses)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 from r1mega.algorithm.grpo import grpo_loss
 from r1mega.config.stages.rl import RLStage
@@ -50,10 +49,10 @@ def update_policy(
     algorithm, temperature = config.algorithm, config.rollout.temperature
     results: list[UpdateResult] = []
     with timer.phase("update"):
-        minibatches, fill = _plan(samples, config, step, policy.pad_multiple)
+        minibatches, fill = _plan(samples, config, step, policy)
     everything = [batch for minibatch in minibatches for batch in minibatch.microbatches]
     with timer.phase("logprob"):
-        old = reference = None
+        old = reference = None  # on the last pipeline stage, where the loss is; empty on the others
         if algorithm.old_log_probs == "recompute":
             old = [log_probs for log_probs, _ in policy.log_probs(everything, temperature)]
         if algorithm.kl_coefficient > 0:
@@ -89,27 +88,29 @@ def update_policy(
                 )
             )
             offset += len(minibatch.microbatches)
-    return _metrics(results) | {
+    return _metrics(results, policy.reports) | {
         "packing/fill_fraction": fill,
         "tokens/update": float(config.update.num_epochs * sum(len(s.token_ids) for s in samples)),
     }
 
 
 def _plan(
-    samples: Sequence[TrainingSample], config: RLStage, step: int, pad_multiple: int
+    samples: Sequence[TrainingSample], config: RLStage, step: int, policy: Policy
 ) -> tuple[list[_Minibatch], float]:
+    """(this replica's share of each optimizer step, how full its microbatches are)."""
     lengths = [len(sample.token_ids) for sample in samples]
-    num_ranks, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
     minibatches, fills = [], []
     for epoch in range(config.update.num_epochs):
         parts = split_minibatches(len(samples), config.update.num_minibatches, f"{config.seed}/{step}/{epoch}")
         parts = [part for part in parts if part]
-        plan = plan_packing(lengths, parts, config.update.microbatch_tokens, num_ranks)
+        plan = plan_packing(
+            lengths, parts, config.update.microbatch_tokens, policy.num_replicas, policy.microbatch_multiple
+        )
         fills.append(plan.fill_fraction)
         for members, ranks in zip(parts, plan.bins, strict=True):
             minibatches.append(
                 _Minibatch(
-                    microbatches=[pack_samples(samples, indices, pad_multiple) for indices in ranks[rank]],
+                    microbatches=[pack_samples(samples, indices) for indices in ranks[policy.replica]],
                     weights=minibatch_weights(
                         samples, members, config.algorithm.loss_aggregation, config.rollout.max_response_tokens
                     ),
@@ -119,15 +120,14 @@ def _plan(
     return minibatches, sum(fills) / len(fills)
 
 
-def _metrics(results: list[UpdateResult]) -> dict[str, float]:
-    """Add the statistics of microbatches and ranks up. Mismatch: of the first optimizer step only, whose forward pass
-    still has the weights that sampled.
+def _metrics(results: list[UpdateResult], reports: bool) -> dict[str, float]:
+    """Add the statistics of microbatches and reporting ranks up. Mismatch: of the first optimizer step only, whose
+    forward pass still has the weights that sampled.
     """
     sums = torch.zeros(7, dtype=torch.float64)
     largest = torch.zeros(1, dtype=torch.float64)
-    counts = parallel_state.get_tensor_model_parallel_rank() == 0  # tensor-parallel ranks see the same tokens
     for place, result in enumerate(results):
-        for stats, entropy, loss in result.statistics if counts else ():
+        for stats, entropy, loss in result.statistics if reports else ():
             sums[:5] += torch.stack([stats.num_tokens, stats.clipped, stats.kl, entropy, loss]).cpu()
             if place == 0:
                 sums[5] += stats.num_tokens.cpu()

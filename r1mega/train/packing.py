@@ -19,7 +19,8 @@ from r1mega.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class PackingPlan:
-    """bins[minibatch][rank][microbatch] -> indices of samples. Every rank has equally many microbatches.
+    """bins[minibatch][rank][microbatch] -> indices of samples. Every rank has equally many microbatches, a multiple of
+    what was asked for.
 
     fill_fraction: real tokens over (microbatches * the largest microbatch of their minibatch): what fixed-size
     microbatches would waste.
@@ -80,11 +81,12 @@ def split_minibatches(num_samples: int, num_minibatches: int, seed: str) -> list
 
 
 def plan_packing(
-    lengths: Sequence[int], minibatches: Sequence[Sequence[int]], capacity: int, num_ranks: int = 1
+    lengths: Sequence[int], minibatches: Sequence[Sequence[int]], capacity: int, num_ranks: int = 1, multiple: int = 1
 ) -> PackingPlan:
     """Pack each minibatch into microbatches of at most `capacity` tokens, balanced over the data-parallel ranks.
 
-    lengths: tokens of each sample. Raises ConfigError when a sample is longer than `capacity`.
+    lengths: tokens of each sample. multiple: of microbatches a rank and minibatch (interleaved pipelines want it).
+    Raises ConfigError when a sample is longer than `capacity`.
     """
     longest = max((lengths[i] for batch in minibatches for i in batch), default=0)
     if longest > capacity:
@@ -94,7 +96,7 @@ def plan_packing(
         )
     plan, real, allotted = [], 0, 0
     for batch in minibatches:
-        bins = balanced_bins(lengths, batch, capacity, num_ranks)
+        bins = balanced_bins(lengths, batch, capacity, num_ranks * multiple)
         sizes = [sum(lengths[i] for i in members) for members in bins]
         real, allotted = real + sum(sizes), allotted + len(bins) * max(sizes)
         order = sorted(range(len(bins)), key=lambda b: (-sizes[b], b))
@@ -108,10 +110,10 @@ def plan_packing(
 
 @dataclass(frozen=True, slots=True)
 class Microbatch:
-    """Packed samples (thd). T = padded tokens, R = trained (response) tokens.
+    """Packed samples (thd). T = tokens, R = trained (response) tokens. Whole samples, whatever the parallel layout.
 
     tokens, positions, labels: [T] int64; labels: the next token of the same sample (0 where there is none).
-    cu_seqlens: [samples + 1] int32 (padding, if any, is one more sequence at the end).
+    cu_seqlens: [samples + 1] int32. Without samples there is one token of padding, for the model must run.
     rows: [R] positions whose logits predict a response token; targets: [R] those tokens; sequence_ids: [R] which
     sample of this microbatch. sample_indices: the samples, in order, as indices into the step's samples.
     """
@@ -139,19 +141,14 @@ class Microbatch:
 
 
 def build_microbatch(
-    token_ids: Sequence[Sequence[int]],
-    prompt_lengths: Sequence[int],
-    sample_indices: Sequence[int],
-    pad_multiple: int = 1,
+    token_ids: Sequence[Sequence[int]], prompt_lengths: Sequence[int], sample_indices: Sequence[int]
 ) -> Microbatch:
-    """Concatenate samples (each [prompt | response]) into one packed row, padded to a multiple (for TP/CP splits)."""
+    """Concatenate samples (each [prompt | response]) into one packed row."""
     lengths = [len(ids) for ids in token_ids]
-    total = sum(lengths)
-    padding = -total % pad_multiple if total else pad_multiple
-    spans = lengths + ([padding] if padding else [])
+    spans = lengths or [1]
     cu_seqlens = torch.zeros(len(spans) + 1, dtype=torch.int32)
     cu_seqlens[1:] = torch.tensor(spans, dtype=torch.int32).cumsum(0)
-    tokens = torch.tensor([t for ids in token_ids for t in ids] + [0] * padding, dtype=torch.int64)
+    tokens = torch.tensor([t for ids in token_ids for t in ids] or [0], dtype=torch.int64)
     starts = cu_seqlens[:-1].long()
     positions = torch.arange(len(tokens)) - torch.repeat_interleave(starts, torch.tensor(spans, dtype=torch.int64))
     labels = torch.roll(tokens, -1)
@@ -168,7 +165,7 @@ def build_microbatch(
         positions=positions,
         labels=labels,
         cu_seqlens=cu_seqlens,
-        max_seqlen=max(spans, default=0),
+        max_seqlen=max(spans),
         rows=rows,
         targets=tokens[rows + 1] if len(rows) else torch.zeros(0, dtype=torch.int64),
         sequence_ids=torch.cat(sequence_ids) if sequence_ids else torch.zeros(0, dtype=torch.int64),

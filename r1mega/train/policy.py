@@ -30,14 +30,15 @@ from megatron.core.optimizer import get_megatron_optimizer  # noqa: E402
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 from megatron.core.transformer.module import Float16Module  # noqa: E402
-from r1mega_kernels import LogProbs, grouped_log_prob, linear_log_prob  # noqa: E402
+from r1mega_kernels import grouped_log_prob, linear_log_prob  # noqa: E402
 
 from r1mega.checkpoint.names import export_hf, load_hf  # noqa: E402
 from r1mega.config.schema import ModelConfig, OptimizerConfig, ParallelConfig  # noqa: E402
 from r1mega.errors import NonFiniteError  # noqa: E402
 from r1mega.model.build import build_model, packed_seq_params  # noqa: E402
 from r1mega.model.reward_head import attach_scalar_head  # noqa: E402
-from r1mega.train.packing import Microbatch  # noqa: E402
+from r1mega.train.packing import Microbatch, build_microbatch  # noqa: E402
+from r1mega.train.shard import Cut, Shard, join_rows, shard  # noqa: E402
 
 LossFunction = Callable[[int, Microbatch, torch.Tensor, torch.Tensor], tuple[torch.Tensor, Any]]
 """(index of the microbatch, microbatch, log_probs [R], entropies [R]) -> (loss sum, statistics to collect)."""
@@ -110,24 +111,51 @@ class Policy:
         config.grad_scale_func = self.optimizer.scale_loss
         config.finalize_model_grads_func = self._finalize_gradients
         self._forward_backward = get_forward_backward_func()
-        self._tensor_group = (
-            parallel_state.get_tensor_model_parallel_group() if config.tensor_model_parallel_size > 1 else None
-        )
+        self._place_in_layout()
         self._head = _bypass_output_layer(self.chunks[-1]) if model.log_probs == "hidden" else None
-        self.pad_multiple = parallel.tp * (2 * parallel.cp if parallel.cp > 1 else 1)
-        """Tokens of a microbatch are a multiple of this (sequence and context parallel splits)."""
         self.kernels = "reference" if model.log_probs == "reference" else None
         self._reference: list[dict[str, torch.Tensor]] | None = None
         self._expert_load = math.nan
+
+    def _place_in_layout(self) -> None:
+        """What callers and this class need to know of the parallel groups."""
+        config, ps = self.megatron_config, parallel_state
+        tp, cp = config.tensor_model_parallel_size, config.context_parallel_size
+        self._tensor_group = ps.get_tensor_model_parallel_group() if tp > 1 else None
+        self._context_group = ps.get_context_parallel_group() if cp > 1 else None
+        self._cut = Cut(
+            cp, ps.get_context_parallel_rank(), tp, ps.get_tensor_model_parallel_rank(), config.sequence_parallel
+        )
+        self.replica, self.num_replicas = ps.get_data_parallel_rank(), ps.get_data_parallel_world_size()
+        """Which data-parallel share of the samples this rank trains on, of how many."""
+        self.reports = self._cut.tp_rank == 0 and self._cut.cp_rank == 0 and ps.is_pipeline_last_stage()
+        """True on one rank of each replica: statistics are complete there, and to be added up over those ranks only."""
+        self.microbatch_multiple = config.pipeline_model_parallel_size if len(self.chunks) > 1 else 1
+        """Best number of microbatches a step: multiples of this; others are filled up with empty ones."""
 
     # ------------------------------------------------------------------ forward, update
 
     @torch.no_grad()
     def log_probs(
-        self, microbatches: Sequence[Microbatch], temperature: float = 1.0
+        self, microbatches: Sequence[Microbatch], temperature: float = 1.0, *, everywhere: bool = False
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """(log_probs [R], entropies [R]) of the response tokens of each microbatch; [] off the last pipeline stage."""
-        return self._run(microbatches, lambda _i, _mb, lp, ent: (lp.sum(), (lp, ent)), temperature, forward_only=True)
+        """(log_probs [R], entropies [R]) of the response tokens of each microbatch, whole on every rank of the last
+        pipeline stage; elsewhere [], or with `everywhere` the same.
+        """
+        results = self._run(microbatches, lambda _i, _mb, lp, ent: (lp.sum(), (lp, ent)), temperature, forward_only=True)
+        if not everywhere or self.megatron_config.pipeline_model_parallel_size == 1:
+            return results
+        received = []
+        for index, batch in enumerate(microbatches):
+            both = torch.empty(2, batch.rows.numel(), device=self.device)
+            if results:
+                both = torch.stack(results[index])
+            dist.broadcast(
+                both, parallel_state.get_pipeline_model_parallel_last_rank(),
+                group=parallel_state.get_pipeline_model_parallel_group(),
+            )  # fmt: skip
+            received.append((both[0], both[1]))
+        return received
 
     def update(
         self,
@@ -174,72 +202,89 @@ class Policy:
         forward_only: bool,
         predict_further: bool = False,
     ) -> list[Any]:
-        collected: list[Any] = []
+        fillers = [build_microbatch([], [], ())] * (-len(microbatches) % self.microbatch_multiple)
+        collected: dict[int, Any] = {}
 
         def forward_step(iterator: Iterator[tuple[int, Microbatch]], model: torch.nn.Module):
             index, batch = next(iterator)
             batch = batch.to(self.device)
-            packed = packed_seq_params(batch.cu_seqlens)
-            if predict_further:  # with labels Megatron adds the MTP loss itself and returns cross-entropies [1, T]
-                mask = torch.zeros(1, batch.num_tokens, device=self.device).index_fill_(1, batch.rows, 1.0)
+            part = shard(batch, self._cut)
+            packed = packed_seq_params(part.cu_seqlens, part.padding)
+            if predict_further:  # with labels Megatron adds the MTP loss itself and returns cross-entropies [1, t]
+                mask = torch.zeros(1, part.tokens.numel(), device=self.device).index_fill_(1, part.rows, 1.0)
                 output = model(
-                    batch.tokens[None], batch.positions[None], None,
-                    labels=batch.labels[None], loss_mask=mask, packed_seq_params=packed,
+                    part.tokens[None], part.positions[None], None,
+                    labels=part.labels[None], loss_mask=mask, packed_seq_params=packed,
                 )  # fmt: skip
             else:
-                output = model(batch.tokens[None], batch.positions[None], None, packed_seq_params=packed)
+                output = model(part.tokens[None], part.positions[None], None, packed_seq_params=packed)
 
             def loss(output: torch.Tensor):
-                if predict_further:
-                    log_probs = -output[0].index_select(0, batch.rows).float()
-                    entropies = torch.full_like(log_probs, math.nan)
+                log_probs, entropies = self._score(output[0], batch, part, temperature, predict_further)
+                if index < len(microbatches):
+                    value, collected[index] = function(index, batch, log_probs, entropies)
                 else:
-                    log_probs, entropies, _ = self._score(output[0], batch, temperature)
-                value, statistics = function(index, batch, log_probs, entropies)
-                collected.append(statistics)
-                return value, torch.tensor(batch.rows.numel(), dtype=torch.int), {}
+                    value = log_probs.sum()  # of nothing: a filler
+                return value, torch.tensor(part.rows.numel(), dtype=torch.int), {}
 
             return output, loss
 
-        iterators = [iter(enumerate(microbatches)) for _ in self.ddp_chunks]  # one a virtual pipeline stage
-        virtual = len(self.ddp_chunks) > 1
+        chunks = self.ddp_chunks
+        iterators = [iter(enumerate([*microbatches, *fillers])) for _ in chunks]  # one a virtual pipeline stage
         self._forward_backward(
             forward_step_func=forward_step,
-            data_iterator=iterators if virtual else iterators[0],
-            model=self.ddp_chunks if virtual else self.ddp_chunks[0],
-            num_microbatches=len(microbatches),
-            seq_length=max(b.num_tokens for b in microbatches),
+            data_iterator=iterators if len(chunks) > 1 else iterators[0],
+            model=chunks if len(chunks) > 1 else chunks[0],
+            num_microbatches=len(microbatches) + len(fillers),
+            seq_length=max(b.num_tokens for b in microbatches),  # of pipelines with a fixed length, which none is
             micro_batch_size=1,
             forward_only=forward_only,
         )
-        return collected
+        return list(collected.values())
 
-    def _score(self, output: torch.Tensor, batch: Microbatch, temperature: float) -> LogProbs:
-        """Log-probs of a microbatch's response tokens from the model's output: logits, or hidden states."""
+    def _score(
+        self, output: torch.Tensor, batch: Microbatch, part: Shard, temperature: float, is_cross_entropy: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probs and entropies [R] of a microbatch's response tokens from this rank's output: logits [t, vocabulary],
+        hidden states [t, hidden], cross-entropies [t] or scores [t, 1] (entropies are then NaN).
+        """
+        where = (part.labels, temperature, part.rows, self._tensor_group)
         if self._scalar_head:
-            scores = output.index_select(0, batch.rows)[:, 0]
-            return LogProbs(scores, torch.full_like(scores, math.nan), None)
-        where = (batch.labels, temperature, batch.rows, self._tensor_group)
-        if self._head is None:
-            return grouped_log_prob(output, *where, backend=self.kernels)
-        return linear_log_prob(output, self._head.weight, *where, backend=self.kernels)
+            log_probs = output.index_select(0, part.rows)[:, 0]
+            entropies = torch.full_like(log_probs, math.nan)
+        elif is_cross_entropy:
+            log_probs = -output.index_select(0, part.rows).float()
+            entropies = torch.full_like(log_probs, math.nan)
+        elif self._head is None:
+            log_probs, entropies, _ = grouped_log_prob(output, *where, backend=self.kernels)
+        else:
+            log_probs, entropies, _ = linear_log_prob(output, self._head.weight, *where, backend=self.kernels)
+        if self._context_group is None:
+            return log_probs, entropies
+        joined = join_rows(torch.stack([log_probs, entropies], 1), part.places, batch.rows.numel(), self._context_group)
+        return joined[:, 0], joined[:, 1]
 
     def _finalize_gradients(self, model: list[torch.nn.Module], num_tokens: torch.Tensor | None = None, **kwargs):
         self._expert_load = self._measure_expert_load()  # finalize_model_grads resets the counters
         finalize_model_grads(model, num_tokens, **kwargs)
 
     def _measure_expert_load(self) -> float:
+        """Max over mean of tokens per expert, averaged over the MoE layers of all pipeline stages."""
         counters = [
             module.local_tokens_per_expert
             for chunk in self.chunks
             for module in chunk.modules()
             if getattr(module, "local_tokens_per_expert", None) is not None
         ]
-        if not counters:
-            return math.nan
-        tokens = torch.stack(counters).clone()
-        dist.all_reduce(tokens, group=parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True))
-        return float((tokens.max(dim=1).values / tokens.mean(dim=1).clamp(min=1e-9)).mean())
+        sums = torch.zeros(2, device=self.device)  # of ratios, of layers
+        if counters:
+            tokens = torch.stack(counters).clone()
+            dist.all_reduce(tokens, group=parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True))
+            ratios = tokens.max(dim=1).values / tokens.mean(dim=1).clamp(min=1e-9)
+            sums = torch.stack([ratios.sum(), torch.full_like(sums[0], len(ratios))])
+        dist.all_reduce(sums, group=parallel_state.get_pipeline_model_parallel_group())
+        ratio, layers = sums.tolist()
+        return ratio / layers if layers else math.nan
 
     # ------------------------------------------------------------------ weights
 

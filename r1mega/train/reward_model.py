@@ -14,8 +14,6 @@ from r1mega.algorithm.pairwise import pairwise_losses, pointwise_losses
 from r1mega.train.packing import Microbatch, build_microbatch, plan_packing
 from r1mega.train.policy import Policy, UpdateResult
 
-from megatron.core import parallel_state  # isort: skip  (after the policy has prepared the platform)
-
 Objective = Literal["pairwise", "pointwise"]
 
 
@@ -64,8 +62,9 @@ def preference_step(
 
     width = 2 if objective == "pairwise" else 1
     result = policy.update(batches, loss, total_response_tokens=width * len(indices))
-    sums = torch.stack([torch.zeros(2, dtype=torch.float64), *(part.cpu() for part in result.statistics)]).sum(0)
-    dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())
+    parts = [part.cpu() for part in result.statistics] if policy.reports else []
+    sums = torch.stack([torch.zeros(2, dtype=torch.float64), *parts]).sum(0)
+    dist.all_reduce(sums)
     mean_loss, accuracy = (sums / len(indices)).tolist()
     return PreferenceResult(result, mean_loss, accuracy, sum(samples[i].num_tokens for i in indices))
 
@@ -89,17 +88,16 @@ def preference_scores(policy: Policy, samples: Sequence[PreferenceSample], capac
 def _share(
     policy: Policy, samples: Sequence[PreferenceSample], indices: Sequence[int], capacity: int
 ) -> list[Microbatch]:
-    """This rank's microbatches; all ranks have equally many."""
+    """This replica's microbatches; all replicas have equally many."""
     lengths = [sample.num_tokens for sample in samples]
-    plan = plan_packing(lengths, [indices], capacity, parallel_state.get_data_parallel_world_size())
-    mine = plan.bins[0][parallel_state.get_data_parallel_rank()]
-    return [_pack([samples[i] for i in members], members, policy.pad_multiple) for members in mine]
+    plan = plan_packing(lengths, [indices], capacity, policy.num_replicas, policy.microbatch_multiple)
+    return [_pack([samples[i] for i in members], members) for members in plan.bins[0][policy.replica]]
 
 
-def _pack(members: Sequence[PreferenceSample], indices: Sequence[int], pad_multiple: int) -> Microbatch:
+def _pack(members: Sequence[PreferenceSample], indices: Sequence[int]) -> Microbatch:
     """One packed row; a sample's sequences follow each other, and `rows` are the last tokens of all sequences."""
     sequences = [list(sequence) for member in members for sequence in member.sequences]
-    packed = build_microbatch(sequences, [len(s) for s in sequences], indices, pad_multiple)
+    packed = build_microbatch(sequences, [len(s) for s in sequences], indices)
     last = packed.cu_seqlens[1 : len(sequences) + 1].long() - 1
     return dataclasses.replace(
         packed, rows=last, targets=packed.tokens[last], sequence_ids=torch.arange(len(sequences))

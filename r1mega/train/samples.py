@@ -56,12 +56,10 @@ def gather_samples(local: list[TrainingSample], contributes: bool) -> list[Train
     return [sample for part in everyone for sample in part]
 
 
-def pack_samples(samples: Sequence[TrainingSample], indices: Sequence[int], pad_multiple: int) -> Microbatch:
+def pack_samples(samples: Sequence[TrainingSample], indices: Sequence[int]) -> Microbatch:
     """One microbatch of the samples with these indices."""
     members = [samples[i] for i in indices]
-    return build_microbatch(
-        [m.token_ids.tolist() for m in members], [m.prompt_length for m in members], indices, pad_multiple
-    )
+    return build_microbatch([m.token_ids.tolist() for m in members], [m.prompt_length for m in members], indices)
 
 
 def policy_tokens(

@@ -41,11 +41,9 @@ class SupervisedResult:
     tokens: int
 
 
-def pack_weighted(
-    samples: Sequence[WeightedSample], sample_indices: Sequence[int], pad_multiple: int = 1
-) -> WeightedMicrobatch:
+def pack_weighted(samples: Sequence[WeightedSample], sample_indices: Sequence[int]) -> WeightedMicrobatch:
     """One microbatch of whole samples. Tokens of weight 0 are not trained: their logits are not even scored."""
-    packed = build_microbatch([list(s.token_ids) for s in samples], [1] * len(samples), sample_indices, pad_multiple)
+    packed = build_microbatch([list(s.token_ids) for s in samples], [1] * len(samples), sample_indices)
     weights = torch.cat([torch.as_tensor(s.weights, dtype=torch.float32)[1:] for s in samples] or [torch.zeros(0)])
     counts = weights > 0
     if not bool(counts.all()):

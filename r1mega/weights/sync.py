@@ -58,7 +58,7 @@ class WeightSync:
         return {"weights/probe_diff_max": result.max_difference}
 
     def _probe(self, sequences: list[list[int]]) -> verify.ProbeResult:
-        batch = build_microbatch(sequences, [1] * len(sequences), range(len(sequences)), self._policy.pad_multiple)
-        packed, _ = self._policy.log_probs([batch])[0]
+        batch = build_microbatch(sequences, [1] * len(sequences), range(len(sequences)))
+        packed, _ = self._policy.log_probs([batch], everywhere=True)[0]
         ours = [part.tolist() for part in torch.split(packed, [len(s) - 1 for s in sequences])]
         return verify.probe(self._engine, sequences, ours, self._tolerance)

@@ -16,31 +16,20 @@ MODELS = {  # vocabularies of 97 need padding under TP 2
     "qwen3": DENSE | {"model_type": "qwen3", "head_dim": 24, "tie_word_embeddings": True, "vocab_size": 97},
     "qwen2": DENSE | {"model_type": "qwen2", "vocab_size": 97},
 }
-CASES = {
+CASES = {  # test_policy_layouts.py has the packed ones
     2: [
         Case("deepseek", Layout()),
-        Case("deepseek", Layout(ep=2)),
         Case("deepseek 97", Layout(tp=2)),
         Case("deepseek", Layout(tp=2, ep=2), packed=True),
-        Case("deepseek", Layout(etp=2), packed=True),
-        Case("deepseek", Layout(tp=2, etp=2), packed=True),
-        Case("deepseek", Layout(pp=2), packed=True),
         Case("deepseek", Layout(pp=2, vpp=2)),
         Case("deepseek", Layout(cp=2)),
-        Case("deepseek", Layout(cp=2, ep=2), packed=True),
         Case("deepseek aux", Layout()),
         Case("deepseek aux", Layout(tp=2)),
         Case("deepseek aux", Layout(cp=2, ep=2)),
-        Case("qwen3", Layout(tp=2), packed=True),
         Case("qwen3", Layout(pp=2)),
         Case("qwen3", Layout(cp=2), packed=True),
         Case("qwen2", Layout(tp=2)),
         Case("qwen2", Layout(pp=2), packed=True),
-    ],
-    4: [
-        Case("deepseek", Layout(ep=2, etp=2), packed=True),
-        Case("deepseek", Layout(tp=2, ep=2)),
-        Case("deepseek 97", Layout(tp=2, pp=2, ep=2), packed=True),
     ],
 }
 

@@ -43,7 +43,12 @@ def test_shipped_nano_config_is_valid(run, world):
         (["evaluate.data=gone.jsonl"], 1, r"evaluate\.data: gone\.jsonl is missing"),
         (["parallel.tp=3"], 3, r"parallel\.tp = 3 does not divide the model's num_attention_heads = 4; 2 would"),
         (["parallel.ep=3"], 3, r"parallel\.ep = 3 does not divide the model's n_routed_experts = 8"),
-        (["parallel.pp=2"], 2, r"parallel\.pp \* vpp = 2 does not divide the model's num_hidden_layers = 3"),
+        (["parallel.pp=2"], 2, r"parallel\.pp \* vpp = 2 does not divide the model's num_hidden_layers = 3; 1 would, or set parallel\.layers_per_stage"),
+        (["parallel.pp=2", "parallel.layers_per_stage=[2,2]"], 2, r"adds up to 4 layers.*is 3: take away 1"),
+        (["parallel.pp=2", "parallel.layers_per_stage=[3]"], 2, r"has 1 numbers; parallel\.pp \* vpp = 2 \* 1 wants 2"),
+        (["parallel.vpp=2"], 1, r"parallel\.vpp = 2 wants parallel\.pp > 1"),
+        (["parallel.tp=2", "parallel.sp=false"], 2, r"needs sequence parallelism; leave sp out"),
+        (["parallel.tp=2", "model.log_probs=hidden"], 2, r"model\.log_probs = hidden wants parallel\.tp=1"),
         (["parallel.tp=2"], 3, r"3 processes cannot be divided by tp \* pp \* cp = 2"),
         (["parallel.dp=3"], 2, r"parallel\.dp = 3.*wants 3 processes, there are 2"),
         (["rollout.tp=2"], 3, r"rollout\.tp = 2 does not divide the 3 processes"),
@@ -60,6 +65,18 @@ def test_shipped_nano_config_is_valid(run, world):
 def test_each_problem_is_named(run, overrides, world, message):
     with pytest.raises(ConfigError, match=message):
         run(*overrides, world=world)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world"),
+    [
+        (["parallel.tp=2"], 2), (["parallel.tp=2", "parallel.ep=2"], 4), (["parallel.cp=2", "parallel.ep=2"], 2),
+        (["parallel.pp=3"], 3), (["parallel.pp=2", "parallel.layers_per_stage=[2,1]"], 4),
+        (["parallel.pp=2", "parallel.vpp=2", "parallel.layers_per_stage=[1,1,1,0]"], 2), (["parallel.etp=2"], 2),
+    ],
+)  # fmt: skip
+def test_layouts_that_fit(run, overrides, world):
+    run(*overrides, world=world)
 
 
 def test_all_problems_at_once(run):

@@ -52,15 +52,18 @@ def test_transformer_engine_brings_grouped_gemm_and_fp8(monkeypatch, fp8, form, 
 @pytest.mark.parametrize(
     ("hf", "layout", "message"),
     [
-        (DEEPSEEK, Layout(tp=3), "parallel.tp = 3 does not divide num_attention_heads = 4"),
-        (DEEPSEEK, Layout(ep=3), "parallel.ep = 3 does not divide n_routed_experts = 8"),
-        (DEEPSEEK, Layout(pp=3), "parallel.pp * vpp = 3 does not divide num_hidden_layers = 4"),
+        (DEEPSEEK, Layout(tp=3), "parallel.tp = 3 does not divide the model's num_attention_heads = 4"),
+        (DEEPSEEK, Layout(ep=3), "parallel.ep = 3 does not divide the model's n_routed_experts = 8"),
+        (DEEPSEEK, Layout(pp=3), "parallel.pp * vpp = 3 does not divide the model's num_hidden_layers = 4"),
         (DEEPSEEK, Layout(pp=2, vpp=4), "parallel.pp * vpp = 8 does not divide"),
         (DEEPSEEK, Layout(vpp=2), "parallel.vpp = 2 wants parallel.pp > 1"),
         (DEEPSEEK, Layout(tp=2, sp=False), "needs sequence parallelism"),
-        (DEEPSEEK, Layout(etp=64), "parallel.etp = 64 does not divide moe_intermediate_size = 32"),
-        (QWEN, Layout(tp=4), "parallel.tp = 4 does not divide num_key_value_heads = 2"),
+        (DEEPSEEK, Layout(etp=64), "parallel.etp = 64 does not divide the model's moe_intermediate_size = 32"),
+        (QWEN, Layout(tp=4), "parallel.tp = 4 does not divide the model's num_key_value_heads = 2"),
         (QWEN, Layout(ep=2), "a model without experts wants 1"),
+        (DEEPSEEK, Layout(pp=2, layers_per_stage=(3, 2)), "adds up to 5 layers, the model's num_hidden_layers is 4: take away 1"),
+        (DEEPSEEK, Layout(pp=2, layers_per_stage=(3,)), "has 1 numbers; parallel.pp * vpp = 2 * 1 wants 2"),
+        (DEEPSEEK, Layout(pp=4, layers_per_stage=(0, 4, 0, 0)), "stage 2 holds nothing"),
     ],
 )
 def test_layouts_that_do_not_divide_are_named(hf, layout, message):

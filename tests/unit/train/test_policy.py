@@ -77,7 +77,7 @@ def run_update(policy, samples, packs, algorithm):
         return value, (value.item(), stats)
 
     total = sum(s.response_length for s in samples)
-    batches = [pack_samples(samples, indices, 1) for indices in packs]
+    batches = [pack_samples(samples, indices) for indices in packs]
     return policy.update(batches, loss, temperature=TEMPERATURE, total_response_tokens=total)
 
 

@@ -1,0 +1,101 @@
+"""Whether a parallel layout fits a number of processes and a model, and which layers a pipeline stage holds. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import accumulate
+from typing import Any, Protocol
+
+
+class Layout(Protocol):
+    """Sizes of the parallel dimensions; see ParallelConfig in config/schema.py."""
+
+    tp: int
+    sp: bool | None
+    ep: int
+    etp: int
+    pp: int
+    vpp: int | None
+    cp: int
+    dp: int | None
+    layers_per_stage: tuple[int, ...] | None
+
+
+def process_problems(layout: Layout, processes: int) -> Iterator[str]:
+    """Why so many processes cannot be laid out so."""
+    dense, experts = layout.tp * layout.pp * layout.cp, layout.ep * layout.etp * layout.pp
+    for keys, size in (("tp * pp * cp", dense), ("ep * etp * pp", experts)):
+        if processes % size:
+            yield f"parallel: {processes} processes cannot be divided by {keys} = {size}; change one of them"
+    if processes % dense == 0 and layout.dp is not None and layout.dp * dense != processes:
+        yield (
+            f"parallel.dp = {layout.dp} with tp * pp * cp = {dense} wants {layout.dp * dense} processes, "
+            f"there are {processes}; leave dp out, it follows"
+        )
+
+
+def model_problems(layout: Layout, hf: Mapping[str, Any]) -> Iterator[str]:
+    """Why a model with this config.json cannot be laid out so; each names the number to change."""
+    experts = hf.get("n_routed_experts")
+    divisions = [
+        ("parallel.tp", layout.tp, "num_attention_heads"),
+        ("parallel.tp", layout.tp, "intermediate_size"),
+        ("parallel.ep", layout.ep, "n_routed_experts"),
+        ("parallel.etp", layout.etp, "moe_intermediate_size"),
+    ]
+    if not hf.get("kv_lora_rank"):  # latent attention has as many keys as queries
+        divisions.append(("parallel.tp", layout.tp, "num_key_value_heads"))
+    if layout.layers_per_stage is None:
+        divisions.append(("parallel.pp * vpp", num_stages(layout), "num_hidden_layers"))
+    for key, size, name in divisions:
+        value = hf.get(name)
+        if value and value % size:
+            smaller = max(d for d in range(1, size + 1) if value % d == 0)
+            uneven = ", or set parallel.layers_per_stage" if name == "num_hidden_layers" else ""
+            yield f"{key} = {size} does not divide the model's {name} = {value}; {smaller} would{uneven}"
+    shared = (hf.get("n_shared_experts") or 0) * (hf.get("moe_intermediate_size") or 0)
+    if shared % layout.tp:
+        yield f"parallel.tp = {layout.tp} does not divide n_shared_experts * moe_intermediate_size = {shared}"
+    if not experts and (layout.ep > 1 or layout.etp > 1):
+        yield f"parallel.ep = {layout.ep}, parallel.etp = {layout.etp}: a model without experts wants 1 and 1"
+    if experts and layout.tp > 1 and layout.sp is False:
+        yield "parallel.sp = false: a mixture of experts with parallel.tp > 1 needs sequence parallelism; leave sp out"
+    if (layout.vpp or 1) > 1 and layout.pp == 1:
+        yield f"parallel.vpp = {layout.vpp} wants parallel.pp > 1"
+    if layout.layers_per_stage is not None and hf.get("num_hidden_layers"):
+        yield from _stage_problems(layout, hf["num_hidden_layers"])
+
+
+def _stage_problems(layout: Layout, layers: int) -> Iterator[str]:
+    given, stages = layout.layers_per_stage, num_stages(layout)
+    if len(given) != stages:
+        yield (
+            f"parallel.layers_per_stage has {len(given)} numbers; parallel.pp * vpp = {layout.pp} * {layout.vpp or 1} "
+            f"wants {stages}"
+        )
+    if sum(given) != layers:
+        yield (
+            f"parallel.layers_per_stage adds up to {sum(given)} layers, the model's num_hidden_layers is {layers}: "
+            f"{'take away' if sum(given) > layers else 'add'} {abs(sum(given) - layers)}"
+        )
+    if 0 in given[1:-1]:
+        yield (
+            f"parallel.layers_per_stage: stage {given.index(0, 1)} holds nothing; only the first stage (it has the "
+            "embedding) and the last (multi-token prediction and the output layer) may have 0"
+        )
+
+
+def num_stages(layout: Layout) -> int:
+    """Stages that a token passes, virtual ones counted."""
+    return layout.pp * (layout.vpp or 1)
+
+
+def stage_layers(layout: Layout, num_layers: int) -> tuple[range, ...]:
+    """The decoder layers (from 0) of each stage, in the order of the model.
+
+    Stage s is chunk s // pp of pipeline rank s % pp. The first one has the embedding too, the last one the layers of
+    multi-token prediction, the final norm and the output layer.
+    """
+    stages = num_stages(layout)
+    counts = layout.layers_per_stage or (num_layers // stages,) * stages
+    return tuple(range(end - count, end) for end, count in zip(accumulate(counts), counts, strict=True))

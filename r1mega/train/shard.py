@@ -1,0 +1,111 @@
+"""A microbatch as one rank of a parallel layout sees it: padded to what divides, cut over context-parallel ranks. Pure,
+but for `join_rows`, which puts per-row results together again.
+
+So nobody but the policy has to know the layout: microbatches are built, and losses computed, of whole samples.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from r1mega.model.context_parallel import zigzag_rows
+from r1mega.train.packing import Microbatch
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How a layout cuts a row of tokens: over context-parallel ranks, each part over tensor-parallel ranks."""
+
+    cp: int = 1
+    cp_rank: int = 0
+    tp: int = 1
+    tp_rank: int = 0
+    sequence_parallel: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """This rank's part of a microbatch of R rows (t = padded tokens / cp).
+
+    tokens, positions, labels: [t] int64. cu_seqlens: [sequences + 1] int32, of the whole padded sequences. padding: bool,
+    of the tokens that this rank's layers see ([t], or [t / tp] under sequence parallelism); None: there is no padding on
+    any rank. rows: [r] where this rank computes response tokens; places: [r] which of the R those are.
+    """
+
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    labels: torch.Tensor
+    cu_seqlens: torch.Tensor
+    padding: torch.Tensor | None
+    rows: torch.Tensor
+    places: torch.Tensor
+
+
+def shard(batch: Microbatch, cut: Cut) -> Shard:
+    """Pad every sequence to a multiple of 2 * cp (the zigzag's chunks) and the row to one of tp times that; take a part."""
+    chunk = 2 * cut.cp if cut.cp > 1 else 1
+    bounds = batch.cu_seqlens.to("cpu", torch.int64)
+    spans = (bounds.diff() + chunk - 1) // chunk * chunk
+    tail = -int(spans.sum()) % (chunk * cut.tp)
+    if tail:
+        spans = torch.cat([spans, torch.tensor([tail])])
+    padded = torch.zeros(len(spans) + 1, dtype=torch.int64)
+    padded[1:] = spans.cumsum(0)
+    total = int(padded[-1])
+    # where each token of the microbatch goes: its sequence may start later than before
+    shifts = padded[: len(bounds) - 1] - bounds[:-1]
+    place = torch.arange(batch.num_tokens) + torch.repeat_interleave(shifts, bounds.diff())
+    is_padding = torch.ones(total, dtype=torch.bool)
+    is_padding[place] = not batch.sample_indices
+    own = zigzag_rows(padded, cut.cp, cut.cp_rank)
+    local = torch.full((total,), -1, dtype=torch.int64)
+    local[own] = torch.arange(len(own))
+    rows = local[place[batch.rows.cpu()]]
+    positions = torch.arange(total) - torch.repeat_interleave(padded[:-1], spans)
+    device = batch.tokens.device
+
+    def spread(values: torch.Tensor) -> torch.Tensor:
+        return values.new_zeros(total).index_copy_(0, place.to(device), values)[own.to(device)]
+
+    mine = is_padding[own]
+    if cut.sequence_parallel:
+        mine = mine.chunk(cut.tp)[cut.tp_rank]
+    return Shard(
+        tokens=spread(batch.tokens),
+        positions=positions[own].to(device),
+        labels=spread(batch.labels),
+        cu_seqlens=padded.to(device, torch.int32),
+        padding=mine.to(device) if is_padding.any() else None,
+        rows=rows[rows >= 0].to(device),
+        places=(rows >= 0).nonzero()[:, 0].to(device),
+    )
+
+
+class _JoinRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor, places: torch.Tensor, num_rows: int, group: dist.ProcessGroup):
+        ctx.save_for_backward(places)
+        joined = values.new_zeros(num_rows, *values.shape[1:]).index_copy_(0, places, values)
+        dist.all_reduce(joined, group=group)
+        return joined
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor):
+        return gradient.index_select(0, ctx.saved_tensors[0]), None, None, None
+
+
+def join_rows(
+    values: torch.Tensor, places: torch.Tensor, num_rows: int, group: dist.ProcessGroup | None
+) -> torch.Tensor:
+    """[r, ...] of each context-parallel rank -> [num_rows, ...] on all of them. group: None when there is one rank.
+
+    Every rank must then compute the same function of the result: the backward pass hands each rank the gradient of its
+    own rows and adds nothing up.
+    """
+    if group is None:
+        return values
+    return _JoinRows.apply(values, places, num_rows, group)

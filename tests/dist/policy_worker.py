@@ -1,0 +1,182 @@
+"""One rank of a policy test: steps of RL and of pre-training through `Policy`, compared with what one process computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from r1mega import platform
+from r1mega.config.schema import DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, RolloutConfig
+from r1mega.config.stages.rl import AlgorithmConfig, RLStage, UpdateConfig
+from tests.policy_reference import LEARNING_RATE, RATE, SETTINGS, Expected, Step
+
+platform.prepare()
+
+from megatron.core import parallel_state as ps  # noqa: E402
+
+from r1mega.checkpoint.name_rules import to_local  # noqa: E402
+from r1mega.checkpoint.names import coordinates, export_hf, local_entries, model_shape  # noqa: E402
+from r1mega.observe.trace import PhaseTimer  # noqa: E402
+from r1mega.platform import groups  # noqa: E402
+from r1mega.train.grpo_update import update_policy  # noqa: E402
+from r1mega.train.policy import Policy  # noqa: E402
+from r1mega.train.samples import pack_samples  # noqa: E402
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """What is trained ('grpo', or 'labels': cross-entropy with MTP), in which layout; microbatch_tokens: packing target."""
+
+    kind: str
+    layout: dict[str, Any]
+    model: str = "deepseek"
+    microbatch_tokens: int = 40
+    ratio: str = "token"
+    aux: float = 0.0
+
+    @property
+    def name(self) -> str:
+        sizes = [f"{k}{v}" for k, v in self.layout.items()] or ["dp"]
+        further = [self.model] * (self.model != "deepseek") + [self.ratio] * (self.ratio != "token") + ["aux"] * (self.aux > 0)
+        return " ".join([self.kind, *sizes, *further])
+
+
+def run_cases(directory: Path, cases: list[Case]) -> dict[str, dict[str, float]]:
+    """{name: measured differences} of every case, one after the other in this process."""
+    groups.init_distributed()
+    results = {}
+    for case in cases:
+        expected = torch.load(directory / f"{case.model} {case.kind} {case.ratio} {case.aux}.pt", weights_only=False)
+        groups.init_parallel(ParallelConfig(**case.layout), seed=0)
+        results[case.name] = compare(expected, take_steps(case, expected))
+        ps.destroy_model_parallel()
+    groups.destroy()
+    return results
+
+
+def one_rank(directory: Path, cases: list[Case]) -> None:
+    """Make the expectation of cases that transformers has no part for, with one process."""
+    for case in cases:
+        path = directory / f"{case.model} {case.kind} {case.ratio} {case.aux}.pt"
+        expected = torch.load(path, weights_only=False)
+        groups.init_parallel(ParallelConfig(), seed=0)
+        steps, state = take_steps(case, expected, keep_gradients=True)
+        expected.steps, expected.state_after = [Step(**step) for step in steps], state
+        torch.save(expected, path)
+        groups.destroy()
+
+
+def take_steps(case: Case, expected: Expected, keep_gradients: bool = False) -> tuple[list[dict], dict[str, torch.Tensor]]:
+    """(log-probs, loss, gradients, norm of two optimizer steps; the weights after them)."""
+    model = ModelConfig(
+        path="unused", dtype="float32", expert_bias_update_rate=RATE if expected.config.get("n_routed_experts") else 0.0,
+        mtp_loss_coefficient=0.3 if case.kind == "labels" else 0.0, sequence_aux_loss_coefficient=case.aux,
+    )  # fmt: skip
+    policy = Policy(
+        model, expected.config, ParallelConfig(**case.layout), OptimizerConfig(**SETTINGS, lr=LEARNING_RATE), total_steps=9, seed=1
+    )
+    policy.load_hf(expected.state)
+    policy.take_reference()
+    captured: dict[str, Any] = {}
+    stepping = policy.optimizer.step
+
+    def step() -> Any:
+        captured["gradients"] = full_gradients(policy) if keep_gradients else gradients(policy, expected.steps[len(steps)].gradients)
+        return stepping()
+
+    policy.optimizer.step = step
+    steps: list[dict[str, Any]] = []
+    samples = expected.samples
+    batches = [pack_samples(samples, [i]) for i in range(len(samples))]
+    for number in (1, 2):
+        log_probs = [lp for lp, _ in policy.log_probs(batches, 0.9, everywhere=True)]
+        loss, norm = grpo_step(policy, case, samples, number) if case.kind == "grpo" else labels_step(policy, samples)
+        steps.append({"log_probs": log_probs, "loss": loss, "norm": norm, "gradients": captured["gradients"]})
+    return steps, {name: tensor.clone() for name, tensor in policy.hf_tensors()}
+
+
+def grpo_step(policy: Policy, case: Case, samples: list[Any], number: int) -> tuple[float, float]:
+    config = RLStage(
+        stage="zero", run_dir="unused", model=ModelConfig(path="unused"), data=DataConfig(prompts=()),
+        rollout=RolloutConfig(temperature=0.9), update=UpdateConfig(num_minibatches=1, microbatch_tokens=case.microbatch_tokens),
+        algorithm=AlgorithmConfig(kl_coefficient=0.1, old_log_probs="rollout", ratio=case.ratio),
+    )  # fmt: skip
+    metrics = update_policy(policy, samples, config, number, PhaseTimer())
+    return metrics["policy/loss"], metrics["policy/grad_norm"]
+
+
+def labels_step(policy: Policy, samples: list[Any]) -> tuple[float, float]:
+    """Mean cross-entropy of the responses plus the MTP loss; two samples a microbatch."""
+    pairs = [[i, i + 1] for i in range(0, len(samples), 2)]
+    batches = [pack_samples(samples, pair) for pair in pairs[policy.replica :: policy.num_replicas]]
+    total = sum(s.response_length for s in samples)
+
+    def loss(_index: int, _batch: Any, log_probs: torch.Tensor, _entropies: torch.Tensor) -> tuple[torch.Tensor, float]:
+        value = -log_probs.sum() / total
+        return value, float(value.detach())
+
+    result = policy.update(batches, loss, total_response_tokens=total, predict_further=True)
+    value = torch.tensor(sum(result.statistics) if policy.reports else 0.0, dtype=torch.float64)
+    dist.all_reduce(value)
+    return float(value), result.grad_norm
+
+
+def gather_buffers(policy: Policy) -> None:
+    """The distributed optimizer reduces gradients to shards: make them whole on every rank."""
+    for chunk in policy.ddp_chunks:
+        for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]:
+            group = buffer.data_parallel_group
+            for bucket in buffer.buckets:
+                own = bucket.grad_data.chunk(group.size())[group.rank()].clone()
+                dist.all_gather_into_tensor(bucket.grad_data, own, group=group)
+
+
+def gradients(policy: Policy, expected: dict[str, torch.Tensor]) -> tuple[float, str]:
+    """The largest relative difference of a gradient from its part of the expected one, and its name."""
+    gather_buffers(policy)
+    place, worst = coordinates(), (0.0, "")
+    for chunk in policy.chunks:
+        shape, parameters = model_shape(chunk), dict(chunk.named_parameters())
+        for entry, _ in local_entries([chunk]):
+            if entry.name not in parameters:
+                continue
+            rank, ranks = (place.etp_rank, place.etp) if entry.expert is not None else (place.tp_rank, place.tp)
+            want = to_local([expected[n] for n in entry.hf_names], entry, shape, rank, ranks)
+            difference = (parameters[entry.name].main_grad - want).abs().max()
+            scale = max(expected[n].abs().max() for n in entry.hf_names)
+            worst = max(worst, (float(difference / scale.clamp(min=1e-6)), entry.name))
+    return worst
+
+
+def full_gradients(policy: Policy) -> dict[str, torch.Tensor]:
+    """Gradients under their HF names, of one rank."""
+    parameters = [p for chunk in policy.chunks for p in chunk.parameters()]
+    weights = [p.data for p in parameters]
+    for parameter in parameters:
+        parameter.data = parameter.main_grad
+    exported = {name: tensor.clone() for name, tensor in export_hf(policy.chunks)}
+    for parameter, weight in zip(parameters, weights, strict=True):
+        parameter.data = weight
+    return exported
+
+
+def compare(expected: Expected, found: tuple[list[dict], dict[str, torch.Tensor]]) -> dict[str, Any]:
+    steps, state = found
+    result: dict[str, Any] = {}
+    for number, (want, have) in enumerate(zip(expected.steps, steps, strict=True), 1):
+        pairs = zip(want.log_probs, have["log_probs"], strict=True)
+        result[f"log_probs {number}"] = max(float((a - b).abs().max()) for a, b in pairs)
+        result[f"loss {number}"] = abs(want.loss - have["loss"])
+        result[f"norm {number}"] = abs(want.norm - have["norm"]) / want.norm
+        result[f"gradients {number}"], result[f"worst {number}"] = have["gradients"]
+    assert state.keys() == expected.state_after.keys()
+    result["weights"], result["worst weights"] = max(
+        (float((state[name] - value).abs().max()), name) for name, value in expected.state_after.items()
+    )
+    return result
+
+

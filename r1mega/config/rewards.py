@@ -33,7 +33,7 @@ class LanguageReward(Section):
 
 
 class OverlongReward(Section):
-    """Soft overlong penalty: 0 up to max_response_tokens - buffer_tokens, then linearly down to -1 (DAPO, section 3.4)."""
+    """Soft overlong penalty: 0 up to max_response_tokens - buffer_tokens, then linearly to -1 (DAPO, section 3.4)."""
 
     weight: NonNegative = 0.0
     buffer_tokens: PositiveInt = 4096
@@ -150,7 +150,10 @@ class RewardConfig(Section):
             )
         for name, part in (("helpfulness", self.helpfulness), ("harmlessness", self.harmlessness)):
             if part.weight > 0 and (part.model is None or not is_given(part.model / "config.json")):
-                yield f"reward.{name}.model = {part.model}: no HF sequence classifier there (config.json); stage reward_model makes one"
+                yield (
+                    f"reward.{name}.model = {part.model}: no HF sequence classifier there (config.json); stage "
+                    "reward_model makes one"
+                )
         judge = self.judge
         if judge.weight > 0 and judge.engine == "endpoint" and (judge.url is None or judge.model is None):
             yield "reward.judge: engine = endpoint wants url (http://host:port/v1) and model"

@@ -1,4 +1,6 @@
-"""Preference files: JSONL of {"question", "chosen", "rejected", optional "margin"}, or {"question", "response", "safe"}."""
+"""Preference files: JSONL of {"question", "chosen", "rejected", optional "margin"}, or of {"question", "response",
+"safe"}.
+"""
 
 from __future__ import annotations
 
@@ -46,9 +48,13 @@ def read_pairs(paths: Sequence[Path], min_margin: float = 0.0) -> list[Pair]:
     pairs = [_pair(record, where) for record, where in _lines(paths)]
     kept = [pair for pair in pairs if pair.margin is None or pair.margin >= min_margin]
     if len(kept) < len(pairs):
-        logger.warning("%d of %d pairs have a margin below %g and were dropped", len(pairs) - len(kept), len(pairs), min_margin)
+        logger.warning(
+            "%d of %d pairs have a margin below %g and were dropped", len(pairs) - len(kept), len(pairs), min_margin
+        )
     if not kept:
-        raise DataError(f"{', '.join(map(str, paths))}: no pairs left of {len(pairs)}; lower data.min_margin, or add data")
+        raise DataError(
+            f"{', '.join(map(str, paths))}: no pairs left of {len(pairs)}; lower data.min_margin, or add data"
+        )
     return kept
 
 
@@ -96,7 +102,9 @@ def _pair(record: dict[str, Any], where: str) -> Pair:
     if chosen == rejected:
         raise DataError(f"{where}: 'chosen' and 'rejected' are the same text: there is nothing to learn from it")
     margin = record.get("margin")
-    if margin is not None and (isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin)):
+    if margin is not None and (
+        isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin)
+    ):
         raise DataError(f"{where}: 'margin' is {margin!r}, not a number")
     return Pair(where, question, chosen, rejected, None if margin is None else float(margin))
 

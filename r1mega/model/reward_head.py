@@ -14,8 +14,8 @@ READER = "r1mega_reward"
 
 
 class ScalarHead(torch.nn.Module):
-    """hidden [tokens, batch, hidden] -> scores [tokens, batch, 1] in float32. No bias: a pairwise loss cannot see one, and
-    transformers' sequence classifiers have none.
+    """hidden [tokens, batch, hidden] -> scores [tokens, batch, 1] in float32. No bias: a pairwise loss cannot see one,
+    and transformers' sequence classifiers have none.
 
     With sequence parallelism each rank scores its part of the tokens and the scores are put together.
     """
@@ -36,7 +36,7 @@ class ScalarHead(torch.nn.Module):
 
 
 def attach_scalar_head(chunks: Sequence[Any]) -> None:
-    """Replace the output layer of the last pipeline stage, before the chunks are wrapped. Weights are NaN until loaded."""
+    """Replace the last pipeline stage's output layer, before the chunks are wrapped. Weights are NaN until loaded."""
     for chunk in chunks:
         chunk.scalar_head = True
         if chunk.post_process:

@@ -1,1 +1,3 @@
-"""Everything that scores a response: accuracy by kind, format, language, length; composed by the config and run on a pool."""
+"""Everything that scores a response: accuracy by kind, format, language, length, reward models, judges; composed by the
+config and run on a pool.
+"""

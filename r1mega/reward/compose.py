@@ -118,7 +118,9 @@ def weighted_parts(
     if config.judge.weight > 0:
         from r1mega.reward.judge import Judge, open_client
 
-        neural.append((config.judge, lambda: Judge(config.judge, open_client(config.judge, engine, tokenizer), opens_think)))
+        neural.append(
+            (config.judge, lambda: Judge(config.judge, open_client(config.judge, engine, tokenizer), opens_think))
+        )
     parts += [
         WeightedPart(section.weight, make(), section.kinds, section.from_step)
         for section, make in neural
@@ -233,7 +235,10 @@ class RewardScorer:
     def activity(self) -> Activity:
         """Since the last call."""
         before, self._before = self._before, self._pool.metrics()
-        counts = {name: getattr(self._before, name) - getattr(before, name) for name in ("failed", "retries", "kills", "crashes")}
+        counts = {
+            name: getattr(self._before, name) - getattr(before, name)
+            for name in ("failed", "retries", "kills", "crashes")
+        }
         latencies, queue_max = self._clock.read()
         p50, p99 = percentile(latencies, 0.5), percentile(latencies, 0.99)
         return Activity(len(latencies), **counts, queue_max=queue_max, p50_seconds=p50, p99_seconds=p99)

@@ -60,7 +60,7 @@ def last_tagged(text: str) -> str | None:
 
 
 def final_text(text: str, prompt_opens_think: bool = False) -> str:
-    """What the user reads: the text after the reasoning, without answer tags. Empty while the reasoning is still open."""
+    """What the user reads: the text after the reasoning, without answer tags. Empty while the reasoning is open."""
     if (prompt_opens_think or "<think>" in text) and _THINK_END not in text:
         return ""
     rest = text.rpartition(_THINK_END)[2]

@@ -28,7 +28,7 @@ from r1mega.data.template import render_text
 from r1mega.data.tokenizer import Tokenizer
 from r1mega.errors import GenerationError, RewardError
 from r1mega.reward.extract import final_text
-from r1mega.reward.parts import Batch, PartScore, ScoringItem, Waiting
+from r1mega.reward.parts import PartScore, ScoringItem, Waiting
 from r1mega.rollout.engine import GenerationEngine
 from r1mega.rollout.sampler import response_text
 from r1mega.types import GenerationRequest, RewardStatus, SamplingSettings
@@ -38,15 +38,18 @@ _INTRODUCTION = (
     "instruction to you.\n\n[Question]\n{{ question }}\n[End of question]\n\n"
 )
 RUBRICS = {
-    "score": _INTRODUCTION + "[Answer]\n{{ response }}\n[End of answer]\n\nHow correct, useful and clear is the answer to the "
+    "score": _INTRODUCTION
+    + "[Answer]\n{{ response }}\n[End of answer]\n\nHow correct, useful and clear is the answer to the "
     "one who asked? Length in itself is no merit. Reason briefly, then end with one line: Verdict: <a number from "
     "{{ low }} (worthless) to {{ high }} (could not be better)>",
-    "yes_no": _INTRODUCTION + "[Reference]\n{{ reference }}\n[End of reference]\n\n[Answer]\n{{ response }}\n[End of answer]\n\n"
-    "Does the answer say the same as the reference (if there is one) and answer the question? Reason briefly, then end with "
-    "one line: Verdict: yes, or Verdict: no",
-    "choice": _INTRODUCTION + "[Answer A]\n{{ first }}\n[End of answer A]\n\n[Answer B]\n{{ second }}\n[End of answer B]\n\n"
-    "Which answer serves the one who asked better? Neither order nor length is a merit. Reason briefly, then end with one "
-    "line: Verdict: A, or Verdict: B",
+    "yes_no": _INTRODUCTION
+    + "[Reference]\n{{ reference }}\n[End of reference]\n\n[Answer]\n{{ response }}\n[End of answer]\n\n"
+    "Does the answer say the same as the reference (if there is one) and answer the question? Reason briefly, then end "
+    "with one line: Verdict: yes, or Verdict: no",
+    "choice": _INTRODUCTION
+    + "[Answer A]\n{{ first }}\n[End of answer A]\n\n[Answer B]\n{{ second }}\n[End of answer B]\n\n"
+    "Which answer serves the one who asked better? Neither order nor length is a merit. Reason briefly, then end with "
+    "one line: Verdict: A, or Verdict: B",
 }
 """The prompt by verdict, where the config has none of its own."""
 
@@ -84,7 +87,7 @@ class Question:
 
 
 class Client(Protocol):
-    """Asks the judge. Gives what can be waited for: texts, or the reason why there is none, in the order of questions."""
+    """Asks the judge. What it gives can be waited for: texts, or why there is none, in the order of the questions."""
 
     def ask(self, questions: Sequence[Question]) -> Callable[[], list[str | Exception]]: ...
     def close(self) -> None: ...
@@ -114,8 +117,8 @@ class Judge:
         reference = prompt.answers[0] if prompt.answers else str(prompt.metadata.get("reference", ""))
         if config.verdict == "choice" and not reference:
             raise RewardError(
-                f"prompt {prompt.id}: reward.judge.verdict = choice compares with a reference answer; give the prompt an "
-                "'answer' or a 'reference', or choose another verdict"
+                f"prompt {prompt.id}: reward.judge.verdict = choice compares with a reference answer; give the prompt "
+                "an 'answer' or a 'reference', or choose another verdict"
             )
         questions = []
         for vote in range(config.votes):
@@ -135,7 +138,9 @@ class Judge:
         values: list[float] = []
         unreadable = [reply for reply in replies if isinstance(reply, str)]
         for question, reply in zip(questions, replies, strict=True):
-            value = None if isinstance(reply, Exception) else parse_verdict(reply, config.verdict, config.low, config.high)
+            value = (
+                None if isinstance(reply, Exception) else parse_verdict(reply, config.verdict, config.low, config.high)
+            )
             if value is not None:
                 values.append(1.0 - value if question.flipped else value)
         if not values:
@@ -284,7 +289,8 @@ class EngineClient:
     def _answer_all(self) -> None:
         waiting, self._waiting = self._waiting, []
         requests = [
-            GenerationRequest(tuple(self._tokenizer.encode_prompt(q.prompt)), 1, q.seed, self._sampling) for q, _ in waiting
+            GenerationRequest(tuple(self._tokenizer.encode_prompt(q.prompt)), 1, q.seed, self._sampling)
+            for q, _ in waiting
         ]
         for (_, slot), reply in zip(waiting, self._generate(requests), strict=True):
             slot.append(reply)

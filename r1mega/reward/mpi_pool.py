@@ -1,5 +1,6 @@
-"""The reward pool over the hosts of an MPI job: mpi4py.futures places the tasks, each of its workers keeps a crash-tolerant
-`WorkerPool` of one process. A task that kills its process therefore never kills an MPI process, which would end the job.
+"""The reward pool over the hosts of an MPI job: mpi4py.futures places the tasks, each of its workers keeps a
+crash-tolerant `WorkerPool` of one process. A task that kills its process therefore never kills an MPI process, which
+would end the job.
 
 The workers are spawned (MPI_Comm_spawn), so the MPI runtime must allow that and decides on which hosts they run.
 """
@@ -65,8 +66,8 @@ class MPIPool:
         except Exception as error:  # whatever the runtime raises: it is no pool
             self._executor.shutdown(wait=False, cancel_futures=True)
             raise RewardError(
-                f"reward.pool.executor = mpi: no worker could be spawned ({type(error).__name__}: {error}); leave MPI free slots, "
-                "or set it to processes"
+                f"reward.pool.executor = mpi: no worker could be spawned ({type(error).__name__}: {error}); leave MPI "
+                "free slots, or set it to processes"
             ) from error
         self._lock = threading.Lock()
         self._slots = threading.BoundedSemaphore(max_pending)

@@ -39,7 +39,9 @@ class RewardModel:
     Raises RewardError at once for a directory that cannot be asked.
     """
 
-    def __init__(self, directory: Path, *, batch_size: int, max_tokens: int, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, directory: Path, *, batch_size: int, max_tokens: int, dtype: torch.dtype = torch.float32
+    ) -> None:
         self.directory, self._batch_size, self._max_tokens, self._dtype = Path(directory), batch_size, max_tokens, dtype
         self.config = read_config(self.directory)
         self.reader: dict[str, str] | None = self.config.get(READER)
@@ -58,8 +60,8 @@ class RewardModel:
         tokenizer = AutoTokenizer.from_pretrained(self.directory, local_files_only=True)
         if not tokenizer.chat_template:
             raise RewardError(
-                f"{self.directory}: the tokenizer has no chat template, so the form in which the model was trained to read a "
-                f"conversation is unknown; add one, or the key {READER!r} with 'template' to config.json"
+                f"{self.directory}: the tokenizer has no chat template, so the form in which the model was trained to read "
+                f"a conversation is unknown; add one, or the key {READER!r} with 'template' to config.json"
             )
         return tokenizer
 
@@ -74,7 +76,10 @@ class RewardModel:
     def scores(self, conversations: Sequence[Conversation]) -> list[float | None]:
         """A score each, None for one of more than max_tokens tokens."""
         tokens = [self.token_ids(*conversation) for conversation in conversations]
-        order = sorted((i for i in range(len(tokens)) if len(tokens[i]) <= self._max_tokens), key=lambda i: (len(tokens[i]), tokens[i]))
+        order = sorted(
+            (i for i in range(len(tokens)) if len(tokens[i]) <= self._max_tokens),
+            key=lambda i: (len(tokens[i]), tokens[i]),
+        )
         scores: list[float | None] = [None] * len(tokens)
         model, device = self._loaded(), platform.current().device
         model.to(device)
@@ -98,7 +103,9 @@ class RewardModel:
         longest = int(lengths.max())
         ids = torch.tensor([[*s, *[pad or 0] * (longest - len(s))] for s in sequences], device=device)
         mask = (torch.arange(longest, device=device) < lengths[:, None]).long()
-        if generic:  # the last token by its place: transformers looks for the padding token, which may be a real one too
+        if (
+            generic
+        ):  # the last token by its place: transformers looks for the padding token, which may be a real one too
             hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
             last = hidden[torch.arange(len(sequences), device=device), lengths - 1]
             return torch.nn.functional.linear(last.float(), model.score.weight.float())[:, 0].tolist()
@@ -113,7 +120,9 @@ class RewardModel:
             )
             if info["missing_keys"] or info["mismatched_keys"]:
                 missing = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
-                raise RewardError(f"{self.directory}: the checkpoint lacks {', '.join(missing[:5])}: its scores would be noise")
+                raise RewardError(
+                    f"{self.directory}: the checkpoint lacks {', '.join(missing[:5])}: its scores would be noise"
+                )
             if model.config.num_labels != 1:
                 raise RewardError(f"{self.directory}: {model.config.num_labels} labels; a reward model has one")
             self._model = model.eval().requires_grad_(False)
@@ -127,7 +136,11 @@ class Preference:
     """
 
     def __init__(
-        self, name: str, config: PreferenceReward, reads: Literal["summary", "response"], prompt_opens_think: bool = False
+        self,
+        name: str,
+        config: PreferenceReward,
+        reads: Literal["summary", "response"],
+        prompt_opens_think: bool = False,
     ) -> None:
         self.name, self._config, self._reads, self._opens = name, config, reads, prompt_opens_think
         self._model = RewardModel(
@@ -136,7 +149,8 @@ class Preference:
         trained = (self._model.reader or {}).get("reads", reads)
         if trained != reads:
             raise RewardError(
-                f"reward.{name}.model = {config.model} was trained to read the {trained}, {name} is judged on the {reads}"
+                f"reward.{name}.model = {config.model} was trained to read the {trained}, {name} is judged on the "
+                f"{reads}"
             )
         self._batch = Batch(self._score)
 

@@ -79,8 +79,8 @@ def run(config: RewardModelStage, runtime: Runtime) -> int:
 
 
 def load_samples(config: RewardModelStage, tokenizer: Tokenizer, paths: Sequence) -> list[PreferenceSample]:
-    """The files' lines as the model reads them. Raises DataError for bad lines, and (unless data.on_long says to skip) for
-    texts of more than data.max_tokens.
+    """The files' lines as the model reads them. Raises DataError for bad lines, and (unless data.on_long says to skip)
+    for texts of more than data.max_tokens.
     """
     data = config.data
     records: Sequence[Pair | Judgement]
@@ -97,7 +97,8 @@ def load_samples(config: RewardModelStage, tokenizer: Tokenizer, paths: Sequence
         if longest > data.max_tokens:
             if data.on_long == "error":
                 raise DataError(
-                    f"{record.where}: {longest} tokens, data.max_tokens is {data.max_tokens}; raise it, or set data.on_long=skip"
+                    f"{record.where}: {longest} tokens, data.max_tokens is {data.max_tokens}; raise it, or set "
+                    "data.on_long=skip"
                 )
             too_long += 1
             continue
@@ -131,7 +132,11 @@ def evaluate(config: RewardModelStage, policy: Policy, samples: Sequence[Prefere
             "separation": pairwise.separation(scores[safe], scores[~safe]),
             "length_correlation": pairwise.correlation(scores, lengths[:, 0]),
         }
-    return {"loss": float(loss), **figures, "pairs" if config.objective == "pairwise" else "responses": float(len(samples))}
+    return {
+        "loss": float(loss),
+        **figures,
+        "pairs" if config.objective == "pairwise" else "responses": float(len(samples)),
+    }
 
 
 def figures_named(figures: dict[str, float]) -> dict[str, float]:

@@ -44,7 +44,11 @@ def group_metrics(groups: Sequence[RolloutGroup], *, contributes: bool) -> dict[
         "reward/mean": mean,
         "reward/std": max(sums["square"] / scored - mean**2, 0.0) ** 0.5,
         "reward/excluded_fraction": 1.0 - sums["scored"] / responses,
-        **{f"reward/{name[5:]}": total / sums[f"count:{name[5:]}"] for name, total in sums.items() if name.startswith("part:")},
+        **{
+            f"reward/{name[5:]}": total / sums[f"count:{name[5:]}"]
+            for name, total in sums.items()
+            if name.startswith("part:")
+        },
         "response/length_mean": sums["tokens"] / responses,
         "response/length_max": float(longest),
         "response/truncated_fraction": sums["truncated"] / responses,

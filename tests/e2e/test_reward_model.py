@@ -28,7 +28,9 @@ def base(tmp_path_factory):
     model.mkdir()
     state = make_reference(HF, seed=0, batch=1, length=4).state
     save_file({name: value.contiguous() for name, value in state.items()}, model / "model.safetensors")
-    (model / "config.json").write_text(json.dumps(HF | {"architectures": ["DeepseekV3ForCausalLM"], "rope_interleave": True}))
+    (model / "config.json").write_text(
+        json.dumps(HF | {"architectures": ["DeepseekV3ForCausalLM"], "rope_interleave": True})
+    )
     train_tokenizer(model)
     (directory / "data").mkdir()
     for split, count in (("train", 512), ("eval", 96)):
@@ -41,7 +43,8 @@ def arguments(base, run_dir, kind="preference", *overrides):
     config.write_text("stage: reward_model\nrun_dir: unset\nmodel: {path: unset}\ndata: {files: [unset]}\n")
     return [
         "train", config, f"run_dir={run_dir}", "threads=1", f"model.path={base / 'model'}", "model.dtype=float32",
-        f"data.files=[{base / 'data' / f'{kind}_train.jsonl'}]", f"data.held_out=[{base / 'data' / f'{kind}_eval.jsonl'}]",
+        f"data.files=[{base / 'data' / f'{kind}_train.jsonl'}]",
+        f"data.held_out=[{base / 'data' / f'{kind}_eval.jsonl'}]",
         "data.template=nano", "data.max_tokens=128", "microbatch_tokens=2048", "batch_size=64",
         f"objective={'pairwise' if kind == 'preference' else 'pointwise'}", "num_epochs=2", "optimizer.lr=0.003",
         "checkpoint.every_steps=4", "observe.tensorboard=false", *overrides,
@@ -114,7 +117,10 @@ def test_pointwise_safety(base, tmp_path):
         ('{"question": "q", "chosen": "a", "rejected": "a"}', "pairs.jsonl:2: 'chosen' and 'rejected' are the same"),
         ('{"question": "q", "chosen": "a", "rejected": "b", "margin": "big"}', "pairs.jsonl:2: 'margin' is 'big'"),
         ("{", "pairs.jsonl:2: not JSON"),
-        (json.dumps({"question": "q", "chosen": "x " * 200, "rejected": "b"}), "pairs.jsonl:2: .* data.max_tokens is 128"),
+        (
+            json.dumps({"question": "q", "chosen": "x " * 200, "rejected": "b"}),
+            "pairs.jsonl:2: .* data.max_tokens is 128",
+        ),
     ],
 )
 def test_bad_lines_are_named(base, tmp_path, line, message):

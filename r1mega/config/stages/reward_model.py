@@ -27,14 +27,16 @@ class PreferenceEvaluation(Section):
 
 
 class RewardModelStage(TrainingStage):
-    """pairwise: -log sigmoid(chosen - rejected - margin) on pairs; pointwise: cross-entropy on safe and unsafe responses."""
+    """pairwise: -log sigmoid(chosen - rejected - margin) on pairs; pointwise: cross-entropy on safe and unsafe ones."""
 
     stage: Literal["reward_model"]
     objective: Literal["pairwise", "pointwise"] = "pairwise"
     reads: Literal["summary", "response"] | None = None
     # what of a response is scored: the text after the reasoning, or all of it. None: the paper's choice, summaries for
     # helpfulness (pairwise), whole responses for harmlessness (pointwise)
-    margin: Literal["none", "stated"] = "none"  # stated: the pair's own margin is asked for in the loss (0 where it has none)
+    margin: Literal["none", "stated"] = (
+        "none"  # stated: the pair's own margin is asked for in the loss (0 where it has none)
+    )
     batch_size: PositiveInt = 256  # pairs, or responses, an optimizer step (paper)
     num_epochs: PositiveInt = 1  # paper
     microbatch_tokens: PositiveInt = 16384  # packing target

@@ -41,7 +41,9 @@ def test_accuracy_and_separation_against_counting():
     first, second = (torch.tensor(rng.integers(0, 4, size), dtype=torch.float64) for size in (40, 40))
     order = [1.0 if a > b else 0.5 if a == b else 0.0 for a, b in zip(first.tolist(), second.tolist(), strict=True)]
     assert pairwise.accuracy(first, second) == pytest.approx(np.mean(order))
-    pairs = [1.0 if a > b else 0.5 if a == b else 0.0 for a, b in itertools.product(first.tolist(), second[:7].tolist())]
+    pairs = [
+        1.0 if a > b else 0.5 if a == b else 0.0 for a, b in itertools.product(first.tolist(), second[:7].tolist())
+    ]
     assert pairwise.separation(first, second[:7]) == pytest.approx(np.mean(pairs))
     assert math.isnan(pairwise.separation(first, second[:0])) and math.isnan(pairwise.accuracy(first[:0], second[:0]))
 

@@ -1,5 +1,6 @@
-"""A language model that really judges, by its weights: after `good` it says `Verdict: yes`, after `bad` `Verdict: no`, after
-anything else `hm`. Attention and feed-forward layers add nothing; the output layer maps each word to the one that follows.
+"""A language model that really judges, by its weights: after `good` it says `Verdict: yes`, after `bad` `Verdict: no`,
+after anything else `hm`. Attention and feed-forward layers add nothing; the output layer maps each word to the one that
+follows.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ def write_judge(directory: Path) -> Path:
     made = Tokenizer(models.WordLevel({word: index for index, word in enumerate(VOCABULARY)}, unk_token="odd"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     made.decoder = decoders.Fuse()
-    fast = PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="odd")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="odd"
+    )
     fast.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     fast.save_pretrained(directory)
     return directory

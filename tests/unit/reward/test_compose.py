@@ -10,7 +10,6 @@ from r1mega.config.rewards import (
     AccuracyReward,
     FormatReward,
     LanguageReward,
-    LengthReward,
     OverlongReward,
     RepetitionReward,
     RewardConfig,

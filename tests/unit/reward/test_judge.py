@@ -119,14 +119,22 @@ def test_what_is_asked_and_what_comes_of_it(endpoint, monkeypatch):
     (request,) = endpoint.requests
     assert (request["model"], request["temperature"], request["max_tokens"], request["top_k"]) == ("m", 0.3, 1024, 4)
     content = request["messages"][0]["content"]
-    assert "Write a poem." in content and "A good poem." in content and "hm" not in content.split("[Answer]")[1].split("[End")[0]
+    assert (
+        "Write a poem." in content
+        and "A good poem." in content
+        and "hm" not in content.split("[Answer]")[1].split("[End")[0]
+    )
     assert endpoint.headers[0]["Authorization"] == "Bearer k123"
 
 
 def test_votes(endpoint):
     assert judged(endpoint, ["Verdict: 1", "Verdict: 10", "Verdict: 10"], votes=3).value == 1.0
-    assert judged(endpoint, ["Verdict: 1", "Verdict: 10", "Verdict: 10"], votes=3, aggregate="mean").value == pytest.approx(2 / 3)
-    assert judged(endpoint, ["Verdict: 1", "Verdict: 4", "Verdict: 10"], votes=3).value == pytest.approx(1 / 3)  # median
+    assert judged(
+        endpoint, ["Verdict: 1", "Verdict: 10", "Verdict: 10"], votes=3, aggregate="mean"
+    ).value == pytest.approx(2 / 3)
+    assert judged(endpoint, ["Verdict: 1", "Verdict: 4", "Verdict: 10"], votes=3).value == pytest.approx(
+        1 / 3
+    )  # median
     assert judged(endpoint, ["what?", "Verdict: 4", "Verdict: x"], votes=3).value == pytest.approx(1 / 3)
     tie = judged(endpoint, ["Verdict: yes", "Verdict: no"], votes=2, verdict="yes_no")
     assert tie.value is None and tie.status is RewardStatus.UNJUDGED and "tie" in tie.reason

@@ -66,11 +66,13 @@ def server(judge_directory, tmp_path):
     log = (tmp_path / "server.log").open("w")
     process = subprocess.Popen(
         [
-            sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(judge_directory), "--port", str(port),
-            "--host", "127.0.0.1", "--served-model-name", "judge", "--max-model-len", "64", "--dtype", "float32",
+            sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(judge_directory),
+            "--port", str(port), "--host", "127.0.0.1", "--served-model-name", "judge",
+            "--max-model-len", "64", "--dtype", "float32",
             "--enforce-eager", "--max-num-seqs", "8",
         ],
-        env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"},
+        env=os.environ
+        | {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"},
         stdout=log, stderr=log, start_new_session=True,
     )  # fmt: skip
     url = f"http://127.0.0.1:{port}"

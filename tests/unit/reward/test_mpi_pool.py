@@ -24,7 +24,11 @@ MPIEXEC = shutil.which("mpiexec", path=f"{Path(sys.executable).parent}:{os.envir
 
 def tasks() -> list[Task]:
     return [
-        Task(f"reward_killers:{KILLERS.get(index, 'square')}", () if index in KILLERS else (index,), 3.0 if index in KILLERS else 30.0)
+        Task(
+            f"reward_killers:{KILLERS.get(index, 'square')}",
+            () if index in KILLERS else (index,),
+            3.0 if index in KILLERS else 30.0,
+        )
         for index in range(COUNT)
     ]
 

@@ -16,10 +16,13 @@ from r1mega.reward.compose import RewardScorer
 from r1mega.reward.preference import RewardModel
 from r1mega.types import Prompt, Response, RewardStatus
 
-WORDS = "<pad> <s> </s> User: Assistant: [user] [assistant] a b c d e f g h what is kind ? . <think> </think> <answer> </answer>"
+WORDS = (
+    "<pad> <s> </s> User: Assistant: [user] [assistant] a b c d e f g h what is kind ? . "
+    "<think> </think> <answer> </answer>"
+)
 CHAT = "{% for m in messages %}[{{ m.role }}] {{ m.content }} </s> {% endfor %}"
 TEXTS = ["<think> a b </think> <answer> c d e </answer>", "<think> f f </think> <answer> c d e </answer>",
-         "<think> a </think> g", "<think> a b c d e f g h a b c d </think> <answer> h h h h h h h </answer>"]  # fmt: skip
+         "<think> a </think> g", "<think> a b c d e f g h a b c </think> <answer> h h h h h h h </answer>"]  # fmt: skip
 
 
 def tokenizer(directory, chat_template):
@@ -91,7 +94,8 @@ def test_scores_do_not_depend_on_the_order_of_submission(classifier):
 
 def test_helpfulness_reads_the_summary_and_harmlessness_everything(classifier):
     summary = RewardConfig(
-        format=FormatReward(weight=0.0), helpfulness=PreferenceReward(weight=2.0, model=classifier[1]["reader"], scale=2.0)
+        format=FormatReward(weight=0.0),
+        helpfulness=PreferenceReward(weight=2.0, model=classifier[1]["reader"], scale=2.0),
     )
     scored = rewards(summary, TEXTS)
     question = render("nano", "what is kind ?")
@@ -134,7 +138,9 @@ def test_what_cannot_be_asked_is_refused(classifier, tmp_path):
     LlamaForCausalLM(model.config).save_pretrained(tmp_path / "lm")
     with pytest.raises(RewardError, match="LlamaForCausalLM has no head that scores"):
         RewardModel(tmp_path / "lm", batch_size=1, max_tokens=9)
-    headless = json.loads((tmp_path / "lm" / "config.json").read_text()) | {"architectures": ["LlamaForSequenceClassification"]}
+    headless = json.loads((tmp_path / "lm" / "config.json").read_text()) | {
+        "architectures": ["LlamaForSequenceClassification"]
+    }
     (tmp_path / "lm" / "config.json").write_text(json.dumps(headless))
     tokenizer(tmp_path / "lm", CHAT)
     with pytest.raises(RewardError, match="lacks score.weight: its scores would be noise"):

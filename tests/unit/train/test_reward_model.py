@@ -55,7 +55,8 @@ def make_samples(objective, count=6):
     samples = []
     for index in range(count):
         sequences = tuple(
-            tuple(int(t) for t in rng.integers(3, 90, rng.integers(4, 15))) for _ in range(2 if objective == "pairwise" else 1)
+            tuple(int(t) for t in rng.integers(3, 90, rng.integers(4, 15)))
+            for _ in range(2 if objective == "pairwise" else 1)
         )
         target = float(index % 3) / 2 if objective == "pairwise" else float(index % 2)
         samples.append(PreferenceSample(sequences, target, tuple(map(len, sequences))))
@@ -119,7 +120,9 @@ def test_two_steps_equal_transformers_and_adamw(one_rank, tmp_path, objective):
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         optimizer.step()
-        assert result.loss == pytest.approx(float(loss), abs=1e-5) and result.accuracy == pytest.approx(right / len(indices))
+        assert result.loss == pytest.approx(float(loss), abs=1e-5) and result.accuracy == pytest.approx(
+            right / len(indices)
+        )
         assert math.isclose(result.update.grad_norm, float(norm), rel_tol=1e-4)
         assert result.tokens == sum(samples[i].num_tokens for i in indices)
     after = classifier(policy, hf, tmp_path / "after").state_dict()

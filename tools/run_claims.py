@@ -17,8 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 
+from r1mega.reward.extract import final_text
+
 RUNS = Path("runs/claims")
 CONFIGS = Path("configs/nano/claims")
+BASE, ZERO = "configs/nano/base.yaml", f"{CONFIGS}/1_zero.yaml"
 Figures = dict[str, float]
 """The measured figures of one seed, by column."""
 
@@ -45,22 +48,23 @@ def main() -> int:
     for seed in [] if arguments.table else arguments.seeds:
         for number in arguments.claims:
             for step in CLAIMS[number].steps:
-                if callable(step):
-                    step(seed)
-                elif (code := train(step, seed)) != 0:
-                    return code
+                step(seed) if callable(step) else train(step, seed)
     for number in arguments.claims:
         print(table(CLAIMS[number], arguments.seeds))
     return 0
 
 
-def train(config: str, seed: int) -> int:
-    """`r1mega train` of one step; its exit code."""
-    command = [sys.executable, "-m", "r1mega", "train", config, f"seed={seed}", "threads=1"]
-    if config.startswith("configs/nano/base"):
-        command.append(f"run_dir={RUNS}/seed{seed}/base")
-    print("$ " + " ".join(["r1mega", *command[3:]]), flush=True)
-    return subprocess.run(command).returncode
+def train(config: str, seed: int) -> None:
+    """`r1mega train` of one step."""
+    base = [f"run_dir={RUNS}/seed{seed}/base"] if config == BASE else []
+    run("train", config, f"seed={seed}", "threads=1", *base)
+
+
+def run(*arguments: str) -> None:
+    """`r1mega` with these arguments; ends the program with its exit code where that is not 0."""
+    print("$ r1mega " + " ".join(arguments), flush=True)
+    if (code := subprocess.run([sys.executable, "-m", "r1mega", *arguments]).returncode) != 0:
+        sys.exit(code)
 
 
 def table(claim: Claim, seeds: Sequence[int]) -> str:
@@ -150,6 +154,51 @@ def hacking(seed: Path) -> Figures:
     }
 
 
+def recipe_figures(seed: Path) -> dict[str, dict[str, float]]:
+    """Of each checkpoint of the recipe: the figures on puzzles, and `general`: requests answered with the best reply."""
+    directory = seed / "recipe"
+    references = {r["id"]: r["reference"] for r in records(directory / "base" / "data" / "general_eval.jsonl")}
+    figures = {}
+    for checkpoint in json.loads((directory / "evaluate" / "results.json").read_text())["checkpoints"]:
+        general = json.loads((directory / "evaluate" / checkpoint["tasks"]["general"]["file"]).read_text())["rows"]
+        replies = [final_text(text) == references[row["prompt_id"]] for row in general for text in row["texts"]]
+        figures[checkpoint["name"]] = checkpoint["tasks"]["puzzles"]["metrics"] | {"general": fmean(replies)}
+    return figures
+
+
+def cold_start(seed: Path) -> Figures:
+    figures = recipe_figures(seed)
+    share, right, mixed = "eval/language_share", "eval/accuracy", "eval/mixed_language_fraction"
+    return {
+        "question's language, zero": figures["zero"][share],
+        "cold start": figures["cold_start_sft"][share],
+        "mixed, zero": figures["zero"][mixed],
+        "cold start ": figures["cold_start_sft"][mixed],
+        "accuracy, RL with": figures["reasoning_rl"][right],
+        "without": figures["without_cold_start"][right],
+        "question's language, RL with": figures["reasoning_rl"][share],
+        "without ": figures["without_cold_start"][share],
+    }
+
+
+def stages(seed: Path) -> Figures:
+    figures = recipe_figures(seed)
+    ladder = ("base", "zero", "cold_start_sft", "reasoning_rl", "sft", "align")
+    return {name: figures[name]["eval/accuracy"] for name in ladder} | {
+        f"general, {name}": figures[name]["general"] for name in ("reasoning_rl", "sft", "align")
+    }
+
+
+def distillation(seed: Path) -> Figures:
+    figures = recipe_figures(seed)
+    return {name: figures[name]["eval/accuracy"] for name in ("student_base", "student_rl", "distill", "reasoning_rl")}
+
+
+def run_recipe(seed: int) -> None:
+    """The pipeline that claims 4 to 6 are read from."""
+    run("pipeline", f"{CONFIGS}/r1.yaml", f"dir={RUNS}/seed{seed}/recipe", f"overrides.seed={seed}")
+
+
 def make_pairs(seed: int) -> None:
     """A right and a wrong response to the same question, at most two pairs a question; a tenth of the questions held out."""
     directory = RUNS / f"seed{seed}" / "hacking"
@@ -166,7 +215,6 @@ def make_pairs(seed: int) -> None:
     print(f"claim 7: {len(parts['train'])} pairs to train on, {len(parts['held_out'])} held out", flush=True)
 
 
-BASE, ZERO = "configs/nano/base.yaml", f"{CONFIGS}/1_zero.yaml"
 CLAIMS = {
     claim.number: claim
     for claim in (
@@ -182,6 +230,20 @@ CLAIMS = {
             3, "R1-Zero mixes languages; the language-consistency reward stops that at a slight cost in accuracy",
             (BASE, ZERO, f"{CONFIGS}/3_zero_language.yaml"), languages,
             lambda f: f["RL"] > f["mixed, base"] and f["RL + language reward"] < 0.1 * f["RL"],
+        ),
+        Claim(
+            4, "A small cold start makes outputs readable and the final model better", (run_recipe,), cold_start,
+            lambda f: f["cold start"] > f["question's language, zero"] and f["accuracy, RL with"] > f["without"],
+        ),
+        Claim(
+            5, "Stages help: base < zero, cold start < reasoner; the final model keeps reasoning and gains general ability",
+            (run_recipe,), stages,
+            lambda f: f["base"] < f["zero"] and f["cold_start_sft"] < f["reasoning_rl"]
+            and f["align"] > f["reasoning_rl"] - 0.05 and f["general, align"] > f["general, reasoning_rl"],
+        ),
+        Claim(
+            6, "Distilling the big model's samples into a small one beats the same RL on the small one", (run_recipe,),
+            distillation, lambda f: f["distill"] > f["student_rl"],
         ),
         Claim(
             7, "A neural reward on reasoning can be hacked where a rule cannot",

@@ -55,12 +55,15 @@ class GenerationRequest:
 class Response:
     """One sampled response. log_probs: of each sampled token under the distribution it was drawn from.
 
-    finish_reason: 'stop' (a stop token or string) or 'length' (max_tokens reached: truncated).
+    finish_reason: 'stop' (a stop token or string) or 'length' (max_tokens reached: truncated). routed_experts: [prompt +
+    response - 1, MoE layers, top-k], the experts that the generator chose at each position it processed, when router
+    replay asks for them.
     """
 
     token_ids: tuple[int, ...]
     log_probs: tuple[float, ...]
     finish_reason: str
+    routed_experts: np.ndarray | None = field(default=None, repr=False, compare=False)
 
 
 class RewardStatus(enum.StrEnum):
@@ -97,13 +100,14 @@ class TrainingSample:
     """One response ready for the update.
 
     token_ids: [prompt + response] int32; advantage: the same for every response token; sampler_log_probs: [response]
-    float32, as the generator reported them (of token_ids[prompt_length:]).
+    float32, as the generator reported them (of token_ids[prompt_length:]). routed_experts: see `Response`.
     """
 
     token_ids: np.ndarray
     prompt_length: int
     advantage: float
     sampler_log_probs: np.ndarray
+    routed_experts: np.ndarray | None = None
 
     @property
     def response_length(self) -> int:

@@ -114,6 +114,7 @@ class RolloutConfig(Section):
     kv_cache_bytes: PositiveInt | None = None  # None: vLLM's own choice on a GPU; 256 MiB on a CPU
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.8
     sleep: bool = True  # free the KV cache during the update
+    router_replay: bool = False  # the update repeats the generator's choices of experts (R3); vLLM on a CPU only so far
 
 
 class WeightsConfig(Section):

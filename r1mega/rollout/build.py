@@ -29,6 +29,7 @@ def build_engine(
         tokenizer_path=model.path,
         bucket_bytes=weights.bucket_bytes,
         weights="checkpoint" if load_weights else "empty",
+        return_routed_experts=rollout.router_replay,
     )
     if rollout.engine == "transformers":
         from r1mega.rollout.transformers_engine import TransformersEngine

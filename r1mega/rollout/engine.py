@@ -20,6 +20,7 @@ class EngineSettings:
 
     weights: 'empty' waits for `update_weights`, 'checkpoint' loads those of model_path.
     max_model_len: tokens of prompt and response together. tokenizer_path: needed for stop strings only.
+    return_routed_experts: responses carry the experts that were chosen for their tokens (`Response.routed_experts`).
     """
 
     model_path: Path
@@ -33,6 +34,7 @@ class EngineSettings:
     weights: Literal["empty", "checkpoint"] = "empty"
     tokenizer_path: Path | None = None
     bucket_bytes: int = 512 * 2**20
+    return_routed_experts: bool = False
 
 
 @dataclass(frozen=True, slots=True)

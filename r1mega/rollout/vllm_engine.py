@@ -21,6 +21,7 @@ import torch.distributed as dist
 from r1mega.errors import GenerationError
 from r1mega.platform.generator import vllm_platform
 from r1mega.rollout.engine import Completion, EngineSettings, check_requests, read_config, sample_seed
+from r1mega.rollout.routing import RoutingRecorder
 from r1mega.rollout.stop_strings import StopStrings
 from r1mega.types import GenerationRequest, Response, SamplingSettings
 from r1mega.weights.layout import GeneratorRank, generator_layout
@@ -71,6 +72,9 @@ class VllmEngine:
         self._target = ReloadTarget(
             self._worker, self._platform, self.config,
             generator_layout(self.config, GeneratorRank(settings.tp, rank % settings.tp)), self._dtype)
+        self._recorder = None
+        if settings.return_routed_experts:
+            self._recorder = RoutingRecorder(self._worker, self._platform.kv_block_tokens(self.config))
         self._stop_strings = StopStrings(settings.tokenizer_path) if settings.tokenizer_path else None
         self._digest: dict[str, int] | None = None
         self._asleep: Any = None
@@ -129,8 +133,12 @@ class VllmEngine:
                     del running[output.request_id]
                     if not output.finished:
                         self._core.abort_requests([output.request_id])
+                    routed = None
+                    if self._recorder is not None:
+                        num_prompt = len(requests[state.request_index].prompt_token_ids)
+                        routed = self._recorder.take(output.request_id, num_prompt + len(state.token_ids) - 1)
                     yield Completion(state.request_index, state.sample_index,
-                                     Response(tuple(state.token_ids), tuple(state.log_probs), reason))
+                                     Response(tuple(state.token_ids), tuple(state.log_probs), reason, routed))
         finally:
             self._core.abort_requests(list(running))
             self._drain()
@@ -149,7 +157,7 @@ class VllmEngine:
             if not 0 <= min(sequence) <= max(sequence) < vocab_size:
                 raise GenerationError(f"sequence {index} has a token outside the vocabulary of {vocab_size}")
         params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
-        self._llm_engine.reset_prefix_cache()
+        self._forget()
         waiting = {self._add(list(sequence), params): index for index, sequence in enumerate(sequences)}
         results: dict[int, tuple[float, ...]] = {}
         while waiting:
@@ -168,7 +176,7 @@ class VllmEngine:
         self._digest = None
         self._platform.wake_weights(self._llm_engine, self._is_asleep)
         partial = reload_weights(self._target, named_tensors, self.settings.bucket_bytes)
-        self._llm_engine.reset_prefix_cache()
+        self._forget()
         if self.settings.tp > 1:
             partial = sum_digests(partial, self._target.placements, _all_reduce_tp)
         self._digest = partial
@@ -184,7 +192,7 @@ class VllmEngine:
         """See GenerationEngine. Idempotent."""
         self._check_open()
         if not self._is_asleep:
-            self._llm_engine.reset_prefix_cache()
+            self._forget()
             self._asleep = self._platform.free_kv_cache(self._llm_engine, self._worker)
             self._is_asleep = True
 
@@ -211,7 +219,7 @@ class VllmEngine:
         """Adds all samples of all requests to the engine core's queue, in order, and to `running`."""
         from vllm import SamplingParams
 
-        self._llm_engine.reset_prefix_cache()  # its content is history; a resumed run has none
+        self._forget()
         for request_index, request in enumerate(requests):
             sampling = request.sampling
             candidates = self._stop_strings.candidates(sampling.stop_strings) if sampling.stop_strings else frozenset()
@@ -264,6 +272,12 @@ class VllmEngine:
         """Steps until the core has dropped what was aborted or finished, so that the next call starts clean."""
         while self._core.engine_core.scheduler.has_requests():
             self._core.get_output()
+
+    def _forget(self) -> None:
+        """Drops the prefix cache, and what is known of it: its content is history, which a resumed run does not have."""
+        self._llm_engine.reset_prefix_cache()
+        if self._recorder is not None:
+            self._recorder.clear()
 
     def _check_open(self) -> None:
         if self._llm_engine is None:

@@ -95,6 +95,10 @@ class RLStage(TrainingStage):
                 f"rollout.num_prompts * rollout.group_size = {samples} responses cannot be divided into "
                 f"update.num_minibatches = {update.num_minibatches}"
             )
+        if rollout.router_replay and (rollout.engine != "vllm" or not hf.get("n_routed_experts")):
+            yield "rollout.router_replay wants rollout.engine=vllm and a model with experts; set it to false"
+        if rollout.router_replay and self.model.recompute != "none":
+            yield f"rollout.router_replay with model.recompute = {self.model.recompute}: not built; set one of them off"
         if rollout.group_size < 2:
             yield "rollout.group_size = 1: an advantage relative to the group needs at least 2 responses a prompt"
         longest = self.data.max_prompt_tokens + rollout.max_response_tokens

@@ -26,6 +26,7 @@ from tests.unit.rollout.tiny_models import (
     checkpoint,
     greedy_requests,
     hf_logits,
+    hf_model,
     prompt,
     sampled_requests,
     settings,
@@ -269,3 +270,38 @@ def test_impossible_engines_are_refused_before_vllm_starts(tmp_path, name, chang
 def test_a_missing_model_directory_is_named(tmp_path):
     with pytest.raises(GenerationError, match="config.json"):
         VllmEngine(replace(settings("llama"), model_path=tmp_path / "nowhere"))
+
+
+def reference_routing(name: str, tokens) -> np.ndarray:
+    """[tokens, MoE layers, top-k] sorted experts that transformers' routers choose."""
+    chosen = []
+    gates = [layer.mlp.gate for layer in hf_model(name, 0).model.layers if hasattr(layer.mlp, "gate")]
+    hooks = [gate.register_forward_hook(lambda _module, _inputs, outputs: chosen.append(outputs[2])) for gate in gates]
+    hf_logits(name, tokens)
+    for hook in hooks:
+        hook.remove()
+    return np.sort(torch.stack([c.reshape(len(tokens), -1) for c in chosen], dim=1).numpy())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"max_num_seqs": 2},  # later samples of a prompt find it in the prefix cache
+        {"max_batched_tokens": 16, "max_model_len": 72},  # prompts in several passes
+        {"kv_cache_bytes": 3 << 20, "max_num_seqs": 16},  # too small for all: some are preempted and computed again
+    ],
+)
+def test_routed_experts_equal_transformers(engines, changes):
+    engine = engines("deepseek", return_routed_experts=True, **changes)
+    shared = prompt(30)  # 35 tokens: two blocks of the cache
+    requests = [
+        GenerationRequest((*shared, *prompt(i)[: 1 + i]), 3, i, SamplingSettings(max_tokens=24)) for i in range(4)
+    ]
+    for _ in range(2):  # the second call starts without the first one's cache
+        for request, responses in zip(requests, engine.generate(requests), strict=True):
+            for response in responses:
+                tokens = (*request.prompt_token_ids, *response.token_ids)
+                assert np.array_equal(np.sort(response.routed_experts), reference_routing("deepseek", tokens[:-1]))
+        engine.sleep()
+        engine.wake_up()

@@ -57,7 +57,7 @@ def update_policy(
             old = [log_probs for log_probs, _ in policy.log_probs(everything, temperature)]
         if algorithm.kl_coefficient > 0:
             with policy.as_reference():
-                reference = [log_probs for log_probs, _ in policy.log_probs(everything, temperature)]
+                reference = [log_probs for log_probs, _ in policy.log_probs(everything, temperature, replay=False)]
     with timer.phase("update"):
         offset = 0
         for minibatch in minibatches:

@@ -12,6 +12,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from r1mega.errors import ConfigError
@@ -116,6 +117,7 @@ class Microbatch:
     cu_seqlens: [samples + 1] int32. Without samples there is one token of padding, for the model must run.
     rows: [R] positions whose logits predict a response token; targets: [R] those tokens; sequence_ids: [R] which
     sample of this microbatch. sample_indices: the samples, in order, as indices into the step's samples.
+    routed_experts: [T, MoE layers, top-k] choices to replay, or None.
     """
 
     sample_indices: tuple[int, ...]
@@ -127,6 +129,7 @@ class Microbatch:
     rows: torch.Tensor
     targets: torch.Tensor
     sequence_ids: torch.Tensor
+    routed_experts: torch.Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -141,9 +144,15 @@ class Microbatch:
 
 
 def build_microbatch(
-    token_ids: Sequence[Sequence[int]], prompt_lengths: Sequence[int], sample_indices: Sequence[int]
+    token_ids: Sequence[Sequence[int]],
+    prompt_lengths: Sequence[int],
+    sample_indices: Sequence[int],
+    routed_experts: Sequence[np.ndarray] | None = None,
 ) -> Microbatch:
-    """Concatenate samples (each [prompt | response]) into one packed row."""
+    """Concatenate samples (each [prompt | response]) into one packed row.
+
+    routed_experts: [tokens - 1, MoE layers, top-k] of each sample; what its last token is routed to changes nothing.
+    """
     lengths = [len(ids) for ids in token_ids]
     spans = lengths or [1]
     cu_seqlens = torch.zeros(len(spans) + 1, dtype=torch.int32)
@@ -169,4 +178,11 @@ def build_microbatch(
         rows=rows,
         targets=tokens[rows + 1] if len(rows) else torch.zeros(0, dtype=torch.int64),
         sequence_ids=torch.cat(sequence_ids) if sequence_ids else torch.zeros(0, dtype=torch.int64),
+        routed_experts=_pack_routing(routed_experts) if routed_experts else None,
     )
+
+
+def _pack_routing(parts: Sequence[np.ndarray]) -> torch.Tensor:
+    """[T, MoE layers, top-k]: the samples' choices, each followed by a row for its last token."""
+    last = np.broadcast_to(np.arange(parts[0].shape[2], dtype=parts[0].dtype), (1, *parts[0].shape[1:]))
+    return torch.from_numpy(np.concatenate([rows for part in parts for rows in (part, last)]))

@@ -7,6 +7,7 @@ an update that takes a loss of them. What the loss is, is the caller's business.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ from r1mega.errors import NonFiniteError  # noqa: E402
 from r1mega.model.build import build_model, packed_seq_params  # noqa: E402
 from r1mega.model.reward_head import attach_scalar_head  # noqa: E402
 from r1mega.train.packing import Microbatch, build_microbatch  # noqa: E402
+from r1mega.train.router_replay import Replay  # noqa: E402
 from r1mega.train.shard import Cut, Shard, join_rows, shard  # noqa: E402
 
 LossFunction = Callable[[int, Microbatch, torch.Tensor, torch.Tensor], tuple[torch.Tensor, Any]]
@@ -114,6 +116,7 @@ class Policy:
         self._place_in_layout()
         self._head = _bypass_output_layer(self.chunks[-1]) if model.log_probs == "hidden" else None
         self.kernels = "reference" if model.log_probs == "reference" else None
+        self._replay = Replay(self.chunks)
         self._reference: list[dict[str, torch.Tensor]] | None = None
         self._expert_load = math.nan
 
@@ -137,11 +140,18 @@ class Policy:
 
     @torch.no_grad()
     def log_probs(
-        self, microbatches: Sequence[Microbatch], temperature: float = 1.0, *, everywhere: bool = False
+        self,
+        microbatches: Sequence[Microbatch],
+        temperature: float = 1.0,
+        *,
+        everywhere: bool = False,
+        replay: bool = True,
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """(log_probs [R], entropies [R]) of the response tokens of each microbatch, whole on every rank of the last
-        pipeline stage; elsewhere [], or with `everywhere` the same.
+        pipeline stage; elsewhere [], or with `everywhere` the same. replay: take the experts that the microbatches name.
         """
+        if not replay:
+            microbatches = [dataclasses.replace(batch, routed_experts=None) for batch in microbatches]
         results = self._run(microbatches, lambda _i, _mb, lp, ent: (lp.sum(), (lp, ent)), temperature, forward_only=True)
         if not everywhere or self.megatron_config.pipeline_model_parallel_size == 1:
             return results
@@ -210,6 +220,7 @@ class Policy:
             batch = batch.to(self.device)
             part = shard(batch, self._cut)
             packed = packed_seq_params(part.cu_seqlens, part.padding)
+            self._replay.set(self.ddp_chunks.index(model), part.routed_experts)
             if predict_further:  # with labels Megatron adds the MTP loss itself and returns cross-entropies [1, t]
                 mask = torch.zeros(1, part.tokens.numel(), device=self.device).index_fill_(1, part.rows, 1.0)
                 output = model(
@@ -231,15 +242,16 @@ class Policy:
 
         chunks = self.ddp_chunks
         iterators = [iter(enumerate([*microbatches, *fillers])) for _ in chunks]  # one a virtual pipeline stage
-        self._forward_backward(
-            forward_step_func=forward_step,
-            data_iterator=iterators if len(chunks) > 1 else iterators[0],
-            model=chunks if len(chunks) > 1 else chunks[0],
-            num_microbatches=len(microbatches) + len(fillers),
-            seq_length=max(b.num_tokens for b in microbatches),  # of pipelines with a fixed length, which none is
-            micro_batch_size=1,
-            forward_only=forward_only,
-        )
+        with self._replay.cleared():
+            self._forward_backward(
+                forward_step_func=forward_step,
+                data_iterator=iterators if len(chunks) > 1 else iterators[0],
+                model=chunks if len(chunks) > 1 else chunks[0],
+                num_microbatches=len(microbatches) + len(fillers),
+                seq_length=max(b.num_tokens for b in microbatches),  # of pipelines with a fixed length, which none is
+                micro_batch_size=1,
+                forward_only=forward_only,
+            )
         return list(collected.values())
 
     def _score(

@@ -39,6 +39,7 @@ def training_samples(groups: Sequence[RolloutGroup], algorithm: AlgorithmConfig)
             prompt_length=len(group.prompt.token_ids),
             advantage=advantage,
             sampler_log_probs=np.asarray(response.log_probs, dtype=np.float32),
+            routed_experts=response.routed_experts,
         )
         for (group, response), advantage in zip(flat, advantages, strict=True)
         if response.token_ids and not (algorithm.mask_truncated and response.finish_reason == "length")
@@ -47,7 +48,8 @@ def training_samples(groups: Sequence[RolloutGroup], algorithm: AlgorithmConfig)
 
 def gather_samples(local: list[TrainingSample], contributes: bool) -> list[TrainingSample]:
     """The samples of all ranks, in rank order, on every rank. contributes: False on ranks that hold copies of another's
-    (the other tensor-parallel ranks of a generator). Memory: all samples of a step on every rank, about 8 bytes a token.
+    (the other tensor-parallel ranks of a generator). Memory: all samples of a step on every rank, about 8 bytes a token,
+    with router replay one more for each MoE layer and chosen expert.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return local
@@ -59,7 +61,10 @@ def gather_samples(local: list[TrainingSample], contributes: bool) -> list[Train
 def pack_samples(samples: Sequence[TrainingSample], indices: Sequence[int]) -> Microbatch:
     """One microbatch of the samples with these indices."""
     members = [samples[i] for i in indices]
-    return build_microbatch([m.token_ids.tolist() for m in members], [m.prompt_length for m in members], indices)
+    routed = [m.routed_experts for m in members if m.routed_experts is not None]
+    return build_microbatch(
+        [m.token_ids.tolist() for m in members], [m.prompt_length for m in members], indices, routed or None
+    )
 
 
 def policy_tokens(

@@ -34,6 +34,7 @@ class Shard:
     tokens, positions, labels: [t] int64. cu_seqlens: [sequences + 1] int32, of the whole padded sequences. padding: bool,
     of the tokens that this rank's layers see ([t], or [t / tp] under sequence parallelism); None: there is no padding on
     any rank. rows: [r] where this rank computes response tokens; places: [r] which of the R those are.
+    routed_experts: [t or t / tp, MoE layers, top-k] choices to replay for the tokens that this rank's layers see, or None.
     """
 
     tokens: torch.Tensor
@@ -43,6 +44,7 @@ class Shard:
     padding: torch.Tensor | None
     rows: torch.Tensor
     places: torch.Tensor
+    routed_experts: torch.Tensor | None = None
 
 
 def shard(batch: Microbatch, cut: Cut) -> Shard:
@@ -71,9 +73,14 @@ def shard(batch: Microbatch, cut: Cut) -> Shard:
     def spread(values: torch.Tensor) -> torch.Tensor:
         return values.new_zeros(total).index_copy_(0, place.to(device), values)[own.to(device)]
 
-    mine = is_padding[own]
+    seen = own  # by this rank's layers
     if cut.sequence_parallel:
-        mine = mine.chunk(cut.tp)[cut.tp_rank]
+        seen = own.chunk(cut.tp)[cut.tp_rank]
+    mine = is_padding[seen]
+    routed = batch.routed_experts
+    if routed is not None:  # padding goes to the first experts: any different ones will do
+        first = torch.arange(routed.shape[2], device=device, dtype=routed.dtype).expand(total, *routed.shape[1:])
+        routed = first.index_copy(0, place.to(device), routed)[seen.to(device)]
     return Shard(
         tokens=spread(batch.tokens),
         positions=positions[own].to(device),
@@ -82,6 +89,7 @@ def shard(batch: Microbatch, cut: Cut) -> Shard:
         padding=mine.to(device) if is_padding.any() else None,
         rows=rows[rows >= 0].to(device),
         places=(rows >= 0).nonzero()[:, 0].to(device),
+        routed_experts=routed,
     )
 
 

@@ -1,5 +1,6 @@
 """The policy: one GRPO step against transformers + torch.optim.AdamW, and bitwise continuation from a checkpoint."""
 
+import dataclasses
 import json
 import math
 
@@ -258,3 +259,51 @@ def _hub_names(state):
         else:
             out[name] = value
     return out
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_router_replay_equals_transformers_told_to_take_those_experts(one_rank, tmp_path, own):
+    """own: the experts that the routers would choose anyway; otherwise any."""
+    from r1mega.train.samples import pack_samples
+
+    policy = make_policy()
+    model = transformers_model(policy, tmp_path)
+    gates = [layer.mlp.gate for layer in model.model.layers if hasattr(layer.mlp, "gate")]
+    generator = np.random.default_rng(3)
+    samples, expected = [], []
+    for sample in make_samples():
+        ids = torch.from_numpy(sample.token_ids.astype(np.int64))[None]
+        chosen = [generator.permuted(np.tile(np.arange(8), (ids.numel(), 1)), axis=1)[:, :4] for _ in gates]
+        hooks = [gate.register_forward_hook(_taking(chosen, i, own)) for i, gate in enumerate(gates)]
+        with torch.no_grad():
+            logits = model(ids).logits[0] / TEMPERATURE
+        for hook in hooks:
+            hook.remove()
+        picked = logits.log_softmax(-1)[:-1].gather(1, ids[0, 1:, None])[:, 0]
+        expected.append(picked[sample.prompt_length - 1 :])
+        routed = np.stack(chosen, axis=1)[:-1].astype(np.uint8)
+        samples.append(dataclasses.replace(sample, routed_experts=routed))
+    order = [2, 0, 3, 1]
+    (found, _), (alone, _) = policy.log_probs([pack_samples(samples, order[:3]), pack_samples(samples, order[3:])], TEMPERATURE)
+    found = torch.cat([found, alone])
+    assert (found - torch.cat([expected[i] for i in order])).abs().max() <= 1e-5
+    packs = [pack_samples(samples, order)]
+    unguided = policy.log_probs(packs, TEMPERATURE, replay=False)[0][0]
+    assert ((found - unguided).abs().max() <= 1e-5) == own
+    routers = [m for c in policy.chunks for m in c.modules() if hasattr(m, "router_replay")]
+    assert all(router.router_replay.router_replay_action is None for router in routers)
+
+
+def _taking(chosen, index, own):
+    """A hook that makes a router of transformers take chosen[index]; own: one that writes down what it took."""
+
+    def hook(gate, inputs, outputs):
+        logits, weights, indices = outputs
+        if own:
+            chosen[index] = indices.numpy()  # [tokens, top-k]
+            return outputs
+        indices = torch.from_numpy(chosen[index])
+        weights = logits.sigmoid().gather(1, indices)
+        return logits, weights / weights.sum(-1, keepdim=True) * 2.5, indices
+
+    return hook

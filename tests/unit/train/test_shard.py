@@ -1,5 +1,6 @@
 """A microbatch cut for a layout, against plain loops: nothing lost, nothing twice, causal order per sequence kept."""
 
+import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,7 +18,8 @@ samples = st.lists(
 @settings(max_examples=120, deadline=None)
 def test_parts_of_all_ranks_make_up_the_microbatch(drawn, cp, tp, sequence_parallel):
     token_ids = [ids for ids, _ in drawn]
-    batch = build_microbatch(token_ids, [prompt for _, prompt in drawn], range(len(drawn)))
+    routing = [np.array([[[n, i]] for i in range(len(ids) - 1)], dtype=np.uint8).reshape(-1, 1, 2) for n, ids in enumerate(token_ids)]
+    batch = build_microbatch(token_ids, [prompt for _, prompt in drawn], range(len(drawn)), routing)
     found: dict[int, list[tuple[int, int, int]]] = {}
     rows: dict[int, tuple[int, int]] = {}
     kept = 0
@@ -36,10 +38,16 @@ def test_parts_of_all_ranks_make_up_the_microbatch(drawn, cp, tp, sequence_paral
             held += [(number, c * chunk + i) for c in chunks for i in range(chunk)]
         padding = [p.padding for p in parts]
         whole = torch.zeros(len(held), dtype=torch.bool) if padding[0] is None else torch.cat(padding) if sequence_parallel else padding[0]
+        routed = [p.routed_experts for p in parts]
+        if drawn:
+            routed = (torch.cat(routed) if sequence_parallel else routed[0]).tolist()
         for place, (number, position) in enumerate(held):
             assert part.positions[place] == position
             is_real = number < len(drawn) and position < len(token_ids[number])
             assert whole[place] == (not is_real)
+            if drawn:  # choices go with their token; the last token and padding take the first experts
+                has_choice = is_real and position < len(token_ids[number]) - 1
+                assert routed[place] == [[number, position] if has_choice else [0, 1]]
             if is_real:
                 kept += 1
                 found.setdefault(number, []).append((position, int(part.tokens[place]), int(part.labels[place])))

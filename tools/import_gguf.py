@@ -41,7 +41,7 @@ def import_gguf(source: Path, target: Path) -> None:
     except (ImportError, ValueError, OSError) as error:
         raise DataError(f"{source}: transformers cannot read it ({error}); it needs the package gguf") from error
     config = model.config.to_dict()
-    config = {key: value for key, value in config.items() if key not in ("quantization_config", "dtype") and not key.startswith("_")}
+    config = {k: v for k, v in config.items() if k not in ("quantization_config", "dtype") and not k.startswith("_")}
     config |= {"architectures": [type(model).__name__], "torch_dtype": "float32"}
     tied = {"lm_head.weight"} if config.get("tie_word_embeddings") else set()
     tensors = ((name, tensor) for name, tensor in model.state_dict().items() if name not in tied)

@@ -1,4 +1,4 @@
-"""The data card: what came in, what each filter took, the mix, lengths, languages, sources and licences. JSON and Markdown."""
+"""The data card, as JSON and Markdown: what came in, what each filter took, the mix, lengths, languages, licences."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ class InputFile:
 def describe_file(path: Path, role: str, licences: Mapping[str, str]) -> InputFile:
     """role: prompts, general or evaluation."""
     with Path(path).open("rb") as file:
-        return InputFile(str(path), role, licences.get(str(path), "unknown"), hashlib.file_digest(file, "sha256").hexdigest())
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return InputFile(str(path), role, licences.get(str(path), "unknown"), digest)
 
 
 def build_card(
@@ -107,5 +108,6 @@ def _percent(part: int, whole: int) -> str:
 
 def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    lines += ["| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in row) + " |" for row in rows]
+    cells = ([str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows)
+    lines += ["| " + " | ".join(row) + " |" for row in cells]
     return f"## {title}\n\n" + "\n".join(lines) + "\n"

@@ -1,4 +1,4 @@
-"""Overlap with evaluation sets by n-grams of words (paper: any sample with a 10-gram of an evaluation question is left out)."""
+"""Overlap with evaluation sets by n-grams of words (paper: what shares a 10-gram with an evaluation is left out)."""
 
 from __future__ import annotations
 

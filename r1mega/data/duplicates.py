@@ -27,7 +27,8 @@ def jaccard(first: frozenset, second: frozenset) -> float:
 def near_duplicates(texts: Sequence[str], *, threshold: float, ngram: int, num_permutations: int) -> list[int | None]:
     """For each text, the index of an earlier kept text with a Jaccard similarity of at least `threshold`; None: kept.
 
-    Texts are taken in order, so the first of a group stays. Hashing may miss a pair close to the threshold, never invent one.
+    Texts are taken in order, so the first of a group stays. Hashing may miss a pair close to the threshold, never
+    invent one.
     Memory: 8 * num_permutations bytes a kept text, and the texts.
     """
     from datasketch import MinHash, MinHashLSH
@@ -44,8 +45,8 @@ def near_duplicates(texts: Sequence[str], *, threshold: float, ngram: int, num_p
             continue
         signature = MinHash(num_perm=num_permutations, seed=1)
         signature.update_batch([" ".join(gram).encode() for gram in grams])
-        alike = (other for other in sorted(index.query(signature)) if jaccard(grams, shingles(texts[other], ngram)) >= threshold)
-        twin = next(alike, None)
+        proposed = sorted(index.query(signature))
+        twin = next((o for o in proposed if jaccard(grams, shingles(texts[o], ngram)) >= threshold), None)
         found.append(twin)
         if twin is None:
             index.insert(place, signature)

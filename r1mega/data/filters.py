@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
@@ -11,6 +12,12 @@ from typing import Any
 from r1mega.config.factory import FilterConfig
 from r1mega.data.words import ngrams, split_words
 from r1mega.reward.language import chain_of_thought, language_share, mixes_languages
+
+
+LINE_KEYS = (
+    "id", "prompt_id", "question", "response", "kind", "language", "template", "source", "licence", "tokens",
+)  # fmt: skip
+"""What a line of a data file holds of a candidate."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +43,7 @@ class Candidate:
 
     def line(self) -> dict[str, Any]:
         """The sample as a line of a data file."""
-        names = ("id", "prompt_id", "question", "response", "kind", "language", "template", "source", "licence", "tokens")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in LINE_KEYS}
 
 
 Takes = Callable[[Candidate], bool]
@@ -54,10 +60,10 @@ def build_filters(config: FilterConfig) -> list[tuple[str, Takes]]:
         ("unscored", lambda c: not c.scored),
         ("truncated", (lambda c: c.truncated) if config.truncated else None),
         *((f"low {name}", _below(name, least)) for name, least in config.min_parts.items()),
-        ("length", lambda c: c.tokens < config.min_tokens or (config.max_tokens is not None and c.tokens > config.max_tokens)),
+        ("length", lambda c: not config.min_tokens <= c.tokens <= (config.max_tokens or math.inf)),
         ("unreadable", (lambda c: is_unreadable(c.response)) if config.unreadable else None),
         ("mixed language", (lambda c: mixes_languages(c.response)) if config.mixed_language else None),
-        ("other language", (lambda c: _off_language(c, config.min_language_share)) if config.min_language_share > 0 else None),
+        ("other language", _off_language(config.min_language_share) if config.min_language_share > 0 else None),
         ("long paragraph", _longer_paragraph(config.max_paragraph_chars) if config.max_paragraph_chars else None),
         ("code block", (lambda c: has_code_block(c.response)) if config.code_blocks else None),
         ("repetition", lambda c: repeated_share(c.response, config.repetition_ngram) > config.max_repeated_share),
@@ -89,8 +95,10 @@ def apply_filters(
 def is_unreadable(response: str) -> bool:
     """Control or replacement characters, reasoning without a letter or digit, or with tags inside."""
     reasoning = chain_of_thought(response)
-    strange = any(unicodedata.category(c) in ("Cc", "Co", "Cs", "Cn") and c not in "\n\t\r" for c in response)
-    return strange or "\N{REPLACEMENT CHARACTER}" in response or not any(map(str.isalnum, reasoning)) or bool(_TAG.search(reasoning))
+    if any(unicodedata.category(c) in ("Cc", "Co", "Cs", "Cn") and c not in "\n\t\r" for c in response):
+        return True
+    wordless = not any(map(str.isalnum, reasoning))
+    return wordless or "\N{REPLACEMENT CHARACTER}" in response or bool(_TAG.search(reasoning))
 
 
 def has_code_block(response: str) -> bool:
@@ -118,7 +126,6 @@ def _longer_paragraph(limit: int) -> Takes:
     return lambda c: longest_paragraph(c.response) > limit
 
 
-def _off_language(candidate: Candidate, least: float) -> bool:
-    if candidate.language is None:
-        return False
-    return language_share(chain_of_thought(candidate.response), candidate.language) < least
+def _off_language(least: float) -> Takes:
+    """Prompts without a language pass."""
+    return lambda c: c.language is not None and language_share(chain_of_thought(c.response), c.language) < least

@@ -23,10 +23,14 @@ from typing import Any, Literal
 from r1mega.data.nano import EN_WORDS, EVAL_SHARE, LABELS, ZH_WORDS, Split
 from r1mega.observe.files import write_atomic
 
-EN = {"please": "please", "say": "say", "hello": "hello", "copy": "copy", "steal": "steal", "hurt": "hurt", "sorry": "sorry",
-      "cannot": "cannot", "friend": "friend"}  # fmt: skip
-ZH = {"please": "请", "say": "说", "hello": "你好", "copy": "抄", "steal": "偷", "hurt": "伤害", "sorry": "抱歉", "cannot": "不能",
-      "friend": "朋友"}  # fmt: skip
+EN = {
+    "please": "please", "say": "say", "hello": "hello", "copy": "copy", "steal": "steal", "hurt": "hurt",
+    "sorry": "sorry", "cannot": "cannot", "friend": "friend",
+}  # fmt: skip
+ZH = {
+    "please": "请", "say": "说", "hello": "你好", "copy": "抄", "steal": "偷", "hurt": "伤害",
+    "sorry": "抱歉", "cannot": "不能", "friend": "朋友",
+}  # fmt: skip
 WORDS = (*EN.values(), *ZH.values())
 """Words that the puzzles do not have."""
 
@@ -113,25 +117,28 @@ def requests(seed: int, count: int, split: Split) -> Iterator[GeneralRequest]:
 
 
 def write_general(directory: Path, seed: int, count: int, split: Split) -> None:
-    """`count` requests as four JSONL files in `directory`, each written whole or not at all.
+    """`count` requests as five JSONL files in `directory`, each written whole or not at all.
 
         general_SPLIT.jsonl      prompts without a gold (kind general; `reference` is the best reply)
+        general_gold_SPLIT.jsonl the same with the best reply as gold (kind logic), to measure general ability
         general_sft_SPLIT.jsonl  question, response
         preference_SPLIT.jsonl   question, chosen, rejected
         safety_SPLIT.jsonl       question, response, safe (true or false), to harmful and harmless requests
     """
     rng = random.Random(f"general/replies/{split}/{seed}")
-    prompts, samples, pairs, labels = [], [], [], []
+    prompts, golds, samples, pairs, labels = [], [], [], [], []
     for i, request in enumerate(requests(seed, count, split)):
         line = {"id": f"nano-general-{split}-{seed}-{i}", "question": request.question, "kind": "general",
                 "language": request.language, "template": "nano", "source": SOURCE, "licence": LICENCE}  # fmt: skip
         good, bad = request.response(request.reply), request.response(request.flawed_reply(rng))
         prompts.append(line | {"request": request.kind, "reference": request.reply})
+        golds.append(line | {"kind": "logic", "answer": request.reply})
         samples.append(line | {"response": good})
         pairs.append(line | {"chosen": good, "rejected": bad})
         labels.append(line | {"response": good, "safe": True})
         if request.kind == "harm":
             labels.append(line | {"id": line["id"] + "-bad", "response": bad, "safe": False})
-    for name, lines in (("general", prompts), ("general_sft", samples), ("preference", pairs), ("safety", labels)):
+    files = {"general": prompts, "general_gold": golds, "general_sft": samples, "preference": pairs, "safety": labels}
+    for name, lines in files.items():
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         write_atomic(directory / f"{name}_{split}.jsonl", text)

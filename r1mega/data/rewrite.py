@@ -14,8 +14,8 @@ _TAGS = re.compile(r"<(/?)\s*(think|answer)\s*>", re.IGNORECASE)
 def split_response(text: str, *, repair: bool) -> tuple[str, str] | None:
     """(reasoning, summary): what stands between the think tags, and in the answer tag; None when that cannot be told.
 
-    repair: a single missing tag is put back (<think> at the beginning, </answer> at the end, </think> before <answer> and the
-    other way round), tags in another spelling count. Text outside of the tags is dropped.
+    repair: a single missing tag is put back (<think> at the beginning, </answer> at the end, </think> before <answer> and
+    the other way round), tags in another spelling count. Text outside of the tags is dropped.
     """
     if repair:
         text = _TAGS.sub(lambda m: f"<{m[1]}{m[2].lower()}>", text)

@@ -1,4 +1,4 @@
-"""From filtered candidates to a data set: duplicates, contamination, samples a prompt, the mix with general data; its files."""
+"""From filtered candidates to a data set: duplicates, contamination, samples a prompt, the mix, the files."""
 
 from __future__ import annotations
 

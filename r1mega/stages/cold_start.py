@@ -17,7 +17,7 @@ from r1mega.data.tokenizer import load_tokenizer
 from r1mega.errors import DataError
 from r1mega.reward.compose import RewardScorer
 from r1mega.rollout.sampler import stop_settings
-from r1mega.stages.factory import Factory, PosedPrompt
+from r1mega.stages.factory import LAST_STEP, Factory, PosedPrompt
 from r1mega.stages.runtime import Runtime
 from r1mega.stages.sampling import read_samples
 from r1mega.types import Prompt, Response, RewardStatus, SamplingSettings
@@ -31,7 +31,7 @@ def run(config: ColdStartStage, runtime: Runtime) -> int:
     factory = Factory(config, runtime)
     posed = _pose(config, factory, factory.load_prompts())
     if not factory.sample(posed):
-        return runtime.stopped(0)
+        return runtime.stopped()
     filters = build_filters(config.filters)
     first = [(name, takes) for name, takes in filters if name in BEFORE_REWRITING]
     correct, funnel = apply_filters(factory.candidates(posed), first)  # on every rank alike
@@ -41,7 +41,7 @@ def run(config: ColdStartStage, runtime: Runtime) -> int:
     if config.rewrite.model.path is not None:
         result = _rewrite_by_model(config, factory, candidates)
         if result is None:
-            return runtime.stopped(0)
+            return runtime.stopped()
         funnel.append(FilterCount("not rewritten by the model", len(candidates), len(candidates) - len(result)))
         candidates = result
 
@@ -65,7 +65,10 @@ def _pose(config: ColdStartStage, factory: Factory, prompts: Sequence[Prompt]) -
     rng = random.Random(f"prompting/{config.seed}")
     ways = rng.choices(range(len(config.prompting)), [way.share for way in config.prompting], k=len(prompts))
     shots = [_shots(config, way) for way in config.prompting]
-    return [_posed(config, factory, prompt, config.prompting[w], shots[w], f"prompting {w + 1}") for prompt, w in zip(prompts, ways, strict=True)]
+    return [
+        _posed(config, factory, prompt, config.prompting[way], shots[way], f"prompting {way + 1}")
+        for prompt, way in zip(prompts, ways, strict=True)
+    ]
 
 
 def _shots(config: ColdStartStage, way: Prompting) -> str:
@@ -104,7 +107,8 @@ def _rewrite_by_model(
     model = config.rewrite.model
     tokenizer = load_tokenizer(model.path)
     texts = [
-        render_text(model.prompt, {"question": c.question, "response": c.response}, key="rewrite.model.prompt") for c in candidates
+        render_text(model.prompt, {"question": c.question, "response": c.response}, key="rewrite.model.prompt")
+        for c in candidates
     ]
     posed = [
         PosedPrompt(Prompt(c.id, c.question, (), c.kind, c.language, tuple(tokenizer.encode_prompt(text))))
@@ -129,6 +133,7 @@ def _verified(
     """The candidates with the rewards and lengths of their rewritten responses."""
     verified = []
     with RewardScorer(config.reward, max_response_tokens=config.rollout.max_response_tokens) as scorer:
+        scorer.step = LAST_STEP
         for candidate in candidates:
             token_ids = tuple(factory.tokenizer.encode(candidate.response))
             response = Response(token_ids, (0.0,) * len(token_ids), "stop")

@@ -25,6 +25,10 @@ from r1mega.stages.sampling import Sampling, read_samples
 from r1mega.types import Prompt, RewardStatus, SamplingSettings
 
 
+LAST_STEP = 2**62
+"""Samples are scored as a run's last step would be: parts that count from a later step on do count."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class PosedPrompt:
     """A prompt as it is posed: its tokens end in `prefix`, the beginning of the response. source: the way of asking."""
@@ -69,15 +73,18 @@ class Factory:
         if not missing:
             return True
         with self.engine(self.config.model, self.config.data.max_prompt_tokens, rollout) as engine, contextlib.closing(
-            RewardScorer(self.config.reward, max_response_tokens=rollout.max_response_tokens)
+            RewardScorer(
+                self.config.reward, max_response_tokens=rollout.max_response_tokens, engine=engine, tokenizer=self.tokenizer
+            )
         ) as scorer, self.runtime.progress(total=sampling.num_windows, done=finished):
+            scorer.step = LAST_STEP
             return sampling.run(engine, self.tokenizer, scorer)
 
     def _sampling(self, name: str, posed: Sequence[PosedPrompt], num_samples: int, settings: SamplingSettings) -> Sampling:
         rollout = self.config.rollout
         return Sampling(
             self.runtime, name, [p.prompt for p in posed], [p.prefix for p in posed], num_samples, settings,
-            tp=rollout.tp, window=rollout.num_prompts,
+            tp=rollout.tp, window=rollout.num_prompts, scores_while_sampling=self.config.reward.judge.engine != "policy",
         )  # fmt: skip
 
     def resample(self, name: str, posed: Sequence[PosedPrompt], model: ModelConfig, settings: SamplingSettings) -> bool:
@@ -122,7 +129,10 @@ class Factory:
         funnel.append(count)
         return kept
 
-    def write(self, kept: Sequence[Candidate], funnel: Sequence[FilterCount], made_by: dict[str, Any], further: Sequence[InputFile] = ()) -> dict[str, Any]:
+    def write(
+        self, kept: Sequence[Candidate], funnel: Sequence[FilterCount], made_by: dict[str, Any],
+        further: Sequence[InputFile] = (),
+    ) -> dict[str, Any]:  # fmt: skip
         """RUN_DIR/data: the card first, so that an empty result can be understood."""
         config, directory = self.config, self.runtime.run_dir / "data"
         directory.mkdir(parents=True, exist_ok=True)
@@ -142,4 +152,5 @@ class Factory:
     def finish(self, card: dict[str, Any]) -> int:
         """The exit code of a finished stage."""
         data: Path = self.runtime.run_dir / "data"
-        return self.runtime.finished({"samples": card["samples"], "data": str(data / "train.jsonl"), "card": str(data / "card.md")})
+        summary = {"samples": card["samples"], "data": str(data / "train.jsonl"), "card": str(data / "card.md")}
+        return self.runtime.finished(summary)

@@ -17,7 +17,7 @@ def run(config: RejectionSamplingStage, runtime: Runtime) -> int:
     factory = Factory(config, runtime)
     posed = [PosedPrompt(prompt, source=f"sampled from {config.model.path}") for prompt in factory.load_prompts()]
     if not factory.sample(posed):
-        return runtime.stopped(0)
+        return runtime.stopped()
     return factory.finish(runtime.broadcast(lambda: _select(config, factory, posed)))
 
 

@@ -174,8 +174,9 @@ class Runtime:
         """Whether this rank was told to stop; `stop_requested` makes the ranks agree."""
         return self._stop.requested
 
-    def stopped(self, step: int) -> int:
-        """The exit code of a run that saved its state and can be started again."""
+    def stopped(self, step: int | None = None) -> int:
+        """The exit code of a run that saved its state and can be started again. step: None: the last with metrics."""
+        step = self._step if step is None else step
         if self.is_main:
             self.directory.write_status("interrupted", step, self._last)
             print(f"stopped after step {step}; state saved, start again to go on", flush=True)

@@ -48,7 +48,8 @@ class SampledText:
 class Sampling:
     """Draws `num_samples` responses to each prompt. All ranks call `run` together.
 
-    prefixes: tokens at the end of each prompt that belong to its response (usually none).
+    prefixes: tokens at the end of each prompt that belong to its response (usually none). scores_while_sampling: False for
+    a scorer that needs the generator itself (a colocated judge): a window's samples are then scored, and stored, at its end.
     """
 
     def __init__(
@@ -62,10 +63,12 @@ class Sampling:
         *,
         tp: int,
         window: int,
+        scores_while_sampling: bool = True,
     ):
         self._runtime, self._name, self._directory = runtime, name, runtime.run_dir / "raw"
         self._prompts, self._prefixes, self._num_samples, self._sampling = prompts, prefixes, num_samples, sampling
-        self._window = window
+        self._window, self._tp = window, tp
+        self._max_unscored = MAX_UNSCORED if scores_while_sampling else EVERYTHING
         self._replica, self._num_replicas = dist.get_rank() // tp, dist.get_world_size() // tp
         self._contributes = dist.get_rank() % tp == 0
         self._done: dict[tuple[int, int], SampledText] = {}
@@ -112,7 +115,8 @@ class Sampling:
         writer: JsonLinesWriter | None,
     ) -> bool:  # fmt: skip
         runtime = self._runtime
-        mine = [(p, s) for p in self._window_prompts(window)[self._replica :: self._num_replicas] for s in range(self._num_samples)]
+        prompts = self._window_prompts(window)[self._replica :: self._num_replicas]
+        mine = [(prompt, sample) for prompt in prompts for sample in range(self._num_samples)]
         todo = [key for key in mine if key not in self._done]
         runtime.timer.start_step()
         with runtime.timer.phase("rollout"):
@@ -144,9 +148,9 @@ class Sampling:
             text = tokenizer.decode([*self._prefixes[prompt], *response.token_ids])
             ticket = None if scorer is None else scorer.submit(self._prompts[prompt], response, text)
             waiting.append((prompt, sample, response, text, ticket))
-            if len(waiting) > MAX_UNSCORED:
+            if len(waiting) > self._max_unscored:
                 yield self._record(waiting.popleft(), scorer, writer, window)
-            if self._runtime.stop_received():
+            if self._tp == 1 and self._runtime.stop_received():  # the ranks of one generator stop together, between windows
                 break
         while waiting:
             yield self._record(waiting.popleft(), scorer, writer, window)

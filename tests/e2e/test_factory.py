@@ -106,3 +106,24 @@ def test_killed_and_gone_on_with_two_ranks_gives_the_same_files(factory_argument
     stored = [record for path in sorted((run_dir / "raw").glob("*.jsonl")) for record in read(path)]
     assert len(stored) == len({(r["prompt"], r["sample"]) for r in stored}) == 64 * 12, "nothing was drawn twice"
     assert stored[: len(drawn)] == drawn
+
+
+def test_rewriting_by_a_model_is_verified_again(nano_base, tmp_path):
+    """The model that rewrites here answers anew, mostly wrong: of its rewritings only right ones stay."""
+    run_dir = tmp_path / "run"
+    done = r1mega(
+        *small(
+            run_dir, nano_base, "cold_start", f"model.path={nano_base}/hf", "max_prompts=null", "rollout.group_size=6",
+            f"rewrite.model.path={nano_base}/hf", "rewrite.model.prompt='User: {{ question }} Assistant:'",
+            "rewrite.model.temperature=1.0", "rewrite.model.max_tokens=60",
+        ),
+        check=False,
+    )  # fmt: skip
+    funnel = {count["name"]: count for count in json.loads((run_dir / "data/card.json").read_text())["funnel"]}
+    right = funnel["no reasoning and summary"]["seen"] - funnel["no reasoning and summary"]["taken"]
+    rewritten = read(run_dir / "raw/rewritten_00000.jsonl")
+    assert len(rewritten) == right == funnel["not rewritten by the model"]["seen"] > 0
+    assert funnel["rewritten: low accuracy"]["taken"] > 0
+    kept = read(run_dir / "data/train.jsonl") if done.returncode == 0 else []
+    assert done.returncode in (0, 3) and all(is_right(line) for line in kept)
+    assert done.returncode == 0 or "no sample passed the filters" in done.stdout

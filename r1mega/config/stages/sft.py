@@ -68,7 +68,7 @@ class SFTStage(TrainingStage):
         yield from missing_file_problems(("data.files", path) for path in self.data.files)
         has_weights = holds_weights(self.model.path)
         if self.init_std is None and not has_weights:
-            yield f"model.path = {self.model.path}: holds no *.safetensors; to start from scratch set init_std (0.02 is usual)"
+            yield f"model.path = {self.model.path}: holds no *.safetensors; set init_std to start from scratch (0.02 is usual)"
         elif self.init_std is not None and has_weights:
             yield f"init_std = {self.init_std}: {self.model.path} holds weights; leave init_std out to start from them"
         if hf:

@@ -23,7 +23,7 @@ from r1mega.observe.files import JsonLinesWriter, read_json_lines
 from r1mega.rollout.engine import GenerationEngine, sample_seed
 from r1mega.rollout.sampler import Scorer
 from r1mega.stages.runtime import Runtime
-from r1mega.types import GenerationRequest, Prompt, Response, Reward, SamplingSettings
+from r1mega.types import GenerationRequest, Prompt, Response, Reward, RewardStatus, SamplingSettings
 
 FLUSH_RECORDS, FLUSH_SECONDS = 256, 1.0
 """Finished samples are written (and synced) at the latest when there are so many, or so long after the first."""
@@ -127,7 +127,7 @@ class Sampling:
         metrics = _metrics([*earlier, *drawn]) | runtime.timer.finish_step()
         metrics["tokens/rollout_per_second"] = sum(s.tokens for s in drawn) / max(metrics["time/rollout_seconds"], 1e-9)
         stopping = runtime.stop_requested()
-        if not stopping:
+        if not stopping and scorer is not None:  # the steps of a run are the windows of its scored samples
             runtime.write_metrics(window + 1, metrics)
         return not stopping
 
@@ -161,7 +161,7 @@ class Sampling:
 
     def _record(self, item: tuple, scorer: Scorer | None, writer: JsonLinesWriter, window: int) -> SampledText:
         prompt, sample, response, text, ticket = item
-        reward = Reward(None, {}, "unjudged") if scorer is None else scorer.result(ticket)
+        reward = Reward(None, {}, RewardStatus.UNJUDGED) if scorer is None else scorer.result(ticket)
         record = {
             "step": window + 1, "prompt": prompt, "sample": sample, "text": text, "tokens": len(response.token_ids),
             "finish_reason": response.finish_reason, "status": str(reward.status), "parts": dict(reward.parts),

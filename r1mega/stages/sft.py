@@ -74,7 +74,7 @@ class _Trainer:
         plan = plan_packing(
             self.dataset.lengths, [members], self.config.microbatch_tokens, policy.num_replicas, policy.microbatch_multiple
         )
-        return [pack_weighted([self._weighted(i) for i in members], members) for members in plan.bins[0][policy.replica]]
+        return [pack_weighted([self._weighted(i) for i in part], part) for part in plan.bins[0][policy.replica]]
 
     def _weighted(self, index: int) -> WeightedSample:
         return WeightedSample(*self.dataset.sample(index, self.config.prompt_loss_weight))

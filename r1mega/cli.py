@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from r1mega.errors import R1MegaError
+from r1mega.errors import ConfigError, R1MegaError
 
 if TYPE_CHECKING:
     from r1mega.config.schema import Stage
@@ -191,6 +191,35 @@ def compare(
         Console().print(table.rich())
 
 
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="an HF directory; or a run directory, or one checkpoint of it")],
+    out: Annotated[Path, typer.Argument(help="the directory to make")],
+    to_megatron: Annotated[bool, typer.Option("--to-megatron", help="HF directory -> torch_dist checkpoint")] = False,
+    to_hf: Annotated[bool, typer.Option("--to-hf", help="torch_dist checkpoint -> HF directory")] = False,
+    parallel: Annotated[str, typer.Option(help="tp=..,ep=..,etp=..: the layout that OUT is cut for")] = "",
+    config: Annotated[Path | None, typer.Option(help="HF directory of the model, if not the run's own")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; default: as the source says")] = None,
+    fp8_blocks: Annotated[bool, typer.Option(help="FP8 weights in 128 x 128 blocks, as DeepSeek-V3 is published")] = False,
+    max_shard_size: Annotated[str, typer.Option(help="largest output file, e.g. 5GB or 512MiB")] = "5GB",
+    verify: Annotated[bool, typer.Option(help="compare the checkpoint with its manifest first")] = True,
+) -> None:
+    """Convert between Hugging Face directories and Megatron checkpoints. What was stopped goes on where it was."""
+    from r1mega.checkpoint.convert import ConvertOptions, parse_bytes, parse_parallel
+    from r1mega.checkpoint.convert import convert as run_convert
+    from r1mega.checkpoint.workers import workers_of_launcher
+
+    if to_megatron == to_hf:
+        raise ConfigError("say one of --to-megatron and --to-hf")
+    if dtype not in (None, "float32", "bfloat16"):
+        raise ConfigError(f"--dtype {dtype!r} is neither float32 nor bfloat16")
+    options = ConvertOptions(parse_parallel(parallel), config, dtype, fp8_blocks, parse_bytes(max_shard_size), verify)
+    with workers_of_launcher() as workers:
+        made = run_convert(source, out, "megatron" if to_megatron else "hf", options, workers)
+        if workers.rank == 0:
+            typer.echo(made)
+
+
 @reward_app.command("math")
 def reward_math(
     workers: Annotated[int, typer.Option(help="processes for what only symbolic algebra can tell")] = 1,
@@ -250,7 +279,7 @@ def _is_first_rank() -> bool:
 
 
 def _same_on_every_rank(error: R1MegaError) -> bool:
-    from r1mega.errors import ConfigError, DataError
+    from r1mega.errors import DataError
 
     return isinstance(error, (ConfigError, DataError))
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from r1mega.checkpoint.fp8_blocks import SCALE, dequantize
+from r1mega.checkpoint.safetensors_file import TensorInfo, read_header, read_tensor, write_tensors
 from r1mega.data.tokenizer import TOKENIZER_FILES
 from r1mega.errors import CheckpointError
 
@@ -31,29 +31,86 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 class HFTensors(Mapping[str, torch.Tensor]):
-    """The tensors of an HF directory by name, each read from its shard when asked for."""
+    """The tensors of an HF directory by name, each read from its shard when asked for.
+
+    FP8 weights with block scales (DeepSeek-V3's published form) are given in bfloat16, their scales not at all.
+    CheckpointError names every shard that is missing, and every tensor that the index has and its shard has not.
+    """
 
     def __init__(self, directory: Path):
-        self._directory = Path(directory)
-        shards = sorted(self._directory.glob("*.safetensors"))
-        if not shards:
-            raise CheckpointError(f"{directory}: no *.safetensors there: the directory holds no weights")
-        self._files: dict[str, Any] = {}
+        self.directory = Path(directory)
+        self.infos: dict[str, TensorInfo] = {}
+        """As stored: with the scales, in the stored dtypes."""
+        index = _read_index(self.directory)
+        if index is None:
+            shards = sorted(self.directory.glob("*.safetensors"))
+            if not shards:
+                raise CheckpointError(f"{directory}: no *.safetensors there: the directory holds no weights")
+        else:
+            shards = [self.directory / name for name in sorted(set(index.values()))]
+            if absent := [shard.name for shard in shards if not shard.exists()]:
+                raise CheckpointError(f"{directory} is not a complete HF checkpoint, it lacks {', '.join(absent)}")
         for shard in shards:
-            try:
-                handle = safe_open(shard, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{shard}: truncated or not a safetensors file ({error})") from error
-            self._files.update(dict.fromkeys(handle.keys(), handle))
+            self.infos.update(read_header(shard))
+        if index is not None and (lost := sorted(index.keys() - self.infos.keys())):
+            raise CheckpointError("\n  ".join([f"{directory}: {INDEX} names {len(lost)} tensors that no shard has", *lost]))
+        self._names = [n for n in self.infos if not (n.endswith(SCALE) and n.removesuffix(SCALE) in self.infos)]
+
+    def is_quantized(self, name: str) -> bool:
+        """Whether the tensor is stored in FP8 with block scales."""
+        return self.infos[name].dtype == torch.float8_e4m3fn and name + SCALE in self.infos
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return self._files[name].get_tensor(name)
+        tensor = read_tensor(self.infos[name])
+        if self.is_quantized(name):
+            wide = torch.empty(tensor.shape, dtype=torch.bfloat16)
+            return dequantize(tensor, read_tensor(self.infos[name + SCALE]), wide)
+        return tensor
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.infos
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
+        return iter(self._names)
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self._names)
+
+
+def _read_index(directory: Path) -> dict[str, str] | None:
+    """{tensor: shard}, or None when there is no index."""
+    path = directory / INDEX
+    try:
+        return json.loads(path.read_text())["weight_map"]
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: not an index of shards ({error!r})") from error
+
+
+def shard_name(index: int, shards: int) -> str:
+    """File name of shard `index` (from 0), as transformers names it."""
+    return "model.safetensors" if shards == 1 else f"model-{index + 1:05d}-of-{shards:05d}.safetensors"
+
+
+def write_hf_files(
+    directory: Path, config: Mapping[str, Any], shards: Mapping[str, list[str]], total_bytes: int,
+    extra_from: Path | None,
+) -> None:
+    """What an HF directory has besides shards: config.json, the index, and the tokenizer's files from `extra_from`."""
+    if len(shards) > 1:
+        weight_map = {name: shard for shard, names in shards.items() for name in names}
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+        (directory / INDEX).write_text(json.dumps(index, indent=1))
+    (directory / "config.json").write_text(json.dumps(dict(config), indent=1))
+    copy_tokenizer(extra_from, directory)
+
+
+def copy_tokenizer(source: Path | None, directory: Path) -> None:
+    """The tokenizer's files and generation_config.json, those that are there."""
+    for name in (*TOKENIZER_FILES, "generation_config.json") if source is not None else ():
+        if (Path(source) / name).exists():
+            shutil.copyfile(Path(source) / name, directory / name)
 
 
 def write_hf(
@@ -79,13 +136,14 @@ def write_hf(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     shard: dict[str, torch.Tensor] = {}
-    shards: list[list[str]] = []
+    written: list[list[str]] = []
     held = total = 0
 
     def flush() -> None:
         nonlocal held
-        save_file(shard, temporary / f"shard-{len(shards):05d}.safetensors", metadata={"format": "pt"})
-        shards.append(list(shard))
+        specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in shard.items()}
+        write_tensors(temporary / f"shard-{len(written):05d}", specs, shard.items())
+        written.append(list(shard))
         shard.clear()
         held = 0
 
@@ -97,19 +155,11 @@ def write_hf(
             shard[name] = tensor.detach().to("cpu", copy=True).contiguous()
             held, total = held + size, total + size
         flush()
-        weight_map = {}
-        for i, names in enumerate(shards):
-            final = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-            os.replace(temporary / f"shard-{i:05d}.safetensors", temporary / final)
-            weight_map.update(dict.fromkeys(names, final))
-        if len(shards) > 1:
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            (temporary / INDEX).write_text(json.dumps(index, indent=1))
-        (temporary / "config.json").write_text(json.dumps(dict(config), indent=1))
-        for name in (*TOKENIZER_FILES, "generation_config.json") if tokenizer_from is not None else ():
-            if (Path(tokenizer_from) / name).exists():
-                shutil.copyfile(Path(tokenizer_from) / name, temporary / name)
-    except (OSError, SafetensorError) as error:
+        final = {shard_name(i, len(written)): names for i, names in enumerate(written)}
+        for i, name in enumerate(final):
+            os.replace(temporary / f"shard-{i:05d}", temporary / name)
+        write_hf_files(temporary, config, final, total, tokenizer_from)
+    except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(f"{directory}: could not be written ({error}); nothing was kept") from error
     shutil.rmtree(directory, ignore_errors=True)

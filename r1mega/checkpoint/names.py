@@ -118,7 +118,7 @@ def load_hf(chunks: Sequence[Any], tensors: Mapping[str, torch.Tensor]) -> None:
     for theirs_problems, theirs_expected in _gather_objects((problems, expected)):
         problems |= theirs_problems
         expected |= theirs_expected
-    problems.update(f"unknown: {name}" for name in tensors if name not in expected and not _is_ignored(name, shape))
+    problems.update(f"unknown: {name}" for name in tensors if name not in expected and not is_ignored(name, shape))
     if problems:
         listed = "\n  ".join(sorted(problems))
         raise CheckpointError(
@@ -127,7 +127,7 @@ def load_hf(chunks: Sequence[Any], tensors: Mapping[str, torch.Tensor]) -> None:
         )
 
 
-def _is_ignored(name: str, shape: ModelShape) -> bool:
+def is_ignored(name: str, shape: ModelShape) -> bool:
     """What checkpoints may have besides the model: MTP layers that were not built, copies of shared tensors,
     the output layer that a scalar head stands in for."""
     layer = re.match(r"model\.layers\.(\d+)\.", name)

@@ -7,110 +7,262 @@ temporary name and renamed, so a kill at any moment leaves the ones before it as
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
 import queue
 import shutil
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
+from r1mega.checkpoint.fit import fill_none, fit_template
+from r1mega.checkpoint.manifest import MANIFEST, file_record, read_manifest, verify, write_manifest
+from r1mega.checkpoint.torch_dist import COMMON, METADATA, Piece, write_index, write_pieces
+from r1mega.checkpoint.workers import Alone, TorchWorkers, Workers, agree, on_first_rank
 from r1mega.errors import CheckpointError, PlatformError
 from r1mega.observe.files import sync_path
 
+__all__ = ["MANIFEST", "CheckpointStore", "architecture_of", "check_architecture", "verify"]
+
 logger = logging.getLogger(__name__)
 
-MANIFEST, PROGRESS = "manifest.json", "progress.json"
+PROGRESS = "progress.json"
+NO_SPACE = "nothing was kept of this checkpoint, those before it are whole; free some disk and start again"
+
+
+MODEL_METADATA = {"singleton_local_shards": False}
+"""How Megatron describes a model's tensors in checkpoints. Pass a copy: it keeps its process groups in there."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Save:
+    """One planned save of this rank: its data files, the state that rank 0 writes, the index of all ranks' pieces."""
+
+    directory: Path
+    files: dict[str, list[Piece]]
+    common: dict[str, Any]
+    metadata: Any  # torch's Metadata on rank 0
 
 
 class CheckpointStore:
-    """Saves, finds and loads the checkpoints of one run directory. All ranks call the methods together."""
+    """Saves, finds and loads the checkpoints of one run directory. All ranks call the methods together.
 
-    def __init__(self, run_dir: Path, *, keep: int, architecture: Mapping[str, Any]):
+    asynchronous: `save` returns once the state is copied to host memory, a thread writes it; errors of the writing are
+    raised by the next `save` or `wait`.
+    """
+
+    def __init__(self, run_dir: Path, *, keep: int, architecture: Mapping[str, Any], asynchronous: bool = False):
         """architecture: what must be equal for a checkpoint to fit (see `architecture_of`)."""
         self.directory = Path(run_dir) / "checkpoints"
-        self.keep, self.architecture = keep, dict(architecture)
+        self.keep, self.architecture, self.asynchronous = keep, dict(architecture), asynchronous
+        self._workers: Workers = Alone()
+        self._world: Any = None  # the process group that _workers were made for
+        self._pending: _Background | None = None
 
     def save(self, step: int, sharded_state: dict[str, Any], progress: Mapping[str, Any]) -> Path:
-        """Write step `step`; return its directory. CheckpointError when the disk does not take it (nothing is kept)."""
-        from megatron.core import dist_checkpointing
-        from torch.distributed.checkpoint import CheckpointException
+        """Write step `step`; the name of its directory, which is there once it is whole (`wait`).
 
-        _collect_results_in_process()
+        CheckpointError on every rank when the disk does not take it on any (nothing of it is kept).
+        """
+        self.wait()
+        workers = self._everyone()
         final = self.directory / f"step_{step:06d}"
         temporary = final.with_name(final.name + ".tmp")
-        if _rank() == 0:
+
+        def make() -> None:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
-        _barrier()
-        try:
-            dist_checkpointing.save(sharded_state, str(temporary), sharded_strategy=("torch_dist", 1))
-        except (OSError, RuntimeError, CheckpointException) as error:  # Megatron's writers wrap an OSError
-            if _rank() == 0:
-                shutil.rmtree(temporary, ignore_errors=True)
-            raise CheckpointError(f"{temporary}: could not be written ({error}); free some disk and start again") from error
-        _barrier()
-        if _rank() == 0:
-            (temporary / PROGRESS).write_text(json.dumps({"step": step, **progress}, indent=1))
-            _write_manifest(temporary, self.architecture)
-            shutil.rmtree(final, ignore_errors=True)
-            os.replace(temporary, final)
-            sync_path(self.directory)
-            for old in self._steps()[: -self.keep]:
-                shutil.rmtree(self.directory / f"step_{old:06d}")
-        _barrier()
+
+        on_first_rank(workers, make, NO_SPACE)
+        save = _plan(sharded_state, temporary, copy=self.asynchronous)
+        record = json.dumps({"step": step, **progress}, indent=1)
+        if self.asynchronous:
+            self._pending = _Background(lambda: self._write(save, final, record, workers))
+        else:
+            self._write(save, final, record, workers)
         return final
+
+    def wait(self) -> None:
+        """Until an asynchronous save is whole. CheckpointError when it could not be written."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.wait()
 
     def latest(self) -> Path | None:
         """The newest whole checkpoint, or None. Torn or altered ones are skipped with a warning that names them."""
-        found: list[Path | None] = [None]
-        if _rank() == 0:
+        self.wait()
+        workers = self._everyone()
+
+        def clean() -> None:  # what killed runs left half-written
             for leftover in self.directory.glob("*.tmp"):
                 shutil.rmtree(leftover)
-            for step in reversed(self._steps()):
-                path = self.directory / f"step_{step:06d}"
-                problem = verify(path)
-                if problem is None:
-                    found = [path]
-                    break
-                logger.warning("%s is not whole (%s); using the one before it", path, problem)
-        if dist.is_initialized():
-            dist.broadcast_object_list(found, src=0)
-        return found[0]
+
+        on_first_rank(workers, clean, f"{self.directory} could not be read")
+        return newest_whole(self.directory, workers)
 
     def load(self, path: Path, sharded_state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """(state as described by the `sharded_state` template, progress). CheckpointError for another architecture."""
+        """(state as described by the `sharded_state` template, progress), in any layout.
+
+        CheckpointError for another architecture, and for tensors that are missing or of another shape (all are listed).
+        """
         from megatron.core import dist_checkpointing
 
         check_architecture(path, self.architecture)
+        absent = fit_template(sharded_state, path, self._everyone())
         state = dist_checkpointing.load(sharded_state, str(path))
+        fill_none(state, absent)
         return state, json.loads((path / PROGRESS).read_text())
 
-    def _steps(self) -> list[int]:
-        names = (p.name.removeprefix("step_") for p in self.directory.glob("step_*") if p.is_dir())
-        return sorted(int(name) for name in names if name.isdigit())
+    def _everyone(self) -> Workers:
+        world = dist.group.WORLD if dist.is_initialized() else None
+        if world is not self._world:
+            self._world = world
+            self._workers = TorchWorkers() if world is not None and dist.get_world_size() > 1 else Alone()
+        return self._workers
+
+    def _write(self, save: _Save, final: Path, progress: str, workers: Workers) -> None:
+        """Each rank its files, at the same time; then rank 0 the index, the manifest, and the final name."""
+        results, records, problems = [], {}, []
+        try:
+            results, records = _write_files(save, first=workers.rank == 0)
+        except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a stream's OSError
+            problems = [f"{save.directory}: could not be written ({error})"]
+        everyone = workers.gather((results, records))
+
+        def finish() -> None:
+            write_index(save.directory, save.metadata, [r for theirs, _ in everyone for r in theirs])
+            (save.directory / PROGRESS).write_text(progress)
+            files = {name: record for _, theirs in everyone for name, record in theirs.items()}
+            small = (p for p in save.directory.iterdir() if p.name not in files)
+            write_manifest(save.directory, self.architecture, files | {p.name: file_record(p) for p in small})
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(save.directory, final)
+            sync_path(self.directory)
+            for old in _steps(self.directory)[: -self.keep]:
+                shutil.rmtree(self.directory / f"step_{old:06d}")
+
+        try:
+            agree(workers, problems, NO_SPACE)
+            on_first_rank(workers, finish, NO_SPACE)
+        except CheckpointError:
+            if workers.rank == 0:
+                shutil.rmtree(save.directory, ignore_errors=True)
+            raise
 
 
-def _collect_results_in_process() -> None:
-    """megatron-core 0.16.1, strategies/filesystem_async.py: results of a save go through the queue of a manager process,
-    which an asynchronous save needs. A synchronous one does not, and the manager (seconds to start, 250 MB) would outlive
-    a killed run: give it a plain queue.
+class _Background:
+    """A function in a thread that ends with the process; `wait` raises what it raised."""
+
+    def __init__(self, function: Callable[[], None]):
+        self._function, self._error = function, None
+        self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._function()
+        except BaseException as error:
+            self._error = error
+
+    def wait(self) -> None:
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+
+def _plan(sharded_state: dict[str, Any], directory: Path, *, copy: bool) -> _Save:
+    """Which pieces this rank writes, on the host. copy: also those in host memory already, so that training goes on.
+
+    A collective call, of Megatron's own planning (megatron-core 0.16.1, dist_checkpointing/strategies).
     """
+    from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
     from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
     if not hasattr(filesystem_async, "_results_queue"):
         raise PlatformError("megatron-core is not version 0.16.1: dist_checkpointing has no _results_queue to replace")
-    if filesystem_async._results_queue is None:
+    if filesystem_async._results_queue is None:  # else it starts a manager process, which would outlive a killed run
         filesystem_async._results_queue = queue.Queue()
+
+    class PlanOnly(TorchDistSaveShardedStrategy):
+        def _get_save_and_finalize_callbacks(self, writer: Any, planned: Any) -> None:
+            self.buckets, self.metadata = writer.write_buckets, planned[1]
+
+    sharded, common = save_preprocess(sharded_state)
+    strategy = PlanOnly("torch_dist", 1)
+    strategy.async_save(sharded, directory)
+    files = {
+        name: [(item.index, data) for item, data in held]
+        + [(item.index, tensor.to("cpu", copy=copy).contiguous()) for item, tensor in tensors]
+        for _path, name, (held, tensors) in strategy.buckets
+    }
+    return _Save(directory, files, common, strategy.metadata)
+
+
+def _write_files(save: _Save, *, first: bool) -> tuple[list[Any], dict[str, Any]]:
+    """This rank's data files, two at a time; ([where each piece lies], manifest records)."""
+    with ThreadPoolExecutor(2) as pool:
+        written = list(pool.map(lambda item: write_pieces(save.directory / item[0], item[1]), save.files.items()))
+    if first:
+        torch.save(save.common, save.directory / COMMON)
+    records = {name: record for name, (_, record) in zip(save.files, written, strict=True)}
+    return [result for results, _ in written for result in results], records
+
+
+def newest_whole(directory: Path, workers: Workers) -> Path | None:
+    """The newest whole checkpoint in RUN_DIR/checkpoints, or None; each worker verifies its share of the files.
+
+    Torn or altered ones are skipped with a warning that names them. A collective call.
+    """
+    for step in reversed(on_first_rank(workers, lambda: _steps(directory), f"{directory} could not be read")):
+        path = directory / f"step_{step:06d}"
+        problem = verify(path, workers)
+        if problem is None:
+            return path
+        if workers.rank == 0:
+            logger.warning("%s is not whole (%s); using the one before it", path, problem)
+    return None
+
+
+def is_checkpoint(directory: Path) -> bool:
+    """Whether a directory is a torch_dist checkpoint (and not an HF directory)."""
+    return (Path(directory) / METADATA).exists()
+
+
+def load_weights(path: Path, chunks: Sequence[Any]) -> None:
+    """Copy a checkpoint's weights into this rank's part of the model, in any layout; each rank reads what it holds.
+
+    chunks: of build_model. path: a checkpoint of a run, or made by a conversion. A collective call. CheckpointError,
+    listing all of them, for tensors that are missing or of another shape, and for a torn or altered checkpoint.
+    """
+    from megatron.core import dist_checkpointing
+
+    workers = TorchWorkers() if dist.get_world_size() > 1 else Alone()
+    if problem := verify(path, workers):
+        raise CheckpointError(f"{path} is not a whole checkpoint ({problem}); convert or copy it again")
+    template = {f"model{i}": chunk.sharded_state_dict(metadata=dict(MODEL_METADATA)) for i, chunk in enumerate(chunks)}
+    absent = fit_template(template, path, workers)
+    state = dist_checkpointing.load(template, str(path))
+    fill_none(state, absent)
+    for i, chunk in enumerate(chunks):
+        chunk.load_state_dict(state[f"model{i}"])
+
+
+def _steps(directory: Path) -> list[int]:
+    names = (p.name.removeprefix("step_") for p in directory.glob("step_*") if p.is_dir())
+    return sorted(int(name) for name in names if name.isdigit())
 
 
 def check_architecture(path: Path, architecture: Mapping[str, Any]) -> None:
     """CheckpointError naming the keys in which a checkpoint's architecture differs. Reads the manifest only."""
-    saved, wanted = json.loads((path / MANIFEST).read_text())["architecture"], json.loads(json.dumps(dict(architecture)))
+    saved, wanted = read_manifest(path)["architecture"], json.loads(json.dumps(dict(architecture)))
     keys = sorted(k for k in saved.keys() | wanted.keys() if saved.get(k) != wanted.get(k))
     if keys:
         raise CheckpointError(
@@ -128,47 +280,3 @@ def architecture_of(hf_config: Mapping[str, Any]) -> dict[str, Any]:
         "moe_intermediate_size n_routed_experts n_shared_experts first_k_dense_replace num_nextn_predict_layers"
     ).split()
     return {key: hf_config[key] for key in deciding if hf_config.get(key) is not None}
-
-
-def verify(path: Path) -> str | None:
-    """None when every file of the manifest is there with its size and sha256; otherwise what is wrong."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_text())
-    except FileNotFoundError:
-        return "no manifest"
-    except ValueError:
-        return "manifest is not JSON"
-    for name, entry in manifest["files"].items():
-        file = path / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != entry["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes, not {entry['bytes']}"
-        if _sha256(file) != entry["sha256"]:
-            return f"{name} has another sha256 than when it was written"
-    return None
-
-
-def _write_manifest(directory: Path, architecture: Mapping[str, Any]) -> None:
-    files = {}
-    for file in sorted(p for p in directory.rglob("*") if p.is_file()):
-        files[str(file.relative_to(directory))] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
-        sync_path(file)
-    manifest = directory / MANIFEST
-    manifest.write_text(json.dumps({"architecture": dict(architecture), "files": files}, indent=1))
-    sync_path(manifest)
-    sync_path(directory)
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()

@@ -75,6 +75,7 @@ class CheckpointConfig(Section):
 
     every_steps: PositiveInt = 10
     keep: PositiveInt = 2
+    async_save: bool = False  # write in the background; takes the checkpoint's size again in host memory meanwhile
 
 
 class ObserveConfig(Section):

@@ -91,13 +91,14 @@ def weights_problems(path: Path, hf: dict[str, Any]) -> Iterator[str]:
     if not hf:
         return  # said already
     if not holds_weights(path):
-        yield f"model.path = {path}: holds no *.safetensors"
+        yield f"model.path = {path}: holds neither *.safetensors nor a converted checkpoint"
     yield from tokenizer_problems(path, hf)
 
 
 def holds_weights(path: Path) -> bool:
-    """Whether the HF directory `path` holds weights, or will."""
-    return any(path.glob("*.safetensors")) or _promised_in(path / "config.json") is not None
+    """Whether the directory `path` holds weights (an HF model, or a converted checkpoint), or will."""
+    there = any(path.glob("*.safetensors")) or (path / ".metadata").exists()
+    return there or _promised_in(path / "config.json") is not None
 
 
 def tokenizer_problems(path: Path, hf: dict[str, Any]) -> Iterator[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from r1mega.checkpoint.hf import HFTensors, read_config, write_hf
+from r1mega.checkpoint.hf import read_config, write_hf
 from r1mega.config.stages.rl import RLStage
 from r1mega.data.cursor import CursorState, PromptCursor
 from r1mega.data.prompts import load_prompts
@@ -38,7 +38,7 @@ class RLTrainer:
             config.model, self.hf_config, config.parallel, config.optimizer,
             total_steps=config.steps * config.update.num_minibatches * config.update.num_epochs, seed=config.seed,
         )  # fmt: skip
-        self.policy.load_hf(HFTensors(config.model.path))
+        self.policy.load_pretrained(config.model.path)
         if config.algorithm.kl_coefficient > 0:
             self.policy.take_reference()
         self.cursor = PromptCursor(len(prompts), config.seed)

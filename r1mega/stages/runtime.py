@@ -74,9 +74,11 @@ class Runtime:
 
         Opens the metric files, cut back to that step.
         """
+        checkpoint = self.config.checkpoint
         self._store = CheckpointStore(
-            self.run_dir, keep=self.config.checkpoint.keep, architecture=architecture_of(hf_config)
-        )
+            self.run_dir, keep=checkpoint.keep, architecture=architecture_of(hf_config),
+            asynchronous=checkpoint.async_save,
+        )  # fmt: skip
         path, progress = self._store.latest(), {}
         if path is not None:
             state, progress = self._store.load(path, policy.sharded_state(is_loading=True))
@@ -177,6 +179,7 @@ class Runtime:
     def stopped(self, step: int | None = None) -> int:
         """The exit code of a run that saved its state and can be started again. step: None: the last with metrics."""
         step = self._step if step is None else step
+        self._finish_saves()
         if self.is_main:
             self.directory.write_status("interrupted", step, self._last)
             print(f"stopped after step {step}; state saved, start again to go on", flush=True)
@@ -184,11 +187,16 @@ class Runtime:
 
     def finished(self, summary: Mapping[str, Any]) -> int:
         """Mark the run as finished; the exit code."""
+        self._finish_saves()
         if self.is_main:
             self.directory.write_status("finished", self._step, self._last)
             for name, value in summary.items():
                 print(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}", flush=True)
         return 0
+
+    def _finish_saves(self) -> None:
+        if self._store is not None:
+            self._store.wait()
 
     def _close(self) -> None:
         for writer in (self._metrics, self._samples):

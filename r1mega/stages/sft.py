@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import torch.distributed as dist
 
-from r1mega.checkpoint.hf import HFTensors, read_config, write_hf
+from r1mega.checkpoint.hf import read_config, write_hf
 from r1mega.config.stages.sft import SFTStage
 from r1mega.data.sft import SFTDataset, build_token_file, held_out_indices
 from r1mega.data.tokenizer import load_tokenizer
@@ -30,7 +30,7 @@ def run(config: SFTStage, runtime: Runtime) -> int:
         total_steps=trainer.num_steps, seed=config.seed, init_std=config.init_std,
     )  # fmt: skip
     if config.init_std is None:
-        policy.load_hf(HFTensors(config.model.path))
+        policy.load_pretrained(config.model.path)
     start, _ = runtime.restore(policy, hf_config, trainer.num_steps)
     loop = SupervisedLoop(runtime, policy, start, trainer.num_steps, config.metrics_every_steps)
     measures = _HeldOut(trainer, policy, tokenizer)

@@ -11,6 +11,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,7 +34,9 @@ from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E
 from megatron.core.transformer.module import Float16Module  # noqa: E402
 from r1mega_kernels import grouped_log_prob, linear_log_prob  # noqa: E402
 
+from r1mega.checkpoint.hf import HFTensors  # noqa: E402
 from r1mega.checkpoint.names import export_hf, load_hf  # noqa: E402
+from r1mega.checkpoint.store import MODEL_METADATA, is_checkpoint, load_weights  # noqa: E402
 from r1mega.config.schema import ModelConfig, OptimizerConfig, ParallelConfig  # noqa: E402
 from r1mega.errors import NonFiniteError  # noqa: E402
 from r1mega.model.build import build_model, packed_seq_params  # noqa: E402
@@ -49,7 +52,7 @@ SHARDING_METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "distrib_optim_fully_reshardable_mem_efficient": False,
     "chained_optim_avoid_prefix": True,
-    "singleton_local_shards": False,
+    **MODEL_METADATA,
 }
 """How optimizer state is laid out in checkpoints: loadable into any other parallel layout."""
 
@@ -305,6 +308,14 @@ class Policy:
         load_hf(self.chunks, tensors)
         self.optimizer.reload_model_params()
 
+    def load_pretrained(self, directory: Path) -> None:
+        """Take over the weights of an HF directory, or of a checkpoint that `r1mega convert --to-megatron` made."""
+        if is_checkpoint(directory):
+            load_weights(directory, self.chunks)
+            self.optimizer.reload_model_params()
+        else:
+            self.load_hf(HFTensors(directory))
+
     def hf_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(HF name, full tensor) for the whole model, in a fixed order, one at a time. A collective call."""
         return export_hf(self.chunks)
@@ -335,16 +346,19 @@ class Policy:
 
     def sharded_state(self, *, is_loading: bool) -> dict[str, Any]:
         """Megatron's sharded state of model, optimizer, learning-rate schedule and reference weights."""
-        model = {f"model{i}": c.sharded_state_dict(metadata=SHARDING_METADATA) for i, c in enumerate(self.chunks)}
+        if not is_loading:
+            _fill_empty_optimizer_state(self.optimizer)
+        metadata = dict(SHARDING_METADATA)  # Megatron keeps its process groups in there
+        model = {f"model{i}": c.sharded_state_dict(metadata=metadata) for i, c in enumerate(self.chunks)}
         every = {k: v for chunk in model.values() for k, v in chunk.items()}
         state: dict[str, Any] = {
             "model": model,
-            "optimizer": self.optimizer.sharded_state_dict(every, is_loading=is_loading, metadata=SHARDING_METADATA),
+            "optimizer": self.optimizer.sharded_state_dict(every, is_loading=is_loading, metadata=metadata),
             "scheduler": self.scheduler.state_dict(),
         }
         if self._reference is not None:
             state["reference"] = {
-                f"model{i}": _renamed(c.sharded_state_dict(prefix="", metadata=SHARDING_METADATA), reference)
+                f"model{i}": _renamed(c.sharded_state_dict(prefix="", metadata=metadata), reference)
                 for i, (c, reference) in enumerate(zip(self.chunks, self._reference, strict=True))
             }
         return state
@@ -359,6 +373,19 @@ class Policy:
             for i, reference in enumerate(self._reference):
                 for name, value in reference.items():
                     value.copy_(state["reference"][f"model{i}"][name])
+
+
+def _fill_empty_optimizer_state(optimizer: Any) -> None:
+    """Give an optimizer that has not stepped yet its state of zeros: without it Megatron cannot save it."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if part.optimizer.state or not any(group["params"] for group in part.optimizer.param_groups):
+            continue
+        rates = [(group, group["lr"], group["weight_decay"]) for group in part.optimizer.param_groups]
+        for group, _, _ in rates:
+            group["lr"] = group["weight_decay"] = 0.0  # the step that makes the state must not move a weight
+        part._init_optimizer_states_with_dummy_values()
+        for group, lr, weight_decay in rates:
+            group["lr"], group["weight_decay"], group["step"] = lr, weight_decay, 0
 
 
 def _bypass_output_layer(chunk: torch.nn.Module) -> torch.nn.Module | None:

@@ -6,7 +6,6 @@ digest of what arrived is read back from the generator's own parameters.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,8 @@ from typing import Any
 
 import torch
 
-from r1mega.errors import CheckpointError, WeightSyncError
+from r1mega.checkpoint.hf import HFTensors
+from r1mega.errors import WeightSyncError
 from r1mega.weights.digest import generator_digest, tensor_digest
 from r1mega.weights.layout import Placement, is_ignored, weight_dtype
 
@@ -121,21 +121,8 @@ def _checked(target: ReloadTarget, named_tensors: NamedTensors, expected: Mappin
 
 
 def checkpoint_tensors(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of an HF checkpoint directory, one at a time. Raises CheckpointError if a file is missing."""
-    from safetensors import safe_open
-
-    index = directory / "model.safetensors.index.json"
-    if index.exists():
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    else:
-        files = ["model.safetensors"]
-    for file in files:
-        path = directory / file
-        if not path.exists():
-            raise CheckpointError(f"{path}: no such file; {directory} is not a complete HF checkpoint")
-        with safe_open(path, framework="pt") as tensors:
-            for name in tensors.keys():
-                yield name, tensors.get_tensor(name)
+    """Every tensor of an HF checkpoint directory, one at a time. Raises CheckpointError if a file is missing or torn."""
+    yield from HFTensors(directory).items()
 
 
 def sum_digests(partial: Mapping[str, int], placements: Sequence[Placement],

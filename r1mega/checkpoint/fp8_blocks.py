@@ -1,0 +1,75 @@
+"""DeepSeek-V3's published form: weights in FP8 e4m3 with one float32 scale per 128 x 128 block, `NAME_scale_inv`.
+
+Source: DeepSeek-V3 technical report, section 3.3.2, and the config.json of the published checkpoint.
+weight = fp8 * scale_inv, block by block.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from r1mega.errors import CheckpointError
+
+BLOCK = 128
+SCALE = "_scale_inv"
+MAX = torch.finfo(torch.float8_e4m3fn).max  # 448
+CONFIG = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK]}
+_QUANTIZED = re.compile(r"model\.layers\.\d+\.(self_attn\.\w+_proj\w*|mlp\..*(gate|up|down)_proj)\.weight")
+
+
+def is_quantized(name: str) -> bool:
+    """Whether the published form holds this tensor in FP8: the linear layers, but not router, embeddings or head."""
+    return bool(_QUANTIZED.fullmatch(name))
+
+
+def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of the scales of a matrix [rows, columns]: one a block, also for the incomplete ones at the edges."""
+    return tuple(-(-size // BLOCK) for size in shape)
+
+
+def check_config(hf_config: Mapping[str, Any]) -> bool:
+    """Whether config.json says that weights are in this form. CheckpointError for every other quantization."""
+    quantization = hf_config.get("quantization_config")
+    if not quantization:
+        return False
+    for key in ("quant_method", "fmt", "weight_block_size"):
+        if quantization.get(key) != CONFIG[key]:
+            raise CheckpointError(
+                f"config.json: quantization_config.{key} = {quantization.get(key)!r} cannot be read, only {CONFIG[key]!r}"
+            )
+    return True
+
+
+def dequantize(weight: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """[rows, columns] FP8 and [ceil(rows/128), ceil(columns/128)] -> `out` [rows, columns], of any float dtype.
+
+    Products are float32, rounded once. 128 rows at a time, so that beside the result only a strip is held.
+    """
+    columns = weight.shape[1]
+    for i, scale in enumerate(scales.float()):
+        rows = slice(i * BLOCK, (i + 1) * BLOCK)
+        out[rows] = weight[rows].float() * scale.repeat_interleave(BLOCK)[:columns]
+    return out
+
+
+def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[rows, columns] -> (FP8 e4m3, float32 scales [ceil(rows/128), ceil(columns/128)]).
+
+    scale = largest absolute value of the block / 448; a block of zeros has scale 1.
+    """
+    rows, columns = weight.shape
+    quantized = torch.empty(weight.shape, dtype=torch.float8_e4m3fn)
+    scales = torch.empty(scale_shape(weight.shape), dtype=torch.float32)
+    padding = -columns % BLOCK
+    for i, scale in enumerate(scales):
+        strip = weight[i * BLOCK : (i + 1) * BLOCK].float()
+        blocks = torch.nn.functional.pad(strip.abs(), (0, padding)).view(strip.shape[0], -1, BLOCK)
+        largest = blocks.amax(dim=(0, 2))
+        scale.copy_(torch.where(largest > 0, largest / MAX, 1.0))
+        scaled = strip / scale.repeat_interleave(BLOCK)[:columns]
+        quantized[i * BLOCK : i * BLOCK + strip.shape[0]] = scaled.clamp(-MAX, MAX).to(torch.float8_e4m3fn)
+    return quantized, scales

@@ -1,0 +1,119 @@
+"""What a whole checkpoint directory consists of: size and sha256 of every file, in `manifest.json`, written last."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from r1mega.checkpoint.workers import Alone, Workers
+from r1mega.observe.files import sync_path
+
+MANIFEST = "manifest.json"
+FileRecords = dict[str, dict[str, Any]]
+"""File name, relative to the directory -> {"bytes": size, "sha256": hex digest}."""
+
+_LARGE = 1 << 20
+
+
+class DigestingFile:
+    """A file opened for writing whose sha256 is taken on the way, so that it never has to be read for it.
+
+    Large pieces are written and digested at the same time by two threads.
+    """
+
+    def __init__(self, path: Path, pool: ThreadPoolExecutor):
+        self._file, self._pool = open(path, "wb", buffering=0), pool
+        self._digest, self._bytes = hashlib.sha256(), 0
+
+    def write(self, data: Any) -> int:
+        """All of `data` (bytes or any contiguous buffer); its size in bytes. Raises OSError."""
+        view = memoryview(data).cast("B")
+        digested = self._pool.submit(self._digest.update, view) if len(view) >= _LARGE else self._digest.update(view)
+        try:
+            written = 0
+            while written < len(view):  # the kernel takes at most 2 GiB at a time
+                written += self._file.write(view[written:])
+        finally:
+            if digested is not None:
+                digested.result()
+        self._bytes += len(view)
+        return len(view)
+
+    def tell(self) -> int:
+        return self._bytes
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+    def finish(self) -> dict[str, Any]:
+        """Make the content durable; the file's record."""
+        os.fsync(self._file.fileno())
+        return {"bytes": self._bytes, "sha256": self._digest.hexdigest()}
+
+    def close(self) -> None:
+        self._file.close()
+
+
+@contextlib.contextmanager
+def digesting_file(path: Path) -> Iterator[DigestingFile]:
+    with ThreadPoolExecutor(1) as pool, contextlib.closing(DigestingFile(path, pool)) as file:
+        yield file
+
+
+def file_record(path: Path) -> dict[str, Any]:
+    """The record of a file that is there already; it is made durable too."""
+    sync_path(path)
+    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+
+
+def write_manifest(directory: Path, architecture: Mapping[str, Any], files: FileRecords) -> None:
+    """Everything in `files` is durable before this is called; afterwards the checkpoint is whole."""
+    manifest = directory / MANIFEST
+    manifest.write_text(json.dumps({"architecture": dict(architecture), "files": dict(sorted(files.items()))}, indent=1))
+    sync_path(manifest)
+    sync_path(directory)
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """{"architecture", "files"}. ValueError when it is damaged, FileNotFoundError when there is none."""
+    manifest = json.loads((Path(directory) / MANIFEST).read_text())
+    if not isinstance(manifest, dict) or not {"architecture", "files"} <= manifest.keys():
+        raise ValueError("not a manifest")
+    return manifest
+
+
+def verify(directory: Path, workers: Workers | None = None) -> str | None:
+    """None when every file of the manifest is there with its size and sha256; otherwise what is wrong.
+
+    A collective call when there are several workers: each reads its share of the files.
+    """
+    workers = workers or Alone()
+    try:
+        files = sorted(read_manifest(directory)["files"].items(), key=lambda item: -item[1]["bytes"])
+        problem = next(filter(None, (_check(directory / n, r) for n, r in files[workers.rank :: workers.size])), None)
+    except FileNotFoundError:
+        problem = "no manifest"
+    except ValueError:
+        problem = "manifest is not JSON"
+    return next(filter(None, workers.gather(problem)), None)
+
+
+def _check(file: Path, record: Mapping[str, Any]) -> str | None:
+    if not file.is_file():
+        return f"{file.name} is missing"
+    if file.stat().st_size != record["bytes"]:
+        return f"{file.name} has {file.stat().st_size} bytes, not {record['bytes']}"
+    if _sha256(file) != record["sha256"]:
+        return f"{file.name} has another sha256 than when it was written"
+    return None
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,233 @@
+"""torch_dist checkpoint -> HF directory, without a model: each parameter is read from its pieces, split, written."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.utils import _create_file_view
+
+from r1mega.checkpoint.conversion import OutputFile, partition
+from r1mega.checkpoint.fit import alias, read_metadata
+from r1mega.checkpoint.fp8_blocks import CONFIG, SCALE, is_quantized, quantize, scale_shape
+from r1mega.checkpoint.hf import read_config, shard_name, write_hf_files
+from r1mega.checkpoint.manifest import MANIFEST, read_manifest
+from r1mega.checkpoint.manifest import verify as problem_of
+from r1mega.checkpoint.name_rules import to_full
+from r1mega.checkpoint.parameters import Parameter, model_shape_of, parameters
+from r1mega.checkpoint.safetensors_file import write_tensors
+from r1mega.checkpoint.store import architecture_of, check_architecture, newest_whole
+from r1mega.checkpoint.workers import Workers
+from r1mega.errors import CheckpointError
+
+Spec = tuple[str, torch.dtype, tuple[int, ...]]
+
+
+class TorchDistReader:
+    """Tensors of a torch_dist directory, each read from its pieces when asked for."""
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+        self._metadata = read_metadata(self.path)
+        self.saved = {k: v for k, v in self._metadata.state_dict_metadata.items() if hasattr(v, "size")}
+        self._pieces: dict[str, dict[tuple[int, ...], list[Any]]] = {}
+
+    def read(self, key: str, prefix: tuple[int, ...], shape: tuple[int, ...]) -> torch.Tensor:
+        """The first rows (columns ...) of extent `shape` of the tensor's slice at index `prefix` of its leading axes.
+
+        A copy only where the slice lies in several pieces. Raises OSError and RuntimeError for damaged files.
+        """
+        pieces = self._at(key, len(prefix))[prefix]
+        if len(pieces) == 1:
+            whole = self._load(key, pieces[0])
+            return whole.view(whole.shape[len(prefix) :])[tuple(slice(0, size) for size in shape)]
+        result = torch.empty(shape, dtype=self.saved[key].properties.dtype)
+        for piece in pieces:
+            start = piece.offsets[len(prefix) :]
+            kept = [max(0, min(s + n, size) - s) for s, n, size in zip(start, piece.sizes[len(prefix) :], shape)]
+            if all(kept):
+                data = self._load(key, piece)
+                data = data.view(data.shape[len(prefix) :])[tuple(slice(0, n) for n in kept)]
+                result[tuple(slice(s, s + n) for s, n in zip(start, kept, strict=True))] = data
+        return result
+
+    def _at(self, key: str, axes: int) -> Mapping[tuple[int, ...], list[Any]]:
+        if key not in self._pieces:
+            found = defaultdict(list)
+            for piece in self.saved[key].chunks:
+                found[tuple(piece.offsets[:axes])].append(piece)
+            self._pieces[key] = found
+        return self._pieces[key]
+
+    def _load(self, key: str, piece: Any) -> torch.Tensor:
+        place = self._metadata.storage_data[MetadataIndex(key, piece.offsets)]
+        with open(self.path / place.relative_path, "rb", buffering=0) as file:
+            return torch.load(_create_file_view(file, place.offset, place.length), weights_only=True)
+
+
+class ToHF:
+    """The plan of one conversion, and the writing of its files (`conversion.Conversion`).
+
+    config: config.json of the model. tokenizer_from: where the tokenizer's files are copied from. dtype: of the weights
+    (None: as saved). fp8_blocks: write DeepSeek-V3's published form. Raises CheckpointError, listing every tensor that
+    is missing or misshapen.
+    """
+
+    def __init__(
+        self, path: Path, config: Mapping[str, Any], *, tokenizer_from: Path | None, dtype: torch.dtype | None = None,
+        fp8_blocks: bool = False, max_file_bytes: int,
+    ):  # fmt: skip
+        self.path, self.tokenizer_from, self.fp8_blocks = Path(path), tokenizer_from, fp8_blocks
+        self.reader = TorchDistReader(self.path)
+        saved = self.reader.saved
+        self.num_mtp = sum(f"mtp.layers.{k}.enorm.weight" in saved for k in range(config.get("num_nextn_predict_layers") or 0))
+        self.model = model_shape_of(config, self.num_mtp)
+        wanted = [*parameters(config, self.num_mtp), *_mtp_copies(config, self.num_mtp)]
+        self._check_names(config, wanted)
+        self.parameters = [
+            p if p.key in saved else dataclasses.replace(p, key=alias(p.key)) for p in self._complete(wanted)
+        ]
+        self._dtype_asked = dtype
+        self.config = self._config(config)
+        runs = partition(self.parameters, self._num_bytes, max_file_bytes)
+        self.files = [OutputFile(shard_name(i, len(runs)), held, size) for i, (held, size) in enumerate(runs)]
+
+    def describe(self) -> str:
+        return f"{self.path.resolve()} {(self.path / MANIFEST).read_text()} {self.config} {self.fp8_blocks}"
+
+    def write(self, file: OutputFile, path: Path) -> dict[str, Any]:
+        specs = {name: (dtype, shape) for p in file.parameters for name, dtype, shape in self._specs(p)}
+        write_tensors(path, specs, (item for p in file.parameters for item in self._tensors(p)))
+        return {"names": list(specs)}
+
+    def finish(self, directory: Path, records: Mapping[str, dict[str, Any]]) -> None:
+        shards = {name: record["names"] for name, record in records.items()}
+        write_hf_files(directory, self.config, shards, sum(f.num_bytes for f in self.files), self.tokenizer_from)
+
+    # ------------------------------------------------------------------ one parameter
+
+    def _dtype(self, parameter: Parameter) -> torch.dtype:
+        if parameter.key.endswith("expert_bias"):
+            return torch.float32
+        return self._dtype_asked or self.reader.saved[parameter.key].properties.dtype
+
+    def _specs(self, parameter: Parameter) -> Iterator[Spec]:
+        """(name, dtype, shape) of the HF tensors of one parameter, in the order in which they are written."""
+        for name, shape in zip(parameter.entry.hf_names, parameter.entry.hf_shapes, strict=True):
+            if self.fp8_blocks and is_quantized(name):
+                yield name, torch.float8_e4m3fn, shape
+                yield name + SCALE, torch.float32, scale_shape(shape)
+            else:
+                yield name, self._dtype(parameter), shape
+
+    def _num_bytes(self, parameter: Parameter) -> int:
+        return sum(torch.Size(shape).numel() * dtype.itemsize for _, dtype, shape in self._specs(parameter))
+
+    def _tensors(self, parameter: Parameter) -> Iterator[tuple[str, torch.Tensor]]:
+        whole = self.reader.read(parameter.key, parameter.prefix, parameter.shape)
+        parts = to_full([whole], parameter.entry, self.model)
+        for name, tensor in zip(parameter.entry.hf_names, parts, strict=True):
+            if self.fp8_blocks and is_quantized(name):
+                yield from zip((name, name + SCALE), quantize(tensor), strict=True)
+            else:
+                yield name, tensor.to(self._dtype(parameter))
+
+    # ------------------------------------------------------------------ the whole
+
+    def _complete(self, wanted: list[Parameter]) -> list[Parameter]:
+        """`wanted`, after every one was found to be there in the right shape."""
+        problems = set()
+        for parameter in wanted:
+            found = self.reader.saved.get(parameter.key) or self.reader.saved.get(alias(parameter.key))
+            size = (*parameter.prefix_shape, *parameter.shape)
+            if found is None:
+                problems.add(f"missing: {parameter.key}")
+            elif tuple(found.size) != size and not _is_padded(parameter, found.size):
+                problems.add(f"shape: {parameter.key} is {list(found.size)}, config.json asks for {list(size)}")
+        if problems:
+            listed = "\n  ".join(sorted(problems))
+            raise CheckpointError(
+                f"{self.path}: {len(problems)} tensors are not what config.json describes; is it of another model?\n"
+                f"  {listed}"
+            )
+        return wanted
+
+    def _check_names(self, config: Mapping[str, Any], wanted: list[Parameter]) -> None:
+        """The architecture in the manifest says more clearly than a list of tensors that a config is of another model."""
+        architecture = architecture_of(config)
+        saved = read_manifest(self.path)["architecture"]
+        if saved.get("num_nextn_predict_layers") != architecture.get("num_nextn_predict_layers"):
+            architecture.pop("num_nextn_predict_layers", None)  # MTP layers may be left out
+            saved.pop("num_nextn_predict_layers", None)
+        if saved != json.loads(json.dumps(architecture)):
+            check_architecture(self.path, architecture)
+
+    def _config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """config.json as transformers and vLLM load it: what is in the files, and nothing else."""
+        result = {k: v for k, v in config.items() if k not in ("quantization_config", "dtype", "torch_dtype")}
+        weights = self._dtype(self.parameters[0])
+        result["torch_dtype"] = str(weights).removeprefix("torch.")
+        if "num_nextn_predict_layers" in result:
+            result["num_nextn_predict_layers"] = self.num_mtp
+        if self.fp8_blocks:
+            result["quantization_config"] = CONFIG
+        return result
+
+
+def _is_padded(parameter: Parameter, size: Any) -> bool:
+    """The vocabulary is padded to a multiple of the ranks that saved it."""
+    rows, *rest = parameter.shape
+    return parameter.entry.form == "vocabulary" and list(size[1:]) == rest and size[0] >= rows
+
+
+def _mtp_copies(config: Mapping[str, Any], num_mtp: int) -> Iterator[Parameter]:
+    """The published form repeats embedding and head in each MTP layer."""
+    if num_mtp == 0:
+        return
+    top = {p.key: p for p in parameters(config | {"num_hidden_layers": 0}) if not p.prefix}
+    embedding = top["embedding.word_embeddings.weight"]
+    for k in range(num_mtp):
+        for parameter, suffix in (
+            (embedding, "embed_tokens.weight"),
+            (top.get("output_layer.weight", embedding), "shared_head.head.weight"),
+        ):
+            name = f"model.layers.{config['num_hidden_layers'] + k}.{suffix}"
+            yield dataclasses.replace(parameter, entry=dataclasses.replace(parameter.entry, hf_names=(name,)))
+
+
+def find_checkpoint(path: Path, workers: Workers, *, verify: bool = True) -> Path:
+    """A checkpoint directory itself, or the newest whole one of a run directory, its files verified by all workers.
+
+    verify: False trusts a checkpoint that was named (not a run) as it is.
+
+    CheckpointError when there is none, or when the one that was named is torn or altered.
+    """
+    path = Path(path)
+    if (path / "checkpoints").is_dir():
+        found = newest_whole(path / "checkpoints", workers)
+        if found is None:
+            raise CheckpointError(f"{path}: the run has no whole checkpoint")
+        return found
+    if verify and (problem := problem_of(path, workers)):
+        raise CheckpointError(f"{path} is not a whole checkpoint ({problem}); use another one")
+    return path
+
+
+def find_config(checkpoint: Path, given: Path | None) -> tuple[dict[str, Any], Path]:
+    """(config.json, the HF directory that it and the tokenizer are in): given, the checkpoint's own, or its run's."""
+    from r1mega.observe.run import RunDirectory
+
+    if given is None and (checkpoint / "config.json").exists():
+        given = checkpoint
+    if given is None:
+        run = checkpoint.parent.parent
+        if not (run / "config.yaml").exists():
+            raise CheckpointError(f"{checkpoint} belongs to no run; say with --config which HF directory describes it")
+        given = Path(RunDirectory(run).read_config()["model"]["path"])
+    return read_config(given), given

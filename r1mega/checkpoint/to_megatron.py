@@ -1,0 +1,238 @@
+"""HF directory -> torch_dist checkpoint of the weights, without a model: each parameter is read, joined, cut, written."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.storage import WriteResult
+
+from r1mega.checkpoint.conversion import OutputFile, partition
+from r1mega.checkpoint.fp8_blocks import SCALE, check_config, dequantize, scale_shape
+from r1mega.checkpoint.hf import HFTensors, copy_tokenizer, read_config
+from r1mega.checkpoint.manifest import file_record, write_manifest
+from r1mega.checkpoint.name_rules import to_local
+from r1mega.checkpoint.names import is_ignored
+from r1mega.checkpoint.parameters import Parameter, model_shape_of, parameters
+from r1mega.checkpoint.safetensors_file import as_bytes, read_tensor
+from r1mega.checkpoint.store import PROGRESS, architecture_of
+from r1mega.checkpoint.torch_dist import COMMON, Piece, write_index, write_pieces
+from r1mega.errors import CheckpointError
+from r1mega.model.build import check_layout
+from r1mega.platform.groups import Layout
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_MTP_COPY = re.compile(r"model\.layers\.\d+\.(embed_tokens|shared_head\.head)\.weight")
+_COPY_ROWS = 4096
+
+
+class ToMegatron:
+    """The plan of one conversion, and the writing of its files (`conversion.Conversion`).
+
+    layout: how parameters are cut; a stage in that layout then reads no byte that it does not need, and one in any
+    other layout can load it as well. dtype: of the weights (None: what config.json says); the routers' expert bias is
+    always float32. Raises CheckpointError, listing every tensor that is missing, unknown, misshapen or of a wrong
+    dtype; ConfigError for a layout that does not divide the model.
+    """
+
+    def __init__(self, source: Path, layout: Layout, *, dtype: torch.dtype | None = None, max_file_bytes: int):
+        self.source, self.layout = Path(source), layout
+        config = read_config(self.source)
+        check_config(config)
+        self.tensors = HFTensors(self.source)
+        self.num_mtp = _count_mtp(self.tensors, config)
+        self.parameters = list(parameters(config, self.num_mtp))
+        check_layout(config, layout)
+        self.model = model_shape_of(config, self.num_mtp)
+        self.dtype = dtype or _dtype_of(config)
+        _check_tensors(self.tensors, self.parameters, self.model, self.source)
+        self.config = _plain_config(config, self.dtype, self.num_mtp)
+        runs = partition(self.parameters, self._num_bytes, max_file_bytes)
+        self.files = [OutputFile(f"__{i}_0.distcp", held, size) for i, (held, size) in enumerate(runs)]
+        self._buffer = torch.empty(max(map(self._num_bytes, self.parameters)), dtype=torch.uint8)
+
+    def describe(self) -> str:
+        stamps = sorted((i.path.name, i.path.stat().st_mtime_ns) for i in self.tensors.infos.values())
+        return f"{self.config} {self.layout} {self.dtype} {sorted(set(stamps))}"
+
+    def write(self, file: OutputFile, path: Path) -> dict[str, Any]:
+        pieces = itertools.chain.from_iterable(self._pieces(parameter) for parameter in file.parameters)
+        results, record = write_pieces(path, pieces, name=file.name)
+        places = [[r.index.fqn, list(r.index.offset), r.storage_data.offset, r.storage_data.length] for r in results]
+        return {"pieces": places, "file": record}
+
+    def finish(self, directory: Path, records: Mapping[str, dict[str, Any]]) -> None:
+        results = [
+            WriteResult(MetadataIndex(key, offset), length, _StorageInfo(name, start, length))
+            for name, record in records.items()
+            for key, offset, start, length in record["pieces"]
+        ]
+        write_index(directory, self._metadata(), results)
+        torch.save({}, directory / COMMON)
+        (directory / PROGRESS).write_text(json.dumps({"step": 0}))
+        (directory / "config.json").write_text(json.dumps(self.config, indent=1))
+        copy_tokenizer(self.source, directory)
+        files = {name: record["file"] for name, record in records.items()}
+        small = [p for p in directory.iterdir() if p.is_file() and p.name not in files and not p.name == ".plan"]
+        write_manifest(directory, architecture_of(self.config), files | {p.name: file_record(p) for p in small})
+
+    # ------------------------------------------------------------------ one parameter
+
+    def _dtype(self, parameter: Parameter) -> torch.dtype:
+        return torch.float32 if parameter.key.endswith("expert_bias") else self.dtype
+
+    def _num_bytes(self, parameter: Parameter) -> int:
+        return torch.Size(parameter.shape).numel() * self._dtype(parameter).itemsize
+
+    def _pieces(self, parameter: Parameter) -> Iterator[Piece]:
+        whole = self._whole(parameter)
+        if parameter.key in ("embedding.word_embeddings.weight", "output_layer.weight"):
+            self._check_copies(parameter, whole)
+        for region in regions(parameter, self.layout):
+            piece = whole[tuple(slice(start, stop) for start, stop in region)]
+            padding = region[0][1] - region[0][0] - piece.shape[0]
+            if padding:
+                piece = torch.cat([piece, piece.new_zeros(padding, *piece.shape[1:])])
+            piece = _own_storage(piece.contiguous()).view(*(1 for _ in parameter.prefix), *piece.shape)
+            yield MetadataIndex(parameter.key, (*parameter.prefix, *(start for start, _ in region))), piece
+
+    def _whole(self, parameter: Parameter) -> torch.Tensor:
+        """The parameter of one rank without parallelism; in the buffer, so valid until the next."""
+        names, dtype = parameter.entry.hf_names, self._dtype(parameter)
+        if parameter.entry.form == "qkv":
+            parts = [self._read(name, torch.empty(self.tensors.infos[name].shape, dtype=dtype)) for name in names]
+            return to_local(parts, parameter.entry, self.model, 0, 1)
+        whole = self._buffer[: self._num_bytes(parameter)].view(dtype).view(parameter.shape)
+        row = 0
+        for name, shape in zip(names, parameter.entry.hf_shapes, strict=True):
+            self._read(name, whole[row : row + shape[0]])
+            row += shape[0]
+        return whole
+
+    def _read(self, name: str, out: torch.Tensor) -> torch.Tensor:
+        info = self.tensors.infos[name]
+        if self.tensors.is_quantized(name):
+            return dequantize(read_tensor(info), read_tensor(self.tensors.infos[name + SCALE]), out)
+        return read_tensor(info, out) if info.dtype == out.dtype else out.copy_(read_tensor(info))
+
+    def _check_copies(self, parameter: Parameter, whole: torch.Tensor) -> None:
+        """MTP layers share embedding and head with the model in Megatron: their own copies must be the same."""
+        ending = ".embed_tokens.weight" if parameter.key.startswith("embedding") else ".shared_head.head.weight"
+        for name in self.tensors:
+            if not (name.endswith(ending) and _MTP_COPY.fullmatch(name)):
+                continue
+            copy = read_tensor(self.tensors.infos[name])
+            for rows in (slice(i, i + _COPY_ROWS) for i in range(0, len(whole), _COPY_ROWS)):
+                if not torch.equal(copy[rows].to(whole.dtype), whole[rows]):
+                    raise CheckpointError(
+                        f"{self.source}: {name} differs from {parameter.entry.hf_names[0]}, which Megatron shares with "
+                        f"the MTP layer; remove the tensors of that layer to convert the model without it"
+                    )
+
+    def _metadata(self) -> Metadata:
+        described: dict[str, TensorStorageMetadata] = {}
+        for parameter in self.parameters:
+            cut = regions(parameter, self.layout)
+            if parameter.key not in described:
+                size = [max(stop for _, stop in spans) for spans in zip(*cut, strict=True)]
+                properties = TensorProperties(dtype=self._dtype(parameter))
+                described[parameter.key] = TensorStorageMetadata(
+                    properties, torch.Size([*parameter.prefix_shape, *size]), []
+                )
+            described[parameter.key].chunks.extend(
+                ChunkStorageMetadata(
+                    torch.Size([*parameter.prefix, *(start for start, _ in region)]),
+                    torch.Size([*(1 for _ in parameter.prefix), *(stop - start for start, stop in region)]),
+                )
+                for region in cut
+            )
+        return Metadata(described)
+
+
+def regions(parameter: Parameter, layout: Layout) -> list[tuple[tuple[int, int], ...]]:
+    """[start, stop) along each dimension of the pieces that the ranks of a layout hold, in the whole parameter.
+
+    The vocabulary's rows are padded to a multiple of the ranks; gate and up are cut each for itself.
+    """
+    entry, whole = parameter.entry, tuple((0, size) for size in parameter.shape)
+    ranks = layout.etp if entry.expert is not None else layout.tp
+    if entry.dim is None or (ranks == 1 and entry.form != "gate_up"):
+        return [whole]
+    halves = 2 if entry.form == "gate_up" else 1
+    size = -(-parameter.shape[entry.dim] // (halves * ranks))
+    return [
+        (*whole[: entry.dim], (i * size, (i + 1) * size), *whole[entry.dim + 1 :]) for i in range(halves * ranks)
+    ]
+
+
+def _own_storage(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory under a storage of just this size: torch.save writes storages, not what is seen of them."""
+    return torch.frombuffer(as_bytes(tensor).numpy(), dtype=tensor.dtype)
+
+
+def _dtype_of(config: Mapping[str, Any]) -> torch.dtype:
+    name = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
+    return torch.float32 if name == "float32" else torch.bfloat16
+
+
+def _plain_config(config: Mapping[str, Any], dtype: torch.dtype, num_mtp: int) -> dict[str, Any]:
+    """config.json of the same model with plain weights of that dtype."""
+    plain = {k: v for k, v in config.items() if k not in ("quantization_config", "torch_dtype", "dtype")}
+    if "num_nextn_predict_layers" in plain:
+        plain["num_nextn_predict_layers"] = num_mtp
+    return plain | {"torch_dtype": str(dtype).removeprefix("torch.")}
+
+
+def _count_mtp(tensors: HFTensors, config: Mapping[str, Any]) -> int:
+    """MTP layers that are there: the published config may say one that a fine-tuned checkpoint lacks."""
+    first = config.get("num_hidden_layers", 0)
+    return sum(f"model.layers.{first + k}.eh_proj.weight" in tensors
+               for k in range(config.get("num_nextn_predict_layers") or 0))
+
+
+def _check_tensors(tensors: HFTensors, wanted: list[Parameter], model: Any, source: Path) -> None:
+    """CheckpointError that lists everything by which the tensors differ from what the config asks for."""
+    problems, expected = [], set()
+    for parameter in wanted:
+        for name, shape in zip(parameter.entry.hf_names, parameter.entry.hf_shapes, strict=True):
+            expected |= {name, name + SCALE} if name in tensors and tensors.is_quantized(name) else {name}
+            info = tensors.infos.get(name)
+            if info is None:
+                problems.append(f"missing: {name}")
+            elif info.shape != shape:
+                problems.append(f"shape: {name} is {list(info.shape)}, config.json asks for {list(shape)}")
+            elif info.dtype == torch.float8_e4m3fn:
+                problems += _check_scale(tensors, name)
+            elif info.dtype not in _FLOATS:
+                problems.append(f"dtype: {name} is {info.dtype}, not a floating-point weight")
+    problems += [f"unknown: {name}" for name in tensors.infos if name not in expected and not is_ignored(name, model)]
+    if problems:
+        listed = "\n  ".join(sorted(problems))
+        raise CheckpointError(
+            f"{source}: {len(problems)} tensors are not what config.json describes; is it of another model?\n  {listed}"
+        )
+
+
+def _check_scale(tensors: HFTensors, name: str) -> list[str]:
+    scale = tensors.infos.get(name + SCALE)
+    if scale is None:
+        return [f"dtype: {name} is torch.float8_e4m3fn without {name}{SCALE}"]
+    if scale.dtype != torch.float32:
+        return [f"dtype: {name}{SCALE} is {scale.dtype}, not torch.float32"]
+    shape = scale_shape(tensors.infos[name].shape)
+    return [] if scale.shape == shape else [
+        f"shape: {name}{SCALE} is {list(scale.shape)}, the blocks of the weight ask for {list(shape)}"
+    ]

@@ -1,0 +1,117 @@
+"""One rank of the conversion tests: converted checkpoints into models of a layout, and policies into checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from r1mega import platform
+
+platform.prepare()
+
+from megatron.core import parallel_state as ps  # noqa: E402
+
+from r1mega.checkpoint.hf import HFTensors  # noqa: E402
+from r1mega.checkpoint.store import CheckpointStore, architecture_of  # noqa: E402
+from r1mega.checkpoint.to_hf import TorchDistReader  # noqa: E402
+from r1mega.config.schema import ModelConfig, OptimizerConfig, ParallelConfig  # noqa: E402
+from r1mega.platform import groups  # noqa: E402
+from r1mega.train.packing import build_microbatch  # noqa: E402
+from r1mega.train.policy import Policy  # noqa: E402
+
+SEQUENCES = [[i * 7 % 90 + 1 for i in range(start, start + 12)] for start in range(8)]
+PROMPT = 4
+
+
+def make_policy(config: dict[str, Any], layout: dict[str, int], dtype: str, init_std: float | None = None) -> Policy:
+    groups.init_parallel(ParallelConfig(**layout), seed=1)
+    mtp = 0.3 if config.get("num_nextn_predict_layers") else 0.0
+    model = ModelConfig(path="unused", dtype=dtype, mtp_loss_coefficient=mtp, expert_bias_update_rate=1e-2)
+    return Policy(
+        model, config, ParallelConfig(**layout), OptimizerConfig(lr=1e-2, warmup_steps=2, weight_decay=0.1),
+        total_steps=8, seed=1, init_std=init_std,
+    )  # fmt: skip
+
+
+def update(policy: Policy) -> tuple[float, float]:
+    """One step on the same eight sequences, whatever the layout; (loss, gradient norm)."""
+    replicas, replica = ps.get_data_parallel_world_size(), ps.get_data_parallel_rank()
+    mine = SEQUENCES[replica::replicas]
+    batches = [build_microbatch(mine[i : i + 2], [PROMPT] * 2, range(2)) for i in range(0, len(mine), 2)]
+    total = sum(len(s) - PROMPT for s in SEQUENCES)
+    result = policy.update(
+        batches, lambda _i, _b, lp, _e: (-lp.sum() / total, -lp.detach().sum() / total), total_response_tokens=total
+    )
+    loss = torch.stack(result.statistics).sum() if result.statistics else torch.zeros(())
+    dist.all_reduce(loss, group=ps.get_data_parallel_group())
+    dist.broadcast(loss, dist.get_world_size() - 1)  # the last pipeline stage has it
+    return float(loss), result.grad_norm
+
+
+def load_converted(cases: list[tuple[Path, dict[str, int], Path]]) -> dict[str, list[str]]:
+    """For (checkpoint, layout, HF directory): load by dist_checkpointing; names whose exported bits differ."""
+    from r1mega.checkpoint.hf import read_config
+
+    groups.init_distributed()
+    differences = {}
+    for checkpoint, layout, original in cases:
+        policy = make_policy(read_config(checkpoint), layout, "bfloat16")
+        policy.load_pretrained(checkpoint)
+        exported, expected = dict(policy.hf_tensors()), HFTensors(original)
+        wrong = [n for n, t in exported.items() if not torch.equal(t, expected[n]) or t.dtype != expected[n].dtype]
+        saved = set(TorchDistReader(checkpoint).saved)
+        template = policy.sharded_state(is_loading=False)["model"]
+        asked = {item.key for chunk in template.values() for item in chunk.values() if "extra_state" not in item.key}
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, asked)
+        wrong += sorted(set().union(*everyone) ^ saved)  # what Megatron would save is what the conversion wrote
+        copies = ("embed_tokens.weight", "shared_head.head.weight")
+        wrong += [n for n in expected if n not in exported and not (n.startswith("model.layers.") and n.endswith(copies))]
+        differences[f"{original.parent.name} {layout}"] = wrong
+        ps.destroy_model_parallel()
+    groups.destroy()
+    return differences
+
+
+def save_run(run: Path, config: dict[str, Any], layout: dict[str, int], source: Path, dtype: str, asynchronous: bool):
+    """Two steps, a checkpoint, two more steps; what an uninterrupted run gives: losses, and every weight at the end."""
+    groups.init_distributed()
+    policy = make_policy(config, layout, dtype)
+    policy.load_pretrained(source)
+    store = CheckpointStore(run, keep=2, architecture=architecture_of(config), asynchronous=asynchronous)
+    store.save(0, policy.sharded_state(is_loading=False), {})  # before the first step
+    losses = [update(policy) for _ in range(2)]
+    store.save(2, policy.sharded_state(is_loading=False), {})
+    exported = {name: tensor.clone() for name, tensor in policy.hf_tensors()}
+    losses += [update(policy) for _ in range(2)]  # while an asynchronous save writes
+    store.wait()
+    weights = {name: tensor.clone() for name, tensor in policy.hf_tensors()}
+    if dist.get_rank() == 0:
+        torch.save({"losses": losses, "weights": weights, "at_save": exported}, run / "uninterrupted.pt")
+    dist.barrier()
+    groups.destroy()
+
+
+def resume_run(run: Path, config: dict[str, Any], cases: list[tuple[dict[str, int], int]]) -> dict[str, Any]:
+    """In each layout, from the checkpoint of a step: the steps up to 4. {case: (losses, largest weight difference)}."""
+    groups.init_distributed()
+    expected = torch.load(run / "uninterrupted.pt")
+    results = {}
+    for layout, step in cases:
+        policy = make_policy(config, layout, "float32")
+        store = CheckpointStore(run, keep=2, architecture=architecture_of(config))
+        assert store.latest().name == "step_000002"
+        state, progress = store.load(store.directory / f"step_{step:06d}", policy.sharded_state(is_loading=True))
+        policy.load_sharded_state(state)
+        losses = [update(policy) for _ in range(progress["step"], 4)]
+        difference = max(
+            float((tensor - expected["weights"][name]).abs().max()) for name, tensor in policy.hf_tensors()
+        )
+        pairs = zip(losses, expected["losses"][step:], strict=True)
+        results[f"{layout} from {step}"] = (max(abs(a - b) for x, y in pairs for a, b in zip(x, y)), difference)
+        ps.destroy_model_parallel()
+    groups.destroy()
+    return results

@@ -1,0 +1,419 @@
+"""Conversions: bits, what transformers makes of the result, FP8 blocks, resuming, bad input, bounded memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from r1mega.checkpoint import conversion, safetensors_file
+from r1mega.checkpoint.convert import ConvertOptions, convert, parse_bytes, parse_parallel
+from r1mega.checkpoint.hf import HFTensors, read_config
+from r1mega.checkpoint.workers import Alone
+from r1mega.config.schema import ParallelConfig
+from r1mega.errors import CheckpointError, ConfigError
+from tests.checkpoints import FAMILIES, MTP, hub_state, write_hub_directory
+from tests.reference import DENSE, make_hf_model
+
+SMALL = 60_000  # bytes a file, so that there are several
+LLAMA = FAMILIES["llama"]
+
+
+def options(**changes) -> ConvertOptions:
+    return ConvertOptions(**({"max_file_bytes": SMALL} | changes))
+
+
+def there_and_back(source: Path, base: Path, parallel: str = "", **back) -> Path:
+    megatron = convert(source, base / "megatron", "megatron", options(parallel=parse_parallel(parallel)), Alone())
+    return convert(megatron, base / "back", "hf", options(**back), Alone())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_there_and_back_is_bit_exact_and_transformers_computes_the_same(tmp_path, family):
+    """Cut for TP 2 (and expert layouts), back, loaded by transformers in float32: the logits of the original weights."""
+    from transformers import AutoModelForCausalLM
+
+    config, experts = FAMILIES[family], "n_routed_experts" in FAMILIES[family]
+    state = hub_state(config)
+    source = write_hub_directory(tmp_path / "hf", config, state)
+    back = there_and_back(source, tmp_path, "tp=2,ep=2,etp=2" if experts else "tp=2")
+    tensors = {}
+    for file in back.glob("*.safetensors"):  # by the library, as transformers and vLLM read them
+        assert file.stat().st_size <= SMALL + 8192 or len(load_file(file)) <= 2, "larger only for one large parameter"
+        tensors |= load_file(file)
+    assert tensors.keys() == state.keys()
+    for name, tensor in state.items():
+        assert tensors[name].dtype == tensor.dtype, name
+        assert torch.equal(tensors[name], tensor), name
+    index = json.loads((back / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == state.keys()
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in state.values())
+    assert (back / "tokenizer_config.json").read_bytes() == (source / "tokenizer_config.json").read_bytes()
+    loaded, report = AutoModelForCausalLM.from_pretrained(
+        back, dtype=torch.float32, output_loading_info=True, attn_implementation="eager"
+    )
+    assert not report["missing_keys"]
+    reference = make_hf_model(config)
+    with torch.no_grad():
+        for parameter in reference.parameters():  # the routers' bias, a buffer, is stored in float32
+            parameter.copy_(parameter.bfloat16())
+        tokens = torch.arange(40).view(2, 20) % config["vocab_size"]
+        torch.testing.assert_close(loaded(tokens).logits, reference.eval()(tokens).logits, rtol=0, atol=1e-5)
+
+
+def test_fp8_blocks_are_read_as_the_published_checkpoint_defines_them(tmp_path):
+    """weight = fp8 * scale of its 128 x 128 block, rounded to bfloat16 once: computed here in float64, block by block."""
+    config = MTP | {"hidden_size": 192, "intermediate_size": 300, "num_hidden_layers": 2}
+    state = hub_state(config)
+    stored, expected = quantized_by_hand(state)
+    source = write_hub_directory(tmp_path / "hf", config | {"quantization_config": QUANTIZATION}, stored)
+    back = there_and_back(source, tmp_path, "tp=2")
+    tensors = HFTensors(back)
+    assert set(tensors) == set(expected)
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in expected.items())
+    assert "quantization_config" not in read_config(back)
+    direct = HFTensors(source)  # what a stage reads that starts from the published form
+    assert set(direct) == set(expected)
+    assert all(torch.equal(direct[name], tensor) for name, tensor in expected.items())
+
+
+def test_fp8_blocks_are_written_as_they_are_read(tmp_path):
+    """Every weight within half a step of e4m3 of its block's scale; names, scales and config of the published form."""
+    config = MTP | {"hidden_size": 192, "intermediate_size": 300, "num_hidden_layers": 2}
+    state = hub_state(config)
+    source = write_hub_directory(tmp_path / "hf", config, state)
+    back = there_and_back(source, tmp_path, fp8_blocks=True)
+    raw = {name: tensor for file in back.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    assert read_config(back)["quantization_config"] == QUANTIZATION
+    quantized = {name for name, tensor in raw.items() if tensor.dtype == torch.float8_e4m3fn}
+    assert quantized == {n for n in state if n.endswith("_proj.weight") and "eh_proj" not in n} | {
+        n for n in state if n.endswith("kv_a_proj_with_mqa.weight")
+    }
+    assert {n for n in raw if n.endswith("_scale_inv")} == {f"{n}_scale_inv" for n in quantized}
+    for name, tensor in state.items():
+        if name not in quantized:
+            assert torch.equal(raw[name], tensor), name
+            continue
+        scale = raw[f"{name}_scale_inv"].double()
+        wide = scale.repeat_interleave(128, 0).repeat_interleave(128, 1)[: tensor.shape[0], : tensor.shape[1]]
+        error = (raw[name].double() * wide - tensor.double()).abs()
+        step = (tensor.double().abs() / 16).clamp(min=2**-10 * 1.0001 * wide.max())  # 3 bits of mantissa; subnormals
+        assert (error <= step).all(), name
+        largest = tensor.double().abs().max() / wide.max()
+        assert 440 <= largest <= 449, "the range of e4m3 is used"
+
+
+QUANTIZATION = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
+
+
+def quantized_by_hand(state):
+    """(tensors as published: every linear weight in random FP8 with random scales, what they stand for in bfloat16)."""
+    stored, expected = {}, dict(state)
+    generator = torch.Generator().manual_seed(3)
+    for name, tensor in state.items():
+        if not name.endswith(("_proj.weight", "with_mqa.weight")) or "eh_proj" in name:
+            stored[name] = tensor
+            continue
+        rows, columns = tensor.shape
+        fp8 = torch.randn(tensor.shape, generator=generator).mul(100).clamp(-448, 448).to(torch.float8_e4m3fn)
+        scales = torch.rand(-(-rows // 128), -(-columns // 128), generator=generator) * 1e-3
+        values = torch.empty(tensor.shape, dtype=torch.float64)
+        for i in range(scales.shape[0]):
+            for j in range(scales.shape[1]):
+                block = slice(128 * i, 128 * (i + 1)), slice(128 * j, 128 * (j + 1))
+                values[block] = fp8[block].double() * scales[i, j].double()
+        stored[name], stored[f"{name}_scale_inv"] = fp8, scales
+        expected[name] = values.float().bfloat16()
+    return stored, expected
+
+
+# ---------------------------------------------------------------------- resuming, memory, many processes
+
+
+@pytest.mark.parametrize("target", ["megatron", "hf"])
+def test_an_interrupted_conversion_goes_on_at_the_file(tmp_path, monkeypatch, target):
+    source = write_hub_directory(tmp_path / "hf", LLAMA, hub_state(LLAMA))
+    if target == "hf":
+        source = convert(source, tmp_path / "megatron", "megatron", options(), Alone())
+    whole = convert(source, tmp_path / "whole", target, options(), Alone())
+    written, real = [], conversion._write_one
+
+    def stop_after_three(job, file, partial):
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        real(job, file, partial)
+        written.append(file.name)
+
+    monkeypatch.setattr(conversion, "_write_one", stop_after_three)
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "out", target, options(), Alone())
+    assert not (tmp_path / "out").exists()
+    first = list(written)
+    (tmp_path / "out.partial" / f"{first[0]}.tmp").write_bytes(b"cut short")
+    monkeypatch.setattr(conversion, "_write_one", lambda *a: (real(*a), written.append(a[1].name)))
+    out = convert(source, tmp_path / "out", target, options(), Alone())
+    assert len(written) == len(set(written)) > 3, "no file is written twice"
+    names = sorted(p.name for p in whole.iterdir())
+    assert sorted(p.name for p in out.iterdir()) == names
+    assert all((out / n).read_bytes() == (whole / n).read_bytes() for n in names if n != "manifest.json")
+
+
+def test_what_was_left_of_another_conversion_is_not_used(tmp_path, monkeypatch):
+    source = write_hub_directory(tmp_path / "hf", LLAMA, hub_state(LLAMA))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", no_final_name(os.replace))
+        with pytest.raises(CheckpointError):
+            convert(source, tmp_path / "out", "megatron", options(), Alone())
+    other = hub_state(LLAMA, seed=1)
+    shutil.rmtree(source)
+    write_hub_directory(source, LLAMA, other)
+    megatron = convert(source, tmp_path / "out", "megatron", options(), Alone())
+    back = HFTensors(convert(megatron, tmp_path / "back", "hf", options(), Alone()))
+    assert all(torch.equal(back[name], tensor) for name, tensor in other.items())
+
+
+def no_final_name(real):
+    def replace(source, target):
+        if str(target).endswith("out"):
+            raise OSError(28, "No space left on device")
+        real(source, target)
+
+    return replace
+
+
+MEASURE = """
+import sys, torch
+from pathlib import Path
+from r1mega.checkpoint.convert import ConvertOptions, convert
+from r1mega.checkpoint.workers import Alone
+source, out, target = sys.argv[1:]
+torch.set_num_threads(1)
+import r1mega.checkpoint.safetensors_file, torch.distributed.checkpoint
+status = lambda key: next(int(l.split()[1]) << 10 for l in open("/proc/self/status") if l.startswith(key))
+before = status("VmRSS")
+convert(Path(source), Path(out), target, ConvertOptions(max_file_bytes=48 << 20), Alone())
+print(status("VmHWM") - before)  # not ru_maxrss: that counts the process from before exec too
+"""
+
+
+def test_memory_is_bounded_by_the_largest_tensor_not_by_the_model(tmp_path):
+    """A model of 340 MB, its largest tensor 33 MB, files of 48 MB: within twice the one plus the other."""
+    config = DENSE | {
+        "model_type": "llama", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 9,
+        "num_attention_heads": 8, "num_key_value_heads": 8, "vocab_size": 16384,
+    }  # fmt: skip
+    shapes = {"self_attn.q_proj": (1024, 1024), "self_attn.k_proj": (1024, 1024), "self_attn.v_proj": (1024, 1024),
+              "self_attn.o_proj": (1024, 1024), "mlp.gate_proj": (4096, 1024), "mlp.up_proj": (4096, 1024),
+              "mlp.down_proj": (1024, 4096), "input_layernorm": (1024,), "post_attention_layernorm": (1024,)}  # fmt: skip
+    state = {f"model.layers.{i}.{n}.weight": torch.full(s, 0.5, dtype=torch.bfloat16)
+             for i in range(9) for n, s in shapes.items()}  # fmt: skip
+    state |= {n: torch.ones(16384, 1024, dtype=torch.bfloat16) for n in ("model.embed_tokens.weight", "lm_head.weight")}
+    state["model.norm.weight"] = torch.ones(1024, dtype=torch.bfloat16)
+    largest, model = 16384 * 1024 * 2, sum(t.nbytes for t in state.values())
+    source = write_hub_directory(tmp_path / "hf", config, state)
+    bound = 2 * largest + (48 << 20)
+    assert model > 2.5 * bound, "otherwise the test says nothing"
+    for before, after, target in ((source, "megatron", "megatron"), (tmp_path / "megatron", "back", "hf")):
+        environment = os.environ | {"MALLOC_ARENA_MAX": "1"}
+        done = subprocess.run([sys.executable, "-c", MEASURE, str(before), str(tmp_path / after), target],
+                              capture_output=True, text=True, env=environment, check=False)  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        peak = int(done.stdout.split()[-1])
+        assert peak <= bound, f"to {target}: {peak / 1e6:.0f} MB, bound {bound / 1e6:.0f} MB"
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "mpirun"])
+def test_many_processes_make_the_same_files(tmp_path, launcher):
+    if launcher == "mpirun" and (shutil.which("mpirun") is None or subprocess.run(
+            [sys.executable, "-c", "import mpi4py.MPI"], capture_output=True).returncode):  # fmt: skip
+        pytest.skip("needs mpi4py and mpirun")
+    source = write_hub_directory(tmp_path / "hf", LLAMA, hub_state(LLAMA))
+    alone = convert(source, tmp_path / "alone", "megatron", options(), Alone())
+    start = {
+        "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"],
+        "mpirun": ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "3", sys.executable],
+    }[launcher]
+    tool = Path(__file__).parents[3] / "tools" / "convert_checkpoint.py"
+    done = subprocess.run(
+        [*start, str(tool), "--to-megatron", str(source), str(tmp_path / "many"), "--max-shard-size", str(SMALL)],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    names = sorted(p.name for p in alone.iterdir())
+    assert sorted(p.name for p in (tmp_path / "many").iterdir()) == names
+    assert all((tmp_path / "many" / n).read_bytes() == (alone / n).read_bytes() for n in names if n != "manifest.json")
+
+
+# ---------------------------------------------------------------------- bad input
+
+
+def test_everything_that_is_wrong_with_the_tensors_is_listed(tmp_path):
+    state = hub_state(LLAMA)
+    del state["model.norm.weight"], state["model.layers.2.mlp.up_proj.weight"]
+    state["model.layers.0.self_attn.o_proj.weight"] = torch.zeros(3, 3, dtype=torch.bfloat16)
+    state["model.layers.1.mlp.surprise.weight"] = torch.zeros(1)
+    state["model.layers.1.mlp.down_proj.weight"] = torch.zeros(64, 128, dtype=torch.int8)
+    state["model.layers.3.mlp.down_proj.weight"] = torch.zeros(64, 128).to(torch.float8_e4m3fn)
+    source = write_hub_directory(tmp_path / "hf", LLAMA, state)
+    with pytest.raises(CheckpointError) as caught:
+        convert(source, tmp_path / "out", "megatron", options(), Alone())
+    for line in (
+        "6 tensors",
+        "missing: model.norm.weight",
+        "missing: model.layers.2.mlp.up_proj.weight",
+        "shape: model.layers.0.self_attn.o_proj.weight is [3, 3], config.json asks for [64, 64]",
+        "unknown: model.layers.1.mlp.surprise.weight",
+        "dtype: model.layers.1.mlp.down_proj.weight is torch.int8",
+        "dtype: model.layers.3.mlp.down_proj.weight is torch.float8_e4m3fn without",
+    ):
+        assert line in str(caught.value)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf"]
+
+
+def test_a_config_of_another_model_is_refused_on_the_way_back(tmp_path):
+    source = write_hub_directory(tmp_path / "hf", LLAMA, hub_state(LLAMA))
+    megatron = convert(source, tmp_path / "megatron", "megatron", options(), Alone())
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text(json.dumps(LLAMA | {"intermediate_size": 256}))
+    with pytest.raises(CheckpointError, match="intermediate_size 128 there, 256 here"):
+        convert(megatron, tmp_path / "out", "hf", options(config=other), Alone())
+
+
+def test_mtp_copies_that_differ_from_what_they_copy_are_not_lost_silently(tmp_path):
+    state = hub_state(MTP)
+    state["model.layers.4.shared_head.head.weight"][50, 3] += 1
+    source = write_hub_directory(tmp_path / "hf", MTP, state)
+    with pytest.raises(CheckpointError, match=r"layers\.4\.shared_head\.head\.weight differs from lm_head\.weight"):
+        convert(source, tmp_path / "out", "megatron", options(), Alone())
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda content: content[: len(content) // 2], "truncated"),
+        (lambda content: content[:5], "truncated"),
+        (lambda content: b"\xff" * 8 + content[8:], "truncated or not a safetensors file"),
+        (lambda content: content[:8] + b"!" + content[9:], "truncated or not a safetensors file"),
+        (None, "lacks model-00002-of-00003.safetensors"),
+    ],
+)
+def test_damaged_and_missing_shards_are_named(tmp_path, damage, message):
+    source = write_hub_directory(tmp_path / "hf", LLAMA, hub_state(LLAMA))
+    shard = source / "model-00002-of-00003.safetensors"
+    if damage is None:
+        shard.unlink()
+    else:
+        shard.write_bytes(damage(shard.read_bytes()))
+    with pytest.raises(CheckpointError, match=message) as caught:
+        convert(source, tmp_path / "out", "megatron", options(), Alone())
+    assert shard.name in str(caught.value)
+
+
+def test_a_file_that_is_cut_while_it_is_read_is_an_error_not_a_signal(tmp_path, monkeypatch):
+    source = write_hub_directory(tmp_path / "hf", LLAMA, hub_state(LLAMA))
+    real = safetensors_file.read_header
+
+    def read_then_cut(path):
+        header = real(path)
+        os.truncate(path, path.stat().st_size // 2)
+        return header
+
+    monkeypatch.setattr("r1mega.checkpoint.hf.read_header", read_then_cut)
+    with pytest.raises(CheckpointError, match="bytes too early"):
+        convert(source, tmp_path / "out", "megatron", options(), Alone())
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("change", ["flip", "cut", "remove"])
+def test_a_torn_or_altered_checkpoint_is_refused(tmp_path, change):
+    source = write_hub_directory(tmp_path / "hf", LLAMA, hub_state(LLAMA))
+    megatron = convert(source, tmp_path / "megatron", "megatron", options(), Alone())
+    victim = megatron / "__1_0.distcp"
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    {"flip": lambda: victim.write_bytes(content), "cut": lambda: os.truncate(victim, 99), "remove": victim.unlink}[change]()
+    with pytest.raises(CheckpointError, match=r"not a whole checkpoint \(__1_0\.distcp"):
+        convert(megatron, tmp_path / "out", "hf", options(), Alone())
+    assert not (tmp_path / "out").exists()
+
+
+FULL = """
+import resource, sys
+from pathlib import Path
+from r1mega.checkpoint.convert import ConvertOptions, convert
+from r1mega.checkpoint.workers import Alone
+resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))  # as a disk that takes no more
+from r1mega.errors import CheckpointError
+try:
+    convert(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], ConvertOptions(max_file_bytes=60_000), Alone())
+except CheckpointError as error:
+    print(error)
+    sys.exit(error.exit_code)
+"""
+
+
+@pytest.mark.parametrize("target", ["megatron", "hf"])
+def test_a_full_disk_leaves_nothing_under_the_final_name(tmp_path, target):
+    source = write_hub_directory(tmp_path / "hf", LLAMA, hub_state(LLAMA))
+    if target == "hf":
+        source = convert(source, tmp_path / "megatron", "megatron", options(), Alone())
+    done = subprocess.run([sys.executable, "-c", FULL, str(source), str(tmp_path / "out"), target],
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == CheckpointError.exit_code, done.stderr
+    assert "out was not made" in done.stdout
+    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / "out.partial").glob("*.tmp"))
+    convert(source, tmp_path / "out", target, options(), Alone())  # with space again, the same call makes it
+    assert (tmp_path / "out").exists()
+
+
+def test_layouts_that_do_not_divide(tmp_path):
+    source = write_hub_directory(tmp_path / "hf", LLAMA, hub_state(LLAMA))
+    with pytest.raises(ConfigError, match="tp = 3 does not divide num_attention_heads = 4"):
+        convert(source, tmp_path / "out", "megatron", options(parallel=ParallelConfig(tp=3)), Alone())
+    moe = write_hub_directory(tmp_path / "moe", FAMILIES["deepseek_v3"], hub_state(FAMILIES["deepseek_v3"]))
+    with pytest.raises(ConfigError, match="ep = 3 does not divide n_routed_experts = 8"):
+        convert(moe, tmp_path / "out", "megatron", options(parallel=ParallelConfig(ep=3)), Alone())
+
+
+def test_an_existing_result_is_not_overwritten(tmp_path):
+    source = write_hub_directory(tmp_path / "hf", LLAMA, hub_state(LLAMA))
+    (tmp_path / "out").mkdir()
+    with pytest.raises(CheckpointError, match="exists; remove it"):
+        convert(source, tmp_path / "out", "megatron", options(), Alone())
+
+
+@pytest.mark.parametrize("text", ["tp", "tp=0", "dp=2", "tp=two", "tp=2;ep=2"])
+def test_bad_layouts_on_the_command_line(text):
+    with pytest.raises(ConfigError, match="--parallel"):
+        parse_parallel(text)
+
+
+def test_sizes_on_the_command_line():
+    assert [parse_bytes(t) for t in ("5GB", "512MiB", "17", "2 kb")] == [5 * 10**9, 512 << 20, 17, 2000]
+    for text in ("5XB", "", "GB", "-1", "0"):
+        with pytest.raises(ConfigError, match="--max-shard-size"):
+            parse_bytes(text)
+
+
+def test_a_written_file_is_what_the_library_reads(tmp_path):
+    tensors = {"b": torch.randn(3, 5), "a": torch.arange(7), "c": torch.tensor(2.5, dtype=torch.bfloat16)}
+    specs = {n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()}
+    safetensors_file.write_tensors(tmp_path / "x.safetensors", specs, tensors.items())
+    with safe_open(tmp_path / "x.safetensors", framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
+        assert all(torch.equal(file.get_tensor(n), t) for n, t in tensors.items())
+    save_file(tensors, tmp_path / "y.safetensors")
+    header = safetensors_file.read_header(tmp_path / "y.safetensors")
+    assert all(torch.equal(safetensors_file.read_tensor(header[n]), t) for n, t in tensors.items())
+    with pytest.raises(ValueError, match="not what comes next"):
+        safetensors_file.write_tensors(tmp_path / "z", specs, [("a", tensors["a"])])

@@ -1,0 +1,167 @@
+"""Saving and finding checkpoints of small sharded states: in the background, killed, on a full disk, misfitting."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from r1mega import platform
+
+platform.prepare()
+
+from megatron.core.dist_checkpointing import ShardedTensor  # noqa: E402
+from megatron.core.dist_checkpointing.mapping import ShardedObject  # noqa: E402
+
+from r1mega.checkpoint import store as store_module  # noqa: E402
+from r1mega.checkpoint.store import CheckpointStore, load_weights  # noqa: E402
+from r1mega.errors import CheckpointError  # noqa: E402
+from r1mega.platform import groups  # noqa: E402
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_process():
+    groups.init_distributed()
+    yield
+    groups.destroy()
+
+
+def open_store(run: Path, **changes) -> CheckpointStore:
+    return CheckpointStore(run, keep=2, architecture={"hidden_size": 4}, **changes)
+
+
+def state_of(tensor: torch.Tensor, key: str = "w") -> dict:
+    return {"model": {"w": ShardedTensor.from_rank_offsets(key, tensor)}, "lr": 0.5}
+
+
+def load(store: CheckpointStore, path: Path, like: torch.Tensor) -> torch.Tensor:
+    return store.load(path, state_of(torch.zeros_like(like)))[0]["model"]["w"]
+
+
+def test_a_background_save_holds_what_was_there_when_it_was_asked_for(tmp_path, monkeypatch):
+    go_on, real = threading.Event(), store_module.write_pieces
+    monkeypatch.setattr(store_module, "write_pieces", lambda *a: (go_on.wait(30), real(*a))[1])
+    store = open_store(tmp_path, asynchronous=True)
+    tensor = torch.arange(6.0)
+    path = store.save(1, state_of(tensor), {"cursor": 3})
+    tensor.add_(100)  # training goes on
+    assert not path.exists(), "it waits for the disk, the caller does not"
+    go_on.set()
+    store.wait()
+    assert store.latest() == path
+    assert torch.equal(load(store, path, tensor), torch.arange(6.0))
+    state, progress = store.load(path, state_of(torch.zeros(6)))
+    assert (state["lr"], progress) == (0.5, {"step": 1, "cursor": 3})
+
+
+def test_errors_of_a_background_save_are_raised_by_the_next_call(tmp_path, monkeypatch):
+    store = open_store(tmp_path, asynchronous=True)
+    first = store.save(1, state_of(torch.ones(3)), {})
+    store.wait()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store_module, "write_pieces", full)
+        store.save(2, state_of(torch.ones(3)), {})
+        with pytest.raises(CheckpointError, match="No space left"):
+            store.wait()
+    assert [p.name for p in store.directory.iterdir()] == [first.name]
+    store.save(3, state_of(torch.ones(3)), {})
+    assert store.latest().name == "step_000003"
+
+
+KILLED = """
+import sys, time, torch
+from pathlib import Path
+from r1mega import platform
+platform.prepare()
+from megatron.core.dist_checkpointing import ShardedTensor
+from r1mega.checkpoint import store as module
+from r1mega.platform import groups
+groups.init_distributed()
+store = module.CheckpointStore(Path(sys.argv[1]), keep=2, architecture={"hidden_size": 4}, asynchronous=True)
+state = lambda value: {"model": {"w": ShardedTensor.from_rank_offsets("w", torch.full((1000,), value))}}
+store.save(1, state(1.0), {})
+store.wait()
+real = getattr(module, sys.argv[2])
+def stop(*arguments):
+    real(*arguments)
+    print("now", flush=True)
+    time.sleep(60)
+setattr(module, sys.argv[2], stop)
+store.save(2, state(2.0), {})
+store.wait()
+"""
+
+
+@pytest.mark.parametrize("after", ["write_pieces", "write_index", "write_manifest"])
+def test_a_kill_at_any_moment_of_a_background_save_leaves_the_one_before(tmp_path, after):
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path), after], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "now\n"
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    store = open_store(tmp_path)
+    assert (store.directory / "step_000002.tmp").exists()
+    path = store.latest()
+    assert path.name == "step_000001"
+    assert torch.equal(load(store, path, torch.zeros(1000)), torch.ones(1000))
+    assert [p.name for p in store.directory.iterdir()] == ["step_000001"]
+
+
+def test_a_torn_checkpoint_is_skipped_by_name_and_not_loaded(tmp_path, caplog):
+    store = open_store(tmp_path)
+    first, second = (store.save(i, state_of(torch.full((9,), float(i))), {}) for i in (1, 2))
+    os.truncate(next(second.glob("*.distcp")), 10)
+    assert store.latest() == first
+    assert f"{second} is not whole" in caplog.text
+    with pytest.raises(CheckpointError, match="not a whole checkpoint"):
+        load_weights(second, [])
+    (first / "manifest.json").write_text("{")
+    assert store.latest() is None
+
+
+def test_everything_that_a_checkpoint_lacks_is_listed(tmp_path):
+    store = open_store(tmp_path)
+    path = store.save(1, {"a": ShardedTensor.from_rank_offsets("a", torch.ones(2, 3))}, {})
+    template = {
+        "a": ShardedTensor.from_rank_offsets("a", torch.ones(3, 3)),
+        "b": ShardedTensor.from_rank_offsets("b", torch.ones(1)),
+        "c": [ShardedTensor.from_rank_offsets("c", torch.ones(1))],
+    }
+    with pytest.raises(CheckpointError) as caught:
+        store.load(path, template)
+    for line in ("3 problems", "shape: a is [2, 3], the model wants [3, 3]", "missing: b", "missing: c"):
+        assert line in str(caught.value)
+
+
+def test_norms_are_found_under_the_name_of_the_other_kind_of_layers(tmp_path):
+    """Saved by layers with norms of their own, loaded by Transformer Engine's; extra states are None."""
+    store, start = open_store(tmp_path), "decoder.layers.3."
+    saved = {n: torch.randn(4) for n in ("pre_mlp_layernorm.weight", "self_attention.q_layernorm.weight")}
+    path = store.save(1, {n: ShardedTensor.from_rank_offsets(start + n, t) for n, t in saved.items()}, {})
+    fused = ("mlp.linear_fc1.layer_norm_weight", "self_attention.linear_q_up_proj.layer_norm_weight")
+    template = {n: ShardedTensor.from_rank_offsets(start + n, torch.zeros(4)) for n in fused}
+    template["mlp._extra_state"] = ShardedObject(f"{start}mlp._extra_state", None, (1,), (0,))
+    state, _ = store.load(path, template)
+    assert all(torch.equal(state[n], t) for n, t in zip(fused, saved.values(), strict=True))
+    assert state["mlp._extra_state"] is None
+
+
+def test_the_manifest_is_of_what_lies_there(tmp_path):
+    import hashlib
+
+    path = open_store(tmp_path).save(1, state_of(torch.randn(1 << 19)), {})  # pieces above and below the threshold
+    files = json.loads((path / "manifest.json").read_text())["files"]
+    assert files.keys() == {p.name for p in path.iterdir()} - {"manifest.json"}
+    for name, record in files.items():
+        content = (path / name).read_bytes()
+        assert record == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}

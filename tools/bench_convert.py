@@ -1,0 +1,101 @@
+"""GB/s of both conversions against `cp` of the same bytes, alternating in one run, with everything in the page cache.
+
+python tools/bench_convert.py [--gigabytes 1] [--rounds 3] [--directory DIR]
+
+`cp` leaves its data in the page cache; a conversion makes them durable (fsync), and computes sha256 (to Megatron) or
+compares it (to HF). So `cp` is also timed with a sync of its files, and to HF also without the comparison.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from r1mega.checkpoint.convert import ConvertOptions, convert
+from r1mega.checkpoint.hf import write_hf
+from r1mega.checkpoint.parameters import parameters
+from r1mega.checkpoint.workers import Alone
+
+CONFIG = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 2048, "intermediate_size": 8192,
+    "num_attention_heads": 16, "num_key_value_heads": 4, "vocab_size": 32000, "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 4096, "torch_dtype": "bfloat16", "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+def make_model(directory: Path, num_bytes: int) -> int:
+    """A dense bfloat16 model of about that size; its bytes."""
+    def size(layers: int) -> int:
+        return 2 * sum(torch.Size(p.shape).numel() for p in parameters(CONFIG | {"num_hidden_layers": layers}))
+
+    config = CONFIG | {"num_hidden_layers": max(1, round((num_bytes - size(0)) / (size(1) - size(0))))}
+    tensors = (
+        (name, torch.randn(shape).bfloat16())
+        for p in parameters(config)
+        for name, shape in zip(p.entry.hf_names, p.entry.hf_shapes, strict=True)
+    )
+    write_hf(directory, tensors, config, shard_bytes=512 << 20)
+    return size(config["num_hidden_layers"])
+
+
+def timed(function: Callable[[], object], out: Path) -> float:
+    """Seconds; the output is removed after, the disk is at rest before."""
+    subprocess.run(["sync"], check=True)
+    begun = time.perf_counter()
+    with contextlib.redirect_stdout(io.StringIO()):
+        function()
+    seconds = time.perf_counter() - begun
+    shutil.rmtree(out)
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--gigabytes", type=float, default=1.0)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--directory", type=Path, help="where to work; default: a temporary directory")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=arguments.directory) as base:
+        source, megatron, out = Path(base, "hf"), Path(base, "megatron"), Path(base, "out")
+        num_bytes = make_model(source, int(arguments.gigabytes * 1e9))
+        options, alone = ConvertOptions(max_file_bytes=512 << 20), Alone()
+        convert(source, megatron, "megatron", options, alone)
+        trusting = ConvertOptions(max_file_bytes=512 << 20, verify=False)
+
+        def copy(sync: bool) -> None:
+            subprocess.run(["cp", "-r", "--reflink=never", source, out], check=True)
+            if sync:
+                subprocess.run(["sync", *out.iterdir()], check=True)
+
+        cases = {
+            "cp": lambda: copy(False),
+            "cp and sync": lambda: copy(True),
+            "to megatron": lambda: convert(source, out, "megatron", options, alone),
+            "to hf": lambda: convert(megatron, out, "hf", options, alone),
+            "to hf --no-verify": lambda: convert(megatron, out, "hf", trusting, alone),
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in cases}
+        for round_ in range(arguments.rounds + 1):
+            for name, function in cases.items():
+                taken = timed(function, out)
+                if round_:  # the first warms the page cache
+                    seconds[name].append(taken)
+    rates = {name: num_bytes / 1e9 / median(taken) for name, taken in seconds.items()}
+    for name, rate in rates.items():
+        print(f"{name:20} {rate:6.2f} GB/s  {rate / rates['cp']:5.2f} of cp  {rate / rates['cp and sync']:5.2f} of cp and sync")
+    print(json.dumps({"bytes": num_bytes, "rounds": arguments.rounds, "gigabytes_per_second": rates}))
+
+
+if __name__ == "__main__":
+    main()

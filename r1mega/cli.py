@@ -200,7 +200,7 @@ def convert(
     parallel: Annotated[str, typer.Option(help="tp=..,ep=..,etp=..: the layout that OUT is cut for")] = "",
     config: Annotated[Path | None, typer.Option(help="HF directory of the model, if not the run's own")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; default: as the source says")] = None,
-    fp8_blocks: Annotated[bool, typer.Option(help="FP8 weights in 128 x 128 blocks, as DeepSeek-V3 is published")] = False,
+    fp8_blocks: Annotated[bool, typer.Option(help="FP8 weights in blocks, as DeepSeek-V3 is published")] = False,
     max_shard_size: Annotated[str, typer.Option(help="largest output file, e.g. 5GB or 512MiB")] = "5GB",
     verify: Annotated[bool, typer.Option(help="compare the checkpoint with its manifest first")] = True,
 ) -> None:

@@ -93,7 +93,8 @@ def main() -> None:
                     seconds[name].append(taken)
     rates = {name: num_bytes / 1e9 / median(taken) for name, taken in seconds.items()}
     for name, rate in rates.items():
-        print(f"{name:20} {rate:6.2f} GB/s  {rate / rates['cp']:5.2f} of cp  {rate / rates['cp and sync']:5.2f} of cp and sync")
+        shares = "  ".join(f"{rate / rates[other]:5.2f} of {other}" for other in ("cp", "cp and sync"))
+        print(f"{name:20} {rate:6.2f} GB/s  {shares}")
     print(json.dumps({"bytes": num_bytes, "rounds": arguments.rounds, "gigabytes_per_second": rates}))
 
 

@@ -39,7 +39,8 @@ def check_config(hf_config: Mapping[str, Any]) -> bool:
     for key in ("quant_method", "fmt", "weight_block_size"):
         if quantization.get(key) != CONFIG[key]:
             raise CheckpointError(
-                f"config.json: quantization_config.{key} = {quantization.get(key)!r} cannot be read, only {CONFIG[key]!r}"
+                f"config.json: quantization_config.{key} = {quantization.get(key)!r} cannot be read, only"
+                f" {CONFIG[key]!r}"
             )
     return True
 

@@ -1,4 +1,4 @@
-"""Hugging Face directories: safetensors read lazily, written in bounded shards, under their final name only when whole."""
+"""Hugging Face directories: tensors read lazily, written in bounded shards, under their final name only when whole."""
 
 from __future__ import annotations
 
@@ -53,7 +53,8 @@ class HFTensors(Mapping[str, torch.Tensor]):
         for shard in shards:
             self.infos.update(read_header(shard))
         if index is not None and (lost := sorted(index.keys() - self.infos.keys())):
-            raise CheckpointError("\n  ".join([f"{directory}: {INDEX} names {len(lost)} tensors that no shard has", *lost]))
+            head = f"{directory}: {INDEX} names {len(lost)} tensors that no shard has"
+            raise CheckpointError("\n  ".join([head, *lost]))
         self._names = [n for n in self.infos if not (n.endswith(SCALE) and n.removesuffix(SCALE) in self.infos)]
 
     def is_quantized(self, name: str) -> bool:

@@ -75,7 +75,8 @@ def file_record(path: Path) -> dict[str, Any]:
 def write_manifest(directory: Path, architecture: Mapping[str, Any], files: FileRecords) -> None:
     """Everything in `files` is durable before this is called; afterwards the checkpoint is whole."""
     manifest = directory / MANIFEST
-    manifest.write_text(json.dumps({"architecture": dict(architecture), "files": dict(sorted(files.items()))}, indent=1))
+    content = {"architecture": dict(architecture), "files": dict(sorted(files.items()))}
+    manifest.write_text(json.dumps(content, indent=1))
     sync_path(manifest)
     sync_path(directory)
 

@@ -29,8 +29,6 @@ from r1mega.checkpoint.workers import Alone, TorchWorkers, Workers, agree, on_fi
 from r1mega.errors import CheckpointError, PlatformError
 from r1mega.observe.files import sync_path
 
-__all__ = ["MANIFEST", "CheckpointStore", "architecture_of", "check_architecture", "verify"]
-
 logger = logging.getLogger(__name__)
 
 PROGRESS = "progress.json"

@@ -86,10 +86,11 @@ class ToHF:
         self.path, self.tokenizer_from, self.fp8_blocks = Path(path), tokenizer_from, fp8_blocks
         self.reader = TorchDistReader(self.path)
         saved = self.reader.saved
-        self.num_mtp = sum(f"mtp.layers.{k}.enorm.weight" in saved for k in range(config.get("num_nextn_predict_layers") or 0))
+        layers = range(config.get("num_nextn_predict_layers") or 0)
+        self.num_mtp = sum(f"mtp.layers.{k}.enorm.weight" in saved for k in layers)
         self.model = model_shape_of(config, self.num_mtp)
         wanted = [*parameters(config, self.num_mtp), *_mtp_copies(config, self.num_mtp)]
-        self._check_names(config, wanted)
+        self._check_architecture(config)
         self.parameters = [
             p if p.key in saved else dataclasses.replace(p, key=alias(p.key)) for p in self._complete(wanted)
         ]
@@ -158,8 +159,8 @@ class ToHF:
             )
         return wanted
 
-    def _check_names(self, config: Mapping[str, Any], wanted: list[Parameter]) -> None:
-        """The architecture in the manifest says more clearly than a list of tensors that a config is of another model."""
+    def _check_architecture(self, config: Mapping[str, Any]) -> None:
+        """The manifest says more clearly than a list of tensors that a config is of another model."""
         architecture = architecture_of(config)
         saved = read_manifest(self.path)["architecture"]
         if saved.get("num_nextn_predict_layers") != architecture.get("num_nextn_predict_layers"):

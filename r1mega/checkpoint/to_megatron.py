@@ -1,4 +1,4 @@
-"""HF directory -> torch_dist checkpoint of the weights, without a model: each parameter is read, joined, cut, written."""
+"""HF directory -> torch_dist checkpoint of the weights, without a model: each parameter is read, cut, written."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.storage import WriteResult
 
-from r1mega.checkpoint.conversion import OutputFile, partition
+from r1mega.checkpoint.conversion import PLAN, OutputFile, partition
 from r1mega.checkpoint.fp8_blocks import SCALE, check_config, dequantize, scale_shape
 from r1mega.checkpoint.hf import HFTensors, copy_tokenizer, read_config
 from r1mega.checkpoint.manifest import file_record, write_manifest
@@ -86,7 +86,7 @@ class ToMegatron:
         (directory / "config.json").write_text(json.dumps(self.config, indent=1))
         copy_tokenizer(self.source, directory)
         files = {name: record["file"] for name, record in records.items()}
-        small = [p for p in directory.iterdir() if p.is_file() and p.name not in files and not p.name == ".plan"]
+        small = [p for p in directory.iterdir() if p.is_file() and p.name not in (*files, PLAN)]
         write_manifest(directory, architecture_of(self.config), files | {p.name: file_record(p) for p in small})
 
     # ------------------------------------------------------------------ one parameter

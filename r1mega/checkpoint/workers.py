@@ -1,4 +1,4 @@
-"""The processes that work on one checkpoint together, however they were started: MPI, torch.distributed, or one alone."""
+"""The processes that work on one checkpoint together: of MPI, of torch.distributed, or one alone."""
 
 from __future__ import annotations
 

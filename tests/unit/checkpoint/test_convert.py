@@ -38,7 +38,7 @@ def there_and_back(source: Path, base: Path, parallel: str = "", **back) -> Path
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_there_and_back_is_bit_exact_and_transformers_computes_the_same(tmp_path, family):
-    """Cut for TP 2 (and expert layouts), back, loaded by transformers in float32: the logits of the original weights."""
+    """Cut for TP 2 (and expert layouts), back, loaded by transformers in float32: the logits of the originals."""
     from transformers import AutoModelForCausalLM
 
     config, experts = FAMILIES[family], "n_routed_experts" in FAMILIES[family]
@@ -47,7 +47,7 @@ def test_there_and_back_is_bit_exact_and_transformers_computes_the_same(tmp_path
     back = there_and_back(source, tmp_path, "tp=2,ep=2,etp=2" if experts else "tp=2")
     tensors = {}
     for file in back.glob("*.safetensors"):  # by the library, as transformers and vLLM read them
-        assert file.stat().st_size <= SMALL + 8192 or len(load_file(file)) <= 2, "larger only for one large parameter"
+        assert file.stat().st_size <= SMALL + 8192 or len(load_file(file)) <= 2, "larger only for one parameter"
         tensors |= load_file(file)
     assert tensors.keys() == state.keys()
     for name, tensor in state.items():
@@ -70,7 +70,7 @@ def test_there_and_back_is_bit_exact_and_transformers_computes_the_same(tmp_path
 
 
 def test_fp8_blocks_are_read_as_the_published_checkpoint_defines_them(tmp_path):
-    """weight = fp8 * scale of its 128 x 128 block, rounded to bfloat16 once: computed here in float64, block by block."""
+    """weight = fp8 * scale of its 128 x 128 block, rounded to bfloat16 once: here in float64, block by block."""
     config = MTP | {"hidden_size": 192, "intermediate_size": 300, "num_hidden_layers": 2}
     state = hub_state(config)
     stored, expected = quantized_by_hand(state)
@@ -340,7 +340,8 @@ def test_a_torn_or_altered_checkpoint_is_refused(tmp_path, change):
     victim = megatron / "__1_0.distcp"
     content = bytearray(victim.read_bytes())
     content[len(content) // 2] ^= 1
-    {"flip": lambda: victim.write_bytes(content), "cut": lambda: os.truncate(victim, 99), "remove": victim.unlink}[change]()
+    changes = {"flip": lambda: victim.write_bytes(content), "cut": lambda: os.truncate(victim, 99)}
+    changes.get(change, victim.unlink)()
     with pytest.raises(CheckpointError, match=r"not a whole checkpoint \(__1_0\.distcp"):
         convert(megatron, tmp_path / "out", "hf", options(), Alone())
     assert not (tmp_path / "out").exists()

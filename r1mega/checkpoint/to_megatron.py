@@ -30,9 +30,8 @@ from r1mega.checkpoint.parameters import Parameter, model_shape_of, parameters
 from r1mega.checkpoint.safetensors_file import as_bytes, read_tensor
 from r1mega.checkpoint.store import PROGRESS, architecture_of
 from r1mega.checkpoint.torch_dist import COMMON, Piece, write_index, write_pieces
-from r1mega.errors import CheckpointError
-from r1mega.model.build import check_layout
-from r1mega.platform.groups import Layout
+from r1mega.config.layout import Layout, model_problems
+from r1mega.errors import CheckpointError, ConfigError
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _MTP_COPY = re.compile(r"model\.layers\.\d+\.(embed_tokens|shared_head\.head)\.weight")
@@ -55,7 +54,8 @@ class ToMegatron:
         self.tensors = HFTensors(self.source)
         self.num_mtp = _count_mtp(self.tensors, config)
         self.parameters = list(parameters(config, self.num_mtp))
-        check_layout(config, layout)
+        if problems := list(model_problems(layout, config)):
+            raise ConfigError("; ".join(problems))
         self.model = model_shape_of(config, self.num_mtp)
         self.dtype = dtype or _dtype_of(config)
         _check_tensors(self.tensors, self.parameters, self.model, self.source)

@@ -379,10 +379,10 @@ def test_a_full_disk_leaves_nothing_under_the_final_name(tmp_path, target):
 
 def test_layouts_that_do_not_divide(tmp_path):
     source = write_hub_directory(tmp_path / "hf", LLAMA, hub_state(LLAMA))
-    with pytest.raises(ConfigError, match="tp = 3 does not divide num_attention_heads = 4"):
+    with pytest.raises(ConfigError, match="tp = 3 does not divide the model's num_attention_heads = 4"):
         convert(source, tmp_path / "out", "megatron", options(parallel=ParallelConfig(tp=3)), Alone())
     moe = write_hub_directory(tmp_path / "moe", FAMILIES["deepseek_v3"], hub_state(FAMILIES["deepseek_v3"]))
-    with pytest.raises(ConfigError, match="ep = 3 does not divide n_routed_experts = 8"):
+    with pytest.raises(ConfigError, match="ep = 3 does not divide the model's n_routed_experts = 8"):
         convert(moe, tmp_path / "out", "megatron", options(parallel=ParallelConfig(ep=3)), Alone())
 
 

@@ -66,9 +66,12 @@ class PreferenceReward(NeuralReward):
     """A reward model: value = sigmoid((score - shift) / scale), so that no score outweighs the other parts."""
 
     model: Path | None = None  # an HF sequence classifier with one label; what stage `reward_model` exports is one
+    backend: Literal["transformers", "megatron"] = "transformers"
+    # transformers: whole on each rank; megatron: spread over the ranks in the trainer's layout (exports of the stage)
     shift: float = 0.0
     scale: Positive = 1.0
-    batch_size: PositiveInt = 16
+    batch_size: PositiveInt = 16  # of backend transformers
+    microbatch_tokens: PositiveInt = 16384  # packing target of backend megatron
     max_tokens: PositiveInt = 4096  # of prompt and scored text; what is longer is not scored (excluded)
     dtype: Literal["float32", "bfloat16"] = "float32"
 
@@ -153,6 +156,11 @@ class RewardConfig(Section):
                 yield (
                     f"reward.{name}.model = {part.model}: no HF sequence classifier there (config.json); stage "
                     "reward_model makes one"
+                )
+            if part.weight > 0 and part.backend == "megatron" and part.microbatch_tokens < part.max_tokens:
+                yield (
+                    f"reward.{name}.microbatch_tokens = {part.microbatch_tokens} does not hold the longest text, "
+                    f"max_tokens = {part.max_tokens}; raise it"
                 )
         judge = self.judge
         if judge.weight > 0 and judge.engine == "endpoint" and (judge.url is None or judge.model is None):

@@ -6,11 +6,11 @@ import importlib
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-from r1mega.config.rewards import NeuralReward, RewardConfig
+from r1mega.config.rewards import NeuralReward, PreferenceReward, RewardConfig
 from r1mega.data.prompts import WITHOUT_GOLD
 from r1mega.data.tokenizer import Tokenizer
 from r1mega.errors import RewardError
@@ -33,6 +33,10 @@ ACCURACY = {
     "code": "r1mega.reward.code_accuracy:CodeAccuracy",
 }
 """Accuracy part by the prompt's kind. Each is imported when the first prompt of its kind is scored."""
+
+
+SpreadModel = Callable[[PreferenceReward], Callable[[Sequence[list[int]]], list[float]]]
+"""Loads a reward model over all ranks; what it gives scores sequences, as a collective call."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,9 +95,11 @@ def weighted_parts(
     max_response_tokens: int,
     engine: GenerationEngine | None = None,
     tokenizer: Tokenizer | None = None,
+    spread: SpreadModel | None = None,
 ) -> list[WeightedPart]:
     """The parts of a config. Format always, and accuracy for all prompts that have a gold, are computed; the others
-    when they weigh something. engine, tokenizer: of the policy, for a judge that is the policy itself.
+    when they weigh something. engine, tokenizer: of the policy, for a judge that is the policy itself. spread: loads
+    reward models over all ranks.
     """
     parts = [
         WeightedPart(config.accuracy.weight, Accuracy(config)),
@@ -111,9 +117,12 @@ def weighted_parts(
     if config.helpfulness.weight > 0 or config.harmlessness.weight > 0:
         from r1mega.reward.preference import Preference
 
+        def preference(name: str, section: PreferenceReward, reads: str) -> Part:
+            return Preference(name, section, reads, opens_think, _forward(name, section, spread))
+
         neural += [
-            (config.helpfulness, lambda: Preference("helpfulness", config.helpfulness, "summary", opens_think)),
-            (config.harmlessness, lambda: Preference("harmlessness", config.harmlessness, "response", opens_think)),
+            (config.helpfulness, lambda: preference("helpfulness", config.helpfulness, "summary")),
+            (config.harmlessness, lambda: preference("harmlessness", config.harmlessness, "response")),
         ]
     if config.judge.weight > 0:
         from r1mega.reward.judge import Judge, open_client
@@ -127,6 +136,16 @@ def weighted_parts(
         if section.weight > 0
     ]
     return parts
+
+
+def _forward(
+    name: str, section: PreferenceReward, spread: SpreadModel | None
+) -> Callable[[Sequence[list[int]]], list[float]] | None:
+    if section.backend == "transformers":
+        return None
+    if spread is None:
+        raise RewardError(f"reward.{name}.backend = megatron: only RL stages have a layout for it; use transformers")
+    return spread(section)
 
 
 def compose(scores: dict[str, PartScore], weights: dict[str, float]) -> Reward:
@@ -187,9 +206,10 @@ class RewardScorer:
         max_response_tokens: int,
         engine: GenerationEngine | None = None,
         tokenizer: Tokenizer | None = None,
+        spread: SpreadModel | None = None,
     ) -> None:
         self.step = 1
-        self._parts = weighted_parts(config, max_response_tokens, engine, tokenizer)
+        self._parts = weighted_parts(config, max_response_tokens, engine, tokenizer, spread)
         self._weights = {entry.part.name: entry.weight for entry in self._parts}
         self._pool = open_pool(config.pool)
         self._pending: dict[int, _Pending] = {}
@@ -218,6 +238,12 @@ class RewardScorer:
         ticket, self._next_ticket = self._next_ticket, self._next_ticket + 1
         self._pending[ticket] = _Pending(prompt.id, scores, waiting, tuple(names))
         return ticket
+
+    def settle(self) -> None:
+        """Compute what takes all ranks (reward models spread over them): each calls it once its responses are in."""
+        for entry in self._parts:
+            if self.step >= entry.from_step and (settle := getattr(entry.part, "settle", None)) is not None:
+                settle()
 
     def result(self, ticket: int) -> Reward:
         """The reward of a ticket; waits for its workers. Raises KeyError for a ticket that was already asked for."""

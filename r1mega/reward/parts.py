@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from r1mega.errors import RewardError
 from r1mega.reward.pool import Outcome, Task
 from r1mega.types import Prompt, Response, RewardStatus
 
@@ -57,8 +58,9 @@ class Batch:
     scores to the last bit.
     """
 
-    def __init__(self, score: Callable[[Sequence[ScoringItem]], Sequence[PartScore]]) -> None:
-        self._score = score
+    def __init__(self, score: Callable[[Sequence[ScoringItem]], Sequence[PartScore]], collective: bool = False) -> None:
+        """collective: all ranks score together, so `settle` is to be called on each of them, with or without items."""
+        self._score, self.collective = score, collective
         self._waiting: list[_InBatch] = []
 
     def add(self, item: ScoringItem) -> Waiting:
@@ -81,5 +83,7 @@ class _InBatch:
 
     def result(self) -> PartScore:
         if self.score is None:
+            if self.batch.collective:
+                raise RewardError("a reward model that is spread over ranks scores in settle(), which was not called")
             self.batch.settle()
         return self.score

@@ -5,13 +5,14 @@ A reward model sees what it was trained on: exports carry their prompt template,
 template of their tokenizer. Scores are computed in batches once the first of them is needed, sorted by content, so that
 they do not depend on the order in which responses came.
 
-Not covered: a reward model larger than one device.
+A reward model larger than one device is spread over the ranks (`train/reward_model.py`); its scores are computed in
+`settle`, which every rank calls.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,19 +31,28 @@ from r1mega.types import RewardStatus
 
 Conversation = tuple[str, str]
 """(question, text of the response that is scored)."""
+Forward = Callable[[Sequence[list[int]]], list[float]]
+"""Token ids of sequences -> their scores."""
 
 
 class RewardModel:
     """A sequence classifier on disk. Its weights are read when the first score is asked for; on a GPU they stay in host
-    memory between batches, where the trainer and the generator need the room.
+    memory between batches, where the trainer and the generator need the room. forward: computes scores elsewhere.
 
     Raises RewardError at once for a directory that cannot be asked.
     """
 
     def __init__(
-        self, directory: Path, *, batch_size: int, max_tokens: int, dtype: torch.dtype = torch.float32
+        self,
+        directory: Path,
+        *,
+        batch_size: int,
+        max_tokens: int,
+        dtype: torch.dtype = torch.float32,
+        forward: Forward | None = None,
     ) -> None:
         self.directory, self._batch_size, self._max_tokens, self._dtype = Path(directory), batch_size, max_tokens, dtype
+        self._forward = forward or self._forward_here
         self.config = read_config(self.directory)
         self.reader: dict[str, str] | None = self.config.get(READER)
         architecture = (self.config.get("architectures") or ["none"])[0]
@@ -60,8 +70,8 @@ class RewardModel:
         tokenizer = AutoTokenizer.from_pretrained(self.directory, local_files_only=True)
         if not tokenizer.chat_template:
             raise RewardError(
-                f"{self.directory}: the tokenizer has no chat template, so the form in which the model was trained to read "
-                f"a conversation is unknown; add one, or the key {READER!r} with 'template' to config.json"
+                f"{self.directory}: the tokenizer has no chat template, so the form in which the model was trained to "
+                f"read a conversation is unknown; add one, or the key {READER!r} with 'template' to config.json"
             )
         return tokenizer
 
@@ -81,12 +91,15 @@ class RewardModel:
             key=lambda i: (len(tokens[i]), tokens[i]),
         )
         scores: list[float | None] = [None] * len(tokens)
-        model, device = self._loaded(), platform.current().device
+        for i, score in zip(order, self._forward([tokens[i] for i in order]), strict=True):
+            scores[i] = score
+        return scores
+
+    def _forward_here(self, sequences: Sequence[list[int]]) -> list[float]:
+        model, device, scores = self._loaded(), platform.current().device, []
         model.to(device)
-        for first in range(0, len(order), self._batch_size):
-            members = order[first : first + self._batch_size]
-            for i, score in zip(members, self._score_batch([tokens[i] for i in members], model, device), strict=True):
-                scores[i] = score
+        for first in range(0, len(sequences), self._batch_size):
+            scores += self._score_batch(sequences[first : first + self._batch_size], model, device)
         if device.type != "cpu":
             model.to("cpu")
         return scores
@@ -141,10 +154,15 @@ class Preference:
         config: PreferenceReward,
         reads: Literal["summary", "response"],
         prompt_opens_think: bool = False,
+        forward: Forward | None = None,
     ) -> None:
         self.name, self._config, self._reads, self._opens = name, config, reads, prompt_opens_think
         self._model = RewardModel(
-            config.model, batch_size=config.batch_size, max_tokens=config.max_tokens, dtype=getattr(torch, config.dtype)
+            config.model,
+            batch_size=config.batch_size,
+            max_tokens=config.max_tokens,
+            dtype=getattr(torch, config.dtype),
+            forward=forward,
         )
         trained = (self._model.reader or {}).get("reads", reads)
         if trained != reads:
@@ -152,12 +170,17 @@ class Preference:
                 f"reward.{name}.model = {config.model} was trained to read the {trained}, {name} is judged on the "
                 f"{reads}"
             )
-        self._batch = Batch(self._score)
+        self._batch = Batch(self._score, collective=forward is not None)
 
     def score(self, item: ScoringItem) -> PartScore | Waiting:
         if not self._text(item).strip():
             return PartScore(0.0, f"no {self._reads} to read")
         return self._batch.add(item)
+
+    def settle(self) -> None:
+        """Score what waits where that takes all ranks; a collective call then."""
+        if self._batch.collective:
+            self._batch.settle()
 
     def _text(self, item: ScoringItem) -> str:
         return final_text(item.text, self._opens) if self._reads == "summary" else item.text

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from r1mega.checkpoint.hf import read_config, write_hf
+from r1mega.config.rewards import PreferenceReward
 from r1mega.config.stages.rl import RLStage
 from r1mega.data.cursor import CursorState, PromptCursor
 from r1mega.data.prompts import load_prompts
@@ -21,6 +22,7 @@ from r1mega.stages.rl_metrics import group_metrics, pool_metrics
 from r1mega.stages.runtime import Runtime
 from r1mega.train.grpo_update import update_policy
 from r1mega.train.policy import Policy
+from r1mega.train.reward_model import SpreadRewardModel
 from r1mega.train.samples import gather_samples, training_samples
 from r1mega.types import RolloutGroup, SamplingSettings
 from r1mega.weights.sync import WeightSync
@@ -47,8 +49,9 @@ class RLTrainer:
             self._restore_cursor(progress["cursor"])
         self.engine = build_engine(config.rollout, config.model, config.weights, config.data.max_prompt_tokens)
         self.scorer = RewardScorer(
-            config.reward, max_response_tokens=config.rollout.max_response_tokens, engine=self.engine, tokenizer=self.tokenizer
-        )
+            config.reward, max_response_tokens=config.rollout.max_response_tokens, engine=self.engine,
+            tokenizer=self.tokenizer, spread=self._spread_reward_model,
+        )  # fmt: skip
         stop_ids, stop_strings = stop_settings(config.rollout.stop, self.tokenizer)
         self.sampling = SamplingSettings(
             config.rollout.temperature, config.rollout.top_p, config.rollout.max_response_tokens, stop_ids, stop_strings
@@ -77,6 +80,10 @@ class RLTrainer:
         metrics |= group_metrics(groups, contributes=self.collector.contributes) | self.collector.metrics()
         metrics |= pool_metrics(self.scorer.activity())
         return metrics, groups
+
+    def _spread_reward_model(self, section: PreferenceReward) -> Callable[[Sequence[list[int]]], list[float]]:
+        config = self.config
+        return SpreadRewardModel(section.model, config.model, config.parallel, section.microbatch_tokens).scores
 
     def _restore_cursor(self, state: CursorState) -> None:
         try:

@@ -77,7 +77,7 @@ class Policy:
         model: ModelConfig,
         hf_config: dict[str, Any],
         parallel: ParallelConfig,
-        optimizer: OptimizerConfig,
+        optimizer: OptimizerConfig | None,
         *,
         total_steps: int,
         seed: int,
@@ -85,7 +85,7 @@ class Policy:
         scalar_head: bool = False,
     ):
         """scalar_head: score sequences instead of predicting tokens. The "log-probs" of a microbatch's rows are then the
-        scores at those positions, without entropies (NaN)."""
+        scores at those positions, without entropies (NaN). optimizer: None for a model that is never updated."""
         self.dtype, self.device = getattr(torch, model.dtype), platform.current().device
         self.chunks = build_model(hf_config, parallel, model, seed=seed, init_std=init_std)
         if scalar_head:
@@ -93,8 +93,22 @@ class Policy:
         self._scalar_head = scalar_head
         self.megatron_config = config = self.chunks[0].config
         wrapped = [Float16Module(config, c) for c in self.chunks] if self.dtype == torch.bfloat16 else self.chunks
+        self.ddp_chunks, self.optimizer = wrapped, None
+        if optimizer is not None:
+            self._prepare_updates(optimizer, total_steps)
+        self._forward_backward = get_forward_backward_func()
+        self._place_in_layout()
+        self._head = _bypass_output_layer(self.chunks[-1]) if model.log_probs == "hidden" else None
+        self.kernels = "reference" if model.log_probs == "reference" else None
+        self._replay = Replay(self.chunks)
+        self._reference: list[dict[str, torch.Tensor]] | None = None
+        self._expert_load = math.nan
+
+    def _prepare_updates(self, optimizer: OptimizerConfig, total_steps: int) -> None:
+        """Gradient buffers, Adam over them, the learning-rate schedule."""
+        config = self.megatron_config
         ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
-        self.ddp_chunks = [DistributedDataParallel(config, ddp_config, chunk) for chunk in wrapped]
+        self.ddp_chunks = [DistributedDataParallel(config, ddp_config, chunk) for chunk in self.ddp_chunks]
         self.optimizer = get_megatron_optimizer(
             MegatronOptimizerConfig(
                 optimizer="adam",
@@ -115,13 +129,6 @@ class Policy:
         self.scheduler = _lr_schedule(self.optimizer, optimizer, total_steps)
         config.grad_scale_func = self.optimizer.scale_loss
         config.finalize_model_grads_func = self._finalize_gradients
-        self._forward_backward = get_forward_backward_func()
-        self._place_in_layout()
-        self._head = _bypass_output_layer(self.chunks[-1]) if model.log_probs == "hidden" else None
-        self.kernels = "reference" if model.log_probs == "reference" else None
-        self._replay = Replay(self.chunks)
-        self._reference: list[dict[str, torch.Tensor]] | None = None
-        self._expert_load = math.nan
 
     def _place_in_layout(self) -> None:
         """What callers and this class need to know of the parallel groups."""
@@ -306,7 +313,8 @@ class Policy:
     def load_hf(self, tensors: Any) -> None:
         """Copy HF-named tensors in (all of them; CheckpointError lists what is missing, extra or misshapen)."""
         load_hf(self.chunks, tensors)
-        self.optimizer.reload_model_params()
+        if self.optimizer is not None:
+            self.optimizer.reload_model_params()
 
     def load_pretrained(self, directory: Path) -> None:
         """Take over the weights of an HF directory, or of a checkpoint that `r1mega convert --to-megatron` made."""

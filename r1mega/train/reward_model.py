@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.distributed as dist
 
 from r1mega.algorithm.pairwise import pairwise_losses, pointwise_losses
+from r1mega.checkpoint.hf import HFTensors, read_config
+from r1mega.config.schema import ModelConfig, ParallelConfig
 from r1mega.train.packing import Microbatch, build_microbatch, plan_packing
 from r1mega.train.policy import Policy, UpdateResult
 
@@ -83,6 +86,40 @@ def preference_scores(policy: Policy, samples: Sequence[PreferenceSample], capac
         dist.all_gather_object(everyone, mine)
     merged = {index: row for part in everyone for index, row in part.items()}
     return torch.tensor([merged[index] for index in range(len(samples))], dtype=torch.float64)
+
+
+class SpreadRewardModel:
+    """A reward model that the stage `reward_model` exported, in the trainer's parallel layout, for scoring alone. On a
+    GPU its weights stay in host memory between calls. Making one is a collective call.
+    """
+
+    def __init__(self, directory: Path, model: ModelConfig, parallel: ParallelConfig, capacity: int) -> None:
+        changes = {"path": directory, "log_probs": "logits", "mtp_loss_coefficient": 0.0, "recompute": "none"}
+        self._policy = Policy(
+            model.model_copy(update=changes), read_config(directory), parallel, None,
+            total_steps=1, seed=0, scalar_head=True,
+        )  # fmt: skip
+        self._policy.load_hf(HFTensors(directory))
+        self._capacity = capacity
+        self._move(torch.device("cpu"))
+
+    def scores(self, sequences: Sequence[Sequence[int]]) -> list[float]:
+        """A score for each of this rank's sequences. A collective call: what all ranks have is shared among them."""
+        everyone: list[list[Sequence[int]]] = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(everyone, list(sequences))
+        distinct = sorted({tuple(sequence) for part in everyone for sequence in part})
+        if not distinct:
+            return []
+        samples = [PreferenceSample((sequence,), 0.0, ()) for sequence in distinct]
+        self._move(self._policy.device)
+        scores = preference_scores(self._policy, samples, self._capacity)[:, 0].tolist()
+        self._move(torch.device("cpu"))
+        known = dict(zip(distinct, scores, strict=True))
+        return [known[tuple(sequence)] for sequence in sequences]
+
+    def _move(self, device: torch.device) -> None:
+        for chunk in self._policy.chunks:
+            chunk.to(device)
 
 
 def _share(

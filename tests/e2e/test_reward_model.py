@@ -110,6 +110,35 @@ def test_pointwise_safety(base, tmp_path):
     assert RewardModel(run_dir / "hf", batch_size=4, max_tokens=128).reader["reads"] == "response"
 
 
+def align(base, run_dir, model, *overrides, num_ranks=1):
+    """Two steps of RL on general requests whose only teacher (but for the form) is the reward model."""
+    config = base / "align.yaml"
+    config.write_text("stage: align\nrun_dir: unset\nmodel: {path: unset}\ndata: {prompts: [unset]}\n")
+    r1mega(
+        "train", config, f"run_dir={run_dir}", "threads=1", "steps=2", f"model.path={base / 'model'}",
+        "model.dtype=float32",
+        f"data.prompts=[{base / 'data' / 'general_train.jsonl'}]", "data.template=nano", "data.max_prompt_tokens=32",
+        "rollout.engine=transformers", "rollout.num_prompts=4", "rollout.group_size=4",
+        "rollout.max_response_tokens=12",
+        "update.num_minibatches=1", "update.microbatch_tokens=512", "optimizer.lr=0.0001", "observe.tensorboard=false",
+        "reward.helpfulness.weight=1", f"reward.helpfulness.model={model}", *overrides, num_ranks=num_ranks,
+    )  # fmt: skip
+    return metrics(run_dir)
+
+
+def test_rl_on_the_reward_model_whole_or_spread_over_ranks(base, whole_run, tmp_path):
+    whole = align(base, tmp_path / "whole", whole_run / "hf", "reward.helpfulness.from_step=2")
+    assert "reward/helpfulness" not in whole[0] and "reward/accuracy" not in whole[0]
+    assert 0 < whole[1]["reward/helpfulness"] < 1 and whole[1]["reward/std"] > 0
+    spread = align(
+        base, tmp_path / "spread", whole_run / "hf", "reward.helpfulness.from_step=2",
+        "reward.helpfulness.backend=megatron", "parallel.ep=2", num_ranks=2,
+    )  # fmt: skip
+    assert "reward/helpfulness" not in spread[0]
+    assert spread[1]["reward/helpfulness"] == pytest.approx(whole[1]["reward/helpfulness"], abs=2e-3)
+    assert spread[1]["reward/mean"] == pytest.approx(whole[1]["reward/mean"], abs=2e-3)
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

@@ -15,7 +15,12 @@ platform.prepare()
 from r1mega.checkpoint.hf import write_hf  # noqa: E402
 from r1mega.model.reward_head import SCORE, classifier_config, initial_head, untied  # noqa: E402
 from r1mega.train.policy import Policy  # noqa: E402
-from r1mega.train.reward_model import PreferenceSample, preference_scores, preference_step  # noqa: E402
+from r1mega.train.reward_model import (  # noqa: E402
+    PreferenceSample,
+    SpreadRewardModel,
+    preference_scores,
+    preference_step,
+)
 from tests.reference import DEEPSEEK, DENSE, make_reference  # noqa: E402
 
 LEARNING_RATE = 1e-3
@@ -144,3 +149,17 @@ def test_another_head_goes_on_and_a_language_model_wants_one(one_rank):
     del again[SCORE]
     with pytest.raises(CheckpointError, match="missing: score.weight"):
         policy.load_hf(again)
+
+
+def test_a_model_for_scoring_alone(one_rank, tmp_path):
+    """The exported model as a reward in the trainer's layout: transformers' scores, whatever else is asked with them."""
+    hf, samples = MODELS["deepseek"], make_samples("pointwise", 9)
+    model = classifier(make_policy(hf, base_weights(hf)), hf, tmp_path / "hf")
+    settings = ModelConfig(path="unused", dtype="float32", log_probs="hidden")
+    spread = SpreadRewardModel(tmp_path / "hf", settings, ParallelConfig(), capacity=32)
+    sequences = [list(sample.sequences[0]) for sample in samples]
+    with torch.no_grad():
+        expected = [float(reference_scores(model, sample)) for sample in samples]
+    assert spread.scores([*sequences, sequences[2]]) == pytest.approx([*expected, expected[2]], abs=2e-5)
+    assert spread.scores(sequences[::-1]) == spread.scores(sequences)[::-1]
+    assert spread.scores([]) == []

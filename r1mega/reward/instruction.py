@@ -1,9 +1,9 @@
 """Verifiable instructions (IFEval, IFBench) through the checkers of if-verifiable, offline, in a worker process.
 
-The final text alone is checked: what follows `</think>`, without the answer tags. Two of IFBench's checkers want NLTK
-data (DATA_NEEDED) and are refused by name where it is not installed. NLTK's sentence data (`punkt_tab`) is used where
-it is installed; otherwise an untrained Punkt tokenizer with the usual abbreviations stands in, which may count a sentence
-more after a rare abbreviation.
+The final text alone is checked: what follows `</think>`, without the answer tags. Two of IFBench's checkers want
+NLTK data (DATA_NEEDED) and are refused by name where it is not installed. NLTK's sentence data (`punkt_tab`) is used
+where it is installed; otherwise an untrained Punkt tokenizer with the usual abbreviations stands in, which may count a
+sentence more after a rare abbreviation.
 """
 
 from __future__ import annotations

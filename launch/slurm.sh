@@ -16,7 +16,8 @@
 #   R1MEGA_MAX_REQUEUES  how often a job goes back to the queue by itself (default 1000)
 #
 # Preemption: some minutes before the end (--signal) or when Slurm takes the machines back, every rank is asked to save
-# (SIGUSR2); they exit 85 after the step in hand, the job goes back to the queue under its number and resumes from there.
+# (SIGUSR2); they exit 85 after the step in hand, the job goes back to the queue under its number and resumes from there. Give a
+# warning longer than a step and a save (sbatch --signal=B:USR1@3600); what a shorter one cuts off is done again from the checkpoint.
 # Any other end is the job's end, with the exit code of the rank that failed first, which the log names.
 set -uo pipefail
 cd "${R1MEGA_HOME:-${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..}}" || exit 2

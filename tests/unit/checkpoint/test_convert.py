@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from r1mega.checkpoint import conversion, safetensors_file
 from r1mega.checkpoint.convert import ConvertOptions, convert, parse_bytes, parse_parallel
 from r1mega.checkpoint.hf import HFTensors, read_config
+from r1mega.checkpoint.parameters import parameters
 from r1mega.checkpoint.workers import Alone
 from r1mega.config.schema import ParallelConfig
 from r1mega.errors import CheckpointError, ConfigError
@@ -109,6 +110,17 @@ def test_fp8_blocks_are_written_as_they_are_read(tmp_path):
         assert (error <= step).all(), name
         largest = tensor.double().abs().max() / wide.max()
         assert 440 <= largest <= 449, "the range of e4m3 is used"
+
+
+def test_the_plan_of_deepseek_v3_has_its_published_size():
+    """671B parameters, 14B more with the MTP module, whose own embedding and head count (README of DeepSeek-V3)."""
+    config = read_config(Path(__file__).parents[3] / "configs" / "deepseek_v3_671b" / "model")
+    sizes = {p.entry.hf_names: torch.Size(p.shape).numel() for p in parameters(config, num_mtp_layers=1)}
+    mtp = sum(size for names, size in sizes.items() if names[0].startswith("model.layers.61."))
+    assert round((sum(sizes.values()) - mtp) / 1e9) == 671
+    copies = sizes[("model.embed_tokens.weight",)] + sizes[("lm_head.weight",)]
+    assert round((sum(sizes.values()) + copies) / 1e9, 1) == 684.5
+    assert 13 < (mtp + copies) / 1e9 < 14
 
 
 QUANTIZATION = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
@@ -250,6 +262,55 @@ def test_many_processes_make_the_same_files(tmp_path, launcher):
     names = sorted(p.name for p in alone.iterdir())
     assert sorted(p.name for p in (tmp_path / "many").iterdir()) == names
     assert all((tmp_path / "many" / n).read_bytes() == (alone / n).read_bytes() for n in names if n != "manifest.json")
+
+
+def make_run(base: Path, seeds: list[int]) -> Path:
+    """A run directory: config.yaml with the model's path, and one checkpoint for each seed, step_000001 first."""
+    run = base / "run"
+    for step, seed in enumerate(seeds, start=1):
+        hf = write_hub_directory(base / f"hf{seed}", LLAMA, hub_state(LLAMA, seed=seed))
+        out = run / "checkpoints" / f"step_{step:06d}"
+        out.parent.mkdir(parents=True, exist_ok=True)
+        convert(hf, out, "megatron", options(), Alone())
+        (out / "config.json").unlink()  # a run's own checkpoints have none
+        manifest = json.loads((out / "manifest.json").read_text())
+        del manifest["files"]["config.json"]
+        (out / "manifest.json").write_text(json.dumps(manifest))
+    (run / "config.yaml").write_text(f"model: {{path: {base / f'hf{seeds[0]}'}}}\n")
+    return run
+
+
+def test_a_run_is_converted_from_its_newest_whole_checkpoint(tmp_path, caplog):
+    run = make_run(tmp_path, [0, 1])
+    back = HFTensors(convert(run, tmp_path / "newest", "hf", options(), Alone()))
+    assert all(torch.equal(back[name], tensor) for name, tensor in hub_state(LLAMA, seed=1).items())
+    os.truncate(run / "checkpoints" / "step_000002" / "__0_0.distcp", 1000)
+    back = HFTensors(convert(run, tmp_path / "before", "hf", options(), Alone()))
+    assert all(torch.equal(back[name], tensor) for name, tensor in hub_state(LLAMA, seed=0).items())
+    assert "step_000002 is not whole (__0_0.distcp has 1000 bytes" in caplog.text
+    shutil.rmtree(run / "checkpoints" / "step_000001")
+    with pytest.raises(CheckpointError, match="no whole checkpoint"):
+        convert(run, tmp_path / "none", "hf", options(), Alone())
+
+
+def test_the_command(tmp_path):
+    from typer.testing import CliRunner
+
+    from r1mega.cli import app
+
+    source = write_hub_directory(tmp_path / "hf", LLAMA, hub_state(LLAMA))
+    run = CliRunner().invoke
+    sizes = ["--max-shard-size", "60KB"]
+    done = run(app, ["convert", "--to-megatron", str(source), str(tmp_path / "m"), "--parallel", "tp=2", *sizes])
+    assert done.exit_code == 0, done.output
+    done = run(app, ["convert", "--to-hf", str(tmp_path / "m"), str(tmp_path / "back"), "--dtype", "float32", *sizes])
+    assert done.exit_code == 0, done.output
+    assert done.output.splitlines()[-1] == str(tmp_path / "back")
+    back = HFTensors(tmp_path / "back")
+    assert all(torch.equal(back[name], tensor.float()) for name, tensor in hub_state(LLAMA).items())
+    assert read_config(tmp_path / "back")["torch_dtype"] == "float32"
+    for wrong in ([], ["--to-hf", "--to-megatron"], ["--to-hf", "--dtype", "int8"], ["--to-hf", "--parallel", "tp=x"]):
+        assert isinstance(run(app, ["convert", str(source), str(tmp_path / "x"), *wrong]).exception, ConfigError)
 
 
 # ---------------------------------------------------------------------- bad input

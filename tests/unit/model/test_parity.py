@@ -38,6 +38,8 @@ CASES = {
     "qwen2": DENSE | {"model_type": "qwen2"},
     "qwen2_tied": DENSE | {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen3": DENSE | {"model_type": "qwen3", "head_dim": 24},
+    "qwen3_tied": DENSE | {"model_type": "qwen3", "head_dim": 24, "tie_word_embeddings": True},
+    "llama_tied": DENSE | {"model_type": "llama", "tie_word_embeddings": True},
 }
 
 

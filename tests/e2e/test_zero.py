@@ -154,7 +154,7 @@ def test_another_config_in_the_same_run_dir_is_refused(whole_run, nano_base):
         ["algorithm.old_log_probs=recompute", "algorithm.importance_cap=2.0", "algorithm.loss_aggregation=token"],
         ["algorithm.dynamic_sampling.enabled=true", "algorithm.clip_high=0.28", "reward.overlong.weight=0.5",
          "reward.overlong.buffer_tokens=8", "algorithm.mask_truncated=true", "algorithm.kl_coefficient=0"],
-        ["rollout.engine=transformers"],
+        ["rollout.engine=transformers", "rollout.router_replay=false"],
     ],
     ids=["dr_grpo", "gspo", "recompute_tis", "dapo", "transformers_engine"],
 )  # fmt: skip

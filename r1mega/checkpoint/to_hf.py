@@ -24,6 +24,7 @@ from r1mega.checkpoint.parameters import Parameter, model_shape_of, parameters
 from r1mega.checkpoint.safetensors_file import write_tensors
 from r1mega.checkpoint.store import architecture_of, check_architecture, newest_whole
 from r1mega.checkpoint.workers import Workers
+from r1mega.data.tokenizer import TOKENIZER_FILES
 from r1mega.errors import CheckpointError
 
 Spec = tuple[str, torch.dtype, tuple[int, ...]]
@@ -221,14 +222,20 @@ def find_checkpoint(path: Path, workers: Workers, *, verify: bool = True) -> Pat
 
 
 def find_config(checkpoint: Path, given: Path | None) -> tuple[dict[str, Any], Path]:
-    """(config.json, the HF directory that it and the tokenizer are in): given, the checkpoint's own, or its run's."""
+    """(config.json, the directory of the tokenizer): of the HF directory that was given, the checkpoint's own, or of
+    its run: what the run trained its tokenizer in, its key `tokenizer`, or model.path, the first that has one.
+    """
     from r1mega.observe.run import RunDirectory
 
     if given is None and (checkpoint / "config.json").exists():
         given = checkpoint
-    if given is None:
-        run = checkpoint.parent.parent
-        if not (run / "config.yaml").exists():
-            raise CheckpointError(f"{checkpoint} belongs to no run; say with --config which HF directory describes it")
-        given = Path(RunDirectory(run).read_config()["model"]["path"])
-    return read_config(given), given
+    if given is not None:
+        return read_config(given), given
+    run = checkpoint.parent.parent
+    if not (run / "config.yaml").exists():
+        raise CheckpointError(f"{checkpoint} belongs to no run; say with --config which HF directory describes it")
+    stage = RunDirectory(run).read_config()
+    model = Path(stage["model"]["path"])
+    places = [run / "tokenizer", *([Path(stage["tokenizer"])] if stage.get("tokenizer") else []), model]
+    found = (place for place in places if any((place / name).exists() for name in TOKENIZER_FILES))
+    return read_config(model), next(found, model)

@@ -282,7 +282,11 @@ def make_run(base: Path, seeds: list[int]) -> Path:
 
 def test_a_run_is_converted_from_its_newest_whole_checkpoint(tmp_path, caplog):
     run = make_run(tmp_path, [0, 1])
+    (run / "tokenizer").mkdir()
+    (run / "tokenizer" / "tokenizer.json").write_text("{}")  # a stage's own comes before its model's
     back = HFTensors(convert(run, tmp_path / "newest", "hf", options(), Alone()))
+    assert (tmp_path / "newest" / "tokenizer.json").exists()
+    assert not (tmp_path / "newest" / "tokenizer_config.json").exists()
     assert all(torch.equal(back[name], tensor) for name, tensor in hub_state(LLAMA, seed=1).items())
     os.truncate(run / "checkpoints" / "step_000002" / "__0_0.distcp", 1000)
     back = HFTensors(convert(run, tmp_path / "before", "hf", options(), Alone()))

@@ -83,7 +83,8 @@ def table(claim: Claim, seeds: Sequence[int]) -> str:
     for seed, figures in measured.items():
         lines.append([str(seed), *(f"{figures[c]:.3f}" for c in columns), "yes" if claim.holds(figures) else "no"])
     if len(measured) > 1:
-        mean = [f"{fmean(f[c] for f in measured.values()):.3f} ± {stdev(f[c] for f in measured.values()):.3f}" for c in columns]
+        by_column = ([figures[column] for figures in measured.values()] for column in columns)
+        mean = [f"{fmean(values):.3f} ± {stdev(values):.3f}" for values in by_column]
         held = sum(claim.holds(figures) for figures in measured.values())
         lines.append(["mean ± sd", *mean, f"{held} of {len(measured)}"])
     return head + "".join(f"| {' | '.join(line)} |\n" for line in lines)
@@ -97,7 +98,7 @@ def records(path: Path) -> list[dict]:
 
 
 def evaluations(run: Path) -> tuple[dict, dict]:
-    """Before the first step and after the last, on 256 problems that neither the base nor RL has seen (temperature 1)."""
+    """Before the first step and after the last, on 256 problems that neither the base nor RL has seen (T = 1)."""
     lines = records(run / "evaluations.jsonl")
     return lines[0], lines[-1]
 
@@ -155,7 +156,7 @@ def hacking(seed: Path) -> Figures:
 
 
 def recipe_figures(seed: Path) -> dict[str, dict[str, float]]:
-    """Of each checkpoint of the recipe: the figures on puzzles, and `general`: requests answered with the best reply."""
+    """Of each checkpoint: the figures on puzzles, and `general`: requests answered with the best reply."""
     directory = seed / "recipe"
     references = {r["id"]: r["reference"] for r in records(directory / "base" / "data" / "general_eval.jsonl")}
     figures = {}
@@ -200,7 +201,7 @@ def run_recipe(seed: int) -> None:
 
 
 def make_pairs(seed: int) -> None:
-    """A right and a wrong response to the same question, at most two pairs a question; a tenth of the questions held out."""
+    """A right and a wrong response to the same question, at most two pairs a question; a tenth is held out."""
     directory = RUNS / f"seed{seed}" / "hacking"
     result = json.loads((directory / "samples" / "base" / "prompts" / "result.json").read_text())
     parts: dict[str, list[str]] = {"train": [], "held_out": []}
@@ -236,7 +237,7 @@ CLAIMS = {
             lambda f: f["cold start"] > f["question's language, zero"] and f["accuracy, RL with"] > f["without"],
         ),
         Claim(
-            5, "Stages help: base < zero, cold start < reasoner; the final model keeps reasoning and gains general ability",
+            5, "Stages help: base < zero, cold start < reasoner; the last keeps reasoning and gains general ability",
             (run_recipe,), stages,
             lambda f: f["base"] < f["zero"] and f["cold_start_sft"] < f["reasoning_rl"]
             and f["align"] > f["reasoning_rl"] - 0.05 and f["general, align"] > f["general, reasoning_rl"],

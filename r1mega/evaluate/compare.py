@@ -34,7 +34,7 @@ class Comparison:
 
 
 def compare_results(first: EvaluationResult, second: EvaluationResult) -> Comparison:
-    """Pair two results by prompt id. DataError when they share no judged prompt, or an id stands for other questions."""
+    """Pair two results by prompt id. DataError when they share no judged prompt, or an id stands for two questions."""
     by_id = {row.prompt_id: row for row in first.rows if row.judged}
     pairs = [(by_id[row.prompt_id], row) for row in second.rows if row.judged and row.prompt_id in by_id]
     if not pairs:

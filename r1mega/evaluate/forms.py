@@ -60,8 +60,8 @@ def question_answer(row: Row, options: FormOptions) -> PromptRecord:
 
 
 def own_prompt(row: Row, options: FormOptions) -> PromptRecord:
-    """The prompt files of the training stages: {"question", "answer" (or a list), "id", "kind", "language", ...}. A kind
-    that no rule verifies needs no answer: it is sampled, not judged.
+    """The prompt files of the training stages: {"question", "answer" (or a list), "id", "kind", "language", ...}. A
+    kind that no rule verifies needs no answer: it is sampled, not judged.
     """
     kind, language = row.optional("kind") or "math", row.optional("language")
     answer = row.optional("answer")
@@ -88,7 +88,8 @@ def mmlu(row: Row, options: FormOptions) -> PromptRecord:
     identity = row.identity("id", "question_id")
     subject = row.optional("subject", "category")
     question = with_choices(row.text("question", "Question"), [str(choice) for choice in choices])
-    return _record(row, f"{subject}/{identity}" if subject else identity, question, "choice", (letter,), subject=subject)
+    name = f"{subject}/{identity}" if subject else identity
+    return _record(row, name, question, "choice", (letter,), subject=subject)
 
 
 def gpqa(row: Row, options: FormOptions) -> PromptRecord:
@@ -130,7 +131,8 @@ def mbpp(row: Row, options: FormOptions) -> PromptRecord:
     if not isinstance(tests, Sequence) or isinstance(tests, str) or not tests:
         raise DataError(f"{row.where}: 'test_list' must be a list of assert statements")
     question = f"{row.text('text', 'prompt').strip()}\nYour code should pass these tests:\n\n" + "\n".join(tests)
-    metadata = {name: row.values[name] for name in ("test_list", "test_setup_code", "test_imports") if name in row.values}
+    names = ("test_list", "test_setup_code", "test_imports")
+    metadata = {name: row.values[name] for name in names if name in row.values}
     return _record(row, row.words("task_id"), question, "code", **metadata)
 
 

@@ -134,7 +134,8 @@ def response_limits(
     chosen = max_tokens if max_tokens is not None else min(source.max_tokens or default, room)
     if room < 1:
         raise ConfigError(
-            f"the longest prompt fills the model's context of {context} tokens; shorten the prompts, or choose --template"
+            f"the longest prompt fills the model's context of {context} tokens; shorten the prompts, or choose "
+            "another template"
         )
     if not 1 <= chosen <= room:
         raise ConfigError(

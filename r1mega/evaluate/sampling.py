@@ -82,10 +82,8 @@ def draw_samples(
     yield from grader.rest()
 
 
-def grade_samples(
-    scorer: Scorer, prompts: Iterable[tuple[Prompt, Sample]]
-) -> Iterator[GradedSample]:  # fmt: skip
-    """Grade samples that were drawn earlier: their texts alone count, so only parts that need no tokens may be asked."""
+def grade_samples(scorer: Scorer, prompts: Iterable[tuple[Prompt, Sample]]) -> Iterator[GradedSample]:
+    """Grade samples that were drawn earlier, by their texts alone: the scorer's parts must need no tokens."""
     grader = _Grader(scorer)
     for prompt, sample in prompts:
         response = Response((), (), "length" if sample.truncated else "stop")
@@ -113,5 +111,6 @@ class _Grader:
     def _oldest(self) -> GradedSample:
         sample, ticket = self._waiting.popleft()
         if ticket is None:
-            return GradedSample(sample, Reward(None, {}, RewardStatus.UNJUDGED, "judged by the benchmark's own harness"))
+            elsewhere = Reward(None, {}, RewardStatus.UNJUDGED, "judged by the benchmark's own harness")
+            return GradedSample(sample, elsewhere)
         return GradedSample(sample, self._scorer.result(ticket))

@@ -4,8 +4,8 @@
     DIR/samples-RANK.jsonl         a line a response          DIR/grades-RANK.jsonl      a line a graded response
     DIR/result.json                written at the end
 
-Each rank appends to its own files and reads those of all, so a later start may have another number of ranks. Without its
-grades files a directory is graded anew, from the texts, without generating anything.
+Each rank appends to its own files and reads those of all, so a later start may have another number of ranks. Without
+its grades files a directory is graded anew, from the texts, without generating anything.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Results as tables: of one evaluation for a terminal; of checkpoints and tasks, and of comparisons, as Markdown too."""
+"""Results as tables, for a terminal and as Markdown: of one evaluation, of checkpoints and tasks, of comparisons."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ class Table:
 
 def results_table(checkpoints: Sequence[Mapping[str, Any]], title: str) -> Table:
     """Of the `checkpoints` of a results.json: a row a checkpoint and task."""
-    columns = ("task", "checkpoint", "problems x k", "pass@1", "95% interval", "pass@k", "cons@k", "tokens", "cut", "rating")
+    figures = ("pass@1", "95% interval", "pass@k", "cons@k", "tokens", "cut", "rating")
+    columns = ("task", "checkpoint", "problems x k", *figures)
     names = list(dict.fromkeys(name for checkpoint in checkpoints for name in checkpoint["tasks"]))
     rows = [
         (name, checkpoint["name"], *_cells(checkpoint["tasks"][name]))

@@ -101,7 +101,7 @@ class _Evaluation:
         self._writes = runtime.rank % tp == 0  # the ranks of one generator see the same samples
         self._should_stop = _stop_check(runtime, tp)
 
-    # ------------------------------------------------------------------------------------------------ what there is to do
+    # ---------------------------------------------------------------------------------------------- what there is to do
 
     def plan(self) -> list[_Checkpoint]:
         """All files read and checked, before any generator starts. Raises DataError, ConfigError, CheckpointError."""
@@ -169,7 +169,7 @@ class _Evaluation:
         return False
 
     def _share(self, unit: _Unit) -> tuple[_Share, int]:
-        """(this rank's part of what is left, samples that are left to draw over all ranks); every rank reads the same."""
+        """(this rank's part of what is left, samples left to draw over all ranks); every rank reads the same."""
         samples, grades = unit.store.read(unit.prompts)
         ungraded = [
             (prompt, samples[prompt.id, index])
@@ -199,11 +199,8 @@ class _Evaluation:
         with unit.store.opened(self._writes):
             note(grade_samples(scorer, share.ungraded))
             if share.missing:
-                note(
-                    draw_samples(
-                        engine, tokenizer, scorer, share.missing, unit.sampling, self._config.seed, keep, self._should_stop
-                    )
-                )
+                seed, stop = self._config.seed, self._should_stop
+                note(draw_samples(engine, tokenizer, scorer, share.missing, unit.sampling, seed, keep, stop))
 
     def _finish(self, unit: _Unit, checkpoint: _Checkpoint, results: list[dict[str, Any]], seconds: float) -> None:
         """Rank 0 reads what all ranks have written, and writes the unit's result and the summary so far."""

@@ -29,7 +29,7 @@ class TaskConfig(Section):
     num_samples: PositiveInt | None = None  # k
     temperature: NonNegative | None = None  # 0: greedy
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    max_tokens: PositiveInt | None = None  # of a response; None: as the checkpoint's run, else 32768 as the context allows
+    max_tokens: PositiveInt | None = None  # of a response; None: as the checkpoint's run, else 32768 or what is left
     wording: str | None = None  # a Jinja2 text with {{ question }}, around each question
     since: str | None = None  # livecodebench: contests from this date (ISO) on
     until: str | None = None  # livecodebench: up to this date
@@ -83,7 +83,8 @@ class EvaluateStage(Stage):
             if task.form is None and name not in get_args(Form):
                 yield f"tasks.{name}: no task is called so; set tasks.{name}.form to one of {', '.join(get_args(Form))}"
             if context is not None and task.max_tokens is not None and task.max_tokens >= context:
-                yield f"tasks.{name}.max_tokens = {task.max_tokens} leaves no room for a prompt in the context of {context}"
+                key = f"tasks.{name}.max_tokens = {task.max_tokens}"
+                yield f"{key} leaves no room for a prompt in the model's context of {context}"
             if task.wording is not None and "{{" not in task.wording:
                 yield f"tasks.{name}.wording: has no {{{{ question }}}}"
             if "/" in name or name.startswith("."):

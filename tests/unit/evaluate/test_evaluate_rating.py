@@ -23,7 +23,8 @@ def test_elo_formula():
     assert solve_probability(1900, 1500) == pytest.approx(10 / 11), "400 points are odds of 10 : 1"
 
 
-problems = st.lists(st.tuples(st.integers(8, 35).map(lambda x: 100 * x), st.sampled_from([0, 0.25, 0.5, 1])), min_size=1, max_size=12)
+problem = st.tuples(st.integers(8, 35).map(lambda x: 100 * x), st.sampled_from([0, 0.25, 0.5, 1]))
+problems = st.lists(problem, min_size=1, max_size=12)
 
 
 @settings(deadline=None, max_examples=40)

@@ -4,7 +4,14 @@ import pytest
 
 from r1mega.errors import DataError
 from r1mega.evaluate.compare import compare_results
-from r1mega.evaluate.result import EvaluationResult, evaluation_row, evaluation_rows, merge_results, read_result, write_result
+from r1mega.evaluate.result import (
+    EvaluationResult,
+    evaluation_row,
+    evaluation_rows,
+    merge_results,
+    read_result,
+    write_result,
+)
 from r1mega.evaluate.sampling import GradedSample, Sample
 from r1mega.evaluate.table import format_table
 from r1mega.observe.registry import find_metric
@@ -142,7 +149,7 @@ def test_languages_and_reflection():
 
 
 def test_rating_of_rated_problems():
-    """One of two problems of rating 1500: the solver is as good as they are. A problem without a rating says nothing."""
+    """One of two problems of rating 1500: the solver is as good as they are. One without a rating says nothing."""
     rows = [
         evaluation_row(*group("a", ["x"], [1], golds=(), kind="code", rating=1500)),
         evaluation_row(*group("b", ["x"], [0], golds=(), kind="code", rating=1500)),

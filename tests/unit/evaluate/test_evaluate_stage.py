@@ -23,6 +23,7 @@ from r1mega.evaluate.compare import comparison_table, read_results
 from r1mega.evaluate.result import read_result
 
 SAMPLES = Path("tests/data/evaluate")
+GSM8K = str(SAMPLES / "gsm8k.jsonl")
 NUM_SAMPLES = 6
 
 
@@ -39,7 +40,8 @@ def config(run_dir, data, tmp_path):
             "model": {"path": str(run_dir / "hf"), "dtype": "float32"},
             "rollout": {"engine": "transformers"},
             "tasks": {
-                "prompts": {"data": str(data), "num_samples": NUM_SAMPLES, "temperature": 3.0, "top_p": 1.0, "max_tokens": 16},
+                "prompts": {"data": str(data), "num_samples": NUM_SAMPLES, "temperature": 3.0, "top_p": 1.0,
+                            "max_tokens": 16},
                 "pens": {"form": "gsm8k", "data": str(SAMPLES / "gsm8k.jsonl"), "num_samples": 2, "temperature": 0.2,
                          "wording": "{{ question[:30] }}"},
             },
@@ -90,6 +92,11 @@ def rows(directory, task):
     return read_result(checkpoint / task / "result.json").rows
 
 
+def figures(directory):
+    (checkpoint,) = json.loads((directory / "results.json").read_text())["checkpoints"]
+    return {name: entry["metrics"] for name, entry in checkpoint["tasks"].items()}
+
+
 def test_kill_and_stop_in_the_middle_lose_and_change_nothing(config, run_dir, tmp_path):
     """kill -9, then SIGTERM, then to the end; against an uninterrupted run, with another number of ranks."""
     path = config()
@@ -114,10 +121,7 @@ def test_kill_and_stop_in_the_middle_lose_and_change_nothing(config, run_dir, tm
     for task in ("prompts", "pens"):
         assert rows(directory, task) == rows(tmp_path / "two", task), "a kill or another division changes samples"
     assert len({text for row in rows(directory, "prompts") for text in row.texts}) > 24, "the samples do not differ"
-    metrics = [
-        {name: entry["metrics"] for name, entry in json.loads((d / "results.json").read_text())["checkpoints"][0]["tasks"].items()}
-        for d in (directory, tmp_path / "two")
-    ]
+    metrics = [figures(directory), figures(tmp_path / "two")]
     assert metrics[0] == metrics[1] and metrics[0]["pens"]["eval/accuracy"] == 0.5
     assert "nothing to do" in run(path)
 
@@ -163,18 +167,18 @@ def test_more_is_added_and_nothing_drawn_twice(config, run_dir, data, tmp_path, 
         read_results(directory / "results.json")
     with pytest.raises(ConfigError, match="no checkpoint 'nobody'"):
         read_results(directory, "nobody")
-    arguments = ["compare", str(directory), str(directory / "results.json"), "--first", "copy", "--second", run_dir.name]
-    app([*arguments, "--markdown"], standalone_mode=False)
+    names = ["--first", "copy", "--second", run_dir.name, "--markdown"]
+    app(["compare", str(directory), str(directory / "results.json"), *names], standalone_mode=False)
     assert "| pens | 2 | 0.5000 | 0.5000 | +0.0000 |" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tasks": {"nonsense": {"data": "tests/data/evaluate/gsm8k.jsonl"}}}, r"tasks\.nonsense: no task is called so"),
+        ({"tasks": {"nonsense": {"data": GSM8K}}}, r"tasks\.nonsense: no task is called so"),
         ({"tasks": {"gsm8k": {"data": "gone.jsonl"}}}, r"tasks\.gsm8k\.data: gone\.jsonl is missing"),
         ({"tasks": {"gsm8k": None}}, r"tasks: none is named"),
-        ({"tasks": {"gsm8k": {"data": "tests/data/evaluate/gsm8k.jsonl", "max_tokens": 500}}}, r"max_tokens = 500 leaves no room"),
+        ({"tasks": {"gsm8k": {"data": GSM8K, "max_tokens": 500}}}, r"max_tokens = 500 leaves no room"),
         ({"others": ["nowhere"]}, r"others: nowhere is no directory"),
         ({"rollout": {"tp": 2}}, r"rollout\.tp = 2 does not divide the 1 processes"),
     ],

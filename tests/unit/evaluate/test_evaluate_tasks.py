@@ -82,7 +82,8 @@ def test_livecodebench_streams_functions_and_dates():
     assert "standard input" in stream.question and "standard input" not in function.question
     assert function.metadata["entry_point"] == "scale" and "class Solution" in function.question
     assert function.metadata["tests"][0] == {"arguments": [[1, 2], 3], "expected": [3, 6]}
-    assert [r.id for r in load("livecodebench", "livecodebench.jsonl", since="2024-08-01", until="2025-01-31")] == ["own_a"]
+    early = load("livecodebench", "livecodebench.jsonl", since="2024-08-01", until="2025-01-31")
+    assert [r.id for r in early] == ["own_a"]
     assert [r.id for r in load("livecodebench", "livecodebench.jsonl", since="2025-02-01")] == ["9901"]
     with pytest.raises(DataError, match="no row of task livecodebench is left"):
         load("livecodebench", "livecodebench.jsonl", since="2030-01-01")
@@ -101,9 +102,8 @@ def test_livecodebench_packed_cases_and_no_code_in_them(tmp_path, capsys):
     row = json.loads((SAMPLES / "livecodebench.jsonl").read_text().splitlines()[0])
     path = tmp_path / "lcb.jsonl"
     path.write_text(json.dumps(row | {"private_test_cases": packed(row["private_test_cases"])}))
-    assert load_task(TASKS["livecodebench"], path, FormOptions())[0].metadata == load("livecodebench", "livecodebench.jsonl")[
-        0
-    ].metadata
+    unpacked = load_task(TASKS["livecodebench"], path, FormOptions())[0]
+    assert unpacked.metadata == load("livecodebench", "livecodebench.jsonl")[0].metadata
     for bad in (packed(Evil()), packed([1, 2]), "nonsense", base64.b64encode(b"x").decode()):
         path.write_text(json.dumps(row | {"private_test_cases": bad}))
         with pytest.raises(DataError, match=r"lcb\.jsonl:1: 'private_test_cases' is neither JSON nor packed JSON"):
@@ -149,14 +149,14 @@ def test_ids_are_unique(tmp_path):
 @pytest.mark.parametrize(
     ("name", "line", "message"),
     [
-        ("gsm8k", '{"question": "1?"}', r":2: 'expected_answer' or 'answer' or 'Answer' is missing; the row's keys: question"),
+        ("gsm8k", '{"question": "1?"}', r":2: 'expected_answer' or .* 'Answer' is missing; the row's keys: question"),
         ("gsm8k", '{"question": "", "answer": "1"}', r":2: 'question' is '', not a text"),
         ("gsm8k", "[1]", r":2: a JSON list, not an object"),
         ("gsm8k", '{"question', r":2: not JSON"),
         ("mmlu", '{"question": "?", "choices": ["a", "b"], "answer": "C"}', r":2: 'answer' is 'C', neither a letter"),
         ("mmlu", '{"question": "?", "choices": ["a"], "answer": "A"}', r":2: 'choices' must be a list of 2 to 10"),
         ("mbpp", '{"task_id": 1, "text": "?", "test_list": []}', r":2: 'test_list' must be"),
-        ("ifeval", '{"key": 1, "prompt": "?", "instruction_id_list": ["a"], "kwargs": []}', r":2: 'instruction_id_list'"),
+        ("ifeval", '{"key": 1, "prompt": "?", "instruction_id_list": ["a"], "kwargs": []}', r":2: 'instruction_id_li"),
     ],
 )
 def test_bad_rows_are_named(tmp_path, name, line, message):
@@ -175,10 +175,10 @@ def test_containers_hold_the_same_rows(tmp_path):
     table = datasets.Dataset.from_list(rows)
     table.to_parquet(tmp_path / "x.parquet")
     table.to_csv(tmp_path / "x.csv")
-    read = [[row.values for row in read_rows(tmp_path / f"x.{ending}")] for ending in ("jsonl", "json", "parquet", "csv")]
+    read = [[row.values for row in read_rows(tmp_path / f"x.{kind}")] for kind in ("jsonl", "json", "parquet", "csv")]
     assert all(values == rows for values in read)
     for name, content, message in (
-        ("y.json", "{}", "not a list"), ("y.parquet", "x", "not a Parquet file"), ("y.txt", "x", "unknown kind of file"),
+        ("y.json", "{}", "not a list"), ("y.parquet", "x", "not a Parquet file"), ("y.txt", "x", "unknown kind"),
         ("y.csv", "question,answer\n1,2,3\n", r"y\.csv:2: 2 columns expected"),
     ):  # fmt: skip
         (tmp_path / name).write_text(content)

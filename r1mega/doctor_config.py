@@ -9,6 +9,7 @@ from typing import Any
 from r1mega import platform
 from r1mega.config.load import load_config
 from r1mega.config.schema import RolloutConfig, Stage, TrainingStage
+from r1mega.config.stages.evaluate import GeneratorConfig
 from r1mega.config.stages.rl import RLStage
 from r1mega.config.validate import launched_processes, validate
 from r1mega.config.validate_platform import validate_platform
@@ -66,8 +67,9 @@ def _layout_facts(config: Stage) -> list[Fact]:
     return [Fact("layout", None, text)]
 
 
-def _generator_facts(rollout: RolloutConfig, hf: dict[str, Any]) -> list[Fact]:
-    facts = [Fact("generator", None, f"{rollout.engine}, tp {rollout.tp}, temperature {rollout.temperature:g}")]
+def _generator_facts(rollout: RolloutConfig | GeneratorConfig, hf: dict[str, Any]) -> list[Fact]:
+    sampling = f", temperature {rollout.temperature:g}" if hasattr(rollout, "temperature") else ""  # else a task's own
+    facts = [Fact("generator", None, f"{rollout.engine}, tp {rollout.tp}{sampling}")]
     if rollout.engine == "vllm":
         from r1mega.platform.generator import vllm_platform
 

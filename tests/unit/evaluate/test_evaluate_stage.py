@@ -18,6 +18,7 @@ import yaml
 from r1mega.cli import app
 from r1mega.config.load import load_config
 from r1mega.config.validate import validate
+from r1mega.doctor_config import config_facts
 from r1mega.errors import ConfigError
 from r1mega.evaluate.compare import comparison_table, read_results
 from r1mega.evaluate.result import read_result
@@ -186,3 +187,8 @@ def test_more_is_added_and_nothing_drawn_twice(config, run_dir, data, tmp_path, 
 def test_problems_are_found_before_anything_starts(config, changes, message):
     with pytest.raises(ConfigError, match=message):
         validate(load_config(config(**changes)), 1)
+
+
+def test_doctor_knows_the_stage(config):
+    _, facts, problem = config_facts(config(), [])
+    assert problem is None and any("transformers" in str(fact) for fact in facts)

@@ -115,14 +115,19 @@ def accuracy(seed: Path) -> Figures:
 def length(seed: Path) -> Figures:
     before, after = evaluations(seed / "zero")
     lines = records(seed / "zero" / "metrics.jsonl")
+
+    def over(name: str, first: int, last: int) -> float:
+        return fmean(line[f"response/{name}"] for line in lines[first - 1 : last])
+
     return {
         "tokens, base": before["eval/length_mean"],
         "after RL": after["eval/length_mean"],
-        "self-correcting, base": before["eval/reflection_fraction"],
-        "after RL ": after["eval/reflection_fraction"],
-        "tokens, steps 1-5": fmean(line["response/length_mean"] for line in lines[:5]),
-        "steps 26-30": fmean(line["response/length_mean"] for line in lines[25:30]),
-        "last 5": fmean(line["response/length_mean"] for line in lines[-5:]),
+        "tokens, steps 1-5": over("length_mean", 1, 5),
+        "11-15": over("length_mean", 11, 15),
+        "56-60": over("length_mean", 56, 60),
+        "self-correcting, steps 1-5": over("reflection_fraction", 1, 5),
+        "11-15 ": over("reflection_fraction", 11, 15),
+        "56-60 ": over("reflection_fraction", 56, 60),
     }
 
 
@@ -225,7 +230,7 @@ CLAIMS = {
         ),
         Claim(
             2, "Responses grow longer as RL goes on; reflection appears", (BASE, ZERO), length,
-            lambda f: f["after RL"] > 1.5 * f["tokens, base"] and f["after RL "] > 2 * f["self-correcting, base"],
+            lambda f: f["after RL"] > 1.5 * f["tokens, base"] and f["56-60 "] > 2 * f["self-correcting, steps 1-5"],
         ),
         Claim(
             3, "R1-Zero mixes languages; the language-consistency reward stops that at a slight cost in accuracy",

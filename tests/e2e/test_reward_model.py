@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import signal
 
@@ -17,6 +18,8 @@ from r1mega.reward.preference import RewardModel
 from tests.e2e.runs import metrics, r1mega, run_until_step, without_times
 from tests.reference import DEEPSEEK, make_reference
 
+LAYOUTS = os.environ.get("R1MEGA_REWARD_MODEL_LAYOUTS", "parallel.dp=2,parallel.tp=2").split(",")
+"""parallel.pp=2 and parallel.cp=2 hold as well; a run each is what they cost."""
 HF = DEEPSEEK | {"vocab_size": 448, "num_hidden_layers": 2, "hidden_size": 64, "initializer_range": 0.05}
 
 
@@ -94,9 +97,10 @@ def test_interrupted_run_equals_uninterrupted_bitwise(base, whole_run, tmp_path)
     assert (run_dir / "hf" / "model.safetensors").read_bytes() == (whole_run / "hf" / "model.safetensors").read_bytes()
 
 
-def test_two_ranks_learn_the_same(base, whole_run, tmp_path):
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.replace("parallel.", ""))
+def test_two_ranks_learn_the_same(base, whole_run, tmp_path, layout):
     run_dir = tmp_path / "run"
-    r1mega(*arguments(base, run_dir, "preference", "num_epochs=1"), num_ranks=2)
+    r1mega(*arguments(base, run_dir, "preference", "num_epochs=1", layout), num_ranks=2)
     for mine, theirs in zip(metrics(run_dir)[:4], metrics(whole_run), strict=False):
         for name in ("preference/loss", "preference/accuracy", "policy/grad_norm", "tokens/update"):
             assert mine[name] == pytest.approx(theirs[name], rel=2e-3, abs=2e-3), (mine["step"], name)

@@ -1,8 +1,8 @@
-"""Math rewards on a core: accuracy and speed, side by side with plain math-verify in the same run.
+"""Math rewards on a core: accuracy and speed, side by side with plain math-verify in the same run; and code runs.
 
-    python tools/bench_rewards.py [PAIRS.jsonl] [--limit N] [--without-math-verify]
+    python tools/bench_rewards.py [PAIRS.jsonl] [--limit N] [--without-math-verify] [--without-code]
 
-PAIRS: {"gold", "prediction", "label"} lines. Prints one table in Markdown. Speeds are pairs a second of wall clock on
+PAIRS: {"gold", "prediction", "label"} lines. Prints tables in Markdown. Speeds are pairs a second of wall clock on
 one core, worker processes included; run it on an idle machine.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import statistics
 import sys
@@ -19,9 +20,12 @@ from pathlib import Path
 
 from r1mega.config.rewards import RewardConfig
 from r1mega.reward import math as rewards
+from r1mega.reward.code import CodeReward
+from r1mega.reward.code_problem import Problem, StreamCase, problem_from
 from r1mega.reward.compose import RewardScorer
 from r1mega.reward.parts import Deferred
 from r1mega.reward.pool import WorkerPool
+from r1mega.sandbox import LocalBackend
 from r1mega.types import Prompt, Response
 
 DEFAULT_PAIRS = Path(__file__).parents[1] / "tests" / "data" / "answer_pairs.jsonl"
@@ -86,11 +90,37 @@ def step_milliseconds(num_responses: int = 256, repeats: int = 20) -> float:
     return statistics.median(times) * 1e3
 
 
+def code_rows(repeats: int = 8) -> list[str]:
+    """Sandboxed runs a second of wall clock and of CPU, one at a time: programs on standard input, and HumanEval's assert
+    blocks, whose answer and grader have a sandbox each. Every one must pass.
+    """
+    reward = CodeReward(LocalBackend(probe=False))
+    doubling = Problem(stream_cases=tuple(StreamCase(f"{n}\n", f"{2 * n}\n") for n in range(4)))
+    program = "```python\nprint(2 * int(input()))\n```"
+    samples = [json.loads(line) for line in (DEFAULT_PAIRS.parent / "humaneval_sample.jsonl").read_text().splitlines()]
+    sessions = [
+        (f"```python\n{s['prompt']}{s['canonical_solution']}\n```", problem_from(s, s["task_id"])) for s in samples
+    ]
+    rows = []
+    for name, items, runs in (("program on stdin", [(program, doubling)], 4), ("assert block", sessions, 1)):
+        wall, cpu = time.perf_counter(), os.times()
+        for _ in range(repeats):
+            for text, problem in items:
+                scored = reward.score(text, problem)
+                assert scored.value == 1.0, scored
+        wall, after = time.perf_counter() - wall, os.times()
+        spent = sum(after[:4]) - sum(cpu[:4])  # of this process and of the children that it has waited for
+        count = repeats * len(items) * runs
+        rows.append(f"| {name} | {count} | {count / wall:.1f} | {count / spent:.1f} |")
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pairs", nargs="?", type=Path, default=DEFAULT_PAIRS)
     parser.add_argument("--limit", type=int, help="a random sample of so many pairs")
     parser.add_argument("--without-math-verify", action="store_true")
+    parser.add_argument("--without-code", action="store_true")
     options = parser.parse_args()
     pairs = [json.loads(line) for line in options.pairs.read_text(encoding="utf-8").splitlines()]
     if options.limit:
@@ -103,7 +133,11 @@ def main() -> None:
     if not options.without_math_verify:
         print(row("math-verify", pairs, grade_with_math_verify))
     print(f"\n256 responses of a training step on the fast path: {step_milliseconds():.1f} ms")
+    if options.without_code:
+        return
     sys.stdout.flush()
+    print("\n| code, one at a time | runs | runs/s | runs per CPU second |\n|---|---|---|---|")
+    print("\n".join(code_rows()))
 
 
 if __name__ == "__main__":

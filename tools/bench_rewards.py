@@ -91,7 +91,7 @@ def step_milliseconds(num_responses: int = 256, repeats: int = 20) -> float:
 
 
 def code_rows(repeats: int = 8) -> list[str]:
-    """Sandboxed runs a second of wall clock and of CPU, one at a time: programs on standard input, and HumanEval's assert
+    """Sandboxed runs a second of wall clock and of CPU, one at a time: programs on standard input, HumanEval's assert
     blocks, whose answer and grader have a sandbox each. Every one must pass.
     """
     reward = CodeReward(LocalBackend(probe=False))

@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 from r1mega.checkpoint.fit import fill_none, fit_template
 from r1mega.checkpoint.manifest import MANIFEST, file_record, read_manifest, verify, write_manifest
-from r1mega.checkpoint.torch_dist import COMMON, METADATA, Piece, write_index, write_pieces
+from r1mega.checkpoint.torch_dist import COMMON, METADATA, Piece, without_crc, write_index, write_pieces
 from r1mega.checkpoint.workers import Alone, TorchWorkers, Workers, agree, on_first_rank
 from r1mega.errors import CheckpointError, PlatformError
 from r1mega.observe.files import sync_path
@@ -206,7 +206,7 @@ def _plan(sharded_state: dict[str, Any], directory: Path, *, copy: bool) -> _Sav
 
 def _write_files(save: _Save, *, first: bool) -> tuple[list[Any], dict[str, Any]]:
     """This rank's data files, two at a time; ([where each piece lies], manifest records)."""
-    with ThreadPoolExecutor(2) as pool:
+    with without_crc(), ThreadPoolExecutor(2) as pool:
         written = list(pool.map(lambda item: write_pieces(save.directory / item[0], item[1]), save.files.items()))
     if first:
         torch.save(save.common, save.directory / COMMON)

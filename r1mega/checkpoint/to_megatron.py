@@ -29,7 +29,7 @@ from r1mega.checkpoint.names import is_ignored
 from r1mega.checkpoint.parameters import Parameter, model_shape_of, parameters
 from r1mega.checkpoint.safetensors_file import as_bytes, read_tensor
 from r1mega.checkpoint.store import PROGRESS, architecture_of
-from r1mega.checkpoint.torch_dist import COMMON, Piece, write_index, write_pieces
+from r1mega.checkpoint.torch_dist import COMMON, Piece, without_crc, write_index, write_pieces
 from r1mega.config.layout import Layout, model_problems
 from r1mega.errors import CheckpointError, ConfigError
 
@@ -70,7 +70,8 @@ class ToMegatron:
 
     def write(self, file: OutputFile, path: Path) -> dict[str, Any]:
         pieces = itertools.chain.from_iterable(self._pieces(parameter) for parameter in file.parameters)
-        results, record = write_pieces(path, pieces, name=file.name)
+        with without_crc():
+            results, record = write_pieces(path, pieces, name=file.name)
         places = [[r.index.fqn, list(r.index.offset), r.storage_data.offset, r.storage_data.length] for r in results]
         return {"pieces": places, "file": record}
 

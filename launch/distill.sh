@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Distillation: SFT of a dense student on the factory's data.   sbatch launch/distill.sh [CONFIG] [key.sub=value ...]   See launch/slurm.sh.
+# Distillation: SFT of a dense student on the factory's data.
+#   sbatch launch/distill.sh [CONFIG] [key.sub=value ...]      see launch/slurm.sh
 #SBATCH --job-name=r1mega-distill
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Evaluation of a checkpoint.   sbatch launch/evaluate.sh [CONFIG] [key.sub=value ...]   See launch/slurm.sh.
+# Evaluation of a checkpoint.
+#   sbatch launch/evaluate.sh [CONFIG] [key.sub=value ...]      see launch/slurm.sh
 #SBATCH --job-name=r1mega-evaluate
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Stage 0: R1-Zero, GRPO straight from the base.   sbatch launch/stage0.sh [CONFIG] [key.sub=value ...]   See launch/slurm.sh.
+# Stage 0: R1-Zero, GRPO straight from the base.
+#   sbatch launch/stage0.sh [CONFIG] [key.sub=value ...]      see launch/slurm.sh
 #SBATCH --job-name=r1mega-stage0
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8

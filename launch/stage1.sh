@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Stage 1: the cold start: readable reasoning made from R1-Zero, SFT of the base on it.   sbatch launch/stage1.sh [CONFIG] [key.sub=value ...]   See launch/slurm.sh.
+# Stage 1: the cold start: readable reasoning made from R1-Zero, SFT of the base on it.
+#   sbatch launch/stage1.sh [CONFIG] [key.sub=value ...]      see launch/slurm.sh
 #SBATCH --job-name=r1mega-stage1
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Stage 2: reasoning RL, GRPO from the cold start.   sbatch launch/stage2.sh [CONFIG] [key.sub=value ...]   See launch/slurm.sh.
+# Stage 2: reasoning RL, GRPO from the cold start.
+#   sbatch launch/stage2.sh [CONFIG] [key.sub=value ...]      see launch/slurm.sh
 #SBATCH --job-name=r1mega-stage2
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8

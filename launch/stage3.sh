@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Stage 3: rejection sampling, then SFT of the base on what it kept.   sbatch launch/stage3.sh [CONFIG] [key.sub=value ...]   See launch/slurm.sh.
+# Stage 3: rejection sampling, then SFT of the base on what it kept.
+#   sbatch launch/stage3.sh [CONFIG] [key.sub=value ...]      see launch/slurm.sh
 #SBATCH --job-name=r1mega-stage3
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8

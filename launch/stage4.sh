@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Stage 4: the reward models, then RL for all scenarios.   sbatch launch/stage4.sh [CONFIG] [key.sub=value ...]   See launch/slurm.sh.
+# Stage 4: the reward models, then RL for all scenarios.
+#   sbatch launch/stage4.sh [CONFIG] [key.sub=value ...]      see launch/slurm.sh
 #SBATCH --job-name=r1mega-stage4
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8

@@ -64,12 +64,12 @@ def train(
 @app.command()
 def pipeline(
     config: ConfigPath,
-    overrides: Annotated[list[str] | None, typer.Argument(help="dir=..., node.key.sub=value ..., over the files")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="dir=..., node.key.sub=value ...")] = None,
     first: Annotated[str | None, typer.Option("--from", help="the first node to look at")] = None,
     last: Annotated[str | None, typer.Option("--until", help="the last one")] = None,
     only: Annotated[str | None, typer.Option(help="this one alone")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would run and why; write nothing")] = False,
-    redo: Annotated[bool, typer.Option(help="run changed nodes anew; their old run directories are moved aside")] = False,
+    redo: Annotated[bool, typer.Option(help="run changed nodes anew, with their old runs moved aside")] = False,
     launcher: Annotated[str, typer.Option(help="command that starts a node's ranks, such as 'srun'")] = "",
     list_jobs: Annotated[bool, typer.Option("--jobs", help="like --dry-run, in a form for scripts")] = False,
 ) -> None:

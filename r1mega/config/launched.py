@@ -1,4 +1,4 @@
-"""What the launcher's environment says of this process's place in the job: torchrun, mpirun, srun. Imports nothing heavy."""
+"""What the launcher's environment says of this process's place in the job: torchrun, mpirun, srun. Light."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class Place:
 def launched_place(environment: Mapping[str, str] = os.environ) -> Place | None:
     """By the first launcher that set its variables; None without one.
 
-    Slurm counts in a step that srun started only: the shell of a batch job or of an allocation has SLURM_PROCID too, and
-    is one process.
+    Slurm counts in a step that srun started only: the shell of a batch job or of an allocation has SLURM_PROCID too,
+    and is one process.
     """
     for launcher, names in _VARIABLES.items():
         *numbers, local_size = (environment.get(name, "0" if name == "LOCAL_RANK" else None) for name in names)

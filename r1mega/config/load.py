@@ -132,7 +132,9 @@ def _resolve(values: Mapping[str, Any]) -> dict[str, Any]:
 def _section(model: type[BaseModel], name: str) -> type[BaseModel] | None:
     """The section model behind a field, if it is one. (A mapping of free names to sections is left to pydantic.)"""
     field = model.model_fields.get(name)
-    kinds = (field.annotation, *get_args(field.annotation)) if field and get_origin(field.annotation) is not dict else ()
+    if field is None or get_origin(field.annotation) is dict:
+        return None
+    kinds = (field.annotation, *get_args(field.annotation))
     return next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), None)
 
 

@@ -1,7 +1,7 @@
-"""A pipeline: stages in order, each a stage's config file with what differs here. The edges follow from the paths inside.
+"""A pipeline: stages in order, each a stage's config file and what differs here. The edges follow from the paths.
 
     name: r1-nano
-    dir: runs/nano                 # of the pipeline's own records; moved (dir=elsewhere), it takes the paths in it along
+    dir: runs/nano                 # of the pipeline's own records; dir=elsewhere takes the paths in it along
     overrides: {seed: 1}           # for every node
     nodes:
       base: {config: base.yaml}    # relative to this file
@@ -96,16 +96,16 @@ def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> Pipeline:
         stages[name] = _moved(stage, file.dir, config.dir) if config.dir != file.dir else stage
     _check_run_dirs(stages)
     nodes = {
-        name: Node(name, stage, path.parent / config.nodes[name].config, config.nodes[name].ranks, _inputs(name, stages))
-        for name, stage in stages.items()
+        name: Node(name, stages[name], path.parent / node.config, node.ranks, _inputs(name, stages))
+        for name, node in config.nodes.items()
     }
     external = {Path(name): model for name, model in config.external.items()}
     return Pipeline(config.name, config.dir, path, config.ranks_per_machine, external, nodes)
 
 
 def check_pipeline(pipeline: Pipeline, names: Sequence[str], *, dry_run: bool) -> None:
-    """Raises ConfigError, naming nodes, for what cannot work in them. What an earlier node makes does not count as missing;
-    in a dry run neither does what is brought from elsewhere.
+    """Raises ConfigError, naming nodes, for what cannot work in them. What an earlier node makes does not count as
+    missing; in a dry run neither does what is brought from elsewhere.
     """
     promise: dict[Path, Path | None] = dict(pipeline.external) if dry_run else {}
     problems = []
@@ -138,7 +138,7 @@ def paths_of(value: Any, key: str = "") -> Iterator[tuple[str, Path]]:
 
 
 def is_inside(path: Path, directory: Path) -> bool:
-    """Whether `path` is `directory` or below it; both may be relative to the current directory, neither needs to exist."""
+    """Whether `path` is `directory` or below it; either may be relative, neither needs to exist."""
     return Path(os.path.abspath(path)).is_relative_to(os.path.abspath(directory))
 
 
@@ -149,7 +149,8 @@ def _by_node(overrides: Sequence[str], config: PipelineConfig) -> dict[str, list
         if head not in found or not rest:
             known = [*config.nodes, *PipelineConfig.model_fields]
             close = difflib.get_close_matches(head.partition("=")[0], known, n=1, cutoff=0.6)
-            hint = f"did you mean {close[0]}?" if close else f"an override names a node first: {', '.join(config.nodes)}"
+            names = ", ".join(config.nodes)
+            hint = f"did you mean {close[0]}?" if close else f"an override names a node first: {names}"
             raise ConfigError(f"command line: {item!r}: {hint}")
         found[head].append(rest)
     return found

@@ -67,7 +67,9 @@ def launched_processes() -> int:
 def _read_model(config: Stage) -> tuple[dict[str, Any] | None, list[str]]:
     """(config.json of the model, or None when it cannot be read; problems)."""
     directory = config.model.path
-    while (promise := _promised_in(directory / "config.json")) is not None and (model := _promise.get()[promise]) is not None:
+    while (promise := _promised_in(directory / "config.json")) is not None:
+        if (model := _promise.get()[promise]) is None:
+            break
         directory = model
     path = directory / "config.json"
     try:

@@ -1,4 +1,4 @@
-"""Where the boxes and lines of a pipeline's picture go: columns by depth, rows so that a node stands by its first parent."""
+"""Where the boxes and lines of a pipeline's picture go: columns by depth, a row by a parent's."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ def lay_out(parents: Mapping[str, Sequence[str]]) -> Picture:
         row[name] = place
         taken |= {(c, place) for c in columns}
     boxes = {
-        name: Box(name, MARGIN + column[name] * (WIDTH + GAP_X), MARGIN + row[name] * (HEIGHT + GAP_Y)) for name in parents
+        name: Box(name, MARGIN + column[name] * (WIDTH + GAP_X), MARGIN + row[name] * (HEIGHT + GAP_Y))
+        for name in parents
     }
     lines = [(parent, name, _line(boxes[parent], boxes[name])) for name, before in parents.items() for parent in before]
     return Picture(

@@ -61,8 +61,9 @@ class Attempt:
 
 @dataclass(frozen=True, slots=True)
 class Lineage:
-    """config: what of it the fingerprint covers; adopted: finished outside the pipeline, so that `inputs` were hashed later;
-    environment: versions and host of the last attempt, as far as the stage recorded them."""
+    """config: what of it the fingerprint covers; adopted: finished outside the pipeline, so that `inputs` were hashed
+    later; environment: versions and host of the last attempt, as far as the stage recorded them.
+    """
 
     node: str
     stage: str
@@ -101,7 +102,8 @@ def read_lineage(run_dir: Path) -> Lineage | None:
 
 
 def write_lineage(run_dir: Path, lineage: Lineage) -> None:
-    write_atomic(Path(run_dir) / LINEAGE_FILE, json.dumps(dataclasses.asdict(lineage), indent=1, ensure_ascii=False) + "\n")
+    text = json.dumps(dataclasses.asdict(lineage), indent=1, ensure_ascii=False)
+    write_atomic(Path(run_dir) / LINEAGE_FILE, text + "\n")
 
 
 def fingerprint(config: Mapping[str, Any], inputs: Mapping[str, Source]) -> str:
@@ -117,7 +119,7 @@ def hash_of_tree(files: Mapping[str, str]) -> str:
 
 
 def changed_outputs(run_dir: Path, outputs: Mapping[str, Stamp]) -> list[str]:
-    """Names of recorded outputs that are gone or hold something else. Only files whose size or time differs are read."""
+    """Names of recorded outputs that are gone or hold something else. Only files whose time differs are read."""
     changed = []
     for name, stamp in outputs.items():
         path = Path(run_dir) / name

@@ -1,8 +1,9 @@
-"""DIR/report.html of a pipeline: its stages and their lineage, what each brought, one page that opens without a network."""
+"""DIR/report.html of a pipeline: its stages, their lineage, what each brought; it opens without a network."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -66,7 +67,10 @@ class Rung:
 
 
 def write_pipeline_report(directory: Path) -> Path:
-    """Write DIR/report.html, and the report of each node that has metrics; the path. DataError without DIR/pipeline.json."""
+    """Write DIR/report.html, and the report of each node that has metrics; the path.
+
+    DataError without DIR/pipeline.json.
+    """
     description, nodes = _read(Path(directory))
     for node in nodes:
         if node.lines:
@@ -104,7 +108,7 @@ def _view(node: Mapping[str, Any]) -> NodeView:
         lines=with_evaluations(lines, evaluations) if lines else [],
         evaluations=evaluations,
         samples=[(step, members[:SAMPLES_SHOWN]) for step, members in samples],
-        data_cards=[(str(file.relative_to(run.path)), file.read_text()) for file in sorted(run.path.glob("data/card.md"))],
+        data_cards=[(str(f.relative_to(run.path)), f.read_text()) for f in sorted(run.path.glob("data/card.md"))],
         results=_results(run.path / "results.json"),
     )  # fmt: skip
 
@@ -144,8 +148,8 @@ def overall_state(states: Sequence[str]) -> str:
 
 
 def ladder(nodes: Sequence[NodeView]) -> list[Rung]:
-    """Accuracy of each checkpoint that was evaluated, in the pipeline's order: by the evaluation stages where there is one
-    (all checkpoints under the same conditions), else by the evaluations inside training.
+    """Accuracy of each checkpoint that was evaluated, in the pipeline's order: by the evaluation stages where there is
+    one (all checkpoints under the same conditions), else by the evaluations inside training.
     """
     order = {node.name: place for place, node in enumerate(nodes)}
     rungs = [rung for node in nodes for rung in _evaluated(node, nodes)] or _evaluated_in_training(nodes)
@@ -164,7 +168,7 @@ def _evaluated(node: NodeView, nodes: Sequence[NodeView]) -> list[Rung]:
 
 
 def _evaluated_in_training(nodes: Sequence[NodeView]) -> list[Rung]:
-    """A stage's evaluation before its first step measures the checkpoint that it starts from, after its last step its own."""
+    """A stage's evaluation before its first step measures the checkpoint that it starts from, a later one its own."""
     rungs: dict[str, Rung] = {}
     for node in nodes:
         start = next((item["owner"] for item in node.inputs if item["key"] == "model.path"), None)
@@ -187,7 +191,8 @@ def _ladder_chart(rungs: Sequence[Rung]) -> Chart | None:
     if not rungs:
         return None
     tasks = list(dict.fromkeys(rung.task for rung in rungs))
-    traces = [_task_bars([r for r in rungs if r.task == task], PALETTE[i % len(PALETTE)]) for i, task in enumerate(tasks)]
+    colors = itertools.cycle(PALETTE)
+    traces = [_task_bars([rung for rung in rungs if rung.task == task], next(colors)) for task in tasks]
     figure = draw(traces, {"range": [0, 1.02], "tickformat": ".0%"}, {"bargap": 0.45, "barmode": "group"}, names=True)
     caption = "Accuracy of each stage's checkpoint on problems that no stage was trained on, with its 95% interval."
     return Chart("ladder", "Overview", "From stage to stage", caption, figure)
@@ -220,7 +225,10 @@ def _time_chart(nodes: Sequence[NodeView]) -> Chart | None:
 
 
 def phase_seconds(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Seconds of each phase over all steps, "other" for what no phase claims; a line stands for the steps before it too."""
+    """Seconds of each phase over all steps, "other" for what no phase claims.
+
+    A line stands for the steps before it too.
+    """
     total: dict[str, float] = {}
     previous = 0
     for line in lines:
@@ -228,7 +236,8 @@ def phase_seconds(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         step = line.get("time/step_seconds")
         if step is None:
             continue
-        parts = {key[5:-8]: value or 0.0 for key, value in line.items() if key.startswith("time/") and key != "time/step_seconds"}
+        timed = {key: value or 0.0 for key, value in line.items() if key.startswith("time/")}
+        parts = {key[5:-8]: value for key, value in timed.items() if key != "time/step_seconds"}
         inside = sum(value for phase, value in parts.items() if phase != "evaluate")
         for phase, value in {**parts, "other": max(0.0, step - inside)}.items():
             total[phase] = total.get(phase, 0.0) + value * gap
@@ -258,12 +267,14 @@ def _cards(nodes: Sequence[NodeView], rungs: Sequence[Rung]) -> list[Card]:
     cards = [Card("Stages", f"{done} of {len(nodes)}", note="finished")]
     if len(rungs) > 1:
         first, best = rungs[0], max(rungs, key=lambda rung: rung.accuracy)
-        cards.append(Card("Accuracy", f"{best.accuracy:.1%}", f"{first.accuracy:.1%}", f"{first.name}, best of all ({best.name})"))
+        note = f"{first.name}, best of all ({best.name})"
+        cards.append(Card("Accuracy", f"{best.accuracy:.1%}", f"{first.accuracy:.1%}", note))
     if seconds := sum(_wall_seconds(node) for node in nodes):
         cards.append(Card("Wall time", duration(seconds), note="of all stages, with their starts"))
-    tokens = {name: sum(line.get(name) or 0 for node in nodes for line in node.lines) for name in ("tokens/rollout", "tokens/update")}
-    if any(tokens.values()):
-        cards.append(Card("Tokens", short(tokens["tokens/rollout"]), note=f"sampled; {short(tokens['tokens/update'])} trained"))
+    lines = [line for node in nodes for line in node.lines]
+    sampled, trained = (sum(line.get(f"tokens/{name}") or 0 for line in lines) for name in ("rollout", "update"))
+    if sampled or trained:
+        cards.append(Card("Tokens", short(sampled), note=f"sampled; {short(trained)} trained"))
     return cards
 
 

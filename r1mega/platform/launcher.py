@@ -12,8 +12,8 @@ from r1mega.errors import PlatformError
 def adopt_launcher_environment() -> None:
     """Set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT from the launcher's own, unless they are set.
 
-    Under Slurm the master is the step's first host; its port follows from the job id, so that two jobs on one host do not
-    meet. Raises PlatformError under mpirun over several hosts when nobody said which is the first.
+    Under Slurm the master is the step's first host; its port follows from the job id, so that two jobs on one host do
+    not meet. Raises PlatformError under mpirun over several hosts when nobody said which is the first.
     """
     place = launched_place()
     if place is None or place.launcher == "torchrun" or place.size == 1:

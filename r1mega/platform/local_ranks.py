@@ -1,7 +1,7 @@
 """Several ranks of one command on this machine, by torchrun's agent.
 
-What torchrun's own command line does not do: the exit code is that of the rank that failed first, and SIGTERM and SIGUSR2
-reach the ranks as a request to save, however long that takes.
+What torchrun's own command line does not do: the exit code is that of the rank that failed first, and SIGTERM and
+SIGUSR2 reach the ranks as a request to save, however long that takes.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ def _saving_signals(job: str) -> Iterator[None]:
 
 def _workers(job: str) -> list[int]:
     """Children of this process that carry the job's name: other children (resource trackers) do not know the signal."""
-    children = [int(pid) for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()]
+    tasks = Path("/proc/self/task").iterdir()
+    children = [int(pid) for task in tasks for pid in (task / "children").read_text().split()]
     return [pid for pid in children if f"TORCHELASTIC_RUN_ID={job}".encode() in _environment(pid)]
 
 

@@ -1,8 +1,8 @@
 """`r1mega pipeline`: runs the stages of a pipeline in order, each in a process of its own, and records their lineage.
 
 A finished node is skipped while its config and the contents of its inputs are the same; an interrupted one goes on; one
-whose config or inputs have changed is refused, or with `redo` run anew after its old run_dir was moved aside. Nothing is
-ever deleted.
+whose config or inputs have changed is refused, or with `redo` run anew after its old run_dir was moved aside. Nothing
+is ever deleted.
 """
 
 from __future__ import annotations
@@ -103,8 +103,8 @@ def dry_run(pipeline: Pipeline, names: Sequence[str], *, redo: bool = False) -> 
         decision = decide(node, pipeline, redo=redo, write=False)
         if first and decision.action != "refuse":
             state = "skipped only if they make the same again" if decision.action == "skip" else decision.reason
-            decision = Decision("run" if decision.action in ("skip", "wait") else decision.action,
-                                f"after {', '.join(first)}" + (f"; {state}" if decision.action != "wait" else ""))  # fmt: skip
+            reason = f"after {', '.join(first)}" + (f"; {state}" if decision.action != "wait" else "")
+            decision = Decision("run" if decision.action in ("skip", "wait") else decision.action, reason)
         decisions[name] = decision
     return decisions
 
@@ -147,11 +147,12 @@ def decide(node: Node, pipeline: Pipeline, *, redo: bool, write: bool = True) ->
         if redo:
             return decision("redo", "changed: " + "; ".join(changes))
         text = "\n  ".join(changes)
-        return decision("refuse", f"{node.config.run_dir} was made of something else:\n  {text}\n"
-                        "--redo moves it aside and runs the node anew; or take it back, or use another dir")  # fmt: skip
+        remedy = "--redo moves it aside and runs the node anew; or take it back, or use another dir"
+        return decision("refuse", f"{node.config.run_dir} was made of something else:\n  {text}\n{remedy}")
     if record.state == "finished" and is_finished(node.config):
         return decision("skip", "finished; same config, inputs and outputs")
-    return decision("resume", {"failed": "failed before", "interrupted": "interrupted"}.get(record.state, "was cut short"))
+    why = {"failed": "failed before", "interrupted": "interrupted"}.get(record.state, "was cut short")
+    return decision("resume", why)
 
 
 def covered(config: Stage) -> dict[str, Any]:
@@ -277,8 +278,8 @@ def _write_description(pipeline: Pipeline) -> None:
     pipeline.dir.mkdir(parents=True, exist_ok=True)
     nodes = [
         {
-            "name": node.name, "stage": node.config.stage, "run_dir": str(node.config.run_dir), "config": str(node.source),
-            "ranks": node.ranks, "parents": list(node.parents),
+            "name": node.name, "stage": node.config.stage, "run_dir": str(node.config.run_dir),
+            "config": str(node.source), "ranks": node.ranks, "parents": list(node.parents),
             "inputs": [{"key": i.key, "path": str(i.path), "owner": i.owner} for i in node.inputs],
         }
         for node in pipeline.nodes.values()
@@ -308,7 +309,10 @@ def _origin(item: Any, pipeline: Pipeline) -> str:
 
 
 def jobs(pipeline: Pipeline, decisions: Mapping[str, Decision]) -> Iterable[str]:
-    """For a scheduler, a line a node that is to run: name, machines, ranks a machine, parents that run (commas; - for none)."""
+    """For a scheduler, a line a node that is to run: name, machines, ranks a machine, parents that run.
+
+    The parents are separated by commas; - stands for none.
+    """
     running = [name for name, decision in decisions.items() if decision.action != "skip"]
     for name in running:
         node, most = pipeline.nodes[name], pipeline.ranks_per_machine

@@ -121,7 +121,11 @@ class RolloutConfig(Section):
 class WeightsConfig(Section):
     """Trainer -> generator, and its proof."""
 
+    strategy: Literal["direct", "gather"] | None = None
+    # direct: shard to shard by a plan (see `r1mega reshard explain`), into vLLM only; gather: whole tensors through the
+    # generator's loader; None: direct where the generator is vLLM
     bucket_bytes: PositiveInt = 512 * 2**20
+    shared_memory: bool = True  # of ranks on one CPU machine, by `direct`, instead of messages
     verify: bool = True
     probe_sequences: PositiveInt = 2
     probe_tolerance: Positive | None = None  # None: 2e-4 in float32, 0.6 in bfloat16 (an expert flip moves a token by much)

@@ -9,6 +9,8 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 from r1mega.errors import PlatformError
 
 VERSION = "0.32.0"
@@ -90,6 +92,28 @@ def finish_reload(worker: Any) -> None:
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
     finalize_layerwise_reload(worker.model_runner.get_model(), worker.model_config)
+
+
+def begin_write(worker: Any) -> None:
+    """Parameters are plain and stay where they are (see engine_arguments): they are written in place."""
+
+
+def finish_write(worker: Any) -> None:
+    """Derives again what vLLM has made of the weights, in the old storage, so that CUDA graphs stay valid: W_UV and
+    W_UK_T of latent attention (vllm/model_executor/layers/attention/mla_attention.py, process_weights_after_loading)."""
+    dtype = worker.model_config.dtype
+    for name, layer in worker.model_runner.get_model().named_modules():
+        derived = {key: getattr(layer, key) for key in ("W_UV", "W_UK_T") if isinstance(getattr(layer, key, None), Tensor)}
+        if not derived:
+            continue
+        layer.process_weights_after_loading(dtype)
+        for key, old in derived.items():
+            new = getattr(layer, key)
+            if new.shape != old.shape or new.dtype != old.dtype:
+                raise PlatformError(f"vLLM's {name}.{key} changed from {old.dtype} {list(old.shape)} to {new.dtype} "
+                                    f"{list(new.shape)} when it was derived again; set weights.strategy=gather")
+            old.copy_(new)
+            setattr(layer, key, old)
 
 
 def wake_weights(llm_engine: Any, is_asleep: bool) -> None:

@@ -10,7 +10,7 @@ import contextlib
 import gc
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,7 +25,7 @@ from r1mega.rollout.routing import RoutingRecorder
 from r1mega.rollout.stop_strings import StopStrings
 from r1mega.types import GenerationRequest, Response, SamplingSettings
 from r1mega.weights.layout import GeneratorRank, generator_layout
-from r1mega.weights.transfer import ReloadTarget, checkpoint_tensors, reload_weights, sum_digests
+from r1mega.weights.transfer import ReloadTarget, checkpoint_tensors, reload_weights, rewrite_weights, sum_digests
 
 
 @dataclass(slots=True)
@@ -173,9 +173,20 @@ class VllmEngine:
     def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """See GenerationEngine. May be called asleep: the KV cache stays freed."""
         self._check_open()
+        self._replace(lambda: reload_weights(self._target, named_tensors, self.settings.bucket_bytes))
+
+    def write_weights(self, write: Callable[[Mapping[str, torch.Tensor]], None]) -> None:
+        """Lets `write` fill all of this rank's parameters, by vLLM's names, in place. May be called asleep.
+
+        Raises WeightSyncError for parameters that the generator's layout does not cover.
+        """
+        self._check_open()
+        self._replace(lambda: rewrite_weights(self._target, write))
+
+    def _replace(self, load: Callable[[], dict[str, int]]) -> None:
         self._digest = None
         self._platform.wake_weights(self._llm_engine, self._is_asleep)
-        partial = reload_weights(self._target, named_tensors, self.settings.bucket_bytes)
+        partial = load()
         self._forget()
         if self.settings.tp > 1:
             partial = sum_digests(partial, self._target.placements, _all_reduce_tp)

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from r1mega.config.layout import model_problems, process_problems
 from r1mega.errors import ConfigError
 from r1mega.weights.plan import GeneratorLayout, Plan
 from r1mega.weights.trainer_layout import TrainerLayout, pipeline_stages
@@ -96,20 +97,18 @@ def summarize(plan: Plan, bandwidth: Bandwidth) -> Summary:
                    (float(np.maximum(sent / speeds, received / speeds).max()), slowest))
 
 
-def layouts(config: Any, hf: Mapping[str, Any], world: int | None, fp8: bool = False) -> tuple[TrainerLayout, GeneratorLayout]:
+def layouts(
+    config: Any, hf: Mapping[str, Any], world: int | None, fp8: bool = False
+) -> tuple[TrainerLayout, GeneratorLayout]:
     """Of a stage's config. world: None: the smallest that fits. Raises ConfigError when a number does not divide."""
-    from r1mega.model.build import check_layout
-
     rollout = getattr(config, "rollout", None)
     if rollout is None:
         raise ConfigError(f"stage {config.stage} has no generator: there is nothing to reshard; take an RL config")
     p, tp, ep = config.parallel, rollout.tp, getattr(rollout, "ep", 1)
-    check_layout(hf, p)
     if world is None:
         world = math.lcm(p.tp * p.pp * p.cp * (p.dp or 1), p.ep * p.etp * p.pp, max(tp, ep))
-    elif p.dp is not None and world != p.tp * p.pp * p.cp * p.dp:
-        raise ConfigError(f"parallel.dp = {p.dp} with tp * pp * cp = {p.tp * p.pp * p.cp} is {p.tp * p.pp * p.cp * p.dp} "
-                          f"processes, not {world}; leave parallel.dp out")
+    if problems := [*model_problems(p, hf), *process_problems(p, world)]:
+        raise ConfigError("\n".join(problems))
     builds_mtp = bool(hf.get("num_nextn_predict_layers")) and config.model.mtp_loss_coefficient > 0
     trainer = TrainerLayout(world, p.tp, p.ep, p.etp, p.pp, p.cp, pipeline_stages(p, hf["num_hidden_layers"]),
                             bool(hf.get("tie_word_embeddings")) or builds_mtp)
@@ -122,19 +121,26 @@ def explain(config_path: Path, overrides: list[str], *, world: int | None, bandw
     from r1mega.config.load import load_config
 
     config = load_config(config_path, overrides)
-    path = config.model.path / "config.json"
-    try:
-        hf = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"model.path = {config.model.path}: {path} is missing: not an HF model directory") from None
-    except ValueError as error:
-        raise ConfigError(f"{path}: not JSON ({error})") from error
+    path, hf = read_sizes(config.model.path, config_path)
     trainer, generator = layouts(config, hf, world, fp8)
     start = time.perf_counter()
     plan = Plan(hf, trainer, generator, model_dtype=getattr(torch, config.model.dtype),
                 bucket_bytes=config.weights.bucket_bytes, ranks_per_node=ranks_per_node)
     summary = summarize(plan, bandwidth)
-    return format_summary(plan, summary, bandwidth, time.perf_counter() - start)
+    return f"{'model':<28}{path}\n" + format_summary(plan, summary, bandwidth, time.perf_counter() - start)
+
+
+def read_sizes(model: Path, config_path: Path) -> tuple[Path, dict[str, Any]]:
+    """(which file, config.json) of the model; while it has not been downloaded, of the `model` directory beside the
+    YAML file, where the shipped configs keep what is published. Raises ConfigError when there is neither."""
+    places = [model / "config.json", config_path.parent / "model" / "config.json"]
+    path = next((place for place in places if place.is_file()), None)
+    if path is None:
+        raise ConfigError(f"model.path = {model}: {places[0]} is missing, and so is {places[1]}")
+    try:
+        return path, json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{path}: not JSON ({error})") from error
 
 
 def format_summary(plan: Plan, summary: Summary, bandwidth: Bandwidth, plan_seconds: float) -> str:
@@ -147,8 +153,8 @@ def format_summary(plan: Plan, summary: Summary, bandwidth: Bandwidth, plan_seco
     experts = f"ep {g.ep}" if g.ep > 1 else "experts cut by tp"
     rows = [
         ("ranks", f"{world} on {nodes} nodes of {min(plan.ranks_per_node, world)}"),
-        ("trainer", f"tp {t.tp}, pp {t.pp}, cp {t.cp}, dp {world // (t.tp * t.pp * t.cp)}; experts: ep {t.ep}, etp {t.etp}, "
-                    f"{world // (t.ep * t.etp * t.pp)} replicas"),
+        ("trainer", f"tp {t.tp}, pp {t.pp}, cp {t.cp}, dp {world // (t.tp * t.pp * t.cp)}; experts: ep {t.ep}, "
+                    f"etp {t.etp}, {world // (t.ep * t.etp * t.pp)} replicas"),
         ("generator", f"{world // g.period} x (tp {g.tp}, {experts}){', block FP8' if g.fp8 else ''}"),
         ("", ""),
         ("a rank", "least / mean / most"),
@@ -166,8 +172,9 @@ def format_summary(plan: Plan, summary: Summary, bandwidth: Bandwidth, plan_seco
         ("  busiest link", f"{_bytes(int(summary.pairs.max()))}, rank {largest[0]} to {largest[1]}"),
         ("  buckets", f"{summary.num_buckets} of at most {_bytes(plan.bucket_bytes)} a rank and direction"),
         ("  peak buffers of a rank", f"{_bytes(summary.peak_buffer_bytes)} (two buckets, sent and received)"),
-        ("  predicted", f"{low:.3f} s if no rank waits, {high:.3f} s bucket by bucket, at {bandwidth.between_nodes / GIGA:g} "
-                        f"GB/s between nodes and {bandwidth.inside_node / GIGA:g} GB/s inside, a rank and direction"),
+        ("  predicted", f"{low:.3f} s if no rank waits, {high:.3f} s bucket by bucket, at "
+                        f"{bandwidth.between_nodes / GIGA:g} GB/s between nodes and "
+                        f"{bandwidth.inside_node / GIGA:g} GB/s inside, a rank and direction"),
         ("  planned in", f"{plan_seconds:.1f} s"),
     ]  # fmt: skip
     return "\n".join(f"{name:<28}{text}".rstrip() for name, text in rows)

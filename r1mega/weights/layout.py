@@ -1,10 +1,10 @@
 """Where each HF tensor lives inside the generator's (vLLM's) fused, sharded and padded parameters.
 
 Pure: from an HF config and one rank's place in the generator's layout to a list of placements; nothing here imports
-vLLM or touches a tensor, except `read`. `trainer_layout.py` is the same for the trainer. Written from vllm 0.32.0 model_executor/models (deepseek_v2, llama, qwen2,
-qwen3) and layers (linear, vocab_parallel_embedding), independently of the loaders that write the parameters, so that
-reading back through it proves what they wrote. Regions are in global coordinates of the HF tensor: a plan from any
-shard to any shard can be built on them.
+vLLM or touches a tensor, except `read`. `trainer_layout.py` is the same for the trainer. Written from vllm 0.32.0
+model_executor/models (deepseek_v2, llama, qwen2, qwen3) and layers (linear, vocab_parallel_embedding), independently of
+the loaders that write the parameters, so that reading back through it proves what they wrote. Regions are in global
+coordinates of the HF tensor: a plan from any shard to any shard can be built on them.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ Region = tuple[tuple[int, int], ...]
 """Half-open [start, stop) along each dimension."""
 
 VOCAB_PADDING = 64  # vllm/model_executor/layers/vocab_parallel_embedding.py, DEFAULT_VOCAB_PADDING_SIZE
+VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
+DERIVED = ("W_UV", "W_UK_T")  # parameters that vLLM makes of others (kv_b_proj, for decoding)
 DENSE_MODEL_TYPES = ("llama", "qwen2", "qwen3")
 MLA_MODEL_TYPES = ("deepseek_v3",)
 FP8_BLOCK = 128  # rows and columns that share one scale (DeepSeek-V3 report, section 3.3)

@@ -5,8 +5,8 @@ same: then nothing is sent). Every generator rank gets each element that it want
 it: from itself, else from a rank of its node, else from any, always the one that has sent least so far. So the bytes
 sent are the lower bound: those that a rank wants and does not hold.
 
-Layers of one kind are cut alike and ranks come in sets that hold the same; the plan works on kinds of layers and sets of
-ranks (`Group`), so that 2,048 ranks are planned in seconds. `Plan.routes` unrolls it, the same on every rank.
+Layers of one kind are cut alike and ranks come in sets that hold the same; the plan works on kinds of layers and sets
+of ranks (`Group`), so that 2,048 ranks are planned in seconds. `Plan.routes` unrolls it, the same on every rank.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from r1mega.weights.trainer_layout import Holders, TrainerLayout
 
 @dataclass(frozen=True, slots=True)
 class GeneratorLayout:
-    """vLLM's layout on `world` processes: replicas of tp ranks each; ep > 1: experts spread over ep ranks (a multiple of
-    tp: replicas may share experts) instead of cut by tp."""
+    """vLLM's layout on `world` processes: replicas of tp ranks each; ep > 1: experts spread over ep ranks (a multiple
+    of tp: replicas may share experts) instead of cut by tp."""
 
     world: int
     tp: int = 1
@@ -46,8 +46,8 @@ class GeneratorLayout:
         if self.ep > 1 and self.ep % self.tp:
             raise ConfigError(f"rollout.ep = {self.ep} is not a multiple of rollout.tp = {self.tp}")
         if self.world % self.period:
-            raise ConfigError(f"the generator wants {self.period} processes a replica, which do not divide {self.world}; "
-                              "change rollout.tp or rollout.ep")
+            raise ConfigError(f"the generator wants {self.period} processes a replica, which do not divide "
+                              f"{self.world}; change rollout.tp or rollout.ep")
 
     @property
     def period(self) -> int:
@@ -125,7 +125,7 @@ class Plan:
     def __init__(self, config: Mapping[str, Any], trainer: TrainerLayout, generator: GeneratorLayout, *,
                  model_dtype: torch.dtype, bucket_bytes: int, ranks_per_node: int | None = None):
         if trainer.world != generator.world:
-            raise ConfigError(f"trainer on {trainer.world} ranks, generator on {generator.world}: both live in the same")
+            raise ConfigError(f"trainer on {trainer.world} ranks, generator on {generator.world}: they share them")
         self.trainer, self.generator, self.bucket_bytes = trainer, generator, bucket_bytes
         self.ranks_per_node = ranks_per_node or trainer.world
         self._units = list(_units(config, trainer, generator, model_dtype))
@@ -239,8 +239,8 @@ def _shifted(region: Region, old: Region, new: Region) -> Region:
 
 
 def _split(overlaps: Sequence[Overlap], limit: int) -> Iterator[tuple[Overlap, ...]]:
-    """Runs of overlaps of at most `limit` bytes together; an overlap that is larger is cut by rows (by columns too when a
-    row is larger)."""
+    """Runs of overlaps of at most `limit` bytes together; an overlap that is larger is cut by rows (by columns too when
+    a row is larger)."""
     run: list[Overlap] = []
     size = 0
     for overlap in overlaps:
@@ -288,7 +288,7 @@ def _of_layer(overlap: Overlap, layer: int | None) -> Overlap:
 class _Flow:
     """Holders and takers of a group, sorted, and for the takers that do not hold it themselves ("remote"): `turn`, a
     taker's turn among those that choose from the same holders; near: whether those are the ones on its node, which are
-    `number` from index `first` on (far: all of them)."""
+    `number` from index `first` on (far: all of them). max_fan_out: at most so many of them have the same source."""
 
     holders: np.ndarray
     targets: np.ndarray
@@ -297,12 +297,8 @@ class _Flow:
     near: np.ndarray
     first: np.ndarray
     number: np.ndarray
-
-    @property
-    def max_fan_out(self) -> int:
-        """At most so many remote takers have the same source, whatever the load."""
-        near, far = (self.first + self.turn % self.number)[self.near], (self.turn % len(self.holders))[~self.near]
-        return max(1, sum(int(np.bincount(index).max()) for index in (near, far) if len(index)))
+    all_near: bool
+    max_fan_out: int
 
 
 class _Router:
@@ -332,28 +328,35 @@ class _Router:
         order = np.argsort(choice, kind="stable")
         turn = np.empty(len(remote), dtype=np.int64)
         turn[order] = np.arange(len(remote)) - np.searchsorted(choice[order], choice[order])
-        return _Flow(holders, targets, remote, turn, near, first, np.where(near, last - first, 1))
+        number = np.where(near, last - first, 1)
+        choices = (first + turn % number)[near], (turn % len(holders))[~near]
+        fan_out = max(1, sum(int(np.bincount(chosen).max()) for chosen in choices if len(chosen)))
+        return _Flow(holders, targets, remote, turn, near, first, number, bool(near.all()), fan_out)
 
     def route(self, layer: int | None, overlaps: tuple[Overlap, ...], flow: _Flow) -> Route:
         size = sum(overlap.num_bytes for overlap in overlaps)
-        receivers, senders = flow.targets[flow.remote], self._senders(flow)
+        holders, receivers, chosen = flow.holders, flow.targets[flow.remote], self._choose(flow)
         sources = flow.targets.copy()
-        sources[flow.remote] = senders
-        sent = np.bincount(senders, minlength=len(self._sent)) * size
-        if len(receivers) and ((self._out + sent).max() > self._limit or self._in[receivers].max() + size > self._limit):
+        sources[flow.remote] = holders[chosen]
+        sent = np.bincount(chosen, minlength=len(holders)) * size
+        if len(receivers) and ((self._out[holders] + sent).max() > self._limit
+                               or self._in[receivers].max() + size > self._limit):  # fmt: skip
             self._bucket += 1
             self._out[:], self._in[:] = 0, 0
-        self._out += sent
-        self._sent += sent
+        self._out[holders] += sent
+        self._sent[holders] += sent
         self._in[receivers] += size
         return Route(self._bucket, layer, overlaps, size, sources, flow.targets)
 
-    def _senders(self, flow: _Flow) -> np.ndarray:
-        """A holder for every remote target: those that have sent least take the first turns."""
-        holders, load = flow.holders, self._sent[flow.holders]
+    def _choose(self, flow: _Flow) -> np.ndarray:
+        """The holder (its index) for every remote target: those that have sent least take the first turns."""
+        holders = flow.holders
+        if len(holders) == 1:
+            return np.zeros(len(flow.remote), dtype=np.int64)
+        load = self._sent[holders]
         in_node = np.lexsort((load, holders // self._per_node))
-        senders = holders[in_node[np.minimum(flow.first + flow.turn % flow.number, len(holders) - 1)]]
-        if not flow.near.all():
+        chosen = in_node[np.minimum(flow.first + flow.turn % flow.number, len(holders) - 1)]
+        if not flow.all_near:
             far = ~flow.near
-            senders[far] = holders[np.argsort(load, kind="stable")][flow.turn[far] % len(holders)]
-        return senders
+            chosen[far] = np.argsort(load, kind="stable")[flow.turn[far] % len(holders)]
+        return chosen

@@ -1,4 +1,4 @@
-"""Trainer -> generator, once a step: stream, load, prove."""
+"""Trainer -> generator, once a step: transfer, then prove."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from r1mega.rollout.engine import GenerationEngine
 from r1mega.train.packing import build_microbatch
 from r1mega.train.policy import Policy
 from r1mega.weights import verify
-from r1mega.weights.transfer import DigestTap
+from r1mega.weights.transfer import build_transfer
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class WeightSync:
         probe_sequences: Sequence[Sequence[int]],
     ):
         self._policy, self._engine, self._verify = policy, engine, config.verify
-        self._tap = DigestTap(policy.dtype, hf_config)
+        self._transfer = build_transfer(policy, engine, config, hf_config)
         count = config.probe_sequences
         self._sequences = [list(sequence) for sequence in probe_sequences[:count]]
         self._further = [list(sequence) for sequence in probe_sequences[count : 2 * count]] or self._sequences
@@ -45,11 +45,11 @@ class WeightSync:
 
     def push(self) -> dict[str, float]:
         """Make the generator the policy's equal. Wakes the generator up. A collective call."""
-        self._engine.update_weights(self._tap(self._policy.hf_tensors()))
+        self._transfer.push()
         self._engine.wake_up()
         if not self._verify:
             return {}
-        verify.compare_digests(self._tap.digest, self._engine.weights_digest())
+        verify.compare_digests(self._transfer.digest(), self._engine.weights_digest())
         try:
             result = self._probe(self._sequences)
         except WeightSyncError as error:

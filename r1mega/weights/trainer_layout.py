@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from r1mega.checkpoint.name_rules import EXPERT_RULES, RULES, TOP_RULES, Rule
+from r1mega.config.layout import Layout, stage_layers
 from r1mega.errors import ConfigError
 from r1mega.weights.layout import FP8_BLOCK, SCALE, Placement, Region, block_region
 
@@ -30,7 +31,9 @@ def _by_hf_name(rules: Iterable[Rule]) -> dict[str, tuple[Rule, int]]:
 _COMMON = [rule for rule in (*RULES.values(), *TOP_RULES.values()) if not rule.hf[0].startswith("self_attn.q_proj")]
 _QUERIES = [rule for rule in RULES.values() if rule.hf[0].startswith("self_attn.q_proj")]  # its name means either
 _LATENT = _by_hf_name([*_COMMON, *(rule for rule in _QUERIES if rule.form != "qkv")])
-_GROUPED = _by_hf_name([*_COMMON, *(rule for rule in _QUERIES if rule.form == "qkv"), Rule("", ("self_attn.q_norm.weight",))])
+_GROUPED = _by_hf_name(
+    [*_COMMON, *(rule for rule in _QUERIES if rule.form == "qkv"), Rule("", ("self_attn.q_norm.weight",))]
+)
 _EXPERTS = _by_hf_name(EXPERT_RULES.values())
 
 
@@ -60,10 +63,11 @@ class TrainerLayout:
     embedding_on_last: bool = False
 
     def __post_init__(self) -> None:
-        for keys, size in (("tp * pp * cp", self.tp * self.pp * self.cp), ("ep * etp * pp", self.ep * self.etp * self.pp)):
+        dense, experts = self.tp * self.pp * self.cp, self.ep * self.etp * self.pp
+        for keys, size in (("tp * pp * cp", dense), ("ep * etp * pp", experts)):
             if self.world % size:
-                raise ConfigError(f"parallel: {self.world} processes cannot be divided by {keys} = {size}; change one of "
-                                  "them")
+                raise ConfigError(f"parallel: {self.world} processes cannot be divided by {keys} = {size}; change one "
+                                  "of them")
 
     def holding_stages(self, name: str) -> tuple[int, ...]:
         """The pipeline stages that hold an HF tensor."""
@@ -86,7 +90,7 @@ class TrainerLayout:
 
     def shards(self, name: str, shapes: Mapping[str, tuple[int, ...]],
                config: Mapping[str, Any]) -> Iterator[tuple[Placement, Holders]]:
-        """Every part into which the trainer cuts an HF tensor, once (replicas are in the holders). shapes: by name, full.
+        """Every part into which the trainer cuts an HF tensor, once; replicas are in the holders. shapes: by name.
 
         For the scales of a block-quantised weight: the blocks of each part, numbered from 0 within it, for that is how
         the trainer quantises. Raises ConfigError for a layout that does not divide, or that cuts through a block.
@@ -98,12 +102,13 @@ class TrainerLayout:
                 continue
             blocks = block_region(part.source, part.shape)
             if blocks is None:
-                raise ConfigError(f"{weight}: parallel.tp or parallel.etp cuts it at {part.source}, through an FP8 block "
-                                  f"of {FP8_BLOCK} x {FP8_BLOCK}; choose another size, or a generator without FP8")
+                raise ConfigError(f"{weight}: parallel.tp or parallel.etp cuts it at {part.source}, through an FP8 "
+                                  f"block of {FP8_BLOCK} x {FP8_BLOCK}; choose another size or no FP8")
             target = tuple((0, last - first) for first, last in blocks)
             yield Placement(name, shapes[name], name, target, blocks), holders
 
-    def _shards(self, name: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> Iterator[tuple[Placement, Holders]]:
+    def _shards(self, name: str, shape: tuple[int, ...],
+                config: Mapping[str, Any]) -> Iterator[tuple[Placement, Holders]]:
         rule, index, key, expert_rank = self._find(name, config)
         ranks = (self.tp if expert_rank is None else self.etp) if rule.dim is not None else 1
         for rank in range(ranks):
@@ -161,10 +166,10 @@ def _divide(size: int, parts: int, what: str, key: str) -> int:
     return size // parts
 
 
-def pipeline_stages(parallel: Any, num_layers: int) -> tuple[int, ...]:
-    """The stage of each decoder layer, by a ParallelConfig: virtual stages take turns. ConfigError when uneven."""
-    num_chunks = parallel.pp * (parallel.vpp or 1)
-    counts = getattr(parallel, "layers_per_stage", None)
-    if counts is None:
-        counts = (_divide(num_layers, num_chunks, "num_hidden_layers", "pp * vpp"),) * num_chunks
-    return tuple(chunk % parallel.pp for chunk, count in enumerate(counts) for _ in range(count))
+def pipeline_stages(parallel: Layout, num_layers: int) -> tuple[int, ...]:
+    """The pipeline rank of each decoder layer. Raises ConfigError when the stages do not hold them all."""
+    owners = [stage % parallel.pp for stage, layers in enumerate(stage_layers(parallel, num_layers)) for _ in layers]
+    if len(owners) != num_layers:
+        raise ConfigError(f"parallel: the stages hold {len(owners)} layers, the model's num_hidden_layers = "
+                          f"{num_layers}; set parallel.layers_per_stage")
+    return tuple(owners)

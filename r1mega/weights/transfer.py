@@ -1,23 +1,33 @@
-"""Streams HF-named tensors into a running generator in buckets of bounded bytes.
+"""Weights into a running generator, by either strategy, and the digest of what then is in it.
 
-Each tensor is checked against the generator's layout on its way and digested as it was sent; after the last one the
-digest of what arrived is read back from the generator's own parameters.
+`gather`: whole HF-named tensors through vLLM's loaders, in buckets of bounded bytes, each checked against the
+generator's layout and digested as it was sent. `direct` (direct.py): shards written straight into the parameters. After
+both the digest of what arrived is read back from the generator's own parameters.
 """
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 
 from r1mega.checkpoint.hf import HFTensors
-from r1mega.errors import WeightSyncError
+from r1mega.errors import ConfigError, WeightSyncError
 from r1mega.weights.digest import generator_digest, tensor_digest
-from r1mega.weights.layout import Placement, is_ignored, weight_dtype
+from r1mega.weights.layout import DERIVED, VOCABULARY, Placement, is_ignored, weight_dtype
+
+if TYPE_CHECKING:
+    from r1mega.config.schema import WeightsConfig
+    from r1mega.rollout.engine import GenerationEngine
+    from r1mega.train.policy import Policy
+    from r1mega.weights.direct import DirectTransfer
 
 NamedTensors = Iterable[tuple[str, torch.Tensor]]
 
@@ -61,6 +71,40 @@ class DigestTap:
             yield name, tensor
 
 
+class GatherTransfer:
+    """Strategy `gather`: the policy's tensors, whole, through the generator's loader."""
+
+    def __init__(self, policy: Policy, engine: GenerationEngine, hf_config: Mapping[str, Any]):
+        self._policy, self._engine = policy, engine
+        self._tap = DigestTap(policy.dtype, hf_config)
+
+    def push(self) -> None:
+        """A collective call."""
+        self._engine.update_weights(self._tap(self._policy.hf_tensors()))
+
+    def digest(self) -> dict[str, int]:
+        """What the last push sent."""
+        return self._tap.digest
+
+
+def build_transfer(policy: Policy, engine: GenerationEngine, config: WeightsConfig,
+                   hf_config: Mapping[str, Any]) -> GatherTransfer | DirectTransfer:
+    """What `weights.strategy` asks for. A collective call. ConfigError for `direct` into another engine than vLLM."""
+    can_write = hasattr(engine, "write_weights")
+    if config.strategy == "direct" and not can_write:
+        raise ConfigError("weights.strategy = direct writes into vLLM's parameters; set rollout.engine=vllm, or gather")
+    if config.strategy == "gather" or not can_write:
+        return GatherTransfer(policy, engine, hf_config)
+    from r1mega.weights.direct import DirectTransfer
+    from r1mega.weights.plan import GeneratorLayout
+
+    world = dist.get_world_size()
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    return DirectTransfer(policy.chunks, engine, hf_config, GeneratorLayout(world, engine.settings.tp),
+                          model_dtype=policy.dtype, bucket_bytes=config.bucket_bytes, ranks_per_node=per_node,
+                          shared_memory=config.shared_memory)
+
+
 @dataclass(frozen=True, slots=True)
 class ReloadTarget:
     """One rank's vLLM worker, its platform module, the model's config and this rank's placements in it."""
@@ -90,12 +134,48 @@ def reload_weights(target: ReloadTarget, named_tensors: NamedTensors, bucket_byt
     if problems:
         raise WeightSyncError(f"{len(problems)} of {len(expected)} tensors cannot be loaded into the generator:\n  "
                               + "\n  ".join(problems))
+    return _finish(target, target.platform.finish_reload)
+
+
+def rewrite_weights(target: ReloadTarget, write: Callable[[Mapping[str, torch.Tensor]], None]) -> dict[str, int]:
+    """Lets `write` fill this rank's plain parameters (by vLLM's names) in place; returns this rank's digest of them.
+
+    What pads the vocabulary becomes zero, as vLLM's loader leaves it. Raises WeightSyncError for parameters that no
+    placement covers, which nobody would write. After an error the generator holds no usable weights.
+    """
+    target.platform.begin_write(target.worker)
+    parameters = _parameters(target)
+    _check_covered(target, parameters)
+    write(parameters)
+    return _finish(target, target.platform.finish_write)
+
+
+def _finish(target: ReloadTarget, finish: Callable[[Any], None]) -> dict[str, int]:
+    """Processes the parameters for the kernels; the digest, taken while they are plain."""
     if target.platform.PARAMETERS_ARE_PLAIN_BEFORE_FINISH:
         digest = generator_digest(target.placements, _parameters(target))
-        target.platform.finish_reload(target.worker)
+        finish(target.worker)
         return digest
-    target.platform.finish_reload(target.worker)
+    finish(target.worker)
     return generator_digest(target.placements, _parameters(target))
+
+
+def _check_covered(target: ReloadTarget, parameters: Mapping[str, torch.Tensor]) -> None:
+    """Clears the padding of the vocabulary; finds what a direct write would leave as it is."""
+    covered = dict.fromkeys(parameters, 0)
+    for placement in target.placements:
+        covered[placement.parameter] += math.prod(stop - start for start, stop in placement.target)
+    aliases = {parameters[name].data_ptr() for name, count in covered.items() if count}  # of modules that share
+    problems = []
+    for name, tensor in parameters.items():
+        if name in VOCABULARY and not is_ignored(name, target.config):  # a tied head is the embedding
+            tensor.data[covered[name] // tensor.shape[1]:].zero_()
+        elif covered[name] != tensor.numel() and not (covered[name] == 0 and tensor.data_ptr() in aliases):
+            if name.rpartition(".")[2] not in DERIVED:
+                problems.append(f"{name}: {covered[name]} of {tensor.numel()} elements")
+    if problems:
+        raise WeightSyncError("the generator has parameters that weights/layout.py does not cover:\n  "
+                              + "\n  ".join(problems))
 
 
 def _parameters(target: ReloadTarget) -> dict[str, torch.Tensor]:
@@ -121,7 +201,7 @@ def _checked(target: ReloadTarget, named_tensors: NamedTensors, expected: Mappin
 
 
 def checkpoint_tensors(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of an HF checkpoint directory, one at a time. Raises CheckpointError if a file is missing or torn."""
+    """Every tensor of an HF checkpoint directory, one at a time. CheckpointError if a file is missing or torn."""
     yield from HFTensors(directory).items()
 
 

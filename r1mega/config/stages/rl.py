@@ -89,6 +89,8 @@ class RLStage(TrainingStage):
                 f"rollout.num_prompts = {rollout.num_prompts} gives some of the {world // rollout.tp} generators no prompt; "
                 f"raise it to at least {world // rollout.tp}"
             )
+        if self.weights.strategy == "direct" and rollout.engine != "vllm":
+            yield f"weights.strategy = direct wants rollout.engine = vllm, not {rollout.engine}; leave strategy out"
         samples = rollout.num_prompts * rollout.group_size
         if samples % update.num_minibatches:
             yield (

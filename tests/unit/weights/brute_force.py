@@ -1,5 +1,5 @@
-"""Both sides of a reshard, element by element: every element of every HF tensor is a number, every rank's parameters are
-arrays of them. The trainer's are cut by checkpoint/name_rules.py's `to_local`, which the planner does not use."""
+"""Both sides of a reshard, element by element: every element of every HF tensor is a number, every rank's parameters
+are arrays of them. The trainer's are cut by checkpoint/name_rules.py's `to_local`, which the planner does not use."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from r1mega.weights.plan import GeneratorLayout, Plan
 from r1mega.weights.trainer_layout import TrainerLayout
 
 MOE = {
-    "model_type": "deepseek_v3", "vocab_size": 70, "hidden_size": 8, "intermediate_size": 16, "moe_intermediate_size": 8,
-    "num_hidden_layers": 4, "first_k_dense_replace": 1, "moe_layer_freq": 1, "num_attention_heads": 4, "n_shared_experts": 1,
+    "model_type": "deepseek_v3", "vocab_size": 70, "hidden_size": 8, "intermediate_size": 16,
+    "moe_intermediate_size": 8, "num_hidden_layers": 4, "first_k_dense_replace": 1, "moe_layer_freq": 1,
+    "num_attention_heads": 4, "n_shared_experts": 1,
     "n_routed_experts": 8, "kv_lora_rank": 3, "q_lora_rank": 5, "qk_rope_head_dim": 2, "v_head_dim": 2,
     "qk_nope_head_dim": 2, "tie_word_embeddings": False,
 }  # fmt: skip
@@ -32,7 +33,8 @@ MODELS = {
 }
 BLOCKS = MOE | {
     "hidden_size": 320, "intermediate_size": 512, "moe_intermediate_size": 256, "q_lora_rank": 256, "kv_lora_rank": 130,
-    "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "n_shared_experts": 2, "n_routed_experts": 4, "num_hidden_layers": 2,
+    "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "n_shared_experts": 2,
+    "n_routed_experts": 4, "num_hidden_layers": 2,
 }  # fmt: skip
 """Large enough to be cut between FP8 blocks; the last blocks of some tensors are partial."""
 
@@ -45,12 +47,12 @@ class Elements:
     itemsize: torch.Tensor
 
 
-def number_elements(config: Mapping[str, Any], fp8: bool) -> Elements:
+def number_elements(config: Mapping[str, Any], fp8: bool, dtype: torch.dtype = torch.bfloat16) -> Elements:
     ids, sizes, start = {}, [torch.zeros(1, dtype=torch.int64)], 1  # 0 pads the trainer's vocabulary
     for placement in generator_layout(config, GeneratorRank(fp8=fp8)):
         count = torch.Size(placement.shape).numel()
         ids[placement.name] = torch.arange(start, start + count).view(placement.shape)
-        sizes.append(torch.full((count,), weight_dtype(placement.name, torch.bfloat16, fp8).itemsize))
+        sizes.append(torch.full((count,), weight_dtype(placement.name, dtype, fp8).itemsize))
         start += count
     return Elements(ids, torch.cat(sizes))
 
@@ -161,7 +163,8 @@ def execute(config: Mapping[str, Any], plan: Plan, elements: Elements) -> Outcom
             sent[copy.bucket, copy.source] += overlap.num_bytes
             received[copy.bucket, copy.target] += overlap.num_bytes
     for rank in range(world):
-        problems += [f"{name} on rank {rank}" for name, ids in wanted[rank].items() if not torch.equal(found[rank][name], ids)]
+        wrong = [name for name, ids in wanted[rank].items() if not torch.equal(found[rank][name], ids)]
+        problems += [f"{name} on rank {rank}" for name in wrong]
     return Outcome(sent, received, problems)
 
 

@@ -28,7 +28,8 @@ def cases(draw):
     etp = draw(st.sampled_from([e for e in powers if e * ep * pp <= world])) if moe else 1
     layers = config["num_hidden_layers"]
     if draw(st.booleans()):
-        stages = pipeline_stages(Layout(pp=pp, vpp=draw(st.sampled_from([None, *([2] if 1 < pp <= layers // 2 else [])]))), layers)
+        vpp = draw(st.sampled_from([None, *([2] if 1 < pp <= layers // 2 else [])]))
+        stages = pipeline_stages(Layout(pp=pp, vpp=vpp), layers)
     else:  # uneven, in order; stages may be empty but for the first and the last
         stages = tuple(sorted(draw(st.lists(st.integers(0, pp - 1), min_size=layers, max_size=layers))))
     last = config["tie_word_embeddings"] or draw(st.booleans())
@@ -43,7 +44,8 @@ def cases(draw):
 @given(cases())
 def test_every_element_comes_once_from_the_right_place_at_the_lower_bound(case):
     config, trainer, generator, bucket_bytes, per_node = case
-    plan = Plan(config, trainer, generator, model_dtype=torch.bfloat16, bucket_bytes=bucket_bytes, ranks_per_node=per_node)
+    plan = Plan(config, trainer, generator, model_dtype=torch.bfloat16, bucket_bytes=bucket_bytes,
+                ranks_per_node=per_node)  # fmt: skip
     elements = number_elements(config, fp8=False)
     outcome = execute(config, plan, elements)
     assert outcome.problems == []
@@ -110,7 +112,8 @@ def test_one_rank_sends_nothing_and_equal_layouts_keep_everything():
 def test_all_stages_send_in_most_buckets():
     """A pipelined trainer does not send one stage after the other."""
     trainer = TrainerLayout(8, 1, 1, 1, 4, 1, (0, 1, 2, 3))
-    plan = Plan(MOE | {"first_k_dense_replace": 0}, trainer, GeneratorLayout(8), model_dtype=torch.bfloat16, bucket_bytes=2048)
+    config = MOE | {"first_k_dense_replace": 0}
+    plan = Plan(config, trainer, GeneratorLayout(8), model_dtype=torch.bfloat16, bucket_bytes=2048)
     stages: dict[int, set[int]] = {}
     for copy in plan.copies():
         if copy.source != copy.target:

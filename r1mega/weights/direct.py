@@ -1,0 +1,120 @@
+"""Shard to shard: from Megatron's parameters straight into vLLM's, by a plan. No tensor is ever whole on the way.
+
+On a CPU every parameter of vLLM takes part: prepacked layers (linear ones, experts) get their plain parameters back
+first, are written in them, and are packed again by vLLM; embeddings, norms and router biases are written where they
+live. Nothing goes through vLLM's loaders.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from r1mega.checkpoint.names import coordinates, local_entries, model_shape, unwrap
+from r1mega.errors import ConfigError, WeightSyncError
+from r1mega.weights.digest import tensor_digest
+from r1mega.weights.exchange import Exchange
+from r1mega.weights.layout import GeneratorRank, Placement, generator_layout, weight_dtype
+from r1mega.weights.plan import GeneratorLayout, Plan
+from r1mega.weights.trainer_layout import TrainerLayout
+
+if TYPE_CHECKING:
+    from r1mega.rollout.vllm_engine import VllmEngine
+
+_EMBEDDING = "model.embed_tokens.weight"
+
+
+def local_parameters(chunks: Sequence[Any]) -> dict[str, torch.Tensor]:
+    """This rank's trainer parameters by the names that a plan has for them: the first HF name of each."""
+    return {entry.hf_names[0]: tensor for entry, tensor in local_entries(chunks)}
+
+
+def measured_layout(chunks: Sequence[Any]) -> TrainerLayout:
+    """The layout that the trainer really has, from Megatron's groups and from the layers that each rank holds.
+
+    A collective call. Raises WeightSyncError when Megatron has numbered its ranks in another order than the plan does.
+    """
+    from megatron.core import parallel_state as ps
+
+    place, shape = coordinates(), model_shape(chunks[0])
+    layers = {layer.layer_number - 1 for chunk in chunks for layer in unwrap(chunk).decoder.layers}
+    pp, stage = ps.get_pipeline_model_parallel_world_size(), ps.get_pipeline_model_parallel_rank()
+    mine = (stage, layers, any(entry.hf_names[0] == _EMBEDDING for entry, _ in local_entries(chunks)))
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    owner = {layer: theirs for theirs, held, _ in everyone for layer in held}
+    layout = TrainerLayout(
+        world=dist.get_world_size(), tp=place.tp, ep=place.ep, etp=place.etp, pp=pp,
+        cp=ps.get_context_parallel_world_size(), stages=tuple(owner[layer] for layer in range(shape.num_layers)),
+        embedding_on_last=any(theirs == pp - 1 and has for theirs, _, has in everyone),
+    )  # fmt: skip
+    rank, per_stage = dist.get_rank(), layout.world // pp
+    expected = (rank % place.tp, rank % place.etp, rank // place.etp % place.ep, rank // per_stage)
+    found = (place.tp_rank, place.etp_rank, place.ep_rank, stage)
+    if expected != found:
+        raise WeightSyncError(f"rank {rank} is (tp, etp, ep, stage) {found} in Megatron's groups, {expected} by the "
+                              "order tp-cp-ep-dp-pp that the reshard plan counts on; build the groups in that order")
+    return layout
+
+
+class DirectTransfer:
+    """Strategy `direct`: plan, messages and digests of one trainer and one generator, made once for all pushes.
+
+    generator: the layout of the engines in these processes. ranks_per_node: to prefer short ways. Collective.
+    """
+
+    def __init__(self, chunks: Sequence[Any], engine: VllmEngine, hf_config: Mapping[str, Any],
+                 generator: GeneratorLayout, *, model_dtype: torch.dtype, bucket_bytes: int,
+                 ranks_per_node: int | None = None, shared_memory: bool = True):
+        self._chunks, self._engine, self._dtype = chunks, engine, model_dtype
+        if generator.fp8:
+            raise ConfigError("a direct transfer into an FP8 generator can be planned, but nothing quantises yet")
+        trainer = measured_layout(chunks)
+        self.plan = Plan(hf_config, trainer, generator, model_dtype=model_dtype, bucket_bytes=bucket_bytes,
+                         ranks_per_node=ranks_per_node)
+        rank = dist.get_rank()
+        self.exchange = Exchange(self.plan.copies(rank), rank, model_dtype, shared_memory=shared_memory)
+        whole = generator_layout(hf_config, GeneratorRank())
+        self._names = [placement.name for placement in whole]
+        self._owned = owned_placements(trainer, {p.name: p.shape for p in whole}, hf_config, rank)
+
+    def push(self) -> None:
+        """Makes the generator the trainer's equal. A collective call."""
+        self._engine.write_weights(self.write)
+
+    def write(self, parameters: Mapping[str, torch.Tensor]) -> None:
+        """Fills the generator's plain parameters on this rank. A collective call."""
+        self.exchange.run(local_parameters(self._chunks), parameters)
+
+    def digest(self) -> dict[str, int]:
+        """Of every HF tensor as the trainer holds it: each rank digests its share of the shards. A collective call."""
+        sources = local_parameters(self._chunks)
+        partial = dict.fromkeys(self._names, 0)
+        for placement in self._owned:
+            held = placement.read(sources).to(weight_dtype(placement.name, self._dtype))
+            partial[placement.name] += tensor_digest(held, placement.source)
+        wrapped = [(value + (1 << 63)) % (1 << 64) - (1 << 63) for value in partial.values()]
+        values = torch.tensor(wrapped, dtype=torch.int64, device=next(iter(sources.values())).device)
+        dist.all_reduce(values)
+        return {name: value % (1 << 64) for name, value in zip(self._names, values.tolist(), strict=True)}
+
+
+def owned_placements(trainer: TrainerLayout, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any],
+                     rank: int) -> tuple[Placement, ...]:
+    """The shards that a rank answers for: each shard has one such rank, the replicas take turns."""
+    owned = []
+    groups: dict[Any, frozenset[int] | Any] = {}
+    turn = 0
+    for name in shapes:
+        stages = trainer.holding_stages(name)
+        for placement, holders in trainer.shards(name, shapes, config):
+            key = (holders, stages)
+            if key not in groups:
+                groups[key] = trainer.ranks(holders, stages)
+            turn += 1
+            if groups[key][turn % len(groups[key])] == rank:
+                owned.append(placement)
+    return tuple(owned)

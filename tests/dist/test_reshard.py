@@ -1,0 +1,63 @@
+"""Trainer -> generator: shards written straight into vLLM give the bits that a checkpoint gives a fresh engine."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.dist.launch import launch
+from tests.dist.reshard_worker import Case, run_cases
+from tests.reference import Layout
+from tests.unit.rollout.tiny_models import checkpoint
+
+CASES = {
+    2: [
+        Case("deepseek", Layout(tp=2, ep=2), 1),
+        Case("deepseek", Layout(etp=2), 1),
+        Case("deepseek", Layout(pp=2, vpp=2), 1),
+        Case("deepseek", Layout(pp=2), 2),
+        Case("deepseek", Layout(ep=2), 2),
+        Case("deepseek", Layout(tp=2), 2),
+        Case("qwen3_tied", Layout(pp=2), 2),
+        Case("qwen2", Layout(tp=2), 1, "bfloat16"),
+    ],
+    4: [
+        Case("deepseek", Layout(tp=2, ep=2), 1),
+        Case("deepseek", Layout(tp=2, pp=2, ep=2), 2),
+        Case("deepseek", Layout(ep=2, etp=2), 2),
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def measured():
+    """ranks -> per-rank results; one set of processes runs all cases of as many ranks."""
+    done = {}
+
+    def get(ranks: int) -> list[dict]:
+        if ranks not in done:
+            models = {case.model for case in CASES[ranks]}
+            directories = {model: (checkpoint(model, 0), checkpoint(model, 1)) for model in models}
+            done[ranks] = launch(run_cases, ranks, directories, CASES[ranks], timeout_seconds=300)
+        return done[ranks]
+
+    return get
+
+
+@pytest.mark.parametrize(("ranks", "case"), [
+    pytest.param(ranks, case, id=f"{ranks}-{case.name}", marks=[pytest.mark.slow] if ranks == 4 else [])
+    for ranks, cases in CASES.items() for case in cases
+])  # fmt: skip
+def test_both_strategies_give_the_bits_of_a_fresh_load(measured, ranks, case):
+    results = [result[case.name] for result in measured(ranks)]
+    for rank, result in enumerate(results):
+        for push in ("direct", "gather", "direct again"):
+            assert result[push] == [], (rank, push)
+        assert result["senders_agree"], rank
+        assert "tensors differ" in result["stale"], rank
+    assert sum(result["bytes"][0] for result in results) == sum(result["bytes"][1] for result in results) > 0
+    for fault in ("one bit", "rows moved"):
+        hit = results[0]["corrupted"][fault][0]
+        assert f"{hit}: digest" in results[0]["corrupted"][fault][1]
+    for result in results:
+        received, message = result["corrupted"]["nothing unpacked"]
+        assert (received in message) if received else True

@@ -54,6 +54,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("policy/*", "mixed", "further figures about the policy and its update"),
     Metric("logprob/diff_max", "nats", "largest |trainer - sampler| log-prob on the same tokens (those of the step's first optimizer step)"),
     Metric("logprob/diff_mean", "nats", "mean of the same"),
+    Metric("logprob/outlier_fraction", "share of tokens", "those off by more than weights.probe_tolerance (2e-4 in float32, 0.6 in bfloat16)"),
     Metric("logprob/*", "nats", "further figures about the trainer-sampler mismatch"),
     Metric("expert/load_max_over_mean", "ratio", "busiest expert's tokens over the mean, the worst MoE layer"),
     Metric("expert/*", "mixed", "further figures about experts"),

@@ -16,12 +16,13 @@ from r1mega.train.packing import Microbatch, plan_packing, split_minibatches
 from r1mega.train.policy import Policy, UpdateResult
 from r1mega.train.samples import minibatch_weights, pack_samples, policy_tokens
 from r1mega.types import TrainingSample
+from r1mega.weights.verify import PROBE_TOLERANCES
 
 
 _NO_UPDATE = dict.fromkeys(
     (
         "policy/loss", "policy/kl", "policy/clip_fraction", "policy/entropy", "policy/grad_norm", "logprob/diff_max",
-        "logprob/diff_mean", "tokens/update",
+        "logprob/diff_mean", "logprob/outlier_fraction", "tokens/update",
     ),
     0.0,
 ) | {"expert/load_max_over_mean": 1.0, "packing/fill_fraction": 1.0}  # fmt: skip
@@ -47,6 +48,7 @@ def update_policy(
     if not samples:
         return _NO_UPDATE
     algorithm, temperature = config.algorithm, config.rollout.temperature
+    tolerance = config.weights.probe_tolerance or PROBE_TOLERANCES[policy.dtype]
     results: list[UpdateResult] = []
     with timer.phase("update"):
         minibatches, fill = _plan(samples, config, step, policy)
@@ -80,7 +82,8 @@ def update_policy(
                     importance_cap=algorithm.importance_cap,
                     backend=policy.kernels,
                 )
-                return value, (stats, entropies.sum(dtype=torch.float64), value.detach().double())
+                outliers = (log_probs.detach() - tokens.sampler_log_probs).abs() > tolerance
+                return value, (stats, entropies.sum(dtype=torch.float64), value.detach().double(), outliers.sum())
 
             results.append(
                 policy.update(
@@ -124,18 +127,19 @@ def _metrics(results: list[UpdateResult], reports: bool) -> dict[str, float]:
     """Add the statistics of microbatches and reporting ranks up. Mismatch: of the first optimizer step only, whose
     forward pass still has the weights that sampled.
     """
-    sums = torch.zeros(7, dtype=torch.float64)
+    sums = torch.zeros(8, dtype=torch.float64)
     largest = torch.zeros(1, dtype=torch.float64)
     for place, result in enumerate(results):
-        for stats, entropy, loss in result.statistics if reports else ():
+        for stats, entropy, loss, outliers in result.statistics if reports else ():
             sums[:5] += torch.stack([stats.num_tokens, stats.clipped, stats.kl, entropy, loss]).cpu()
             if place == 0:
                 sums[5] += stats.num_tokens.cpu()
                 sums[6] += stats.mismatch_sum.cpu()
+                sums[7] += outliers.cpu()
                 largest[0] = max(largest[0], stats.mismatch_max.cpu())
     dist.all_reduce(sums)
     dist.all_reduce(largest, dist.ReduceOp.MAX)
-    tokens, clipped, kl, entropy, loss, first_tokens, mismatch = sums.tolist()
+    tokens, clipped, kl, entropy, loss, first_tokens, mismatch, outliers = sums.tolist()
     loads = [r.expert_load for r in results if math.isfinite(r.expert_load)]
     return {
         "policy/loss": loss / len(results),
@@ -146,5 +150,6 @@ def _metrics(results: list[UpdateResult], reports: bool) -> dict[str, float]:
         "policy/learning_rate": results[-1].lr,
         "logprob/diff_max": float(largest[0]),
         "logprob/diff_mean": mismatch / max(first_tokens, 1),
+        "logprob/outlier_fraction": outliers / max(first_tokens, 1),
         "expert/load_max_over_mean": sum(loads) / len(loads) if loads else math.nan,
     }

@@ -35,6 +35,11 @@ def test_shipped_nano_config_is_valid(run, world):
     validate(load_config(Path("configs/nano/base.yaml")), world)
 
 
+def test_shipped_nano_config_for_four_ranks_is_valid(run):
+    parallel = load_config(Path("configs/nano/zero_tp2_ep2.yaml")).parallel
+    run(f"parallel.tp={parallel.tp}", f"parallel.ep={parallel.ep}", world=4)
+
+
 @pytest.mark.parametrize(
     ("overrides", "world", "message"),
     [

@@ -73,6 +73,23 @@ def test_layouts_that_do_not_divide_are_named(hf, layout, message):
 
 
 @pytest.mark.parametrize(
+    ("layout", "last"),
+    [
+        (Layout(pp=16, layers_per_stage=(4,) * 15 + (1,)), ["decoder", "mtp", "loss"]),
+        (Layout(pp=16, vpp=2, layers_per_stage=(1,) + (2,) * 30 + (0,)), ["mtp", "loss"]),
+    ],
+)
+def test_sixty_one_layers_fit_sixteen_stages(layout, last):
+    """DeepSeek-V3's depth; Megatron's own check of the layout passes, and every layer is in the stage that was asked."""
+    hf = DEEPSEEK | {"num_hidden_layers": 61, "num_nextn_predict_layers": 1}
+    stages = megatron_config(hf, layout, ModelSettings(mtp_loss_coefficient=0.1)).pipeline_model_parallel_layout
+    chunks = [[kind.name for kind in stages.layout[s % 16][s // 16]] for s in range(len(layout.layers_per_stage))]
+    assert [chunk.count("decoder") for chunk in chunks] == list(layout.layers_per_stage)
+    assert chunks[0][0] == "embedding"
+    assert chunks[-1] == last
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"model_type": "mamba"}, "model_type 'mamba' is not one of"),

@@ -358,10 +358,9 @@ class Policy:
             _fill_empty_optimizer_state(self.optimizer)
         metadata = dict(SHARDING_METADATA)  # Megatron keeps its process groups in there
         model = {f"model{i}": c.sharded_state_dict(metadata=metadata) for i, c in enumerate(self.chunks)}
-        every = {k: v for chunk in model.values() for k, v in chunk.items()}
         state: dict[str, Any] = {
             "model": model,
-            "optimizer": self.optimizer.sharded_state_dict(every, is_loading=is_loading, metadata=metadata),
+            "optimizer": self.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata),
             "scheduler": self.scheduler.state_dict(),
         }
         if self._reference is not None:

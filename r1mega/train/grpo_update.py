@@ -40,7 +40,7 @@ class _Minibatch:
 
 def update_policy(
     policy: Policy, samples: Sequence[TrainingSample], config: RLStage, step: int, timer: PhaseTimer
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """Train on one rollout's samples (the same list on every rank); return the step's policy metrics.
 
     Every sample is used once an inner epoch, in `num_minibatches` optimizer steps of a seeded random partition.
@@ -123,7 +123,7 @@ def _plan(
     return minibatches, sum(fills) / len(fills)
 
 
-def _metrics(results: list[UpdateResult], reports: bool) -> dict[str, float]:
+def _metrics(results: list[UpdateResult], reports: bool) -> dict[str, float | None]:
     """Add the statistics of microbatches and reporting ranks up. Mismatch: of the first optimizer step only, whose
     forward pass still has the weights that sampled.
     """
@@ -140,7 +140,7 @@ def _metrics(results: list[UpdateResult], reports: bool) -> dict[str, float]:
     dist.all_reduce(sums)
     dist.all_reduce(largest, dist.ReduceOp.MAX)
     tokens, clipped, kl, entropy, loss, first_tokens, mismatch, outliers = sums.tolist()
-    loads = [r.expert_load for r in results if math.isfinite(r.expert_load)]
+    loads = [r.expert_load for r in results if r.expert_load is not None]
     return {
         "policy/loss": loss / len(results),
         "policy/kl": kl / max(tokens, 1),
@@ -151,5 +151,5 @@ def _metrics(results: list[UpdateResult], reports: bool) -> dict[str, float]:
         "logprob/diff_max": float(largest[0]),
         "logprob/diff_mean": mismatch / max(first_tokens, 1),
         "logprob/outlier_fraction": outliers / max(first_tokens, 1),
-        "expert/load_max_over_mean": sum(loads) / len(loads) if loads else math.nan,
+        "expert/load_max_over_mean": sum(loads) / len(loads) if loads else None,
     }

@@ -60,13 +60,13 @@ SHARDING_METADATA = {
 @dataclass(frozen=True, slots=True)
 class UpdateResult:
     """grad_norm: before clipping; lr: of this step; statistics: what the loss function returned, per microbatch;
-    expert_load: max over mean of tokens per expert, averaged over MoE layers (1 is perfect balance; nan without MoE).
+    expert_load: max over mean of tokens per expert, averaged over MoE layers (1 is perfect balance; None without experts).
     """
 
     grad_norm: float
     lr: float
     statistics: list[Any]
-    expert_load: float
+    expert_load: float | None
 
 
 class Policy:
@@ -102,7 +102,7 @@ class Policy:
         self.kernels = "reference" if model.log_probs == "reference" else None
         self._replay = Replay(self.chunks)
         self._reference: list[dict[str, torch.Tensor]] | None = None
-        self._expert_load = math.nan
+        self._expert_load: float | None = None
 
     def _prepare_updates(self, optimizer: OptimizerConfig, total_steps: int) -> None:
         """Gradient buffers, Adam over them, the learning-rate schedule."""
@@ -290,7 +290,7 @@ class Policy:
         self._expert_load = self._measure_expert_load()  # finalize_model_grads resets the counters
         finalize_model_grads(model, num_tokens, **kwargs)
 
-    def _measure_expert_load(self) -> float:
+    def _measure_expert_load(self) -> float | None:
         """Max over mean of tokens per expert, averaged over the MoE layers of all pipeline stages."""
         counters = [
             module.local_tokens_per_expert
@@ -306,7 +306,7 @@ class Policy:
             sums = torch.stack([ratios.sum(), torch.full_like(sums[0], len(ratios))])
         dist.all_reduce(sums, group=parallel_state.get_pipeline_model_parallel_group())
         ratio, layers = sums.tolist()
-        return ratio / layers if layers else math.nan
+        return ratio / layers if layers else None
 
     # ------------------------------------------------------------------ weights
 

@@ -180,15 +180,13 @@ def compare(
     markdown: Annotated[bool, typer.Option(help="print the table as Markdown")] = False,
 ) -> None:
     """Two checkpoints on the same problems: paired differences of pass@1, their intervals and p-values."""
-    from rich.console import Console
-
     from r1mega.evaluate.compare import comparison_table, read_results
 
     table = comparison_table(read_results(first, first_name), read_results(second, second_name))
     if markdown:
         typer.echo(table.markdown(), nl=False)
     else:
-        Console().print(table.rich())
+        table.print()
 
 
 @app.command()

@@ -21,7 +21,6 @@ from r1mega.reward.extract import final_text
 
 RUNS = Path("runs/claims")
 CONFIGS = Path("configs/nano/claims")
-BASE, ZERO = "configs/nano/base.yaml", f"{CONFIGS}/1_zero.yaml"
 Figures = dict[str, float]
 """The measured figures of one seed, by column."""
 
@@ -56,8 +55,7 @@ def main() -> int:
 
 def train(config: str, seed: int) -> None:
     """`r1mega train` of one step."""
-    base = [f"run_dir={RUNS}/seed{seed}/base"] if config == BASE else []
-    run("train", config, f"seed={seed}", "threads=1", *base)
+    run("train", config, f"seed={seed}", "threads=1")
 
 
 def run(*arguments: str) -> None:
@@ -162,11 +160,10 @@ def hacking(seed: Path) -> Figures:
 
 def recipe_figures(seed: Path) -> dict[str, dict[str, float]]:
     """Of each checkpoint: the figures on puzzles, and `general`: requests answered with the best reply."""
-    directory = seed / "recipe"
-    references = {r["id"]: r["reference"] for r in records(directory / "base" / "data" / "general_eval.jsonl")}
+    references = {r["id"]: r["reference"] for r in records(seed / "base" / "data" / "general_eval.jsonl")}
     figures = {}
-    for checkpoint in json.loads((directory / "evaluate" / "results.json").read_text())["checkpoints"]:
-        general = json.loads((directory / "evaluate" / checkpoint["tasks"]["general"]["file"]).read_text())["rows"]
+    for checkpoint in json.loads((seed / "evaluate" / "results.json").read_text())["checkpoints"]:
+        general = json.loads((seed / "evaluate" / checkpoint["tasks"]["general"]["file"]).read_text())["rows"]
         replies = [final_text(text) == references[row["prompt_id"]] for row in general for text in row["texts"]]
         figures[checkpoint["name"]] = checkpoint["tasks"]["puzzles"]["metrics"] | {"general": fmean(replies)}
     return figures
@@ -200,9 +197,14 @@ def distillation(seed: Path) -> Figures:
     return {name: figures[name]["eval/accuracy"] for name in ("student_base", "student_rl", "distill", "reasoning_rl")}
 
 
-def run_recipe(seed: int) -> None:
-    """The pipeline that claims 4 to 6 are read from."""
-    run("pipeline", f"{CONFIGS}/r1.yaml", f"dir={RUNS}/seed{seed}/recipe", f"overrides.seed={seed}")
+def run_recipe(seed: int, until: str = "evaluate") -> None:
+    """The pipeline that claims 4 to 6 are read from; the others use its first stages."""
+    run("pipeline", f"{CONFIGS}/r1.yaml", "--until", until, f"dir={RUNS}/seed{seed}", f"overrides.seed={seed}")
+
+
+def run_zero(seed: int) -> None:
+    """Base and R1-Zero."""
+    run_recipe(seed, until="zero")
 
 
 def make_pairs(seed: int) -> None:
@@ -225,16 +227,16 @@ CLAIMS = {
     claim.number: claim
     for claim in (
         Claim(
-            1, "RL alone, straight from the base, lifts accuracy several-fold", (BASE, ZERO), accuracy,
+            1, "RL alone, straight from the base, lifts accuracy several-fold", (run_zero,), accuracy,
             lambda f: f["times"] >= 2,
         ),
         Claim(
-            2, "Responses grow longer as RL goes on; reflection appears", (BASE, ZERO), length,
+            2, "Responses grow longer as RL goes on; reflection appears", (run_zero,), length,
             lambda f: f["after RL"] > 1.5 * f["tokens, base"] and f["56-60 "] > 2 * f["self-correcting, steps 1-5"],
         ),
         Claim(
             3, "R1-Zero mixes languages; the language-consistency reward stops that at a slight cost in accuracy",
-            (BASE, ZERO, f"{CONFIGS}/3_zero_language.yaml"), languages,
+            (run_zero, f"{CONFIGS}/3_zero_language.yaml"), languages,
             lambda f: f["RL"] > f["mixed, base"] and f["RL + language reward"] < 0.1 * f["RL"],
         ),
         Claim(
@@ -253,7 +255,7 @@ CLAIMS = {
         ),
         Claim(
             7, "A neural reward on reasoning can be hacked where a rule cannot",
-            (BASE, ZERO, f"{CONFIGS}/7_samples.yaml", make_pairs, f"{CONFIGS}/7_reward_model.yaml",
+            (run_zero, f"{CONFIGS}/7_samples.yaml", make_pairs, f"{CONFIGS}/7_reward_model.yaml",
              f"{CONFIGS}/7_zero_neural.yaml"), hacking,
             lambda f: f["last 5"] > f["its reward, first 5 steps"]
             and f["RL on the reward model"] < f["RL on the rule"] - 0.1,

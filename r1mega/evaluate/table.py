@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import IO, Any
 
 from r1mega.evaluate.result import EvaluationResult
 
-if TYPE_CHECKING:
-    from rich.table import Table as RichTable
-
 NO_VALUE = "–"
+LOG_WIDTH = 160
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,17 +25,23 @@ class Table:
         lines = [self.columns, tuple("---" for _ in self.columns), *self.rows]
         return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
 
-    def rich(self) -> RichTable:
-        """The same for a terminal."""
+    def print(self, stream: IO[str] | None = None) -> None:
+        """The same for a terminal, or for a log, whose lines may be long; columns without a value are left out."""
+        from rich.console import Console
         from rich.table import Table as RichTable
         from rich.text import Text
 
-        table = RichTable(title=self.title)
-        for number, column in enumerate(self.columns):
-            table.add_column(column, justify="left" if number < 2 else "right", no_wrap=number < 2)
+        kept = [i for i in range(len(self.columns)) if any(row[i] != NO_VALUE for row in self.rows)]
+        table = RichTable(title=self.title, title_justify="left", box=None, padding=(0, 1, 0, 0), header_style="bold")
+        for i in kept:
+            uncut = [*self.columns[i].split(), *(row[i] for row in self.rows)]  # only headings are folded
+            table.add_column(self.columns[i], justify="left" if i < 2 else "right", min_width=max(map(len, uncut)))
         for row in self.rows:
-            table.add_row(*map(Text, row))
-        return table
+            table.add_row(*(Text(row[i]) for i in kept))
+        console = Console(file=stream)
+        if not console.is_terminal:
+            console = Console(file=stream, width=max(console.width, LOG_WIDTH))
+        console.print(table)
 
 
 def results_table(checkpoints: Sequence[Mapping[str, Any]], title: str) -> Table:

@@ -85,9 +85,7 @@ def run(config: EvaluateStage, runtime: Runtime) -> int:
             {f"eval/{task}/{name[5:]}": v for task, entry in entries for name, v in entry["metrics"].items()},
         )
     if runtime.is_main:
-        from rich.console import Console
-
-        Console().print(results_table(results, "evaluation").rich())
+        results_table(results, "evaluation").print()
     return runtime.finished({"results": str(runtime.run_dir / config.outputs[0])})
 
 

@@ -13,7 +13,7 @@ from r1mega.evaluate.result import (
     write_result,
 )
 from r1mega.evaluate.sampling import GradedSample, Sample
-from r1mega.evaluate.table import format_table
+from r1mega.evaluate.table import Table, format_table
 from r1mega.observe.registry import find_metric
 from r1mega.types import Prompt, Reward, RewardStatus
 
@@ -159,3 +159,12 @@ def test_rating_of_rated_problems():
     assert metrics["eval/rating"] == pytest.approx(1500, abs=0.01)
     assert metrics["eval/rating_low"] < 1500 < metrics["eval/rating_high"]
     assert "eval/rating" not in example().metrics()
+
+
+@pytest.mark.parametrize("columns", ["40", "200"])
+def test_a_printed_table_shows_every_figure_whole(columns, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", columns)
+    Table("t", ("task", "95% interval", "rating"), (("puzzles", "0.264-0.332", "–"), ("math_500", "0.8-0.9", "–"))).print()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines[-2:]] == [["puzzles", "0.264-0.332"], ["math_500", "0.8-0.9"]]
+    assert "rating" not in "".join(lines)

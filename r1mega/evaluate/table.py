@@ -39,9 +39,8 @@ class Table:
         for row in self.rows:
             table.add_row(*(Text(row[i]) for i in kept))
         console = Console(file=stream)
-        if not console.is_terminal:
-            console = Console(file=stream, width=max(console.width, LOG_WIDTH))
-        console.print(table)
+        least = console.measure(table).minimum if console.is_terminal else LOG_WIDTH
+        Console(file=stream, width=max(console.width, least)).print(table)
 
 
 def results_table(checkpoints: Sequence[Mapping[str, Any]], title: str) -> Table:

@@ -39,7 +39,7 @@ class Table:
         for row in self.rows:
             table.add_row(*(Text(row[i]) for i in kept))
         console = Console(file=stream)
-        least = console.measure(table).minimum if console.is_terminal else LOG_WIDTH
+        least = Console(width=1000).measure(table).minimum if console.is_terminal else LOG_WIDTH
         Console(file=stream, width=max(console.width, least)).print(table)
 
 

@@ -9,7 +9,7 @@ from typing import IO, Any
 from r1mega.evaluate.result import EvaluationResult
 
 NO_VALUE = "–"
-LOG_WIDTH = 160
+WIDEST = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class Table:
         return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
 
     def print(self, stream: IO[str] | None = None) -> None:
-        """The same for a terminal, or for a log, whose lines may be long; columns without a value are left out."""
+        """The same for a terminal or a log; columns without a value are left out."""
         from rich.console import Console
         from rich.table import Table as RichTable
         from rich.text import Text
@@ -34,13 +34,11 @@ class Table:
         kept = [i for i in range(len(self.columns)) if any(row[i] != NO_VALUE for row in self.rows)]
         table = RichTable(title=self.title, title_justify="left", box=None, padding=(0, 1, 0, 0), header_style="bold")
         for i in kept:
-            uncut = [*self.columns[i].split(), *(row[i] for row in self.rows)]  # only headings are folded
-            table.add_column(self.columns[i], justify="left" if i < 2 else "right", min_width=max(map(len, uncut)))
+            heading = self.columns[i].replace(" ", "\n")  # narrow columns; nothing else is folded, and nothing cut
+            table.add_column(heading, justify="left" if i < 2 else "right", no_wrap=True)
         for row in self.rows:
             table.add_row(*(Text(row[i]) for i in kept))
-        console = Console(file=stream)
-        least = Console(width=1000).measure(table).minimum if console.is_terminal else LOG_WIDTH
-        Console(file=stream, width=max(console.width, least)).print(table)
+        Console(file=stream, width=WIDEST).print(table)
 
 
 def results_table(checkpoints: Sequence[Mapping[str, Any]], title: str) -> Table:

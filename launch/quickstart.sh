@@ -3,10 +3,11 @@
 #
 #   bash launch/quickstart.sh [--stage NODE] [node.key.sub=value ...]     overrides of configs/nano/r1.yaml and its stages
 #
-# It runs the stages up to NODE (default: zero, R1-Zero straight from the base). SEED (default 1) is the seed of every stage;
-# RUNS (default runs/nano) is where they go. Started again it installs nothing twice and goes on where it was cut short.
+# It runs the stages up to NODE (default: evaluate, the last; `--stage zero`: R1-Zero only, ten minutes). SEED (default 1) is the
+# seed of every stage; RUNS (default runs/nano) is where they go. Started again it installs nothing twice and goes on where it was
+# cut short.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-STAGE=zero
+STAGE=evaluate
 case "${1:-}" in
 --stage) STAGE=${2:?--stage wants the name of a node of configs/nano/r1.yaml} && shift 2 ;;
 --stage=*) STAGE=${1#--stage=} && shift ;;

@@ -11,6 +11,19 @@ from r1mega.config.validate import is_given
 
 _MIB = 1 << 20
 
+ACCURACY = {
+    "math": "r1mega.reward.math:MathAccuracy",
+    "choice": "r1mega.reward.choice:ChoiceAccuracy",
+    "logic": "r1mega.reward.choice:ChoiceAccuracy",
+    "reasoning_gym": "r1mega.reward.choice:ReasoningGymAccuracy",
+    "instruction": "r1mega.reward.instruction:InstructionAccuracy",
+    "code": "r1mega.reward.code_accuracy:CodeAccuracy",
+}
+"""Accuracy part by the prompt's kind. Each is imported when the first prompt of its kind is scored."""
+
+WITHOUT_GOLD = frozenset({"general"})
+"""Kinds of prompts whose answers no rule can verify: reward models and judges do."""
+
 
 class AccuracyReward(Section):
     """Right or wrong, by the prompt's kind. Prompts of kind `general` have no such part."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from r1mega.config.rewards import ACCURACY, WITHOUT_GOLD
 from r1mega.config.schema import DataConfig
 from r1mega.data.template import render
 from r1mega.data.tokenizer import Tokenizer, load_tokenizer
@@ -18,8 +19,6 @@ from r1mega.types import Prompt
 logger = logging.getLogger(__name__)
 
 OWN_KEYS = ("id", "question", "answer", "kind", "language")
-WITHOUT_GOLD = frozenset({"general"})
-"""Kinds of prompts whose answers no rule can verify: reward models and judges do."""
 DOCUMENT_TOKENS = 4
 """More than any tokenizer puts before a text: the begin-of-text token and sentencepiece's leading space."""
 
@@ -67,8 +66,6 @@ def scan_prompts(config: DataConfig, tokenizer_directory: Path) -> None:
     A text of n bytes has no more than n tokens besides the few that begin a document, so only questions near the limit
     are tokenised: files of short ones are scanned at the speed of reading JSON.
     """
-    from r1mega.reward.compose import ACCURACY
-
     tokenizer: Tokenizer | None = None
     kept = 0
     for record in read_records(config):

@@ -17,7 +17,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from r1mega.data.prompts import OWN_KEYS, WITHOUT_GOLD, PromptRecord
+from r1mega.config.rewards import WITHOUT_GOLD
+from r1mega.data.prompts import OWN_KEYS, PromptRecord
 from r1mega.errors import DataError
 from r1mega.evaluate.rows import Row
 

@@ -10,8 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-from r1mega.config.rewards import NeuralReward, PreferenceReward, RewardConfig
-from r1mega.data.prompts import WITHOUT_GOLD
+from r1mega.config.rewards import ACCURACY, WITHOUT_GOLD, NeuralReward, PreferenceReward, RewardConfig
 from r1mega.data.tokenizer import Tokenizer
 from r1mega.errors import RewardError
 from r1mega.reward.format import check_format
@@ -23,17 +22,6 @@ from r1mega.rollout.engine import GenerationEngine
 from r1mega.types import Prompt, Response, Reward, RewardStatus
 
 logger = logging.getLogger(__name__)
-
-ACCURACY = {
-    "math": "r1mega.reward.math:MathAccuracy",
-    "choice": "r1mega.reward.choice:ChoiceAccuracy",
-    "logic": "r1mega.reward.choice:ChoiceAccuracy",
-    "reasoning_gym": "r1mega.reward.choice:ReasoningGymAccuracy",
-    "instruction": "r1mega.reward.instruction:InstructionAccuracy",
-    "code": "r1mega.reward.code_accuracy:CodeAccuracy",
-}
-"""Accuracy part by the prompt's kind. Each is imported when the first prompt of its kind is scored."""
-
 
 SpreadModel = Callable[[PreferenceReward], Callable[[Sequence[list[int]]], list[float]]]
 """Loads a reward model over all ranks; what it gives scores sequences, as a collective call."""

@@ -10,12 +10,12 @@ from typing import get_args
 
 import pytest
 
+from r1mega.config.rewards import ACCURACY
 from r1mega.config.stages.evaluate import Form
 from r1mega.errors import DataError
 from r1mega.evaluate.forms import FormOptions
 from r1mega.evaluate.rows import Row, read_rows
 from r1mega.evaluate.tasks import TASKS, load_task
-from r1mega.reward.compose import ACCURACY
 
 SAMPLES = Path("tests/data/evaluate")
 SHARED = Path("../shared/data")

@@ -46,7 +46,7 @@ class DuplicateConfig(Section):
 class DecontaminationConfig(Section):
     """A sample that shares an n-gram of words with an evaluation question is out (paper: 10-grams)."""
 
-    files: tuple[Path, ...] = ()  # JSONL or Parquet with "question", "problem", "prompt" or "text"
+    files: tuple[Path, ...] = ()  # in any form that stage `evaluate` reads (data/contamination.py)
     ngram: PositiveInt = 10
 
 

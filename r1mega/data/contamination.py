@@ -2,27 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import csv
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-from r1mega.data.sft import read_lines
+from r1mega.data.rows import MMLU_COLUMNS, Row, read_rows
 from r1mega.data.words import ngrams, split_words
 from r1mega.errors import DataError
 
-QUESTION_KEYS = ("question", "problem", "prompt", "text")
+QUESTION_KEYS = (
+    "question", "problem", "Question", "Problem", "question_content", "problem_statement", "description", "prompt", "text",
+)  # fmt: skip
+"""Under which of these the evaluation tasks' files have their question, the first that a row has."""
 
 
 def evaluation_questions(paths: Iterable[Path]) -> list[str]:
-    """The questions of evaluation files (JSONL or Parquet). DataError for a line that has none."""
-    return [_question(item, where) for path in paths for where, item in read_lines(path)]
+    """The questions of evaluation files, in any form that the evaluation tasks read (JSONL, JSON, CSV or Parquet).
+
+    DataError for a row that has none.
+    """
+    return [_question(row) for path in paths for row in read_rows(path, _columns(Path(path)))]
 
 
-def _question(item: Mapping[str, Any], where: str) -> str:
+def _question(row: Row) -> str:
     for key in QUESTION_KEYS:
-        if isinstance(item.get(key), str):
-            return item[key]
-    raise DataError(f"{where}: an evaluation line needs a text under {', '.join(QUESTION_KEYS)}")
+        if isinstance(row.values.get(key), str) and row.values[key].strip():
+            return row.values[key]
+    raise DataError(f"{row.where}: an evaluation line needs a text under {', '.join(QUESTION_KEYS)}")
+
+
+def _columns(path: Path) -> tuple[str, ...] | None:
+    """MMLU's for a CSV whose first line names no question; None for any other file."""
+    if path.suffix.lower() != ".csv" or not path.is_file():
+        return None
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        return MMLU_COLUMNS if set(QUESTION_KEYS).isdisjoint(next(csv.reader(file), [])) else None
 
 
 class Contamination:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from r1mega.types import Prompt
 logger = logging.getLogger(__name__)
 
 OWN_KEYS = ("id", "question", "answer", "kind", "language")
+_AFTER_SOLUTION = re.compile(r"####\s*(.+?)\s*$")
 DOCUMENT_TOKENS = 4
 """More than any tokenizer puts before a text: the begin-of-text token and sentencepiece's leading space."""
 
@@ -34,6 +36,12 @@ class PromptRecord:
     kind: str
     language: str | None
     metadata: dict[str, Any]
+
+
+def after_solution(answer: str) -> str:
+    """The answer itself, where the text is a solution that ends in "#### 1,234", as in GSM8K's own files: 1234."""
+    found = _AFTER_SOLUTION.search(answer)
+    return found[1].replace(",", "") if found else answer
 
 
 def load_prompts(config: DataConfig, tokenizer: Tokenizer) -> tuple[Prompt, ...]:
@@ -153,6 +161,8 @@ def _record(line: bytes, where: str, config: DataConfig) -> PromptRecord:
         shown = json.dumps(answer, ensure_ascii=False)
         raise DataError(f"{where}: 'answer' is {shown[:60]}: it must be a string, or a list of non-empty ones")
     kind, language = item.get("kind", config.kind), item.get("language", config.language)
+    if kind == "math":
+        answers = tuple(map(after_solution, answers))
     for key, value in (("kind", kind), ("language", language)):
         if value is not None and not isinstance(value, str):
             raise DataError(f"{where}: {key!r} is {value!r}, not a string")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
 from collections import Counter
@@ -18,6 +19,8 @@ from r1mega.data.sft import read_lines
 from r1mega.data.tokenizer import Tokenizer
 from r1mega.errors import DataError
 from r1mega.observe.files import sync_path, write_atomic
+
+logger = logging.getLogger(__name__)
 
 
 def without_duplicates(
@@ -76,10 +79,14 @@ def mix(
 ) -> tuple[list[Candidate], FilterCount]:
     """Reasoning samples and so many general ones (a seeded choice) that they are `share` of the result, shuffled.
 
-    All general samples when there are too few: none is repeated, and no reasoning is thrown away for the ratio's sake.
+    All general samples, and a warning, when there are too few: none is repeated, and no reasoning is thrown away for the
+    ratio's sake.
     """
     rng = random.Random(f"mix/{seed}")
-    wanted = min(len(general), round(len(reasoning) * share / (1 - share)))
+    wanted = round(len(reasoning) * share / (1 - share))
+    if len(general) < wanted:
+        logger.warning("general.share = %g wants %d general samples, there are %d: all are taken", share, wanted, len(general))
+        wanted = len(general)
     chosen = [general[i] for i in sorted(rng.sample(range(len(general)), wanted))]
     merged = [*reasoning, *chosen]
     rng.shuffle(merged)

@@ -11,22 +11,17 @@ import io
 import json
 import pickle
 import random
-import re
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from r1mega.config.rewards import WITHOUT_GOLD
-from r1mega.data.prompts import OWN_KEYS, PromptRecord
+from r1mega.data.prompts import OWN_KEYS, PromptRecord, after_solution
+from r1mega.data.rows import Row
 from r1mega.errors import DataError
-from r1mega.evaluate.rows import Row
-
-MMLU_COLUMNS = ("question", "A", "B", "C", "D", "answer")
-"""Columns of the original MMLU files, which have no header line."""
 
 LETTERS = "ABCDEFGHIJ"
-_GSM8K_ANSWER = re.compile(r"####\s*(.+?)\s*$")
 _LIVECODEBENCH_SECONDS = 6.0  # a test, as in the benchmark's own harness
 
 
@@ -53,9 +48,7 @@ def question_answer(row: Row, options: FormOptions) -> PromptRecord:
     """Math with one answer. GSM8K {"question", "answer": "... #### 18"}, MATH-500 {"problem", "answer", "unique_id"},
     AIME {"problem" or "Problem", "answer" or "Answer", "id" or "ID"}, NeMo's {"problem", "expected_answer"}.
     """
-    answer = row.words("expected_answer", "answer", "Answer")
-    if match := _GSM8K_ANSWER.search(answer):
-        answer = match.group(1).replace(",", "")
+    answer = after_solution(row.words("expected_answer", "answer", "Answer"))
     question = row.text("question", "problem", "Problem")
     return _record(row, row.identity("unique_id", "id", "ID"), question, "math", (answer,))
 
@@ -69,6 +62,7 @@ def own_prompt(row: Row, options: FormOptions) -> PromptRecord:
     answers = tuple(answer) if isinstance(answer, list) else (answer,) if answer is not None else ()
     if not all(isinstance(a, str) and a.strip() for a in answers) or not (answers or kind in WITHOUT_GOLD):
         raise DataError(f"{row.where}: 'answer' is {answer!r:.60}: it must be a text or a list of texts")
+    answers = tuple(map(after_solution, answers)) if kind == "math" else answers
     rest = {key: value for key, value in row.values.items() if key not in OWN_KEYS}
     return _record(row, row.identity("id"), row.text("question"), kind, answers, language, **rest)
 

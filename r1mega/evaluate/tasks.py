@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from r1mega.data.prompts import PromptRecord
+from r1mega.data.rows import MMLU_COLUMNS, Row, read_rows
 from r1mega.data.template import render
 from r1mega.data.tokenizer import Tokenizer
 from r1mega.errors import DataError
 from r1mega.evaluate import forms
 from r1mega.evaluate.forms import FormOptions
-from r1mega.evaluate.rows import Row, read_rows
 from r1mega.types import Prompt
 
 logger = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ TASKS = {
         Task("aime24", forms.question_answer, BOXED, num_samples=64),
         Task("aime25", forms.question_answer, BOXED, num_samples=64),
         Task("math", forms.question_answer, BOXED, num_samples=4),
-        Task("mmlu", forms.mmlu, CHOICE, num_samples=4, columns=forms.MMLU_COLUMNS),
+        Task("mmlu", forms.mmlu, CHOICE, num_samples=4, columns=MMLU_COLUMNS),
         Task("gpqa", forms.gpqa, CHOICE, num_samples=8),
         Task("humaneval", forms.humaneval, FUNCTION, num_samples=8),
         Task("mbpp", forms.mbpp, PROGRAM, num_samples=4),

@@ -35,4 +35,7 @@ def _select(config: RejectionSamplingStage, factory: Factory, posed: list[PosedP
         kept, count = mix(kept, general, config.general.share, config.seed)
         funnel += [type(c)(f"general: {c.name}", c.seen, c.taken) for c in (*counts, count)]
     further = [describe_file(path, "general", config.licences) for path in config.general.files]
-    return factory.write(kept, funnel, {"prompts": len(posed), "sampled": len(candidates)}, further)
+    made_by = {"prompts": len(posed), "sampled": len(candidates)}
+    if general:
+        made_by["general share asked"] = config.general.share
+    return factory.write(kept, funnel, made_by, further)

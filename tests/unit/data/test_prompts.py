@@ -51,6 +51,15 @@ def test_fields_template_and_defaults(tmp_path):
     assert second.metadata == {"tests": [1]}
 
 
+def test_gsm8ks_own_lines_hold_a_solution_before_the_answer(tmp_path):
+    solution = "48/2 = <<48/2=24>>24.\nTogether <<48+24=72>>72.\n#### 1,072"
+    path = write(
+        tmp_path, {"question": "q", "answer": solution}, {"question": "q", "answer": ["7", "so\n#### -3 "]},
+        {"question": "q", "answer": "#### x", "kind": "logic"},
+    )  # fmt: skip
+    assert [p.answers for p in load(path)] == [("1072",), ("7", "-3"), ("#### x",)], "math alone is written so"
+
+
 def test_questions_in_the_form_of_gsm8k(tmp_path):
     prompts = load(Path("tests/data/gsm8k_form.jsonl"))
     assert len(prompts) == 8

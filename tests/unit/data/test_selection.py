@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +16,8 @@ from r1mega.data.selection import at_most_per_prompt, mix, without_contamination
 from r1mega.data.sft import read_lines
 from r1mega.data.words import split_words
 from r1mega.errors import DataError
+from r1mega.evaluate.forms import FormOptions
+from r1mega.evaluate.tasks import TASKS, load_task
 
 VOCABULARY = [f"w{i}" for i in range(400)]
 
@@ -109,7 +112,18 @@ def test_evaluation_questions_under_any_of_their_names_are_kept_out(tmp_path):
         evaluation_questions([path])
 
 
-def test_mix_and_samples_of_a_prompt():
+@pytest.mark.parametrize("path", sorted(Path("tests/data/evaluate").iterdir()), ids=lambda path: path.name)
+def test_every_published_form_that_is_evaluated_is_kept_out(path):
+    """What the evaluation asks, whatever the form of its file, holds a question that decontamination knows."""
+    names = {"aime": "aime24", "mmlu_original": "mmlu"}
+    records = load_task(TASKS[names.get(path.stem, path.stem)], path, FormOptions(), wording="{{ question }}")
+    known = evaluation_questions([path])
+    asked = [record.question for record in records]
+    assert all(any(split_words(k) and k.strip() in question for k in known) for question in asked), (known, asked)
+    assert all(map(Contamination(known, 10), asked))
+
+
+def test_mix_and_samples_of_a_prompt(caplog):
     reasoning = [candidate(p, s) for p in range(30) for s in range(3)]
     kept, count = at_most_per_prompt(reasoning, 2)
     assert len(kept) == 60 and count.taken == 30
@@ -119,7 +133,9 @@ def test_mix_and_samples_of_a_prompt():
     assert len(merged) == 80 and sum(c.kind == "general" for c in merged) == 20, "three quarters and one"
     assert {c.id for c in kept} <= {c.id for c in merged}
     assert merged == mix(kept, general, 0.25, seed=1)[0] != mix(kept, general, 0.25, seed=2)[0]
+    assert not caplog.records
     few, count = mix(kept, general[:5], 0.25, seed=1)
+    assert "wants 20 general samples, there are 5" in caplog.text
     assert len(few) == 65 and count.taken == 0, "none is repeated"
 
 

@@ -12,9 +12,9 @@ import pytest
 
 from r1mega.config.rewards import ACCURACY
 from r1mega.config.stages.evaluate import Form
+from r1mega.data.rows import Row, read_rows
 from r1mega.errors import DataError
 from r1mega.evaluate.forms import FormOptions
-from r1mega.evaluate.rows import Row, read_rows
 from r1mega.evaluate.tasks import TASKS, load_task
 
 SAMPLES = Path("tests/data/evaluate")

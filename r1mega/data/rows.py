@@ -12,6 +12,10 @@ from typing import Any
 from r1mega.errors import DataError
 
 
+MMLU_COLUMNS = ("question", "A", "B", "C", "D", "answer")
+"""Columns of the original MMLU files, which have no header line."""
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """One row. where: "file:line" (JSONL, CSV) or "file: row n" for messages; number: from 1."""

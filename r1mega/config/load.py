@@ -21,6 +21,15 @@ Places = dict[tuple[str, ...], str]
 """Where each key was set: ("rollout", "top_p") -> "zero.yaml:12" or "command line"."""
 
 
+class _Loader(yaml.SafeLoader):
+    """A date stays the text that was written, as it does on the command line."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Stage:
     """Read, merge and check a config. Paths inside are relative to the current directory, includes to their file.
 
@@ -70,8 +79,8 @@ def _read(path: Path, places: Places, chain: tuple[Path, ...]) -> dict[str, Any]
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise ConfigError(f"{path}: cannot be read ({reason})") from error
     try:
-        content = yaml.safe_load(text)
-        tree = yaml.compose(text, Loader=yaml.SafeLoader)
+        content = yaml.load(text, Loader=_Loader)
+        tree = yaml.compose(text, Loader=_Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""

@@ -157,13 +157,13 @@ def _by_node(overrides: Sequence[str], config: PipelineConfig) -> dict[str, list
 
 
 def _dotted(values: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """{"a": {"b": 1}, "c.d": [2]} -> ["a.b=1", "c.d=[2]"]"""
+    """{"a": {"b": 1}, "c.d": "x: y"} -> ['a.b=1', 'c.d="x: y"']; quoted, a text stays one whatever it looks like."""
     lines = []
     for key, value in values.items():
         if isinstance(value, Mapping) and value:
             lines += _dotted(value, f"{prefix}{key}.")
         else:
-            lines.append(f"{prefix}{key}={value if isinstance(value, str) else json.dumps(value)}")
+            lines.append(f"{prefix}{key}={json.dumps(value, ensure_ascii=False)}")
     return lines
 
 

@@ -29,9 +29,11 @@ from r1mega.observe.report import (
 )
 from r1mega.observe.run import RunDirectory
 from r1mega.observe.samples import read_samples
+from r1mega.observe.side_by_side import compare_stages
 
 PIPELINE_FILE = "pipeline.json"
-STAGE_CHARTS = ("response-length", "accuracy", "language-mixing", "loss")
+STAGE_CHARTS = ("response-length", "accuracy", "language-mixing", "reward-parts", "loss")
+RL_STAGES = ("zero", "reasoning_rl", "align")
 SAMPLES_SHOWN = 2
 
 
@@ -117,6 +119,7 @@ def _render(description: Mapping[str, Any], nodes: Sequence[NodeView]) -> str:
     rungs = ladder(nodes)
     charts = {node.name: _stage_charts(node) for node in nodes}
     overview = [chart for chart in (_ladder_chart(rungs), _time_chart(nodes)) if chart is not None]
+    overview += compare_stages({node.name: node.lines for node in nodes if node.stage in RL_STAGES})
     states = {node.name: node.state for node in nodes}
     return render_page(
         "pipeline.html.j2",

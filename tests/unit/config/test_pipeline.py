@@ -5,8 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from r1mega.config.factory import FactoryStage
 from r1mega.config.load import load_config
 from r1mega.config.pipeline import check_pipeline, load_pipeline, paths_of
+from r1mega.config.stages.evaluate import EvaluateStage
+from r1mega.config.stages.rl import RLStage
 from r1mega.errors import ConfigError
 
 NANO = "configs/nano/r1.yaml"
@@ -32,6 +35,17 @@ def test_every_shipped_pipeline_loads_and_could_run(path):
     check_pipeline(pipeline, list(pipeline.nodes), dry_run=True)
 
 
+@pytest.mark.parametrize("seed", [1, 2])
+def test_the_ablations_of_a_seed_are_the_runs_of_the_tool(seed):
+    pipeline = load_pipeline("configs/nano/claims/ablations.yaml", [f"overrides.seed={seed}"])
+    check_pipeline(pipeline, list(pipeline.nodes), dry_run=True)
+    directory = f"runs/claims/seed{seed}"
+    assert [str(node.config.run_dir) for node in pipeline.nodes.values()] == [
+        f"{directory}/{name}" for name in ("base", "zero", "zero_language", "hacking/samples", "hacking/reward_model", "hacking/zero")
+    ]
+    assert {node.config.seed for node in pipeline.nodes.values()} == {seed} and str(pipeline.dir) == directory
+
+
 @pytest.mark.parametrize("path", sorted(Path("configs").glob("*/zero_2048.yaml")), ids=str)
 def test_a_layout_for_2048_ranks_could_run(path, tmp_path):
     file = tmp_path / "r1.yaml"
@@ -55,6 +69,25 @@ def test_overrides_of_the_file_and_of_the_command_line(two):
     assert (zero.config.steps, zero.config.rollout.temperature, zero.config.reward.format.weight) == (7, 0.7, 0.3)
     assert zero.config.seed == 5 and zero.config.observe.tensorboard is False
     assert load_pipeline(two, ["overrides.seed=5"]).nodes["base"].config.seed == 5
+
+
+@pytest.mark.parametrize("text", ["User: {{ question }} Assistant:", "[{{ question }}]", "7", "null", "a 'b' \"c\" 试 #"])
+def test_a_text_in_the_files_overrides_stays_that_text(two, text):
+    override = json.dumps({"data": {"template": text}}, ensure_ascii=False)
+    two.write_text(two.read_text().replace("{steps: 7,", f"{{steps: 7, {override[1:-1]},"))
+    assert load_pipeline(two).nodes["zero"].config.data.template == text
+
+
+@pytest.mark.parametrize("path", sorted(Path("configs").glob("*/r1.yaml")), ids=str)
+def test_data_is_decontaminated_against_every_evaluation_set(path):
+    """What any node of a shipped recipe is evaluated on, its data stages leave out."""
+    configs = [node.config for node in load_pipeline(path).nodes.values()]
+    evaluated = {task.data for config in configs if isinstance(config, EvaluateStage) for task in config.chosen.values()}
+    evaluated |= {config.evaluate.data for config in configs if isinstance(config, RLStage) and config.evaluate.data}
+    makers = [config for config in configs if isinstance(config, FactoryStage)]
+    assert makers and evaluated
+    for config in makers:
+        assert evaluated <= set(config.decontaminate.files), config.run_dir
 
 
 def test_a_moved_dir_takes_its_paths_along_and_no_others(two):

@@ -86,7 +86,7 @@ def test_page(pipeline):
     html = write_pipeline_report(pipeline).read_text()
     page = body(html)
     assert EVIL not in html and "&lt;script&gt;" in page and "what came in" in page
-    assert set(figures(html)) == {"ladder", "time", "zero-response-length", "zero-accuracy"}
+    assert set(figures(html)) == {"ladder", "time", "zero-response-length", "zero-accuracy", "zero-reward-parts"}
     assert {t["name"]: t["y"] for t in figures(html)["time"]["data"]} == {
         "rollout": [4 / 60], "update": [2 / 60], "other": [pytest.approx(1 / 60)]
     }  # fmt: skip
@@ -94,6 +94,19 @@ def test_page(pipeline):
     assert '<td class="number">200</td><td class="number">600</td>' in page
     assert '<g class="not started"' in page and '<g class="finished"' in page
     assert (pipeline / "zero" / "report.html").exists(), "each stage's own report is made too"
+
+
+def test_rl_stages_stand_side_by_side(pipeline):
+    """Language mixing with and without the reward against it in one chart; what only one of them measured is in none."""
+    description = json.loads((pipeline / "pipeline.json").read_text())
+    description["nodes"].append(description["nodes"][1] | {"name": "language", "run_dir": str(pipeline / "language")})
+    (pipeline / "pipeline.json").write_text(json.dumps(description))
+    mixed = "response/mixed_language_fraction"
+    write_run(pipeline / "language", [rl_line(step, **{mixed: 0.0}) for step in (1, 2, 3)])
+    assert "stages-mixed-language-fraction" not in figures(write_pipeline_report(pipeline).read_text())
+    write_run(pipeline / "zero", [rl_line(step, **{mixed: step / 10}) for step in (1, 2)])
+    drawn = figures(write_pipeline_report(pipeline).read_text())["stages-mixed-language-fraction"]["data"]
+    assert [(t["name"], t["x"], t["y"]) for t in drawn] == [("zero", [1, 2], [0.1, 0.2]), ("language", [1, 2, 3], [0.0] * 3)]
 
 
 def test_states():

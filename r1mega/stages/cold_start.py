@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+import math
 import random
 from collections.abc import Sequence
 from typing import Any
 
+from r1mega.checkpoint.hf import read_config
+from r1mega.config.model_files import context_length
 from r1mega.config.stages.cold_start import ColdStartStage, Prompting
 from r1mega.data.filters import Candidate, FilterCount, apply_filters, build_filters
 from r1mega.data.rewrite import rewrite
@@ -22,6 +26,8 @@ from r1mega.stages.runtime import Runtime
 from r1mega.stages.sampling import read_samples
 from r1mega.types import Prompt, Response, RewardStatus, SamplingSettings
 
+logger = logging.getLogger(__name__)
+
 BEFORE_REWRITING = ("unscored", "truncated", "low accuracy")
 """Filters that rewriting could not help with; the others wait for its result."""
 
@@ -29,7 +35,7 @@ BEFORE_REWRITING = ("unscored", "truncated", "low accuracy")
 def run(config: ColdStartStage, runtime: Runtime) -> int:
     """Write RUN_DIR/data. Returns the exit code (85: what was drawn is kept, start again for the rest)."""
     factory = Factory(config, runtime)
-    posed = _pose(config, factory, factory.load_prompts())
+    posed = pose(config, factory, factory.load_prompts())
     if not factory.sample(posed):
         return runtime.stopped()
     filters = build_filters(config.filters)
@@ -60,15 +66,23 @@ def run(config: ColdStartStage, runtime: Runtime) -> int:
     return factory.finish(runtime.broadcast(select))
 
 
-def _pose(config: ColdStartStage, factory: Factory, prompts: Sequence[Prompt]) -> list[PosedPrompt]:
-    """Each prompt in one of the ways of asking: a seeded draw by their shares."""
+def pose(config: ColdStartStage, factory: Factory, prompts: Sequence[Prompt]) -> list[PosedPrompt]:
+    """Each prompt in one of the ways of asking: a seeded draw by their shares. What is too long with its examples is an error,
+    or left out with a warning, by data.on_long_prompt.
+    """
     rng = random.Random(f"prompting/{config.seed}")
     ways = rng.choices(range(len(config.prompting)), [way.share for way in config.prompting], k=len(prompts))
     shots = [_shots(config, way) for way in config.prompting]
-    return [
+    posed = [
         _posed(config, factory, prompt, config.prompting[way], shots[way], f"prompting {way + 1}")
         for prompt, way in zip(prompts, ways, strict=True)
     ]
+    kept = [p for p in posed if p is not None]
+    if len(kept) < len(posed):
+        logger.warning("%d prompts longer than data.max_prompt_tokens with their examples were skipped", len(posed) - len(kept))
+    if not kept:
+        raise DataError(f"no prompt is left within data.max_prompt_tokens = {config.data.max_prompt_tokens}")
+    return kept
 
 
 def _shots(config: ColdStartStage, way: Prompting) -> str:
@@ -88,14 +102,17 @@ def _spaced(response: str) -> str:
 
 def _posed(
     config: ColdStartStage, factory: Factory, prompt: Prompt, way: Prompting, shots: str, name: str
-) -> PosedPrompt:
+) -> PosedPrompt | None:
+    """None: too long with its examples, and data.on_long_prompt says to skip."""
     text = shots + render(way.template or config.data.template, prompt.question)
     prefix = tuple(factory.tokenizer.encode(way.response_prefix)) if way.response_prefix else ()
     token_ids = (*factory.tokenizer.encode_prompt(text), *prefix)
     if len(token_ids) > config.data.max_prompt_tokens:
+        if config.data.on_long_prompt == "skip":
+            return None
         raise DataError(
             f"{name}: prompt {prompt.id} has {len(token_ids)} tokens with its examples, data.max_prompt_tokens is "
-            f"{config.data.max_prompt_tokens}; raise it, or give fewer examples"
+            f"{config.data.max_prompt_tokens}; raise it, give fewer examples, or set data.on_long_prompt=skip"
         )
     return PosedPrompt(dataclasses.replace(prompt, token_ids=token_ids), prefix, name)
 
@@ -103,24 +120,29 @@ def _posed(
 def _rewrite_by_model(
     config: ColdStartStage, factory: Factory, candidates: Sequence[Candidate]
 ) -> list[Candidate] | None:
-    """What the model made of each, in the form again; those that it cut or left without form are gone. None: stopped."""
+    """What the model made of each, in the form again; those that its context has no room for, that it cut or left without
+    form are gone. None: stopped.
+    """
     model = config.rewrite.model
-    tokenizer = load_tokenizer(model.path)
+    tokenizer, context = load_tokenizer(model.path), context_length(read_config(model.path))
+    longest = math.inf if context is None else context - model.max_tokens - 1
     texts = [
         render_text(model.prompt, {"question": c.question, "response": c.response}, key="rewrite.model.prompt")
         for c in candidates
     ]
-    posed = [
-        PosedPrompt(Prompt(c.id, c.question, (), c.kind, c.language, tuple(tokenizer.encode_prompt(text))))
+    asked = [
+        (c, Prompt(c.id, c.question, (), c.kind, c.language, token_ids))
         for c, text in zip(candidates, texts, strict=True)
+        if len(token_ids := tuple(tokenizer.encode_prompt(text))) <= longest
     ]
     stop_ids, stop_strings = stop_settings(config.rollout.stop, tokenizer)
     settings = SamplingSettings(model.temperature, 1.0, model.max_tokens, stop_ids, stop_strings)
+    posed = [PosedPrompt(prompt) for _, prompt in asked]
     if not factory.resample("rewritten", posed, config.model.model_copy(update={"path": model.path}), settings):
         return None
     result = []
     for sample in read_samples(factory.runtime.run_dir / "raw", "rewritten"):
-        candidate = candidates[sample.prompt]
+        candidate, _ = asked[sample.prompt]
         text = rewrite(sample.text, config.rewrite, candidate.language) if sample.finish_reason == "stop" else None
         if text is not None:
             result.append(dataclasses.replace(candidate, response=text))

@@ -7,8 +7,11 @@ started again, with however many ranks, draws what is missing.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 import time
+from array import array
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +22,8 @@ import torch
 import torch.distributed as dist
 
 from r1mega.data.tokenizer import Tokenizer
-from r1mega.observe.files import JsonLinesWriter, read_json_lines
+from r1mega.errors import DataError
+from r1mega.observe.files import JsonLinesWriter, read_json_lines, write_atomic
 from r1mega.rollout.engine import GenerationEngine, sample_seed
 from r1mega.rollout.sampler import Scorer, response_text
 from r1mega.stages.runtime import Runtime
@@ -80,10 +84,30 @@ class Sampling:
         return -(-len(self._prompts) // self._window)
 
     def begin(self) -> int:
-        """Read what earlier starts drew; the number of samples that are missing. A collective call, before any is drawn."""
+        """Read what earlier starts drew; the number of samples that are missing. A collective call, before any is drawn.
+
+        DataError when those starts had other prompts.
+        """
+        path, asked = self._directory / f"{self._name}.json", {"prompts": len(self._prompts), "sha256": self._digest()}
+        if path.exists() and json.loads(path.read_text()) != asked:
+            raise DataError(
+                f"{self._directory}: its samples answer other prompts: data.prompts, the ways of asking or the tokenizer have "
+                "changed; put them back, or use another run_dir"
+            )
         self._done = {(s.prompt, s.sample): s for s in read_samples(self._directory, self._name)}
         self._runtime.barrier()  # all have read before the first one writes
+        if self._runtime.is_main:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, json.dumps(asked) + "\n")
         return len(self._prompts) * self._num_samples - len(self._done)
+
+    def _digest(self) -> str:
+        """Of the prompts, in their order, as the model sees them."""
+        digest = hashlib.sha256()
+        for prompt, prefix in zip(self._prompts, self._prefixes, strict=True):
+            digest.update(f"{prompt.id}\0{len(prompt.token_ids)}\0{len(prefix)}\0".encode())
+            digest.update(array("q", prompt.token_ids).tobytes())
+        return digest.hexdigest()
 
     def finished_windows(self) -> int:
         """Windows, from the first on, of which nothing is missing."""

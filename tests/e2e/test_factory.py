@@ -2,8 +2,10 @@
 
 import json
 import re
+import shutil
 
 import pytest
+import yaml
 
 from tests.e2e.runs import kill_when, metrics, r1mega
 
@@ -106,6 +108,24 @@ def test_killed_and_gone_on_with_two_ranks_gives_the_same_files(factory_argument
     stored = [record for path in sorted((run_dir / "raw").glob("*.jsonl")) for record in read(path)]
     assert len(stored) == len({(r["prompt"], r["sample"]) for r in stored}) == 64 * 12, "nothing was drawn twice"
     assert stored[: len(drawn)] == drawn
+
+
+def test_prompts_that_changed_under_a_run_are_noticed(factory_arguments, whole_run, nano_base, tmp_path):
+    """Samples are kept by their prompt's place: those of an earlier start must not be taken for answers to other questions."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(whole_run, run_dir)
+    (run_dir / "status.json").write_text(json.dumps(json.loads((run_dir / "status.json").read_text()) | {"state": "interrupted"}))
+    config = yaml.safe_load((run_dir / "config.yaml").read_text())
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(config | {"run_dir": str(run_dir)}))
+    prompts = nano_base / "data/train.jsonl"
+    text = prompts.read_text()
+    prompts.write_text("".join(reversed(text.splitlines(keepends=True))))
+    try:
+        done = r1mega(*factory_arguments(run_dir), check=False)
+    finally:
+        prompts.write_text(text)
+    assert done.returncode == 3 and "its samples answer other prompts" in done.stdout
+    assert (run_dir / "data/train.jsonl").read_text() == (whole_run / "data/train.jsonl").read_text()
 
 
 def test_rewriting_by_a_model_is_verified_again(nano_base, tmp_path):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from r1mega.config.factory import FactoryStage
+from r1mega.config.model_files import context_length
 from r1mega.config.schema import NonNegative, Positive, PositiveInt, Section
 from r1mega.config.validate import is_given, missing_file_problems
 
@@ -39,7 +41,7 @@ class RewriteModel(Section):
         "the tags.\n\nProblem: {{ question }}\n\nSolution: {{ response }}\n\nRewritten solution:"
     )  # Jinja2
     temperature: NonNegative = 0.0
-    max_tokens: PositiveInt = 8192
+    max_tokens: PositiveInt = 8192  # what does not fit into its context beside the prompt is left out, and counted
 
 
 class RewriteConfig(Section):
@@ -73,3 +75,8 @@ class ColdStartStage(FactoryStage):
                 yield f"rewrite.rules: {rule.pattern!r} is no regular expression ({error})"
         if (path := self.rewrite.model.path) is not None and not is_given(path / "config.json"):
             yield f"rewrite.model.path = {path}: no HF model directory (config.json is missing)"
+        elif path is not None and (path / "config.json").is_file():
+            context = context_length(json.loads((path / "config.json").read_text()))
+            if context is not None and self.rewrite.model.max_tokens >= context:
+                key = f"rewrite.model.max_tokens = {self.rewrite.model.max_tokens}"
+                yield f"{key} leaves no room for a prompt in the model's context of {context}"

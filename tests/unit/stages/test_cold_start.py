@@ -1,0 +1,68 @@
+"""The ways of asking: shares, examples and beginnings of responses in the tokens; what is too long with its examples."""
+
+import json
+from collections import Counter
+
+import pytest
+
+from r1mega.config.load import load_config
+from r1mega.data import nano_tokenizer
+from r1mega.data.prompts import load_prompts
+from r1mega.errors import DataError
+from r1mega.stages.cold_start import pose
+from r1mega.stages.factory import Factory
+
+EXAMPLE = json.dumps({"question": "a 5", "response": "<think> try a 5 yes </think> <answer> 5 </answer>"})
+
+
+@pytest.fixture
+def ask(tmp_path):
+    """A function: prompts posed by configs/nano/cold_start.yaml with overrides; 100 short questions and a long one."""
+    nano_tokenizer.train_tokenizer(tmp_path)
+    (tmp_path / "example.jsonl").write_text(EXAMPLE)
+    questions = [f"which of a {i % 10} b 1" for i in range(100)] + ["which of " + "a 5 " * 20]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"question": q, "answer": "1", "id": str(i)}) + "\n" for i, q in enumerate(questions)))
+    ways = f"prompting=[{{share: 3}},{{share: 1,response_prefix: <think>}},{{share: 1,few_shot: {tmp_path}/example.jsonl}}]"
+
+    def posed(*overrides):
+        config = load_config("configs/nano/cold_start.yaml", [
+            f"model.path={tmp_path}", f"data.prompts=[{tmp_path}/p.jsonl]", ways, *overrides,
+        ])  # fmt: skip
+        factory = Factory(config, None)
+        return factory.tokenizer, pose(config, factory, load_prompts(config.data, factory.tokenizer))
+
+    return posed
+
+
+def test_ways_and_their_shares(ask):
+    tokenizer, posed = ask()
+    assert len(posed) == 101
+    ways = Counter(p.source for p in posed)
+    assert abs(ways["prompting 1"] - 60.6) < 15 and min(ways.values()) > 8 and len(ways) == 3
+    for p in posed:
+        text = tokenizer.decode(list(p.prompt.token_ids))
+        assert text.endswith("Assistant: <think>" if p.source == "prompting 2" else "Assistant:")
+        assert text.startswith("User: a 5 Assistant: <think> try a 5 yes") == (p.source == "prompting 3")
+        assert tuple(p.prompt.token_ids[len(p.prompt.token_ids) - len(p.prefix) :]) == p.prefix
+    assert [p.source for p in posed] == [p.source for p in ask()[1]] != [p.source for p in ask("seed=2")[1]]
+
+
+def test_too_long_with_its_examples(ask, tmp_path, caplog):
+    """The long question fits by itself, and not behind the example."""
+    limit = ["data.max_prompt_tokens=50", f"prompting=[{{few_shot: {tmp_path}/example.jsonl}}]"]
+    assert len(ask(limit[0], "prompting=[{share: 1}]")[1]) == 101
+    with pytest.raises(DataError, match="prompt 100 has .* tokens with its examples, data.max_prompt_tokens is 50"):
+        ask(*limit)
+    _, posed = ask(*limit, "data.on_long_prompt=skip")
+    assert [p.prompt.id for p in posed] == [str(i) for i in range(100)]
+    assert "1 prompts longer than data.max_prompt_tokens with their examples were skipped" in caplog.text
+    with pytest.raises(DataError, match="no prompt is left"):
+        ask("data.max_prompt_tokens=20", limit[1], "data.on_long_prompt=skip")
+
+
+@pytest.mark.parametrize("tokens", [255, 256])
+def test_a_rewriting_must_leave_room_for_its_prompt(tokens, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"max_position_embeddings": 256}))
+    overrides = [f"rewrite.model.path={tmp_path}", f"rewrite.model.max_tokens={tokens}"]
+    problems = list(load_config("configs/nano/cold_start.yaml", overrides).problems({}, 1))
+    assert any("leaves no room for a prompt in the model's context of 256" in p for p in problems) == (tokens == 256)

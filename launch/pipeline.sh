@@ -9,11 +9,11 @@
 #SBATCH --requeue
 #SBATCH --signal=B:USR1@600
 #SBATCH --open-mode=append
-source "${R1MEGA_HOME:-${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}}/launch/slurm.sh"
+source "${R1MEGA_HOME:-${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}}/launch/slurm.sh" || exit 2
 [ $# -gt 0 ] || { echo "usage: bash launch/pipeline.sh PIPELINE [node.key.sub=value ...]" >&2; exit 2; }
 
 if [ -n "${R1MEGA_NODE:-}" ]; then # inside the job of one stage
-    run_in_job "$R1MEGA_PYTHON" -m r1mega pipeline "$@" --only "$R1MEGA_NODE" --launcher "$(rank_launcher)"
+    run_in_job "$R1MEGA_PYTHON" -m r1mega pipeline "$@" --only "$R1MEGA_NODE" --launcher "$(rank_launcher)" --rank-python "$RANK_PYTHON"
     exit
 fi
 if ! command -v sbatch >/dev/null; then
@@ -29,7 +29,7 @@ while IFS=$'\t' read -r node machines ranks parents; do
         [ "$parent" = - ] || after+=":${submitted[$parent]}"
     done
     job=$(R1MEGA_NODE=$node sbatch --parsable --job-name="r1mega-$node" --nodes="$machines" --ntasks-per-node="$ranks" \
-        --gpus-per-node="$ranks" --output="${R1MEGA_LOGS:-logs}/%x-%j.out" ${after:+--dependency=afterok$after --kill-on-invalid-dep=yes} "$0" "$@") || exit
+        --gpus-per-node="$ranks" --output="${R1MEGA_LOGS:-logs}/%x-%j.out" ${after:+--dependency=afterok$after --kill-on-invalid-dep=yes} launch/pipeline.sh "$@") || exit
     submitted[$node]=${job%%;*}
     echo "$node: job ${submitted[$node]}${after:+, after${after//:/ }}"
 done <<<"$plan"

@@ -10,6 +10,7 @@
 #   R1MEGA_PYTHON      the interpreter (default: .venv/bin/python, else python)
 #   R1MEGA_LOGS        log files go to $R1MEGA_LOGS/NAME-JOBID/rank-N.log (default: logs)
 #   R1MEGA_CONTAINER   an image: *.sif by apptainer, anything else by enroot (srun --container-image, the pyxis plugin)
+#   R1MEGA_CONTAINER_PYTHON  the interpreter inside of it, with the packages of this repository (default: python)
 #   R1MEGA_MOUNTS      more host:container mounts for it, separated by commas
 #   R1MEGA_INTERFACE   network interface of gloo and of NCCL's first contact (default: theirs)
 #   R1MEGA_SRUN        more options for srun
@@ -27,11 +28,25 @@ if [ -z "${R1MEGA_PYTHON:-}" ]; then
     R1MEGA_PYTHON=python
     [ -x .venv/bin/python ] && R1MEGA_PYTHON=$PWD/.venv/bin/python
 fi
+RANK_PYTHON=$R1MEGA_PYTHON
+[ -n "${R1MEGA_CONTAINER:-}" ] && RANK_PYTHON=${R1MEGA_CONTAINER_PYTHON:-python}
+
+# run_stages DEFAULT... -- [CONFIG] [key.sub=value ...]: CONFIG, or without one the defaults, one after the other.
+run_stages() {
+    local config defaults=()
+    while [ "$1" != -- ]; do defaults+=("$1") && shift; done
+    shift
+    if [ $# -gt 0 ] && { [ -f "$1" ] || [[ $1 != *=* ]]; }; then
+        run_stage "$@"
+    else
+        for config in "${defaults[@]}"; do run_stage "$config" "$@"; done
+    fi
+}
 
 # run_stage CONFIG [key.sub=value ...]: one stage to its end, in this job or on this machine. Does not return on failure.
 run_stage() {
     if [ -n "${SLURM_JOB_ID:-}" ]; then
-        run_in_job $(rank_launcher) "$R1MEGA_PYTHON" -m r1mega train "$@"
+        run_in_job $(rank_launcher) "$RANK_PYTHON" -m r1mega train "$@"
     else
         local ranks=${R1MEGA_RANKS:-$(gpus_here)}
         [ "$ranks" -gt 1 ] && set -- --ranks "$ranks" "$@"
@@ -76,6 +91,9 @@ prepare_job() {
     export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1} # a dead peer ends the ranks that wait for it
     export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1} # Megatron: communication is queued before the GEMM it overlaps
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} PYTHONUNBUFFERED=1
+    if [ -n "${R1MEGA_CONTAINER:-}" ]; then # its interpreter knows nothing of this directory
+        export PYTHONPATH=$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}
+    fi
 }
 
 # run_in_job COMMAND...: a command that calls srun, with this job's signals, requeue and exit code.

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Stage 3: rejection sampling, then SFT of the base on what it kept.
 #   sbatch launch/stage3.sh [CONFIG] [key.sub=value ...]      see launch/slurm.sh
+# CONFIG is one of its two configs (rejection_sampling.yaml, then sft.yaml); without one, both of configs/nano.
 #SBATCH --job-name=r1mega-stage3
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8
@@ -10,10 +11,5 @@
 #SBATCH --signal=B:USR1@600
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.out
-source "${R1MEGA_HOME:-${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}}/launch/slurm.sh"
-if [ $# -gt 0 ]; then
-    run_stage "$@"
-else
-    run_stage configs/nano/rejection_sampling.yaml
-    run_stage configs/nano/sft.yaml
-fi
+source "${R1MEGA_HOME:-${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}}/launch/slurm.sh" || exit 2
+run_stages configs/nano/rejection_sampling.yaml configs/nano/sft.yaml -- "$@"

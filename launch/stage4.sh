@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Stage 4: the reward models, then RL for all scenarios.
 #   sbatch launch/stage4.sh [CONFIG] [key.sub=value ...]      see launch/slurm.sh
+# CONFIG is one of its three configs (reward_helpful.yaml, reward_harmless.yaml, align.yaml); without one, all of configs/nano.
 #SBATCH --job-name=r1mega-stage4
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8
@@ -10,11 +11,5 @@
 #SBATCH --signal=B:USR1@600
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.out
-source "${R1MEGA_HOME:-${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}}/launch/slurm.sh"
-if [ $# -gt 0 ]; then
-    run_stage "$@"
-else
-    run_stage configs/nano/reward_helpful.yaml
-    run_stage configs/nano/reward_harmless.yaml
-    run_stage configs/nano/align.yaml
-fi
+source "${R1MEGA_HOME:-${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}}/launch/slurm.sh" || exit 2
+run_stages configs/nano/reward_helpful.yaml configs/nano/reward_harmless.yaml configs/nano/align.yaml -- "$@"

@@ -71,6 +71,7 @@ def pipeline(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would run and why; write nothing")] = False,
     redo: Annotated[bool, typer.Option(help="run changed nodes anew, with their old runs moved aside")] = False,
     launcher: Annotated[str, typer.Option(help="command that starts a node's ranks, such as 'srun'")] = "",
+    rank_python: Annotated[str | None, typer.Option(help="its interpreter there; default: this one")] = None,
     list_jobs: Annotated[bool, typer.Option("--jobs", help="like --dry-run, in a form for scripts")] = False,
 ) -> None:
     """Run the stages of a pipeline file, each from wherever an earlier start left it."""
@@ -84,7 +85,7 @@ def pipeline(
         decisions = stages.dry_run(loaded, names, redo=redo)
         typer.echo("\n".join((stages.jobs if list_jobs else stages.describe)(loaded, decisions)))
         raise typer.Exit
-    raise typer.Exit(stages.run_pipeline(loaded, names, redo=redo, launcher=launcher))
+    raise typer.Exit(stages.run_pipeline(loaded, names, redo=redo, launcher=launcher, rank_python=rank_python))
 
 
 @app.command()

@@ -62,11 +62,12 @@ class Decision:
 
 def run_pipeline(
     pipeline: Pipeline, names: Sequence[str], *, redo: bool = False, launcher: str = "",
-    tell: Callable[[str], None] = print,
+    rank_python: str | None = None, tell: Callable[[str], None] = print,
 ) -> int:  # fmt: skip
     """Run the named nodes; the exit code of the first that does not end well (85: saved, start again), or 0.
 
     launcher: a command put before `python -m r1mega train` (`srun ...`); "": this machine, several ranks by torchrun.
+    rank_python: the interpreter behind a launcher, such as that of a container; None: this one.
     Raises ConfigError before anything starts for what cannot work, and for a changed node unless redo is true.
     """
     check_pipeline(pipeline, names, dry_run=False)
@@ -80,7 +81,7 @@ def run_pipeline(
         if decision.action == "redo":
             tell(f"[{pipeline.name}] {name}: the old run is kept as {_move_aside(node.config.run_dir)}")
         if decision.action != "skip":
-            code = _run_node(node, pipeline, decision, launcher)
+            code = _run_node(node, pipeline, decision, launcher, rank_python)
             write_pipeline_report(pipeline.dir)
             if code != 0:
                 tell(f"[{pipeline.name}] {name}: {_ended(code)}")
@@ -104,7 +105,8 @@ def dry_run(pipeline: Pipeline, names: Sequence[str], *, redo: bool = False) -> 
         if first and decision.action != "refuse":
             state = "skipped only if they make the same again" if decision.action == "skip" else decision.reason
             reason = f"after {', '.join(first)}" + (f"; {state}" if decision.action != "wait" else "")
-            decision = Decision("run" if decision.action in ("skip", "wait") else decision.action, reason)
+            again: Action = "redo" if redo and decision.action == "skip" else "run"
+            decision = Decision(again if decision.action in ("skip", "wait") else decision.action, reason)
         decisions[name] = decision
     return decisions
 
@@ -177,17 +179,26 @@ def _sources(node: Node, pipeline: Pipeline, write: bool) -> tuple[dict[str, Sou
         if item.key.split(".")[0] not in covered(node.config):
             continue
         if item.owner is None:
-            content = hashes.of(item.path, remember=write)
+            content, origin = hashes.of(item.path, remember=write), item.key
         else:
-            run_dir = pipeline.nodes[item.owner].config.run_dir
-            record = read_lineage(run_dir)
-            made = record is not None and record.state == "finished"
-            content = record.output_hash(os.path.relpath(item.path, run_dir)) if made else None
+            content, origin = _made(item.path, pipeline.nodes[item.owner])
         if content is None:
-            missing.append(f"{item.path} ({f'made by {item.owner}' if item.owner else item.key})")
+            missing.append(f"{item.path} ({origin})")
         else:
             found[item.key] = Source(str(item.path), content, item.owner)
     return found, missing
+
+
+def _made(path: Path, owner: Node) -> tuple[str | None, str]:
+    """(hash of what the owner made at `path`, None while it is not there as it was made; which of the two, in words)."""
+    run_dir = owner.config.run_dir
+    relative, record = os.path.relpath(path, run_dir), read_lineage(run_dir)
+    if record is None or record.state != "finished":
+        return None, f"made by {owner.name}"
+    here = {name: s for name, s in record.outputs.items() if relative == "." or f"{name}/".startswith(f"{relative}/")}
+    if damaged := changed_outputs(run_dir, here):
+        return None, f"{', '.join(damaged)} is not what {owner.name} made"
+    return record.output_hash(relative), f"made by {owner.name}"
 
 
 def _changes(record: Lineage, config: Mapping[str, Any], inputs: Mapping[str, Source]) -> list[str]:
@@ -211,7 +222,9 @@ def _move_aside(run_dir: Path) -> Path:
         return run_dir.rename(old)
 
 
-def _run_node(node: Node, pipeline: Pipeline, decision: Decision, launcher: str) -> int:
+def _run_node(
+    node: Node, pipeline: Pipeline, decision: Decision, launcher: str, rank_python: str | None
+) -> int:
     run_dir = node.config.run_dir
     before = read_lineage(run_dir)
     attempt = Attempt(now(), git_commit(PACKAGE))
@@ -224,7 +237,7 @@ def _run_node(node: Node, pipeline: Pipeline, decision: Decision, launcher: str)
     file = pipeline.dir / "nodes" / f"{node.name}.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(file, dump_config(node.config))
-    code = _wait(command(node, file, launcher))
+    code = _wait(command(node, file, launcher, rank_python))
     states = {0: "finished", EXIT_SAVED_FOR_REQUEUE: "interrupted"}
     run = RunDirectory(run_dir)
     write_lineage(run_dir, dataclasses.replace(
@@ -237,11 +250,11 @@ def _run_node(node: Node, pipeline: Pipeline, decision: Decision, launcher: str)
     return code
 
 
-def command(node: Node, file: Path, launcher: str) -> list[str]:
+def command(node: Node, file: Path, launcher: str, rank_python: str | None = None) -> list[str]:
     """The command line that runs a node's resolved config."""
     program = [sys.executable, "-m", "r1mega", "train"]
     if launcher:
-        return [*shlex.split(launcher), *program, str(file)]
+        return [*shlex.split(launcher), rank_python or sys.executable, *program[1:], str(file)]
     return [*program, *(["--ranks", str(node.ranks)] if node.ranks > 1 else []), str(file)]
 
 
@@ -311,8 +324,10 @@ def _origin(item: Any, pipeline: Pipeline) -> str:
 def jobs(pipeline: Pipeline, decisions: Mapping[str, Decision]) -> Iterable[str]:
     """For a scheduler, a line a node that is to run: name, machines, ranks a machine, parents that run.
 
-    The parents are separated by commas; - stands for none.
+    The parents are separated by commas; - stands for none. ConfigError when a node could not run.
     """
+    if stuck := [f"node {name}: {d.reason}" for name, d in decisions.items() if d.action in ("refuse", "wait")]:
+        raise ConfigError("\n".join(stuck))
     running = [name for name, decision in decisions.items() if decision.action != "skip"]
     for name in running:
         node, most = pipeline.nodes[name], pipeline.ranks_per_machine

@@ -9,7 +9,8 @@ import time
 import pytest
 
 from r1mega.config.pipeline import load_pipeline
-from r1mega.stages.pipeline import dry_run, select
+from r1mega.errors import ConfigError
+from r1mega.stages.pipeline import dry_run, jobs, select
 from tests.e2e.runs import REPOSITORY, command, environment, metrics, r1mega
 from tests.e2e.test_report import dump_dom, line_points, needs_browser, plots
 
@@ -108,9 +109,25 @@ def test_a_changed_output_is_noticed(whole):
     try:
         found = decisions(arguments)
         assert found["base"].action == "refuse" and "output data/train.jsonl is not what it was" in found["base"].reason
+        pipeline = load_pipeline(arguments[1], arguments[2:])
+        zero = dry_run(pipeline, ["zero"])["zero"]
+        assert zero.action == "wait" and "data/train.jsonl is not what base made" in zero.reason, "whoever reads it notices"
     finally:
         prompts.write_text(text)
     assert decisions(arguments)["base"].action == "skip"
+
+
+def test_a_list_of_jobs_holds_what_could_run_only(whole):
+    pipeline = load_pipeline(whole[1][1], [*whole[1][2:], "zero.optimizer.lr=0.5"])
+    with pytest.raises(ConfigError, match=r"node zero: .*made of something else"):
+        list(jobs(pipeline, dry_run(pipeline, ["base", "zero"])))
+    assert [line.split("\t")[0] for line in jobs(pipeline, dry_run(pipeline, ["base", "zero"], redo=True))] == ["zero"]
+
+
+def test_what_redo_would_do(whole):
+    pipeline = load_pipeline(whole[1][1], [*whole[1][2:], "base.steps=61"])
+    found = dry_run(pipeline, ["base", "zero"], redo=True)
+    assert [decision.action for decision in found.values()] == ["redo", "redo"]
 
 
 def test_a_changed_node_is_refused_then_redone_with_the_old_run_kept(whole, tmp_path):
@@ -145,7 +162,9 @@ def test_report_in_a_browser(whole, tmp_path):
     assert page == str(directory / "report.html")
     dom = dump_dom(directory / "report.html", tmp_path / "profile")
     drawn = plots(dom)
-    assert list(drawn) == ["ladder", "time", "base-loss", "zero-response-length", "zero-accuracy", "zero-language-mixing"]
+    assert list(drawn) == [
+        "ladder", "time", "base-loss", "zero-response-length", "zero-accuracy", "zero-language-mixing", "zero-reward-parts",
+    ]  # fmt: skip
     assert all('class="main-svg"' in plot for plot in drawn.values())
     assert drawn["ladder"].count('class="point"') == 2
     assert len(line_points(drawn["zero-response-length"])[0]) == 3

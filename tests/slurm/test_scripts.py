@@ -1,0 +1,68 @@
+"""What the launch scripts make of their arguments and variables; no Slurm is needed for that."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+JOB = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "zero", "SLURM_NTASKS_PER_NODE": "8", "SLURM_CPUS_ON_NODE": "96"}
+
+
+def bash(*command, cwd=REPOSITORY, **variables):
+    outside = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "R1MEGA_"))}
+    done = subprocess.run(["bash", *command], cwd=cwd, env=outside | variables, capture_output=True, text=True, timeout=20)
+    return done.returncode, done.stdout.splitlines(), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "runs"),
+    [
+        ("stage2", [], ["configs/nano/reasoning_rl.yaml"]),
+        ("stage2", ["seed=2", "run_dir=a b"], ["configs/nano/reasoning_rl.yaml seed=2 run_dir=a b"]),
+        ("stage2", ["configs/nano/zero.yaml", "seed=2"], ["configs/nano/zero.yaml seed=2"]),
+        ("stage2", ["missing.yaml"], ["missing.yaml"]),
+        ("stage1", [], ["configs/nano/cold_start.yaml", "configs/nano/cold_start_sft.yaml"]),
+        ("stage3", ["seed=2"], ["configs/nano/rejection_sampling.yaml seed=2", "configs/nano/sft.yaml seed=2"]),
+        ("stage4", ["configs/nano/align.yaml"], ["configs/nano/align.yaml"]),
+    ],
+)
+def test_config_and_overrides_are_optional(script, arguments, runs):
+    code, lines, errors = bash(f"launch/{script}.sh", *arguments, R1MEGA_PYTHON="echo")
+    assert (code, lines) == (0, [f"-m r1mega train {run}" for run in runs]), errors
+    for run in runs[:-1]:
+        assert (REPOSITORY / run.split()[0]).is_file()
+
+
+def test_a_stage_that_fails_ends_the_script_with_its_code():
+    code, lines, _ = bash("launch/stage1.sh", R1MEGA_PYTHON="false")
+    assert (code, lines) == (1, [])
+
+
+def test_from_elsewhere_it_says_so(tmp_path):
+    code, _, errors = bash(REPOSITORY / "launch" / "stage2.sh", cwd=tmp_path, SLURM_SUBMIT_DIR=str(tmp_path))
+    assert code == 2 and f"{tmp_path}/launch/slurm.sh: No such file" in errors
+    code, lines, _ = bash(REPOSITORY / "launch" / "stage2.sh", cwd=tmp_path, R1MEGA_PYTHON="echo")
+    assert (code, len(lines)) == (0, 1), "without Slurm the script finds its repository by itself"
+
+
+@pytest.mark.parametrize(
+    ("variables", "end", "python"),
+    [
+        ({}, "--cpus-per-task=12", "/opt/python"),
+        ({"R1MEGA_SRUN": "--mpi=none"}, "--cpus-per-task=12 --mpi=none", "/opt/python"),
+        ({"R1MEGA_CONTAINER": "/images/r1.sif", "R1MEGA_MOUNTS": "/data:/data"},
+         f"apptainer exec --nv --bind {REPOSITORY},/data:/data --pwd {REPOSITORY} /images/r1.sif", "python"),
+        ({"R1MEGA_CONTAINER": "registry/r1:1", "R1MEGA_CONTAINER_PYTHON": "python3.11"},
+         f"--container-image=registry/r1:1 --container-workdir={REPOSITORY} --container-mounts={REPOSITORY}:{REPOSITORY}",
+         "python3.11"),
+    ],
+    ids=["plain", "options", "apptainer", "enroot"],
+)  # fmt: skip
+def test_what_stands_before_a_rank(variables, end, python):
+    show = "source launch/slurm.sh; rank_launcher; echo $RANK_PYTHON"
+    code, lines, errors = bash("-c", show, R1MEGA_PYTHON="/opt/python", **JOB, **variables)
+    assert (code, len(lines), lines[-1]) == (0, 2, python), errors
+    assert lines[0].startswith("srun --kill-on-bad-exit=1 ") and lines[0].endswith(end)
+    assert f"--output={REPOSITORY}/logs/zero-7/rank-%t.log" in lines[0]

@@ -1,6 +1,7 @@
 """Pipeline files: nodes, edges that follow from paths, overrides, a moved dir, and what is refused."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,15 @@ def two(tmp_path):
 def test_every_shipped_pipeline_loads_and_could_run(path):
     pipeline = load_pipeline(path)
     check_pipeline(pipeline, list(pipeline.nodes), dry_run=True)
+
+
+def test_the_documentations_example_could_run(tmp_path):
+    example = re.search(r"```yaml\n(.*?)```", Path("docs/pipeline.md").read_text(), re.DOTALL)[1]
+    (tmp_path / "mine.yaml").write_text(example.replace("../configs", f"{Path.cwd()}/configs"))
+    pipeline = load_pipeline(tmp_path / "mine.yaml")
+    check_pipeline(pipeline, list(pipeline.nodes), dry_run=True)
+    zero = pipeline.nodes["zero"]
+    assert (zero.parents, zero.ranks, zero.config.steps, str(zero.config.run_dir)) == (("base",), 2, 20, "runs/mine/zero")
 
 
 @pytest.mark.parametrize("seed", [1, 2])

@@ -44,7 +44,9 @@ class DuplicateConfig(Section):
 
 
 class DecontaminationConfig(Section):
-    """A sample that shares an n-gram of words with an evaluation question is out (paper: 10-grams)."""
+    """A sample that shares an n-gram of words with an evaluation question is out (paper: 10-grams), and one whose question
+    holds all of a shorter one.
+    """
 
     files: tuple[Path, ...] = ()  # in any form that stage `evaluate` reads (data/contamination.py)
     ngram: PositiveInt = 10

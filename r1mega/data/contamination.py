@@ -40,9 +40,10 @@ def _columns(path: Path) -> tuple[str, ...] | None:
 
 
 class Contamination:
-    """Answers whether a text holds an n-gram of a set of questions. A shorter question counts when all of it occurs."""
+    """Answers whether a text holds an n-gram of a set of questions."""
 
     def __init__(self, questions: Iterable[str], ngram: int):
+        self._ngram = ngram
         self._grams: dict[int, set[tuple[str, ...]]] = {}
         for question in questions:
             words = split_words(question)
@@ -50,6 +51,13 @@ class Contamination:
             if size:
                 self._grams.setdefault(size, set()).update(ngrams(words, size))
 
-    def __call__(self, text: str) -> bool:
+    def __call__(self, text: str, *, shorter: bool = True) -> bool:
+        """shorter: a question of fewer words counts as well, when all of it occurs. That is for questions: of a response,
+        two words such as "the trachea", which some set asks to complete, say nothing.
+        """
         words = split_words(text)
-        return any(not grams.isdisjoint(ngrams(words, size)) for size, grams in self._grams.items())
+        return any(
+            not grams.isdisjoint(ngrams(words, size))
+            for size, grams in self._grams.items()
+            if shorter or size == self._ngram
+        )

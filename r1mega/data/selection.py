@@ -38,9 +38,9 @@ def without_duplicates(
 def without_contamination(
     candidates: Sequence[Candidate], config: DecontaminationConfig
 ) -> tuple[list[Candidate], FilterCount]:
-    """Those that share no n-gram with an evaluation question, in question or response."""
+    """Those that share no n-gram with an evaluation question, in question or response, and pose no shorter one."""
     is_contaminated = Contamination(evaluation_questions(config.files), config.ngram)
-    kept = [c for c in candidates if not (is_contaminated(c.question) or is_contaminated(c.response))]
+    kept = [c for c in candidates if not (is_contaminated(c.question) or is_contaminated(c.response, shorter=False))]
     return kept, FilterCount("contamination", len(candidates), len(candidates) - len(kept))
 
 

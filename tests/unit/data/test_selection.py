@@ -90,6 +90,12 @@ def test_contamination_against_brute_force():
     assert all(verdicts[300:]) and not all(verdicts[:300])
 
 
+def test_shorter_questions_count_where_asked_for():
+    check = Contamination(["one two three", "a b c d e f"], 4)
+    assert check("zero one two three four") and not check("zero one two three four", shorter=False)
+    assert check("x b c d e") and check("x b c d e", shorter=False) and not check("b c d")
+
+
 def candidate(prompt, sample, **changes):
     values = {"question": f"question {prompt}", "response": f"<think>a</think><answer>{sample}</answer>", "kind": "math", "language": "en",
               "template": "nano", "source": "sampled", "tokens": 10 + sample, "licence": "MIT"} | changes  # fmt: skip
@@ -107,6 +113,9 @@ def test_evaluation_questions_under_any_of_their_names_are_kept_out(tmp_path):
     kept, count = without_contamination(candidates, DecontaminationConfig(files=(path,), ngram=5))
     assert [c.prompt_id for c in kept] == ["0", "3"]
     assert (count.seen, count.taken) == (4, 2)
+    path.write_text('{"question": "The trachea"}\n')
+    asked = [candidate(0, 0, question="Complete: the trachea"), candidate(1, 0, response="air passes the trachea")]
+    assert [c.prompt_id for c in without_contamination(asked, DecontaminationConfig(files=(path,)))[0]] == ["1"]
     path.write_text('{"id": 5}\n')
     with pytest.raises(DataError, match=r"eval\.jsonl:1: an evaluation line needs a text"):
         evaluation_questions([path])

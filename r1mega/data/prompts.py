@@ -77,9 +77,7 @@ def scan_prompts(config: DataConfig, tokenizer_directory: Path) -> None:
     tokenizer: Tokenizer | None = None
     kept = 0
     for record in read_records(config):
-        known = (*ACCURACY, *sorted(WITHOUT_GOLD))
-        if record.kind not in known:
-            raise DataError(f"{record.where}: kind {record.kind!r} has no reward; known are {', '.join(known)}")
+        check_kind(record.kind, record.where)
         text = render(config.template, record.question)
         if len(text.encode()) + DOCUMENT_TOKENS <= config.max_prompt_tokens:
             kept += 1
@@ -93,6 +91,13 @@ def scan_prompts(config: DataConfig, tokenizer_directory: Path) -> None:
         kept += num_tokens <= config.max_prompt_tokens
     if not kept:
         raise DataError(f"no prompts left in {', '.join(map(str, config.prompts))}")
+
+
+def check_kind(kind: str, where: str) -> None:
+    """DataError for a kind that nothing judges."""
+    known = (*ACCURACY, *sorted(WITHOUT_GOLD))
+    if kind not in known:
+        raise DataError(f"{where}: kind {kind!r} has no reward; known are {', '.join(known)}")
 
 
 def _check_length(num_tokens: int, record: PromptRecord, config: DataConfig) -> None:

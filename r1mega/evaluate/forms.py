@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from r1mega.config.rewards import WITHOUT_GOLD
-from r1mega.data.prompts import OWN_KEYS, PromptRecord, after_solution
+from r1mega.data.prompts import OWN_KEYS, PromptRecord, after_solution, check_kind
 from r1mega.data.rows import Row
 from r1mega.errors import DataError
 
@@ -58,6 +58,9 @@ def own_prompt(row: Row, options: FormOptions) -> PromptRecord:
     kind that no rule verifies needs no answer: it is sampled, not judged.
     """
     kind, language = row.optional("kind") or "math", row.optional("language")
+    check_kind(kind, row.where)
+    if not isinstance(language, str | None):
+        raise DataError(f"{row.where}: 'language' is {language!r:.60}, not a text")
     answer = row.optional("answer")
     answers = tuple(answer) if isinstance(answer, list) else (answer,) if answer is not None else ()
     if not all(isinstance(a, str) and a.strip() for a in answers) or not (answers or kind in WITHOUT_GOLD):

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from r1mega.config.rewards import RewardConfig
 from r1mega.config.schema import DataConfig, EvaluateConfig
-from r1mega.data.prompts import load_prompts
+from r1mega.data.prompts import load_prompts, scan_prompts
 from r1mega.data.template import render
 from r1mega.data.tokenizer import Tokenizer, load_tokenizer
 from r1mega.errors import ConfigError
@@ -83,6 +83,7 @@ def evaluate_checkpoint(
         raise ConfigError(f"output {output}: its directory does not exist")  # found out before the work, not after
     tokenizer, context = load_tokenizer(source.path), context_length(source.path)
     prompt_config = DataConfig(prompts=(data,), template=template or source.template, max_prompt_tokens=context - 1)
+    scan_prompts(prompt_config, source.path)  # a kind that nothing judges is told before a generator starts
     prompts = load_prompts(prompt_config, tokenizer)[:num_prompts]
     sampling = response_limits(source, tokenizer, context, [p.token_ids for p in prompts], max_tokens)
     with open_engine(engine_settings(source.path, [p.token_ids for p in prompts], sampling), engine) as generator:

@@ -72,7 +72,7 @@ def pipeline(
     redo: Annotated[bool, typer.Option(help="run changed nodes anew, with their old runs moved aside")] = False,
     launcher: Annotated[str, typer.Option(help="command that starts a node's ranks, such as 'srun'")] = "",
     rank_python: Annotated[str | None, typer.Option(help="its interpreter there; default: this one")] = None,
-    list_jobs: Annotated[bool, typer.Option("--jobs", help="like --dry-run, in a form for scripts")] = False,
+    list_jobs: Annotated[bool, typer.Option("--jobs", help="what is to run, a line each, for scripts; hashes of inputs are kept")] = False,
 ) -> None:
     """Run the stages of a pipeline file, each from wherever an earlier start left it."""
     from r1mega.config.pipeline import load_pipeline
@@ -82,7 +82,7 @@ def pipeline(
 
     names = stages.select(loaded, first, last, only)
     if dry_run or list_jobs:
-        decisions = stages.dry_run(loaded, names, redo=redo)
+        decisions = stages.dry_run(loaded, names, redo=redo, remember=list_jobs)
         typer.echo("\n".join((stages.jobs if list_jobs else stages.describe)(loaded, decisions)))
         raise typer.Exit
     raise typer.Exit(stages.run_pipeline(loaded, names, redo=redo, launcher=launcher, rank_python=rank_python))

@@ -94,14 +94,18 @@ def run_pipeline(
     return 0
 
 
-def dry_run(pipeline: Pipeline, names: Sequence[str], *, redo: bool = False) -> dict[str, Decision]:
-    """What `run_pipeline` would do. Writes nothing and needs no input to exist; raises ConfigError like it."""
+def dry_run(
+    pipeline: Pipeline, names: Sequence[str], *, redo: bool = False, remember: bool = False
+) -> dict[str, Decision]:
+    """What `run_pipeline` would do. Needs no input to exist; raises ConfigError like it. Writes nothing, but with remember
+    the hashes of what is given, so that large models are read once.
+    """
     check_pipeline(pipeline, names, dry_run=True)
     decisions: dict[str, Decision] = {}
     for name in names:
         node = pipeline.nodes[name]
         first = [parent for parent in node.parents if decisions.get(parent) and decisions[parent].action != "skip"]
-        decision = decide(node, pipeline, redo=redo, write=False)
+        decision = decide(node, pipeline, redo=redo, write=remember)
         if first and decision.action != "refuse":
             state = "skipped only if they make the same again" if decision.action == "skip" else decision.reason
             reason = f"after {', '.join(first)}" + (f"; {state}" if decision.action != "wait" else "")

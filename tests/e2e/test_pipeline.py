@@ -149,10 +149,12 @@ def test_selection_and_dry_run_write_nothing(whole, tmp_path):
     moved = [*arguments[:2], f"dir={tmp_path}/runs", *SMALL]
     output = r1mega(*moved, "--dry-run").stdout
     assert "run  base" in output and "run  zero" in output and "after base" in output
+    assert not (tmp_path / "runs").exists()
     assert f"zero: needs {tmp_path}/runs/base/hf" in r1mega(*moved, "--only", "zero", check=False).stdout
     assert not (tmp_path / "runs" / "zero").exists()
     assert r1mega(*moved, "--until", "none", check=False).returncode == 2
     assert r1mega(*moved, "--jobs").stdout.split("\n")[:2] == ["base\t1\t1\t-", "zero\t1\t1\tbase"]
+    assert "configs/nano/model/config.json" in (tmp_path / "runs" / "hashes.json").read_text(), "read once"
 
 
 @needs_browser

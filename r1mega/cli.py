@@ -233,11 +233,13 @@ def reward_math(
 @reward_app.command("code")
 def reward_code(
     workers: Annotated[int, typer.Option(help="programs that run at a time")] = 1,
+    partial_credit: Annotated[bool, typer.Option(help="the share of the tests passed, not all or nothing")] = False,
 ) -> None:
     """Programs ("prediction") with their tests in, a line each; {"value", "status", "reason"} lines out, in order."""
-    from r1mega.reward.code import score_stream
+    from r1mega.reward.code import CodeReward, score_stream
 
-    score_stream(sys.stdin, sys.stdout, num_workers=workers)
+    reward = CodeReward(partial_credit=partial_credit)
+    score_stream(sys.stdin, sys.stdout, reward=reward, num_workers=workers)
 
 
 def _scan_data(config: Stage) -> None:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from r1mega.errors import RewardError
-from r1mega.reward.expression.text import clean, without_lead, words_of
+from r1mega.reward.expression.prose import without_lead, words_of
+from r1mega.reward.expression.text import clean
 from r1mega.reward.extract import AnswerForm, final_answer
 from r1mega.reward.parts import Deferred, PartScore, ScoringItem
 from r1mega.reward.pool import Outcome, Task

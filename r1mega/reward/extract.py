@@ -69,13 +69,15 @@ def final_text(text: str, prompt_opens_think: bool = False) -> str:
 
 
 def final_answer(text: str, form: AnswerForm = "any") -> str | None:
-    """The final answer in the asked form. Reasoning before `</think>` never counts as an answer when something
-    follows it.
+    """The final answer in the asked form. Reasoning never counts as an answer: what stands before `</think>`, all of
+    it while an opened `<think>` is not closed.
 
     'any': the tag when there is one, else the box. A box inside the tag is unwrapped. None: no well-formed answer.
     """
     if _THINK_END in text:
         text = text[text.rfind(_THINK_END) + len(_THINK_END) :]
+    elif "<think>" in text:
+        return None
     if form != "boxed":
         tagged = last_tagged(text)
         if tagged is not None:

@@ -87,6 +87,7 @@ _FORMULA_WORD = re.compile(
 _SENTENCE = re.compile(r"[.!?。！？\n;:]+\s*")
 _THINK = re.compile(r"<think>(.*?)(?:</think>|$)", re.DOTALL)
 _MIN_DETECTED_LETTERS = 12
+_MIN_HAN = 4  # a sentence of fewer Chinese characters may well be Japanese without kana
 _SHORT_LETTERS = 40  # a sentence below that must be told apart more surely
 _MIN_CONFIDENCE, _MIN_SHORT_CONFIDENCE = 0.5, 0.8
 _NAMES_KEPT_ENGLISH = 0.02  # of a text in another script: units, names and terms that have no other spelling
@@ -157,11 +158,29 @@ def language_share(text: str, target: str) -> float:
     total = sum(counts.values())
     if total == 0:
         return 0.0
-    if target == "zh" and counts.get("kana"):  # kanji beside kana is Japanese
-        counts = {**counts, "kana": counts["kana"] + counts.pop("han", 0)}
+    if target in ("zh", "ja") and counts.get("han"):
+        kanji = _kanji(text)
+        counts = {**counts, "han": kanji if target == "ja" else counts["han"] - kanji}
     if LATIN not in scripts:
         return sum(counts.get(script, 0) for script in scripts) / total
     return (counts.get(LATIN, 0) - _foreign_words(text, target)) / total
+
+
+def _kanji(text: str) -> int:
+    """Chinese characters that are Japanese: those in sentences with kana; sentences of a few characters follow the
+    main language.
+    """
+    japanese = chinese = unknown = 0
+    for sentence in _SENTENCE.split(text):
+        counts = script_counts(sentence)
+        han = counts.get("han", 0)
+        if counts.get("kana"):
+            japanese += han
+        elif han < _MIN_HAN:
+            unknown += han
+        else:
+            chinese += han
+    return japanese + (unknown if japanese > chinese else 0)
 
 
 def _foreign_words(text: str, target: str) -> int:

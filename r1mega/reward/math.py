@@ -19,8 +19,9 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, TextIO
 
 from r1mega.errors import DataError
-from r1mega.reward.expression import compare, text
+from r1mega.reward.expression import compare
 from r1mega.reward.expression.parse import MAX_CHARS
+from r1mega.reward.expression.prose import from_prose, without_lead
 from r1mega.reward.expression.tokens import UnreadableError
 from r1mega.reward.extract import AnswerForm, final_answer
 from r1mega.reward.parts import Deferred, PartScore, ScoringItem
@@ -65,8 +66,8 @@ def _decide_one(gold: str, answer: str) -> Verdict:
     if len(answer) > MAX_CHARS:
         return Verdict(False, f"the answer has {len(answer)} characters, more than {MAX_CHARS}")
     try:
-        equal = compare.same_answer(_unwrapped(gold), text.without_lead(answer))
-        if not equal and (core := text.from_prose(answer)) is not None:
+        equal = compare.same_answer(_unwrapped(gold), without_lead(answer))
+        if not equal and (core := from_prose(answer)) is not None:
             equal = compare.same_answer(_unwrapped(gold), core)
     except UnreadableError as error:
         return Verdict(False, f"not compared: {error}")
@@ -106,7 +107,7 @@ def judge(golds: Sequence[str], answer: str | None, timeout_seconds: float) -> P
     if verdict.equal is not None:
         return PartScore(float(verdict.equal), verdict.reason)
     cpu_seconds = CPU_SHARE * min(timeout_seconds, MAX_SECONDS)
-    arguments = ([_unwrapped(gold) for gold in golds], text.without_lead(answer), cpu_seconds)
+    arguments = ([_unwrapped(gold) for gold in golds], without_lead(answer), cpu_seconds)
     return Deferred(
         Task("r1mega.reward.symbolic:same_by_algebra", arguments, min(timeout_seconds, MAX_SECONDS)), _finish
     )

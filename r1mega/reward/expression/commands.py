@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 
-from r1mega.reward.expression.nodes import EMPTY_SET, Node
+from r1mega.reward.expression.nodes import EMPTY_SET, REALS, Node
 from r1mega.reward.expression.text import OPEN_TEXT
 from r1mega.reward.expression.tokens import FUNCTIONS, UnreadableError
 
@@ -111,8 +111,7 @@ class LatexCommands:
         return (("neg", node) if negative else node,)
 
     def braces(self) -> Node:
-        if self.peek().isalpha() and self.tokens[self.at + 1 : self.at + 2] == [":"]:
-            self.tokens[self.at + 1] = "|"
+        self._colon_to_bar()
         bars, self.bars = self.bars, 1  # a bar after an item begins a condition
         items = self.statement()
         self.bars = bars
@@ -120,9 +119,25 @@ class LatexCommands:
             self.at += 1
             condition = self.statement()
             self.take("\\}")
-            return condition[0] if len(condition) == 1 else ("list", tuple(condition))
+            of_reals = items[0][0] == "sym" or (items[0][0] == "rel" and items[0][2][-1] == REALS)
+            if not of_reals:  # numbers of another kind, or points
+                raise UnreadableError("a set of something else than real numbers")
+            return condition[0] if len(condition) == 1 else ("list", tuple(condition), "and")
         self.take("\\}")
         return ("set", tuple(items))
+
+    def _colon_to_bar(self) -> None:
+        """The colon of {x : x > 2} and {x \\in \\mathbb{R} : x > 2} begins a condition, it is no ratio."""
+        if not self.peek().isalpha():
+            return
+        for at in range(self.at + 1, len(self.tokens)):
+            if self.tokens[at] in ("\\}", ",", ";", "|", "\\mid"):
+                return
+            if at == self.at + 1 and self.tokens[at] not in (":", "\\in"):
+                return
+            if self.tokens[at] == ":":
+                self.tokens[at] = "|"
+                return
 
     def environment(self) -> Node:
         name = "".join(self.tokens[self.at : self._after_group()]).strip("{}").replace(OPEN_TEXT, "")
@@ -144,7 +159,7 @@ class LatexCommands:
         rows = [row for row in rows if row]
         cells = [cell for row in rows for cell in row]
         if cells and name in ("cases", "array", "aligned", "gathered") and all(cell[0] == "rel" for cell in cells):
-            return ("list", tuple(cells))  # a system of equations
+            return ("list", tuple(cells), "and")  # a system of equations
         if name not in ("pmatrix", "bmatrix", "matrix", "array", "smallmatrix", "Bmatrix"):
             raise UnreadableError(f"unknown environment {name}")
         if not rows or len({len(row) for row in rows}) != 1:

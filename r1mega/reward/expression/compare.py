@@ -12,74 +12,59 @@ from fractions import Fraction
 from r1mega.reward.expression import evaluate, intervals
 from r1mega.reward.expression.exact import exact, node_tags, symbols
 from r1mega.reward.expression.nodes import INFINITY, Node
-from r1mega.reward.expression.parse import parse
-from r1mega.reward.expression.text import CLOSE_TEXT, OPEN_TEXT, Quantity, clean, split_unit, without_lead, words_of
-from r1mega.reward.expression.tokens import UnreadableError
+from r1mega.reward.expression.prose import symbol_for, without_lead
+from r1mega.reward.expression.readings import measured, readings
+from r1mega.reward.expression.text import CLOSE_TEXT, OPEN_TEXT, clean
+from r1mega.reward.expression.units import Quantity, common_measure, currency
+from r1mega.reward.expression.verbal import same_words, unmarked
 
-MIN_ROUNDED_DIGITS = 6  # a decimal stands for an unwritable number only with as many correct significant digits
+MIN_ROUNDED_DIGITS = 8  # a decimal stands for an unwritable number only with as many correct significant digits
 MAX_LIST_ITEMS = 64
 
-_CHOICE = re.compile(
-    r"[\s(\[" + OPEN_TEXT + r"]*([A-Ja-j])\s*[" + CLOSE_TEXT + r")\]]*\s*(?:[.):,](?!\d).*)?", re.DOTALL
-)
-_CHOICE_MARK = re.compile(r"\(\s*[A-Ja-j]\s*\)|\b[A-J][.):]")
-_CHOICE_LEAD = re.compile(
-    r"\s*(?:\(\s*([A-J])\s*\)|"
-    + OPEN_TEXT
-    + "([A-J])"
-    + CLOSE_TEXT
-    + r"(?!\s*[-+*/^=])|(?:[Oo]ption|[Cc]hoice|[Aa]nswer)\s+\(?([A-J])\)?\s*$)"
-)
-_BOXED_CHOICE = re.compile(r"[\s(" + OPEN_TEXT + r"]*\(?([A-J])\)?[" + CLOSE_TEXT + r")\s]*")
-_BOXED_CHOICE_LEAD = re.compile(OPEN_TEXT + r"([A-J])" + CLOSE_TEXT + r"\s+[^-+*/^=,;\s]")
-_VERBAL = re.compile(OPEN_TEXT + r"|[A-Za-z]{3,}|\d\s*[aApP]\.?[mM]\b")
 _SPACE = re.compile(r"(?<!\d) +| +(?!\d)")
 _BEYOND_READER = re.compile(r"\\[A-Za-z]")
 _DECIMAL = re.compile(r"-?\d*\.(\d+)(?:\.\.\.)?")
+_DEGREES = re.compile(r"^(.*)\^\{?\\circ\s*\}?$")
+_RATIO_IN_WORDS = re.compile(rf"(?<=\d)\s*{OPEN_TEXT}?\s*(?:to|比)\s*{CLOSE_TEXT}?\s*(?=\d)")
 
 
 def same_answer(gold: str, prediction: str) -> bool | None:
     """Compare two raw answers (no box, no tags around them). Raises UnreadableError with over_limit set for outsized
     ones.
     """
+    signs = currency(gold), currency(prediction)
     gold, prediction = clean(without_lead(gold)), clean(without_lead(prediction))
+    gold = _RATIO_IN_WORDS.sub(":", gold)
+    if ":" in gold:
+        prediction = _RATIO_IN_WORDS.sub(":", prediction)
     if not prediction:
         return False
     if _SPACE.sub("", gold) == _SPACE.sub("", prediction):
-        return True
-    verbal = _same_words(gold, prediction)
+        return signs[0] is None or signs[1] is None or signs[0] == signs[1]
+    gold, prediction = (symbol_for(unmarked(text)) or text for text in (gold, prediction))
+    verbal = same_words(gold, prediction)
     if verbal is not None:
         return verbal
-    gold_quantity, quantity = split_unit(gold), split_unit(prediction)
-    if gold_quantity.unit and quantity.unit and gold_quantity.unit != quantity.unit:
-        return False
-    for marked, other in ((gold_quantity, quantity), (quantity, gold_quantity)):
+    sides = [measured(text, sign) for text, sign in zip((gold, prediction), signs, strict=True)]
+    factors: tuple[Fraction, Fraction] | None = (Fraction(1), Fraction(1))
+    units = sides[0].unit, sides[1].unit
+    if "rad" in units:  # degrees by their value then: 45 degrees are not 45 rad
+        sides = [Quantity(_DEGREES.sub(r"(\1)\\frac{\\pi}{180}", side.body), side.unit, side.scale) for side in sides]
+    if units[0] and units[1] and units[0] != units[1]:
+        factors = common_measure(*units)
+        if factors is None:
+            return False
+    for marked, other in (sides, sides[::-1]):
         if marked.body.endswith("%") and other.unit:
             return False
     verdict: bool | None = False
-    for gold_reading in _readings(gold, gold_quantity):
-        for reading in _readings(prediction, quantity):
+    for gold_reading in readings(gold, sides[0], factors[0]):
+        for reading in readings(prediction, sides[1], factors[1]):
             same = _same_reading(gold_reading, reading)
             if same:
                 return True
             verdict = None if same is None else verdict
     return verdict
-
-
-def _readings(text: str, quantity: Quantity) -> list[tuple[Node | None, str]]:
-    """The text parsed in each way it can be meant (`70,110` is a number and a list); None where it cannot be read."""
-    body = quantity.body
-    results: list[tuple[Node | None, str]] = []
-    for join in (True, False) if re.search(r"\d,\d{3}", body) else (True,):
-        try:
-            node = parse(body.removesuffix("..."), join)
-            if quantity.scale != 1:
-                node = ("mul", (node, ("num", Fraction(quantity.scale))))
-            results.append((node, body))
-        except UnreadableError as error:
-            if error.over_limit:
-                raise
-    return results or [(None, text)]
 
 
 def _same_reading(gold: tuple[Node | None, str], other: tuple[Node | None, str]) -> bool | None:
@@ -127,42 +112,6 @@ def _terminates(value: Fraction) -> bool:
     return rest == 1
 
 
-# --- words ------------------------------------------------------------
-def _same_words(gold: str, prediction: str) -> bool | None:
-    """Verbal golds (choices, names, days, times): equal words or not; None for anything that is to be computed."""
-    choice = _BOXED_CHOICE.fullmatch(gold) or _BOXED_CHOICE_LEAD.match(gold)
-    if choice:
-        return _same_choice(choice.group(1), gold, prediction)
-    bare = gold.replace(OPEN_TEXT, "").replace(CLOSE_TEXT, "")
-    if not _VERBAL.search(gold) or "\\" in gold or re.search(r"[=^_<>+/]", gold):
-        return None
-    if re.fullmatch(r"[\d\s.,()-]+" + OPEN_TEXT + ".*", gold) and split_unit(gold).body != gold:
-        return None
-    other = prediction.replace(OPEN_TEXT, "").replace(CLOSE_TEXT, "")
-    if words_of(bare) == words_of(other):
-        return True
-    parts, other_parts = (
-        sorted(words_of(p) for p in re.split(r"[,;]", t) if p.strip()) for t in (bare, other.strip("{}\\ "))
-    )
-    if len(parts) > 1 and parts == other_parts:
-        return True
-    return (
-        None if re.search(r"[a-z]\(|\d|\bpi\b|\bsqrt\b|\binf", bare) and not re.search(r"\b[ap]\.?m\b", bare) else False
-    )
-
-
-def _same_choice(letter: str, gold: str, prediction: str) -> bool | None:
-    match = _CHOICE.fullmatch(prediction)
-    if match and len(set(_CHOICE_MARK.findall(prediction))) <= 1:
-        if match.group(1) == letter or (match.group(1).upper() == letter and not prediction.isalpha()):
-            return True
-        return False
-    lead = _CHOICE_LEAD.match(prediction)
-    if lead and len(_CHOICE_MARK.findall(prediction)) + prediction.count(OPEN_TEXT) <= 1:
-        return (lead.group(1) or lead.group(2) or lead.group(3)) == letter
-    return None if re.search(r"[A-Ja-j]", prediction) and re.search(r"[+=*^]", prediction) else False
-
-
 # --- structure ------------------------------------------------------------
 def _same(gold: Node, other: Node) -> bool | None:
     if gold == other:
@@ -172,10 +121,15 @@ def _same(gold: Node, other: Node) -> bool | None:
         return _same_relation(gold, other)
     if gold[0] == other[0] == "list" and _names(gold) and _names(gold) == _names(other):
         return _same_unordered(list(gold[1]), list(other[1]))  # a system of assignments keeps its names
+    if "tuple" in (gold[0], other[0]) and (_alternatives(gold) or _alternatives(other)):
+        return bool(intervals.same_real_set(gold, other))
     gold, other = _value_of(gold), _value_of(other)
     tags = {gold[0], other[0]}
     if "list" in tags or "set" in tags:
         return _same_collection(gold, other)
+    if tags == {"tuple", "matrix"}:
+        gold, other = _as_rows(gold), _as_rows(other)
+        tags = {gold[0], other[0]}
     if tags == {"tuple"} or (tags <= {"tuple", "matrix"} and gold[0] != other[0]):
         return _same_tuple(gold, other)
     if tags == {"matrix"}:
@@ -188,9 +142,24 @@ def _same(gold: Node, other: Node) -> bool | None:
     return _same_scalar(gold, other)
 
 
+def _alternatives(node: Node) -> bool:
+    """'1 or 2', 'x = 1, x = 2', 'x > 1 and x < 2': values of one unknown, never the entries of a tuple."""
+    if node[0] != "list":
+        return False
+    names = _names(node)
+    bounds = any(item[0] == "rel" and item[1] != ("=",) for item in node[1])
+    return bounds or node[2] == "or" or len(set(names)) < len(names)
+
+
+def _as_rows(node: Node) -> Node:
+    """[[1,0],[0,1]] -> a matrix."""
+    square = node[0] == "tuple" and all(row[0] == "tuple" and row[1] == "[" for row in (node, *node[3]))
+    return ("matrix", tuple(row[3] for row in node[3])) if square else node
+
+
 def _simplified(node: Node) -> Node:
     """`x \\in S` -> S, `k \\approx 3` -> 3."""
-    if node[0] == "rel" and node[1] == ("in",):
+    if node[0] == "rel" and node[1] == ("in",) and _is_name(node[2][0]):
         return node[2][1]
     if node[0] == "rel" and node[1] and set(node[1]) <= {"~"}:
         return node[2][0] if exact(node[2][0]) is not None else node[2][-1]
@@ -204,7 +173,7 @@ def _value_of(node: Node) -> Node:
     if node[0] == "list":
         names = _names(node)
         items = sorted(node[1], key=lambda rel: rel[2][0][1]) if names and len(set(names)) == len(names) else node[1]
-        return ("list", tuple(map(_value_of, items)))
+        return ("list", tuple(map(_value_of, items)), node[2])
     if node[0] != "rel" or set(node[1]) - {"=", "~"}:
         return node
     sides = list(node[2])
@@ -232,7 +201,8 @@ def _is_name(node: Node) -> bool:
         return node[1] in "fghFGPQ"
     if node[0] == "tuple":
         return all(map(_is_name, node[3]))
-    return node[0] == "mul" and all(map(_is_name, node[1]))
+    parts = node[1] if node[0] == "mul" else node[1:] if node[0] == "div" else ()
+    return bool(parts) and all(map(_is_name, parts))
 
 
 def _all(verdicts: Iterable[bool | None]) -> bool | None:
@@ -292,23 +262,27 @@ def _same_unordered(left: list[Node], right: list[Node]) -> bool | None:
         return False
     rest = list(right)
     for item in left:
-        index = next((i for i, candidate in enumerate(rest) if _same(item, candidate) is True), None)
+        likely = [i for i, candidate in enumerate(rest) if (item[0] == "set") == (candidate[0] == "set")]
+        index = next((i for i in likely if _same(item, rest[i]) is True), None)
         if index is None:
-            return None if any(_same(item, candidate) is None for candidate in rest) else False
+            return None if any(_same(item, rest[i]) is None for i in likely) else False
         del rest[index]
     return True
 
 
 def _same_relation(gold: Node, other: Node) -> bool | None:
     """Equations and inequalities up to a constant factor; in one unknown also as sets."""
-    if len(gold[2]) == len(other[2]) and gold[1] == other[1] and _all(map(_same, gold[2], other[2])) is True:
-        return True
+    mirrored = ("rel", tuple(intervals.MIRRORED.get(op, op) for op in other[1][::-1]), other[2][::-1])
+    for version in (other, mirrored):
+        if len(gold[2]) == len(version[2]) and gold[1] == version[1]:
+            if _all(map(_same, gold[2], version[2])) is True:
+                return True
     left, right = gold[2][0], other[2][0]
     if gold[1] == other[1] == ("=",) and {left[0], right[0]} == {"fn", "sym"} and ("sym", "y") in (left, right):
         return _same(gold[2][1], other[2][1])  # f(x) = ... is also written y = ...
     as_sets = intervals.same_real_set(gold, other)
     if as_sets is not None:
-        return as_sets
+        return as_sets and symbols(gold) == symbols(other)
     if len(gold[2]) != 2 or len(other[2]) != 2:
         values = _value_of(gold), _value_of(other)
         return _same(*values) if values != (gold, other) else False
@@ -369,7 +343,9 @@ def _same_scalar(gold: Node, other: Node) -> bool | None:
         return intervals.same_end(gold, other)
     if tags.count("pct") == 1 or tags.count("deg") == 1:
         marked, plain = (gold, other) if gold[0] in ("pct", "deg") else (other, gold)
-        if _agree(marked[1], plain) is True:  # 50% is written for 50 and for 0.5, 60 degrees for 60 and for pi/3
+        # 50% is written for 50 and for 0.5 (but 0.5% not for 0.5), 60 degrees for 60 and for pi/3
+        share = other[0] == "pct" and (value := exact(gold)) is not None and abs(value) <= 1
+        if not share and _agree(marked[1], plain) is True:
             return True
     return _agree(gold, other)
 

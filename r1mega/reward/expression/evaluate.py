@@ -209,7 +209,7 @@ def _numeric(node: Node, field: Any, values: dict[str, Fraction], log_base: int 
 
 def _numeric_power(node: Node, of: Callable[[Node], Any]) -> Any:
     exponent = exact(node[2])
-    base = of(node[1])
+    base = of(node[1]) + 0  # no negative zero: it would choose the other root of a negative number
     if exponent is None:
         return base ** of(node[2])
     if abs(exponent) > MAX_EXPONENT:
@@ -279,6 +279,8 @@ def agree(left: Node, right: Node, log_base: int | None = None) -> bool | None:
     a, b = exact(left), exact(right)
     if a is not None and b is not None:
         return a == b
+    if any(name.startswith("text:") for name in symbols(left) ^ symbols(right)):
+        return False  # words are no variables: they do not cancel, and 0 times a word is not 0
     try:
         return all(_modular(left, point) == _modular(right, point) for point in range(NUM_POINTS))
     except TooLargeError:

@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from r1mega.reward.expression.evaluate import agree, approximate
@@ -49,10 +51,12 @@ def real_set(node: Node) -> tuple[Interval, ...]:
             raise NotRealSetError("the ends are in the wrong order")
     elif tag == "set":
         parts = [Interval(item, True, item, True) for item in node[1]]
-    elif tag in ("union", "list"):
+    elif tag == "union":
         parts = [interval for item in node[1] for interval in real_set(item)]
+    elif tag == "list":
+        parts = _from_list(node)
     elif tag == "minus":
-        parts = _difference(real_set(node[1][0]), real_set(node[1][1]))
+        parts = _common(real_set(node[1][0]), _complement(real_set(node[1][1])))
     elif tag == "rel":
         parts = _from_relation(node)
     else:
@@ -77,24 +81,45 @@ def _joined(parts: list[Interval]) -> tuple[Interval, ...]:
     return tuple(joined)
 
 
-def _difference(whole: tuple[Interval, ...], removed: tuple[Interval, ...]) -> list[Interval]:
-    """Removal of points; other differences are not needed for answers."""
-    parts = list(whole)
-    for point in removed:
-        if point.low != point.high:
-            raise NotRealSetError("a difference of intervals")
-        place = _place(point.low)
-        cut = []
-        for part in parts:
-            if _place(part.low) < place < _place(part.high):
-                cut += [
-                    Interval(part.low, part.low_closed, point.low, False),
-                    Interval(point.low, False, part.high, part.high_closed),
-                ]
-            else:
-                cut.append(part)
-        parts = cut
-    return parts
+def _complement(parts: tuple[Interval, ...]) -> list[Interval]:
+    """What is left of the line."""
+    gaps, low, closed = [], _MINUS_INFINITY, False
+    for part in parts:
+        gaps.append(Interval(low, closed, part.low, not part.low_closed))
+        low, closed = part.high, not part.high_closed
+    return [gap for gap in (*gaps, Interval(low, closed, INFINITY, False)) if _holds_any(gap)]
+
+
+def _common(some: Iterable[Interval], others: Iterable[Interval]) -> list[Interval]:
+    """Intersection."""
+    found = []
+    for a, b in itertools.product(some, others):
+        low = max((a, b), key=lambda part: (_place(part.low), not part.low_closed))
+        high = min((a, b), key=lambda part: (_place(part.high), part.high_closed))
+        found.append(Interval(low.low, low.low_closed, high.high, high.high_closed))
+    return [part for part in found if _holds_any(part)]
+
+
+def _holds_any(part: Interval) -> bool:
+    low, high = _place(part.low), _place(part.high)
+    return low < high or (low == high and part.low_closed and part.high_closed)
+
+
+def _from_list(node: Node) -> list[Interval]:
+    """'x < 2 or x > 5' as a union, 'x > 2 and x < 5' as an intersection; with a comma whichever holds anything."""
+    items, joiner = node[1:]
+    sets = [real_set(item) for item in items]
+    union = [interval for parts in sets for interval in parts]
+    if all(item[0] != "rel" for item in items):
+        return union
+    if len({frozenset(symbols(item)) for item in items}) != 1:
+        raise NotRealSetError("several unknowns")
+    if joiner == "or":
+        return union
+    both: list[Interval] = list(sets[0])
+    for parts in sets[1:]:
+        both = _common(both, parts)
+    return both if both or joiner == "and" else union
 
 
 def _from_relation(node: Node) -> list[Interval]:
@@ -104,6 +129,8 @@ def _from_relation(node: Node) -> list[Interval]:
         return list(real_set(sides[1]))
     if len(sides) == 2 and sides[1][0] == "sym" and not symbols(sides[0]) and operators[0] in MIRRORED:
         operators, sides = (MIRRORED[operators[0]],), (sides[1], sides[0])
+    if len(sides) == 2 and sides[0][:2] == ("fn", "abs") and not symbols(sides[1]):
+        return _from_distance(operators[0], sides[0][2][0], sides[1])
     if len(sides) == 2 and sides[0][0] == "sym" and symbols(sides[0]) and not symbols(sides[1]):
         bound, closed = sides[1], operators[0].endswith("=")
         if operators[0] in (">", ">="):
@@ -111,13 +138,28 @@ def _from_relation(node: Node) -> list[Interval]:
         if operators[0] in ("<", "<="):
             return [Interval(_MINUS_INFINITY, False, bound, closed)]
         if operators[0] == "!=":
-            return _difference(real_set(REALS), real_set(("set", (bound,))))
+            return _complement(real_set(("set", (bound,))))
+        if operators[0] == "=":
+            return [Interval(bound, True, bound, True)]
     if len(sides) == 3 and sides[1][0] == "sym" and symbols(sides[1]) and not (symbols(sides[0]) | symbols(sides[2])):
         if set(operators) <= {"<", "<="}:
             return [Interval(sides[0], operators[0] == "<=", sides[2], operators[1] == "<=")]
         if set(operators) <= {">", ">="}:
             return [Interval(sides[2], operators[1] == ">=", sides[0], operators[0] == ">=")]
     raise NotRealSetError("relation")
+
+
+def _from_distance(operator: str, inner: Node, radius: Node) -> list[Interval]:
+    """|x| < r, |x - c| > r."""
+    terms = inner[1] if inner[0] == "add" else (inner,)
+    shift = [("neg", term) for term in terms if term[0] != "sym"]
+    if len(shift) != len(terms) - 1 or any(map(symbols, shift)) or operator not in ("<", "<=", ">", ">="):
+        raise NotRealSetError("a distance")
+    low, high = (("add", (end, *shift)) for end in (("neg", radius), radius))
+    within = Interval(low, operator in ("<=", ">"), high, operator in ("<=", ">"))
+    if _place(radius) < 0:
+        raise NotRealSetError("a negative distance")
+    return [within] if operator[0] == "<" else _complement((within,))
 
 
 def same_real_set(left: Node, right: Node) -> bool | None:

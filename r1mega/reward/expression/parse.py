@@ -7,7 +7,7 @@ from functools import lru_cache
 
 from r1mega.reward.expression.commands import PRODUCT, LatexCommands
 from r1mega.reward.expression.nodes import Node
-from r1mega.reward.expression.text import OPEN_TEXT
+from r1mega.reward.expression.text import AND_MARK, OPEN_TEXT, OR_MARK
 from r1mega.reward.expression.tokens import UnreadableError, tokenize
 
 MAX_CHARS = 2000
@@ -40,6 +40,7 @@ _RELATIONS = {
     "\\to": "=>",
     "\\implies": "=>",
 }
+_SEPARATORS = {",": "", ";": "", AND_MARK: "and", OR_MARK: "or"}
 _SET_OPERATORS = {
     "\\cup": "union",
     "\\bigcup": "union",
@@ -62,6 +63,8 @@ _CLOSERS = frozenset(
         "\\end",
         ",",
         ";",
+        AND_MARK,
+        OR_MARK,
         ":",
         "+",
         "-",
@@ -71,6 +74,7 @@ _CLOSERS = frozenset(
         "!",
         "'",
         "%",
+        "‰",
         "\\pm",
         "\\mp",
         "\\div",
@@ -91,6 +95,7 @@ class Parser(LatexCommands):
         self.bars = 0
         self.sign = sign  # how \pm is read: +1 or -1
         self.signed = False  # a \pm was met
+        self.joiner = ","  # between the items of the outermost list: ',' | 'and' | 'or'
 
     def peek(self) -> str:
         return self.tokens[self.at] if self.at < len(self.tokens) else ""
@@ -109,7 +114,9 @@ class Parser(LatexCommands):
             raise UnreadableError(f"nested deeper than {MAX_DEPTH}", over_limit=True)
         items = []
         while True:
-            while self.peek() in (",", ";"):
+            while self.peek() in _SEPARATORS:
+                if self.depth == 1:
+                    self.joiner = _SEPARATORS[self.peek()] or self.joiner
                 self.at += 1
             if not self.peek() or self.peek() in (
                 ")",
@@ -127,7 +134,7 @@ class Parser(LatexCommands):
             if items and self.peek() in ("|", "\\mid"):
                 break
             items.append(self.relation())
-            if self.peek() not in (",", ";"):
+            if self.peek() not in _SEPARATORS:
                 break
         self.depth -= 1
         return items
@@ -190,13 +197,18 @@ class Parser(LatexCommands):
         """2x is a product, 3 \\frac12 and 3 1/2 are mixed numbers, 3 5 is nothing."""
         mark = self.at
         right = self.factor()
+        if self.tokens[mark] == "(":
+            return ("mul", (left, right))
         if left[0] == "num" and left[1].denominator == 1:
-            if self.tokens[mark] == "\\frac" and right[0] == "div" and right[1][0] == right[2][0] == "num":
-                return ("add", (left, right))
+            mark_tag, part = (right[0], right[1]) if right[0] in ("pct", "deg") else ("", right)
+            if self.tokens[mark] == "\\frac" and part[0] == "div" and part[1][0] == part[2][0] == "num":
+                return _marked(mark_tag, ("add", (left, part)))
             if right[0] == "num":
                 if self.peek() == "/" and self.tokens[self.at + 1 : self.at + 2] and self.tokens[self.at + 1].isdigit():
                     self.at += 1
-                    return ("add", (left, ("div", right, self.factor())))
+                    under = self.factor()
+                    mark_tag, under = (under[0], under[1]) if under[0] in ("pct", "deg") else ("", under)
+                    return _marked(mark_tag, ("add", (left, ("div", right, under))))
                 raise UnreadableError("two numbers side by side")
         elif right[0] == "num" and self.tokens[mark][0].isdigit() and left[0] == "num":
             raise UnreadableError("two numbers side by side")
@@ -221,13 +233,13 @@ class Parser(LatexCommands):
                 node = self.power(node)
             elif token in ("\\degree", "\\circ"):
                 self.at += 1
-                node = ("deg", node)
+                node = self.minutes(("deg", node))
             elif token == "!":
                 self.at += 1
                 node = ("fn", "!", (node,))
-            elif token == "%":
+            elif token in ("%", "‰"):
                 self.at += 1
-                node = ("pct", node)
+                node = ("pct", node if token == "%" else ("div", node, ("num", Fraction(10))))
             elif token == "'" and node[0] == "sym":
                 self.at += 1
                 node = ("sym", node[1] + "'")
@@ -241,13 +253,25 @@ class Parser(LatexCommands):
         token = self.peek()
         if token == "\\circ" or self.tokens[self.at : self.at + 3] == ["{", "\\circ", "}"]:
             self.at += 1 if token == "\\circ" else 3
-            return ("deg", base)
+            return self.minutes(("deg", base))
         if token in ("'", "\\prime"):
             self.at += 1
             return ("sym", f"{base}'")
         if token in ("-", "+"):
             return ("pow", base, self.signed_factor())
-        return ("pow", base, self.group() if token == "{" else self.primary())
+        exponent = self.group() if token == "{" else self.primary()
+        if self.peek() == "^" and self.tokens[self.at + 1 : self.at + 2] != ["\\circ"]:
+            self.at += 1
+            exponent = self.power(exponent)  # 2^3^2 is 2^9
+        return ("pow", base, exponent)
+
+    def minutes(self, degrees: Node) -> Node:
+        """45^\\circ 30'."""
+        if self.peek().isdigit() and self.tokens[self.at + 1 : self.at + 2] == ["'"]:
+            minutes = ("num", Fraction(self.take()) / 60)
+            self.at += 1
+            return ("deg", ("add", (degrees[1], minutes)))
+        return degrees
 
     def subscript(self, node: Node) -> Node:
         start = self.at
@@ -344,6 +368,11 @@ class Parser(LatexCommands):
         return ("fn", "abs", (inner,))
 
 
+def _marked(tag: str, node: Node) -> Node:
+    """A mark behind a mixed number is of the whole number: 33\\frac13\\%."""
+    return (tag, node) if tag else node
+
+
 def _number(token: str, parser: Parser) -> Node:
     if len(token) > MAX_DIGITS:
         raise UnreadableError(f"a number of more than {MAX_DIGITS} digits", over_limit=True)
@@ -382,4 +411,4 @@ def parse(text: str, join_thousands: bool = True) -> Node:
         readings += [item for item in items if item not in readings] if sign < 0 else items
         if not parser.signed:
             break
-    return readings[0] if len(readings) == 1 else ("list", tuple(readings))
+    return readings[0] if len(readings) == 1 else ("list", tuple(readings), parser.joiner)

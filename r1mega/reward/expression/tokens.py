@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-from r1mega.reward.expression.text import CLOSE_TEXT, OPEN_TEXT
+from r1mega.reward.expression.text import AND_MARK, CLOSE_TEXT, OPEN_TEXT, OR_MARK
+from r1mega.reward.expression.units import HEDGES
 
 
 class UnreadableError(ValueError):
@@ -41,6 +42,7 @@ _ASCII_WORDS = {
     "cbrt": "\\cbrt",
     "binom": "\\binom",
 }
+_SHORT_WORDS = frozenset("no on to of is if at by or so".split())  # words, not products of letters
 _TOKEN = re.compile(
     r"(?P<number>(?:\d{1,3}(?:,\d{3})+(?![\d])(?:\.\d+)?|\d+\.(?=\\(?:overline|dot))|"
     r"\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d{1,4}(?![A-Za-z\d]))?)"
@@ -50,7 +52,7 @@ _TOKEN = re.compile(
     + CLOSE_TEXT
     + "]*)"
     + CLOSE_TEXT
-    + r"|(?P<word>[A-Za-z]+)|(?P<operator><=|>=|=<|!=|==|=>|[-+*/^_()\[\]{}|!',;:=<>%&.])"
+    + r"|(?P<word>[A-Za-z]+)|(?P<operator><=|>=|=<|!=|==|=>|[-+*/^_()\[\]{}|!',;:=<>%&.‰" + AND_MARK + OR_MARK + "])"
 )
 _OPERATOR_SPELLING = {"=<": "<=", "==": "="}
 
@@ -74,6 +76,7 @@ def tokenize(text: str, join_thousands: bool) -> list[str]:
         elif kind == "word":
             tokens += _split_word(value)
         elif kind == "text":
+            _refuse_hedge(match["text"].strip())
             tokens.append(OPEN_TEXT + match["text"].strip())
         else:
             tokens.append(_OPERATOR_SPELLING.get(value, value))
@@ -82,13 +85,21 @@ def tokenize(text: str, join_thousands: bool) -> list[str]:
     return tokens
 
 
+def _refuse_hedge(word: str) -> None:
+    """'not 0' is no product with 0."""
+    if word.lower() in HEDGES:
+        raise UnreadableError(f"the word {word!r}")
+
+
 def _split_word(word: str) -> list[str]:
     """'sqrt' -> command, 'xy' -> x, y; 'Friday', 'ACF' -> one verbal token."""
+    _refuse_hedge(word)
     if word in _ASCII_WORDS:
         return [_ASCII_WORDS[word]]
     for suffix in ("pi", "sqrt"):
         if word.endswith(suffix) and len(word) - len(suffix) == 1:
             return [word[0], "\\" + suffix]
-    if len(word) >= 4 or (len(word) > 1 and word.isupper()) or (len(word) > 2 and word[0].isupper()):
+    capitalised = (len(word) > 1 and word.isupper()) or (len(word) > 2 and word[0].isupper())
+    if len(word) >= 4 or word in _SHORT_WORDS or capitalised:
         return [OPEN_TEXT + word]
     return list(word)

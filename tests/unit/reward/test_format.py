@@ -32,6 +32,7 @@ def test_well_formed(text):
         ("<think></think><answer>4</answer>", "reasoning is empty"),
         ("<think> \n.\u200b</think><answer>4</answer>", "reasoning is empty"),
         ("<think>a</think><answer> </answer>", "answer is empty"),
+        ("<think>\u3164\u115f</think><answer>4</answer>", "reasoning is empty"),
         ("Sure! <think>a</think><answer>4</answer>", "text before <think>"),
         ("<think>a</think>so<answer>4</answer>", "text between"),
         ("<think>a</think><answer>4</answer> bye", "text after </answer>"),

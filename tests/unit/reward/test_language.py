@@ -65,6 +65,18 @@ def test_mixed_sentences_give_the_fraction(num_english, num_chinese):
     assert mixes_languages(mixed)
 
 
+JAPANESE = ("まず、初日に何枚の切符が売れたかを数えます。", "待って、これは間違いです。")
+
+
+def test_chinese_and_japanese_share_characters_but_not_sentences():
+    letters = [sum(c not in "、。，" for c in "".join(texts)) for texts in (CHINESE, JAPANESE)]
+    mixed = " ".join((CHINESE[0], JAPANESE[0], *CHINESE[1:], JAPANESE[1]))
+    assert language_share(mixed, "zh") == pytest.approx(letters[0] / sum(letters), abs=0.05)
+    assert language_share(mixed, "ja") == pytest.approx(letters[1] / sum(letters), abs=0.05)
+    assert language_share("".join(CHINESE), "ja") == 0.0
+    assert language_share("".join(JAPANESE) + "答：三十。", "ja") == 1.0
+
+
 def test_mixed_latin_sentences_give_the_fraction():
     for english in (1, 2, 3):
         for other in (FRENCH, GERMAN):

@@ -173,6 +173,7 @@ def test_degenerate_responses_cost_linear_time(unit):
     text = "<think>" + unit * (150_000 // len(unit))
     start = time.process_time()
     rewards.answer_of(text)
+    rewards.answer_of(text.removeprefix("<think>"))
     check_format(text, "graded")
     mixes_languages(text)
     language_share(text, "en")
@@ -220,6 +221,7 @@ def test_last_boxed(text, answer):
         ("<think>x</think><answer> 7 </answer>", "any", "7"),
         ("<think><answer>5</answer></think><answer>6</answer>", "tag", "6"),
         ("<think>\\boxed{5}</think> nothing", "any", None),
+        ("<think>so far \\boxed{5}", "any", None),
         ("<think>\\boxed{5}</think> \\boxed{6}", "boxed", "6"),
         ("<answer>1</answer><answer>2</answer>", "any", "2"),
         ("<answer>1</answer><answer>2", "any", "1"),

@@ -1,0 +1,51 @@
+"""The ways in which one cleaned answer can be read: thousands or lists, repeating decimals, with its unit taken off."""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+
+from r1mega.reward.expression.nodes import Node
+from r1mega.reward.expression.parse import parse
+from r1mega.reward.expression.text import other_thousands
+from r1mega.reward.expression.tokens import UnreadableError
+from r1mega.reward.expression.units import Quantity, split_unit
+
+_DECIMAL_DOTS = re.compile(r"(\.\d+)\.\.\.$")
+_GOES_ON = re.compile(r"(-?)(\d*\.\d*?)(?:(\d)\3{2,}\.\.\.|(\d{2,12})\4+\.\.\.|\((\d{1,12})\))")
+
+
+def measured(text: str, sign: str | None) -> Quantity:
+    quantity = split_unit(text)
+    return quantity if quantity.unit is not None or sign is None else Quantity(quantity.body, sign, quantity.scale)
+
+
+def readings(text: str, quantity: Quantity, factor: Fraction) -> list[tuple[Node | None, str]]:
+    """The text parsed in each way it can be meant (`70,110` is a number and a list); None where it cannot be read."""
+    body = quantity.body
+    factor *= quantity.scale
+    results: list[tuple[Node | None, str]] = []
+    versions = [(body, join) for join in ((True, False) if re.search(r"\d,\d{3}", body) else (True,))]
+    if re.search(r"\d[.,']\d", body) and (other := other_thousands(body)) is not None:
+        versions.append((other, True))
+    for version, join in versions:
+        try:
+            node = _repeating(version) or parse(_DECIMAL_DOTS.sub(r"\1", version), join)
+            if factor != 1:
+                node = ("mul", (node, ("num", factor)))
+            results.append((node, version if factor == 1 else ""))
+        except UnreadableError as error:
+            if error.over_limit:
+                raise
+    return results or [(None, text)]
+
+
+def _repeating(body: str) -> Node | None:
+    """0.333..., 0.1212... (one digit written three times, several twice) and 0.(3) go on for ever."""
+    match = _GOES_ON.fullmatch(body)
+    if not match:
+        return None
+    sign, start, *periods = match.groups()
+    period = next(filter(None, periods))
+    value = Fraction(start) + Fraction(int(period), 10 ** len(start.partition(".")[2]) * (10 ** len(period) - 1))
+    return ("num", -value if sign else value)

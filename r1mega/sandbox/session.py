@@ -47,10 +47,12 @@ class Graded:
 class _State:
     """Where a session stands. turn: 'start', 'loading' (the answer's module), then 'grader' or 'answer'.
 
-    waiting: a question that the grader asked before the answer had loaded.
+    nonce: of the grader's report and its requests' numbers, never shown to the answer, which repeats load_number once
+    it has loaded. waiting: a question that the grader asked before the answer had loaded.
     """
 
     nonce: str
+    load_number: str
     turn: str = "start"
     waiting: bytes | None = None
     lines: dict[int, bytearray] = field(default_factory=dict)
@@ -76,15 +78,16 @@ def grade(launcher: Launcher, source: str, spec: Mapping[str, Any], limits: Limi
     answer_limits = replace(limits, cpu_seconds=limits.cpu_seconds * max(1, calls))
     grader_limits = replace(answer_limits, memory_bytes=max(limits.memory_bytes, 512 << 20))
     python = [launcher.tools.python, "-s", "-S", "-B", "/box/agent.py"]
-    state = _State(nonce=secrets.token_hex(16))
+    state = _State(nonce=secrets.token_hex(16), load_number=secrets.token_hex(16))
     with (
         launcher.start(python, answer_limits, source_files("answer")) as answer,
         launcher.start(python, grader_limits, source_files("grader")) as grader,
     ):
         session = _Session(answer, grader, state, limits, clock_per_call)
         grader.feed(json.dumps({**spec, "nonce": state.nonce}).encode() + b"\n")
-        request = {"number": state.nonce, "do": "load", "source": source, "libraries": launcher.policy.library_paths}
-        answer.feed(json.dumps(request).encode() + b"\n")
+        load = {"number": state.load_number, "do": "load", "source": source}
+        load["libraries"] = launcher.policy.library_paths
+        answer.feed(json.dumps(load).encode() + b"\n")
         session.run()
         answer.close()
     if answer.host_out_of_memory or grader.host_out_of_memory:
@@ -196,7 +199,7 @@ class _Session:
     def _loaded(self, line: bytes) -> None:
         try:
             reply = json.loads(line) if len(line) < 1 << 16 else None
-            if reply["number"] != self.state.nonce:
+            if reply["number"] != self.state.load_number:
                 raise ValueError("not our number")
             result, message = str(reply["load"]), str(reply.get("message", ""))
         except (ValueError, KeyError, TypeError, RecursionError):

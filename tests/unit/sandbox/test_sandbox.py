@@ -328,6 +328,18 @@ assert apply(length, a) == 2
     assert graded.outcome["num_passed"] == 3, graded
 
 
+def test_the_answer_never_sees_the_graders_nonce(launcher):
+    """Both sides look for what they were given in the frames below them."""
+    find = "\nimport sys\nf = sys._getframe()\nwhile %r not in f.f_locals: f = f.f_back\n"
+    source = find % "request" + "seen = [f.f_locals['request']['number']]\ndef given():\n"
+    source += "    g = sys._getframe()\n    while 'request' not in g.f_locals: g = g.f_back\n"
+    source += "    seen.append(g.f_locals['request']['number'])\n    return seen"
+    tests = find % "spec" + "nonce = f.f_locals['spec']['nonce']\nassert len(nonce) == 32\n"
+    tests += "numbers = given() + given()\nassert len(set(map(str, numbers))) == 3\nassert nonce not in numbers"
+    graded = asserts(launcher, source, tests)
+    assert graded.ended is None and graded.outcome["num_failed"] == 0, graded
+
+
 def test_exceptions_of_the_answer_reach_the_tests(launcher):
     source = (
         "def f(x):\n    if x < 0: raise ValueError('negative')\n    class Own(Exception): pass\n    raise Own('mine')"

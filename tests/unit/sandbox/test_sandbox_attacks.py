@@ -15,8 +15,11 @@ import pytest
 from r1mega.reward.code_problem import AssertBlock, Problem
 from r1mega.sandbox import Verdict
 from r1mega.types import RewardStatus
-from tests.unit.sandbox.sandbox_attacks import ATTACKS, BOMBS, SYSTEM, Attack
+from tests.unit.sandbox import sandbox_attacks
+from tests.unit.sandbox.sandbox_attacks import BOMBS, Attack
+from tests.unit.sandbox.sandbox_attacks_agent import AGENT
 
+ATTACKS = [*sandbox_attacks.ATTACKS, *AGENT]
 REPEATS = int(os.environ.get("R1MEGA_SANDBOX_REPEATS", "1"))
 NEIGHBOUR = """
 import os, subprocess, tempfile, threading
@@ -47,7 +50,7 @@ def planted(attack: Attack, host) -> str:
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.name.replace(" ", "-"))
 @pytest.mark.parametrize("repeat", range(REPEATS))
 def test_attack_scores_zero_beside_a_neighbour(attack, repeat, host, launcher, code_reward):
-    if attack in SYSTEM and "syscall" in attack.source and platform.machine() != "x86_64":
+    if "syscall" in attack.source and platform.machine() != "x86_64":
         pytest.skip("system call numbers are those of x86-64")
     tests = (attack.tests or "assert solve() == 'GOLD'").replace("GOLD", host.gold)
     scored = {}

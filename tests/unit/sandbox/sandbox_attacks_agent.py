@@ -48,7 +48,7 @@ AGENT = [
         "end of the grader",
         "reply(value={'builtin': 'exit'})\ntime.sleep(60)",
         *BLOCKED,
-        Verdict.EARLY_EXIT,
+        Verdict.TAMPERING,
         tests="assert solve()('GOLD') == 'GOLD'",
     ),
     with_number("reference to nothing", "reply(value={'@': {'a': 1}})\nreturn 1", *BLOCKED, Verdict.TAMPERING),
@@ -58,7 +58,8 @@ AGENT = [
     ),
     with_number(
         "a thread that goes on replying",
-        "import threading\nthreading.Thread(target=lambda: [reply(value=1) for _ in iter(int, 1)], daemon=True).start()\n"
+        "import threading\ndef flood():\n    while True: reply(value=1)\n"
+        "threading.Thread(target=flood, daemon=True).start()\n"
         "time.sleep(60)",
         Verdict.TAMPERING,
     ),
@@ -112,7 +113,9 @@ AGENT = [
         "class P:\n    def __getattr__(self, name): return lambda *a, **k: a[0] if a else self\n"
         "    def __call__(self, *a): return True\nreturn P()",
     ),
-    in_solve("huge repr", "class R:\n    def __repr__(self): return 'x' * (1 << 31)\n    __str__ = __repr__\nreturn R()"),
+    in_solve(
+        "huge repr", "class R:\n    def __repr__(self): return 'x' * (1 << 31)\n    __str__ = __repr__\nreturn R()"
+    ),
     in_solve(
         "huge text of an exception", "raise ValueError('x' * (1 << 40))", Verdict.MEMORY_LIMIT, Verdict.RUNTIME_ERROR
     ),
@@ -143,10 +146,9 @@ AGENT = [
     ),
     in_solve(
         "the other end of the pipes",
-        "import select\ntext = b''\nfor fd in os.listdir('/proc/self/fd'):\n    for way in (os.O_RDONLY, os.O_WRONLY):\n"
-        "        try:\n            end = os.open('/proc/self/fd/' + fd, way | os.O_NONBLOCK)\n"
-        "            text += os.read(end, 1 << 20) if way == os.O_RDONLY else b''\n"
-        "            way == os.O_WRONLY and os.write(end, b'{}\\n')\n        except OSError: pass\n"
+        "text = b''\nfor fd in os.listdir('/proc/self/fd'):\n    for way in (0, 1):  # read, write\n        try:\n            end = os.open('/proc/self/fd/' + fd, way | os.O_NONBLOCK)\n"
+        "            text += os.read(end, 1 << 20) if way == 0 else b''\n"
+        "            way == 1 and os.write(end, b'{}\\n')\n        except OSError: pass\n"
         "return text.decode(errors='replace')",
         *BLOCKED,
         Verdict.TAMPERING,

@@ -27,7 +27,8 @@ def group_advantage(
     value is not looked at.
     baseline: 'group' the mean of the group; 'leave_one_out' the mean of the others (RLOO).
     scale: 'group' the population standard deviation of the group; 'batch' of all rewards together; 'none' (Dr.GRPO).
-    A group without signal (fewer than two members, or all rewards equal, compared exactly) gets exact zeros.
+    A group without signal (fewer than two members, or all rewards equal, compared exactly) gets exact zeros; a reward
+    that is NaN or infinite leaves no finite advantage in its group. For statistics of the whole batch alone, pass one group: offsets [0, R].
 
     Raises:
         ValueError: unknown names, shapes, or (on a CPU) offsets that are not a partition of the rewards.

@@ -49,7 +49,7 @@ def grouped_log_prob(
     bits whatever rows are computed beside it, and from run to run. No gradient reaches `temperature`.
 
     Raises:
-        ValueError: shapes, rows, a temperature of 0 or less, or (on a CPU) a target outside the vocabulary.
+        ValueError: shapes, rows, a temperature of 0 or less, infinite or NaN, or (on a CPU) a target outside the vocabulary.
         TypeError: a dtype that the kernels do not read.
         PlatformError: no compiled kernels for a GPU.
     """
@@ -81,13 +81,19 @@ def inverse_temperature(temperature: float | torch.Tensor, like: torch.Tensor) -
     if isinstance(temperature, torch.Tensor):
         if temperature.requires_grad:
             raise ValueError("temperature: no gradient is computed for it; pass temperature.detach()")
-        if temperature.device.type == "cpu" and bool((temperature <= 0).any()):
-            raise ValueError(f"temperature must be > 0, found {float(temperature.min())}")
         if temperature.numel() not in (1, like.shape[0]):
             raise ValueError(f"temperature has {temperature.numel()} values for {like.shape[0]} rows of logits")
-        return temperature.to(like.device, torch.float64).reciprocal().to(dtype).reshape(-1).contiguous()
-    if not temperature > 0:
-        raise ValueError(f"temperature must be > 0, not {temperature} (greedy decoding has no log-probs to train on)")
+        inverse = temperature.to(torch.float64).reciprocal().to(dtype).reshape(-1)
+        usable = (inverse > 0) & inverse.isfinite()
+        if inverse.device.type == "cpu" and not bool(usable.all()):
+            found = float(temperature.reshape(-1)[~usable][0])
+            raise ValueError(f"temperature must be > 0 and 1 / temperature a finite number above 0, found {found}")
+        return inverse.to(like.device).contiguous()
+    if not (temperature > 0 and torch.finfo(dtype).tiny <= 1.0 / temperature <= torch.finfo(dtype).max):
+        raise ValueError(
+            f"temperature must be > 0 and 1 / temperature a finite number above 0, not {temperature} "
+            "(greedy decoding has no log-probs to train on)"
+        )
     return torch.full((1,), 1.0 / temperature, dtype=dtype, device=like.device)
 
 

@@ -109,14 +109,15 @@ def group_advantage(rewards, offsets, mask, baseline, scale, epsilon, advantages
     infinite = torch.full((num_groups,), math.inf, dtype=rewards.dtype, device=rewards.device)
     low = infinite.scatter_reduce(0, index[counted], rewards[counted], "amin")
     high = (-infinite).scatter_reduce(0, index[counted], rewards[counted], "amax")
-    factor = torch.where(high > low, torch.ones_like(mean), torch.zeros_like(mean))
+    has_signal = (high > low) | ~mean.isfinite()
+    factor = torch.ones_like(mean)
     if baseline == 1:
         factor = factor * count / (count - 1).clamp(min=1)
     if scale == 1:
         factor = factor / ((per_group(centred**2) / count.clamp(min=1)).sqrt() + epsilon)
     elif scale == 2:
         factor = factor / (rewards[counted].std(correction=0) + epsilon if counted.any() else 1.0)
-    advantages.copy_(centred * factor[index])
+    advantages.copy_(torch.where(has_signal[index], centred * factor[index], torch.zeros_like(centred)))
 
 
 def _exp_minus_linear(d: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ enum class Scale : int64_t { kNone = 0, kGroup = 1, kBatch = 2 };
 
 struct Moments {
     double count, mean, std;
-    bool has_signal;  // two different rewards at least, compared exactly
+    bool has_signal;  // two different rewards at least, compared exactly; or one that is not finite
 };
 
 template <class Lanes>
@@ -26,7 +26,7 @@ R1_FN Moments moments(const Lanes& lanes, const double* rewards, const uint8_t* 
     Moments result;
     result.count = lanes.sum(count);
     result.mean = lanes.sum(total) / (result.count > 0 ? result.count : 1.0);
-    result.has_signal = lanes.max(high) > lanes.min(low);
+    result.has_signal = lanes.max(high) > lanes.min(low) || !(fabs(result.mean) < INFINITY);  // NaN must not turn into 0
     double squares = 0;
     for (int64_t i = begin + lanes.index; i < end; i += lanes.count) {
         if (mask && !mask[i]) continue;

@@ -54,6 +54,17 @@ def test_equal_rewards_that_fp32_cannot_hold_are_exactly_zero(implementation):
     assert (group_advantage(rewards, torch.tensor([0, 7]), backend=implementation) == 0).all()
 
 
+@pytest.mark.parametrize("scale", ["none", "group"])
+@pytest.mark.parametrize("bad", [[float("nan"), 1.0, 1.0], [float("nan")], [float("inf")] * 2, [0.0, float("-inf")]])
+def test_what_is_not_finite_never_becomes_zero(implementation, bad, scale):
+    """Even where the other members agree, and beside groups that are as they should be."""
+    rewards = torch.tensor([0.0, 1.0, *bad, 2.0, 2.0], dtype=torch.float64)
+    offsets = torch.tensor([0, 2, 2 + len(bad), 4 + len(bad)])
+    got = group_advantage(rewards, offsets, scale=scale, backend=implementation)
+    assert not got[2:-2].isfinite().any()
+    assert got[:2].isfinite().all() and (got[:2] != 0).all() and (got[-2:] == 0).all()
+
+
 def test_same_bits_as_alone(native):
     rewards = torch.randn(96, generator=torch.Generator().manual_seed(0))
     whole = group_advantage(rewards, torch.arange(0, 97, 16))

@@ -174,6 +174,11 @@ def test_no_rows(implementation):
     [
         ({"temperature": 0.0}, "temperature must be > 0"),
         ({"temperature": torch.tensor([1.0, 0.0, 1.0])}, "temperature must be > 0"),
+        ({"temperature": float("nan")}, "temperature must be > 0"),
+        ({"temperature": float("inf")}, "a finite number above 0, not inf"),
+        ({"temperature": 1e-40}, "a finite number above 0, not 1e-40"),
+        ({"temperature": torch.tensor([1.0, 1.0, float("nan")])}, "a finite number above 0, found nan"),
+        ({"temperature": torch.tensor([1.0, 1.0, float("inf")])}, "a finite number above 0, found inf"),
         ({"temperature": torch.ones(2)}, "2 values for 3 rows"),
         ({"targets": torch.tensor([0, 5, 1])}, r"targets must be in \[0, 5\)"),
         ({"targets": torch.tensor([0, -1, 1])}, r"targets must be in \[0, 5\)"),

@@ -20,14 +20,17 @@ INDEX = "model.safetensors.index.json"
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """config.json of an HF directory. CheckpointError when it is missing or not JSON."""
+    """config.json of an HF directory. CheckpointError when it is missing or not a JSON object."""
     path = Path(directory) / "config.json"
     try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
+        config = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(f"{path}: no such file; model.path must be an HF model directory") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path}: a JSON {type(config).__name__}, not the config of a model")
+    return config
 
 
 class HFTensors(Mapping[str, torch.Tensor]):

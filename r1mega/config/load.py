@@ -117,10 +117,12 @@ def _overrides(overrides: Sequence[str], places: Places) -> dict[str, Any]:
         if not equals or not key:
             raise ConfigError(f"command line: {item!r} is not of the form key.sub=value")
         places[tuple(key.split("."))] = "command line"
-    try:
-        return OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise ConfigError(f"command line: {error}") from error
+        try:
+            OmegaConf.from_dotlist([item])
+        except (OmegaConfBaseException, yaml.YAMLError) as error:
+            problem = " ".join(str(getattr(error, "problem", None) or error).split())
+            raise ConfigError(f"command line: {item!r}: not YAML ({problem}); quote the value: {key}='\"...\"'") from error
+    return OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
@@ -63,8 +64,8 @@ class OptimizerConfig(Section):
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: NonNegativeInt = 0
     decay_steps: PositiveInt | None = None  # length of the final decay; None: all steps after the warm-up
-    beta1: float = 0.9
-    beta2: float = 0.95
+    beta1: Decay = 0.9
+    beta2: Decay = 0.95
     eps: Positive = 1e-8
     weight_decay: NonNegative = 0.01
     clip_grad: NonNegative = 1.0
@@ -105,7 +106,7 @@ class RolloutConfig(Section):
     engine: Literal["vllm", "transformers"] = "vllm"
     num_prompts: PositiveInt = 32  # a step (paper), over all data-parallel ranks
     group_size: PositiveInt = 16  # responses a prompt (paper)
-    temperature: Positive = 1.0  # paper
+    temperature: Annotated[float, Field(ge=0.01)] = 1.0  # paper
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     max_response_tokens: PositiveInt = 32768  # paper
     stop: tuple[str, ...] = ("</answer>",)  # texts that end a response (and belong to it), besides the tokenizer's eos
@@ -138,7 +139,7 @@ class EvaluateConfig(Section):
     every_steps: PositiveInt | None = None  # None: before the first and after the last step only
     num_prompts: PositiveInt | None = None  # None: all
     num_samples: PositiveInt = 1
-    temperature: Positive = 0.6  # paper
+    temperature: NonNegative = 0.6  # paper; 0: greedy
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.95  # paper
     seed: int = 0
 

@@ -73,12 +73,17 @@ def _read_model(config: Stage) -> tuple[dict[str, Any] | None, list[str]]:
         directory = model
     path = directory / "config.json"
     try:
-        return json.loads(path.read_text()), []
-    except FileNotFoundError:
+        hf = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
         hint = "; run the stage that makes it first" if config.model.path.name == "hf" else ""
         return None, [f"model.path = {config.model.path}: {path} is missing: not an HF model directory{hint}"]
-    except ValueError as error:
+    except OSError as error:
+        return None, [f"model.path = {config.model.path}: {path} cannot be read ({error.strerror})"]
+    except (ValueError, RecursionError) as error:
         return None, [f"{path}: not JSON ({error})"]
+    if not isinstance(hf, dict) or not isinstance(hf.get("model_type"), str):
+        return None, [f"{path}: not the config.json of an HF model (it names no model_type)"]
+    return hf, []
 
 
 def missing_file_problems(files: Iterable[tuple[str, Path]]) -> Iterator[str]:

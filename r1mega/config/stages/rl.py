@@ -97,7 +97,7 @@ class RLStage(TrainingStage):
                 f"rollout.num_prompts * rollout.group_size = {samples} responses cannot be divided into "
                 f"update.num_minibatches = {update.num_minibatches}"
             )
-        if rollout.router_replay and (rollout.engine != "vllm" or not hf.get("n_routed_experts")):
+        if rollout.router_replay and (rollout.engine != "vllm" or (hf and not hf.get("n_routed_experts"))):
             yield "rollout.router_replay wants rollout.engine=vllm and a model with experts; set it to false"
         if rollout.router_replay and self.model.recompute != "none":
             yield f"rollout.router_replay with model.recompute = {self.model.recompute}: not built; set one of them off"

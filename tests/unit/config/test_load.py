@@ -59,6 +59,8 @@ def test_the_later_include_wins(tmp_path):
         (ZERO.replace("stage: zero", "stage: zer0"), [], r"zero\.yaml:2: stage is 'zer0'; it must be one of base, zero"),
         (ZERO.replace("run_dir: runs/x\n", ""), [], "run_dir is missing"),
         (ZERO + "\n  - broken", [], r"zero\.yaml:\d+: not YAML"),
+        (ZERO, ["seed=1", "data.template={{ question }}"], r"command line: 'data\.template=\{\{ question \}\}': not YAML \(found unhashable key"),
+        (ZERO, ["optimizer.beta1=1"], r"optimizer\.beta1 = 1: .*less than 1"),
         (ZERO, ["novalue"], r"'novalue' is not of the form key\.sub=value"),
         ("include: zero.yaml\n" + ZERO, [], "includes itself"),
         ("include: gone.yaml\n" + ZERO, [], r"gone\.yaml: cannot be read"),

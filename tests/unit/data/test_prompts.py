@@ -72,6 +72,8 @@ def test_questions_in_the_form_of_gsm8k(tmp_path):
     [
         ("{broken", "not JSON"),
         ('["a"]', "a JSON list, not an object"),
+        ('{"question": "\\ud800", "answer": "1"}', "not JSON .*surrogates not allowed"),
+        ("[" * 100_000, "not JSON .*recursion"),
         ({"answer": "2"}, "'question' is missing"),
         ({"question": "q"}, "'answer' is missing"),
         ({"question": "q", "answer": 5}, "'answer' is 5: it must be a string"),

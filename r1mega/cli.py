@@ -7,14 +7,11 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from r1mega.errors import ConfigError, R1MegaError
-
-if TYPE_CHECKING:
-    from r1mega.config.schema import Stage
 
 app = typer.Typer(
     name="r1mega",
@@ -46,10 +43,11 @@ def train(
     _exit_for_requeue_on_signals()
     from r1mega.config.load import load_config
     from r1mega.config.validate import validate
+    from r1mega.data.prompts import scan_data
 
     loaded = load_config(config, overrides or [])
     validate(loaded)
-    _scan_data(loaded)
+    scan_data(loaded)
     # from here on torch is imported: what is wrong with the files is told before, at once
     from r1mega.config.validate_platform import validate_platform
     from r1mega.platform.launcher import adopt_launcher_environment
@@ -240,14 +238,6 @@ def reward_code(
 
     reward = CodeReward(partial_credit=partial_credit)
     score_stream(sys.stdin, sys.stdout, reward=reward, num_workers=workers)
-
-
-def _scan_data(config: Stage) -> None:
-    """Bad lines and prompts that are too long end the run here, before anything is started or written."""
-    from r1mega.data.prompts import scan_prompts
-
-    for data in config.prompt_data():
-        scan_prompts(data, config.model.path)
 
 
 def main() -> None:

@@ -19,6 +19,10 @@ from rich.text import Text
 from r1mega.errors import R1MegaError
 
 GIB = 2**30
+_KERNELS_NOTES = {
+    "reference": ": plain torch, for the library is not built here (python kernels/build.py, wants g++)",
+    "missing": ": log-probs and losses cannot be computed on the GPU (python kernels/build.py --cuda, wants nvcc)",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +127,8 @@ def _kernels() -> list[Fact]:
     import r1mega_kernels
 
     backend = r1mega_kernels.backend()
-    return [Fact("kernels", backend not in ("reference", "missing"), backend)]
+    why = "" if os.environ.get("R1MEGA_KERNELS") == "reference" else _KERNELS_NOTES.get(backend, "")
+    return [Fact("kernels", backend not in _KERNELS_NOTES, backend + why)]
 
 
 def _sandbox() -> list[Fact]:

@@ -13,9 +13,10 @@ from r1mega.config.stages.evaluate import GeneratorConfig
 from r1mega.config.stages.rl import RLStage
 from r1mega.config.validate import launched_processes, validate
 from r1mega.config.validate_platform import validate_platform
+from r1mega.data.prompts import scan_data
 from r1mega.doctor import Fact
 from r1mega.errors import R1MegaError
-from r1mega.stages import is_finished
+from r1mega.stages import check_model, check_run_directory, is_finished
 
 
 def config_facts(path: Path, overrides: list[str]) -> tuple[str, list[Fact], R1MegaError | None]:
@@ -24,7 +25,10 @@ def config_facts(path: Path, overrides: list[str]) -> tuple[str, list[Fact], R1M
     problem: R1MegaError | None = None
     try:
         validate(config)
+        scan_data(config)
         validate_platform(config)
+        check_run_directory(config)
+        check_model(config)
     except R1MegaError as error:
         problem = error
     try:

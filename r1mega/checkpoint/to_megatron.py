@@ -23,12 +23,12 @@ from torch.distributed.checkpoint.storage import WriteResult
 from r1mega.checkpoint.conversion import PLAN, OutputFile, partition
 from r1mega.checkpoint.fp8_blocks import SCALE, check_config, dequantize, scale_shape
 from r1mega.checkpoint.hf import HFTensors, copy_tokenizer, read_config
-from r1mega.checkpoint.manifest import file_record, write_manifest
+from r1mega.checkpoint.manifest import MANIFEST, file_record, write_manifest
 from r1mega.checkpoint.name_rules import to_local
 from r1mega.checkpoint.names import is_ignored
 from r1mega.checkpoint.parameters import Parameter, model_shape_of, parameters
 from r1mega.checkpoint.safetensors_file import as_bytes, read_tensor
-from r1mega.checkpoint.store import PROGRESS, architecture_of
+from r1mega.checkpoint.store import PROGRESS, architecture_of, check_architecture
 from r1mega.checkpoint.torch_dist import COMMON, Piece, without_crc, write_index, write_pieces
 from r1mega.config.layout import Layout, model_problems
 from r1mega.errors import CheckpointError, ConfigError
@@ -58,7 +58,7 @@ class ToMegatron:
             raise ConfigError("; ".join(problems))
         self.model = model_shape_of(config, self.num_mtp)
         self.dtype = dtype or _dtype_of(config)
-        _check_tensors(self.tensors, self.parameters, self.model, self.source)
+        check_tensors(self.tensors, self.parameters, self.model, self.source)
         self.config = _plain_config(config, self.dtype, self.num_mtp)
         runs = partition(self.parameters, self._num_bytes, max_file_bytes)
         self.files = [OutputFile(f"__{i}_0.distcp", held, size) for i, (held, size) in enumerate(runs)]
@@ -204,7 +204,21 @@ def _count_mtp(tensors: HFTensors, config: Mapping[str, Any]) -> int:
                for k in range(config.get("num_nextn_predict_layers") or 0))
 
 
-def _check_tensors(tensors: HFTensors, wanted: list[Parameter], model: Any, source: Path) -> None:
+def check_weights(directory: Path, num_mtp_layers: int) -> None:
+    """CheckpointError unless the weights in `directory` are of the model that its config.json describes.
+
+    directory: an HF directory, or a checkpoint made by a conversion. Reads headers only, and needs no processes: what is
+    wrong is told before anything starts.
+    """
+    config = read_config(directory)
+    if (directory / MANIFEST).exists():
+        check_architecture(directory, architecture_of(config))
+        return
+    tensors = HFTensors(directory)
+    check_tensors(tensors, list(parameters(config, num_mtp_layers)), model_shape_of(config, num_mtp_layers), directory)
+
+
+def check_tensors(tensors: HFTensors, wanted: list[Parameter], model: Any, source: Path) -> None:
     """CheckpointError that lists everything by which the tensors differ from what the config asks for."""
     problems, expected = [], set()
     for parameter in wanted:

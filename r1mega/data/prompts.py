@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from r1mega.config.rewards import ACCURACY, WITHOUT_GOLD
-from r1mega.config.schema import DataConfig
+from r1mega.config.schema import DataConfig, Stage
 from r1mega.data.template import render
 from r1mega.data.tokenizer import Tokenizer, load_tokenizer
 from r1mega.errors import DataError
@@ -66,6 +66,12 @@ def load_prompts(config: DataConfig, tokenizer: Tokenizer) -> tuple[Prompt, ...]
     if not prompts:
         raise DataError(f"no prompts left in {', '.join(map(str, config.prompts))}")
     return tuple(prompts)
+
+
+def scan_data(config: Stage) -> None:
+    """Bad lines and prompts that are too long, in any of a stage's prompt files, before anything is started or written."""
+    for data in config.prompt_data():
+        scan_prompts(data, config.model.path)
 
 
 def scan_prompts(config: DataConfig, tokenizer_directory: Path) -> None:
@@ -150,7 +156,9 @@ def read_records(config: DataConfig) -> Iterator[PromptRecord]:
 def _record(line: bytes, where: str, config: DataConfig) -> PromptRecord:
     try:
         item = json.loads(line)
-    except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
+        if b"\\ud" in line.lower():  # half of a surrogate pair is JSON, but no text
+            json.dumps(item, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:  # JSONDecodeError, UnicodeDecodeError, UnicodeEncodeError
         raise DataError(f"{where}: not JSON ({error})") from error
     if not isinstance(item, dict):
         raise DataError(f"{where}: a JSON {type(item).__name__}, not an object")

@@ -78,6 +78,15 @@ def check_layout(hf: Mapping[str, Any], layout: Layout) -> None:
         raise ConfigError("; ".join(problems))
 
 
+def check_model(hf: Mapping[str, Any], layout: Layout, model: Any) -> None:
+    """Whatever `build_model` would raise for this config.json, layout and ModelConfig. Needs no processes.
+
+    Raises ConfigError, PlatformError.
+    """
+    megatron_config(hf, layout, model)
+    family_of(hf).position_arguments(hf)
+
+
 def megatron_config(hf: Mapping[str, Any], layout: Layout, model: Any, *, init_std: float | None = None) -> Any:
     """TransformerConfig (MLATransformerConfig for latent attention) for one model, layout and platform."""
     platform.prepare()
@@ -87,6 +96,7 @@ def megatron_config(hf: Mapping[str, Any], layout: Layout, model: Any, *, init_s
     layers, hidden, heads, intermediate, eps = require(
         hf, "num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "rms_norm_eps"
     )
+    require(hf, "vocab_size", "max_position_embeddings")
     dtype = getattr(torch, model.dtype) if isinstance(model.dtype, str) else model.dtype
     arguments = {
         "num_layers": layers,

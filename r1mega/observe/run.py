@@ -94,8 +94,10 @@ class RunDirectory:
         os.pwrite(descriptor, f"pid {os.getpid()} on {socket.gethostname()} since {_now()}\n".encode(), 0)
 
     def check_config(self, config: Mapping[str, Any]) -> None:
-        """ConfigError when the directory holds a run whose config differs in a key outside CHANGEABLE_KEYS."""
-        if not self.config.exists():
+        """ConfigError when the directory holds a run whose config differs in a key outside CHANGEABLE_KEYS. One that ended
+        before it made anything is no run: it may be started again with a mended config.
+        """
+        if not self.config.exists() or not self._holds_work():
             return
         changed = sorted(differences(self.read_config(), config))
         fixed = [line for key, line in changed if key.split(".")[0] not in CHANGEABLE_KEYS]
@@ -104,6 +106,11 @@ class RunDirectory:
                 f"run_dir {self.path} holds a run with another config:\n  " + "\n  ".join(fixed) + "\n"
                 "choose another run_dir, or remove this one to start over"
             )
+
+    def _holds_work(self) -> bool:
+        """Whether there is anything but what every start writes first, and files without content."""
+        first = {self.config, self.environment, self.status, self.lock_file, self.path / "tensorboard"}
+        return any(path.is_dir() or path.stat().st_size > 0 for path in self.path.iterdir() if path not in first)
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         """Store the resolved config (JSON types) after `check_config`."""

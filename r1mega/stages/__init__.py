@@ -9,7 +9,8 @@ import importlib
 
 from r1mega.checkpoint.hf import read_config
 from r1mega.checkpoint.store import MANIFEST, architecture_of, check_architecture
-from r1mega.config.schema import Stage
+from r1mega.config.schema import Stage, TrainingStage
+from r1mega.config.stages.reward_model import RewardModelStage
 from r1mega.observe.run import RunDirectory
 
 MODULES = {
@@ -31,10 +32,11 @@ def run_stage(config: Stage) -> int:
     """Run one stage to its end, from wherever an earlier start left it; the exit code (85: saved, start again)."""
     from r1mega import platform
 
-    _check_run_directory(config)
+    check_run_directory(config)
     if is_finished(config):
         print(f"{config.run_dir}: finished before; nothing to do", flush=True)
         return 0
+    check_model(config)
     platform.prepare()  # before megatron is imported
     from r1mega.stages.runtime import Runtime
 
@@ -52,7 +54,27 @@ def is_finished(config: Stage) -> bool:
     return status["state"] == "finished" and config.is_finished_at(status["step"])
 
 
-def _check_run_directory(config: Stage) -> None:
+def check_model(config: Stage) -> None:
+    """Refuse a model that could not be built, or weights of another one, before any process group starts.
+
+    Raises ConfigError, PlatformError, CheckpointError.
+    """
+    from r1mega.checkpoint import to_megatron
+    from r1mega.model import build
+
+    directory, hf = config.model.path, read_config(config.model.path)
+    build.family_of(hf)
+    classifies = (hf.get("architectures") or [""])[0].endswith("ForSequenceClassification")
+    # a reward model may go on from one, which has no output layer: its own loading tells what does not fit
+    is_read = getattr(config, "init_std", None) is None and not (isinstance(config, RewardModelStage) and classifies)
+    if is_read and (any(directory.glob("*.safetensors")) or (directory / MANIFEST).exists()):
+        num_mtp = (hf.get("num_nextn_predict_layers") or 0) if config.model.mtp_loss_coefficient > 0 else 0
+        to_megatron.check_weights(directory, num_mtp)
+    if isinstance(config, TrainingStage):
+        build.check_model(hf, config.parallel, config.model)
+
+
+def check_run_directory(config: Stage) -> None:
     """Refuse to go on in the directory of another run or another model, before any process group starts."""
     RunDirectory(config.run_dir).check_config(config.model_dump(mode="json"))
     architecture = architecture_of(read_config(config.model.path))

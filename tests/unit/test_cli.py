@@ -10,6 +10,10 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
+import torch
+from safetensors.torch import save_file
+
+from r1mega.checkpoint.parameters import parameters
 
 ZERO = "configs/nano/zero.yaml"
 QUESTIONS = [f"What is {a} plus {b}?" for a in range(30) for b in range(30)]
@@ -59,6 +63,7 @@ def train(model, tmp_path):
         (["stage=zer0"], None, 2, "must be one of base, zero"),
         (["parallel.tp=3"], None, 2, r"parallel\.tp = 3 does not divide the model's num_attention_heads = 4; 2 would"),
         (["model.path=nowhere"], None, 2, "config.json is missing"),
+        ([f"model.path={__file__}"], None, 2, "config.json is missing"),
         (["data.prompts=[gone.jsonl]"], None, 2, "gone.jsonl is missing"),
         (["model.fp8=blockwise"], None, 6, r"needs Transformer Engine.*set model\.fp8=off"),
         ([], ["{broken"], 3, r"prompts\.jsonl:1: not JSON.*data\.on_bad_line=skip"),
@@ -85,6 +90,37 @@ def test_a_model_that_the_generator_has_no_kernel_for(train, model, tmp_path):
     assert done.returncode == 2
     assert "kv_lora_rank=512" in done.stderr
     assert "set rollout.engine=transformers" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("changed", "weights", "code", "message"),
+    [
+        ([1], {}, 2, r"config\.json: not the config\.json of an HF model"),
+        ({"model_type": "gpt2"}, {}, 2, r"model_type 'gpt2' is not one of deepseek_v3"),
+        ({"rope_interleave": False}, None, 2, r"config\.json: rope_interleave = False is not supported"),
+        ({}, {"model.embed_tokens.weight": (448, 64)}, 4,
+         r"shape: model\.embed_tokens\.weight is \[448, 64\], config\.json asks for \[448, 128\]"),
+        ({}, {"model.embed_tokens.weight": (448, 128), "transformer.wte.weight": (4, 4)}, 4, r"unknown: transformer\.wte"),
+    ],
+    ids=["no_object", "other_family", "not_covered", "shapes", "names"],
+)  # fmt: skip
+def test_a_model_that_cannot_be_trained_is_refused_before_anything_starts(
+    train, model, tmp_path, changed, weights, code, message
+):
+    other = tmp_path / "other"
+    other.mkdir()
+    content = json.loads((model / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(content | changed if isinstance(changed, dict) else changed))
+    (other / "tokenizer.model").write_bytes((model / "tokenizer.model").read_bytes())
+    save_file({name: torch.zeros(shape) for name, shape in (weights or {}).items()}, other / "model.safetensors")
+    if weights is None:  # of the right model
+        shapes = {n: s for p in parameters(content) for n, s in zip(p.entry.hf_names, p.entry.hf_shapes, strict=True)}
+        save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, other / "model.safetensors")
+    done = train(f"model.path={other}")
+    assert done.returncode == code, done.stderr
+    assert re.search(message, done.stderr), done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_only_the_first_rank_tells_what_all_ranks_find(train):

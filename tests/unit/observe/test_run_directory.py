@@ -76,10 +76,28 @@ def test_config_round_trip_and_change(tmp_path):
     assert run.read_config() == config
     run.write_config({**config, "steps": 20, "observe": {"a": 2}})
     assert run.read_config()["steps"] == 20
+    run.metrics.write_text('{"step": 1}\n')
     before = run.config.read_bytes()
     with pytest.raises(ConfigError, match=r"rollout\.group_size: 4 -> 8") as error:
         run.write_config({**config, "steps": 30, "rollout": {"group_size": 8, "stop": ["</answer>"]}})
     assert "steps" not in str(error.value) and run.config.read_bytes() == before
+
+
+def test_a_run_that_made_nothing_may_start_with_a_mended_config(tmp_path):
+    """What a first start leaves that ended before its first step: small files, empty ones, TensorBoard's header."""
+    run = RunDirectory(tmp_path)
+    run.write_config({"stage": "zero", "rollout": {"kv_cache_bytes": 1}})
+    run.write_environment()
+    run.write_status("failed", 0)
+    run.metrics.touch()
+    (tmp_path / "tensorboard").mkdir()
+    (tmp_path / "tensorboard/events").write_text("header")
+    mended = {"stage": "zero", "rollout": {"kv_cache_bytes": 2}}
+    run.write_config(mended)
+    assert run.read_config() == mended
+    (tmp_path / "data").mkdir()  # made from the config
+    with pytest.raises(ConfigError, match=r"kv_cache_bytes: 2 -> 3"):
+        run.write_config({"stage": "zero", "rollout": {"kv_cache_bytes": 3}})
 
 
 def test_reading_what_is_not_a_run(tmp_path):

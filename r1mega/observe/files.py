@@ -71,15 +71,21 @@ class JsonLinesWriter:
     """Appends JSON objects to a file, each synced to disk before `write` returns.
 
     resume_step: keep the lines with "step" <= resume_step (atomically) and append after them; None: start afresh.
+    last: the last record of the file, an earlier start's at first; None without any.
     """
 
     def __init__(self, path: Path, resume_step: int | None = None):
         self.path = Path(path)
         kept = read_json_lines(self.path) if resume_step is not None and self.path.exists() else []
         kept = [record for record in kept if record["step"] <= resume_step]
-        self.last_step: int | None = kept[-1]["step"] if kept else None
+        self.last: dict[str, Any] | None = kept[-1] if kept else None
         write_atomic(self.path, "".join(_line(record) for record in kept))
         self._file = open(self.path, "ab", buffering=0)
+
+    @property
+    def last_step(self) -> int | None:
+        """The step of the last record."""
+        return None if self.last is None else self.last["step"]
 
     def write(self, *records: Mapping[str, Any]) -> None:
         """Append one line a record, in one write. Each record needs an integer "step"."""
@@ -87,7 +93,7 @@ class JsonLinesWriter:
             return
         self._file.write("".join(_line(record) for record in records).encode())
         os.fsync(self._file.fileno())
-        self.last_step = records[-1]["step"]
+        self.last = dict(records[-1])
 
     def close(self) -> None:
         self._file.close()

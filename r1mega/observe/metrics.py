@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from r1mega.errors import PlatformError
+from r1mega.errors import DataError, PlatformError
 from r1mega.observe.files import JsonLinesWriter, read_json_lines
 from r1mega.observe.registry import find_metric
 
@@ -48,9 +48,10 @@ class MetricsWriter:
             self._wandb = _open_wandb(run_dir, wandb_project, config)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> dict[str, float | int | None]:
-        """Append the line of `step` and return it. Values: numbers, or tensors and arrays of one element.
+        """Append the line of `step` and return it. Values: numbers, tensors and arrays of one element, or None for
+        a metric that does not apply (null).
 
-        None (what a model does not have) is null. A value that is not finite becomes null, with a warning. Raises ValueError when `step` does not grow or a value
+        A value that is not finite becomes null, with a warning. Raises ValueError when `step` does not grow or a value
         is not a number.
         """
         record: dict[str, float | int | None] = {"step": int(step)}
@@ -70,6 +71,11 @@ class MetricsWriter:
         if self._wandb is not None:
             self._wandb.log(finite, step=step)
         return record
+
+    @property
+    def last(self) -> dict[str, Any] | None:
+        """The last line written, an earlier start's at first; None without any, and where nothing is written."""
+        return None if self._lines is None else self._lines.last
 
     def close(self) -> None:
         if self._lines is not None:
@@ -106,7 +112,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     Values that were not finite are None. Raises DataError when the file is missing or damaged.
     """
     path = Path(path)
-    return read_json_lines(path / METRICS_FILE if path.is_dir() else path)
+    path = path / METRICS_FILE if path.is_dir() else path
+    lines = read_json_lines(path)
+    for number, line in enumerate(lines, start=1):
+        if not isinstance(line.get("step"), int):
+            raise DataError(f"{path}:{number}: 'step' is {line.get('step')!r}, not a number of steps; remove the line")
+    return lines
 
 
 def _open_tensorboard(run_dir: Path, resume_step: int | None):

@@ -56,7 +56,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("logprob/diff_mean", "nats", "mean of the same"),
     Metric("logprob/outlier_fraction", "share of tokens", "those off by more than weights.probe_tolerance (2e-4 in float32, 0.6 in bfloat16)"),
     Metric("logprob/*", "nats", "further figures about the trainer-sampler mismatch"),
-    Metric("expert/load_max_over_mean", "ratio", "busiest expert's tokens over the mean, the worst MoE layer"),
+    Metric("expert/load_max_over_mean", "ratio", "busiest expert's tokens over the mean, averaged over MoE layers; null without experts"),
     Metric("expert/*", "mixed", "further figures about experts"),
     *(Metric(f"time/{phase}_seconds", "s", f"time of the {phase} phase in the step") for phase in PHASES),
     Metric("time/evaluate_seconds", "s", "time of the evaluation in the step"),
@@ -121,7 +121,7 @@ def metrics_markdown() -> str:
     head = (
         "# Metrics\n\n"
         "One JSON object a step in `RUN_DIR/metrics.jsonl`; the same names in TensorBoard and W&B.\n"
-        "A value that was not finite is `null`. `*` stands for any name.\n"
+        "A value that was not finite, or does not apply, is `null`. `*` stands for any name.\n"
         "Made by `python -m r1mega.observe.registry > docs/metrics.md`.\n\n"
         "| name | unit | meaning |\n|---|---|---|\n"
     )

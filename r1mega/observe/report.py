@@ -232,7 +232,7 @@ def _title(name: str) -> str:
 
 def short(value: float | None) -> str:
     if value is None:
-        return "not finite"
+        return "none"  # not finite, or does not apply
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 

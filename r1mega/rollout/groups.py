@@ -33,15 +33,19 @@ class GroupCollector:
         self.contributes = dist.get_rank() % tp == 0
         """False on the further tensor-parallel ranks of a generator: their groups are copies."""
         self._num_sampled = self._num_rounds = 0
+        self.sampled: list[RolloutGroup] = []
+        """This replica's groups of the last step, those that dynamic sampling dropped included."""
 
     def collect(self, step: int) -> list[RolloutGroup]:
         """This replica's groups of the step: num_prompts over all replicas, or fewer when dynamic sampling gave up."""
         dynamic, wanted = self._config.algorithm.dynamic_sampling, self._config.rollout.num_prompts
         kept: list[RolloutGroup] = []
         self._num_sampled = self._num_rounds = 0
+        self.sampled = []
         total = 0
         while total < wanted and self._num_rounds < (dynamic.max_rounds if dynamic.enabled else 1):
             groups = self._sample_round(step, wanted - total)
+            self.sampled += groups
             kept += [g for g in groups if carries_signal(g)] if dynamic.enabled else groups
             self._num_rounds += 1
             total = self._over_replicas(len(kept))

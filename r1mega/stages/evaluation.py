@@ -34,10 +34,11 @@ class Evaluation:
             data = DataConfig.model_validate(config.data.model_dump() | {"prompts": (config.evaluate.data,)})
             self._prompts = load_prompts(data, trainer.tokenizer)[: config.evaluate.num_prompts]
         self._writer = None
+        self._last: dict[str, float] = {}
         if runtime.is_main and self._prompts:
             resume = trainer.start if trainer.start else None
             self._writer = JsonLinesWriter(runtime.run_dir / EVALUATIONS_FILE, resume)
-        self._last: dict[str, float] = {}
+            self._last = {name: value for name, value in (self._writer.last or {}).items() if name != "step"}
 
     def is_due(self, step: int) -> bool:
         """Whether to evaluate after this step."""
@@ -62,7 +63,7 @@ class Evaluation:
         return metrics
 
     def summary(self) -> dict[str, float]:
-        """The last evaluation's figures."""
+        """The last evaluation's figures (rank 0's are right after a restart too)."""
         return self._last
 
     @staticmethod

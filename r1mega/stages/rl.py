@@ -80,7 +80,7 @@ class RLTrainer:
             self.policy.take_reference()
         with self.timer.phase("reshard"):
             metrics |= self.sync.push()  # reshard, and its proof
-        metrics |= group_metrics(groups, contributes=self.collector.contributes) | self.collector.metrics()
+        metrics |= group_metrics(self.collector.sampled, contributes=self.collector.contributes) | self.collector.metrics()
         metrics |= pool_metrics(self.scorer.activity())
         return metrics, groups
 

@@ -101,6 +101,7 @@ class Runtime:
             self.run_dir, resume_step=resume, tensorboard=observe.tensorboard, wandb_project=observe.wandb_project,
             config=self.config.model_dump(mode="json"), enabled=self.is_main,
         )  # fmt: skip
+        self._last = self._metrics.last or {}
         self._samples = SamplesWriter(self.run_dir, resume_step=resume, enabled=self.is_main)
         if self.is_main:
             self.directory.write_environment(self._step, dist.get_world_size())

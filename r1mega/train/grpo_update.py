@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,7 +24,7 @@ _NO_UPDATE = dict.fromkeys(
         "logprob/diff_mean", "logprob/outlier_fraction", "tokens/update",
     ),
     0.0,
-) | {"expert/load_max_over_mean": 1.0, "packing/fill_fraction": 1.0}  # fmt: skip
+) | {"expert/load_max_over_mean": None, "packing/fill_fraction": None}  # fmt: skip
 """Metrics of a step in which no response carries loss (all rewards failed, or all were truncated and masked)."""
 
 

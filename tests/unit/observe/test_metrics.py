@@ -108,6 +108,7 @@ def test_resume_cuts_and_goes_on(tmp_path):
     whole = write_steps(tmp_path, range(8))
     with plain_writer(tmp_path, resume_step=4) as writer:
         assert [line["step"] for line in read_metrics(tmp_path)] == [0, 1, 2, 3, 4]
+        assert writer.last == {"step": 4, "reward/mean": 4 / 3}
         for step in range(5, 8):
             writer.write(step, {"reward/mean": step / 3})
     assert (tmp_path / "metrics.jsonl").read_bytes() == whole
@@ -143,6 +144,9 @@ def test_damage_before_the_last_line_is_an_error(tmp_path):
     assert path.read_bytes() == whole[0] + b"\0\0\0\n" + whole[2], "nothing is written over"
     with pytest.raises(DataError, match="no such file"):
         read_metrics(tmp_path / "nowhere")
+    path.write_bytes(whole[0] + b'{"reward/mean": 1.0}\n')
+    with pytest.raises(DataError, match=r"metrics\.jsonl:2: 'step' is None"):
+        read_metrics(tmp_path)
 
 
 def test_lines_survive_kill_9(tmp_path):

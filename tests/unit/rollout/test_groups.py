@@ -1,0 +1,79 @@
+"""Collecting groups: which are kept, what is refilled, and that nothing sampled is lost to the metrics."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch.distributed as dist
+
+from r1mega.data.cursor import PromptCursor
+from r1mega.rollout.groups import GroupCollector
+from r1mega.stages.rl_metrics import group_metrics
+from r1mega.types import Prompt, Response, Reward, RewardStatus, RolloutGroup
+
+PROMPTS = [Prompt(str(i), f"q{i}", ("1",), "math", None, (1,)) for i in range(20)]
+
+
+@pytest.fixture
+def alone():
+    """A world of one process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+class Samples:
+    """Stands where the generator is: prompt i is answered right by as many of its two samples as `right(i)` says."""
+
+    def __init__(self, right):
+        self.right, self.seeds = right, []
+
+    def sample(self, prompts, seeds, policy_version):
+        self.seeds += seeds
+        return [self.group(prompt, policy_version) for prompt in prompts]
+
+    def group(self, prompt, policy_version):
+        values = [float(n < self.right(int(prompt.id))) for n in range(2)]
+        rewards = tuple(Reward(value, {"accuracy": value}, RewardStatus.OK) for value in values)
+        return RolloutGroup(prompt, (Response((5, 6, 7), (0.0,) * 3, "stop"),) * 2, ("", ""), rewards, policy_version)
+
+
+def collector(right, *, enabled, max_rounds=4):
+    config = SimpleNamespace(
+        seed=1, rollout=SimpleNamespace(num_prompts=4, tp=1),
+        algorithm=SimpleNamespace(dynamic_sampling=SimpleNamespace(enabled=enabled, max_rounds=max_rounds)),
+    )  # fmt: skip
+    samples = Samples(right)
+    return GroupCollector(samples, PROMPTS, PromptCursor(len(PROMPTS), 0), config), samples
+
+
+def figures(groups):
+    return group_metrics(groups.sampled, contributes=True) | groups.metrics()
+
+
+def test_without_dynamic_sampling_all_groups_are_kept(alone):
+    groups, _ = collector(lambda i: 0, enabled=False)
+    assert len(groups.collect(1)) == 4
+    assert figures(groups)["group/no_signal_fraction"] == 1.0
+
+
+def test_groups_without_signal_are_replaced_and_still_counted(alone):
+    """Every third prompt is solved by one of two samples, the others by both: accuracy is that of all that was sampled."""
+    groups, samples = collector(lambda i: 1 if i % 3 == 0 else 2, enabled=True, max_rounds=20)
+    kept = groups.collect(1)
+    assert len(kept) == 4 and all(int(group.prompt.id) % 3 == 0 for group in kept)
+    drawn = PromptCursor(len(PROMPTS), 0).draw(len(groups.sampled))
+    assert [int(group.prompt.id) for group in groups.sampled] == drawn
+    assert len(set(samples.seeds)) == len(drawn) > 4
+    expected = sum(0.5 if i % 3 == 0 else 1.0 for i in drawn) / len(drawn)
+    measured = figures(groups)
+    assert measured["reward/accuracy"] == pytest.approx(expected)
+    assert measured["group/num_sampled"] == len(drawn) and measured["tokens/rollout"] == 6 * len(drawn)
+    assert measured["group/no_signal_fraction"] == pytest.approx(1 - 4 / len(drawn))
+    groups.collect(2)
+    assert len(groups.sampled) < len(PROMPTS)  # of the last step only
+
+
+def test_it_gives_up_after_the_last_round(alone):
+    groups, _ = collector(lambda i: 2, enabled=True, max_rounds=3)
+    assert len(groups.collect(1)) == 4  # without signal: the step is still seen
+    assert groups.metrics() == {"group/num_sampled": 12.0, "group/num_rounds": 3.0}

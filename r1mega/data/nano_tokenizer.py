@@ -9,6 +9,7 @@ import string
 from pathlib import Path
 
 from r1mega.data import nano, nano_general
+from r1mega.observe.files import write_atomic
 
 VOCAB_SIZE = 448
 """An upper bound that the model's embedding is sized for; the trained vocabulary is a little smaller."""
@@ -19,7 +20,7 @@ _NUM_SENTENCES = 2000
 def train_tokenizer(directory: Path) -> None:
     """Train on the corpus and write tokenizer.model (sentencepiece) and tokenizer.json (the same for transformers).
 
-    Deterministic: fixed sentences, one thread. Any text encodes without <unk> (bytes), whitespace is kept.
+    tokenizer.model appears last and whole: where it is, all is. Deterministic: fixed sentences, one thread. Any text encodes without <unk> (bytes), whitespace is kept.
     """
     import sentencepiece
 
@@ -42,8 +43,8 @@ def train_tokenizer(directory: Path) -> None:
         pad_id=0, bos_id=1, eos_id=2, unk_id=3,
         pad_piece=PAD, bos_piece=BOS, eos_piece=EOS, unk_piece=UNK,
     )  # fmt: skip
-    (directory / "tokenizer.model").write_bytes(model.getvalue())
     _write_transformers_files(directory, sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()))
+    write_atomic(directory / "tokenizer.model", model.getvalue())
 
 
 def _write_transformers_files(directory: Path, model) -> None:

@@ -93,6 +93,13 @@ class RunDirectory:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"pid {os.getpid()} on {socket.gethostname()} since {_now()}\n".encode(), 0)
 
+    def check_place(self) -> None:
+        """ConfigError when the directory could not be made or written."""
+        nearest = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+            kind = "may not be written" if nearest.is_dir() else "is a file"
+            raise ConfigError(f"run_dir {self.path}: cannot be made ({nearest} {kind}); choose another run_dir")
+
     def check_config(self, config: Mapping[str, Any]) -> None:
         """ConfigError when the directory holds a run whose config differs in a key outside CHANGEABLE_KEYS. One that ended
         before it made anything is no run: it may be started again with a mended config.

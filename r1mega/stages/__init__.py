@@ -76,7 +76,9 @@ def check_model(config: Stage) -> None:
 
 def check_run_directory(config: Stage) -> None:
     """Refuse to go on in the directory of another run or another model, before any process group starts."""
-    RunDirectory(config.run_dir).check_config(config.model_dump(mode="json"))
+    directory = RunDirectory(config.run_dir)
+    directory.check_place()
+    directory.check_config(config.model_dump(mode="json"))
     architecture = architecture_of(read_config(config.model.path))
     for manifest in sorted(config.run_dir.glob(f"checkpoints/step_*/{MANIFEST}")):
         with contextlib.suppress(ValueError):  # a damaged manifest is `CheckpointStore.latest`'s business

@@ -65,6 +65,7 @@ def train(model, tmp_path):
         (["model.path=nowhere"], None, 2, "config.json is missing"),
         ([f"model.path={__file__}"], None, 2, "config.json is missing"),
         (["data.prompts=[gone.jsonl]"], None, 2, "gone.jsonl is missing"),
+        ([f"run_dir={__file__}/run"], None, 2, r"run_dir .*cannot be made \(.*test_cli\.py is a file\)"),
         (["model.fp8=blockwise"], None, 6, r"needs Transformer Engine.*set model\.fp8=off"),
         ([], ["{broken"], 3, r"prompts\.jsonl:1: not JSON.*data\.on_bad_line=skip"),
         ([], [{"question": "q", "answer": 5}], 3, r"prompts\.jsonl:1: 'answer' is 5"),

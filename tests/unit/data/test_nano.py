@@ -3,6 +3,7 @@
 import itertools
 import random
 import re
+from pathlib import Path
 
 import pytest
 
@@ -114,3 +115,15 @@ def test_training_is_deterministic(tokenizer_dir, tmp_path):
     nano_tokenizer.train_tokenizer(tmp_path)
     for name in ("tokenizer.model", "tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / name).read_bytes() == (tokenizer_dir / name).read_bytes(), name
+
+
+def test_a_tokenizer_whose_writing_was_cut_short_is_not_taken_for_whole(tmp_path, monkeypatch):
+    """Stage `base` makes it again unless tokenizer.model is there, so that file comes last."""
+
+    def killed(self, *_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", killed)  # tokenizer_config.json, after tokenizer.json
+    with pytest.raises(KeyboardInterrupt):
+        nano_tokenizer.train_tokenizer(tmp_path)
+    assert (tmp_path / "tokenizer.json").exists() and not (tmp_path / "tokenizer.model").exists()

@@ -55,8 +55,6 @@ def linear_log_prob(
     if hidden.dtype != weight.dtype:
         raise TypeError(f"hidden is {hidden.dtype} and weight is {weight.dtype}")
     check_devices(hidden.device, weight=weight)
-    if weight.shape[0] == 0:
-        raise ValueError("no columns: the vocabulary is empty")
     start, size = vocabulary_range(weight.shape[0], tp_group, vocab_start, vocab_size)
     check_arguments(hidden, targets, rows, size, use_reference)
     inverse = inverse_temperature(temperature, hidden)
@@ -64,9 +62,11 @@ def linear_log_prob(
         hidden, targets = hidden.index_select(0, rows), targets[rows]
         inverse = inverse[rows] if inverse.numel() > 1 else inverse
     group = tp_group if tp_group is not None and dist.get_world_size(tp_group) > 1 else None
+    columns = min(weight.shape[0], size - start)
     results = _LinearLogProb.apply(
-        hidden, weight, targets.contiguous(), inverse, start, group, buffer_bytes, reduce_hidden_grad, use_reference
-    )
+        hidden, weight, columns, targets.contiguous(), inverse, start, group, buffer_bytes, reduce_hidden_grad,
+        use_reference,
+    )  # fmt: skip
     return LogProbs(*results.unbind())
 
 
@@ -77,15 +77,17 @@ def block_size(other: int, element_size: int, buffer_bytes: int) -> int:
 
 class _LinearLogProb(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, inverse, vocab_start, group, buffer_bytes, reduce_grad, use_reference):
+    def forward(
+        ctx, hidden, weight, width, targets, inverse, vocab_start, group, buffer_bytes, reduce_grad, use_reference
+    ):
         op = kernels(use_reference)
-        count, width = hidden.shape[0], weight.shape[0]
+        count = hidden.shape[0]
         step = min(max(1, count), block_size(width, hidden.element_size(), buffer_bytes))
         buffer = hidden.new_empty(step, width)
         stats = torch.empty(count, 4, dtype=inverse.dtype, device=hidden.device)
         for begin in range(0, count, step):
             part = slice(begin, min(begin + step, count))
-            logits = torch.mm(hidden[part], weight.t(), out=buffer[: part.stop - begin])
+            logits = torch.mm(hidden[part], weight[:width].t(), out=buffer[: part.stop - begin])
             scale = inverse[part] if inverse.numel() > 1 else inverse
             op.log_prob_stats(logits, targets[part], scale, targets, False, vocab_start, stats[part])
         shards = gathered_stats(stats, group.group_name if group is not None else "")
@@ -95,14 +97,14 @@ class _LinearLogProb(torch.autograd.Function):
             op.log_prob_merge(shards, inverse, targets, False, merged, results)
         # ctx.weight: the parameter itself, whose main_grad the backward pass fills
         ctx.save_for_backward(hidden, weight, targets, inverse, merged, results[1].clone())
-        ctx.weight, ctx.group, ctx.vocab_start = weight, group, vocab_start
+        ctx.weight, ctx.width, ctx.group, ctx.vocab_start = weight, width, group, vocab_start
         ctx.buffer_bytes, ctx.reduce_grad, ctx.use_reference = buffer_bytes, reduce_grad, use_reference
         return results
 
     @staticmethod
     def backward(ctx, grads):  # noqa: D102 (autograd protocol)
         hidden, weight, targets, inverse, stats, entropy = ctx.saved_tensors
-        count, width = hidden.shape[0], weight.shape[0]
+        count, width = hidden.shape[0], ctx.width
         wide = torch.promote_types(hidden.dtype, torch.float32)
         grad_hidden = torch.zeros(hidden.shape, dtype=wide, device=hidden.device)
         target_grad, returned = _weight_grad_target(ctx.weight, wide, ctx.needs_input_grad[1])
@@ -132,7 +134,7 @@ class _LinearLogProb(torch.autograd.Function):
             dist.all_reduce(grad_hidden, group=ctx.group)
         if returned is not None and target_grad is returned:
             returned = returned.to(weight.dtype)
-        return grad_hidden.to(hidden.dtype), returned, None, None, None, None, None, None, None
+        return grad_hidden.to(hidden.dtype), returned, *([None] * 8)
 
 
 def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:

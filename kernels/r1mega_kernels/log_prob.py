@@ -40,7 +40,8 @@ def grouped_log_prob(
     temperature: > 0, one for all or [T]. rows: [N] int64, strictly increasing indices into T (default all of it); the
     logits of other rows are never read and get zero gradients.
     tp_group: the ranks that hold the other columns. The rank's columns begin at `vocab_start` (default rank * width)
-    and the vocabulary has `vocab_size` (default width * ranks) ids. One all-gather of 16 bytes a token; every rank
+    and the vocabulary has `vocab_size` (default width * ranks) ids; columns beyond it are padding and never read. One
+    all-gather of 16 bytes a token; every rank
     gets the same bits.
     grad_in_place: the gradient overwrites the logits, which nobody may use afterwards.
     backend: None the compiled kernels (on a CPU without them the torch reference, logged), 'native', 'reference'.
@@ -58,6 +59,8 @@ def grouped_log_prob(
     width = logits.shape[-1]
     start, size = vocabulary_range(width, tp_group, vocab_start, vocab_size)
     check_arguments(logits, targets, rows, size, use_reference)
+    if start + width > size:
+        logits = logits[:, : size - start]
     if logits.stride(1) != 1:
         logits = logits.contiguous()
     group_name = tp_group.group_name if tp_group is not None and dist.get_world_size(tp_group) > 1 else ""
@@ -70,9 +73,13 @@ def grouped_log_prob(
 def vocabulary_range(
     width: int, tp_group: dist.ProcessGroup | None, vocab_start: int | None, vocab_size: int | None
 ) -> tuple[int, int]:
-    """(first column of this rank, size of the vocabulary)."""
+    """(first column of this rank, size of the vocabulary). ValueError when the rank holds none of it."""
     ranks, rank = (dist.get_world_size(tp_group), dist.get_rank(tp_group)) if tp_group is not None else (1, 0)
-    return rank * width if vocab_start is None else vocab_start, ranks * width if vocab_size is None else vocab_size
+    start = rank * width if vocab_start is None else vocab_start
+    size = ranks * width if vocab_size is None else vocab_size
+    if width == 0 or start >= size:
+        raise ValueError(f"no columns: the vocabulary is empty, or its {size} ids end before this rank's first, {start}")
+    return start, size
 
 
 def inverse_temperature(temperature: float | torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -105,8 +112,6 @@ def check_arguments(
     if x.dim() != 2 or targets.dim() != 1 or targets.shape[0] != x.shape[0]:
         raise ValueError(f"expected [T, V] and targets [T], not {list(x.shape)} and {list(targets.shape)}")
     check_devices(x.device, targets=targets, rows=rows)
-    if x.shape[1] == 0:
-        raise ValueError("no columns: the vocabulary is empty")
     if targets.dtype != torch.int64 or (rows is not None and rows.dtype != torch.int64):
         raise TypeError("targets and rows must be int64")
     if not use_reference and x.dtype not in NATIVE_DTYPES:

@@ -142,5 +142,5 @@ def _layout_problems(config: Stage, hf: dict[str, Any], world: int) -> Iterator[
     yield from process_problems(config.parallel, world)
     yield from model_problems(config.parallel, hf)
     tied, further = hf.get("tie_word_embeddings"), config.model.mtp_loss_coefficient
-    if config.model.log_probs == "hidden" and (config.parallel.tp > 1 or tied or further):
-        yield "model.log_probs = hidden wants parallel.tp=1, untied embeddings and no MTP loss; use logits"
+    if config.model.log_probs == "hidden" and (tied or further):
+        yield "model.log_probs = hidden wants untied embeddings and no MTP loss; use logits"

@@ -284,4 +284,4 @@ def _mask_padded_vocabulary(model: Any, vocabulary: int) -> None:
         columns = torch.arange(rows, device=logits.device) >= rows - padding
         return logits.masked_fill(columns, torch.finfo(logits.dtype).min), bias
 
-    model.output_layer.register_forward_hook(mask)
+    model.vocabulary_mask = model.output_layer.register_forward_hook(mask)

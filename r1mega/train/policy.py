@@ -31,6 +31,7 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig  
 from megatron.core.optimizer import get_megatron_optimizer  # noqa: E402
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region  # noqa: E402
 from megatron.core.transformer.module import Float16Module  # noqa: E402
 from r1mega_kernels import grouped_log_prob, linear_log_prob  # noqa: E402
 
@@ -280,7 +281,10 @@ class Policy:
         elif self._head is None:
             log_probs, entropies, _ = grouped_log_prob(output, *where, backend=self.kernels)
         else:
-            log_probs, entropies, _ = linear_log_prob(output, self._head.weight, *where, backend=self.kernels)
+            log_probs, entropies, _ = linear_log_prob(
+                output, self._head.weight, *where, backend=self.kernels, vocab_size=self.chunks[-1].unpadded_vocab_size,
+                reduce_hidden_grad=not self.megatron_config.sequence_parallel,
+            )  # fmt: skip
         if self._context_group is None:
             return log_probs, entropies
         joined = join_rows(torch.stack([log_probs, entropies], 1), part.places, batch.rows.numel(), self._context_group)
@@ -396,10 +400,20 @@ def _fill_empty_optimizer_state(optimizer: Any) -> None:
 
 
 def _bypass_output_layer(chunk: torch.nn.Module) -> torch.nn.Module | None:
-    """Make a last pipeline stage return its final hidden states; the layer whose weight is left for `linear_log_prob`."""
+    """Make a last pipeline stage return its final hidden states (of all tokens, also under sequence parallelism); the
+    layer whose weight is left for `linear_log_prob`.
+    """
     layer = getattr(chunk, "output_layer", None)
-    if layer is not None:
-        layer.forward = lambda hidden, *_args, **_kwargs: (hidden, None)
+    if layer is None:
+        return None
+
+    def forward(hidden: torch.Tensor, *_args: Any, **_kwargs: Any) -> tuple[torch.Tensor, None]:
+        # backward: each rank's gradient is of its part of the vocabulary, they are added up while they are scattered
+        return gather_from_sequence_parallel_region(hidden) if chunk.config.sequence_parallel else hidden, None
+
+    layer.forward = forward
+    if (masking := getattr(chunk, "vocabulary_mask", None)) is not None:
+        masking.remove()  # `linear_log_prob` leaves the rows that pad the vocabulary out itself
     return layer
 
 

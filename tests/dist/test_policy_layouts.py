@@ -22,14 +22,18 @@ MODELS = {
     "deepseek": DEEPSEEK | ODD,
     "mtp": MTP,
     "qwen3": DENSE | ODD | {"model_type": "qwen3", "head_dim": 24, "tie_word_embeddings": True},
+    "qwen3_untied": DENSE | ODD | {"model_type": "qwen3", "head_dim": 24, "tie_word_embeddings": False},
 }
 CASES = {
-    1: [Case("grpo", {}), Case("grpo", {}, ratio="sequence")],
+    1: [Case("grpo", {}), Case("grpo", {}, ratio="sequence"), Case("grpo", {}, log_probs="hidden")],
     2: [
         Case("grpo", {}),
         Case("grpo", {"tp": 2}),
         Case("grpo", {"ep": 2}),
         Case("grpo", {"tp": 2, "ep": 2}),
+        Case("grpo", {"tp": 2, "ep": 2}, log_probs="hidden"),
+        Case("grpo", {"tp": 2, "sp": False}, model="qwen3_untied", log_probs="hidden"),
+        Case("grpo", {"cp": 2}, log_probs="hidden"),
         Case("grpo", {"etp": 2}),
         Case("grpo", {"tp": 2, "etp": 2}),
         Case("grpo", {"pp": 2}),

@@ -53,7 +53,7 @@ def test_shipped_nano_config_for_four_ranks_is_valid(run):
         (["parallel.pp=2", "parallel.layers_per_stage=[3]"], 2, r"has 1 numbers; parallel\.pp \* vpp = 2 \* 1 wants 2"),
         (["parallel.vpp=2"], 1, r"parallel\.vpp = 2 wants parallel\.pp > 1"),
         (["parallel.tp=2", "parallel.sp=false"], 2, r"needs sequence parallelism; leave sp out"),
-        (["parallel.tp=2", "model.log_probs=hidden"], 2, r"model\.log_probs = hidden wants parallel\.tp=1"),
+        (["model.mtp_loss_coefficient=0.1", "model.log_probs=hidden"], 1, r"model\.log_probs = hidden wants .*no MTP loss"),
         (["parallel.tp=2"], 3, r"3 processes cannot be divided by tp \* pp \* cp = 2"),
         (["parallel.dp=3"], 2, r"parallel\.dp = 3.*wants 3 processes, there are 2"),
         (["rollout.tp=2"], 3, r"rollout\.tp = 2 does not divide the 3 processes"),
@@ -75,7 +75,7 @@ def test_each_problem_is_named(run, overrides, world, message):
 @pytest.mark.parametrize(
     ("overrides", "world"),
     [
-        (["parallel.tp=2"], 2), (["parallel.tp=2", "parallel.ep=2"], 4), (["parallel.cp=2", "parallel.ep=2"], 2),
+        (["parallel.tp=2", "model.log_probs=hidden"], 2), (["parallel.tp=2", "parallel.ep=2"], 4), (["parallel.cp=2", "parallel.ep=2"], 2),
         (["parallel.pp=3"], 3), (["parallel.pp=2", "parallel.layers_per_stage=[2,1]"], 4),
         (["parallel.pp=2", "parallel.vpp=2", "parallel.layers_per_stage=[1,1,1,0]"], 2), (["parallel.etp=2"], 2),
     ],

@@ -8,7 +8,7 @@ import torch
 
 import r1mega_kernels
 from tests.dist.launch import launch
-from tests.unit.kernels.vocab_parallel_worker import VOCABULARY, case, run
+from tests.unit.kernels.vocab_parallel_worker import PADDING, VOCABULARY, case, run
 
 
 @functools.cache
@@ -38,11 +38,12 @@ def test_two_ranks(implementation):
     torch.testing.assert_close(first["results"].double(), expected.detach(), **close)
     torch.testing.assert_close(first["linear"].double(), expected.detach(), **close)
     grad_logits = torch.cat([first["grad_logits"], second["grad_logits"]], dim=1)
-    assert grad_logits.shape[1] == VOCABULARY
-    torch.testing.assert_close(grad_logits.double(), logits.grad, rtol=1e-5, atol=2e-6)
+    assert grad_logits.shape[1] == VOCABULARY + PADDING and (grad_logits[:, VOCABULARY:] == 0).all()
+    torch.testing.assert_close(grad_logits[:, :VOCABULARY].double(), logits.grad, rtol=1e-5, atol=2e-6)
     torch.testing.assert_close(first["grad_hidden"].double(), leaf_h.grad, rtol=1e-5, atol=2e-5)
     grad_weight = torch.cat([first["grad_weight"], second["grad_weight"]])
-    torch.testing.assert_close(grad_weight.double(), leaf_w.grad, rtol=1e-5, atol=2e-5)
+    assert (grad_weight[VOCABULARY:] == 0).all()
+    torch.testing.assert_close(grad_weight[:VOCABULARY].double(), leaf_w.grad, rtol=1e-5, atol=2e-5)
 
 
 def test_a_rank_whose_columns_are_all_masked(implementation):

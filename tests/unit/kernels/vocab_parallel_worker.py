@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from r1mega_kernels import grouped_log_prob, linear_log_prob
 
-TOKENS, VOCABULARY, HIDDEN = 19, 501, 8
+TOKENS, VOCABULARY, HIDDEN, PADDING = 19, 501, 8, 3
 
 
 def case():
@@ -32,18 +32,23 @@ def run(backends: list[str]) -> dict[str, dict[str, np.ndarray]]:
 
 
 def shard_results(backend: str) -> dict[str, np.ndarray]:
-    """This rank's results on shards of unequal width; 'masked': where the first rank's columns are all -inf."""
+    """This rank's results on shards of unequal width, the second with PADDING columns beyond the vocabulary that nobody may
+    read; 'masked': where the first rank's columns are all -inf.
+    """
     rank, group = int(os.environ["RANK"]), dist.group.WORLD
     hidden, weight, targets, rows, upstream = case()
     columns = slice(0, 200) if rank == 0 else slice(200, VOCABULARY)
-    logits = (hidden @ weight.t())[:, columns].clone().requires_grad_()
+    padding = PADDING if rank == 1 else 0
+    whole = (hidden @ weight.t())[:, columns]
+    logits = torch.cat([whole, torch.full((TOKENS, padding), torch.inf)], 1).requires_grad_()
     place = {"tp_group": group, "vocab_start": columns.start, "vocab_size": VOCABULARY, "backend": backend}
     results = torch.stack(grouped_log_prob(logits, targets, 0.9, rows, **place))
     (results * upstream).sum().backward()
-    hidden_leaf, weight_leaf = hidden.clone().requires_grad_(), weight[columns].clone().requires_grad_()
+    padded = torch.cat([weight[columns], torch.full((padding, HIDDEN), torch.nan)])
+    hidden_leaf, weight_leaf = hidden.clone().requires_grad_(), padded.requires_grad_()
     linear = torch.stack(linear_log_prob(hidden_leaf, weight_leaf, targets, 0.9, rows, **place))
     (linear * upstream).sum().backward()
-    masked_shard = torch.full((TOKENS, 4), -torch.inf) if rank == 0 else logits.detach()[:, :301]
+    masked_shard = torch.full((TOKENS, 4), -torch.inf) if rank == 0 else whole
     empty = grouped_log_prob(
         masked_shard, targets.clamp(min=4, max=300), tp_group=group, vocab_start=0 if rank == 0 else 4,
         vocab_size=305, backend=backend,

@@ -20,15 +20,15 @@ from statistics import fmean, stdev
 from r1mega.reward.extract import final_text
 
 RUNS = Path("runs/claims")
-CONFIGS = Path("configs/nano/claims")
+PIPELINE = Path("configs/nano/claims/r1.yaml")
 Figures = dict[str, float]
 """The measured figures of one seed, by column."""
 
 
 @dataclass(frozen=True)
 class Claim:
-    """steps: config files in their order (a function is called with the seed). measure: the figures of a finished seed.
-    holds: what the figures must satisfy in every seed.
+    """steps: up to which node the pipeline is run (a function is called with the seed). measure: the figures of a finished
+    seed. holds: what the figures must satisfy in every seed.
     """
 
     number: int
@@ -47,21 +47,17 @@ def main() -> int:
     for seed in [] if arguments.table else arguments.seeds:
         for number in arguments.claims:
             for step in CLAIMS[number].steps:
-                step(seed) if callable(step) else train(step, seed)
+                step(seed) if callable(step) else run_pipeline(seed, step)
     for number in arguments.claims:
         print(table(CLAIMS[number], arguments.seeds))
     return 0
 
 
-def train(config: str, seed: int) -> None:
-    """`r1mega train` of one step."""
-    run("train", config, f"seed={seed}", "threads=1")
-
-
-def run(*arguments: str) -> None:
-    """`r1mega` with these arguments; ends the program with its exit code where that is not 0."""
-    print("$ r1mega " + " ".join(arguments), flush=True)
-    if (code := subprocess.run([sys.executable, "-m", "r1mega", *arguments]).returncode) != 0:
+def run_pipeline(seed: int, last: str) -> None:
+    """The claims' pipeline up to a node."""
+    command = ["pipeline", str(PIPELINE), "--until", last, f"dir={RUNS}/seed{seed}", f"overrides.seed={seed}"]
+    print("$ r1mega " + " ".join(command), flush=True)
+    if (code := subprocess.run([sys.executable, "-m", "r1mega", *command]).returncode) != 0:
         sys.exit(code)
 
 
@@ -197,16 +193,6 @@ def distillation(seed: Path) -> Figures:
     return {name: figures[name]["eval/accuracy"] for name in ("student_base", "student_rl", "distill", "reasoning_rl")}
 
 
-def run_recipe(seed: int, until: str = "evaluate") -> None:
-    """The pipeline that claims 4 to 6 are read from; the others use its first stages."""
-    run("pipeline", f"{CONFIGS}/r1.yaml", "--until", until, f"dir={RUNS}/seed{seed}", f"overrides.seed={seed}")
-
-
-def run_zero(seed: int) -> None:
-    """Base and R1-Zero."""
-    run_recipe(seed, until="zero")
-
-
 def make_pairs(seed: int) -> None:
     """A right and a wrong response to the same question, at most two pairs a question; a tenth is held out."""
     directory = RUNS / f"seed{seed}" / "hacking"
@@ -227,36 +213,35 @@ CLAIMS = {
     claim.number: claim
     for claim in (
         Claim(
-            1, "RL alone, straight from the base, lifts accuracy several-fold", (run_zero,), accuracy,
+            1, "RL alone, straight from the base, lifts accuracy several-fold", ("zero",), accuracy,
             lambda f: f["times"] >= 2,
         ),
         Claim(
-            2, "Responses grow longer as RL goes on; reflection appears", (run_zero,), length,
+            2, "Responses grow longer as RL goes on; reflection appears", ("zero",), length,
             lambda f: f["after RL"] > 1.5 * f["tokens, base"] and f["56-60 "] > 2 * f["self-correcting, steps 1-5"],
         ),
         Claim(
             3, "R1-Zero mixes languages; the language-consistency reward stops that at a slight cost in accuracy",
-            (run_zero, f"{CONFIGS}/3_zero_language.yaml"), languages,
+            ("zero_language",), languages,
             lambda f: f["RL"] > f["mixed, base"] and f["RL + language reward"] < 0.1 * f["RL"],
         ),
         Claim(
-            4, "A small cold start makes outputs readable and the final model better", (run_recipe,), cold_start,
+            4, "A small cold start makes outputs readable and the final model better", ("evaluate",), cold_start,
             lambda f: f["cold start"] > f["question's language, zero"] and f["accuracy, RL with"] > f["without"],
         ),
         Claim(
             5, "Stages help: base < zero, cold start < reasoner; the last keeps reasoning and gains general ability",
-            (run_recipe,), stages,
+            ("evaluate",), stages,
             lambda f: f["base"] < f["zero"] and f["cold_start_sft"] < f["reasoning_rl"]
             and f["align"] > f["reasoning_rl"] - 0.05 and f["general, align"] > f["general, reasoning_rl"],
         ),
         Claim(
-            6, "Distilling the big model's samples into a small one beats the same RL on the small one", (run_recipe,),
+            6, "Distilling the big model's samples into a small one beats the same RL on the small one", ("evaluate",),
             distillation, lambda f: f["distill"] > f["student_rl"],
         ),
         Claim(
             7, "A neural reward on reasoning can be hacked where a rule cannot",
-            (run_zero, f"{CONFIGS}/7_samples.yaml", make_pairs, f"{CONFIGS}/7_reward_model.yaml",
-             f"{CONFIGS}/7_zero_neural.yaml"), hacking,
+            ("samples", make_pairs, "zero_neural"), hacking,
             lambda f: f["last 5"] > f["its reward, first 5 steps"]
             and f["RL on the reward model"] < f["RL on the rule"] - 0.1,
         ),

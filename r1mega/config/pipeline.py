@@ -99,7 +99,7 @@ def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> Pipeline:
         name: Node(name, stages[name], path.parent / node.config, node.ranks, _inputs(name, stages))
         for name, node in config.nodes.items()
     }
-    external = {Path(name): model for name, model in config.external.items()}
+    external = {_move(Path(name), file.dir, config.dir): model for name, model in config.external.items()}
     return Pipeline(config.name, config.dir, path, config.ranks_per_machine, external, nodes)
 
 
@@ -169,15 +169,15 @@ def _dotted(values: Mapping[str, Any], prefix: str = "") -> list[str]:
 
 def _moved(stage: Stage, old: Path, new: Path) -> Stage:
     """The config with every path inside `old` in the same place inside `new`."""
+    return type(stage).model_validate(_move(stage.model_dump(), old, new))
 
-    def move(value: Any) -> Any:
-        if isinstance(value, Path):
-            return new / os.path.relpath(value, old) if is_inside(value, old) else value
-        if isinstance(value, Mapping):
-            return {key: move(inner) for key, inner in value.items()}
-        return type(value)(map(move, value)) if isinstance(value, (tuple, list)) else value
 
-    return type(stage).model_validate(move(stage.model_dump()))
+def _move(value: Any, old: Path, new: Path) -> Any:
+    if isinstance(value, Path):
+        return new / os.path.relpath(value, old) if is_inside(value, old) else value
+    if isinstance(value, Mapping):
+        return {key: _move(inner, old, new) for key, inner in value.items()}
+    return type(value)(_move(item, old, new) for item in value) if isinstance(value, (tuple, list)) else value
 
 
 def _check_run_dirs(stages: Mapping[str, Stage]) -> None:

@@ -45,15 +45,11 @@ def test_the_documentations_example_could_run(tmp_path):
     assert (zero.parents, zero.ranks, zero.config.steps, str(zero.config.run_dir)) == (("base",), 2, 20, "runs/mine/zero")
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-def test_the_ablations_of_a_seed_are_the_runs_of_the_tool(seed):
-    pipeline = load_pipeline("configs/nano/claims/ablations.yaml", [f"overrides.seed={seed}"])
+def test_a_moved_pipeline_moves_what_is_brought_to_it_too():
+    pipeline = load_pipeline("configs/nano/claims/r1.yaml", ["dir=runs/claims/seed2", "overrides.seed=2"])
     check_pipeline(pipeline, list(pipeline.nodes), dry_run=True)
-    directory = f"runs/claims/seed{seed}"
-    assert [str(node.config.run_dir) for node in pipeline.nodes.values()] == [
-        f"{directory}/{name}" for name in ("base", "zero", "zero_language", "hacking/samples", "hacking/reward_model", "hacking/zero")
-    ]
-    assert {node.config.seed for node in pipeline.nodes.values()} == {seed} and str(pipeline.dir) == directory
+    assert {str(path.parent) for path in pipeline.external} == {"runs/claims/seed2/hacking"}
+    assert {node.config.seed for node in pipeline.nodes.values()} == {2}
 
 
 @pytest.mark.parametrize("path", sorted(Path("configs").glob("*/zero_2048.yaml")), ids=str)

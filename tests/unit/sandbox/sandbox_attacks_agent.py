@@ -146,7 +146,8 @@ AGENT = [
     ),
     in_solve(
         "the other end of the pipes",
-        "text = b''\nfor fd in os.listdir('/proc/self/fd'):\n    for way in (0, 1):\n        try:\n            end = os.open('/proc/self/fd/' + fd, way | os.O_NONBLOCK)\n"
+        "text = b''\nfor fd in os.listdir('/proc/self/fd'):\n    for way in (0, 1):\n        try:\n"
+        "            end = os.open('/proc/self/fd/' + fd, way | os.O_NONBLOCK)\n"
         "            text += os.read(end, 1 << 20) if way == 0 else b''\n"
         "            way == 1 and os.write(end, b'{}\\n')\n        except OSError: pass\n"
         "return text.decode(errors='replace')",

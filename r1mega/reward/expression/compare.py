@@ -25,6 +25,8 @@ _SPACE = re.compile(r"(?<!\d) +| +(?!\d)")
 _BEYOND_READER = re.compile(r"\\[A-Za-z]")
 _DECIMAL = re.compile(r"-?\d*\.(\d+)(?:\.\.\.)?")
 _DEGREES = re.compile(r"^(.*)\^\{?\\circ\s*\}?$")
+_OTHER_KIND = re.compile(r"(?:%|\^\s*\{?\s*\\circ\s*\}?|\d_\s*\{?\d+\}?)\s*$")  # shares, angles, numerals of a base
+_OF_DEGREES = frozenset(("rad", "celsius", "fahrenheit"))
 _RATIO_IN_WORDS = re.compile(rf"(?<=\d)\s*{OPEN_TEXT}?\s*(?:to|比)\s*{CLOSE_TEXT}?\s*(?=\d)")
 
 
@@ -55,7 +57,7 @@ def same_answer(gold: str, prediction: str) -> bool | None:
         if factors is None:
             return False
     for marked, other in (sides, sides[::-1]):
-        if marked.body.endswith("%") and other.unit:
+        if other.unit and other.unit not in _OF_DEGREES and _OTHER_KIND.search(marked.body):
             return False
     verdict: bool | None = False
     for gold_reading in readings(gold, sides[0], factors[0]):

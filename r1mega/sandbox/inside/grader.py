@@ -247,7 +247,8 @@ def alike(actual, expected, tolerance):
         return False
     numbers = isinstance(actual, (int, float)) and isinstance(expected, (int, float))
     if numbers and (isinstance(actual, float) or isinstance(expected, float)):
-        return math.isclose(actual, expected, rel_tol=tolerance, abs_tol=tolerance)
+        near = math.isclose(actual, expected, rel_tol=tolerance, abs_tol=tolerance)
+        return near and (isinstance(expected, float) or round(actual) == expected)  # 1e15 + 2 is not 10**15
     return type(actual) is not StandIn and actual == expected
 
 

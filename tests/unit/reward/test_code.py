@@ -15,7 +15,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from r1mega.cli import app
 from r1mega.errors import DataError, RewardError
 from r1mega.reward.code import CodeReward, read_items, same_output, score_stream
 from r1mega.reward.code_problem import AssertBlock, CallCase, Problem, StreamCase, code_in, problem_from
@@ -268,6 +270,7 @@ def test_calls(partial):
     assert score("def f(a, b=0): return (a, [b])", ((1,), {}, [1, [0]]), ((1,), {"b": 2}, [1, [2]])).fraction == 1.0
     assert score("def f(x): return {1: x}", ((2,), {}, {"1": 2})).fraction == 1.0
     assert score("def f(): return 0.1 + 0.2", ((), {}, 0.3)).fraction == 1.0
+    assert score("def f(): return 1e15 + 2", ((), {}, 10**15)).fraction == 0.0
     assert score("def f(): return 1", ((), {}, True)).fraction == 0.0
     assert score("def f(): return '1'", ((), {}, 1)).fraction == 0.0
     assert score("class Solution:\n    def f(self, x): return x", ((5,), {}, 5)).fraction == 1.0
@@ -426,6 +429,13 @@ def test_stream_keeps_the_order(reward):
     written = [json.loads(line) for line in sink.getvalue().splitlines()]
     assert [line["value"] for line in written] == [1.0, 0.0, 1.0, 0.0]
     assert all(line.keys() == {"value", "status", "reason"} and line["status"] == "ok" for line in written)
+
+
+def test_partial_credit_is_a_switch_of_the_command(backend):
+    item = {"prediction": "print(abs(int(input())))", "tests": [{"input": n, "output": n} for n in ("1", "-2", "3")]}
+    for switches, value in (([], 0.0), (["--partial-credit"], 2 / 3)):
+        result = CliRunner().invoke(app, ["reward", "code", *switches], input=json.dumps(item))
+        assert json.loads(result.stdout)["value"] == pytest.approx(value), result.output
 
 
 @pytest.mark.parametrize(

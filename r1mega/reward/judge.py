@@ -55,6 +55,7 @@ RUBRICS = {
 
 _DRESS = r"""[\s*_`"'<>\[\]()]*"""  # what judges put around a verdict
 _VERDICT = re.compile(rf"^[\s*_#>-]*verdict{_DRESS}[:：]{_DRESS}(?P<value>[^\n]*?)\.?{_DRESS}\.?$", re.I | re.M)
+_MARKER = re.compile(r"\[(\s*(?:end\s+of\s+)?(?:question|reference|answer)\b[^\[\]\n]{0,20})\]", re.IGNORECASE)
 _NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?")
 _WORDS = {"yes_no": {"yes": 1.0, "no": 0.0}, "choice": {"a": 1.0, "b": 0.0}}
 _RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
@@ -66,6 +67,8 @@ def parse_verdict(text: str, form: str, low: float = 0.0, high: float = 1.0) -> 
 
     score: the number's place between low and high (a number outside is no verdict); yes_no, choice: 1 for yes and A.
     """
+    if "<think>" in text and "</think>" not in text:
+        return None  # cut short in its reasoning
     lines = [match["value"] for match in _VERDICT.finditer(text.rpartition("</think>")[2])]
     if not lines:
         return None
@@ -114,6 +117,7 @@ class Judge:
 
     def _questions(self, item: ScoringItem, text: str) -> list[Question]:
         config, prompt = self._config, item.prompt
+        text = _MARKER.sub(r"(\1)", text)  # a response that closed its own markers would speak from outside of them
         reference = prompt.answers[0] if prompt.answers else str(prompt.metadata.get("reference", ""))
         if config.verdict == "choice" and not reference:
             raise RewardError(

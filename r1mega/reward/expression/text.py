@@ -209,9 +209,9 @@ def clean(text: str) -> str:
         text = _in_ascii(text)
     if (number := spelled_out(text.strip(" ."))) is not None:
         text = number
-    text = text.replace("\\$", "").replace("$", "").replace("\\%", "%").replace("**", "^")
+    text = _single_spaced(text.replace("\\$", "").replace("$", "").replace("\\%", "%").replace("**", "^"))
     if "\\" in text:
-        text = _without_layout(text)
+        text = _single_spaced(_without_layout(text))
     elif "{,}" in text:
         text = _THOUSANDS_MARK.sub("", text)
     text = _AND_WORD.sub(_joiner, text) if re.search(r"and|or|[或和与及且]", text) else text
@@ -224,6 +224,11 @@ def clean(text: str) -> str:
     while len(text) > 1 and text[-1] in ".,;:" and not text.endswith("..."):
         text = text[:-1].rstrip()
     return text
+
+
+def _single_spaced(text: str) -> str:
+    """Runs of spaces, over which patterns with several optional spaces would cost cubic time, to one."""
+    return re.sub(r"\s{2,}", " ", text) if re.search(r"\s\s", text) else text
 
 
 def _without_layout(text: str) -> str:

@@ -134,6 +134,10 @@ def test_any_formula_is_decided_in_time(text):
         "|" * 999,
         "1e999999",
         "\\binom{99999}{5000}",
+        "1" + " " * 1900 + "base 2 x",
+        "^" + "$ " * 900 + "\\circ C x",
+        "^" + "\\quad" * 300 + "base x",
+        "^" + " \u200b" * 900 + "\\circ x",
         "2!" + "!" * 200,
     ],
 )

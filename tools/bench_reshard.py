@@ -1,6 +1,7 @@
 """Seconds and GB/s of both reshard strategies, and of plain memory copies of the same bytes, in one run.
 
-    python tools/bench_reshard.py [--ranks 4] [--tp 2] [--ep 2] [--pp 1] [--generator-tp 1] [--dtype ...] [--repeats 5]
+    python tools/bench_reshard.py [--ranks 4] [--tp 2] [--ep 2] [--pp 1] [--generator-tp 1] [--generator-ep 1]
+                                  [--dtype ...] [--repeats 5]
 
 Real Megatron shards and real vLLM engines in each process, random weights. In turns, after a barrier, the slowest rank
 counting:
@@ -40,7 +41,7 @@ MODEL = {
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("ranks", 4), ("tp", 2), ("ep", 2), ("pp", 1), ("etp", 1), ("generator-tp", 1),
-                          ("repeats", 5), ("bucket-megabytes", 32)):  # fmt: skip
+                          ("generator-ep", 1), ("repeats", 5), ("bucket-megabytes", 32)):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     return parser.parse_args()
@@ -66,7 +67,7 @@ def run_rank(rank: int, options: argparse.Namespace, port: int, directory: Path)
     chunks = build_model(MODEL, parallel, ModelConfig(path=directory, dtype=options.dtype), seed=0, init_std=0.02)
     engine = VllmEngine(EngineSettings(
         directory, 64, dtype=options.dtype, max_num_seqs=8, kv_cache_bytes=32 << 20, tp=options.generator_tp,
-        bucket_bytes=options.bucket_megabytes << 20))  # fmt: skip
+        ep=options.generator_ep, bucket_bytes=options.bucket_megabytes << 20))  # fmt: skip
     report = measure(options, chunks, engine)
     if rank == 0:
         print(report, flush=True)
@@ -85,7 +86,7 @@ def measure(options: argparse.Namespace, chunks: list[Any], engine: Any) -> str:
     from r1mega.weights.transfer import DigestTap, bucketed
 
     dtype = getattr(torch, options.dtype)
-    layout = GeneratorLayout(options.ranks, options.generator_tp)
+    layout = GeneratorLayout(options.ranks, options.generator_tp, options.generator_ep)
     direct = DirectTransfer(chunks, engine, MODEL, layout, model_dtype=dtype,
                             bucket_bytes=options.bucket_megabytes << 20)  # fmt: skip
     target, worker, platform = engine._target, engine._worker, engine._platform
@@ -147,7 +148,7 @@ def slowest(function: Callable[[], Any]) -> float:
 def format_report(options: argparse.Namespace, times: dict[str, list[float]], totals: list[int]) -> str:
     whole, sent, _, kept = totals
     lines = [f"{options.ranks} ranks, trainer tp {options.tp} ep {options.ep} etp {options.etp} pp {options.pp}, "
-             f"generator tp {options.generator_tp}, {options.dtype}: {whole / 1e6:.0f} MB of generator parameters "
+             f"generator tp {options.generator_tp} ep {options.generator_ep}, {options.dtype}: {whole / 1e6:.0f} MB of generator parameters "
              f"over all ranks, "
              f"{sent / 1e6:.0f} MB sent, {kept / 1e6:.0f} MB kept"]  # fmt: skip
     lines += ["", "| | seconds (median) | min | max | GB/s |", "|---|---|---|---|---|"]

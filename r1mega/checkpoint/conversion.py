@@ -13,10 +13,14 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
+
+import torch
 
 from r1mega.checkpoint.parameters import Parameter
 from r1mega.checkpoint.workers import Workers, agree, on_first_rank
@@ -66,6 +70,23 @@ def partition(
         else:
             runs.append(([parameter], size))
     return [(tuple(held), size) for held, size in runs]
+
+
+def read_ahead(parameters: Iterable[Parameter], read: Callable[[Parameter], torch.Tensor]
+               ) -> Iterator[tuple[Parameter, torch.Tensor]]:
+    """(parameter, read(parameter)) in order; a thread reads the next one while the caller writes the one before.
+
+    So two are in memory at a time. Raises what `read` raises.
+    """
+    with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),)) as pool:
+        coming: deque[tuple[Parameter, Future[torch.Tensor]]] = deque()
+        for parameter in parameters:
+            coming.append((parameter, pool.submit(read, parameter)))
+            if len(coming) == 2:
+                before, whole = coming.popleft()
+                yield before, whole.result()
+        for last, whole in coming:
+            yield last, whole.result()
 
 
 def run_conversion(conversion: Conversion, out: Path, workers: Workers) -> Path:

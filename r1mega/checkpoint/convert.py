@@ -60,13 +60,17 @@ def convert(
 
 
 def parse_parallel(text: str) -> ParallelConfig:
-    """'tp=2,ep=4' -> ParallelConfig. ConfigError for what is not one of its sizes."""
+    """'tp=2,ep=4' -> ParallelConfig. ConfigError for what is not one of its sizes.
+
+    pp and vpp may be there and are left out: they cut no tensor, whether they fit the model or not.
+    """
     sizes: dict[str, Any] = {}
     for part in filter(None, text.split(",")):
         key, _, value = part.partition("=")
         if key not in ("tp", "ep", "etp", "pp", "vpp") or not value.isdigit() or int(value) < 1:
             raise ConfigError(f"--parallel {text!r}: {part!r} is not one of tp, ep, etp, pp, vpp = a positive number")
-        sizes[key] = int(value)
+        if key not in ("pp", "vpp"):
+            sizes[key] = int(value)
     return ParallelConfig(**sizes)
 
 

@@ -36,6 +36,8 @@ def check_config(hf_config: Mapping[str, Any]) -> bool:
     quantization = hf_config.get("quantization_config")
     if not quantization:
         return False
+    if not isinstance(quantization, Mapping):
+        raise CheckpointError(f"config.json: quantization_config = {quantization!r} is no section of keys")
     for key in ("quant_method", "fmt", "weight_block_size"):
         if quantization.get(key) != CONFIG[key]:
             raise CheckpointError(

@@ -15,6 +15,7 @@ from r1mega.checkpoint.fp8_blocks import SCALE, dequantize
 from r1mega.checkpoint.safetensors_file import TensorInfo, read_header, read_tensor, write_tensors
 from r1mega.data.tokenizer import TOKENIZER_FILES
 from r1mega.errors import CheckpointError
+from r1mega.observe.files import sync_path, write_atomic
 
 INDEX = "model.safetensors.index.json"
 
@@ -53,8 +54,14 @@ class HFTensors(Mapping[str, torch.Tensor]):
             shards = [self.directory / name for name in sorted(set(index.values()))]
             if absent := [shard.name for shard in shards if not shard.exists()]:
                 raise CheckpointError(f"{directory} is not a complete HF checkpoint, it lacks {', '.join(absent)}")
+        twice: list[str] = []
         for shard in shards:
-            self.infos.update(read_header(shard))
+            held = read_header(shard)
+            twice += [f"{name}: {self.infos[name].path.name}, {shard.name}" for name in held if name in self.infos]
+            self.infos.update(held)
+        if twice:
+            head = f"{directory}: {len(twice)} tensors are in two files; remove those that do not belong to the model"
+            raise CheckpointError("\n  ".join([head, *sorted(twice)]))
         if index is not None and (lost := sorted(index.keys() - self.infos.keys())):
             head = f"{directory}: {INDEX} names {len(lost)} tensors that no shard has"
             raise CheckpointError("\n  ".join([head, *lost]))
@@ -85,11 +92,14 @@ def _read_index(directory: Path) -> dict[str, str] | None:
     """{tensor: shard}, or None when there is no index."""
     path = directory / INDEX
     try:
-        return json.loads(path.read_text())["weight_map"]
+        weight_map = json.loads(path.read_text())["weight_map"]
+        if not all(isinstance(shard, str) for shard in weight_map.values()):
+            raise ValueError("weight_map names a shard that is no text")
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: not an index of shards ({error!r})") from error
+    return weight_map
 
 
 def shard_name(index: int, shards: int) -> str:
@@ -105,16 +115,22 @@ def write_hf_files(
     if len(shards) > 1:
         weight_map = {name: shard for shard, names in shards.items() for name in names}
         index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-        (directory / INDEX).write_text(json.dumps(index, indent=1))
-    (directory / "config.json").write_text(json.dumps(dict(config), indent=1))
+        write_atomic(directory / INDEX, json.dumps(index, indent=1))
+    write_atomic(directory / "config.json", json.dumps(dict(config), indent=1))
     copy_tokenizer(extra_from, directory)
 
 
 def copy_tokenizer(source: Path | None, directory: Path) -> None:
-    """The tokenizer's files and generation_config.json, those that are there."""
-    for name in (*TOKENIZER_FILES, "generation_config.json") if source is not None else ():
+    """What belongs to a model besides config.json and weights, as far as it is there: the tokenizer's files,
+    generation_config.json, and the Python files that `auto_map` in config.json and tokenizer_config.json refer to.
+    """
+    if source is None:
+        return
+    code = (path.name for path in Path(source).glob("*.py"))
+    for name in (*TOKENIZER_FILES, "generation_config.json", *code):
         if (Path(source) / name).exists():
             shutil.copyfile(Path(source) / name, directory / name)
+            sync_path(directory / name)
 
 
 def write_hf(

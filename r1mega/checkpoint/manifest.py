@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from r1mega.checkpoint.workers import Alone, Workers
+from r1mega.errors import CheckpointError
 from r1mega.observe.files import sync_path
 
 MANIFEST = "manifest.json"
@@ -82,36 +83,48 @@ def write_manifest(directory: Path, architecture: Mapping[str, Any], files: File
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """{"architecture", "files"}. ValueError when it is damaged, FileNotFoundError when there is none."""
-    manifest = json.loads((Path(directory) / MANIFEST).read_text())
-    if not isinstance(manifest, dict) or not {"architecture", "files"} <= manifest.keys():
-        raise ValueError("not a manifest")
+    """{"architecture", "files"}. CheckpointError when there is none, or it is damaged."""
+    path = Path(directory) / MANIFEST
+    try:
+        manifest = json.loads(path.read_text())
+        records = manifest["files"].values()
+        complete = all(isinstance(r["bytes"], int) and isinstance(r["sha256"], str) for r in records)
+        if not complete or not isinstance(manifest["architecture"], dict):
+            raise ValueError("not a manifest")
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointError(f"no {MANIFEST} in {directory}") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: damaged ({error!r})") from error
     return manifest
 
 
 def verify(directory: Path, workers: Workers | None = None) -> str | None:
     """None when every file of the manifest is there with its size and sha256; otherwise what is wrong.
 
-    A collective call when there are several workers: each reads its share of the files.
+    A collective call when there are several workers: each reads its share of the files. One alone uses all its cores.
     """
     workers = workers or Alone()
+    threads = min(8, len(os.sched_getaffinity(0))) if workers.size == 1 else 1
     try:
         files = sorted(read_manifest(directory)["files"].items(), key=lambda item: -item[1]["bytes"])
-        problem = next(filter(None, (_check(directory / n, r) for n, r in files[workers.rank :: workers.size])), None)
-    except FileNotFoundError:
-        problem = "no manifest"
-    except ValueError:
-        problem = "manifest is not JSON"
+        mine = [(directory / name, record) for name, record in files[workers.rank :: workers.size]]
+        with ThreadPoolExecutor(threads) as pool:
+            problem = next(filter(None, pool.map(_check, *zip(*mine, strict=True))), None) if mine else None
+    except CheckpointError as error:
+        problem = str(error)
     return next(filter(None, workers.gather(problem)), None)
 
 
 def _check(file: Path, record: Mapping[str, Any]) -> str | None:
-    if not file.is_file():
-        return f"{file.name} is missing"
-    if file.stat().st_size != record["bytes"]:
-        return f"{file.name} has {file.stat().st_size} bytes, not {record['bytes']}"
-    if _sha256(file) != record["sha256"]:
-        return f"{file.name} has another sha256 than when it was written"
+    try:
+        if not file.is_file():
+            return f"{file.name} is missing"
+        if file.stat().st_size != record["bytes"]:
+            return f"{file.name} has {file.stat().st_size} bytes, not {record['bytes']}"
+        if _sha256(file) != record["sha256"]:
+            return f"{file.name} has another sha256 than when it was written"
+    except OSError as error:  # a disk that cannot read it: on this worker, all have to know
+        return f"{file.name} cannot be read ({error})"
     return None
 
 

@@ -52,7 +52,9 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             if length > min(size - 8, _MAX_HEADER):
                 raise ValueError(f"its header would be {length} bytes, the file has {size}")
             header = json.loads(file.read(length))
-        return {name: _info(path, entry, 8 + length, size) for name, entry in header.items() if name != "__metadata__"}
+        infos = {name: _info(path, entry, 8 + length, size) for name, entry in header.items() if name != "__metadata__"}
+        _check_contiguous(infos, 8 + length, size)
+        return infos
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file; the directory is not a complete HF checkpoint") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
@@ -69,6 +71,17 @@ def _info(path: Path, entry: Mapping, data_start: int, size: int) -> TensorInfo:
     if data_start + end > size:
         raise ValueError(f"it should have {data_start + end} bytes and has {size}")
     return info
+
+
+def _check_contiguous(infos: Mapping[str, TensorInfo], data_start: int, size: int) -> None:
+    """The format leaves no byte of the data to two tensors, or to none."""
+    end = data_start
+    for name, info in sorted(infos.items(), key=lambda item: (item[1].start, item[1].num_bytes)):
+        if info.start != end:
+            raise ValueError(f"{name} begins at byte {info.start}, where the tensor before it ends at {end}")
+        end += info.num_bytes
+    if end != size:
+        raise ValueError(f"it should have {end} bytes and has {size}")
 
 
 def read_tensor(info: TensorInfo, out: torch.Tensor | None = None) -> torch.Tensor:

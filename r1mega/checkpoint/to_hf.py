@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -13,7 +14,7 @@ import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.utils import _create_file_view
 
-from r1mega.checkpoint.conversion import OutputFile, partition
+from r1mega.checkpoint.conversion import OutputFile, partition, read_ahead
 from r1mega.checkpoint.fit import alias, read_metadata
 from r1mega.checkpoint.fp8_blocks import CONFIG, SCALE, is_quantized, quantize, scale_shape
 from r1mega.checkpoint.hf import read_config, shard_name, write_hf_files
@@ -105,7 +106,8 @@ class ToHF:
 
     def write(self, file: OutputFile, path: Path) -> dict[str, Any]:
         specs = {name: (dtype, shape) for p in file.parameters for name, dtype, shape in self._specs(p)}
-        write_tensors(path, specs, (item for p in file.parameters for item in self._tensors(p)))
+        wholes = read_ahead(file.parameters, lambda p: self.reader.read(p.key, p.prefix, p.shape))
+        write_tensors(path, specs, itertools.chain.from_iterable(itertools.starmap(self._tensors, wholes)))
         return {"names": list(specs)}
 
     def finish(self, directory: Path, records: Mapping[str, dict[str, Any]]) -> None:
@@ -131,8 +133,7 @@ class ToHF:
     def _num_bytes(self, parameter: Parameter) -> int:
         return sum(torch.Size(shape).numel() * dtype.itemsize for _, dtype, shape in self._specs(parameter))
 
-    def _tensors(self, parameter: Parameter) -> Iterator[tuple[str, torch.Tensor]]:
-        whole = self.reader.read(parameter.key, parameter.prefix, parameter.shape)
+    def _tensors(self, parameter: Parameter, whole: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
         parts = to_full([whole], parameter.entry, self.model)
         for name, tensor in zip(parameter.entry.hf_names, parts, strict=True):
             if self.fp8_blocks and is_quantized(name):
@@ -216,6 +217,8 @@ def find_checkpoint(path: Path, workers: Workers, *, verify: bool = True) -> Pat
         if found is None:
             raise CheckpointError(f"{path}: the run has no whole checkpoint")
         return found
+    if not (path / MANIFEST).exists():
+        raise CheckpointError(f"{path} is neither a run nor a whole checkpoint: it has no checkpoints/ and no {MANIFEST}")
     if verify and (problem := problem_of(path, workers)):
         raise CheckpointError(f"{path} is not a whole checkpoint ({problem}); use another one")
     return path

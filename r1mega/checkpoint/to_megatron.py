@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.storage import WriteResult
 
-from r1mega.checkpoint.conversion import PLAN, OutputFile, partition
+from r1mega.checkpoint.conversion import PLAN, OutputFile, partition, read_ahead
 from r1mega.checkpoint.fp8_blocks import SCALE, check_config, dequantize, scale_shape
 from r1mega.checkpoint.hf import HFTensors, copy_tokenizer, read_config
 from r1mega.checkpoint.manifest import MANIFEST, file_record, write_manifest
@@ -62,14 +62,16 @@ class ToMegatron:
         self.config = _plain_config(config, self.dtype, self.num_mtp)
         runs = partition(self.parameters, self._num_bytes, max_file_bytes)
         self.files = [OutputFile(f"__{i}_0.distcp", held, size) for i, (held, size) in enumerate(runs)]
-        self._buffer = torch.empty(max(map(self._num_bytes, self.parameters)), dtype=torch.uint8)
+        largest = max(map(self._num_bytes, self.parameters))
+        self._buffers = itertools.cycle([torch.empty(largest, dtype=torch.uint8) for _ in range(2)])
 
     def describe(self) -> str:
         stamps = sorted((i.path.name, i.path.stat().st_mtime_ns) for i in self.tensors.infos.values())
         return f"{self.config} {self.layout} {self.dtype} {sorted(set(stamps))}"
 
     def write(self, file: OutputFile, path: Path) -> dict[str, Any]:
-        pieces = itertools.chain.from_iterable(self._pieces(parameter) for parameter in file.parameters)
+        wholes = read_ahead(file.parameters, self._whole)
+        pieces = itertools.chain.from_iterable(itertools.starmap(self._pieces, wholes))
         with without_crc():
             results, record = write_pieces(path, pieces, name=file.name)
         places = [[r.index.fqn, list(r.index.offset), r.storage_data.offset, r.storage_data.length] for r in results]
@@ -98,8 +100,7 @@ class ToMegatron:
     def _num_bytes(self, parameter: Parameter) -> int:
         return torch.Size(parameter.shape).numel() * self._dtype(parameter).itemsize
 
-    def _pieces(self, parameter: Parameter) -> Iterator[Piece]:
-        whole = self._whole(parameter)
+    def _pieces(self, parameter: Parameter, whole: torch.Tensor) -> Iterator[Piece]:
         if parameter.key in ("embedding.word_embeddings.weight", "output_layer.weight"):
             self._check_copies(parameter, whole)
         for region in regions(parameter, self.layout):
@@ -111,12 +112,12 @@ class ToMegatron:
             yield MetadataIndex(parameter.key, (*parameter.prefix, *(start for start, _ in region))), piece
 
     def _whole(self, parameter: Parameter) -> torch.Tensor:
-        """The parameter of one rank without parallelism; in the buffer, so valid until the next."""
+        """The parameter of one rank without parallelism; in one of two buffers, so valid until the next but one."""
         names, dtype = parameter.entry.hf_names, self._dtype(parameter)
         if parameter.entry.form == "qkv":
             parts = [self._read(name, torch.empty(self.tensors.infos[name].shape, dtype=dtype)) for name in names]
             return to_local(parts, parameter.entry, self.model, 0, 1)
-        whole = self._buffer[: self._num_bytes(parameter)].view(dtype).view(parameter.shape)
+        whole = next(self._buffers)[: self._num_bytes(parameter)].view(dtype).view(parameter.shape)
         row = 0
         for name, shape in zip(names, parameter.entry.hf_shapes, strict=True):
             self._read(name, whole[row : row + shape[0]])

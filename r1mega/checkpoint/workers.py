@@ -135,12 +135,14 @@ def together(workers: Workers, function: Callable[[], Any]) -> Any:
 
 
 def on_first_rank(workers: Workers, function: Callable[[], Any], advice: str) -> Any:
-    """function() of rank 0, on every rank; its OSError or CheckpointError becomes a CheckpointError on every rank."""
+    """function() of rank 0, on every rank. Its OSError, RuntimeError (which torch.save makes of a stream's OSError) or
+    CheckpointError becomes a CheckpointError on every rank.
+    """
     result, problems = None, []
     if workers.rank == 0:
         try:
             result = function()
-        except (OSError, CheckpointError) as error:
+        except (OSError, RuntimeError, CheckpointError) as error:
             problems = [str(error)]
     agree(workers, problems, advice)
     return workers.gather(result)[0]

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from r1mega.config.layout import generator_problems
 from r1mega.config.rewards import RewardConfig
 from r1mega.config.schema import DataConfig, NonNegativeInt, PositiveInt, RolloutConfig, Section, Stage
 from r1mega.config.validate import context_problems, missing_file_problems, weights_problems
@@ -81,5 +82,4 @@ class FactoryStage(Stage):
         files = [("data.prompts", path) for path in self.data.prompts]
         yield from missing_file_problems([*files, *(("decontaminate.files", path) for path in self.decontaminate.files)])
         yield from self.reward.problems(self.rollout.max_response_tokens)
-        if world % self.rollout.tp:
-            yield f"rollout.tp = {self.rollout.tp} does not divide the {world} processes"
+        yield from generator_problems(self.rollout, world, hf)

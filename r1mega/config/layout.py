@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, Protocol
+
+VOCABULARY_PADDING = 64
+"""vLLM pads the vocabulary to a multiple of it (vocab_parallel_embedding.py, DEFAULT_VOCAB_PADDING_SIZE)."""
 
 
 class Layout(Protocol):
@@ -19,6 +22,15 @@ class Layout(Protocol):
     cp: int
     dp: int | None
     layers_per_stage: tuple[int, ...] | None
+
+
+class Generator(Protocol):
+    """The generator's part of RolloutConfig."""
+
+    engine: str
+    tp: int
+    ep: int
+    dp: int | None
 
 
 def process_problems(layout: Layout, processes: int) -> Iterator[str]:
@@ -47,15 +59,8 @@ def model_problems(layout: Layout, hf: Mapping[str, Any]) -> Iterator[str]:
         divisions.append(("parallel.tp", layout.tp, "num_key_value_heads"))
     if layout.layers_per_stage is None:
         divisions.append(("parallel.pp * vpp", num_stages(layout), "num_hidden_layers"))
-    for key, size, name in divisions:
-        value = hf.get(name)
-        if value and value % size:
-            smaller = max(d for d in range(1, size + 1) if value % d == 0)
-            uneven = ", or set parallel.layers_per_stage" if name == "num_hidden_layers" else ""
-            yield f"{key} = {size} does not divide the model's {name} = {value}; {smaller} would{uneven}"
-    shared = (hf.get("n_shared_experts") or 0) * (hf.get("moe_intermediate_size") or 0)
-    if shared % layout.tp:
-        yield f"parallel.tp = {layout.tp} does not divide n_shared_experts * moe_intermediate_size = {shared}"
+    yield from _division_problems(divisions, hf)
+    yield from _shared_expert_problems("parallel.tp", layout.tp, hf)
     if not experts and (layout.ep > 1 or layout.etp > 1):
         yield f"parallel.ep = {layout.ep}, parallel.etp = {layout.etp}: a model without experts wants 1 and 1"
     if experts and layout.tp > 1 and layout.sp is False:
@@ -64,6 +69,60 @@ def model_problems(layout: Layout, hf: Mapping[str, Any]) -> Iterator[str]:
         yield f"parallel.vpp = {layout.vpp} wants parallel.pp > 1"
     if layout.layers_per_stage is not None and hf.get("num_hidden_layers"):
         yield from _stage_problems(layout, hf["num_hidden_layers"])
+
+
+def generator_problems(generator: Generator, processes: int, hf: Mapping[str, Any]) -> Iterator[str]:
+    """Why the generators of a rollout cannot be laid out so; each names the number to change. hf: {} when unknown."""
+    tp, ep, dp = generator.tp, generator.ep, generator.dp
+    if processes % tp:
+        yield f"rollout.tp = {tp} does not divide the {processes} processes"
+    elif dp is not None and dp * tp != processes:
+        yield (
+            f"rollout.dp = {dp} with rollout.tp = {tp} wants {dp * tp} processes, there are {processes}; leave dp out, "
+            "it follows"
+        )
+    if ep > 1:
+        yield from _expert_problems(generator, hf)
+    divisions = [("rollout.tp", tp, "num_attention_heads"), ("rollout.tp", tp, "intermediate_size")]
+    divisions.append(("rollout.ep", ep, "n_routed_experts") if ep > 1 else ("rollout.tp", tp, "moe_intermediate_size"))
+    yield from _division_problems(divisions, hf)
+    yield from _shared_expert_problems("rollout.tp", tp, hf)
+    groups = None if hf.get("kv_lora_rank") else hf.get("num_key_value_heads")
+    if groups and max(groups, tp) % min(groups, tp):  # with fewer groups than ranks each is held more than once
+        yield f"rollout.tp = {tp} neither divides the model's num_key_value_heads = {groups} nor is a multiple of it"
+    padded = -(-(hf.get("vocab_size") or 0) // VOCABULARY_PADDING) * VOCABULARY_PADDING
+    if padded % tp:
+        yield f"rollout.tp = {tp} does not divide the vocabulary, {padded} rows with vLLM's padding"
+
+
+def _expert_problems(generator: Generator, hf: Mapping[str, Any]) -> Iterator[str]:
+    tp, ep = generator.tp, generator.ep
+    if hf and not hf.get("n_routed_experts"):
+        yield f"rollout.ep = {ep}: a model without experts wants 1"
+    if generator.engine != "vllm":
+        yield f"rollout.ep = {ep} wants rollout.engine = vllm, not {generator.engine}; leave ep out"
+    if ep != tp:
+        yield (
+            f"rollout.ep = {ep}: experts are spread over the ranks of one generator, so that it is 1 or rollout.tp = {tp} "
+            "(over several generators it can be planned, see `r1mega reshard explain`, but not run: their steps would "
+            "wait for each other)"
+        )
+
+
+def _division_problems(divisions: Sequence[tuple[str, int, str]], hf: Mapping[str, Any]) -> Iterator[str]:
+    """divisions: (config key, its value, key of config.json that it must divide)."""
+    for key, size, name in divisions:
+        value = hf.get(name)
+        if value and value % size:
+            smaller = max(d for d in range(1, size + 1) if value % d == 0)
+            uneven = ", or set parallel.layers_per_stage" if name == "num_hidden_layers" else ""
+            yield f"{key} = {size} does not divide the model's {name} = {value}; {smaller} would{uneven}"
+
+
+def _shared_expert_problems(key: str, tp: int, hf: Mapping[str, Any]) -> Iterator[str]:
+    shared = (hf.get("n_shared_experts") or 0) * (hf.get("moe_intermediate_size") or 0)
+    if shared % tp:
+        yield f"{key} = {tp} does not divide n_shared_experts * moe_intermediate_size = {shared}"
 
 
 def _stage_problems(layout: Layout, layers: int) -> Iterator[str]:

@@ -110,7 +110,9 @@ class RolloutConfig(Section):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     max_response_tokens: PositiveInt = 32768  # paper
     stop: tuple[str, ...] = ("</answer>",)  # texts that end a response (and belong to it), besides the tokenizer's eos
-    tp: PositiveInt = 1
+    tp: PositiveInt = 1  # ranks that make one generator
+    ep: PositiveInt = 1  # rollout.tp: whole experts, spread over the ranks of a generator; 1: every expert cut by tp
+    dp: PositiveInt | None = None  # generators; None: as many as tp leaves of the processes
     max_num_seqs: PositiveInt = 256
     max_batched_tokens: PositiveInt = 8192
     kv_cache_bytes: PositiveInt | None = None  # None: vLLM's own choice on a GPU; 256 MiB on a CPU

@@ -16,6 +16,7 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
+    "tiktoken.model",  # Moonlight; it wants the Python file beside it
     "chat_template.jinja",
 )
 """Files that make up a tokenizer in an HF directory; copied along with exported checkpoints."""

@@ -14,11 +14,17 @@ def as_dict(config: Any) -> dict[str, Any]:
 
 
 def require(config: Mapping[str, Any], *keys: str) -> list[Any]:
-    """The values of keys that a model cannot do without. Raises ConfigError naming every missing one."""
-    missing = [key for key in keys if key not in config]
+    """The values of keys, all numbers, that a model cannot do without. Raises ConfigError naming every one that is missing
+    or no number."""
+    model_type = config.get("model_type")
+    missing = [key for key in keys if config.get(key) is None]
     if missing:
-        raise ConfigError(f"config.json lacks {', '.join(missing)} (model_type {config.get('model_type')!r})")
-    return [config[key] for key in keys]
+        raise ConfigError(f"config.json lacks {', '.join(missing)} (model_type {model_type!r})")
+    values = [config[key] for key in keys]
+    wrong = [f"{key} = {value!r}" for key, value in zip(keys, values, strict=True) if not isinstance(value, (int, float))]
+    if wrong:
+        raise ConfigError(f"config.json: {', '.join(wrong)} should be a number (model_type {model_type!r})")
+    return values
 
 
 def refuse(config: Mapping[str, Any], **unsupported: Any) -> None:

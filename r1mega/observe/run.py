@@ -17,7 +17,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,8 +31,10 @@ log = logging.getLogger(__name__)
 
 State = Literal["running", "finished", "interrupted", "failed"]
 
-CHANGEABLE_KEYS = ("steps", "threads", "observe", "checkpoint", "evaluate", "tasks", "others")
-"""Top-level config keys that may differ when a run is started again; any other makes it another run."""
+LAYOUT_KEYS = ("parallel", "weights", "rollout.tp", "rollout.ep", "rollout.dp")
+"""Config keys that say how a run is spread over processes: what it computes is the same, up to rounding."""
+CHANGEABLE_KEYS = ("steps", "threads", "observe", "checkpoint", "evaluate", "tasks", "others", *LAYOUT_KEYS)
+"""Config keys (with all below them) that may differ when a run is started again; any other makes it another run."""
 
 _locked_here: set[Path] = set()  # POSIX locks do not exclude within one process: this set does
 
@@ -107,7 +109,7 @@ class RunDirectory:
         if not self.config.exists() or not self._holds_work():
             return
         changed = sorted(differences(self.read_config(), config))
-        fixed = [line for key, line in changed if key.split(".")[0] not in CHANGEABLE_KEYS]
+        fixed = [line for key, line in changed if not is_below(key, CHANGEABLE_KEYS)]
         if fixed:
             raise ConfigError(
                 f"run_dir {self.path} holds a run with another config:\n  " + "\n  ".join(fixed) + "\n"
@@ -167,6 +169,11 @@ def differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, str]]:
             yield key, f"{key}: {list(old)} -> {list(new)}"
     elif old != new:
         yield key, f"{key}: {old} -> {new}"
+
+
+def is_below(key: str, keys: Iterable[str]) -> bool:
+    """Whether the dotted `key` is one of `keys` or below one of them."""
+    return any(f"{key}.".startswith(f"{other}.") for other in keys)
 
 
 def _now() -> str:

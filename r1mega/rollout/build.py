@@ -27,6 +27,7 @@ def build_engine(
         kv_cache_bytes=rollout.kv_cache_bytes,
         gpu_memory_utilization=rollout.gpu_memory_utilization,
         tp=rollout.tp,
+        ep=rollout.ep,
         tokenizer_path=model.path,
         bucket_bytes=weights.bucket_bytes,
         weights="checkpoint" if load_weights else "empty",

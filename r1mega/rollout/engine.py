@@ -21,6 +21,7 @@ class EngineSettings:
     weights: 'empty' waits for `update_weights`, 'checkpoint' loads those of model_path.
     max_model_len: tokens of prompt and response together. tokenizer_path: needed for stop strings only.
     return_routed_experts: responses carry the experts that were chosen for their tokens (`Response.routed_experts`).
+    ep: tp, or 1: whole experts are spread over the ranks of the generator, or each is cut by tp.
     """
 
     model_path: Path
@@ -35,6 +36,7 @@ class EngineSettings:
     tokenizer_path: Path | None = None
     bucket_bytes: int = 512 * 2**20
     return_routed_experts: bool = False
+    ep: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from r1mega.rollout.engine import Completion, EngineSettings, check_requests, re
 from r1mega.rollout.routing import RoutingRecorder
 from r1mega.rollout.stop_strings import StopStrings
 from r1mega.types import GenerationRequest, Response, SamplingSettings
-from r1mega.weights.layout import GeneratorRank, generator_layout
+from r1mega.weights.layout import GeneratorRank, divided_names, generator_layout, tensor_shapes
 from r1mega.weights.transfer import ReloadTarget, checkpoint_tensors, reload_weights, rewrite_weights, sum_digests
 
 
@@ -69,9 +69,10 @@ class VllmEngine:
         self._core._finalizer.detach()
         self._worker = self._llm_engine.model_executor.driver_worker.worker
         self._dtype = getattr(torch, settings.dtype)
-        self._target = ReloadTarget(
-            self._worker, self._platform, self.config,
-            generator_layout(self.config, GeneratorRank(settings.tp, rank % settings.tp)), self._dtype)
+        place = GeneratorRank(settings.tp, rank % settings.tp, settings.ep, rank % settings.ep)
+        self._target = ReloadTarget(self._worker, self._platform, self.config, generator_layout(self.config, place),
+                                    tensor_shapes(self.config), self._dtype)
+        self._divided = divided_names(self.config, place) if settings.tp > 1 else []
         self._recorder = None
         if settings.return_routed_experts:
             self._recorder = RoutingRecorder(self._worker, self._platform.kv_block_tokens(self.config))
@@ -94,7 +95,8 @@ class VllmEngine:
             model=str(settings.model_path), load_format="dummy", skip_tokenizer_init=True, dtype=settings.dtype,
             hf_overrides=overrides, max_model_len=settings.max_model_len, max_num_seqs=settings.max_num_seqs,
             max_num_batched_tokens=max(settings.max_batched_tokens, settings.max_model_len), seed=0,
-            tensor_parallel_size=settings.tp, distributed_executor_backend="external_launcher",
+            tensor_parallel_size=settings.tp, enable_expert_parallel=settings.ep > 1,
+            distributed_executor_backend="external_launcher",
             logprobs_mode="processed_logprobs", disable_log_stats=True, generation_config="vllm",
             **self._platform.engine_arguments(self.config, settings.kv_cache_bytes, settings.gpu_memory_utilization))
         set_num_threads = torch.set_num_threads
@@ -103,7 +105,7 @@ class VllmEngine:
                 return LLMEngine.from_engine_args(arguments)
         except (ValueError, AssertionError, NotImplementedError, RuntimeError) as error:
             raise GenerationError(f"vLLM could not be built for {settings.model_path} (dtype {settings.dtype}, "
-                                  f"tp {settings.tp}): {error}") from error
+                                  f"tp {settings.tp}, ep {settings.ep}): {error}") from error
         finally:
             torch.set_num_threads = set_num_threads  # vLLM's CPU worker replaces it by a warning
 
@@ -189,7 +191,7 @@ class VllmEngine:
         partial = load()
         self._forget()
         if self.settings.tp > 1:
-            partial = sum_digests(partial, self._target.placements, _all_reduce_tp)
+            partial = sum_digests(partial, self._divided, _all_reduce_tp)
         self._digest = partial
 
     def weights_digest(self) -> Mapping[str, int]:
@@ -307,7 +309,10 @@ class VllmEngine:
 
 def check_settings(settings: EngineSettings, config: Mapping[str, Any], platform: Any) -> None:
     """Finds what vLLM would fail on much later, and says it plainly. Raises GenerationError or ConfigError."""
-    placements = generator_layout(config, GeneratorRank(settings.tp))
+    if settings.ep not in (1, settings.tp):
+        raise GenerationError(f"ep={settings.ep}: experts are spread over the ranks of one generator; ep is 1 or "
+                              f"tp={settings.tp}")
+    placements = generator_layout(config, GeneratorRank(settings.tp, ep=settings.ep))
     reason = platform.check_model(config)
     if reason is not None:
         raise GenerationError(f"{settings.model_path}: {reason}")

@@ -240,6 +240,7 @@ class _Evaluation:
         settings = EngineSettings(
             path, longest, self._config.model.dtype, rollout.max_num_seqs, rollout.max_batched_tokens,
             rollout.kv_cache_bytes, rollout.gpu_memory_utilization, rollout.tp, "checkpoint", path,
+            ep=rollout.ep,
         )  # fmt: skip
         with open_engine(settings, rollout.engine) as engine:
             yield engine

@@ -39,7 +39,7 @@ from r1mega.observe.lineage import (
     write_lineage,
 )
 from r1mega.observe.pipeline_report import PIPELINE_FILE, read_ladder, write_pipeline_report
-from r1mega.observe.run import RunDirectory, differences
+from r1mega.observe.run import LAYOUT_KEYS, RunDirectory, differences, is_below
 from r1mega.stages import is_finished
 
 INCIDENTAL = ("run_dir", "threads", "observe", "checkpoint")
@@ -206,7 +206,7 @@ def _made(path: Path, owner: Node) -> tuple[str | None, str]:
 
 
 def _changes(record: Lineage, config: Mapping[str, Any], inputs: Mapping[str, Source]) -> list[str]:
-    lines = [line for _, line in sorted(differences(record.config, config))]
+    lines = [line for key, line in sorted(differences(record.config, config)) if not is_below(key, LAYOUT_KEYS)]
     for key in sorted(record.inputs.keys() | inputs.keys()):
         old, new = record.inputs.get(key), inputs.get(key)
         if old is None or new is None:

@@ -17,7 +17,7 @@ from r1mega.checkpoint.names import coordinates, local_entries, model_shape, unw
 from r1mega.errors import ConfigError, WeightSyncError
 from r1mega.weights.digest import tensor_digest
 from r1mega.weights.exchange import Exchange
-from r1mega.weights.layout import GeneratorRank, Placement, generator_layout, weight_dtype
+from r1mega.weights.layout import Placement, tensor_shapes, weight_dtype
 from r1mega.weights.plan import GeneratorLayout, Plan
 from r1mega.weights.trainer_layout import TrainerLayout
 
@@ -77,9 +77,9 @@ class DirectTransfer:
                          ranks_per_node=ranks_per_node)
         rank = dist.get_rank()
         self.exchange = Exchange(self.plan.copies(rank), rank, model_dtype, shared_memory=shared_memory)
-        whole = generator_layout(hf_config, GeneratorRank())
-        self._names = [placement.name for placement in whole]
-        self._owned = owned_placements(trainer, {p.name: p.shape for p in whole}, hf_config, rank)
+        shapes = tensor_shapes(hf_config)
+        self._names = list(shapes)
+        self._owned = owned_placements(trainer, shapes, hf_config, rank)
 
     def push(self) -> None:
         """Makes the generator the trainer's equal. A collective call."""

@@ -104,10 +104,13 @@ def layouts(
     rollout = getattr(config, "rollout", None)
     if rollout is None:
         raise ConfigError(f"stage {config.stage} has no generator: there is nothing to reshard; take an RL config")
-    p, tp, ep = config.parallel, rollout.tp, getattr(rollout, "ep", 1)
+    p, tp, ep = config.parallel, rollout.tp, rollout.ep
     if world is None:
-        world = math.lcm(p.tp * p.pp * p.cp * (p.dp or 1), p.ep * p.etp * p.pp, max(tp, ep))
-    if problems := [*model_problems(p, hf), *process_problems(p, world)]:
+        world = math.lcm(p.tp * p.pp * p.cp * (p.dp or 1), p.ep * p.etp * p.pp, max(tp, ep), tp * (rollout.dp or 1))
+    problems = [*model_problems(p, hf), *process_problems(p, world)]
+    if rollout.dp is not None and rollout.dp * tp != world:
+        problems.append(f"rollout.dp = {rollout.dp} with rollout.tp = {tp} wants {rollout.dp * tp} processes, not {world}")
+    if problems:
         raise ConfigError("\n".join(problems))
     builds_mtp = bool(hf.get("num_nextn_predict_layers")) and config.model.mtp_loss_coefficient > 0
     trainer = TrainerLayout(world, p.tp, p.ep, p.etp, p.pp, p.cp, pipeline_stages(p, hf["num_hidden_layers"]),
@@ -150,12 +153,14 @@ def format_summary(plan: Plan, summary: Summary, bandwidth: Bandwidth, plan_seco
     crossing, between = summary.received, summary.received[1]
     largest = np.unravel_index(int(summary.pairs.argmax()), summary.pairs.shape)
     low, high = summary.seconds
-    experts = f"ep {g.ep}" if g.ep > 1 else "experts cut by tp"
+    experts = f"whole experts over ep {g.ep}" if g.ep > 1 else "experts cut by tp"
+    if g.ep > g.tp:
+        experts += f", {g.ep // g.tp} generators share them: planned only, see docs/layouts.md"
     rows = [
         ("ranks", f"{world} on {nodes} nodes of {min(plan.ranks_per_node, world)}"),
         ("trainer", f"tp {t.tp}, pp {t.pp}, cp {t.cp}, dp {world // (t.tp * t.pp * t.cp)}; experts: ep {t.ep}, "
                     f"etp {t.etp}, {world // (t.ep * t.etp * t.pp)} replicas"),
-        ("generator", f"{world // g.period} x (tp {g.tp}, {experts}){', block FP8' if g.fp8 else ''}"),
+        ("generator", f"{world // g.tp} x (tp {g.tp}, {experts}){', block FP8' if g.fp8 else ''}"),
         ("", ""),
         ("a rank", "least / mean / most"),
         ("  keeps (no communication)", _spread_of(summary.kept)),

@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
+from r1mega.config.layout import VOCABULARY_PADDING
 from r1mega.errors import ConfigError
 
 Region = tuple[tuple[int, int], ...]
 """Half-open [start, stop) along each dimension."""
 
-VOCAB_PADDING = 64  # vllm/model_executor/layers/vocab_parallel_embedding.py, DEFAULT_VOCAB_PADDING_SIZE
 VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
 DERIVED = ("W_UV", "W_UK_T")  # parameters that vLLM makes of others (kv_b_proj, for decoding)
 DENSE_MODEL_TYPES = ("llama", "qwen2", "qwen3")
@@ -113,6 +113,24 @@ def generator_layout(config: Mapping[str, Any], rank: GeneratorRank = GeneratorR
     return tuple(part for whole in placements for part in (_with_scales(whole) if rank.fp8 else (whole,)))
 
 
+def tensor_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Full shape of every HF tensor that the generator holds, on whichever of its ranks."""
+    return {placement.name: placement.shape for placement in generator_layout(config)}
+
+
+def divided_names(config: Mapping[str, Any], rank: GeneratorRank) -> list[str]:
+    """The HF tensors that a generator's ranks hold together and not each for itself; the same list on each of them.
+
+    Besides what tp cuts: the vocabulary, of which the last ranks may have no row (and a small one lies on the first
+    alone), and with ep > 1 experts, which are whole on one rank and on the others not at all.
+    """
+    own = {placement.name: placement for placement in generator_layout(config, rank)}
+    return [
+        name for name in tensor_shapes(config)
+        if name in VOCABULARY or (rank.ep > 1 and ".mlp.experts." in name) or not own[name].is_whole
+    ]  # fmt: skip
+
+
 def block_region(region: Region, shape: Sequence[int]) -> Region | None:
     """The same region in units of 128 x 128 blocks; None when it cuts through a block (the last may be partial)."""
     if any(start % FP8_BLOCK or (stop % FP8_BLOCK and stop != size)
@@ -143,6 +161,8 @@ class _LayoutBuilder:
         self.hidden = config["hidden_size"]
         self.heads = config["num_attention_heads"]
         self._divide(self.heads, rank.tp, "num_attention_heads")
+        if rank.ep > 1 and not config.get("n_routed_experts"):
+            raise ConfigError(f"rollout.ep = {rank.ep}: a model without experts wants 1")
 
     def placements(self, layers: Sequence[int]) -> Iterator[Placement]:
         config = self.config
@@ -166,7 +186,7 @@ class _LayoutBuilder:
     def _vocabulary(self, name: str) -> Iterator[Placement]:
         """Rows padded to a multiple of 64, then cut evenly: the last ranks may hold padding only."""
         size, tp = self.config["vocab_size"], self.rank.tp
-        per_rank = self._divide(-(-size // VOCAB_PADDING) * VOCAB_PADDING, tp, "padded vocab_size")
+        per_rank = self._divide(-(-size // VOCABULARY_PADDING) * VOCABULARY_PADDING, tp, "padded vocab_size")
         start = min(self.rank.tp_rank * per_rank, size)
         stop = min(start + per_rank, size)
         if stop > start:
@@ -198,6 +218,8 @@ class _LayoutBuilder:
         kv_heads = config.get("num_key_value_heads") or self.heads
         query_rows = self.heads // tp * size
         copies = max(1, tp // kv_heads)
+        if tp > kv_heads and tp % kv_heads:
+            raise ConfigError(f"rollout.tp = {tp} is not a multiple of num_key_value_heads = {kv_heads}; choose another")
         kv_rows = (self._divide(kv_heads, tp, "num_key_value_heads") if copies == 1 else 1) * size
         starts = {"q": (0, query_rows, tp_rank, 0, self.heads * size),
                   "k": (query_rows, kv_rows, tp_rank // copies, tp_rank % copies, kv_heads * size),
@@ -240,7 +262,7 @@ class _LayoutBuilder:
         yield self._whole(prefix + "gate.e_score_correction_bias", (num_experts,))
         if config.get("n_shared_experts"):
             yield from self._mlp(prefix + "shared_experts.", size * config["n_shared_experts"], False)
-        local = self._divide(num_experts, rank.ep, "n_routed_experts")
+        local = self._divide(num_experts, rank.ep, "n_routed_experts", "rollout.ep")
         cut, cut_rank = (1, 0) if rank.ep > 1 else (rank.tp, rank.tp_rank)
         rows = self._divide(size, cut, "moe_intermediate_size")
         mine, hidden = (cut_rank * rows, (cut_rank + 1) * rows), (0, self.hidden)
@@ -276,8 +298,8 @@ class _LayoutBuilder:
         return Placement(name, shape, name, (rest, (0, columns)), (rest, (start, start + columns)))
 
     @staticmethod
-    def _divide(size: int, parts: int, what: str) -> int:
+    def _divide(size: int, parts: int, what: str, key: str = "rollout.tp") -> int:
         if size % parts:
             raise ConfigError(f"the generator's layout does not divide the model: {what} = {size} over {parts} ranks; "
-                              f"choose another rollout.tp")
+                              f"choose another {key}")
         return size // parts

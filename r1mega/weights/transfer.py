@@ -100,19 +100,23 @@ def build_transfer(policy: Policy, engine: GenerationEngine, config: WeightsConf
 
     world = dist.get_world_size()
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    return DirectTransfer(policy.chunks, engine, hf_config, GeneratorLayout(world, engine.settings.tp),
-                          model_dtype=policy.dtype, bucket_bytes=config.bucket_bytes, ranks_per_node=per_node,
+    return DirectTransfer(policy.chunks, engine, hf_config,
+                          GeneratorLayout(world, engine.settings.tp, engine.settings.ep), model_dtype=policy.dtype, bucket_bytes=config.bucket_bytes, ranks_per_node=per_node,
                           shared_memory=config.shared_memory)
 
 
 @dataclass(frozen=True, slots=True)
 class ReloadTarget:
-    """One rank's vLLM worker, its platform module, the model's config and this rank's placements in it."""
+    """One rank's vLLM worker, its platform module, the model's config and this rank's placements in it.
+
+    shapes: of all HF tensors, by name; the rank may hold nothing of some of them.
+    """
 
     worker: Any
     platform: ModuleType
     config: Mapping[str, Any]
     placements: Sequence[Placement]
+    shapes: Mapping[str, tuple[int, ...]]
     model_dtype: torch.dtype
 
 
@@ -123,7 +127,7 @@ def reload_weights(target: ReloadTarget, named_tensors: NamedTensors, bucket_byt
     Raises WeightSyncError naming all missing, repeated, unknown and misshapen tensors. After an error the generator
     holds no usable weights: it must be reloaded before it generates.
     """
-    expected = {placement.name: placement.shape for placement in target.placements}
+    expected = target.shapes
     problems: list[str] = []
     seen: set[str] = set()
     target.platform.begin_reload(target.worker)
@@ -205,14 +209,14 @@ def checkpoint_tensors(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
     yield from HFTensors(directory).items()
 
 
-def sum_digests(partial: Mapping[str, int], placements: Sequence[Placement],
+def sum_digests(partial: Mapping[str, int], names: Sequence[str],
                 all_reduce: Callable[[torch.Tensor], None]) -> dict[str, int]:
     """Completes digests over the ranks of a sharded generator. all_reduce: sums an int64 CPU tensor in place.
 
-    Every rank must call it; sharded tensors are summed (wrapping mod 2^64), whole ones stay this rank's own.
+    names: of `layout.divided_names`. Every rank must call it; these tensors are summed (wrapping mod 2^64), the others
+    stay this rank's own.
     """
-    names = sorted({placement.name for placement in placements if not placement.is_whole})
-    values = torch.tensor([partial[name] - (1 << 64) if partial[name] >> 63 else partial[name] for name in names],
-                          dtype=torch.int64)
+    own = [partial.get(name, 0) for name in names]
+    values = torch.tensor([value - (1 << 64) if value >> 63 else value for value in own], dtype=torch.int64)
     all_reduce(values)
     return dict(partial) | {name: value % 2**64 for name, value in zip(names, values.tolist(), strict=True)}

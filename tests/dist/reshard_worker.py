@@ -36,33 +36,39 @@ BUCKET_BYTES = 200_000  # many buckets for models of 3 MB
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """model: a directory of HF checkpoints `<model>_0`, `<model>_1`; tp: of the generator."""
+    """model: a directory of HF checkpoints `<model>_0`, `<model>_1`; tp, ep: of the generator."""
 
     model: str
     trainer: Layout
     tp: int
     dtype: str = "float32"
+    ep: int = 1
 
     @property
     def name(self) -> str:
         sizes = [f"{k}{v}" for k, v in asdict(self.trainer).items() if v not in (None, 1)]
-        return " ".join([self.model, self.dtype, *(sizes or ["dp"]), "to", f"tp{self.tp}"])
+        return " ".join([self.model, self.dtype, *(sizes or ["dp"]), "to", f"tp{self.tp}", *([f"ep{self.ep}"] if self.ep > 1 else [])])
+
+
+def generator_of(case: Case) -> tuple[str, int, int, str]:
+    """Cases in which it is the same share an engine."""
+    return case.model, case.tp, case.ep, case.dtype
 
 
 def run_cases(directories: dict[str, tuple[Path, Path]], cases: list[Case]) -> dict[str, dict[str, Any]]:
     """{name: what was found} of every case. directories: by model, two checkpoints of one architecture."""
     groups.init_distributed()
     results = {}
-    for key in dict.fromkeys((case.model, case.tp, case.dtype) for case in cases):
-        model, tp, dtype = key
+    for key in dict.fromkeys(generator_of(case) for case in cases):
+        model, tp, ep, dtype = key
         old, new = directories[model]
         engine = VllmEngine(EngineSettings(
-            new, 64, dtype=dtype, max_num_seqs=8, kv_cache_bytes=32 << 20, tp=tp,
+            new, 64, dtype=dtype, max_num_seqs=8, kv_cache_bytes=32 << 20, tp=tp, ep=ep,
             bucket_bytes=BUCKET_BYTES))  # fmt: skip
         engine.update_weights(checkpoint_tensors(new))  # in the freshly built engine
         expected = observe(engine, lambda e: e.update_weights(checkpoint_tensors(new)))
         for case in cases:
-            if (case.model, case.tp, case.dtype) == key:
+            if generator_of(case) == key:
                 groups.init_parallel(case.trainer, seed=0)
                 results[case.name] = measure(case, engine, expected, old, new)
                 ps.destroy_model_parallel()
@@ -118,7 +124,7 @@ def measure(case: Case, engine: VllmEngine, expected: dict[str, Any], old: Path,
     chunks = build_model(config, case.trainer, ModelSettings(dtype=case.dtype))
     load_hf(chunks, HFTensors(new))
     direct = DirectTransfer(
-        chunks, engine, config, GeneratorLayout(dist.get_world_size(), case.tp), model_dtype=dtype,
+        chunks, engine, config, GeneratorLayout(dist.get_world_size(), case.tp, case.ep), model_dtype=dtype,
         bucket_bytes=BUCKET_BYTES)  # fmt: skip
     result: dict[str, Any] = {"bytes": direct.exchange.num_bytes}
 

@@ -17,6 +17,7 @@ CASES = {
         Case("deepseek", Layout(pp=2), 2),
         Case("deepseek", Layout(ep=2), 2),
         Case("deepseek", Layout(tp=2), 2),
+        Case("deepseek", Layout(etp=2), 2, ep=2),
         Case("qwen3_tied", Layout(pp=2), 2),
         Case("qwen2", Layout(tp=2), 1, "bfloat16"),
     ],
@@ -24,6 +25,8 @@ CASES = {
         Case("deepseek", Layout(tp=2, ep=2), 1),
         Case("deepseek", Layout(tp=2, pp=2, ep=2), 2),
         Case("deepseek", Layout(ep=2, etp=2), 2),
+        Case("deepseek", Layout(pp=2, ep=2), 4),  # 96 words over 4 ranks in blocks of 32: the last rank has none
+        Case("deepseek", Layout(tp=2, ep=2), 4, ep=4),
     ],
 }
 

@@ -105,6 +105,19 @@ def test_sharded_model_agrees_with_one_rank(nano_base, whole_run, tmp_path, layo
             assert math.isclose(one[name], two[name], abs_tol=1e-5, rel_tol=1e-4), (name, one[name], two[name])
 
 
+def test_a_run_goes_on_in_another_layout(nano_base, whole_run, tmp_path):
+    """Two steps on one rank, the others on two that share model, generator and experts: the figures of one rank."""
+    run_dir, layout = tmp_path / "run", ["parallel.tp=2", "parallel.ep=2", "rollout.tp=2", "rollout.ep=2"]
+    assert run_until_step(2, run_dir, signal.SIGTERM, *zero_arguments(nano_base, run_dir)) == 85
+    r1mega(*zero_arguments(nano_base, run_dir, *layout), num_ranks=2)
+    assert [line["step"] for line in metrics(run_dir)] == [1, 2, 3, 4]
+    for one, two in zip(metrics(whole_run), metrics(run_dir), strict=True):
+        assert two["logprob/diff_max"] < 2e-4
+        assert math.isclose(one["reward/accuracy"], two["reward/accuracy"], abs_tol=1e-12)
+        for name in ("policy/loss", "policy/kl", "policy/entropy", "policy/grad_norm"):
+            assert math.isclose(one[name], two[name], abs_tol=1e-5, rel_tol=1e-4), (name, one[name], two[name])
+
+
 def test_two_data_parallel_ranks_equal_one(nano_base, whole_run, tmp_path):
     r1mega(*zero_arguments(nano_base, tmp_path / "run"), num_ranks=2)
     one, two = metrics(whole_run), metrics(tmp_path / "run")

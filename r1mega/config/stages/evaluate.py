@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field
 
+from r1mega.config.layout import generator_problems
 from r1mega.config.model_files import context_length
 from r1mega.config.schema import NonNegative, PositiveInt, Section, Stage
 from r1mega.config.validate import is_given, missing_file_problems, weights_problems
@@ -40,6 +41,8 @@ class GeneratorConfig(Section):
 
     engine: Literal["vllm", "transformers"] = "vllm"
     tp: PositiveInt = 1
+    ep: PositiveInt = 1
+    dp: PositiveInt | None = None
     max_num_seqs: PositiveInt = 256
     max_batched_tokens: PositiveInt = 8192
     kv_cache_bytes: PositiveInt | None = None
@@ -92,5 +95,4 @@ class EvaluateStage(Stage):
         for path in self.others:
             if path.is_file() or not is_given(path):
                 yield f"others: {path} is no directory; give an HF directory or a run directory"
-        if world % self.rollout.tp:
-            yield f"rollout.tp = {self.rollout.tp} does not divide the {world} processes"
+        yield from generator_problems(self.rollout, world, hf)

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from r1mega.config.layout import generator_problems
 from r1mega.config.rewards import RewardConfig
 from r1mega.config.schema import (
     DataConfig,
@@ -82,9 +83,8 @@ class RLStage(TrainingStage):
         evaluation = [] if self.evaluate.data is None else [("evaluate.data", self.evaluate.data)]
         yield from missing_file_problems([*(("data.prompts", path) for path in self.data.prompts), *evaluation])
         rollout, update, algorithm = self.rollout, self.update, self.algorithm
-        if world % rollout.tp:
-            yield f"rollout.tp = {rollout.tp} does not divide the {world} processes"
-        elif rollout.num_prompts < world // rollout.tp:
+        yield from generator_problems(rollout, world, hf)
+        if world % rollout.tp == 0 and rollout.num_prompts < world // rollout.tp:
             yield (
                 f"rollout.num_prompts = {rollout.num_prompts} gives some of the {world // rollout.tp} generators no prompt; "
                 f"raise it to at least {world // rollout.tp}"

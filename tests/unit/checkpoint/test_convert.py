@@ -442,6 +442,58 @@ def test_a_full_disk_leaves_nothing_under_the_final_name(tmp_path, target):
     assert (tmp_path / "out").exists()
 
 
+def test_a_disk_that_fills_up_at_the_very_end_is_no_traceback(tmp_path, monkeypatch):
+    """torch.save makes a RuntimeError of it."""
+    source = write_hub_directory(tmp_path / "hf", LLAMA, hub_state(LLAMA))
+
+    real = torch.save
+
+    def full(content, file):
+        if str(file).endswith("common.pt"):
+            raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
+        real(content, file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(CheckpointError, match="file write failed; .*out was not made"):
+            convert(source, tmp_path / "out", "megatron", options(), Alone())
+    assert not (tmp_path / "out").exists()
+    convert(source, tmp_path / "out", "megatron", options(), Alone())
+    assert (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_what_is_no_checkpoint_is_said(tmp_path, verify):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for path in (tmp_path / "nowhere", empty):
+        with pytest.raises(CheckpointError, match=f"{path.name} is neither a run nor a whole checkpoint"):
+            convert(path, tmp_path / "out", "hf", options(verify=verify), Alone())
+        with pytest.raises(CheckpointError, match=f"{path.name}/config.json: no such file"):
+            convert(path, tmp_path / "out", "megatron", options(), Alone())
+    (empty / "config.json").write_text("[]")
+    with pytest.raises(CheckpointError, match="a JSON list, not the config of a model"):
+        convert(empty, tmp_path / "out", "megatron", options(), Alone())
+
+
+@pytest.mark.parametrize("index", ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}'])
+def test_a_damaged_index_is_named(tmp_path, index):
+    source = write_hub_directory(tmp_path / "hf", LLAMA, hub_state(LLAMA))
+    (source / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(CheckpointError, match="index.json: not an index of shards"):
+        convert(source, tmp_path / "out", "megatron", options(), Alone())
+
+
+def test_a_published_tokenizer_with_code_of_its_own_comes_along(tmp_path):
+    """As Moonlight's: tiktoken.model and the Python files that `auto_map` names."""
+    source = write_hub_directory(tmp_path / "hf", LLAMA, hub_state(LLAMA))
+    files = ("tiktoken.model", "tokenization_moonshot.py", "configuration_deepseek.py", "generation_config.json")
+    for name in files:
+        (source / name).write_text(f"# {name}")
+    back = there_and_back(source, tmp_path)
+    assert all((back / name).read_text() == f"# {name}" for name in files)
+
+
 def test_layouts_that_do_not_divide(tmp_path):
     source = write_hub_directory(tmp_path / "hf", LLAMA, hub_state(LLAMA))
     with pytest.raises(ConfigError, match="tp = 3 does not divide the model's num_attention_heads = 4"):
@@ -458,7 +510,12 @@ def test_an_existing_result_is_not_overwritten(tmp_path):
         convert(source, tmp_path / "out", "megatron", options(), Alone())
 
 
-@pytest.mark.parametrize("text", ["tp", "tp=0", "dp=2", "tp=two", "tp=2;ep=2"])
+def test_the_pipeline_of_a_layout_cuts_no_tensor():
+    """DeepSeek-V3's 61 layers on 16 stages want layers_per_stage, of which the files know nothing."""
+    assert parse_parallel("tp=8,pp=16,vpp=2,ep=32") == ParallelConfig(tp=8, ep=32)
+
+
+@pytest.mark.parametrize("text", ["tp", "tp=0", "pp=0", "dp=2", "tp=two", "tp=2;ep=2"])
 def test_bad_layouts_on_the_command_line(text):
     with pytest.raises(ConfigError, match="--parallel"):
         parse_parallel(text)

@@ -4,7 +4,8 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from r1mega.checkpoint.hf import HFTensors, read_config, write_hf
@@ -52,6 +53,33 @@ def test_truncated_file_is_named(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(content[: len(content) // 2])
     with pytest.raises(CheckpointError, match=r"model\.safetensors.*truncated"):
         HFTensors(tmp_path)
+
+
+def test_headers_whose_tensors_do_not_tile_the_file_are_refused(tmp_path):
+    """What the safetensors library refuses too."""
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.ones(4), "b": torch.zeros(4)}, path)
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    damages = {
+        "a tensor over another": content[: 8 + length].replace(b"[16,32]", b"[ 0,16]") + content[8 + length :],
+        "a byte too many": content + b"\0",
+    }
+    for damaged in damages.values():
+        path.write_bytes(damaged)
+        with pytest.raises(SafetensorError):
+            load_file(path)
+        with pytest.raises(CheckpointError, match="truncated or not a safetensors file"):
+            HFTensors(tmp_path)
+
+
+def test_tensors_in_two_files_are_all_listed(tmp_path):
+    """A directory into which two models were downloaded."""
+    save_file({"a": torch.ones(4), "b": torch.zeros(4)}, tmp_path / "model.safetensors")
+    save_file({"b": torch.ones(4), "a": torch.zeros(4)}, tmp_path / "pytorch.safetensors")
+    with pytest.raises(CheckpointError, match="2 tensors are in two files") as error:
+        HFTensors(tmp_path)
+    assert "b: model.safetensors, pytorch.safetensors" in str(error.value)
 
 
 @pytest.mark.parametrize(("content", "message"), [(None, "no such file"), ("{", "not JSON")])

@@ -129,6 +129,37 @@ def test_a_torn_checkpoint_is_skipped_by_name_and_not_loaded(tmp_path, caplog):
     assert store.latest() is None
 
 
+@pytest.mark.parametrize("manifest", [
+    "", "[]", '{"files": {}}', '{"architecture": {}, "files": []}', '{"architecture": [], "files": {}}',
+    '{"architecture": {}, "files": {"common.pt": {}}}', '{"architecture": {}, "files": {"common.pt": {"bytes": 3}}}',
+    '{"architecture": {}, "files": {"common.pt": {"bytes": "3", "sha256": null}}}', b"\xff\xfe", None,
+])  # fmt: skip
+def test_a_damaged_manifest_is_a_damaged_checkpoint(tmp_path, caplog, manifest):
+    store = open_store(tmp_path)
+    first, second = (store.save(i, state_of(torch.full((9,), float(i))), {}) for i in (1, 2))
+    path = second / "manifest.json"
+    path.unlink()
+    if manifest is not None:
+        path.write_bytes(manifest if isinstance(manifest, bytes) else manifest.encode())
+    assert store.latest() == first
+    assert f"{second} is not whole" in caplog.text and "manifest.json" in caplog.text
+
+
+def test_a_file_that_the_disk_does_not_read_is_a_damaged_checkpoint(tmp_path, caplog, monkeypatch):
+    store = open_store(tmp_path)
+    first, second = (store.save(i, state_of(torch.full((9,), float(i))), {}) for i in (1, 2))
+    real = Path.open
+
+    def broken(path, *arguments, **options):
+        if path.parent == second and path.suffix == ".distcp":
+            raise OSError(5, "Input/output error")
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", broken)
+    assert store.latest() == first
+    assert "cannot be read ([Errno 5] Input/output error)" in caplog.text
+
+
 def test_everything_that_a_checkpoint_lacks_is_listed(tmp_path):
     store = open_store(tmp_path)
     path = store.save(1, {"a": ShardedTensor.from_rank_offsets("a", torch.ones(2, 3))}, {})

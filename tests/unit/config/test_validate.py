@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from r1mega.config.layout import generator_problems
 from r1mega.config.load import load_config
 from r1mega.config.model_files import context_length
 from r1mega.config.validate import validate
@@ -57,6 +58,10 @@ def test_shipped_nano_config_for_four_ranks_is_valid(run):
         (["parallel.tp=2"], 3, r"3 processes cannot be divided by tp \* pp \* cp = 2"),
         (["parallel.dp=3"], 2, r"parallel\.dp = 3.*wants 3 processes, there are 2"),
         (["rollout.tp=2"], 3, r"rollout\.tp = 2 does not divide the 3 processes"),
+        (["rollout.tp=8"], 8, r"rollout\.tp = 8 does not divide the model's num_attention_heads = 4; 4 would"),
+        (["rollout.dp=2"], 4, r"rollout\.dp = 2 with rollout\.tp = 1 wants 2 processes, there are 4; leave dp out"),
+        (["rollout.ep=2"], 2, r"rollout\.ep = 2: .* it is 1 or rollout\.tp = 1 .*planned"),
+        (["rollout.tp=2", "rollout.ep=2", "rollout.engine=transformers"], 2, r"rollout\.ep = 2 wants rollout\.engine = vllm"),
         (["rollout.num_prompts=2"], 4, r"raise it to at least 4"),
         (["update.num_minibatches=3"], 1, r"256 responses cannot be divided into update\.num_minibatches = 3"),
         (["rollout.max_response_tokens=1000"], 1, r"max_position_embeddings is 256; lower their sum to at most 255"),
@@ -78,10 +83,34 @@ def test_each_problem_is_named(run, overrides, world, message):
         (["parallel.tp=2", "model.log_probs=hidden"], 2), (["parallel.tp=2", "parallel.ep=2"], 4), (["parallel.cp=2", "parallel.ep=2"], 2),
         (["parallel.pp=3"], 3), (["parallel.pp=2", "parallel.layers_per_stage=[2,1]"], 4),
         (["parallel.pp=2", "parallel.vpp=2", "parallel.layers_per_stage=[1,1,1,0]"], 2), (["parallel.etp=2"], 2),
+        (["rollout.tp=2", "rollout.ep=2", "rollout.dp=6", "parallel.pp=3"], 12), (["rollout.dp=4"], 4),
     ],
 )  # fmt: skip
 def test_layouts_that_fit(run, overrides, world):
     run(*overrides, world=world)
+
+
+def test_the_generators_layout_of_other_models():
+    """What vLLM would assert or fail on in the midst of a start."""
+    from types import SimpleNamespace
+
+    def problems(hf, tp, ep=1):
+        rollout = SimpleNamespace(engine="vllm", tp=tp, ep=ep, dp=None)
+        return "\n".join(generator_problems(rollout, tp, hf))
+
+    grouped = {"num_attention_heads": 12, "num_key_value_heads": 2, "intermediate_size": 48, "vocab_size": 1000}
+    assert problems(grouped, 2) == problems(grouped, 4) == ""  # two ranks hold a group each, or two share one
+    assert "rollout.tp = 3 neither divides the model's num_key_value_heads = 2" in problems(grouped, 3)
+    assert "rollout.ep = 2: a model without experts wants 1" in problems(grouped, 2, 2)
+    experts = {
+        "num_attention_heads": 12, "kv_lora_rank": 512, "num_key_value_heads": 1, "n_routed_experts": 16,
+        "moe_intermediate_size": 20, "n_shared_experts": 2,
+    }  # fmt: skip
+    assert problems(experts, 4) == problems(experts, 4, 4) == ""
+    assert "rollout.tp = 12 does not divide the model's moe_intermediate_size = 20" in problems(experts, 12)
+    assert "rollout.ep = 3 does not divide the model's n_routed_experts = 16; 2 would" in problems(experts, 3, 3)
+    assert "n_shared_experts * moe_intermediate_size = 40" in problems(experts, 3, 3)
+    assert "rollout.tp = 3 does not divide the vocabulary, 1024 rows" in problems(grouped | {"num_key_value_heads": 3}, 3)
 
 
 def test_all_problems_at_once(run):

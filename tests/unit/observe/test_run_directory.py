@@ -100,6 +100,17 @@ def test_a_run_that_made_nothing_may_start_with_a_mended_config(tmp_path):
         run.write_config({"stage": "zero", "rollout": {"kv_cache_bytes": 3}})
 
 
+def test_a_run_may_go_on_in_another_layout(tmp_path):
+    run = RunDirectory(tmp_path)
+    (tmp_path / "data").mkdir()  # the run has made something
+    run.write_config({"parallel": {"tp": 1, "dp": None}, "rollout": {"tp": 1, "top_p": 1.0}})
+    run.write_config({"parallel": {"tp": 2, "dp": 4}, "rollout": {"tp": 2, "ep": 2, "top_p": 1.0}})
+    assert run.read_config()["rollout"]["ep"] == 2
+    with pytest.raises(ConfigError, match=r"rollout\.top_p: 1\.0 -> 0\.9") as error:
+        run.write_config({"parallel": {"tp": 1}, "rollout": {"tp": 4, "top_p": 0.9}})
+    assert "tp: " not in str(error.value)
+
+
 def test_reading_what_is_not_a_run(tmp_path):
     run = RunDirectory(tmp_path)
     with pytest.raises(DataError, match="not a run directory"):

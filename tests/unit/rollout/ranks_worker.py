@@ -1,4 +1,4 @@
-"""Run under torchrun on two ranks: data-parallel engines, then one tensor-parallel engine over both.
+"""Run under torchrun on two ranks: data-parallel engines, then one over both, its experts cut, then spread.
 
 Argument: the HF directory. Rank 0 prints one line of JSON.
 """
@@ -20,8 +20,8 @@ from r1mega.weights.transfer import DigestTap, checkpoint_tensors
 from tests.unit.rollout.tiny_models import greedy_requests, sampled_requests
 
 
-def run(directory: Path, tp: int, requests) -> list:
-    engine = VllmEngine(EngineSettings(directory, 128, max_num_seqs=64, kv_cache_bytes=32 << 20, tp=tp))
+def run(directory: Path, tp: int, requests, ep: int = 1) -> list:
+    engine = VllmEngine(EngineSettings(directory, 128, max_num_seqs=64, kv_cache_bytes=32 << 20, tp=tp, ep=ep))
     tap = DigestTap(torch.float32, engine.config)
     engine.update_weights(tap(checkpoint_tensors(directory)))
     verify.compare_digests(tap.digest, engine.weights_digest())
@@ -38,8 +38,9 @@ def main(directory: Path) -> None:
     rank, requests = dist.get_rank(), [*sampled_requests(3, max_tokens=8), *greedy_requests(1, max_tokens=8)]
     mine = run(directory, 1, requests[rank::2])  # each data-parallel rank has its own requests
     together = run(directory, 2, requests[2:])  # tensor-parallel ranks are given the same ones
+    spread = run(directory, 2, requests[2:], ep=2)
     gathered = [None, None]
-    dist.all_gather_object(gathered, {"dp": mine, "tp": together})  # the trainer's groups still work
+    dist.all_gather_object(gathered, {"dp": mine, "tp": together, "ep": spread})  # the trainer's groups still work
     if rank == 0:
         print(json.dumps(gathered))
     groups.destroy()

@@ -44,16 +44,19 @@ def test_a_restarted_generator_is_bitwise_the_same():
         assert max(long["difference"], resumed["difference"]) <= 2e-4
 
 
-def test_two_ranks_data_parallel_and_tensor_parallel():
-    """Two generators and one over two ranks say the same, and their log-probs are those of transformers."""
+def test_two_ranks_data_tensor_and_expert_parallel():
+    """Two generators and one over two ranks, with experts cut and with whole experts spread, say the same; their
+    log-probs are those of transformers."""
     ranks = last_json(start(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
                             str(HERE / "ranks_worker.py"), str(checkpoint("deepseek"))))
     requests = [*sampled_requests(3, max_tokens=8), *greedy_requests(1, max_tokens=8)]
     data_parallel = [ranks[i % 2]["dp"][i // 2] for i in range(len(requests))]
-    assert ranks[0]["tp"] == ranks[1]["tp"]
-    for one, two in zip(data_parallel[2:], ranks[0]["tp"], strict=True):  # tensor-parallel: the last two requests
-        assert [tokens for tokens, _ in one] == [tokens for tokens, _ in two]
-    for request, samples in zip((*requests, *requests[2:]), (*data_parallel, *ranks[0]["tp"]), strict=True):
+    for kind in ("tp", "ep"):
+        assert ranks[0][kind] == ranks[1][kind]
+        for one, two in zip(data_parallel[2:], ranks[0][kind], strict=True):  # the last two requests
+            assert [tokens for tokens, _ in one] == [tokens for tokens, _ in two]
+    answered = (*data_parallel, *ranks[0]["tp"], *ranks[0]["ep"])
+    for request, samples in zip((*requests, *requests[2:], *requests[2:]), answered, strict=True):
         for tokens, log_probs in samples:
             length = len(request.prompt_token_ids)
             logits = hf_logits("deepseek", (*request.prompt_token_ids, *tokens))[length - 1:-1].log_softmax(-1)

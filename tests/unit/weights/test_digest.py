@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from r1mega.weights import digest as digest_module
-from r1mega.weights.digest import tensor_digest
+from r1mega.weights.digest import generator_digest, tensor_digest
+from r1mega.weights.layout import GeneratorRank, divided_names, generator_layout
 from r1mega.weights.transfer import sum_digests
-from r1mega.weights.layout import GeneratorRank, generator_layout
 from tests.reference import DEEPSEEK, make_reference
+from tests.unit.weights.brute_force import empty_parameters
 
 
 def splitmix(value: int) -> int:
@@ -104,9 +105,31 @@ def test_ranks_add_up_to_the_whole():
     partial = {name: value % 2**64 for name, value in totals.items()}
     assert len(totals) > 50
     assert partial == {name: tensor_digest(state[name]) for name in totals}
-    layout = generator_layout(DEEPSEEK, GeneratorRank(4, 0))
-    identity = sum_digests({p.name: 2**64 - 1 for p in layout}, layout, lambda tensor: None)
-    assert set(identity.values()) == {2**64 - 1}
+    identity = sum_digests({"a": 2**64 - 1, "b": 2**63}, ["a", "b"], lambda tensor: None)
+    assert identity == {"a": 2**64 - 1, "b": 2**63}
+
+
+@pytest.mark.parametrize(("vocabulary", "tp", "ep"), [(96, 2, 2), (96, 4, 1), (96, 4, 4), (20, 2, 1), (129, 4, 4)])
+def test_every_rank_ends_with_the_digest_of_every_tensor(vocabulary, tp, ep):
+    """Also where a rank holds no row of the vocabulary (96 rows over 4: 32, 32, 32, 0), or nothing of most experts."""
+    config = DEEPSEEK | {"vocab_size": vocabulary}
+    state = make_reference(config, batch=1, length=2).state
+    ranks = [GeneratorRank(tp, rank, ep, rank % ep) for rank in range(tp)]
+    partials = []
+    for rank in ranks:
+        placements = generator_layout(config, rank)
+        parameters = empty_parameters(placements)
+        parameters = {name: tensor.to(torch.float32) for name, tensor in parameters.items()}
+        for p in placements:
+            p.read(parameters).copy_(state[p.name][tuple(slice(start, stop) for start, stop in p.source)])
+        partials.append(generator_digest(placements, parameters))
+    sent: list[torch.Tensor] = []
+    for rank, partial in zip(ranks, partials, strict=True):
+        sum_digests(partial, divided_names(config, rank), lambda values: sent.append(values.clone()))
+    total = torch.stack(sent).sum(0)
+    expected = {name: tensor_digest(tensor) for name, tensor in state.items()}
+    for rank, partial in zip(ranks, partials, strict=True):
+        assert sum_digests(partial, divided_names(config, rank), lambda values: values.copy_(total)) == expected
 
 
 def test_cost():

@@ -9,6 +9,9 @@ from typing import Any, Protocol
 VOCABULARY_PADDING = 64
 """vLLM pads the vocabulary to a multiple of it (vocab_parallel_embedding.py, DEFAULT_VOCAB_PADDING_SIZE)."""
 
+GENERATED_MODEL_TYPES = ("llama", "qwen2", "qwen3", "deepseek_v3")
+"""Models whose parameters in the generator are known (weights/layout.py)."""
+
 
 class Layout(Protocol):
     """Sizes of the parallel dimensions; see ParallelConfig in config/schema.py."""
@@ -74,6 +77,11 @@ def model_problems(layout: Layout, hf: Mapping[str, Any]) -> Iterator[str]:
 def generator_problems(generator: Generator, processes: int, hf: Mapping[str, Any]) -> Iterator[str]:
     """Why the generators of a rollout cannot be laid out so; each names the number to change. hf: {} when unknown."""
     tp, ep, dp = generator.tp, generator.ep, generator.dp
+    if hf and hf.get("model_type") not in GENERATED_MODEL_TYPES:
+        yield (
+            f"rollout: a model of model_type {hf.get('model_type')!r} can be trained and converted, not sampled from; "
+            f"known are {', '.join(GENERATED_MODEL_TYPES)}"
+        )
     if processes % tp:
         yield f"rollout.tp = {tp} does not divide the {processes} processes"
     elif dp is not None and dp * tp != processes:

@@ -16,7 +16,7 @@ from r1mega.rollout.engine import Completion, EngineSettings, check_requests, re
 from r1mega.rollout.stop_strings import StopStrings
 from r1mega.types import GenerationRequest, Response, SamplingSettings
 from r1mega.weights.digest import tensor_digest
-from r1mega.weights.layout import generator_layout, is_ignored, weight_dtype
+from r1mega.weights.layout import is_ignored, tensor_shapes, weight_dtype
 from r1mega.weights.transfer import checkpoint_tensors
 
 _EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
@@ -29,8 +29,8 @@ class TransformersEngine:
         """Raises GenerationError, ConfigError as `VllmEngine` does for a bad model directory."""
         self.settings = settings
         self.config = read_config(settings)
-        self._names = tuple(placement.name for placement in generator_layout(self.config))
-        self._shapes = {placement.name: placement.shape for placement in generator_layout(self.config)}
+        self._shapes = tensor_shapes(self.config)
+        self._names = tuple(self._shapes)
         self._dtype = getattr(torch, settings.dtype)
         self._stop_strings = StopStrings(settings.tokenizer_path) if settings.tokenizer_path else None
         self._model: Any = None

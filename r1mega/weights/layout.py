@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from r1mega.config.layout import VOCABULARY_PADDING
+from r1mega.config.layout import GENERATED_MODEL_TYPES, VOCABULARY_PADDING
 from r1mega.errors import ConfigError
 
 Region = tuple[tuple[int, int], ...]
@@ -23,7 +23,6 @@ Region = tuple[tuple[int, int], ...]
 
 VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
 DERIVED = ("W_UV", "W_UK_T")  # parameters that vLLM makes of others (kv_b_proj, for decoding)
-DENSE_MODEL_TYPES = ("llama", "qwen2", "qwen3")
 MLA_MODEL_TYPES = ("deepseek_v3",)
 FP8_BLOCK = 128  # rows and columns that share one scale (DeepSeek-V3 report, section 3.3)
 SCALE = "_scale_inv"  # suffix of a block-quantised weight's scales, in HF checkpoints and in vLLM
@@ -105,9 +104,8 @@ def generator_layout(config: Mapping[str, Any], rank: GeneratorRank = GeneratorR
     a layout that does not divide.
     """
     model_type = config.get("model_type")
-    if model_type not in DENSE_MODEL_TYPES + MLA_MODEL_TYPES:
-        raise ConfigError(f"no generator layout for model_type {model_type!r}; known: "
-                          f"{', '.join(DENSE_MODEL_TYPES + MLA_MODEL_TYPES)}")
+    if model_type not in GENERATED_MODEL_TYPES:
+        raise ConfigError(f"no generator layout for model_type {model_type!r}; known: {', '.join(GENERATED_MODEL_TYPES)}")
     layers = range(config["num_hidden_layers"]) if layers is None else layers
     placements = _LayoutBuilder(config, rank).placements(layers)
     return tuple(part for whole in placements for part in (_with_scales(whole) if rank.fp8 else (whole,)))
@@ -161,8 +159,6 @@ class _LayoutBuilder:
         self.hidden = config["hidden_size"]
         self.heads = config["num_attention_heads"]
         self._divide(self.heads, rank.tp, "num_attention_heads")
-        if rank.ep > 1 and not config.get("n_routed_experts"):
-            raise ConfigError(f"rollout.ep = {rank.ep}: a model without experts wants 1")
 
     def placements(self, layers: Sequence[int]) -> Iterator[Placement]:
         config = self.config

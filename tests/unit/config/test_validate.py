@@ -98,15 +98,16 @@ def test_the_generators_layout_of_other_models():
         rollout = SimpleNamespace(engine="vllm", tp=tp, ep=ep, dp=None)
         return "\n".join(generator_problems(rollout, tp, hf))
 
-    grouped = {"num_attention_heads": 12, "num_key_value_heads": 2, "intermediate_size": 48, "vocab_size": 1000}
+    grouped = {"model_type": "qwen2", "num_attention_heads": 12, "num_key_value_heads": 2, "intermediate_size": 48, "vocab_size": 1000}
     assert problems(grouped, 2) == problems(grouped, 4) == ""  # two ranks hold a group each, or two share one
     assert "rollout.tp = 3 neither divides the model's num_key_value_heads = 2" in problems(grouped, 3)
     assert "rollout.ep = 2: a model without experts wants 1" in problems(grouped, 2, 2)
     experts = {
-        "num_attention_heads": 12, "kv_lora_rank": 512, "num_key_value_heads": 1, "n_routed_experts": 16,
-        "moe_intermediate_size": 20, "n_shared_experts": 2,
+        "model_type": "deepseek_v3", "num_attention_heads": 12, "kv_lora_rank": 512, "num_key_value_heads": 1,
+        "n_routed_experts": 16, "moe_intermediate_size": 20, "n_shared_experts": 2,
     }  # fmt: skip
     assert problems(experts, 4) == problems(experts, 4, 4) == ""
+    assert "model_type 'deepseek_v2' can be trained and converted" in problems(experts | {"model_type": "deepseek_v2"}, 1)
     assert "rollout.tp = 12 does not divide the model's moe_intermediate_size = 20" in problems(experts, 12)
     assert "rollout.ep = 3 does not divide the model's n_routed_experts = 16; 2 would" in problems(experts, 3, 3)
     assert "n_shared_experts * moe_intermediate_size = 40" in problems(experts, 3, 3)

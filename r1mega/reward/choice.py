@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from r1mega.errors import RewardError
-from r1mega.reward.expression.prose import without_lead, words_of
+from r1mega.reward.expression.prose import same_wording, without_lead
 from r1mega.reward.expression.text import clean
+from r1mega.reward.expression.verbal import names_another
 from r1mega.reward.extract import AnswerForm, final_answer
 from r1mega.reward.parts import Deferred, PartScore, ScoringItem
 from r1mega.reward.pool import Outcome, Task
@@ -41,10 +42,11 @@ def same_choice(gold: str, answer: str) -> bool:
     gold, answer = without_lead(gold).strip(), _OPTION_WORD.sub("", without_lead(answer).strip(" \n."))
     letter, chosen = _LETTER.fullmatch(clean_choice(gold)), _LETTER.fullmatch(clean_choice(answer))
     if letter and not letter["rest"]:
-        if chosen is None or (chosen["rest"] and _MANY.search(chosen["rest"])):
+        if chosen is None or chosen.group(1).upper() != letter.group(1).upper():
             return False
-        return chosen.group(1).upper() == letter.group(1).upper()
-    return bool(words_of(gold)) and words_of(clean_choice(gold)) == words_of(clean_choice(answer))
+        rest = chosen["rest"] or ""
+        return not _MANY.search(rest) and not names_another(letter.group(1).upper(), rest)
+    return same_wording(clean_choice(gold), clean_choice(answer))
 
 
 def clean_choice(text: str) -> str:

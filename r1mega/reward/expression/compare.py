@@ -121,8 +121,11 @@ def _same(gold: Node, other: Node) -> bool | None:
     gold, other = _simplified(gold), _simplified(other)
     if gold[0] == "rel" and other[0] == "rel":
         return _same_relation(gold, other)
-    if gold[0] == other[0] == "list" and _names(gold) and _names(gold) == _names(other):
-        return _same_unordered(list(gold[1]), list(other[1]))  # a system of assignments keeps its names
+    if gold[0] == other[0] == "list" and _names(gold) and _names(other):
+        if _names(gold) == _names(other):
+            return _same_unordered(list(gold[1]), list(other[1]))  # a system of assignments keeps its names
+        if len({*map(_stem, _names(gold))}) != len({*map(_stem, _names(other))}):
+            return False  # values of one unknown are not those of two
     if "tuple" in (gold[0], other[0]) and (_alternatives(gold) or _alternatives(other)):
         return bool(intervals.same_real_set(gold, other))
     gold, other = _value_of(gold), _value_of(other)
@@ -193,6 +196,11 @@ def _names(node: Node) -> list[str]:
     if not all(item[0] == "rel" and set(item[1]) == {"="} and item[2][0][0] == "sym" for item in node[1]):
         return []
     return sorted(item[2][0][1] for item in node[1])
+
+
+def _stem(name: str) -> str:
+    """x_1 and x_2 are two values of x."""
+    return name.partition("_")[0]
 
 
 def _is_name(node: Node) -> bool:

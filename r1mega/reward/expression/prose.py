@@ -96,6 +96,21 @@ def words_of(text: str) -> str:
     return "".join([*pieces, _DROPPED.sub("", text[position:])]).casefold()
 
 
+_BETWEEN_ITEMS = re.compile(f"[,;{AND_MARK}{OR_MARK}]")
+
+
+def same_wording(text: str, other: str, any_order: bool = False) -> bool:
+    """Equal words; with any_order also the same items of a list. Between short items the commas count: 'I, II' is not
+    'III'.
+    """
+    lists = [[words_of(part) for part in _BETWEEN_ITEMS.split(side) if part.strip()] for side in (text, other)]
+    items, others = map(sorted, lists) if any_order else lists
+    if items == others:
+        return any(items)
+    short = max(map(len, items + others), default=0) <= 3
+    return words_of(text) == words_of(other) != "" and (len(items) == len(others) or not short)
+
+
 _SAME_MEANING = {
     form: meaning
     for meaning, forms in {

@@ -185,7 +185,7 @@ def _in_ascii(text: str) -> str:
 def _unwrapped(text: str) -> str:
     """Without the quotation marks or Markdown emphasis around it."""
     if text[:1] and text[0] in _QUOTES:
-        return text.strip(_QUOTES + " ")
+        return text.lstrip(_QUOTES + " ").rstrip(_QUOTES + " .")
     return text[:-2] if text.endswith("**") else text
 
 
@@ -245,8 +245,9 @@ def _without_layout(text: str) -> str:
 
 
 def _rewritten_numbers(text: str) -> str:
-    """3x10^8 as a product; dots at the end of a decimal as '...'; an integer has no more digits to come."""
+    """3x10^8 as a product; log2(8); dots at the end of a decimal as '...': an integer has no more digits to come."""
     text = re.sub(r"(?<=\d)\s*[xX]\s*(?=10\s*\^)", r"\\times ", text.strip())
+    text = re.sub(r"(?<![A-Za-z\\])log(2|10)(?=\()", r"\\log_{\1}", text) if "log" in text else text
     text = text.replace("per cent", "percent").replace(":=", "=")
     return re.sub(r"(?<=\.)(\d+)\s*(?:\.{3,}|\\l?dots|…)$", r"\1...", text)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from r1mega.reward.expression.prose import words_of
+from r1mega.reward.expression.prose import same_wording, words_of
 from r1mega.reward.expression.text import AND_MARK, CLOSE_TEXT, OPEN_TEXT, OR_MARK
 from r1mega.reward.expression.units import split_unit
 
@@ -22,7 +22,7 @@ _CHOICE_LEAD = re.compile(
 _BOXED_CHOICE = re.compile(r"[\s(" + OPEN_TEXT + r"]*\(?([A-J])\)?[" + CLOSE_TEXT + r")\s]*")
 _BOXED_CHOICE_LEAD = re.compile(OPEN_TEXT + r"([A-J])" + CLOSE_TEXT + r"\s+[^-+*/^=,;\s]")
 _VERBAL = re.compile(OPEN_TEXT + r"|[A-Za-z]{3,}|\d\s*[aApP]\.?[mM]\b")
-_BETWEEN_ITEMS = re.compile(f"[,;{AND_MARK}{OR_MARK}]")
+_DATE = re.compile(r"\d{4}-\d\d?-\d\d?|\d\d?/\d\d?/\d{4}")
 _NUMERAL = re.compile(OPEN_TEXT + "?([0-9A-Z]*[A-Z][0-9A-Z]*)" + CLOSE_TEXT + r"?_\{?\d+\}?")
 _LETTERS = re.compile(rf"[\s({{]*[A-J](?:[\s,;&(){{}}{AND_MARK}{OPEN_TEXT}{CLOSE_TEXT}]*[A-J]){{1,9}}[\s)}}.]*")
 _BETWEEN_CHOICES = frozenset(
@@ -41,16 +41,16 @@ def same_choice(letter: str, prediction: str) -> bool | None:
     match = _CHOICE.fullmatch(prediction)
     if match and len(set(_CHOICE_MARK.findall(prediction))) <= 1:
         same = match.group(1) == letter or (match.group(1).upper() == letter and not prediction.isalpha())
-        return same and not _names_another(letter, prediction[match.end(1) :])
+        return same and not names_another(letter, prediction[match.end(1) :])
     lead = _CHOICE_LEAD.match(prediction)
     if lead and len(_CHOICE_MARK.findall(prediction)) + prediction.count(OPEN_TEXT) <= 1:
         same = (lead.group(1) or lead.group(2) or lead.group(3)) == letter
-        return same and not _names_another(letter, prediction[lead.end(lead.lastindex) :])
+        return same and not names_another(letter, prediction[lead.end(lead.lastindex) :])
     return None if re.search(r"[A-Ja-j]", prediction) and re.search(r"[+=*^]", prediction) else False
 
 
-def _names_another(letter: str, rest: str) -> bool:
-    """'A, B' and 'A. No, B.' name two; '(A) AB = CD' and '(C) A circle' do not."""
+def names_another(letter: str, rest: str) -> bool:
+    """Whether nothing but other letters follows a letter: 'A, B' and 'A. No, B.' name two, '(A) AB = CD' one."""
     words = [word for word in re.findall(r"[A-Za-z]+", rest) if word.lower() not in _BETWEEN_CHOICES]
     return bool(words) and all(word in "ABCDEFGH" and len(word) == 1 for word in words) and set(words) != {letter}
 
@@ -78,17 +78,13 @@ def same_words(gold: str, prediction: str) -> bool | None:
     numeral = _NUMERAL.fullmatch(gold)
     if numeral:  # of a base: 2B_{12} written without it
         return True if numeral[1].upper() == unmarked(prediction).upper() else None
+    if _DATE.fullmatch(gold):
+        return words_of(gold) == words_of(prediction)
     if not _VERBAL.search(gold) or "\\" in gold or re.search(r"[=^_<>+/]", gold):
         return None
     if re.fullmatch(r"[\d\s.,()-]+" + OPEN_TEXT + ".*", gold) and split_unit(gold).body != gold:
         return None
-    other = unmarked(prediction)
-    if words_of(bare) == words_of(other):
-        return True
-    parts, other_parts = (
-        sorted(words_of(p) for p in _BETWEEN_ITEMS.split(t) if p.strip()) for t in (bare, other.strip("{}\\ "))
-    )
-    if len(parts) > 1 and parts == other_parts:
+    if same_wording(bare, unmarked(prediction).strip("{}\\ "), any_order=True):
         return True
     computable = re.search(r"[a-z]\(|\d|\bpi\b|\bsqrt\b|\binf", bare) and not re.search(r"\b[ap]\.?m\b", bare)
     return None if computable else False

@@ -133,6 +133,12 @@ def test_unknown_kind_is_an_error():
         ("knight", "<answer>Knight</answer>", 1.0),
         ("knight", "<answer>knave</answer>", 0.0),
         ("knight", "<answer>knight, knave</answer>", 0.0),
+        ("B", "<answer>B. No, C.</answer>", 0.0),
+        ("-3", "<answer>3</answer>", 0.0),
+        ("3.5", "<answer>35</answer>", 0.0),
+        ("I, II", "<answer>III</answer>", 0.0),
+        ("red, blue", "<answer>Red and blue</answer>", 1.0),
+        ("red, blue", "<answer>blue, red</answer>", 0.0),
     ],
 )
 def test_choice(gold, text, value):

@@ -208,3 +208,9 @@ def test_every_command_that_the_readme_shows_exists():
         assert re.search(rf"│ {command} ", help_text), command
     for script in re.findall(r"bash (launch/\w+\.sh)", Path("README.md").read_text()):
         assert Path(script).is_file(), script
+
+
+def test_every_file_that_the_documentation_names_is_there():
+    for page in (Path("README.md"), *sorted(Path("docs").glob("*.md"))):
+        named = set(re.findall(r"\b(?:configs|launch|tools|tests|docs|r1mega)/[\w./]+\.(?:yaml|sh|py|md|jsonl)\b", page.read_text()))
+        assert not [file for file in sorted(named) if not Path(file).is_file()], page

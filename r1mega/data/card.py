@@ -14,15 +14,17 @@ from r1mega.data.filters import Candidate, FilterCount
 from r1mega.observe.files import write_atomic
 
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.95, 1.0)
-GENERAL = "general"
 
 
 @dataclass(frozen=True, slots=True)
 class InputFile:
-    """A file that went in. sha256: of its content; licence: 'unknown' when nobody said."""
+    """A file that went in. lines: that are not empty, or rows of a Parquet file; sha256: of its content; licence: 'unknown'
+    when nobody said.
+    """
 
     path: str
     role: str
+    lines: int
     licence: str
     sha256: str
 
@@ -31,7 +33,16 @@ def describe_file(path: Path, role: str, licences: Mapping[str, str]) -> InputFi
     """role: prompts, general or evaluation."""
     with Path(path).open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return InputFile(str(path), role, licences.get(str(path), "unknown"), digest)
+    return InputFile(str(path), role, _count_lines(Path(path)), licences.get(str(path), "unknown"), digest)
+
+
+def _count_lines(path: Path) -> int:
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        return pyarrow.parquet.read_metadata(path).num_rows
+    with path.open("rb") as file:
+        return sum(1 for line in file if line.strip())
 
 
 def build_card(
@@ -50,7 +61,7 @@ def build_card(
         "funnel": [asdict(count) for count in funnel],
         "samples": len(kept),
         "prompts": len({c.prompt_id for c in kept}),
-        "mix": _shares(kept, lambda c: "general" if c.kind == GENERAL else "reasoning"),
+        "mix": _shares(kept, _part),
         "kinds": _shares(kept, lambda c: c.kind),
         "languages": _shares(kept, lambda c: c.language or "unknown"),
         "sources": _shares(kept, lambda c: c.source),
@@ -69,8 +80,8 @@ def card_markdown(card: Mapping[str, Any]) -> str:
     """The card for a reader."""
     parts = [f"# {card['title']}\n\n{card['samples']} samples of {card['prompts']} prompts.\n"]
     parts.append(_table("Made by", ("key", "value"), [(k, v) for k, v in card["made_by"].items()]))
-    files = [(f["role"], f["path"], f["licence"], f["sha256"][:12]) for f in card["inputs"]]
-    parts.append(_table("Inputs", ("role", "file", "licence", "sha256"), files))
+    files = [(f["role"], f["path"], f["lines"], f["licence"], f["sha256"][:12]) for f in card["inputs"]]
+    parts.append(_table("Inputs", ("role", "file", "lines", "licence", "sha256"), files))
     funnel = [(f["name"], f["seen"], f["taken"], _percent(f["taken"], f["seen"])) for f in card["funnel"]]
     parts.append(_table("What each filter took", ("filter", "in", "taken", "share"), funnel))
     for name in ("mix", "kinds", "languages", "sources", "licences"):
@@ -81,6 +92,11 @@ def card_markdown(card: Mapping[str, Any]) -> str:
     return "\n".join(parts)
 
 
+def _part(candidate: Candidate) -> str:
+    """Of the mix. What was sampled is reasoning, also where a judge stood in for a rule (kind `general`)."""
+    return "general" if candidate.merged else "reasoning"
+
+
 def _shares(kept: Sequence[Candidate], name: Callable[[Candidate], str]) -> dict[str, int]:
     return dict(sorted(Counter(map(name, kept)).items()))
 
@@ -88,7 +104,7 @@ def _shares(kept: Sequence[Candidate], name: Callable[[Candidate], str]) -> dict
 def _groups(kept: Sequence[Candidate]) -> dict[str, list[int]]:
     groups: dict[str, list[int]] = {}
     for candidate in kept:
-        groups.setdefault("general" if candidate.kind == GENERAL else "reasoning", []).append(candidate.tokens)
+        groups.setdefault(_part(candidate), []).append(candidate.tokens)
     return dict(sorted(groups.items()))
 
 

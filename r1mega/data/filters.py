@@ -24,7 +24,8 @@ LINE_KEYS = (
 class Candidate:
     """A response that may become a training sample.
 
-    score: whether its reward has a value; parts: the reward's, unweighted. tokens: of the response.
+    scored: whether its reward has a value; parts: the reward's, unweighted. tokens: of the response. merged: taken from a file
+    of general data, not sampled.
     """
 
     id: str
@@ -40,6 +41,7 @@ class Candidate:
     scored: bool = True
     parts: dict[str, float] = field(default_factory=dict)
     licence: str = "unknown"
+    merged: bool = False
 
     def line(self) -> dict[str, Any]:
         """The sample as a line of a data file."""

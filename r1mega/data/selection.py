@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from r1mega.config.factory import DecontaminationConfig, DuplicateConfig, GeneralConfig
-from r1mega.data.card import GENERAL
 from r1mega.data.contamination import Contamination, evaluation_questions
 from r1mega.data.duplicates import near_duplicates
 from r1mega.data.filters import Candidate, FilterCount
@@ -65,7 +64,7 @@ def read_general(config: GeneralConfig, tokenizer: Tokenizer, template: str, lic
             identity = str(item.get("id", where))
             candidates.append(
                 Candidate(
-                    id=identity, prompt_id=identity, question=item["question"], response=item["response"], kind=GENERAL,
+                    id=identity, prompt_id=identity, question=item["question"], response=item["response"], kind="general", merged=True,
                     language=item.get("language"), template=item.get("template", template),
                     source=item.get("source", str(path)), tokens=len(tokenizer.encode(item["response"])),
                     licence=item.get("licence") or licences.get(str(path), "unknown"),

@@ -149,22 +149,25 @@ def test_mix_and_samples_of_a_prompt(caplog):
 
 
 def test_files_and_card_tell_the_same(tmp_path):
-    kept = [candidate(p, s) for p in range(3) for s in range(2)] + [candidate("g", 0, kind="general", language="zh", tokens=4, licence="CC0")]
+    kept = [candidate(p, s) for p in range(3) for s in range(2)] + [candidate("g", 0, kind="general", merged=True, language="zh", tokens=4, licence="CC0")]
     write_data(kept, tmp_path)
     lines = [item for _, item in read_lines(tmp_path / "train.jsonl")]
     assert lines == [item for _, item in read_lines(tmp_path / "train.parquet")]
     assert [line["id"] for line in lines] == [c.id for c in kept] and lines[0]["response"] == kept[0].response
     source = describe_file(tmp_path / "train.jsonl", "prompts", {str(tmp_path / "train.jsonl"): "MIT"})
+    assert describe_file(tmp_path / "train.parquet", "prompts", {}).lines == source.lines == 7
     funnel = [FilterCount("low accuracy", 20, 5), FilterCount("near-duplicate", 15, 8)]
     card = build_card(title="Data", made_by={"seed": 1}, inputs=[source], funnel=funnel, kept=kept)
     assert card["samples"] == 7 and card["prompts"] == 4
     assert card["mix"] == {"general": 1, "reasoning": 6} and card["languages"] == {"en": 6, "zh": 1}
+    judged = build_card(title="", made_by={}, inputs=[], funnel=[], kept=[candidate("j", 0, kind="general")])
+    assert judged["mix"] == {"reasoning": 1}, "sampled, where no rule fits"
     assert card["licences"] == {"CC0": 1, "MIT": 6}
     assert card["response_tokens"]["reasoning"] == {"0%": 10, "25%": 10, "50%": 10, "75%": 11, "95%": 11, "100%": 11}
     write_card(card, tmp_path)
     assert json.loads((tmp_path / "card.json").read_text()) == card
     text = card_markdown(card)
-    for row in ("| low accuracy | 20 | 5 | 25.0% |", "| general | 1 | 14.3% |", "| prompts |"):
+    for row in ("| low accuracy | 20 | 5 | 25.0% |", "| general | 1 | 14.3% |", f"| prompts | {tmp_path}/train.jsonl | 7 | MIT |"):
         assert row in text
     with pytest.raises(DataError, match="no sample passed the filters"):
         write_data([], tmp_path)

@@ -27,7 +27,7 @@ class Row:
     def text(self, *names: str) -> str:
         """The first of these keys that the row has, a text that is not blank. DataError names them otherwise."""
         name, value = self._first(names)
-        if not isinstance(value, str) or not value.strip():
+        if not isinstance(value, str) or not value.strip() or not is_unicode(value):
             raise DataError(f"{self.where}: {name!r} is {value!r:.60}, not a text")
         return value
 
@@ -53,6 +53,15 @@ class Row:
             known = ", ".join(map(str, self.values)) or "none"
             raise DataError(f"{self.where}: {' or '.join(map(repr, names))} is missing; the row's keys: {known}")
         return name, self.values[name]
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written: half of a surrogate pair, which JSON can escape, cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def read_rows(path: Path, columns: tuple[str, ...] | None = None) -> Iterator[Row]:

@@ -151,6 +151,7 @@ def test_ids_are_unique(tmp_path):
     [
         ("gsm8k", '{"question": "1?"}', r":2: 'expected_answer' or .* 'Answer' is missing; the row's keys: question"),
         ("gsm8k", '{"question": "", "answer": "1"}', r":2: 'question' is '', not a text"),
+        ("gsm8k", r'{"question": "\ud83d", "answer": "1"}', r":2: 'question' is .*not a text"),
         ("gsm8k", "[1]", r":2: a JSON list, not an object"),
         ("gsm8k", '{"question', r":2: not JSON"),
         ("mmlu", '{"question": "?", "choices": ["a", "b"], "answer": "C"}', r":2: 'answer' is 'C', neither a letter"),

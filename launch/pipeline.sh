@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A whole recipe, a job for each of its stages, each starting when the ones it reads from have ended well.
 #
-#   bash launch/pipeline.sh PIPELINE [node.key.sub=value ...]     such as configs/moonlight_16b/r1.yaml
+#   bash launch/pipeline.sh PIPELINE [node.key.sub=value ...] [options of r1mega pipeline]     such as configs/moonlight_16b/r1.yaml
 #
 # Machines and ranks come from the file; partition, account and time from SBATCH_* variables. Started again after a failure
 # it submits what is not finished. Without Slurm the stages run here, one after the other.
@@ -16,7 +16,7 @@ if [ -n "${R1MEGA_NODE:-}" ]; then # inside the job of one stage
     run_in_job "$R1MEGA_PYTHON" -m r1mega pipeline "$@" --only "$R1MEGA_NODE" --launcher "$(rank_launcher)" --rank-python "$RANK_PYTHON"
     exit
 fi
-if ! command -v sbatch >/dev/null; then
+if ! command -v sbatch >/dev/null || [[ " $* " == *" --dry-run "* ]]; then
     exec "$R1MEGA_PYTHON" -m r1mega pipeline "$@"
 fi
 mkdir -p "${R1MEGA_LOGS:-logs}"

@@ -47,6 +47,29 @@ def test_from_elsewhere_it_says_so(tmp_path):
     assert (code, len(lines)) == (0, 1), "without Slurm the script finds its repository by itself"
 
 
+def test_a_dry_run_of_the_recipe_submits_nothing(tmp_path):
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text("#!/bin/sh\ntouch $0.called\necho 1\n")
+    sbatch.chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    arguments = ["launch/pipeline.sh", "r1.yaml", "--until", "zero"]
+    code, lines, _ = bash(*arguments, "--dry-run", R1MEGA_PYTHON="echo", PATH=path)
+    assert (code, lines) == (0, ["-m r1mega pipeline r1.yaml --until zero --dry-run"])
+    assert not Path(f"{sbatch}.called").exists()
+    logs = {"R1MEGA_LOGS": str(tmp_path / "logs")}
+    code, lines, errors = bash(*arguments, R1MEGA_PYTHON=str(_plan(tmp_path)), PATH=path, **logs)
+    assert (code, lines) == (0, ["zero: job 1"]), errors
+    assert Path(f"{sbatch}.called").exists()
+
+
+def _plan(directory):
+    """A program that lists one job, whatever it is asked."""
+    program = directory / "plan"
+    program.write_text("#!/bin/sh\nprintf 'zero\\t1\\t8\\t-\\n'\n")
+    program.chmod(0o755)
+    return program
+
+
 @pytest.mark.parametrize(
     ("variables", "end", "python"),
     [

@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, TextIO
 
 from r1mega.errors import DataError
@@ -113,7 +113,7 @@ class CodeReward:
             remaining = remaining[len(results) :]
 
     def _call_spec(self, problem: Problem, cases: Iterable[CallCase]) -> dict[str, Any]:
-        forms = [{"arguments": case.arguments, "keywords": case.keywords, "expected": case.expected} for case in cases]
+        forms = [asdict(case) for case in cases]
         return {
             "cases": forms,
             "entry": problem.entry,

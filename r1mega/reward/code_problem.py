@@ -35,11 +35,14 @@ class StreamCase:
 
 @dataclass(frozen=True, slots=True)
 class CallCase:
-    """Arguments of one call and the value expected (as JSON holds them)."""
+    """Arguments of one call and the value expected (as JSON holds them). wrapped: the only item of `expected` will do
+    as well (APPS puts most results into a list of their own, and accepts either).
+    """
 
     arguments: tuple[Any, ...]
     keywords: Mapping[str, Any]
     expected: Any
+    wrapped: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +147,10 @@ def _input_output(value: Any, where: str, entry: str | None, common: dict[str, A
         raise DataError(f"{where}: input_output has {len(inputs)} inputs and {len(outputs)} outputs")
     name = value.get("fn_name") or entry
     if name:
-        calls = tuple(CallCase(tuple(given), {}, expected) for given, expected in zip(inputs, outputs, strict=True))
+        wrapped = all(isinstance(expected, list) and len(expected) == 1 for expected in outputs)
+        calls = tuple(
+            CallCase(tuple(given), {}, expected, wrapped) for given, expected in zip(inputs, outputs, strict=True)
+        )
         return Problem(**common, call_cases=calls, entry=name)
     cases = tuple(StreamCase(_text(given), _text(expected)) for given, expected in zip(inputs, outputs, strict=True))
     return Problem(**common, stream_cases=cases)

@@ -270,6 +270,9 @@ def test_calls(partial):
     assert score("def f(a, b=0): return (a, [b])", ((1,), {}, [1, [0]]), ((1,), {"b": 2}, [1, [2]])).fraction == 1.0
     assert score("def f(x): return {1: x}", ((2,), {}, {"1": 2})).fraction == 1.0
     assert score("def f(): return 0.1 + 0.2", ((), {}, 0.3)).fraction == 1.0
+    apps = problem_from({"input_output": {"fn_name": "f", "inputs": [[2], [3]], "outputs": [[4], [9]]}}, "here")
+    powers = {power: partial.grade(f"def f(x): return x ** {power}", apps).fraction for power in (1, 2)}
+    assert powers == {1: 0.0, 2: 1.0} and partial.grade("def f(x): return [x * x]", apps).fraction == 1.0
     assert score("def f(): return 1e15 + 2", ((), {}, 10**15)).fraction == 0.0
     assert score("def f(): return 1", ((), {}, True)).fraction == 0.0
     assert score("def f(): return '1'", ((), {}, 1)).fraction == 0.0

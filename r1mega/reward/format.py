@@ -9,7 +9,7 @@ from typing import Literal
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 _TAG_LIKE = re.compile(r"<\s{0,8}/?\s{0,8}(?:think|answer)\b[^<>]{0,64}>", re.IGNORECASE)
-_VISIBLE = re.compile(r"[^\W_\u115f\u1160\u3164\uffa0]")  # Hangul fillers are letters that nobody sees
+_VISIBLE = re.compile(r"[^\W_\u115f\u1160\u3164\uffa0]|[∅∞]")  # Hangul fillers are letters that nobody sees
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,13 @@ GOOD = "<think>two and two</think><answer>4</answer>"
 
 
 @pytest.mark.parametrize(
-    "text", [GOOD, "<think>\na\n</think>\n\n<answer>\n4\n</answer>\n", "<think>a < b</think> <answer>1 > 0</answer>"]
+    "text",
+    [
+        GOOD,
+        "<think>\na\n</think>\n\n<answer>\n4\n</answer>\n",
+        "<think>a < b</think> <answer>1 > 0</answer>",
+        "<think>a</think><answer>∅</answer>",
+    ],
 )
 def test_well_formed(text):
     for mode in ("strict", "graded"):

@@ -25,6 +25,7 @@ _SPACE = re.compile(r"(?<!\d) +| +(?!\d)")
 _BEYOND_READER = re.compile(r"\\[A-Za-z]")
 _DECIMAL = re.compile(r"-?\d*\.(\d+)(?:\.\.\.)?")
 _DEGREES = re.compile(r"^(.*)\^\{?\\circ\s*\}?$")
+_CLOCK = re.compile(r"(\d{1,2}) ?: ?(\d\d)(?: ?: ?(\d\d))?")
 _OTHER_KIND = re.compile(r"(?:%|\^\s*\{?\s*\\circ\s*\}?|\d_\s*\{?\d+\}?)\s*$")  # shares, angles, numerals of a base
 _OF_DEGREES = frozenset(("rad", "celsius", "fahrenheit"))
 _RATIO_IN_WORDS = re.compile(rf"(?<=\d)\s*{OPEN_TEXT}?\s*(?:to|比)\s*{CLOSE_TEXT}?\s*(?=\d)")
@@ -43,6 +44,9 @@ def same_answer(gold: str, prediction: str) -> bool | None:
         return False
     if _SPACE.sub("", gold) == _SPACE.sub("", prediction):
         return signs[0] is None or signs[1] is None or signs[0] == signs[1]
+    clocks = [_CLOCK.fullmatch(text) for text in (gold, prediction)]
+    if all(clocks) and any(clock[2][0] == "0" for clock in clocks):  # no ratio: 2:08 is not 1:04
+        return [*map(int, clocks[0].groups("0"))] == [*map(int, clocks[1].groups("0"))]
     gold, prediction = (symbol_for(unmarked(text)) or text for text in (gold, prediction))
     verbal = same_words(gold, prediction)
     if verbal is not None:

@@ -21,7 +21,7 @@ _LEAD = re.compile(
     re.IGNORECASE,
 )
 _APPROXIMATELY = re.compile(
-    r"^\s*(?:(?:\\approx|approximately|about|roughly)(?![A-Za-z])|[≈~～约]|大约)\s*", re.IGNORECASE
+    r"^[\s$*]*(?:\\[(\[]\s*)?(?:(?:\\approx|approximately|about|roughly)(?![A-Za-z])|[≈~～约]|大约)\s*", re.IGNORECASE
 )
 _FORMULA = re.compile(r"\$\$(.+?)\$\$|\$(.+?)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 _PROSE_NUMBER = re.compile(r"(?<![\w.^_\\/*+=<>-])[-+]?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?(?![\w^_\\/*+=<>(])")

@@ -13,7 +13,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,15 +103,18 @@ def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> Pipeline:
     return Pipeline(config.name, config.dir, path, config.ranks_per_machine, external, nodes)
 
 
-def check_pipeline(pipeline: Pipeline, names: Sequence[str], *, dry_run: bool) -> None:
+def check_pipeline(
+    pipeline: Pipeline, names: Sequence[str], *, dry_run: bool, damaged: Collection[Path] = ()
+) -> None:
     """Raises ConfigError, naming nodes, for what cannot work in them. What an earlier node makes does not count as
-    missing; in a dry run neither does what is brought from elsewhere.
+    missing; in a dry run neither does what is brought from elsewhere. damaged: run directories whose content is not what
+    their nodes made: it is not looked at.
     """
     promise: dict[Path, Path | None] = dict(pipeline.external) if dry_run else {}
     problems = []
     for node in pipeline.nodes.values():
         if node.name in names:
-            with promised(promise):
+            with promised(promise, damaged):
                 try:
                     validate(node.config, node.ranks)
                 except ConfigError as error:

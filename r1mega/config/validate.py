@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -29,28 +29,29 @@ def validate(config: Stage, world_size: int | None = None) -> None:
 
 
 _promise: ContextVar[Mapping[Path, Path | None]] = ContextVar("promise", default={})
+_damaged: ContextVar[Collection[Path]] = ContextVar("damaged", default=())
 
 
 @contextlib.contextmanager
-def promised(directories: Mapping[Path, Path | None]) -> Iterator[None]:
+def promised(directories: Mapping[Path, Path | None], damaged: Collection[Path] = ()) -> Iterator[None]:
     """In the block, what lies in these directories does not count as missing: an earlier stage will have made it.
 
     directories: each with the HF directory whose architecture its models will have, itself promised perhaps; None for
-    what is no model.
+    what is no model. damaged: those of them whose present content does not count.
     """
-    token = _promise.set(directories)
+    token, other = _promise.set(directories), _damaged.set(damaged)
     try:
         yield
     finally:
         _promise.reset(token)
+        _damaged.reset(other)
 
 
 def _promised_in(path: Path) -> Path | None:
-    """The promised directory that `path` lies in, unless `path` is there already."""
-    if path.exists():
-        return None
+    """The promised directory that `path` lies in, unless `path` is there already, undamaged."""
     whole = Path(os.path.abspath(path))
-    return next((d for d in _promise.get() if whole.is_relative_to(os.path.abspath(d))), None)
+    found = next((d for d in _promise.get() if whole.is_relative_to(os.path.abspath(d))), None)
+    return None if path.exists() and found not in _damaged.get() else found
 
 
 def is_given(path: Path) -> bool:
@@ -105,7 +106,7 @@ def weights_problems(path: Path, hf: dict[str, Any]) -> Iterator[str]:
 def holds_weights(path: Path) -> bool:
     """Whether the directory `path` holds weights (an HF model, or a converted checkpoint), or will."""
     there = any(path.glob("*.safetensors")) or (path / ".metadata").exists()
-    return there or _promised_in(path / "config.json") is not None
+    return there or _promised_in(path / "model.safetensors") is not None
 
 
 def tokenizer_problems(path: Path, hf: dict[str, Any]) -> Iterator[str]:
@@ -116,6 +117,8 @@ def tokenizer_problems(path: Path, hf: dict[str, Any]) -> Iterator[str]:
         size = tokenizer_size(path)
     except ValueError as error:
         yield f"{path}/tokenizer.json: not JSON ({error})"
+        return
+    if size is None and _promised_in(path / "tokenizer.json") is not None:
         return
     if size is None:
         yield f"{path}: holds no tokenizer (tokenizer.json or tokenizer.model)"

@@ -70,7 +70,7 @@ def run_pipeline(
     rank_python: the interpreter behind a launcher, such as that of a container; None: this one.
     Raises ConfigError before anything starts for what cannot work, and for a changed node unless redo is true.
     """
-    check_pipeline(pipeline, names, dry_run=False)
+    check_pipeline(pipeline, names, dry_run=False, damaged=_damaged(pipeline))
     _write_description(pipeline)
     for name in names:
         node = pipeline.nodes[name]
@@ -100,7 +100,7 @@ def dry_run(
     """What `run_pipeline` would do. Needs no input to exist; raises ConfigError like it. Writes nothing, but with remember
     the hashes of what is given, so that large models are read once.
     """
-    check_pipeline(pipeline, names, dry_run=True)
+    check_pipeline(pipeline, names, dry_run=True, damaged=_damaged(pipeline))
     decisions: dict[str, Decision] = {}
     for name in names:
         node = pipeline.nodes[name]
@@ -159,6 +159,15 @@ def decide(node: Node, pipeline: Pipeline, *, redo: bool, write: bool = True) ->
         return decision("skip", "finished; same config, inputs and outputs")
     why = {"failed": "failed before", "interrupted": "interrupted"}.get(record.state, "was cut short")
     return decision("resume", why)
+
+
+def _damaged(pipeline: Pipeline) -> list[Path]:
+    """Run directories of finished nodes whose outputs are not what they were: to be said by `decide`, not by what fails
+    to read them.
+    """
+    directories = [node.config.run_dir for node in pipeline.nodes.values()]
+    records = [(directory, read_lineage(directory)) for directory in directories]
+    return [d for d, record in records if record and record.state == "finished" and changed_outputs(d, record.outputs)]
 
 
 def covered(config: Stage) -> dict[str, Any]:

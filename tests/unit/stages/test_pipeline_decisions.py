@@ -1,0 +1,103 @@
+"""What a pipeline would do with nodes whose run directories are as two stages would have left them."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from r1mega.config.pipeline import load_pipeline
+from r1mega.errors import ConfigError
+from r1mega.observe.lineage import Attempt, Lineage, stamp_outputs, write_lineage
+from r1mega.stages.pipeline import covered, decide, dry_run, jobs
+
+FILE = f"""
+name: two
+dir: runs/nano
+nodes:
+  base: {{config: {Path.cwd()}/configs/nano/base.yaml}}
+  zero: {{config: {Path.cwd()}/configs/nano/zero.yaml, ranks: 2}}
+"""
+
+
+@pytest.fixture
+def load(tmp_path):
+    """A function: the pipeline with overrides, in a directory where both nodes are finished."""
+    file = tmp_path / "two.yaml"
+    file.write_text(FILE)
+
+    def loaded(*overrides):
+        return load_pipeline(file, [f"dir={tmp_path}/runs", *overrides])
+
+    pipeline = loaded()
+    for node in pipeline.nodes.values():
+        _finish(node, pipeline)
+    return loaded
+
+
+def _finish(node, pipeline):
+    """The files that matter of a stage that ended well, and its record."""
+    run_dir = node.config.run_dir
+    decision = decide(node, pipeline, redo=False)
+    assert decision.action == "run"
+    (run_dir / "hf").mkdir(parents=True)
+    config = json.loads(Path("configs/nano/model/config.json").read_text())
+    (run_dir / "hf" / "config.json").write_text(json.dumps(config))
+    (run_dir / "hf" / "model.safetensors").write_text(node.name)
+    (run_dir / "hf" / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a": 0}}}))
+    (run_dir / "data").mkdir()
+    for name in ("train", "eval"):
+        (run_dir / "data" / f"{name}.jsonl").write_text(json.dumps({"question": name, "answer": "1"}) + "\n")
+    (run_dir / "config.yaml").write_text("stage: x\n")
+    (run_dir / "status.json").write_text(json.dumps({"state": "finished", "step": node.config.steps}))
+    write_lineage(run_dir, Lineage(
+        node.name, node.config.stage, "finished", decision.fingerprint, covered(node.config), dict(decision.inputs),
+        stamp_outputs(run_dir), (Attempt("t", None, "t", 0),),
+    ))  # fmt: skip
+
+
+def actions(pipeline, *names, **options):
+    return [d.action for d in dry_run(pipeline, names or ("base", "zero"), **options).values()]
+
+
+def test_nothing_to_do_wherever_it_lies(load, tmp_path):
+    assert actions(load()) == ["skip", "skip"] == actions(load("zero.observe.tensorboard=false", "base.threads=2"))
+    (tmp_path / "runs").rename(tmp_path / "moved")
+    assert actions(load(f"dir={tmp_path}/moved")) == ["skip", "skip"]
+
+
+def test_a_change_is_refused_and_goes_down_with_redo(load):
+    changed = load("base.steps=7")
+    assert actions(changed) == ["refuse", "run"] and actions(changed, redo=True) == ["redo", "redo"]
+    assert actions(load("zero.steps=7")) == ["skip", "refuse"] and actions(load("zero.steps=7"), redo=True) == ["skip", "redo"]
+
+
+@pytest.mark.parametrize("file", ["hf/model.safetensors", "hf/config.json", "hf/tokenizer.json", "data/train.jsonl"])
+@pytest.mark.parametrize("damage", [lambda f: f.write_text("x"), lambda f: f.unlink()], ids=["written", "gone"])
+def test_an_input_that_is_not_what_its_node_made_is_noticed_by_its_reader_alone(load, file, damage):
+    base = load().nodes["base"].config.run_dir
+    damage(base / file)
+    found = dry_run(load(), ["zero"])["zero"]
+    assert found.action == "wait" and f"{file} is not what base made" in found.reason
+    assert actions(load()) == ["refuse", "run"] and actions(load(), redo=True) == ["redo", "run"]
+
+
+def test_what_a_reader_does_not_read_is_no_concern_of_its(load):
+    (load().nodes["base"].config.run_dir / "data" / "other.jsonl").write_text("")
+    (load().nodes["base"].config.run_dir / "hf.old").mkdir()
+    assert actions(load(), "zero") == ["skip"]
+
+
+def test_jobs_are_those_that_can_run(load, tmp_path):
+    def listed(pipeline, **options):
+        return list(jobs(pipeline, dry_run(pipeline, ["base", "zero"], **options)))
+
+    assert listed(load()) == []
+    with pytest.raises(ConfigError, match=r"node zero: .*was made of something else"):
+        listed(load("zero.steps=7"))
+    assert listed(load("zero.steps=7"), redo=True) == ["zero\t1\t2\t-"]
+    assert listed(load("base.steps=7", "ranks_per_machine=1"), redo=True) == ["base\t1\t1\t-", "zero\t2\t1\tbase"]
+    (tmp_path / "runs" / "hashes.json").unlink()
+    listed(load())
+    assert not (tmp_path / "runs" / "hashes.json").exists(), "a dry run writes nothing"
+    listed(load(), remember=True)
+    assert "configs/nano/model/config.json" in (tmp_path / "runs" / "hashes.json").read_text()

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+
+TRUST_REMOTE_CODE = "R1MEGA_TRUST_REMOTE_CODE"
 
 
 def context_length(hf: Mapping[str, Any]) -> int | None:
@@ -37,3 +41,25 @@ def tokenizer_size(directory: Path) -> int | None:
 
         return sentencepiece.SentencePieceProcessor(model_file=str(file)).vocab_size()
     return None
+
+
+def trusts_remote_code() -> bool:
+    """Whether Python files that come with a model may be run."""
+    return os.environ.get(TRUST_REMOTE_CODE) == "1"
+
+
+def tokenizer_code_problem(directory: Path) -> str | None:
+    """What to do about a tokenizer that is a Python file of the directory (`auto_map`, as Moonlight's is); None where there
+    is nothing to do.
+    """
+    config = directory / "tokenizer_config.json"
+    if trusts_remote_code() or (directory / "tokenizer.json").exists() or not config.exists():
+        return None
+    entry = json.loads(config.read_text(encoding="utf-8")).get("auto_map", {}).get("AutoTokenizer")
+    names = [name for name in ([entry] if isinstance(entry, str) else entry or ()) if name]
+    if not names:
+        return None
+    return (
+        f"{directory}: the tokenizer is Python code that came with the model ({names[0].partition('.')[0]}.py); read it, then set "
+        f"{TRUST_REMOTE_CODE}=1 to let it run"
+    )

@@ -12,7 +12,7 @@ from typing import Any
 
 from r1mega.config.launched import launched_place
 from r1mega.config.layout import model_problems, process_problems
-from r1mega.config.model_files import context_length, tokenizer_size
+from r1mega.config.model_files import context_length, tokenizer_code_problem, tokenizer_size, trusts_remote_code
 from r1mega.config.schema import DataConfig, RolloutConfig, Stage
 from r1mega.errors import ConfigError
 
@@ -120,9 +120,11 @@ def tokenizer_problems(path: Path, hf: dict[str, Any]) -> Iterator[str]:
         return
     if size is None and _promised_in(path / "tokenizer.json") is not None:
         return
-    if size is None:
+    if (problem := tokenizer_code_problem(path)) is not None:
+        yield problem
+    elif size is None and not (trusts_remote_code() and (path / "tokenizer_config.json").exists()):
         yield f"{path}: holds no tokenizer (tokenizer.json or tokenizer.model)"
-    elif size > hf.get("vocab_size", size):
+    elif size is not None and size > hf.get("vocab_size", size):
         yield (
             f"{path}: the tokenizer has ids up to {size - 1}, config.json's vocab_size is {hf['vocab_size']}; "
             f"take the tokenizer that belongs to the model, or one with at most {hf['vocab_size']} tokens"

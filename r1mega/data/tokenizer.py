@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from r1mega.config.model_files import tokenizer_code_problem, trusts_remote_code
 from r1mega.errors import DataError
 
 TOKENIZER_FILES = (
@@ -67,7 +68,11 @@ class HFTokenizer:
     def __init__(self, path: Path):
         from transformers import AutoTokenizer
 
-        self._tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        if (problem := tokenizer_code_problem(path)) is not None:
+            raise DataError(problem)
+        self._tokenizer = AutoTokenizer.from_pretrained(
+            path, local_files_only=True, trust_remote_code=trusts_remote_code()
+        )
         self.bos_token_id = self._tokenizer.bos_token_id
         self.eos_token_id = self._tokenizer.eos_token_id
         self.vocab_size = len(self._tokenizer)

@@ -79,8 +79,8 @@ def generator_problems(generator: Generator, processes: int, hf: Mapping[str, An
     tp, ep, dp = generator.tp, generator.ep, generator.dp
     if hf and hf.get("model_type") not in GENERATED_MODEL_TYPES:
         yield (
-            f"rollout: a model of model_type {hf.get('model_type')!r} can be trained and converted, not sampled from; "
-            f"known are {', '.join(GENERATED_MODEL_TYPES)}"
+            f"rollout: model_type {hf.get('model_type')!r} is not one of {', '.join(GENERATED_MODEL_TYPES)}: the generator "
+            "cannot sample from such a model"
         )
     if processes % tp:
         yield f"rollout.tp = {tp} does not divide the {processes} processes"

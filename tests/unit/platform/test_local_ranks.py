@@ -24,7 +24,9 @@ def start(tmp_path, body):
 def test_ranks_know_their_place_and_the_failing_one_gives_the_exit_code(tmp_path):
     body = """
 (place / rank).write_text(" ".join(os.environ[name] for name in ("LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")))
-if rank == "1": sys.exit(5)
+if rank == "1":
+    while not (place / "0").exists() or not (place / "0").read_text(): time.sleep(0.05)
+    sys.exit(5)
 time.sleep(60)
 """
     process = start(tmp_path, body)

@@ -33,7 +33,7 @@ _CALLS = (
 )
 
 AGENT = [
-    with_number("reply in the agent's place", "reply(value='x')\nreturn 'y'", Verdict.TAMPERING),
+    with_number("reply in the agent's place", "reply(value='x')\nreturn 'y'", Verdict.TAMPERING, Verdict.WRONG_ANSWER),
     with_number("reply for ever", "while True: reply(value='x')", Verdict.TAMPERING, Verdict.TIME_LIMIT),
     with_number("unknown kind of value", "reply(value={'eval': 'GOLD'})\ntime.sleep(60)", Verdict.TAMPERING),
     with_number("a value of two kinds", "reply(value={'set': [], 'int': '1'})\ntime.sleep(60)", Verdict.TAMPERING),

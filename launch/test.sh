@@ -6,4 +6,18 @@ apt_install bwrap bubblewrap
 apt_install slurmctld slurm-wlm munge
 set_up
 export OMP_NUM_THREADS=1
-exec "$PYTHON" -m pytest -q --durations=15 "$@"
+run_tests() { "$PYTHON" -m pytest -q --durations=15 "$@"; }
+if [ $# -gt 0 ]; then
+  run_tests "$@"
+  exit
+fi
+# Everything: the unit tests beside the others, a core for each; what they print follows at the end.
+printed=$(mktemp)
+run_tests tests/unit > "$printed" 2>&1 &
+unit=$!
+trap 'kill $unit 2> /dev/null; rm -f "$printed"' EXIT
+code=0
+run_tests --ignore=tests/unit || code=$?
+wait $unit || code=$?
+cat "$printed"
+exit $code

@@ -27,9 +27,6 @@ from megatron.core.distributed import (  # noqa: E402
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig  # noqa: E402
-from megatron.core.optimizer import get_megatron_optimizer  # noqa: E402
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region  # noqa: E402
 from megatron.core.transformer.module import Float16Module  # noqa: E402
@@ -42,6 +39,7 @@ from r1mega.config.schema import ModelConfig, OptimizerConfig, ParallelConfig  #
 from r1mega.errors import NonFiniteError  # noqa: E402
 from r1mega.model.build import build_model, packed_seq_params  # noqa: E402
 from r1mega.model.reward_head import attach_scalar_head  # noqa: E402
+from r1mega.train.optimizer import build_optimizer, fill_empty_state, learning_rate_schedule  # noqa: E402
 from r1mega.train.packing import Microbatch, build_microbatch  # noqa: E402
 from r1mega.train.router_replay import Replay  # noqa: E402
 from r1mega.train.shard import Cut, Shard, join_rows, shard  # noqa: E402
@@ -110,24 +108,8 @@ class Policy:
         config = self.megatron_config
         ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
         self.ddp_chunks = [DistributedDataParallel(config, ddp_config, chunk) for chunk in self.ddp_chunks]
-        self.optimizer = get_megatron_optimizer(
-            MegatronOptimizerConfig(
-                optimizer="adam",
-                lr=optimizer.lr,
-                min_lr=optimizer.min_lr,
-                weight_decay=optimizer.weight_decay,
-                adam_beta1=optimizer.beta1,
-                adam_beta2=optimizer.beta2,
-                adam_eps=optimizer.eps,
-                clip_grad=optimizer.clip_grad,
-                bf16=self.dtype == torch.bfloat16,
-                params_dtype=self.dtype,
-                use_distributed_optimizer=True,
-            ),
-            self.ddp_chunks,
-            use_gloo_process_groups=True,
-        )
-        self.scheduler = _lr_schedule(self.optimizer, optimizer, total_steps)
+        self.optimizer = build_optimizer(optimizer, self.ddp_chunks, self.dtype)
+        self.scheduler = learning_rate_schedule(self.optimizer, optimizer, total_steps)
         config.grad_scale_func = self.optimizer.scale_loss
         config.finalize_model_grads_func = self._finalize_gradients
 
@@ -359,7 +341,7 @@ class Policy:
     def sharded_state(self, *, is_loading: bool) -> dict[str, Any]:
         """Megatron's sharded state of model, optimizer, learning-rate schedule and reference weights."""
         if not is_loading:
-            _fill_empty_optimizer_state(self.optimizer)
+            fill_empty_state(self.optimizer)
         metadata = dict(SHARDING_METADATA)  # Megatron keeps its process groups in there
         model = {f"model{i}": c.sharded_state_dict(metadata=metadata) for i, c in enumerate(self.chunks)}
         state: dict[str, Any] = {
@@ -384,19 +366,6 @@ class Policy:
             for i, reference in enumerate(self._reference):
                 for name, value in reference.items():
                     value.copy_(state["reference"][f"model{i}"][name])
-
-
-def _fill_empty_optimizer_state(optimizer: Any) -> None:
-    """Give an optimizer that has not stepped yet its state of zeros: without it Megatron cannot save it."""
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if part.optimizer.state or not any(group["params"] for group in part.optimizer.param_groups):
-            continue
-        rates = [(group, group["lr"], group["weight_decay"]) for group in part.optimizer.param_groups]
-        for group, _, _ in rates:
-            group["lr"] = group["weight_decay"] = 0.0  # the step that makes the state must not move a weight
-        part._init_optimizer_states_with_dummy_values()
-        for group, lr, weight_decay in rates:
-            group["lr"], group["weight_decay"], group["step"] = lr, weight_decay, 0
 
 
 def _bypass_output_layer(chunk: torch.nn.Module) -> torch.nn.Module | None:
@@ -434,26 +403,3 @@ def _renamed(sharded: dict[str, Any], values: dict[str, torch.Tensor]) -> dict[s
     if kept.keys() != values.keys():
         raise RuntimeError(f"the model's sharded state lacks {sorted(values.keys() - kept.keys())}")
     return kept
-
-
-def _lr_schedule(optimizer: Any, config: OptimizerConfig, total_steps: int) -> OptimizerParamScheduler:
-    """Warm-up, then constant, or a decay over the last `decay_steps` steps (warmup-stable-decay)."""
-    longest = max(1, total_steps - config.warmup_steps)
-    decay = min(config.decay_steps or longest, longest)
-    return OptimizerParamScheduler(
-        optimizer,
-        init_lr=0.0,
-        max_lr=config.lr,
-        min_lr=config.min_lr,
-        lr_warmup_steps=config.warmup_steps,
-        lr_decay_steps=max(total_steps, config.warmup_steps + 1),
-        lr_decay_style="constant" if config.schedule == "constant" else "WSD",
-        start_wd=config.weight_decay,
-        end_wd=config.weight_decay,
-        wd_incr_steps=total_steps,
-        wd_incr_style="constant",
-        wsd_decay_steps=decay,
-        lr_wsd_decay_style=None if config.schedule == "constant" else config.schedule,
-        use_checkpoint_opt_param_scheduler=False,  # a run that goes on with more steps decays over those
-        override_opt_param_scheduler=True,
-    )

@@ -96,7 +96,7 @@ def workers_of_launcher() -> Iterator[Workers]:
             yield workers
         except R1MegaError:
             raise  # on every rank
-        except Exception:
+        except Exception:  # of one rank: told with its traceback, and the others, who wait for it, are ended
             workers.abort()
     else:
         yield Alone()

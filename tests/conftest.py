@@ -1,6 +1,7 @@
 """One thread and quiet libraries for every test; GPU tests are skipped by name where there is no GPU."""
 
 import os
+import resource
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two busy ranks on two cores want one thread each
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -15,3 +16,19 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture
+def many_descriptors():
+    """Every file opened in the test has a descriptor above 1023, as in a rank with a thousand sockets."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 2048:
+        pytest.skip(f"no more than {hard} open files are allowed (ulimit -Hn)")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2048), hard))
+    opened = [os.open(os.devnull, os.O_RDONLY)]
+    while opened[-1] < 1024:
+        opened.append(os.dup(opened[0]))
+    yield
+    for descriptor in opened:
+        os.close(descriptor)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -11,7 +11,6 @@ import contextlib
 import json
 import logging
 import os
-import select
 import subprocess
 import sys
 import threading
@@ -20,6 +19,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from multiprocessing.connection import wait  # unlike select.select, for descriptors above 1023 too
 from typing import TYPE_CHECKING, Any
 
 from r1mega.errors import RewardError
@@ -124,7 +124,7 @@ class _Worker:
             raise WorkerDiedError(f"died before the task ({self._status()})", killed=False) from error
         while b"\n" not in self.buffer:
             remaining = deadline - time.monotonic()
-            if remaining <= 0 or not select.select([self.process.stdout], [], [], remaining)[0]:
+            if remaining <= 0 or not wait([self.process.stdout], remaining):
                 raise WorkerDiedError(f"gave no answer within {task.seconds:g} s", killed=True)
             received = os.read(self.process.stdout.fileno(), _READ_BYTES)
             if not received:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from multiprocessing.connection import wait  # unlike select.select, for descriptors above 1023 too
 from pathlib import Path
 
 from r1mega.sandbox.cgroup import Group, GroupPool, find_hierarchy
@@ -117,7 +118,7 @@ class Child:
     def _kill(self) -> None:
         deadline = time.monotonic() + 1.0
         while self.wall_start is None and time.monotonic() < deadline:
-            ready, _, _ = select.select([self._status_fd, self._pidfd], [], [], 0.1)
+            ready = wait([self._status_fd, self._pidfd], 0.1)
             if self._pidfd in ready:
                 return
             if ready:
@@ -145,7 +146,7 @@ class Child:
 
     def _reap(self, block: bool) -> None:
         if block:
-            select.select([self._pidfd], [], [], 10.0)
+            wait([self._pidfd], 10.0)
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
         _, wait_status = os.waitpid(self._process.pid, 0)

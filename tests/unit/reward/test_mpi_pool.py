@@ -72,6 +72,11 @@ def test_outcomes_are_those_of_the_process_pool(monkeypatch):
     assert metrics["retries"] == 3 and metrics["queued"] == 0
 
 
+def test_among_a_thousand_open_files(many_descriptors):
+    with WorkerPool(1) as pool:
+        assert [outcome.value for outcome in pool.map([Task("math:sqrt", (4.0,), 60.0)])] == [2.0]
+
+
 @pytest.mark.parametrize(
     ("environment", "several"),
     [

@@ -301,6 +301,11 @@ def test_values_keep_their_types_on_the_way(launcher):
     assert graded.outcome["num_failed"] == 0 and graded.outcome["num_passed"] == 50, graded.outcome["first"]
 
 
+def test_among_a_thousand_open_files(launcher, many_descriptors):
+    graded = asserts(launcher, "def f(): return 1", "assert f() == 1", wall_seconds=20.0)
+    assert graded.outcome["num_passed"] == 1, graded.outcome["first"]
+
+
 def test_iterators_stay_iterators(launcher):
     source = "def f(): return map(abs, [-1, 2])\ndef g():\n    yield 1"
     graded = asserts(launcher, source, "assert f() != [1, 2]\nassert list(f()) == [1, 2]\nassert next(g()) == 1")

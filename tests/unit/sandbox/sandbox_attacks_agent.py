@@ -20,7 +20,10 @@ def reply(**what):
 
 
 def with_number(name: str, body: str, *verdicts: Verdict, tests: str | None = None) -> Attack:
-    """With the number of the request, taken from the agent's frames, and a function that replies in its place."""
+    """With the number of the request, taken from the agent's frames, and a function that replies in its place.
+
+    A well-formed reply is the answer's value, a wrong one: what is told then depends on whether more lies in the pipe.
+    """
     return in_solve(name, _NUMBER + body.strip(), *verdicts, tests=tests)
 
 
@@ -34,7 +37,7 @@ _CALLS = (
 
 AGENT = [
     with_number("reply in the agent's place", "reply(value='x')\nreturn 'y'", Verdict.TAMPERING, Verdict.WRONG_ANSWER),
-    with_number("reply for ever", "while True: reply(value='x')", Verdict.TAMPERING, Verdict.TIME_LIMIT),
+    with_number("reply for ever", "while True: reply(value='x')", *BLOCKED, Verdict.TAMPERING, Verdict.TIME_LIMIT),
     with_number("unknown kind of value", "reply(value={'eval': 'GOLD'})\ntime.sleep(60)", Verdict.TAMPERING),
     with_number("a value of two kinds", "reply(value={'set': [], 'int': '1'})\ntime.sleep(60)", Verdict.TAMPERING),
     with_number("unhashable set", "reply(value={'set': [[1]]})\ntime.sleep(60)", Verdict.TAMPERING),
@@ -61,6 +64,7 @@ AGENT = [
         "import threading\ndef flood():\n    while True: reply(value=1)\n"
         "threading.Thread(target=flood, daemon=True).start()\n"
         "time.sleep(60)",
+        *BLOCKED,
         Verdict.TAMPERING,
     ),
     in_solve(

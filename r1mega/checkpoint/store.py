@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from r1mega.checkpoint.fit import fill_none, fit_template
-from r1mega.checkpoint.manifest import MANIFEST, file_record, read_manifest, verify, write_manifest
+from r1mega.checkpoint.manifest import file_record, read_manifest, verify, write_manifest
 from r1mega.checkpoint.torch_dist import COMMON, METADATA, Piece, without_crc, write_index, write_pieces
 from r1mega.checkpoint.workers import Alone, TorchWorkers, Workers, agree, on_first_rank
 from r1mega.errors import CheckpointError, PlatformError

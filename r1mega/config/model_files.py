@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-
 TRUST_REMOTE_CODE = "R1MEGA_TRUST_REMOTE_CODE"
 
 

@@ -13,7 +13,6 @@ from r1mega.config.factory import FilterConfig
 from r1mega.data.words import ngrams, split_words
 from r1mega.reward.language import chain_of_thought, language_share, mixes_languages
 
-
 LINE_KEYS = (
     "id", "prompt_id", "question", "response", "kind", "language", "template", "source", "licence", "tokens",
 )  # fmt: skip

@@ -11,7 +11,6 @@ from typing import Any
 
 from r1mega.errors import DataError
 
-
 MMLU_COLUMNS = ("question", "A", "B", "C", "D", "answer")
 """Columns of the original MMLU files, which have no header line."""
 

@@ -8,7 +8,8 @@ import contextlib
 import importlib
 
 from r1mega.checkpoint.hf import read_config
-from r1mega.checkpoint.store import MANIFEST, architecture_of, check_architecture
+from r1mega.checkpoint.manifest import MANIFEST
+from r1mega.checkpoint.store import architecture_of, check_architecture
 from r1mega.config.schema import Stage, TrainingStage
 from r1mega.config.stages.reward_model import RewardModelStage
 from r1mega.observe.run import RunDirectory

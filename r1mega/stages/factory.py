@@ -24,7 +24,6 @@ from r1mega.stages.runtime import Runtime
 from r1mega.stages.sampling import Sampling, read_samples
 from r1mega.types import Prompt, RewardStatus, SamplingSettings
 
-
 LAST_STEP = 2**62
 """Samples are scored as a run's last step would be: parts that count from a later step on do count."""
 

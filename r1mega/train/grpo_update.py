@@ -17,7 +17,6 @@ from r1mega.train.samples import minibatch_weights, pack_samples, policy_tokens
 from r1mega.types import TrainingSample
 from r1mega.weights.verify import PROBE_TOLERANCES
 
-
 _NO_UPDATE = dict.fromkeys(
     (
         "policy/loss", "policy/kl", "policy/clip_fraction", "policy/entropy", "policy/grad_norm", "logprob/diff_max",

@@ -5,7 +5,14 @@ import math
 import pytest
 import torch
 
-from tests.unit.train.test_policy import LEARNING_RATE, _hub_names, make_policy, make_samples, one_rank, transformers_model  # noqa: F401
+from tests.unit.train.test_policy import (  # noqa: F401
+    LEARNING_RATE,
+    _hub_names,
+    make_policy,
+    make_samples,
+    one_rank,
+    transformers_model,
+)
 
 
 def weighted(samples, prompt_weight):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from r1mega.checkpoint.name_rules import EXPERT_RULES, RULES, TOP_RULES, Entry, ModelShape, Rule, to_local
-from r1mega.weights.layout import FP8_BLOCK, SCALE, GeneratorRank, generator_layout, is_quantized, weight_dtype
+from r1mega.weights.layout import FP8_BLOCK, SCALE, GeneratorRank, generator_layout, weight_dtype
 from r1mega.weights.plan import GeneratorLayout, Plan
 from r1mega.weights.trainer_layout import TrainerLayout
 

@@ -135,6 +135,7 @@ class CheckpointStore:
         everyone = workers.gather((results, records))
 
         def finish() -> None:
+            """Index, manifest and final name, once every process has written its files; the oldest checkpoint goes."""
             write_index(save.directory, save.metadata, [r for theirs, _ in everyone for r in theirs])
             (save.directory / PROGRESS).write_text(progress)
             files = {name: record for _, theirs in everyone for name, record in theirs.items()}

@@ -78,6 +78,7 @@ class ToMegatron:
         return {"pieces": places, "file": record}
 
     def finish(self, directory: Path, records: Mapping[str, dict[str, Any]]) -> None:
+        """Write the index over all files, config.json, the tokenizer and the manifest."""
         results = [
             WriteResult(MetadataIndex(key, offset), length, _StorageInfo(name, start, length))
             for name, record in records.items()

@@ -93,6 +93,7 @@ class ReasoningGymAccuracy:
         return cls(config.accuracy.timeout_seconds, config.accuracy.partial_credit, config.accuracy.form)
 
     def score(self, item: ScoringItem) -> PartScore | Deferred:
+        """By the task's own scorer, in a worker. RewardError without the task's entry, or for a blocked scorer."""
         entry = item.prompt.metadata.get("entry")
         if not isinstance(entry, Mapping) or "source_dataset" not in entry.get("metadata", {}):
             raise RewardError(

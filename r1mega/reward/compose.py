@@ -50,6 +50,7 @@ class Accuracy:
         self._by_kind: dict[str, Part] = {}
 
     def score(self, item: ScoringItem) -> PartScore | Deferred | Waiting:
+        """By the part for the prompt's kind, which is imported at its first prompt. RewardError for an unknown kind."""
         kind = item.prompt.kind
         if kind not in self._by_kind:
             if kind not in ACCURACY:

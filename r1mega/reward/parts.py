@@ -48,7 +48,9 @@ class Part(Protocol):
 
     name: str
 
-    def score(self, item: ScoringItem) -> PartScore | Deferred | Waiting: ...
+    def score(self, item: ScoringItem) -> PartScore | Deferred | Waiting:
+        """The score of one response, or what will give it. RewardError for a prompt that this part cannot score."""
+        ...
 
 
 class Batch:

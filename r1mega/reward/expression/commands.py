@@ -25,6 +25,7 @@ class LatexCommands:
     """
 
     def command(self, token: str) -> Node:
+        """What a command (already taken) begins, with its arguments. UnreadableError for an unknown one."""
         name = token[1:]
         if token == "\\frac":
             return ("div", self.argument(), self.argument())
@@ -83,6 +84,7 @@ class LatexCommands:
         return ("pow", self.group() if self.peek() == "{" else self.primary(), ("div", ("num", Fraction(1)), degree))
 
     def function(self, name: str) -> Node:
+        """\\sin^2 x, \\log_2(8), \\sin^{-1} x (the inverse): the name is taken, exponent and base follow."""
         exponent = base = None
         while self.peek() in ("^", "_"):
             if self.take() == "^":
@@ -111,6 +113,7 @@ class LatexCommands:
         return (("neg", node) if negative else node,)
 
     def braces(self) -> Node:
+        """After \\{: a set of items, or the condition of a set builder over the reals."""
         self._colon_to_bar()
         bars, self.bars = self.bars, 1  # a bar after an item begins a condition
         items = self.statement()

@@ -27,8 +27,8 @@ Figures = dict[str, float]
 
 @dataclass(frozen=True)
 class Claim:
-    """steps: up to which node the pipeline is run (a function is called with the seed). measure: the figures of a finished
-    seed. holds: what the figures must satisfy in every seed.
+    """steps: which nodes of the pipeline are run, as `r1mega pipeline` is told it (a function is called with the seed).
+    measure: the figures of a finished seed. holds: what the figures must satisfy in every seed.
     """
 
     number: int
@@ -53,9 +53,9 @@ def main() -> int:
     return 0
 
 
-def run_pipeline(seed: int, last: str) -> None:
-    """The claims' pipeline up to a node."""
-    command = ["pipeline", str(PIPELINE), "--until", last, f"dir={RUNS}/seed{seed}", f"overrides.seed={seed}"]
+def run_pipeline(seed: int, nodes: str) -> None:
+    """Nodes of the claims' pipeline: "--until NODE" or "--only NODE"."""
+    command = ["pipeline", str(PIPELINE), *nodes.split(), f"dir={RUNS}/seed{seed}", f"overrides.seed={seed}"]
     print("$ r1mega " + " ".join(command), flush=True)
     if (code := subprocess.run([sys.executable, "-m", "r1mega", *command]).returncode) != 0:
         sys.exit(code)
@@ -213,35 +213,36 @@ CLAIMS = {
     claim.number: claim
     for claim in (
         Claim(
-            1, "RL alone, straight from the base, lifts accuracy several-fold", ("zero",), accuracy,
+            1, "RL alone, straight from the base, lifts accuracy several-fold", ("--until zero",), accuracy,
             lambda f: f["times"] >= 2,
         ),
         Claim(
-            2, "Responses grow longer as RL goes on; reflection appears", ("zero",), length,
+            2, "Responses grow longer as RL goes on; reflection appears", ("--until zero",), length,
             lambda f: f["after RL"] > 1.5 * f["tokens, base"] and f["56-60 "] > 2 * f["self-correcting, steps 1-5"],
         ),
         Claim(
             3, "R1-Zero mixes languages; the language-consistency reward stops that at a slight cost in accuracy",
-            ("zero_language",), languages,
+            ("--until zero_language",), languages,
             lambda f: f["RL"] > f["mixed, base"] and f["RL + language reward"] < 0.1 * f["RL"],
         ),
         Claim(
-            4, "A small cold start makes outputs readable and the final model better", ("evaluate",), cold_start,
+            4, "A small cold start makes outputs readable and the final model better", ("--until evaluate",),
+            cold_start,
             lambda f: f["cold start"] > f["question's language, zero"] and f["accuracy, RL with"] > f["without"],
         ),
         Claim(
             5, "Stages help: base < zero, cold start < reasoner; the last keeps reasoning and gains general ability",
-            ("evaluate",), stages,
+            ("--until evaluate",), stages,
             lambda f: f["base"] < f["zero"] and f["cold_start_sft"] < f["reasoning_rl"]
             and f["align"] > f["reasoning_rl"] - 0.05 and f["general, align"] > f["general, reasoning_rl"],
         ),
         Claim(
-            6, "Distilling the big model's samples into a small one beats the same RL on the small one", ("evaluate",),
-            distillation, lambda f: f["distill"] > f["student_rl"],
+            6, "Distilling the big model's samples into a small one beats the same RL on the small one",
+            ("--until evaluate",), distillation, lambda f: f["distill"] > f["student_rl"],
         ),
         Claim(
             7, "A neural reward on reasoning can be hacked where a rule cannot",
-            ("samples", make_pairs, "zero_neural"), hacking,
+            ("--until zero", "--only samples", make_pairs, "--only reward_reasoning", "--only zero_neural"), hacking,
             lambda f: f["last 5"] > f["its reward, first 5 steps"]
             and f["RL on the reward model"] < f["RL on the rule"] - 0.1,
         ),

@@ -24,6 +24,9 @@ ACCURACY = {
 WITHOUT_GOLD = frozenset({"general"})
 """Kinds of prompts whose answers no rule can verify: reward models and judges do."""
 
+PATCH_KIND = "patch"
+"""Prompts whose responses are judged by the benchmark's own harness, later and elsewhere."""
+
 
 class AccuracyReward(Section):
     """Right or wrong, by the prompt's kind. Prompts of kind `general` have no such part."""

@@ -21,7 +21,7 @@ from r1mega.reward.reflection import reflects
 from r1mega.types import Prompt, Reward, RewardStatus
 
 if TYPE_CHECKING:
-    from r1mega.evaluate.sampling import GradedSample
+    from r1mega.rollout.draw import GradedSample
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import random
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,9 +19,9 @@ from r1mega.data.template import render
 from r1mega.data.tokenizer import Tokenizer, load_tokenizer
 from r1mega.errors import ConfigError
 from r1mega.evaluate.result import EvaluationResult, evaluation_rows, write_result
-from r1mega.evaluate.sampling import draw_samples
 from r1mega.evaluate.source import CheckpointSource, checkpoint_dtype, context_length, find_checkpoint
 from r1mega.reward.compose import RewardScorer
+from r1mega.rollout.draw import Draw, draw_samples
 from r1mega.rollout.engine import EngineSettings, GenerationEngine
 from r1mega.rollout.sampler import Scorer, response_text, stop_settings
 from r1mega.types import GenerationRequest, Prompt, SamplingSettings
@@ -40,16 +41,22 @@ def evaluate_prompts(
     """Sample config.num_samples responses a prompt and grade them.
 
     sampling: its stops and max_tokens; temperature and top-p are the config's. A prompt's samples do not depend on the
-    other prompts (`sampling.sample_request`): ranks may divide the prompts (`prompts[rank::size]`) and join their
+    other prompts (`evaluation_draw`): ranks may divide the prompts (`prompts[rank::size]`) and join their
     results by `merge_results`.
     """
     begun = time.perf_counter()
     sampling = dataclasses.replace(sampling, temperature=config.temperature, top_p=config.top_p)
-    work = [(prompt, index) for prompt in prompts for index in range(config.num_samples)]
-    graded = draw_samples(engine, tokenizer, scorer, work, sampling, config.seed)
+    draws = [evaluation_draw(prompt, index, config.seed) for prompt in prompts for index in range(config.num_samples)]
+    graded = draw_samples(engine, tokenizer, scorer, draws, sampling)
     rows = evaluation_rows(prompts, graded, config.num_samples)
     settings = {**dataclasses.asdict(sampling), "seed": config.seed}
     return EvaluationResult(rows, config.num_samples, time.perf_counter() - begun, settings)
+
+
+def evaluation_draw(prompt: Prompt, index: int, seed: int) -> Draw:
+    """Sample number `index` of a prompt, by the evaluation's seed, the prompt's id and the index alone."""
+    name = f"evaluate/{seed}/{prompt.id}" + (f"/{index}" if index else "")
+    return Draw(prompt, index, random.Random(name).getrandbits(63))
 
 
 def evaluate_checkpoint(

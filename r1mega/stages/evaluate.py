@@ -17,22 +17,23 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from r1mega.config.rewards import PATCH_KIND
 from r1mega.config.stages.evaluate import EvaluateStage, TaskConfig
 from r1mega.data.prompts import PromptRecord
 from r1mega.data.tokenizer import Tokenizer, load_tokenizer
 from r1mega.evaluate.forms import FormOptions
 from r1mega.evaluate.patch import write_predictions
 from r1mega.evaluate.result import EvaluationResult, evaluation_rows, write_result
-from r1mega.evaluate.run import open_engine, open_scorer, response_limits
-from r1mega.evaluate.sampling import PATCH_KIND, GradedSample, Sample, draw_samples, grade_samples
+from r1mega.evaluate.run import evaluation_draw, open_engine, open_scorer, response_limits
 from r1mega.evaluate.source import CheckpointSource, checkpoint_names, context_length, find_checkpoint, identity
-from r1mega.evaluate.store import SampleStore
 from r1mega.evaluate.table import results_table
 from r1mega.evaluate.tasks import TASKS, load_task, pose
 from r1mega.observe.files import write_atomic
 from r1mega.observe.progress import StageProgress
+from r1mega.rollout.draw import Draw, Sample, draw_samples, grade_samples
 from r1mega.rollout.engine import EngineSettings, GenerationEngine
 from r1mega.rollout.sampler import Scorer
+from r1mega.rollout.store import SampleStore
 from r1mega.stages.runtime import Runtime
 from r1mega.types import Prompt, SamplingSettings
 
@@ -66,7 +67,7 @@ class _Share:
     """This rank's part of a unit: drawn earlier without a grade, and not drawn yet."""
 
     ungraded: list[tuple[Prompt, Sample]]
-    missing: list[tuple[Prompt, int]]
+    missing: list[Draw]
 
 
 def run(config: EvaluateStage, runtime: Runtime) -> int:
@@ -132,7 +133,7 @@ class _Evaluation:
                 top_p=task.top_p or default.top_p,
             )
             settings = {**common, "seed": self._config.seed, **json.loads(json.dumps(dataclasses.asdict(sampling)))}
-            store = SampleStore(self._runtime.run_dir / name / key, self._runtime.rank)
+            store = SampleStore(self._runtime.run_dir / name / key, self._runtime.rank, prompts)
             store.check_settings(settings, write=self._runtime.is_main)
             units.append(_Unit(key, prompts, sampling, task.num_samples or default.num_samples, settings, store))
         return _Checkpoint(name, source, tokenizer, tuple(units))
@@ -168,13 +169,14 @@ class _Evaluation:
 
     def _share(self, unit: _Unit) -> tuple[_Share, int]:
         """(this rank's part of what is left, samples left to draw over all ranks); every rank reads the same."""
-        samples, grades = unit.store.read(unit.prompts)
+        samples, grades = unit.store.read()
         ungraded = [
             (prompt, samples[prompt.id, index])
             for prompt, index in unit.keys()
             if (prompt.id, index) in samples and (prompt.id, index) not in grades
         ]
-        missing = [(prompt, index) for prompt, index in unit.keys() if (prompt.id, index) not in samples]
+        draws = (evaluation_draw(prompt, index, self._config.seed) for prompt, index in unit.keys())
+        missing = [draw for draw in draws if draw.key not in samples]
         mine = slice(self._replica, None, self._num_replicas)
         return _Share(ungraded[mine] if self._writes else [], missing[mine]), len(missing)
 
@@ -182,32 +184,27 @@ class _Evaluation:
         self, unit: _Unit, share: _Share, engine: GenerationEngine | None, tokenizer: Tokenizer, scorer: Scorer,
         progress: StageProgress,
     ) -> None:  # fmt: skip
-        prompts = {prompt.id: prompt for prompt in unit.prompts}
-
         def keep(sample: Sample) -> None:
             if self._writes:
-                unit.store.write_sample(prompts[sample.prompt_id], sample)
+                unit.store.write_sample(sample)
             progress.advance(min(progress.total, progress.done + self._num_replicas))  # the others are about as far
 
-        def note(graded: Iterator[GradedSample]) -> None:
-            for grade in graded:
+        with unit.store.opened():
+            for graded in grade_samples(scorer, share.ungraded):
+                unit.store.write_grade(graded)
+            for graded in draw_samples(
+                engine, tokenizer, scorer if self._writes else None, share.missing, unit.sampling, on_sample=keep,
+                should_stop=self._should_stop,
+            ):  # fmt: skip
                 if self._writes:
-                    unit.store.write_grade(grade)
-
-        with unit.store.opened(self._writes):
-            note(grade_samples(scorer, share.ungraded))
-            if share.missing:
-                seed, stop = self._config.seed, self._should_stop
-                note(draw_samples(engine, tokenizer, scorer, share.missing, unit.sampling, seed, keep, stop))
+                    unit.store.write_grade(graded)
 
     def _finish(self, unit: _Unit, checkpoint: _Checkpoint, results: list[dict[str, Any]], seconds: float) -> None:
         """Rank 0 reads what all ranks have written, and writes the unit's result and the summary so far."""
         self._runtime.barrier()
         entry: dict[str, Any] = {"metrics": {}}
         if self._runtime.is_main:
-            samples, grades = unit.store.read(unit.prompts, failed=True)
-            graded = (GradedSample(samples[key], grades[key]) for key in grades)
-            rows = evaluation_rows(unit.prompts, graded, unit.num_samples)
+            rows = evaluation_rows(unit.prompts, unit.store.read_graded().values(), unit.num_samples)
             result = EvaluationResult(rows, unit.num_samples, seconds, unit.settings)
             path = unit.store.directory / "result.json"
             write_result(result, path)

@@ -1,5 +1,7 @@
 """Rows, summaries, files and tables of an evaluation."""
 
+import random
+
 import pytest
 
 from r1mega.errors import DataError
@@ -12,9 +14,10 @@ from r1mega.evaluate.result import (
     read_result,
     write_result,
 )
-from r1mega.evaluate.sampling import GradedSample, Sample
+from r1mega.evaluate.run import evaluation_draw
 from r1mega.evaluate.table import Table, format_table
 from r1mega.observe.registry import find_metric
+from r1mega.rollout.draw import GradedSample, Sample
 from r1mega.types import Prompt, Reward, RewardStatus
 
 
@@ -29,6 +32,14 @@ def group(name, texts, values, golds=("1/2",), kind="math", language=None, ratin
     rewards = [failed if v is None else Reward(v, {"accuracy": v, "format": 1.0}, RewardStatus.OK) for v in values]
     samples = [Sample(name, i, text, length=i + 1, truncated=i == 0) for i, text in enumerate(texts)]
     return prompt, [GradedSample(*pair) for pair in zip(samples, rewards, strict=True)]
+
+
+def test_seeds_are_those_of_earlier_versions():
+    prompt = Prompt("a", "a?", ("1",), "math", None, (1,))
+    names = ["evaluate/5/a", "evaluate/5/a/1", "evaluate/5/a/2"]
+    draws = [evaluation_draw(prompt, index, seed=5) for index in range(3)]
+    assert [draw.seed for draw in draws] == [random.Random(name).getrandbits(63) for name in names]
+    assert [draw.key for draw in draws] == [("a", 0), ("a", 1), ("a", 2)]
 
 
 def test_row_groups_equal_answers():

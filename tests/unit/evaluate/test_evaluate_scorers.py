@@ -10,8 +10,8 @@ from r1mega.evaluate.forms import FormOptions
 from r1mega.evaluate.patch import extract_patch, write_predictions
 from r1mega.evaluate.result import EvaluationResult, evaluation_rows
 from r1mega.evaluate.run import open_scorer
-from r1mega.evaluate.sampling import Sample, grade_samples
 from r1mega.evaluate.tasks import TASKS, load_task
+from r1mega.rollout.draw import Sample, grade_samples
 from r1mega.types import Prompt
 
 SAMPLES = Path("tests/data/evaluate")

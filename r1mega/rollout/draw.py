@@ -1,0 +1,121 @@
+"""Single samples, each with a seed of its own: drawn, and graded while others are still being generated.
+
+A sample depends neither on the others nor on the rank that draws it, so ranks may divide the samples in any way, and a
+start after a kill draws just those that are missing (`rollout.store` keeps them).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from r1mega.config.rewards import PATCH_KIND
+from r1mega.data.tokenizer import Tokenizer
+from r1mega.rollout.engine import GenerationEngine
+from r1mega.rollout.sampler import Scorer, response_text
+from r1mega.types import GenerationRequest, Prompt, Response, Reward, RewardStatus, SamplingSettings
+
+Key = tuple[str, int]
+"""(prompt id, sample index)."""
+
+MAX_UNGRADED = 256
+"""Responses that may wait for their reward before drawing waits for the oldest."""
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """What to draw: sample number `index` of a prompt, by this seed. prefix: tokens at the prompt's end that belong to
+    the response.
+    """
+
+    prompt: Prompt
+    index: int
+    seed: int
+    prefix: tuple[int, ...] = ()
+
+    @property
+    def key(self) -> Key:
+        return self.prompt.id, self.index
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A response: number `index` of prompt `prompt_id`. text: with the prefix; length: sampled tokens; truncated: cut at
+    max_tokens.
+    """
+
+    prompt_id: str
+    index: int
+    text: str
+    length: int
+    truncated: bool
+
+
+@dataclass(frozen=True, slots=True)
+class GradedSample:
+    """A sample and its reward."""
+
+    sample: Sample
+    reward: Reward
+
+
+def draw_samples(
+    engine: GenerationEngine,
+    tokenizer: Tokenizer,
+    scorer: Scorer | None,
+    draws: Sequence[Draw],
+    sampling: SamplingSettings,
+    *,
+    on_sample: Callable[[Sample], object] = lambda sample: None,
+    should_stop: Callable[[], bool] = lambda: False,
+    max_ungraded: int = MAX_UNGRADED,
+) -> Iterator[GradedSample]:
+    """Samples and their grades, in the order in which they finish. Without a scorer all are UNJUDGED.
+
+    on_sample is called with each sample the moment it is there, before its grade. Once should_stop (asked after each
+    sample) says so, generation ends; what is drawn is still graded.
+    """
+
+    def drawn() -> Iterator[tuple[Prompt, Response, Sample]]:
+        requests = [GenerationRequest(draw.prompt.token_ids, 1, draw.seed, sampling) for draw in draws]
+        with contextlib.closing(engine.stream(requests)) as stream:
+            for done in stream:
+                draw, response = draws[done.request_index], done.response
+                text = response_text(tokenizer, response, draw.prefix)
+                sample = Sample(*draw.key, text, len(response.token_ids), response.finish_reason == "length")
+                on_sample(sample)
+                yield draw.prompt, response, sample
+                if should_stop():
+                    break
+
+    if draws:
+        with contextlib.closing(drawn()) as responses:  # an error in the scorer, too, leaves the engine free
+            yield from _graded(scorer, responses, max_ungraded)
+
+
+def grade_samples(scorer: Scorer, samples: Iterable[tuple[Prompt, Sample]]) -> Iterator[GradedSample]:
+    """Grade samples that were drawn earlier, by their texts alone: the scorer's parts must need no tokens."""
+    drawn = ((prompt, Response((), (), "length" if sample.truncated else "stop"), sample) for prompt, sample in samples)
+    return _graded(scorer, drawn, MAX_UNGRADED)
+
+
+def _graded(
+    scorer: Scorer | None, drawn: Iterable[tuple[Prompt, Response, Sample]], max_ungraded: int
+) -> Iterator[GradedSample]:
+    """In the same order, with a bound on what waits for its grade."""
+    waiting: deque[tuple[Sample, int | None]] = deque()
+
+    def oldest() -> GradedSample:
+        sample, ticket = waiting.popleft()
+        elsewhere = Reward(None, {}, RewardStatus.UNJUDGED, "not judged here")
+        return GradedSample(sample, elsewhere if ticket is None else scorer.result(ticket))
+
+    for prompt, response, sample in drawn:
+        judged = scorer is not None and prompt.kind != PATCH_KIND
+        waiting.append((sample, scorer.submit(prompt, response, sample.text) if judged else None))
+        if len(waiting) > max_ungraded:
+            yield oldest()
+    while waiting:
+        yield oldest()

@@ -21,9 +21,9 @@ from r1mega.data.tokenizer import load_tokenizer
 from r1mega.errors import DataError
 from r1mega.reward.compose import RewardScorer
 from r1mega.rollout.sampler import stop_settings
-from r1mega.stages.factory import LAST_STEP, Factory, PosedPrompt
+from r1mega.stages.factory import LAST_STEP, Factory
 from r1mega.stages.runtime import Runtime
-from r1mega.stages.sampling import read_samples
+from r1mega.stages.sampling import PosedPrompt
 from r1mega.types import Prompt, Response, RewardStatus, SamplingSettings
 
 logger = logging.getLogger(__name__)
@@ -141,9 +141,9 @@ def _rewrite_by_model(
     if not factory.resample("rewritten", posed, config.model.model_copy(update={"path": model.path}), settings):
         return None
     result = []
-    for sample in read_samples(factory.runtime.run_dir / "raw", "rewritten"):
-        candidate, _ = asked[sample.prompt]
-        text = rewrite(sample.text, config.rewrite, candidate.language) if sample.finish_reason == "stop" else None
+    for (candidate, _), (_, graded) in zip(asked, factory.samples("rewritten", posed, 1), strict=True):
+        sample = graded.sample
+        text = None if sample.truncated else rewrite(sample.text, config.rewrite, candidate.language)
         if text is not None:
             result.append(dataclasses.replace(candidate, response=text))
     return result

@@ -18,23 +18,15 @@ from r1mega.data.selection import without_contamination, without_duplicates, wri
 from r1mega.data.tokenizer import Tokenizer, load_tokenizer
 from r1mega.reward.compose import RewardScorer
 from r1mega.rollout.build import build_engine
+from r1mega.rollout.draw import GradedSample
 from r1mega.rollout.engine import GenerationEngine
 from r1mega.rollout.sampler import stop_settings
 from r1mega.stages.runtime import Runtime
-from r1mega.stages.sampling import Sampling, read_samples
+from r1mega.stages.sampling import PosedPrompt, Sampling, sample_store
 from r1mega.types import Prompt, RewardStatus, SamplingSettings
 
 LAST_STEP = 2**62
 """Samples are scored as a run's last step would be: parts that count from a later step on do count."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class PosedPrompt:
-    """A prompt as it is posed: its tokens end in `prefix`, the beginning of the response. source: the way of asking."""
-
-    prompt: Prompt
-    prefix: tuple[int, ...] = ()
-    source: str = ""
 
 
 class Factory:
@@ -82,8 +74,8 @@ class Factory:
     def _sampling(self, name: str, posed: Sequence[PosedPrompt], num_samples: int, settings: SamplingSettings) -> Sampling:
         rollout = self.config.rollout
         return Sampling(
-            self.runtime, name, [p.prompt for p in posed], [p.prefix for p in posed], num_samples, settings,
-            tp=rollout.tp, window=rollout.num_prompts, scores_while_sampling=self.config.reward.judge.engine != "policy",
+            self.runtime, name, posed, num_samples, settings, tp=rollout.tp, window=rollout.num_prompts,
+            scores_while_sampling=self.config.reward.judge.engine != "policy",
         )  # fmt: skip
 
     def resample(self, name: str, posed: Sequence[PosedPrompt], model: ModelConfig, settings: SamplingSettings) -> bool:
@@ -105,17 +97,23 @@ class Factory:
         finally:
             engine.close()
 
+    def samples(self, name: str, posed: Sequence[PosedPrompt], num_samples: int) -> list[tuple[PosedPrompt, GradedSample]]:
+        """What `sample` ("samples") or `resample` drew, in the order of prompts and samples."""
+        stored = sample_store(self.runtime.run_dir, name, posed, self.runtime.rank).read_graded()
+        return [(p, stored[p.prompt.id, index]) for p in posed for index in range(num_samples)]
+
     def candidates(self, posed: Sequence[PosedPrompt]) -> list[Candidate]:
-        """All stored samples, in the order of prompts and samples."""
+        """All samples of `sample`."""
         template = self.config.data.template
         return [
             Candidate(
-                id=f"{(p := posed[s.prompt]).prompt.id}/{s.sample}", prompt_id=p.prompt.id, question=p.prompt.question,
-                response=s.text, kind=p.prompt.kind, language=p.prompt.language, template=template, source=p.source,
-                tokens=s.tokens + len(p.prefix), truncated=s.finish_reason == "length", scored=s.status == RewardStatus.OK,
-                parts=s.parts, licence=self.licences[p.prompt.id],
+                id=f"{p.prompt.id}/{s.index}", prompt_id=p.prompt.id, question=p.prompt.question, response=s.text,
+                kind=p.prompt.kind, language=p.prompt.language, template=template, source=p.source,
+                tokens=s.length + len(p.prefix), truncated=s.truncated, scored=graded.reward.status == RewardStatus.OK,
+                parts=dict(graded.reward.parts), licence=self.licences[p.prompt.id],
             )
-            for s in read_samples(self.runtime.run_dir / "raw", "samples")
+            for p, graded in self.samples("samples", posed, self.config.rollout.group_size)
+            for s in (graded.sample,)
         ]  # fmt: skip
 
     # ------------------------------------------------------------------ from candidates to files

@@ -8,8 +8,9 @@ from r1mega.config.stages.rejection_sampling import RejectionSamplingStage
 from r1mega.data.card import describe_file
 from r1mega.data.filters import apply_filters, build_filters
 from r1mega.data.selection import at_most_per_prompt, mix, read_general
-from r1mega.stages.factory import Factory, PosedPrompt
+from r1mega.stages.factory import Factory
 from r1mega.stages.runtime import Runtime
+from r1mega.stages.sampling import PosedPrompt
 
 
 def run(config: RejectionSamplingStage, runtime: Runtime) -> int:

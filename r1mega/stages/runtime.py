@@ -173,10 +173,6 @@ class Runtime:
         """Whether any rank was told to stop (SIGTERM, SIGUSR2). A collective call."""
         return self._stop.agreed()
 
-    def stop_received(self) -> bool:
-        """Whether this rank was told to stop; `stop_requested` makes the ranks agree."""
-        return self._stop.requested
-
     def stopped(self, step: int | None = None) -> int:
         """The exit code of a run that saved its state and can be started again. step: None: the last with metrics."""
         step = self._step if step is None else step

@@ -1,67 +1,56 @@
-"""Sampling without a trainer: many responses a prompt, shared out over generators, and durable sample by sample.
+"""Sampling without a trainer: many responses a prompt, shared out over generators, in windows of prompts.
 
 A sample's seed follows from the run's seed, its prompt's id and its number alone, so it does not matter which rank draws it,
-in which batch, or in which of several starts. What is drawn is appended to RUN_DIR/raw/<name>_rank.jsonl; a run that is
-started again, with however many ranks, draws what is missing.
+in which batch, or in which of several starts. What is drawn is kept with its grade in RUN_DIR/raw/NAME (`rollout.store`); a
+run that is started again, with however many ranks, draws what is missing.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import random
-import time
-from array import array
-from collections import deque
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from r1mega.data.tokenizer import Tokenizer
-from r1mega.errors import DataError
-from r1mega.observe.files import JsonLinesWriter, read_json_lines, write_atomic
+from r1mega.errors import ConfigError, DataError
+from r1mega.rollout.draw import Draw, GradedSample, Key, draw_samples
 from r1mega.rollout.engine import GenerationEngine, sample_seed
-from r1mega.rollout.sampler import Scorer, response_text
+from r1mega.rollout.sampler import Scorer
+from r1mega.rollout.store import SampleStore, prompt_digest
 from r1mega.stages.runtime import Runtime
-from r1mega.types import GenerationRequest, Prompt, Response, Reward, RewardStatus, SamplingSettings
+from r1mega.types import Prompt, RewardStatus, SamplingSettings
 
-FLUSH_RECORDS, FLUSH_SECONDS = 256, 1.0
-"""Finished samples are written (and synced) at the latest when there are so many, or so long after the first."""
-MAX_UNSCORED = 64
-"""Responses whose scores may still be in the making when later ones come in."""
-EVERYTHING = 2**62
+MAX_UNGRADED = 64
+"""Responses whose grades may still be in the making when later ones come in; a kill loses these."""
 
 
 @dataclass(frozen=True, slots=True)
-class SampledText:
-    """One response as it is stored. prompt: index into the prompts; text: with the prefix; tokens: the sampled ones."""
+class PosedPrompt:
+    """A prompt as it is posed: its tokens end in `prefix`, the beginning of the response. source: the way of asking."""
 
-    prompt: int
-    sample: int
-    text: str
-    tokens: int
-    finish_reason: str
-    status: str
-    parts: dict[str, float]
+    prompt: Prompt
+    prefix: tuple[int, ...] = ()
+    source: str = ""
 
 
 class Sampling:
     """Draws `num_samples` responses to each prompt. All ranks call `run` together.
 
-    prefixes: tokens at the end of each prompt that belong to its response (usually none). scores_while_sampling: False for
-    a scorer that needs the generator itself (a colocated judge): a window's samples are then scored, and stored, at its end.
+    scores_while_sampling: False for a scorer that needs the generator itself (a colocated judge): a window's samples are
+    then scored, and stored, at its end.
     """
 
     def __init__(
         self,
         runtime: Runtime,
         name: str,
-        prompts: Sequence[Prompt],
-        prefixes: Sequence[Sequence[int]],
+        posed: Sequence[PosedPrompt],
         num_samples: int,
         sampling: SamplingSettings,
         *,
@@ -69,145 +58,104 @@ class Sampling:
         window: int,
         scores_while_sampling: bool = True,
     ):
-        self._runtime, self._name, self._directory = runtime, name, runtime.run_dir / "raw"
-        self._prompts, self._prefixes, self._num_samples, self._sampling = prompts, prefixes, num_samples, sampling
-        self._window, self._tp = window, tp
-        self._max_unscored = MAX_UNSCORED if scores_while_sampling else EVERYTHING
+        self._runtime, self._name, self._posed, self._sampling = runtime, name, posed, sampling
+        draws = [draw for p in posed for draw in sample_draws(p, runtime.config.seed, name, num_samples)]
+        size = window * num_samples
+        self._windows = [draws[first : first + size] for first in range(0, len(draws), size)]
+        self._tp, self._max_ungraded = tp, MAX_UNGRADED if scores_while_sampling else sys.maxsize
         self._replica, self._num_replicas = dist.get_rank() // tp, dist.get_world_size() // tp
         self._contributes = dist.get_rank() % tp == 0
-        self._done: dict[tuple[int, int], SampledText] = {}
-        self._pending: list[dict[str, Any]] = []
-        self._oldest = 0.0
+        self._store = sample_store(runtime.run_dir, name, posed, runtime.rank)
+        self._done: dict[Key, GradedSample] = {}
 
     @property
     def num_windows(self) -> int:
-        return -(-len(self._prompts) // self._window)
+        return len(self._windows)
 
     def begin(self) -> int:
         """Read what earlier starts drew; the number of samples that are missing. A collective call, before any is drawn.
 
-        DataError when those starts had other prompts.
+        DataError when those starts had other prompts, or were of a version that kept samples in another form.
         """
-        path, asked = self._directory / f"{self._name}.json", {"prompts": len(self._prompts), "sha256": self._digest()}
-        if path.exists() and json.loads(path.read_text()) != asked:
+        raw = self._store.directory.parent
+        if any(raw.glob(f"{self._name}_*.jsonl")):
             raise DataError(
-                f"{self._directory}: its samples answer other prompts: data.prompts, the ways of asking or the tokenizer have "
-                "changed; put them back, or use another run_dir"
+                f"{raw}: {self._name}_*.jsonl are samples of an earlier version, in a form that is no longer read; end the "
+                "run with that version, use another run_dir, or remove them to draw anew"
             )
-        self._done = {(s.prompt, s.sample): s for s in read_samples(self._directory, self._name)}
+        digests = "".join(f"{p.prompt.id}\0{prompt_digest(p.prompt)}\0" for p in self._posed)
+        try:
+            settings = {"prompts": hashlib.sha256(digests.encode()).hexdigest()}
+            self._store.check_settings(settings, write=self._runtime.is_main)
+        except ConfigError as error:
+            raise DataError(
+                f"{self._store.directory}: its samples answer other prompts: data.prompts, the ways of asking or the "
+                "tokenizer have changed; put them back, or use another run_dir"
+            ) from error
+        self._done = self._store.read_graded()
         self._runtime.barrier()  # all have read before the first one writes
-        if self._runtime.is_main:
-            self._directory.mkdir(parents=True, exist_ok=True)
-            write_atomic(path, json.dumps(asked) + "\n")
-        return len(self._prompts) * self._num_samples - len(self._done)
-
-    def _digest(self) -> str:
-        """Of the prompts, in their order, as the model sees them."""
-        digest = hashlib.sha256()
-        for prompt, prefix in zip(self._prompts, self._prefixes, strict=True):
-            digest.update(f"{prompt.id}\0{len(prompt.token_ids)}\0{len(prefix)}\0".encode())
-            digest.update(array("q", prompt.token_ids).tobytes())
-        return digest.hexdigest()
+        return sum(map(len, self._windows)) - len(self._done)
 
     def finished_windows(self) -> int:
         """Windows, from the first on, of which nothing is missing."""
-        for window in range(self.num_windows):
-            if any((p, s) not in self._done for p in self._window_prompts(window) for s in range(self._num_samples)):
-                return window
-        return self.num_windows
+        unfinished = (i for i, window in enumerate(self._windows) if any(draw.key not in self._done for draw in window))
+        return next(unfinished, self.num_windows)
 
     def run(self, engine: GenerationEngine, tokenizer: Tokenizer, scorer: Scorer | None) -> bool:
         """Draw what is missing; False when asked to stop before the end (what is drawn is kept)."""
-        runtime = self._runtime
-        writer = None
-        if self._contributes:
-            self._directory.mkdir(parents=True, exist_ok=True)
-            writer = JsonLinesWriter(self._directory / f"{self._name}_{runtime.rank:05d}.jsonl", EVERYTHING)
-        try:
+        with self._store.opened():
             for window in range(self.finished_windows(), self.num_windows):
-                if not self._run_window(window, engine, tokenizer, scorer, writer):
+                if not self._run_window(window, engine, tokenizer, scorer):
                     return False
-        finally:
-            if writer is not None:
-                self._flush(writer)
-                writer.close()
-        runtime.barrier()
+        self._runtime.barrier()
         return True
 
-    def _run_window(
-        self, window: int, engine: GenerationEngine, tokenizer: Tokenizer, scorer: Scorer | None,
-        writer: JsonLinesWriter | None,
-    ) -> bool:  # fmt: skip
+    def _run_window(self, window: int, engine: GenerationEngine, tokenizer: Tokenizer, scorer: Scorer | None) -> bool:
         runtime = self._runtime
-        prompts = self._window_prompts(window)[self._replica :: self._num_replicas]
-        mine = [(prompt, sample) for prompt in prompts for sample in range(self._num_samples)]
-        todo = [key for key in mine if key not in self._done]
+        draws = self._windows[window]
+        first, last = (len(draws) * place // self._num_replicas for place in (self._replica, self._replica + 1))
+        share = draws[first:last]
+        missing = [draw for draw in share if draw.key not in self._done]
+        drawn: list[GradedSample] = []
         runtime.timer.start_step()
         with runtime.timer.phase("rollout"):
-            drawn = list(self._draw(todo, engine, tokenizer, scorer, writer, window))
-        if writer is not None:
-            self._flush(writer)
-        earlier = [self._done[key] for key in mine if key in self._done] if self._contributes else []
+            for graded in draw_samples(
+                engine, tokenizer, scorer if self._contributes else None, missing, self._sampling,
+                should_stop=lambda: self._tp == 1 and runtime.signalled,  # ranks of one generator stop between windows
+                max_ungraded=self._max_ungraded,
+            ):  # fmt: skip
+                if self._contributes:
+                    self._store.write_sample(graded.sample, graded.reward)
+                    drawn.append(graded)
+        self._store.sync()
+        earlier = [self._done[draw.key] for draw in share if draw.key in self._done] if self._contributes else []
         metrics = _metrics([*earlier, *drawn]) | runtime.timer.finish_step()
-        metrics["tokens/rollout_per_second"] = sum(s.tokens for s in drawn) / max(metrics["time/rollout_seconds"], 1e-9)
+        tokens = sum(graded.sample.length for graded in drawn)
+        metrics["tokens/rollout_per_second"] = tokens / max(metrics["time/rollout_seconds"], 1e-9)
         stopping = runtime.stop_requested()
         if not stopping and scorer is not None:  # the steps of a run are the windows of its scored samples
             runtime.write_metrics(window + 1, metrics)
         return not stopping
 
-    def _window_prompts(self, window: int) -> range:
-        return range(window * self._window, min((window + 1) * self._window, len(self._prompts)))
 
-    def _draw(
-        self, todo: Sequence[tuple[int, int]], engine: GenerationEngine, tokenizer: Tokenizer, scorer: Scorer | None,
-        writer: JsonLinesWriter | None, window: int,
-    ) -> Iterator[SampledText]:  # fmt: skip
-        """Samples in the order in which they finish; ends early when this rank is asked to stop."""
-        waiting: deque[tuple[int, int, Response, str, int | None]] = deque()
-        for completion in engine.stream([self._request(p, s) for p, s in todo]) if todo else ():
-            if not self._contributes:
-                continue
-            prompt, sample = todo[completion.request_index]
-            response = completion.response
-            text = response_text(tokenizer, response, self._prefixes[prompt])
-            ticket = None if scorer is None else scorer.submit(self._prompts[prompt], response, text)
-            waiting.append((prompt, sample, response, text, ticket))
-            if len(waiting) > self._max_unscored:
-                yield self._record(waiting.popleft(), scorer, writer, window)
-            if self._tp == 1 and self._runtime.stop_received():  # the ranks of one generator stop together, between windows
-                break
-        while waiting:
-            yield self._record(waiting.popleft(), scorer, writer, window)
-
-    def _request(self, prompt: int, sample: int) -> GenerationRequest:
-        seed = random.Random(f"{self._runtime.config.seed}/{self._name}/{self._prompts[prompt].id}").getrandbits(63)
-        return GenerationRequest(self._prompts[prompt].token_ids, 1, sample_seed(seed, sample), self._sampling)
-
-    def _record(self, item: tuple, scorer: Scorer | None, writer: JsonLinesWriter, window: int) -> SampledText:
-        prompt, sample, response, text, ticket = item
-        reward = Reward(None, {}, RewardStatus.UNJUDGED) if scorer is None else scorer.result(ticket)
-        record = {
-            "step": window + 1, "prompt": prompt, "sample": sample, "text": text, "tokens": len(response.token_ids),
-            "finish_reason": response.finish_reason, "status": str(reward.status), "parts": dict(reward.parts),
-        }  # fmt: skip
-        if not self._pending:
-            self._oldest = time.monotonic()
-        self._pending.append(record)
-        if len(self._pending) >= FLUSH_RECORDS or time.monotonic() - self._oldest > FLUSH_SECONDS:
-            self._flush(writer)
-        return _sampled(record)
-
-    def _flush(self, writer: JsonLinesWriter) -> None:
-        pending, self._pending = self._pending, []
-        writer.write(*pending)
+def sample_draws(posed: PosedPrompt, run_seed: int, name: str, num_samples: int) -> list[Draw]:
+    """All samples of a prompt. Their seeds follow from the run's seed, the name, the prompt's id and their numbers."""
+    seed = random.Random(f"{run_seed}/{name}/{posed.prompt.id}").getrandbits(63)
+    return [Draw(posed.prompt, index, sample_seed(seed, index), posed.prefix) for index in range(num_samples)]
 
 
-def _metrics(samples: Sequence[SampledText]) -> dict[str, float]:
+def sample_store(run_dir: Path, name: str, posed: Sequence[PosedPrompt], rank: int) -> SampleStore:
+    """Where the samples of this name are kept."""
+    return SampleStore(run_dir / "raw" / name, rank, [p.prompt for p in posed])
+
+
+def _metrics(samples: Sequence[GradedSample]) -> dict[str, float]:
     """Of a window's samples, over all ranks."""
     sums = torch.zeros(5, dtype=torch.float64)
-    for sample in samples:
-        accuracy = sample.parts.get("accuracy", 0.0)
-        sums += torch.tensor([1, sample.tokens, sample.finish_reason == "length", sample.status == "ok", accuracy]).double()
+    for graded in samples:
+        sample, reward = graded.sample, graded.reward
+        scored, accuracy = reward.status == RewardStatus.OK, reward.parts.get("accuracy", 0.0)
+        sums += torch.tensor([1, sample.length, sample.truncated, scored, accuracy]).double()
     dist.all_reduce(sums)  # on a CPU tensor: the default group carries those on either platform
     count, tokens, truncated, scored, accuracy = sums.tolist()
     metrics = {
@@ -219,17 +167,3 @@ def _metrics(samples: Sequence[SampledText]) -> dict[str, float]:
     if scored:
         metrics |= {"reward/accuracy": accuracy / scored, "reward/excluded_fraction": 1 - scored / count}
     return metrics
-
-
-def read_samples(directory: Path, name: str) -> list[SampledText]:
-    """All stored samples of this name, in the order of prompts and samples, whichever ranks drew them."""
-    found = {}
-    for path in sorted(directory.glob(f"{name}_*.jsonl")):
-        for record in read_json_lines(path):
-            sample = _sampled(record)
-            found.setdefault((sample.prompt, sample.sample), sample)
-    return [found[key] for key in sorted(found)]
-
-
-def _sampled(record: dict[str, Any]) -> SampledText:
-    return SampledText(**{name: record[name] for name in SampledText.__slots__})

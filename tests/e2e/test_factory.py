@@ -73,13 +73,13 @@ def test_cold_start_data_are_right_readable_and_counted(cold_start):
     assert len({line["prompt_id"] for line in lines}) == len(lines), "one of a prompt"
     assert {line["source"] for line in lines} <= {"prompting 1", "prompting 2", "prompting 3"}
     first = card["funnel"][0]
-    assert first["seen"] == 64 * 16 == len(read(cold_start / "raw/samples_00000.jsonl"))
+    assert first["seen"] == 64 * 16 == len(read(cold_start / "raw/samples/samples-00000.jsonl"))
     left = first["seen"]
     for count in card["funnel"]:
         assert count["seen"] == left
         left -= count["taken"]
     assert left == len(lines) == card["samples"]
-    assert len({r["prompt"] for r in read(cold_start / "raw/samples_00000.jsonl")}) == 64
+    assert len({r["prompt_id"] for r in read(cold_start / "raw/samples/samples-00000.jsonl")}) == 64
 
 
 def test_factory_data(whole_run, nano_base):
@@ -98,20 +98,20 @@ def test_factory_data(whole_run, nano_base):
 
 def test_killed_and_gone_on_with_two_ranks_gives_the_same_files(factory_arguments, whole_run, tmp_path):
     run_dir = tmp_path / "run"
-    raw = run_dir / "raw/samples_00000.jsonl"
+    raw = run_dir / "raw/samples/samples-00000.jsonl"
     kill_when(lambda: raw.exists() and raw.read_text().count("\n") >= 20, *factory_arguments(run_dir), log=tmp_path / "log")
     drawn = [json.loads(line) for line in raw.read_text().split("\n")[:-1]]
     assert 20 <= len(drawn) < 64 * 12
     r1mega(*factory_arguments(run_dir), num_ranks=2)
     for name in ("train.jsonl", "card.json", "card.md"):
         assert (run_dir / "data" / name).read_text() == (whole_run / "data" / name).read_text(), name
-    stored = [record for path in sorted((run_dir / "raw").glob("*.jsonl")) for record in read(path)]
-    assert len(stored) == len({(r["prompt"], r["sample"]) for r in stored}) == 64 * 12, "nothing was drawn twice"
+    stored = [record for path in sorted((run_dir / "raw/samples").glob("*.jsonl")) for record in read(path)]
+    assert len(stored) == len({(r["prompt_id"], r["index"]) for r in stored}) == 64 * 12, "nothing was drawn twice"
     assert stored[: len(drawn)] == drawn
 
 
 def test_prompts_that_changed_under_a_run_are_noticed(factory_arguments, whole_run, nano_base, tmp_path):
-    """Samples are kept by their prompt's place: those of an earlier start must not be taken for answers to other questions."""
+    """A start after a kill must not go on with other prompts than those that were sampled, or with the same in another order."""
     run_dir = tmp_path / "run"
     shutil.copytree(whole_run, run_dir)
     (run_dir / "status.json").write_text(json.dumps(json.loads((run_dir / "status.json").read_text()) | {"state": "interrupted"}))
@@ -141,7 +141,7 @@ def test_rewriting_by_a_model_is_verified_again(nano_base, tmp_path):
     )  # fmt: skip
     funnel = {count["name"]: count for count in json.loads((run_dir / "data/card.json").read_text())["funnel"]}
     right = funnel["no reasoning and summary"]["seen"] - funnel["no reasoning and summary"]["taken"]
-    rewritten = read(run_dir / "raw/rewritten_00000.jsonl")
+    rewritten = read(run_dir / "raw/rewritten/samples-00000.jsonl")
     assert len(rewritten) == right == funnel["not rewritten by the model"]["seen"] > 0
     assert funnel["rewritten: low accuracy"]["taken"] > 0
     kept = read(run_dir / "data/train.jsonl") if done.returncode == 0 else []

@@ -1,1 +1,1 @@
-"""Sampling: the engine protocol and the engines behind it."""
+"""Sampling: the engine protocol, the engines behind it, groups for training, and single samples that are kept."""

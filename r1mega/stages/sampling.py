@@ -65,6 +65,7 @@ class Sampling:
         self._tp, self._max_ungraded = tp, MAX_UNGRADED if scores_while_sampling else sys.maxsize
         self._replica, self._num_replicas = dist.get_rank() // tp, dist.get_world_size() // tp
         self._contributes = dist.get_rank() % tp == 0
+        self._scores = self._contributes or not scores_while_sampling  # the ranks of a generator ask it together
         self._store = sample_store(runtime.run_dir, name, posed, runtime.rank)
         self._done: dict[Key, GradedSample] = {}
 
@@ -120,7 +121,7 @@ class Sampling:
         runtime.timer.start_step()
         with runtime.timer.phase("rollout"):
             for graded in draw_samples(
-                engine, tokenizer, scorer if self._contributes else None, missing, self._sampling,
+                engine, tokenizer, scorer if self._scores else None, missing, self._sampling,
                 should_stop=lambda: self._tp == 1 and runtime.signalled,  # ranks of one generator stop between windows
                 max_ungraded=self._max_ungraded,
             ):  # fmt: skip

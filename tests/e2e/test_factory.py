@@ -147,3 +147,18 @@ def test_rewriting_by_a_model_is_verified_again(nano_base, tmp_path):
     kept = read(run_dir / "data/train.jsonl") if done.returncode == 0 else []
     assert done.returncode in (0, 3) and all(is_right(line) for line in kept)
     assert done.returncode == 0 or "no sample passed the filters" in done.stdout
+
+
+def test_both_ranks_of_a_generator_ask_it_for_its_judgement(nano_base, tmp_path):
+    """A model this small gives no verdict: what has a reply to judge is kept as unjudged, and none passes the filters."""
+    run_dir = tmp_path / "run"
+    done = r1mega(
+        *small(run_dir, nano_base, "rejection_sampling", f"model.path={nano_base}/hf"),
+        f"data.prompts=[{nano_base}/data/general_train.jsonl]", f"general.files=[{nano_base}/data/general_sft_train.jsonl]",
+        "max_prompts=4", "rollout.tp=2", "reward.judge.weight=1", "reward.judge.engine=policy", "reward.judge.max_tokens=8",
+        "reward.judge.prompt='{{ question }} {{ response }}'", num_ranks=2, check=False,
+    )  # fmt: skip
+    assert done.returncode != 0 and "no sample passed the filters" in done.stdout
+    (raw,) = (run_dir / "raw/samples").glob("*.jsonl")
+    unjudged = {record["reason"].split(" in ")[0] for record in read(raw) if record["status"] == "unjudged"}
+    assert unjudged == {"judge: no verdict"}

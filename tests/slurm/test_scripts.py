@@ -89,3 +89,18 @@ def test_what_stands_before_a_rank(variables, end, python):
     assert (code, len(lines), lines[-1]) == (0, 2, python), errors
     assert lines[0].startswith("srun --kill-on-bad-exit=1 ") and lines[0].endswith(end)
     assert f"--output={REPOSITORY}/logs/zero-7/rank-%t.log" in lines[0]
+
+
+@pytest.mark.parametrize(("unit", "rest", "code"), [(0, 0, 0), (1, 0, 1), (0, 1, 1)])
+def test_the_tests_exit_code_is_that_of_either_half(tmp_path, unit, rest, code):
+    """With a set-up that does nothing and a Python that ends as it is told; both halves print."""
+    (tmp_path / "test.sh").write_text((REPOSITORY / "launch/test.sh").read_text())
+    python = tmp_path / "python"
+    python.write_text(f'#!/usr/bin/env bash\necho "$@"; [[ "$*" == *--ignore=tests/unit* ]] && exit {rest}; exit {unit}\n')
+    python.chmod(0o755)
+    (tmp_path / "common.sh").write_text(
+        f"set -euo pipefail\nPYTHON={python}\napt_install() {{ :; }}\nset_up() {{ :; }}\n"
+    )
+    ended, lines, errors = bash(str(tmp_path / "test.sh"))
+    assert ended == code, errors
+    assert [line.split()[-1] for line in lines] == ["--ignore=tests/unit", "tests/unit"]

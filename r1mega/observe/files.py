@@ -68,7 +68,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 class JsonLinesWriter:
-    """Appends JSON objects to a file, each synced to disk before `write` returns.
+    """Appends JSON objects to a file, each in the file and (but for `sync=False`) on disk before `write` returns.
 
     resume_step: keep the lines with "step" <= resume_step (atomically) and append after them; None: start afresh.
     last: the last record of the file, an earlier start's at first; None without any.
@@ -87,13 +87,21 @@ class JsonLinesWriter:
         """The step of the last record."""
         return None if self.last is None else self.last["step"]
 
-    def write(self, *records: Mapping[str, Any]) -> None:
-        """Append one line a record, in one write. Each record needs an integer "step"."""
+    def write(self, *records: Mapping[str, Any], sync: bool = True) -> None:
+        """Append one line a record, in one write. Each record needs an integer "step".
+
+        sync: False leaves it to `sync`: the lines outlive a kill of this process at once, one of the machine later.
+        """
         if not records:
             return
         self._file.write("".join(_line(record) for record in records).encode())
-        os.fsync(self._file.fileno())
+        if sync:
+            self.sync()
         self.last = dict(records[-1])
+
+    def sync(self) -> None:
+        """Bring what was written to disk."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()

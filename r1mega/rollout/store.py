@@ -26,19 +26,18 @@ from r1mega.types import Prompt, Reward, RewardStatus
 
 SETTINGS_FILE = "settings.json"
 SYNC_SECONDS = 0.25
-"""Lines that come sooner than this after the last sync wait for the next line, so that a fast generator does not wait for
-the disk at every sample."""
+"""A line that comes sooner than this after the last sync is in the file at once, and on disk with the next one: a fast
+generator does not wait for the disk at every sample."""
 
 
 class SampleStore:
-    """The samples of some prompts in one directory. Once every rank has left `opened`, any may read what all have written."""
+    """The samples of some prompts in one directory. Once every rank has left `opened`, any may read what all wrote."""
 
     def __init__(self, directory: Path, rank: int, prompts: Sequence[Prompt]):
         self.directory = Path(directory)
         self._rank = rank
         self._digests = {prompt.id: prompt_digest(prompt) for prompt in prompts}
         self._writers: dict[str, JsonLinesWriter] = {}
-        self._waiting: list[tuple[str, dict[str, Any]]] = []
         self._synced = 0.0
 
     def check_settings(self, settings: Mapping[str, Any], *, write: bool) -> None:
@@ -94,7 +93,7 @@ class SampleStore:
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[None]:
-        """Where to write. All lines are durable at its end; a line that a kill cut short goes from a file written to."""
+        """Where to write. All lines are on disk at its end; a line that a kill cut short goes from a file written to."""
         try:
             yield
         finally:
@@ -104,29 +103,26 @@ class SampleStore:
             self._writers.clear()
 
     def write_sample(self, sample: Sample, reward: Reward | None = None) -> None:
-        """Durable at once, or (see SYNC_SECONDS) with the next line. reward: to keep the sample with its grade or not at all."""
+        """Safe from a kill when this returns. reward: to keep the sample with its grade, or not at all."""
         line = {"prompt_id": sample.prompt_id, "index": sample.index, "prompt": self._digests[sample.prompt_id]}
         line |= {"length": sample.length, "truncated": sample.truncated, "text": sample.text}
         self._write("samples", line if reward is None else line | _grade(reward))
 
     def write_grade(self, graded: GradedSample) -> None:
-        """The grade of a sample that was written before. Durable as samples are."""
+        """The grade of a sample that was written before. Safe from a kill when this returns."""
         self._write("grades", {"prompt_id": graded.sample.prompt_id, "index": graded.sample.index, **_grade(graded.reward)})
 
     def sync(self) -> None:
-        """Make all lines durable now."""
-        waiting, self._waiting = self._waiting, []
-        for kind in sorted({kind for kind, _ in waiting}, reverse=True):  # samples before their grades
-            if kind not in self._writers:
-                path = self.directory / f"{kind}-{self._rank:05d}.jsonl"
-                self._writers[kind] = JsonLinesWriter(path, sys.maxsize)
-            writer = self._writers[kind]
-            lines = (line for name, line in waiting if name == kind)
-            writer.write(*({"step": step, **line} for step, line in enumerate(lines, (writer.last_step or 0) + 1)))
+        """Bring all lines to disk now."""
+        for writer in self._writers.values():
+            writer.sync()
         self._synced = time.monotonic()
 
     def _write(self, kind: str, line: dict[str, Any]) -> None:
-        self._waiting.append((kind, line))
+        if kind not in self._writers:
+            self._writers[kind] = JsonLinesWriter(self.directory / f"{kind}-{self._rank:05d}.jsonl", sys.maxsize)
+        writer = self._writers[kind]
+        writer.write({"step": (writer.last_step or 0) + 1, **line}, sync=False)
         if time.monotonic() - self._synced > SYNC_SECONDS:
             self.sync()
 

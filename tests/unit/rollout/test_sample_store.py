@@ -77,22 +77,21 @@ def test_a_sample_may_be_kept_with_its_grade_or_not_at_all(tmp_path):
     assert set(store.read()[0]) == set(store.read()[1]) == {("a", 0)}
 
 
-def test_when_lines_are_on_disk(tmp_path, monkeypatch):
-    """A lone line at once; of lines that come close together the later ones with the next, or at the end."""
-    now = [100.0]
-    monkeypatch.setattr("r1mega.rollout.store.time.monotonic", lambda: now[0])
+def test_lines_are_written_at_once_and_synced_now_and_then(tmp_path, monkeypatch):
+    """Each is in the file when the call returns; of lines that come close together the later ones share a sync."""
+    now, synced = [100.0], []
     store = SampleStore(tmp_path, 0, PROMPTS)
-    found = []
     with store.opened():
-        for index, pause in enumerate((0, 0.01, 0.01, 0.3, 9.0, 0.01)):
+        store.write_sample(graded(PROMPTS[1], 0).sample)  # the file itself is made durable too
+        monkeypatch.setattr("r1mega.rollout.store.time.monotonic", lambda: now[0])
+        store.sync()
+        monkeypatch.setattr("r1mega.observe.files.os.fsync", lambda descriptor: synced.append(len(store.read()[0])))
+        for index, pause in enumerate((9.0, 0.01, 0.01, 0.3, 9.0, 0.01)):
             now[0] += pause
             store.write_sample(graded(PROMPTS[0], index).sample)
-            found.append(len(store.read()[0]))
-        store.write_grade(graded(PROMPTS[0], 5))
-        store.sync()
-        assert len(store.read()[0]) == 6 and len(store.read_graded()) == 1
-        store.write_sample(graded(PROMPTS[1], 0).sample)
-    assert found == [1, 1, 1, 4, 5, 5] and len(store.read()[0]) == 7
+            assert len(store.read()[0]) == index + 2
+        assert synced == [2, 5, 6]
+    assert synced == [2, 5, 6, 7]
 
 
 def test_other_settings_and_prompts_are_refused(tmp_path):

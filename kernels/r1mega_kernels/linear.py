@@ -80,6 +80,7 @@ class _LinearLogProb(torch.autograd.Function):
     def forward(
         ctx, hidden, weight, width, targets, inverse, vocab_start, group, buffer_bytes, reduce_grad, use_reference
     ):
+        """[3, T]: log-prob, entropy and logsumexp, by blocks of rows whose logits fit the buffer."""
         op = kernels(use_reference)
         count = hidden.shape[0]
         step = min(max(1, count), block_size(width, hidden.element_size(), buffer_bytes))
@@ -102,7 +103,8 @@ class _LinearLogProb(torch.autograd.Function):
         return results
 
     @staticmethod
-    def backward(ctx, grads):  # noqa: D102 (autograd protocol)
+    def backward(ctx, grads):
+        """Gradients of hidden and weight, by blocks of the vocabulary; the weight's goes into main_grad if it has one."""
         hidden, weight, targets, inverse, stats, entropy = ctx.saved_tensors
         count, width = hidden.shape[0], ctx.width
         wide = torch.promote_types(hidden.dtype, torch.float32)

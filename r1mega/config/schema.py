@@ -72,7 +72,7 @@ class OptimizerConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """torch_dist checkpoints under RUN_DIR/checkpoints/step_XXXXXX."""
+    """torch_dist checkpoints under RUN_DIR/checkpoints/step_NNNNNN."""
 
     every_steps: PositiveInt = 10
     keep: PositiveInt = 2

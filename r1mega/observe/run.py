@@ -4,7 +4,7 @@
     RUN_DIR/environment.json   versions, commit, platform RUN_DIR/samples.jsonl   sampled responses
     RUN_DIR/status.json        running, finished, ...     RUN_DIR/tensorboard/    events
     RUN_DIR/lock               held while a run is alive  RUN_DIR/evaluations.jsonl one line an evaluation
-    RUN_DIR/checkpoints/       step_XXXXXX
+    RUN_DIR/checkpoints/       step_NNNNNN
 """
 
 from __future__ import annotations

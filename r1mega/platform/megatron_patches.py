@@ -240,6 +240,7 @@ class _Loader(importlib.machinery.SourceFileLoader):
         self._patches, self._cpu, self._names = patches, cpu, names
 
     def get_code(self, fullname: str) -> CodeType | None:
+        """See importlib. Raises PlatformError where a patch finds no longer what it replaces."""
         with open(self.path, encoding="utf-8") as file:
             original = file.read()
         module = fullname.removeprefix("megatron.core.")
@@ -272,6 +273,7 @@ class _Finder(importlib.abc.MetaPathFinder):
             }
 
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None):
+        """See importlib. None for every module but those of megatron.core that are to be changed."""
         if not fullname.startswith("megatron.core."):
             return None
         patches = self.by_module.get(fullname.removeprefix("megatron.core."), ())

@@ -66,6 +66,7 @@ class ColdStartStage(FactoryStage):
     max_samples: PositiveInt | None = 10_000  # paper: thousands
 
     def problems(self, hf: dict[str, Any], world: int) -> Iterator[str]:
+        """See Stage. Also few-shot files, rewriting rules and the model that rewrites."""
         yield from super().problems(hf, world)
         yield from missing_file_problems(("prompting.few_shot", p.few_shot) for p in self.prompting if p.few_shot)
         for rule in self.rewrite.rules:

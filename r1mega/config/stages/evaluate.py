@@ -77,6 +77,7 @@ class EvaluateStage(Stage):
         return stored.get("asked") == self.asked()
 
     def problems(self, hf: dict[str, Any], world: int) -> Iterator[str]:
+        """See Stage. Weights, data files and the keys of each task."""
         yield from weights_problems(self.model.path, hf)
         yield from missing_file_problems((f"tasks.{name}.data", task.data) for name, task in self.chosen.items())
         context = context_length(hf) if hf else None

@@ -49,6 +49,7 @@ class RewardModelStage(TrainingStage):
         return self.reads or ("summary" if self.objective == "pairwise" else "response")
 
     def problems(self, hf: dict[str, Any], world: int) -> Iterator[str]:
+        """See Stage. Weights, data files and lengths."""
         yield from weights_problems(self.model.path, hf)
         files = [("data.files", self.data.files), ("data.held_out", self.data.held_out)]
         yield from missing_file_problems([(key, path) for key, paths in files for path in paths])

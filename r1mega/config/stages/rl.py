@@ -78,6 +78,7 @@ class RLStage(TrainingStage):
         return [self.data, *(self.data.model_copy(update={"prompts": (file,)}) for file in files)]
 
     def problems(self, hf: dict[str, Any], world: int) -> Iterator[str]:
+        """See Stage. Weights, data files, generator, batch sizes, lengths and rewards."""
         yield from weights_problems(self.model.path, hf)
         yield from context_problems(hf, self.data, self.rollout)
         evaluation = [] if self.evaluate.data is None else [("evaluate.data", self.evaluate.data)]

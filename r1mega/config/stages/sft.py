@@ -65,6 +65,7 @@ class SFTStage(TrainingStage):
         return self.tokenizer or self.model.path
 
     def problems(self, hf: dict[str, Any], world: int) -> Iterator[str]:
+        """See Stage. Weights or init_std, data files, tokenizer and lengths."""
         yield from missing_file_problems(("data.files", path) for path in self.data.files)
         has_weights = holds_weights(self.model.path)
         if self.init_std is None and not has_weights:

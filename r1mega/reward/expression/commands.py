@@ -143,6 +143,7 @@ class LatexCommands:
                 return
 
     def environment(self) -> Node:
+        """After \\begin: a matrix, or a system of equations, up to \\end{...}."""
         name = "".join(self.tokens[self.at : self._after_group()]).strip("{}").replace(OPEN_TEXT, "")
         if name == "array" and self.peek() == "{":
             self._after_group()

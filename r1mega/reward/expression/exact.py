@@ -34,6 +34,7 @@ def symbols(node: Node) -> frozenset[str]:
 
 
 def walk_symbols(node: Any) -> Iterator[str]:
+    """Names of symbols, of texts ("text:...") and of unknown functions ("f()"), as often as they occur."""
     if isinstance(node, tuple) and node:
         if node[0] == "sym":
             yield node[1]
@@ -68,6 +69,7 @@ def exact(node: Node) -> Fraction | None:
 
 
 def exact_or_raise(node: Node) -> Fraction:
+    """The rational value. Raises NotRationalError, ZeroDivisionError and UndefinedError (TooLargeError too)."""
     tag = node[0]
     if tag == "num":
         value = node[1]

@@ -164,6 +164,7 @@ class Parser(LatexCommands):
         return ("ratio", tuple(items)) if len(items) > 1 else items[0]
 
     def sum(self) -> Node:
+        """Terms with their signs; \\pm and \\mp are read with the sign of this reading."""
         items = []
         while True:
             negative = False
@@ -179,6 +180,7 @@ class Parser(LatexCommands):
                 return ("add", tuple(items)) if len(items) > 1 else items[0]
 
     def product(self) -> Node:
+        """Factors joined by a sign of multiplication or division, or by standing side by side."""
         node = self.factor()
         while True:
             token = self.peek()
@@ -225,6 +227,7 @@ class Parser(LatexCommands):
         return not (token in ("|", "\\rvert") and self.bars > 0) or token == "\\lvert"
 
     def factor(self) -> Node:
+        """A primary with what follows it: powers, degrees, factorials, percent, primes, subscripts."""
         node = self.primary()
         while True:
             token = self.peek()
@@ -250,6 +253,7 @@ class Parser(LatexCommands):
                 return node
 
     def power(self, base: Node) -> Node:
+        """After ^: an exponent, degrees (^\\circ) or a prime (^\\prime)."""
         token = self.peek()
         if token == "\\circ" or self.tokens[self.at : self.at + 3] == ["{", "\\circ", "}"]:
             self.at += 1 if token == "\\circ" else 3

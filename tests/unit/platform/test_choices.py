@@ -126,6 +126,7 @@ def test_published_spelling_of_yarn_is_read():
 
 
 def test_one_process_gets_groups_of_its_own_and_gives_them_back(monkeypatch):
+    groups.destroy()  # what an earlier test in this process may have left
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     import torch.distributed as dist

@@ -22,14 +22,16 @@ from r1mega.platform import groups  # noqa: E402
 from r1mega.train.packing import build_microbatch  # noqa: E402
 from r1mega.train.policy import Policy  # noqa: E402
 
-SEQUENCES = [[i * 7 % 90 + 1 for i in range(start, start + 12)] for start in range(8)]
+SEQUENCES = [[i * 7 % 90 + 1 for i in range(start, start + 16)] for start in range(8)]
 PROMPT = 4
 
 
-def make_policy(config: dict[str, Any], layout: dict[str, int], dtype: str, init_std: float | None = None) -> Policy:
+def make_policy(
+    config: dict[str, Any], layout: dict[str, int], dtype: str, init_std: float | None = None, fp8: str = "off"
+) -> Policy:
     groups.init_parallel(ParallelConfig(**layout), seed=1)
     mtp = 0.3 if config.get("num_nextn_predict_layers") else 0.0
-    model = ModelConfig(path="unused", dtype=dtype, mtp_loss_coefficient=mtp, expert_bias_update_rate=1e-2)
+    model = ModelConfig(path="unused", dtype=dtype, fp8=fp8, mtp_loss_coefficient=mtp, expert_bias_update_rate=1e-2)
     return Policy(
         model, config, ParallelConfig(**layout),
         OptimizerConfig(lr=1e-2, warmup_steps=2, weight_decay=0.1, eps=1e-3),  # eps: rounding is no direction
@@ -77,10 +79,12 @@ def load_converted(cases: list[tuple[Path, dict[str, int], Path]]) -> dict[str, 
     return differences
 
 
-def save_run(run: Path, config: dict[str, Any], layout: dict[str, int], source: Path, dtype: str, asynchronous: bool):
+def save_run(
+    run: Path, config: dict[str, Any], layout: dict[str, int], source: Path, dtype: str, asynchronous: bool, fp8: str = "off"
+) -> None:
     """Two steps, a checkpoint, two more steps; what an uninterrupted run gives: losses, and every weight at the end."""
     groups.init_distributed()
-    policy = make_policy(config, layout, dtype)
+    policy = make_policy(config, layout, dtype, fp8=fp8)
     policy.load_pretrained(source)
     store = CheckpointStore(run, keep=2, architecture=architecture_of(config), asynchronous=asynchronous)
     store.save(0, policy.sharded_state(is_loading=False), {})  # before the first step
@@ -96,17 +100,22 @@ def save_run(run: Path, config: dict[str, Any], layout: dict[str, int], source: 
     groups.destroy()
 
 
-def resume_run(run: Path, config: dict[str, Any], cases: list[tuple[dict[str, int], int]]) -> dict[str, Any]:
+def resume_run(
+    run: Path, config: dict[str, Any], cases: list[tuple[dict[str, int], int]], dtype: str = "float32", fp8: str = "off"
+) -> dict[str, Any]:
     """In each layout, from the checkpoint of a step: the steps up to 4. {case: (losses, largest weight difference)}."""
     groups.init_distributed()
     expected = torch.load(run / "uninterrupted.pt")
     results = {}
     for layout, step in cases:
-        policy = make_policy(config, layout, "float32")
+        policy = make_policy(config, layout, dtype, fp8=fp8)
         store = CheckpointStore(run, keep=2, architecture=architecture_of(config))
         assert store.latest().name == "step_000002"
         state, progress = store.load(store.directory / f"step_{step:06d}", policy.sharded_state(is_loading=True))
         policy.load_sharded_state(state)
+        if step == 2:
+            at_save = expected["at_save"]
+            assert not [name for name, tensor in policy.hf_tensors() if not torch.equal(tensor, at_save[name])]
         losses = [update(policy) for _ in range(progress["step"], 4)]
         difference = max(
             float((tensor - expected["weights"][name]).abs().max()) for name, tensor in policy.hf_tensors()

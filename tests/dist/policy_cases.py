@@ -23,7 +23,12 @@ MODELS = {
     "qwen3_untied": DENSE | ODD | {"model_type": "qwen3", "head_dim": 24, "tie_word_embeddings": False},
 }
 CASES = {
-    1: [Case("grpo", {}), Case("grpo", {}, ratio="sequence"), Case("grpo", {}, log_probs="hidden")],
+    1: [
+        Case("grpo", {}),
+        Case("grpo", {}, ratio="sequence"),
+        Case("grpo", {}, log_probs="hidden"),
+        Case("labels", {}, model="mtp", aux=0.1, recompute="full"),
+    ],
     2: [
         Case("grpo", {}),
         Case("grpo", {"tp": 2}),
@@ -69,7 +74,7 @@ def write_expectations(directory: Path, cases: Iterable[Case]) -> None:
         if case.kind == "grpo":
             take_grpo_steps(expected, case.ratio)
         else:
-            alone[path] = dataclasses.replace(case, layout={})
+            alone[path] = dataclasses.replace(case, layout={}, recompute="none")
         torch.save(expected, path)
     if alone:
         launch(one_rank, 1, directory, list(alone.values()))

@@ -43,7 +43,7 @@ def measured(expectations):
     ("ranks", "case"),
     [pytest.param(ranks, case, id=f"{ranks}-{case.name}") for ranks in CASES for case in CASES[ranks]],
 )
-def test_steps_equal_those_of_one_process(measured, ranks, case):
+def test_steps_equal_those_of_one_process(expectations, measured, ranks, case):
     for rank, results in enumerate(measured(ranks)):
         result = results[case.name]
-        assert not large(result), (rank, result)
+        assert not large(expectations, case, result), (rank, result)

@@ -39,16 +39,22 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory):
+def expectations(tmp_path_factory):
+    """A directory for what every case must reproduce."""
+    return tmp_path_factory.mktemp("expected")
+
+
+@pytest.fixture(scope="module")
+def measured(expectations):
     """ranks -> per-rank results; one set of processes runs all layouts of as many ranks."""
-    directory, done = tmp_path_factory.mktemp("expected"), {}
+    done = {}
 
     def get(ranks: int) -> list[dict]:
         if ranks not in done:
-            write_expectations(directory, CASES[ranks])
+            write_expectations(expectations, CASES[ranks])
             try:
                 done[ranks] = launch(
-                    run_cases, ranks, directory, CASES[ranks], timeout_seconds=300, prepare=stand_in.install
+                    run_cases, ranks, expectations, CASES[ranks], timeout_seconds=300, prepare=stand_in.install
                 )
             except RankError as error:  # once a set, not once a layout
                 done[ranks] = error
@@ -63,7 +69,7 @@ def measured(tmp_path_factory):
     ("ranks", "case"),
     [pytest.param(ranks, case, id=f"{ranks}-{case.name}") for ranks in CASES for case in CASES[ranks]],
 )
-def test_steps_equal_those_of_the_local_layers(measured, ranks, case):
+def test_steps_equal_those_of_the_local_layers(expectations, measured, ranks, case):
     for rank, results in enumerate(measured(ranks)):
         result = results[case.name]
-        assert not large(result), (rank, result)
+        assert not large(expectations, case, result), (rank, result)

@@ -239,9 +239,11 @@ def _build_chunk(hf: Mapping[str, Any], config: Any, init_std: float | None, vir
         if ".experts." in name and ".shared_experts." not in name:
             # with EP 1 and ETP != TP Megatron would reduce expert gradients over the dense data-parallel group
             parameter.allreduce = False
+            # Transformer Engine 2.20 leaves it out, and the gradient norm would lack the experts of all but one rank of TP
+            parameter.tensor_model_parallel = True
         if name.endswith("_down_proj.weight"):
-            # latent attention's, whole on every tensor-parallel rank: Transformer Engine marks them as slices, and the
-            # gradient norm would count them tp times
+            # latent attention's, whole on every rank of TP: Transformer Engine marks them as slices, and the gradient norm
+            # would count them tp times
             parameter.tensor_model_parallel = False
         if init_std is None:
             torch.nn.init.constant_(parameter, float("nan"))

@@ -16,7 +16,7 @@ from megatron.core.dist_checkpointing import ShardedTensor  # noqa: E402
 from megatron.core.dist_checkpointing.dict_utils import nested_values  # noqa: E402
 from megatron.core.dist_checkpointing.mapping import apply_factories  # noqa: E402
 
-from r1mega.checkpoint.names import export_hf, load_hf  # noqa: E402
+from r1mega.checkpoint.names import export_hf, load_hf, local_entries  # noqa: E402
 from r1mega.checkpoint.store import MODEL_METADATA  # noqa: E402
 from r1mega.model.build import build_model  # noqa: E402
 from r1mega.platform import groups  # noqa: E402
@@ -39,7 +39,7 @@ def describe(directory: Path, models: dict[str, dict[str, Any]], layouts: list[L
                 "different": [n for n, t in exported.items() if not torch.equal(t, state[n])],
                 "missing": sorted(state.keys() - exported.keys()),
                 "sharded": sharded(chunks),
-                "counted": [n for c in chunks for n, p in c.named_parameters() if is_counted_on_every_rank(p)],
+                "counted": counted_on_every_rank(chunks),
             }
         ps.destroy_model_parallel()
     groups.destroy()
@@ -54,6 +54,14 @@ def sharded(chunks: list[Any]) -> dict[str, tuple[int, ...]]:
     return {item.key: tuple(item.global_shape) for item in tensors}
 
 
-def is_counted_on_every_rank(parameter: torch.nn.Parameter) -> bool:
-    """Whether the gradient norm adds up this parameter over the tensor-parallel ranks."""
-    return bool(getattr(parameter, "tensor_model_parallel", False))
+def counted_on_every_rank(chunks: list[Any]) -> set[str]:
+    """HF names of what the gradient norm adds up over the tensor-parallel ranks."""
+    counted = {
+        (i, name)
+        for i, chunk in enumerate(chunks) for name, parameter in chunk.named_parameters()
+        if getattr(parameter, "tensor_model_parallel", False)
+    }  # fmt: skip
+    return {
+        hf for i, chunk in enumerate(chunks) for entry, _ in local_entries([chunk])
+        if (i, entry.name) in counted for hf in entry.hf_names
+    }  # fmt: skip

@@ -91,12 +91,13 @@ def test_fp8_goes_on_to_the_last_bit_in_the_layout_that_saved(fp8_runs, recipe):
 
 
 @pytest.mark.parametrize(
-    ("ranks", "layout", "prepare"), [(2, {"tp": 2, "ep": 2}, ENGINE), (1, {}, LOCAL)], ids=["tp2 ep2 in FP8", "local"]
+    ("ranks", "layout", "prepare", "recipes"),
+    [(2, {"tp": 2, "ep": 2}, ENGINE, {"blockwise": "blockwise"}), (1, {}, LOCAL, dict.fromkeys(RECIPES, "off"))],
+    ids=["tp2 ep2 in FP8", "local"],
 )
-def test_fp8_checkpoints_load_in_another_layout_and_without_fp8(fp8_runs, ranks, layout, prepare):
+def test_fp8_checkpoints_load_in_another_layout_and_without_fp8(fp8_runs, ranks, layout, prepare, recipes):
     """Weights, moments and (empty) extra states; the steps after it are in 8 bits, in another order, or not in 8 bits."""
     base, config, _ = fp8_runs
-    recipes = {recipe: recipe if prepare else "off" for recipe in RECIPES}
     for results in launch(resume, ranks, base, config, layout, recipes, timeout_seconds=300, prepare=prepare):
         for recipe, (changed, losses, _weights) in results.items():
             assert not_aliases(changed) == [], recipe

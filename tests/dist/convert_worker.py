@@ -22,14 +22,16 @@ from r1mega.platform import groups  # noqa: E402
 from r1mega.train.packing import build_microbatch  # noqa: E402
 from r1mega.train.policy import Policy  # noqa: E402
 
-SEQUENCES = [[i * 7 % 90 + 1 for i in range(start, start + 12)] for start in range(8)]
+SEQUENCES = [[i * 7 % 90 + 1 for i in range(start, start + 16)] for start in range(8)]
 PROMPT = 4
 
 
-def make_policy(config: dict[str, Any], layout: dict[str, int], dtype: str, init_std: float | None = None) -> Policy:
+def make_policy(
+    config: dict[str, Any], layout: dict[str, int], dtype: str, init_std: float | None = None, fp8: str = "off"
+) -> Policy:
     groups.init_parallel(ParallelConfig(**layout), seed=1)
     mtp = 0.3 if config.get("num_nextn_predict_layers") else 0.0
-    model = ModelConfig(path="unused", dtype=dtype, mtp_loss_coefficient=mtp, expert_bias_update_rate=1e-2)
+    model = ModelConfig(path="unused", dtype=dtype, fp8=fp8, mtp_loss_coefficient=mtp, expert_bias_update_rate=1e-2)
     return Policy(
         model, config, ParallelConfig(**layout),
         OptimizerConfig(lr=1e-2, warmup_steps=2, weight_decay=0.1, eps=1e-3),  # eps: rounding is no direction
@@ -77,10 +79,12 @@ def load_converted(cases: list[tuple[Path, dict[str, int], Path]]) -> dict[str, 
     return differences
 
 
-def save_run(run: Path, config: dict[str, Any], layout: dict[str, int], source: Path, dtype: str, asynchronous: bool):
+def save_run(
+    run: Path, config: dict[str, Any], layout: dict[str, int], source: Path, dtype: str, asynchronous: bool, fp8: str = "off"
+) -> None:
     """Two steps, a checkpoint, two more steps; what an uninterrupted run gives: losses, and every weight at the end."""
     groups.init_distributed()
-    policy = make_policy(config, layout, dtype)
+    policy = make_policy(config, layout, dtype, fp8=fp8)
     policy.load_pretrained(source)
     store = CheckpointStore(run, keep=2, architecture=architecture_of(config), asynchronous=asynchronous)
     store.save(0, policy.sharded_state(is_loading=False), {})  # before the first step
@@ -96,7 +100,9 @@ def save_run(run: Path, config: dict[str, Any], layout: dict[str, int], source: 
     groups.destroy()
 
 
-def resume_run(run: Path, config: dict[str, Any], dtype: str, cases: list[tuple[dict[str, int], int]]) -> dict[str, Any]:
+def resume_run(
+    run: Path, config: dict[str, Any], dtype: str, cases: list[tuple[dict[str, int], int]], fp8: str = "off"
+) -> dict[str, Any]:
     """In each layout, from the checkpoint of a step: save it again, then the steps up to 4.
 
     {case: (tensors that the second checkpoint has otherwise, largest difference of losses, of weights)}.
@@ -105,7 +111,7 @@ def resume_run(run: Path, config: dict[str, Any], dtype: str, cases: list[tuple[
     expected = torch.load(run / "uninterrupted.pt")
     results = {}
     for layout, step in cases:
-        policy = make_policy(config, layout, dtype)
+        policy = make_policy(config, layout, dtype, fp8=fp8)
         store = CheckpointStore(run, keep=2, architecture=architecture_of(config))
         assert store.latest().name == "step_000002"
         path = store.directory / f"step_{step:06d}"

@@ -40,6 +40,7 @@ class Case:
     aux: float = 0.0
     log_probs: str = "logits"
     dtype: str = "float32"
+    recompute: str = "none"
 
     @property
     def file(self) -> str:
@@ -51,6 +52,7 @@ class Case:
         sizes = [f"{k}{v}" for k, v in self.layout.items()] or ["dp"]
         further = [self.model] * (self.model != "deepseek") + [self.ratio] * (self.ratio != "token") + ["aux"] * (self.aux > 0)
         further += [self.log_probs] * (self.log_probs != "logits") + [self.dtype] * (self.dtype != "float32")
+        further += ["recompute"] * (self.recompute != "none")
         return " ".join([self.kind, *sizes, *further])
 
 
@@ -88,7 +90,7 @@ def take_steps(case: Case, expected: Expected, keep_gradients: bool = False) -> 
     model = ModelConfig(
         path="unused", dtype=case.dtype, expert_bias_update_rate=RATE if expected.config.get("n_routed_experts") else 0.0,
         mtp_loss_coefficient=0.3 if case.kind == "labels" else 0.0, sequence_aux_loss_coefficient=case.aux,
-        log_probs=case.log_probs,
+        log_probs=case.log_probs, recompute=case.recompute,
     )  # fmt: skip
     policy = Policy(
         model, expected.config, ParallelConfig(**case.layout), OptimizerConfig(**SETTINGS, lr=LEARNING_RATE), total_steps=9, seed=1

@@ -202,7 +202,8 @@ PATCHES = (
 _CUDA_TYPE_NAME = re.compile(r"(['\"])torch\.cuda\.(\w+Tensor)")
 _CUDA_MODULE = re.compile(r"(?<!from )(?<!import )\btorch\.cuda\.(?=\w)")
 _CUDA_METHOD = re.compile(r"\.cuda\([^()]*(?:\(\))?\)")
-_CUDA_DEVICE = re.compile(r"\bdevice=(['\"])cuda\1")
+_CUDA_DEVICE = re.compile(r"\b(device|map_location)=(['\"])cuda\2")
+_CUDA_DEVICE_CALL = re.compile(r"\btorch\.device\((['\"])cuda\1\)")
 _EXPECTED_REWRITES = ("pipeline_parallel.schedules", "optimizer.clip_grads", "optimizer.optimizer")
 
 
@@ -210,12 +211,14 @@ def rewrite_for_cpu(source: str) -> str:
     """Turn every use of CUDA in a megatron-core module into its CPU form. Lines keep their numbers.
 
     'torch.cuda.FloatTensor' (a name) -> 'torch.FloatTensor'; torch.cuda.x -> the stand-in; t.cuda() -> t.cpu();
-    device='cuda' -> device='cpu'. Tensors never move, because all are on the CPU already.
+    device='cuda', map_location='cuda', torch.device('cuda') -> the same with 'cpu'. Tensors never move, because all are
+    on the CPU already.
     """
     source = _CUDA_TYPE_NAME.sub(r"\1torch.\2", source)
     source = _CUDA_MODULE.sub("_cuda_stand_in.", source)
     source = _CUDA_METHOD.sub(".cpu()", source)
-    return _CUDA_DEVICE.sub("device='cpu'", source)
+    source = _CUDA_DEVICE_CALL.sub("torch.device('cpu')", source)
+    return _CUDA_DEVICE.sub(r"\1='cpu'", source)
 
 
 def apply_patches(module: str, source: str, patches: Sequence[Patch]) -> str:
@@ -286,12 +289,17 @@ class _Finder(importlib.abc.MetaPathFinder):
         return spec
 
 
+def is_installed() -> bool:
+    """Whether imports of megatron.core take the patches."""
+    return any(isinstance(finder, _Finder) for finder in sys.meta_path)
+
+
 def install(platform: Any) -> None:
     """Make later imports of megatron.core take the patches for this platform. Idempotent.
 
     Raises PlatformError when megatron.core is imported already (unpatched) or has another version.
     """
-    if any(isinstance(finder, _Finder) for finder in sys.meta_path):
+    if is_installed():
         return
     loaded = sorted(name for name in sys.modules if name.startswith("megatron.core"))
     if loaded:

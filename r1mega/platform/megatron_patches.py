@@ -184,6 +184,27 @@ PATCHES = (
         "a microbatch of padding alone has the auxiliary loss 0, not 0 / 0",
     ),
     Patch(
+        "transformer.multi_token_prediction",
+        "always",
+        "                return tensor_parallel.checkpoint(\n"
+        "                    forward_func, self.config.distribute_saved_activations, *args, *kwargs.values()\n"
+        "                )",
+        "                tensors = {name: value for name, value in kwargs.items() if torch.is_tensor(value)}\n"
+        "                return tensor_parallel.checkpoint(\n"
+        "                    lambda *given: forward_func(*args, **(kwargs | dict(zip(tensors, given)))),\n"
+        "                    self.config.distribute_saved_activations,\n"
+        "                    *tensors.values(),\n"
+        "                )",
+        "save_for_backward takes tensors only, and packed sequences are described by something else",
+    ),
+    Patch(
+        "extensions.transformer_engine",
+        "always",
+        "            if not fp8_checkpoint:\n                return [state] * self.num_gemms",
+        "            if not fp8_checkpoint or state.numel() == 0:\n                return [state] * self.num_gemms",
+        "Transformer Engine 2.16 and later have an empty extra state for recipes without one (current and block scaling)",
+    ),
+    Patch(
         "models.gpt.gpt_model",
         "always",
         "        if mtp_in_postprocess:\n            hidden_states = self.mtp(",

@@ -12,7 +12,8 @@ from tests.dist.launch import launch
 from tests.te import stand_in
 
 RECIPES = ("tensorwise", "blockwise")
-BOUNDS = {"log_probs": (0.06, 0.3), "gradients": (0.25, 0.6)}
+LAYOUTS = {"tp2 ep2": {"tp": 2, "ep": 2}, "cp2": {"cp": 2}}
+BOUNDS = {"log_probs": (0.06, 0.25), "gradients": (0.2, 0.35)}
 """Of a model with random weights against the same in float32: mean and largest |difference| of a log-prob; median and largest
 relative difference of a gradient."""
 
@@ -23,10 +24,10 @@ def one_rank():
     return fp8_worker.one_rank()
 
 
-def two_ranks(layout):
+def two_ranks(layouts):
     from tests.te import fp8_worker
 
-    return fp8_worker.two_ranks(layout)
+    return fp8_worker.two_ranks(layouts)
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +35,9 @@ def found():
     return launch(one_rank, 1, prepare=stand_in.install, timeout_seconds=500)[0]
 
 
-@pytest.fixture(scope="module", params=[{"tp": 2, "ep": 2}], ids=["tp2 ep2"])
-def of_two_ranks(request):
-    return launch(two_ranks, 2, request.param, prepare=stand_in.install, timeout_seconds=500)
+@pytest.fixture(scope="module")
+def of_two_ranks():
+    return launch(two_ranks, 2, list(LAYOUTS.values()), prepare=stand_in.install, timeout_seconds=500)
 
 
 def assert_within_bounds(checks):
@@ -51,12 +52,12 @@ def assert_within_bounds(checks):
 
 @pytest.mark.parametrize(
     ("recipe", "parts"),
-    [("tensorwise", ("recipe_type=Float8CurrentScaling", "format=HYBRID", "fp8_quant_fwd_inp=QParams(power_2_scale=False")),
+    [("tensorwise", ("recipe_type=Float8CurrentScaling", "format=HYBRID", "fp8_quant_fwd_inp=Qparams(power_2_scale=False")),
      ("blockwise", ("recipe_type=Float8BlockScaling", "format=E4M3", "x_block_scaling_dim=1", "w_block_scaling_dim=2",
-                    "grad_block_scaling_dim=1", "fp8_quant_fwd_inp=QParams(power_2_scale=True"))],
+                    "grad_block_scaling_dim=1", "fp8_quant_fwd_inp=Qparams(power_2_scale=True"))],
 )  # fmt: skip
 def test_the_config_key_is_the_recipe_that_the_layers_were_tested_with(found, recipe, parts):
-    text = found[recipe]["recipe"].replace("\\n", "").replace("\n", "")
+    text = found[recipe]["recipe"].replace("\n", "")
     assert all(part in text for part in parts), text
 
 
@@ -80,11 +81,13 @@ def test_recomputed_activations_change_nothing(found, recipe):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_results_do_not_depend_on_how_much_padding_there_is(found, recipe):
-    """Sums over more tokens may be added up in another order: 1e-4. Padding that is not zero moves scales, and that is seen."""
+    """Sums over more tokens may be added up in another order, hence no 0. Padding that is not zero moves a tensor's scale, and
+    that is seen; a block's by a power of two, which changes what is close to underflow at most.
+    """
     log_probs, gradients = found[recipe]["padding"]
     assert log_probs < 1e-5
     assert gradients < 1e-4
-    assert found[recipe]["padding not zeroed"] > 1e-3
+    assert recipe == "blockwise" or found[recipe]["padding not zeroed"] > 0.01
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -107,8 +110,10 @@ def test_layers_at_the_ends_are_left_out_by_key(found, first, last, unquantised)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_tensor_and_expert_parallelism(of_two_ranks, recipe):
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_two_ranks(of_two_ranks, layout, recipe):
     """Lengths that ranks cut to less than an alignment, microbatches without samples, ranks whose experts get no token."""
     for rank in of_two_ranks:
-        assert rank[recipe]["unequal lengths"] == []
-        assert_within_bounds(rank[recipe])
+        found = rank[list(LAYOUTS).index(layout)][recipe]
+        assert found["unequal lengths"] == []
+        assert_within_bounds(found)

@@ -43,8 +43,10 @@ class _Running:
 class VllmEngine:
     """One rank of a vLLM generator.
 
-    Same weights, requests and seeds give bitwise the same tokens and log-probs in a new process with the same number
-    of threads: nothing of one `stream` call (prefix cache, random state) reaches the next.
+    On a CPU the same weights, requests and seeds give bitwise the same tokens and log-probs in a new process with the
+    same number of threads: nothing of one `stream` call (prefix cache, random state) reaches the next. On a GPU that
+    holds only with VLLM_BATCH_INVARIANT=1 in the environment (vLLM then uses slower kernels): without it a sum's order
+    depends on what else is in the batch.
     """
 
     _num_open = 0  # engines of this process; they share vLLM's process groups

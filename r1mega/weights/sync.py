@@ -44,7 +44,7 @@ class WeightSync:
         count = config.probe_sequences or verify.NUM_SEQUENCES[policy.dtype]
         given = [list(sequence) for sequence in probe_sequences]
         if self._limit.share < 1:  # where few tokens may tell, all must be able to
-            lengths = [min(len(sequence), _MADE_UP_TOKENS) for sequence in (given * (2 * count))[: 2 * count]]
+            lengths = [max(2, min(len(sequence), _MADE_UP_TOKENS)) for sequence in (given * (2 * count))[: 2 * count]]
             given = verify.made_up_sequences(lengths, hf_config["vocab_size"], seed=0)
         self._sequences, self._further = given[:count], given[count : 2 * count] or given[:count]
 

@@ -20,6 +20,9 @@ CASES = {
         Case("deepseek", Layout(etp=2), 2, ep=2),
         Case("qwen3_tied", Layout(pp=2), 2),
         Case("qwen2", Layout(tp=2), 1, "bfloat16"),
+        Case("deepseek", Layout(tp=2, ep=2), 2, "bfloat16", ep=2),
+        Case("deepseek", Layout(pp=2, vpp=2), 2, "bfloat16", ep=2),
+        Case("qwen3_tied", Layout(pp=2), 1, "bfloat16"),
     ],
     4: [
         Case("deepseek", Layout(tp=2, ep=2), 1),

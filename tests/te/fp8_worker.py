@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 
 from r1mega.config.schema import ModelConfig, OptimizerConfig, ParallelConfig
 from r1mega.platform import groups
 from r1mega.train.packing import Microbatch, build_microbatch
-from r1mega.train.policy import Policy
+from r1mega.train.policy import Policy, parallel_state
 
 NANO = json.loads((Path(__file__).parents[2] / "configs/nano/model/config.json").read_text())
 RECIPES = ("tensorwise", "blockwise")

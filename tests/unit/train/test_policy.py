@@ -42,12 +42,12 @@ def one_rank():
     torch.set_num_threads(threads)
 
 
-def make_policy(log_probs="logits", **optimizer):
+def make_policy(log_probs="logits", dtype="float32", **optimizer):
     from r1mega.train.policy import Policy
 
     settings = OptimizerConfig(lr=LEARNING_RATE, weight_decay=0.1, clip_grad=0.05, **optimizer)
     return Policy(
-        ModelConfig(path="unused", dtype="float32", log_probs=log_probs), HF, ParallelConfig(), settings,
+        ModelConfig(path="unused", dtype=dtype, log_probs=log_probs), HF, ParallelConfig(), settings,
         total_steps=10, seed=1, init_std=0.08,
     )  # fmt: skip
 
@@ -150,8 +150,12 @@ def test_forward_only_equals_transformers_per_token(one_rank, tmp_path):
     torch.testing.assert_close(entropies.double(), torch.cat(expected_entropy), rtol=0, atol=1e-5)
 
 
-def test_reference_weights_are_swapped_in_and_out(one_rank):
-    policy, samples = make_policy(), make_samples()
+DTYPES = [("float32", "logits"), ("bfloat16", "logits"), ("bfloat16", "hidden"), ("bfloat16", "reference")]
+
+
+@pytest.mark.parametrize(("dtype", "log_probs"), DTYPES)
+def test_reference_weights_are_swapped_in_and_out(one_rank, dtype, log_probs):
+    policy, samples = make_policy(log_probs, dtype), make_samples()
     batch = build_microbatch([s.token_ids.tolist() for s in samples], [s.prompt_length for s in samples], range(4))
     policy.take_reference()
     before = policy.log_probs([batch])[0][0]
@@ -163,11 +167,12 @@ def test_reference_weights_are_swapped_in_and_out(one_rank):
     assert torch.equal(policy.log_probs([batch])[0][0], after)
 
 
-def test_checkpoint_continues_bitwise(one_rank, tmp_path):
+@pytest.mark.parametrize(("dtype", "log_probs"), DTYPES)
+def test_checkpoint_continues_bitwise(one_rank, tmp_path, dtype, log_probs):
     from r1mega.checkpoint.store import CheckpointStore, architecture_of
 
     samples, packs, algorithm = make_samples(), [[0, 1], [2, 3]], AlgorithmConfig()
-    policy = make_policy(warmup_steps=3)
+    policy = make_policy(log_probs, dtype, warmup_steps=3)
     policy.take_reference()
     run_update(policy, samples, packs, algorithm)
     store = CheckpointStore(tmp_path, keep=2, architecture=architecture_of(HF))
@@ -179,7 +184,7 @@ def test_checkpoint_continues_bitwise(one_rank, tmp_path):
 
     groups.destroy()
     groups.init_parallel(ParallelConfig(), seed=5)
-    again = make_policy(warmup_steps=3)
+    again = make_policy(log_probs, dtype, warmup_steps=3)
     again.take_reference()
     assert store.latest() == path
     state, progress = store.load(path, again.sharded_state(is_loading=True))
@@ -217,11 +222,12 @@ def test_torn_and_foreign_checkpoints_are_refused(one_rank, tmp_path, caplog):
         other.load(store.latest(), policy.sharded_state(is_loading=True))
 
 
-def test_labels_path_with_mtp_gives_the_same_log_probs_and_trains_the_mtp_layer(one_rank):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_labels_path_with_mtp_gives_the_same_log_probs_and_trains_the_mtp_layer(one_rank, dtype):
     from r1mega.train.policy import Policy
 
     hf = HF | {"num_nextn_predict_layers": 1}
-    model = ModelConfig(path="unused", dtype="float32", mtp_loss_coefficient=0.3)
+    model = ModelConfig(path="unused", dtype=dtype, mtp_loss_coefficient=0.3)
     policy = Policy(model, hf, ParallelConfig(), OptimizerConfig(lr=1e-3), total_steps=4, seed=1, init_std=0.08)
     samples = make_samples()
     batch = build_microbatch([s.token_ids.tolist() for s in samples], [s.prompt_length for s in samples], range(4))
@@ -234,6 +240,34 @@ def test_labels_path_with_mtp_gives_the_same_log_probs_and_trains_the_mtp_layer(
     torch.testing.assert_close(result.statistics[0], expected, rtol=0, atol=1e-5)
     moved = {name for name, value in policy.hf_tensors() if not torch.equal(value, before[name])}
     assert any(name.startswith("model.layers.3.") for name in moved), "layer 3 is the MTP layer"
+
+
+def test_the_kernel_of_hidden_states_agrees_with_that_of_logits_in_bfloat16(one_rank):
+    """Both widen the same bfloat16 logits; their gradients part where the one returns bfloat16 logits' gradients."""
+    found = []
+    for log_probs in ("logits", "hidden"):
+        policy, samples = make_policy(log_probs, "bfloat16"), make_samples()
+        batch = build_microbatch([s.token_ids.tolist() for s in samples], [s.prompt_length for s in samples], range(4))
+        (scored, entropies), = policy.log_probs([batch], TEMPERATURE)
+        result = run_update(policy, samples, [[0, 1], [2, 3]], AlgorithmConfig())
+        found.append((scored, entropies, result.grad_norm))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=0, atol=1e-5)
+    assert math.isclose(found[0][2], found[1][2], rel_tol=2**-8)
+
+
+def test_what_must_not_be_rounded_is_float32_in_a_bfloat16_model(one_rank):
+    """Buffers that decide routing, and rotary frequencies: Float16Module casts whatever it finds."""
+    policy = make_policy(dtype="bfloat16")
+    bias = torch.linspace(-0.1, 0.1, HF["n_routed_experts"])  # not of bfloat16's values
+    weights = {name: bias.clone() if name.endswith("correction_bias") else value for name, value in policy.hf_tensors()}
+    policy.load_hf(weights)
+    run_update(policy, make_samples(), [[0, 1, 2, 3]], AlgorithmConfig())
+    for name, value in policy.hf_tensors():
+        assert value.dtype == (torch.float32 if name.endswith("correction_bias") else torch.bfloat16), name
+        assert not name.endswith("correction_bias") or torch.equal(value, bias)
+    floats = {n: b.dtype for c in policy.chunks for n, b in c.named_buffers() if b.is_floating_point()}
+    assert set(floats.values()) == {torch.float32}, floats
 
 
 def test_learning_rate_schedule(one_rank):

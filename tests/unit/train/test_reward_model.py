@@ -41,9 +41,9 @@ def one_rank():
     torch.set_num_threads(threads)
 
 
-def make_policy(hf, weights):
+def make_policy(hf, weights, dtype="float32"):
     settings = OptimizerConfig(lr=LEARNING_RATE, weight_decay=0.1, clip_grad=0.5)
-    model = ModelConfig(path="unused", dtype="float32")
+    model = ModelConfig(path="unused", dtype=dtype)
     policy = Policy(model, untied(hf), ParallelConfig(), settings, total_steps=9, seed=1, scalar_head=True)
     policy.load_hf(weights)
     return policy
@@ -96,6 +96,28 @@ def test_scores_are_those_of_the_exported_classifier(one_rank, tmp_path, name):
         expected = torch.stack([reference_scores(model, sample) for sample in samples]).double()
     torch.testing.assert_close(scores, expected, rtol=0, atol=2e-5)
     assert scores.std() > 0.1, "a test of scores that are all alike would see nothing"
+
+
+def test_scores_and_a_step_in_bfloat16(one_rank, tmp_path):
+    """Against float32 on the same rounded weights; as far from it, at most twice, as transformers is in bfloat16."""
+    hf, samples = MODELS["qwen3_tied"], make_samples("pairwise")
+    policy = make_policy(hf, base_weights(hf), "bfloat16")
+    model, coarse = (classifier(policy, hf, tmp_path / "hf") for _ in range(2))
+    for parameter in coarse.parameters():
+        parameter.data = parameter.data.bfloat16()
+    scores = preference_scores(policy, samples, capacity=64)
+    with torch.no_grad():
+        expected, rounded = (torch.stack([reference_scores(m, s) for s in samples]).double() for m in (model, coarse))
+    limit = 2 * float((rounded - expected).abs().max())
+    assert 0 < float((scores - expected).abs().max()) <= limit < 0.1 * float(scores.std())
+    result = preference_step(policy, samples, range(len(samples)), "pairwise", capacity=48)
+    margins = torch.tensor([sample.target for sample in samples]).double()
+    pairs = torch.stack([reference_scores(model, sample) for sample in samples]).double()
+    loss = -torch.nn.functional.logsigmoid(pairs[:, 0] - pairs[:, 1] - margins).mean()
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+    assert result.loss == pytest.approx(float(loss), abs=limit)
+    assert math.isclose(result.update.grad_norm, float(norm), rel_tol=2**-6)
 
 
 @pytest.mark.parametrize("objective", ["pairwise", "pointwise"])

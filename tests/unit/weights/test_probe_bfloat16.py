@@ -6,6 +6,8 @@ trained model's do; every judgement is made on many sets of sequences, so that b
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -23,9 +25,9 @@ LAYER = "model.layers.2."
 
 def spread_weights(seed: int = 0) -> dict[str, torch.Tensor]:
     """Of the tiny DeepSeek model: experts and attention that matter, a head that is sure of some tokens."""
-    factors = {"lm_head.weight": 16.0, "o_proj.weight": 2.0, "down_proj.weight": 2.0, "mlp.gate.weight": 4.0}
+    factors = {r"lm_head\.weight": 16.0, r".*o_proj\.weight": 2.0, r".*mlp\.gate\.weight": 4.0, r".*experts\.\d+\.down_proj\.weight": 8.0}
     return {
-        name: tensor * next((factor for end, factor in factors.items() if name.endswith(end)), 1.0)
+        name: tensor * next((factor for names, factor in factors.items() if re.fullmatch(names, name)), 1.0)
         for name, tensor in checkpoint_tensors(checkpoint("deepseek", seed))
     }
 
@@ -72,8 +74,8 @@ def pair():
 def test_a_healthy_pair_is_never_stopped_though_routers_part(pair):
     pair.push(spread_weights())
     results = [verify.probe(pair.engine, *each, LIMIT) for each in zip(pair.sets, pair.expected, strict=True)]
-    assert max(result.max_difference for result in results) > 0.6, "no expert was chosen differently: nothing is shown"
-    assert all(result.outlier_fraction < 0.05 for result in results), results
+    assert min(result.max_difference for result in results) > 0.6, "an expert is chosen differently in every set"
+    assert max(result.outlier_fraction for result in results) < 0.06, results
 
 
 def swap_experts(tensors):
@@ -106,14 +108,14 @@ def test_a_wrong_export_is_found(pair, fault):
     assert pair.refusals() == SETS
 
 
-def test_a_layer_that_is_packed_from_old_weights_is_found(pair):
-    """The parameters are read back while they are plain; what the kernels then use is a packed copy."""
+def test_a_layer_that_computes_with_old_weights_is_found(pair):
+    """The parameters are read back while they are plain; what the kernels then use may be a packed copy."""
     pair.push(spread_weights(1))
     layer = pair.engine._worker.model_runner.model.model.layers[1].self_attn.o_proj
-    stale = layer.cpu_linear
+    product, weight = layer.cpu_linear, layer.weight.detach().clone()  # empty where the packed copy is the product's own
     pair.push(spread_weights())
-    assert layer.cpu_linear is not stale
-    layer.cpu_linear = stale
+    layer.cpu_linear = product
+    layer.weight.data.copy_(weight)
     assert pair.refusals() == SETS
 
 

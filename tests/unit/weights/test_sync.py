@@ -7,12 +7,14 @@ from r1mega.config.schema import WeightsConfig
 from r1mega.errors import WeightSyncError
 from r1mega.train.packing import Microbatch
 from r1mega.types import Response
+from r1mega.weights.verify import made_up_sequences
 
 
 class Policy:
     """log-prob of every token: -1."""
 
-    dtype = torch.float32
+    def __init__(self, dtype):
+        self.dtype = dtype
 
     def hf_tensors(self):
         yield "lm_head.weight", torch.ones(2, 2)
@@ -45,11 +47,12 @@ class Engine:
         return [(Response((9,) * r.sampling.max_tokens, (-1.0,) * r.sampling.max_tokens, "length"),) for r in requests]
 
 
-def push(bad):
+def push(bad, dtype=torch.float32, count=2):
     from r1mega.weights.sync import WeightSync
 
     sequences = [[first, 7, 8, 9, 9, 9] for first in (1, 2, 3, 4, 5)]
-    return WeightSync(Policy(), Engine(bad), WeightsConfig(probe_sequences=2), {}, sequences).push()
+    config = {"vocab_size": 40}
+    return WeightSync(Policy(dtype), Engine(bad), WeightsConfig(probe_sequences=count), config, sequences).push()
 
 
 def test_agreement():
@@ -64,3 +67,17 @@ def test_a_difference_that_other_sequences_do_not_show_is_a_warning(caplog):
 def test_a_difference_everywhere_stops_the_run():
     with pytest.raises(WeightSyncError, match="does not compute what the trainer computes"):
         push(bad=(1, 2, 3, 4, 5))
+
+
+def test_in_bfloat16_a_tenth_of_the_log_probs_may_be_off(caplog):
+    """16 made-up sequences: few of them may be off, and no second try is wanted."""
+    first = [sequence[0] for sequence in made_up_sequences([6] * 32, 40, seed=0)][:16]
+    rare = next(token for token in first if first.count(token) == 1)
+    metrics = push(bad=(rare,), dtype=torch.bfloat16, count=None)
+    assert metrics == {"weights/probe_diff_max": 0.5, "weights/probe_outlier_fraction": 1 / 16}
+    assert "probing again" not in caplog.text
+
+
+def test_in_bfloat16_a_fifth_may_not():
+    with pytest.raises(WeightSyncError, match=r"differ by more than 0\.15, where 10% may"):
+        push(bad=range(0, 40, 4), dtype=torch.bfloat16, count=None)

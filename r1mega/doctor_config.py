@@ -8,7 +8,7 @@ from typing import Any
 
 from r1mega import platform
 from r1mega.config.load import load_config
-from r1mega.config.schema import RolloutConfig, Stage, TrainingStage
+from r1mega.config.schema import ModelConfig, RolloutConfig, Stage, TrainingStage
 from r1mega.config.stages.evaluate import GeneratorConfig
 from r1mega.config.stages.rl import RLStage
 from r1mega.config.validate import launched_processes, validate
@@ -51,7 +51,7 @@ def _training_facts(config: Stage, hf: dict[str, Any]) -> list[Fact]:
         facts.append(Fact("dtype", False, text))
     layers = "Transformer Engine" if here.has_transformer_engine else "Megatron's local layers"
     fp8 = config.model.fp8
-    facts.append(Fact("layers", None, f"{layers}, fp8 {fp8}"))
+    facts.append(Fact("layers", None, f"{layers}, fp8 {fp8}{_unquantized(config.model)}"))
     facts.append(Fact("log-probs", None, _log_prob_choice(config)))
     if fp8 != "off" and not here.has_transformer_engine:
         facts.append(Fact("fp8", False, f"model.fp8={fp8} needs Transformer Engine and a GPU; set model.fp8=off here"))
@@ -62,6 +62,12 @@ def _training_facts(config: Stage, hf: dict[str, Any]) -> list[Fact]:
     else:
         facts.append(Fact("model", False, f"{config.model.path}: no readable config.json"))
     return facts
+
+
+def _unquantized(model: ModelConfig) -> str:
+    """Which layers compute without FP8, where some do."""
+    first, last = model.fp8_skip_first_layers, model.fp8_skip_last_layers
+    return f" but in the first {first} and the last {last} layers" if first or last else ""
 
 
 def _layout_facts(config: Stage) -> list[Fact]:

@@ -69,6 +69,8 @@ class ModelSettings:
 
     dtype: str = "float32"
     fp8: str = "off"
+    fp8_skip_first_layers: int = 0
+    fp8_skip_last_layers: int = 0
     expert_bias_update_rate: float = 0.0
     sequence_aux_loss_coefficient: float = 0.0
     mtp_loss_coefficient: float = 0.0

@@ -9,6 +9,7 @@ import logging
 from r1mega import platform
 from r1mega.config.schema import Stage
 from r1mega.errors import ConfigError, PlatformError
+from r1mega.platform.fp8 import recipe_problem
 from r1mega.platform.generator import vllm_platform
 
 logger = logging.getLogger(__name__)
@@ -20,10 +21,13 @@ def validate_platform(config: Stage) -> None:
     What works but badly is a warning. `validate.validate` comes first: the model's config.json is there and is JSON.
     """
     here = platform.current()
-    if config.model.fp8 != "off" and not here.has_transformer_engine:
-        raise PlatformError(
-            f"model.fp8 = {config.model.fp8} needs Transformer Engine and a GPU, which are not here; set model.fp8=off"
-        )
+    if config.model.fp8 != "off":
+        if not here.has_transformer_engine:
+            raise PlatformError(
+                f"model.fp8 = {config.model.fp8} needs Transformer Engine and a GPU, which are not here; set model.fp8=off"
+            )
+        if (problem := recipe_problem(config.model.fp8)) is not None:
+            raise PlatformError(problem)
     if config.model.dtype == "bfloat16" and here.name == "cpu":
         logger.warning("model.dtype = bfloat16 on a CPU is slow and parts trainer and sampler; consider model.dtype=float32")
     rollout = getattr(config, "rollout", None)

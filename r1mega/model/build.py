@@ -28,7 +28,7 @@ def build_model(
     """This rank's GPTModel chunks (one per virtual pipeline stage), in the dtype and on the device to train in.
 
     hf_config: config.json as a dict, or a transformers config. layout: ParallelConfig; init_parallel(layout) has been
-    called. model: ModelConfig (dtype, fp8, expert_bias_update_rate, sequence_aux_loss_coefficient,
+    called. model: ModelConfig (dtype, fp8 and the layers without it, expert_bias_update_rate, sequence_aux_loss_coefficient,
     mtp_loss_coefficient, recompute). init_std: draw weights from N(0, init_std), output projections from
     N(0, init_std / sqrt(2 * layers)) (Megatron's rule; the DeepSeek-V3 report has one std for all); None: weights are
     to be loaded and are NaN until then. Each chunk has `unpadded_vocab_size`.
@@ -117,6 +117,7 @@ def megatron_config(hf: Mapping[str, Any], layout: Layout, model: Any, *, init_s
         **_initialization_arguments(init_std),
         **_layout_arguments(layout),
         **_platform_arguments(model.fp8),
+        **_fp8_arguments(model),
         **_recompute_arguments(model.recompute),
         **family.megatron_arguments(hf, model),
     }
@@ -169,7 +170,7 @@ def _layout_arguments(layout: Layout) -> dict[str, Any]:
 
 
 def _platform_arguments(fp8: str) -> dict[str, Any]:
-    """Transformer Engine's layers, grouped GEMM and FP8 where it can run; else the local layers. The one place."""
+    """Transformer Engine's layers and grouped GEMM where it can run; else the local layers. The one place."""
     here = platform.current()
     if not here.has_transformer_engine:
         if fp8 != "off":
@@ -184,7 +185,7 @@ def _platform_arguments(fp8: str) -> dict[str, Any]:
             "apply_rope_fusion": False,
             "persist_layer_norm": False,
         }
-    arguments = {
+    return {
         "transformer_impl": "transformer_engine",
         "moe_grouped_gemm": True,
         "moe_permute_fusion": True,
@@ -194,13 +195,27 @@ def _platform_arguments(fp8: str) -> dict[str, Any]:
         "masked_softmax_fusion": False,
         "apply_rope_fusion": False,
     }
+
+
+def _fp8_arguments(model: Any) -> dict[str, Any]:
+    """The recipe, and which layers do without it.
+
+    Experts' token counts are padded by zeros, before their layers (TEGroupedMLP). `moe_router_padding_for_quantization`
+    would send real tokens to experts they did not choose: these count in scales, and are sent over the network.
+    """
     recipes = {
         "off": {},
         "tensorwise": {"fp8": "hybrid", "fp8_recipe": "tensorwise"},
         # DeepSeek-V3 section 3.3: e4m3 everywhere, scales per 1x128 activation tile and 128x128 weight block
-        "blockwise": {"fp8": "e4m3", "fp8_recipe": "blockwise", "moe_router_padding_for_quantization": True},
+        "blockwise": {"fp8": "e4m3", "fp8_recipe": "blockwise"},
     }
-    return arguments | recipes[fp8]
+    first, last = model.fp8_skip_first_layers, model.fp8_skip_last_layers
+    skipped = {
+        "first_last_layers_bf16": True,
+        "num_layers_at_start_in_bf16": first,
+        "num_layers_at_end_in_bf16": last,
+    }
+    return recipes[model.fp8] | (skipped if first or last else {})
 
 
 def _recompute_arguments(recompute: str) -> dict[str, Any]:

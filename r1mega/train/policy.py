@@ -27,6 +27,7 @@ from megatron.core.distributed import (  # noqa: E402
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
+from megatron.core.fp8_utils import get_fp8_align_size  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region  # noqa: E402
 from megatron.core.transformer.module import Float16Module  # noqa: E402
@@ -41,6 +42,7 @@ from r1mega.model.build import build_model, packed_seq_params  # noqa: E402
 from r1mega.model.reward_head import attach_scalar_head  # noqa: E402
 from r1mega.train.optimizer import build_optimizer, fill_empty_state, learning_rate_schedule  # noqa: E402
 from r1mega.train.packing import Microbatch, build_microbatch  # noqa: E402
+from r1mega.train.padding import ZeroedPadding  # noqa: E402
 from r1mega.train.router_replay import Replay  # noqa: E402
 from r1mega.train.shard import Cut, Shard, join_rows, shard  # noqa: E402
 
@@ -102,6 +104,7 @@ class Policy:
         self._head = _bypass_output_layer(self.chunks[-1]) if model.log_probs == "hidden" else None
         self.kernels = "reference" if model.log_probs == "reference" else None
         self._replay = Replay(self.chunks)
+        self._zeroing = ZeroedPadding(self.chunks) if config.fp8 else None
         self._reference: list[dict[str, torch.Tensor]] | None = None
         self._expert_load: float | None = None
 
@@ -122,8 +125,9 @@ class Policy:
         self._tensor_group = ps.get_tensor_model_parallel_group() if tp > 1 else None
         self._context_group = ps.get_context_parallel_group() if cp > 1 else None
         self._cut = Cut(
-            cp, ps.get_context_parallel_rank(), tp, ps.get_tensor_model_parallel_rank(), config.sequence_parallel
-        )
+            cp, ps.get_context_parallel_rank(), tp, ps.get_tensor_model_parallel_rank(), config.sequence_parallel,
+            align=get_fp8_align_size(config.fp8_recipe) if config.fp8 else 1,
+        )  # fmt: skip
         self.replica, self.num_replicas = ps.get_data_parallel_rank(), ps.get_data_parallel_world_size()
         """Which data-parallel share of the samples this rank trains on, of how many."""
         self.reports = self._cut.tp_rank == 0 and self._cut.cp_rank == 0 and ps.is_pipeline_last_stage()
@@ -216,6 +220,8 @@ class Policy:
             part = shard(batch, self._cut)
             packed = packed_seq_params(part.cu_seqlens, part.padding)
             self._replay.set(self.ddp_chunks.index(model), part.routed_experts)
+            if self._zeroing is not None:
+                self._zeroing.padding = part.padding
             if predict_further:  # with labels Megatron adds the MTP loss itself and returns cross-entropies [1, t]
                 mask = torch.zeros(1, part.tokens.numel(), device=self.device).index_fill_(1, part.rows, 1.0)
                 output = model(

@@ -6,6 +6,7 @@ So nobody but the policy has to know the layout: microbatches are built, and los
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,13 +19,17 @@ from r1mega.train.packing import Microbatch
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """How a layout cuts a row of tokens: over context-parallel ranks, each part over tensor-parallel ranks."""
+    """How a layout cuts a row of tokens: over context-parallel ranks, each part over tensor-parallel ranks.
+
+    align: the number of tokens that a layer sees is a multiple of it (1, or what FP8 matrix products want).
+    """
 
     cp: int = 1
     cp_rank: int = 0
     tp: int = 1
     tp_rank: int = 0
     sequence_parallel: bool = False
+    align: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +53,13 @@ class Shard:
 
 
 def shard(batch: Microbatch, cut: Cut) -> Shard:
-    """Pad every sequence to a multiple of 2 * cp (the zigzag's chunks) and the row to one of tp times that; take a part."""
+    """Pad every sequence to a multiple of 2 * cp (the zigzag's chunks), and the row to what gives every rank a multiple of
+    `align` tokens; take a part.
+    """
     chunk = 2 * cut.cp if cut.cp > 1 else 1
     bounds = batch.cu_seqlens.to("cpu", torch.int64)
     spans = (bounds.diff() + chunk - 1) // chunk * chunk
-    tail = -int(spans.sum()) % (chunk * cut.tp)
+    tail = -int(spans.sum()) % (math.lcm(chunk, cut.align * cut.cp) * cut.tp)
     if tail:
         spans = torch.cat([spans, torch.tensor([tail])])
     padded = torch.zeros(len(spans) + 1, dtype=torch.int64)

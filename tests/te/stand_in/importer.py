@@ -10,10 +10,13 @@ import importlib.util
 import os
 import re
 import sys
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import CodeType, ModuleType, SimpleNamespace
 from typing import Any
+
+import torch
 
 from r1mega.platform.cuda_stand_in import CudaStandIn
 from r1mega.platform.megatron_patches import rewrite_for_cpu
@@ -34,6 +37,9 @@ class Hopper(CudaStandIn):
     class nvtx:  # noqa: N801
         range_push = staticmethod(lambda *_args: None)
         range_pop = staticmethod(lambda *_args: None)
+
+    default_generators = defaultdict(lambda: torch.default_generator)
+    """By device: the random state is the CPU's (recomputed activations)."""
 
     @staticmethod
     def is_available() -> bool:
@@ -56,6 +62,9 @@ def rewrite(source: str) -> str:
     """A file of Transformer Engine for tensors on a CPU: what r1mega does to megatron-core, and the names of devices."""
     source = source.replace('torch.device("cuda", torch.cuda.current_device())', 'torch.device("cpu")')
     source = source.replace("torch.version.cuda", '"13.0"')
+    source = source.replace(
+        "from torch.cuda import _lazy_call, _lazy_init", "_lazy_call, _lazy_init = (lambda call: call()), (lambda: None)"
+    )
     source = rewrite_for_cpu(source)
     source = re.sub(r"(['\"])cuda\1", '"cpu"', source)
     return re.sub(r"\bis_cuda\b", "is_cpu", source)

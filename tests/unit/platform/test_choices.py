@@ -49,7 +49,7 @@ def test_transformer_engine_brings_grouped_gemm_and_fp8(monkeypatch, fp8, form, 
     from r1mega.model import build
 
     monkeypatch.setattr(build.platform, "current", with_engine)
-    arguments = build._platform_arguments(fp8)
+    arguments = build._platform_arguments(fp8) | build._fp8_arguments(ModelSettings(fp8=fp8))
     assert arguments["transformer_impl"] == "transformer_engine"
     assert arguments["moe_grouped_gemm"]
     assert (arguments.get("fp8"), arguments.get("fp8_recipe")) == (form, recipe)

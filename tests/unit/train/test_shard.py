@@ -1,6 +1,9 @@
 """A microbatch cut for a layout, against plain loops: nothing lost, nothing twice, causal order per sequence kept."""
 
+import itertools
+
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,9 +17,9 @@ samples = st.lists(
 )
 
 
-@given(samples, st.sampled_from([1, 2, 3]), st.sampled_from([1, 2, 4]), st.booleans())
+@given(samples, st.sampled_from([1, 2, 3]), st.sampled_from([1, 2, 4]), st.booleans(), st.sampled_from([1, 16]))
 @settings(max_examples=120, deadline=None)
-def test_parts_of_all_ranks_make_up_the_microbatch(drawn, cp, tp, sequence_parallel):
+def test_parts_of_all_ranks_make_up_the_microbatch(drawn, cp, tp, sequence_parallel, align):
     token_ids = [ids for ids, _ in drawn]
     routing = [np.array([[[n, i]] for i in range(len(ids) - 1)], dtype=np.uint8).reshape(-1, 1, 2) for n, ids in enumerate(token_ids)]
     batch = build_microbatch(token_ids, [prompt for _, prompt in drawn], range(len(drawn)), routing)
@@ -24,7 +27,7 @@ def test_parts_of_all_ranks_make_up_the_microbatch(drawn, cp, tp, sequence_paral
     rows: dict[int, tuple[int, int]] = {}
     kept = 0
     for cp_rank in range(cp):
-        parts = [shard(batch, Cut(cp, cp_rank, tp, r, sequence_parallel)) for r in range(tp)]
+        parts = [shard(batch, Cut(cp, cp_rank, tp, r, sequence_parallel, align)) for r in range(tp)]
         part = parts[0]
         lengths = part.cu_seqlens.diff().tolist()
         assert len(part.tokens) * cp == part.cu_seqlens[-1]
@@ -61,3 +64,18 @@ def test_parts_of_all_ranks_make_up_the_microbatch(drawn, cp, tp, sequence_paral
     expected = list(zip(batch.sequence_ids.tolist(), batch.targets.tolist(), strict=True))
     assert [rows[i] for i in range(len(expected))] == expected
     assert len(rows) == len(expected)
+
+
+@pytest.mark.parametrize(("cp", "tp"), [(1, 1), (1, 2), (1, 3), (2, 1), (2, 2), (3, 2), (4, 4)])
+def test_every_length_gives_every_rank_what_fp8_wants_and_no_more_than_needed(cp, tp):
+    """By brute force: the smallest row that zigzag and ranks divide, of which every rank has a multiple of 16."""
+    for length in range(201):
+        batch = build_microbatch([[1] * length] if length else [], [1] if length else [], range(bool(length)))
+        span = next(n for n in itertools.count(max(length, 1)) if cp == 1 or n % (2 * cp) == 0)
+        wanted = next(n for n in itertools.count(span) if n % (cp * tp) == 0 and n // (cp * tp) % 16 == 0 and (cp == 1 or n % (2 * cp) == 0))
+        for cp_rank, tp_rank in itertools.product(range(cp), range(tp)):
+            part = shard(batch, Cut(cp, cp_rank, tp, tp_rank, sequence_parallel=tp > 1, align=16))
+            assert len(part.tokens) * cp == part.cu_seqlens[-1] == wanted
+            if part.padding is not None:
+                assert len(part.padding) == wanted // (cp * tp)
+            assert (part.padding is None) == (wanted == length)

@@ -1,0 +1,75 @@
+"""What FP8 wants of a model and a layout. Pure: no heavy imports."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+from r1mega.config.layout import Layout
+
+SIZE_MULTIPLE = 16
+"""Both sizes of a weight that FP8 matrix products take: rows of 8-bit numbers start at multiples of 16 bytes
+(transformer_engine/pytorch/utils.py, assert_dim_for_fp8_exec; the gradient swaps the two sizes)."""
+
+
+class Precision(Protocol):
+    """The FP8 part of ModelConfig."""
+
+    fp8: str
+    fp8_skip_first_layers: int
+    fp8_skip_last_layers: int
+
+
+def fp8_problems(model: Precision, layout: Layout, hf: Mapping[str, Any]) -> Iterator[str]:
+    """Why a model with this config.json cannot be trained so in FP8; each names what to change."""
+    first, last = model.fp8_skip_first_layers, model.fp8_skip_last_layers
+    if model.fp8 == "off":
+        if first or last:
+            yield (
+                f"model.fp8_skip_first_layers = {first}, model.fp8_skip_last_layers = {last} leave layers out of FP8, "
+                "and model.fp8 = off; set model.fp8, or leave them out"
+            )
+        return
+    layers = hf.get("num_hidden_layers")
+    if layers is not None:
+        if first + last >= layers:
+            yield (
+                f"model.fp8_skip_first_layers = {first} and model.fp8_skip_last_layers = {last} leave none of the model's "
+                f"{layers} layers in FP8; set model.fp8=off, or lower them"
+            )
+        most = layers // layout.pp
+        for key, count in (("first", first), ("last", last)):
+            if most < count < layers:
+                yield (
+                    f"model.fp8_skip_{key}_layers = {count}: Megatron takes at most num_hidden_layers // parallel.pp = {most}"
+                )
+    for name, size in _weight_sizes(layout, hf):
+        if size % SIZE_MULTIPLE:
+            yield (
+                f"model.fp8 = {model.fp8}: {name} is {size}, and FP8 matrix products want multiples of {SIZE_MULTIPLE}; "
+                "set model.fp8=off, or cut the model otherwise"
+            )
+
+
+def _weight_sizes(layout: Layout, hf: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    """(name, size) of everything that is a row or a column of a linear layer on one rank, as far as config.json has it."""
+    tp, etp = layout.tp, layout.etp
+    heads = hf.get("num_attention_heads") or 0
+    for key in ("hidden_size", "q_lora_rank", "kv_lora_rank"):
+        yield key, hf.get(key) or 0
+    yield f"intermediate_size / parallel.tp = {tp}", (hf.get("intermediate_size") or 0) // tp
+    expert = hf.get("moe_intermediate_size") or 0
+    yield f"moe_intermediate_size / parallel.etp = {etp}", expert // etp
+    yield f"n_shared_experts * moe_intermediate_size / parallel.tp = {tp}", expert * (hf.get("n_shared_experts") or 0) // tp
+    if hf.get("kv_lora_rank"):
+        nope, rope, value = (hf.get(f"{key}_head_dim") or 0 for key in ("qk_nope", "qk_rope", "v"))
+        yield "kv_lora_rank + qk_rope_head_dim", hf["kv_lora_rank"] + rope
+        per_head = (("qk_nope_head_dim + qk_rope_head_dim", nope + rope), ("qk_nope_head_dim + v_head_dim", nope + value),
+                    ("v_head_dim", value))  # fmt: skip
+        for name, size in per_head:
+            yield f"num_attention_heads / parallel.tp = {tp} times {name}", heads // tp * size
+    elif heads:
+        size = hf.get("head_dim") or (hf.get("hidden_size") or 0) // heads
+        groups = hf.get("num_key_value_heads") or heads
+        yield f"num_attention_heads / parallel.tp = {tp} times head_dim", heads // tp * size
+        yield f"(num_attention_heads + 2 num_key_value_heads) / parallel.tp = {tp} times head_dim", (heads + 2 * groups) // tp * size

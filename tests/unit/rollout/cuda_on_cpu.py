@@ -27,8 +27,8 @@ from r1mega.platform import vllm_cpu, vllm_cuda
 from r1mega.rollout import vllm_engine
 
 _OF_THE_CPU = (
-    "PACKAGE", "DEFAULT_KV_CACHE_BYTES", "prepare_environment", "apply_patches", "engine_arguments", "kv_block_tokens",
-    "check_model",
+    "PACKAGE", "DEFAULT_KV_CACHE_BYTES", "SEVERAL_ENGINES_A_PROCESS", "prepare_environment", "apply_patches",
+    "engine_arguments", "kv_block_tokens", "check_model",
 )  # fmt: skip
 PLATFORM = SimpleNamespace(**(vars(vllm_cuda) | {name: getattr(vllm_cpu, name) for name in _OF_THE_CPU}))
 """Reload, write and sleep of `vllm_cuda`; what builds an engine of `vllm_cpu`."""

@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterable, Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -38,43 +39,48 @@ class Allocator:
     """Stands in for vLLM's CuMemAllocator (vllm/device_allocator/cumem.py): the tensors made inside of each pool."""
 
     def __init__(self):
-        self.pools: dict[str, list[torch.Tensor]] = {}
-        self._dropped: dict[str, list[torch.Tensor]] = {}
+        self._pools: dict[str, list[weakref.ref[torch.Tensor]]] = {}
+        self._dropped: set[str] = set()
 
     @contextlib.contextmanager
     def use_memory_pool(self, tag: str) -> Iterator[None]:
+        if tag not in ("weights", "kv_cache"):  # what no level drops
+            yield
+            return
         before = _live_tensors()
         yield
-        inner = {id(tensor) for tensors in self.pools.values() for tensor in tensors}
-        new = [t for key, t in _live_tensors().items() if key not in before and key not in inner and not t.is_meta]
-        self.pools.setdefault(tag, []).extend(new)
+        made = [tensor for key, tensor in _live_tensors().items() if key not in before and not tensor.is_meta]
+        self._pools.setdefault(tag, []).extend(map(weakref.ref, made))
 
     def sleep(self, offload_tags: tuple[str, ...]) -> None:
-        self._dropped = {tag: tensors for tag, tensors in self.pools.items() if tag not in offload_tags}
+        self._dropped = set(self._pools) - set(offload_tags)
         self._discard(self._dropped)
 
     def wake_up(self, tags: list[str] | None) -> None:
         from vllm.device_allocator import DEFERRABLE_TAGS
 
-        mapped = [tag for tag in self._dropped if tags is None or tag in tags or tag not in DEFERRABLE_TAGS]
+        mapped = {tag for tag in self._dropped if tags is None or tag in tags or tag not in DEFERRABLE_TAGS}
         self._discard(mapped)
-        for tag in mapped:
-            del self._dropped[tag]
-
-    def _discard(self, tags) -> None:
-        for tag in tags:
-            for tensor in self.pools[tag]:
-                tensor.data.fill_(float("nan") if tensor.is_floating_point() else -7)
+        self._dropped -= mapped
 
     def unwritten(self, model: torch.nn.Module) -> list[str]:
         """The tensors made while the model was loaded that hold, or partly hold, what `sleep` left in them."""
         names = {id(value): f"{name}.{key}" for name, module in model.named_modules() for key, value in
                  (*vars(module).items(), *module._parameters.items(), *module._buffers.items())}  # fmt: skip
-        lost = []
-        for tensor in self.pools["weights"]:
+        lost = set()
+        for tensor in self._tensors("weights"):
             if bool(tensor.isnan().any() if tensor.is_floating_point() else (tensor == -7).any()):
-                lost.append(names.get(id(tensor), f"a {tensor.dtype} tensor of shape {list(tensor.shape)}"))
-        return sorted(set(lost))
+                lost.add(names.get(id(tensor), f"a {tensor.dtype} tensor of shape {list(tensor.shape)}"))
+        return sorted(lost)
+
+    @torch.inference_mode()  # some tensors were made in it
+    def _discard(self, tags: Iterable[str]) -> None:
+        for tag in tags:
+            for tensor in self._tensors(tag):
+                tensor.data.fill_(float("nan") if tensor.is_floating_point() else -7)
+
+    def _tensors(self, tag: str) -> list[torch.Tensor]:
+        return [tensor for ref in self._pools.get(tag, ()) if (tensor := ref()) is not None]
 
 
 def _live_tensors() -> dict[int, torch.Tensor]:
@@ -83,7 +89,7 @@ def _live_tensors() -> dict[int, torch.Tensor]:
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> Allocator:
-    """Engines that are built from here on are such; the allocator of the next one."""
+    """The engine that is built next is such, with this allocator."""
     vllm_cpu.prepare_environment()
     import vllm.device_allocator
     from vllm.model_executor.layers import utils

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from r1mega.errors import GenerationError, PlatformError, WeightSyncError
+from r1mega.errors import PlatformError
 from r1mega.platform import groups, vllm_cuda
 from r1mega.rollout.vllm_engine import VllmEngine
 from r1mega.weights import verify
@@ -102,14 +102,10 @@ def test_weights_dropped_and_pushed_equal_a_fresh_engine(build, name, dtype):
     engine.sleep()
     engine.wake_up()
     assert answers(engine) == fresh[0]
-
-
-def test_the_stand_in_computes_what_transformers_does(build):
-    engine, _ = build("deepseek", 0, "float32")
-    sequence = prompt(30)
-    expected = hf_logits("deepseek", sequence)[:-1].log_softmax(-1)[range(len(sequence) - 1), sequence[1:]]
-    (found,) = engine.prompt_log_probs([sequence])
-    assert np.abs(expected.numpy() - found).max() <= 2e-4
+    if dtype == "float32":  # the stand-in's layers compute what they should
+        sequence = prompt(30)
+        expected = hf_logits(name, sequence)[:-1].log_softmax(-1)[range(len(sequence) - 1), sequence[1:]]
+        assert np.abs(expected.numpy() - engine.prompt_log_probs([sequence])[0]).max() <= 2e-4
 
 
 def test_what_a_push_or_a_wake_up_leaves_out_is_found(build, monkeypatch):
@@ -135,14 +131,6 @@ def test_what_a_push_or_a_wake_up_leaves_out_is_found(build, monkeypatch):
     assert any("cos_sin_cache" in name for name in allocator.unwritten(model_of(engine)))
 
 
-def test_dropped_weights_are_not_generated_from(build):
-    engine, _ = build("qwen2", 0, "float32")
-    engine.sleep(keep_weights=False)
-    engine.wake_up()
-    with pytest.raises(GenerationError, match="no weights"):
-        engine.generate(greedy_requests(1))
-
-
 def test_a_derived_tensor_of_another_form_is_refused(build, monkeypatch):
     """A graph would go on with the old one."""
     engine, _ = build("deepseek", 0, "float32")
@@ -154,7 +142,7 @@ def test_a_derived_tensor_of_another_form_is_refused(build, monkeypatch):
         self.W_UV = torch.nn.Parameter(self.W_UV.double(), requires_grad=False)
 
     monkeypatch.setattr(type(attention), "process_weights_after_loading", other)
-    with pytest.raises((PlatformError, WeightSyncError), match="W_UV changed"):
+    with pytest.raises(PlatformError, match="W_UV changed"):
         written(engine, 0)
 
 

@@ -125,7 +125,7 @@ def test_what_a_push_or_a_wake_up_leaves_out_is_found(build, monkeypatch):
         self._sleep_saved_buffers = {}
         restore(self, tags)
 
-    monkeypatch.setattr(Worker, "wake_up", forgetful)
+    monkeypatch.setattr(type(engine._worker), "wake_up", forgetful)
     engine.sleep(keep_weights=False)
     gathered(engine, 0)
     assert any("cos_sin_cache" in name for name in allocator.unwritten(model_of(engine)))

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from r1mega.errors import ConfigError, R1MegaError
+from r1mega.errors import ConfigError, FreshProcessNeeded, R1MegaError
 
 app = typer.Typer(
     name="r1mega",
@@ -50,13 +50,18 @@ def train(
     scan_data(loaded)
     # from here on torch is imported: what is wrong with the files is told before, at once
     from r1mega.config.validate_platform import validate_platform
-    from r1mega.platform.launcher import adopt_launcher_environment
+    from r1mega.platform.launcher import adopt_launcher_environment, restart
     from r1mega.stages import run_stage
 
     adopt_launcher_environment()
     validate_platform(loaded)
-
-    raise typer.Exit(run_stage(loaded))
+    try:
+        code = run_stage(loaded)
+    except FreshProcessNeeded:
+        if _is_first_rank():
+            print("starting anew for the next generator: one a process", flush=True)
+        restart()
+    raise typer.Exit(code)
 
 
 @app.command()
@@ -257,8 +262,10 @@ def _exit_for_requeue_on_signals() -> None:
     """Asked to stop before anything has begun (libraries load, ranks gather): there is nothing to save, start again."""
     from r1mega.errors import EXIT_SAVED_FOR_REQUEUE
 
-    for number in (signal.SIGTERM, signal.SIGUSR2):
+    numbers = (signal.SIGTERM, signal.SIGUSR2)
+    for number in numbers:
         signal.signal(number, lambda *_: os._exit(EXIT_SAVED_FOR_REQUEUE))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)  # a restart blocks them (platform/launcher.py)
 
 
 def _is_first_rank() -> bool:

@@ -46,6 +46,10 @@ class GenerationError(R1MegaError):
     exit_code = 7
 
 
+class FreshProcessNeeded(GenerationError):
+    """The generator can be built, but not by this process, which has had one; `r1mega train` then starts itself anew."""
+
+
 class RewardError(R1MegaError):
     """A reward that cannot be computed for a reason that a retry does not mend (bad config, missing tool)."""
 

@@ -34,6 +34,8 @@ class Generator(Protocol):
     tp: int
     ep: int
     dp: int | None
+    max_num_seqs: int
+    max_batched_tokens: int
 
 
 def process_problems(layout: Layout, processes: int) -> Iterator[str]:
@@ -88,6 +90,11 @@ def generator_problems(generator: Generator, processes: int, hf: Mapping[str, An
         yield (
             f"rollout.dp = {dp} with rollout.tp = {tp} wants {dp * tp} processes, there are {processes}; leave dp out, "
             "it follows"
+        )
+    if generator.max_batched_tokens < generator.max_num_seqs:
+        yield (
+            f"rollout.max_batched_tokens = {generator.max_batched_tokens} is below rollout.max_num_seqs = "
+            f"{generator.max_num_seqs}: every sample in flight takes a token of a pass; raise the one or lower the other"
         )
     if ep > 1:
         yield from _expert_problems(generator, hf)

@@ -118,10 +118,10 @@ class RolloutConfig(Section):
     ep: PositiveInt = 1  # rollout.tp: whole experts, spread over the ranks of a generator; 1: every expert cut by tp
     dp: PositiveInt | None = None  # generators; None: as many as tp leaves of the processes
     max_num_seqs: PositiveInt = 256
-    max_batched_tokens: PositiveInt = 8192
+    max_batched_tokens: PositiveInt = 8192  # of one pass, at least max_num_seqs; longer prompts take several passes
     kv_cache_bytes: PositiveInt | None = None  # None: vLLM's own choice on a GPU; 256 MiB on a CPU
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.8
-    sleep: bool = True  # free the KV cache during the update
+    sleep: bool = True  # free the KV cache during the update, and on a GPU the generator's weights and CUDA graphs
     router_replay: bool = False  # the update repeats the generator's choices of experts (R3); vLLM on a CPU only so far
 
 

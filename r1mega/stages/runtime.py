@@ -14,13 +14,14 @@ import torch.distributed as dist
 from r1mega import platform
 from r1mega.checkpoint.store import CheckpointStore, architecture_of
 from r1mega.config.schema import Stage
-from r1mega.errors import EXIT_SAVED_FOR_REQUEUE, CheckpointError, R1MegaError
+from r1mega.errors import EXIT_SAVED_FOR_REQUEUE, CheckpointError, FreshProcessNeeded, R1MegaError
 from r1mega.observe.metrics import MetricsWriter
 from r1mega.observe.progress import StageProgress
 from r1mega.observe.run import RunDirectory
 from r1mega.observe.samples import SamplesWriter
 from r1mega.observe.trace import PhaseTimer, rss_bytes
 from r1mega.platform import groups
+from r1mega.platform.launcher import free_port, prepare_restart
 from r1mega.platform.signals import StopRequest
 from r1mega.types import RolloutGroup
 
@@ -62,6 +63,9 @@ class Runtime:
             stack.callback(runtime._close)
             try:
                 yield runtime
+            except FreshProcessNeeded:  # what was done is kept; raised on every rank in the same place
+                prepare_restart(runtime.broadcast(free_port))
+                raise
             except BaseException:
                 if runtime.is_main:
                     directory.write_status("failed", runtime._step, runtime._last)

@@ -212,7 +212,7 @@ def _check_covered(target: ReloadTarget, parameters: Mapping[str, torch.Tensor])
 
 
 def _parameters(target: ReloadTarget) -> dict[str, torch.Tensor]:
-    return dict(target.worker.model_runner.model.named_parameters(remove_duplicate=False))
+    return dict(target.worker.model_runner.get_model().named_parameters(remove_duplicate=False))
 
 
 def _checked(target: ReloadTarget, named_tensors: NamedTensors, expected: Mapping[str, tuple[int, ...]],

@@ -67,6 +67,7 @@ def test_shipped_nano_config_for_four_ranks_is_valid(run):
         (["rollout.tp=8"], 8, r"rollout\.tp = 8 does not divide the model's num_attention_heads = 4; 4 would"),
         (["rollout.dp=2"], 4, r"rollout\.dp = 2 with rollout\.tp = 1 wants 2 processes, there are 4; leave dp out"),
         (["rollout.ep=2"], 2, r"rollout\.ep = 2: .* it is 1 or rollout\.tp = 1 .*planned"),
+        (["rollout.max_batched_tokens=255"], 1, r"rollout\.max_batched_tokens = 255 is below rollout\.max_num_seqs = 256"),
         (["rollout.tp=2", "rollout.ep=2", "rollout.engine=transformers"], 2, r"rollout\.ep = 2 wants rollout\.engine = vllm"),
         (["rollout.num_prompts=2"], 4, r"raise it to at least 4"),
         (["update.num_minibatches=3"], 1, r"256 responses cannot be divided into update\.num_minibatches = 3"),
@@ -108,7 +109,7 @@ def test_the_generators_layout_of_other_models():
     from types import SimpleNamespace
 
     def problems(hf, tp, ep=1):
-        rollout = SimpleNamespace(engine="vllm", tp=tp, ep=ep, dp=None)
+        rollout = SimpleNamespace(engine="vllm", tp=tp, ep=ep, dp=None, max_num_seqs=1, max_batched_tokens=1)
         return "\n".join(generator_problems(rollout, tp, hf))
 
     grouped = {"model_type": "qwen2", "num_attention_heads": 12, "num_key_value_heads": 2, "intermediate_size": 48, "vocab_size": 1000}

@@ -54,21 +54,21 @@ def config(run_dir, data, tmp_path):
     return write
 
 
-def command(path, *overrides, num_ranks=1):
+def command(path, *overrides, num_ranks=1, program=("-m", "r1mega")):
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"] if num_ranks > 1 else []
-    return [sys.executable, *launcher, "-m", "r1mega", "train", str(path), *overrides]
+    return [sys.executable, *launcher, *program, "train", str(path), *overrides]
 
 
-def start(path, *overrides, num_ranks=1):
+def start(path, *overrides, **options):
     return subprocess.Popen(
-        command(path, *overrides, num_ranks=num_ranks), env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
+        command(path, *overrides, **options), env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
 
 
-def run(path, *overrides, num_ranks=1):
-    process = start(path, *overrides, num_ranks=num_ranks)
-    output, _ = process.communicate(timeout=300)
+def run(path, *overrides, **options):
+    process = start(path, *overrides, **options)
+    output, _ = process.communicate(timeout=1500)
     assert process.returncode == 0, output[-6000:]
     return output
 
@@ -192,3 +192,25 @@ def test_problems_are_found_before_anything_starts(config, changes, message):
 def test_doctor_knows_the_stage(config):
     _, facts, problem = config_facts(config(), [])
     assert problem is None and any("transformers" in str(fact) for fact in facts)
+
+
+def test_an_engine_a_process_says_the_same_as_two_in_one(config, run_dir, tmp_path):
+    """Two checkpoints with vLLM: one after the other in one process, and by two ranks that can build one engine each and
+    start themselves anew for the next."""
+    other = tmp_path / "other"
+    shutil.copytree(run_dir, other)
+    pens = {"form": "gsm8k", "data": GSM8K, "num_samples": 2, "temperature": 0.5, "wording": "{{ question[:30] }}"}
+    path = config(
+        others=[str(other)], rollout={"engine": "vllm", "kv_cache_bytes": 32 << 20}, tasks={"pens": pens}
+    )  # fmt: skip
+    worker = ("tests/unit/evaluate/one_engine_worker.py",)
+    anew = "starting anew"
+    assert anew not in run(path)
+    output = run(path, f"run_dir={tmp_path / 'one'}", num_ranks=2, program=worker)
+    assert output.count(anew) == 1, output
+    results = [json.loads((tmp_path / name / "results.json").read_text())["checkpoints"] for name in ("evaluation", "one")]
+    assert len(results[0]) == 2 and results[0] == results[1]
+    for name in (checkpoint["name"] for checkpoint in results[0]):
+        ours, theirs = (read_result(tmp_path / run / name / "pens/result.json").rows for run in ("evaluation", "one"))
+        assert ours == theirs
+    assert json.loads((tmp_path / "one/status.json").read_text())["state"] == "finished"

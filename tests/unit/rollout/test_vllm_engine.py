@@ -210,6 +210,58 @@ def test_more_samples_than_slots_and_a_full_cache(engines):
 
 
 @pytest.mark.parametrize("name", ["deepseek", "llama"])
+def test_prompts_longer_than_a_pass(engines, name):
+    """A budget of 16 tokens a pass, sequences of up to 127: tokens, log-probs and prompt log-probs are those of transformers,
+    and a pass takes no more. (vLLM on a CPU does without chunks for latent attention, and raises the budget itself.)"""
+    roomy, engine = engines(name), engines(name, max_batched_tokens=16, max_num_seqs=8)
+    budget = engine._llm_engine.vllm_config.scheduler_config.max_num_batched_tokens
+    assert budget == 16 if name == "llama" else budget >= MAX_MODEL_LEN
+    sampling = SamplingSettings(max_tokens=20)
+    requests = [GenerationRequest(prompt(95 + i), 2, i, sampling) for i in range(6)]
+    passes, step = [], engine._core.engine_core.scheduler.schedule
+
+    def schedule(*arguments, **options):
+        output = step(*arguments, **options)
+        passes.append(output.total_num_scheduled_tokens)
+        return output
+
+    engine._core.engine_core.scheduler.schedule = schedule
+    try:
+        for request, responses, others in zip(requests, engine.generate(requests), roomy.generate(requests), strict=True):
+            for response, other in zip(responses, others, strict=True):
+                assert response.token_ids == other.token_ids  # a discarded draw leaves a seed's stream where it was
+                expected = reference_log_probs(name, request, response.token_ids)
+                assert np.abs(expected - response.log_probs).max() <= TOLERANCE
+        sequence = prompt(120)
+        expected = hf_logits(name, sequence)[:-1].log_softmax(-1)[range(len(sequence) - 1), sequence[1:]].numpy()
+        (found,) = engine.prompt_log_probs([sequence])
+        assert np.abs(expected - found).max() <= TOLERANCE
+    finally:
+        engine._core.engine_core.scheduler.schedule = step
+    assert 0 < max(passes) <= budget
+
+
+def test_a_prefix_cache_that_vllm_did_not_drop_is_an_error(engines):
+    """It would answer with what older weights computed."""
+    from vllm import SamplingParams
+
+    engine = engines("llama")
+    expected = engine.generate(greedy_requests(1))
+    for call in (lambda: engine.generate(greedy_requests(1)), lambda: engine.prompt_log_probs([prompt(3)]), engine.sleep,
+                 lambda: engine.update_weights(checkpoint_tensors(checkpoint("llama")))):  # fmt: skip
+        left_open = engine._add(list(prompt(20)), SamplingParams(max_tokens=50, detokenize=False))
+        engine._step()
+        with pytest.raises(GenerationError, match="prefix cache: 1 requests still hold blocks.*End every request"):
+            call()
+        engine._core.abort_requests([left_open])
+        engine._drain()
+    with pytest.raises(GenerationError, match="no weights"):
+        engine.generate(greedy_requests(1))  # the last of them left none that count
+    engine.update_weights(checkpoint_tensors(checkpoint("llama")))
+    assert engine.generate(greedy_requests(1)) == expected
+
+
+@pytest.mark.parametrize("name", ["deepseek", "llama"])
 def test_sleep_frees_memory_and_changes_nothing(engines, name):
     engine = engines(name)
     before = engine.generate(greedy_requests())
@@ -223,6 +275,12 @@ def test_sleep_frees_memory_and_changes_nothing(engines, name):
     with pytest.raises(GenerationError, match="asleep"):
         engine.generate(greedy_requests())
     engine.wake_up()
+    assert engine.generate(greedy_requests()) == before
+    engine.sleep(keep_weights=False)
+    engine.wake_up()
+    with pytest.raises(GenerationError, match="no weights"):  # as where they are gone
+        engine.generate(greedy_requests())
+    engine.update_weights(checkpoint_tensors(checkpoint(name)))
     assert engine.generate(greedy_requests()) == before
 
 
@@ -288,7 +346,7 @@ def reference_routing(name: str, tokens) -> np.ndarray:
     [
         {},
         {"max_num_seqs": 2},  # later samples of a prompt find it in the prefix cache
-        {"max_batched_tokens": 16, "max_model_len": 72},  # prompts in several passes
+        {"max_batched_tokens": 16, "max_num_seqs": 16, "max_model_len": 72},  # prompts in several passes
         {"kv_cache_bytes": 3 << 20, "max_num_seqs": 16},  # too small for all: some are preempted and computed again
     ],
 )

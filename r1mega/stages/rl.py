@@ -13,6 +13,7 @@ from r1mega.data.prompts import load_prompts
 from r1mega.data.tokenizer import load_tokenizer
 from r1mega.errors import CheckpointError
 from r1mega.observe.trace import profile_step
+from r1mega.platform.groups import wait_for_all
 from r1mega.reward.compose import RewardScorer
 from r1mega.rollout.build import build_engine
 from r1mega.rollout.groups import GroupCollector
@@ -63,6 +64,7 @@ class RLTrainer:
             self.engine, self.tokenizer, self.scorer, self.sampling, config.rollout.group_size, self.timer
         )
         self.collector = GroupCollector(sampler, prompts, self.cursor, config)
+        wait_for_all("startup", "the models and generators of all ranks")
         self.sync = WeightSync(self.policy, self.engine, config.weights, self.hf_config, [p.token_ids for p in prompts])
         self.sync.push()
 

@@ -50,7 +50,7 @@ class Runtime:
     def open(cls, config: Stage) -> Iterator[Runtime]:
         """Start process groups, take the run directory, listen to SIGTERM and SIGUSR2; undo all of it at the end."""
         torch.set_num_threads(config.threads or _threads_per_rank())
-        groups.init_parallel(config.parallel, config.seed)
+        groups.init_parallel(config.parallel, config.seed, config.timeouts)
         directory = RunDirectory(config.run_dir)
         runtime = cls(config, directory)
         with contextlib.ExitStack() as stack:
@@ -151,6 +151,7 @@ class Runtime:
                 outcome[0] = make()
             except R1MegaError as error:
                 outcome[1] = error
+        groups.wait_for_all("startup", "what rank 0 prepares for all")
         dist.broadcast_object_list(outcome, src=0)
         if outcome[1] is not None:
             raise outcome[1]

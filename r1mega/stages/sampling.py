@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from r1mega.data.tokenizer import Tokenizer
 from r1mega.errors import ConfigError, DataError
+from r1mega.platform.groups import wait_for_all
 from r1mega.rollout.draw import Draw, GradedSample, Key, draw_samples
 from r1mega.rollout.engine import GenerationEngine, sample_seed
 from r1mega.rollout.sampler import Scorer
@@ -129,6 +130,7 @@ class Sampling:
                     self._store.write_sample(graded.sample, graded.reward)
                     drawn.append(graded)
         self._store.sync()
+        wait_for_all("rollout", f"the samples of window {window + 1}")
         earlier = [self._done[draw.key] for draw in share if draw.key in self._done] if self._contributes else []
         metrics = _metrics([*earlier, *drawn]) | runtime.timer.finish_step()
         tokens = sum(graded.sample.length for graded in drawn)

@@ -1,11 +1,13 @@
-"""Megatron's distributed Adam, its learning-rate schedule, and its state before the first step."""
+"""Megatron's distributed Adam, its learning-rate schedule, its state before the first step and on its way to a checkpoint."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from r1mega import platform
 
@@ -18,9 +20,22 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler  # n
 from r1mega.config.schema import OptimizerConfig  # noqa: E402
 
 
+SHARDING_METADATA = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": True,
+    "chained_optim_avoid_prefix": True,
+}
+"""How optimizer state is laid out in checkpoints: loadable into any other parallel layout, gathered over gloo in host
+memory (megatron-core's other way gathers whole fp32 buffers on the GPU, beside the model)."""
+
+_STATE = ("param", "exp_avg", "exp_avg_sq")
+_BLOCK = 2**24
+"""Elements of one message of gathered state: 64 MiB, which is all the memory that a rank needs beside the result."""
+
+
 def build_optimizer(config: OptimizerConfig, ddp_chunks: Sequence[torch.nn.Module], dtype: torch.dtype) -> Any:
     """Adam over the gradient buffers of DDP-wrapped model chunks, its state shared out over the data-parallel ranks."""
-    return get_megatron_optimizer(
+    optimizer = get_megatron_optimizer(
         MegatronOptimizerConfig(
             optimizer="adam",
             lr=config.lr,
@@ -37,6 +52,13 @@ def build_optimizer(config: OptimizerConfig, ddp_chunks: Sequence[torch.nn.Modul
         ddp_chunks,
         use_gloo_process_groups=True,
     )
+    for part in _parts(optimizer):
+        part.get_parameter_state_dp_zero = functools.partial(gather_state, part)
+    return optimizer
+
+
+def _parts(optimizer: Any) -> Sequence[Any]:
+    return getattr(optimizer, "chained_optimizers", [optimizer])
 
 
 def learning_rate_schedule(optimizer: Any, config: OptimizerConfig, total_steps: int) -> OptimizerParamScheduler:
@@ -64,7 +86,7 @@ def learning_rate_schedule(optimizer: Any, config: OptimizerConfig, total_steps:
 
 def fill_empty_state(optimizer: Any) -> None:
     """Give an optimizer that has not stepped yet its state of zeros: without it Megatron cannot save it."""
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for part in _parts(optimizer):
         if part.optimizer.state or not any(group["params"] for group in part.optimizer.param_groups):
             continue
         rates = [(group, group["lr"], group["weight_decay"]) for group in part.optimizer.param_groups]
@@ -73,3 +95,75 @@ def fill_empty_state(optimizer: Any) -> None:
         part._init_optimizer_states_with_dummy_values()
         for group, lr, weight_decay in rates:
             group["lr"], group["weight_decay"], group["step"] = lr, weight_decay, 0
+
+
+def gather_state(
+    optimizer: Any, use_gloo_comm: bool = True, empty_data: bool = False, return_on_all_ranks: bool = False
+) -> dict[Any, Any] | None:
+    """What DistributedOptimizer.get_parameter_state_dp_zero returns (megatron-core 0.16.1, distrib_optimizer.py:977), for
+    gloo only: {buffer: {dtype: {"param" | "exp_avg" | "exp_avg_sq": [elements] float32, ...}}} in host memory.
+
+    Whole on the first data-parallel rank, None on the others; empty_data: zeros to load into, on all.
+
+    Megatron's own makes the result, the rank's shards of all three, one key's shards of all ranks, and their
+    concatenation: 32 bytes an element where the group is one rank (experts), 12 of them the result. Here it is the
+    result, and a block on the ranks that send. Nothing is allocated on the device.
+    """
+    if not use_gloo_comm:
+        raise NotImplementedError(f"{SHARDING_METADATA} gathers over gloo")
+    group = optimizer.data_parallel_group_gloo
+    whole = empty_data or group.rank() == 0
+    if whole != (return_on_all_ranks or group.rank() == 0):
+        raise NotImplementedError(f"{SHARDING_METADATA} returns state on one rank when it saves, on all when it loads")
+    gathered: dict[Any, Any] = {"buckets_coalesced": True}
+    for index, ranges in enumerate(optimizer.gbuf_ranges):
+        buffer, ((dtype, bucket_ranges),) = optimizer.buffers[index], ranges.items()
+        state: dict[str, Any] = {key: torch.zeros(buffer.numel_unpadded, device="cpu") for key in _STATE} if whole else {}
+        start = 0
+        for bucket, bucket_range in zip(buffer.buckets, bucket_ranges, strict=True):
+            size = bucket.numel_unpadded
+            if not empty_data:
+                parts = {key: state[key][start : start + size] if whole else None for key in _STATE}
+                _gather_bucket(optimizer, bucket_range["param_map"], bucket.grad_data.numel(), size, parts, group)
+            start += size
+        gathered[index] = {dtype: state | ({"numel_unpadded": buffer.numel_unpadded} if whole else {})}
+    return gathered if whole else None
+
+
+def _gather_bucket(
+    optimizer: Any, params: dict[Any, Any], padded: int, size: int, parts: dict[str, torch.Tensor | None], group: Any
+) -> None:
+    """Fill the first rank's `parts` ([size] each; None elsewhere). Rank r holds the r-th of equal shares of `padded`."""
+    share = padded // group.size()
+    for rank in range(group.size()):
+        here = min(share, max(0, size - rank * share))  # the last ranks' shares may be padding
+        for key, part in parts.items():
+            for first, last in _blocks(here):
+                if part is not None:
+                    target = part[rank * share + first : rank * share + last]
+                elif rank == group.rank():
+                    target = torch.zeros(last - first, device="cpu")
+                else:
+                    continue
+                if rank == group.rank():
+                    _copy_own(optimizer, params, key, first, target)
+                    if rank > 0:
+                        dist.send(target, group=group, group_dst=0)
+                elif part is not None:
+                    dist.recv(target, group=group, group_src=rank)
+
+
+def _blocks(count: int) -> Iterator[tuple[int, int]]:
+    for first in range(0, count, _BLOCK):
+        yield first, min(count, first + _BLOCK)
+
+
+def _copy_own(optimizer: Any, params: dict[Any, Any], key: str, first: int, target: torch.Tensor) -> None:
+    """Elements [first, first + len(target)) of this rank's share of a bucket."""
+    last = first + target.numel()
+    for param, ranges in params.items():
+        begin, end = ranges["gbuf_local"].start, ranges["gbuf_local"].end
+        low, high = max(begin, first), min(end, last)
+        if low < high:
+            own = optimizer._get_main_param_and_optimizer_states(param)[key].detach()
+            target[low - first : high - first].copy_(own[low - begin : high - begin])

@@ -40,7 +40,12 @@ from r1mega.config.schema import ModelConfig, OptimizerConfig, ParallelConfig  #
 from r1mega.errors import NonFiniteError  # noqa: E402
 from r1mega.model.build import build_model, packed_seq_params  # noqa: E402
 from r1mega.model.reward_head import attach_scalar_head  # noqa: E402
-from r1mega.train.optimizer import build_optimizer, fill_empty_state, learning_rate_schedule  # noqa: E402
+from r1mega.train.optimizer import (  # noqa: E402
+    SHARDING_METADATA,
+    build_optimizer,
+    fill_empty_state,
+    learning_rate_schedule,
+)
 from r1mega.train.packing import Microbatch, build_microbatch  # noqa: E402
 from r1mega.train.padding import ZeroedPadding  # noqa: E402
 from r1mega.train.router_replay import Replay  # noqa: E402
@@ -48,14 +53,6 @@ from r1mega.train.shard import Cut, Shard, join_rows, shard  # noqa: E402
 
 LossFunction = Callable[[int, Microbatch, torch.Tensor, torch.Tensor], tuple[torch.Tensor, Any]]
 """(index of the microbatch, microbatch, log_probs [R], entropies [R]) -> (loss sum, statistics to collect)."""
-
-SHARDING_METADATA = {
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "distrib_optim_fully_reshardable_mem_efficient": False,
-    "chained_optim_avoid_prefix": True,
-    **MODEL_METADATA,
-}
-"""How optimizer state is laid out in checkpoints: loadable into any other parallel layout."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -352,7 +349,7 @@ class Policy:
         """Megatron's sharded state of model, optimizer, learning-rate schedule and reference weights."""
         if not is_loading:
             fill_empty_state(self.optimizer)
-        metadata = dict(SHARDING_METADATA)  # Megatron keeps its process groups in there
+        metadata = SHARDING_METADATA | MODEL_METADATA  # Megatron keeps its process groups in there
         model = {f"model{i}": c.sharded_state_dict(metadata=metadata) for i, c in enumerate(self.chunks)}
         state: dict[str, Any] = {
             "model": model,

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from r1mega.algorithm.pairwise import pairwise_losses, pointwise_losses
 from r1mega.checkpoint.hf import HFTensors, read_config
 from r1mega.config.schema import ModelConfig, ParallelConfig
+from r1mega.platform.groups import wait_for_all
 from r1mega.train.packing import Microbatch, build_microbatch, plan_packing
 from r1mega.train.policy import Policy, UpdateResult
 
@@ -105,6 +106,7 @@ class SpreadRewardModel:
 
     def scores(self, sequences: Sequence[Sequence[int]]) -> list[float]:
         """A score for each of this rank's sequences. A collective call: what all ranks have is shared among them."""
+        wait_for_all("rollout", "the responses that a reward model is to score")
         everyone: list[list[Sequence[int]]] = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(everyone, list(sequences))
         distinct = sorted({tuple(sequence) for part in everyone for sequence in part})

@@ -20,6 +20,9 @@ import torch.distributed as dist
 from r1mega.errors import WeightSyncError
 
 ALIGNMENT = 16  # bytes: where a message begins in a buffer
+MAX_OPERATIONS = 256
+"""Messages of one rank in one batch. torch's NCCL batches hang at about 1,000; torch cuts its own at 256 since
+(pytorch#174288, #174942)."""
 _READY, _DONE = 1, 2  # tags
 
 
@@ -75,13 +78,14 @@ class MessageTransport:
         return self._out[index % 2]
 
     def post(self, index: int, sends: Side, receives: Side) -> None:
-        both = ((dist.irecv, self._in[index % 2], receives), (dist.isend, self._out[index % 2], sends))
-        operations = [
-            dist.P2POp(function, buffer[message.start : message.start + message.num_bytes], message.rank)
-            for function, buffer, side in both
-            for message in side.messages
-        ]
-        self._works[index] = dist.batch_isend_irecv(operations) if operations else []
+        self._works[index] = works = []
+        for receiving, sending in in_batches(receives, sends, dist.get_rank(), dist.get_world_size()):
+            both = ((dist.irecv, self._in[index % 2], receiving), (dist.isend, self._out[index % 2], sending))
+            works += dist.batch_isend_irecv([
+                dist.P2POp(function, buffer[message.start : message.start + message.num_bytes], message.rank)
+                for function, buffer, messages in both
+                for message in messages
+            ])  # fmt: skip
 
     def received(self, index: int, receives: Side) -> Iterator[tuple[Message, torch.Tensor]]:
         for work in self._works.pop(index):
@@ -91,6 +95,25 @@ class MessageTransport:
 
     def finish(self) -> None:
         """Nothing: `received` waited for both directions."""
+
+
+def in_batches(
+    receives: Side, sends: Side, rank: int, num_ranks: int, limit: int = MAX_OPERATIONS
+) -> list[tuple[list[Message], list[Message]]]:
+    """(received, sent) messages of one bucket in batches of at most `limit`, in the order in which to post them.
+
+    NCCL ends a batch when all of its messages have met their other side, and begins the next one then: a message must be
+    in batches that wait for each other on neither side. So a message's batch follows from its two ranks alone, from how
+    far the receiver is behind the sender (modulo num_ranks): a rank has one message at most in either direction at each
+    distance, and the n-th distances of all ranks meet only each other.
+    """
+    width = max(1, limit // 2)
+    cut: dict[int, tuple[list[Message], list[Message]]] = {}
+    for side, messages in enumerate((receives.messages, sends.messages)):
+        for message in messages:
+            distance = (rank - message.rank if side == 0 else message.rank - rank) % num_ranks
+            cut.setdefault(distance // width, ([], []))[side].append(message)
+    return [batch for _, batch in sorted(cut.items())]
 
 
 class SharedMemoryTransport:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -21,16 +22,15 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # n
 from megatron.core.transformer.module import Float16Module  # noqa: E402
 
 from r1mega.checkpoint.names import load_hf  # noqa: E402
+from r1mega.checkpoint.store import MODEL_METADATA  # noqa: E402
 from r1mega.model.build import build_model  # noqa: E402
 from r1mega.platform import groups  # noqa: E402
+from r1mega.train.optimizer import SHARDING_METADATA, gather_state  # noqa: E402
 from tests.reference import DEEPSEEK, Layout, ModelSettings, Reference, make_reference  # noqa: E402
 
-METADATA = {
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "distrib_optim_fully_reshardable_mem_efficient": False,
-    "chained_optim_avoid_prefix": True,
-    "singleton_local_shards": False,
-}
+METADATA = SHARDING_METADATA | MODEL_METADATA
+EARLIER = METADATA | {"distrib_optim_fully_reshardable_mem_efficient": False}
+"""What checkpoints were written with that Megatron's own gathering made."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -43,7 +43,8 @@ def one_process():
 class Run:
     """A model in training: the parts of Megatron that a checkpoint must bring back."""
 
-    def __init__(self, dtype: str, reference: Reference | None):
+    def __init__(self, dtype: str, reference: Reference | None, metadata: dict):
+        self.metadata = metadata
         settings = ModelSettings(dtype=dtype, expert_bias_update_rate=1e-3)
         (self.model,) = build_model(DEEPSEEK, Layout(), settings, init_std=None if reference else 0.01)
         wide = dtype == "float32"
@@ -63,6 +64,9 @@ class Run:
             [self.ddp],
             use_gloo_process_groups=True,
         )
+        if metadata is METADATA:
+            for part in self.optimizer.chained_optimizers:
+                part.get_parameter_state_dp_zero = functools.partial(gather_state, part)
         if reference:
             load_hf([self.ddp], reference.state)
             self.optimizer.reload_model_params()
@@ -78,21 +82,21 @@ class Run:
         return float(loss)
 
     def state(self, *, is_loading: bool) -> dict:
-        model = self.model.sharded_state_dict(metadata=METADATA)
-        optimizer = self.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=METADATA)
+        model = self.model.sharded_state_dict(metadata=dict(self.metadata))
+        optimizer = self.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=dict(self.metadata))
         return {"model": model, "optimizer": optimizer}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_restored_run_continues_bitwise(tmp_path: Path, dtype):
+@pytest.mark.parametrize(("dtype", "saved"), [("float32", METADATA), ("bfloat16", METADATA), ("bfloat16", EARLIER)])
+def test_a_restored_run_continues_bitwise(tmp_path: Path, dtype, saved):
     reference = make_reference(DEEPSEEK)
-    whole = Run(dtype, reference)
+    whole = Run(dtype, reference, saved)
     first = [whole.step(reference) for _ in range(2)]
-    dist_checkpointing.save(whole.state(is_loading=False), str(tmp_path), content_metadata=METADATA)
+    dist_checkpointing.save(whole.state(is_loading=False), str(tmp_path), content_metadata=dict(saved))
     after = [whole.step(reference) for _ in range(2)]
     assert first[0] > first[1] > after[1]  # it learns, so that equal losses say something
 
-    restored = Run(dtype, None)
+    restored = Run(dtype, None, METADATA)
     state = dist_checkpointing.load(restored.state(is_loading=True), str(tmp_path))
     restored.model.load_state_dict(state["model"])
     restored.optimizer.load_state_dict(state["optimizer"])

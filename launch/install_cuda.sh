@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# A GPU machine, from nothing: NVIDIA driver 580 or newer, CUDA toolkit 13 (nvcc, with cuDNN's and NCCL's headers), Linux x86_64.
+#
+#   bash launch/install_cuda.sh [--apex]        into .venv; APEX_SOURCE: a git URL or directory of NVIDIA's apex, APEX_REF: what of it
+#
+# The order matters. Transformer Engine's part for torch comes as source and is built here: against the torch that vLLM pins,
+# which must be there first, and without build isolation, which would build it against whatever torch is newest. apex likewise;
+# it is optional (fused gradient accumulation). Started again it installs nothing twice.
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+APEX_SOURCE=${APEX_SOURCE:-https://github.com/NVIDIA/apex} APEX_REF=${APEX_REF:-25.09}
+case "${1:-}" in
+'') apex= ;;
+--apex) apex=1 ;;
+*) fail "usage: bash launch/install_cuda.sh [--apex]" ;;
+esac
+
+command -v nvcc >/dev/null || fail "no nvcc: install CUDA toolkit 13 and put its bin directory on PATH"
+nvcc --version | grep -q 'release 13' || fail "$(nvcc --version | grep release): torch and vLLM are built for CUDA 13"
+if command -v nvidia-smi >/dev/null; then
+    driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader | head -n 1)
+    [ "${driver%%.*}" -ge 580 ] || fail "driver $driver: CUDA 13 wants 580 or newer"
+fi
+pin() { grep "^$1==" requirements/cuda.txt; }
+
+make_venv
+say "torch, vLLM and Transformer Engine's compiled core"
+pip install "$(pin torch)"
+pip install -r requirements/cuda.txt
+say "Transformer Engine's part for torch, built here (minutes)"
+pip install setuptools wheel ninja cmake packaging pybind11 nvidia-mathdx
+MAX_JOBS=${MAX_JOBS:-8} NVTE_FRAMEWORK=pytorch pip install --no-build-isolation "$(pin transformer-engine | sed 's/^transformer-engine/transformer-engine-torch/')"
+if [ -n "$apex" ]; then
+    say "apex (minutes)"
+    source=$APEX_SOURCE
+    [ -d "$source" ] || { source=$(mktemp -d) && git clone --depth 1 --branch "$APEX_REF" "$APEX_SOURCE" "$source"; }
+    APEX_CPP_EXT=1 APEX_CUDA_EXT=1 MAX_JOBS=${MAX_JOBS:-8} pip install --no-build-isolation --no-cache-dir "$source"
+fi
+say "r1mega and its kernels"
+pip install -c requirements/cuda.txt -e '.[cuda]'
+"$PYTHON" kernels/build.py --cuda
+exec r1mega doctor

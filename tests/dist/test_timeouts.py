@@ -1,0 +1,102 @@
+"""How long ranks wait for each other: each kind of wait by its own key, and who was waited for in vain."""
+
+from __future__ import annotations
+
+import time
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+
+from r1mega.config.schema import TimeoutsConfig
+from r1mega.errors import StragglerError
+from r1mega.platform import groups
+from tests.dist.launch import launch
+
+SHORT = 3.0
+
+
+class SlowOnRankOne:
+    """Stands where the generator and its rewards are; rank 1 takes `seconds`."""
+
+    def __init__(self, seconds: float):
+        self._seconds = seconds
+
+    def sample(self, prompts, seeds, policy_version):
+        if dist.get_rank() == 1:
+            time.sleep(self._seconds)
+        return list(prompts)
+
+
+def collect(seconds: float, step: int) -> int:
+    """A step's rollout by the stage's own collector; the number of groups of this rank."""
+    from r1mega.data.cursor import PromptCursor
+    from r1mega.rollout.groups import GroupCollector
+
+    config = SimpleNamespace(
+        seed=1, rollout=SimpleNamespace(num_prompts=6, tp=1),
+        algorithm=SimpleNamespace(dynamic_sampling=SimpleNamespace(enabled=False)),
+    )  # fmt: skip
+    return len(GroupCollector(SlowOnRankOne(seconds), range(6), PromptCursor(6, 0), config).collect(step))
+
+
+def error_of(function) -> str:
+    try:
+        function()
+    except (StragglerError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def a_slow_rollout() -> dict[str, object]:
+    """Twice as long as a collective may take, within what a rollout may take; then a collective as slow as that."""
+    from r1mega.checkpoint.workers import TorchWorkers
+
+    groups.init_distributed(TimeoutsConfig(collective_seconds=SHORT, rollout_seconds=61, checkpoint_seconds=62))
+    made = {"world": dist.group.WORLD, "checkpoint": TorchWorkers()._group}
+    options = {name: group._get_backend(torch.device("cpu")).options for name, group in made.items()}
+    found: dict[str, object] = {"limits": {name: o._timeout.total_seconds() for name, o in options.items()}}
+    found["groups"] = collect(2 * SHORT, 1)
+    groups.wait_for_all("rollout", "the keys of the wait before")
+    store = dist.distributed_c10d._get_default_store()
+    found["left behind"] = [f"{n}/{rank}" for n in (1, 2) for rank in range(2) if store.check([f"r1mega/wait/{n}/{rank}"])]
+    if dist.get_rank() == 1:
+        time.sleep(2 * SHORT)
+    found["collective"] = error_of(lambda: dist.all_reduce(torch.zeros(1)))
+    return found
+
+
+def a_rollout_that_takes_too_long() -> str:
+    groups.init_distributed(TimeoutsConfig(rollout_seconds=SHORT))
+    import r1mega.rollout.groups  # noqa: F401  seconds that are none of the rollout
+
+    groups.wait_for_all("startup", "the imports")
+    return error_of(lambda: collect(2 * SHORT, 7))
+
+
+def a_rank_that_ends() -> str:
+    groups.init_distributed(TimeoutsConfig(rollout_seconds=600))
+    if dist.get_rank() == 1:
+        return ""
+    return error_of(lambda: groups.wait_for_all("rollout", "the rollout of step 7"))
+
+
+def test_a_rollout_may_take_longer_than_a_collective():
+    for found in launch(a_slow_rollout, 2, timeout_seconds=200):
+        assert found["limits"] == {"world": SHORT, "checkpoint": 62}
+        assert found["groups"] == 3
+        assert found["left behind"] == []
+        assert found["collective"].startswith("RuntimeError")
+
+
+def test_a_rank_that_is_waited_for_in_vain_is_named():
+    first, slow, last = launch(a_rollout_that_takes_too_long, 3, timeout_seconds=200)
+    for text in (first, last):
+        assert text.startswith("StragglerError: the rollout of step 7: waited for rank 1 (")
+        assert "raise timeouts.rollout_seconds (3)" in text
+    assert "the rollout of step 7" in slow
+
+
+def test_a_rank_that_ends_is_noticed_at_once():
+    first, _ = launch(a_rank_that_ends, 2, timeout_seconds=200)  # of the 600 that it would wait
+    assert first.startswith("StragglerError: the rollout of step 7: waited for rank 1 (")

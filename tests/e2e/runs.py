@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[2]
-TIMES = ("time/", "tokens/rollout_per_second", "tokens/update_per_second", "memory/", "reward_pool/")
+TIMES = ("time/", "tokens/rollout_per_second", "tokens/update_per_second", "memory/", "perf/", "reward_pool/")
 
 
 def command(*arguments, num_ranks=1):

@@ -41,7 +41,6 @@ from r1mega.observe.metrics import read_metrics
 from r1mega.observe.performance import RATED
 from r1mega.observe.registry import PHASES
 from r1mega.observe.trace import BETWEEN, OTHER
-from r1mega.platform import groups
 from r1mega.platform.launcher import adopt_launcher_environment
 from r1mega.rollout.engine import Completion, GenerationEngine, sample_seed
 from r1mega.types import GenerationRequest, Prompt, Response, Reward, RewardStatus
@@ -77,7 +76,8 @@ def draw_lengths(longest: int, mean: float | None, cv: float, file: Path | None)
         return lambda seed: round(center)
     variance = math.log(1 + cv * cv)
     location = math.log(center) - variance / 2
-    return lambda seed: min(longest, max(1, round(random.Random(seed).lognormvariate(location, math.sqrt(variance)))))
+    deviation = math.sqrt(variance)
+    return lambda seed: min(longest, max(1, round(random.Random(seed).lognormvariate(location, deviation))))
 
 
 class PacedEngine:
@@ -158,8 +158,8 @@ def synthetic_config(config: Any, inputs: Inputs, peak_tflops: float | None) -> 
         data = SFTData(files=(inputs.file,), template="{{ question }}", max_tokens=config.data.max_tokens)
         return config.model_copy(
             update=common
-            | {"data": data, "tokenizer": inputs.model, "epochs": 1, "init_std": inputs.init_std, "held_out": HeldOut(share=0.0),
-               "metrics_every_steps": 1}
+            | {"data": data, "tokenizer": inputs.model, "epochs": 1, "init_std": inputs.init_std,
+               "held_out": HeldOut(share=0.0), "metrics_every_steps": 1}
         )  # fmt: skip
     balanced = config.model.force_expert_balance
     probe = {"probe_tolerance": 1e9} if balanced else {}  # the generator routes by its weights, the trainer does not
@@ -234,20 +234,11 @@ def run(arguments: Any) -> None:
     source, hf = read_sizes(loaded.model.path, arguments.config)
     inputs = _sizes(arguments, loaded, hf)
     config = synthetic_config(loaded, inputs, arguments.peak_tflops)
-    there = {inputs.model: source.parent, inputs.directory: None}
-    with promised(there, damaged=list(there)):
-        validate(config)
     adopt_launcher_environment()
-    platform.prepare()
+    _check(config, inputs, source.parent)
     place = launched_place()
     if place is None or place.rank == 0:
-        write_inputs(config, inputs)
-    groups.init_distributed()
-    dist.barrier()  # the files are there
-    validate_platform(config)
-    from r1mega.model.build import check_model
-
-    check_model(hf, config.parallel, config.model)
+        write_inputs(config, inputs)  # the others meet this rank in the process groups, before they read them
     lines, facts = _run_stage(config, inputs)
     if lines:
         summary = summarize(lines[WARM_UP_STEPS:], lines, facts["ranks"]) | facts | _asked(arguments, inputs)
@@ -255,6 +246,20 @@ def run(arguments: Any) -> None:
         output = arguments.json or inputs.directory / "throughput.json"
         output.write_text(json.dumps(summary, indent=1, default=str) + "\n")
         print(f"written to {output}, its steps to {config.run_dir}/metrics.jsonl")
+
+
+def _check(config: Any, inputs: Inputs, architecture: Path) -> None:
+    """What `r1mega train` would say of the config, before anything is written or started: as if the files, weights
+    included, were there. architecture: a directory with the model's config.json.
+    """
+    there = {inputs.model: architecture, inputs.directory: None}
+    with promised(there, damaged=list(there)):
+        validate(config.model_copy(update={"init_std": None}) if isinstance(config, SFTStage) else config)
+    validate_platform(config.model_copy(update={"model": config.model.model_copy(update={"path": architecture})}))
+    platform.prepare()
+    from r1mega.model.build import check_model
+
+    check_model(inputs.hf, config.parallel, config.model)
 
 
 def _sizes(arguments: Any, config: Any, hf: Mapping[str, Any]) -> Inputs:
@@ -326,28 +331,28 @@ def _run_rl(config: RLStage, runtime: Any, inputs: Inputs) -> None:
 # ---------------------------------------------------------------------- the report
 
 
-def summarize(measured: Sequence[Mapping[str, Any]], all_lines: Sequence[Mapping[str, Any]], ranks: int) -> dict[str, Any]:
+RATES = ("tokens_per_second_per_gpu", "tflops_per_gpu", "mfu", "flops")
+SHOWN = ("response/length_mean", "tokens/update", "expert/load_max_over_mean", "packing/fill_fraction")
+
+
+def summarize(measured: Sequence[Mapping], all_lines: Sequence[Mapping], ranks: int) -> dict[str, Any]:
     """Medians of the measured steps' rates by phase; of memory the largest figure of all steps."""
+
+    def median(name: str) -> float | None:
+        values = [line[name] for line in measured if line.get(name) is not None]
+        return statistics.median(values) if values else None
+
     phases: dict[str, dict[str, float | None]] = {}
     for phase in RATED:
-        rates = {
-            name: [line[f"perf/{phase}_{name}"] for line in measured if line.get(f"perf/{phase}_{name}") is not None]
-            for name in ("tokens_per_second_per_gpu", "tflops_per_gpu", "mfu", "flops")
-        }
-        if not rates["tokens_per_second_per_gpu"]:
-            continue
-        seconds = [
-            line[f"tokens/{phase}"] / line[f"perf/{phase}_tokens_per_second_per_gpu"] / ranks
-            for line in measured
-            if line.get(f"perf/{phase}_tokens_per_second_per_gpu")
-        ]
-        phases[phase] = {"seconds": statistics.median(seconds)}
-        phases[phase] |= {name: statistics.median(values) if values else None for name, values in rates.items()}
+        rate = f"perf/{phase}_tokens_per_second_per_gpu"
+        seconds = [line[f"tokens/{phase}"] / line[rate] / ranks for line in measured if line.get(rate)]
+        if seconds:
+            rates = {name: median(f"perf/{phase}_{name}") for name in RATES}
+            phases[phase] = {"seconds": statistics.median(seconds)} | rates
     memory = {}
     for name in sorted({name for line in all_lines for name in line if name.startswith("memory/")}):
         memory[name.removeprefix("memory/")] = max(line.get(name) or 0 for line in all_lines)
-    known = ("response/length_mean", "tokens/update", "expert/load_max_over_mean", "packing/fill_fraction")
-    figures = {n: statistics.median(v) for n in known if (v := [line[n] for line in measured if line.get(n) is not None])}
+    figures = {name: value for name in SHOWN if (value := median(name)) is not None}
     return {"phases": phases, "memory": memory, "metrics": figures, "measured_steps": len(measured)}
 
 
@@ -373,16 +378,14 @@ def table(summary: Mapping[str, Any]) -> str:
             ]
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-    lines = ["  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]) for row in rows]
-    peak = summary["peak_tflops"]
+    peak, steps = summary["peak_tflops"], summary["measured_steps"]
+    known = f"{peak:,g} TFLOP/s" if peak else "unknown (--peak-tflops gives it): no MFU"
+    token, pair = summary["forward_flops_per_token"], summary["forward_flops_per_pair"]
     return "\n".join(
         [
-            f"{summary['ranks']} x {summary['device']}, peak "
-            + (f"{peak:,.0f} TFLOP/s" if peak else "unknown (--peak-tflops gives it): no MFU")
-            + f"; median of {summary['measured_steps']} steps, memory of the fullest rank",
-            f"forward pass of one token: {summary['forward_flops_per_token']:.4g} FLOP and {summary['forward_flops_per_pair']:.4g}"
-            " for every token that it attends to",
-            *lines,
+            f"{summary['ranks']} x {summary['device']}, peak {known}; median of {steps} steps, memory of the fullest rank",
+            f"forward pass of a token: {token:.4g} FLOP, and {pair:.4g} for every token that it attends to",
+            *("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows),
             *(f"{name}: {value:,.4g}" for name, value in summary["metrics"].items()),
         ]
     )

@@ -92,7 +92,8 @@ def model_flops(hf: Mapping[str, Any]) -> ModelFlops:
         return _mixture_of_experts(hf)
     if kind in dense.MODEL_TYPES:
         return _dense(hf)
-    raise ConfigError(f"config.json: model_type {kind!r} is not one of {', '.join((*deepseek_v3.MODEL_TYPES, *dense.MODEL_TYPES))}")
+    known = ", ".join((*deepseek_v3.MODEL_TYPES, *dense.MODEL_TYPES))
+    raise ConfigError(f"config.json: model_type {kind!r} is not one of {known}")
 
 
 def _mixture_of_experts(hf: Mapping[str, Any]) -> ModelFlops:
@@ -114,7 +115,7 @@ def _mixture_of_experts(hf: Mapping[str, Any]) -> ModelFlops:
     first_dense = min(first_dense, layers)
     main = layers * attention + first_dense * 3 * hidden * intermediate + (layers - first_dense) * mixture
     depth = hf.get("num_nextn_predict_layers") or 0
-    further = depth * (2 * hidden * hidden + attention + mixture)  # a depth joins hidden state and next token's embedding
+    further = depth * (2 * hidden * hidden + attention + mixture)  # joins hidden state and embedding first
     head = hidden * vocabulary
     return ModelFlops(
         Forward(2.0 * main, 2.0 * layers * pair, 2.0 * head),

@@ -76,7 +76,12 @@ def pool_metrics(activity: Activity) -> dict[str, float]:
 
 
 def work_metrics(
-    flops: ModelFlops, sampled: Sequence[RolloutGroup], samples: Sequence[TrainingSample], config: RLStage, *, contributes: bool
+    flops: ModelFlops,
+    sampled: Sequence[RolloutGroup],
+    samples: Sequence[TrainingSample],
+    config: RLStage,
+    *,
+    contributes: bool,
 ) -> dict[str, float]:
     """Model FLOPs of the step's phases over all ranks, and the tokens of those that `tokens/...` does not have yet.
 

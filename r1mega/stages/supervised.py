@@ -15,7 +15,13 @@ class SupervisedLoop:
     """Trains a policy from step `start` (done) to `steps`. step: the last one done."""
 
     def __init__(
-        self, runtime: Runtime, policy: Policy, hf_config: Mapping[str, Any], start: int, steps: int, metrics_every_steps: int
+        self,
+        runtime: Runtime,
+        policy: Policy,
+        hf_config: Mapping[str, Any],
+        start: int,
+        steps: int,
+        metrics_every_steps: int,
     ):
         self._runtime, self._policy, self._flops = runtime, policy, model_flops(hf_config)
         self._predicts_further = bool(policy.megatron_config.mtp_num_layers)

@@ -231,11 +231,11 @@ def run(arguments: Any) -> None:
     loaded = load_config(arguments.config, arguments.overrides)
     if not isinstance(loaded, (RLStage, SFTStage)):
         raise ConfigError(f"stage {loaded.stage}: --synthetic runs RL stages, sft and distill")
-    source, hf = read_sizes(loaded.model.path, arguments.config)
-    inputs = _sizes(arguments, loaded, hf)
+    source, hf = architecture_of(loaded, arguments.config)
+    inputs = sizes(arguments, loaded, hf)
     config = synthetic_config(loaded, inputs, arguments.peak_tflops)
     adopt_launcher_environment()
-    _check(config, inputs, source.parent)
+    check(config, inputs, source.parent)
     place = launched_place()
     if place is None or place.rank == 0:
         write_inputs(config, inputs)  # the others meet this rank in the process groups, before they read them
@@ -248,13 +248,20 @@ def run(arguments: Any) -> None:
         print(f"written to {output}, its steps to {config.run_dir}/metrics.jsonl")
 
 
-def _check(config: Any, inputs: Inputs, architecture: Path) -> None:
+def architecture_of(config: Any, path: Path) -> tuple[Path, dict[str, Any]]:
+    """(which config.json, its content): the model's own, or what lies beside the YAML file until it is downloaded."""
+    student = path.parent / "student"
+    missing = not (config.model.path / "config.json").is_file()
+    return read_sizes(student if missing and config.stage == "distill" else config.model.path, path)
+
+
+def check(config: Any, inputs: Inputs, architecture: Path, world_size: int | None = None) -> None:
     """What `r1mega train` would say of the config, before anything is written or started: as if the files, weights
-    included, were there. architecture: a directory with the model's config.json.
+    included, were there. architecture: a directory with the model's config.json; world_size: as for `validate`.
     """
     there = {inputs.model: architecture, inputs.directory: None}
     with promised(there, damaged=list(there)):
-        validate(config.model_copy(update={"init_std": None}) if isinstance(config, SFTStage) else config)
+        validate(config.model_copy(update={"init_std": None}) if isinstance(config, SFTStage) else config, world_size)
     validate_platform(config.model_copy(update={"model": config.model.model_copy(update={"path": architecture})}))
     platform.prepare()
     from r1mega.model.build import check_model
@@ -262,7 +269,8 @@ def _check(config: Any, inputs: Inputs, architecture: Path) -> None:
     check_model(inputs.hf, config.parallel, config.model)
 
 
-def _sizes(arguments: Any, config: Any, hf: Mapping[str, Any]) -> Inputs:
+def sizes(arguments: Any, config: Any, hf: Mapping[str, Any]) -> Inputs:
+    """How long prompts and responses are, by the command line and the config. Raises ConfigError."""
     supervised = isinstance(config, SFTStage)
     longest = config.data.max_tokens if supervised else config.data.max_prompt_tokens
     prompt = arguments.prompt_tokens or (max(1, longest // 8) if supervised else longest)

@@ -53,6 +53,7 @@ def test_rl_on_two_ranks_with_given_lengths(tmp_path):
         assert line["perf/step_mfu"] == pytest.approx(line["perf/step_tflops_per_gpu"] / 0.5)
         assert line["memory/update_host_peak_bytes"] >= 0.9 * line["memory/rss_bytes"]
         assert 0 < line["reward/mean"] < 1, "random rewards"
+        assert line["expert/load_max_over_mean"] < 1.6, "forced balance; the random router's own is above 2"
     assert summary["phases"].keys() == {"rollout", "logprob", "update", "step"}
     assert summary["phases"]["update"]["mfu"] == lines[1]["perf/update_mfu"]
     assert summary["ranks"] == 2 and summary["forward_flops_per_token"] == flops.forward(Work(1, 0, 1))

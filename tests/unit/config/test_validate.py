@@ -70,6 +70,7 @@ def test_shipped_nano_config_for_four_ranks_is_valid(run):
         (["algorithm.importance_cap=2"], 1, r"wants algorithm\.old_log_probs=recompute"),
         (["rollout.top_p=0.9"], 1, r"set rollout\.top_p=1"),
         (["rollout.group_size=1"], 1, r"at least 2 responses"),
+        (["model.force_expert_balance=true"], 1, r"force_expert_balance.*bench_throughput.py --synthetic"),
     ],
 )
 def test_each_problem_is_named(run, overrides, world, message):

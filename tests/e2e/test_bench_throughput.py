@@ -48,8 +48,8 @@ def test_rl_on_two_ranks_with_given_lengths(tmp_path):
         assert line["perf/logprob_flops"] == pytest.approx(flops.forward(trained))
         assert line["perf/update_flops"] == pytest.approx(3 * flops.forward(trained))
         assert line["perf/step_flops"] == pytest.approx(flops.forward(drawn) + 4 * flops.forward(trained))
-        speed = line["perf/step_flops"] / line["time/step_seconds"] / 2 / 1e12
-        assert line["perf/step_tflops_per_gpu"] == pytest.approx(speed, rel=0.05)  # that is rank 0's time
+        speed = line["perf/step_flops"] / line["time/step_seconds"] / 2 / 1e12  # by rank 0's time, not the slowest rank's
+        assert 0.4 * speed < line["perf/step_tflops_per_gpu"] <= speed * (1 + 1e-9)
         assert line["perf/step_mfu"] == pytest.approx(line["perf/step_tflops_per_gpu"] / 0.5)
         assert line["memory/update_host_peak_bytes"] >= 0.9 * line["memory/rss_bytes"]
         assert 0 < line["reward/mean"] < 1, "random rewards"

@@ -75,6 +75,7 @@ class ModelSettings:
     sequence_aux_loss_coefficient: float = 0.0
     mtp_loss_coefficient: float = 0.0
     recompute: str = "none"
+    force_expert_balance: bool = False
 
 
 @dataclass(frozen=True, slots=True)

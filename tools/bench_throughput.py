@@ -1,8 +1,13 @@
-"""Tokens per second of the loop's two big phases against the bare libraries, in one run.
+"""How fast a stage is: on made-up inputs, or against the bare libraries.
+
+    python tools/bench_throughput.py CONFIG [key=value ...] --synthetic [--ranks N] [--mean L --cv c | --lengths FILE]
+
+runs the steps of an RL stage, sft or distill on random weights and prompts (also under torchrun or srun): tokens, model
+FLOPs and their share of the peak by phase, and peak memory. See `synthetic.py` and docs/performance.md.
 
     python tools/bench_throughput.py configs/nano/zero.yaml [key=value ...] [--steps 6]
 
-Alternates whole training steps with (a) a bare `vllm.LLM.generate` on the same prompts, in a process of its own so that
+alternates whole training steps with (a) a bare `vllm.LLM.generate` on the same prompts, in a process of its own so that
 nothing of ours is in it, and (b) a bare Megatron forward, backward and optimizer step on the microbatches of the step.
 Prints medians, the two ratios, and the share of the step that is neither rollout nor update.
 """
@@ -13,6 +18,7 @@ import argparse
 import json
 import multiprocessing
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -164,8 +170,43 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="key=value")
     parser.add_argument("--steps", type=int, default=6, help="measured steps (after one of warm-up)")
     parser.add_argument("--json", type=Path, help="write all figures here")
-    arguments = parser.parse_args()
+    made = parser.add_argument_group("--synthetic")
+    made.add_argument("--synthetic", action="store_true", help="random weights and inputs, no bare libraries")
+    made.add_argument("--ranks", type=int, help="start so many of it on this machine, as torchrun does")
+    made.add_argument("--prompt-tokens", type=int, help="default: data.max_prompt_tokens; sft: data.max_tokens / 8")
+    made.add_argument("--mean", type=float, help="tokens of a response; default: as many as the config allows")
+    made.add_argument("--cv", type=float, default=0.0, help="deviation of lengths over their mean; 0: all alike")
+    made.add_argument("--lengths", type=Path, help="a file of whole numbers to draw lengths from")
+    made.add_argument("--peak-tflops", type=float, help="of one device, where its name does not tell")
+    made.add_argument("--dir", type=Path, help="for the made-up files, seen by all ranks; default: runs/bench/...")
+    arguments = parser.parse_intermixed_args()
+    if arguments.synthetic:
+        run_synthetic(arguments)
+    else:
+        compare(arguments)
 
+
+def run_synthetic(arguments: argparse.Namespace) -> None:
+    """On this rank, or on `--ranks` of them."""
+    from r1mega.errors import R1MegaError
+
+    if arguments.ranks is not None:
+        from r1mega.platform.local_ranks import run_ranks
+
+        words = iter(sys.argv[1:])
+        others = [word for word in words if not (word == "--ranks" and next(words)) and not word.startswith("--ranks=")]
+        sys.exit(run_ranks([__file__, *others], arguments.ranks))
+    import synthetic
+
+    try:
+        synthetic.run(arguments)
+    except R1MegaError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    """Our phases and the bare libraries."""
     from r1mega import platform
     from r1mega.config.load import load_config
     from r1mega.config.validate import validate

@@ -58,6 +58,7 @@ class ModelConfig(Section):
     recompute: Literal["none", "selective", "full"] = "none"
     log_probs: Literal["logits", "hidden", "reference"] = "logits"
     # logits: the compiled kernels; hidden: the same without ever holding [tokens, vocabulary]; reference: plain torch
+    force_expert_balance: bool = False  # for benchmarks alone: the trainer's tokens go to random experts, evenly
 
 
 class OptimizerConfig(Section):
@@ -101,6 +102,7 @@ class ObserveConfig(Section):
     wandb_project: str | None = None
     samples_every_steps: PositiveInt = 5  # how often samples.jsonl gets lines
     samples_per_step: NonNegativeInt = 4
+    peak_tflops: Positive | None = None  # of one device, for perf/*_mfu; None: by its name where that is known
 
 
 class DataConfig(Section):

@@ -19,8 +19,8 @@ MODEL_TYPES = ("deepseek_v3", "deepseek_v2")
 def megatron_arguments(hf: Mapping[str, Any], model: Any) -> dict[str, Any]:
     """Arguments of MLATransformerConfig that say what the model is.
 
-    hf: config.json; model: ModelConfig (expert_bias_update_rate, sequence_aux_loss_coefficient, mtp_loss_coefficient).
-    Raises ConfigError for missing keys and for what this implementation does not cover.
+    hf: config.json; model: ModelConfig (expert_bias_update_rate, sequence_aux_loss_coefficient, mtp_loss_coefficient,
+    force_expert_balance). Raises ConfigError for missing keys and for what this implementation does not cover.
     """
     refuse(hf, attention_bias=False, moe_layer_freq=1, hidden_act="silu", rope_interleave=True)
     router = _v2_router(hf) if hf["model_type"] == "deepseek_v2" else _v3_router(hf)
@@ -42,6 +42,7 @@ def megatron_arguments(hf: Mapping[str, Any], model: Any) -> dict[str, Any]:
         "moe_router_load_balancing_type": "seq_aux_loss",
         "moe_aux_loss_coeff": model.sequence_aux_loss_coefficient,
         "moe_token_dispatcher_type": "alltoall",
+        "moe_router_force_load_balancing": model.force_expert_balance,
         "mtp_num_layers": num_mtp if num_mtp and model.mtp_loss_coefficient > 0 else None,
         "mtp_loss_scaling_factor": model.mtp_loss_coefficient,
     }

@@ -108,6 +108,15 @@ SPECS = (
         ),
         caption="Sampled tokens over the rollout's time, trained tokens over the update's.", unit="tokens/s", floor=0,
     ),
+    ChartSpec(
+        "Speed", "Model FLOPs",
+        tuple(
+            Series(f"perf/{name}_tflops_per_gpu", name, color)
+            for name, color in [*((n, PHASE_COLORS[n]) for n in ("rollout", "logprob", "update")), ("step", GREY)]
+        ),
+        caption="Operations that the model's mathematics asks for, a rank and second, by the slowest rank's time.",
+        unit="TFLOP/s", floor=0,
+    ),
     ChartSpec("Speed", "Resident memory", (Series("memory/rss_bytes", "rank 0", GREY),), unit="bytes", floor=0),
 )  # fmt: skip
 SECTIONS = ("Learning", "Rewards", "Reasoning", "Policy", "Health", "Speed", "Probes")
@@ -132,11 +141,16 @@ def _two_by_two(charts: list[Chart]) -> list[Chart]:
 def _found_specs(lines: Lines) -> list[ChartSpec]:
     """Charts of the metric families whose members depend on the run: reward parts, probes."""
     names = dict.fromkeys(name for line in lines for name in line)
+    peaks = {kind: [name for name in names if name.endswith(f"_{kind}_peak_bytes")] for kind in ("device", "host")}
     parts = [name for name in names if name.startswith("reward/") and name not in NOT_PARTS]
     probes = [name for name in names if name.startswith("probe/")]
     caption = "Means of the unweighted parts of which the reward is the weighted sum."
     return [
         ChartSpec("Rewards", "Reward parts", _colored(parts), caption=caption),
+        *(
+            ChartSpec("Speed", f"Peak {kind} memory", _colored(members), unit="bytes", floor=0)
+            for kind, members in peaks.items()
+        ),
         ChartSpec("Probes", "Skill probes", _colored(probes), fraction=True),
     ]
 

@@ -5,8 +5,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from r1mega.observe.performance import RATED
+
 PHASES = ("rollout", "reward", "logprob", "update", "reshard")
 """The phases of an RL step, in their order; each has a `time/<phase>_seconds`."""
+
+_THE = {"rollout": "the rollout", "logprob": "the log-prob phase", "update": "the update", "step": "the step"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +70,26 @@ METRICS: tuple[Metric, ...] = (
     Metric("tokens/update_per_second", "tokens/s", "trained tokens (prompt and response) over the update's time"),
     Metric("tokens/rollout", "tokens", "sampled tokens of the step"),
     Metric("tokens/update", "tokens", "trained tokens of the step (prompt and response, all epochs)"),
+    Metric("tokens/logprob", "tokens", "tokens whose log-probs were computed before the update (old policy's and reference's both count)"),
+    Metric("tokens/step", "tokens", "tokens of the samples that the step trained on (prompt and response, once)"),
     Metric("tokens/*", "mixed", "further figures about tokens"),
+    *(
+        metric
+        for phase in RATED
+        for metric in (
+            Metric(f"perf/{phase}_flops", "FLOP", f"model FLOPs of {_THE[phase]}, all ranks (r1mega/model/flops.py)"),
+            Metric(
+                f"perf/{phase}_tokens_per_second_per_gpu", "tokens/s",
+                f"tokens/{phase} over the time of {_THE[phase]} (the slowest rank's) and the number of ranks",
+            ),
+            Metric(f"perf/{phase}_tflops_per_gpu", "TFLOP/s", "model FLOPs over the same time and the number of ranks"),
+            Metric(f"perf/{phase}_mfu", "fraction", "the same over the device's peak (observe.peak_tflops); null where it is not known"),
+        )
+    ),
     Metric("memory/rss_bytes", "bytes", "resident memory of the rank's process"),
+    Metric("memory/*_device_peak_bytes", "bytes", "most that torch held of a GPU in this phase since the line before (fullest rank)"),
+    Metric("memory/*_host_peak_bytes", "bytes", "most resident memory of a process in this phase since the line before (fullest rank)"),
+    Metric("memory/device_used_bytes", "bytes", "taken of a GPU, by whatever, when the line was written (fullest rank)"),
     Metric("memory/*", "bytes", "further figures about memory"),
     Metric("packing/fill_fraction", "fraction", "real tokens over microbatches of one size: the largest of their optimizer step"),
     Metric("packing/*", "mixed", "further figures about packing"),

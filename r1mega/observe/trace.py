@@ -1,17 +1,20 @@
-"""Where a step's time and memory go: exclusive seconds by phase, resident bytes, and torch's profiler on demand."""
+"""Where a step's time and memory go: exclusive seconds and peak bytes by phase, and torch's profiler on demand."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from r1mega.observe.registry import PHASES
 
 PROFILE_VARIABLE = "R1MEGA_PROFILE_STEP"
 """Environment variable: the number of the step to record with torch's profiler."""
+
+OTHER, BETWEEN = "other", "between"
+"""Memory has an owner at all times: a phase, the rest of a step, or what comes between steps."""
 
 
 class PhaseTimer:
@@ -21,15 +24,21 @@ class PhaseTimer:
         with timer.phase("rollout"): ...
         metrics = timer.finish_step()
 
-    synchronize: called at every boundary (torch.cuda.synchronize on a GPU), so that work is counted where it was begun.
+    synchronize: called where a step or an outermost phase begins or ends (torch.cuda.synchronize on a GPU), so that work is
+    counted where it was begun. Not at the bounds of nested phases: a device must not wait each time a response is scored.
+    memory: by kind, what tells the peak bytes since it was last asked; asked at the same bounds.
     """
 
     def __init__(
-        self, clock: Callable[[], float] = time.perf_counter, synchronize: Callable[[], None] | None = None
+        self,
+        clock: Callable[[], float] = time.perf_counter,
+        synchronize: Callable[[], None] | None = None,
+        memory: Mapping[str, Callable[[], int]] | None = None,
     ):
-        self._clock, self._synchronize = clock, synchronize
+        self._clock, self._synchronize, self._memory = clock, synchronize, memory or {}
         self._stack: list[str] = []
         self._seconds: dict[str, float] = {}
+        self._peaks: dict[str, int] = {}
         self._begun: float | None = None
         self._mark = 0.0
 
@@ -38,18 +47,19 @@ class PhaseTimer:
         if self._stack:
             raise RuntimeError(f"a step began inside phase {self._stack[-1]!r}")
         self._seconds = {}
-        self._begun = self._mark = self._now()
+        self._begun = self._mark = self._boundary(BETWEEN)
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Count the time of the block for `name` (again, when the step had it before)."""
-        self._settle()
+        nested = bool(self._stack)
+        self._settle(self._clock() if nested else self._boundary(BETWEEN if self._begun is None else OTHER))
         self._stack.append(name)
         self._seconds.setdefault(name, 0.0)
         try:
             yield
         finally:
-            self._settle()
+            self._settle(self._clock() if nested else self._boundary(name))
             self._stack.pop()
 
     def seconds(self, name: str) -> float:
@@ -62,21 +72,31 @@ class PhaseTimer:
         """
         if self._begun is None or self._stack:
             raise RuntimeError("finish_step without start_step, or inside a phase")
-        step = self._now() - self._begun
+        step = self._boundary(OTHER) - self._begun
         self._begun = None
         seconds = dict.fromkeys(PHASES, 0.0) | self._seconds
         return {f"time/{name}_seconds": value for name, value in seconds.items()} | {"time/step_seconds": step}
 
-    def _settle(self) -> None:
+    def take_peaks(self) -> dict[str, int]:
+        """`memory/<phase>_<kind>_peak_bytes` since this was last called, each with what is nested in it. Phase `other`: in
+        steps, outside of phases; `between`: outside of steps (set-up, evaluations, checkpoints).
+        """
+        peaks, self._peaks = self._peaks, {}
+        return peaks
+
+    def _settle(self, now: float) -> None:
         """Give the time since the last boundary to the phase that is open."""
-        now = self._now()
         if self._stack:
             self._seconds[self._stack[-1]] += now - self._mark
         self._mark = now
 
-    def _now(self) -> float:
+    def _boundary(self, before: str) -> float:
+        """The time now, when the device is done. before: the outermost phase that ends here."""
         if self._synchronize is not None:
             self._synchronize()
+        for kind, peak in self._memory.items():
+            name = f"memory/{before}_{kind}_peak_bytes"
+            self._peaks[name] = max(self._peaks.get(name, 0), peak())
         return self._clock()
 
 

@@ -41,7 +41,7 @@ def run(config: BaseStage, runtime: Runtime) -> int:
         init_std=config.init_std,
     )
     start, _ = runtime.restore(policy, hf_config, config.steps)
-    loop = SupervisedLoop(runtime, policy, start, config.steps, config.metrics_every_steps)
+    loop = SupervisedLoop(runtime, policy, hf_config, start, config.steps, config.metrics_every_steps)
 
     def measure(step: int) -> dict[str, float]:
         return _probe(policy, tokenizer, config.seed) if step == config.steps else {}

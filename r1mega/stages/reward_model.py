@@ -17,9 +17,11 @@ from r1mega.config.stages.reward_model import RewardModelStage
 from r1mega.data.preferences import Judgement, Pair, encode, read_judgements, read_pairs
 from r1mega.data.tokenizer import Tokenizer, load_tokenizer
 from r1mega.errors import DataError
+from r1mega.model.flops import model_flops
 from r1mega.model.reward_head import SCORE, classifier_config, initial_head, untied
 from r1mega.reward.extract import final_text
 from r1mega.stages.runtime import Runtime
+from r1mega.stages.supervised import work_metrics
 from r1mega.train.policy import Policy
 from r1mega.train.reward_model import PreferenceSample, preference_scores, preference_step
 
@@ -41,6 +43,7 @@ def run(config: RewardModelStage, runtime: Runtime) -> int:
     head = {SCORE: initial_head(hf_config["hidden_size"], config.seed)}
     policy.load_hf(tensors if SCORE in tensors else ChainMap(head, tensors))
     start, _ = runtime.restore(policy, hf_config, steps)
+    flops = model_flops(hf_config)
     figures: dict[str, float] = {}
     if start == 0 and held_out:
         runtime.note(_line(0, evaluate(config, policy, held_out)))
@@ -56,8 +59,8 @@ def run(config: RewardModelStage, runtime: Runtime) -> int:
                 "policy/grad_norm": result.update.grad_norm,
                 "policy/learning_rate": result.update.lr,
                 "expert/load_max_over_mean": result.update.expert_load,
-                "tokens/update": float(result.tokens),
             }
+            metrics |= work_metrics(flops, result.work)
             every = config.evaluate.every_steps
             if held_out and (step == steps or (every is not None and step % every == 0)):
                 with runtime.timer.phase("evaluate"):

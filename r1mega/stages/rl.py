@@ -12,6 +12,7 @@ from r1mega.data.cursor import CursorState, PromptCursor
 from r1mega.data.prompts import load_prompts
 from r1mega.data.tokenizer import load_tokenizer
 from r1mega.errors import CheckpointError
+from r1mega.model.flops import model_flops
 from r1mega.observe.trace import profile_step
 from r1mega.platform.groups import wait_for_all
 from r1mega.reward.compose import RewardScorer
@@ -19,7 +20,7 @@ from r1mega.rollout.build import build_engine
 from r1mega.rollout.groups import GroupCollector
 from r1mega.rollout.sampler import GroupSampler, stop_settings
 from r1mega.stages.evaluation import Evaluation
-from r1mega.stages.rl_metrics import group_metrics, pool_metrics
+from r1mega.stages.rl_metrics import group_metrics, pool_metrics, work_metrics
 from r1mega.stages.runtime import Runtime
 from r1mega.train.grpo_update import update_policy
 from r1mega.train.policy import Policy
@@ -32,16 +33,20 @@ from r1mega.weights.sync import WeightSync
 class RLTrainer:
     """Policy, generator and rewards of one run, and the step that ties them together."""
 
-    def __init__(self, config: RLStage, runtime: Runtime):
+    def __init__(self, config: RLStage, runtime: Runtime, *, init_std: float | None = None):
+        """init_std: random weights (of this deviation) instead of those of model.path: for benchmarks."""
         self.config, self.timer = config, runtime.timer
         self.hf_config = read_config(config.model.path)
+        self.flops = model_flops(self.hf_config)
         self.tokenizer = load_tokenizer(config.model.path)
         prompts = load_prompts(config.data, self.tokenizer)
         self.policy = Policy(
             config.model, self.hf_config, config.parallel, config.optimizer,
             total_steps=config.steps * config.update.num_minibatches * config.update.num_epochs, seed=config.seed,
+            init_std=init_std,
         )  # fmt: skip
-        self.policy.load_pretrained(config.model.path)
+        if init_std is None:
+            self.policy.load_pretrained(config.model.path)
         if config.algorithm.kl_coefficient > 0:
             self.policy.take_reference()
         self.cursor = PromptCursor(len(prompts), config.seed)
@@ -84,6 +89,7 @@ class RLTrainer:
             metrics |= self.sync.push()  # reshard, and its proof
         metrics |= group_metrics(self.collector.sampled, contributes=self.collector.contributes) | self.collector.metrics()
         metrics |= pool_metrics(self.scorer.activity())
+        metrics |= work_metrics(self.flops, self.collector.sampled, samples, config, contributes=self.collector.contributes)
         return metrics, groups
 
     def _spread_reward_model(self, section: PreferenceReward) -> Callable[[Sequence[list[int]]], list[float]]:

@@ -1,4 +1,4 @@
-"""What a step's groups say: means over all responses of all ranks."""
+"""What a step's groups say: means over all responses of all ranks; and what the step had to compute."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
+from r1mega.config.stages.rl import RLStage
+from r1mega.model.flops import ModelFlops, Work, generation_work, sequences_work
 from r1mega.reward.compose import Activity
 from r1mega.reward.language import mixes_languages
 from r1mega.reward.reflection import reflects
 from r1mega.rollout.groups import carries_signal
-from r1mega.types import RewardStatus, RolloutGroup
+from r1mega.types import RewardStatus, RolloutGroup, TrainingSample
 
 
 def group_metrics(groups: Sequence[RolloutGroup], *, contributes: bool) -> dict[str, float]:
@@ -71,6 +73,35 @@ def pool_metrics(activity: Activity) -> dict[str, float]:
     worst = ("queue_max", "p50_seconds", "p99_seconds")
     pairs = zip(names, counts.tolist(), largest.tolist(), strict=True)
     return {f"reward_pool/{name}": most if name in worst else total for name, total, most in pairs}
+
+
+def work_metrics(
+    flops: ModelFlops,
+    sampled: Sequence[RolloutGroup],
+    samples: Sequence[TrainingSample],
+    config: RLStage,
+    *,
+    contributes: bool,
+) -> dict[str, float]:
+    """Model FLOPs of the step's phases over all ranks, and the tokens of those that `tokens/...` does not have yet.
+
+    sampled: this rank's groups, dropped ones included; samples: those of all ranks, the same list on each.
+    """
+    drawn = Work()
+    for group in sampled if contributes else ():
+        drawn += generation_work(len(group.prompt.token_ids), (len(response.token_ids) for response in group.responses))
+    rollout = torch.tensor(flops.forward(drawn), dtype=torch.float64)
+    dist.all_reduce(rollout)
+    batch = sequences_work((len(s.token_ids), s.response_length) for s in samples)
+    trained = batch * config.update.num_epochs
+    scored = trained * ((config.algorithm.old_log_probs == "recompute") + (config.algorithm.kl_coefficient > 0))
+    work = {"rollout": float(rollout), "logprob": flops.forward(scored), "update": flops.training(trained)}
+    return {
+        **{f"perf/{phase}_flops": value for phase, value in work.items()},
+        "perf/step_flops": sum(work.values()),
+        "tokens/logprob": float(scored.tokens),
+        "tokens/step": float(batch.tokens),
+    }
 
 
 def _over_ranks(sums: Counter[str], longest: int) -> tuple[Counter[str], int]:

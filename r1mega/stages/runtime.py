@@ -16,17 +16,27 @@ from r1mega.checkpoint.store import CheckpointStore, architecture_of
 from r1mega.config.schema import Stage
 from r1mega.errors import EXIT_SAVED_FOR_REQUEUE, CheckpointError, FreshProcessNeeded, R1MegaError
 from r1mega.observe.metrics import MetricsWriter
+from r1mega.observe.performance import RATED, performance
 from r1mega.observe.progress import StageProgress
+from r1mega.observe.registry import PHASES
 from r1mega.observe.run import RunDirectory
 from r1mega.observe.samples import SamplesWriter
-from r1mega.observe.trace import PhaseTimer, rss_bytes
+from r1mega.observe.trace import BETWEEN, OTHER, PhaseTimer, rss_bytes
 from r1mega.platform import groups
 from r1mega.platform.launcher import free_port, prepare_restart
+from r1mega.platform.memory import device_used_bytes, peak_probes
+from r1mega.platform.peaks import peak_tflops
 from r1mega.platform.signals import StopRequest
 from r1mega.types import RolloutGroup
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+
+_MEMORY = (
+    *(f"memory/{phase}_{kind}_peak_bytes" for phase in (*PHASES, "evaluate", OTHER, BETWEEN) for kind in ("host", "device")),
+    "memory/device_used_bytes",
+)
+"""What a line says of memory, if it is known: the same names on every rank."""
 
 
 class Runtime:
@@ -36,7 +46,12 @@ class Runtime:
         self.config, self.directory, self.run_dir = config, directory, directory.path
         self.rank = dist.get_rank()
         self.is_main = self.rank == 0
-        self.timer = PhaseTimer(synchronize=torch.cuda.synchronize if platform.current().name == "cuda" else None)
+        self._here = here = platform.current()
+        self.timer = PhaseTimer(
+            synchronize=torch.cuda.synchronize if here.name == "cuda" else None, memory=peak_probes(here)
+        )
+        self.peak_tflops = _peak_tflops(config)
+        """Of this rank's device, for shares of it; None: unknown."""
         self._store: CheckpointStore | None = None
         self._metrics: MetricsWriter | None = None
         self._samples: SamplesWriter | None = None
@@ -126,12 +141,24 @@ class Runtime:
             yield self
 
     def write_metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """The line of `step`: metrics.jsonl, TensorBoard, progress bar. Only rank 0 writes."""
-        metrics = {**metrics, "memory/rss_bytes": rss_bytes()}
+        """The line of `step`: metrics.jsonl, TensorBoard, progress bar. Only rank 0 writes; a collective call."""
+        metrics = {**metrics, **self._performance(metrics), "memory/rss_bytes": rss_bytes()}
         self._last = self._metrics.write(step, metrics)
         self._step = step
         if self._progress is not None:
             self._progress.update(step, metrics)
+
+    def _performance(self, metrics: Mapping[str, Any]) -> dict[str, float | None]:
+        """`perf/...` by the slowest rank's times, and the fullest rank's memory."""
+        seconds = {phase: metrics.get(f"time/{phase}_seconds", 0.0) for phase in RATED}
+        memory = self.timer.take_peaks()
+        if self._here.name == "cuda":
+            memory["memory/device_used_bytes"] = device_used_bytes()
+        worst = torch.tensor([*seconds.values(), *(memory.get(name, 0) for name in _MEMORY)], dtype=torch.float64)
+        dist.all_reduce(worst, dist.ReduceOp.MAX)
+        slowest = dict(zip(seconds, worst.tolist(), strict=False))
+        fullest = {name: int(value) for name, value in zip(_MEMORY, worst[len(seconds) :].tolist(), strict=True) if value}
+        return performance(metrics, slowest, dist.get_world_size(), self.peak_tflops) | fullest
 
     def write_samples(self, step: int, local_groups: Sequence[RolloutGroup]) -> None:
         """Some of rank 0's responses, on the steps that observe.samples_every_steps names, the first and the last."""
@@ -209,3 +236,10 @@ class Runtime:
 def _threads_per_rank() -> int:
     """Cores of this machine over the ranks on it."""
     return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def _peak_tflops(config: Stage) -> float | None:
+    """Of this rank's device, for the model's type; what the config says of it counts first."""
+    if config.observe.peak_tflops is not None or platform.current().name != "cuda":
+        return config.observe.peak_tflops
+    return peak_tflops(torch.cuda.get_device_name(), config.model.dtype, fp8=config.model.fp8 != "off")

@@ -32,7 +32,7 @@ def run(config: SFTStage, runtime: Runtime) -> int:
     if config.init_std is None:
         policy.load_pretrained(config.model.path)
     start, _ = runtime.restore(policy, hf_config, trainer.num_steps)
-    loop = SupervisedLoop(runtime, policy, start, trainer.num_steps, config.metrics_every_steps)
+    loop = SupervisedLoop(runtime, policy, hf_config, start, trainer.num_steps, config.metrics_every_steps)
     measures = _HeldOut(trainer, policy, tokenizer)
     if start == 0:
         measures.note(0, measures.measure(0))

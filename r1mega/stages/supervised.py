@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
+from r1mega.model.flops import ModelFlops, Work, model_flops
 from r1mega.stages.runtime import Runtime
 from r1mega.train.policy import Policy
 from r1mega.train.supervised import WeightedMicrobatch, supervised_step
@@ -12,8 +14,17 @@ from r1mega.train.supervised import WeightedMicrobatch, supervised_step
 class SupervisedLoop:
     """Trains a policy from step `start` (done) to `steps`. step: the last one done."""
 
-    def __init__(self, runtime: Runtime, policy: Policy, start: int, steps: int, metrics_every_steps: int):
-        self._runtime, self._policy = runtime, policy
+    def __init__(
+        self,
+        runtime: Runtime,
+        policy: Policy,
+        hf_config: Mapping[str, Any],
+        start: int,
+        steps: int,
+        metrics_every_steps: int,
+    ):
+        self._runtime, self._policy, self._flops = runtime, policy, model_flops(hf_config)
+        self._predicts_further = bool(policy.megatron_config.mtp_num_layers)
         self._steps, self._metrics_every_steps = steps, metrics_every_steps
         self.step = start
 
@@ -39,7 +50,8 @@ class SupervisedLoop:
                         "policy/grad_norm": result.update.grad_norm,
                         "policy/learning_rate": result.update.lr,
                         "expert/load_max_over_mean": result.update.expert_load,
-                        "tokens/update_per_second": result.tokens / times["time/update_seconds"],
+                        "tokens/update_per_second": result.work.tokens / times["time/update_seconds"],
+                        **work_metrics(self._flops, result.work, predict_further=self._predicts_further),
                     }
                     runtime.write_metrics(step, metrics | times | further)
                 self.step = step
@@ -49,3 +61,10 @@ class SupervisedLoop:
                 if stopping and step < self._steps:
                     return False
         return True
+
+
+def work_metrics(flops: ModelFlops, work: Work, *, predict_further: bool = False) -> dict[str, float]:
+    """Of a step that is one update: its tokens and model FLOPs, over all ranks (`work`: of one forward pass)."""
+    total = flops.training(work, predict_further=predict_further)
+    tokens = float(work.tokens)
+    return {"tokens/update": tokens, "tokens/step": tokens, "perf/update_flops": total, "perf/step_flops": total}

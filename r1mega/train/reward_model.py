@@ -14,6 +14,7 @@ import torch.distributed as dist
 from r1mega.algorithm.pairwise import pairwise_losses, pointwise_losses
 from r1mega.checkpoint.hf import HFTensors, read_config
 from r1mega.config.schema import ModelConfig, ParallelConfig
+from r1mega.model.flops import Work, sequences_work
 from r1mega.platform.groups import wait_for_all
 from r1mega.train.packing import Microbatch, build_microbatch, plan_packing
 from r1mega.train.policy import Policy, UpdateResult
@@ -39,12 +40,14 @@ class PreferenceSample:
 
 @dataclass(frozen=True, slots=True)
 class PreferenceResult:
-    """Means over the step's samples on all ranks. accuracy: pairs in order, or responses on the right side of 0."""
+    """Means over the step's samples on all ranks. accuracy: pairs in order, or responses on the right side of 0. work: of
+    the forward pass, over all ranks.
+    """
 
     update: UpdateResult
     loss: float
     accuracy: float
-    tokens: int
+    work: Work
 
 
 def preference_step(
@@ -70,7 +73,8 @@ def preference_step(
     sums = torch.stack([torch.zeros(2, dtype=torch.float64), *parts]).sum(0)
     dist.all_reduce(sums)
     mean_loss, accuracy = (sums / len(indices)).tolist()
-    return PreferenceResult(result, mean_loss, accuracy, sum(samples[i].num_tokens for i in indices))
+    work = sequences_work((len(sequence), 0) for i in indices for sequence in samples[i].sequences)
+    return PreferenceResult(result, mean_loss, accuracy, work)
 
 
 def preference_scores(policy: Policy, samples: Sequence[PreferenceSample], capacity: int) -> torch.Tensor:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from r1mega.model.flops import Work, sequences_work
 from r1mega.train.packing import Microbatch, build_microbatch
 from r1mega.train.policy import Policy, UpdateResult
 
@@ -34,11 +35,11 @@ class WeightedMicrobatch:
 
 @dataclass(frozen=True, slots=True)
 class SupervisedResult:
-    """loss: mean cross-entropy a unit of weight, over all ranks (nats); tokens: packed tokens over all ranks."""
+    """loss: mean cross-entropy a unit of weight, over all ranks (nats); work: of the forward pass, over all ranks."""
 
     update: UpdateResult
     loss: float
-    tokens: int
+    work: Work
 
 
 def pack_weighted(samples: Sequence[WeightedSample], sample_indices: Sequence[int]) -> WeightedMicrobatch:
@@ -58,16 +59,19 @@ def supervised_step(policy: Policy, batches: Sequence[WeightedMicrobatch]) -> Su
 
     The loss of the multi-token-prediction layers is added when the model was built with them.
     """
+    filled = [b.microbatch for b in batches if b.microbatch.sample_indices]
+    work = sequences_work((length, 0) for batch in filled for length in batch.cu_seqlens.diff().tolist())
     sums = torch.tensor(
         [
             sum(float(b.weights.sum()) for b in batches),
             sum(b.microbatch.rows.numel() for b in batches),
-            sum(b.microbatch.num_tokens for b in batches),
+            work.tokens,
+            work.pairs,
         ],
         dtype=torch.float64,
     )
     dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())
-    total_weight, total_rows, total_tokens = sums.tolist()
+    total_weight, total_rows, total_tokens, total_pairs = sums.tolist()
 
     def loss(index, _microbatch, log_probs, _entropies):
         weights = batches[index].weights.to(log_probs.device)
@@ -77,7 +81,7 @@ def supervised_step(policy: Policy, batches: Sequence[WeightedMicrobatch]) -> Su
     result = policy.update(
         [b.microbatch for b in batches], loss, total_response_tokens=int(total_rows), predict_further=True
     )
-    return SupervisedResult(result, _weighted_mean(result.statistics), int(total_tokens))
+    return SupervisedResult(result, _weighted_mean(result.statistics), Work(total_tokens, total_pairs, total_rows))
 
 
 def sample_losses(policy: Policy, batches: Sequence[WeightedMicrobatch]) -> list[torch.Tensor]:

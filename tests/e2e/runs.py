@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[2]
-TIMES = ("time/", "tokens/rollout_per_second", "tokens/update_per_second", "memory/", "reward_pool/")
+RATES = tuple(f"perf/{part}_{rate}" for part in ("rollout", "logprob", "update", "step") for rate in ("tokens", "tflops", "mfu"))
+TIMES = ("time/", "tokens/rollout_per_second", "tokens/update_per_second", "memory/", "reward_pool/", *RATES)
 
 
 def command(*arguments, num_ranks=1):

@@ -103,6 +103,11 @@ class RLStage(TrainingStage):
             yield "rollout.router_replay wants rollout.engine=vllm and a model with experts; set it to false"
         if rollout.router_replay and self.model.recompute != "none":
             yield f"rollout.router_replay with model.recompute = {self.model.recompute}: not built; set one of them off"
+        if self.model.force_expert_balance and (rollout.router_replay or self.weights.probe_tolerance is None):
+            yield (
+                "model.force_expert_balance: the trainer's experts are drawn, the generator's are not, so that their log-probs "
+                "never agree; it is for tools/bench_throughput.py --synthetic, with rollout.router_replay=false"
+            )
         if rollout.group_size < 2:
             yield "rollout.group_size = 1: an advantage relative to the group needs at least 2 responses a prompt"
         longest = self.data.max_prompt_tokens + rollout.max_response_tokens

@@ -79,6 +79,7 @@ def test_shipped_nano_config_for_four_ranks_is_valid(run):
         (["rollout.top_p=0.9", "algorithm.old_log_probs=recompute", "algorithm.importance_cap=2"], 1,
          r"set rollout\.top_p=1, or .* and leave algorithm\.importance_cap out$"),
         (["rollout.group_size=1"], 1, r"at least 2 responses"),
+        (["model.force_expert_balance=true"], 1, r"force_expert_balance.*bench_throughput.py --synthetic"),
     ],
 )
 def test_each_problem_is_named(run, overrides, world, message):

@@ -2,11 +2,13 @@
 
 import gzip
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from r1mega.observe.trace import PROFILE_VARIABLE, PhaseTimer, profile_step, rss_bytes
+from r1mega.platform.memory import DevicePeak, HostPeak
 
 
 class Clock:
@@ -64,6 +66,84 @@ def test_boundaries_synchronize():
         assert len(calls) == 2
     timer.finish_step()
     assert len(calls) == 4
+
+
+def test_nested_phases_do_not_synchronize():
+    """A response that is scored while others are generated must not stop the device; its time still counts apart."""
+    calls, clock = [], Clock()
+    timer = PhaseTimer(clock, synchronize=lambda: calls.append(1))
+    timer.start_step()
+    with timer.phase("rollout"):
+        before = len(calls)
+        for _ in range(5):
+            with timer.phase("reward"):
+                clock.now += 1
+        assert len(calls) == before
+    assert len(calls) == before + 1
+    assert timer.finish_step()["time/reward_seconds"] == 5
+
+
+def test_peaks_belong_to_the_outermost_phase():
+    """A gauge that tells what was allocated since it was last read, whatever the phases say."""
+    held = [0]
+
+    def gauge():
+        held[0], peak = 0, held[0]
+        return peak
+
+    timer = PhaseTimer(Clock(), memory={"host": gauge})
+    held[0] = 1  # set-up
+    timer.start_step()
+    held[0] = 2  # in the step, before its phases
+    with timer.phase("rollout"):
+        held[0] = 3
+        with timer.phase("reward"):
+            held[0] = 7
+    with timer.phase("reward"):
+        held[0] = 4
+    with timer.phase("rollout"):
+        held[0] = 5
+    held[0] = 6
+    timer.finish_step()
+    expected = {"between": 1, "other": 6, "rollout": 7, "reward": 4}
+    assert timer.take_peaks() == {f"memory/{name}_host_peak_bytes": value for name, value in expected.items()}
+    held[0] = 9  # a checkpoint
+    timer.start_step()
+    timer.finish_step()
+    assert timer.take_peaks() == {"memory/between_host_peak_bytes": 9, "memory/other_host_peak_bytes": 0}
+
+
+def test_host_peak_is_of_its_phase():
+    """Linux's own figure: what a phase took and gave back is seen there, and not in the next one."""
+    timer = PhaseTimer(memory={"host": HostPeak()})
+    timer.start_step()
+    with timer.phase("update"):
+        torch.ones(128 << 20, dtype=torch.uint8)
+    with timer.phase("reshard"):
+        pass
+    timer.finish_step()
+    peaks = timer.take_peaks()
+    taken = peaks["memory/update_host_peak_bytes"] - peaks["memory/reshard_host_peak_bytes"]
+    assert 100 << 20 < taken < 160 << 20
+    assert abs(peaks["memory/reshard_host_peak_bytes"] - rss_bytes()) < 32 << 20
+
+
+def test_memory_of_a_sleeping_generator_is_not_counted(monkeypatch):
+    """vLLM's own records, and torch's counters on a stand-in of a device: no GPU is needed to see what is subtracted."""
+    cumem = pytest.importorskip("vllm.device_allocator.cumem")
+    data = [cumem.AllocationData((0, size, pointer, 0), "weights") for pointer, size in ((1, 100), (2, 30))]
+    allocator = SimpleNamespace(pointer_to_data=dict(enumerate(data)))
+    monkeypatch.setattr(cumem.CuMemAllocator, "instance", allocator)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 1000)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    peak = DevicePeak()
+    assert peak() == 1000
+    data[0].is_asleep = True
+    assert peak() == 1000, "it was awake when the phase began"
+    assert peak() == 900
+    data[0].is_asleep = False
+    data[1].is_asleep = True
+    assert peak() == 970, "what is asleep at both ends cannot be more than the lesser of both"
 
 
 def test_wrong_order_is_an_error():

@@ -151,7 +151,7 @@ def test_two_steps_equal_transformers_and_adamw(one_rank, tmp_path, objective):
             right / len(indices)
         )
         assert math.isclose(result.update.grad_norm, float(norm), rel_tol=1e-4)
-        assert result.tokens == sum(samples[i].num_tokens for i in indices)
+        assert result.work.tokens == sum(samples[i].num_tokens for i in indices)
     after = classifier(policy, hf, tmp_path / "after").state_dict()
     for name, value in model.state_dict().items():
         difference = (after[name] - value).abs()

@@ -64,7 +64,8 @@ def test_sft_steps_equal_transformers_and_adamw(one_rank, tmp_path, prompt_weigh
         optimizer.step()
         assert math.isclose(result.loss, loss.item(), abs_tol=1e-5)
         assert math.isclose(result.update.grad_norm, float(norm), rel_tol=1e-4)
-        assert result.tokens == sum(len(s.token_ids) for s in samples)
+        lengths = [len(s.token_ids) for s in samples]
+        assert result.work.tokens == sum(lengths) and result.work.pairs == sum(n * (n + 1) / 2 for n in lengths)
     trained, expected = dict(policy.hf_tensors()), _hub_names(model.state_dict())
     for name, value in expected.items():
         difference = (trained[name] - value).abs()  # where a gradient is near zero Adam's step has the sign of rounding

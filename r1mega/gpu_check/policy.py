@@ -47,7 +47,7 @@ SEQUENCES = ((3, 29), (17, 1), (2, 45), (25, 14), (4, 61), (9, 37), (1, 23), (12
 """Tokens of prompt and response; all odd totals but one, so that packed lengths are not aligned by chance."""
 STEPS = 2
 TEMPERATURE = 0.9
-OPTIMIZER = OptimizerConfig(lr=1e-3, weight_decay=0.1, clip_grad=0.05, beta2=0.95, eps=1e-3)
+OPTIMIZER = OptimizerConfig(lr=1e-4, weight_decay=0.1, clip_grad=0.05, beta2=0.95, eps=1e-3)
 """eps above the rounding of gradients, or Adam's first steps would have the sign of noise where a gradient is near 0."""
 
 
@@ -70,7 +70,8 @@ class Case:
 @dataclass(frozen=True, slots=True)
 class Limits:
     """Largest difference of a log-prob and its mean, of the loss; relative: gradient norm, all gradients together, the
-    worst gradient, and what two steps did to the weights."""
+    worst gradient, and what two steps did to the weights. later: factor for the second step, before which low precision
+    has rounded most of a small first step away."""
 
     log_prob: float
     mean_log_prob: float
@@ -79,12 +80,15 @@ class Limits:
     gradients: float
     worst: float
     change: float
+    later: float = 1.0
 
 
 EXACT = Limits(2e-4, 2e-5, 2e-5, 2e-4, 2e-4, 2e-3, 2e-3)
 """float32 of two devices: other orders of summation."""
-BF16 = Limits(0.2, 0.02, 0.01, 0.03, 0.05, 0.25, 0.15)
-FP8 = Limits(1.0, 0.1, 0.05, 0.15, 0.25, 1.0, 0.5)
+BF16 = Limits(0.1, 0.02, 0.01, 0.02, 0.05, 0.15, 0.05, later=5.0)
+"""On a CPU: 0.017, 0.005, 0.0001, 0.002, 0.012, 0.022, 0.003; in the second step 0.22, 0.020, 0.037, 0.057, 0.12, 0.18."""
+FP8 = Limits(1.0, 0.1, 0.05, 0.15, 0.25, 0.6, 0.5, later=4.0)
+"""Not measured yet."""
 
 
 # ---------------------------------------------------------------------- two steps
@@ -137,7 +141,11 @@ def make_policy(case: Case, state: dict[str, torch.Tensor] | None) -> Policy:
 
 def grpo_step(policy: Policy, case: Case, samples: list[TrainingSample], number: int) -> tuple[float, float]:
     """(loss, gradient norm) of one step of RL, by the code that trains."""
-    algorithm = AlgorithmConfig(kl_coefficient=0.1 if case.experts == "chosen" else 0.0, old_log_probs="rollout")
+    # in low precision no token may be clipped on one side only, nor a KL term route by itself
+    further = {"kl_coefficient": 0.1} if case.experts == "chosen" else {
+        "kl_coefficient": 0.0, "clip_low": 0.9, "clip_high": 10.0, "loss_aggregation": "token"
+    }  # fmt: skip
+    algorithm = AlgorithmConfig(old_log_probs="rollout", **further)
     config = RLStage(
         stage="zero", run_dir=Path("unused"), model=ModelConfig(path=Path("unused")), data=DataConfig(prompts=()),
         rollout=RolloutConfig(temperature=TEMPERATURE), update=UpdateConfig(num_minibatches=1, microbatch_tokens=128),
@@ -173,27 +181,51 @@ def take_steps(policy: Policy, case: Case, steps: int = STEPS) -> Steps:
 
 
 def weights(policy: Policy) -> dict[str, torch.Tensor]:
-    """Under their HF names, on the host, copied."""
-    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in policy.hf_tensors()}
+    """Under their HF names, on the host, copied; of a bfloat16 model the optimizer's float32 ones where one rank has them
+    whole."""
+    mains = {}
+    for parameter in _parameters(policy):
+        main = getattr(parameter, "main_param", None)
+        if main is not None and main.numel() == parameter.numel():
+            mains[parameter] = main.detach().view(parameter.shape)
+    return _exported(policy, mains)
 
 
 def gradients_by_name(policy: Policy) -> dict[str, torch.Tensor]:
-    """The gradient buffers' content under HF names, made whole over the ranks, in float32 on the host."""
+    """The gradient buffers' content under HF names, made whole over the ranks, on the host."""
     for chunk in policy.ddp_chunks:  # the distributed optimizer reduces gradients to shards
         for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]:
             group = buffer.data_parallel_group
             for bucket in buffer.buckets if group.size() > 1 else ():
                 own = bucket.grad_data.chunk(group.size())[group.rank()].clone()
                 dist.all_gather_into_tensor(bucket.grad_data, own, group=group)
-    parameters = [parameter for chunk in policy.chunks for parameter in chunk.parameters()]
-    held = [parameter.data for parameter in parameters]
+    return _exported(policy, {parameter: parameter.main_grad for parameter in _parameters(policy)})
+
+
+def _parameters(policy: Policy) -> list[torch.nn.Parameter]:
+    return [parameter for chunk in policy.chunks for parameter in chunk.parameters()]
+
+
+def _exported(policy: Policy, values: dict[torch.nn.Parameter, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The model with other values as its parameters, under HF names, on the host, copied. A collective call.
+
+    The parameters themselves are left alone: data of another dtype would cost them the hooks of Megatron's DDP.
+    """
+    places = [
+        (module, name, parameter)
+        for chunk in policy.chunks
+        for module in chunk.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None
+    ]
     try:
-        for parameter in parameters:
-            parameter.data = parameter.main_grad
-        return {name: tensor.detach().float().to("cpu", copy=True) for name, tensor in export_hf(policy.chunks)}
+        for module, name, parameter in places:
+            if parameter in values:
+                module._parameters[name] = torch.nn.Parameter(values[parameter], requires_grad=False)
+        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in export_hf(policy.chunks)}
     finally:
-        for parameter, data in zip(parameters, held, strict=True):
-            parameter.data = data
+        for module, name, parameter in places:
+            module._parameters[name] = parameter
 
 
 # ---------------------------------------------------------------------- steps of the check
@@ -260,15 +292,17 @@ def compare(
         differences = torch.cat([
             (a - b).abs() for a, b in zip(expected.log_probs[number], found.log_probs[number], strict=True)
         ])  # fmt: skip
-        where = f"{name}, step {number + 1}"
-        findings.at_most(f"{where}: largest log-prob error", float(differences.max()), limits.log_prob)
-        findings.at_most(f"{where}: mean log-prob error", float(differences.mean()), limits.mean_log_prob)
-        findings.at_most(f"{where}: loss", abs(found.losses[number] - expected.losses[number]), limits.loss)
-        norm = expected.norms[number]
-        findings.at_most(f"{where}: gradient norm", abs(found.norms[number] - norm) / norm, limits.norm)
+        where, norm = f"{name}, step {number + 1}", expected.norms[number]
         together, worst, hit = distance(found.gradients[number], expected.gradients[number])
-        findings.at_most(f"{where}: gradients", together, limits.gradients)
-        findings.at_most(f"{where}: worst gradient", worst, limits.worst)
+        for what, value, limit in (
+            ("largest log-prob error", float(differences.max()), limits.log_prob),
+            ("mean log-prob error", float(differences.mean()), limits.mean_log_prob),
+            ("loss", abs(found.losses[number] - expected.losses[number]), limits.loss),
+            ("gradient norm", abs(found.norms[number] - norm) / norm, limits.norm),
+            ("gradients", together, limits.gradients),
+            ("worst gradient", worst, limits.worst),
+        ):
+            findings.at_most(f"{where}: {what}", value, limit * (limits.later if number else 1.0))
         findings.figure(f"{where}: worst gradient is of", hit)
     moved = {key: value - state[key] for key, value in expected.after.items()}
     ours = {key: value.float() - state[key] for key, value in found.after.items()}

@@ -40,7 +40,7 @@ def arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser.add_argument("--json", type=Path, default=Path("gpu_check.json"), help="default: %(default)s")
     parser.add_argument("--work", type=Path, metavar="DIR", help="keep the steps' logs and files here")
     parser.add_argument("--list", action="store_true", help="the steps, and nothing else")
-    parser.add_argument("--step", help=argparse.SUPPRESS)  # one step, in this process
+    parser.add_argument("--step", help=argparse.SUPPRESS)  # 'module:function', in this process
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help=argparse.SUPPRESS)
     return parser, parser.parse_args()
 
@@ -48,7 +48,7 @@ def arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
 def main() -> int:
     """The command line."""
     parser, asked = arguments()
-    if asked.step:
+    if asked.step:  # what the runner starts
         return run_step(asked.step, asked.device, asked.work, asked.json)
     if asked.list:
         for step in STEPS:

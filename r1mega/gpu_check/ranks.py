@@ -99,7 +99,7 @@ def exchange_messages(context: Context, findings: Findings) -> None:
     side = Side((Message(other, 0, size, ()),))
     way = MessageTransport([(size, size)] * buckets, device)
     held, right = [content(rank, index) for index in range(buckets)], True
-    for turn in range(2):  # the first connects
+    for turn in range(2):  # the first connects and compares, the second is timed
         _wait(context)
         start = time.monotonic()
         for index in range(buckets + 1):
@@ -108,12 +108,12 @@ def exchange_messages(context: Context, findings: Findings) -> None:
                 way.post(index, side, side)
             if index:
                 for _, received in way.received(index - 1, side):
-                    right &= turn == 0 or torch.equal(received, content(other, index - 1)) if turn else True
+                    right = right and (turn == 1 or torch.equal(received, content(other, index - 1)))
         way.finish()
         _wait(context)
         seconds = time.monotonic() - start
-    findings.holds("messages arrive whole", bool(right))
-    findings.figure("bytes_per_s_each_way_with_checks", buckets * size / seconds)
+    findings.holds("messages arrive whole", right)
+    findings.figure("bytes_per_s_each_way", buckets * size / seconds)
     _time_collectives(context, findings, torch.zeros(size // 4, device=device))
 
 

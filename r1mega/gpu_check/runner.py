@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from r1mega.gpu_check.findings import Context, Findings
-from r1mega.gpu_check.steps import STEPS, Step
+from r1mega.gpu_check.steps import Step
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = ROOT / "tools" / "gpu_check.py"
@@ -105,7 +105,7 @@ def _run(step: Step, plan: Plan, results: dict[str, Result], limit: float) -> Re
     earlier = {result.name: result.figures for result in results.values()}
     (plan.work / "context.json").write_text(json.dumps({"earlier": earlier, "needs": needs}))
     device = "cpu" if step.on_cpu else plan.device
-    command = [sys.executable, str(COMMAND), "--step", step.name, "--device", device, "--work", str(plan.work),
+    command = [sys.executable, str(COMMAND), "--step", step.function, "--device", device, "--work", str(plan.work),
                "--json", str(found)]  # fmt: skip
     start = time.monotonic()
     with log.open("wb") as output:
@@ -162,21 +162,21 @@ def step_environment(plan: Plan, device: str) -> dict[str, str]:
     }  # fmt: skip
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(name, None)
+    environment.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # a pool of compilers starts slower than it compiles
     if device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
         environment.setdefault("OMP_NUM_THREADS", "1")
     return environment
 
 
-def run_step(name: str, device: Literal["cuda", "cpu"], work: Path, result: Path) -> int:
+def run_step(function: str, device: Literal["cuda", "cpu"], work: Path, result: Path) -> int:
     """In the step's own process: call its function and leave what it found in `result`. The exit code."""
-    step = next(step for step in STEPS if step.name == name)
     known = json.loads((work / "context.json").read_text())
     context = Context(device, work, known["earlier"], tuple(known["needs"]))
     findings, error, trace = Findings(), "", ""
     try:
-        module, function = step.function.split(":")
-        getattr(import_module(f"r1mega.gpu_check.{module}"), function)(context, findings)
+        module, name = function.split(":")
+        getattr(import_module(module), name)(context, findings)
     except Exception as problem:
         error, trace = f"{type(problem).__name__}: {str(problem)[:400]}", traceback.format_exc()[-6000:]
         traceback.print_exc()

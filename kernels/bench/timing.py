@@ -37,6 +37,11 @@ def gpu_seconds(contestants: dict[str, Callable[[], object]], rounds: int) -> di
     return _best(contestants, rounds, timed)
 
 
+def seconds_on(device: str) -> Callable[[dict[str, Callable[[], object]], int], dict[str, float]]:
+    """`gpu_seconds` or `cpu_seconds`."""
+    return gpu_seconds if device == "cuda" else cpu_seconds
+
+
 def _best(contestants, rounds, timed):
     best = {}
     for round_number in range(rounds + 1):

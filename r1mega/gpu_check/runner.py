@@ -1,0 +1,204 @@
+"""Runs the steps: what each needs, whether it still fits, a process of its own with a time limit, and what it found.
+
+Needs nothing but Python, so that it also runs where torch does not.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import traceback
+import zipfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal
+
+from r1mega.gpu_check.findings import Context, Findings
+from r1mega.gpu_check.steps import Step
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMAND = ROOT / "tools" / "gpu_check.py"
+Status = Literal["passed", "slow", "failed", "skipped", "not run"]
+TAIL = 40
+"""Lines of a failed step's output that are kept."""
+
+
+@dataclass(slots=True)
+class Result:
+    """status: 'slow' is right but below a goal; 'skipped' lacks something, 'not run' no longer fitted: neither proves
+    anything. reason: of every status but 'passed'. tail: the end of a failed step's output."""
+
+    name: str
+    proves: str
+    status: Status
+    reason: str = ""
+    seconds: float = 0.0
+    figures: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    traceback: str = ""
+    tail: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """steps: in order; device: 'cuda' or 'cpu'; work: for files between steps and their logs; packages: folders put
+    before all others on the steps' import path; deadline: time.monotonic() after which nothing starts, or None."""
+
+    steps: Sequence[Step]
+    device: Literal["cuda", "cpu"]
+    work: Path
+    packages: tuple[Path, ...] = ()
+    deadline: float | None = None
+
+
+def run_all(plan: Plan, tell: Callable[[Result], None]) -> list[Result]:
+    """Every step's result, in order, each told as it comes."""
+    results: dict[str, Result] = {}
+    for step in plan.steps:
+        result = _run_or_not(step, plan, results)
+        results[step.name] = result
+        tell(result)
+    return list(results.values())
+
+
+def _run_or_not(step: Step, plan: Plan, results: dict[str, Result]) -> Result:
+    missing = _what_is_missing(step, results)
+    if missing:
+        return Result(step.name, step.proves, "skipped", missing)
+    limit = float(step.limit)
+    if plan.deadline is not None:
+        left = plan.deadline - time.monotonic()
+        if left < step.seconds:
+            reason = f"takes about {step.seconds} s, {max(0, int(left))} s were left of --minutes"
+            return Result(step.name, step.proves, "not run", reason)
+        limit = min(limit, left)
+    return _run(step, plan, results, limit)
+
+
+def _what_is_missing(step: Step, results: dict[str, Result]) -> str:
+    for name in step.uses:
+        if name in results and results[name].status not in ("passed", "slow"):
+            return f"step {name} was {results[name].status}"
+        if name not in results:
+            return f"step {name} was left out"
+    if not step.needs:
+        return ""
+    environment = results.get("environment")
+    abilities = environment.figures.get("abilities") if environment else None
+    if abilities is None:
+        return "step environment found nothing out"
+    lacking = [abilities.get(need, f"{need} was not looked for") for need in step.needs]
+    return "; ".join(reason for reason in lacking if reason)
+
+
+def _run(step: Step, plan: Plan, results: dict[str, Result], limit: float) -> Result:
+    """The step in its process. Whatever ends the process, there is a Result."""
+    found, log = plan.work / f"{step.name}.json", plan.work / f"{step.name}.log"
+    found.unlink(missing_ok=True)
+    needs = sorted({need for planned in plan.steps for need in planned.needs})
+    earlier = {result.name: result.figures for result in results.values()}
+    (plan.work / "context.json").write_text(json.dumps({"earlier": earlier, "needs": needs}))
+    device = "cpu" if step.on_cpu else plan.device
+    command = [sys.executable, str(COMMAND), "--step", step.function, "--device", device, "--work", str(plan.work),
+               "--json", str(found)]  # fmt: skip
+    start = time.monotonic()
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, cwd=ROOT,
+            env=step_environment(plan, device), start_new_session=True,
+        )  # fmt: skip
+        try:
+            code = process.wait(limit)
+            ended = "" if code >= 0 else f"its process ended by {signal.Signals(-code).name}"
+        except subprocess.TimeoutExpired:
+            ended = f"it was ended after {limit:.0f} s"
+        finally:
+            _end_group(process)
+    result = _read(step, found, ended)
+    result.seconds = round(time.monotonic() - start, 1)
+    if result.status == "failed":
+        result.tail = log.read_text(errors="replace").splitlines()[-TAIL:]
+    return result
+
+
+def _read(step: Step, found: Path, ended: str) -> Result:
+    try:
+        record = json.loads(found.read_text())
+    except (OSError, ValueError):
+        return Result(step.name, step.proves, "failed", ended or "its process left no result")
+    result = Result(
+        step.name, step.proves, "passed", figures=record["figures"], notes=record["notes"], traceback=record["traceback"]
+    )
+    problems = [*([ended] if ended else []), *([record["error"]] if record["error"] else []), *record["failures"]]
+    if problems:
+        result.status, result.reason = "failed", "; ".join(problems)
+    elif record["short"]:
+        result.status, result.reason = "slow", "; ".join(record["short"])
+    return result
+
+
+def _end_group(process: subprocess.Popen) -> None:
+    """The step's process and whatever it started."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.wait()
+
+
+def step_environment(plan: Plan, device: str) -> dict[str, str]:
+    """Environment variables of a step: this tree, then the packages that were brought along, before all else."""
+    inherited = os.environ.get("PYTHONPATH")
+    path = [str(ROOT), str(ROOT / "kernels"), *map(str, plan.packages), *([inherited] if inherited else [])]
+    environment = {
+        **os.environ, "PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1",
+        "PYTHONWARNINGS": "ignore",
+    }  # fmt: skip
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        environment.pop(name, None)
+    environment.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # a pool of compilers starts slower than it compiles
+    if device == "cpu":
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+        environment.setdefault("OMP_NUM_THREADS", "1")
+    return environment
+
+
+def run_step(function: str, device: Literal["cuda", "cpu"], work: Path, result: Path) -> int:
+    """In the step's own process: call its function and leave what it found in `result`. The exit code."""
+    known = json.loads((work / "context.json").read_text())
+    context = Context(device, work, known["earlier"], tuple(known["needs"]))
+    findings, error, trace = Findings(), "", ""
+    try:
+        module, name = function.split(":")
+        getattr(import_module(module), name)(context, findings)
+    except Exception as problem:
+        error, trace = f"{type(problem).__name__}: {str(problem)[:400]}", traceback.format_exc()[-6000:]
+        traceback.print_exc()
+    record = asdict(findings) | {"error": error, "traceback": trace}
+    partial = result.with_suffix(".tmp")
+    partial.write_text(json.dumps(record, indent=1, default=str))
+    partial.replace(result)
+    return 1 if error or findings.failures else 0
+
+
+def unpack(folders: Iterable[Path], into: Path) -> tuple[Path, ...]:
+    """Folders to import from: `folders` themselves, and for each its wheels, unpacked. ValueError for no folder."""
+    found = []
+    for index, folder in enumerate(folders):
+        if not folder.is_dir():
+            raise ValueError(f"--packages {folder}: no such folder")
+        wheels = sorted(folder.glob("*.whl"))
+        if wheels:
+            target = into / f"packages{index}"
+            for wheel in wheels:
+                with zipfile.ZipFile(wheel) as archive:
+                    archive.extractall(target)
+            found.append(target)
+        found.append(folder.resolve())
+    return tuple(found)

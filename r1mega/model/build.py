@@ -253,14 +253,16 @@ def _specs(config: Any, virtual_stage: int | None) -> tuple[Any, Any]:
     layers = specs.get_gpt_decoder_layer_specs(config, engine, normalization="RMSNorm")
     if not engine:
         for layer in [*block.layer_specs, *layers]:
-            _use_local_attention(layer)
+            _use_local_attention(layer, config)
     mtp = None
     if config.mtp_num_layers:
         mtp = specs.get_gpt_mtp_block_spec(config, layers[-1], use_transformer_engine=engine, vp_stage=virtual_stage)
     return block, mtp
 
 
-def _use_local_attention(layer: Any) -> None:
+def _use_local_attention(layer: Any, config: Any) -> None:
+    from megatron.core.transformer.identity_op import IdentityOp
+
     from r1mega.model.attention import CausalAttention
     from r1mega.platform.local_layers import DuplicatedLinear
 
@@ -268,6 +270,8 @@ def _use_local_attention(layer: Any) -> None:
     attention.core_attention = CausalAttention
     if hasattr(attention, "linear_kv_down_proj"):
         attention.linear_q_down_proj = attention.linear_kv_down_proj = DuplicatedLinear
+        if config.q_lora_rank is None:
+            attention.q_layernorm = IdentityOp  # there is no latent query to normalise
 
 
 def _mask_padded_vocabulary(model: Any, vocabulary: int) -> None:

@@ -10,7 +10,14 @@ import torch
 
 from r1mega import platform
 from r1mega.errors import PlatformError
-from r1mega.platform.megatron_patches import PATCHES, Patch, apply_patches, rewrite_for_cpu
+from r1mega.platform.megatron_patches import (
+    MEGATRON_VERSIONS,
+    PATCHES,
+    Patch,
+    apply_patches,
+    installed_version,
+    rewrite_for_cpu,
+)
 
 
 def run_python(code: str) -> subprocess.CompletedProcess:
@@ -46,7 +53,7 @@ def test_every_supported_version_is_covered_by_a_lock_file_and_the_package_itsel
 
     root = Path(__file__).parents[3]
     locked = {
-        line.strip().split("==")[1]
+        line.split(";")[0].strip().split("==")[1]
         for path in root.glob("requirements/*.lock")
         for line in path.read_text().splitlines()
         if line.startswith("megatron-core==")

@@ -20,7 +20,7 @@ import logging
 import re
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import CodeType, ModuleType
 from typing import Any, Literal
@@ -394,8 +394,7 @@ def install(platform: Any) -> None:
         warnings.filterwarnings("ignore", message=message)  # known: `r1mega doctor` tells what is installed
     for name, message in _KNOWN_LOG_MESSAGES.items():
         logging.getLogger(f"megatron.core.{name}").addFilter(lambda record, known=message: known not in record.msg)
-    needed = tuple(p for p in PATCHES if p.is_for(version) and _is_needed(p, platform))
-    sys.meta_path.insert(0, _Finder(needed, cpu=platform.name == "cpu"))
+    sys.meta_path.insert(0, _Finder(needed_patches(platform, version), cpu=platform.name == "cpu"))
 
 
 def installed_version() -> str:
@@ -417,13 +416,14 @@ def installed_version() -> str:
     return version
 
 
-def _is_needed(patch: Patch, platform: Any) -> bool:
-    conditions: dict[str, Callable[[], bool]] = {
-        "always": lambda: True,
-        "cpu": lambda: platform.name == "cpu",
-        "no_te": lambda: not platform.has_transformer_engine,
+def needed_patches(platform: Any, version: str) -> tuple[Patch, ...]:
+    """The patches that this version of megatron-core needs on this platform, in the order in which they are applied."""
+    conditions: dict[str, bool] = {
+        "always": True,
+        "cpu": platform.name == "cpu",
+        "no_te": not platform.has_transformer_engine,
     }
-    return conditions[patch.when]()
+    return tuple(patch for patch in PATCHES if patch.is_for(version) and conditions[patch.when])
 
 
 def _uneven_all_gather(outputs: list[Any], tensor: Any, group: Any) -> None:

@@ -289,6 +289,7 @@ _KNOWN_LOG_MESSAGES = {
     "models.gpt.gpt_model": "GPTModel IS DEPRECATED",  # HybridModel has neither our names nor 0.16.1's
     "distributed.distributed_data_parallel": "full_param_layout not provided",  # what it then computes is what we want
     "dist_checkpointing.strategies.torch": "MCore's async save is deprecated",  # its plan is used, not its saving
+    "dist_checkpointing.strategies.common": "load_common is deprecated",  # how 0.16.1 too keeps what is not tensors
 }
 """Warnings of megatron-core 0.19 that ask nothing of the user, by module."""
 

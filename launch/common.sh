@@ -66,3 +66,14 @@ set_up() {
     fi
     export PYTHONWARNINGS="${PYTHONWARNINGS:-ignore}" HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"
 }
+
+# transformer_engine_files: its Python files, for tests/te, beside those of $PYTHON.
+transformer_engine_files() {  # not into site-packages: megatron-core takes what it finds there for a GPU's
+    local lock=requirements/te.lock target wanted
+    target=$(dirname "$(dirname "$PYTHON")")/transformer_engine
+    wanted=$(sha256sum "$lock" | cut -d' ' -f1)
+    [ "$(cat "$target/installed.sha256" 2>/dev/null || true)" != "$wanted" ] || return 0
+    rm -rf "$target"
+    "$PYTHON" -m pip install -q --no-deps --target "$target" -r "$lock" || fail "pip could not install $lock"
+    echo "$wanted" >"$target/installed.sha256"
+}

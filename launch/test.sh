@@ -17,6 +17,7 @@ if [ "$megatron" ]; then
   base=$(find_python 3.12)
   [ "$base" ] || { say "SKIPPED: megatron-core $megatron (no Python 3.12 found; set R1MEGA_PYTHON to one)"; exit; }
   set_up ".venv-megatron-$megatron" "$base"
+  transformer_engine_files
   [ "$only_set_up" ] && exit
   [ $# -gt 0 ] || set -- -m "not slow" tests/unit/{model,platform,train} \
     tests/unit/checkpoint/test_{names,optimizer_state,store,two_versions}.py tests/dist $(ls -d tests/te 2>/dev/null)
@@ -25,6 +26,7 @@ if [ "$megatron" ]; then
 fi
 [ "$only_set_up" ] || { apt_install chromium chromium; apt_install bwrap bubblewrap; apt_install slurmctld slurm-wlm munge; }
 set_up
+transformer_engine_files
 [ "$only_set_up" ] && exit
 if [ $# -gt 0 ]; then
   run_tests "$@"

@@ -1,8 +1,17 @@
-"""Two GRPO steps with transformers and torch.optim.AdamW: what a policy in any layout must reproduce."""
+"""Two GRPO steps with transformers and torch.optim.AdamW: what a policy in any layout must reproduce.
+
+bfloat16: the weights that a forward pass sees are rounded ones, AdamW moves float32 copies; everything else is computed
+in float32, and that is what is expected. How far from it rounding may lead is measured, not guessed: transformers takes
+the same steps with bfloat16 activations. What rounding would decide is kept out of it: experts are dictated, and no ratio
+is near where it is clipped.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +21,7 @@ import torch
 from r1mega.types import TrainingSample
 from tests.reference import make_hf_model, unfuse
 
-LEARNING_RATE, RATE, TEMPERATURE, KL = 1e-3, 0.01, 0.9, 0.1
+LEARNING_RATE, RATE, TEMPERATURE = 1e-3, 0.01, 0.9
 SETTINGS = {"weight_decay": 0.1, "clip_grad": 0.05, "beta2": 0.95, "eps": 1e-3}
 # eps above the rounding of gradients, or Adam's first steps would have the sign of noise where a gradient is near zero
 
@@ -29,12 +38,16 @@ class Step:
 
 @dataclass(slots=True)
 class Expected:
-    """config: config.json; state, state_after: weights before and after the steps."""
+    """config: config.json; state, state_after: weights before and after the steps; kl_coefficient: of the loss;
+    rounded_steps: the steps with bfloat16 activations (empty in float32)."""
 
     config: dict[str, Any]
+    dtype: str
     state: dict[str, torch.Tensor]
     samples: list[TrainingSample]
+    kl_coefficient: float
     steps: list[Step] = field(default_factory=list)
+    rounded_steps: list[Step] = field(default_factory=list)
     state_after: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
@@ -52,75 +65,187 @@ def make_samples(vocabulary: int, seed: int = 0) -> list[TrainingSample]:
     ]
 
 
-def start(config: dict[str, Any], further: dict[str, torch.Tensor] | None = None) -> Expected:
+def start(config: dict[str, Any], further: dict[str, torch.Tensor] | None = None, dtype: str = "float32") -> Expected:
     """Weights and samples, before any step."""
     model = make_hf_model(config)
-    state = unfuse({n: t.detach().clone() for n, t in model.state_dict().items()})
+    state = unfuse({n: t.detach().clone() for n, t in model.state_dict().items()}) | (further or {})
     if config["tie_word_embeddings"]:
         state.pop("lm_head.weight", None)
-    return Expected(config, state | (further or {}), make_samples(config["vocab_size"]))
+    samples = make_samples(config["vocab_size"])
+    dictated = dtype == "bfloat16" and "n_routed_experts" in config
+    if dictated:
+        samples = [_dictate(sample, config, seed) for seed, sample in enumerate(samples)]
+    if dtype == "bfloat16":
+        routing = _Routing(config, _round(model, model.named_parameters(), dtype, torch.float32))
+        samples = [_far_from_clipping(sample, model, routing, seed) for seed, sample in enumerate(samples)]
+    # a policy's reference chooses its experts itself
+    return Expected(config, dtype, {n: rounded(n, t, dtype) for n, t in state.items()}, samples, 0.0 if dictated else 0.1)
+
+
+def rounded(name: str, weight: torch.Tensor, dtype: str) -> torch.Tensor:
+    """float32 values of a weight as a model of this dtype holds it; the routers' bias is float32 in any."""
+    return weight if name.endswith("e_score_correction_bias") else weight.to(getattr(torch, dtype)).float()
+
+
+def _dictate(sample: TrainingSample, config: dict[str, Any], seed: int) -> TrainingSample:
+    """Any different experts for each token."""
+    layers = config["num_hidden_layers"] - config["first_k_dense_replace"]
+    every = np.tile(np.arange(config["n_routed_experts"]), (len(sample.token_ids) - 1, layers, 1))
+    chosen = np.random.default_rng(seed).permuted(every, axis=2)[..., : config["num_experts_per_tok"]]
+    return dataclasses.replace(sample, routed_experts=chosen.astype(np.uint8))
+
+
+@torch.no_grad()
+def _far_from_clipping(sample: TrainingSample, model: torch.nn.Module, routing: _Routing, seed: int) -> TrainingSample:
+    """Ratios of 1, or of nearly 2 or 1/2."""
+    log_probs = _log_probs(model, sample, routing).numpy()
+    offsets = np.random.default_rng(seed).choice([-0.6, 0.0, 0.0, 0.6], size=log_probs.shape)
+    return dataclasses.replace(sample, sampler_log_probs=(log_probs - offsets).astype(np.float32))
+
+
+@torch.no_grad()
+def _round(
+    model: torch.nn.Module, weights: Iterable[tuple[str, torch.Tensor]], dtype: str, compute: torch.dtype
+) -> list[torch.nn.Module]:
+    """Give the model these weights, rounded to `dtype`, to compute in `compute`; its routers."""
+    for (_, parameter), (name, weight) in zip(model.named_parameters(), weights, strict=True):
+        parameter.data = rounded(name, weight.detach(), dtype).to(compute, copy=True)
+    return [module for name, module in model.named_modules() if name.endswith("mlp.gate")]
 
 
 def take_grpo_steps(expected: Expected, ratio: str = "token", steps: int = 2) -> None:
     """Fill `expected` in: loss = mean over samples of the mean over tokens of the clipped surrogate and the KL (k3)."""
+    expected.steps, state = _grpo_steps(expected, ratio, steps, torch.float32)
+    expected.state_after = {n: rounded(n, t, expected.dtype) for n, t in state.items() if n in expected.state}
+    if expected.dtype == "bfloat16":
+        expected.rounded_steps, _ = _grpo_steps(expected, ratio, steps, torch.bfloat16)
+
+
+def allowed(expected: Expected) -> dict[str, float]:
+    """The largest differences that a policy may show, by the names that `policy_worker.compare` gives them.
+
+    float32: 1e-5. bfloat16: twice those of the rounded steps for the largest error of a log-prob and of a gradient,
+    their mean error of a log-prob for the loss (a mean of them; or twice their error of it), one spacing of bfloat16
+    (2^-7) for the norm; of the weights one in twenty may be rounded the other way, by one spacing and a twentieth of the learning rate.
+    """
+    limits: dict[str, float] = {"weights": 1e-5, "unequal weights": 0.05}
+    if expected.dtype == "bfloat16":
+        limits["weights"] = LEARNING_RATE / 20
+    for number, step in enumerate(expected.steps, 1):
+        limits |= dict.fromkeys((f"{name} {number}" for name in ("log_probs", "loss", "norm", "gradients")), 1e-5)
+        if expected.dtype == "bfloat16":
+            coarse = expected.rounded_steps[number - 1]
+            errors = torch.cat([(a - b).abs() for a, b in zip(step.log_probs, coarse.log_probs, strict=True)])
+            gradients = [
+                (coarse.gradients[n] - g).abs().max() / g.abs().max().clamp(min=1e-6) for n, g in step.gradients.items()
+            ]
+            limits |= {
+                f"log_probs {number}": 2 * float(errors.max()), f"gradients {number}": 2 * float(max(gradients)),
+                f"loss {number}": max(float(errors.mean()), 2 * abs(coarse.loss - step.loss)), f"norm {number}": 2**-7,
+            }  # fmt: skip
+    return limits
+
+
+def _grpo_steps(
+    expected: Expected, ratio: str, steps: int, compute: torch.dtype
+) -> tuple[list[Step], dict[str, torch.Tensor]]:
+    """(the steps, computed in `compute`; AdamW's weights after them)."""
     config, samples = expected.config, expected.samples
     model = make_hf_model(config)
-    routers = [(n, m) for n, m in model.named_modules() if n.endswith("mlp.gate")]
-    counts: dict[str, torch.Tensor] = {}
-    for name, module in routers:
-        module.register_forward_hook(_counter(counts, name, config))
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    rest = [p for p in model.parameters() if p.ndim == 1]  # Megatron decays neither norms nor biases
+    named = {name: torch.nn.Parameter(rounded(name, p.detach(), expected.dtype).clone()) for name, p in model.named_parameters()}
+    routers = _round(model, named.items(), expected.dtype, compute)
+    routing = _Routing(config, routers)
+    decayed = [p for p in named.values() if p.ndim > 1]
+    rest = [p for p in named.values() if p.ndim == 1]  # Megatron decays neither norms nor biases
     optimizer = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": SETTINGS["weight_decay"]}, {"params": rest, "weight_decay": 0.0}],
         lr=LEARNING_RATE, betas=(0.9, SETTINGS["beta2"]), eps=SETTINGS["eps"],
     )  # fmt: skip
     reference: list[torch.Tensor] = []
+    taken = []
     for _ in range(steps):
-        counts.clear()
-        log_probs = [_log_probs(model, sample) for sample in samples]
-        reference = reference or [lp.detach() for lp in log_probs]
-        loss = sum(map(_loss, log_probs, reference, samples, [ratio] * len(samples))) / len(samples)
+        if not reference:
+            with torch.no_grad():
+                reference = [_log_probs(model, sample, routing) for sample in samples]
+        routing.counts.clear()
+        log_probs, loss = [], 0.0
         optimizer.zero_grad()
-        loss.backward()
-        gradients = unfuse({n: p.grad.clone() for n, p in model.named_parameters()})
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), SETTINGS["clip_grad"])
+        for sample, before in zip(samples, reference, strict=True):  # gradients of the samples are added in float32
+            log_probs.append(_log_probs(model, sample, routing))
+            part = _loss(log_probs[-1], before, sample, ratio, expected.kl_coefficient) / len(samples)
+            model.zero_grad()
+            part.backward()
+            loss += float(part)
+            for name, parameter in model.named_parameters():
+                gradient = torch.zeros_like(named[name]) if parameter.grad is None else parameter.grad.float()
+                named[name].grad = gradient if named[name].grad is None else named[name].grad + gradient
+        gradients = unfuse({n: p.grad.clone() for n, p in named.items()})
+        norm = torch.nn.utils.clip_grad_norm_(named.values(), SETTINGS["clip_grad"])
         optimizer.step()
-        for name, module in routers:
-            module.e_score_correction_bias += RATE * torch.sign(counts[name].mean() - counts[name])
-        expected.steps.append(Step([lp.detach() for lp in log_probs], float(loss), float(norm), gradients))
-    after = unfuse({n: t.detach().clone() for n, t in model.state_dict().items()})
-    expected.state_after = {n: t for n, t in after.items() if n in expected.state}
+        _round(model, named.items(), expected.dtype, compute)
+        for index, module in enumerate(routers):
+            counts = routing.counts[index]
+            module.e_score_correction_bias += RATE * torch.sign(counts.mean() - counts)
+        taken.append(Step([lp.detach() for lp in log_probs], loss, float(norm), gradients))
+    biases = {n: t for n, t in model.state_dict().items() if n not in named}
+    return taken, unfuse({n: p.detach().clone() for n, p in named.items()} | biases)
 
 
-def _log_probs(model: torch.nn.Module, sample: TrainingSample) -> torch.Tensor:
+def _log_probs(model: torch.nn.Module, sample: TrainingSample, routing: _Routing) -> torch.Tensor:
     ids = torch.from_numpy(sample.token_ids.astype(np.int64))
-    logits = model(input_ids=ids[None]).logits[0, :-1] / TEMPERATURE
+    routing.follow(sample.routed_experts)
+    logits = model(input_ids=ids[None]).logits[0, :-1].float() / TEMPERATURE
     return logits.log_softmax(-1).gather(1, ids[1:, None])[sample.prompt_length - 1 :, 0]
 
 
-def _loss(log_probs: torch.Tensor, reference: torch.Tensor, sample: TrainingSample, ratio: str) -> torch.Tensor:
+def _loss(
+    log_probs: torch.Tensor, reference: torch.Tensor, sample: TrainingSample, ratio: str, kl_coefficient: float
+) -> torch.Tensor:
     difference = log_probs - torch.from_numpy(sample.sampler_log_probs)
     if ratio == "sequence":
         difference = difference.mean().expand_as(difference)
     factor = difference.exp()
     surrogate = torch.minimum(factor * sample.advantage, factor.clamp(0.8, 1.2) * sample.advantage)
     gap = reference - log_probs
-    return (KL * (gap.exp() - gap - 1) - surrogate).mean()
+    return (kl_coefficient * (gap.exp() - gap - 1) - surrogate).mean()
 
 
-def _counter(counts: dict[str, torch.Tensor], name: str, config: dict[str, Any]):
-    """Counts the tokens of each expert: the best k by score + bias among the groups with the best two experts."""
+class _Routing:
+    """Watches transformers' routers: counts the tokens of each expert, dictates experts where a sample names them."""
 
-    def hook(module: torch.nn.Module, inputs: tuple, _output: Any) -> None:
-        with torch.no_grad():
-            hidden = inputs[0].reshape(-1, config["hidden_size"])
-            scores = (hidden @ module.weight.T).sigmoid() + module.e_score_correction_bias
-            grouped = scores.view(len(scores), config["n_group"], -1)
-            best = grouped.topk(2, dim=-1).values.sum(-1).topk(config["topk_group"], dim=-1).indices
-            kept = torch.zeros(grouped.shape[:2]).scatter(1, best, 1.0).bool()
-            allowed = torch.where(kept[..., None], grouped, torch.tensor(-torch.inf)).flatten(1)
-            chosen = allowed.topk(config["num_experts_per_tok"], dim=-1).indices
-            counts[name] = counts.get(name, 0) + torch.bincount(chosen.flatten(), minlength=scores.shape[1]).float()
+    def __init__(self, config: dict[str, Any], routers: list[torch.nn.Module]):
+        self.counts: dict[int, torch.Tensor] = {}
+        self._config, self._chosen = config, None
+        for index, router in enumerate(routers):
+            router.register_forward_hook(functools.partial(self._hook, index))
 
-    return hook
+    def follow(self, chosen: np.ndarray | None) -> None:
+        """[tokens - 1, layers, top-k]; the last token goes to the first experts, as in a microbatch. None: their own."""
+        self._chosen = None
+        if chosen is not None:
+            last = np.broadcast_to(np.arange(chosen.shape[2]), (1, *chosen.shape[1:]))
+            self._chosen = torch.from_numpy(np.concatenate([chosen, last]).astype(np.int64))
+
+    def _hook(self, index: int, router: torch.nn.Module, inputs: tuple, outputs: tuple) -> tuple:
+        logits, weights, chosen = outputs
+        if self._chosen is None:
+            chosen = self._best(router, inputs[0])
+        else:
+            chosen = self._chosen[:, index]
+            weights = logits.sigmoid().gather(1, chosen)
+            weights = weights / weights.sum(-1, keepdim=True) * self._config["routed_scaling_factor"]
+            outputs = logits, weights, chosen
+        experts = self._config["n_routed_experts"]
+        self.counts[index] = self.counts.get(index, 0) + torch.bincount(chosen.flatten(), minlength=experts).float()
+        return outputs
+
+    @torch.no_grad()
+    def _best(self, router: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """The best k by score + bias among the groups with the best two experts."""
+        config, hidden = self._config, hidden.reshape(-1, self._config["hidden_size"])
+        scores = (hidden @ router.weight.T).sigmoid() + router.e_score_correction_bias
+        grouped = scores.view(len(scores), config["n_group"], -1)
+        best = grouped.topk(2, dim=-1).values.sum(-1).topk(config["topk_group"], dim=-1).indices
+        kept = torch.zeros(grouped.shape[:2]).scatter(1, best, 1.0).bool()
+        allowed = torch.where(kept[..., None], grouped, torch.tensor(-torch.inf)).flatten(1)
+        return allowed.topk(config["num_experts_per_tok"], dim=-1).indices

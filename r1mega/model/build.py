@@ -239,6 +239,12 @@ def _build_chunk(hf: Mapping[str, Any], config: Any, init_std: float | None, vir
         if ".experts." in name and ".shared_experts." not in name:
             # with EP 1 and ETP != TP Megatron would reduce expert gradients over the dense data-parallel group
             parameter.allreduce = False
+            # Transformer Engine 2.20 leaves it out, and the gradient norm would lack the experts of all but one rank of TP
+            parameter.tensor_model_parallel = True
+        if name.endswith("_down_proj.weight"):
+            # latent attention's, whole on every rank of TP: Transformer Engine marks them as slices, and the gradient norm
+            # would count them tp times
+            parameter.tensor_model_parallel = False
         if init_std is None:
             torch.nn.init.constant_(parameter, float("nan"))
     return model
@@ -251,23 +257,30 @@ def _specs(config: Any, virtual_stage: int | None) -> tuple[Any, Any]:
     engine = config.transformer_impl == "transformer_engine"
     block = specs.get_gpt_decoder_block_spec(config, engine, normalization="RMSNorm", vp_stage=virtual_stage)
     layers = specs.get_gpt_decoder_layer_specs(config, engine, normalization="RMSNorm")
-    if not engine:
-        for layer in [*block.layer_specs, *layers]:
+    for layer in [*block.layer_specs, *layers]:
+        if not engine:
             _use_local_attention(layer, config)
+        elif config.context_parallel_size > 1 and platform.current().name == "cpu":
+            _use_own_core_attention(layer)  # Transformer Engine's needs cuDNN or flash attention to be cut over ranks
     mtp = None
     if config.mtp_num_layers:
         mtp = specs.get_gpt_mtp_block_spec(config, layers[-1], use_transformer_engine=engine, vp_stage=virtual_stage)
     return block, mtp
 
 
+def _use_own_core_attention(layer: Any) -> None:
+    from r1mega.model.attention import CausalAttention
+
+    layer.submodules.self_attention.submodules.core_attention = CausalAttention
+
+
 def _use_local_attention(layer: Any, config: Any) -> None:
     from megatron.core.transformer.identity_op import IdentityOp
 
-    from r1mega.model.attention import CausalAttention
     from r1mega.platform.local_layers import DuplicatedLinear
 
+    _use_own_core_attention(layer)
     attention = layer.submodules.self_attention.submodules
-    attention.core_attention = CausalAttention
     if hasattr(attention, "linear_kv_down_proj"):
         attention.linear_q_down_proj = attention.linear_kv_down_proj = DuplicatedLinear
         if config.q_lora_rank is None:

@@ -25,9 +25,29 @@ class Platform:
     has_apex: bool
 
 
+_chosen: Platform | None = None
+
+
+def use(platform: Platform) -> None:
+    """Make `platform` the one of this process, whatever the machine has. For tests that bring what a machine lacks.
+
+    Raises PlatformError after `prepare()`: megatron's patches follow from the platform.
+    """
+    from r1mega.errors import PlatformError
+    from r1mega.platform import megatron_patches
+
+    global _chosen
+    if megatron_patches.is_installed():
+        raise PlatformError("r1mega.platform.use() comes before prepare(): megatron-core is patched for another platform")
+    _chosen = platform
+    current.cache_clear()
+
+
 @cache
 def current() -> Platform:
     """The platform of this process. On CUDA the device is the one that LOCAL_RANK names."""
+    if _chosen is not None:
+        return _chosen
     cuda = torch.cuda.is_available()
     return Platform(
         name="cuda" if cuda else "cpu",

@@ -228,6 +228,29 @@ PATCHES = (
         "a microbatch of padding alone has the auxiliary loss 0, not 0 / 0",
     ),
     Patch(
+        "transformer.multi_token_prediction",
+        "always",
+        "                return tensor_parallel.checkpoint(\n"
+        "                    forward_func, self.config.distribute_saved_activations, *args, *kwargs.values()\n"
+        "                )",
+        "                tensors = {name: value for name, value in kwargs.items() if torch.is_tensor(value)}\n"
+        "                return tensor_parallel.checkpoint(\n"
+        "                    lambda *given: forward_func(*args, **(kwargs | dict(zip(tensors, given)))),\n"
+        "                    self.config.distribute_saved_activations,\n"
+        "                    *tensors.values(),\n"
+        "                )",
+        "save_for_backward takes tensors only, and packed sequences are described by something else",
+        versions="<0.18",
+        upstream="what is not a tensor is no argument of the checkpoint there",
+    ),
+    Patch(
+        "extensions.transformer_engine",
+        "always",
+        "            if not fp8_checkpoint:\n                return [state] * self.num_gemms",
+        "            if not fp8_checkpoint or state.numel() == 0:\n                return [state] * self.num_gemms",
+        "Transformer Engine 2.16 and later have an empty extra state for recipes without one (current and block scaling)",
+    ),
+    Patch(
         "models.gpt.gpt_model",
         "always",
         "        if mtp_in_postprocess:\n            hidden_states = self.mtp(",
@@ -296,7 +319,8 @@ _KNOWN_LOG_MESSAGES = {
 _CUDA_TYPE_NAME = re.compile(r"(['\"])torch\.cuda\.(\w+Tensor)")
 _CUDA_MODULE = re.compile(r"(?<!from )(?<!import )\btorch\.cuda\.(?=\w)")
 _CUDA_METHOD = re.compile(r"\.cuda\([^()]*(?:\(\))?\)")
-_CUDA_DEVICE = re.compile(r"\bdevice=(['\"])cuda\1")
+_CUDA_DEVICE = re.compile(r"\b(device|map_location)=(['\"])cuda\2")
+_CUDA_DEVICE_CALL = re.compile(r"\btorch\.device\((['\"])cuda\1\)")
 _EXPECTED_REWRITES = ("pipeline_parallel.schedules", "optimizer.clip_grads", "optimizer.optimizer")
 
 
@@ -304,12 +328,14 @@ def rewrite_for_cpu(source: str) -> str:
     """Turn every use of CUDA in a megatron-core module into its CPU form. Lines keep their numbers.
 
     'torch.cuda.FloatTensor' (a name) -> 'torch.FloatTensor'; torch.cuda.x -> the stand-in; t.cuda() -> t.cpu();
-    device='cuda' -> device='cpu'. Tensors never move, because all are on the CPU already.
+    device='cuda', map_location='cuda', torch.device('cuda') -> the same with 'cpu'. Tensors never move, because all are
+    on the CPU already.
     """
     source = _CUDA_TYPE_NAME.sub(r"\1torch.\2", source)
     source = _CUDA_MODULE.sub("_cuda_stand_in.", source)
     source = _CUDA_METHOD.sub(".cpu()", source)
-    return _CUDA_DEVICE.sub("device='cpu'", source)
+    source = _CUDA_DEVICE_CALL.sub("torch.device('cpu')", source)
+    return _CUDA_DEVICE.sub(r"\1='cpu'", source)
 
 
 def apply_patches(module: str, source: str, patches: Sequence[Patch]) -> str:
@@ -380,12 +406,17 @@ class _Finder(importlib.abc.MetaPathFinder):
         return spec
 
 
+def is_installed() -> bool:
+    """Whether imports of megatron.core take the patches."""
+    return any(isinstance(finder, _Finder) for finder in sys.meta_path)
+
+
 def install(platform: Any) -> None:
     """Make later imports of megatron.core take the patches for this platform. Idempotent.
 
     Raises PlatformError when megatron.core is imported already (unpatched) or is of a version that is not supported.
     """
-    if any(isinstance(finder, _Finder) for finder in sys.meta_path):
+    if is_installed():
         return
     loaded = sorted(name for name in sys.modules if name.startswith("megatron.core"))
     if loaded:

@@ -15,7 +15,7 @@ from r1mega.train.packing import Microbatch, plan_packing, split_minibatches
 from r1mega.train.policy import Policy, UpdateResult
 from r1mega.train.samples import minibatch_weights, pack_samples, policy_tokens
 from r1mega.types import TrainingSample
-from r1mega.weights.verify import PROBE_TOLERANCES
+from r1mega.weights.verify import probe_limit
 
 _NO_UPDATE = dict.fromkeys(
     (
@@ -46,7 +46,7 @@ def update_policy(
     if not samples:
         return _NO_UPDATE
     algorithm, temperature = config.algorithm, config.rollout.temperature
-    tolerance = config.weights.probe_tolerance or PROBE_TOLERANCES[policy.dtype]
+    tolerance = probe_limit(policy.dtype, config.weights.probe_tolerance).tolerance
     results: list[UpdateResult] = []
     with timer.phase("update"):
         minibatches, fill = _plan(samples, config, step, policy)

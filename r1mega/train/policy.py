@@ -93,6 +93,8 @@ class Policy:
         self.megatron_config = config = self.chunks[0].config
         wrapped = [Float16Module(config, c) for c in self.chunks] if self.dtype == torch.bfloat16 else self.chunks
         self.ddp_chunks, self.optimizer = wrapped, None
+        # the kernels widen logits themselves, and hidden states must stay in the dtype of the output layer's weight
+        self._narrow = {"fp32_output": False} if self.dtype == torch.bfloat16 else {}
         if optimizer is not None:
             self._prepare_updates(optimizer, total_steps)
         self._forward_backward = get_forward_backward_func()
@@ -218,10 +220,12 @@ class Policy:
                 mask = torch.zeros(1, part.tokens.numel(), device=self.device).index_fill_(1, part.rows, 1.0)
                 output = model(
                     part.tokens[None], part.positions[None], None,
-                    labels=part.labels[None], loss_mask=mask, packed_seq_params=packed,
+                    labels=part.labels[None], loss_mask=mask, packed_seq_params=packed, **self._narrow,
                 )  # fmt: skip
             else:
-                output = model(part.tokens[None], part.positions[None], None, packed_seq_params=packed)
+                output = model(
+                    part.tokens[None], part.positions[None], None, packed_seq_params=packed, **self._narrow
+                )
 
             def loss(output: torch.Tensor):
                 log_probs, entropies = self._score(output[0], batch, part, temperature, predict_further)
@@ -255,7 +259,7 @@ class Policy:
         """
         where = (part.labels, temperature, part.rows, self._tensor_group)
         if self._scalar_head:
-            log_probs = output.index_select(0, part.rows)[:, 0]
+            log_probs = output.index_select(0, part.rows)[:, 0].float()
             entropies = torch.full_like(log_probs, math.nan)
         elif is_cross_entropy:
             log_probs = -output.index_select(0, part.rows).float()

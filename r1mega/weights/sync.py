@@ -18,14 +18,16 @@ from r1mega.weights.transfer import build_transfer
 
 logger = logging.getLogger(__name__)
 
+_MADE_UP_TOKENS = 32
+
 
 class WeightSync:
     """Pushes the policy's weights into the generator and proves that they arrived; WeightSyncError when not.
 
     The proof: every tensor's digest as it was sent equals the one read back from the generator's own parameters, and
     both models give the same log-probs to fixed token sequences. Two experts whose router scores agree to the last bits
-    can be chosen differently by the two implementations, about once in 10^5 tokens; so sequences that fail are followed
-    by others, once: a fault fails on all, a tie does not.
+    can be chosen differently by the two implementations, in float32 about once in 10^5 tokens; so sequences that fail are
+    followed by others, once: a fault fails on all, a tie does not. What bfloat16 can promise: see `verify`.
     """
 
     def __init__(
@@ -38,10 +40,13 @@ class WeightSync:
     ):
         self._policy, self._engine, self._verify = policy, engine, config.verify
         self._transfer = build_transfer(policy, engine, config, hf_config)
-        count = config.probe_sequences
-        self._sequences = [list(sequence) for sequence in probe_sequences[:count]]
-        self._further = [list(sequence) for sequence in probe_sequences[count : 2 * count]] or self._sequences
-        self._tolerance = config.probe_tolerance or verify.PROBE_TOLERANCES[policy.dtype]
+        self._limit = verify.probe_limit(policy.dtype, config.probe_tolerance)
+        count = config.probe_sequences or verify.NUM_SEQUENCES[policy.dtype]
+        given = [list(sequence) for sequence in probe_sequences]
+        if self._limit.share < 1:  # where few tokens may tell, all must be able to
+            lengths = [min(len(sequence), _MADE_UP_TOKENS) for sequence in (given * (2 * count))[: 2 * count]]
+            given = verify.made_up_sequences(lengths, hf_config["vocab_size"], seed=0)
+        self._sequences, self._further = given[:count], given[count : 2 * count] or given[:count]
 
     def push(self) -> dict[str, float]:
         """Make the generator the policy's equal. Wakes the generator up. A collective call."""
@@ -55,10 +60,13 @@ class WeightSync:
         except WeightSyncError as error:
             logger.warning("probing again with other sequences, for a router tie would not show there: %s", error)
             result = self._probe(self._further)
-        return {"weights/probe_diff_max": result.max_difference}
+        return {
+            "weights/probe_diff_max": result.max_difference,
+            "weights/probe_outlier_fraction": result.outlier_fraction,
+        }
 
     def _probe(self, sequences: list[list[int]]) -> verify.ProbeResult:
         batch = build_microbatch(sequences, [1] * len(sequences), range(len(sequences)))
         packed, _ = self._policy.log_probs([batch], everywhere=True)[0]
         ours = [part.tolist() for part in torch.split(packed, [len(s) - 1 for s in sequences])]
-        return verify.probe(self._engine, sequences, ours, self._tolerance)
+        return verify.probe(self._engine, sequences, ours, self._limit)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from r1mega.weights.direct import DirectTransfer
 
 NamedTensors = Iterable[tuple[str, torch.Tensor]]
+_DERIVED_OF = ".self_attn.kv_b_proj.weight"
 
 
 def bucketed(named_tensors: NamedTensors, bucket_bytes: int) -> Iterator[list[tuple[str, torch.Tensor]]]:
@@ -155,13 +156,41 @@ def rewrite_weights(target: ReloadTarget, write: Callable[[Mapping[str, torch.Te
 
 
 def _finish(target: ReloadTarget, finish: Callable[[Any], None]) -> dict[str, int]:
-    """Processes the parameters for the kernels; the digest, taken while they are plain."""
+    """Processes the parameters for the kernels; the digest, taken while they are plain. Raises WeightSyncError for
+    parameters that the processing should have derived of the new ones and has not."""
     if target.platform.PARAMETERS_ARE_PLAIN_BEFORE_FINISH:
-        digest = generator_digest(target.placements, _parameters(target))
+        plain = _parameters(target)
+        digest = generator_digest(target.placements, plain)
+        sources = {name: tensor.clone() for name, tensor in plain.items() if name.endswith(_DERIVED_OF)}
         finish(target.worker)
-        return digest
-    finish(target.worker)
-    return generator_digest(target.placements, _parameters(target))
+    else:
+        finish(target.worker)
+        sources = plain = _parameters(target)
+        digest = generator_digest(target.placements, plain)
+    _check_derived(target.config, sources, _parameters(target))
+    return digest
+
+
+@torch.no_grad()
+def _check_derived(config: Mapping[str, Any], sources: Mapping[str, torch.Tensor],
+                   parameters: Mapping[str, torch.Tensor]) -> None:
+    """Derives W_UV and W_UK_T of kv_b_proj once more, as vllm/model_executor/layers/attention/mla_attention.py does
+    (process_weights_after_loading), and compares the bits: no digest is of them, and only decoding reads them.
+    """
+    stale = []
+    for name, source in sources.items():
+        if not name.endswith(_DERIVED_OF):
+            continue
+        prefix, nope = name.removesuffix("kv_b_proj.weight"), config["qk_nope_head_dim"]
+        by_head = source.view(-1, nope + config["v_head_dim"], config["kv_lora_rank"])
+        expected = {"W_UK_T": by_head[:, :nope], "W_UV": by_head[:, nope:].transpose(1, 2)}
+        for kind, value in expected.items():
+            held = parameters.get(f"{prefix}mla_attn.mla_attn.{kind}")
+            if held is not None and not torch.equal(held, value):
+                stale.append(f"{prefix}mla_attn.mla_attn.{kind}")
+    if stale:
+        raise WeightSyncError("the generator decodes with matrices that are not those of its kv_b_proj, as if it had not "
+                              "derived them after the push:\n  " + "\n  ".join(stale))
 
 
 def _check_covered(target: ReloadTarget, parameters: Mapping[str, torch.Tensor]) -> None:

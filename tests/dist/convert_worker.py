@@ -22,14 +22,16 @@ from r1mega.platform import groups  # noqa: E402
 from r1mega.train.packing import build_microbatch  # noqa: E402
 from r1mega.train.policy import Policy  # noqa: E402
 
-SEQUENCES = [[i * 7 % 90 + 1 for i in range(start, start + 12)] for start in range(8)]
+SEQUENCES = [[i * 7 % 90 + 1 for i in range(start, start + 16)] for start in range(8)]
 PROMPT = 4
 
 
-def make_policy(config: dict[str, Any], layout: dict[str, int], dtype: str, init_std: float | None = None) -> Policy:
+def make_policy(
+    config: dict[str, Any], layout: dict[str, int], dtype: str, init_std: float | None = None, fp8: str = "off"
+) -> Policy:
     groups.init_parallel(ParallelConfig(**layout), seed=1)
     mtp = 0.3 if config.get("num_nextn_predict_layers") else 0.0
-    model = ModelConfig(path="unused", dtype=dtype, mtp_loss_coefficient=mtp, expert_bias_update_rate=1e-2)
+    model = ModelConfig(path="unused", dtype=dtype, fp8=fp8, mtp_loss_coefficient=mtp, expert_bias_update_rate=1e-2)
     return Policy(
         model, config, ParallelConfig(**layout),
         OptimizerConfig(lr=1e-2, warmup_steps=2, weight_decay=0.1, eps=1e-3),  # eps: rounding is no direction
@@ -77,10 +79,12 @@ def load_converted(cases: list[tuple[Path, dict[str, int], Path]]) -> dict[str, 
     return differences
 
 
-def save_run(run: Path, config: dict[str, Any], layout: dict[str, int], source: Path, dtype: str, asynchronous: bool):
+def save_run(
+    run: Path, config: dict[str, Any], layout: dict[str, int], source: Path, dtype: str, asynchronous: bool, fp8: str = "off"
+) -> None:
     """Two steps, a checkpoint, two more steps; what an uninterrupted run gives: losses, and every weight at the end."""
     groups.init_distributed()
-    policy = make_policy(config, layout, dtype)
+    policy = make_policy(config, layout, dtype, fp8=fp8)
     policy.load_pretrained(source)
     store = CheckpointStore(run, keep=2, architecture=architecture_of(config), asynchronous=asynchronous)
     store.save(0, policy.sharded_state(is_loading=False), {})  # before the first step
@@ -96,23 +100,50 @@ def save_run(run: Path, config: dict[str, Any], layout: dict[str, int], source: 
     groups.destroy()
 
 
-def resume_run(run: Path, config: dict[str, Any], cases: list[tuple[dict[str, int], int]]) -> dict[str, Any]:
-    """In each layout, from the checkpoint of a step: the steps up to 4. {case: (losses, largest weight difference)}."""
+def resume_run(
+    run: Path, config: dict[str, Any], dtype: str, cases: list[tuple[dict[str, int], int]], fp8: str = "off"
+) -> dict[str, Any]:
+    """In each layout, from the checkpoint of a step: save it again, then the steps up to 4.
+
+    {case: (tensors that the second checkpoint has otherwise, largest difference of losses, of weights)}.
+    """
     groups.init_distributed()
     expected = torch.load(run / "uninterrupted.pt")
     results = {}
     for layout, step in cases:
-        policy = make_policy(config, layout, "float32")
+        policy = make_policy(config, layout, dtype, fp8=fp8)
         store = CheckpointStore(run, keep=2, architecture=architecture_of(config))
         assert store.latest().name == "step_000002"
-        state, progress = store.load(store.directory / f"step_{step:06d}", policy.sharded_state(is_loading=True))
+        path = store.directory / f"step_{step:06d}"
+        state, progress = store.load(path, policy.sharded_state(is_loading=True))
         policy.load_sharded_state(state)
+        again = CheckpointStore(run / f"{layout} {step}", keep=1, architecture=architecture_of(config))
+        changed = unequal_tensors(path, again.save(step, policy.sharded_state(is_loading=False), {}))
         losses = [update(policy) for _ in range(progress["step"], 4)]
         difference = max(
-            float((tensor - expected["weights"][name]).abs().max()) for name, tensor in policy.hf_tensors()
+            float((tensor.float() - expected["weights"][name].float()).abs().max()) for name, tensor in policy.hf_tensors()
         )
         pairs = zip(losses, expected["losses"][step:], strict=True)
-        results[f"{layout} from {step}"] = (max(abs(a - b) for x, y in pairs for a, b in zip(x, y)), difference)
+        results[f"{layout} from {step}"] = (
+            changed, max(abs(a - b) for x, y in pairs for a, b in zip(x, y)), difference,
+        )  # fmt: skip
         ps.destroy_model_parallel()
     groups.destroy()
     return results
+
+
+def unequal_tensors(one: Path, other: Path) -> list[str]:
+    """Names of the tensors (weights, float32 copies, Adam's moments) that two checkpoints do not hold bit for bit.
+
+    Rows that pad the vocabulary depend on the layout.
+    """
+    from megatron.core.dist_checkpointing import load_plain_tensors
+
+    first, second = load_plain_tensors(str(one)), load_plain_tensors(str(other))
+    wrong = sorted(first.keys() ^ second.keys())
+    for name in first.keys() & second.keys():
+        rows = min(len(first[name]), len(second[name])) if first[name].dim() else None
+        a, b = (t if rows is None else t[:rows] for t in (first[name], second[name]))
+        if a.dtype != b.dtype or not torch.equal(a, b):
+            wrong.append(name)
+    return wrong

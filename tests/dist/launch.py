@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import queue
 import socket
 import time
@@ -16,10 +17,17 @@ class RankError(AssertionError):
     """A rank failed, died or did not finish in time."""
 
 
-def launch(function: Callable[..., Any], ranks: int, *args: Any, timeout_seconds: float = 90) -> list[Any]:
+def launch(
+    function: Callable[..., Any],
+    ranks: int,
+    *args: Any,
+    timeout_seconds: float = 90,
+    prepare: Callable[[], None] | None = None,
+) -> list[Any]:
     """[function(*args) on rank 0, 1, ...], each in a process of its own with RANK etc. set and one thread.
 
-    function: importable (the processes are spawned). Results must be picklable.
+    function: importable (the processes are spawned). Results must be picklable. prepare: called in each process before the
+    modules of `function` and `args` are imported.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -27,7 +35,7 @@ def launch(function: Callable[..., Any], ranks: int, *args: Any, timeout_seconds
     context = multiprocessing.get_context("spawn")
     outcomes = context.Queue()
     processes = [
-        context.Process(target=_run, args=(outcomes, function, args, rank, ranks, port), daemon=True)
+        context.Process(target=_run, args=(outcomes, prepare, pickle.dumps((function, args)), rank, ranks, port), daemon=True)
         for rank in range(ranks)
     ]
     for process in processes:
@@ -61,7 +69,9 @@ def _collect(outcomes: Any, processes: list[Any], deadline: float, timeout_secon
     return [results[rank] for rank in range(len(processes))]
 
 
-def _run(outcomes: Any, function: Callable[..., Any], args: tuple[Any, ...], rank: int, ranks: int, port: int) -> None:
+def _run(
+    outcomes: Any, prepare: Callable[[], None] | None, call: bytes, rank: int, ranks: int, port: int
+) -> None:
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -75,6 +85,9 @@ def _run(outcomes: Any, function: Callable[..., Any], args: tuple[Any, ...], ran
         import torch
 
         torch.set_num_threads(1)
+        if prepare is not None:
+            prepare()
+        function, args = pickle.loads(call)
         outcomes.put((rank, None, function(*args)))
     except BaseException:
         outcomes.put((rank, traceback.format_exc(), None))

@@ -44,7 +44,8 @@ class AlgorithmConfig(Section):
     reference_refresh_steps: PositiveInt | None = 400  # paper; None: the reference never changes
     old_log_probs: Literal["rollout", "recompute"] = "recompute"
     # rollout: the generator's (exact in float32); recompute: one more forward pass (bfloat16, FP8)
-    importance_cap: Positive | None = None  # truncated importance sampling min(pi_trainer / pi_sampler, cap); None: off
+    importance_cap: Positive | None = None
+    # truncated importance sampling min(pi_trainer / pi_sampler, cap); None: off. Wants rollout.top_p = 1
     mask_truncated: bool = False  # responses cut at max_response_tokens carry no loss (DAPO's overlong filtering)
     dynamic_sampling: DynamicSampling = DynamicSampling()
 
@@ -112,9 +113,12 @@ class RLStage(TrainingStage):
             )
         if algorithm.importance_cap is not None and algorithm.old_log_probs != "recompute":
             yield "algorithm.importance_cap corrects recomputed log-probs: it wants algorithm.old_log_probs=recompute"
-        if rollout.top_p < 1 and algorithm.old_log_probs == "rollout":
+        if rollout.top_p < 1 and (algorithm.old_log_probs == "rollout" or algorithm.importance_cap is not None):
+            # neither with nor without the kept mass in the ratio is the update a gradient: tests/unit/algorithm/test_top_p.py
+            without = " and leave algorithm.importance_cap out" if algorithm.importance_cap is not None else ""
             yield (
-                f"rollout.top_p = {rollout.top_p}: the generator's log-probs are of the truncated distribution, the trainer's "
-                "are not; set rollout.top_p=1 or algorithm.old_log_probs=recompute"
+                f"rollout.top_p = {rollout.top_p}: the generator's log-probs are of the tokens that top_p keeps, the trainer's of "
+                "all, and a ratio of the two is of neither; set rollout.top_p=1, or give such ratios up: set "
+                f"algorithm.old_log_probs=recompute{without}"
             )
         yield from self.reward.problems(rollout.max_response_tokens)

@@ -68,7 +68,9 @@ def test_shipped_nano_config_for_four_ranks_is_valid(run):
         (["update.microbatch_tokens=64", "data.max_prompt_tokens=30", "rollout.max_response_tokens=70"], 1,
          r"microbatch_tokens = 64.*= 100; raise it"),
         (["algorithm.importance_cap=2"], 1, r"wants algorithm\.old_log_probs=recompute"),
-        (["rollout.top_p=0.9"], 1, r"set rollout\.top_p=1"),
+        (["rollout.top_p=0.9"], 1, r"set rollout\.top_p=1, or .* algorithm\.old_log_probs=recompute$"),
+        (["rollout.top_p=0.9", "algorithm.old_log_probs=recompute", "algorithm.importance_cap=2"], 1,
+         r"set rollout\.top_p=1, or .* and leave algorithm\.importance_cap out$"),
         (["rollout.group_size=1"], 1, r"at least 2 responses"),
     ],
 )
@@ -88,6 +90,11 @@ def test_each_problem_is_named(run, overrides, world, message):
 )  # fmt: skip
 def test_layouts_that_fit(run, overrides, world):
     run(*overrides, world=world)
+
+
+def test_what_the_errors_about_top_p_advise(run):
+    run("rollout.top_p=0.9", "algorithm.old_log_probs=recompute")
+    run("rollout.top_p=1", "algorithm.old_log_probs=recompute", "algorithm.importance_cap=2")
 
 
 def test_the_generators_layout_of_other_models():

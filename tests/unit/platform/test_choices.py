@@ -29,6 +29,13 @@ def test_this_machine_uses_local_layers_on_gloo():
     assert config.fp8 is None
 
 
+def test_a_platform_is_chosen_before_megatron_is_patched():
+    here = platform.prepare()
+    with pytest.raises(PlatformError, match="before prepare"):
+        platform.use(with_engine())
+    assert platform.current() is here
+
+
 def test_fp8_without_transformer_engine_is_refused():
     with pytest.raises(PlatformError, match="model.fp8 = 'blockwise' needs Transformer Engine"):
         megatron_config(DEEPSEEK, Layout(), ModelSettings(fp8="blockwise"))

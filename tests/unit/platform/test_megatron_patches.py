@@ -86,10 +86,12 @@ def test_a_patch_that_does_not_fit_is_a_typed_error():
 
 
 def test_rewriting_turns_cuda_into_the_cpu():
-    source = "x = torch.zeros(2, device='cuda').cuda()\nt = torch.cuda.current_device()\nn = 'torch.cuda.FloatTensor'\n"
+    source = "x = torch.zeros(2, device='cuda').cuda()\nd = torch.device('cuda')\ns = load(f, map_location=\"cuda\")\nt = torch.cuda.current_device()\nn = 'torch.cuda.FloatTensor'\n"
     rewritten = rewrite_for_cpu(source + "from torch.cuda import _lazy_init\n")
     assert rewritten.splitlines() == [
         "x = torch.zeros(2, device='cpu').cpu()",
+        "d = torch.device('cpu')",
+        "s = load(f, map_location='cpu')",
         "t = _cuda_stand_in.current_device()",
         "n = 'torch.FloatTensor'",
         "from torch.cuda import _lazy_init",

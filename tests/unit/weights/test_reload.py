@@ -17,6 +17,7 @@ from r1mega.weights.transfer import DigestTap, bucketed, checkpoint_tensors
 from tests.unit.rollout.tiny_models import checkpoint, greedy_requests, prompt, sampled_requests, settings
 
 FAMILIES = ["deepseek", "qwen3_tied", "llama", "qwen2"]
+STRICT = verify.PROBE_LIMITS[torch.float32]
 BIAS = "model.layers.2.mlp.gate.e_score_correction_bias"
 
 
@@ -192,7 +193,7 @@ def test_probe_sees_a_wrong_export(engines, kind):
     push(engine, tensors)
     sequences = [prompt(20), prompt(30)]
     with pytest.raises(WeightSyncError, match="sequence"):
-        verify.probe(engine, sequences, trainer_log_probs("deepseek", sequences), 2e-4)
+        verify.probe(engine, sequences, trainer_log_probs("deepseek", sequences), STRICT)
 
 
 def trainer_log_probs(name: str, sequences):
@@ -209,7 +210,7 @@ def test_a_stale_generator_fails_both_proofs(engines):
         verify.compare_digests(tap.digest, engine.weights_digest())
     sequences = [prompt(20)]
     with pytest.raises(WeightSyncError, match="sequence 0, token"):
-        verify.probe(engine, sequences, trainer_log_probs("deepseek", sequences), 2e-4)
+        verify.probe(engine, sequences, trainer_log_probs("deepseek", sequences), STRICT)
 
 
 def test_probe_sees_what_is_stale_in_decoding_only(engines):
@@ -218,14 +219,14 @@ def test_probe_sees_what_is_stale_in_decoding_only(engines):
     push(engine, weights("deepseek"))
     sequences = [prompt(20)]
     expected = trainer_log_probs("deepseek", sequences)
-    assert verify.probe(engine, sequences, expected, 2e-4).decode_difference <= 2e-4
+    assert verify.probe(engine, sequences, expected, STRICT).decode_difference <= 2e-4
     attention = engine._worker.model_runner.model.model.layers[1].self_attn.mla_attn.mla_attn
     attention.W_UV.data.mul_(1.5)
-    assert verify.probe(engine, sequences, expected, 2e-4, decode_tokens=0).max_difference <= 2e-4
+    assert verify.probe(engine, sequences, expected, STRICT, decode_tokens=0).max_difference <= 2e-4
     with pytest.raises(WeightSyncError, match="decoded"):
-        verify.probe(engine, sequences, expected, 2e-4)
+        verify.probe(engine, sequences, expected, STRICT)
     push(engine, weights("deepseek"))
-    verify.probe(engine, sequences, expected, 2e-4)
+    verify.probe(engine, sequences, expected, STRICT)
 
 
 def test_probe_does_not_take_nan_for_agreement(engines):
@@ -234,7 +235,7 @@ def test_probe_does_not_take_nan_for_agreement(engines):
     expected = [list(values) for values in trainer_log_probs("deepseek", [prompt(20)])]
     expected[0][3] = float("nan")
     with pytest.raises(WeightSyncError, match="token 4"):
-        verify.probe(engine, [prompt(20)], expected, 2e-4)
+        verify.probe(engine, [prompt(20)], expected, STRICT)
 
 
 def test_incomplete_and_misshapen_updates_are_all_named_and_leave_no_usable_engine(engines):

@@ -53,11 +53,11 @@ def push(bad):
 
 
 def test_agreement():
-    assert push(bad=()) == {"weights/probe_diff_max": 0.0}
+    assert push(bad=()) == {"weights/probe_diff_max": 0.0, "weights/probe_outlier_fraction": 0.0}
 
 
 def test_a_difference_that_other_sequences_do_not_show_is_a_warning(caplog):
-    assert push(bad=(1,)) == {"weights/probe_diff_max": 0.0}
+    assert push(bad=(1,)) == {"weights/probe_diff_max": 0.0, "weights/probe_outlier_fraction": 0.0}
     assert "probing again" in caplog.text
 
 

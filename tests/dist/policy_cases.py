@@ -1,0 +1,119 @@
+"""What the policy is trained on in every layout, and what it must reproduce; for the layers of either platform."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.dist.launch import launch
+from tests.dist.policy_worker import Case, one_rank
+from tests.policy_reference import allowed, start, take_grpo_steps
+from tests.reference import DEEPSEEK, DENSE
+
+ODD = {"vocab_size": 97}  # needs padding under TP 2
+MTP = DEEPSEEK | ODD | {"num_hidden_layers": 2, "num_nextn_predict_layers": 1}
+EVERY = {"num_experts_per_tok": 8, "n_group": 1, "topk_group": 1}  # nothing for a router to decide
+MODELS = {
+    "deepseek": DEEPSEEK | ODD,
+    "mtp": MTP,
+    "mtp_every": MTP | EVERY,
+    "qwen3": DENSE | ODD | {"model_type": "qwen3", "head_dim": 24, "tie_word_embeddings": True},
+    "qwen3_untied": DENSE | ODD | {"model_type": "qwen3", "head_dim": 24, "tie_word_embeddings": False},
+}
+BF16 = "bfloat16"
+CASES = {
+    1: [
+        Case("grpo", {}),
+        Case("grpo", {}, ratio="sequence"),
+        Case("grpo", {}, log_probs="hidden"),
+        Case("labels", {}, model="mtp", aux=0.1, recompute="full"),
+        Case("grpo", {}, dtype=BF16),
+        Case("grpo", {}, log_probs="hidden", dtype=BF16),
+        Case("grpo", {}, log_probs="reference", dtype=BF16),
+        Case("grpo", {}, model="qwen3", dtype=BF16),
+    ],
+    2: [
+        Case("grpo", {}),
+        Case("grpo", {"tp": 2}),
+        Case("grpo", {"ep": 2}),
+        Case("grpo", {"tp": 2, "ep": 2}),
+        Case("grpo", {"tp": 2, "ep": 2}, log_probs="hidden"),
+        Case("grpo", {"tp": 2, "sp": False}, model="qwen3_untied", log_probs="hidden"),
+        Case("grpo", {"cp": 2}, log_probs="hidden"),
+        Case("grpo", {"etp": 2}),
+        Case("grpo", {"tp": 2, "etp": 2}),
+        Case("grpo", {"pp": 2}),
+        Case("grpo", {"pp": 2, "vpp": 2}, microbatch_tokens=100),
+        Case("grpo", {"pp": 2, "layers_per_stage": (3, 1)}),
+        Case("grpo", {"cp": 2}),
+        Case("grpo", {"cp": 2}, ratio="sequence"),
+        Case("grpo", {"tp": 2}, model="qwen3"),
+        Case("grpo", {"tp": 2, "sp": False}, model="qwen3"),
+        Case("grpo", {"pp": 2}, model="qwen3"),
+        Case("labels", {"tp": 2, "ep": 2}, model="mtp", aux=0.1),
+        Case("labels", {"pp": 2}, model="mtp", aux=0.1),
+        Case("labels", {"cp": 2}, model="mtp", aux=0.1),
+        Case("labels", {}, model="mtp", aux=0.1),
+        Case("grpo", {}, dtype=BF16),
+        Case("grpo", {"tp": 2, "ep": 2}, dtype=BF16),
+        Case("grpo", {"tp": 2, "ep": 2}, log_probs="hidden", dtype=BF16),
+        Case("grpo", {"tp": 2, "ep": 2}, log_probs="reference", dtype=BF16),
+        Case("grpo", {"tp": 2, "sp": False}, model="qwen3_untied", log_probs="hidden", dtype=BF16),
+        Case("grpo", {"pp": 2}, log_probs="hidden", dtype=BF16),
+        Case("grpo", {"pp": 2, "vpp": 2}, microbatch_tokens=100, dtype=BF16),
+        Case("grpo", {"cp": 2}, ratio="sequence", log_probs="hidden", dtype=BF16),
+        Case("grpo", {"tp": 2, "etp": 2}, dtype=BF16),
+        Case("grpo", {"tp": 2}, model="qwen3", dtype=BF16),
+        Case("grpo", {"pp": 2}, model="qwen3", dtype=BF16),
+        Case("labels", {"tp": 2, "ep": 2}, model="mtp_every", aux=0.1, dtype=BF16),
+        Case("labels", {"pp": 2}, model="mtp_every", aux=0.1, dtype=BF16),
+        Case("labels", {"cp": 2}, model="mtp_every", aux=0.1, dtype=BF16),
+    ],
+    4: [
+        Case("grpo", {"ep": 2, "etp": 2}),
+        Case("grpo", {"tp": 2, "ep": 2}),
+        Case("grpo", {"tp": 2, "pp": 2, "ep": 2}),
+        Case("grpo", {"tp": 2, "pp": 2, "vpp": 2, "ep": 2}),
+        Case("grpo", {"pp": 2, "cp": 2, "ep": 2}),
+        Case("grpo", {"tp": 2, "cp": 2, "ep": 2}),
+        Case("grpo", {"tp": 2, "pp": 2, "vpp": 2, "ep": 2}, log_probs="hidden", dtype=BF16),
+        Case("grpo", {"tp": 2, "cp": 2, "ep": 2}, dtype=BF16),
+    ],
+}
+
+
+def write_expectations(directory: Path, cases: Iterable[Case]) -> None:
+    """A file for every kind of case: from transformers, or, where it has no such part, from one process."""
+    alone = {}
+    for case in cases:
+        path = directory / case.file
+        if path.exists():
+            continue
+        expected = start(MODELS[case.model], mtp_state() if case.model.startswith("mtp") else None, case.dtype)
+        if case.kind == "grpo":
+            take_grpo_steps(expected, case.ratio)
+        else:
+            alone[path] = dataclasses.replace(case, layout={}, recompute="none")
+        torch.save(expected, path)
+    if alone:
+        launch(one_rank, 1, directory, list(alone.values()), timeout_seconds=300)
+
+
+def mtp_state() -> dict[str, torch.Tensor]:
+    """Random weights of the multi-token-prediction layer, which transformers' model does not have."""
+    torch.manual_seed(3)
+    like = start(MTP | {"num_hidden_layers": 3}).state
+    hidden = MTP["hidden_size"]
+    state = {n: t for n, t in like.items() if n.startswith("model.layers.2.")}
+    state |= {f"model.layers.2.{n}.weight": 1 + 0.1 * torch.randn(hidden) for n in ("enorm", "hnorm", "shared_head.norm")}
+    return state | {"model.layers.2.eh_proj.weight": 0.06 * torch.randn(hidden, 2 * hidden)}
+
+
+def large(directory: Path, case: Case, result: dict[str, Any]) -> dict[str, Any]:
+    """Measured differences that are more than rounding."""
+    limits = allowed(torch.load(directory / case.file, weights_only=False))
+    return {key: value for key, value in result.items() if not key.startswith("worst") and not value <= limits[key]}

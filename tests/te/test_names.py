@@ -1,0 +1,77 @@
+"""Transformer Engine's parameters under their names: HF export, checkpoint keys, what goes straight into the generator."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from r1mega.checkpoint.fit import alias
+from tests.checkpoints import MTP, hub_state
+from tests.dist.launch import launch
+from tests.dist.reshard_worker import Case, run_cases
+from tests.reference import DENSE, Layout
+from tests.te import stand_in
+from tests.te.names_worker import describe
+from tests.unit.rollout.tiny_models import checkpoint
+
+MODELS = {
+    "deepseek": MTP | {"vocab_size": 97},
+    "qwen2": DENSE | {"model_type": "qwen2", "vocab_size": 97},
+    "qwen3": DENSE | {"model_type": "qwen3", "head_dim": 24, "tie_word_embeddings": True},
+}
+LAYOUTS = [Layout(tp=2), Layout(ep=2)]
+RESHARDS = [Case("deepseek", Layout(tp=2, ep=2), 1), Case("qwen2", Layout(tp=2), 1, "bfloat16")]
+
+
+@pytest.fixture(scope="module")
+def described(tmp_path_factory):
+    """(Transformer Engine's, local) layers of every model in every layout, per rank."""
+    directory = tmp_path_factory.mktemp("weights")
+    for name, config in MODELS.items():
+        torch.save(hub_state(config, torch.float32), directory / f"{name}.pt")
+    return [
+        launch(describe, 2, directory, MODELS, LAYOUTS, timeout_seconds=200, prepare=prepare)
+        for prepare in (stand_in.install, None)
+    ]
+
+
+CASES = [f"{name} {layout}" for name in MODELS for layout in LAYOUTS]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_exports_have_the_bits_that_were_loaded(described, case):
+    for engine, local in zip(*described, strict=True):
+        assert engine[case]["different"] == local[case]["different"] == []
+        assert engine[case]["missing"] == local[case]["missing"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_checkpoint_keys_are_those_of_the_local_layers_or_their_aliases(described, case):
+    for engine, local in zip(*described, strict=True):
+        theirs, ours = engine[case]["sharded"], local[case]["sharded"]
+        assert {alias(key) if key not in ours else key: shape for key, shape in theirs.items()} == ours
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_gradient_norm_counts_the_same_parameters(described, case):
+    """On every tensor-parallel rank what is cut, on one what all of them hold."""
+
+    for engine, local in zip(*described, strict=True):
+        assert engine[case]["counted"] == local[case]["counted"]
+
+
+@pytest.fixture(scope="module")
+def resharded():
+    models = {case.model for case in RESHARDS}
+    directories = {model: (checkpoint(model, 0), checkpoint(model, 1)) for model in models}
+    return launch(run_cases, 2, directories, RESHARDS, timeout_seconds=300, prepare=stand_in.install)
+
+
+@pytest.mark.parametrize("case", RESHARDS, ids=lambda case: case.name)
+def test_a_generator_gets_the_bits_of_a_fresh_load(resharded, case):
+    for rank, results in enumerate(resharded):
+        result = results[case.name]
+        for push in ("direct", "gather", "direct again"):
+            assert result[push] == [], (rank, push)
+        assert result["senders_agree"], rank
+        assert "tensors differ" in result["stale"], rank

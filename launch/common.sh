@@ -1,21 +1,22 @@
 # Set-up shared by the launch scripts; source it. Leaves $PYTHON (of the repository's own .venv) and changes to the root.
-# Installs only what changed: the lock file's hash is kept inside .venv.
+# Installs only what changed: the lock file's hash is kept inside .venv. The lock holds megatron-core 0.16.1 for Python 3.11
+# and 0.19.2 for 3.12.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 say() { printf '\033[1m%s\033[0m\n' "$*"; }
 fail() { printf 'launch: %s\n' "$*" >&2; exit 1; }
 
+# find_python [VERSION]: an interpreter of Python 3.11 (preferred) or 3.12, or of VERSION; nothing where there is none.
 find_python() {
-    local candidate
-    for candidate in "${R1MEGA_PYTHON:-}" python3.11 python3.12 python3; do
+    local candidate wanted=${1:-}
+    for candidate in "${R1MEGA_PYTHON:-}" ${wanted:+"python$wanted"} python3.11 python3.12 python3 \
+        "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.1[12].*/bin/python; do
         [ -n "$candidate" ] && command -v "$candidate" >/dev/null || continue
-        if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))'; then
-            command -v "$candidate"
-            return
-        fi
+        case $("$candidate" -c 'import sys; print(*sys.version_info[:2], sep=".")' 2>/dev/null) in
+            "${wanted:-3.11}" | "${wanted:-3.12}") command -v "$candidate"; return ;;
+        esac
     done
-    fail "no Python 3.11 or 3.12 found; install one (Debian 12: apt-get install python3 python3-venv) or set R1MEGA_PYTHON"
 }
 
 # apt_get PACKAGE...: install Debian packages, where this user may.
@@ -35,35 +36,50 @@ apt_install() {
         printf 'launch: %s is not here; what needs it is skipped by name (apt-get install %s)\n' "$program" "$*" >&2
 }
 
-# make_venv: .venv with pip; leaves $PYTHON.
+# make_venv [VENV PYTHON]: VENV (.venv) with pip, made with PYTHON (an interpreter that find_python finds); leaves $PYTHON.
 make_venv() {
-    if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then # also after a set-up that could not make it whole
-        rm -rf .venv
-        local base
-        base=$(find_python)
-        say "making .venv with $base"
-        if ! "$base" -m venv .venv 2>/dev/null; then  # Debian keeps ensurepip in a package of its own
+    local venv=${1:-.venv} base=${2:-}
+    if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then # also after a set-up that could not make it whole
+        rm -rf "$venv"
+        base=${base:-$(find_python)}
+        [ -n "$base" ] || fail "no Python 3.11 or 3.12 found; install one (Debian 12: apt-get install python3 python3-venv) or set R1MEGA_PYTHON"
+        say "making $venv with $base"
+        if ! "$base" -m venv "$venv" 2>/dev/null; then  # Debian keeps ensurepip in a package of its own
             apt_get python3-venv || true
-            rm -rf .venv
-            "$base" -m venv .venv || fail "cannot make a virtual environment; apt-get install python3-venv"
+            rm -rf "$venv"
+            "$base" -m venv "$venv" || fail "cannot make a virtual environment; apt-get install python3-venv"
         fi
     fi
-    PYTHON=$PWD/.venv/bin/python
-    export PATH="$PWD/.venv/bin:$PATH" PIP_DISABLE_PIP_VERSION_CHECK=1
+    PYTHON=$PWD/$venv/bin/python
+    export PATH="$PWD/$venv/bin:$PATH" PIP_DISABLE_PIP_VERSION_CHECK=1
 }
 
+# set_up [VENV PYTHON]: the pinned packages in VENV; see make_venv.
 set_up() {
-    local lock=requirements/cpu.lock stamp=.venv/installed.sha256 wanted
+    local venv=${1:-.venv} lock=requirements/cpu.lock wanted
+    local stamp=$venv/installed.sha256
     wanted=$(find "$lock" setup.py kernels -type f ! -name '*.so' ! -name '*.pyc' | LC_ALL=C sort | xargs sha256sum | sha256sum | cut -d' ' -f1)
-    make_venv
+    make_venv "$@"
     if [ "$(cat "$stamp" 2>/dev/null || true)" != "$wanted" ]; then
-        say "installing the pinned packages (about 3 GB on disk, a few minutes, once)"
-        "$PYTHON" -m pip install -q --no-deps -r "$lock" 2> >(grep -v 'is ignored: it is neither' >&2) ||
+        say "installing the pinned packages (about 4 GB on disk, a few minutes, once)"
+        "$PYTHON" -m pip install -q --no-deps ${2:+--no-compile} -r "$lock" 2> >(grep -v 'is ignored: it is neither' >&2) ||
             fail "pip could not install $lock; is a package index reachable? Start again to go on where it stopped."
+        [ -e /dev/nvidiactl ] || "$PYTHON" -c 'import torch' 2>/dev/null || "$PYTHON" launch/cuda_stand_ins.py
         "$PYTHON" -c 'import torch' 2>/dev/null ||
-            fail "torch does not load: the package index served a CUDA build. Set PIP_EXTRA_INDEX_URL to PyTorch's own index of CPU wheels (pytorch.org, Get Started: pip, CPU), remove .venv and start again."
+            fail "torch does not load: the package index served a CUDA build. Set PIP_EXTRA_INDEX_URL to PyTorch's own index of CPU wheels (pytorch.org, Get Started: pip, CPU), remove $venv and start again."
         "$PYTHON" -m pip install -q --no-deps --no-build-isolation -e . 2> >(grep -v 'is ignored: it is neither' >&2)
         echo "$wanted" >"$stamp"
     fi
     export PYTHONWARNINGS="${PYTHONWARNINGS:-ignore}" HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"
+}
+
+# transformer_engine_files: its Python files, for tests/te, beside those of $PYTHON.
+transformer_engine_files() {  # not into site-packages: megatron-core takes what it finds there for a GPU's
+    local lock=requirements/te.lock target wanted
+    target=$(dirname "$(dirname "$PYTHON")")/transformer_engine
+    wanted=$(sha256sum "$lock" | cut -d' ' -f1)
+    [ "$(cat "$target/installed.sha256" 2>/dev/null || true)" != "$wanted" ] || return 0
+    rm -rf "$target"
+    "$PYTHON" -m pip install -q --no-deps --target "$target" -r "$lock" || fail "pip could not install $lock"
+    echo "$wanted" >"$target/installed.sha256"
 }

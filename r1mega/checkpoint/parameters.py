@@ -1,6 +1,6 @@
 """Every parameter of a model, from its config.json alone: HF names and shapes, its place in a torch_dist checkpoint.
 
-Pure: no Megatron model is built. Keys are those of Megatron's sharded state (megatron-core 0.16.1 with its local
+Pure: no Megatron model is built. Keys are those of Megatron's sharded state (megatron-core with its local
 layers; `fit.py` finds the norms that Transformer Engine's layers name otherwise).
 """
 

@@ -7,6 +7,7 @@ temporary name and renamed, so a kill at any moment leaves the ones before it as
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import os
@@ -179,24 +180,25 @@ class _Background:
 def _plan(sharded_state: dict[str, Any], directory: Path, *, copy: bool) -> _Save:
     """Which pieces this rank writes, on the host. copy: also those in host memory already, so that training goes on.
 
-    A collective call, of Megatron's own planning (megatron-core 0.16.1, dist_checkpointing/strategies).
+    A collective call, of Megatron's own planning (megatron-core, dist_checkpointing/strategies).
     """
     from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
     if not hasattr(filesystem_async, "_results_queue"):
-        raise PlatformError("megatron-core is not version 0.16.1: dist_checkpointing has no _results_queue to replace")
+        raise PlatformError("megatron-core has changed: dist_checkpointing has no _results_queue to replace")
     if filesystem_async._results_queue is None:  # else it starts a manager process, which would outlive a killed run
         filesystem_async._results_queue = queue.Queue()
 
     class PlanOnly(TorchDistSaveShardedStrategy):
-        def _get_save_and_finalize_callbacks(self, writer: Any, planned: Any) -> None:
+        def _get_save_and_finalize_callbacks(self, writer: Any, planned: Any, _async_strategy: str = "mcore") -> None:
             self.buckets, self.metadata = writer.write_buckets, planned[1]
 
     sharded, common = save_preprocess(sharded_state)
     strategy = PlanOnly("torch_dist", 1)
-    strategy.async_save(sharded, directory)
+    choice = "async_strategy" in inspect.signature(strategy.async_save).parameters
+    strategy.async_save(sharded, directory, **({"async_strategy": "mcore"} if choice else {}))
     files = {
         name: [(item.index, data) for item, data in held]
         + [(item.index, tensor.to("cpu", copy=copy).contiguous()) for item, tensor in tensors]

@@ -274,7 +274,7 @@ def _specs(config: Any, virtual_stage: int | None) -> tuple[Any, Any]:
     layers = specs.get_gpt_decoder_layer_specs(config, engine, normalization="RMSNorm")
     for layer in [*block.layer_specs, *layers]:
         if not engine:
-            _use_local_attention(layer)
+            _use_local_attention(layer, config)
         elif config.context_parallel_size > 1 and platform.current().name == "cpu":
             _use_own_core_attention(layer)  # Transformer Engine's needs cuDNN or flash attention to be cut over ranks
     mtp = None
@@ -289,13 +289,17 @@ def _use_own_core_attention(layer: Any) -> None:
     layer.submodules.self_attention.submodules.core_attention = CausalAttention
 
 
-def _use_local_attention(layer: Any) -> None:
+def _use_local_attention(layer: Any, config: Any) -> None:
+    from megatron.core.transformer.identity_op import IdentityOp
+
     from r1mega.platform.local_layers import DuplicatedLinear
 
     _use_own_core_attention(layer)
     attention = layer.submodules.self_attention.submodules
     if hasattr(attention, "linear_kv_down_proj"):
         attention.linear_q_down_proj = attention.linear_kv_down_proj = DuplicatedLinear
+        if config.q_lora_rank is None:
+            attention.q_layernorm = IdentityOp  # there is no latent query to normalise
 
 
 def _mask_padded_vocabulary(model: Any, vocabulary: int) -> None:

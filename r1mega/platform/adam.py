@@ -24,7 +24,10 @@ class FusedAdam(torch.optim.Optimizer):
         eps: float = 1e-8,
         adam_w_mode: bool = True,
         weight_decay: float = 0.0,
+        capturable: bool = False,
     ):
+        if capturable:
+            raise ValueError("FusedAdam's stand-in on the CPU cannot be captured in a CUDA graph")
         self.adam_w_mode = adam_w_mode
         defaults = {
             "lr": lr,

@@ -1,6 +1,6 @@
 """What megatron-core's local spec lacks for latent attention and tensor parallelism, and Transformer Engine has.
 
-Source: megatron-core 0.16.1, extensions/transformer_engine.py (TELinear with parallel_mode 'duplicated', TENorm).
+Source: megatron-core, extensions/transformer_engine.py (TELinear with parallel_mode 'duplicated', TENorm).
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""Every change made to megatron-core 0.16.1, and why.
+"""Every change made to megatron-core, for each version that is supported, and why.
 
 Changes are made to the source text as each module is imported, so that torch stays as it is, whatever is imported
 before or after (vLLM replaces parts of torch.cuda itself). A text that is not found, or found another number of times,
-raises PlatformError: a new version of megatron-core needs a look at this list.
+raises PlatformError: a new version of megatron-core needs a look at this list. `versions` says where a patch belongs,
+`upstream` which change of megatron-core is the reason that it does not belong everywhere.
 
 Three causes:
 - `cpu`: the code takes a CUDA device for granted;
@@ -15,23 +16,30 @@ from __future__ import annotations
 import importlib.abc
 import importlib.machinery
 import importlib.metadata
+import logging
 import re
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import CodeType, ModuleType
 from typing import Any, Literal
 
+from packaging.specifiers import SpecifierSet
+
 from r1mega.errors import PlatformError
 from r1mega.platform.cuda_stand_in import CudaStandIn
 
-MEGATRON_VERSION = "0.16.1"
+MEGATRON_VERSIONS = {"0.16.1": "3.11", "0.19.2": "3.12"}
+"""Supported versions of megatron-core, and the Python that each is tested with (0.16.1 is the last one for 3.11)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Patch:
-    """Replace `old` by `new` in the source of megatron.core.`module`, `count` times exactly."""
+    """Replace `old` by `new` in the source of megatron.core.`module`, `count` times exactly.
+
+    versions: of megatron-core that need it, as a PEP 440 specifier; empty: all. upstream: what changed at that bound.
+    """
 
     module: str
     when: Literal["cpu", "no_te", "always"]
@@ -39,7 +47,19 @@ class Patch:
     new: str
     reason: str
     count: int = 1
+    versions: str = ""
+    upstream: str = ""
 
+    def is_for(self, version: str) -> bool:
+        """Whether this version of megatron-core needs the patch."""
+        return version in SpecifierSet(self.versions)
+
+
+_PADDING_MASK = (
+    "the mask as an argument reaches neither the later pipeline stages (cut for sequence parallelism) nor MTP's layer"
+)
+_LOGITS_WITH_MTP = "a model with MTP layers must give logits too, where there are no labels (RL, log-probs)"
+_IMITATION = "#3457 takes the input tokens for labels where there are none: RL would imitate what it sampled"
 
 PATCHES = (
     Patch(
@@ -123,6 +143,8 @@ PATCHES = (
         "    HAVE_TE = False",
         "    HAVE_TE = False\n    te_general_gemm = None",
         "the name is used without Transformer Engine, but only defined with it",
+        versions="<0.17",
+        upstream="defined as None there",
     ),
     Patch(
         "optimizer",
@@ -152,6 +174,17 @@ PATCHES = (
         '"seq_load_balancing_loss",\n            self.tp_cp_group,\n'
         "            valid_token_count=total_num_tokens * bsz,",
         "with calculate_per_token_loss the auxiliary loss shrank by tp * cp * sequences in the microbatch",
+        versions="<0.19",
+        upstream="NVIDIA/Megatron-LM#5047 (tp * cp) and #5798 (sequences)",
+    ),
+    Patch(
+        "transformer.moe.router",
+        "always",
+        "valid_token_count=local_num_tokens * bsz,",
+        "valid_token_count=total_num_tokens * bsz / self.tp_cp_group.size(),",
+        "a rank's tokens times the ranks are all tokens only where padding is spread evenly: ranks would weigh unequally",
+        versions=">=0.19",
+        upstream="#5047 multiplies a rank's own count by the ranks",
     ),
     Patch(
         "transformer.moe.router",
@@ -167,7 +200,18 @@ PATCHES = (
         '            padding_mask=kwargs.get("padding_mask", None),\n        )\n        return output, context',
         '            padding_mask=getattr(kwargs.get("packed_seq_params"), "padding_mask", None),\n'
         "        )\n        return output, context",
-        "the mask as an argument reaches neither the later pipeline stages (cut for sequence parallelism) nor MTP's layer",
+        _PADDING_MASK,
+        versions="<0.19",
+    ),
+    Patch(
+        "transformer.transformer_layer",
+        "always",
+        '            padding_mask=kwargs.get("padding_mask", None),\n            packed_seq_params=kwargs.get(',
+        '            padding_mask=getattr(kwargs.get("packed_seq_params"), "padding_mask", None),\n'
+        "            packed_seq_params=kwargs.get(",
+        _PADDING_MASK,
+        versions=">=0.19",
+        upstream="#5696 adds an argument after it; MTP's layers now get the mask, later pipeline stages still not",
     ),
     Patch(
         "transformer.moe.router",
@@ -196,6 +240,8 @@ PATCHES = (
         "                    *tensors.values(),\n"
         "                )",
         "save_for_backward takes tensors only, and packed sequences are described by something else",
+        versions="<0.18",
+        upstream="what is not a tensor is no argument of the checkpoint there",
     ),
     Patch(
         "extensions.transformer_engine",
@@ -209,16 +255,66 @@ PATCHES = (
         "always",
         "        if mtp_in_postprocess:\n            hidden_states = self.mtp(",
         "        if mtp_in_postprocess and labels is not None:\n            hidden_states = self.mtp(",
-        "a model with MTP layers must give logits too, where there are no labels (RL, log-probs)",
+        _LOGITS_WITH_MTP,
+        versions="<0.17",
+        upstream="the condition has more to it since; see below",
     ),
     Patch(
         "models.gpt.gpt_model",
         "always",
         "if self.config.mtp_num_layers is not None:\n            mtp_labels = labels.clone()",
         "if self.config.mtp_num_layers is not None and labels is not None:\n            mtp_labels = labels.clone()",
-        "as above",
+        _LOGITS_WITH_MTP,
+        versions="<0.17",
+        upstream="process_mtp_loss has it since",
+    ),
+    Patch(
+        "models.gpt.gpt_model",
+        "always",
+        "        if mtp_in_postprocess and not (in_inference_mode or is_spec_decode):",
+        "        if mtp_in_postprocess and labels is not None and not (in_inference_mode or is_spec_decode):",
+        "without labels the MTP layers have nothing to predict",
+        versions=">=0.19",
+        upstream=_IMITATION,
+    ),
+    Patch(
+        "models.gpt.gpt_model",
+        "always",
+        "            elif not in_inference_mode:\n                # In training/eval, use the utility",
+        "            elif not in_inference_mode and labels is not None:\n                # In training/eval, use the utility",
+        "the loss of the MTP layers belongs where tokens are to be imitated: pre-training and SFT",
+        versions=">=0.19",
+        upstream=_IMITATION,
+    ),
+    Patch(
+        "transformer.multi_token_prediction",
+        "always",
+        "mtp_loss_scale * mtp_loss * (original_num_tokens / num_tokens_safe)",
+        "mtp_loss_scale * mtp_loss",
+        "the DeepSeek-V3 report (2.2, equation 24) divides each depth's sum by all tokens, not by those that it predicts",
+        versions=">=0.17",
+        upstream="#3159 averages over the predicted tokens of the microbatch",
+    ),
+    Patch(
+        "transformer.mla_qk_norm_config",
+        "always",
+        """            linear_q_proj_cls = self._mla_fused_linear_or_default(
+                self.submodules.linear_q_proj, "linear_q_proj"
+            )""",
+        """            linear_q_proj_cls = self.submodules.linear_q_proj or self.linear_impl""",
+        "DeepSeek-V2-Lite and Moonlight project the query without a norm; only the latent key and value have one",
+        versions=">=0.19",
+        upstream="#4452 puts a norm, with a weight, before the query's projection where q_lora_rank is None",
     ),
 )
+
+_KNOWN_LOG_MESSAGES = {
+    "models.gpt.gpt_model": "GPTModel IS DEPRECATED",  # HybridModel has neither our names nor 0.16.1's
+    "distributed.distributed_data_parallel": "full_param_layout not provided",  # what it then computes is what we want
+    "dist_checkpointing.strategies.torch": "MCore's async save is deprecated",  # its plan is used, not its saving
+    "dist_checkpointing.strategies.common": "load_common is deprecated",  # how 0.16.1 too keeps what is not tensors
+}
+"""Warnings of megatron-core 0.19 that ask nothing of the user, by module."""
 
 _CUDA_TYPE_NAME = re.compile(r"(['\"])torch\.cuda\.(\w+Tensor)")
 _CUDA_MODULE = re.compile(r"(?<!from )(?<!import )\btorch\.cuda\.(?=\w)")
@@ -249,8 +345,8 @@ def apply_patches(module: str, source: str, patches: Sequence[Patch]) -> str:
         if found != patch.count:
             raise PlatformError(
                 f"megatron.core.{module}: {patch.old!r} is there {found} times instead of {patch.count} "
-                f"({patch.reason}). r1mega was made for megatron-core {MEGATRON_VERSION}: install that version, "
-                "or review r1mega/platform/megatron_patches.py"
+                f"({patch.reason}). r1mega was made for megatron-core {' and '.join(MEGATRON_VERSIONS)}: install one of "
+                "these, unchanged, or review r1mega/platform/megatron_patches.py"
             )
         source = source.replace(patch.old, patch.new)
     return source
@@ -318,35 +414,48 @@ def is_installed() -> bool:
 def install(platform: Any) -> None:
     """Make later imports of megatron.core take the patches for this platform. Idempotent.
 
-    Raises PlatformError when megatron.core is imported already (unpatched) or has another version.
+    Raises PlatformError when megatron.core is imported already (unpatched) or is of a version that is not supported.
     """
     if is_installed():
         return
     loaded = sorted(name for name in sys.modules if name.startswith("megatron.core"))
     if loaded:
         raise PlatformError(f"{loaded[0]} was imported before r1mega.platform.prepare(): call it first")
+    version = installed_version()
+    for message in (r"(Transformer Engine|Apex).*not installed", "full scope is deprecated"):
+        warnings.filterwarnings("ignore", message=message)  # known: `r1mega doctor` tells what is installed
+    for name, message in _KNOWN_LOG_MESSAGES.items():
+        logging.getLogger(f"megatron.core.{name}").addFilter(lambda record, known=message: known not in record.msg)
+    sys.meta_path.insert(0, _Finder(needed_patches(platform, version), cpu=platform.name == "cpu"))
+
+
+def installed_version() -> str:
+    """The version of megatron-core that is installed. PlatformError unless it is one of MEGATRON_VERSIONS."""
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    advice = "; ".join(
+        f"with Python {theirs}: pip install megatron-core=={version}"
+        for version, theirs in MEGATRON_VERSIONS.items()
+    )
     try:
         version = importlib.metadata.version("megatron-core")
     except importlib.metadata.PackageNotFoundError as error:
-        raise PlatformError(f"megatron-core is not installed: pip install megatron-core=={MEGATRON_VERSION}") from error
-    if version != MEGATRON_VERSION:
+        raise PlatformError(f"megatron-core is not installed (this is Python {python}). {advice}") from error
+    if version not in MEGATRON_VERSIONS:
         raise PlatformError(
-            f"megatron-core {version} is installed; the patches of r1mega are for {MEGATRON_VERSION}: "
-            f"pip install megatron-core=={MEGATRON_VERSION}"
+            f"megatron-core {version} is installed (for Python {python}); the patches of r1mega are for "
+            f"{' and '.join(MEGATRON_VERSIONS)}. {advice}"
         )
-    for message in (r"(Transformer Engine|Apex).*not installed", "full scope is deprecated"):
-        warnings.filterwarnings("ignore", message=message)  # known: `r1mega doctor` tells what is installed
-    needed = tuple(p for p in PATCHES if _is_needed(p, platform))
-    sys.meta_path.insert(0, _Finder(needed, cpu=platform.name == "cpu"))
+    return version
 
 
-def _is_needed(patch: Patch, platform: Any) -> bool:
-    conditions: dict[str, Callable[[], bool]] = {
-        "always": lambda: True,
-        "cpu": lambda: platform.name == "cpu",
-        "no_te": lambda: not platform.has_transformer_engine,
+def needed_patches(platform: Any, version: str) -> tuple[Patch, ...]:
+    """The patches that this version of megatron-core needs on this platform, in the order in which they are applied."""
+    conditions: dict[str, bool] = {
+        "always": True,
+        "cpu": platform.name == "cpu",
+        "no_te": not platform.has_transformer_engine,
     }
-    return conditions[patch.when]()
+    return tuple(patch for patch in PATCHES if patch.is_for(version) and conditions[patch.when])
 
 
 def _uneven_all_gather(outputs: list[Any], tensor: Any, group: Any) -> None:

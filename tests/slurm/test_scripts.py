@@ -99,7 +99,7 @@ def test_the_tests_exit_code_is_that_of_either_half(tmp_path, unit, rest, code):
     python.write_text(f'#!/usr/bin/env bash\necho "$@"; [[ "$*" == *--ignore=tests/unit* ]] && exit {rest}; exit {unit}\n')
     python.chmod(0o755)
     (tmp_path / "common.sh").write_text(
-        f"set -euo pipefail\nPYTHON={python}\napt_install() {{ :; }}\nset_up() {{ :; }}\n"
+        f"set -euo pipefail\nPYTHON={python}\napt_install() {{ :; }}\nset_up() {{ :; }}\ntransformer_engine_files() {{ :; }}\n"
     )
     ended, lines, errors = bash(str(tmp_path / "test.sh"))
     assert ended == code, errors

@@ -10,22 +10,74 @@ import torch
 
 from r1mega import platform
 from r1mega.errors import PlatformError
-from r1mega.platform.megatron_patches import PATCHES, Patch, apply_patches, rewrite_for_cpu
+from r1mega.platform.megatron_patches import (
+    MEGATRON_VERSIONS,
+    PATCHES,
+    Patch,
+    apply_patches,
+    installed_version,
+    rewrite_for_cpu,
+)
 
 
 def run_python(code: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=120)
 
 
-def test_every_patch_fits_its_installed_module():
+def installed_source(module: str) -> str:
+    """The unpatched source of megatron.core.MODULE; empty where the installed version has no such module."""
     from importlib.util import find_spec
     from pathlib import Path
 
-    root = Path(find_spec("megatron.core").origin).parent
-    for patch in PATCHES:
-        path = root / (patch.module.replace(".", "/") + ".py")
-        source = (path if path.exists() else root / patch.module.replace(".", "/") / "__init__.py").read_text()
+    path = Path(find_spec("megatron.core").origin).parent / module.replace(".", "/")
+    for file in (path.with_suffix(".py"), path / "__init__.py"):
+        if file.exists():
+            return file.read_text()
+    return ""
+
+
+@pytest.mark.parametrize("index", range(len(PATCHES)))
+def test_a_patch_fits_the_versions_that_it_is_for_and_no_other(index):
+    patch = PATCHES[index]
+    source = installed_source(patch.module)
+    if patch.is_for(installed_version()):
         assert patch.new in apply_patches(patch.module, source, [patch])
+    else:  # else it would have been dropped too early
+        assert source.count(patch.old) != patch.count
+        assert patch.upstream or any(p.reason == patch.reason and p.upstream for p in PATCHES)
+
+
+def test_every_supported_version_is_covered_by_a_lock_file_and_the_package_itself():
+    """A version is in MEGATRON_VERSIONS, requirements/ and setup.py, or in none of them."""
+    from pathlib import Path
+
+    root = Path(__file__).parents[3]
+    locked = {
+        line.split(";")[0].strip().split("==")[1]
+        for path in root.glob("requirements/*.lock")
+        for line in path.read_text().splitlines()
+        if line.startswith("megatron-core==")
+    }
+    assert locked == set(MEGATRON_VERSIONS)
+    assert all(f"megatron-core=={version}" in (root / "setup.py").read_text() for version in MEGATRON_VERSIONS)
+
+
+@pytest.mark.parametrize(
+    ("version", "message"),
+    [("0.18.2", r"megatron-core 0\.18\.2 is installed.*0\.16\.1 and 0\.19\.2"), (None, "is not installed")],
+)
+def test_another_version_is_a_typed_error_that_says_what_to_install(version, message, monkeypatch):
+    import importlib.metadata
+
+    def installed(_name):
+        if version is None:
+            raise importlib.metadata.PackageNotFoundError
+        return version
+
+    monkeypatch.setattr(importlib.metadata, "version", installed)
+    with pytest.raises(PlatformError, match=message) as error:
+        installed_version()
+    assert "with Python 3.12: pip install megatron-core==0.19.2" in str(error.value)
 
 
 def test_a_patch_that_does_not_fit_is_a_typed_error():

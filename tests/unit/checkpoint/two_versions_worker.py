@@ -1,0 +1,67 @@
+"""A run in the interpreter that starts this: `save DIR`, or `continue DIR`. Prints the following steps as JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from r1mega import platform
+from r1mega.config.schema import ModelConfig, OptimizerConfig, ParallelConfig
+from r1mega.platform import groups
+from tests.reference import DEEPSEEK
+
+HF = DEEPSEEK | {"num_hidden_layers": 2, "num_nextn_predict_layers": 1, "architectures": ["DeepseekV3ForCausalLM"]}
+
+
+def step(policy) -> list[float]:
+    """[gradient norm, losses ...] of one update on the same two microbatches."""
+    from r1mega.train.packing import build_microbatch
+
+    generator = torch.Generator().manual_seed(3)
+    tokens = [torch.randint(3, 96, (length,), generator=generator).tolist() for length in (13, 7, 19)]
+    batches = [build_microbatch([tokens[i] for i in pack], [2] * len(pack), pack) for pack in ([0, 1], [2])]
+    total = sum(b.rows.numel() for b in batches)
+
+    def loss(_index, _batch, log_probs, _entropies):
+        value = -log_probs.sum() / total
+        return value, float(value)
+
+    result = policy.update(batches, loss, total_response_tokens=total, predict_further=True)
+    return [result.grad_norm, *result.statistics]
+
+
+def main() -> None:
+    """See above. argv: what to do, where, dtype."""
+    action, directory, dtype = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
+    platform.prepare()
+    from r1mega.checkpoint.store import CheckpointStore, architecture_of
+    from r1mega.train.policy import Policy
+
+    torch.set_num_threads(1)
+    groups.init_parallel(ParallelConfig(), seed=0)
+    model = ModelConfig(
+        path="unused", dtype=dtype, mtp_loss_coefficient=0.3, expert_bias_update_rate=1e-3,
+        sequence_aux_loss_coefficient=0.01,
+    )  # fmt: skip
+    optimizer = OptimizerConfig(lr=1e-3, weight_decay=0.1, clip_grad=0.5, warmup_steps=3)
+    policy = Policy(model, HF, ParallelConfig(), optimizer, total_steps=10, seed=1, init_std=0.08)
+    policy.take_reference()
+    store = CheckpointStore(directory, keep=2, architecture=architecture_of(HF))
+    if action == "save":
+        for _ in range(2):
+            step(policy)
+        store.save(2, policy.sharded_state(is_loading=False), {})
+    else:
+        state, _ = store.load(store.latest(), policy.sharded_state(is_loading=True))
+        policy.load_sharded_state(state)
+    steps = [step(policy) for _ in range(2)]
+    sums = {name: float(value.double().square().sum()) for name, value in policy.hf_tensors()}
+    print(json.dumps({"steps": steps, "sums": sums}))
+    groups.destroy()
+
+
+if __name__ == "__main__":
+    main()

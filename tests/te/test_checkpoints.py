@@ -27,7 +27,9 @@ def start(tmp_path_factory):
     """(a converted checkpoint, its config)."""
     base = tmp_path_factory.mktemp("start")
     hf = write_hub_directory(base / "hf", SMALL, hub_state(SMALL, torch.float32))
-    source = run_conversion(ToMegatron(hf, Layout(), dtype=torch.float32), base / "start", Alone())
+    source = run_conversion(
+        ToMegatron(hf, Layout(), dtype=torch.float32, max_file_bytes=100_000), base / "start", Alone()
+    )
     return source, read_config(source)
 
 

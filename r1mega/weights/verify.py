@@ -42,8 +42,9 @@ class ProbeLimit:
 
 PROBE_LIMITS = {torch.float32: ProbeLimit(2e-4), torch.bfloat16: ProbeLimit(0.15, share=0.9, beyond=4.0)}
 """By the dtype of policy and generator. docs/resharding.md has the error rates that the bfloat16 figures lead to."""
-FP8_LIMIT = ProbeLimit(0.6, share=0.9, beyond=4.0)
-"""Of a policy that computes in FP8 beside a generator that does not. docs/precision.md has what was measured."""
+FP8_LIMIT = ProbeLimit(0.4, share=0.9, beyond=4.0)
+"""Of a policy that computes in FP8 beside a generator that does not. Which faults it still finds is unmeasured; digests do not
+change with it."""
 NUM_SEQUENCES = {torch.float32: 2, torch.bfloat16: 16}
 """How many sequences are probed: a share wants more of them than a maximum."""
 _MAX_NAMED = 20

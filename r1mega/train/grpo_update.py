@@ -46,7 +46,7 @@ def update_policy(
     if not samples:
         return _NO_UPDATE
     algorithm, temperature = config.algorithm, config.rollout.temperature
-    tolerance = probe_limit(policy.dtype, config.weights.probe_tolerance).tolerance
+    tolerance = probe_limit(policy.dtype, config.weights.probe_tolerance, fp8=policy.fp8).tolerance
     results: list[UpdateResult] = []
     with timer.phase("update"):
         minibatches, fill = _plan(samples, config, step, policy)

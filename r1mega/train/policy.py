@@ -85,6 +85,7 @@ class Policy:
         """scalar_head: score sequences instead of predicting tokens. The "log-probs" of a microbatch's rows are then the
         scores at those positions, without entropies (NaN). optimizer: None for a model that is never updated."""
         self.dtype, self.device = getattr(torch, model.dtype), platform.current().device
+        self.fp8 = model.fp8 != "off"
         self.chunks = build_model(hf_config, parallel, model, seed=seed, init_std=init_std)
         if scalar_head:
             attach_scalar_head(self.chunks)
@@ -101,7 +102,7 @@ class Policy:
         self._head = _bypass_output_layer(self.chunks[-1]) if model.log_probs == "hidden" else None
         self.kernels = "reference" if model.log_probs == "reference" else None
         self._replay = Replay(self.chunks)
-        self._zeroing = ZeroedPadding(self.chunks) if config.fp8 else None
+        self._zeroing = ZeroedPadding(self.chunks) if self.fp8 else None
         self._reference: list[dict[str, torch.Tensor]] | None = None
         self._expert_load: float | None = None
 
@@ -123,7 +124,7 @@ class Policy:
         self._context_group = ps.get_context_parallel_group() if cp > 1 else None
         self._cut = Cut(
             cp, ps.get_context_parallel_rank(), tp, ps.get_tensor_model_parallel_rank(), config.sequence_parallel,
-            align=get_fp8_align_size(config.fp8_recipe) if config.fp8 else 1,
+            align=get_fp8_align_size(config.fp8_recipe) if self.fp8 else 1,
         )  # fmt: skip
         self.replica, self.num_replicas = ps.get_data_parallel_rank(), ps.get_data_parallel_world_size()
         """Which data-parallel share of the samples this rank trains on, of how many."""

@@ -40,7 +40,7 @@ class WeightSync:
     ):
         self._policy, self._engine, self._verify = policy, engine, config.verify
         self._transfer = build_transfer(policy, engine, config, hf_config)
-        self._limit = verify.probe_limit(policy.dtype, config.probe_tolerance)
+        self._limit = verify.probe_limit(policy.dtype, config.probe_tolerance, fp8=policy.fp8)
         count = config.probe_sequences or verify.NUM_SEQUENCES[policy.dtype]
         given = [list(sequence) for sequence in probe_sequences]
         if self._limit.share < 1:  # where few tokens may tell, all must be able to

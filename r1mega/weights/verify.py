@@ -42,14 +42,17 @@ class ProbeLimit:
 
 PROBE_LIMITS = {torch.float32: ProbeLimit(2e-4), torch.bfloat16: ProbeLimit(0.15, share=0.9, beyond=4.0)}
 """By the dtype of policy and generator. docs/resharding.md has the error rates that the bfloat16 figures lead to."""
+FP8_LIMIT = ProbeLimit(0.4, share=0.9, beyond=4.0)
+"""Of a policy that computes in FP8 beside a generator that does not. Which faults it still finds is unmeasured; digests do not
+change with it."""
 NUM_SEQUENCES = {torch.float32: 2, torch.bfloat16: 16}
 """How many sequences are probed: a share wants more of them than a maximum."""
 _MAX_NAMED = 20
 
 
-def probe_limit(dtype: torch.dtype, tolerance: float | None = None) -> ProbeLimit:
-    """That of a dtype, with another tolerance if one is given (weights.probe_tolerance)."""
-    limit = PROBE_LIMITS[dtype]
+def probe_limit(dtype: torch.dtype, tolerance: float | None = None, *, fp8: bool = False) -> ProbeLimit:
+    """That of a dtype, or of FP8 beside it; with another tolerance if one is given (weights.probe_tolerance)."""
+    limit = FP8_LIMIT if fp8 else PROBE_LIMITS[dtype]
     return limit if tolerance is None else replace(limit, tolerance=tolerance)
 
 

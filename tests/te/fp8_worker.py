@@ -199,7 +199,7 @@ def _of_layout(recipe: str, layout: ParallelConfig) -> dict[str, Any]:
     policy = make_policy(recipe, layout)
     found = against(step(make_policy("off", layout), batch), step(policy, batch))
     unequal = []
-    for lengths in ([], [1], [2], [3, 1, 7], [33], [61], [64]):
+    for lengths in ([], [1], [3, 1, 7], [33]):
         old, new, gradients = step(policy, batch_of(lengths))
         if not torch.equal(old, new) or not all(g.isfinite().all() for g in gradients.values()):
             unequal.append(sum(lengths))

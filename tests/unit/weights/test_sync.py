@@ -14,7 +14,7 @@ class Policy:
     """log-prob of every token: -1."""
 
     def __init__(self, dtype):
-        self.dtype = dtype
+        self.dtype, self.fp8 = dtype, False
 
     def hf_tensors(self):
         yield "lm_head.weight", torch.ones(2, 2)

@@ -39,15 +39,20 @@ def adopt_launcher_environment() -> None:
     os.environ.setdefault("MASTER_PORT", "29500")
 
 
-def free_port() -> int:
-    """A port of this machine that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
+def reserve_port() -> int:
+    """A port of this machine that nobody listens on, and that nobody else gets before this process listens there itself,
+    be it after a `restart`: a socket stays bound to it (and is never closed)."""
+    holder = socket.socket()
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the store's own: two may bind, one may listen
+    holder.bind(("", 0))
+    holder.set_inheritable(True)
+    port = holder.getsockname()[1]
+    holder.detach()
+    return port
 
 
 def prepare_restart(port: int) -> None:
-    """port: free on rank 0's machine. The ranks will meet there, and no more at the launcher's own store, which knows their
+    """port: reserved on rank 0's machine. The ranks will meet there, and no more at the launcher's own store, which knows their
     first meeting only."""
     os.environ["MASTER_PORT"] = str(port)
     os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)

@@ -23,7 +23,7 @@ from r1mega.observe.run import RunDirectory
 from r1mega.observe.samples import SamplesWriter
 from r1mega.observe.trace import BETWEEN, OTHER, PhaseTimer, rss_bytes
 from r1mega.platform import groups
-from r1mega.platform.launcher import free_port, prepare_restart
+from r1mega.platform.launcher import prepare_restart, reserve_port
 from r1mega.platform.memory import device_used_bytes, peak_probes
 from r1mega.platform.peaks import peak_tflops
 from r1mega.platform.signals import StopRequest
@@ -79,7 +79,7 @@ class Runtime:
             try:
                 yield runtime
             except FreshProcessNeeded:  # what was done is kept; raised on every rank in the same place
-                prepare_restart(runtime.broadcast(free_port))
+                prepare_restart(runtime.broadcast(reserve_port))
                 raise
             except BaseException:
                 if runtime.is_main:

@@ -68,7 +68,7 @@ def start(path, *overrides, **options):
 
 def run(path, *overrides, **options):
     process = start(path, *overrides, **options)
-    output, _ = process.communicate(timeout=1500)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output[-6000:]
     return output
 

@@ -69,6 +69,7 @@ def written(engine: VllmEngine, seed: int, leave_out: str | None = None) -> None
     path = checkpoint(engine.settings.model_path.name.rpartition("_")[0], seed)
     tensors = dict(checkpoint_tensors(path))
 
+    @torch.no_grad()
     def write(parameters):
         for place in generator_layout(engine.config, GeneratorRank()):
             if place.name != leave_out:

@@ -31,7 +31,9 @@ LIBRARIES = {
     ),
 }
 """name: (distribution, what must run for it to work: what this project uses of it)."""
-VERSIONS = ("numpy", "pydantic", "safetensors", "transformers", "tokenizers", "omegaconf", "datasets", "pytest", "hypothesis", "rich")
+VERSIONS = (
+    "numpy", "pydantic", "safetensors", "transformers", "tokenizers", "omegaconf", "datasets", "pytest", "hypothesis", "rich"
+)  # fmt: skip
 """Told, not tried."""
 PROBES = {
     "policy": "import r1mega.train.grpo_update, r1mega.checkpoint.store",

@@ -37,7 +37,8 @@ def reinforcement_learning(context: Context, findings: Findings) -> None:
     findings.holds("a line for every step", [line["step"] for line in lines] == list(range(1, steps + 1)), str(len(lines)))
     values = [v for line in lines for v in line.values() if isinstance(v, float)]
     findings.holds("every metric is finite", bool(values) and all(map(math.isfinite, values)))
-    for name in ("logprob/diff_max", "logprob/diff_mean", "policy/grad_norm", "tokens/rollout_per_second", "tokens/update_per_second"):
+    told = ("logprob/diff_max", "logprob/diff_mean", "policy/grad_norm", "tokens/rollout_per_second", "tokens/update_per_second")
+    for name in told:
         findings.figure(name, _worst(lines, name))
     findings.at_most("mean difference of trainer and sampler", _worst(lines, "logprob/diff_mean"), 0.05 if cuda else 2e-5)
 

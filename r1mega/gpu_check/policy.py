@@ -232,7 +232,7 @@ def _exported(policy: Policy, values: dict[torch.nn.Parameter, torch.Tensor]) ->
 
 
 def make_reference(context: Context, findings: Findings) -> None:
-    """Leaves reference.pt: weights that bfloat16 can hold, and what two float32 steps give, with experts chosen and given."""
+    """Leaves reference.pt: weights that bfloat16 can hold; what two float32 steps give, with experts chosen and given."""
     groups.init_parallel(ParallelConfig(), seed=0)
     generator = torch.Generator().manual_seed(0)
     drawn = make_policy(Case(log_probs="reference"), None)
@@ -270,7 +270,6 @@ def bf16(context: Context, findings: Findings) -> None:
 
 
 def fp8(context: Context, findings: Findings) -> None:
-    """Also: log-probs that are computed again, with the old weights, equal those of the training pass exactly."""
     cases = [Case("bfloat16", "logits", "given", recipe) for recipe in ("tensorwise", "blockwise")]
     _compare_cases(context, findings, cases, FP8)
 

@@ -136,6 +136,7 @@ def _wait(context: Context) -> None:
 
 def compare_layouts(context: Context, findings: Findings) -> None:
     """float32 steps in every layout of as many ranks against the reference's."""
+    platform.prepare()  # before the first import of megatron
     from megatron.core import parallel_state
 
     from r1mega.gpu_check.policy import EXACT, Case, compare, load_reference, make_policy, take_steps, with_layout

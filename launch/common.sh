@@ -36,11 +36,9 @@ apt_install() {
         printf 'launch: %s is not here; what needs it is skipped by name (apt-get install %s)\n' "$program" "$*" >&2
 }
 
-# set_up [VENV PYTHON]: the pinned packages in VENV (.venv), made with PYTHON (an interpreter that find_python finds).
-set_up() {
-    local venv=${1:-.venv} base=${2:-} lock=requirements/cpu.lock wanted
-    local stamp=$venv/installed.sha256
-    wanted=$(find "$lock" setup.py kernels -type f ! -name '*.so' ! -name '*.pyc' | LC_ALL=C sort | xargs sha256sum | sha256sum | cut -d' ' -f1)
+# make_venv [VENV PYTHON]: VENV (.venv) with pip, made with PYTHON (what find_python finds); leaves $PYTHON.
+make_venv() {
+    local venv=${1:-.venv} base=${2:-}
     if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then # also after a set-up that could not make it whole
         rm -rf "$venv"
         base=${base:-$(find_python)}
@@ -54,6 +52,14 @@ set_up() {
     fi
     PYTHON=$PWD/$venv/bin/python
     export PATH="$PWD/$venv/bin:$PATH" PIP_DISABLE_PIP_VERSION_CHECK=1
+}
+
+# set_up [VENV PYTHON]: make_venv, the pinned packages, and this one.
+set_up() {
+    local venv=${1:-.venv} lock=requirements/cpu.lock stamp wanted
+    stamp=$venv/installed.sha256
+    wanted=$(find "$lock" setup.py kernels -type f ! -name '*.so' ! -name '*.pyc' | LC_ALL=C sort | xargs sha256sum | sha256sum | cut -d' ' -f1)
+    make_venv "$@"
     if [ "$(cat "$stamp" 2>/dev/null || true)" != "$wanted" ]; then
         say "installing the pinned packages (about 4 GB on disk, a few minutes, once)"
         "$PYTHON" -m pip install -q --no-deps ${2:+--no-compile} -r "$lock" 2> >(grep -v 'is ignored: it is neither' >&2) ||

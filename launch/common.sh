@@ -67,7 +67,11 @@ set_up() {
         "$PYTHON" -c 'import torch' 2>/dev/null || "$PYTHON" launch/cuda_stand_ins.py
         "$PYTHON" -c 'import torch' 2>/dev/null ||
             fail "torch does not load: the package index served a CUDA build. Set PIP_EXTRA_INDEX_URL to PyTorch's own index of CPU wheels (pytorch.org, Get Started: pip, CPU), remove $venv and start again."
-        "$PYTHON" -m pip install -q --no-deps --no-build-isolation -e . 2> >(grep -v 'is ignored: it is neither' >&2)
+        if [ -n "${2:-}" ] && [ -e kernels/r1mega_kernels/_cpu.so ]; then # built with .venv, whose tests may have it loaded
+            printf '%s\n' "$PWD" "$PWD/kernels" >"$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/r1mega.pth"
+        else
+            "$PYTHON" -m pip install -q --no-deps --no-build-isolation -e . 2> >(grep -v 'is ignored: it is neither' >&2)
+        fi
         echo "$wanted" >"$stamp"
     fi
     export PYTHONWARNINGS="${PYTHONWARNINGS:-ignore}" HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"

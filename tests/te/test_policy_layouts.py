@@ -67,8 +67,11 @@ def measured(expectations):
 
 @pytest.mark.parametrize(
     ("ranks", "case"),
-    [pytest.param(ranks, case, id=f"{ranks}-{case.name}") for ranks in CASES for case in CASES[ranks]],
-)
+    [
+        pytest.param(ranks, case, id=f"{ranks}-{case.name}", marks=[pytest.mark.slow] if ranks == 4 else [])
+        for ranks in CASES for case in CASES[ranks]
+    ],
+)  # fmt: skip
 def test_steps_equal_those_of_the_local_layers(expectations, measured, ranks, case):
     for rank, results in enumerate(measured(ranks)):
         result = results[case.name]

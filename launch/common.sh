@@ -36,7 +36,7 @@ apt_install() {
         printf 'launch: %s is not here; what needs it is skipped by name (apt-get install %s)\n' "$program" "$*" >&2
 }
 
-# make_venv [VENV PYTHON]: VENV (.venv) with pip, made with PYTHON (an interpreter that find_python finds); leaves $PYTHON.
+# make_venv [VENV PYTHON]: VENV (.venv) with pip, made with PYTHON (what find_python finds); leaves $PYTHON.
 make_venv() {
     local venv=${1:-.venv} base=${2:-}
     if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then # also after a set-up that could not make it whole
@@ -54,10 +54,10 @@ make_venv() {
     export PATH="$PWD/$venv/bin:$PATH" PIP_DISABLE_PIP_VERSION_CHECK=1
 }
 
-# set_up [VENV PYTHON]: the pinned packages in VENV; see make_venv.
+# set_up [VENV PYTHON]: make_venv, the pinned packages, and this one.
 set_up() {
-    local venv=${1:-.venv} lock=requirements/cpu.lock wanted
-    local stamp=$venv/installed.sha256
+    local venv=${1:-.venv} lock=requirements/cpu.lock stamp wanted
+    stamp=$venv/installed.sha256
     wanted=$(find "$lock" setup.py kernels -type f ! -name '*.so' ! -name '*.pyc' | LC_ALL=C sort | xargs sha256sum | sha256sum | cut -d' ' -f1)
     make_venv "$@"
     if [ "$(cat "$stamp" 2>/dev/null || true)" != "$wanted" ]; then
@@ -67,7 +67,11 @@ set_up() {
         [ -e /dev/nvidiactl ] || "$PYTHON" -c 'import torch' 2>/dev/null || "$PYTHON" launch/cuda_stand_ins.py
         "$PYTHON" -c 'import torch' 2>/dev/null ||
             fail "torch does not load: the package index served a CUDA build. Set PIP_EXTRA_INDEX_URL to PyTorch's own index of CPU wheels (pytorch.org, Get Started: pip, CPU), remove $venv and start again."
-        "$PYTHON" -m pip install -q --no-deps --no-build-isolation -e . 2> >(grep -v 'is ignored: it is neither' >&2)
+        if [ -n "${2:-}" ] && [ -e kernels/r1mega_kernels/_cpu.so ]; then # built with .venv, whose tests may have it loaded
+            printf '%s\n' "$PWD" "$PWD/kernels" >"$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/r1mega.pth"
+        else
+            "$PYTHON" -m pip install -q --no-deps --no-build-isolation -e . 2> >(grep -v 'is ignored: it is neither' >&2)
+        fi
         echo "$wanted" >"$stamp"
     fi
     export PYTHONWARNINGS="${PYTHONWARNINGS:-ignore}" HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"

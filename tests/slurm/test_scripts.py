@@ -104,3 +104,16 @@ def test_the_tests_exit_code_is_that_of_either_half(tmp_path, unit, rest, code):
     ended, lines, errors = bash(str(tmp_path / "test.sh"))
     assert ended == code, errors
     assert [line.split()[-1] for line in lines] == ["--ignore=tests/unit", "tests/unit"]
+
+
+@pytest.mark.parametrize(("given", "wanted", "found"), [("3.12", "3.12", True), ("3.11", "", True), ("3.13", "", False)])
+def test_an_interpreter_is_taken_by_its_version_only(tmp_path, given, wanted, found):
+    """The lock file has another megatron-core for 3.11 than for 3.12."""
+    python = tmp_path / "python"
+    python.write_text(f"#!/usr/bin/env bash\necho {given}\n")
+    python.chmod(0o755)
+    others = {"PATH": "/usr/bin:/bin", "PYENV_ROOT": str(tmp_path), "R1MEGA_PYTHON": str(python)}
+    _, lines, _ = bash("-c", f"source launch/common.sh; find_python {wanted}", **others)
+    assert (lines == [str(python)]) == found
+    _, lines, _ = bash("-c", "source launch/common.sh; find_python 3.12", **others)
+    assert (lines == [str(python)]) == (given == "3.12")

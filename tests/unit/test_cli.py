@@ -183,6 +183,17 @@ def test_doctor_tells_machine_and_config(model, tmp_path):
     assert "gone is missing" in broken.stdout
 
 
+def test_doctor_lists_the_changes_made_to_megatron():
+    from r1mega.platform.megatron_patches import PATCHES, installed_version
+
+    done = r1mega("doctor", "--patches", COLUMNS="200")
+    assert done.returncode == 0, done.stderr
+    rows = [[cell.strip() for cell in line.split("│")[1:4]] for line in done.stdout.splitlines() if "│" in line]
+    for patch in PATCHES:
+        here = "yes" if patch.is_for(installed_version()) else "-"
+        assert [here, patch.module, patch.versions or "all"] in rows
+
+
 def test_doctor_survives_a_machine_without_any_tool(tmp_path):
     done = r1mega("doctor", PATH=str(tmp_path))
     assert done.returncode == 0, done.stderr

@@ -502,6 +502,9 @@ def test_norms_and_scaling(tex):
     for found, tensor in zip(scaled, tensors, strict=True):
         close(found, 0.3 * tensor.double())
     assert flag == 0
+    again = [torch.empty_like(t) for t in scaled]
+    tex.multi_tensor_scale_tensor(2048, flag, [tensors, again], torch.tensor([0.3]))
+    assert all(torch.equal(a, b) for a, b in zip(again, scaled, strict=True))
     tex.multi_tensor_scale(2048, flag, [[torch.tensor([torch.inf])], [torch.empty(1)]], 0.3)
     assert flag == 1
 

@@ -36,6 +36,7 @@ OPERATIONS = (
     multi_tensor.multi_tensor_adam,
     multi_tensor.multi_tensor_l2norm,
     multi_tensor.multi_tensor_scale,
+    multi_tensor.multi_tensor_scale_tensor,
 )
 TYPES = (
     enums.DType,

@@ -57,3 +57,10 @@ def multi_tensor_scale(chunk_size: int, noop_flag: torch.Tensor, tensor_lists: T
         target.copy_(source.float() * scale)
         if not source.isfinite().all():
             noop_flag.fill_(1)
+
+
+def multi_tensor_scale_tensor(
+    chunk_size: int, noop_flag: torch.Tensor, tensor_lists: TensorLists, scale: torch.Tensor
+) -> None:
+    """multi_tensor_scale with the factor in a tensor [1]: megatron-core 0.19 clips gradients with it."""
+    multi_tensor_scale(chunk_size, noop_flag, tensor_lists, float(scale))

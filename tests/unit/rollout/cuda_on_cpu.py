@@ -6,8 +6,9 @@ both by warnings, which are taken away), and which parts of a start are inside o
 
 - layouts: linear layers and experts keep their plain parameters, as on CUDA with moe_backend="triton"; linear layers are
   torch's, experts a loop.
-- the allocator: `sleep` fills what its level drops with NaN (integers: -7), and once more at wake-up, so that what was
-  written in between is lost as it would be. It knows what has a tensor in Python.
+- the allocator: `sleep` fills what its level drops with NaN (integers: -7; the KV cache with 1000, for vLLM's attention on a
+  CPU multiplies what it masks by 0), and once more at wake-up, so that what was written in between is lost as it would
+  be. It knows what has a tensor in Python.
 
 Not covered: CUDA's memory and graphs (addresses are compared instead), NCCL, kernels, the second model runner, which needs
 Triton, and what vLLM allocates on CUDA only (workspaces, an attention backend's own buffers).
@@ -76,8 +77,9 @@ class Allocator:
     @torch.inference_mode()  # some tensors were made in it
     def _discard(self, tags: Iterable[str]) -> None:
         for tag in tags:
+            lost = float("nan") if tag == "weights" else 1000.0
             for tensor in self._tensors(tag):
-                tensor.data.fill_(float("nan") if tensor.is_floating_point() else -7)
+                tensor.data.fill_(lost if tensor.is_floating_point() else -7)
 
     def _tensors(self, tag: str) -> list[torch.Tensor]:
         return [tensor for ref in self._pools.get(tag, ()) if (tensor := ref()) is not None]

@@ -194,6 +194,7 @@ def test_doctor_knows_the_stage(config):
     assert problem is None and any("transformers" in str(fact) for fact in facts)
 
 
+@pytest.mark.slow
 def test_an_engine_a_process_says_the_same_as_two_in_one(config, run_dir, tmp_path):
     """Two checkpoints with vLLM: one after the other in one process, and by two ranks that can build one engine each and
     start themselves anew for the next."""

@@ -49,7 +49,7 @@ class ModelConfig(Section):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     fp8: Literal["off", "tensorwise", "blockwise"] = "off"
     # needs Transformer Engine; tensorwise: one scale a tensor (e4m3 forward, e5m2 backward); blockwise: DeepSeek-V3's,
-    # one for 128 values of an activation and 128x128 of a weight (e4m3). See docs/precision.md
+    # one for 128 values of an activation and 128x128 of a weight (e4m3). See docs/fp8.md
     fp8_skip_first_layers: NonNegativeInt = 0  # decoder layers at the start that compute in `dtype` all the same
     fp8_skip_last_layers: NonNegativeInt = 0  # and at the end
     expert_bias_update_rate: NonNegative = 0.0  # DeepSeek-V3: 1e-3 in pre-training; 0 freezes the router bias

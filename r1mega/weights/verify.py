@@ -22,7 +22,6 @@ from r1mega.errors import WeightSyncError
 from r1mega.types import GenerationRequest, Response, SamplingSettings
 
 
-
 @dataclass(frozen=True, slots=True)
 class ProbeLimit:
     """At least `share` of the log-probs must agree to `tolerance`; the others may be anything finite.

@@ -58,7 +58,7 @@ make_venv() {
 set_up() {
     local venv=${1:-.venv} lock=requirements/cpu.lock stamp wanted
     stamp=$venv/installed.sha256
-    wanted=$(find "$lock" setup.py kernels -type f ! -name '*.so' ! -name '*.pyc' | LC_ALL=C sort | xargs sha256sum | sha256sum | cut -d' ' -f1)
+    wanted=$(find "$lock" setup.py kernels -type f ! -name '*.so' ! -name '*.pyc' ! -name '*.tmp' | LC_ALL=C sort | xargs sha256sum | sha256sum | cut -d' ' -f1)
     make_venv "$@"
     if [ "$(cat "$stamp" 2>/dev/null || true)" != "$wanted" ]; then
         say "installing the pinned packages (about 4 GB on disk, a few minutes, once)"

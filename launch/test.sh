@@ -13,32 +13,38 @@ while [ $# -gt 0 ]; do
 done
 export OMP_NUM_THREADS=1
 run_tests() { "$PYTHON" -m pytest -q --durations=15 "$@"; }
+
+# run_beside ARGUMENTS ... -- ARGUMENTS ...: two runs side by side, a core for each; what the first prints follows at the end.
+run_beside() {
+  local first=() printed code=0
+  while [ "$1" != -- ]; do first+=("$1"); shift; done
+  shift
+  printed=$(mktemp)
+  run_tests "${first[@]}" > "$printed" 2>&1 &
+  beside=$!
+  trap 'kill $beside 2> /dev/null || true' EXIT  # a trap that fails would be the exit code
+  run_tests "$@" || code=$?
+  wait $beside || code=$?
+  cat "$printed"
+  rm -f "$printed"
+  exit $code
+}
+
 if [ "$megatron" ]; then
   base=$(find_python 3.12)
   [ "$base" ] || { say "SKIPPED: megatron-core $megatron (no Python 3.12 found; set R1MEGA_PYTHON to one)"; exit; }
   set_up ".venv-megatron-$megatron" "$base"
-  transformer_engine_files
-  [ "$only_set_up" ] && exit
-  [ $# -gt 0 ] || set -- -m "not slow" tests/unit/{model,platform,train} \
-    tests/unit/checkpoint/test_{names,optimizer_state,store,two_versions}.py tests/dist $(ls -d tests/te 2>/dev/null)
-  run_tests "$@"
-  exit
+else
+  [ "$only_set_up" ] || { apt_install chromium chromium; apt_install bwrap bubblewrap; apt_install slurmctld slurm-wlm munge; }
+  set_up
 fi
-[ "$only_set_up" ] || { apt_install chromium chromium; apt_install bwrap bubblewrap; apt_install slurmctld slurm-wlm munge; }
-set_up
 transformer_engine_files
 [ "$only_set_up" ] && exit
 if [ $# -gt 0 ]; then
   run_tests "$@"
-  exit
+elif [ "$megatron" ]; then
+  run_beside -m "not slow" tests/unit/{model,platform,train} \
+    tests/unit/checkpoint/test_{names,optimizer_state,store,two_versions}.py -- -m "not slow" tests/dist tests/te
+else
+  run_beside tests/unit -- --ignore=tests/unit
 fi
-# Everything: the unit tests beside the others, a core for each; what they print follows at the end.
-printed=$(mktemp)
-run_tests tests/unit > "$printed" 2>&1 &
-unit=$!
-trap 'kill $unit 2> /dev/null || true; rm -f "$printed"' EXIT  # a trap that fails would be the exit code
-code=0
-run_tests --ignore=tests/unit || code=$?
-wait $unit || code=$?
-cat "$printed"
-exit $code

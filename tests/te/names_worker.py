@@ -38,6 +38,7 @@ def describe(directory: Path, models: dict[str, dict[str, Any]], layouts: list[L
             found[f"{name} {layout}"] = {
                 "different": [n for n, t in exported.items() if not torch.equal(t, state[n])],
                 "missing": sorted(state.keys() - exported.keys()),
+                "exported": len(exported),
                 "sharded": sharded(chunks),
                 "counted": counted_on_every_rank(chunks),
             }

@@ -33,8 +33,9 @@ def test_a_checkpoint_continues_with_the_other_version(tmp_path, saved_by, dtype
     """Weights, Adam's moments, schedule, expert bias, MTP layer: the next two steps are those of the run that saved."""
     expected = run(INTERPRETERS[saved_by], "save", str(tmp_path), dtype)
     result = run(INTERPRETERS[1 - saved_by], "continue", str(tmp_path), dtype)
+    assert expected["version"] != result["version"], ".venv was made with Python 3.12 too: remove it, and R1MEGA_PYTHON"
     assert expected["steps"][0][1] > expected["steps"][1][1]  # it learns, so that equal losses say something
     tolerance = 1e-6 if dtype == "float32" else 1e-4
     for theirs, ours in zip(expected["steps"], result["steps"], strict=True):
         assert ours == pytest.approx(theirs, rel=tolerance)
-    assert result["sums"] == pytest.approx(expected["sums"], rel=tolerance)
+    assert result["sums"] == pytest.approx(expected["sums"], rel=tolerance, abs=tolerance)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -33,6 +34,11 @@ def step(policy) -> list[float]:
     return [result.grad_norm, *result.statistics]
 
 
+def weight(count: int) -> torch.Tensor:
+    """Another for each place, so that a sum sees a change of sign and of order."""
+    return torch.linspace(1, 2, count, dtype=torch.float64).cos()
+
+
 def main() -> None:
     """See above. argv: what to do, where, dtype."""
     action, directory, dtype = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
@@ -58,8 +64,8 @@ def main() -> None:
         state, _ = store.load(store.latest(), policy.sharded_state(is_loading=True))
         policy.load_sharded_state(state)
     steps = [step(policy) for _ in range(2)]
-    sums = {name: float(value.double().square().sum()) for name, value in policy.hf_tensors()}
-    print(json.dumps({"steps": steps, "sums": sums}))
+    sums = {name: float(value.double().flatten() @ weight(value.numel())) for name, value in policy.hf_tensors()}
+    print(json.dumps({"version": metadata.version("megatron-core"), "steps": steps, "sums": sums}))
     groups.destroy()
 
 

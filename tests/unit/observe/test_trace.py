@@ -115,6 +115,10 @@ def test_peaks_belong_to_the_outermost_phase():
 
 def test_host_peak_is_of_its_phase():
     """Linux's own figure: what a phase took and gave back is seen there, and not in the next one."""
+    try:
+        HostPeak()()
+    except OSError as error:
+        pytest.skip(f"Linux does not let this process reset its peak: {error}")
     timer = PhaseTimer(memory={"host": HostPeak()})
     timer.start_step()
     with timer.phase("update"):

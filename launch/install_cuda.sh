@@ -17,12 +17,13 @@ esac
 command -v nvcc >/dev/null || fail "no nvcc: install CUDA toolkit 13 and put its bin directory on PATH"
 nvcc --version | grep -q 'release 13' || fail "$(nvcc --version | grep release): torch and vLLM are built for CUDA 13"
 if command -v nvidia-smi >/dev/null; then
-    driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader | head -n 1)
+    driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader --id=0)
     [ "${driver%%.*}" -ge 580 ] || fail "driver $driver: CUDA 13 wants 580 or newer"
 fi
 pin() { grep "^$1==" requirements/cuda.txt; }
 
-make_venv
+[ -n "${R1MEGA_PYTHON:-}" ] || base=$(find_python 3.12) # megatron-core's current release; 3.11 gets the last one for it
+make_venv .venv "${base:-}"
 say "torch, vLLM and Transformer Engine's compiled core"
 pip install "$(pin torch)"
 pip install -r requirements/cuda.txt

@@ -23,10 +23,12 @@ LIBRARIES = {
         "megatron-core",
         "import r1mega.platform; r1mega.platform.prepare(); import megatron.core.models.gpt.gpt_layer_specs",
     ),
-    "transformer-engine": ("transformer-engine", "import transformer_engine.pytorch"),
-    "apex": ("apex", "import fused_weight_gradient_mlp_cuda, apex.optimizers"),
+    "transformer-engine": ("transformer-engine", "from r1mega.platform import libraries; libraries.transformer_engine().check()"),
+    "apex": ("apex", "from r1mega.platform import libraries; libraries.apex().check()"),
     "vllm": (
         "vllm",
+        "from r1mega.platform.generator import vllm_platform; p = vllm_platform(); p.prepare_environment(); "
+        "from r1mega.platform.vllm_version import check_version; check_version(p.PACKAGE); "
         "import r1mega.rollout.vllm_engine, vllm.engine.arg_utils, vllm.v1.engine.llm_engine",
     ),
 }

@@ -1,4 +1,4 @@
-"""vLLM's life in the trainer's process: built, given the policy's weights, asleep, awake, probed, closed, built again."""
+"""vLLM's life in the trainer's process: built, given the policy's weights, proven, asleep at both levels, awake, closed."""
 
 from __future__ import annotations
 
@@ -56,7 +56,10 @@ def live(context: Context, findings: Findings, layout: ParallelConfig, tp: int, 
         findings.holds(f"{label}generates", finite)
         largest = float((policy.log_probs(batch, everywhere=True)[0][0] - before).abs().max())
         findings.at_most(f"{label}the policy beside the generator changes by", largest, 1e-3)
-        _sleep(context, findings, generator, label)
+        _sleep(context, findings, generator, label, keep_weights=True)
+        generator.wake_up()
+        findings.holds(f"{label}answers after sleep as before", _generate(generator) == generated)
+        _sleep(context, findings, generator, label, keep_weights=False)
         grpo_step(policy, case, make_samples("chosen"), 1)
         second = _timed(findings, f"{label}push while asleep", sync.push)  # wakes it up, digests and probes
         findings.figure(f"{label}largest difference after a step", second["weights/probe_diff_max"])
@@ -65,15 +68,15 @@ def live(context: Context, findings: Findings, layout: ParallelConfig, tp: int, 
         _timed(findings, f"{label}close", generator.close)
 
 
-def _sleep(context: Context, findings: Findings, generator: Any, label: str) -> None:
+def _sleep(context: Context, findings: Findings, generator: Any, label: str, *, keep_weights: bool) -> None:
     """Asleep, the KV cache's memory is free; twice is once."""
-    free = _free_bytes(context)
-    _timed(findings, f"{label}sleep", generator.sleep)
-    generator.sleep()
+    free, kind = _free_bytes(context), f"{label}sleep, weights {'kept' if keep_weights else 'dropped'}"
+    _timed(findings, kind, lambda: generator.sleep(keep_weights=keep_weights))
+    generator.sleep(keep_weights=keep_weights)
     if context.device == "cuda":
         freed = _free_bytes(context) - free
-        findings.figure(f"{label}bytes freed by sleep", freed)
-        findings.holds(f"{label}sleep frees the KV cache", freed >= 0.9 * KV_CACHE_BYTES["cuda"], str(freed))
+        findings.figure(f"{kind}: bytes freed", freed)
+        findings.holds(f"{kind}: frees the KV cache", freed >= 0.9 * KV_CACHE_BYTES["cuda"], str(freed))
 
 
 def _free_bytes(context: Context) -> int:

@@ -163,6 +163,8 @@ def step_environment(plan: Plan, device: str) -> dict[str, str]:
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(name, None)
     environment.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # a pool of compilers starts slower than it compiles
+    if device == "cuda":
+        environment["NVIDIA_TF32_OVERRIDE"] = "0"  # Transformer Engine asks cuBLAS for TF32 in float32 products; torch does not
     if device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
         environment.setdefault("OMP_NUM_THREADS", "1")

@@ -51,9 +51,9 @@ def init_distributed(timeouts: TimeoutsConfig | None = None) -> None:
         timeout=timeout("startup"),
         **({"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}),
     )
+    wait_for_all("startup", "the start of the process groups")  # on gloo, where who is missing is named
     if here.name == "cuda" and not alone:
         _start_nccl(here.device)
-    wait_for_all("startup", "the start of the process groups")
     dist.distributed_c10d._set_pg_timeout(timeout("collective"))
 
 
@@ -86,7 +86,10 @@ def wait_for_all(kind: Kind, what: str) -> None:
     try:
         dist.barrier(timeout=timeout(kind))  # on gloo, for the device is not bound
     except RuntimeError as error:
-        absent = [rank for rank in range(dist.get_world_size()) if not store.check([f"{prefix}{rank}"])]
+        try:
+            absent = [rank for rank in range(dist.get_world_size()) if not store.check([f"{prefix}{rank}"])]
+        except RuntimeError:  # rank 0 keeps the store where no launcher does
+            raise StragglerError(f"{what}: rank 0 ended while the others waited; its own log says why ({error})") from error
         raise StragglerError(_absent_text(kind, what, absent, str(error))) from error
     store.delete_key(f"{prefix}{dist.get_rank()}")
 

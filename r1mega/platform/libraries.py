@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
+from r1mega.errors import PlatformError
+
 TRANSFORMER_ENGINE_VERSION = "2.20.2"
 """What requirements/cuda.txt pins: the one that the tests run."""
 
@@ -32,6 +34,11 @@ class Library:
     def works(self) -> bool:
         return self.state == "works"
 
+    def check(self) -> None:
+        """Raises PlatformError, saying what to do, unless it works."""
+        if not self.works:
+            raise PlatformError(self.problem or f"{self.name} is not installed; {INSTALL}")
+
 
 @cache
 def transformer_engine() -> Library:
@@ -41,7 +48,8 @@ def transformer_engine() -> Library:
         "transformer_engine.pytorch.optimizers": ("FusedAdam",),
     }
     found = _look("Transformer Engine", "transformer_engine", "transformer-engine", used)
-    if found.state == "missing" or found.version in (TRANSFORMER_ENGINE_VERSION, None):
+    release = (found.version or TRANSFORMER_ENGINE_VERSION).partition("+")[0]  # built from a checkout it says of which commit
+    if found.state == "missing" or release == TRANSFORMER_ENGINE_VERSION:
         return found
     return Library(
         found.name, "broken", found.version,

@@ -18,6 +18,7 @@ from megatron.core.optimizer import get_megatron_optimizer  # noqa: E402
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler  # noqa: E402
 
 from r1mega.config.schema import OptimizerConfig  # noqa: E402
+from r1mega.errors import PlatformError  # noqa: E402
 
 
 SHARDING_METADATA = {
@@ -53,6 +54,8 @@ def build_optimizer(config: OptimizerConfig, ddp_chunks: Sequence[torch.nn.Modul
         use_gloo_process_groups=True,
     )
     for part in _parts(optimizer):
+        if not hasattr(part, "get_parameter_state_dp_zero"):
+            raise PlatformError("megatron-core has changed: its optimizer has no get_parameter_state_dp_zero to replace")
         part.get_parameter_state_dp_zero = functools.partial(gather_state, part)
     return optimizer
 

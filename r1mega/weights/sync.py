@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from r1mega.config.schema import WeightsConfig
 from r1mega.errors import WeightSyncError
@@ -41,7 +42,7 @@ class WeightSync:
         self._policy, self._engine, self._verify = policy, engine, config.verify
         self._transfer = build_transfer(policy, engine, config, hf_config)
         self._limit = verify.probe_limit(policy.dtype, config.probe_tolerance, fp8=policy.fp8)
-        count = config.probe_sequences or verify.NUM_SEQUENCES[policy.dtype]
+        count = config.probe_sequences or verify.NUM_SEQUENCES[torch.bfloat16 if self._limit.share < 1 else policy.dtype]
         given = [list(sequence) for sequence in probe_sequences]
         if self._limit.share < 1:  # where few tokens may tell, all must be able to
             lengths = [max(2, min(len(sequence), _MADE_UP_TOKENS)) for sequence in (given * (2 * count))[: 2 * count]]
@@ -55,18 +56,33 @@ class WeightSync:
         if not self._verify:
             return {}
         verify.compare_digests(self._transfer.digest(), self._engine.weights_digest())
-        try:
-            result = self._probe(self._sequences)
-        except WeightSyncError as error:
-            logger.warning("probing again with other sequences, for a router tie would not show there: %s", error)
-            result = self._probe(self._further)
+        result, error = self._probe(self._sequences)
+        if _anywhere(error is not None):  # a generator that fails alone must not be alone in the policy's forward pass
+            if error is not None:
+                logger.warning("probing again with other sequences, for a router tie would not show there: %s", error)
+            result, error = self._probe(self._further)
+        if error is not None:
+            raise error
         return {
             "weights/probe_diff_max": result.max_difference,
             "weights/probe_outlier_fraction": result.outlier_fraction,
         }
 
-    def _probe(self, sequences: list[list[int]]) -> verify.ProbeResult:
+    def _probe(self, sequences: list[list[int]]) -> tuple[Any, WeightSyncError | None]:
+        """(ProbeResult, None), or (None, what this rank's generator failed by). A collective call."""
         batch = build_microbatch(sequences, [1] * len(sequences), range(len(sequences)))
         packed, _ = self._policy.log_probs([batch], everywhere=True)[0]
         ours = [part.tolist() for part in torch.split(packed, [len(s) - 1 for s in sequences])]
-        return verify.probe(self._engine, sequences, ours, self._limit)
+        try:
+            return verify.probe(self._engine, sequences, ours, self._limit), None
+        except WeightSyncError as error:
+            return None, error
+
+
+def _anywhere(failed: bool) -> bool:
+    """Whether any rank's generator failed: the same answer on all."""
+    if not dist.is_initialized():
+        return failed
+    flag = torch.tensor(int(failed))
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag)

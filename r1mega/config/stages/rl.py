@@ -106,7 +106,7 @@ class RLStage(TrainingStage):
         if self.model.force_expert_balance and (rollout.router_replay or self.weights.probe_tolerance is None):
             yield (
                 "model.force_expert_balance: the trainer's experts are drawn, the generator's are not, so that their log-probs "
-                "never agree; it is for tools/bench_throughput.py --synthetic, with rollout.router_replay=false"
+                "never agree; it is for tools/bench_throughput.py --synthetic. Set model.force_expert_balance=false"
             )
         if rollout.group_size < 2:
             yield "rollout.group_size = 1: an advantage relative to the group needs at least 2 responses a prompt"

@@ -21,7 +21,7 @@ def launch(
     function: Callable[..., Any],
     ranks: int,
     *args: Any,
-    timeout_seconds: float = 90,
+    timeout_seconds: float = 240,
     prepare: Callable[[], None] | None = None,
 ) -> list[Any]:
     """[function(*args) on rank 0, 1, ...], each in a process of its own with RANK etc. set and one thread.

@@ -137,7 +137,6 @@ def _wait(context: Context) -> None:
 def compare_layouts(context: Context, findings: Findings) -> None:
     """float32 steps in every layout of as many ranks against the reference's."""
     platform.prepare()  # before the first import of megatron
-    from megatron.core import parallel_state
 
     from r1mega.gpu_check.policy import EXACT, Case, compare, load_reference, make_policy, take_steps, with_layout
 
@@ -148,7 +147,7 @@ def compare_layouts(context: Context, findings: Findings) -> None:
             continue
         groups.init_parallel(case.layout, seed=0)
         compare(findings, case, state, expected["chosen"], take_steps(make_policy(case, state), case), EXACT)
-        parallel_state.destroy_model_parallel()
+        groups.destroy_parallel()
 
 
 def two_to_one(context: Context, findings: Findings) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import socket
+import sys
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -139,16 +140,25 @@ def seed_all(seed: int) -> None:
     model_parallel_cuda_manual_seed(stage_seed, force_reset_rng=True)
 
 
-def destroy() -> None:
-    """Take down Megatron's groups and torch.distributed; nothing happens when there are none."""
-    import sys
-
+def destroy_parallel() -> None:
+    """Take down Megatron's groups; the world stays, and `init_parallel` may make another layout's. Nothing happens when there
+    are none. Each group of a rank has threads and sockets (gloo: three threads that wake a hundred times a second).
+    """
     if "megatron.core.parallel_state" in sys.modules:
         parallel_state: Any = sys.modules["megatron.core.parallel_state"]
         if parallel_state.model_parallel_is_initialized():
+            made = parallel_state._global_process_group_list or []
             parallel_state.destroy_model_parallel()
+            for group in made:
+                if group in dist.distributed_c10d._world.pg_map:  # None is the world's; some Megatron has destroyed
+                    dist.destroy_process_group(group)
     if "megatron.core.transformer.moe.moe_utils" in sys.modules:  # the scale is a class's, and of the last schedule's shape
         sys.modules["megatron.core.transformer.moe.moe_utils"].MoEAuxLossAutoScaler.main_loss_backward_scale = None
+
+
+def destroy() -> None:
+    """Take down Megatron's groups and torch.distributed; nothing happens when there are none."""
+    destroy_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
 

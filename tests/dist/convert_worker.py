@@ -74,7 +74,7 @@ def load_converted(cases: list[tuple[Path, dict[str, int], Path]]) -> dict[str, 
         copies = ("embed_tokens.weight", "shared_head.head.weight")  # which MTP layers repeat
         wrong += [n for n in expected if n not in exported and not (".layers." in n and n.endswith(copies))]
         differences[f"{original.parent.name} {layout}"] = wrong
-        ps.destroy_model_parallel()
+        groups.destroy_parallel()
     groups.destroy()
     return differences
 
@@ -127,7 +127,7 @@ def resume_run(
         results[f"{layout} from {step}"] = (
             changed, max(abs(a - b) for x, y in pairs for a, b in zip(x, y)), difference,
         )  # fmt: skip
-        ps.destroy_model_parallel()
+        groups.destroy_parallel()
     groups.destroy()
     return results
 

@@ -53,7 +53,7 @@ def run_layouts(directory: Path, cases: list[Case]) -> dict[str, dict[str, Any]]
         reference = torch.load(directory / f"{case.model}.pt", weights_only=False)
         groups.init_parallel(case.layout, seed=0)
         results[case.name] = measure(reference, case.layout, case.packed)
-        ps.destroy_model_parallel()
+        groups.destroy_parallel()
     groups.destroy()
     return results
 

@@ -14,7 +14,6 @@ from tests.reference import Layout, ModelSettings
 
 platform.prepare()
 
-from megatron.core import parallel_state as ps  # noqa: E402
 
 from r1mega.checkpoint.hf import HFTensors, read_config  # noqa: E402
 from r1mega.checkpoint.names import export_hf, load_hf  # noqa: E402
@@ -71,7 +70,7 @@ def run_cases(directories: dict[str, tuple[Path, Path]], cases: list[Case]) -> d
             if generator_of(case) == key:
                 groups.init_parallel(case.trainer, seed=0)
                 results[case.name] = measure(case, engine, expected, old, new)
-                ps.destroy_model_parallel()
+                groups.destroy_parallel()
         engine.close()
     groups.destroy()
     return results

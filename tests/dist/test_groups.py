@@ -30,13 +30,12 @@ INITIAL_LAYOUTS = {"ep": Layout(ep=2), "tp": Layout(tp=2, ep=2)}
 
 def initial_weights(layout: Layout) -> dict[str, float]:
     """Name -> checksum of every parameter of a model drawn from seed 1."""
-    from megatron.core import parallel_state
 
     from r1mega.model.build import build_model
 
     groups.init_parallel(layout, seed=0)
     (model,) = build_model(DEEPSEEK, layout, ModelSettings(), seed=1, init_std=0.02)
-    parallel_state.destroy_model_parallel()
+    groups.destroy_parallel()
     return {n: float(p.detach().double().abs().sum()) for n, p in model.named_parameters()}
 
 

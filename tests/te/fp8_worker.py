@@ -13,7 +13,7 @@ import torch
 from r1mega.config.schema import ModelConfig, OptimizerConfig, ParallelConfig
 from r1mega.platform import groups
 from r1mega.train.packing import Microbatch, build_microbatch
-from r1mega.train.policy import Policy, parallel_state
+from r1mega.train.policy import Policy
 
 NANO = json.loads((Path(__file__).parents[2] / "configs/nano/model/config.json").read_text())
 RECIPES = ("tensorwise", "blockwise")
@@ -188,7 +188,7 @@ def two_ranks(layouts: list[dict[str, int]]) -> list[dict[str, Any]]:
             layout = ParallelConfig(**sizes)
             groups.init_parallel(layout, seed=0)
             found.append({recipe: _of_layout(recipe, layout) for recipe in RECIPES})
-            parallel_state.destroy_model_parallel()
+            groups.destroy_parallel()
         return found
     finally:
         groups.destroy()

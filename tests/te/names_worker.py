@@ -11,7 +11,6 @@ from r1mega import platform
 
 platform.prepare()
 
-from megatron.core import parallel_state as ps  # noqa: E402
 from megatron.core.dist_checkpointing import ShardedTensor  # noqa: E402
 from megatron.core.dist_checkpointing.dict_utils import nested_values  # noqa: E402
 from megatron.core.dist_checkpointing.mapping import apply_factories  # noqa: E402
@@ -42,7 +41,7 @@ def describe(directory: Path, models: dict[str, dict[str, Any]], layouts: list[L
                 "sharded": sharded(chunks),
                 "counted": counted_on_every_rank(chunks),
             }
-        ps.destroy_model_parallel()
+        groups.destroy_parallel()
     groups.destroy()
     return found
 

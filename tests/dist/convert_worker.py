@@ -140,9 +140,9 @@ def unequal_tensors(one: Path, other: Path) -> list[str]:
     from megatron.core.dist_checkpointing import load_plain_tensors
 
     first, second = (
-        {name: value for name, value in load_plain_tensors(str(path)).items() if torch.is_tensor(value)}
-        for path in (one, other)
+        {name: value for name, value in load_plain_tensors(str(path)).items() if torch.is_tensor(value)} for path in (one, other)
     )
+    assert any("exp_avg_sq" in name for name in first)
     wrong = sorted(first.keys() ^ second.keys())
     for name in first.keys() & second.keys():
         rows = min(len(first[name]), len(second[name])) if first[name].dim() else None

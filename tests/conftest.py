@@ -9,6 +9,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from tests.release import num_threads, release_models  # noqa: E402
+
+MANY_THREADS = 200
+
 
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
@@ -16,6 +20,14 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def no_models_left():
+    """Models of earlier tests go once their groups' threads are many; those of a test that keeps its groups stay."""
+    yield
+    if num_threads() > MANY_THREADS and not torch.distributed.is_initialized():
+        release_models()
 
 
 @pytest.fixture

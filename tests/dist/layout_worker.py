@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from r1mega import platform
 from tests.reference import Layout, ModelSettings, Reference
+from tests.release import release_models  # noqa: E402
 
 platform.prepare()
 
@@ -54,6 +55,7 @@ def run_layouts(directory: Path, cases: list[Case]) -> dict[str, dict[str, Any]]
         groups.init_parallel(case.layout, seed=0)
         results[case.name] = measure(reference, case.layout, case.packed)
         groups.destroy_parallel()
+        release_models()
     groups.destroy()
     return results
 

@@ -14,6 +14,7 @@ from r1mega import platform
 from r1mega.config.schema import DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, RolloutConfig
 from r1mega.config.stages.rl import AlgorithmConfig, RLStage, UpdateConfig
 from tests.policy_reference import LEARNING_RATE, RATE, SETTINGS, Expected, Step, rounded
+from tests.release import release_models
 
 platform.prepare()
 
@@ -59,13 +60,14 @@ def run_cases(directory: Path, cases: list[Case]) -> dict[str, dict[str, float]]
     groups.init_distributed()
     results = {}
     layouts = {str(case.layout): case.layout for case in cases}
-    for name, layout in layouts.items():  # each once: a rank's groups have threads, and stay with DDP's hooks on a model
+    for name, layout in layouts.items():  # each once: making groups takes time
         groups.init_parallel(ParallelConfig(**layout), seed=0)
         for case in (case for case in cases if str(case.layout) == name):
             groups.seed_all(0)
             expected = torch.load(directory / case.file, weights_only=False)
             results[case.name] = compare(expected, take_steps(case, expected))
         groups.destroy_parallel()
+        release_models()
     groups.destroy()
     return results
 

@@ -44,7 +44,8 @@ if [ $# -gt 0 ]; then
   run_tests "$@"
 elif [ "$megatron" ]; then
   run_beside -m "not slow" tests/unit/{model,platform,train} \
-    tests/unit/checkpoint/test_{names,optimizer_state,store,two_versions}.py -- -m "not slow" tests/dist tests/te
+    tests/unit/checkpoint/test_{names,optimizer_state,store,two_versions}.py -- -m "not slow" \
+    tests/dist/test_{layouts,policy_layouts,optimizer_state}.py tests/te/test_{operations,policy_layouts}.py
 else
-  run_beside tests/unit -- --ignore=tests/unit
+  run_beside tests/unit tests/te -- --ignore=tests/unit --ignore=tests/te
 fi

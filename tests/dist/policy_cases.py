@@ -100,7 +100,7 @@ def write_expectations(directory: Path, cases: Iterable[Case]) -> None:
             alone[path] = dataclasses.replace(case, layout={}, recompute="none")
         torch.save(expected, path)
     if alone:
-        launch(one_rank, 1, directory, list(alone.values()), timeout_seconds=300)
+        launch(one_rank, 1, directory, list(alone.values()), timeout_seconds=600)
 
 
 def mtp_state() -> dict[str, torch.Tensor]:

@@ -35,7 +35,7 @@ def loaded(tmp_path_factory):
         hf = write_hub_directory(base / "hf", FAMILIES[family], hub_state(FAMILIES[family]))
         out = run_conversion(ToMegatron(hf, written_for, max_file_bytes=LIMIT), base / "megatron", Alone())
         cases += [(out, layout, hf) for layout in layouts]
-    return launch(load_converted, 2, cases, timeout_seconds=240)
+    return launch(load_converted, 2, cases, timeout_seconds=600)
 
 
 @pytest.mark.parametrize("case", [f"{family} {layout}" for family, (_, layouts) in LOADS.items() for layout in layouts])
@@ -53,7 +53,7 @@ def run(tmp_path_factory, request):
         ToMegatron(hf, Layout(tp=2, ep=2), dtype=torch.float32, max_file_bytes=LIMIT), base / "start", Alone()
     )
     config = read_config(source)
-    launch(save_run, 4, base / "run", config, {"tp": 2, "ep": 2}, source, dtype, True, timeout_seconds=200)
+    launch(save_run, 4, base / "run", config, {"tp": 2, "ep": 2}, source, dtype, True, timeout_seconds=600)
     return base / "run", config, dtype
 
 
@@ -61,7 +61,7 @@ def run(tmp_path_factory, request):
 def test_a_run_goes_on_in_another_layout_as_if_uninterrupted(run, ranks, cases):
     """What is loaded is bit for bit what was saved. bfloat16: the steps after it are equal to within its spacing."""
     limit = 1e-5 if run[2] == "float32" else 2**-7
-    for results in launch(resume_run, ranks, *run, cases, timeout_seconds=200):
+    for results in launch(resume_run, ranks, *run, cases, timeout_seconds=600):
         assert len(results) == len(cases)
         for name, (changed, losses, weights) in results.items():
             assert changed == [], name

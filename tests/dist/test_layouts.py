@@ -46,7 +46,7 @@ def measured(tmp_path_factory):
                 reference = make_reference(MODELS[name], aux_coefficient=0.5 if name.endswith("aux") else 0.0)
                 torch.save(reference, directory / f"{name}.pt")
             try:
-                done[ranks] = launch(run_layouts, ranks, directory, CASES[ranks], timeout_seconds=180)
+                done[ranks] = launch(run_layouts, ranks, directory, CASES[ranks], timeout_seconds=600)
             except RankError as error:  # once a set, not once a layout
                 done[ranks] = error
         if isinstance(done[ranks], RankError):

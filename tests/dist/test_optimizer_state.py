@@ -89,7 +89,7 @@ def equal(one: Any, other: Any) -> bool:
 
 
 def test_state_is_gathered_bit_by_bit_in_the_memory_of_the_result():
-    ranks = launch(measure, 2, "bfloat16", timeout_seconds=400)
+    ranks = launch(measure, 2, "bfloat16", timeout_seconds=600)
     assert {part["ranks"] for part in ranks[0]} == {1, 2}  # experts, and what both ranks have
     for rank, parts in enumerate(ranks):
         for part in parts:

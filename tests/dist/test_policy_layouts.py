@@ -29,7 +29,7 @@ def measured(expectations):
     def get(ranks: int) -> list[dict]:
         if ranks not in done:
             try:
-                done[ranks] = launch(run_cases, ranks, expectations, CASES[ranks], timeout_seconds=300)
+                done[ranks] = launch(run_cases, ranks, expectations, CASES[ranks], timeout_seconds=600)
             except RankError as error:  # once a set, not once a layout
                 done[ranks] = error
         if isinstance(done[ranks], RankError):

@@ -43,7 +43,7 @@ def measured():
         if ranks not in done:
             models = {case.model for case in CASES[ranks]}
             directories = {model: (checkpoint(model, 0), checkpoint(model, 1)) for model in models}
-            done[ranks] = launch(run_cases, ranks, directories, CASES[ranks], timeout_seconds=300)
+            done[ranks] = launch(run_cases, ranks, directories, CASES[ranks], timeout_seconds=600)
         return done[ranks]
 
     return get

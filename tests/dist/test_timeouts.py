@@ -83,7 +83,7 @@ def a_rank_that_ends() -> str:
 
 
 def test_a_rollout_may_take_longer_than_a_collective():
-    for found in launch(a_slow_rollout, 2, timeout_seconds=200):
+    for found in launch(a_slow_rollout, 2, timeout_seconds=600):
         assert found["limits"] == {"world": SHORT, "checkpoint": 62}
         assert found["groups"] == 3
         assert found["left behind"] == []
@@ -91,7 +91,7 @@ def test_a_rollout_may_take_longer_than_a_collective():
 
 
 def test_a_rank_that_is_waited_for_in_vain_is_named():
-    first, slow, last = launch(a_rollout_that_takes_too_long, 3, timeout_seconds=200)
+    first, slow, last = launch(a_rollout_that_takes_too_long, 3, timeout_seconds=600)
     for text in (first, last):
         assert text.startswith("StragglerError: the rollout of step 7: waited for rank 1 (")
         assert "raise timeouts.rollout_seconds (3)" in text
@@ -99,5 +99,5 @@ def test_a_rank_that_is_waited_for_in_vain_is_named():
 
 
 def test_a_rank_that_ends_is_noticed_at_once():
-    first, _ = launch(a_rank_that_ends, 2, timeout_seconds=200)  # of the 600 that it would wait
+    first, _ = launch(a_rank_that_ends, 2, timeout_seconds=600)  # of the 600 that it would wait
     assert first.startswith("StragglerError: the rollout of step 7: waited for rank 1 (")

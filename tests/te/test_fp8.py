@@ -32,12 +32,12 @@ def two_ranks(layouts):
 
 @pytest.fixture(scope="module")
 def found():
-    return launch(one_rank, 1, prepare=stand_in.install, timeout_seconds=500)[0]
+    return launch(one_rank, 1, prepare=stand_in.install, timeout_seconds=600)[0]
 
 
 @pytest.fixture(scope="module")
 def of_two_ranks():
-    return launch(two_ranks, 2, list(LAYOUTS.values()), prepare=stand_in.install, timeout_seconds=500)
+    return launch(two_ranks, 2, list(LAYOUTS.values()), prepare=stand_in.install, timeout_seconds=600)
 
 
 def assert_within_bounds(checks):

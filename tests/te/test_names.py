@@ -30,7 +30,7 @@ def described(tmp_path_factory):
     for name, config in MODELS.items():
         torch.save(hub_state(config, torch.float32), directory / f"{name}.pt")
     return [
-        launch(describe, 2, directory, MODELS, LAYOUTS, timeout_seconds=200, prepare=prepare)
+        launch(describe, 2, directory, MODELS, LAYOUTS, timeout_seconds=600, prepare=prepare)
         for prepare in (stand_in.install, None)
     ]
 
@@ -65,7 +65,7 @@ def test_the_gradient_norm_counts_the_same_parameters(described, case):
 def resharded():
     models = {case.model for case in RESHARDS}
     directories = {model: (checkpoint(model, 0), checkpoint(model, 1)) for model in models}
-    return launch(run_cases, 2, directories, RESHARDS, timeout_seconds=300, prepare=stand_in.install)
+    return launch(run_cases, 2, directories, RESHARDS, timeout_seconds=600, prepare=stand_in.install)
 
 
 @pytest.mark.parametrize("case", RESHARDS, ids=lambda case: case.name)

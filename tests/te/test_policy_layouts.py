@@ -54,7 +54,7 @@ def measured(expectations):
             write_expectations(expectations, CASES[ranks])
             try:
                 done[ranks] = launch(
-                    run_cases, ranks, expectations, CASES[ranks], timeout_seconds=300, prepare=stand_in.install
+                    run_cases, ranks, expectations, CASES[ranks], timeout_seconds=600, prepare=stand_in.install
                 )
             except RankError as error:  # once a set, not once a layout
                 done[ranks] = error

@@ -29,6 +29,8 @@ def describe(directory: Path, models: dict[str, dict[str, Any]], layouts: list[L
     for layout in layouts:
         groups.init_parallel(layout, seed=0)
         for name, config in models.items():
+            if layout.ep > 1 and "n_routed_experts" not in config:
+                continue  # nothing to spread
             state = torch.load(directory / f"{name}.pt")
             mtp = 0.3 if config.get("num_nextn_predict_layers") else 0.0
             chunks = build_model(config, layout, ModelSettings(mtp_loss_coefficient=mtp))

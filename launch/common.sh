@@ -74,7 +74,8 @@ set_up() {
         fi
         echo "$wanted" >"$stamp"
     fi
-    export PYTHONWARNINGS="${PYTHONWARNINGS:-ignore}" HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"
+    export PYTHONWARNINGS="${PYTHONWARNINGS:-ignore}" HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}" PYTHONDONTWRITEBYTECODE=
+    # with the last one set, as in some containers, every process would compile what pip was told not to: 27 s a start
 }
 
 # transformer_engine_files: its Python files, for tests/te, beside those of $PYTHON.

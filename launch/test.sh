@@ -14,20 +14,13 @@ done
 export OMP_NUM_THREADS=1
 run_tests() { "$PYTHON" -m pytest -q --durations=15 "$@"; }
 
-# run_beside ARGUMENTS ... -- ARGUMENTS ...: two runs side by side, a core for each; what the first prints follows at the end.
+# run_beside ARGUMENTS ...: a pytest run of each, two at a time, a core for each; what a run prints comes when it ends.
 run_beside() {
-  local first=() printed code=0
-  while [ "$1" != -- ]; do first+=("$1"); shift; done
-  shift
-  printed=$(mktemp)
-  run_tests "${first[@]}" > "$printed" 2>&1 &
-  beside=$!
-  trap 'kill $beside 2> /dev/null || true' EXIT  # a trap that fails would be the exit code
-  run_tests "$@" || code=$?
-  wait $beside || code=$?
-  cat "$printed"
-  rm -f "$printed"
-  exit $code
+  export PYTHON
+  printf '%s\n' "$@" | xargs -P 2 -d '\n' -n 1 bash -c '
+    printed=$("$PYTHON" -m pytest -q --durations=15 $0 2>&1) && code=0 || code=1
+    printf "== %s (%d s)\n%s\n" "$0" $SECONDS "$printed"
+    exit $code'
 }
 
 if [ "$megatron" ]; then
@@ -43,9 +36,10 @@ transformer_engine_files
 if [ $# -gt 0 ]; then
   run_tests "$@"
 elif [ "$megatron" ]; then
-  run_beside -m "not slow" tests/unit/{model,platform,train} \
-    tests/unit/checkpoint/test_{names,optimizer_state,store,two_versions}.py -- -m "not slow" \
-    tests/dist/test_{layouts,policy_layouts,optimizer_state}.py tests/te/test_{operations,policy_layouts}.py
+  export PYTEST_ADDOPTS='-m "not slow"'
+  run_beside "$(echo tests/dist/test_{layouts,policy_layouts,optimizer_state}.py)" \
+    "$(echo tests/unit/checkpoint/test_{names,optimizer_state,store,two_versions}.py)" \
+    "$(echo tests/te/test_{operations,policy_layouts}.py)" tests/unit/platform tests/unit/train tests/unit/model
 else
-  run_beside tests/unit tests/te -- --ignore=tests/unit --ignore=tests/te
+  run_beside tests/e2e tests/unit tests/dist tests/slurm tests/te tests/faults tests/gpu  # the longest first
 fi

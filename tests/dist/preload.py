@@ -1,0 +1,9 @@
+"""What the ranks of most tests import, once; nothing here may start a thread or a process group."""
+
+from r1mega import platform
+
+platform.prepare()
+
+import r1mega.checkpoint.store  # noqa: E402, F401
+import r1mega.train.grpo_update  # noqa: E402, F401
+import r1mega.train.policy  # noqa: E402, F401

@@ -79,7 +79,7 @@ set_up() {
 }
 
 # transformer_engine_files: its Python files, for tests/te, beside those of $PYTHON.
-transformer_engine_files() {  # not into site-packages: megatron-core takes what it finds there for a GPU's
+transformer_engine_files() {  # not into site-packages: for these tests alone
     local lock=requirements/te.lock target wanted
     target=$(dirname "$(dirname "$PYTHON")")/transformer_engine
     wanted=$(sha256sum "$lock" | cut -d' ' -f1)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import importlib.abc
 import importlib.machinery
 import importlib.metadata
+import importlib.util
 import logging
 import re
 import sys
@@ -29,6 +30,8 @@ from packaging.specifiers import SpecifierSet
 
 from r1mega.errors import PlatformError
 from r1mega.platform.cuda_stand_in import CudaStandIn
+
+_logger = logging.getLogger(__name__)
 
 MEGATRON_VERSIONS = {"0.16.1": "3.11", "0.19.2": "3.12"}
 """Supported versions of megatron-core, and the Python that each is tested with (0.16.1 is the last one for 3.11)."""
@@ -422,11 +425,24 @@ def install(platform: Any) -> None:
     if loaded:
         raise PlatformError(f"{loaded[0]} was imported before r1mega.platform.prepare(): call it first")
     version = installed_version()
+    _hide_unused(platform)
     for message in (r"(Transformer Engine|Apex).*not installed", "full scope is deprecated"):
         warnings.filterwarnings("ignore", message=message)  # known: `r1mega doctor` tells what is installed
     for name, message in _KNOWN_LOG_MESSAGES.items():
         logging.getLogger(f"megatron.core.{name}").addFilter(lambda record, known=message: known not in record.msg)
     sys.meta_path.insert(0, _Finder(needed_patches(platform, version), cpu=platform.name == "cpu"))
+
+
+def _hide_unused(platform: Any) -> None:
+    """Megatron-core takes Transformer Engine and apex wherever it can import them: without a GPU too, and of versions and builds
+    that this platform refuses; one whose import fails with another error than ImportError ends the process.
+    """
+    for name, is_used in (("transformer_engine", platform.has_transformer_engine), ("apex", platform.has_apex)):
+        if is_used or importlib.util.find_spec(name) is None:
+            continue
+        _logger.warning("%s is installed and not used: megatron-core does without it (r1mega doctor says why)", name)
+        for module in [name, *(loaded for loaded in sys.modules if loaded.startswith(f"{name}."))]:
+            sys.modules[module] = None  # whose import is then a ModuleNotFoundError
 
 
 def installed_version() -> str:

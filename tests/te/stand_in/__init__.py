@@ -36,7 +36,7 @@ DIRECTORY_VARIABLE = "R1MEGA_TRANSFORMER_ENGINE"
 def directory() -> Path:
     """The folder that holds `transformer_engine/`: where launch/test.sh puts it, or what R1MEGA_TRANSFORMER_ENGINE names.
 
-    It is no part of site-packages: megatron-core imports Transformer Engine where it finds it.
+    It is no part of site-packages: the other tests are of a machine without it.
     """
     return Path(os.environ.get(DIRECTORY_VARIABLE) or Path(sys.prefix) / "transformer_engine")
 

@@ -33,9 +33,14 @@ def site(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     here = platform.Platform("cuda", torch.device("cuda", 0), "cpu:gloo,cuda:nccl", False, False)
     monkeypatch.setattr(platform, "current", lambda: here)
+    look_anew()
     yield tmp_path
     for name in [name for name in sys.modules if name.partition(".")[0] in NAMES]:
         del sys.modules[name]
+    look_anew()
+
+
+def look_anew() -> None:
     for look in (libraries.transformer_engine, libraries.apex):
         look.cache_clear()
 
@@ -48,8 +53,7 @@ def put(site: Path, files: dict[str, str], distribution: str = "", version: str 
         record = site / f"{distribution}-{version}.dist-info"
         record.mkdir()
         (record / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n")
-    for look in (libraries.transformer_engine, libraries.apex):
-        look.cache_clear()
+    look_anew()
 
 
 def put_engine(site: Path, *, compiled: str, version: str = libraries.TRANSFORMER_ENGINE_VERSION) -> None:

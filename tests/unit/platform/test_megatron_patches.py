@@ -116,6 +116,31 @@ def test_megatron_imported_too_early_is_a_typed_error():
     assert "call it first" in result.stderr
 
 
+@pytest.mark.parametrize("works", [True, False])
+def test_what_the_platform_does_not_use_megatron_does_not_find(works, tmp_path):
+    """Installed for GPUs, on a machine without one: there it may import, or fail in its own way."""
+    put = {
+        "transformer_engine/__init__.py": "" if works else "raise RuntimeError('found an empty package')",
+        "transformer_engine/pytorch/__init__.py": "",
+        "transformer_engine/pytorch/optimizers.py": "FusedAdam = FusedSGD = 'of a GPU'",
+        "apex/__init__.py": "" if works else "raise OSError('libcuda.so.1: cannot open shared object file')",
+        "apex/optimizers.py": "FusedAdam = FusedSGD = 'of a GPU'",
+    }
+    for name, text in put.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    result = run_python(
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})"
+        + ("\nimport transformer_engine.pytorch.optimizers, apex.optimizers" if works else "")
+        + "\nfrom r1mega import platform; platform.prepare()"
+        "\nfrom megatron.core.optimizer import Adam, distrib_optimizer"
+        "\nfrom megatron.core.transformer.mlp import HAVE_TE"
+        "\nprint(Adam.__module__, distrib_optimizer.Adam.__module__, HAVE_TE)"
+    )
+    assert result.stdout == "r1mega.platform.adam r1mega.platform.adam False\n", result.stderr[-2000:]
+    assert "transformer_engine is installed and not used" in result.stderr and "apex is installed" in result.stderr
+
+
 @pytest.mark.parametrize("first", ["vllm", "megatron"])
 def test_vllm_before_and_after(first):
     """One process, both import orders: a forward and backward pass after both are there."""

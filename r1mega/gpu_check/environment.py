@@ -15,7 +15,10 @@ from typing import Any
 
 from r1mega.gpu_check.findings import Context, Findings
 
-PROBE_SECONDS = 200
+UNCORRECTED = "ecc.errors.uncorrected.volatile.total"
+"""Errors of memory that ECC could not mend, since the driver was loaded."""
+PROBE_SECONDS = {"cuda": 200, "cpu": 600}
+"""For one import. Together they may take as long as the step (steps.py)."""
 LIBRARIES = {
     "torch": ("torch", "import torch; torch.ones(1) + 1"),
     "triton": ("triton", "import triton.language"),
@@ -56,7 +59,7 @@ def describe(context: Context, findings: Findings) -> None:
     versions = {name: _version(distribution, name) for name, (distribution, _) in LIBRARIES.items()}
     to_try = [name for name in statements if name in wanted and versions.get(name, "a probe")]
     with ThreadPoolExecutor(max(2, (os.cpu_count() or 2) // 2)) as pool:
-        tried = dict(zip(to_try, pool.map(lambda name: _try(statements[name]), to_try), strict=True))
+        tried = dict(zip(to_try, pool.map(lambda name: _try(statements[name], PROBE_SECONDS[context.device]), to_try), strict=True))
     libraries = {}
     for name, version in versions.items():
         state = "missing" if version is None else "not tried" if name not in tried else "broken" if tried[name] else "present"
@@ -67,6 +70,9 @@ def describe(context: Context, findings: Findings) -> None:
     findings.figures["compilers"] = {name: _first_line(name) for name in ("nvcc", "g++")}
     device = _device_facts(context.device) if not tried.get("torch", "missing") else {}
     findings.figures["device"] = device
+    for index, each in enumerate(device.get("each", [])):
+        errors = each.get(UNCORRECTED, "")
+        findings.holds(f"device {index}: no uncorrected memory errors", not errors.isdigit() or int(errors) == 0, errors)
     findings.figures["host"] = {"cores": len(os.sched_getaffinity(0)), "memory_gib": _host_gib()}
     abilities = _abilities(context.device, libraries, tried, device)
     findings.figures["abilities"] = abilities
@@ -122,15 +128,15 @@ def _abilities(
     }
 
 
-def _try(statement: str) -> str:
+def _try(statement: str, limit: int) -> str:
     """'' when it runs in a fresh interpreter, else the last line of what it said."""
     try:
         done = subprocess.run(
             [sys.executable, "-c", statement], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-            timeout=PROBE_SECONDS, stdin=subprocess.DEVNULL,
+            timeout=limit, stdin=subprocess.DEVNULL,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
-        return f"its import took more than {PROBE_SECONDS} s"
+        return f"its import took more than {limit} s"
     if done.returncode == 0:
         return ""
     print(done.stdout[-3000:])
@@ -152,25 +158,28 @@ def _device_facts(device: str) -> dict[str, Any]:
         "memory_gib": round(properties.total_memory / 2**30, 1), "multiprocessors": properties.multi_processor_count,
         "fp8": (properties.major, properties.minor) >= (8, 9), "nccl": ".".join(map(str, torch.cuda.nccl.version())),
     }  # fmt: skip
-    return facts | _from_nvidia_smi()
+    return facts | {"each": _from_nvidia_smi([f"GPU-{torch.cuda.get_device_properties(i).uuid}" for i in range(facts["devices"])])}
 
 
-def _from_nvidia_smi() -> dict[str, str]:
-    """Driver, clocks, power limit, ECC and MIG mode of the first device, where nvidia-smi tells them."""
-    keys = (
-        "driver_version", "clocks.max.sm", "clocks.max.memory", "clocks.sm", "power.limit", "ecc.mode.current",
-        "mig.mode.current",
-    )  # fmt: skip
-    if shutil.which("nvidia-smi") is None:
-        return {"driver": "unknown: no nvidia-smi"}
-    done = subprocess.run(
-        ["nvidia-smi", f"--query-gpu={','.join(keys)}", "--format=csv,noheader", "--id=0"], capture_output=True, text=True,
-        timeout=30, check=False,
-    )  # fmt: skip
-    values = [value.strip() for value in done.stdout.strip().split(",")]
-    if done.returncode or len(values) != len(keys):
-        return {"driver": f"unknown: nvidia-smi said {(done.stdout + done.stderr).strip()[:200]}"}
-    return {key.removesuffix("_version"): value for key, value in zip(keys, values, strict=True)}
+SMI_KEYS = (
+    "name", "pci.bus_id", "driver_version", "clocks.max.sm", "clocks.max.memory", "clocks.sm", "temperature.gpu", "power.limit",
+    "ecc.mode.current", UNCORRECTED, "mig.mode.current",
+)  # fmt: skip
+
+
+def _from_nvidia_smi(devices: list[str]) -> list[dict[str, str]]:
+    """SMI_KEYS of each device (by UUID: nvidia-smi counts those that CUDA_VISIBLE_DEVICES hides), where it tells them."""
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", f"--query-gpu={','.join(SMI_KEYS)}", "--format=csv,noheader", f"--id={','.join(devices)}"],
+            capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return [{"driver_version": f"unknown: nvidia-smi: {error}"}]
+    rows = [[value.strip() for value in line.split(",")] for line in done.stdout.strip().splitlines()]
+    if done.returncode or any(len(row) != len(SMI_KEYS) for row in rows):
+        return [{"driver_version": f"unknown: nvidia-smi said {(done.stdout + done.stderr).strip()[:200]}"}]
+    return [dict(zip(SMI_KEYS, row, strict=True)) for row in rows]
 
 
 def _version(distribution: str, name: str) -> str | None:

@@ -97,7 +97,6 @@ def _timed(findings: Findings, name: str, function: Callable[[], Any]) -> Any:
     start = time.monotonic()
     value = function()
     findings.figure(f"{name}, seconds", time.monotonic() - start)
-    print(f"{name}: {time.monotonic() - start:.1f} s", flush=True)
     return value
 
 

@@ -216,7 +216,6 @@ def fast(context: Context, findings: Findings) -> None:
     for measure in (logits_rows, hidden_rows):
         rows += measure(limits, rounds, shapes, context.device, with_peers=False)
     for row in rows:
-        print(row)
         share, (kind,) = row["share_of_measured_limit"], [kind for kind in GOALS if row["case"].startswith(kind)]
         judged = cuda and goal_shape.name in row["case"].split("/")[0] and "/8" not in row["case"]
         findings.goal(f"{row['case']}: share", share, GOALS[kind] if judged else 0.0)

@@ -13,7 +13,7 @@ import torch
 
 from r1mega.config.schema import ParallelConfig, WeightsConfig
 from r1mega.gpu_check.findings import Context, Findings
-from r1mega.gpu_check.policy import HF, SEQUENCES, Case, grpo_step, load_reference, make_policy, make_samples
+from r1mega.gpu_check.policy import HF, SEQUENCES, Case, load_reference, make_policy, make_samples, rl_step
 from r1mega.platform import groups
 from r1mega.rollout.engine import EngineSettings
 from r1mega.train.samples import pack_samples
@@ -60,7 +60,7 @@ def live(context: Context, findings: Findings, layout: ParallelConfig, tp: int, 
         generator.wake_up()
         findings.holds(f"{label}answers after sleep as before", _generate(generator) == generated)
         _sleep(context, findings, generator, label, keep_weights=False)
-        grpo_step(policy, case, make_samples("chosen"), 1)
+        rl_step(policy, make_samples("chosen"), 1, **case.algorithm)
         second = _timed(findings, f"{label}push while asleep", sync.push)  # wakes it up, digests and probes
         findings.figure(f"{label}largest difference after a step", second["weights/probe_diff_max"])
         _generate(generator)

@@ -11,9 +11,11 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
 from typing import Any
 
 from r1mega.gpu_check.findings import Context, Findings
+from r1mega.gpu_check.runner import ROOT
 
 UNCORRECTED = "ecc.errors.uncorrected.volatile.total"
 """Errors of memory that ECC could not mend, since the driver was loaded."""
@@ -67,7 +69,7 @@ def describe(context: Context, findings: Findings) -> None:
     findings.figures["python"] = platform.python_version()
     findings.figures["libraries"] = libraries
     findings.figures["versions"] = {name: version for name in VERSIONS if (version := _version(name, name))}
-    findings.figures["compilers"] = {name: _first_line(name) for name in ("nvcc", "g++")}
+    findings.figures["compilers"] = {name: path and _first_line(path) for name, path in _compilers().items()}
     device = _device_facts(context.device) if not tried.get("torch", "missing") else {}
     findings.figures["device"] = device
     for index, each in enumerate(device.get("each", [])):
@@ -107,8 +109,6 @@ def _abilities(
     cuda = device == "cuda"
     no_gpu = "needs a GPU"
     devices = int(facts.get("devices", 0)) if cuda else 99  # CPU ranks share one
-    compiler = "nvcc" if cuda else "g++"
-    there = shutil.which(compiler) or (cuda and os.access("/usr/local/cuda/bin/nvcc", os.X_OK))
     torch = library("torch")
     if not torch and cuda and not devices:
         torch = "torch sees no CUDA device (--cpu runs the same steps on the CPU)"
@@ -116,7 +116,7 @@ def _abilities(
     return {
         "torch": torch,
         "gpu": "" if cuda and devices else no_gpu,
-        "compiler": "" if there else f"no {compiler}",
+        "compiler": "; ".join(f"no {name}" for name, path in _compilers().items() if path is None and (cuda or name == "g++")),
         "policy": policy,
         "te": library("transformer-engine") if cuda else "Transformer Engine needs a GPU",
         "fp8": "" if facts.get("fp8") else "this device has no FP8",
@@ -193,10 +193,20 @@ def _version(distribution: str, name: str) -> str | None:
     return "unknown" if importlib.util.find_spec(module) is not None else None
 
 
-def _first_line(compiler: str) -> str | None:
-    path = shutil.which(compiler)
-    if path is None:
-        return None
+def build_script() -> ModuleType:
+    """kernels/build.py, which is in no package."""
+    spec = importlib.util.spec_from_file_location("r1mega_kernels_build", ROOT / "kernels" / "build.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _compilers() -> dict[str, str | None]:
+    """Where kernels/build.py finds them."""
+    return {"nvcc": build_script().find_nvcc(), "g++": os.environ.get("CXX") or shutil.which("g++")}
+
+
+def _first_line(path: str) -> str:
     done = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=30, check=False)
     lines = [line for line in done.stdout.splitlines() if re.search(r"\d+\.\d+", line)]
     return lines[0].strip() if lines else path

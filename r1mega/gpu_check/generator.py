@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,10 @@ def live(context: Context, findings: Findings, layout: ParallelConfig, tp: int, 
         findings.at_most(f"{label}the policy beside the generator changes by", largest, 1e-3)
         _sleep(context, findings, generator, label, keep_weights=True)
         generator.wake_up()
-        findings.holds(f"{label}answers after sleep as before", _generate(generator) == generated)
+        same = _same_tokens(generated, _generate(generator))
+        # on a GPU rounding may differ, and a token with it; with other weights hardly any is the same
+        findings.figure(f"{label}share of tokens that are the same after sleep", same)
+        findings.holds(f"{label}answers after sleep as before", same >= (0.5 if context.device == "cuda" else 1.0), f"{same:.0%}")
         _sleep(context, findings, generator, label, keep_weights=False)
         rl_step(policy, make_samples("chosen"), 1, **case.algorithm)
         second = _timed(findings, f"{label}push while asleep", sync.push)  # wakes it up, digests and probes
@@ -91,6 +95,14 @@ def _generate(generator: Any) -> list[tuple[tuple[int, ...], tuple[float, ...]]]
     prompts = [sample.token_ids[: SEQUENCES[i][0]].tolist() for i, sample in enumerate(make_samples("chosen"))]
     requests = [GenerationRequest(tuple(prompt), 2, seed, sampling) for seed, prompt in enumerate(prompts)]
     return [(response.token_ids, response.log_probs) for group in generator.generate(requests) for response in group]
+
+
+def _same_tokens(before: list[tuple], after: list[tuple]) -> float:
+    """Share of the tokens whose log-prob agrees too."""
+    pairs = [pair for (tokens, scores), (again, others) in zip(before, after, strict=True)
+             for pair in zip_longest(zip(tokens, scores, strict=True), zip(again, others, strict=True))]  # fmt: skip
+    agree = [a is not None and b is not None and a[0] == b[0] and math.isclose(a[1], b[1], abs_tol=0.05) for a, b in pairs]
+    return sum(agree) / len(agree)
 
 
 def _timed(findings: Findings, name: str, function: Callable[[], Any]) -> Any:

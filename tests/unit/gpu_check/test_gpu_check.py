@@ -216,6 +216,30 @@ def test_kernels_that_are_not_in_use_fail(tmp_path, monkeypatch):
     assert results["right"].reason.startswith("the compiled library is in use: no (reference)")
 
 
+def test_a_run_with_a_metric_that_is_not_finite_is_caught(tmp_path, caplog):
+    """By what the run's own writer makes of it."""
+    from r1mega.gpu_check.findings import Findings
+    from r1mega.gpu_check.loop import TOLD, judge_run
+    from r1mega.observe.metrics import MetricsWriter
+
+    def judged(name, **wrong):
+        caplog.clear()
+        (tmp_path / name).mkdir()
+        writer = MetricsWriter(tmp_path / name, tensorboard=False)
+        for step in (1, 2):
+            writer.write(step, dict.fromkeys(TOLD, 1e-6) | {"policy/loss": 0.5} | (wrong if step == 2 else {}))
+        writer.close()
+        findings = Findings()
+        judge_run(findings, tmp_path / name, caplog.text, 2, 2e-5)
+        return [failure.split(":")[0].split(" is ")[0] for failure in findings.failures]
+
+    assert judged("good") == []
+    assert judged("loss", **{"policy/loss": float("nan")}) == ["every metric"]
+    agreement = "mean difference of trainer and sampler"
+    assert judged("sampler", **{"logprob/diff_mean": float("inf")}) == ["every metric", agreement]
+    assert judged("apart", **{"logprob/diff_mean": 3e-5}) == [agreement]
+
+
 def test_one_wrong_gradient_is_caught():
     import torch
 

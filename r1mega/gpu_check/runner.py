@@ -8,6 +8,7 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -42,13 +43,15 @@ SECONDS_TO_DIE = 20
 @dataclass(slots=True)
 class Result:
     """status: 'slow' is right but below a goal; 'skipped' lacks something, 'not run' no longer fitted: neither proves
-    anything. reason: of every status but 'passed'. tail: the end of a failed step's output."""
+    anything. reason: of every status but 'passed'. cpu_seconds: of its processes; few in many seconds: the machine was busy,
+    or it waited. tail: the end of a failed step's output."""
 
     name: str
     proves: str
     status: Status
     reason: str = ""
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
     figures: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     traceback: str = ""
@@ -120,7 +123,7 @@ def _run(step: Step, plan: Plan, results: dict[str, Result], limit: float) -> Re
     command = [sys.executable, str(COMMAND), "--step", step.function, "--device", device, "--work", str(plan.work),
                "--json", str(found)]  # fmt: skip
     mark = uuid.uuid4().hex
-    start = time.monotonic()
+    start, used = time.monotonic(), _cpu_seconds()
     with log.open("wb") as output:
         process = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, cwd=ROOT,
@@ -136,10 +139,16 @@ def _run(step: Step, plan: Plan, results: dict[str, Result], limit: float) -> Re
     if left:
         ended = "; ".join(filter(None, [ended, f"processes {', '.join(map(str, left))} cannot be killed"]))
     result = _read(step, found, ended)
-    result.seconds = round(time.monotonic() - start, 1)
+    result.seconds, result.cpu_seconds = round(time.monotonic() - start, 1), round(_cpu_seconds() - used, 1)
     if result.status == "failed":
         result.tail = log.read_text(errors="replace").splitlines()[-TAIL:]
     return result
+
+
+def _cpu_seconds() -> float:
+    """Of all processes that this one has waited for, and those that they have."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _how_it_ended(code: int) -> str:
@@ -195,8 +204,7 @@ def _end(process: subprocess.Popen, mark: str) -> list[int]:
     _signal(os.killpg, process.pid, signal.SIGKILL)
     until = time.monotonic() + SECONDS_TO_DIE
     while True:
-        process.poll()
-        left = _marked(mark)
+        left = sorted({*_marked(mark), *([process.pid] if process.poll() is None else [])})
         if not left or time.monotonic() > until:
             return left
         for pid in left:

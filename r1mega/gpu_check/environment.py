@@ -61,7 +61,8 @@ def describe(context: Context, findings: Findings) -> None:
     versions = {name: _version(distribution, name) for name, (distribution, _) in LIBRARIES.items()}
     to_try = [name for name in statements if name in wanted and versions.get(name, "a probe")]
     with ThreadPoolExecutor(max(2, (os.cpu_count() or 2) // 2)) as pool:
-        tried = dict(zip(to_try, pool.map(lambda name: _try(statements[name], PROBE_SECONDS[context.device]), to_try), strict=True))
+        limit = PROBE_SECONDS[context.device]
+        tried = dict(zip(to_try, pool.map(lambda name: _try(statements[name], limit), to_try), strict=True))
     libraries = {}
     for name, version in versions.items():
         state = "missing" if version is None else "not tried" if name not in tried else "broken" if tried[name] else "present"
@@ -74,7 +75,8 @@ def describe(context: Context, findings: Findings) -> None:
     findings.figures["device"] = device
     for index, each in enumerate(device.get("each", [])):
         errors = each.get(UNCORRECTED, "")
-        findings.holds(f"device {index}: no uncorrected memory errors", not errors.isdigit() or int(errors) == 0, errors)
+        none = not errors.isdigit() or int(errors) == 0
+        findings.holds(f"device {index}: no uncorrected memory errors", none, errors)
     findings.figures["host"] = {"cores": len(os.sched_getaffinity(0)), "memory_gib": _host_gib()}
     abilities = _abilities(context.device, libraries, tried, device)
     findings.figures["abilities"] = abilities
@@ -116,7 +118,9 @@ def _abilities(
     return {
         "torch": torch,
         "gpu": "" if cuda and devices else no_gpu,
-        "compiler": "; ".join(f"no {name}" for name, path in _compilers().items() if path is None and (cuda or name == "g++")),
+        "compiler": "; ".join(
+            f"no {name}" for name, path in _compilers().items() if path is None and (cuda or name == "g++")
+        ),
         "policy": policy,
         "te": library("transformer-engine") if cuda else "Transformer Engine needs a GPU",
         "fp8": "" if facts.get("fp8") else "this device has no FP8",
@@ -158,17 +162,18 @@ def _device_facts(device: str) -> dict[str, Any]:
         "memory_gib": round(properties.total_memory / 2**30, 1), "multiprocessors": properties.multi_processor_count,
         "fp8": (properties.major, properties.minor) >= (8, 9), "nccl": ".".join(map(str, torch.cuda.nccl.version())),
     }  # fmt: skip
-    return facts | {"each": _from_nvidia_smi([f"GPU-{torch.cuda.get_device_properties(i).uuid}" for i in range(facts["devices"])])}
+    devices = [f"GPU-{torch.cuda.get_device_properties(index).uuid}" for index in range(facts["devices"])]
+    return facts | {"each": _from_nvidia_smi(devices)}
 
 
 SMI_KEYS = (
-    "name", "pci.bus_id", "driver_version", "clocks.max.sm", "clocks.max.memory", "clocks.sm", "temperature.gpu", "power.limit",
-    "ecc.mode.current", UNCORRECTED, "mig.mode.current",
+    "name", "pci.bus_id", "driver_version", "clocks.max.sm", "clocks.max.memory", "clocks.sm", "temperature.gpu",
+    "power.limit", "ecc.mode.current", UNCORRECTED, "mig.mode.current",
 )  # fmt: skip
 
 
 def _from_nvidia_smi(devices: list[str]) -> list[dict[str, str]]:
-    """SMI_KEYS of each device (by UUID: nvidia-smi counts those that CUDA_VISIBLE_DEVICES hides), where it tells them."""
+    """SMI_KEYS of each device, where it tells them. By UUID: nvidia-smi counts what CUDA_VISIBLE_DEVICES hides."""
     try:
         done = subprocess.run(
             ["nvidia-smi", f"--query-gpu={','.join(SMI_KEYS)}", "--format=csv,noheader", f"--id={','.join(devices)}"],

@@ -21,8 +21,8 @@ class Context:
 
 @dataclass(slots=True)
 class Findings:
-    """Collected while a step runs, so that what was measured before a failure is kept; printed too, so that of a step that
-    crashes or hangs the log has it.
+    """Collected while a step runs, so that what was measured before a failure is kept; printed too, so that the log has
+    it of a step that crashes or hangs.
 
     figures: plain values; failures: comparisons that do not hold (the step has failed); short: goals that were not
     reached (the step is slow); notes: for a person.

@@ -11,7 +11,9 @@ from r1mega.gpu_check.findings import Context, Findings
 from r1mega.gpu_check.runner import ROOT
 from r1mega.observe.metrics import WRITTEN_AS_NULL, read_metrics
 
-TOLD = ("logprob/diff_max", "logprob/diff_mean", "policy/grad_norm", "tokens/rollout_per_second", "tokens/update_per_second")
+TOLD = (
+    "logprob/diff_max", "logprob/diff_mean", "policy/grad_norm", "tokens/rollout_per_second", "tokens/update_per_second"
+)  # fmt: skip
 """Figures of the worst, or largest, step."""
 
 
@@ -42,7 +44,8 @@ def reinforcement_learning(context: Context, findings: Findings) -> None:
 def judge_run(findings: Findings, run: Path, printed: str, steps: int, limit: float) -> None:
     """What a run left and printed. limit: of the mean difference of trainer and sampler, nats."""
     lines = read_metrics(run)
-    findings.holds("a line for every step", [line["step"] for line in lines] == list(range(1, steps + 1)), str(len(lines)))
+    numbers = [line["step"] for line in lines]
+    findings.holds("a line for every step", numbers == list(range(1, steps + 1)), str(numbers))
     # a value that is not finite stands in the file as one that does not apply
     findings.holds("every metric is finite", WRITTEN_AS_NULL not in printed, WRITTEN_AS_NULL)
     for name in TOLD:

@@ -91,7 +91,8 @@ def exchange_messages(context: Context, findings: Findings) -> None:
     """
     from r1mega.weights.transport import Message, MessageTransport, Side
 
-    device, rank, ranks, size = platform.current().device, dist.get_rank(), dist.get_world_size(), MESSAGE_BYTES[context.device]
+    device, size = platform.current().device, MESSAGE_BYTES[context.device]
+    rank, ranks = dist.get_rank(), dist.get_world_size()
     around = sorted({(rank - 1) % ranks, (rank + 1) % ranks})
 
     def content(sender: int, index: int) -> torch.Tensor:

@@ -31,7 +31,8 @@ Status = Literal["passed", "slow", "failed", "skipped", "not run"]
 TAIL = 80
 """Lines of a failed step's output that are kept."""
 LAUNCHED = (
-    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_STEP_ID", "SLURM_PROCID"
+    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_STEP_ID",
+    "SLURM_PROCID",
 )  # fmt: skip
 """Without them no launcher is seen (config/launched.py)."""
 MARK = "R1MEGA_GPU_CHECK"
@@ -43,8 +44,8 @@ SECONDS_TO_DIE = 20
 @dataclass(slots=True)
 class Result:
     """status: 'slow' is right but below a goal; 'skipped' lacks something, 'not run' no longer fitted: neither proves
-    anything. reason: of every status but 'passed'. cpu_seconds: of its processes; few in many seconds: the machine was busy,
-    or it waited. tail: the end of a failed step's output."""
+    anything. reason: of every status but 'passed'. cpu_seconds: of its processes; few in many seconds: the machine was
+    busy, or it waited. tail: the end of a failed step's output."""
 
     name: str
     proves: str
@@ -61,8 +62,8 @@ class Result:
 @dataclass(frozen=True, slots=True)
 class Plan:
     """steps: in order; device: 'cuda' or 'cpu'; work: for files between steps and their logs; packages: folders put
-    before all others on the steps' import path; deadline: time.monotonic() after which nothing starts, or None; patience:
-    factor of the steps' limits."""
+    before all others on the steps' import path; deadline: time.monotonic() after which nothing starts, or None;
+    patience: factor of the steps' limits."""
 
     steps: Sequence[Step]
     device: Literal["cuda", "cpu"]

@@ -28,7 +28,10 @@ _HERE = "r1mega.gpu_check"
 
 STEPS = (
     Step("environment", "what is installed, and which of it works", f"{_HERE}.environment:describe", 40, 900),
-    Step("limits", "rates of a copy and of matrix products, of every device; products are exact", f"{_HERE}.limits:measure", 15, 120, ("torch",)),
+    Step(
+        "limits", "rates of a copy and of matrix products, of every device; products are exact",
+        f"{_HERE}.limits:measure", 15, 120, ("torch",),
+    ),
     Step("kernels-build", "the kernels compile here", f"{_HERE}.kernels:build", 45, 300, ("torch", "compiler")),
     Step(
         "kernels-right", "kernels against float64: values, gradients, extremes, batch invariance",

@@ -103,7 +103,9 @@ def take_steps(case: Case, expected: Expected, keep_gradients: bool = False) -> 
     stepping = policy.optimizer.step
 
     def step() -> Any:
-        captured["gradients"] = gradients_by_name(policy) if keep_gradients else gradients(policy, expected.steps[len(steps)].gradients)
+        captured["gradients"] = (
+            gradients_by_name(policy) if keep_gradients else gradients(policy, expected.steps[len(steps)].gradients)
+        )
         return stepping()
 
     policy.optimizer.step = step

@@ -17,6 +17,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from r1mega.gpu_check.environment import UNCORRECTED, _from_nvidia_smi
 from r1mega.gpu_check.report import plain_table, summary
 from r1mega.gpu_check.runner import ROOT, Plan, run_all, unpack
 from r1mega.gpu_check.steps import STEPS, Step, select
@@ -47,7 +48,8 @@ def test_a_step_that_fails_in_any_way_does_not_stop_the_others(tmp_path):
     assert results["raises"].figures == {"measured before": 1.0}
     assert "error is nan" in results["does_not_hold"].reason
     assert results["crashes"].reason == "its process ended by SIGSEGV; its process left no result"
-    assert "measured before: 2.0" in results["crashes"].tail and any("in crashes" in line for line in results["crashes"].tail)
+    assert "measured before: 2.0" in results["crashes"].tail
+    assert any("in crashes" in line for line in results["crashes"].tail)
     assert results["crashes_at_its_end"].reason == "its process ended by SIGSEGV"
     assert results["leaves"].reason == "its process ended with exit code 3; its process left no result"
     assert results["hangs"].reason == "it was ended after 15 s; its process left no result"
@@ -206,6 +208,23 @@ def _read(path):
         return path.read_bytes()
     except OSError:  # ended meanwhile
         return b""
+
+
+def test_what_nvidia_smi_says_of_each_device(tmp_path, monkeypatch):
+    """A script in its place, which answers as it does (csv, noheader); it says so when its arguments are not as expected."""
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    told = [f"NVIDIA H100 80GB HBM3, 00000000:{n}:00.0, 580.65.06, 1980 MHz, 2619 MHz, 345 MHz, 31, 700.00 W, Enabled, {n}, Disabled"
+            for n in (0, 2)]  # fmt: skip
+    answer = "echo " + "; echo ".join(f"'{line}'" for line in told)
+    script = tmp_path / "nvidia-smi"
+    script.write_text(f'#!/bin/sh\ncase "$*" in *--id=GPU-a,GPU-b*) {answer} ;; *) echo No devices; exit 6 ;; esac\n')
+    script.chmod(0o755)
+    found = _from_nvidia_smi(["GPU-a", "GPU-b"])
+    assert [each["pci.bus_id"] for each in found] == ["00000000:0:00.0", "00000000:2:00.0"]
+    assert [each[UNCORRECTED] for each in found] == ["0", "2"] and found[0]["power.limit"] == "700.00 W"
+    assert _from_nvidia_smi(["GPU-c"]) == [{"driver_version": "unknown: nvidia-smi said No devices"}]
+    monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
+    assert "No such file" in _from_nvidia_smi(["GPU-a"])[0]["driver_version"]
 
 
 def test_kernels_that_are_not_in_use_fail(tmp_path, monkeypatch):

@@ -10,17 +10,24 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import signal
+import socket
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Literal
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-from r1mega.gpu_check.report import line, print_table, summary, write_json  # noqa: E402
+from r1mega.gpu_check.report import Record, print_table, summary  # noqa: E402
 from r1mega.gpu_check.runner import Plan, run_all, run_step, unpack  # noqa: E402
 from r1mega.gpu_check.steps import STEPS, select  # noqa: E402
+from r1mega.observe.environment import git_commit  # noqa: E402
+
+CPU_PATIENCE = 4.0
+"""The steps' time limits are made for a GPU machine that does nothing else."""
 
 
 def names(text: str) -> tuple[str, ...]:
@@ -54,26 +61,50 @@ def main() -> int:
         for step in STEPS:
             print(f"{step.name:<16}{step.seconds:>5} s  {step.proves}" + f" [{', '.join(step.needs)}]" * bool(step.needs))
         return 0
-    work = (asked.work or Path(tempfile.mkdtemp(prefix="gpu_check_"))).resolve()
-    work.mkdir(parents=True, exist_ok=True)
-    started, begun = time.time(), time.monotonic()
+    for number in (signal.SIGTERM, signal.SIGHUP):  # the step that runs ends with this process
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves it
+            signal.signal(number, lambda received, _frame: sys.exit(128 + received))
     try:
-        plan = Plan(
-            select(asked.only, asked.skip), "cpu" if asked.cpu else "cuda", work, unpack(asked.packages, work),
-            begun + 60 * asked.minutes if asked.minutes is not None else None,
-        )  # fmt: skip
-        results = run_all(plan, lambda result: print(line(result), flush=True))
+        plan, record = prepare(asked)
     except ValueError as error:
         parser.error(str(error))
-    finally:
+    except OSError as error:
+        parser.error(f"cannot write: {error}; --json and --work (without it TMPDIR) say where to")
+    try:
+        run_all(plan, record.add)
+        record.finished = True
+    finally:  # also when it is ended from outside
+        if asked.work is None:
+            shutil.rmtree(plan.work, ignore_errors=True)
+        print_table(record.results)
+        print(f"{summary(record.results)}; {record.write():.0f} s; {record.path}", flush=True)
+    return 1 if any(result.status == "failed" for result in record.results) else 0
+
+
+def prepare(asked: argparse.Namespace) -> tuple[Plan, Record]:
+    """What to run, and where the results go: written once now, not for the first time after an hour.
+
+    Raises ValueError for a wrong argument, OSError for a place that cannot be written.
+    """
+    steps, begun = select(asked.only, asked.skip), time.monotonic()
+    device: Literal["cuda", "cpu"] = "cpu" if asked.cpu else "cuda"
+    record = Record(asked.json, {
+        "command": sys.argv[1:], "device": device, "host": socket.gethostname(), "git_commit": git_commit(ROOT),
+        "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    })  # fmt: skip
+    record.write()
+    if asked.work is not None:
+        asked.work.mkdir(parents=True, exist_ok=True)
+        (asked.work / "context.json").touch()
+    work = (asked.work or Path(tempfile.mkdtemp(prefix="gpu_check_"))).resolve()
+    try:
+        packages = unpack(asked.packages, work)
+    except (ValueError, OSError):
         if asked.work is None:
             shutil.rmtree(work, ignore_errors=True)
-    about = {"command": sys.argv[1:], "device": plan.device, "seconds": round(time.monotonic() - begun, 1),
-             "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started))}  # fmt: skip
-    write_json(asked.json, results, about)
-    print_table(results)
-    print(f"{summary(results)}; {about['seconds']:.0f} s; {asked.json}")
-    return 1 if any(result.status == "failed" for result in results) else 0
+        raise
+    deadline = begun + 60 * asked.minutes if asked.minutes is not None else None
+    return Plan(steps, device, work, packages, deadline, patience=CPU_PATIENCE if asked.cpu else 1.0), record
 
 
 if __name__ == "__main__":

@@ -11,11 +11,16 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
 from typing import Any
 
 from r1mega.gpu_check.findings import Context, Findings
+from r1mega.gpu_check.runner import ROOT
 
-PROBE_SECONDS = 200
+UNCORRECTED = "ecc.errors.uncorrected.volatile.total"
+"""Errors of memory that ECC could not mend, since the driver was loaded."""
+PROBE_SECONDS = {"cuda": 200, "cpu": 600}
+"""For one import. Together they may take as long as the step (steps.py)."""
 LIBRARIES = {
     "torch": ("torch", "import torch; torch.ones(1) + 1"),
     "triton": ("triton", "import triton.language"),
@@ -56,7 +61,8 @@ def describe(context: Context, findings: Findings) -> None:
     versions = {name: _version(distribution, name) for name, (distribution, _) in LIBRARIES.items()}
     to_try = [name for name in statements if name in wanted and versions.get(name, "a probe")]
     with ThreadPoolExecutor(max(2, (os.cpu_count() or 2) // 2)) as pool:
-        tried = dict(zip(to_try, pool.map(lambda name: _try(statements[name]), to_try), strict=True))
+        limit = PROBE_SECONDS[context.device]
+        tried = dict(zip(to_try, pool.map(lambda name: _try(statements[name], limit), to_try), strict=True))
     libraries = {}
     for name, version in versions.items():
         state = "missing" if version is None else "not tried" if name not in tried else "broken" if tried[name] else "present"
@@ -64,9 +70,13 @@ def describe(context: Context, findings: Findings) -> None:
     findings.figures["python"] = platform.python_version()
     findings.figures["libraries"] = libraries
     findings.figures["versions"] = {name: version for name in VERSIONS if (version := _version(name, name))}
-    findings.figures["compilers"] = {name: _first_line(name) for name in ("nvcc", "g++")}
+    findings.figures["compilers"] = {name: path and _first_line(path) for name, path in _compilers().items()}
     device = _device_facts(context.device) if not tried.get("torch", "missing") else {}
     findings.figures["device"] = device
+    for index, each in enumerate(device.get("each", [])):
+        errors = each.get(UNCORRECTED, "")
+        none = not errors.isdigit() or int(errors) == 0
+        findings.holds(f"device {index}: no uncorrected memory errors", none, errors)
     findings.figures["host"] = {"cores": len(os.sched_getaffinity(0)), "memory_gib": _host_gib()}
     abilities = _abilities(context.device, libraries, tried, device)
     findings.figures["abilities"] = abilities
@@ -101,8 +111,6 @@ def _abilities(
     cuda = device == "cuda"
     no_gpu = "needs a GPU"
     devices = int(facts.get("devices", 0)) if cuda else 99  # CPU ranks share one
-    compiler = "nvcc" if cuda else "g++"
-    there = shutil.which(compiler) or (cuda and os.access("/usr/local/cuda/bin/nvcc", os.X_OK))
     torch = library("torch")
     if not torch and cuda and not devices:
         torch = "torch sees no CUDA device (--cpu runs the same steps on the CPU)"
@@ -110,7 +118,9 @@ def _abilities(
     return {
         "torch": torch,
         "gpu": "" if cuda and devices else no_gpu,
-        "compiler": "" if there else f"no {compiler}",
+        "compiler": "; ".join(
+            f"no {name}" for name, path in _compilers().items() if path is None and (cuda or name == "g++")
+        ),
         "policy": policy,
         "te": library("transformer-engine") if cuda else "Transformer Engine needs a GPU",
         "fp8": "" if facts.get("fp8") else "this device has no FP8",
@@ -122,15 +132,15 @@ def _abilities(
     }
 
 
-def _try(statement: str) -> str:
+def _try(statement: str, limit: int) -> str:
     """'' when it runs in a fresh interpreter, else the last line of what it said."""
     try:
         done = subprocess.run(
             [sys.executable, "-c", statement], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-            timeout=PROBE_SECONDS, stdin=subprocess.DEVNULL,
+            timeout=limit, stdin=subprocess.DEVNULL,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
-        return f"its import took more than {PROBE_SECONDS} s"
+        return f"its import took more than {limit} s"
     if done.returncode == 0:
         return ""
     print(done.stdout[-3000:])
@@ -152,25 +162,29 @@ def _device_facts(device: str) -> dict[str, Any]:
         "memory_gib": round(properties.total_memory / 2**30, 1), "multiprocessors": properties.multi_processor_count,
         "fp8": (properties.major, properties.minor) >= (8, 9), "nccl": ".".join(map(str, torch.cuda.nccl.version())),
     }  # fmt: skip
-    return facts | _from_nvidia_smi()
+    devices = [f"GPU-{torch.cuda.get_device_properties(index).uuid}" for index in range(facts["devices"])]
+    return facts | {"each": _from_nvidia_smi(devices)}
 
 
-def _from_nvidia_smi() -> dict[str, str]:
-    """Driver, clocks, power limit, ECC and MIG mode of the first device, where nvidia-smi tells them."""
-    keys = (
-        "driver_version", "clocks.max.sm", "clocks.max.memory", "clocks.sm", "power.limit", "ecc.mode.current",
-        "mig.mode.current",
-    )  # fmt: skip
-    if shutil.which("nvidia-smi") is None:
-        return {"driver": "unknown: no nvidia-smi"}
-    done = subprocess.run(
-        ["nvidia-smi", f"--query-gpu={','.join(keys)}", "--format=csv,noheader", "--id=0"], capture_output=True, text=True,
-        timeout=30, check=False,
-    )  # fmt: skip
-    values = [value.strip() for value in done.stdout.strip().split(",")]
-    if done.returncode or len(values) != len(keys):
-        return {"driver": f"unknown: nvidia-smi said {(done.stdout + done.stderr).strip()[:200]}"}
-    return {key.removesuffix("_version"): value for key, value in zip(keys, values, strict=True)}
+SMI_KEYS = (
+    "name", "pci.bus_id", "driver_version", "clocks.max.sm", "clocks.max.memory", "clocks.sm", "temperature.gpu",
+    "power.limit", "ecc.mode.current", UNCORRECTED, "mig.mode.current",
+)  # fmt: skip
+
+
+def _from_nvidia_smi(devices: list[str]) -> list[dict[str, str]]:
+    """SMI_KEYS of each device, where it tells them. By UUID: nvidia-smi counts what CUDA_VISIBLE_DEVICES hides."""
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", f"--query-gpu={','.join(SMI_KEYS)}", "--format=csv,noheader", f"--id={','.join(devices)}"],
+            capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return [{"driver_version": f"unknown: nvidia-smi: {error}"}]
+    rows = [[value.strip() for value in line.split(",")] for line in done.stdout.strip().splitlines()]
+    if done.returncode or any(len(row) != len(SMI_KEYS) for row in rows):
+        return [{"driver_version": f"unknown: nvidia-smi said {(done.stdout + done.stderr).strip()[:200]}"}]
+    return [dict(zip(SMI_KEYS, row, strict=True)) for row in rows]
 
 
 def _version(distribution: str, name: str) -> str | None:
@@ -184,10 +198,20 @@ def _version(distribution: str, name: str) -> str | None:
     return "unknown" if importlib.util.find_spec(module) is not None else None
 
 
-def _first_line(compiler: str) -> str | None:
-    path = shutil.which(compiler)
-    if path is None:
-        return None
+def build_script() -> ModuleType:
+    """kernels/build.py, which is in no package."""
+    spec = importlib.util.spec_from_file_location("r1mega_kernels_build", ROOT / "kernels" / "build.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _compilers() -> dict[str, str | None]:
+    """Where kernels/build.py finds them."""
+    return {"nvcc": build_script().find_nvcc(), "g++": os.environ.get("CXX") or shutil.which("g++")}
+
+
+def _first_line(path: str) -> str:
     done = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=30, check=False)
     lines = [line for line in done.stdout.splitlines() if re.search(r"\d+\.\d+", line)]
     return lines[0].strip() if lines else path

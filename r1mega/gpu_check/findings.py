@@ -21,7 +21,8 @@ class Context:
 
 @dataclass(slots=True)
 class Findings:
-    """Collected while a step runs, so that what was measured before a failure is kept.
+    """Collected while a step runs, so that what was measured before a failure is kept; printed too, so that the log has
+    it of a step that crashes or hangs.
 
     figures: plain values; failures: comparisons that do not hold (the step has failed); short: goals that were not
     reached (the step is slow); notes: for a person.
@@ -34,6 +35,7 @@ class Findings:
 
     def figure(self, name: str, value: Any) -> None:
         self.figures[name] = rounded(value)
+        print(f"{name}: {self.figures[name]}", flush=True)
 
     def at_most(self, name: str, value: float, limit: float) -> None:
         """NaN does not hold."""
@@ -42,7 +44,7 @@ class Findings:
             self.failures.append(f"{name} is {rounded(value)}, more than {limit:g}")
 
     def holds(self, name: str, condition: bool, otherwise: str = "") -> None:
-        self.figures[name] = bool(condition)
+        self.figure(name, bool(condition))
         if not condition:
             self.failures.append(f"{name}: no{f' ({otherwise})' if otherwise else ''}")
 

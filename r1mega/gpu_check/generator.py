@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 
 from r1mega.config.schema import ParallelConfig, WeightsConfig
 from r1mega.gpu_check.findings import Context, Findings
-from r1mega.gpu_check.policy import HF, SEQUENCES, Case, grpo_step, load_reference, make_policy, make_samples
+from r1mega.gpu_check.policy import HF, SEQUENCES, Case, load_reference, make_policy, make_samples, rl_step
 from r1mega.platform import groups
 from r1mega.rollout.engine import EngineSettings
 from r1mega.train.samples import pack_samples
@@ -58,9 +59,13 @@ def live(context: Context, findings: Findings, layout: ParallelConfig, tp: int, 
         findings.at_most(f"{label}the policy beside the generator changes by", largest, 1e-3)
         _sleep(context, findings, generator, label, keep_weights=True)
         generator.wake_up()
-        findings.holds(f"{label}answers after sleep as before", _generate(generator) == generated)
+        same = _same_tokens(generated, _generate(generator))
+        # on a GPU rounding may differ, and a token with it; with other weights hardly any is the same
+        findings.figure(f"{label}share of tokens that are the same after sleep", same)
+        enough = 0.5 if context.device == "cuda" else 1.0
+        findings.holds(f"{label}answers after sleep as before", same >= enough, f"{same:.0%}")
         _sleep(context, findings, generator, label, keep_weights=False)
-        grpo_step(policy, case, make_samples("chosen"), 1)
+        rl_step(policy, make_samples("chosen"), 1, **case.algorithm)
         second = _timed(findings, f"{label}push while asleep", sync.push)  # wakes it up, digests and probes
         findings.figure(f"{label}largest difference after a step", second["weights/probe_diff_max"])
         _generate(generator)
@@ -93,11 +98,18 @@ def _generate(generator: Any) -> list[tuple[tuple[int, ...], tuple[float, ...]]]
     return [(response.token_ids, response.log_probs) for group in generator.generate(requests) for response in group]
 
 
+def _same_tokens(before: list[tuple], after: list[tuple]) -> float:
+    """Share of the tokens whose log-prob agrees too."""
+    pairs = [pair for (tokens, scores), (again, others) in zip(before, after, strict=True)
+             for pair in zip_longest(zip(tokens, scores, strict=True), zip(again, others, strict=True))]  # fmt: skip
+    agree = [(a, b) for a, b in pairs if a and b and a[0] == b[0] and math.isclose(a[1], b[1], abs_tol=0.05)]
+    return len(agree) / len(pairs)
+
+
 def _timed(findings: Findings, name: str, function: Callable[[], Any]) -> Any:
     start = time.monotonic()
     value = function()
     findings.figure(f"{name}, seconds", time.monotonic() - start)
-    print(f"{name}: {time.monotonic() - start:.1f} s", flush=True)
     return value
 
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import time
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 
+from r1mega.gpu_check.environment import build_script
 from r1mega.gpu_check.findings import Context, Findings
-from r1mega.gpu_check.runner import ROOT
 
 GOALS = {"logits forward": 0.88, "logits backward": 0.88, "hidden forward": 0.85, "hidden backward": 0.82}
 """Shares of the copy and the matmul rate at which docs/kernels.md aims (8192 tokens, V = 129280, H = 7168)."""
@@ -21,19 +19,12 @@ GOALS = {"logits forward": 0.88, "logits backward": 0.88, "hidden forward": 0.85
 def build(context: Context, findings: Findings) -> None:
     """`python kernels/build.py`, with the CUDA library on a GPU. Loading what it made is `right`'s first act."""
     start = time.monotonic()
-    built = _build_script().build_libraries(cuda=context.device == "cuda")
+    built = build_script().build_libraries(cuda=context.device == "cuda")
     for path in built:
         findings.figure(f"{Path(path).name} bytes", Path(path).stat().st_size)
     findings.figure("build_seconds", time.monotonic() - start)
     wanted = "_cuda.so" if context.device == "cuda" else "_cpu.so"
     findings.holds(f"{wanted} was built", any(Path(path).name == wanted for path in built))
-
-
-def _build_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("r1mega_kernels_build", ROOT / "kernels" / "build.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 # ---------------------------------------------------------------------- right
@@ -216,7 +207,6 @@ def fast(context: Context, findings: Findings) -> None:
     for measure in (logits_rows, hidden_rows):
         rows += measure(limits, rounds, shapes, context.device, with_peers=False)
     for row in rows:
-        print(row)
         share, (kind,) = row["share_of_measured_limit"], [kind for kind in GOALS if row["case"].startswith(kind)]
         judged = cuda and goal_shape.name in row["case"].split("/")[0] and "/8" not in row["case"]
         findings.goal(f"{row['case']}: share", share, GOALS[kind] if judged else 0.0)

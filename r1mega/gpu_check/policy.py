@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from r1mega import platform
 from r1mega.config.schema import DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, RolloutConfig
@@ -23,8 +22,8 @@ from r1mega.types import TrainingSample
 
 platform.prepare()
 
-from r1mega.checkpoint.names import export_hf  # noqa: E402
 from r1mega.checkpoint.store import CheckpointStore, architecture_of  # noqa: E402
+from r1mega.gpu_check.tensors import distance, everything, gradients_by_name, weights  # noqa: E402
 from r1mega.observe.trace import PhaseTimer  # noqa: E402
 from r1mega.platform import groups  # noqa: E402
 from r1mega.platform.fp8 import recipe_problem  # noqa: E402
@@ -61,6 +60,13 @@ class Case:
     experts: Literal["chosen", "given"] = "chosen"
     fp8: Literal["off", "tensorwise", "blockwise"] = "off"
     layout: ParallelConfig = ParallelConfig()
+
+    @property
+    def algorithm(self) -> dict[str, Any]:
+        """In low precision no token may be clipped on one side only, nor a KL term route by itself."""
+        if self.experts == "chosen":
+            return {"kl_coefficient": 0.1}
+        return {"kl_coefficient": 0.0, "clip_low": 0.9, "clip_high": 10.0, "loss_aggregation": "token"}
 
     @property
     def name(self) -> str:
@@ -140,17 +146,21 @@ def make_policy(case: Case, state: dict[str, torch.Tensor] | None) -> Policy:
     return policy
 
 
-def grpo_step(policy: Policy, case: Case, samples: list[TrainingSample], number: int) -> tuple[float, float]:
-    """(loss, gradient norm) of one step of RL, by the code that trains."""
-    # in low precision no token may be clipped on one side only, nor a KL term route by itself
-    further = {"kl_coefficient": 0.1} if case.experts == "chosen" else {
-        "kl_coefficient": 0.0, "clip_low": 0.9, "clip_high": 10.0, "loss_aggregation": "token"
-    }  # fmt: skip
-    algorithm = AlgorithmConfig(old_log_probs="rollout", **further)
+def rl_step(
+    policy: Policy,
+    samples: list[TrainingSample],
+    number: int,
+    *,
+    microbatch_tokens: int = 128,
+    temperature: float = TEMPERATURE,
+    **algorithm: Any,
+) -> tuple[float, float]:
+    """(loss, gradient norm) of one step of RL, by the code that trains. algorithm: keys of AlgorithmConfig."""
     config = RLStage(
         stage="zero", run_dir=Path("unused"), model=ModelConfig(path=Path("unused")), data=DataConfig(prompts=()),
-        rollout=RolloutConfig(temperature=TEMPERATURE), update=UpdateConfig(num_minibatches=1, microbatch_tokens=128),
-        algorithm=algorithm,
+        rollout=RolloutConfig(temperature=temperature),
+        update=UpdateConfig(num_minibatches=1, microbatch_tokens=microbatch_tokens),
+        algorithm=AlgorithmConfig(old_log_probs="rollout", **algorithm),
     )  # fmt: skip
     metrics = update_policy(policy, samples, config, number, PhaseTimer())
     return metrics["policy/loss"], metrics["policy/grad_norm"]
@@ -172,61 +182,13 @@ def take_steps(policy: Policy, case: Case, steps: int = STEPS) -> Steps:
         for number in range(1, steps + 1):
             scored = policy.log_probs(batches, TEMPERATURE, everywhere=True)
             found.log_probs.append([log_probs.float().cpu() for log_probs, _ in scored])
-            loss, norm = grpo_step(policy, case, samples, number)
+            loss, norm = rl_step(policy, samples, number, **case.algorithm)
             found.losses.append(loss)
             found.norms.append(norm)
     finally:
         policy.optimizer.step = stepping
     found.after = weights(policy)
     return found
-
-
-def weights(policy: Policy) -> dict[str, torch.Tensor]:
-    """Under their HF names, on the host, copied; of a bfloat16 model the optimizer's float32 ones where one rank has them
-    whole."""
-    mains = {}
-    for parameter in _parameters(policy):
-        main = getattr(parameter, "main_param", None)
-        if main is not None and main.numel() == parameter.numel():
-            mains[parameter] = main.detach().view(parameter.shape)
-    return _exported(policy, mains)
-
-
-def gradients_by_name(policy: Policy) -> dict[str, torch.Tensor]:
-    """The gradient buffers' content under HF names, made whole over the ranks, on the host."""
-    for chunk in policy.ddp_chunks:  # the distributed optimizer reduces gradients to shards
-        for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]:
-            group = buffer.data_parallel_group
-            for bucket in buffer.buckets if group.size() > 1 else ():
-                own = bucket.grad_data.chunk(group.size())[group.rank()].clone()
-                dist.all_gather_into_tensor(bucket.grad_data, own, group=group)
-    return _exported(policy, {parameter: parameter.main_grad for parameter in _parameters(policy)})
-
-
-def _parameters(policy: Policy) -> list[torch.nn.Parameter]:
-    return [parameter for chunk in policy.chunks for parameter in chunk.parameters()]
-
-
-def _exported(policy: Policy, values: dict[torch.nn.Parameter, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The model with other values as its parameters, under HF names, on the host, copied. A collective call.
-
-    The parameters themselves are left alone: data of another dtype would cost them the hooks of Megatron's DDP.
-    """
-    places = [
-        (module, name, parameter)
-        for chunk in policy.chunks
-        for module in chunk.modules()
-        for name, parameter in module._parameters.items()
-        if parameter is not None
-    ]
-    try:
-        for module, name, parameter in places:
-            if parameter in values:
-                module._parameters[name] = torch.nn.Parameter(values[parameter], requires_grad=False)
-        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in export_hf(policy.chunks)}
-    finally:
-        for module, name, parameter in places:
-            module._parameters[name] = parameter
 
 
 # ---------------------------------------------------------------------- steps of the check
@@ -312,20 +274,6 @@ def compare(
     findings.at_most(f"{name}: what {STEPS} steps changed", distance(ours, moved)[0], limits.change)
 
 
-def distance(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> tuple[float, float, str]:
-    """Relative Euclidean distances: (all tensors together, the worst one of those that are not next to nothing, its
-    name). Raises KeyError where the names differ."""
-    if found.keys() != expected.keys():
-        raise KeyError(f"names that one side lacks: {sorted(found.keys() ^ expected.keys())[:9]}")
-    squares, norms = {}, {}
-    for name, tensor in expected.items():
-        squares[name] = float((found[name].double() - tensor.double()).square().sum())
-        norms[name] = float(tensor.double().square().sum())
-    floor = 1e-6 * max(norms.values())
-    worst, name = max(((squares[n] / max(norms[n], floor)) ** 0.5, n) for n in squares)
-    return (sum(squares.values()) / max(sum(norms.values()), 1e-300)) ** 0.5, worst, name
-
-
 # ---------------------------------------------------------------------- checkpoint, offload
 
 
@@ -381,21 +329,6 @@ def offload(context: Context, findings: Findings) -> None:
 
 def _allocated(context: Context) -> int:
     return torch.cuda.memory_allocated() if context.device == "cuda" else 0
-
-
-def everything(policy: Policy) -> dict[str, torch.Tensor]:
-    """Weights, and the optimizer's main weights, moments and step counts, on the host, copied."""
-    tensors = weights(policy)
-    for part_index, part in enumerate(getattr(policy.optimizer, "chained_optimizers", [policy.optimizer])):
-        for group_index, group in enumerate(part.optimizer.param_groups):
-            tensors[f"optimizer.{part_index}.{group_index}.step"] = torch.as_tensor(group.get("step", 0)).cpu()
-            for index, parameter in enumerate(group["params"]):
-                prefix = f"optimizer.{part_index}.{group_index}.{index}"
-                tensors[f"{prefix}.main"] = parameter.detach().to("cpu", copy=True)
-                for name, value in part.optimizer.state[parameter].items():
-                    if torch.is_tensor(value):
-                        tensors[f"{prefix}.{name}"] = value.detach().to("cpu", copy=True)
-    return tensors
 
 
 def _same(findings: Findings, what: str, before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> None:

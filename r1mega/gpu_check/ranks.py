@@ -16,6 +16,7 @@ from r1mega import platform
 from r1mega.config.schema import ParallelConfig
 from r1mega.errors import PlatformError
 from r1mega.gpu_check.findings import Context, Findings
+from r1mega.gpu_check.runner import show_stacks
 from r1mega.platform import groups
 from r1mega.platform.local_ranks import run_ranks
 
@@ -23,11 +24,16 @@ LAYOUTS = {
     2: ({}, {"tp": 2}, {"ep": 2}, {"tp": 2, "ep": 2}, {"pp": 2}, {"etp": 2}),
     4: ({"tp": 2, "pp": 2, "ep": 2}, {"tp": 2, "cp": 2, "ep": 2}, {"pp": 2, "vpp": 2, "ep": 2}, {"ep": 4}),
 }
+RANKS_ON_CPU = 3
+"""Of `transport`: no power of two, for devices may be left out."""
 MESSAGE_BYTES = {"cuda": 256 << 20, "cpu": 1 << 20}
 
 
 def transport(context: Context, findings: Findings) -> None:
-    _on_ranks("exchange_messages", 2, context, findings)
+    """Over all devices of the machine."""
+    ranks = torch.cuda.device_count() if context.device == "cuda" else RANKS_ON_CPU
+    findings.figure("ranks", ranks)
+    _on_ranks("exchange_messages", ranks, context, findings)
 
 
 def parity(context: Context, findings: Findings) -> None:
@@ -63,6 +69,7 @@ def _on_ranks(function: str, ranks: int, context: Context, findings: Findings) -
 
 def _rank(function: str, device: str, work: Path) -> None:
     """One rank's part."""
+    show_stacks()
     findings = Findings()
     if platform.current().name != device:
         raise PlatformError(f"this rank is on {platform.current().name}, {device} was asked for")
@@ -78,42 +85,47 @@ def _rank(function: str, device: str, work: Path) -> None:
 
 
 def exchange_messages(context: Context, findings: Findings) -> None:
-    """All-reduce, all-gather and the weight transfer's own batched messages, of random bytes that each side knows."""
+    """All-reduce, all-gather and the weight transfer's own batched messages, of random bytes that each side knows.
+
+    Messages go round a ring in both directions, so that of every device a link is used.
+    """
     from r1mega.weights.transport import Message, MessageTransport, Side
 
-    device, rank, size = platform.current().device, dist.get_rank(), MESSAGE_BYTES[context.device]
-    other = 1 - rank
+    device, size = platform.current().device, MESSAGE_BYTES[context.device]
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    around = sorted({(rank - 1) % ranks, (rank + 1) % ranks})
 
     def content(sender: int, index: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(100 * sender + index)
-        return torch.randint(0, 256, (size,), dtype=torch.uint8, generator=generator).to(device)
+        return torch.randint(-(2**63), 2**63 - 1, (size // 8,), generator=generator).view(torch.uint8).to(device)
 
     total = content(rank, 0).float()
-    expected = content(0, 0).float() + content(1, 0).float()
+    expected = sum(content(sender, 0).float() for sender in range(ranks))
     dist.all_reduce(total)
     findings.holds("all-reduce adds", torch.equal(total, expected))
-    gathered = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)]
+    gathered = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(ranks)]
     dist.all_gather(gathered, content(rank, 1))
     findings.holds("all-gather gathers", all(torch.equal(g, content(r, 1)) for r, g in enumerate(gathered)))
     buckets = 4
-    side = Side((Message(other, 0, size, ()),))
-    way = MessageTransport([(size, size)] * buckets, device)
+    side = Side(tuple(Message(other, place * size, size, ()) for place, other in enumerate(around)))
+    way = MessageTransport([(len(around) * size, len(around) * size)] * buckets, device)
     held, right = [content(rank, index) for index in range(buckets)], True
     for turn in range(2):  # the first connects and compares, the second is timed
         _wait(context)
         start = time.monotonic()
         for index in range(buckets + 1):
             if index < buckets:
-                way.outgoing(index)[:size].copy_(held[index])
+                for part in way.outgoing(index).split(size):
+                    part.copy_(held[index])
                 way.post(index, side, side)
             if index:
-                for _, received in way.received(index - 1, side):
-                    right = right and (turn == 1 or torch.equal(received, content(other, index - 1)))
+                for message, received in way.received(index - 1, side):
+                    right = right and (turn == 1 or torch.equal(received, content(message.rank, index - 1)))
         way.finish()
         _wait(context)
         seconds = time.monotonic() - start
     findings.holds("messages arrive whole", right)
-    findings.figure("bytes_per_s_each_way", buckets * size / seconds)
+    findings.figure("bytes_per_s_each_way", buckets * size * len(around) / seconds)
     _time_collectives(context, findings, torch.zeros(size // 4, device=device))
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import textwrap
+import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +61,35 @@ def _told(result: Result) -> str:
     return "; ".join(filter(None, [result.reason or result.proves, *result.notes]))
 
 
-def write_json(path: Path, results: Sequence[Result], about: dict[str, Any]) -> None:
-    """about: of the whole run. `steps` has what each step found; figures are in the units of their names."""
-    counts = Counter(result.status for result in results)
-    record = about | {
-        "summary": {status: counts[status] for status in _STYLES}, "steps": [asdict(result) for result in results]
-    }  # fmt: skip
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
+@dataclass(slots=True)
+class Record:
+    """The results so far, in a JSON file that is written after every step: a machine that goes away takes none along.
+
+    about: of the whole run. `steps` has what each step found; figures are in the units of their names.
+    """
+
+    path: Path
+    about: dict[str, Any]
+    results: list[Result] = field(default_factory=list)
+    finished: bool = False
+    begun: float = field(default_factory=time.monotonic)
+
+    def add(self, result: Result) -> None:
+        """A step has ended: say so, and keep it."""
+        self.results.append(result)
+        print(line(result), flush=True)
+        self.write()
+
+    def write(self) -> float:
+        """Returns the seconds since the start."""
+        seconds = round(time.monotonic() - self.begun, 1)
+        counts = Counter(result.status for result in self.results)
+        record = self.about | {
+            "seconds": seconds, "finished": self.finished, "summary": {status: counts[status] for status in _STYLES},
+            "steps": [asdict(result) for result in self.results],
+        }  # fmt: skip
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_name(f"{self.path.name}.tmp")
+        partial.write_text(json.dumps(record, indent=1) + "\n")
+        partial.replace(self.path)
+        return seconds

@@ -5,13 +5,16 @@ Needs nothing but Python, so that it also runs where torch does not.
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
 import traceback
+import uuid
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -25,20 +28,31 @@ from r1mega.gpu_check.steps import Step
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = ROOT / "tools" / "gpu_check.py"
 Status = Literal["passed", "slow", "failed", "skipped", "not run"]
-TAIL = 40
+TAIL = 80
 """Lines of a failed step's output that are kept."""
+LAUNCHED = (
+    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_STEP_ID",
+    "SLURM_PROCID",
+)  # fmt: skip
+"""Without them no launcher is seen (config/launched.py)."""
+MARK = "R1MEGA_GPU_CHECK"
+"""Environment variable by which a step's processes are known: ranks have process groups of their own."""
+SECONDS_TO_DIE = 20
+"""A process that the driver does not let go of stays longer than that; it is named, and the next step starts."""
 
 
 @dataclass(slots=True)
 class Result:
     """status: 'slow' is right but below a goal; 'skipped' lacks something, 'not run' no longer fitted: neither proves
-    anything. reason: of every status but 'passed'. tail: the end of a failed step's output."""
+    anything. reason: of every status but 'passed'. cpu_seconds: of its processes; few in many seconds: the machine was
+    busy, or it waited. tail: the end of a failed step's output."""
 
     name: str
     proves: str
     status: Status
     reason: str = ""
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
     figures: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     traceback: str = ""
@@ -48,13 +62,15 @@ class Result:
 @dataclass(frozen=True, slots=True)
 class Plan:
     """steps: in order; device: 'cuda' or 'cpu'; work: for files between steps and their logs; packages: folders put
-    before all others on the steps' import path; deadline: time.monotonic() after which nothing starts, or None."""
+    before all others on the steps' import path; deadline: time.monotonic() after which nothing starts, or None;
+    patience: factor of the steps' limits."""
 
     steps: Sequence[Step]
     device: Literal["cuda", "cpu"]
     work: Path
     packages: tuple[Path, ...] = ()
     deadline: float | None = None
+    patience: float = 1.0
 
 
 def run_all(plan: Plan, tell: Callable[[Result], None]) -> list[Result]:
@@ -71,7 +87,7 @@ def _run_or_not(step: Step, plan: Plan, results: dict[str, Result]) -> Result:
     missing = _what_is_missing(step, results)
     if missing:
         return Result(step.name, step.proves, "skipped", missing)
-    limit = float(step.limit)
+    limit = step.limit * plan.patience
     if plan.deadline is not None:
         left = plan.deadline - time.monotonic()
         if left < step.seconds:
@@ -107,31 +123,47 @@ def _run(step: Step, plan: Plan, results: dict[str, Result], limit: float) -> Re
     device = "cpu" if step.on_cpu else plan.device
     command = [sys.executable, str(COMMAND), "--step", step.function, "--device", device, "--work", str(plan.work),
                "--json", str(found)]  # fmt: skip
-    start = time.monotonic()
+    mark = uuid.uuid4().hex
+    start, used = time.monotonic(), _cpu_seconds()
     with log.open("wb") as output:
         process = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, cwd=ROOT,
-            env=step_environment(plan, device), start_new_session=True,
+            env=step_environment(plan, device) | {MARK: mark}, start_new_session=True,
         )  # fmt: skip
         try:
-            code = process.wait(limit)
-            ended = "" if code >= 0 else f"its process ended by {signal.Signals(-code).name}"
+            ended = _how_it_ended(process.wait(limit))
         except subprocess.TimeoutExpired:
             ended = f"it was ended after {limit:.0f} s"
+            _ask_where(mark)
         finally:
-            _end_group(process)
+            left = _end(process, mark)
+    if left:
+        ended = "; ".join(filter(None, [ended, f"processes {', '.join(map(str, left))} cannot be killed"]))
     result = _read(step, found, ended)
-    result.seconds = round(time.monotonic() - start, 1)
+    result.seconds, result.cpu_seconds = round(time.monotonic() - start, 1), round(_cpu_seconds() - used, 1)
     if result.status == "failed":
         result.tail = log.read_text(errors="replace").splitlines()[-TAIL:]
     return result
+
+
+def _cpu_seconds() -> float:
+    """Of all processes that this one has waited for, and those that they have."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def _how_it_ended(code: int) -> str:
+    """'' for an end that its result explains."""
+    if code < 0:
+        return f"its process ended by {signal.Signals(-code).name}"
+    return "" if code in (0, 1) else f"its process ended with exit code {code}"
 
 
 def _read(step: Step, found: Path, ended: str) -> Result:
     try:
         record = json.loads(found.read_text())
     except (OSError, ValueError):
-        return Result(step.name, step.proves, "failed", ended or "its process left no result")
+        return Result(step.name, step.proves, "failed", "; ".join(filter(None, [ended, "its process left no result"])))
     result = Result(
         step.name, step.proves, "passed", figures=record["figures"], notes=record["notes"], traceback=record["traceback"]
     )
@@ -143,13 +175,49 @@ def _read(step: Step, found: Path, ended: str) -> Result:
     return result
 
 
-def _end_group(process: subprocess.Popen) -> None:
-    """The step's process and whatever it started."""
+def _marked(mark: str) -> list[int]:
+    """Processes, zombies apart, that were started with this mark in their environment."""
+    line, found = f"{MARK}={mark}".encode(), []
+    for place in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if line in place.read_bytes().split(b"\0"):
+                found.append(int(place.parent.name))
+        except OSError:  # ended meanwhile, or another user's
+            continue
+    return sorted(found)
+
+
+def _ask_where(mark: str) -> None:
+    """Every process of the step that calls `show_stacks` writes where it is into the log."""
+    for pid in _marked(mark):
+        _signal(os.kill, pid, signal.SIGUSR1)
+    time.sleep(1)
+
+
+def show_stacks() -> None:
+    """This process writes its Python stack to stderr when it crashes, and on SIGUSR1."""
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1, all_threads=False)
+
+
+def _end(process: subprocess.Popen, mark: str) -> list[int]:
+    """The step's process, its group, and all that it started. Returns the processes that stay nevertheless."""
+    _signal(os.killpg, process.pid, signal.SIGKILL)
+    until = time.monotonic() + SECONDS_TO_DIE
+    while True:
+        left = sorted({*_marked(mark), *([process.pid] if process.poll() is None else [])})
+        if not left or time.monotonic() > until:
+            return left
+        for pid in left:
+            _signal(os.kill, pid, signal.SIGKILL)
+        time.sleep(0.05)
+
+
+def _signal(send: Callable[[int, int], None], pid: int, number: int) -> None:
     try:
-        os.killpg(process.pid, signal.SIGKILL)
+        send(pid, number)
     except ProcessLookupError:
         pass
-    process.wait()
 
 
 def step_environment(plan: Plan, device: str) -> dict[str, str]:
@@ -160,8 +228,9 @@ def step_environment(plan: Plan, device: str) -> dict[str, str]:
         **os.environ, "PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1",
         "PYTHONWARNINGS": "ignore",
     }  # fmt: skip
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        environment.pop(name, None)
+    for name in list(environment):  # a step is no rank of what started this: torchrun, srun, mpirun
+        if name in LAUNCHED or name.startswith(("OMPI_COMM_WORLD_", "PMI_")):
+            del environment[name]
     environment.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # a pool of compilers starts slower than it compiles
     if device == "cuda":
         environment["NVIDIA_TF32_OVERRIDE"] = "0"  # Transformer Engine asks cuBLAS for TF32 in float32 products; torch does not
@@ -173,6 +242,7 @@ def step_environment(plan: Plan, device: str) -> dict[str, str]:
 
 def run_step(function: str, device: Literal["cuda", "cpu"], work: Path, result: Path) -> int:
     """In the step's own process: call its function and leave what it found in `result`. The exit code."""
+    show_stacks()
     known = json.loads((work / "context.json").read_text())
     context = Context(device, work, known["earlier"], tuple(known["needs"]))
     findings, error, trace = Findings(), "", ""
@@ -190,7 +260,8 @@ def run_step(function: str, device: Literal["cuda", "cpu"], work: Path, result: 
 
 
 def unpack(folders: Iterable[Path], into: Path) -> tuple[Path, ...]:
-    """Folders to import from: `folders` themselves, and for each its wheels, unpacked. ValueError for no folder."""
+    """Folders to import from: `folders` themselves, and for each its wheels, unpacked. ValueError for
+    no folder, no wheel."""
     found = []
     for index, folder in enumerate(folders):
         if not folder.is_dir():
@@ -199,8 +270,11 @@ def unpack(folders: Iterable[Path], into: Path) -> tuple[Path, ...]:
         if wheels:
             target = into / f"packages{index}"
             for wheel in wheels:
-                with zipfile.ZipFile(wheel) as archive:
-                    archive.extractall(target)
+                try:
+                    with zipfile.ZipFile(wheel) as archive:
+                        archive.extractall(target)
+                except zipfile.BadZipFile as error:
+                    raise ValueError(f"--packages: {wheel} is no wheel ({error}); fetch it again") from None
             found.append(target)
         found.append(folder.resolve())
     return tuple(found)

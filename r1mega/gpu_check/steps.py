@@ -27,8 +27,11 @@ class Step:
 _HERE = "r1mega.gpu_check"
 
 STEPS = (
-    Step("environment", "what is installed, and which of it works", f"{_HERE}.environment:describe", 40, 300),
-    Step("limits", "rates of a copy and of matrix products: the denominators", f"{_HERE}.limits:measure", 15, 120, ("torch",)),
+    Step("environment", "what is installed, and which of it works", f"{_HERE}.environment:describe", 40, 900),
+    Step(
+        "limits", "rates of a copy and of matrix products, of every device; products are exact",
+        f"{_HERE}.limits:measure", 15, 120, ("torch",),
+    ),
     Step("kernels-build", "the kernels compile here", f"{_HERE}.kernels:build", 45, 300, ("torch", "compiler")),
     Step(
         "kernels-right", "kernels against float64: values, gradients, extremes, batch invariance",
@@ -75,7 +78,7 @@ STEPS = (
         f"{_HERE}.loop:reinforcement_learning", 180, 1800, ("policy", "vllm", "stages"), ("engine",),
     ),
     Step(
-        "transport", "collectives and batched messages between two devices: right bytes, and their rate",
+        "transport", "collectives and batched messages between all devices: right bytes, and their rate",
         f"{_HERE}.ranks:transport", 30, 300, ("policy", "2 devices"),
     ),
     Step(

@@ -15,6 +15,8 @@ from r1mega.observe.registry import find_metric
 log = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
+WRITTEN_AS_NULL = "written as null"
+"""The end of the warning for a value that is not finite."""
 
 
 class MetricsWriter:
@@ -101,7 +103,7 @@ class MetricsWriter:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ValueError(f"metric {name} of step {step} is {value!r}, not a number")
         if not math.isfinite(value):
-            log.warning("metric %s of step %d is %s; written as null", name, step, value)
+            log.warning("metric %s of step %d is %s; %s", name, step, value, WRITTEN_AS_NULL)
             return None
         return value
 

@@ -11,18 +11,17 @@ import torch
 import torch.distributed as dist
 
 from r1mega import platform
-from r1mega.config.schema import DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, RolloutConfig
-from r1mega.config.stages.rl import AlgorithmConfig, RLStage, UpdateConfig
-from tests.policy_reference import LEARNING_RATE, RATE, SETTINGS, Expected, Step, rounded
+from r1mega.config.schema import ModelConfig, OptimizerConfig, ParallelConfig
+from tests.policy_reference import LEARNING_RATE, RATE, SETTINGS, TEMPERATURE, Expected, Step, rounded
 from tests.release import release_models
 
 platform.prepare()
 
 from r1mega.checkpoint.name_rules import to_local  # noqa: E402
-from r1mega.checkpoint.names import coordinates, export_hf, local_entries, model_shape  # noqa: E402
-from r1mega.observe.trace import PhaseTimer  # noqa: E402
+from r1mega.checkpoint.names import coordinates, local_entries, model_shape  # noqa: E402
+from r1mega.gpu_check.policy import rl_step  # noqa: E402
+from r1mega.gpu_check.tensors import gradients_by_name, make_gradients_whole  # noqa: E402
 from r1mega.platform import groups  # noqa: E402
-from r1mega.train.grpo_update import update_policy  # noqa: E402
 from r1mega.train.policy import Policy  # noqa: E402
 from r1mega.train.samples import pack_samples  # noqa: E402
 
@@ -104,7 +103,9 @@ def take_steps(case: Case, expected: Expected, keep_gradients: bool = False) -> 
     stepping = policy.optimizer.step
 
     def step() -> Any:
-        captured["gradients"] = full_gradients(policy) if keep_gradients else gradients(policy, expected.steps[len(steps)].gradients)
+        captured["gradients"] = (
+            gradients_by_name(policy) if keep_gradients else gradients(policy, expected.steps[len(steps)].gradients)
+        )
         return stepping()
 
     policy.optimizer.step = step
@@ -112,20 +113,16 @@ def take_steps(case: Case, expected: Expected, keep_gradients: bool = False) -> 
     samples = expected.samples
     batches = [pack_samples(samples, [i]) for i in range(len(samples))]
     for number in (1, 2):
-        log_probs = [lp for lp, _ in policy.log_probs(batches, 0.9, everywhere=True)]
-        loss, norm = grpo_step(policy, case, expected, number) if case.kind == "grpo" else labels_step(policy, samples)
+        log_probs = [lp for lp, _ in policy.log_probs(batches, TEMPERATURE, everywhere=True)]
+        if case.kind == "grpo":
+            loss, norm = rl_step(
+                policy, samples, number, microbatch_tokens=case.microbatch_tokens, temperature=TEMPERATURE,
+                ratio=case.ratio, kl_coefficient=expected.kl_coefficient,
+            )  # fmt: skip
+        else:
+            loss, norm = labels_step(policy, samples)
         steps.append({"log_probs": log_probs, "loss": loss, "norm": norm, "gradients": captured["gradients"]})
     return steps, {name: tensor.clone() for name, tensor in policy.hf_tensors()}
-
-
-def grpo_step(policy: Policy, case: Case, expected: Expected, number: int) -> tuple[float, float]:
-    config = RLStage(
-        stage="zero", run_dir="unused", model=ModelConfig(path="unused"), data=DataConfig(prompts=()),
-        rollout=RolloutConfig(temperature=0.9), update=UpdateConfig(num_minibatches=1, microbatch_tokens=case.microbatch_tokens),
-        algorithm=AlgorithmConfig(kl_coefficient=expected.kl_coefficient, old_log_probs="rollout", ratio=case.ratio),
-    )  # fmt: skip
-    metrics = update_policy(policy, expected.samples, config, number, PhaseTimer())
-    return metrics["policy/loss"], metrics["policy/grad_norm"]
 
 
 def labels_step(policy: Policy, samples: list[Any]) -> tuple[float, float]:
@@ -144,19 +141,9 @@ def labels_step(policy: Policy, samples: list[Any]) -> tuple[float, float]:
     return float(value), result.grad_norm
 
 
-def gather_buffers(policy: Policy) -> None:
-    """The distributed optimizer reduces gradients to shards: make them whole on every rank."""
-    for chunk in policy.ddp_chunks:
-        for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]:
-            group = buffer.data_parallel_group
-            for bucket in buffer.buckets:
-                own = bucket.grad_data.chunk(group.size())[group.rank()].clone()
-                dist.all_gather_into_tensor(bucket.grad_data, own, group=group)
-
-
 def gradients(policy: Policy, expected: dict[str, torch.Tensor]) -> tuple[float, str]:
     """The largest relative difference of a gradient from its part of the expected one, and its name."""
-    gather_buffers(policy)
+    make_gradients_whole(policy)
     place, worst = coordinates(), (0.0, "")
     for chunk in policy.chunks:
         shape, parameters = model_shape(chunk), dict(chunk.named_parameters())
@@ -169,18 +156,6 @@ def gradients(policy: Policy, expected: dict[str, torch.Tensor]) -> tuple[float,
             scale = max(expected[n].abs().max() for n in entry.hf_names)
             worst = max(worst, (float(difference / scale.clamp(min=1e-6)), entry.name))
     return worst
-
-
-def full_gradients(policy: Policy) -> dict[str, torch.Tensor]:
-    """Gradients under their HF names, of one rank."""
-    parameters = [p for chunk in policy.chunks for p in chunk.parameters()]
-    weights = [p.data for p in parameters]
-    for parameter in parameters:
-        parameter.data = parameter.main_grad
-    exported = {name: tensor.clone() for name, tensor in export_hf(policy.chunks)}
-    for parameter, weight in zip(parameters, weights, strict=True):
-        parameter.data = weight
-    return exported
 
 
 def compare(expected: Expected, found: tuple[list[dict], dict[str, torch.Tensor]]) -> dict[str, Any]:

@@ -1,7 +1,10 @@
 """Steps that end in every way a step can end. Run in processes of their own by test_gpu_check.py."""
 
+import atexit
 import os
 import signal
+import subprocess
+import sys
 import time
 
 
@@ -22,13 +25,25 @@ def short_of_goal(_context, findings):
     findings.goal("share", 0.5, 0.9)
 
 
-def hangs(_context, findings):
-    print("about to hang", flush=True)
+def hangs(context, findings):
+    """With a process in a session of its own, as a rank is."""
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+    (context.work / "child").write_text(str(child.pid))
+    findings.figure("measured before", 7.0)
     time.sleep(600)
 
 
 def crashes(_context, findings):
+    findings.figure("measured before", 2.0)
     os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def crashes_at_its_end(_context, findings):
+    atexit.register(os.kill, os.getpid(), signal.SIGSEGV)
+
+
+def leaves(_context, findings):
+    os._exit(3)
 
 
 def describes(_context, findings):

@@ -1,15 +1,25 @@
 """tools/gpu_check.py: every way in which a step can end, what is never counted as proven, and real steps on the CPU."""
 
+import importlib.metadata
+import importlib.util
 import json
+import os
+import signal
 import subprocess
 import sys
+import sysconfig
 import time
+import venv
 import zipfile
+from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
+from r1mega.gpu_check.environment import UNCORRECTED, _from_nvidia_smi
 from r1mega.gpu_check.report import plain_table, summary
-from r1mega.gpu_check.runner import Plan, run_all, unpack
+from r1mega.gpu_check.runner import ROOT, Plan, run_all, unpack
 from r1mega.gpu_check.steps import STEPS, Step, select
 
 ODD = "tests.unit.gpu_check.odd_steps"
@@ -27,19 +37,25 @@ def run(tmp_path, *steps, deadline=None):
 
 
 def test_a_step_that_fails_in_any_way_does_not_stop_the_others(tmp_path):
-    names = ("raises", "does_not_hold", "short_of_goal", "crashes", "fine")
+    names = ("raises", "does_not_hold", "short_of_goal", "crashes", "crashes_at_its_end", "leaves", "fine")
     results = run(tmp_path, *map(step, names), step("hangs", limit=15), step("fine", "after"))
     assert {name: result.status for name, result in results.items()} == {
-        "raises": "failed", "does_not_hold": "failed", "short_of_goal": "slow", "crashes": "failed", "hangs": "failed",
-        "fine": "passed", "after": "passed",
+        "raises": "failed", "does_not_hold": "failed", "short_of_goal": "slow", "crashes": "failed",
+        "crashes_at_its_end": "failed", "leaves": "failed", "hangs": "failed", "fine": "passed", "after": "passed",
     }  # fmt: skip
     assert results["raises"].reason == "RuntimeError: the third layer is upside down"
     assert 'raise RuntimeError("the third layer' in results["raises"].traceback
     assert results["raises"].figures == {"measured before": 1.0}
     assert "error is nan" in results["does_not_hold"].reason
-    assert "SIGSEGV" in results["crashes"].reason
-    assert results["hangs"].reason == "it was ended after 15 s" and "about to hang" in results["hangs"].tail
-    assert summary(list(results.values())) == "2 passed, 1 slow, 4 failed, 0 skipped, 0 not run"
+    assert results["crashes"].reason == "its process ended by SIGSEGV; its process left no result"
+    assert "measured before: 2.0" in results["crashes"].tail
+    assert any("in crashes" in line for line in results["crashes"].tail)
+    assert results["crashes_at_its_end"].reason == "its process ended by SIGSEGV"
+    assert results["leaves"].reason == "its process ended with exit code 3; its process left no result"
+    assert results["hangs"].reason == "it was ended after 15 s; its process left no result"
+    assert "measured before: 7.0" in results["hangs"].tail and any("in hangs" in line for line in results["hangs"].tail)
+    assert not _read(Path("/proc", (tmp_path / "child").read_text(), "cmdline"))  # a zombie has none
+    assert summary(list(results.values())) == "2 passed, 1 slow, 6 failed, 0 skipped, 0 not run"
     assert "the goal is 0.9" in plain_table(list(results.values()))
 
 
@@ -88,31 +104,127 @@ def test_wheels_are_unpacked(tmp_path):
         unpack([tmp_path / "none"], target)
 
 
-def gpu_check(tmp_path, *arguments):
+def command(tmp_path, *arguments, python=sys.executable):
+    return [python, ROOT / "tools" / "gpu_check.py", "--json", tmp_path / "found.json", *arguments]
+
+
+def gpu_check(tmp_path, *arguments, **further):
+    """(exit code, {name: step of the JSON}, what was printed), started from another directory."""
     done = subprocess.run(
-        [sys.executable, "tools/gpu_check.py", *arguments, "--json", str(tmp_path / "found.json")], text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=500, check=False,
+        command(tmp_path, *arguments, **further), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=900,
+        check=False, cwd=tmp_path, env={n: v for n, v in os.environ.items() if n != "PYTHONPATH"},
     )  # fmt: skip
     path = tmp_path / "found.json"
-    return done.returncode, {s["name"]: s for s in json.loads(path.read_text())["steps"]} if path.exists() else done.stdout
+    steps = {s["name"]: s for s in json.loads(path.read_text())["steps"]} if path.exists() else {}
+    return done.returncode, steps, done.stdout
 
 
-def test_real_steps_on_the_cpu(tmp_path):
-    code, steps = gpu_check(tmp_path, "--cpu", "--only", "policy-fp32")
-    assert {name: s["status"] for name, s in steps.items()} == dict.fromkeys(
-        ("environment", "kernels-build", "kernels-right", "reference", "policy-fp32"), "passed"
-    ), [s["reason"] for s in steps.values()]
-    assert code == 0
-    assert steps["environment"]["figures"]["libraries"]["megatron-core"]["state"] == "present"
+def bare_python(folder):
+    """An interpreter that has torch (triton where it is here), megatron-core and pydantic with what these require: no
+    Transformer Engine, no vLLM, no transformers, no rich."""
+    venv.create(folder, symlinks=True, with_pip=False)
+    packages = Path(sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)}))
+    wanted, found = ["torch", "megatron-core", "pydantic"], {}
+    wanted += ["triton"] * (importlib.util.find_spec("triton") is not None)
+    while wanted:
+        name = canonicalize_name(wanted.pop())
+        if name not in found:
+            found[name] = importlib.metadata.distribution(name)
+            requirements = map(Requirement, found[name].requires or ())
+            wanted += [r.name for r in requirements if r.marker is None or r.marker.evaluate({"extra": ""})]
+    for distribution in found.values():
+        for top in {Path(file).parts[0] for file in distribution.files} - {"..", "__pycache__", "/"}:
+            if not (packages / top).exists():
+                (packages / top).symlink_to(distribution.locate_file(top))
+    return folder / "bin" / "python"
+
+
+@pytest.mark.slow
+def test_the_first_part_needs_torch_and_megatron_alone(tmp_path, monkeypatch):
+    """All steps of one device, from another directory, without a GPU to be seen: each passes, or says what it lacks."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    code, steps, printed = gpu_check(
+        tmp_path, "--cpu", "--skip", "transport,parity,parity-4", python=bare_python(tmp_path / "bare")
+    )
+    assert code == 0, printed
+    lacking = {name: s["reason"] for name, s in steps.items() if s["status"] == "skipped"}
+    assert lacking == {
+        "policy-fp8": "Transformer Engine needs a GPU; this device has no FP8",
+        "gpu-tests": f"needs a GPU; {steps['environment']['figures']['abilities']['pytest']}",
+        "engine": "no vllm", "rl": f"no vllm; {steps['environment']['figures']['abilities']['stages']}",
+        "reshard": "step engine was skipped",
+    }  # fmt: skip
+    passed = [name for name in steps if name not in lacking]
+    assert [steps[name]["status"] for name in passed] == ["passed"] * len(passed)
+    assert passed == [
+        "environment", "limits", "kernels-build", "kernels-right", "kernels-fast", "reference", "policy-fp32", "policy-bf16",
+        "checkpoint", "offload",
+    ]  # fmt: skip
+    states = {name: entry["state"] for name, entry in steps["environment"]["figures"]["libraries"].items()}
+    assert states["megatron-core"] == "present" and states["transformer-engine"] == states["vllm"] == "missing"
     assert 0 < steps["policy-fp32"]["figures"]["float32 hidden, step 1: gradients"] < 1e-5
+    assert f"10 passed, 0 slow, 0 failed, {len(lacking)} skipped" in printed
 
 
 def test_without_a_gpu_nothing_passes(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    code, steps = gpu_check(tmp_path, "--only", "limits")
+    code, steps, _ = gpu_check(tmp_path, "--only", "limits")
     assert code == 1
     assert steps["environment"]["status"] == "failed" and "--cpu" in steps["environment"]["reason"]
     assert steps["limits"]["status"] == "skipped" and "no CUDA device" in steps["limits"]["reason"]
+
+
+@pytest.mark.parametrize("option", ["--json", "--work"])
+def test_a_place_that_cannot_be_written_is_found_out_first(tmp_path, option):
+    (tmp_path / "file").touch()
+    code, steps, printed = gpu_check(tmp_path, "--cpu", option, tmp_path / "file" / "place")
+    assert code == 2 and not steps and "cannot write" in printed and str(tmp_path / "file") in printed
+
+
+def test_a_wheel_that_is_none_is_named(tmp_path):
+    (tmp_path / "torch-1.0-py3-none-any.whl").write_text("<html>moved</html>")
+    code, _, printed = gpu_check(tmp_path, "--cpu", "--packages", ".")
+    assert code == 2 and "torch-1.0-py3-none-any.whl is no wheel" in printed
+
+
+def test_what_ends_the_command_ends_the_step_and_keeps_the_results(tmp_path):
+    process = subprocess.Popen(
+        command(tmp_path, "--cpu", "--only", "environment", "--work", tmp_path / "work"), stdout=subprocess.PIPE, text=True
+    )
+    while not (tmp_path / "work" / "environment.log").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.terminate()
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM and "0 passed" in printed
+    record = json.loads((tmp_path / "found.json").read_text())
+    assert record["finished"] is False and record["steps"] == []
+    place = str(tmp_path / "work").encode()
+    assert not [found for found in Path("/proc").glob("[0-9]*/cmdline") if place in _read(found)]
+
+
+def _read(path):
+    try:
+        return path.read_bytes()
+    except OSError:  # ended meanwhile
+        return b""
+
+
+def test_what_nvidia_smi_says_of_each_device(tmp_path, monkeypatch):
+    """A script in its place, which answers as it does (csv, noheader); it says so when its arguments are not as expected."""
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    told = [f"NVIDIA H100 80GB HBM3, 00000000:{n}:00.0, 580.65.06, 1980 MHz, 2619 MHz, 345 MHz, 31, 700.00 W, Enabled, {n}, Disabled"
+            for n in (0, 2)]  # fmt: skip
+    answer = "echo " + "; echo ".join(f"'{line}'" for line in told)
+    script = tmp_path / "nvidia-smi"
+    script.write_text(f'#!/bin/sh\ncase "$*" in *--id=GPU-a,GPU-b*) {answer} ;; *) echo No devices; exit 6 ;; esac\n')
+    script.chmod(0o755)
+    found = _from_nvidia_smi(["GPU-a", "GPU-b"])
+    assert [each["pci.bus_id"] for each in found] == ["00000000:0:00.0", "00000000:2:00.0"]
+    assert [each[UNCORRECTED] for each in found] == ["0", "2"] and found[0]["power.limit"] == "700.00 W"
+    assert _from_nvidia_smi(["GPU-c"]) == [{"driver_version": "unknown: nvidia-smi said No devices"}]
+    monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
+    assert "No such file" in _from_nvidia_smi(["GPU-a"])[0]["driver_version"]
 
 
 def test_kernels_that_are_not_in_use_fail(tmp_path, monkeypatch):
@@ -121,6 +233,30 @@ def test_kernels_that_are_not_in_use_fail(tmp_path, monkeypatch):
     results = run(tmp_path, Step("right", "", "r1mega.gpu_check.kernels:right", 1, 120))
     assert results["right"].status == "failed"
     assert results["right"].reason.startswith("the compiled library is in use: no (reference)")
+
+
+def test_a_run_with_a_metric_that_is_not_finite_is_caught(tmp_path, caplog):
+    """By what the run's own writer makes of it."""
+    from r1mega.gpu_check.findings import Findings
+    from r1mega.gpu_check.loop import TOLD, judge_run
+    from r1mega.observe.metrics import MetricsWriter
+
+    def judged(name, **wrong):
+        caplog.clear()
+        (tmp_path / name).mkdir()
+        writer = MetricsWriter(tmp_path / name, tensorboard=False)
+        for step in (1, 2):
+            writer.write(step, dict.fromkeys(TOLD, 1e-6) | {"policy/loss": 0.5} | (wrong if step == 2 else {}))
+        writer.close()
+        findings = Findings()
+        judge_run(findings, tmp_path / name, caplog.text, 2, 2e-5)
+        return [failure.split(":")[0].split(" is ")[0] for failure in findings.failures]
+
+    assert judged("good") == []
+    assert judged("loss", **{"policy/loss": float("nan")}) == ["every metric"]
+    agreement = "mean difference of trainer and sampler"
+    assert judged("sampler", **{"logprob/diff_mean": float("inf")}) == ["every metric", agreement]
+    assert judged("apart", **{"logprob/diff_mean": 3e-5}) == [agreement]
 
 
 def test_one_wrong_gradient_is_caught():

@@ -52,6 +52,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("policy/loss", "loss", "the objective that was minimised, mean over optimizer steps"),
     Metric("policy/kl", "nats/token", "KL of the policy from the reference model (k3 estimate)"),
     Metric("policy/clip_fraction", "fraction", "response tokens whose ratio was clipped"),
+    Metric("policy/importance_capped_fraction", "fraction", "response tokens whose importance weight exceeded algorithm.importance_cap"),
     Metric("policy/entropy", "nats/token", "mean entropy of the policy's next-token distribution"),
     Metric("policy/grad_norm", "norm", "global gradient norm before clipping, mean over optimizer steps"),
     Metric("policy/learning_rate", "1", "learning rate of the step's last optimizer step"),

@@ -20,7 +20,7 @@ from r1mega.weights.verify import probe_limit
 _NO_UPDATE = dict.fromkeys(
     (
         "policy/loss", "policy/kl", "policy/clip_fraction", "policy/entropy", "policy/grad_norm", "logprob/diff_max",
-        "logprob/diff_mean", "logprob/outlier_fraction", "tokens/update",
+        "policy/importance_capped_fraction", "logprob/diff_mean", "logprob/outlier_fraction", "tokens/update",
     ),
     0.0,
 ) | {"expert/load_max_over_mean": None, "packing/fill_fraction": None}  # fmt: skip
@@ -125,24 +125,25 @@ def _metrics(results: list[UpdateResult], reports: bool) -> dict[str, float | No
     """Add the statistics of microbatches and reporting ranks up. Mismatch: of the first optimizer step only, whose
     forward pass still has the weights that sampled.
     """
-    sums = torch.zeros(8, dtype=torch.float64)
+    sums = torch.zeros(9, dtype=torch.float64)
     largest = torch.zeros(1, dtype=torch.float64)
     for place, result in enumerate(results):
         for stats, entropy, loss, outliers in result.statistics if reports else ():
-            sums[:5] += torch.stack([stats.num_tokens, stats.clipped, stats.kl, entropy, loss]).cpu()
+            sums[:6] += torch.stack([stats.num_tokens, stats.clipped, stats.kl, stats.truncated, entropy, loss]).cpu()
             if place == 0:
-                sums[5] += stats.num_tokens.cpu()
-                sums[6] += stats.mismatch_sum.cpu()
-                sums[7] += outliers.cpu()
+                sums[6] += stats.num_tokens.cpu()
+                sums[7] += stats.mismatch_sum.cpu()
+                sums[8] += outliers.cpu()
                 largest[0] = max(largest[0], stats.mismatch_max.cpu())
     dist.all_reduce(sums)
     dist.all_reduce(largest, dist.ReduceOp.MAX)
-    tokens, clipped, kl, entropy, loss, first_tokens, mismatch, outliers = sums.tolist()
+    tokens, clipped, kl, capped, entropy, loss, first_tokens, mismatch, outliers = sums.tolist()
     loads = [r.expert_load for r in results if r.expert_load is not None]
     return {
         "policy/loss": loss / len(results),
         "policy/kl": kl / max(tokens, 1),
         "policy/clip_fraction": clipped / max(tokens, 1),
+        "policy/importance_capped_fraction": capped / max(tokens, 1),
         "policy/entropy": entropy / max(tokens, 1),
         "policy/grad_norm": sum(r.grad_norm for r in results) / len(results),
         "policy/learning_rate": results[-1].lr,

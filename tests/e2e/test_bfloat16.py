@@ -33,6 +33,7 @@ def test_steps_are_finite_and_trainer_and_sampler_as_far_apart_as_rounding_leave
             assert math.isfinite(line[name]), name
         assert 1e-4 < line["logprob/diff_mean"] < 0.05, "float32 would give 1e-6, wrong weights 1 and more"
         assert line["logprob/outlier_fraction"] < 0.05
+        assert 0 <= line["policy/importance_capped_fraction"] < 0.05
         assert line["weights/probe_outlier_fraction"] < 0.05
     assert lines[1]["policy/kl"] > 0, "the reference is another model after the first update"
 

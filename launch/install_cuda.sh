@@ -22,17 +22,20 @@ if command -v nvidia-smi >/dev/null; then
     [ "${driver%%.*}" -ge 580 ] || fail "driver $driver: CUDA 13 wants 580 or newer"
 fi
 pin() { grep "^$1==" requirements/cuda.txt; }
+install() { pip install -c .venv/constraints.txt "$@"; }
 
 [ -n "${R1MEGA_PYTHON:-}" ] || base=$(find_python 3.12) # megatron-core's current release; 3.11 gets the last one for it
 make_venv .venv "${base:-}"
+# What a CPU has too in the versions that the tests run; but for one, of which vLLM for CUDA wants its own.
+grep -v '^apache-tvm-ffi==' requirements/cpu.lock >.venv/constraints.txt
 say "torch, vLLM and Transformer Engine's compiled core"
-pip install "$(pin torch)"
-pip install -r requirements/cuda.txt
+install "$(pin torch)"
+install -r requirements/cuda.txt
 say "Transformer Engine's part for torch, built here (minutes)"
-pip install setuptools wheel ninja cmake packaging pybind11 nvidia-mathdx
+install setuptools wheel ninja cmake packaging pybind11 nvidia-mathdx
 # cuDNN's and NCCL's headers came with torch. No cache: pip keeps what it built once, whatever torch it was for.
 headers=$(printf '%s:' "$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"/nvidia/*/include)
-build() { CPATH=${headers%:}${CPATH:+:$CPATH} MAX_JOBS=${MAX_JOBS:-8} pip install --no-build-isolation --no-cache-dir "$@"; }
+build() { CPATH=${headers%:}${CPATH:+:$CPATH} MAX_JOBS=${MAX_JOBS:-8} install --no-build-isolation --no-cache-dir "$@"; }
 export NVTE_FRAMEWORK=pytorch
 engine=$(pin transformer-engine | sed 's/^transformer-engine/transformer-engine-torch/')
 build "$engine"
@@ -46,6 +49,6 @@ if [ -n "$apex" ] && ! "$PYTHON" -c 'import torch, amp_C, fused_weight_gradient_
     APEX_CPP_EXT=1 APEX_CUDA_EXT=1 build "$source"
 fi
 say "r1mega and its kernels"
-pip install -c requirements/cuda.txt -e '.[cuda]'
+install -c requirements/cuda.txt -e '.[cuda]'
 "$PYTHON" kernels/build.py --cuda
 exec r1mega doctor

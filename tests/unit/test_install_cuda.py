@@ -68,12 +68,13 @@ def place(calls: list[str], text: str) -> int:
 def test_what_is_built_here_comes_after_its_torch_and_without_isolation(machine):
     code, said, calls = install(machine, "--apex")
     assert code == 0, said
-    torch, rest = place(calls, "pip install torch==2.13.0"), place(calls, "-r requirements/cuda.txt")
+    torch, rest = place(calls, " torch==2.13.0"), place(calls, "-r requirements/cuda.txt")
     engine, apex = place(calls, "transformer-engine-torch==2.20.2"), place(calls, "apex pip install")
     own = place(calls, "-e .[cuda]")
     assert torch < rest < engine < apex < own < place(calls, "kernels/build.py --cuda") < place(calls, "r1mega doctor")
     for call in (calls[engine], calls[apex]):  # pip's cache holds what it built for another torch
-        assert "pip install --no-build-isolation --no-cache-dir" in call and "CPATH=/site/nvidia/" in call
+        assert " --no-build-isolation --no-cache-dir " in call and "CPATH=/site/nvidia/" in call
+    assert all("pip install -c .venv/constraints.txt" in call for call in calls if "pip install" in call)
     assert "git clone --depth 1 --branch 25.09 https://github.com/NVIDIA/apex" in calls[place(calls, "git clone")]
 
 
@@ -89,7 +90,7 @@ def test_what_was_built_for_another_torch_is_built_anew(machine):
     assert code == 0, said
     first, second = (call for call in calls if "transformer-engine-torch==2.20.2" in call)
     assert "--force-reinstall" not in first
-    assert "pip install --no-build-isolation --no-cache-dir --force-reinstall --no-deps transformer-engine-torch==2.20.2" in second
+    assert "--no-build-isolation --no-cache-dir --force-reinstall --no-deps transformer-engine-torch==2.20.2" in second
 
 
 @pytest.mark.parametrize("says", ["", "ImportError: libcuda.so.1: cannot open shared object file\n"])
@@ -116,17 +117,19 @@ def test_another_cuda_is_refused_before_anything_is_installed(machine, name, bod
 
 
 @pytest.mark.parametrize("python", ["3.11", "3.12"])
-def test_the_pins_resolve(tmp_path, python):
-    """All requirements of setup.py, cuda.txt and what is built here, theirs included, for CUDA's wheels. Resolved by uv, which
-    reads metadata alone: pip downloads gigabytes of wheels for a dry run.
+def test_the_pins_resolve(machine, tmp_path, python):
+    """All requirements of setup.py, cuda.txt and what is built here, theirs included, for CUDA's wheels, in the versions of the
+    CPU's lock file. Resolved by uv, which reads metadata alone: pip downloads gigabytes of wheels for a dry run.
     """
     uv = Path(sysconfig.get_path("scripts")) / "uv"
     if not uv.exists():
         pytest.skip("uv is not installed")
+    install(machine)
+    constraints = machine / ".venv/constraints.txt"
     (tmp_path / "core.txt").write_text("\n".join([*core_requirements(), *ENGINE_FOR_TORCH]))
     done = subprocess.run(
         [uv, "pip", "compile", ROOT / "requirements/cuda.txt", tmp_path / "core.txt", "--no-header", "--no-annotate", "--quiet",
-         "--only-binary", ":all:", "--python-platform", "x86_64-manylinux_2_34",
+         "-c", constraints, "--only-binary", ":all:", "--python-platform", "x86_64-manylinux_2_34",
          "--python-version", python],
         capture_output=True, text=True, env=os.environ | {"UV_HTTP_TIMEOUT": "60"}, timeout=300,
     )  # fmt: skip
@@ -137,6 +140,8 @@ def test_the_pins_resolve(tmp_path, python):
     resolved = done.stdout.splitlines()
     assert {pin for pin in pins if "==" in pin} <= set(resolved)
     assert any(line.startswith("nvidia-cudnn-cu13==") for line in resolved)  # of torch's CUDA 13 build
+    tested = {line.partition(";")[0].strip() for line in constraints.read_text().splitlines()}
+    assert len(tested & set(resolved)) > 100
 
 
 def core_requirements() -> list[str]:

@@ -1,7 +1,6 @@
 """The GPU machine's set-up: the script's steps with programs that note how they are called, and that its pins go together.
 
-What it does not cover: the builds of Transformer Engine's part for torch and of apex, which need nvcc, and the requirements of
-the former's source package, which a torch without CUDA cannot read (it asks for torch alone).
+What it does not cover: the builds of Transformer Engine's part for torch and of apex, which need nvcc.
 """
 
 from __future__ import annotations
@@ -15,6 +14,20 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+ENGINE_FOR_TORCH = (
+    "einops", "onnxscript", "onnx", "packaging", "pydantic", "nvdlfw-inspect", "nvidia-cudnn-frontend>=1.29.0",
+    "transformer-engine-cu13==2.20.2",
+)  # fmt: skip
+"""What the source package transformer-engine-torch 2.20.2 requires besides torch. It says so to a torch of CUDA only."""
+
+
+LIKE_PYTHON = """case $* in
+*purelib*) echo /site; exit ;;
+*transformer_engine.pytorch*) cat "${BASH_SOURCE[0]}.says" 2>/dev/null; exit 1 ;;
+*amp_C*) exec test -e "${BASH_SOURCE[0]}.has_apex" ;;
+esac
+"""
+"""Answers what the script asks; the files beside it say what."""
 
 
 @pytest.fixture
@@ -25,7 +38,8 @@ def machine(tmp_path):
     for directory, names in ((".venv/bin", ("python", "pip", "r1mega")), ("bin", ("git",))):
         (tmp_path / directory).mkdir(parents=True)
         for name in names:
-            program(tmp_path / directory / name, f'echo "${{NVTE_FRAMEWORK:-}}${{APEX_CUDA_EXT:-}} {name} $*" >> "{tmp_path}/calls"')
+            program(tmp_path / directory / name, f"{LIKE_PYTHON if name == 'python' else ''}echo "
+                    f'"${{APEX_CUDA_EXT:+apex}} {name} $* ${{CPATH:+CPATH=$CPATH}}" >> "{tmp_path}/calls"')  # fmt: skip
     program(tmp_path / "bin/nvcc", 'echo "Cuda compilation tools, release 13.0, V13.0.88"')
     program(tmp_path / "bin/nvidia-smi", "echo 580.95.05")
     return tmp_path
@@ -54,19 +68,38 @@ def place(calls: list[str], text: str) -> int:
 def test_what_is_built_here_comes_after_its_torch_and_without_isolation(machine):
     code, said, calls = install(machine, "--apex")
     assert code == 0, said
-    torch, rest = place(calls, "pip install torch==2.13.0"), place(calls, "-r requirements/cuda.txt")
-    engine, apex = place(calls, "transformer-engine-torch==2.20.2"), place(calls, "--no-cache-dir /")
+    torch, rest = place(calls, " torch==2.13.0"), place(calls, "-r requirements/cuda.txt")
+    engine, apex = place(calls, "transformer-engine-torch==2.20.2"), place(calls, "apex pip install")
     own = place(calls, "-e .[cuda]")
     assert torch < rest < engine < apex < own < place(calls, "kernels/build.py --cuda") < place(calls, "r1mega doctor")
-    assert calls[engine].startswith("pytorch pip install --no-build-isolation")
-    assert calls[apex].startswith("1 pip install --no-build-isolation")
+    for call in (calls[engine], calls[apex]):  # pip's cache holds what it built for another torch
+        assert " --no-build-isolation --no-cache-dir " in call and "CPATH=/site/nvidia/" in call
+    assert all("pip install -c .venv/constraints.txt" in call for call in calls if "pip install" in call)
     assert "git clone --depth 1 --branch 25.09 https://github.com/NVIDIA/apex" in calls[place(calls, "git clone")]
 
 
 def test_apex_is_optional(machine):
     code, said, calls = install(machine)
     assert code == 0, said
-    assert not [call for call in calls if "apex" in call or call.startswith("1 ")]
+    assert not [call for call in calls if "apex" in call]
+
+
+def test_what_was_built_for_another_torch_is_built_anew(machine):
+    (machine / ".venv/bin/python.says").write_text("ImportError: transformer_engine_torch.so: undefined symbol: _ZN3c10\n")
+    code, said, calls = install(machine)
+    assert code == 0, said
+    first, second = (call for call in calls if "transformer-engine-torch==2.20.2" in call)
+    assert "--force-reinstall" not in first
+    assert "--no-build-isolation --no-cache-dir --force-reinstall --no-deps transformer-engine-torch==2.20.2" in second
+
+
+@pytest.mark.parametrize("says", ["", "ImportError: libcuda.so.1: cannot open shared object file\n"])
+def test_what_is_there_is_not_built_twice(machine, says):
+    (machine / ".venv/bin/python.says").write_text(says)
+    (machine / ".venv/bin/python.has_apex").touch()
+    code, said, calls = install(machine, "--apex")
+    assert code == 0, said
+    assert not [call for call in calls if "--force-reinstall" in call or call.startswith("apex pip")]
 
 
 @pytest.mark.parametrize(
@@ -84,17 +117,19 @@ def test_another_cuda_is_refused_before_anything_is_installed(machine, name, bod
 
 
 @pytest.mark.parametrize("python", ["3.11", "3.12"])
-def test_the_pins_resolve(tmp_path, python):
-    """All requirements of setup.py and cuda.txt, theirs included, for CUDA's wheels. Resolved by uv, which reads metadata alone:
-    pip downloads gigabytes of wheels for a dry run.
+def test_the_pins_resolve(machine, tmp_path, python):
+    """All requirements of setup.py, cuda.txt and what is built here, theirs included, for CUDA's wheels, in the versions of the
+    CPU's lock file. Resolved by uv, which reads metadata alone: pip downloads gigabytes of wheels for a dry run.
     """
     uv = Path(sysconfig.get_path("scripts")) / "uv"
     if not uv.exists():
         pytest.skip("uv is not installed")
-    (tmp_path / "core.txt").write_text("\n".join(core_requirements()))
+    install(machine)
+    constraints = machine / ".venv/constraints.txt"
+    (tmp_path / "core.txt").write_text("\n".join([*core_requirements(), *ENGINE_FOR_TORCH]))
     done = subprocess.run(
         [uv, "pip", "compile", ROOT / "requirements/cuda.txt", tmp_path / "core.txt", "--no-header", "--no-annotate", "--quiet",
-         "--only-binary", ":all:", "--python-platform", "x86_64-manylinux_2_34",
+         "-c", constraints, "--only-binary", ":all:", "--python-platform", "x86_64-manylinux_2_34",
          "--python-version", python],
         capture_output=True, text=True, env=os.environ | {"UV_HTTP_TIMEOUT": "60"}, timeout=300,
     )  # fmt: skip
@@ -105,6 +140,8 @@ def test_the_pins_resolve(tmp_path, python):
     resolved = done.stdout.splitlines()
     assert {pin for pin in pins if "==" in pin} <= set(resolved)
     assert any(line.startswith("nvidia-cudnn-cu13==") for line in resolved)  # of torch's CUDA 13 build
+    tested = {line.partition(";")[0].strip() for line in constraints.read_text().splitlines()}
+    assert len(tested & set(resolved)) > 100
 
 
 def core_requirements() -> list[str]:

@@ -116,23 +116,19 @@ def test_megatron_imported_too_early_is_a_typed_error():
     assert "call it first" in result.stderr
 
 
-@pytest.mark.parametrize("works", [True, False])
-def test_what_the_platform_does_not_use_megatron_does_not_find(works, tmp_path):
-    """Installed for GPUs, on a machine without one: there it may import, or fail in its own way."""
+def test_what_the_platform_does_not_use_megatron_does_not_find(tmp_path):
+    """Installed for GPUs, on a machine without one: one imports there (and is imported), the other fails in its own way."""
     put = {
-        "transformer_engine/__init__.py": "" if works else "raise RuntimeError('found an empty package')",
-        "transformer_engine/pytorch/__init__.py": "",
         "transformer_engine/pytorch/optimizers.py": "FusedAdam = FusedSGD = 'of a GPU'",
-        "apex/__init__.py": "" if works else "raise OSError('libcuda.so.1: cannot open shared object file')",
-        "apex/optimizers.py": "FusedAdam = FusedSGD = 'of a GPU'",
+        "apex/__init__.py": "raise OSError('libcuda.so.1: cannot open shared object file')",
     }
     for name, text in put.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).write_text(text)
     result = run_python(
         f"import sys; sys.path.insert(0, {str(tmp_path)!r})"
-        + ("\nimport transformer_engine.pytorch.optimizers, apex.optimizers" if works else "")
-        + "\nfrom r1mega import platform; platform.prepare()"
+        "\nimport transformer_engine.pytorch.optimizers"
+        "\nfrom r1mega import platform; platform.prepare()"
         "\nfrom megatron.core.optimizer import Adam, distrib_optimizer"
         "\nfrom megatron.core.transformer.mlp import HAVE_TE"
         "\nprint(Adam.__module__, distrib_optimizer.Adam.__module__, HAVE_TE)"

@@ -210,6 +210,7 @@ def compare(arguments: argparse.Namespace) -> None:
     from r1mega import platform
     from r1mega.config.load import load_config
     from r1mega.config.validate import validate
+    from r1mega.config.validate_platform import validate_platform
 
     platform.prepare()
     from r1mega.stages.runtime import Runtime
@@ -217,6 +218,7 @@ def compare(arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         config = load_config(arguments.config, [*arguments.overrides, f"run_dir={scratch}/run"])
         validate(config)
+        validate_platform(config)
         with Runtime.open(config) as runtime:
             figures = measure(config, runtime, arguments.steps)
     medians = {name: statistics.median(values) for name, values in figures.items()}

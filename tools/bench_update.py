@@ -76,12 +76,14 @@ def main() -> None:
     from r1mega import platform
     from r1mega.checkpoint.hf import read_config
     from r1mega.config.load import load_config
+    from r1mega.config.validate_platform import validate_platform
 
     platform.prepare()
     from r1mega.stages.runtime import Runtime
 
     with tempfile.TemporaryDirectory() as scratch:
         config = load_config(arguments.config, [*arguments.overrides, f"run_dir={scratch}/run"])
+        validate_platform(config)
         hf = read_config(config.model.path)
         hf = {**hf, "vocab_size": arguments.vocabulary or hf["vocab_size"]}
         with Runtime.open(config):

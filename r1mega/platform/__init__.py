@@ -50,9 +50,12 @@ def current() -> Platform:
     from r1mega.platform import libraries
 
     cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    if cuda and "LOCAL_RANK" in os.environ:
+        torch.cuda.set_device(device)  # before libraries ask for the current one: of all ranks that would be the first GPU
     return Platform(
         name="cuda" if cuda else "cpu",
-        device=torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu"),
+        device=device,
         distributed_backend="cpu:gloo,cuda:nccl" if cuda else "gloo",
         # Transformer Engine has no CPU code: installed without a GPU it cannot be used
         has_transformer_engine=cuda and libraries.transformer_engine().works,

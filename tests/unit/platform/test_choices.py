@@ -8,7 +8,7 @@ import torch
 from r1mega import platform
 from r1mega.errors import ConfigError, PlatformError
 from r1mega.model.build import check_layout, family_of, megatron_config
-from r1mega.platform import Platform, groups
+from r1mega.platform import Platform, groups, libraries
 from tests.reference import DEEPSEEK, DENSE, Layout, ModelSettings
 
 QWEN = DENSE | {"model_type": "qwen2"}
@@ -34,6 +34,22 @@ def test_a_platform_is_chosen_before_megatron_is_patched():
     with pytest.raises(PlatformError, match="before prepare"):
         platform.use(with_engine())
     assert platform.current() is here
+
+
+@pytest.mark.parametrize(("rank", "device", "chosen"), [("5", 5, True), (None, 0, False)])
+def test_a_rank_chooses_its_device_before_libraries_look_for_one(monkeypatch, rank, device, chosen):
+    """Which library works is found out by importing it: its context would be on every rank's first device."""
+    seen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda found: seen.append(found))
+    for name in ("transformer_engine", "apex"):
+        monkeypatch.setattr(libraries, name, lambda: seen.append("library") or libraries.Library("", "missing"))
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+    here = platform.current.__wrapped__()
+    assert here.device == torch.device("cuda", device)
+    assert seen == [torch.device("cuda", device)] * chosen + ["library"] * 2
 
 
 def test_fp8_without_transformer_engine_is_refused():

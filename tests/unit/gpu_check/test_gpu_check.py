@@ -141,11 +141,13 @@ def bare_python(folder):
 
 @pytest.mark.slow
 def test_the_first_part_needs_torch_and_megatron_alone(tmp_path, monkeypatch):
-    """All steps of one device, from another directory, without a GPU to be seen: each passes, or says what it lacks."""
+    """From another directory, without a GPU to be seen: each step passes, or says what it lacks. (Of the steps of a policy
+    one, for time: they import the same.)"""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     code, steps, printed = gpu_check(
-        tmp_path, "--cpu", "--skip", "transport,parity,parity-4", python=bare_python(tmp_path / "bare")
-    )
+        tmp_path, "--cpu", "--only", "kernels-fast,checkpoint,policy-fp8,gpu-tests,engine,rl,reshard",
+        python=bare_python(tmp_path / "bare"),
+    )  # fmt: skip
     assert code == 0, printed
     lacking = {name: s["reason"] for name, s in steps.items() if s["status"] == "skipped"}
     assert lacking == {
@@ -157,13 +159,12 @@ def test_the_first_part_needs_torch_and_megatron_alone(tmp_path, monkeypatch):
     passed = [name for name in steps if name not in lacking]
     assert [steps[name]["status"] for name in passed] == ["passed"] * len(passed)
     assert passed == [
-        "environment", "limits", "kernels-build", "kernels-right", "kernels-fast", "reference", "policy-fp32", "policy-bf16",
-        "checkpoint", "offload",
+        "environment", "limits", "kernels-build", "kernels-right", "kernels-fast", "reference", "checkpoint"
     ]  # fmt: skip
     states = {name: entry["state"] for name, entry in steps["environment"]["figures"]["libraries"].items()}
     assert states["megatron-core"] == "present" and states["transformer-engine"] == states["vllm"] == "missing"
-    assert 0 < steps["policy-fp32"]["figures"]["float32 hidden, step 1: gradients"] < 1e-5
-    assert f"10 passed, 0 slow, 0 failed, {len(lacking)} skipped" in printed
+    assert steps["checkpoint"]["figures"]["the checkpoint brings back: tensors compared"] > 100
+    assert f"7 passed, 0 slow, 0 failed, {len(lacking)} skipped" in printed
 
 
 def test_without_a_gpu_nothing_passes(tmp_path, monkeypatch):

@@ -98,19 +98,21 @@ def _run_or_not(step: Step, plan: Plan, results: dict[str, Result]) -> Result:
 
 
 def _what_is_missing(step: Step, results: dict[str, Result]) -> str:
+    """What the machine lacks, or else the step before that did not pass."""
+    if step.needs:
+        environment = results.get("environment")
+        abilities = environment.figures.get("abilities") if environment else None
+        if abilities is None:
+            return "step environment found nothing out"
+        lacking = [abilities.get(need, f"{need} was not looked for") for need in step.needs]
+        if any(lacking):
+            return "; ".join(reason for reason in lacking if reason)
     for name in step.uses:
-        if name in results and results[name].status not in ("passed", "slow"):
-            return f"step {name} was {results[name].status}"
         if name not in results:
             return f"step {name} was left out"
-    if not step.needs:
-        return ""
-    environment = results.get("environment")
-    abilities = environment.figures.get("abilities") if environment else None
-    if abilities is None:
-        return "step environment found nothing out"
-    lacking = [abilities.get(need, f"{need} was not looked for") for need in step.needs]
-    return "; ".join(reason for reason in lacking if reason)
+        if results[name].status not in ("passed", "slow"):
+            return f"step {name} was {results[name].status}"
+    return ""
 
 
 def _run(step: Step, plan: Plan, results: dict[str, Result], limit: float) -> Result:

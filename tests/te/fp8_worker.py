@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from r1mega.config.schema import ModelConfig, OptimizerConfig, ParallelConfig
+from r1mega.gpu_check.findings import Context, Findings
 from r1mega.platform import groups
 from r1mega.train.packing import Microbatch, build_microbatch
 from r1mega.train.policy import Policy
@@ -47,6 +48,15 @@ def batch_of(lengths: list[int], dictated: bool = False) -> Microbatch:
 
 def two_samples(length: int, dictated: bool = False) -> Microbatch:
     return batch_of([length] if length < 3 else [length // 3, length - length // 3], dictated)
+
+
+def gpu_check_step(name: str, work: Path) -> Findings:
+    """A step of tools/gpu_check.py (r1mega/gpu_check/policy.py), whose files lie in `work`."""
+    from r1mega.gpu_check import policy
+
+    findings = Findings()
+    getattr(policy, name)(Context("cpu", work), findings)
+    return findings
 
 
 def step(policy: Policy, batch: Microbatch) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:

@@ -26,8 +26,9 @@ def short_of_goal(_context, findings):
 
 
 def hangs(context, findings):
-    """With a process in a session of its own, as a rank is."""
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+    """With a process in a session of its own that a request for its stack does not end, as a rank is."""
+    waits = "import signal, time; signal.signal(signal.SIGUSR1, signal.SIG_IGN); time.sleep(600)"
+    child = subprocess.Popen([sys.executable, "-c", waits], start_new_session=True)
     (context.work / "child").write_text(str(child.pid))
     findings.figure("measured before", 7.0)
     time.sleep(600)

@@ -63,11 +63,11 @@ def test_what_lacks_something_is_skipped_by_name(tmp_path):
     results = run(
         tmp_path, step("describes", "environment"), step("fine", "carve", needs=("wood",)),
         step("fine", "build", needs=("wood", "stone")), step("fine", "live in it", uses=("build",)),
-        step("raises", "saw"), step("fine", "sit", uses=("saw",)),
+        step("raises", "saw"), step("fine", "sit", uses=("saw",)), step("fine", "both", needs=("stone",), uses=("saw",)),
     )  # fmt: skip
     assert [(r.status, r.reason) for r in results.values() if r.name != "saw"] == [
         ("passed", ""), ("passed", ""), ("skipped", "no stone"), ("skipped", "step build was skipped"),
-        ("skipped", "step saw was failed"),
+        ("skipped", "step saw was failed"), ("skipped", "no stone"),
     ]  # fmt: skip
 
 
@@ -141,29 +141,30 @@ def bare_python(folder):
 
 @pytest.mark.slow
 def test_the_first_part_needs_torch_and_megatron_alone(tmp_path, monkeypatch):
-    """All steps of one device, from another directory, without a GPU to be seen: each passes, or says what it lacks."""
+    """From another directory, without a GPU to be seen: each step passes, or says what it lacks. (Of the steps of a policy
+    one, for time: they import the same.)"""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     code, steps, printed = gpu_check(
-        tmp_path, "--cpu", "--skip", "transport,parity,parity-4", python=bare_python(tmp_path / "bare")
-    )
+        tmp_path, "--cpu", "--only", "kernels-fast,checkpoint,policy-fp8,gpu-tests,engine,rl,reshard",
+        python=bare_python(tmp_path / "bare"),
+    )  # fmt: skip
     assert code == 0, printed
     lacking = {name: s["reason"] for name, s in steps.items() if s["status"] == "skipped"}
     assert lacking == {
         "policy-fp8": "Transformer Engine needs a GPU; this device has no FP8",
         "gpu-tests": f"needs a GPU; {steps['environment']['figures']['abilities']['pytest']}",
         "engine": "no vllm", "rl": f"no vllm; {steps['environment']['figures']['abilities']['stages']}",
-        "reshard": "step engine was skipped",
+        "reshard": "no vllm",
     }  # fmt: skip
     passed = [name for name in steps if name not in lacking]
     assert [steps[name]["status"] for name in passed] == ["passed"] * len(passed)
     assert passed == [
-        "environment", "limits", "kernels-build", "kernels-right", "kernels-fast", "reference", "policy-fp32", "policy-bf16",
-        "checkpoint", "offload",
+        "environment", "limits", "kernels-build", "kernels-right", "kernels-fast", "reference", "checkpoint"
     ]  # fmt: skip
     states = {name: entry["state"] for name, entry in steps["environment"]["figures"]["libraries"].items()}
     assert states["megatron-core"] == "present" and states["transformer-engine"] == states["vllm"] == "missing"
-    assert 0 < steps["policy-fp32"]["figures"]["float32 hidden, step 1: gradients"] < 1e-5
-    assert f"10 passed, 0 slow, 0 failed, {len(lacking)} skipped" in printed
+    assert steps["checkpoint"]["figures"]["the checkpoint brings back: tensors compared"] > 100
+    assert f"7 passed, 0 slow, 0 failed, {len(lacking)} skipped" in printed
 
 
 def test_without_a_gpu_nothing_passes(tmp_path, monkeypatch):

@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.utils import _create_file_view
 from r1mega.checkpoint.fit import read_metadata
 from r1mega.checkpoint.manifest import digesting_file
 from r1mega.checkpoint.safetensors_file import read_exactly
+from r1mega.errors import CheckpointError
 from r1mega.observe.files import sync_path
 
 METADATA, COMMON, BACKEND = ".metadata", "common.pt", "metadata.json"
@@ -125,8 +126,11 @@ class TorchDistReader:
         self, key: str, prefix: tuple[int, ...], start: tuple[int, ...], result: torch.Tensor
     ) -> torch.Tensor:
         """Fill `result` with the part of its extent that starts at index `start` of the slice at `prefix`; what lies beyond
-        the tensor is left as it is. Of each piece, the rows that are needed are read.
+        the tensor is left as it is. Of each piece, the rows that are needed are read. CheckpointError for a gap.
         """
+        missing = math.prod(
+            max(0, min(size - s, n)) for size, s, n in zip(self.saved[key].size[len(prefix) :], start, result.shape, strict=True)
+        )
         for piece in self._at(key, len(prefix)).get(prefix, ()):
             first, sizes = piece.offsets[len(prefix) :], piece.sizes[len(prefix) :]
             low = [max(0, s - f) for s, f in zip(start, first, strict=True)]
@@ -136,6 +140,9 @@ class TorchDistReader:
                 data = data[:, *(slice(a, b) for a, b in zip(low[1:], high[1:], strict=True))]
                 inside = [f + a - s for f, a, s in zip(first, low, start, strict=True)]
                 result[tuple(slice(i, i + n) for i, n in zip(inside, data.shape, strict=True))] = data
+                missing -= data.numel()
+        if missing > 0:
+            raise CheckpointError(f"{self.path}: {missing} elements of {key} are in no piece of it; use another checkpoint")
         return result
 
     def _at(self, key: str, axes: int) -> Mapping[tuple[int, ...], list[Any]]:

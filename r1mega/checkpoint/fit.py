@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ def fit_template(template: dict[str, Any], path: Path, workers: Workers) -> list
     """Make Megatron's sharded template ask for what is in the checkpoint; CheckpointError lists all that is not there.
 
     Norms are looked up under either of their names. Extra states (of FP8 layers) that were not saved are taken out of
-    the template; where they were is returned, for `fill_none`. A collective call.
+    the template; where they were is returned, for `put_back`. A collective call.
     """
     from megatron.core.dist_checkpointing.mapping import ShardedObject
 
@@ -71,10 +71,21 @@ def fit_template(template: dict[str, Any], path: Path, workers: Workers) -> list
     return absent
 
 
-def fill_none(state: dict[str, Any], absent: list[tuple[Any, ...]]) -> None:
-    """Put None where `fit_template` took something out."""
-    for where in absent:
-        _at(state, where[:-1])[where[-1]] = None
+def take_out_described(template: dict[str, Any]) -> dict[tuple[Any, ...], Any]:
+    """Take the tensors out of the template that have no memory to be loaded into (torch's meta device): {where: leaf}."""
+    described = {where: leaf for where, leaf in _leaves(template) if getattr(leaf.data, "is_meta", False)}
+    for where in described:
+        del _at(template, where[:-1])[where[-1]]
+    return described
+
+
+def put_back(state: dict[str, Any], values: Mapping[tuple[Any, ...], Any]) -> None:
+    """Put something where `fit_template` or `take_out_described` took something out."""
+    for where, value in values.items():
+        node = state
+        for key in where[:-1]:
+            node = node.setdefault(key, {}) if isinstance(node, dict) else node[key]
+        node[where[-1]] = value
 
 
 def _misfit(leaf: Any, saved: Any) -> list[str]:

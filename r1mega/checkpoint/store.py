@@ -23,9 +23,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from r1mega.checkpoint.fit import fill_none, fit_template
+from r1mega.checkpoint.fit import fit_template, put_back, take_out_described
 from r1mega.checkpoint.manifest import file_record, read_manifest, verify, write_manifest
-from r1mega.checkpoint.torch_dist import COMMON, METADATA, Piece, without_crc, write_index, write_pieces
+from r1mega.checkpoint.torch_dist import (
+    COMMON,
+    METADATA,
+    Piece,
+    Stored,
+    TorchDistReader,
+    without_crc,
+    write_index,
+    write_pieces,
+)
 from r1mega.checkpoint.workers import Alone, TorchWorkers, Workers, agree, on_first_rank
 from r1mega.errors import CheckpointError, PlatformError
 from r1mega.observe.files import sync_path
@@ -109,14 +118,16 @@ class CheckpointStore:
     def load(self, path: Path, sharded_state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """(state as described by the `sharded_state` template, progress), in any layout.
 
+        Tensors of the template without memory (on torch's meta device) are not read: `Stored` stands for them.
         CheckpointError for another architecture, and for tensors that are missing or of another shape (all are listed).
         """
         from megatron.core import dist_checkpointing
 
         check_architecture(path, self.architecture)
         absent = fit_template(sharded_state, path, self._everyone())
+        described, reader = take_out_described(sharded_state), TorchDistReader(path)
         state = dist_checkpointing.load(sharded_state, str(path))
-        fill_none(state, absent)
+        put_back(state, {where: Stored(leaf, reader) for where, leaf in described.items()} | dict.fromkeys(absent))
         return state, json.loads((path / PROGRESS).read_text())
 
     def _everyone(self) -> Workers:
@@ -251,7 +262,7 @@ def load_weights(path: Path, chunks: Sequence[Any]) -> None:
     template = {f"model{i}": chunk.sharded_state_dict(metadata=dict(MODEL_METADATA)) for i, chunk in enumerate(chunks)}
     absent = fit_template(template, path, workers)
     state = dist_checkpointing.load(template, str(path))
-    fill_none(state, absent)
+    put_back(state, dict.fromkeys(absent))
     for i, chunk in enumerate(chunks):
         chunk.load_state_dict(state[f"model{i}"])
 

@@ -5,97 +5,28 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.metadata import MetadataIndex
-from torch.distributed.checkpoint.utils import _create_file_view
 
 from r1mega.checkpoint.conversion import OutputFile, partition, read_ahead
-from r1mega.checkpoint.fit import alias, read_metadata
+from r1mega.checkpoint.fit import alias
 from r1mega.checkpoint.fp8_blocks import CONFIG, SCALE, is_quantized, quantize, scale_shape
 from r1mega.checkpoint.hf import read_config, shard_name, write_hf_files
 from r1mega.checkpoint.manifest import MANIFEST, read_manifest
 from r1mega.checkpoint.manifest import verify as problem_of
 from r1mega.checkpoint.name_rules import to_full
 from r1mega.checkpoint.parameters import Parameter, model_shape_of, parameters
-from r1mega.checkpoint.safetensors_file import read_exactly, write_tensors
+from r1mega.checkpoint.safetensors_file import write_tensors
 from r1mega.checkpoint.store import architecture_of, check_architecture, newest_whole
+from r1mega.checkpoint.torch_dist import TorchDistReader
 from r1mega.checkpoint.workers import Workers
 from r1mega.data.tokenizer import TOKENIZER_FILES
 from r1mega.errors import CheckpointError
 
 Spec = tuple[str, torch.dtype, tuple[int, ...]]
-
-
-class _Buffer:
-    """Memory that is used again and again: the system takes longer to give fresh memory than to read a file into it."""
-
-    def __init__(self) -> None:
-        self._bytes = torch.empty(0, dtype=torch.uint8)
-
-    def tensor(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """An uninitialised tensor, in place of the one before."""
-        num_bytes = torch.Size(shape).numel() * dtype.itemsize
-        if self._bytes.numel() < num_bytes:
-            self._bytes = torch.empty(num_bytes, dtype=torch.uint8)
-        return self._bytes[:num_bytes].view(dtype).view(tuple(shape))
-
-
-class TorchDistReader:
-    """Tensors of a torch_dist directory, each read from its pieces when asked for; valid until the next but one."""
-
-    def __init__(self, path: Path):
-        self.path = Path(path)
-        self._metadata = read_metadata(self.path)
-        self.saved = {k: v for k, v in self._metadata.state_dict_metadata.items() if hasattr(v, "size")}
-        self._pieces: dict[str, dict[tuple[int, ...], list[Any]]] = {}
-        self._wholes, self._piece = itertools.cycle([_Buffer(), _Buffer()]), _Buffer()
-
-    def read(self, key: str, prefix: tuple[int, ...], shape: tuple[int, ...]) -> torch.Tensor:
-        """The first rows (columns ...) of extent `shape` of the tensor's slice at index `prefix` of its leading axes.
-
-        A copy only where the slice lies in several pieces. Raises OSError and RuntimeError for damaged files.
-        """
-        pieces = self._at(key, len(prefix))[prefix]
-        if len(pieces) == 1:
-            whole = self._load(key, pieces[0], next(self._wholes))
-            return whole.view(whole.shape[len(prefix) :])[tuple(slice(0, size) for size in shape)]
-        result = next(self._wholes).tensor(shape, self.saved[key].properties.dtype)
-        for piece in pieces:
-            start = piece.offsets[len(prefix) :]
-            kept = [max(0, min(s + n, size) - s) for s, n, size in zip(start, piece.sizes[len(prefix) :], shape)]
-            if all(kept):
-                data = self._load(key, piece, self._piece)
-                data = data.view(data.shape[len(prefix) :])[tuple(slice(0, n) for n in kept)]
-                result[tuple(slice(s, s + n) for s, n in zip(start, kept, strict=True))] = data
-        return result
-
-    def _at(self, key: str, axes: int) -> Mapping[tuple[int, ...], list[Any]]:
-        if key not in self._pieces:
-            found = defaultdict(list)
-            for piece in self.saved[key].chunks:
-                found[tuple(piece.offsets[:axes])].append(piece)
-            self._pieces[key] = found
-        return self._pieces[key]
-
-    def _load(self, key: str, piece: Any, buffer: _Buffer) -> torch.Tensor:
-        """What torch.load gives, but in the buffer."""
-        place = self._metadata.storage_data[MetadataIndex(key, piece.offsets)]
-        with open(self.path / place.relative_path, "rb", buffering=0) as file:
-            with torch.serialization.skip_data():
-                like = torch.load(_create_file_view(file, place.offset, place.length), weights_only=True)
-            if not like.is_contiguous():  # nothing here writes such a piece
-                return torch.load(_create_file_view(file, place.offset, place.length), weights_only=True)
-            archive = torch._C.PyTorchFileReader(_create_file_view(file, place.offset, place.length))
-            start = archive.get_record_offset("data/0") + like.storage_offset() * like.itemsize
-            result = buffer.tensor(like.shape, like.dtype)
-            file.seek(place.offset + start)
-            read_exactly(file, result)
-        return result
 
 
 class ToHF:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
@@ -11,6 +12,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
+from pydantic_core import to_jsonable_python
 
 from r1mega.config.schema import Stage
 from r1mega.config.stages import STAGES
@@ -54,6 +56,41 @@ def load_as(model: type[Model], path: Path, overrides: Sequence[str] = ()) -> Mo
 def dump_config(config: Stage) -> str:
     """The whole resolved config as YAML; loading it gives the same config."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+def with_defaults(values: Mapping[str, Any], model: type[BaseModel]) -> dict[str, Any]:
+    """A stored config (JSON types), perhaps of an older program, with the defaults of keys that it lacks.
+
+    A key that came later stands for what programs before it did. Nothing is checked: unknown keys remain, required ones that
+    are missing stay so.
+    """
+    filled = {
+        name: _filled(value, model.model_fields[name].annotation) if name in model.model_fields else value
+        for name, value in values.items()
+    }
+    for name, field in model.model_fields.items():
+        if name not in filled and not field.is_required():
+            filled[name] = to_jsonable_python(field.get_default(call_default_factory=True))
+    return filled
+
+
+def _filled(value: Any, annotation: Any) -> Any:
+    kinds = get_args(annotation)
+    if get_origin(annotation) is dict and isinstance(value, Mapping):
+        return {name: _filled(inner, kinds[1]) for name, inner in value.items()}
+    if get_origin(annotation) is tuple and isinstance(value, (list, tuple)):
+        return [_filled(inner, kinds[0]) for inner in value]
+    section = next((k for k in (annotation, *kinds) if isinstance(k, type) and issubclass(k, BaseModel)), None)
+    return with_defaults(value, section) if section is not None and isinstance(value, Mapping) else value
+
+
+def unknown_keys(values: Mapping[str, Any], model: type[BaseModel], path: Path) -> list[tuple[str, Any, str]]:
+    """(dotted key, its value, text that names file and nearest known key) of the keys in `path` that `model` does not have."""
+    found = []
+    for key in _unknown_keys(values, model, ()):
+        value = functools.reduce(lambda inner, name: inner[name], key, values)
+        found.append((".".join(key), value, _describe_unknown(key, model, {}, path)))
+    return found
 
 
 def _load(path: Path, overrides: Sequence[str], places: Places) -> dict[str, Any]:

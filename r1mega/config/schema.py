@@ -148,7 +148,7 @@ class WeightsConfig(Section):
     shared_memory: bool = True  # of ranks on one CPU machine, by `direct`, instead of messages
     verify: bool = True
     probe_sequences: PositiveInt | None = None  # None: 2 in float32, 16 (made-up ones) in bfloat16
-    probe_tolerance: Positive | None = None  # None: 2e-4 in float32; 0.15 in bfloat16, 0.4 with FP8, where a tenth may be off by more
+    probe_tolerance: Positive | None = None  # None: 2e-4 in float32; 0.15 in bfloat16, 0.25 with FP8, where a tenth may be off by more
 
 
 class EvaluateConfig(Section):

@@ -23,6 +23,8 @@ from typing import Any, Literal
 
 import yaml
 
+from r1mega.config.load import unknown_keys, with_defaults
+from r1mega.config.stages import STAGES
 from r1mega.errors import ConfigError, DataError
 from r1mega.observe.environment import describe_environment
 from r1mega.observe.files import write_atomic
@@ -33,7 +35,7 @@ State = Literal["running", "finished", "interrupted", "failed"]
 
 LAYOUT_KEYS = ("parallel", "weights", "rollout.tp", "rollout.ep", "rollout.dp")
 """Config keys that say how a run is spread over processes: what it computes is the same, up to rounding."""
-CHANGEABLE_KEYS = ("steps", "threads", "observe", "checkpoint", "evaluate", "tasks", "others", *LAYOUT_KEYS)
+CHANGEABLE_KEYS = ("steps", "threads", "timeouts", "observe", "checkpoint", "evaluate", "tasks", "others", *LAYOUT_KEYS)
 """Config keys (with all below them) that may differ when a run is started again; any other makes it another run."""
 
 _locked_here: set[Path] = set()  # POSIX locks do not exclude within one process: this set does
@@ -103,12 +105,12 @@ class RunDirectory:
             raise ConfigError(f"run_dir {self.path}: cannot be made ({nearest} {kind}); choose another run_dir")
 
     def check_config(self, config: Mapping[str, Any]) -> None:
-        """ConfigError when the directory holds a run whose config differs in a key outside CHANGEABLE_KEYS. One that ended
-        before it made anything is no run: it may be started again with a mended config.
+        """ConfigError when the directory holds a run whose config differs in a key outside CHANGEABLE_KEYS (see
+        `config_changes`). One that ended before it made anything is no run: it may be started again with a mended config.
         """
         if not self.config.exists() or not self._holds_work():
             return
-        changed = sorted(differences(self.read_config(), config))
+        changed = config_changes(self.read_config(), config, self.config)
         fixed = [line for key, line in changed if not is_below(key, CHANGEABLE_KEYS)]
         if fixed:
             raise ConfigError(
@@ -157,6 +159,22 @@ class RunDirectory:
 
     def read_status(self) -> dict[str, Any]:
         return _read_json(self.status)
+
+
+def config_changes(old: Mapping[str, Any], new: Mapping[str, Any], source: Path) -> list[tuple[str, str]]:
+    """(dotted key, what has changed) between the stored config of a run, in `source`, and today's; sorted.
+
+    What an older program did not know yet, it did as the default says. A key that this program does not know (any more) is a
+    change, unless nothing was set there.
+    """
+    model = STAGES.get(new.get("stage"))
+    if model is None or old.get("stage") != new.get("stage"):
+        return sorted(differences(old, new))
+    unknown = unknown_keys(old, model, source)
+    found = differences(with_defaults(old, model), with_defaults(new, model))
+    changed = [(key, line) for key, line in found if not is_below(key, [gone for gone, _, _ in unknown])]
+    advice = "if what it says still holds, take it out of that file, or rename it there"
+    return sorted(changed + [(key, f"{text} (it is {value}; {advice})") for key, value, text in unknown if value is not None])
 
 
 def differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, str]]:

@@ -27,6 +27,7 @@ from r1mega.errors import EXIT_SAVED_FOR_REQUEUE, ConfigError
 from r1mega.observe.environment import PACKAGE, git_commit
 from r1mega.observe.files import write_atomic
 from r1mega.observe.lineage import (
+    LINEAGE_FILE,
     Attempt,
     ContentHashes,
     Lineage,
@@ -39,10 +40,10 @@ from r1mega.observe.lineage import (
     write_lineage,
 )
 from r1mega.observe.pipeline_report import PIPELINE_FILE, read_ladder, write_pipeline_report
-from r1mega.observe.run import LAYOUT_KEYS, RunDirectory, differences, is_below
+from r1mega.observe.run import LAYOUT_KEYS, RunDirectory, config_changes, is_below
 from r1mega.stages import is_finished
 
-INCIDENTAL = ("run_dir", "threads", "observe", "checkpoint")
+INCIDENTAL = ("run_dir", "threads", "timeouts", "observe", "checkpoint")
 """Top-level keys that do not change what a stage makes; nor does `evaluate` of a stage that trains."""
 
 FORWARDED = (signal.SIGTERM, signal.SIGUSR2)
@@ -146,7 +147,7 @@ def decide(node: Node, pipeline: Pipeline, *, redo: bool, write: bool = True) ->
         if is_finished(node.config):
             return decision("adopt", "finished outside a pipeline: what its inputs were then is not recorded")
         return decision("resume", "started outside a pipeline, not finished")
-    changes = _changes(record, config, inputs)
+    changes = _changes(node, record, config, inputs)
     if not changes and record.state == "finished":
         changes = [f"output {name} is not what it was" for name in changed_outputs(node.config.run_dir, record.outputs)]
     if changes and not (record.state != "finished" and not _has_work(node.config.run_dir)):
@@ -214,8 +215,10 @@ def _made(path: Path, owner: Node) -> tuple[str | None, str]:
     return record.output_hash(relative), f"made by {owner.name}"
 
 
-def _changes(record: Lineage, config: Mapping[str, Any], inputs: Mapping[str, Source]) -> list[str]:
-    lines = [line for key, line in sorted(differences(record.config, config)) if not is_below(key, LAYOUT_KEYS)]
+def _changes(node: Node, record: Lineage, config: Mapping[str, Any], inputs: Mapping[str, Source]) -> list[str]:
+    left_out = [key for key in type(node.config).model_fields if key not in config]
+    changes = config_changes(record.config, config, node.config.run_dir / LINEAGE_FILE)
+    lines = [line for key, line in changes if not is_below(key, (*LAYOUT_KEYS, *left_out))]
     for key in sorted(record.inputs.keys() | inputs.keys()):
         old, new = record.inputs.get(key), inputs.get(key)
         if old is None or new is None:

@@ -17,6 +17,7 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig  
 from megatron.core.optimizer import get_megatron_optimizer  # noqa: E402
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler  # noqa: E402
 
+from r1mega.checkpoint.torch_dist import Stored  # noqa: E402
 from r1mega.config.schema import OptimizerConfig  # noqa: E402
 from r1mega.errors import PlatformError  # noqa: E402
 
@@ -27,7 +28,8 @@ SHARDING_METADATA = {
     "chained_optim_avoid_prefix": True,
 }
 """How optimizer state is laid out in checkpoints: loadable into any other parallel layout, gathered over gloo in host
-memory (megatron-core's other way gathers whole fp32 buffers on the GPU, beside the model)."""
+memory (megatron-core's other way gathers whole fp32 buffers on the GPU, beside the model). It is not gathered to be loaded:
+each rank reads its own shards."""
 
 _STATE = ("param", "exp_avg", "exp_avg_sq")
 _BLOCK = 2**24
@@ -56,7 +58,10 @@ def build_optimizer(config: OptimizerConfig, ddp_chunks: Sequence[torch.nn.Modul
     for part in _parts(optimizer):
         if not hasattr(part, "get_parameter_state_dp_zero"):
             raise PlatformError("megatron-core has changed: its optimizer has no get_parameter_state_dp_zero to replace")
+        if not hasattr(part, "load_parameter_state_from_fully_reshardable"):
+            raise PlatformError("megatron-core has changed: its optimizer has no load_parameter_state_from_fully_reshardable")
         part.get_parameter_state_dp_zero = functools.partial(gather_state, part)
+        part.load_parameter_state_from_fully_reshardable = functools.partial(read_state, part)
     return optimizer
 
 
@@ -106,7 +111,7 @@ def gather_state(
     """What DistributedOptimizer.get_parameter_state_dp_zero returns (megatron-core 0.16.1, distrib_optimizer.py:977), for
     gloo only: {buffer: {dtype: {"param" | "exp_avg" | "exp_avg_sq": [elements] float32, ...}}} in host memory.
 
-    Whole on the first data-parallel rank, None on the others; empty_data: zeros to load into, on all.
+    Whole on the first data-parallel rank, None on the others; empty_data: shapes alone (on torch's meta device), on all.
 
     Megatron's own makes the result, the rank's shards of all three, one key's shards of all ranks, and their
     concatenation: 32 bytes an element where the group is one rank (experts), 12 of them the result. Here it is the
@@ -121,7 +126,8 @@ def gather_state(
     gathered: dict[Any, Any] = {"buckets_coalesced": True}
     for index, ranges in enumerate(optimizer.gbuf_ranges):
         buffer, ((dtype, bucket_ranges),) = optimizer.buffers[index], ranges.items()
-        state: dict[str, Any] = {key: torch.zeros(buffer.numel_unpadded, device="cpu") for key in _STATE} if whole else {}
+        device = "meta" if empty_data else "cpu"
+        state: dict[str, Any] = {key: torch.zeros(buffer.numel_unpadded, device=device) for key in _STATE} if whole else {}
         start = 0
         for bucket, bucket_range in zip(buffer.buckets, bucket_ranges, strict=True):
             size = bucket.numel_unpadded
@@ -131,6 +137,25 @@ def gather_state(
             start += size
         gathered[index] = {dtype: state | ({"numel_unpadded": buffer.numel_unpadded} if whole else {})}
     return gathered if whole else None
+
+
+@torch.no_grad()
+def read_state(optimizer: Any, stored: dict[int, dict[str, Stored]]) -> None:
+    """What DistributedOptimizer.load_parameter_state_from_fully_reshardable does (megatron-core 0.16.1,
+    distrib_optimizer.py:2070), but each rank reads no more than its own shards, a block at a time.
+
+    stored: by the parameter's place in the order of the buffers, as `sharded_state_dict(is_loading=True)` described them.
+    """
+    index = 0
+    for buffer, ranges in zip(optimizer.buffers, optimizer.gbuf_ranges, strict=True):
+        (bucket_ranges,) = ranges.values()
+        local = {param: part["param"] for bucket in bucket_ranges for param, part in bucket["param_map"].items()}
+        for param in buffer.param_index_map:
+            if param in local:
+                own = optimizer._get_main_param_and_optimizer_states(param)
+                for key in _STATE:
+                    stored[index][key].copy_into(own[key], local[param].start)
+            index += 1
 
 
 def _gather_bucket(

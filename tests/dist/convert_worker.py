@@ -16,7 +16,7 @@ from megatron.core import parallel_state as ps  # noqa: E402
 
 from r1mega.checkpoint.hf import HFTensors  # noqa: E402
 from r1mega.checkpoint.store import CheckpointStore, architecture_of  # noqa: E402
-from r1mega.checkpoint.to_hf import TorchDistReader  # noqa: E402
+from r1mega.checkpoint.torch_dist import TorchDistReader  # noqa: E402
 from r1mega.config.schema import ModelConfig, OptimizerConfig, ParallelConfig  # noqa: E402
 from r1mega.platform import groups  # noqa: E402
 from r1mega.train.packing import build_microbatch  # noqa: E402

@@ -1,10 +1,14 @@
-"""Optimizer state on its way to a checkpoint: the bits that Megatron's own gathering gives, in less memory."""
+"""Optimizer state on its way to a checkpoint and back: the bits that Megatron's own ways give, in less memory."""
 
 from __future__ import annotations
 
+import functools
 import weakref
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -30,7 +34,7 @@ class PeakMemory(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
-                self._know(tensor.untyped_storage(), tensor.untyped_storage().nbytes())
+                self._know(tensor.untyped_storage(), 0 if tensor.is_meta else tensor.untyped_storage().nbytes())
         return result
 
     def _know(self, storage: torch.UntypedStorage, num_bytes: int) -> None:
@@ -69,7 +73,7 @@ def measure(dtype: str) -> list[dict[str, Any]]:
             "has": state is not None,
             "equal": equal(state, expected),
             "moved": state is None or all(bool(v.any()) for v in leaves(state)),
-            "empty": len(leaves(empty)) == 3 * len(part.buffers) and not any(bool(v.any()) for v in leaves(empty)),
+            "empty": len(leaves(empty)) == 3 * len(part.buffers) and all(v.is_meta for v in leaves(empty)),
             "ours": ours.peak,
             "theirs": theirs.peak,
         })  # fmt: skip
@@ -100,3 +104,100 @@ def test_state_is_gathered_bit_by_bit_in_the_memory_of_the_result():
             assert result <= part["ours"] <= result + 2 * 4 * BLOCK
             if whole:
                 assert part["theirs"] > 1.5 * result  # the tracker sees what Megatron's own needs beside the result
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    layout: tuple[tuple[str, int], ...] = ()
+    dtype: str = "bfloat16"
+    layers: int = 2
+
+
+CASES = {
+    1: [Case(dtype="float32"), Case()],
+    2: [Case((("ep", 2),)), Case((("ep", 2),), layers=4), Case((("tp", 2),), "float32")],
+    4: [Case((("tp", 2), ("ep", 2)))],
+}
+"""By the number of ranks."""
+
+
+def load_in_both_ways(directory: Path, cases: list[Case]) -> list[dict[str, Any]]:
+    """Each case saved after a step, and loaded into new policies by Megatron's own way and by r1mega's.
+
+    {way: (most bytes of new tensors while loading, what is not as in the run that went on)}, elements of the optimizers.
+    """
+    from r1mega.checkpoint import torch_dist
+    from r1mega.platform import groups
+
+    torch_dist.BLOCK = BLOCK
+    groups.init_distributed()
+    found = [_load_in_both_ways(directory / str(number), case) for number, case in enumerate(cases)]
+    groups.destroy()
+    return found
+
+
+def _load_in_both_ways(directory: Path, case: Case) -> dict[str, Any]:
+    from r1mega.checkpoint.store import CheckpointStore, architecture_of
+    from r1mega.platform import groups
+    from r1mega.train import optimizer as module
+    from tests.dist.convert_worker import make_policy, update
+
+    config = MTP | {"num_hidden_layers": case.layers}
+    store = CheckpointStore(directory, keep=1, architecture=architecture_of(config))
+
+    def bits(policy: Any) -> dict[Any, torch.Tensor]:
+        found = {name: tensor.clone() for name, tensor in policy.hf_tensors()}
+        for place, part in enumerate(module._parts(policy.optimizer)):
+            for number, parameter in enumerate(part.model_param_group_index_map):
+                state = part._get_main_param_and_optimizer_states(parameter)
+                found |= {(place, number, key): value.clone() for key, value in state.items()}
+        return found
+
+    def started() -> Any:
+        return make_policy(config, dict(case.layout), case.dtype, init_std=0.02)
+
+    policy = started()
+    update(policy)
+    path = store.save(1, policy.sharded_state(is_loading=False), {})
+    expected = [bits(policy), update(policy), bits(policy)]
+    found: dict[str, Any] = {"elements": sum(b.numel_unpadded for part in module._parts(policy.optimizer) for b in part.buffers)}
+    for way in ("theirs", "ours"):
+        groups.destroy_parallel()
+        fresh = started()
+        if way == "theirs":
+            for part in module._parts(fresh.optimizer):
+                del part.get_parameter_state_dp_zero, part.load_parameter_state_from_fully_reshardable
+        module.fill_empty_state(fresh.optimizer)  # which stays; what passes is counted
+        assert not equal(bits(fresh), expected[0])
+        with PeakMemory() as memory:
+            state, _ = store.load(path, fresh.sharded_state(is_loading=True))
+            fresh.load_sharded_state(state)
+        now = [bits(fresh), update(fresh), bits(fresh)]
+        names = ("what is loaded", "loss and gradient norm of a step", "state after it")
+        wrong = [name for name, one, other in zip(names, now, expected, strict=True) if not equal(one, other)]
+        found[way] = memory.peak, wrong
+    groups.destroy_parallel()
+    return found
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    """A function: what `load_in_both_ways` finds on so many ranks, by rank and case."""
+    return functools.cache(
+        lambda ranks: launch(load_in_both_ways, ranks, tmp_path_factory.mktemp("runs"), CASES[ranks], timeout_seconds=600)
+    )
+
+
+@pytest.mark.parametrize("ranks", CASES)
+def test_a_run_goes_on_bitwise_from_state_that_is_read_a_block_at_a_time(loaded, ranks):
+    for found in loaded(ranks):
+        for case, result in zip(CASES[ranks], found, strict=True):
+            assert result["ours"][1] == result["theirs"][1] == [], case
+
+
+def test_memory_to_load_state_does_not_grow_with_the_model(loaded):
+    for small, large, _ in loaded(2):
+        print({found["elements"]: (found["theirs"][0], found["ours"][0]) for found in (small, large)})
+        more = large["elements"] - small["elements"]
+        assert large["theirs"][0] - small["theirs"][0] > 11 * more  # the tracker sees 12 bytes an element of whole buffers
+        assert large["ours"][0] - small["ours"][0] < 2.5 * more  # Megatron puts weights of fused layers together, 2 bytes each

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
+from r1mega.config.load import load_config
 from r1mega.errors import ConfigError, DataError
 from r1mega.observe.environment import git_commit
 from r1mega.observe.run import RunDirectory
@@ -109,6 +111,55 @@ def test_a_run_may_go_on_in_another_layout(tmp_path):
     with pytest.raises(ConfigError, match=r"rollout\.top_p: 1\.0 -> 0\.9") as error:
         run.write_config({"parallel": {"tp": 1}, "rollout": {"tp": 4, "top_p": 0.9}})
     assert "tp: " not in str(error.value)
+
+
+@pytest.fixture
+def older_run(tmp_path):
+    """A function: today's config of a run with overrides. The run was written by a program without some keys, and has work."""
+
+    def config(*overrides):
+        file = ROOT / "configs/nano/cold_start.yaml"
+        return load_config(file, [f"run_dir={tmp_path}", *overrides]).model_dump(mode="json")
+
+    stored = config()
+    del stored["model"]["fp8"], stored["timeouts"], stored["filters"]["max_tokens"], stored["rollout"]["temperature"]
+    del stored["prompting"][0]["separator"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(stored))
+    (tmp_path / "data").mkdir()
+    return config
+
+
+def test_an_older_run_goes_on_where_keys_that_it_lacks_have_their_defaults(older_run, tmp_path):
+    RunDirectory(tmp_path).check_config(older_run("timeouts.rollout_seconds=7"))  # how long to wait may change
+    RunDirectory(tmp_path).write_config(older_run())
+    assert RunDirectory(tmp_path).read_config() == older_run()  # today's keys are stored from now on
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [("model.fp8=blockwise", r"model\.fp8: off -> blockwise"), ("filters.max_tokens=9", r"filters\.max_tokens: None -> 9"),
+     ("rollout.temperature=0.5", r"rollout\.temperature: 1\.0 -> 0\.5"), ("seed=5", r"seed: 1 -> 5")],
+)  # fmt: skip
+def test_a_key_that_an_older_run_lacks_is_a_change_where_it_is_set_otherwise(older_run, tmp_path, override, message):
+    with pytest.raises(ConfigError, match=rf"another config:\n  {message}\n.*choose another run_dir"):
+        RunDirectory(tmp_path).check_config(older_run(override))
+
+
+def test_a_key_that_is_gone_is_named_with_its_file_and_the_nearest_one(older_run, tmp_path):
+    file = tmp_path / "config.yaml"
+    stored = yaml.safe_load(file.read_text())
+    stored["rollout"] |= {"group_sise": 4, "old_and_unset": None}
+    stored["observe"]["gone"] = stored["engines"] = {"a": 1}
+    file.write_text(yaml.safe_dump(stored))
+    with pytest.raises(ConfigError) as error:
+        RunDirectory(tmp_path).check_config(older_run())
+    first, second = str(error.value).splitlines()[1:-1]  # what may change (observe) is no concern
+    assert f"{file}: unknown key engines" in first and "(it is {'a': 1}; if what it says still holds, take it out" in first
+    assert f"{file}: unknown key rollout.group_sise; did you mean rollout.group_size? (it is 4;" in second
+    stored.pop("engines")
+    stored["rollout"]["group_size"] = stored["rollout"].pop("group_sise")  # as the message says
+    file.write_text(yaml.safe_dump(stored))
+    RunDirectory(tmp_path).check_config(older_run("rollout.group_size=4"))
 
 
 def test_reading_what_is_not_a_run(tmp_path):

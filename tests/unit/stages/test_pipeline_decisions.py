@@ -81,6 +81,24 @@ def test_an_input_that_is_not_what_its_node_made_is_noticed_by_its_reader_alone(
     assert actions(load()) == ["refuse", "run"] and actions(load(), redo=True) == ["redo", "run"]
 
 
+def test_a_record_of_an_older_program_lacks_keys_and_has_others(load):
+    run_dir = load().nodes["zero"].config.run_dir
+    record = json.loads((run_dir / "lineage.json").read_text())
+    for name in ("fp8", "recompute"):
+        del record["config"]["model"][name]
+    for name in ("clip_high", "dynamic_sampling"):
+        del record["config"]["algorithm"][name]
+    (run_dir / "lineage.json").write_text(json.dumps(record))
+    assert actions(load()) == ["skip", "skip"]
+    changed = load("zero.algorithm.clip_high=0.3")
+    assert actions(changed) == ["skip", "refuse"]
+    assert "algorithm.clip_high: 0.2 -> 0.3" in dry_run(changed, ["zero"])["zero"].reason
+    record["config"]["algorithm"]["clip_hihg"] = 0.3
+    (run_dir / "lineage.json").write_text(json.dumps(record))
+    reason = dry_run(load(), ["zero"])["zero"].reason
+    assert f"{run_dir}/lineage.json: unknown key algorithm.clip_hihg; did you mean algorithm.clip_high?" in reason
+
+
 def test_what_a_reader_does_not_read_is_no_concern_of_its(load):
     (load().nodes["base"].config.run_dir / "data" / "other.jsonl").write_text("")
     (load().nodes["base"].config.run_dir / "hf.old").mkdir()

@@ -90,12 +90,16 @@ def rounded(name: str, weight: torch.Tensor, dtype: str) -> torch.Tensor:
     return weight if name.endswith("e_score_correction_bias") else weight.to(getattr(torch, dtype)).float()
 
 
+def any_experts(tokens: int, layers: int, experts: int, top_k: int, seed: int) -> np.ndarray:
+    """[tokens, layers, top_k] uint8: any different experts for each token."""
+    every = np.tile(np.arange(experts), (tokens, layers, 1))
+    return np.random.default_rng(seed).permuted(every, axis=2)[..., :top_k].astype(np.uint8)
+
+
 def _dictate(sample: TrainingSample, config: dict[str, Any], seed: int) -> TrainingSample:
-    """Any different experts for each token."""
     layers = config["num_hidden_layers"] - config["first_k_dense_replace"]
-    every = np.tile(np.arange(config["n_routed_experts"]), (len(sample.token_ids) - 1, layers, 1))
-    chosen = np.random.default_rng(seed).permuted(every, axis=2)[..., : config["num_experts_per_tok"]]
-    return dataclasses.replace(sample, routed_experts=chosen.astype(np.uint8))
+    sizes = len(sample.token_ids) - 1, layers, config["n_routed_experts"], config["num_experts_per_tok"]
+    return dataclasses.replace(sample, routed_experts=any_experts(*sizes, seed))
 
 
 @torch.no_grad()
@@ -132,7 +136,7 @@ def take_grpo_steps(expected: Expected, ratio: str = "token", steps: int = 2) ->
 
 
 def _distance_from_clipping(step: Step, samples: list[TrainingSample], ratio: str) -> float:
-    """Between the logarithm of a ratio and that of the bound on which the sign of its advantage lets it be clipped: the least."""
+    """The least between the logarithm of a ratio and that of the bound at which its advantage lets it be clipped."""
     distances = []
     for log_probs, sample in zip(step.log_probs, samples, strict=True):
         difference = log_probs - torch.from_numpy(sample.sampler_log_probs)

@@ -3,7 +3,7 @@
 bfloat16: the weights that a forward pass sees are rounded ones, AdamW moves float32 copies; everything else is computed
 in float32, and that is what is expected. How far from it rounding may lead is measured, not guessed: transformers takes
 the same steps with bfloat16 activations. What rounding would decide is kept out of it: experts are dictated, and no ratio
-is near where it is clipped.
+is near where it is clipped, before either step.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from r1mega.types import TrainingSample
 from tests.reference import make_hf_model, unfuse
 
 LEARNING_RATE, RATE, TEMPERATURE = 1e-3, 0.01, 0.9
+CLIP_LOW, CLIP_HIGH = 0.8, 1.2
 SETTINGS = {"weight_decay": 0.1, "clip_grad": 0.05, "beta2": 0.95, "eps": 1e-3}
 # eps above the rounding of gradients, or Adam's first steps would have the sign of noise where a gradient is near zero
 
@@ -65,8 +66,10 @@ def make_samples(vocabulary: int, seed: int = 0) -> list[TrainingSample]:
     ]
 
 
-def start(config: dict[str, Any], further: dict[str, torch.Tensor] | None = None, dtype: str = "float32") -> Expected:
-    """Weights and samples, before any step."""
+def start(
+    config: dict[str, Any], further: dict[str, torch.Tensor] | None = None, dtype: str = "float32", ratio: str = "token"
+) -> Expected:
+    """Weights and samples, before any step. ratio: which one the steps will clip."""
     model = make_hf_model(config)
     state = unfuse({n: t.detach().clone() for n, t in model.state_dict().items()}) | (further or {})
     if config["tie_word_embeddings"]:
@@ -77,7 +80,7 @@ def start(config: dict[str, Any], further: dict[str, torch.Tensor] | None = None
         samples = [_dictate(sample, config, seed) for seed, sample in enumerate(samples)]
     if dtype == "bfloat16":
         routing = _Routing(config, _round(model, model.named_parameters(), dtype, torch.float32))
-        samples = [_far_from_clipping(sample, model, routing, seed) for seed, sample in enumerate(samples)]
+        samples = [_far_from_clipping(sample, model, routing, ratio, seed) for seed, sample in enumerate(samples)]
     # a policy's reference chooses its experts itself
     return Expected(config, dtype, {n: rounded(n, t, dtype) for n, t in state.items()}, samples, 0.0 if dictated else 0.1)
 
@@ -87,19 +90,26 @@ def rounded(name: str, weight: torch.Tensor, dtype: str) -> torch.Tensor:
     return weight if name.endswith("e_score_correction_bias") else weight.to(getattr(torch, dtype)).float()
 
 
+def any_experts(tokens: int, layers: int, experts: int, top_k: int, seed: int) -> np.ndarray:
+    """[tokens, layers, top_k] uint8: any different experts for each token."""
+    every = np.tile(np.arange(experts), (tokens, layers, 1))
+    return np.random.default_rng(seed).permuted(every, axis=2)[..., :top_k].astype(np.uint8)
+
+
 def _dictate(sample: TrainingSample, config: dict[str, Any], seed: int) -> TrainingSample:
-    """Any different experts for each token."""
     layers = config["num_hidden_layers"] - config["first_k_dense_replace"]
-    every = np.tile(np.arange(config["n_routed_experts"]), (len(sample.token_ids) - 1, layers, 1))
-    chosen = np.random.default_rng(seed).permuted(every, axis=2)[..., : config["num_experts_per_tok"]]
-    return dataclasses.replace(sample, routed_experts=chosen.astype(np.uint8))
+    sizes = len(sample.token_ids) - 1, layers, config["n_routed_experts"], config["num_experts_per_tok"]
+    return dataclasses.replace(sample, routed_experts=any_experts(*sizes, seed))
 
 
 @torch.no_grad()
-def _far_from_clipping(sample: TrainingSample, model: torch.nn.Module, routing: _Routing, seed: int) -> TrainingSample:
-    """Ratios of 1, or of nearly 2 or 1/2."""
+def _far_from_clipping(
+    sample: TrainingSample, model: torch.nn.Module, routing: _Routing, ratio: str, seed: int
+) -> TrainingSample:
+    """Ratios of 2 or 1/2, of each token or of the whole sequence. (A ratio of 1 may drift to its bound in one step.)"""
     log_probs = _log_probs(model, sample, routing).numpy()
-    offsets = np.random.default_rng(seed).choice([-0.6, 0.0, 0.0, 0.6], size=log_probs.shape)
+    size = 1 if ratio == "sequence" else log_probs.shape
+    offsets = np.random.default_rng(seed).choice([-math.log(2), math.log(2)], size=size)
     return dataclasses.replace(sample, sampler_log_probs=(log_probs - offsets).astype(np.float32))
 
 
@@ -119,6 +129,22 @@ def take_grpo_steps(expected: Expected, ratio: str = "token", steps: int = 2) ->
     expected.state_after = {n: rounded(n, t, expected.dtype) for n, t in state.items() if n in expected.state}
     if expected.dtype == "bfloat16":
         expected.rounded_steps, _ = _grpo_steps(expected, ratio, steps, torch.bfloat16)
+        limits = allowed(expected)
+        for number, step in enumerate(expected.steps, 1):
+            distance, limit = _distance_from_clipping(step, expected.samples, ratio), limits[f"log_probs {number}"]
+            assert distance > 2 * limit, f"step {number}: rounding may decide what is clipped: {distance} of {limit}"
+
+
+def _distance_from_clipping(step: Step, samples: list[TrainingSample], ratio: str) -> float:
+    """The least between the logarithm of a ratio and that of the bound at which its advantage lets it be clipped."""
+    distances = []
+    for log_probs, sample in zip(step.log_probs, samples, strict=True):
+        difference = log_probs - torch.from_numpy(sample.sampler_log_probs)
+        if ratio == "sequence":
+            difference = difference.mean()
+        bound = math.log(CLIP_HIGH if sample.advantage > 0 else CLIP_LOW)
+        distances.append(float((difference - bound).abs().min()))
+    return min(distances)
 
 
 def allowed(expected: Expected) -> dict[str, float]:
@@ -206,7 +232,7 @@ def _loss(
     if ratio == "sequence":
         difference = difference.mean().expand_as(difference)
     factor = difference.exp()
-    surrogate = torch.minimum(factor * sample.advantage, factor.clamp(0.8, 1.2) * sample.advantage)
+    surrogate = torch.minimum(factor * sample.advantage, factor.clamp(CLIP_LOW, CLIP_HIGH) * sample.advantage)
     gap = reference - log_probs
     return (kl_coefficient * (gap.exp() - gap - 1) - surrogate).mean()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -21,6 +22,7 @@ from r1mega.config.schema import ModelConfig, OptimizerConfig, ParallelConfig  #
 from r1mega.platform import groups  # noqa: E402
 from r1mega.train.packing import build_microbatch  # noqa: E402
 from r1mega.train.policy import Policy  # noqa: E402
+from tests.policy_reference import any_experts  # noqa: E402
 
 SEQUENCES = [[i * 7 % 90 + 1 for i in range(start, start + 16)] for start in range(8)]
 PROMPT = 4
@@ -39,11 +41,17 @@ def make_policy(
     )  # fmt: skip
 
 
-def update(policy: Policy) -> tuple[float, float]:
-    """One step on the same eight sequences, whatever the layout; (loss, gradient norm)."""
+def update(policy: Policy, dictated: bool = False) -> tuple[float, float]:
+    """One step on the same eight sequences, whatever the layout; (loss, gradient norm).
+
+    dictated: experts are not chosen by the routers, whose choice may be the rounding's.
+    """
     replicas, replica = ps.get_data_parallel_world_size(), ps.get_data_parallel_rank()
-    mine = SEQUENCES[replica::replicas]
-    batches = [build_microbatch(mine[i : i + 2], [PROMPT] * 2, range(2)) for i in range(0, len(mine), 2)]
+    mine = range(replica, len(SEQUENCES), replicas)
+    batches = []
+    for pair in (mine[i : i + 2] for i in range(0, len(mine), 2)):
+        experts = [experts_of(policy, i) for i in pair] if dictated else None
+        batches.append(build_microbatch([SEQUENCES[i] for i in pair], [PROMPT] * 2, range(2), experts))
     total = sum(len(s) - PROMPT for s in SEQUENCES)
     result = policy.update(
         batches, lambda _i, _b, lp, _e: (-lp.sum() / total, -lp.detach().sum() / total), total_response_tokens=total
@@ -52,6 +60,13 @@ def update(policy: Policy) -> tuple[float, float]:
     dist.all_reduce(loss, group=ps.get_data_parallel_group())
     dist.broadcast(loss, dist.get_world_size() - 1)  # the last pipeline stage has it
     return float(loss), result.grad_norm
+
+
+def experts_of(policy: Policy, sequence: int) -> np.ndarray:
+    """[tokens - 1, MoE layers, top-k]: any, but the same in every layout."""
+    config = policy.megatron_config
+    layers = sum(config.moe_layer_freq)
+    return any_experts(len(SEQUENCES[sequence]) - 1, layers, config.num_moe_experts, config.moe_router_topk, sequence)
 
 
 def load_converted(cases: list[tuple[Path, dict[str, int], Path]]) -> dict[str, list[str]]:
@@ -82,22 +97,47 @@ def load_converted(cases: list[tuple[Path, dict[str, int], Path]]) -> dict[str, 
 def save_run(
     run: Path, config: dict[str, Any], layout: dict[str, int], source: Path, dtype: str, asynchronous: bool, fp8: str = "off"
 ) -> None:
-    """Two steps, a checkpoint, two more steps; what an uninterrupted run gives: losses, and every weight at the end."""
+    """Two steps, a checkpoint, two more steps; what an uninterrupted run gives: losses, and every weight at the end.
+
+    bfloat16: experts are dictated; and the same steps in float32 tell how far rounding leads ("rounding": `differences`).
+    """
     groups.init_distributed()
-    policy = make_policy(config, layout, dtype, fp8=fp8)
+    policy, dictated = make_policy(config, layout, dtype, fp8=fp8), dtype == "bfloat16"
     policy.load_pretrained(source)
     store = CheckpointStore(run, keep=2, architecture=architecture_of(config), asynchronous=asynchronous)
     store.save(0, policy.sharded_state(is_loading=False), {})  # before the first step
-    losses = [update(policy) for _ in range(2)]
+    losses = [update(policy, dictated) for _ in range(2)]
     store.save(2, policy.sharded_state(is_loading=False), {})
-    exported = {name: tensor.clone() for name, tensor in policy.hf_tensors()}
-    losses += [update(policy) for _ in range(2)]  # while an asynchronous save writes
+    at_save = all_weights(policy)
+    losses += [update(policy, dictated) for _ in range(2)]  # while an asynchronous save writes
     store.wait()
-    weights = {name: tensor.clone() for name, tensor in policy.hf_tensors()}
+    kept = {"losses": losses, "weights": all_weights(policy), "at_save": at_save}
+    if dictated and fp8 == "off":
+        wide = make_policy(config, layout, "float32")
+        wide.load_pretrained(source)
+        kept["rounding"] = differences([update(wide, dictated) for _ in range(4)], all_weights(wide), kept)
     if dist.get_rank() == 0:
-        torch.save({"losses": losses, "weights": weights, "at_save": exported}, run / "uninterrupted.pt")
+        torch.save(kept, run / "uninterrupted.pt")
     dist.barrier()
     groups.destroy()
+
+
+def all_weights(policy: Policy) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in policy.hf_tensors()}
+
+
+def differences(
+    losses: list[tuple[float, float]], weights: dict[str, torch.Tensor], expected: dict[str, Any]
+) -> tuple[float, float, float]:
+    """From an uninterrupted run: the largest of losses and gradient norms; the largest of the weights; the Euclidean
+    distance of all weights, over the one that its last two steps went."""
+    pairs = zip(losses, expected["losses"][-len(losses) :], strict=True)
+    off, moved = (
+        torch.cat([(tensor.float() - other[name].float()).flatten() for name, tensor in expected["weights"].items()])
+        for other in (weights, expected["at_save"])
+    )
+    largest = max(abs(a - b) for x, y in pairs for a, b in zip(x, y, strict=True))
+    return largest, float(off.abs().max()), float(off.norm() / moved.norm())
 
 
 def resume_run(
@@ -105,7 +145,7 @@ def resume_run(
 ) -> dict[str, Any]:
     """In each layout, from the checkpoint of a step: save it again, then the steps up to 4.
 
-    {case: (tensors that the second checkpoint has otherwise, largest difference of losses, of weights)}.
+    {case: (tensors that the second checkpoint has otherwise, *`differences`)}.
     """
     groups.init_distributed()
     expected = torch.load(run / "uninterrupted.pt")
@@ -119,14 +159,8 @@ def resume_run(
         policy.load_sharded_state(state)
         again = CheckpointStore(run / f"{layout} {step}", keep=1, architecture=architecture_of(config))
         changed = unequal_tensors(path, again.save(step, policy.sharded_state(is_loading=False), {}))
-        losses = [update(policy) for _ in range(progress["step"], 4)]
-        difference = max(
-            float((tensor.float() - expected["weights"][name].float()).abs().max()) for name, tensor in policy.hf_tensors()
-        )
-        pairs = zip(losses, expected["losses"][step:], strict=True)
-        results[f"{layout} from {step}"] = (
-            changed, max(abs(a - b) for x, y in pairs for a, b in zip(x, y)), difference,
-        )  # fmt: skip
+        losses = [update(policy, dtype == "bfloat16") for _ in range(progress["step"], 4)]
+        results[f"{layout} from {step}"] = (changed, *differences(losses, all_weights(policy), expected))
         groups.destroy_parallel()
     groups.destroy()
     return results

@@ -93,7 +93,8 @@ def write_expectations(directory: Path, cases: Iterable[Case]) -> None:
         path = directory / case.file
         if path.exists():
             continue
-        expected = start(MODELS[case.model], mtp_state() if case.model.startswith("mtp") else None, case.dtype)
+        further = mtp_state() if case.model.startswith("mtp") else None
+        expected = start(MODELS[case.model], further, case.dtype, case.ratio)
         if case.kind == "grpo":
             take_grpo_steps(expected, case.ratio)
         else:

@@ -59,14 +59,16 @@ def run(tmp_path_factory, request):
 
 @pytest.mark.parametrize(("ranks", "cases"), [(1, [({}, 2)]), (2, [({"pp": 2}, 2), ({"ep": 2}, 2), ({"tp": 2}, 0)])])
 def test_a_run_goes_on_in_another_layout_as_if_uninterrupted(run, ranks, cases):
-    """What is loaded is bit for bit what was saved. bfloat16: the steps after it are equal to within its spacing."""
-    limit = 1e-5 if run[2] == "float32" else 2**-7
+    """What is loaded is bit for bit what was saved. In bfloat16 the steps after it differ by no more than twice what
+    rounding changes in the uninterrupted run."""
+    path, _, dtype = run
+    rounding = (5e-6, 5e-6, 5e-4) if dtype == "float32" else torch.load(path / "uninterrupted.pt")["rounding"]
+    limits = [2 * value for value in rounding]
     for results in launch(resume_run, ranks, *run, cases, timeout_seconds=600):
         assert len(results) == len(cases)
-        for name, (changed, losses, weights) in results.items():
+        for name, (changed, *found) in results.items():
             assert changed == [], name
-            assert losses <= limit, name
-            assert weights <= limit, name
+            assert all(value <= limit for value, limit in zip(found, limits, strict=True)), (name, found, limits)
 
 
 def test_a_trained_checkpoint_becomes_the_exported_weights(run, tmp_path):

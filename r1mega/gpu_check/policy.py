@@ -94,8 +94,10 @@ EXACT = Limits(2e-4, 2e-5, 2e-5, 2e-4, 2e-4, 2e-3, 2e-3)
 """float32 of two devices: other orders of summation."""
 BF16 = Limits(0.1, 0.02, 0.01, 0.02, 0.05, 0.15, 0.05, later=5.0)
 """On a CPU: 0.017, 0.005, 0.0001, 0.002, 0.012, 0.022, 0.003; in the second step 0.22, 0.020, 0.037, 0.057, 0.12, 0.18."""
-FP8 = Limits(1.0, 0.1, 0.05, 0.15, 0.25, 0.6, 0.5, later=4.0)
-"""Not measured yet."""
+FP8 = Limits(1.0, 0.15, 0.05, 0.15, 0.25, 0.6, 0.5, later=4.0)
+"""Over the tests' stand-in of Transformer Engine's compiled module, tensorwise: 0.32, 0.081, 0.0032, 0.043, 0.18, 0.31, 0.015;
+in the second step 0.41, 0.086, 0.043, 0.10, 0.23, 0.37. Blockwise: 0.25, 0.088, 0.0020, 0.024, 0.16, 0.26, 0.015; 0.27, 0.086,
+0.028, 0.058, 0.19, 0.30. On a GPU: not measured."""
 
 
 # ---------------------------------------------------------------------- two steps

@@ -113,6 +113,7 @@ def save_run(
     store.wait()
     kept = {"losses": losses, "weights": all_weights(policy), "at_save": at_save}
     if dictated and fp8 == "off":
+        groups.destroy_parallel()
         wide = make_policy(config, layout, "float32")
         wide.load_pretrained(source)
         kept["rounding"] = differences([update(wide, dictated) for _ in range(4)], all_weights(wide), kept)

@@ -1,4 +1,4 @@
-"""Megatron's distributed optimizer on this platform: its torch_dist checkpoint continues a run bit by bit."""
+"""Megatron's distributed optimizer on this platform: it continues a run bit by bit from what r1mega gathers, and from its own."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_a_restored_run_continues_bitwise(tmp_path: Path, dtype, saved):
     after = [whole.step(reference) for _ in range(2)]
     assert first[0] > first[1] > after[1]  # it learns, so that equal losses say something
 
-    restored = Run(dtype, None, METADATA)
+    restored = Run(dtype, None, dict(METADATA))  # with Megatron's own loading; r1mega's: tests/dist/test_optimizer_state.py
     state = dist_checkpointing.load(restored.state(is_loading=True), str(tmp_path))
     restored.model.load_state_dict(state["model"])
     restored.optimizer.load_state_dict(state["optimizer"])

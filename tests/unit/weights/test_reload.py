@@ -279,7 +279,7 @@ def test_cost_of_a_push_and_its_digests(engines):
     assert sum(tensor.numel() for tensor in tensors.values()) > 500_000
     times = []
     for _ in range(5):
-        start = time.process_time()
+        start = time.thread_time()  # gloo's threads wake up beside it
         push(engine, tensors)
-        times.append(time.process_time() - start)
+        times.append(time.thread_time() - start)
     assert min(times) <= 0.1, times  # 25 to 50 ms, by what else the machine does

@@ -20,7 +20,7 @@ run_beside() {
   printf '%s\n' "$@" | xargs -P 2 -d '\n' -n 1 bash -c '
     printed=$("$PYTHON" -m pytest -q --durations=15 $0 2>&1) && code=0 || code=1
     printf "== %s (%d s)\n%s\n" "$0" $SECONDS "$printed"
-    exit $code'
+    exit $code' || exit 1
 }
 
 if [ "$megatron" ]; then

@@ -95,7 +95,7 @@ class Cluster:
         """What `scontrol show job` tells."""
         return dict(part.split("=", 1) for part in self.run("scontrol", "show", "job", "-o", number).split() if "=" in part)
 
-    def wait(self, number: str, seconds: float) -> dict[str, str]:
+    def wait(self, number: str, seconds: float = 400) -> dict[str, str]:
         """The job when it is over."""
         limit = time.monotonic() + seconds
         while (job := self.job(number))["JobState"] in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED"):

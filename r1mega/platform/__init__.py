@@ -33,10 +33,10 @@ def use(platform: Platform) -> None:
     Raises PlatformError after `prepare()`: megatron's patches follow from the platform.
     """
     from r1mega.errors import PlatformError
-    from r1mega.platform import megatron_patches
+    from r1mega.platform import megatron_import
 
     global _chosen
-    if megatron_patches.is_installed():
+    if megatron_import.is_installed():
         raise PlatformError("r1mega.platform.use() comes before prepare(): megatron-core is patched for another platform")
     _chosen = platform
     current.cache_clear()
@@ -68,8 +68,8 @@ def prepare() -> Platform:
 
     Raises PlatformError when megatron.core was imported before, or is of a version that the patches were not made for.
     """
-    from r1mega.platform import megatron_patches
+    from r1mega.platform import megatron_import
 
     platform = current()
-    megatron_patches.install(platform)
+    megatron_import.install(platform)
     return platform

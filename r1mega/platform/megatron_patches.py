@@ -1,9 +1,8 @@
 """Every change made to megatron-core, for each version that is supported, and why.
 
-Changes are made to the source text as each module is imported, so that torch stays as it is, whatever is imported
-before or after (vLLM replaces parts of torch.cuda itself). A text that is not found, or found another number of times,
-raises PlatformError: a new version of megatron-core needs a look at this list. `versions` says where a patch belongs,
-`upstream` which change of megatron-core is the reason that it does not belong everywhere.
+`megatron_import` makes them, to the source text as each module is imported. A text that is not found, or found another number
+of times, raises PlatformError: a new version of megatron-core needs a look at this list. `versions` says where a patch
+belongs, `upstream` which change of megatron-core is the reason that it does not belong everywhere.
 
 Three causes:
 - `cpu`: the code takes a CUDA device for granted;
@@ -13,25 +12,14 @@ Three causes:
 
 from __future__ import annotations
 
-import importlib.abc
-import importlib.machinery
 import importlib.metadata
-import importlib.util
-import logging
-import re
 import sys
-import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
-from types import CodeType, ModuleType
 from typing import Any, Literal
 
 from packaging.specifiers import SpecifierSet
 
 from r1mega.errors import PlatformError
-from r1mega.platform.cuda_stand_in import CudaStandIn
-
-_logger = logging.getLogger(__name__)
 
 MEGATRON_VERSIONS = {"0.16.1": "3.11", "0.19.2": "3.12"}
 """Supported versions of megatron-core, and the Python that each is tested with (0.16.1 is the last one for 3.11)."""
@@ -311,139 +299,6 @@ PATCHES = (
     ),
 )
 
-_KNOWN_LOG_MESSAGES = {
-    "models.gpt.gpt_model": "GPTModel IS DEPRECATED",  # HybridModel has neither our names nor 0.16.1's
-    "distributed.distributed_data_parallel": "full_param_layout not provided",  # what it then computes is what we want
-    "dist_checkpointing.strategies.torch": "MCore's async save is deprecated",  # its plan is used, not its saving
-    "dist_checkpointing.strategies.common": "load_common is deprecated",  # how 0.16.1 too keeps what is not tensors
-}
-"""Warnings of megatron-core 0.19 that ask nothing of the user, by module."""
-
-_CUDA_TYPE_NAME = re.compile(r"(['\"])torch\.cuda\.(\w+Tensor)")
-_CUDA_MODULE = re.compile(r"(?<!from )(?<!import )\btorch\.cuda\.(?=\w)")
-_CUDA_METHOD = re.compile(r"\.cuda\([^()]*(?:\(\))?\)")
-_CUDA_DEVICE = re.compile(r"\b(device|map_location)=(['\"])cuda\2")
-_CUDA_DEVICE_CALL = re.compile(r"\btorch\.device\((['\"])cuda\1\)")
-_EXPECTED_REWRITES = ("pipeline_parallel.schedules", "optimizer.clip_grads", "optimizer.optimizer")
-
-
-def rewrite_for_cpu(source: str) -> str:
-    """Turn every use of CUDA in a megatron-core module into its CPU form. Lines keep their numbers.
-
-    'torch.cuda.FloatTensor' (a name) -> 'torch.FloatTensor'; torch.cuda.x -> the stand-in; t.cuda() -> t.cpu();
-    device='cuda', map_location='cuda', torch.device('cuda') -> the same with 'cpu'. Tensors never move, because all are
-    on the CPU already.
-    """
-    source = _CUDA_TYPE_NAME.sub(r"\1torch.\2", source)
-    source = _CUDA_MODULE.sub("_cuda_stand_in.", source)
-    source = _CUDA_METHOD.sub(".cpu()", source)
-    source = _CUDA_DEVICE_CALL.sub("torch.device('cpu')", source)
-    return _CUDA_DEVICE.sub(r"\1='cpu'", source)
-
-
-def apply_patches(module: str, source: str, patches: Sequence[Patch]) -> str:
-    """`patches` applied to the source of megatron.core.`module`. Raises PlatformError when one does not fit."""
-    for patch in patches:
-        found = source.count(patch.old)
-        if found != patch.count:
-            raise PlatformError(
-                f"megatron.core.{module}: {patch.old!r} is there {found} times instead of {patch.count} "
-                f"({patch.reason}). r1mega was made for megatron-core {' and '.join(MEGATRON_VERSIONS)}: install one of "
-                "these, unchanged, or review r1mega/platform/megatron_patches.py"
-            )
-        source = source.replace(patch.old, patch.new)
-    return source
-
-
-class _Loader(importlib.machinery.SourceFileLoader):
-    """Compiles the changed source; unchanged modules take Python's own way, with its bytecode cache."""
-
-    def __init__(self, fullname: str, path: str, patches: Sequence[Patch], cpu: bool, names: dict[str, Any]):
-        super().__init__(fullname, path)
-        self._patches, self._cpu, self._names = patches, cpu, names
-
-    def get_code(self, fullname: str) -> CodeType | None:
-        """See importlib. Raises PlatformError where a patch finds no longer what it replaces."""
-        with open(self.path, encoding="utf-8") as file:
-            original = file.read()
-        module = fullname.removeprefix("megatron.core.")
-        source = apply_patches(module, original, self._patches)
-        if self._cpu:
-            source = rewrite_for_cpu(source)
-            if module in _EXPECTED_REWRITES and source == original:
-                raise PlatformError(f"{fullname}: no use of CUDA found to rewrite; megatron-core has changed")
-        if source == original:
-            return super().get_code(fullname)
-        return compile(source, self.path, "exec", dont_inherit=True)
-
-    def exec_module(self, module: ModuleType) -> None:
-        module.__dict__.update(self._names)
-        super().exec_module(module)
-
-
-class _Finder(importlib.abc.MetaPathFinder):
-    def __init__(self, patches: Sequence[Patch], cpu: bool):
-        self.cpu = cpu
-        self.by_module: dict[str, list[Patch]] = {}
-        for patch in patches:
-            self.by_module.setdefault(patch.module, []).append(patch)
-        self.names: dict[str, Any] = {}
-        if cpu:
-            self.names = {
-                "_cuda_stand_in": CudaStandIn(),
-                "_uneven_all_gather": _uneven_all_gather,
-                "_uneven_reduce_scatter": _uneven_reduce_scatter,
-            }
-
-    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None):
-        """See importlib. None for every module but those of megatron.core that are to be changed."""
-        if not fullname.startswith("megatron.core."):
-            return None
-        patches = self.by_module.get(fullname.removeprefix("megatron.core."), ())
-        if not patches and not self.cpu:
-            return None
-        spec = importlib.machinery.PathFinder.find_spec(fullname, path)
-        if spec is None or not isinstance(spec.loader, importlib.machinery.SourceFileLoader):
-            return spec
-        spec.loader = _Loader(fullname, spec.loader.path, patches, self.cpu, self.names)
-        return spec
-
-
-def is_installed() -> bool:
-    """Whether imports of megatron.core take the patches."""
-    return any(isinstance(finder, _Finder) for finder in sys.meta_path)
-
-
-def install(platform: Any) -> None:
-    """Make later imports of megatron.core take the patches for this platform. Idempotent.
-
-    Raises PlatformError when megatron.core is imported already (unpatched) or is of a version that is not supported.
-    """
-    if is_installed():
-        return
-    loaded = sorted(name for name in sys.modules if name.startswith("megatron.core"))
-    if loaded:
-        raise PlatformError(f"{loaded[0]} was imported before r1mega.platform.prepare(): call it first")
-    version = installed_version()
-    _hide_unused(platform)
-    for message in (r"(Transformer Engine|Apex).*not installed", "full scope is deprecated"):
-        warnings.filterwarnings("ignore", message=message)  # known: `r1mega doctor` tells what is installed
-    for name, message in _KNOWN_LOG_MESSAGES.items():
-        logging.getLogger(f"megatron.core.{name}").addFilter(lambda record, known=message: known not in record.msg)
-    sys.meta_path.insert(0, _Finder(needed_patches(platform, version), cpu=platform.name == "cpu"))
-
-
-def _hide_unused(platform: Any) -> None:
-    """Megatron-core takes Transformer Engine and apex wherever it can import them: without a GPU too, and of versions and builds
-    that this platform refuses; one whose import fails with another error than ImportError ends the process.
-    """
-    for name, is_used in (("transformer_engine", platform.has_transformer_engine), ("apex", platform.has_apex)):
-        if is_used or importlib.util.find_spec(name) is None:
-            continue
-        _logger.warning("%s is installed and not used: megatron-core does without it (r1mega doctor says why)", name)
-        for module in [name, *(loaded for loaded in sys.modules if loaded.startswith(f"{name}."))]:
-            sys.modules[module] = None  # whose import is then a ModuleNotFoundError
-
 
 def installed_version() -> str:
     """The version of megatron-core that is installed. PlatformError unless it is one of MEGATRON_VERSIONS."""
@@ -472,25 +327,3 @@ def needed_patches(platform: Any, version: str) -> tuple[Patch, ...]:
         "no_te": not platform.has_transformer_engine,
     }
     return tuple(patch for patch in PATCHES if patch.is_for(version) and conditions[patch.when])
-
-
-def _uneven_all_gather(outputs: list[Any], tensor: Any, group: Any) -> None:
-    """all_gather into tensors of different first dimensions: padded to the largest on the way."""
-    import torch.distributed as dist
-
-    padded = tensor.new_zeros((max(o.shape[0] for o in outputs), *tensor.shape[1:]))
-    padded[: tensor.shape[0]] = tensor
-    gathered = [padded.new_empty(padded.shape) for _ in outputs]
-    dist.all_gather(gathered, padded, group=group)
-    for output, whole in zip(outputs, gathered, strict=True):
-        output.copy_(whole[: output.shape[0]])
-
-
-def _uneven_reduce_scatter(output: Any, inputs: list[Any], group: Any) -> None:
-    """reduce_scatter of tensors of different first dimensions: all are summed everywhere, one is kept."""
-    import torch
-    import torch.distributed as dist
-
-    total = torch.cat(inputs)
-    dist.all_reduce(total, group=group)
-    output.copy_(torch.split(total, [i.shape[0] for i in inputs])[group.rank()])

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from r1mega.platform.cuda_stand_in import CudaStandIn
-from r1mega.platform.megatron_patches import rewrite_for_cpu
+from r1mega.platform.megatron_import import rewrite_for_cpu
 from tests.te.stand_in import extension, permutation
 
 PACKAGE = "transformer_engine"

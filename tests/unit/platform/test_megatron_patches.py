@@ -10,14 +10,8 @@ import torch
 
 from r1mega import platform
 from r1mega.errors import PlatformError
-from r1mega.platform.megatron_patches import (
-    MEGATRON_VERSIONS,
-    PATCHES,
-    Patch,
-    apply_patches,
-    installed_version,
-    rewrite_for_cpu,
-)
+from r1mega.platform.megatron_import import apply_patches, rewrite_for_cpu
+from r1mega.platform.megatron_patches import MEGATRON_VERSIONS, PATCHES, Patch, installed_version
 
 
 def run_python(code: str) -> subprocess.CompletedProcess:
@@ -101,7 +95,7 @@ def test_rewriting_turns_cuda_into_the_cpu():
 def test_prepare_twice_installs_once_and_leaves_torch_alone():
     before = (torch.zeros, torch.tensor, torch.cuda.current_device, torch.cuda.Stream, torch.compile)
     assert platform.prepare() is platform.prepare() is platform.current()
-    finders = [f for f in sys.meta_path if type(f).__module__ == "r1mega.platform.megatron_patches"]
+    finders = [f for f in sys.meta_path if type(f).__module__ == "r1mega.platform.megatron_import"]
     assert len(finders) == 1
     import megatron.core.models.gpt
 

@@ -54,6 +54,9 @@ make_venv() {
     export PATH="$PWD/$venv/bin:$PATH" PIP_DISABLE_PIP_VERSION_CHECK=1
 }
 
+# pip_install ARGUMENT...: without dependencies, and without a word on folders of an index that lacks a package.
+pip_install() { "$PYTHON" -m pip install -q --no-deps "$@" 2> >(grep -v 'is ignored: it is neither' >&2); }
+
 # set_up [VENV PYTHON]: make_venv, the pinned packages, and this one.
 set_up() {
     local venv=${1:-.venv} lock=requirements/cpu.lock stamp wanted
@@ -62,7 +65,7 @@ set_up() {
     make_venv "$@"
     if [ "$(cat "$stamp" 2>/dev/null || true)" != "$wanted" ]; then
         say "installing the pinned packages (about 4 GB on disk, a few minutes, once)"
-        "$PYTHON" -m pip install -q --no-deps ${2:+--no-compile} -r "$lock" 2> >(grep -v 'is ignored: it is neither' >&2) ||
+        pip_install ${2:+--no-compile} -r "$lock" ||
             fail "pip could not install $lock; is a package index reachable? Start again to go on where it stopped."
         [ -e /dev/nvidiactl ] || "$PYTHON" -c 'import torch' 2>/dev/null || "$PYTHON" launch/cuda_stand_ins.py
         "$PYTHON" -c 'import torch' 2>/dev/null ||
@@ -70,7 +73,7 @@ set_up() {
         if [ -n "${2:-}" ] && [ -e kernels/r1mega_kernels/_cpu.so ]; then # built with .venv, whose tests may have it loaded
             printf '%s\n' "$PWD" "$PWD/kernels" >"$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/r1mega.pth"
         else
-            "$PYTHON" -m pip install -q --no-deps --no-build-isolation -e . 2> >(grep -v 'is ignored: it is neither' >&2)
+            pip_install --no-build-isolation -e .
         fi
         echo "$wanted" >"$stamp"
     fi
@@ -85,6 +88,6 @@ transformer_engine_files() {  # not into site-packages: for these tests alone
     wanted=$(sha256sum "$lock" | cut -d' ' -f1)
     [ "$(cat "$target/installed.sha256" 2>/dev/null || true)" != "$wanted" ] || return 0
     rm -rf "$target"
-    "$PYTHON" -m pip install -q --no-deps --target "$target" -r "$lock" 2> >(grep -v 'is ignored: it is neither' >&2) || fail "pip could not install $lock"
+    pip_install --target "$target" -r "$lock" || fail "pip could not install $lock"
     echo "$wanted" >"$target/installed.sha256"
 }

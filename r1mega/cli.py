@@ -49,8 +49,8 @@ def train(
     validate(loaded)
     scan_data(loaded)
     # from here on torch is imported: what is wrong with the files is told before, at once
-    from r1mega.config.validate_platform import validate_platform
     from r1mega.platform.launcher import adopt_launcher_environment, restart
+    from r1mega.platform.validate import validate_platform
     from r1mega.stages import run_stage
 
     adopt_launcher_environment()

@@ -1,4 +1,4 @@
-"""Records that pass between the stages, in the order in which the data flows.
+"""Records that pass between the stages, in the order in which the data flows, and what the stages ask of a generator.
 
 Prompt -> GenerationRequest -> Response -> RolloutGroup -> Reward -> TrainingSample -> (packing) Microbatch
 """
@@ -6,11 +6,14 @@ Prompt -> GenerationRequest -> Response -> RolloutGroup -> Reward -> TrainingSam
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +67,51 @@ class Response:
     log_probs: tuple[float, ...]
     finish_reason: str
     routed_experts: np.ndarray | None = field(default=None, repr=False, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A finished response and where it belongs: `requests[request_index]`, its sample number `sample_index`."""
+
+    request_index: int
+    sample_index: int
+    response: Response
+
+
+class GenerationEngine(Protocol):
+    """A generator in the trainer's process: `VllmEngine` for training, `TransformersEngine` as the cross-check.
+
+    Temperature 0 is greedy, with the log-probs of temperature 1. Every rank of a generator's tensor-parallel group makes the same calls with the same
+    arguments; data-parallel ranks are independent of each other.
+    """
+
+    def generate(self, requests: Sequence[GenerationRequest]) -> list[tuple[Response, ...]]:
+        """The responses to each request, in order. Raises GenerationError for a request that cannot be served."""
+
+    def stream(self, requests: Sequence[GenerationRequest]) -> Iterator[Completion]:
+        """Yields each response as soon as it is finished; leaving the loop early cancels the rest."""
+
+    def prompt_log_probs(self, sequences: Sequence[Sequence[int]]) -> list[tuple[float, ...]]:
+        """Log-probs of tokens 1.. of each sequence given those before, at temperature 1 (len - 1 values each)."""
+
+    def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Replaces all weights by full HF-named tensors. Raises WeightSyncError naming what is missing or wrong."""
+
+    def weights_digest(self) -> Mapping[str, int]:
+        """Digest (r1mega.weights.digest) of every HF tensor as the generator's own parameters hold it."""
+
+    def sleep(self, *, keep_weights: bool = True) -> None:
+        """Frees the KV cache (and, on a GPU, the weights' device memory). Generating then is an error.
+
+        keep_weights: False when all weights are replaced before the next generation: a GPU then drops them instead of
+        copying them to host memory and back, and on any platform generating is an error until `update_weights`.
+        """
+
+    def wake_up(self) -> None:
+        """Undoes `sleep`."""
+
+    def close(self) -> None:
+        """Releases all memory; the engine cannot be used again."""
 
 
 class RewardStatus(enum.StrEnum):

@@ -210,7 +210,7 @@ def compare(arguments: argparse.Namespace) -> None:
     from r1mega import platform
     from r1mega.config.load import load_config
     from r1mega.config.validate import validate
-    from r1mega.config.validate_platform import validate_platform
+    from r1mega.platform.validate import validate_platform
 
     platform.prepare()
     from r1mega.stages.runtime import Runtime

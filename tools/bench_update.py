@@ -76,7 +76,7 @@ def main() -> None:
     from r1mega import platform
     from r1mega.checkpoint.hf import read_config
     from r1mega.config.load import load_config
-    from r1mega.config.validate_platform import validate_platform
+    from r1mega.platform.validate import validate_platform
 
     platform.prepare()
     from r1mega.stages.runtime import Runtime

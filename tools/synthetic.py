@@ -34,7 +34,6 @@ from r1mega.config.schema import CheckpointConfig, DataConfig, EvaluateConfig, O
 from r1mega.config.stages.rl import RLStage
 from r1mega.config.stages.sft import HeldOut, SFTData, SFTStage
 from r1mega.config.validate import promised, validate
-from r1mega.config.validate_platform import validate_platform
 from r1mega.errors import ConfigError
 from r1mega.model.flops import Work, model_flops
 from r1mega.observe.metrics import read_metrics
@@ -42,8 +41,9 @@ from r1mega.observe.performance import RATED
 from r1mega.observe.registry import PHASES
 from r1mega.observe.trace import BETWEEN, OTHER
 from r1mega.platform.launcher import adopt_launcher_environment
-from r1mega.rollout.engine import Completion, GenerationEngine, sample_seed
-from r1mega.types import GenerationRequest, Prompt, Response, Reward, RewardStatus
+from r1mega.platform.validate import validate_platform
+from r1mega.rollout.engine import sample_seed
+from r1mega.types import Completion, GenerationEngine, GenerationRequest, Prompt, Response, Reward, RewardStatus
 from r1mega.weights.explain import read_sizes
 
 WARM_UP_STEPS = 1

@@ -25,7 +25,7 @@ import torch
 from r1mega.checkpoint.parameters import Parameter
 from r1mega.checkpoint.workers import Workers, agree, on_first_rank
 from r1mega.errors import CheckpointError
-from r1mega.observe.files import sync_path, write_atomic
+from r1mega.files import sync_path, write_atomic
 from r1mega.observe.progress import StageProgress
 
 PLAN, DONE = ".plan", ".done"

@@ -15,7 +15,7 @@ from r1mega.checkpoint.fp8_blocks import SCALE, dequantize
 from r1mega.checkpoint.safetensors_file import TensorInfo, read_header, read_tensor, write_tensors
 from r1mega.data.tokenizer import TOKENIZER_FILES
 from r1mega.errors import CheckpointError
-from r1mega.observe.files import sync_path, write_atomic
+from r1mega.files import sync_path, write_atomic
 
 INDEX = "model.safetensors.index.json"
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from r1mega.checkpoint.workers import Alone, Workers
 from r1mega.errors import CheckpointError
-from r1mega.observe.files import sync_path
+from r1mega.files import sync_path
 
 MANIFEST = "manifest.json"
 FileRecords = dict[str, dict[str, Any]]

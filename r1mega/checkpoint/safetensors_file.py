@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from r1mega.errors import CheckpointError
-from r1mega.observe.files import sync_path
+from r1mega.files import sync_path
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,

@@ -37,7 +37,7 @@ from r1mega.checkpoint.torch_dist import (
 )
 from r1mega.checkpoint.workers import Alone, TorchWorkers, Workers, agree, on_first_rank
 from r1mega.errors import CheckpointError, PlatformError
-from r1mega.observe.files import sync_path
+from r1mega.files import sync_path
 
 logger = logging.getLogger(__name__)
 

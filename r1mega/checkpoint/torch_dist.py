@@ -27,7 +27,7 @@ from r1mega.checkpoint.fit import read_metadata
 from r1mega.checkpoint.manifest import digesting_file
 from r1mega.checkpoint.safetensors_file import read_exactly
 from r1mega.errors import CheckpointError
-from r1mega.observe.files import sync_path
+from r1mega.files import sync_path
 
 METADATA, COMMON, BACKEND = ".metadata", "common.pt", "metadata.json"
 _BACKEND = {

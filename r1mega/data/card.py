@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from r1mega.data.filters import Candidate, FilterCount
-from r1mega.observe.files import write_atomic
+from r1mega.files import write_atomic
 
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.95, 1.0)
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from r1mega.config.factory import FilterConfig
+from r1mega.data.language import chain_of_thought, language_share, mixes_languages
 from r1mega.data.words import ngrams, split_words
-from r1mega.reward.language import chain_of_thought, language_share, mixes_languages
 
 LINE_KEYS = (
     "id", "prompt_id", "question", "response", "kind", "language", "template", "source", "licence", "tokens",

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from r1mega.observe.files import write_atomic
+from r1mega.files import write_atomic
 
 TARGET, NUM_CANDIDATES, NUM_OPERANDS, MAX_VALUE = 10, 4, 2, 23
 EVAL_SHARE = 16  # one problem in 16 is for evaluation

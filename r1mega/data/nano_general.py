@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from r1mega.data.nano import EN_WORDS, EVAL_SHARE, LABELS, ZH_WORDS, Split
-from r1mega.observe.files import write_atomic
+from r1mega.files import write_atomic
 
 EN = {
     "please": "please", "say": "say", "hello": "hello", "copy": "copy", "steal": "steal", "hurt": "hurt",

@@ -9,7 +9,7 @@ import string
 from pathlib import Path
 
 from r1mega.data import nano, nano_general
-from r1mega.observe.files import write_atomic
+from r1mega.files import write_atomic
 
 VOCAB_SIZE = 448
 """An upper bound that the model's embedding is sized for; the trained vocabulary is a little smaller."""

@@ -17,7 +17,7 @@ from r1mega.data.filters import Candidate, FilterCount
 from r1mega.data.sft import read_lines
 from r1mega.data.tokenizer import Tokenizer
 from r1mega.errors import DataError
-from r1mega.observe.files import sync_path, write_atomic
+from r1mega.files import sync_path, write_atomic
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from r1mega.data.template import render
 from r1mega.data.tokenizer import Tokenizer
 from r1mega.errors import DataError
-from r1mega.observe.files import write_atomic
+from r1mega.files import write_atomic
 
 if TYPE_CHECKING:
     from datasets import Dataset

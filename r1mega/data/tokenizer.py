@@ -8,6 +8,7 @@ from typing import Protocol
 
 from r1mega.config.model_files import tokenizer_code_problem, trusts_remote_code
 from r1mega.errors import DataError
+from r1mega.types import Response
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -125,3 +126,9 @@ def _is_plain_sentencepiece(directory: Path) -> bool:
         return False  # a Llama-style pair of files: let transformers decide how special tokens are split
     model = sentencepiece.SentencePieceProcessor(model_file=str(directory / "tokenizer.model"))
     return all(int(i) < model.vocab_size() and model.id_to_piece(int(i)) == t["content"] for i, t in added.items())
+
+
+def response_text(tokenizer: Tokenizer, response: Response, prefix: Sequence[int] = ()) -> str:
+    """What a reader sees of a response: without the token that ended it. prefix: tokens that the prompt began it with."""
+    ended = response.token_ids[-1:] == (tokenizer.eos_token_id,)
+    return tokenizer.decode([*prefix, *(response.token_ids[:-1] if ended else response.token_ids)])

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from r1mega.evaluate.result import EvaluationRow
-from r1mega.observe.files import write_atomic
+from r1mega.files import write_atomic
 from r1mega.reward.extract import final_text
 
 _TAGGED = re.compile(r"<([\w-]+)>(.*?)</\1>", re.DOTALL)

@@ -9,13 +9,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from r1mega.data.language import chain_of_thought, language_share, mixes_languages
 from r1mega.errors import DataError
 from r1mega.evaluate.metrics import Estimate, majority, pass_at_1, pass_at_k
 from r1mega.evaluate.rating import Rating, estimate_rating
-from r1mega.observe.files import write_atomic
+from r1mega.files import write_atomic
 from r1mega.reward.choice import same_choice
 from r1mega.reward.extract import final_answer
-from r1mega.reward.language import chain_of_thought, language_share, mixes_languages
 from r1mega.reward.math import decide
 from r1mega.reward.reflection import reflects
 from r1mega.types import Prompt, Reward, RewardStatus

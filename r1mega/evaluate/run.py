@@ -16,15 +16,15 @@ from r1mega.config.rewards import RewardConfig
 from r1mega.config.schema import DataConfig, EvaluateConfig
 from r1mega.data.prompts import load_prompts, scan_prompts
 from r1mega.data.template import render
-from r1mega.data.tokenizer import Tokenizer, load_tokenizer
+from r1mega.data.tokenizer import Tokenizer, load_tokenizer, response_text
 from r1mega.errors import ConfigError
 from r1mega.evaluate.result import EvaluationResult, evaluation_rows, write_result
 from r1mega.evaluate.source import CheckpointSource, checkpoint_dtype, context_length, find_checkpoint
 from r1mega.reward.compose import RewardScorer
 from r1mega.rollout.draw import Draw, draw_samples
-from r1mega.rollout.engine import EngineSettings, GenerationEngine
-from r1mega.rollout.sampler import Scorer, response_text, stop_settings
-from r1mega.types import GenerationRequest, Prompt, SamplingSettings
+from r1mega.rollout.engine import EngineSettings
+from r1mega.rollout.sampler import Scorer, stop_settings
+from r1mega.types import GenerationEngine, GenerationRequest, Prompt, SamplingSettings
 
 DEFAULT_MAX_TOKENS = 32768  # paper
 EngineName = Literal["vllm", "transformers"]

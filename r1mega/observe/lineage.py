@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from r1mega.errors import DataError
-from r1mega.observe.files import write_atomic
+from r1mega.files import write_atomic
 
 LINEAGE_FILE = "lineage.json"
 RECORDS = {

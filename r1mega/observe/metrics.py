@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from r1mega.errors import DataError, PlatformError
-from r1mega.observe.files import JsonLinesWriter, read_json_lines
+from r1mega.files import JsonLinesWriter, read_json_lines
 from r1mega.observe.registry import find_metric
 
 log = logging.getLogger(__name__)

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from r1mega.errors import DataError
+from r1mega.files import read_json_lines, write_atomic
 from r1mega.observe.charts import GREY, PALETTE, PHASE_COLORS, Chart, bar, build_charts, draw
 from r1mega.observe.dag import HEIGHT, WIDTH, lay_out
-from r1mega.observe.files import read_json_lines, write_atomic
 from r1mega.observe.lineage import Lineage, now, read_lineage
 from r1mega.observe.metrics import read_metrics
 from r1mega.observe.report import (

@@ -13,8 +13,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from markupsafe import Markup, escape
 
 from r1mega.errors import DataError
+from r1mega.files import read_json_lines, write_atomic
 from r1mega.observe.charts import ACCURACY, LENGTH, SECTIONS, Chart, build_charts, points
-from r1mega.observe.files import read_json_lines, write_atomic
 from r1mega.observe.metrics import read_metrics
 from r1mega.observe.registry import METRICS, find_metric
 from r1mega.observe.run import RunDirectory

@@ -26,8 +26,8 @@ import yaml
 from r1mega.config.load import unknown_keys, with_defaults
 from r1mega.config.stages import STAGES
 from r1mega.errors import ConfigError, DataError
+from r1mega.files import write_atomic
 from r1mega.observe.environment import describe_environment
-from r1mega.observe.files import write_atomic
 
 log = logging.getLogger(__name__)
 

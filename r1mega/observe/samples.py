@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from r1mega.observe.files import JsonLinesWriter, read_json_lines
+from r1mega.files import JsonLinesWriter, read_json_lines
 from r1mega.types import RolloutGroup
 
 SAMPLES_FILE = "samples.jsonl"

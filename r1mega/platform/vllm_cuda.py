@@ -16,8 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from r1mega.errors import PlatformError
-from r1mega.platform.vllm_version import check_version
-from r1mega.weights.layout import DERIVED
+from r1mega.platform.vllm_version import DERIVED, check_version
 
 PACKAGE = "vllm"
 PARAMETERS_ARE_PLAIN_BEFORE_FINISH = False

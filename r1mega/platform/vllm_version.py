@@ -14,6 +14,8 @@ from pathlib import Path
 from r1mega.errors import PlatformError
 
 VERSION = "0.32.0"
+DERIVED = ("W_UV", "W_UK_T")
+"""Parameters that this version makes of another (kv_b_proj of latent attention, for decoding)."""
 
 
 def installed_version() -> str | None:

@@ -16,10 +16,10 @@ from r1mega.errors import RewardError
 from r1mega.reward.format import check_format
 from r1mega.reward.language import LanguageConsistency
 from r1mega.reward.length import LengthShaping, Overlong, Repetition
+from r1mega.reward.mpi_pool import open_pool
 from r1mega.reward.parts import Deferred, Part, PartScore, ScoringItem, Waiting
-from r1mega.reward.pool import Outcome, PoolMetrics, open_pool, percentile
-from r1mega.rollout.engine import GenerationEngine
-from r1mega.types import Prompt, Response, Reward, RewardStatus
+from r1mega.reward.pool import Outcome, PoolMetrics, percentile
+from r1mega.types import GenerationEngine, Prompt, Response, Reward, RewardStatus
 
 logger = logging.getLogger(__name__)
 

@@ -15,10 +15,13 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from r1mega.errors import RewardError
 from r1mega.reward.pool import LATENCIES_KEPT, Outcome, PoolMetrics, Task, WorkerPool, percentile
+
+if TYPE_CHECKING:
+    from r1mega.config.rewards import RewardPool
 
 logger = logging.getLogger(__name__)
 
@@ -127,3 +130,16 @@ class MPIPool:
             self._latencies.append(time.monotonic() - start)
         self._slots.release()
         result.set_result(outcome)
+
+
+def open_pool(config: RewardPool) -> WorkerPool | MPIPool:
+    """The pool that the config asks for; under `auto` over MPI where mpirun started a job on several hosts."""
+    settings = (config.num_workers, config.memory_bytes, config.max_retries, config.max_pending)
+    if config.executor == "mpi":
+        return MPIPool(*settings)
+    if config.executor == "auto" and spans_hosts():
+        try:
+            return MPIPool(*settings)
+        except RewardError as error:
+            logger.warning("rewards are computed by processes of this host: %s", error)
+    return WorkerPool(*settings)

@@ -20,13 +20,9 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from multiprocessing.connection import wait  # unlike select.select, for descriptors above 1023 too
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from r1mega.errors import RewardError
-
-if TYPE_CHECKING:
-    from r1mega.config.rewards import RewardPool
-    from r1mega.reward.mpi_pool import MPIPool
 
 logger = logging.getLogger(__name__)
 
@@ -278,18 +274,3 @@ class WorkerPool:
             self._latencies.append(time.monotonic() - job.submitted_at)
         self._slots.release()
         job.future.set_result(outcome)
-
-
-def open_pool(config: RewardPool) -> WorkerPool | MPIPool:
-    """The pool that the config asks for; under `auto` over MPI where mpirun started a job on several hosts."""
-    from r1mega.reward.mpi_pool import MPIPool, spans_hosts
-
-    settings = (config.num_workers, config.memory_bytes, config.max_retries, config.max_pending)
-    if config.executor == "mpi":
-        return MPIPool(*settings)
-    if config.executor == "auto" and spans_hosts():
-        try:
-            return MPIPool(*settings)
-        except RewardError as error:
-            logger.warning("rewards are computed by processes of this host: %s", error)
-    return WorkerPool(*settings)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from r1mega.config.schema import ModelConfig, RolloutConfig, WeightsConfig
-from r1mega.rollout.engine import EngineSettings, GenerationEngine
+from r1mega.rollout.engine import EngineSettings
+from r1mega.types import GenerationEngine
 
 
 def build_engine(

@@ -12,10 +12,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from r1mega.config.rewards import PATCH_KIND
-from r1mega.data.tokenizer import Tokenizer
-from r1mega.rollout.engine import GenerationEngine
-from r1mega.rollout.sampler import Scorer, response_text
-from r1mega.types import GenerationRequest, Prompt, Response, Reward, RewardStatus, SamplingSettings
+from r1mega.data.tokenizer import Tokenizer, response_text
+from r1mega.rollout.sampler import Scorer
+from r1mega.types import GenerationEngine, GenerationRequest, Prompt, Response, Reward, RewardStatus, SamplingSettings
 
 Key = tuple[str, int]
 """(prompt id, sample index)."""

@@ -1,17 +1,15 @@
-"""What the loop asks of a generator. `VllmEngine` is the one for training, `TransformersEngine` the cross-check."""
+"""How a generator is built, and what every one checks of its requests."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
-
-import torch
+from typing import Any, Literal
 
 from r1mega.errors import GenerationError
-from r1mega.types import GenerationRequest, Response
+from r1mega.types import GenerationRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,51 +36,6 @@ class EngineSettings:
     bucket_bytes: int = 512 * 2**20
     return_routed_experts: bool = False
     ep: int = 1
-
-
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """A finished response and where it belongs: `requests[request_index]`, its sample number `sample_index`."""
-
-    request_index: int
-    sample_index: int
-    response: Response
-
-
-class GenerationEngine(Protocol):
-    """A generator that lives in the trainer's process. Temperature 0 is greedy, with the log-probs of temperature 1.
-
-    Every rank of a generator's tensor-parallel group makes the same calls with the same arguments; data-parallel
-    ranks are independent of each other.
-    """
-
-    def generate(self, requests: Sequence[GenerationRequest]) -> list[tuple[Response, ...]]:
-        """The responses to each request, in order. Raises GenerationError for a request that cannot be served."""
-
-    def stream(self, requests: Sequence[GenerationRequest]) -> Iterator[Completion]:
-        """Yields each response as soon as it is finished; leaving the loop early cancels the rest."""
-
-    def prompt_log_probs(self, sequences: Sequence[Sequence[int]]) -> list[tuple[float, ...]]:
-        """Log-probs of tokens 1.. of each sequence given those before, at temperature 1 (len - 1 values each)."""
-
-    def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Replaces all weights by full HF-named tensors. Raises WeightSyncError naming what is missing or wrong."""
-
-    def weights_digest(self) -> Mapping[str, int]:
-        """Digest (r1mega.weights.digest) of every HF tensor as the generator's own parameters hold it."""
-
-    def sleep(self, *, keep_weights: bool = True) -> None:
-        """Frees the KV cache (and, on a GPU, the weights' device memory). Generating then is an error.
-
-        keep_weights: False when all weights are replaced before the next generation: a GPU then drops them instead of
-        copying them to host memory and back, and on any platform generating is an error until `update_weights`.
-        """
-
-    def wake_up(self) -> None:
-        """Undoes `sleep`."""
-
-    def close(self) -> None:
-        """Releases all memory; the engine cannot be used again."""
 
 
 def read_config(settings: EngineSettings) -> dict[str, Any]:

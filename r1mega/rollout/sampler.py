@@ -6,10 +6,9 @@ import random
 from collections.abc import Sequence
 from typing import Protocol
 
-from r1mega.data.tokenizer import Tokenizer
+from r1mega.data.tokenizer import Tokenizer, response_text
 from r1mega.observe.trace import PhaseTimer
-from r1mega.rollout.engine import GenerationEngine
-from r1mega.types import GenerationRequest, Prompt, Response, Reward, RolloutGroup, SamplingSettings
+from r1mega.types import GenerationEngine, GenerationRequest, Prompt, Response, Reward, RolloutGroup, SamplingSettings
 
 
 class Scorer(Protocol):
@@ -60,12 +59,6 @@ class GroupSampler:
                 )
                 for prompt, members in zip(prompts, slots, strict=True)
             ]
-
-
-def response_text(tokenizer: Tokenizer, response: Response, prefix: Sequence[int] = ()) -> str:
-    """What a reader sees of a response: without the token that ended it. prefix: tokens that the prompt began it with."""
-    ended = response.token_ids[-1:] == (tokenizer.eos_token_id,)
-    return tokenizer.decode([*prefix, *(response.token_ids[:-1] if ended else response.token_ids)])
 
 
 def request_seed(run_seed: int, step: int, slot: int) -> int:

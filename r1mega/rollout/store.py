@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from r1mega.errors import ConfigError, DataError
-from r1mega.observe.files import JsonLinesWriter, read_json_lines, write_atomic
+from r1mega.files import JsonLinesWriter, read_json_lines, write_atomic
 from r1mega.rollout.draw import GradedSample, Key, Sample
 from r1mega.types import Prompt, Reward, RewardStatus
 

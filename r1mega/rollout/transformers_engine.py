@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from r1mega.errors import GenerationError, WeightSyncError
-from r1mega.rollout.engine import Completion, EngineSettings, check_requests, read_config, sample_seed
+from r1mega.rollout.engine import EngineSettings, check_requests, read_config, sample_seed
 from r1mega.rollout.stop_strings import StopStrings
-from r1mega.types import GenerationRequest, Response, SamplingSettings
+from r1mega.types import Completion, GenerationRequest, Response, SamplingSettings
 from r1mega.weights.digest import tensor_digest
 from r1mega.weights.layout import is_ignored, tensor_shapes, weight_dtype
 from r1mega.weights.transfer import checkpoint_tensors

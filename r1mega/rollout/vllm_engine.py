@@ -20,10 +20,10 @@ import torch.distributed as dist
 
 from r1mega.errors import FreshProcessNeeded, GenerationError
 from r1mega.platform.generator import vllm_platform
-from r1mega.rollout.engine import Completion, EngineSettings, check_requests, read_config, sample_seed
+from r1mega.rollout.engine import EngineSettings, check_requests, read_config, sample_seed
 from r1mega.rollout.routing import RoutingRecorder
 from r1mega.rollout.stop_strings import StopStrings
-from r1mega.types import GenerationRequest, Response, SamplingSettings
+from r1mega.types import Completion, GenerationRequest, Response, SamplingSettings
 from r1mega.weights.layout import GeneratorRank, divided_names, generator_layout, tensor_shapes
 from r1mega.weights.transfer import ReloadTarget, checkpoint_tensors, reload_weights, rewrite_weights, sum_digests
 

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from r1mega.errors import RewardError
 from r1mega.sandbox.launcher import Launcher
-from r1mega.sandbox.policy import COMPILER_LIMITS, Limits, Policy
+from r1mega.sandbox.policy import COMPILER_LIMITS, Language, Limits, Policy
 from r1mega.sandbox.probe import ensure_safe
 from r1mega.sandbox.session import Graded, grade
 from r1mega.sandbox.verdict import Completed, Verdict
 
 if TYPE_CHECKING:  # the sandbox itself needs the standard library alone, so any Python of the machine can run it
     from r1mega.config.rewards import SandboxConfig
-
-Language = Literal["python", "cpp"]
 
 
 class Backend(Protocol):

@@ -17,9 +17,11 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from r1mega.sandbox.verdict import SandboxUnavailable
 
+Language = Literal["python", "cpp"]
 _MIB = 1 << 20
 INSTALL = (
     "install bubblewrap and util-linux (Debian, Ubuntu: `apt-get install -y bubblewrap util-linux`), allow "

@@ -21,8 +21,7 @@ from typing import Any
 import httpx
 
 from r1mega.errors import RewardError
-from r1mega.sandbox.backend import Language
-from r1mega.sandbox.policy import COMPILER_LIMITS, Limits
+from r1mega.sandbox.policy import COMPILER_LIMITS, Language, Limits
 from r1mega.sandbox.session import Graded, source_files
 from r1mega.sandbox.verdict import Completed, SandboxFailure, Verdict
 

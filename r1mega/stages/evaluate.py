@@ -28,15 +28,15 @@ from r1mega.evaluate.run import evaluation_draw, open_engine, open_scorer, respo
 from r1mega.evaluate.source import CheckpointSource, checkpoint_names, context_length, find_checkpoint, identity
 from r1mega.evaluate.table import results_table
 from r1mega.evaluate.tasks import TASKS, load_task, pose
-from r1mega.observe.files import write_atomic
+from r1mega.files import write_atomic
 from r1mega.observe.progress import StageProgress
 from r1mega.platform.groups import timeout, wait_for_all
 from r1mega.rollout.draw import Draw, Sample, draw_samples, grade_samples
-from r1mega.rollout.engine import EngineSettings, GenerationEngine
+from r1mega.rollout.engine import EngineSettings
 from r1mega.rollout.sampler import Scorer
 from r1mega.rollout.store import SampleStore
 from r1mega.stages.runtime import Runtime
-from r1mega.types import Prompt, SamplingSettings
+from r1mega.types import GenerationEngine, Prompt, SamplingSettings
 
 
 @dataclass(frozen=True, slots=True)

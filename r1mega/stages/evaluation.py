@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch.distributed as dist
 
 from r1mega.config.schema import DataConfig
 from r1mega.config.stages.rl import RLStage
 from r1mega.data.prompts import load_prompts
+from r1mega.data.tokenizer import Tokenizer
 from r1mega.evaluate.result import EvaluationResult, merge_results
 from r1mega.evaluate.run import evaluate_prompts
-from r1mega.observe.files import JsonLinesWriter
+from r1mega.files import JsonLinesWriter
 from r1mega.platform.groups import wait_for_all
+from r1mega.reward.compose import RewardScorer
 from r1mega.stages.runtime import Runtime
-
-if TYPE_CHECKING:
-    from r1mega.stages.rl import RLTrainer
+from r1mega.types import GenerationEngine, SamplingSettings
 
 EVALUATIONS_FILE = "evaluations.jsonl"
 
@@ -25,20 +25,29 @@ class Evaluation:
     """Grades the policy on prompts that it is not trained on; writes RUN_DIR/evaluations.jsonl.
 
     Generator replicas share the prompts. Nothing is drawn from the training's random numbers, so a run with another
-    evaluation is the same run.
+    evaluation is the same run. start: the step that the run goes on after (0: a new one).
     """
 
-    def __init__(self, config: RLStage, trainer: RLTrainer, runtime: Runtime):
-        self._config, self._trainer, self._runtime = config, trainer, runtime
+    def __init__(
+        self,
+        config: RLStage,
+        runtime: Runtime,
+        engine: GenerationEngine,
+        tokenizer: Tokenizer,
+        scorer: RewardScorer,
+        sampling: SamplingSettings,
+        start: int,
+    ):
+        self._config, self._runtime = config, runtime
+        self._engine, self._tokenizer, self._scorer, self._sampling = engine, tokenizer, scorer, sampling
         self._prompts = ()
         if config.evaluate.data is not None:
             data = DataConfig.model_validate(config.data.model_dump() | {"prompts": (config.evaluate.data,)})
-            self._prompts = load_prompts(data, trainer.tokenizer)[: config.evaluate.num_prompts]
+            self._prompts = load_prompts(data, tokenizer)[: config.evaluate.num_prompts]
         self._writer = None
         self._last: dict[str, float] = {}
         if runtime.is_main and self._prompts:
-            resume = trainer.start if trainer.start else None
-            self._writer = JsonLinesWriter(runtime.run_dir / EVALUATIONS_FILE, resume)
+            self._writer = JsonLinesWriter(runtime.run_dir / EVALUATIONS_FILE, start or None)
             self._last = {name: value for name, value in (self._writer.last or {}).items() if name != "step"}
 
     def is_due(self, step: int) -> bool:
@@ -50,11 +59,11 @@ class Evaluation:
         """`eval/...` metrics of the weights after `step` (0: as loaded); {} without evaluation data."""
         if not self._prompts:
             return {}
-        trainer, tp = self._trainer, self._config.rollout.tp
+        tp = self._config.rollout.tp
         replica, num_replicas = dist.get_rank() // tp, dist.get_world_size() // tp
         local = evaluate_prompts(
-            trainer.engine, trainer.tokenizer, self._prompts[replica::num_replicas], self._config.evaluate,
-            trainer.scorer, trainer.sampling,
+            self._engine, self._tokenizer, self._prompts[replica::num_replicas], self._config.evaluate,
+            self._scorer, self._sampling,
         )  # fmt: skip
         wait_for_all("rollout", f"the evaluation after step {step}")
         metrics = self._merged(local, contributes=dist.get_rank() % tp == 0).metrics()

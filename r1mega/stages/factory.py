@@ -19,11 +19,10 @@ from r1mega.data.tokenizer import Tokenizer, load_tokenizer
 from r1mega.reward.compose import RewardScorer
 from r1mega.rollout.build import build_engine
 from r1mega.rollout.draw import GradedSample
-from r1mega.rollout.engine import GenerationEngine
 from r1mega.rollout.sampler import stop_settings
 from r1mega.stages.runtime import Runtime
 from r1mega.stages.sampling import PosedPrompt, Sampling, sample_store
-from r1mega.types import Prompt, RewardStatus, SamplingSettings
+from r1mega.types import GenerationEngine, Prompt, RewardStatus, SamplingSettings
 
 LAST_STEP = 2**62
 """Samples are scored as a run's last step would be: parts that count from a later step on do count."""

@@ -24,8 +24,8 @@ from r1mega.config.load import dump_config
 from r1mega.config.pipeline import Node, Pipeline, check_pipeline, is_inside
 from r1mega.config.schema import Stage, TrainingStage
 from r1mega.errors import EXIT_SAVED_FOR_REQUEUE, ConfigError
+from r1mega.files import write_atomic
 from r1mega.observe.environment import PACKAGE, git_commit
-from r1mega.observe.files import write_atomic
 from r1mega.observe.lineage import (
     LINEAGE_FILE,
     Attempt,

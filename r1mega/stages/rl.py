@@ -112,7 +112,9 @@ def run(config: RLStage, runtime: Runtime) -> int:
     """Train to `config.steps` and export RUN_DIR/hf. Returns the exit code."""
     trainer = RLTrainer(config, runtime)
     try:
-        evaluation = Evaluation(config, trainer, runtime)
+        evaluation = Evaluation(
+            config, runtime, trainer.engine, trainer.tokenizer, trainer.scorer, trainer.sampling, trainer.start
+        )
         if trainer.start == 0:
             evaluation.run(0)
         with runtime.progress(total=config.steps, done=trainer.start):

@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 
 from r1mega.config.stages.rl import RLStage
+from r1mega.data.language import mixes_languages
 from r1mega.model.flops import ModelFlops, Work, generation_work, sequences_work
 from r1mega.reward.compose import Activity
-from r1mega.reward.language import mixes_languages
 from r1mega.reward.reflection import reflects
 from r1mega.rollout.groups import carries_signal
 from r1mega.types import RewardStatus, RolloutGroup, TrainingSample

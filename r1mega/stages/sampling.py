@@ -21,11 +21,11 @@ from r1mega.data.tokenizer import Tokenizer
 from r1mega.errors import ConfigError, DataError
 from r1mega.platform.groups import wait_for_all
 from r1mega.rollout.draw import Draw, GradedSample, Key, draw_samples
-from r1mega.rollout.engine import GenerationEngine, sample_seed
+from r1mega.rollout.engine import sample_seed
 from r1mega.rollout.sampler import Scorer
 from r1mega.rollout.store import SampleStore, prompt_digest
 from r1mega.stages.runtime import Runtime
-from r1mega.types import Prompt, RewardStatus, SamplingSettings
+from r1mega.types import GenerationEngine, Prompt, RewardStatus, SamplingSettings
 
 MAX_UNGRADED = 64
 """Responses whose grades may still be in the making when later ones come in; a kill loses these."""

@@ -164,6 +164,14 @@ class Policy:
             received.append((both[0], both[1]))
         return received
 
+    def sequence_log_probs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Log-probs of tokens 1.. of each sequence given those before (len - 1 values each), on every rank; the sequences
+        are one microbatch.
+        """
+        batch = build_microbatch(sequences, [1] * len(sequences), range(len(sequences)))
+        packed, _ = self.log_probs([batch], everywhere=True)[0]
+        return [part.tolist() for part in torch.split(packed, [len(s) - 1 for s in sequences])]
+
     def update(
         self,
         microbatches: Sequence[Microbatch],

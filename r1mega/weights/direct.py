@@ -7,8 +7,8 @@ live. Nothing goes through vLLM's loaders.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -20,9 +20,6 @@ from r1mega.weights.exchange import Exchange
 from r1mega.weights.layout import Placement, tensor_shapes, weight_dtype
 from r1mega.weights.plan import GeneratorLayout, Plan
 from r1mega.weights.trainer_layout import TrainerLayout
-
-if TYPE_CHECKING:
-    from r1mega.rollout.vllm_engine import VllmEngine
 
 _EMBEDDING = "model.embed_tokens.weight"
 
@@ -60,13 +57,19 @@ def measured_layout(chunks: Sequence[Any]) -> TrainerLayout:
     return layout
 
 
+class WritableEngine(Protocol):
+    """A generator whose own parameters can be written in place; `rollout.vllm_engine.VllmEngine` is one."""
+
+    def write_weights(self, write: Callable[[Mapping[str, torch.Tensor]], None]) -> None: ...
+
+
 class DirectTransfer:
     """Strategy `direct`: plan, messages and digests of one trainer and one generator, made once for all pushes.
 
     generator: the layout of the engines in these processes. ranks_per_node: to prefer short ways. Collective.
     """
 
-    def __init__(self, chunks: Sequence[Any], engine: VllmEngine, hf_config: Mapping[str, Any],
+    def __init__(self, chunks: Sequence[Any], engine: WritableEngine, hf_config: Mapping[str, Any],
                  generator: GeneratorLayout, *, model_dtype: torch.dtype, bucket_bytes: int,
                  ranks_per_node: int | None = None, shared_memory: bool = True):
         self._chunks, self._engine, self._dtype = chunks, engine, model_dtype

@@ -22,7 +22,6 @@ Region = tuple[tuple[int, int], ...]
 """Half-open [start, stop) along each dimension."""
 
 VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
-DERIVED = ("W_UV", "W_UK_T")  # parameters that vLLM makes of others (kv_b_proj, for decoding)
 MLA_MODEL_TYPES = ("deepseek_v3",)
 FP8_BLOCK = 128  # rows and columns that share one scale (DeepSeek-V3 report, section 3.3)
 SCALE = "_scale_inv"  # suffix of a block-quantised weight's scales, in HF checkpoints and in vLLM

@@ -11,11 +11,9 @@ import torch.distributed as dist
 
 from r1mega.config.schema import WeightsConfig
 from r1mega.errors import WeightSyncError
-from r1mega.rollout.engine import GenerationEngine
-from r1mega.train.packing import build_microbatch
-from r1mega.train.policy import Policy
+from r1mega.types import GenerationEngine
 from r1mega.weights import verify
-from r1mega.weights.transfer import build_transfer
+from r1mega.weights.transfer import Trainer, build_transfer
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +31,7 @@ class WeightSync:
 
     def __init__(
         self,
-        policy: Policy,
+        policy: Trainer,
         engine: GenerationEngine,
         config: WeightsConfig,
         hf_config: Mapping[str, Any],
@@ -70,9 +68,7 @@ class WeightSync:
 
     def _probe(self, sequences: list[list[int]]) -> tuple[Any, WeightSyncError | None]:
         """(ProbeResult, None), or (None, what this rank's generator failed by). A collective call."""
-        batch = build_microbatch(sequences, [1] * len(sequences), range(len(sequences)))
-        packed, _ = self._policy.log_probs([batch], everywhere=True)[0]
-        ours = [part.tolist() for part in torch.split(packed, [len(s) - 1 for s in sequences])]
+        ours = self._policy.sequence_log_probs(sequences)
         try:
             return verify.probe(self._engine, sequences, ours, self._limit), None
         except WeightSyncError as error:

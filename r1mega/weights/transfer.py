@@ -13,20 +13,20 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.distributed as dist
 
 from r1mega.checkpoint.hf import HFTensors
 from r1mega.errors import ConfigError, WeightSyncError
+from r1mega.platform.vllm_version import DERIVED
+from r1mega.types import GenerationEngine
 from r1mega.weights.digest import generator_digest, tensor_digest
-from r1mega.weights.layout import DERIVED, VOCABULARY, Placement, is_ignored, weight_dtype
+from r1mega.weights.layout import VOCABULARY, Placement, is_ignored, weight_dtype
 
 if TYPE_CHECKING:
     from r1mega.config.schema import WeightsConfig
-    from r1mega.rollout.engine import GenerationEngine
-    from r1mega.train.policy import Policy
     from r1mega.weights.direct import DirectTransfer
 
 NamedTensors = Iterable[tuple[str, torch.Tensor]]
@@ -72,10 +72,21 @@ class DigestTap:
             yield name, tensor
 
 
+class Trainer(Protocol):
+    """What a push asks of the trained model; `train.policy.Policy` is it. Its methods are collective calls."""
+
+    dtype: torch.dtype
+    fp8: bool
+    chunks: Sequence[Any]  # of Megatron's model, one a virtual pipeline stage
+
+    def hf_tensors(self) -> NamedTensors: ...
+    def sequence_log_probs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]: ...
+
+
 class GatherTransfer:
     """Strategy `gather`: the policy's tensors, whole, through the generator's loader."""
 
-    def __init__(self, policy: Policy, engine: GenerationEngine, hf_config: Mapping[str, Any]):
+    def __init__(self, policy: Trainer, engine: GenerationEngine, hf_config: Mapping[str, Any]):
         self._policy, self._engine = policy, engine
         self._tap = DigestTap(policy.dtype, hf_config)
 
@@ -88,7 +99,7 @@ class GatherTransfer:
         return self._tap.digest
 
 
-def build_transfer(policy: Policy, engine: GenerationEngine, config: WeightsConfig,
+def build_transfer(policy: Trainer, engine: GenerationEngine, config: WeightsConfig,
                    hf_config: Mapping[str, Any]) -> GatherTransfer | DirectTransfer:
     """What `weights.strategy` asks for. A collective call. ConfigError for `direct` into another engine than vLLM."""
     can_write = hasattr(engine, "write_weights")

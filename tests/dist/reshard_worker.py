@@ -20,13 +20,13 @@ from r1mega.checkpoint.names import export_hf, load_hf  # noqa: E402
 from r1mega.errors import WeightSyncError  # noqa: E402
 from r1mega.model.build import build_model  # noqa: E402
 from r1mega.platform import groups  # noqa: E402
+from r1mega.platform.vllm_version import DERIVED  # noqa: E402
 from r1mega.rollout.engine import EngineSettings  # noqa: E402
 from r1mega.rollout.vllm_engine import VllmEngine  # noqa: E402
 from r1mega.types import GenerationRequest, SamplingSettings  # noqa: E402
 from r1mega.weights import verify  # noqa: E402
 from r1mega.weights.direct import DirectTransfer  # noqa: E402
 from r1mega.weights.exchange import Exchange  # noqa: E402
-from r1mega.weights.layout import DERIVED  # noqa: E402
 from r1mega.weights.plan import GeneratorLayout  # noqa: E402
 from r1mega.weights.transfer import DigestTap, checkpoint_tensors  # noqa: E402
 

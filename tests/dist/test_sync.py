@@ -14,12 +14,12 @@ class Policy(test_sync.Policy):
 
     calls = 0
 
-    def log_probs(self, batches, *, everywhere):
+    def sequence_log_probs(self, sequences):
         Policy.calls += 1
         total = torch.ones(1)
         dist.all_reduce(total)
         assert total == dist.get_world_size()
-        return super().log_probs(batches, everywhere=everywhere)
+        return super().sequence_log_probs(sequences)
 
 
 def push_where_one_generator_is_off() -> tuple[int, dict[str, float], float]:

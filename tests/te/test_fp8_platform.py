@@ -30,10 +30,10 @@ from r1mega.platform import Platform
 def test_recipes_by_device(transformer_engine, monkeypatch, caplog, capability, recipe, problem):
     from transformer_engine.pytorch import quantization, utils
 
-    from r1mega.config import validate_platform
+    from r1mega.platform import validate
 
     here = Platform("cuda", torch.device("cuda", 0), "nccl", has_transformer_engine=True, has_apex=False)
-    monkeypatch.setattr(validate_platform.platform, "current", lambda: here)
+    monkeypatch.setattr(validate.platform, "current", lambda: here)
     for module in (quantization, utils):
         monkeypatch.setattr(module, "get_device_compute_capability", lambda: capability)
     for answer in ("_FP8_SUPPORT", "_FP8_BLOCK_SCALING_SUPPORT"):
@@ -41,19 +41,19 @@ def test_recipes_by_device(transformer_engine, monkeypatch, caplog, capability, 
     config = load_config(Path("configs/nano/base.yaml"), [f"model.fp8={recipe}"])
     with caplog.at_level(logging.WARNING):
         if problem is None:
-            validate_platform.validate_platform(config)
+            validate.validate_platform(config)
         else:
             with pytest.raises(PlatformError) as caught:
-                validate_platform.validate_platform(config)
+                validate.validate_platform(config)
             assert re.search(problem, str(caught.value)), str(caught.value)
     assert ("MXFP8" in caplog.text) == (recipe == "blockwise" and capability >= (10, 0))
 
 
 def test_fp8_without_transformer_engine_is_refused(monkeypatch):
-    from r1mega.config import validate_platform
+    from r1mega.platform import validate
 
     here = Platform("cpu", torch.device("cpu"), "gloo", has_transformer_engine=False, has_apex=False)
-    monkeypatch.setattr(validate_platform.platform, "current", lambda: here)
+    monkeypatch.setattr(validate.platform, "current", lambda: here)
     config = load_config(Path("configs/nano/base.yaml"), ["model.fp8=tensorwise"])
     with pytest.raises(PlatformError, match=r"model\.fp8 = tensorwise needs Transformer Engine and a GPU.*set model\.fp8=off"):
-        validate_platform.validate_platform(config)
+        validate.validate_platform(config)

@@ -9,8 +9,7 @@ import pytest
 
 from r1mega.config.load import load_config
 from r1mega.errors import ConfigError
-from r1mega.rollout.engine import Completion
-from r1mega.types import GenerationRequest, Response, SamplingSettings
+from r1mega.types import Completion, GenerationRequest, Response, SamplingSettings
 from tools import synthetic
 
 CONFIGS = sorted(

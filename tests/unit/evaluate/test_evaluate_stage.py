@@ -18,7 +18,7 @@ import yaml
 from r1mega.cli import app
 from r1mega.config.load import load_config
 from r1mega.config.validate import validate
-from r1mega.doctor_config import config_facts
+from r1mega.doctor.config import config_facts
 from r1mega.errors import ConfigError
 from r1mega.evaluate.compare import comparison_table, read_results
 from r1mega.evaluate.result import read_result

@@ -19,8 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from r1mega.errors import DataError, PlatformError
+from r1mega.files import JsonLinesWriter, read_json_lines, write_atomic
 from r1mega.observe import registry
-from r1mega.observe.files import JsonLinesWriter, read_json_lines, write_atomic
 from r1mega.observe.metrics import MetricsWriter, read_metrics
 
 ISSUE_NAMES = (
@@ -152,7 +152,7 @@ def test_damage_before_the_last_line_is_an_error(tmp_path):
 def test_lines_survive_kill_9(tmp_path):
     """A process killed at any moment leaves whole lines (and at most one torn one) in their order."""
     script = (
-        "import sys; from r1mega.observe.files import JsonLinesWriter\n"
+        "import sys; from r1mega.files import JsonLinesWriter\n"
         "w = JsonLinesWriter(sys.argv[1])\n"
         "for step in range(10**9): w.write({'step': step, 'text': 'x' * 200})\n"
     )

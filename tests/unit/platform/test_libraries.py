@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from r1mega import doctor, platform
+from r1mega import platform
 from r1mega.config.load import load_config
-from r1mega.config.validate_platform import validate_platform
+from r1mega.doctor import machine
 from r1mega.errors import PlatformError
 from r1mega.platform import libraries
+from r1mega.platform.validate import validate_platform
 
 NAMES = ("transformer_engine", "transformer_engine_torch", "apex", "amp_C", "fused_weight_gradient_mlp_cuda")
 NANO = Path(__file__).parents[3] / "configs/nano/base.yaml"
@@ -74,7 +75,7 @@ def refusal() -> str:
 
 
 def told(name: str) -> tuple[bool | None, str]:
-    (fact,) = (fact for fact in doctor._libraries() if fact.name == name)
+    (fact,) = (fact for fact in machine._libraries() if fact.name == name)
     return fact.state, fact.text
 
 

@@ -20,7 +20,7 @@ import torch
 
 from r1mega.errors import PlatformError
 from r1mega.platform import vllm_cpu, vllm_cuda, vllm_version
-from r1mega.weights.layout import DERIVED
+from r1mega.platform.vllm_version import DERIVED
 from tests.unit.rollout.tiny_models import ARCHITECTURES
 
 ROOTS = {"worker", "llm_engine", "layer"}

@@ -110,7 +110,7 @@ def test_a_real_openai_server(server):
 
 
 def test_the_token_that_ends_a_response_is_no_part_of_its_text(judge_directory):
-    from r1mega.rollout.sampler import response_text
+    from r1mega.data.tokenizer import response_text
 
     tokenizer = load_tokenizer(judge_directory)
     whole = tuple(tokenizer.encode("rate poem good")) + (tokenizer.eos_token_id,)

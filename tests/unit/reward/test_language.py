@@ -4,15 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from r1mega.data.language import chain_of_thought, language_of, language_share, mixes_languages, strip_markup
 from r1mega.errors import RewardError
-from r1mega.reward.language import (
-    LanguageConsistency,
-    chain_of_thought,
-    language_of,
-    language_share,
-    mixes_languages,
-    strip_markup,
-)
+from r1mega.reward.language import LanguageConsistency
 from r1mega.reward.parts import ScoringItem
 from r1mega.types import Prompt, Response
 

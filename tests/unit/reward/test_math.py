@@ -15,11 +15,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from r1mega.data.language import language_share, mixes_languages
 from r1mega.errors import DataError
 from r1mega.reward import math as rewards
 from r1mega.reward.extract import final_answer, last_boxed
 from r1mega.reward.format import check_format
-from r1mega.reward.language import language_share, mixes_languages
 
 TESTS = Path(__file__).parents[2]
 SHARED = Path(os.environ.get("R1MEGA_SHARED_DATA", TESTS.parents[1] / "shared" / "data"))

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from r1mega.config.rewards import RewardPool
-from r1mega.reward.mpi_pool import spans_hosts
-from r1mega.reward.pool import Task, WorkerPool, open_pool
+from r1mega.reward.mpi_pool import open_pool, spans_hosts
+from r1mega.reward.pool import Task, WorkerPool
 
 FAULTS = Path(__file__).parents[2] / "faults"
 KILLERS = {5: "segfault", 11: "endless_loop", 17: "memory_bomb"}

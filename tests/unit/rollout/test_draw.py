@@ -3,8 +3,7 @@
 import pytest
 
 from r1mega.rollout.draw import Draw, draw_samples
-from r1mega.rollout.engine import Completion
-from r1mega.types import Prompt, Response, Reward, RewardStatus, SamplingSettings
+from r1mega.types import Completion, Prompt, Response, Reward, RewardStatus, SamplingSettings
 
 KINDS = {"a": "math", "b": "patch", "c": "math"}
 PROMPTS = [Prompt(name, f"{name}?", ("1",), kind, None, (place, 7)) for place, (name, kind) in enumerate(KINDS.items())]

@@ -85,7 +85,7 @@ def test_lines_are_written_at_once_and_synced_now_and_then(tmp_path, monkeypatch
         store.write_sample(graded(PROMPTS[1], 0).sample)  # the file itself is made durable too
         monkeypatch.setattr("r1mega.rollout.store.time.monotonic", lambda: now[0])
         store.sync()
-        monkeypatch.setattr("r1mega.observe.files.os.fsync", lambda descriptor: synced.append(len(store.read()[0])))
+        monkeypatch.setattr("r1mega.files.os.fsync", lambda descriptor: synced.append(len(store.read()[0])))
         for index, pause in enumerate((9.0, 0.01, 0.01, 0.3, 9.0, 0.01)):
             now[0] += pause
             store.write_sample(graded(PROMPTS[0], index).sample)

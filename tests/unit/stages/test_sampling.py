@@ -8,10 +8,9 @@ import pytest
 
 from r1mega.errors import DataError
 from r1mega.observe.trace import PhaseTimer
-from r1mega.rollout.engine import Completion
 from r1mega.stages import sampling as module
 from r1mega.stages.sampling import PosedPrompt, Sampling, sample_draws
-from r1mega.types import Prompt, Response, Reward, RewardStatus, SamplingSettings
+from r1mega.types import Completion, Prompt, Response, Reward, RewardStatus, SamplingSettings
 
 POSED = [PosedPrompt(Prompt(name, f"{name}?", ("1",), "math", None, (place, 3))) for place, name in enumerate("abcde")]
 TOKENIZER = SimpleNamespace(eos_token_id=0, decode=lambda token_ids: " ".join(map(str, token_ids)))

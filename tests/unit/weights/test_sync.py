@@ -5,7 +5,6 @@ import torch
 
 from r1mega.config.schema import WeightsConfig
 from r1mega.errors import WeightSyncError
-from r1mega.train.packing import Microbatch
 from r1mega.types import Response
 from r1mega.weights.verify import made_up_sequences
 
@@ -19,8 +18,8 @@ class Policy:
     def hf_tensors(self):
         yield "lm_head.weight", torch.ones(2, 2)
 
-    def log_probs(self, batches: list[Microbatch], *, everywhere: bool):
-        return [(torch.full((batch.rows.numel(),), -1.0), None) for batch in batches]
+    def sequence_log_probs(self, sequences):
+        return [[-1.0] * (len(sequence) - 1) for sequence in sequences]
 
 
 class Engine:

@@ -1,4 +1,4 @@
-"""`r1mega doctor`: what this machine has, and what a config would use of it. Nothing missing makes it fail: it says so."""
+"""What this machine has. Nothing missing makes it fail: it says so."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ import os
 import platform as machine
 import shutil
 import subprocess
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from r1mega.errors import PlatformError, R1MegaError
+from r1mega.doctor.facts import Fact
+from r1mega.errors import PlatformError
 from r1mega.platform.libraries import Library
 
 GIB = 2**30
@@ -24,40 +23,6 @@ _KERNELS_NOTES = {
     "reference": ": plain torch, for the library is not built here (python kernels/build.py, wants g++)",
     "missing": ": log-probs and losses cannot be computed on the GPU (python kernels/build.py --cuda, wants nvcc)",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Fact:
-    """One row. state: True is there, False is missing or would not work, None is neither (a number, a choice)."""
-
-    name: str
-    state: bool | None
-    text: str
-
-
-def run_doctor(config: Path | None = None, overrides: Iterable[str] = (), *, patches: bool = False) -> int:
-    """Print the tables. Returns 0, or the exit code of the error that would keep `config` from running."""
-    if patches:
-        Console().print(patches_table())
-        return 0
-    console = Console(soft_wrap=True)
-    console.print(_table("This machine", machine_facts()))
-    if config is None:
-        return 0
-    from r1mega.doctor_config import config_facts
-
-    try:
-        title, facts, problem = config_facts(config, list(overrides))
-    except R1MegaError as error:  # unreadable: there is nothing to tell about it
-        title, facts, problem = str(config), [], error
-    if facts:
-        console.print(_table(title, facts))
-    if problem is None:
-        console.print(Text("this config can run here", style="green"))
-        return 0
-    console.print(Text(f"this config cannot run here: {type(problem).__name__}", style="red"))
-    console.print(Text(str(problem)))
-    return problem.exit_code
 
 
 def machine_facts() -> list[Fact]:
@@ -235,14 +200,3 @@ def _output(*command: str) -> list[str]:
 
 def _first_line(*command: str) -> str | None:
     return next(iter(_output(*command)), None)
-
-
-def _table(title: str, facts: Iterable[Fact]) -> Table:
-    table = Table(title=title, title_justify="left", show_header=False)
-    table.add_column(no_wrap=True)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    marks = {True: Text("yes", "green"), False: Text("no", "yellow"), None: Text("-", "dim")}
-    for fact in facts:
-        table.add_row(Text(fact.name), marks[fact.state], Text(fact.text))
-    return table

@@ -12,10 +12,10 @@ from r1mega.config.schema import ModelConfig, RolloutConfig, Stage, TrainingStag
 from r1mega.config.stages.evaluate import GeneratorConfig
 from r1mega.config.stages.rl import RLStage
 from r1mega.config.validate import launched_processes, validate
-from r1mega.config.validate_platform import validate_platform
 from r1mega.data.prompts import scan_data
-from r1mega.doctor import Fact
+from r1mega.doctor.facts import Fact
 from r1mega.errors import R1MegaError
+from r1mega.platform.validate import validate_platform
 from r1mega.stages import check_model, check_run_directory, is_finished
 
 

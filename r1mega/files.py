@@ -80,7 +80,7 @@ class JsonLinesWriter:
         kept = [record for record in kept if record["step"] <= resume_step]
         self.last: dict[str, Any] | None = kept[-1] if kept else None
         write_atomic(self.path, "".join(_line(record) for record in kept))
-        self._file = open(self.path, "ab", buffering=0)
+        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115  closed by `close`
 
     @property
     def last_step(self) -> int | None:

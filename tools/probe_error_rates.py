@@ -161,7 +161,7 @@ def judge(name: str, pair: Pair, limits: list[ProbeLimit], draws: int) -> list[D
     cells = []
     for limit in limits:
         tolerances = (limit.tolerance, limit.of_decoding().tolerance)
-        beyond = [[torch.tensor(part).gt(bound).float().mean().item() for part, bound in zip((d.prompt, d.decoded), tolerances)]
+        beyond = [[torch.tensor(part).gt(bound).float().mean().item() for part, bound in zip((d.prompt, d.decoded), tolerances, strict=True)]
                   for d in distances]  # fmt: skip
         shares = torch.tensor([[beyond[i] for i in draw] for draw in chosen]).mean(dim=1)  # [draws, 2]
         if not cells:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from bench import eager
-from bench.timing import cpu_seconds
 
 import r1mega_kernels
+from bench import eager
+from bench.timing import cpu_seconds
 
 
 def log_prob_rows(shapes: list[tuple[int, int, torch.dtype]], rounds: int) -> list[dict[str, Any]]:
@@ -28,11 +28,10 @@ def log_prob_rows(shapes: list[tuple[int, int, torch.dtype]], rounds: int) -> li
             with torch.no_grad():
                 return function(*arguments)
 
-        kernel = r1mega_kernels.grouped_log_prob
         case = (logits, targets)
         forward = cpu_seconds(
             {
-                "kernel": lambda case=case: quietly(kernel, *case),
+                "kernel": lambda case=case: quietly(r1mega_kernels.grouped_log_prob, *case),
                 "eager with entropy": lambda case=case: quietly(eager.log_prob_entropy, *case),
                 "eager": lambda case=case: quietly(eager.log_prob, *case),
             },
@@ -40,7 +39,7 @@ def log_prob_rows(shapes: list[tuple[int, int, torch.dtype]], rounds: int) -> li
         )
         both = cpu_seconds(
             {
-                "kernel": lambda case=case, update=update: update(kernel(*case).log_prob),
+                "kernel": lambda case=case, update=update: update(r1mega_kernels.grouped_log_prob(*case).log_prob),
                 "eager with entropy": lambda case=case, update=update: update(eager.log_prob_entropy(*case)[0]),
                 "eager": lambda case=case, update=update: update(eager.log_prob(*case)),
             },

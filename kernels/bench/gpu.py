@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+import r1mega_kernels
 from bench import eager, peers
 from bench.limits import measured_limits
 from bench.timing import seconds_on
-
-import r1mega_kernels
 
 VOCABULARIES = {129280: 7168, 151936: 2048}  # DeepSeek-V3; Qwen: vocabulary -> hidden size
 TENSOR_PARALLEL = (1, 8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from bench.timing import seconds_on
 
 COPY_BYTES = {"cuda": 4 << 30, "cpu": 32 << 20}

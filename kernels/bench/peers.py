@@ -7,6 +7,7 @@ import importlib.util
 from collections.abc import Callable
 
 import torch
+
 from bench import eager
 
 _MODULES = {"TRL": "trl", "Liger": "liger_kernel", "verl": "verl", "Apple CCE": "cut_cross_entropy"}

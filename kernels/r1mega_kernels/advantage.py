@@ -44,9 +44,10 @@ def group_advantage(
             f"expected rewards [R] and group_offsets [G + 1], not {list(rewards.shape)}, {list(offsets.shape)}"
         )
     check_devices(rewards.device, group_offsets=offsets, mask=mask)
-    if offsets.device.type == "cpu":
-        if int(offsets[0]) != 0 or int(offsets[-1]) != len(rewards) or bool((offsets.diff() < 0).any()):
-            raise ValueError(f"group_offsets must rise from 0 to {len(rewards)}, not {offsets.tolist()[:8]}...")
+    if offsets.device.type == "cpu" and (
+        int(offsets[0]) != 0 or int(offsets[-1]) != len(rewards) or bool((offsets.diff() < 0).any())
+    ):
+        raise ValueError(f"group_offsets must rise from 0 to {len(rewards)}, not {offsets.tolist()[:8]}...")
     if mask is not None and mask.shape != rewards.shape:
         raise ValueError(f"mask {list(mask.shape)} does not fit rewards {list(rewards.shape)}")
     values = rewards.detach().to(torch.float64).contiguous()

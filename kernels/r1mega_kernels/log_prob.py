@@ -120,9 +120,10 @@ def check_arguments(
         raise ValueError("rows must be a contiguous vector")
     if x.device.type != "cpu":
         return
-    if rows is not None and len(rows):
-        if int(rows[0]) < 0 or int(rows[-1]) >= len(x) or not bool((rows[1:] > rows[:-1]).all()):
-            raise ValueError(f"rows must be strictly increasing indices in [0, {len(x)})")
+    if rows is not None and len(rows) and (
+        int(rows[0]) < 0 or int(rows[-1]) >= len(x) or not bool((rows[1:] > rows[:-1]).all())
+    ):
+        raise ValueError(f"rows must be strictly increasing indices in [0, {len(x)})")
     used = targets if rows is None else targets[rows]
     if used.numel():
         low, high = (int(v) for v in used.aminmax())

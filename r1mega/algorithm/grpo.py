@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 
 import torch
+
 from r1mega_kernels import GRPOMetrics, grpo_token_loss
 
 

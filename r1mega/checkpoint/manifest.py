@@ -29,7 +29,7 @@ class DigestingFile:
     """
 
     def __init__(self, path: Path, pool: ThreadPoolExecutor):
-        self._file, self._pool = open(path, "wb", buffering=0), pool
+        self._file, self._pool = open(path, "wb", buffering=0), pool  # noqa: SIM115  closed by `close`
         self._digest, self._bytes = hashlib.sha256(), 0
 
     def write(self, data: Any) -> int:

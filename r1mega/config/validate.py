@@ -8,6 +8,7 @@ import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from r1mega.config.launched import launched_place
@@ -29,7 +30,7 @@ def validate(config: Stage, world_size: int | None = None) -> None:
         raise ConfigError("\n".join(problems))
 
 
-_promise: ContextVar[Mapping[Path, Path | None]] = ContextVar("promise", default={})
+_promise: ContextVar[Mapping[Path, Path | None]] = ContextVar("promise", default=MappingProxyType({}))
 _damaged: ContextVar[Collection[Path]] = ContextVar("damaged", default=())
 
 

@@ -148,6 +148,7 @@ def write_prompts(path: Path, seed: int, count: int, split: Split) -> None:
 def _check(problem: NanoProblem, rng: random.Random, words, persistent: bool) -> tuple[list[str], int]:
     """Try the candidates in their order, each in words of one language; the answer is the last one tried."""
     thoughts: list[str] = []
+    table: dict[str, str] = {}
     patience = NUM_CANDIDATES if persistent else _choose(rng, PATIENCE)
     for label, candidate in zip(LABELS[:patience], problem.candidates, strict=False):
         if thoughts:
@@ -176,7 +177,7 @@ def _draw(rng: random.Random) -> NanoProblem:
         place = rng.randrange(NUM_CANDIDATES)
         candidates = (*others[:place], right, *others[place:])
         sums = [c + sum(operands[: i + 1]) for c in candidates for i in range(NUM_OPERANDS)]
-        if 0 <= min(sums) and max(sums) <= MAX_VALUE:
+        if min(sums) >= 0 and max(sums) <= MAX_VALUE:
             return NanoProblem(candidates, operands, rng.choice(("en", "zh")))
 
 

@@ -93,9 +93,9 @@ def evaluate_checkpoint(
     scan_prompts(prompt_config, source.path)  # a kind that nothing judges is told before a generator starts
     prompts = load_prompts(prompt_config, tokenizer)[:num_prompts]
     sampling = response_limits(source, tokenizer, context, [p.token_ids for p in prompts], max_tokens)
-    with open_engine(engine_settings(source.path, [p.token_ids for p in prompts], sampling), engine) as generator:
-        with open_scorer(source.reward) as scorer:
-            result = evaluate_prompts(generator, tokenizer, prompts, config, scorer, sampling)
+    settings = engine_settings(source.path, [p.token_ids for p in prompts], sampling)
+    with open_engine(settings, engine) as generator, open_scorer(source.reward) as scorer:
+        result = evaluate_prompts(generator, tokenizer, prompts, config, scorer, sampling)
     origin = {"checkpoint": str(source.path), "data": str(data), "template": prompt_config.template}
     result = dataclasses.replace(result, settings={**result.settings, **origin})
     if output is not None:

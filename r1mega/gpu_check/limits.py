@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 
 import torch
-from bench.limits import MATMUL_SIZE, measured_limits
 
+from bench.limits import MATMUL_SIZE, measured_limits
 from r1mega.gpu_check.findings import Context, Findings
 
 REPEATS = {"cuda": 100, "cpu": 2}

@@ -5,6 +5,7 @@ Needs nothing but Python, so that it also runs where torch does not.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import json
 import os
@@ -216,10 +217,8 @@ def _end(process: subprocess.Popen, mark: str) -> list[int]:
 
 
 def _signal(send: Callable[[int, int], None], pid: int, number: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         send(pid, number)
-    except ProcessLookupError:
-        pass
 
 
 def step_environment(plan: Plan, device: str) -> dict[str, str]:

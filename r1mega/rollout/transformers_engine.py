@@ -135,9 +135,9 @@ class TransformersEngine:
     def _finish_reason(self, tokens: list[int], sampling: SamplingSettings) -> str | None:
         if tokens[-1] in sampling.stop_token_ids:
             return "stop"
-        if sampling.stop_strings and tokens[-1] in self._stop_strings.candidates(sampling.stop_strings):
-            if self._stop_strings.matches(tokens, sampling.stop_strings):
-                return "stop"
+        stops = sampling.stop_strings
+        if stops and tokens[-1] in self._stop_strings.candidates(stops) and self._stop_strings.matches(tokens, stops):
+            return "stop"
         return "length" if len(tokens) == sampling.max_tokens else None
 
     def _check_ready(self) -> None:

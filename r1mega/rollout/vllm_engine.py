@@ -276,9 +276,9 @@ class VllmEngine:
         for token, log_prob in zip(tokens, log_probs if tokens else (), strict=True):
             state.token_ids.append(token)
             state.log_probs.append(log_prob)
-            if token in state.stop_candidates:
-                if self._stop_strings.matches(state.token_ids, state.sampling.stop_strings):
-                    return "stop"
+            may_stop = token in state.stop_candidates
+            if may_stop and self._stop_strings.matches(state.token_ids, state.sampling.stop_strings):
+                return "stop"
         if output.finish_reason is None:
             return None
         reason = str(output.finish_reason)

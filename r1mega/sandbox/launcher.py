@@ -123,12 +123,10 @@ class Child:
                 return
             if ready:
                 self._read_status()
-        try:
-            # Killing pid 1 inside lets bwrap reap it, so that no zombie falls to the host's init; bwrap itself only if
-            # it never got that far.
+        # Killing pid 1 inside lets bwrap reap it, so that no zombie falls to the host's init; bwrap itself only if it never
+        # got that far.
+        with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._init_pidfd if self._init_pidfd is not None else self._pidfd, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
 
     def close(self) -> None:
         """Kill if running, reap. Afterwards no process of this sandbox exists. May be called twice."""

@@ -174,10 +174,10 @@ class _Evaluation:
         samples, grades = unit.store.read()
         ungraded = [
             (prompt, samples[prompt.id, index])
-            for prompt, index in unit.keys()
+            for prompt, index in unit.keys()  # noqa: SIM118  a method of its own
             if (prompt.id, index) in samples and (prompt.id, index) not in grades
         ]
-        draws = (evaluation_draw(prompt, index, self._config.seed) for prompt, index in unit.keys())
+        draws = (evaluation_draw(prompt, index, self._config.seed) for prompt, index in unit.keys())  # noqa: SIM118
         missing = [draw for draw in draws if draw.key not in samples]
         mine = slice(self._replica, None, self._num_replicas)
         return _Share(ungraded[mine] if self._writes else [], missing[mine]), len(missing)

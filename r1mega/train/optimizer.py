@@ -21,7 +21,6 @@ from r1mega.checkpoint.torch_dist import Stored  # noqa: E402
 from r1mega.config.schema import OptimizerConfig  # noqa: E402
 from r1mega.errors import PlatformError  # noqa: E402
 
-
 SHARDING_METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "distrib_optim_fully_reshardable_mem_efficient": True,

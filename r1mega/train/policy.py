@@ -31,7 +31,6 @@ from megatron.core.fp8_utils import get_fp8_align_size  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region  # noqa: E402
 from megatron.core.transformer.module import Float16Module  # noqa: E402
-from r1mega_kernels import grouped_log_prob, linear_log_prob  # noqa: E402
 
 from r1mega.checkpoint.hf import HFTensors  # noqa: E402
 from r1mega.checkpoint.names import export_hf, load_hf  # noqa: E402
@@ -50,6 +49,7 @@ from r1mega.train.packing import Microbatch, build_microbatch  # noqa: E402
 from r1mega.train.padding import ZeroedPadding  # noqa: E402
 from r1mega.train.router_replay import Replay  # noqa: E402
 from r1mega.train.shard import Cut, Shard, join_rows, shard  # noqa: E402
+from r1mega_kernels import grouped_log_prob, linear_log_prob  # noqa: E402
 
 LossFunction = Callable[[int, Microbatch, torch.Tensor, torch.Tensor], tuple[torch.Tensor, Any]]
 """(index of the microbatch, microbatch, log_probs [R], entropies [R]) -> (loss sum, statistics to collect)."""

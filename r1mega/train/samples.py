@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 import torch.distributed as dist
-from r1mega_kernels import group_advantage
 
 from r1mega.algorithm.grpo import PolicyTokens, token_weights
 from r1mega.config.stages.rl import AlgorithmConfig
 from r1mega.train.packing import Microbatch, build_microbatch
 from r1mega.types import RolloutGroup, TrainingSample
+from r1mega_kernels import group_advantage
 
 
 def training_samples(groups: Sequence[RolloutGroup], algorithm: AlgorithmConfig) -> list[TrainingSample]:

@@ -219,9 +219,10 @@ def _check_covered(target: ReloadTarget, parameters: Mapping[str, torch.Tensor])
     for name, tensor in parameters.items():
         if name in VOCABULARY and not is_ignored(name, target.config):  # a tied head is the embedding
             tensor.data[covered[name] // tensor.shape[1]:].zero_()
-        elif covered[name] != tensor.numel() and not (covered[name] == 0 and tensor.data_ptr() in aliases):
-            if name.rpartition(".")[2] not in DERIVED:
-                problems.append(f"{name}: {covered[name]} of {tensor.numel()} elements")
+            continue
+        is_whole = covered[name] == tensor.numel() or (covered[name] == 0 and tensor.data_ptr() in aliases)
+        if not is_whole and name.rpartition(".")[2] not in DERIVED:
+            problems.append(f"{name}: {covered[name]} of {tensor.numel()} elements")
     if problems:
         raise WeightSyncError("the generator has parameters that weights/layout.py does not cover:\n  "
                               + "\n  ".join(problems))

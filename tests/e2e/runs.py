@@ -40,8 +40,8 @@ def r1mega(*arguments, num_ranks=1, check=True, timeout=300):
 
 def run_until_step(step, run_dir, sent, *arguments, timeout=300):
     """Start, send a signal once metrics.jsonl holds `step`, wait; the exit code."""
-    log = open(run_dir.with_suffix(".log"), "w")
-    process = subprocess.Popen(command(*arguments), env=environment(), cwd=REPOSITORY, stdout=log, stderr=log)
+    with open(run_dir.with_suffix(".log"), "w") as log:
+        process = subprocess.Popen(command(*arguments), env=environment(), cwd=REPOSITORY, stdout=log, stderr=log)
     limit = time.monotonic() + timeout
     while time.monotonic() < limit and process.poll() is None:
         if any(line["step"] >= step for line in metrics(run_dir)):
@@ -49,7 +49,6 @@ def run_until_step(step, run_dir, sent, *arguments, timeout=300):
             break
         time.sleep(0.02)
     code = process.wait(timeout)
-    log.close()
     assert code in (-signal.SIGKILL, 85), f"{code}\n{run_dir.with_suffix('.log').read_text()[-6000:]}"
     return code
 

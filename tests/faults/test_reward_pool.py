@@ -141,14 +141,14 @@ def test_closed_pool_refuses():
 
 def test_workers_die_with_their_parent():
     program = (
-        "import sys; sys.path[:0] = [%r, %r]\n"
+        f"import sys; sys.path[:0] = [{str(HERE.parents[1])!r}, {str(HERE)!r}]\n"
         "from r1mega.reward.pool import Task, WorkerPool\n"
         "pool = WorkerPool(1)\n"
         "pool.submit(Task('reward_killers:square', (2,), 30.0)).result()\n"
         "pool.submit(Task('reward_killers:endless_loop', (), 300.0))\n"
         "print('ready', flush=True)\n"
         "import time; time.sleep(300)\n"
-    ) % (str(HERE.parents[1]), str(HERE))
+    )
     parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
     assert parent.stdout.readline() == "ready\n"
     (worker,) = children_of(parent.pid, "r1mega.reward.worker")

@@ -288,9 +288,9 @@ def _same_relation(gold: Node, other: Node) -> bool | None:
     """Equations and inequalities up to a constant factor; in one unknown also as sets."""
     mirrored = ("rel", tuple(intervals.MIRRORED.get(op, op) for op in other[1][::-1]), other[2][::-1])
     for version in (other, mirrored):
-        if len(gold[2]) == len(version[2]) and gold[1] == version[1]:
-            if _all(map(_same, gold[2], version[2])) is True:
-                return True
+        same_form = len(gold[2]) == len(version[2]) and gold[1] == version[1]
+        if same_form and _all(map(_same, gold[2], version[2])) is True:
+            return True
     left, right = gold[2][0], other[2][0]
     if gold[1] == other[1] == ("=",) and {left[0], right[0]} == {"fn", "sym"} and ("sym", "y") in (left, right):
         return _same(gold[2][1], other[2][1])  # f(x) = ... is also written y = ...

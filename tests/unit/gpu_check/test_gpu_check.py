@@ -264,7 +264,8 @@ def test_one_wrong_gradient_is_caught():
     import torch
 
     from r1mega.gpu_check.findings import Findings
-    from r1mega.gpu_check.policy import EXACT, STEPS as NUMBER, Case, Steps, compare
+    from r1mega.gpu_check.policy import EXACT, Case, Steps, compare
+    from r1mega.gpu_check.policy import STEPS as NUMBER
 
     state = {name: torch.randn(8, 8) for name in "abc"}
     gradients = {name: torch.randn(8, 8) for name in "abc"}

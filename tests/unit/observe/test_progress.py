@@ -53,11 +53,10 @@ def test_bar_on_a_terminal(monkeypatch):
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setenv("COLUMNS", "160")
     controller, terminal = pty.openpty()
-    with os.fdopen(terminal, "w") as stream:
-        with StageProgress("zero", 4, stream=stream) as progress:
-            for step in range(1, 5):
-                progress.advance(step, accuracy=step / 5, length=12.0)
-            progress.note("[done]")
+    with os.fdopen(terminal, "w") as stream, StageProgress("zero", 4, stream=stream) as progress:
+        for step in range(1, 5):
+            progress.advance(step, accuracy=step / 5, length=12.0)
+        progress.note("[done]")
     shown = b""
     while True:
         try:

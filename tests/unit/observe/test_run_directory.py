@@ -38,9 +38,8 @@ def test_second_process_is_refused_and_a_dead_one_replaced(tmp_path):
     )
     worker = int(holder.stdout.readline())
     try:
-        with pytest.raises(ConfigError, match=f"in use by another run .*pid {holder.pid}"):
-            with run.lock():
-                pytest.fail("two owners")
+        with pytest.raises(ConfigError, match=f"in use by another run .*pid {holder.pid}"), run.lock():
+            pytest.fail("two owners")
         os.kill(holder.pid, signal.SIGKILL)
         holder.wait()
         with run.lock():
@@ -53,22 +52,18 @@ def test_second_process_is_refused_and_a_dead_one_replaced(tmp_path):
 
 def test_lock_excludes_within_the_process_and_is_freed(tmp_path):
     run = RunDirectory(tmp_path)
-    with run.lock():
-        with pytest.raises(ConfigError, match="another run of this process"):
-            with RunDirectory(tmp_path).lock():
-                pytest.fail("two owners")
-    with pytest.raises(KeyError):
-        with run.lock():
-            raise KeyError
+    with run.lock(), pytest.raises(ConfigError, match="another run of this process"), RunDirectory(tmp_path).lock():
+        pytest.fail("two owners")
+    with pytest.raises(KeyError), run.lock():
+        raise KeyError
     with run.lock():
         pass
 
 
 def test_run_dir_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="cannot be made"):
-        with RunDirectory(tmp_path / "file" / "run").lock():
-            pass
+    with pytest.raises(ConfigError, match="cannot be made"), RunDirectory(tmp_path / "file" / "run").lock():
+        pass
 
 
 def test_config_round_trip_and_change(tmp_path):

@@ -173,4 +173,5 @@ def test_profiler_records_the_named_step_only(tmp_path, monkeypatch):
             torch.ones(8, 8) @ torch.ones(8, 8)
     (trace,) = tmp_path.iterdir()
     assert trace.name == "trace_step_2_rank_0.json.gz"
-    assert "aten::mm" in {event.get("name") for event in json.loads(gzip.open(trace).read())["traceEvents"]}
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    assert "aten::mm" in {event.get("name") for event in events}

@@ -39,8 +39,9 @@ class Splits:
 
 @pytest.fixture
 def splits(monkeypatch):
-    monkeypatch.setattr(distributed_c10d, "_get_split_source", lambda _group, found=Splits(): found)
-    return distributed_c10d._get_split_source(None)
+    found = Splits()
+    monkeypatch.setattr(distributed_c10d, "_get_split_source", lambda _group: found)
+    return found
 
 
 @pytest.fixture

@@ -65,5 +65,8 @@ setup(
         "test": ["hypothesis>=6", "pytest>=8", "pytest-timeout>=2", "uv>=0.9"],
     },
     entry_points={"console_scripts": ["r1mega = r1mega.cli:main"]},
-    cmdclass={name: with_kernels(cls) for name, cls in (("build_py", build_py), ("develop", develop), ("editable_wheel", editable_wheel))},
+    cmdclass={
+        name: with_kernels(cls)
+        for name, cls in (("build_py", build_py), ("develop", develop), ("editable_wheel", editable_wheel))
+    },
 )

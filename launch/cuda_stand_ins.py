@@ -17,7 +17,9 @@ import tempfile
 from pathlib import Path
 
 NAMES = re.compile(r"(cublas|cudnn|cufft|cuFile|curand|cusolver|cusparse|nccl|nvJit|nvrtc|nvshmem)\w+$")
-LIBRARIES = re.compile(r"NEEDED.*\[(lib(?:cublas|cudnn|cufft|cufile|curand|cusolver|cusparse|nccl|nvJit|nvrtc|nvshmem)\S*)\]")
+LIBRARIES = re.compile(
+    r"NEEDED.*\[(lib(?:cublas|cudnn|cufft|cufile|curand|cusolver|cusparse|nccl|nvJit|nvrtc|nvshmem)\S*)\]"
+)
 VERSION_NODES = {"libnvshmem_host.so.3": "NVSHMEM"}
 """The version of a library's symbols, where it is not the library's name."""
 
@@ -33,10 +35,14 @@ def main() -> None:
     linked = [p for p in folder.glob("lib*.so") if re.match(r"lib(torch|c10|caffe2)", p.name)]
     needed = {m[1] for p in linked for line in printed("readelf", "-d", str(p)) if (m := LIBRARIES.search(line))}
     missing = sorted(needed - {p.name for p in packages.glob("nvidia/**/*.so*")})
-    wanted = {line.split()[-1].split("@")[0] for p in linked for line in printed("nm", "-D", "--undefined-only", str(p))}
+    wanted = {
+        line.split()[-1].split("@")[0] for p in linked for line in printed("nm", "-D", "--undefined-only", str(p))
+    }
     with tempfile.TemporaryDirectory() as scratch:
         source, versions = Path(scratch, "stand_in.c"), Path(scratch, "versions")
-        source.write_text("".join(f"int {name}(void) {{ return 1; }}\n" for name in sorted(filter(NAMES.match, wanted))))
+        source.write_text(
+            "".join(f"int {name}(void) {{ return 1; }}\n" for name in sorted(filter(NAMES.match, wanted)))
+        )
         for name in missing:
             versions.write_text(f"{VERSION_NODES.get(name, name)} {{ global: *; }};\n")
             options = ["-shared", "-fPIC", "-w", f"-Wl,-soname,{name}", f"-Wl,--version-script={versions}"]

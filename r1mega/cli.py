@@ -75,7 +75,9 @@ def pipeline(
     redo: Annotated[bool, typer.Option(help="run changed nodes anew, with their old runs moved aside")] = False,
     launcher: Annotated[str, typer.Option(help="command that starts a node's ranks, such as 'srun'")] = "",
     rank_python: Annotated[str | None, typer.Option(help="its interpreter there; default: this one")] = None,
-    list_jobs: Annotated[bool, typer.Option("--jobs", help="what is to run, a line each, for scripts; hashes of inputs are kept")] = False,
+    list_jobs: Annotated[
+        bool, typer.Option("--jobs", help="what is to run, a line each, for scripts; hashes of inputs are kept")
+    ] = False,
 ) -> None:
     """Run the stages of a pipeline file, each from wherever an earlier start left it."""
     from r1mega.config.pipeline import load_pipeline
@@ -178,10 +180,14 @@ def reshard_explain(
 
 @app.command()
 def compare(
-    first: Annotated[Path, typer.Argument(help="results.json of an evaluation, its run directory, or an output of eval")],
+    first: Annotated[
+        Path, typer.Argument(help="results.json of an evaluation, its run directory, or an output of eval")
+    ],
     second: Annotated[Path, typer.Argument(help="the same of another checkpoint (or of the same file, see --second)")],
     first_name: Annotated[str | None, typer.Option("--first", help="which checkpoint, where there are several")] = None,
-    second_name: Annotated[str | None, typer.Option("--second", help="which checkpoint, where there are several")] = None,
+    second_name: Annotated[
+        str | None, typer.Option("--second", help="which checkpoint, where there are several")
+    ] = None,
     markdown: Annotated[bool, typer.Option(help="print the table as Markdown")] = False,
 ) -> None:
     """Two checkpoints on the same problems: paired differences of pass@1, their intervals and p-values."""

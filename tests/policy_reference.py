@@ -82,7 +82,9 @@ def start(
         routing = _Routing(config, _round(model, model.named_parameters(), dtype, torch.float32))
         samples = [_far_from_clipping(sample, model, routing, ratio, seed) for seed, sample in enumerate(samples)]
     # a policy's reference chooses its experts itself
-    return Expected(config, dtype, {n: rounded(n, t, dtype) for n, t in state.items()}, samples, 0.0 if dictated else 0.1)
+    return Expected(
+        config, dtype, {n: rounded(n, t, dtype) for n, t in state.items()}, samples, 0.0 if dictated else 0.1
+    )
 
 
 def rounded(name: str, weight: torch.Tensor, dtype: str) -> torch.Tensor:
@@ -179,7 +181,10 @@ def _grpo_steps(
     """(the steps, computed in `compute`; AdamW's weights after them)."""
     config, samples = expected.config, expected.samples
     model = make_hf_model(config)
-    named = {name: torch.nn.Parameter(rounded(name, p.detach(), expected.dtype).clone()) for name, p in model.named_parameters()}
+    named = {
+        name: torch.nn.Parameter(rounded(name, p.detach(), expected.dtype).clone())
+        for name, p in model.named_parameters()
+    }
     routers = _round(model, named.items(), expected.dtype, compute)
     routing = _Routing(config, routers)
     decayed = [p for p in named.values() if p.ndim > 1]

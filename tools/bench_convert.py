@@ -36,6 +36,7 @@ CONFIG = {
 
 def make_model(directory: Path, num_bytes: int) -> int:
     """A dense bfloat16 model of about that size; its bytes."""
+
     def size(layers: int) -> int:
         return 2 * sum(torch.Size(p.shape).numel() for p in parameters(CONFIG | {"num_hidden_layers": layers}))
 

@@ -59,7 +59,9 @@ def main() -> int:
         return run_step(asked.step, asked.device, asked.work, asked.json)
     if asked.list:
         for step in STEPS:
-            print(f"{step.name:<16}{step.seconds:>5} s  {step.proves}" + f" [{', '.join(step.needs)}]" * bool(step.needs))
+            print(
+                f"{step.name:<16}{step.seconds:>5} s  {step.proves}" + f" [{', '.join(step.needs)}]" * bool(step.needs)
+            )
         return 0
     for number in (signal.SIGTERM, signal.SIGHUP):  # the step that runs ends with this process
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves it

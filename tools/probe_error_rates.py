@@ -67,7 +67,9 @@ class Pair:
             part = self.sequences[start : start + self.probed]
             packed = policy.log_probs([build_microbatch(part, [1] * len(part), range(len(part)))])[0][0]
             self.expected += [values.tolist() for values in packed.split([len(sequence) - 1 for sequence in part])]
-        self.engine = VllmEngine(EngineSettings(directory, 2 * LENGTH, dtype=dtype, max_num_seqs=64, kv_cache_bytes=64 << 20))
+        self.engine = VllmEngine(
+            EngineSettings(directory, 2 * LENGTH, dtype=dtype, max_num_seqs=64, kv_cache_bytes=64 << 20)
+        )
         self.limit = probe_limit(policy.dtype, fp8=policy.fp8)
 
     def distances(self) -> list[Distances]:
@@ -79,7 +81,9 @@ class Pair:
         found = self.engine.prompt_log_probs(self.sequences)
         return [
             Distances(self._apart(ours, theirs), self._apart(values[len(prompt) - 1 :], response.log_probs))
-            for ours, theirs, prompt, response, values in zip(self.expected, found, prompts, decoded, again, strict=True)
+            for ours, theirs, prompt, response, values in zip(
+                self.expected, found, prompts, decoded, again, strict=True
+            )
         ]
 
     def _apart(self, reference: list[float], found: list[float]) -> list[float]:

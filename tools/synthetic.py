@@ -67,7 +67,9 @@ def draw_lengths(longest: int, mean: float | None, cv: float, file: Path | None)
         except (OSError, ValueError) as error:
             raise ConfigError(f"--lengths {file}: {error}; it should hold whole numbers, one a response") from error
         if not given or min(given) < 1 or max(given) > longest:
-            raise ConfigError(f"--lengths {file}: {len(given)} numbers; there must be some, all between 1 and {longest}")
+            raise ConfigError(
+                f"--lengths {file}: {len(given)} numbers; there must be some, all between 1 and {longest}"
+            )
         return lambda seed: random.Random(seed).choice(given)
     center = longest if mean is None else mean
     if not 1 <= center <= longest or cv < 0:
@@ -326,7 +328,9 @@ def _run_rl(config: RLStage, runtime: Any, inputs: Inputs) -> None:
         engine = PacedEngine(trainer.engine, inputs.lengths)
         group_size = config.rollout.group_size
         sampler = GroupSampler(engine, trainer.tokenizer, RandomScorer(), trainer.sampling, group_size, trainer.timer)
-        trainer.collector = GroupCollector(sampler, load_prompts(config.data, trainer.tokenizer), trainer.cursor, config)
+        trainer.collector = GroupCollector(
+            sampler, load_prompts(config.data, trainer.tokenizer), trainer.cursor, config
+        )
         with runtime.progress(total=inputs.steps, done=0):
             for step in range(1, inputs.steps + 1):
                 trainer.timer.start_step()

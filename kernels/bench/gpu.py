@@ -38,7 +38,11 @@ SHAPES = tuple(
 
 
 def logits_rows(
-    limits: dict[str, float], rounds: int, shapes: Sequence[Shape] = SHAPES, device: str = "cuda", with_peers: bool = True
+    limits: dict[str, float],
+    rounds: int,
+    shapes: Sequence[Shape] = SHAPES,
+    device: str = "cuda",
+    with_peers: bool = True,
 ) -> list[dict[str, Any]]:
     """Forward and backward from logits at every shape that fits the device."""
     memory = _memory(device)
@@ -68,7 +72,11 @@ def logits_rows(
 
 
 def hidden_rows(
-    limits: dict[str, float], rounds: int, shapes: Sequence[Shape] = SHAPES, device: str = "cuda", with_peers: bool = True
+    limits: dict[str, float],
+    rounds: int,
+    shapes: Sequence[Shape] = SHAPES,
+    device: str = "cuda",
+    with_peers: bool = True,
 ) -> list[dict[str, Any]]:
     """Forward and backward from hidden states, with the peak memory beside the size of the logits (on a GPU)."""
     records = []

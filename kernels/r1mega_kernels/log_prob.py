@@ -78,7 +78,9 @@ def vocabulary_range(
     start = rank * width if vocab_start is None else vocab_start
     size = ranks * width if vocab_size is None else vocab_size
     if width == 0 or start >= size:
-        raise ValueError(f"no columns: the vocabulary is empty, or its {size} ids end before this rank's first, {start}")
+        raise ValueError(
+            f"no columns: the vocabulary is empty, or its {size} ids end before this rank's first, {start}"
+        )
     return start, size
 
 
@@ -120,8 +122,10 @@ def check_arguments(
         raise ValueError("rows must be a contiguous vector")
     if x.device.type != "cpu":
         return
-    if rows is not None and len(rows) and (
-        int(rows[0]) < 0 or int(rows[-1]) >= len(x) or not bool((rows[1:] > rows[:-1]).all())
+    if (
+        rows is not None
+        and len(rows)
+        and (int(rows[0]) < 0 or int(rows[-1]) >= len(x) or not bool((rows[1:] > rows[:-1]).all()))
     ):
         raise ValueError(f"rows must be strictly increasing indices in [0, {len(x)})")
     used = targets if rows is None else targets[rows]

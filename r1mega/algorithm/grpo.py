@@ -77,7 +77,9 @@ def grpo_loss(
     if ratio == "token":
         return grpo_token_loss(log_probs, tokens.advantages, kl_coefficient=kl_coefficient, **inputs)
     # each token as if it had its sequence's mean log-ratio; KL and mismatch are of the true log-probs
-    surrogate, clipping = grpo_token_loss(tokens.old_log_probs + sequence_log_ratio(log_probs, tokens), tokens.advantages, **inputs)
+    surrogate, clipping = grpo_token_loss(
+        tokens.old_log_probs + sequence_log_ratio(log_probs, tokens), tokens.advantages, **inputs
+    )
     penalty, metrics = grpo_token_loss(
         log_probs, torch.zeros_like(tokens.advantages), kl_coefficient=kl_coefficient, **inputs
     )

@@ -72,8 +72,9 @@ def partition(
     return [(tuple(held), size) for held, size in runs]
 
 
-def read_ahead(parameters: Iterable[Parameter], read: Callable[[Parameter], torch.Tensor]
-               ) -> Iterator[tuple[Parameter, torch.Tensor]]:
+def read_ahead(
+    parameters: Iterable[Parameter], read: Callable[[Parameter], torch.Tensor]
+) -> Iterator[tuple[Parameter, torch.Tensor]]:
     """(parameter, read(parameter)) in order; a thread reads the next one while the caller writes the one before.
 
     So two are in memory at a time. Raises what `read` raises.

@@ -108,7 +108,10 @@ def shard_name(index: int, shards: int) -> str:
 
 
 def write_hf_files(
-    directory: Path, config: Mapping[str, Any], shards: Mapping[str, list[str]], total_bytes: int,
+    directory: Path,
+    config: Mapping[str, Any],
+    shards: Mapping[str, list[str]],
+    total_bytes: int,
     extra_from: Path | None,
 ) -> None:
     """What an HF directory has besides shards: config.json, the index, and the tokenizer's files from `extra_from`."""

@@ -127,9 +127,7 @@ class Entry:
     expert: int | None
 
 
-def make_entry(
-    name: str, shape: Sequence[int], layer: int | None, model: ModelShape, place: Coordinates
-) -> Entry:
+def make_entry(name: str, shape: Sequence[int], layer: int | None, model: ModelShape, place: Coordinates) -> Entry:
     """The entry of one local parameter. layer: the global index of its layer, from 0 (None outside of layers).
 
     Pure. Raises CheckpointError for a name that no rule covers.
@@ -179,9 +177,7 @@ def _head_dim(rows: int, model: ModelShape) -> int:
     return rows // model.num_kv_groups // (model.queries_per_group + 2)
 
 
-def to_local(
-    parts: Sequence[torch.Tensor], entry: Entry, model: ModelShape, rank: int, ranks: int
-) -> torch.Tensor:
+def to_local(parts: Sequence[torch.Tensor], entry: Entry, model: ModelShape, rank: int, ranks: int) -> torch.Tensor:
     """This rank's slice, built from the full HF tensors `parts` (in the order of entry.hf_names). Pure."""
     if entry.form == "qkv":
         groups = model.num_kv_groups
@@ -218,7 +214,12 @@ def _join(tensors: list[torch.Tensor], dim: int) -> torch.Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
 
 
-_TOP_ORDER = {"model.embed_tokens.weight": -1, "model.norm.weight": 1 << 30, "lm_head.weight": (1 << 30) + 1, SCORE: (1 << 30) + 1}
+_TOP_ORDER = {
+    "model.embed_tokens.weight": -1,
+    "model.norm.weight": 1 << 30,
+    "lm_head.weight": (1 << 30) + 1,
+    SCORE: (1 << 30) + 1,
+}
 _RULE_ORDER = {name: i for i, rule in enumerate(_RULES) for name in rule.hf}
 
 

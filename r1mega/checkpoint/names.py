@@ -191,9 +191,7 @@ def _manifest(
         local = shape.num_experts // ep
         for other in range(entry.expert % local, shape.num_experts, local):  # the same expert of the other EP ranks
             names = tuple(n.replace(f".experts.{entry.expert}.", f".experts.{other}.") for n in entry.hf_names)
-            mine.append(
-                (Entry(entry.name, names, entry.hf_shapes, entry.form, entry.dim, other), tensor.dtype, stage)
-            )
+            mine.append((Entry(entry.name, names, entry.hf_shapes, entry.form, entry.dim, other), tensor.dtype, stage))
     everyone = [mine]
     if stages > 1:
         everyone = [[] for _ in range(stages)]

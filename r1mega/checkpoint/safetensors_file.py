@@ -109,8 +109,9 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().reshape(-1).view(torch.uint8)
 
 
-def write_tensors(path: Path, specs: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
-                  tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+def write_tensors(
+    path: Path, specs: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], tensors: Iterable[tuple[str, torch.Tensor]]
+) -> None:
     """Write a durable file from a stream of (name, tensor) in the order of `specs`, holding one tensor at a time.
 
     Raises OSError when the disk does not take it, ValueError when the stream is not what `specs` says.

@@ -174,7 +174,9 @@ def find_checkpoint(path: Path, workers: Workers, *, verify: bool = True) -> Pat
             raise CheckpointError(f"{path}: the run has no whole checkpoint")
         return found
     if not (path / MANIFEST).exists():
-        raise CheckpointError(f"{path} is neither a run nor a whole checkpoint: it has no checkpoints/ and no {MANIFEST}")
+        raise CheckpointError(
+            f"{path} is neither a run nor a whole checkpoint: it has no checkpoints/ and no {MANIFEST}"
+        )
     if verify and (problem := problem_of(path, workers)):
         raise CheckpointError(f"{path} is not a whole checkpoint ({problem}); use another one")
     return path

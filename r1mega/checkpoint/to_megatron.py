@@ -176,9 +176,7 @@ def regions(parameter: Parameter, layout: Layout) -> list[tuple[tuple[int, int],
         return [whole]
     halves = 2 if entry.form == "gate_up" else 1
     size = -(-parameter.shape[entry.dim] // (halves * ranks))
-    return [
-        (*whole[: entry.dim], (i * size, (i + 1) * size), *whole[entry.dim + 1 :]) for i in range(halves * ranks)
-    ]
+    return [(*whole[: entry.dim], (i * size, (i + 1) * size), *whole[entry.dim + 1 :]) for i in range(halves * ranks)]
 
 
 def _own_storage(tensor: torch.Tensor) -> torch.Tensor:
@@ -202,8 +200,10 @@ def _plain_config(config: Mapping[str, Any], dtype: torch.dtype, num_mtp: int) -
 def _count_mtp(tensors: HFTensors, config: Mapping[str, Any]) -> int:
     """MTP layers that are there: the published config may say one that a fine-tuned checkpoint lacks."""
     first = config.get("num_hidden_layers", 0)
-    return sum(f"model.layers.{first + k}.eh_proj.weight" in tensors
-               for k in range(config.get("num_nextn_predict_layers") or 0))
+    return sum(
+        f"model.layers.{first + k}.eh_proj.weight" in tensors
+        for k in range(config.get("num_nextn_predict_layers") or 0)
+    )
 
 
 def check_weights(directory: Path, num_mtp_layers: int) -> None:
@@ -250,6 +250,8 @@ def _check_scale(tensors: HFTensors, name: str) -> list[str]:
     if scale.dtype != torch.float32:
         return [f"dtype: {name}{SCALE} is {scale.dtype}, not torch.float32"]
     shape = scale_shape(tensors.infos[name].shape)
-    return [] if scale.shape == shape else [
-        f"shape: {name}{SCALE} is {list(scale.shape)}, the blocks of the weight ask for {list(shape)}"
-    ]
+    return (
+        []
+        if scale.shape == shape
+        else [f"shape: {name}{SCALE} is {list(scale.shape)}, the blocks of the weight ask for {list(shape)}"]
+    )

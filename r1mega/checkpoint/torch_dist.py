@@ -129,7 +129,8 @@ class TorchDistReader:
         the tensor is left as it is. Of each piece, the rows that are needed are read. CheckpointError for a gap.
         """
         missing = math.prod(
-            max(0, min(size - s, n)) for size, s, n in zip(self.saved[key].size[len(prefix) :], start, result.shape, strict=True)
+            max(0, min(size - s, n))
+            for size, s, n in zip(self.saved[key].size[len(prefix) :], start, result.shape, strict=True)
         )
         for piece in self._at(key, len(prefix)).get(prefix, ()):
             first, sizes = piece.offsets[len(prefix) :], piece.sizes[len(prefix) :]
@@ -142,7 +143,9 @@ class TorchDistReader:
                 result[tuple(slice(i, i + n) for i, n in zip(inside, data.shape, strict=True))] = data
                 missing -= data.numel()
         if missing > 0:
-            raise CheckpointError(f"{self.path}: {missing} elements of {key} are in no piece of it; use another checkpoint")
+            raise CheckpointError(
+                f"{self.path}: {missing} elements of {key} are in no piece of it; use another checkpoint"
+            )
         return result
 
     def _at(self, key: str, axes: int) -> Mapping[tuple[int, ...], list[Any]]:

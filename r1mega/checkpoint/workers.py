@@ -116,8 +116,9 @@ def agree(workers: Workers, problems: Sequence[str], advice: str) -> None:
             problem if len(ranks) == workers.size else f"{problem} (rank {', '.join(map(str, ranks))})"
             for problem, ranks in where.items()
         ]
-        raise CheckpointError("\n  ".join([f"{advice}: {len(lines)} problems", *lines] if len(lines) > 1 else
-                                          [f"{lines[0]}; {advice}"]))
+        raise CheckpointError(
+            "\n  ".join([f"{advice}: {len(lines)} problems", *lines] if len(lines) > 1 else [f"{lines[0]}; {advice}"])
+        )
 
 
 def together(workers: Workers, function: Callable[[], Any]) -> Any:

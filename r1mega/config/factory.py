@@ -27,7 +27,9 @@ class FilterConfig(Section):
     # reward parts that must reach so much, where the prompt's kind has them; a reward without a value is out
     min_tokens: NonNegativeInt = 0
     max_tokens: PositiveInt | None = None
-    unreadable: bool = True  # out: control and replacement characters, tags inside the reasoning, no letter or digit in it
+    unreadable: bool = (
+        True  # out: control and replacement characters, tags inside the reasoning, no letter or digit in it
+    )
     mixed_language: bool = True  # out: reasoning in several scripts
     min_language_share: Share = 0.0  # of the words of the reasoning, in the prompt's language
     max_paragraph_chars: PositiveInt | None = 4000  # of the reasoning
@@ -80,6 +82,8 @@ class FactoryStage(Stage):
         yield from weights_problems(self.model.path, hf)
         yield from context_problems(hf, self.data, self.rollout)
         files = [("data.prompts", path) for path in self.data.prompts]
-        yield from missing_file_problems([*files, *(("decontaminate.files", path) for path in self.decontaminate.files)])
+        yield from missing_file_problems(
+            [*files, *(("decontaminate.files", path) for path in self.decontaminate.files)]
+        )
         yield from self.reward.problems(self.rollout.max_response_tokens)
         yield from generator_problems(self.rollout, world, hf)

@@ -127,7 +127,9 @@ def _read(path: Path, places: Places, chain: tuple[Path, ...]) -> dict[str, Any]
     lines: dict[tuple[str, ...], int] = {}
     for key, line in _lines(tree, ()):
         if key in lines:
-            raise ConfigError(f"{path}:{line}: {'.'.join(key)} was given at line {lines[key]} already; remove one of them")
+            raise ConfigError(
+                f"{path}:{line}: {'.'.join(key)} was given at line {lines[key]} already; remove one of them"
+            )
         lines[key] = line
     included = content.pop("include", [])
     included = [included] if isinstance(included, str) else included
@@ -158,7 +160,9 @@ def _overrides(overrides: Sequence[str], places: Places) -> dict[str, Any]:
             OmegaConf.from_dotlist([item])
         except (OmegaConfBaseException, yaml.YAMLError) as error:
             problem = " ".join(str(getattr(error, "problem", None) or error).split())
-            raise ConfigError(f"command line: {item!r}: not YAML ({problem}); quote the value: {key}='\"...\"'") from error
+            raise ConfigError(
+                f"command line: {item!r}: not YAML ({problem}); quote the value: {key}='\"...\"'"
+            ) from error
     return OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
 
 
@@ -186,7 +190,9 @@ def _section(model: type[BaseModel], name: str) -> type[BaseModel] | None:
     return next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), None)
 
 
-def _unknown_keys(values: Mapping[str, Any], model: type[BaseModel], prefix: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+def _unknown_keys(
+    values: Mapping[str, Any], model: type[BaseModel], prefix: tuple[str, ...]
+) -> Iterator[tuple[str, ...]]:
     for name, value in values.items():
         if name not in model.model_fields:
             yield (*prefix, str(name))

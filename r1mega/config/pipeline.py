@@ -1,11 +1,11 @@
 """A pipeline: stages in order, each a stage's config file and what differs here. The edges follow from the paths.
 
-    name: r1-nano
-    dir: runs/nano                 # of the pipeline's own records; dir=elsewhere takes the paths in it along
-    overrides: {seed: 1}           # for every node
-    nodes:
-      base: {config: base.yaml}    # relative to this file
-      zero: {config: zero.yaml, overrides: {steps: 60}, ranks: 2}
+name: r1-nano
+dir: runs/nano                 # of the pipeline's own records; dir=elsewhere takes the paths in it along
+overrides: {seed: 1}           # for every node
+nodes:
+  base: {config: base.yaml}    # relative to this file
+  zero: {config: zero.yaml, overrides: {steps: 60}, ranks: 2}
 """
 
 from __future__ import annotations
@@ -103,9 +103,7 @@ def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> Pipeline:
     return Pipeline(config.name, config.dir, path, config.ranks_per_machine, external, nodes)
 
 
-def check_pipeline(
-    pipeline: Pipeline, names: Sequence[str], *, dry_run: bool, damaged: Collection[Path] = ()
-) -> None:
+def check_pipeline(pipeline: Pipeline, names: Sequence[str], *, dry_run: bool, damaged: Collection[Path] = ()) -> None:
     """Raises ConfigError, naming nodes, for what cannot work in them. What an earlier node makes does not count as
     missing; in a dry run neither does what is brought from elsewhere. damaged: run directories whose content is not what
     their nodes made: it is not looked at.

@@ -60,7 +60,10 @@ def _weight_sizes(layout: Layout, hf: Mapping[str, Any]) -> Iterator[tuple[str, 
     yield f"intermediate_size / parallel.tp = {tp}", (hf.get("intermediate_size") or 0) // tp
     expert = hf.get("moe_intermediate_size") or 0
     yield f"moe_intermediate_size / parallel.etp = {etp}", expert // etp
-    yield f"n_shared_experts * moe_intermediate_size / parallel.tp = {tp}", expert * (hf.get("n_shared_experts") or 0) // tp
+    yield (
+        f"n_shared_experts * moe_intermediate_size / parallel.tp = {tp}",
+        expert * (hf.get("n_shared_experts") or 0) // tp,
+    )
     if hf.get("kv_lora_rank"):
         nope, rope, value = (hf.get(f"{key}_head_dim") or 0 for key in ("qk_nope", "qk_rope", "v"))
         yield "kv_lora_rank + qk_rope_head_dim", hf["kv_lora_rank"] + rope
@@ -72,4 +75,7 @@ def _weight_sizes(layout: Layout, hf: Mapping[str, Any]) -> Iterator[tuple[str, 
         size = hf.get("head_dim") or (hf.get("hidden_size") or 0) // heads
         groups = hf.get("num_key_value_heads") or heads
         yield f"num_attention_heads / parallel.tp = {tp} times head_dim", heads // tp * size
-        yield f"(num_attention_heads + 2 num_key_value_heads) / parallel.tp = {tp} times head_dim", (heads + 2 * groups) // tp * size
+        yield (
+            f"(num_attention_heads + 2 num_key_value_heads) / parallel.tp = {tp} times head_dim",
+            (heads + 2 * groups) // tp * size,
+        )

@@ -89,7 +89,9 @@ class TimeoutsConfig(Section):
     noticed at once, by its launcher or its closed connections: these are for ranks that hang.
     """
 
-    startup_seconds: Positive = 3600  # until all processes have met, and later until all have their models and generators
+    startup_seconds: Positive = (
+        3600  # until all processes have met, and later until all have their models and generators
+    )
     collective_seconds: Positive = 1800  # in one collective of forward, backward, update, resharding
     rollout_seconds: Positive = 6 * 3600  # of the generator that is done first for the slowest, rewards included
     checkpoint_seconds: Positive = 3600  # for the rank whose files take longest to write or verify
@@ -148,7 +150,9 @@ class WeightsConfig(Section):
     shared_memory: bool = True  # of ranks on one CPU machine, by `direct`, instead of messages
     verify: bool = True
     probe_sequences: PositiveInt | None = None  # None: 2 in float32, 16 (made-up ones) in bfloat16
-    probe_tolerance: Positive | None = None  # None: 2e-4 in float32; 0.15 in bfloat16, 0.25 with FP8, where a tenth may be off by more
+    probe_tolerance: Positive | None = (
+        None  # None: 2e-4 in float32; 0.15 in bfloat16, 0.25 with FP8, where a tenth may be off by more
+    )
 
 
 class EvaluateConfig(Section):

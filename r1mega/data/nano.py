@@ -39,7 +39,12 @@ WORDS = (
     *TAGS,
     *LABELS,
     *QUESTION_WORDS,
-    *(word for table in (EN_WORDS, ZH_WORDS) for entry in table.values() for word in ([entry] if isinstance(entry, str) else entry)),
+    *(
+        word
+        for table in (EN_WORDS, ZH_WORDS)
+        for entry in table.values()
+        for word in ([entry] if isinstance(entry, str) else entry)
+    ),
     *(f"{sign}{digit}" for sign in "+-" for digit in range(1, 10)),
     *(str(number) for number in range(MAX_VALUE + 1)),
 )

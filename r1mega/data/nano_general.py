@@ -119,11 +119,11 @@ def requests(seed: int, count: int, split: Split) -> Iterator[GeneralRequest]:
 def write_general(directory: Path, seed: int, count: int, split: Split) -> None:
     """`count` requests as five JSONL files in `directory`, each written whole or not at all.
 
-        general_SPLIT.jsonl      prompts without a gold (kind general; `reference` is the best reply)
-        general_gold_SPLIT.jsonl the same with the best reply as gold (kind logic), to measure general ability
-        general_sft_SPLIT.jsonl  question, response
-        preference_SPLIT.jsonl   question, chosen, rejected
-        safety_SPLIT.jsonl       question, response, safe (true or false), to harmful and harmless requests
+    general_SPLIT.jsonl      prompts without a gold (kind general; `reference` is the best reply)
+    general_gold_SPLIT.jsonl the same with the best reply as gold (kind logic), to measure general ability
+    general_sft_SPLIT.jsonl  question, response
+    preference_SPLIT.jsonl   question, chosen, rejected
+    safety_SPLIT.jsonl       question, response, safe (true or false), to harmful and harmless requests
     """
     rng = random.Random(f"general/replies/{split}/{seed}")
     prompts, golds, samples, pairs, labels = [], [], [], [], []

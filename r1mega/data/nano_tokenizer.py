@@ -67,7 +67,14 @@ def _write_transformers_files(directory: Path, model) -> None:
         "unk_token": UNK,
         "clean_up_tokenization_spaces": False,
         "added_tokens_decoder": {
-            str(i): {"content": token, "special": True, "normalized": False, "lstrip": False, "rstrip": False, "single_word": False}
+            str(i): {
+                "content": token,
+                "special": True,
+                "normalized": False,
+                "lstrip": False,
+                "rstrip": False,
+                "single_word": False,
+            }
             for i, token in enumerate(special)
         },
     }

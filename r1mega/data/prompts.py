@@ -62,7 +62,9 @@ def load_prompts(config: DataConfig, tokenizer: Tokenizer) -> tuple[Prompt, ...]
             Prompt(record.id, record.question, record.answers, record.kind, record.language, token_ids, record.metadata)
         )
     if too_long:
-        logger.warning("%d prompts longer than data.max_prompt_tokens = %d were skipped", too_long, config.max_prompt_tokens)
+        logger.warning(
+            "%d prompts longer than data.max_prompt_tokens = %d were skipped", too_long, config.max_prompt_tokens
+        )
     if not prompts:
         raise DataError(f"no prompts left in {', '.join(map(str, config.prompts))}")
     return tuple(prompts)

@@ -22,9 +22,7 @@ from r1mega.files import sync_path, write_atomic
 logger = logging.getLogger(__name__)
 
 
-def without_duplicates(
-    candidates: Sequence[Candidate], config: DuplicateConfig
-) -> tuple[list[Candidate], FilterCount]:
+def without_duplicates(candidates: Sequence[Candidate], config: DuplicateConfig) -> tuple[list[Candidate], FilterCount]:
     """The first of each group of near-duplicates."""
     texts = [f"{c.question}\n{c.response}" for c in candidates]
     twins = near_duplicates(
@@ -54,7 +52,9 @@ def at_most_per_prompt(candidates: Sequence[Candidate], limit: int) -> tuple[lis
     return kept, FilterCount("more of a prompt", len(candidates), len(candidates) - len(kept))
 
 
-def read_general(config: GeneralConfig, tokenizer: Tokenizer, template: str, licences: dict[str, str]) -> list[Candidate]:
+def read_general(
+    config: GeneralConfig, tokenizer: Tokenizer, template: str, licences: dict[str, str]
+) -> list[Candidate]:
     """The lines of the general files, as candidates of kind `general`."""
     candidates = []
     for path in config.files:
@@ -64,9 +64,16 @@ def read_general(config: GeneralConfig, tokenizer: Tokenizer, template: str, lic
             identity = str(item.get("id", where))
             candidates.append(
                 Candidate(
-                    id=identity, prompt_id=identity, question=item["question"], response=item["response"], kind="general", merged=True,
-                    language=item.get("language"), template=item.get("template", template),
-                    source=item.get("source", str(path)), tokens=len(tokenizer.encode(item["response"])),
+                    id=identity,
+                    prompt_id=identity,
+                    question=item["question"],
+                    response=item["response"],
+                    kind="general",
+                    merged=True,
+                    language=item.get("language"),
+                    template=item.get("template", template),
+                    source=item.get("source", str(path)),
+                    tokens=len(tokenizer.encode(item["response"])),
                     licence=item.get("licence") or licences.get(str(path), "unknown"),
                 )  # fmt: skip
             )
@@ -84,7 +91,9 @@ def mix(
     rng = random.Random(f"mix/{seed}")
     wanted = round(len(reasoning) * share / (1 - share))
     if len(general) < wanted:
-        logger.warning("general.share = %g wants %d general samples, there are %d: all are taken", share, wanted, len(general))
+        logger.warning(
+            "general.share = %g wants %d general samples, there are %d: all are taken", share, wanted, len(general)
+        )
         wanted = len(general)
     chosen = [general[i] for i in sorted(rng.sample(range(len(general)), wanted))]
     merged = [*reasoning, *chosen]

@@ -131,7 +131,10 @@ def build_token_file(data: SFTData, tokenizer: Tokenizer, directory: Path) -> Pa
     (file:line), also when the files are not those of the earlier start.
     """
     path, record = directory / "tokens.arrow", directory / "tokens.json"
-    described = {"files": {str(file): _sha256(file) for file in data.files}, **data.model_dump(mode="json", exclude={"files"})}
+    described = {
+        "files": {str(file): _sha256(file) for file in data.files},
+        **data.model_dump(mode="json", exclude={"files"}),
+    }
     if path.exists() and record.exists():
         before = json.loads(record.read_text())["made_from"]
         if before != described:
@@ -155,7 +158,9 @@ def _write_arrow(data: SFTData, tokenizer: Tokenizer, path: Path) -> dict[str, i
     counts = {"kept": 0, "bad": 0, "long": 0}
     temporary = path.with_suffix(".tmp")
     first_bad = ""
-    with ArrowWriter(features=Features(texts | {"token_ids": numbers, "spans": numbers}), path=str(temporary)) as writer:
+    with ArrowWriter(
+        features=Features(texts | {"token_ids": numbers, "spans": numbers}), path=str(temporary)
+    ) as writer:
         for file in data.files:
             for where, line in _raw_lines(file):
                 try:
@@ -180,7 +185,9 @@ def _write_arrow(data: SFTData, tokenizer: Tokenizer, path: Path) -> dict[str, i
     if counts["bad"]:
         logger.warning("%d bad lines were skipped; the first: %s", counts["bad"], first_bad)
     if counts["long"]:
-        logger.warning("%d lines of more than data.max_tokens = %d tokens were skipped", counts["long"], data.max_tokens)
+        logger.warning(
+            "%d lines of more than data.max_tokens = %d tokens were skipped", counts["long"], data.max_tokens
+        )
     if not counts["kept"]:
         temporary.unlink()
         raise DataError(f"no samples left in {', '.join(map(str, data.files))}")

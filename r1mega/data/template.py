@@ -25,7 +25,9 @@ def _compiled(template: str, key: str):
     import jinja2
 
     if template not in TEMPLATES and "{{" not in template:
-        raise ConfigError(f"{key}: {template!r} is neither a name ({', '.join(TEMPLATES)}) nor a Jinja2 text with {{{{ ... }}}}")
+        raise ConfigError(
+            f"{key}: {template!r} is neither a name ({', '.join(TEMPLATES)}) nor a Jinja2 text with {{{{ ... }}}}"
+        )
     try:
         return jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True).from_string(
             TEMPLATES.get(template, template)

@@ -58,7 +58,9 @@ def _training_facts(config: Stage, hf: dict[str, Any]) -> list[Fact]:
     if hf:
         experts = hf.get("n_routed_experts")
         size = f"{hf.get('num_hidden_layers')} layers, hidden {hf.get('hidden_size')}"
-        facts.append(Fact("model", True, f"{hf.get('model_type')}: {size}" + (f", {experts} experts" if experts else "")))
+        facts.append(
+            Fact("model", True, f"{hf.get('model_type')}: {size}" + (f", {experts} experts" if experts else ""))
+        )
     else:
         facts.append(Fact("model", False, f"{config.model.path}: no readable config.json"))
     return facts
@@ -115,12 +117,22 @@ def _log_prob_choice(config: Stage) -> str:
 def _file_facts(config: Stage) -> list[Fact]:
     files = [path for data in config.prompt_data() for path in data.prompts]
     facts = [Fact("reads", path.is_file(), str(path)) for path in files]
-    saved = sorted(path.name for path in (config.run_dir / "checkpoints").glob("step_*") if (path / "manifest.json").exists())
-    state = "holds what it makes already" if is_finished(config) else f"goes on after {saved[-1]}" if saved else "a fresh run"
+    saved = sorted(
+        path.name for path in (config.run_dir / "checkpoints").glob("step_*") if (path / "manifest.json").exists()
+    )
+    state = (
+        "holds what it makes already"
+        if is_finished(config)
+        else f"goes on after {saved[-1]}"
+        if saved
+        else "a fresh run"
+    )
     facts.append(Fact("run directory", None, f"{config.run_dir}: {state}"))
     names = ["config.yaml", "environment.json", "status.json", *config.outputs]
     if isinstance(config, TrainingStage):
-        names.append(f"metrics.jsonl, the last {config.checkpoint.keep} checkpoints, one every {config.checkpoint.every_steps} steps")
+        names.append(
+            f"metrics.jsonl, the last {config.checkpoint.keep} checkpoints, one every {config.checkpoint.every_steps} steps"
+        )
     if isinstance(config, TrainingStage) and config.observe.tensorboard:
         names.append("tensorboard/")
     if isinstance(config, RLStage):

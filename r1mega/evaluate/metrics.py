@@ -107,9 +107,7 @@ def paired_bootstrap(
     return Estimate(fmean(differences), low, high)
 
 
-def sign_flip_test(
-    first: Sequence[float], second: Sequence[float], *, resamples: int = 20_000, seed: int = 0
-) -> float:
+def sign_flip_test(first: Sequence[float], second: Sequence[float], *, resamples: int = 20_000, seed: int = 0) -> float:
     """Two-sided p-value of the mean of second - first: how often it is as far from 0 when each prompt's difference may
     as well have had the other sign (a permutation test within prompts; with one sample a prompt McNemar's, by chance
     instead of by counting). Of `resamples` flips and the observed one, so never 0.

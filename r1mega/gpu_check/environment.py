@@ -28,7 +28,10 @@ LIBRARIES = {
         "megatron-core",
         "import r1mega.platform; r1mega.platform.prepare(); import megatron.core.models.gpt.gpt_layer_specs",
     ),
-    "transformer-engine": ("transformer-engine", "from r1mega.platform import libraries; libraries.transformer_engine().check()"),
+    "transformer-engine": (
+        "transformer-engine",
+        "from r1mega.platform import libraries; libraries.transformer_engine().check()",
+    ),
     "apex": ("apex", "from r1mega.platform import libraries; libraries.apex().check()"),
     "vllm": (
         "vllm",
@@ -65,7 +68,15 @@ def describe(context: Context, findings: Findings) -> None:
         tried = dict(zip(to_try, pool.map(lambda name: _try(statements[name], limit), to_try), strict=True))
     libraries = {}
     for name, version in versions.items():
-        state = "missing" if version is None else "not tried" if name not in tried else "broken" if tried[name] else "present"
+        state = (
+            "missing"
+            if version is None
+            else "not tried"
+            if name not in tried
+            else "broken"
+            if tried[name]
+            else "present"
+        )
         libraries[name] = {"state": state, "version": version, "reason": tried.get(name, "")}
     findings.figures["python"] = platform.python_version()
     findings.figures["libraries"] = libraries
@@ -91,7 +102,9 @@ def describe(context: Context, findings: Findings) -> None:
 def _in_short(libraries: dict[str, dict[str, Any]], device: dict[str, Any]) -> str:
     parts = [str(device.get("name", "no device"))]
     for name, entry in libraries.items():
-        parts.append(f"{name} {' '.join(filter(None, [entry['version'], *[entry['state']] * (entry['state'] != 'present')]))}")
+        parts.append(
+            f"{name} {' '.join(filter(None, [entry['version'], *[entry['state']] * (entry['state'] != 'present')]))}"
+        )
     return ", ".join(parts)
 
 

@@ -86,7 +86,9 @@ def _check_log_prob(findings: Findings, device: str, dtype: torch.dtype, vocabul
     expected, leaf = _exact(logits, targets, temperature, rows)
     (expected * upstream).sum().backward()
     found_leaf = logits.to(device).requires_grad_()
-    found = torch.stack(grouped_log_prob(found_leaf, targets.to(device), temperature.float().to(device), rows.to(device)))
+    found = torch.stack(
+        grouped_log_prob(found_leaf, targets.to(device), temperature.float().to(device), rows.to(device))
+    )
     (found * upstream.to(device)).sum().backward()
     name = f"log-prob V={vocabulary} {str(dtype)[6:]}"
     findings.at_most(f"{name}: largest error", _largest(found, expected), 4e-6 + 1e-6 * float(expected.abs().max()))
@@ -201,7 +203,9 @@ def fast(context: Context, findings: Findings) -> None:
 
     limits, cuda = context.earlier["limits"], context.device == "cuda"
     goal_shape = Shape(8192, 129280, 7168, "T=8192 V=129280")
-    shapes = [goal_shape, Shape(8192, 16160, 7168, "T=8192 V=129280/8")] if cuda else [Shape(32, 16160, 64, "T=32 V=16160")]
+    shapes = (
+        [goal_shape, Shape(8192, 16160, 7168, "T=8192 V=129280/8")] if cuda else [Shape(32, 16160, 64, "T=32 V=16160")]
+    )
     rounds = 5 if cuda else 2
     rows: list[dict[str, Any]] = []
     for measure in (logits_rows, hidden_rows):

@@ -70,7 +70,9 @@ class Case:
 
     @property
     def name(self) -> str:
-        sizes = [f"{key}{value}" for key, value in self.layout.model_dump().items() if isinstance(value, int) and value > 1]
+        sizes = [
+            f"{key}{value}" for key, value in self.layout.model_dump().items() if isinstance(value, int) and value > 1
+        ]
         return " ".join([self.dtype, *([self.fp8] * (self.fp8 != "off")), self.log_probs, *sizes])
 
 
@@ -128,7 +130,9 @@ def make_samples(experts: str) -> list[TrainingSample]:
                 token_ids=generator.integers(0, HF["vocab_size"], prompt + response).astype(np.int32),
                 prompt_length=prompt,
                 advantage=float(generator.normal()),
-                sampler_log_probs=(-math.log(HF["vocab_size"]) + 0.3 * generator.normal(size=response)).astype(np.float32),
+                sampler_log_probs=(-math.log(HF["vocab_size"]) + 0.3 * generator.normal(size=response)).astype(
+                    np.float32
+                ),
                 routed_experts=chosen if experts == "given" else None,
             )
         )
@@ -215,7 +219,9 @@ def make_reference(context: Context, findings: Findings) -> None:
         findings.figure(f"experts {experts}: losses", [round(value, 6) for value in found[experts].losses])
         findings.figure(f"experts {experts}: gradient norms", [round(value, 6) for value in found[experts].norms])
     torch.save({"state": state, "found": found}, context.work / "reference.pt")
-    findings.holds("norms are finite", all(math.isfinite(norm) and norm > 0 for s in found.values() for norm in s.norms))
+    findings.holds(
+        "norms are finite", all(math.isfinite(norm) and norm > 0 for s in found.values() for norm in s.norms)
+    )
     groups.destroy()
 
 

@@ -174,7 +174,9 @@ def _reshard(context: Context, findings: Findings, layout: ParallelConfig, tp: i
     from r1mega.gpu_check.generator import live
 
     groups.init_parallel(layout, seed=0)
-    sizes = "".join(f"{key}{value}" for key, value in layout.model_dump().items() if isinstance(value, int) and value > 1)
+    sizes = "".join(
+        f"{key}{value}" for key, value in layout.model_dump().items() if isinstance(value, int) and value > 1
+    )
     live(context, findings, layout, tp, label=f"{sizes} to tp{tp}: ")
 
 

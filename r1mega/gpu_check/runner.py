@@ -168,7 +168,12 @@ def _read(step: Step, found: Path, ended: str) -> Result:
     except (OSError, ValueError):
         return Result(step.name, step.proves, "failed", "; ".join(filter(None, [ended, "its process left no result"])))
     result = Result(
-        step.name, step.proves, "passed", figures=record["figures"], notes=record["notes"], traceback=record["traceback"]
+        step.name,
+        step.proves,
+        "passed",
+        figures=record["figures"],
+        notes=record["notes"],
+        traceback=record["traceback"],
     )
     problems = [*([ended] if ended else []), *([record["error"]] if record["error"] else []), *record["failures"]]
     if problems:
@@ -234,7 +239,9 @@ def step_environment(plan: Plan, device: str) -> dict[str, str]:
             del environment[name]
     environment.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # a pool of compilers starts slower than it compiles
     if device == "cuda":
-        environment["NVIDIA_TF32_OVERRIDE"] = "0"  # Transformer Engine asks cuBLAS for TF32 in float32 products; torch does not
+        environment["NVIDIA_TF32_OVERRIDE"] = (
+            "0"  # Transformer Engine asks cuBLAS for TF32 in float32 products; torch does not
+        )
     if device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
         environment.setdefault("OMP_NUM_THREADS", "1")

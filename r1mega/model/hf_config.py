@@ -21,7 +21,9 @@ def require(config: Mapping[str, Any], *keys: str) -> list[Any]:
     if missing:
         raise ConfigError(f"config.json lacks {', '.join(missing)} (model_type {model_type!r})")
     values = [config[key] for key in keys]
-    wrong = [f"{key} = {value!r}" for key, value in zip(keys, values, strict=True) if not isinstance(value, (int, float))]
+    wrong = [
+        f"{key} = {value!r}" for key, value in zip(keys, values, strict=True) if not isinstance(value, (int, float))
+    ]
     if wrong:
         raise ConfigError(f"config.json: {', '.join(wrong)} should be a number (model_type {model_type!r})")
     return values

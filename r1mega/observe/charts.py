@@ -267,7 +267,11 @@ def bar(steps: Sequence[int | str], values: list[float], name: str, color: str) 
 
 
 def draw(
-    traces: list[dict[str, Any]], y_axis: dict[str, Any], layout: Mapping[str, Any] | None = None, *, names: bool = False
+    traces: list[dict[str, Any]],
+    y_axis: dict[str, Any],
+    layout: Mapping[str, Any] | None = None,
+    *,
+    names: bool = False,
 ) -> dict[str, Any]:
     """Traces in the report's common dress, checked by plotly (ValueError for a property that it does not have).
 
@@ -292,8 +296,14 @@ def draw(
             "margin": {"l": 56, "r": 16, "t": 8, "b": 40},
             "hovermode": "x unified",
             "showlegend": sum(trace.get("showlegend", True) for trace in traces) > 1,
-            "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0, "bgcolor": "rgba(0,0,0,0)",
-                       "traceorder": "normal"},
+            "legend": {
+                "orientation": "h",
+                "y": 1.02,
+                "yanchor": "bottom",
+                "x": 0,
+                "bgcolor": "rgba(0,0,0,0)",
+                "traceorder": "normal",
+            },
             "xaxis": {**grid, "showgrid": False, "showline": True, **x_axis},
             "yaxis": {**grid, **y_axis},
             **(layout or {}),

@@ -1,10 +1,10 @@
 """The run directory: who owns it, what it was told, what made it, and where it stands.
 
-    RUN_DIR/config.yaml        the resolved config        RUN_DIR/metrics.jsonl   one line a step
-    RUN_DIR/environment.json   versions, commit, platform RUN_DIR/samples.jsonl   sampled responses
-    RUN_DIR/status.json        running, finished, ...     RUN_DIR/tensorboard/    events
-    RUN_DIR/lock               held while a run is alive  RUN_DIR/evaluations.jsonl one line an evaluation
-    RUN_DIR/checkpoints/       step_NNNNNN
+RUN_DIR/config.yaml        the resolved config        RUN_DIR/metrics.jsonl   one line a step
+RUN_DIR/environment.json   versions, commit, platform RUN_DIR/samples.jsonl   sampled responses
+RUN_DIR/status.json        running, finished, ...     RUN_DIR/tensorboard/    events
+RUN_DIR/lock               held while a run is alive  RUN_DIR/evaluations.jsonl one line an evaluation
+RUN_DIR/checkpoints/       step_NNNNNN
 """
 
 from __future__ import annotations
@@ -174,7 +174,9 @@ def config_changes(old: Mapping[str, Any], new: Mapping[str, Any], source: Path)
     found = differences(with_defaults(old, model), with_defaults(new, model))
     changed = [(key, line) for key, line in found if not is_below(key, [gone for gone, _, _ in unknown])]
     advice = "if what it says still holds, take it out of that file, or rename it there"
-    return sorted(changed + [(key, f"{text} (it is {value}; {advice})") for key, value, text in unknown if value is not None])
+    return sorted(
+        changed + [(key, f"{text} (it is {value}; {advice})") for key, value, text in unknown if value is not None]
+    )
 
 
 def differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, str]]:

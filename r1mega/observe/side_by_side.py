@@ -13,7 +13,11 @@ from r1mega.observe.charts import PALETTE, SMOOTH_FROM, Chart, Lines, draw, poin
 COMPARED = (
     ("response/length_mean", "Response length of the RL stages", {"rangemode": "tozero", "title": {"text": "tokens"}}),
     ("reward/accuracy", "Accuracy of the RL stages", {"range": [-0.02, 1.02], "tickformat": ".0%"}),
-    ("response/mixed_language_fraction", "Language mixing of the RL stages", {"rangemode": "tozero", "tickformat": ".0%"}),
+    (
+        "response/mixed_language_fraction",
+        "Language mixing of the RL stages",
+        {"rangemode": "tozero", "tickformat": ".0%"},
+    ),
 )
 """(metric, title, y axis)."""
 

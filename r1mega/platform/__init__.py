@@ -37,7 +37,9 @@ def use(platform: Platform) -> None:
 
     global _chosen
     if megatron_import.is_installed():
-        raise PlatformError("r1mega.platform.use() comes before prepare(): megatron-core is patched for another platform")
+        raise PlatformError(
+            "r1mega.platform.use() comes before prepare(): megatron-core is patched for another platform"
+        )
     _chosen = platform
     current.cache_clear()
 
@@ -52,7 +54,9 @@ def current() -> Platform:
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
     if cuda and "LOCAL_RANK" in os.environ:
-        torch.cuda.set_device(device)  # before libraries ask for the current one: of all ranks that would be the first GPU
+        torch.cuda.set_device(
+            device
+        )  # before libraries ask for the current one: of all ranks that would be the first GPU
     return Platform(
         name="cuda" if cuda else "cpu",
         device=device,

@@ -90,7 +90,9 @@ def wait_for_all(kind: Kind, what: str) -> None:
         try:
             absent = [rank for rank in range(dist.get_world_size()) if not store.check([f"{prefix}{rank}"])]
         except RuntimeError:  # rank 0 keeps the store where no launcher does
-            raise StragglerError(f"{what}: rank 0 ended while the others waited; its own log says why ({error})") from error
+            raise StragglerError(
+                f"{what}: rank 0 ended while the others waited; its own log says why ({error})"
+            ) from error
         raise StragglerError(_absent_text(kind, what, absent, str(error))) from error
     store.delete_key(f"{prefix}{dist.get_rank()}")
 
@@ -152,7 +154,9 @@ def destroy_parallel() -> None:
             for group in made:
                 if group in dist.distributed_c10d._world.pg_map:  # None is the world's; some Megatron has destroyed
                     dist.destroy_process_group(group)
-    if "megatron.core.transformer.moe.moe_utils" in sys.modules:  # the scale is a class's, and of the last schedule's shape
+    if (
+        "megatron.core.transformer.moe.moe_utils" in sys.modules
+    ):  # the scale is a class's, and of the last schedule's shape
         sys.modules["megatron.core.transformer.moe.moe_utils"].MoEAuxLossAutoScaler.main_loss_backward_scale = None
 
 

@@ -48,7 +48,9 @@ def transformer_engine() -> Library:
         "transformer_engine.pytorch.optimizers": ("FusedAdam",),
     }
     found = _look("Transformer Engine", "transformer_engine", "transformer-engine", used)
-    release = (found.version or TRANSFORMER_ENGINE_VERSION).partition("+")[0]  # built from a checkout it says of which commit
+    release = (found.version or TRANSFORMER_ENGINE_VERSION).partition("+")[
+        0
+    ]  # built from a checkout it says of which commit
     if found.state == "missing" or release == TRANSFORMER_ENGINE_VERSION:
         return found
     return Library(

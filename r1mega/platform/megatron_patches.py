@@ -304,8 +304,7 @@ def installed_version() -> str:
     """The version of megatron-core that is installed. PlatformError unless it is one of MEGATRON_VERSIONS."""
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
     advice = "; ".join(
-        f"with Python {theirs}: pip install megatron-core=={version}"
-        for version, theirs in MEGATRON_VERSIONS.items()
+        f"with Python {theirs}: pip install megatron-core=={version}" for version, theirs in MEGATRON_VERSIONS.items()
     )
     try:
         version = importlib.metadata.version("megatron-core")

@@ -32,12 +32,16 @@ def validate_platform(config: Stage) -> None:
         if (problem := recipe_problem(config.model.fp8)) is not None:
             raise PlatformError(problem)
     if config.model.dtype == "bfloat16" and here.name == "cpu":
-        logger.warning("model.dtype = bfloat16 on a CPU is slow and parts trainer and sampler; consider model.dtype=float32")
+        logger.warning(
+            "model.dtype = bfloat16 on a CPU is slow and parts trainer and sampler; consider model.dtype=float32"
+        )
     rollout = getattr(config, "rollout", None)
     if rollout is None or rollout.engine != "vllm":
         return
     if getattr(rollout, "router_replay", False) and here.name != "cpu":
-        raise PlatformError("rollout.router_replay is built for vLLM on a CPU only so far; set rollout.router_replay=false")
+        raise PlatformError(
+            "rollout.router_replay is built for vLLM on a CPU only so far; set rollout.router_replay=false"
+        )
     vllm = vllm_platform()
     check_version(vllm.PACKAGE)
     model = json.loads((config.model.path / "config.json").read_text())

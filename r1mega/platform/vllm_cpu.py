@@ -50,8 +50,10 @@ def prepare_environment() -> None:
         os.environ.setdefault(name, value)
     for name in _MUST_HOLD:
         if os.environ[name] != ENVIRONMENT[name]:
-            raise PlatformError(f"{name}={os.environ[name]} in the environment: the generator runs in the trainer's "
-                                f"process and needs {name}={ENVIRONMENT[name]}; unset it")
+            raise PlatformError(
+                f"{name}={os.environ[name]} in the environment: the generator runs in the trainer's "
+                f"process and needs {name}={ENVIRONMENT[name]}; unset it"
+            )
     if os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
         raise PlatformError("VLLM_CPU_KVCACHE_SPACE is set and would override rollout.kv_cache_bytes; unset it")
     import torch._dynamo  # importing it here: the variable is read once, and another library may have been first
@@ -126,9 +128,12 @@ def _patch_expert_map() -> None:
     from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
 
     original = CPUUnquantizedExperts.__dict__.get("apply")
-    if original is None or not {"topk_ids", "topk_weights", "expert_map"} <= set(inspect.signature(original).parameters):
-        raise PlatformError("vllm CPUUnquantizedExperts has no apply(topk_ids, topk_weights, expert_map) to patch: "
-                            "unknown vLLM build")
+    if original is None or not {"topk_ids", "topk_weights", "expert_map"} <= set(
+        inspect.signature(original).parameters
+    ):
+        raise PlatformError(
+            "vllm CPUUnquantizedExperts has no apply(topk_ids, topk_weights, expert_map) to patch: unknown vLLM build"
+        )
     if getattr(original, "_r1mega_patch", False):
         return
 
@@ -154,7 +159,9 @@ def _patch_unfinished_prompts() -> None:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
     if "gen.set_offset(gen.get_offset() - 4)" not in inspect.getsource(GPUModelRunner._bookkeeping_sync):
-        raise PlatformError("vllm GPUModelRunner._bookkeeping_sync sets generators back in another way: unknown vLLM build")
+        raise PlatformError(
+            "vllm GPUModelRunner._bookkeeping_sync sets generators back in another way: unknown vLLM build"
+        )
     if "sample_tokens" in vars(CPUModelRunner):
         return
 
@@ -191,8 +198,10 @@ def check_model(model_config: Mapping[str, Any]) -> str | None:
     """What keeps this model off the platform, or None."""
     dims = (model_config.get("kv_lora_rank"), model_config.get("qk_rope_head_dim"))
     if dims[0] is not None and dims != MLA_HEAD_DIMS:
-        return (f"vLLM's CPU kernel for multi-head latent attention exists for kv_lora_rank={MLA_HEAD_DIMS[0]} and "
-                f"qk_rope_head_dim={MLA_HEAD_DIMS[1]} only; the model has {dims[0]} and {dims[1]}")
+        return (
+            f"vLLM's CPU kernel for multi-head latent attention exists for kv_lora_rank={MLA_HEAD_DIMS[0]} and "
+            f"qk_rope_head_dim={MLA_HEAD_DIMS[1]} only; the model has {dims[0]} and {dims[1]}"
+        )
     head_dim = model_config.get("head_dim") or model_config["hidden_size"] // model_config["num_attention_heads"]
     if dims[0] is None and head_dim not in HEAD_DIMS:
         return f"vLLM's CPU attention has no kernel for head_dim={head_dim}; there are {', '.join(map(str, HEAD_DIMS))}"

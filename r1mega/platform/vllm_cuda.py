@@ -46,8 +46,10 @@ def prepare_environment() -> None:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] != "0":
-        raise PlatformError("VLLM_ENABLE_V1_MULTIPROCESSING is not 0 in the environment: the generator runs in the "
-                            "trainer's process; unset it")
+        raise PlatformError(
+            "VLLM_ENABLE_V1_MULTIPROCESSING is not 0 in the environment: the generator runs in the "
+            "trainer's process; unset it"
+        )
 
 
 def apply_patches() -> None:
@@ -123,8 +125,10 @@ def finish_write(worker: Any) -> None:
         for key, old in derived.items():
             new = getattr(layer, key)
             if new.shape != old.shape or new.dtype != old.dtype:
-                raise PlatformError(f"vLLM's {name}.{key} changed from {old.dtype} {list(old.shape)} to {new.dtype} "
-                                    f"{list(new.shape)} when it was derived again; set weights.strategy=gather")
+                raise PlatformError(
+                    f"vLLM's {name}.{key} changed from {old.dtype} {list(old.shape)} to {new.dtype} "
+                    f"{list(new.shape)} when it was derived again; set weights.strategy=gather"
+                )
             if new is not old:
                 old.data.copy_(new)
                 setattr(layer, key, old)

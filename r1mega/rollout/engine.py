@@ -76,19 +76,28 @@ def check_requests(
         if length == 0:
             raise GenerationError(f"{where}: the prompt has no tokens")
         if length >= max_model_len:
-            raise GenerationError(f"{where}: the prompt has {length} tokens, which leaves no room for a response in "
-                                  f"max_model_len={max_model_len}")
+            raise GenerationError(
+                f"{where}: the prompt has {length} tokens, which leaves no room for a response in "
+                f"max_model_len={max_model_len}"
+            )
         if length + sampling.max_tokens > max_model_len:
-            raise GenerationError(f"{where}: {length} prompt tokens and max_tokens={sampling.max_tokens} exceed "
-                                  f"max_model_len={max_model_len}; raise the engine's max_model_len")
+            raise GenerationError(
+                f"{where}: {length} prompt tokens and max_tokens={sampling.max_tokens} exceed "
+                f"max_model_len={max_model_len}; raise the engine's max_model_len"
+            )
         if not 0 <= min(request.prompt_token_ids) <= max(request.prompt_token_ids) < vocab_size:
             raise GenerationError(f"{where}: a prompt token is outside the vocabulary of {vocab_size}")
         if request.num_samples < 1 or sampling.max_tokens < 1:
-            raise GenerationError(f"{where}: num_samples={request.num_samples}, max_tokens={sampling.max_tokens}; "
-                                  f"both must be at least 1")
+            raise GenerationError(
+                f"{where}: num_samples={request.num_samples}, max_tokens={sampling.max_tokens}; both must be at least 1"
+            )
         if not 0 < sampling.top_p <= 1 or not (sampling.temperature == 0 or sampling.temperature >= 0.01):
-            raise GenerationError(f"{where}: temperature={sampling.temperature}, top_p={sampling.top_p}; temperature "
-                                  f"must be 0 (greedy) or at least 0.01, top_p in (0, 1]")
+            raise GenerationError(
+                f"{where}: temperature={sampling.temperature}, top_p={sampling.top_p}; temperature "
+                f"must be 0 (greedy) or at least 0.01, top_p in (0, 1]"
+            )
         if sampling.stop_strings and not has_tokenizer:
-            raise GenerationError(f"{where}: stop strings {list(sampling.stop_strings)} need an engine that was built "
-                                  f"with a tokenizer_path")
+            raise GenerationError(
+                f"{where}: stop strings {list(sampling.stop_strings)} need an engine that was built "
+                f"with a tokenizer_path"
+            )

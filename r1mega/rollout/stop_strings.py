@@ -42,8 +42,11 @@ class StopStrings:
             raise GenerationError("a stop string is empty")
         if stop not in self._candidates:
             last = stop[-1]
-            self._candidates[stop] = frozenset(token for token, text in enumerate(self._texts)
-                                               if last.isspace() or last in text or _REPLACEMENT in text)
+            self._candidates[stop] = frozenset(
+                token
+                for token, text in enumerate(self._texts)
+                if last.isspace() or last in text or _REPLACEMENT in text
+            )
         return self._candidates[stop]
 
     @functools.cached_property

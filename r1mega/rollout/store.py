@@ -110,7 +110,9 @@ class SampleStore:
 
     def write_grade(self, graded: GradedSample) -> None:
         """The grade of a sample that was written before. Safe from a kill when this returns."""
-        self._write("grades", {"prompt_id": graded.sample.prompt_id, "index": graded.sample.index, **_grade(graded.reward)})
+        self._write(
+            "grades", {"prompt_id": graded.sample.prompt_id, "index": graded.sample.index, **_grade(graded.reward)}
+        )
 
     def sync(self) -> None:
         """Bring all lines to disk now."""

@@ -67,19 +67,27 @@ class TransformersEngine:
         """See GenerationEngine."""
         from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
-        tensors = {name: tensor.detach().to(weight_dtype(name, self._dtype)).clone() for name, tensor in named_tensors
-                   if not is_ignored(name, self.config)}
+        tensors = {
+            name: tensor.detach().to(weight_dtype(name, self._dtype)).clone()
+            for name, tensor in named_tensors
+            if not is_ignored(name, self.config)
+        }
         self._model = None
         problems = [f"{name}: missing" for name in self._names if name not in tensors]
         problems += [f"{name}: the model has no such tensor" for name in tensors if name not in self._shapes]
-        problems += [f"{name}: shape {list(tensor.shape)}, expected {list(self._shapes[name])}"
-                     for name, tensor in tensors.items() if self._shapes.get(name, tensor.shape) != tensor.shape]
+        problems += [
+            f"{name}: shape {list(tensor.shape)}, expected {list(self._shapes[name])}"
+            for name, tensor in tensors.items()
+            if self._shapes.get(name, tensor.shape) != tensor.shape
+        ]
         if problems:
-            raise WeightSyncError(f"{len(problems)} tensors cannot be loaded into the generator:\n  "
-                                  + "\n  ".join(problems))
+            raise WeightSyncError(
+                f"{len(problems)} tensors cannot be loaded into the generator:\n  " + "\n  ".join(problems)
+            )
         config = AutoConfig.from_pretrained(self.settings.model_path)
         model, report = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
-            None, config=config, state_dict=tensors, dtype=self._dtype, output_loading_info=True)
+            None, config=config, state_dict=tensors, dtype=self._dtype, output_loading_info=True
+        )
         tied = {"lm_head.weight"} if self.config.get("tie_word_embeddings") else set()
         lost = (set(report["missing_keys"]) - tied) | set(report["unexpected_keys"]) | set(report["mismatched_keys"])
         if lost:
@@ -142,8 +150,10 @@ class TransformersEngine:
 
     def _check_ready(self) -> None:
         if self._model is None:
-            raise GenerationError("the generator holds no weights (none were loaded, the last load failed, or it was "
-                                  "closed): call update_weights first")
+            raise GenerationError(
+                "the generator holds no weights (none were loaded, the last load failed, or it was "
+                "closed): call update_weights first"
+            )
 
 
 def sampling_log_probs(logits: torch.Tensor, sampling: SamplingSettings) -> torch.Tensor:

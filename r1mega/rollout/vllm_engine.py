@@ -61,8 +61,10 @@ class VllmEngine:
         check_settings(settings, self.config, self._platform)
         if VllmEngine._has_built and not self._platform.SEVERAL_ENGINES_A_PROCESS:
             error = GenerationError if VllmEngine._num_open else FreshProcessNeeded
-            raise error(f"{settings.model_path}: vLLM on a GPU builds one engine a process, and this process has had one "
-                        "(its memory pools and CUDA graphs outlive it); generate with another model in another process")
+            raise error(
+                f"{settings.model_path}: vLLM on a GPU builds one engine a process, and this process has had one "
+                "(its memory pools and CUDA graphs outlive it); generate with another model in another process"
+            )
         self._platform.prepare_environment()
         _ensure_process_group()
         self._platform.apply_patches()
@@ -79,8 +81,14 @@ class VllmEngine:
         self._worker = self._llm_engine.model_executor.driver_worker.worker
         self._dtype = getattr(torch, settings.dtype)
         place = GeneratorRank(settings.tp, rank % settings.tp, settings.ep, rank % settings.ep)
-        self._target = ReloadTarget(self._worker, self._platform, self.config, generator_layout(self.config, place),
-                                    tensor_shapes(self.config), self._dtype)
+        self._target = ReloadTarget(
+            self._worker,
+            self._platform,
+            self.config,
+            generator_layout(self.config, place),
+            tensor_shapes(self.config),
+            self._dtype,
+        )
         self._divided = divided_names(self.config, place) if settings.tp > 1 else []
         self._recorder = None
         if settings.return_routed_experts:
@@ -101,20 +109,32 @@ class VllmEngine:
         settings = self.settings
         overrides = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"} if "kv_lora_rank" in self.config else {}
         arguments = EngineArgs(
-            model=str(settings.model_path), load_format="dummy", skip_tokenizer_init=True, dtype=settings.dtype,
-            hf_overrides=overrides, max_model_len=settings.max_model_len, max_num_seqs=settings.max_num_seqs,
-            max_num_batched_tokens=settings.max_batched_tokens, seed=0,  # longer prompts take several passes
-            tensor_parallel_size=settings.tp, enable_expert_parallel=settings.ep > 1,
+            model=str(settings.model_path),
+            load_format="dummy",
+            skip_tokenizer_init=True,
+            dtype=settings.dtype,
+            hf_overrides=overrides,
+            max_model_len=settings.max_model_len,
+            max_num_seqs=settings.max_num_seqs,
+            max_num_batched_tokens=settings.max_batched_tokens,
+            seed=0,  # longer prompts take several passes
+            tensor_parallel_size=settings.tp,
+            enable_expert_parallel=settings.ep > 1,
             distributed_executor_backend="external_launcher",
-            logprobs_mode="processed_logprobs", disable_log_stats=True, generation_config="vllm",
-            **self._platform.engine_arguments(self.config, settings.kv_cache_bytes, settings.gpu_memory_utilization))
+            logprobs_mode="processed_logprobs",
+            disable_log_stats=True,
+            generation_config="vllm",
+            **self._platform.engine_arguments(self.config, settings.kv_cache_bytes, settings.gpu_memory_utilization),
+        )
         set_num_threads = torch.set_num_threads
         try:
             with _own_random_state():
                 return LLMEngine.from_engine_args(arguments)
         except (ValueError, AssertionError, NotImplementedError, RuntimeError) as error:
-            raise GenerationError(f"vLLM could not be built for {settings.model_path} (dtype {settings.dtype}, "
-                                  f"tp {settings.tp}, ep {settings.ep}): {error}") from error
+            raise GenerationError(
+                f"vLLM could not be built for {settings.model_path} (dtype {settings.dtype}, "
+                f"tp {settings.tp}, ep {settings.ep}): {error}"
+            ) from error
         finally:
             torch.set_num_threads = set_num_threads  # vLLM's CPU worker replaces it by a warning
 
@@ -148,8 +168,11 @@ class VllmEngine:
                     if self._recorder is not None:
                         num_prompt = len(requests[state.request_index].prompt_token_ids)
                         routed = self._recorder.take(output.request_id, num_prompt + len(state.token_ids) - 1)
-                    yield Completion(state.request_index, state.sample_index,
-                                     Response(tuple(state.token_ids), tuple(state.log_probs), reason, routed))
+                    yield Completion(
+                        state.request_index,
+                        state.sample_index,
+                        Response(tuple(state.token_ids), tuple(state.log_probs), reason, routed),
+                    )
         finally:
             self._core.abort_requests(list(running))
             self._drain()
@@ -163,8 +186,9 @@ class VllmEngine:
         limit, vocab_size = self.settings.max_model_len, self.config["vocab_size"]
         for index, sequence in enumerate(sequences):
             if not 2 <= len(sequence) < limit:
-                raise GenerationError(f"sequence {index} has {len(sequence)} tokens; prompt_log_probs wants 2 to "
-                                      f"{limit - 1}")
+                raise GenerationError(
+                    f"sequence {index} has {len(sequence)} tokens; prompt_log_probs wants 2 to {limit - 1}"
+                )
             if not 0 <= min(sequence) <= max(sequence) < vocab_size:
                 raise GenerationError(f"sequence {index} has a token outside the vocabulary of {vocab_size}")
         params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
@@ -248,8 +272,13 @@ class VllmEngine:
             sampling = request.sampling
             candidates = self._stop_strings.candidates(sampling.stop_strings) if sampling.stop_strings else frozenset()
             params = SamplingParams(
-                temperature=sampling.temperature, top_p=sampling.top_p, max_tokens=sampling.max_tokens,
-                stop_token_ids=list(sampling.stop_token_ids), logprobs=0, detokenize=False)
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                max_tokens=sampling.max_tokens,
+                stop_token_ids=list(sampling.stop_token_ids),
+                logprobs=0,
+                detokenize=False,
+            )
             prompt = list(request.prompt_token_ids)
             for sample_index in range(request.num_samples):
                 seeded = copy(params)
@@ -262,17 +291,27 @@ class VllmEngine:
 
         self._next_id += 1
         identifier = str(self._next_id)
-        self._core.add_request(EngineCoreRequest(
-            request_id=identifier, prompt_token_ids=prompt, mm_features=None, sampling_params=params,
-            pooling_params=None, arrival_time=time.time(), lora_request=None, cache_salt=None, data_parallel_rank=None,
-            external_req_id=identifier))
+        self._core.add_request(
+            EngineCoreRequest(
+                request_id=identifier,
+                prompt_token_ids=prompt,
+                mm_features=None,
+                sampling_params=params,
+                pooling_params=None,
+                arrival_time=time.time(),
+                lora_request=None,
+                cache_salt=None,
+                data_parallel_rank=None,
+                external_req_id=identifier,
+            )
+        )
         return identifier
 
     def _advance(self, state: _Running, output: Any) -> str | None:
         """Appends a step's tokens; the finish reason if the sample is complete."""
         tokens = output.new_token_ids
         if output.new_logprobs is not None:
-            log_probs = output.new_logprobs.logprobs[:len(tokens), 0].tolist()
+            log_probs = output.new_logprobs.logprobs[: len(tokens), 0].tolist()
         for token, log_prob in zip(tokens, log_probs if tokens else (), strict=True):
             state.token_ids.append(token)
             state.log_probs.append(log_prob)
@@ -283,8 +322,10 @@ class VllmEngine:
             return None
         reason = str(output.finish_reason)
         if reason not in ("stop", "length"):
-            raise GenerationError(f"vLLM ended request {state.request_index}, sample {state.sample_index} with "
-                                  f"{reason!r} after {len(state.token_ids)} tokens")
+            raise GenerationError(
+                f"vLLM ended request {state.request_index}, sample {state.sample_index} with "
+                f"{reason!r} after {len(state.token_ids)} tokens"
+            )
         return reason
 
     def _step(self) -> list[Any]:
@@ -304,10 +345,12 @@ class VllmEngine:
         """
         if not self._llm_engine.reset_prefix_cache():
             scheduler = self._core.engine_core.scheduler
-            raise GenerationError(f"vLLM did not drop its prefix cache: {scheduler.get_num_unfinished_requests()} requests "
-                                  "still hold blocks of it, and answers from it would be those of older weights. End "
-                                  "every request of this engine before weights change; if none is open, close the "
-                                  "engine and build another one")
+            raise GenerationError(
+                f"vLLM did not drop its prefix cache: {scheduler.get_num_unfinished_requests()} requests "
+                "still hold blocks of it, and answers from it would be those of older weights. End "
+                "every request of this engine before weights change; if none is open, close the "
+                "engine and build another one"
+            )
         if self._recorder is not None:
             self._recorder.clear()
 
@@ -322,32 +365,37 @@ class VllmEngine:
         if self._is_asleep:
             raise GenerationError("the generator is asleep: call wake_up first")
         if self._digest is None:
-            raise GenerationError("the generator holds no weights (none were loaded, or the last load failed): "
-                                  "call update_weights first")
+            raise GenerationError(
+                "the generator holds no weights (none were loaded, or the last load failed): call update_weights first"
+            )
 
 
 def check_settings(settings: EngineSettings, config: Mapping[str, Any], platform: Any) -> None:
     """Finds what vLLM would fail on much later, and says it plainly. Raises GenerationError or ConfigError."""
     if settings.ep not in (1, settings.tp):
-        raise GenerationError(f"ep={settings.ep}: experts are spread over the ranks of one generator; ep is 1 or "
-                              f"tp={settings.tp}")
+        raise GenerationError(
+            f"ep={settings.ep}: experts are spread over the ranks of one generator; ep is 1 or tp={settings.tp}"
+        )
     placements = generator_layout(config, GeneratorRank(settings.tp, ep=settings.ep))
     reason = platform.check_model(config)
     if reason is not None:
         raise GenerationError(f"{settings.model_path}: {reason}")
     positions = config.get("max_position_embeddings")
     if positions is not None and settings.max_model_len > positions:
-        raise GenerationError(f"max_model_len={settings.max_model_len} exceeds the model's "
-                              f"max_position_embeddings={positions}")
+        raise GenerationError(
+            f"max_model_len={settings.max_model_len} exceeds the model's max_position_embeddings={positions}"
+        )
     num_bytes = settings.kv_cache_bytes or platform.DEFAULT_KV_CACHE_BYTES
     if num_bytes is None:
         return
     block = platform.kv_block_tokens(config)
     needed = -(-settings.max_model_len // block) * block * kv_bytes_per_token(settings, config)
     if num_bytes < needed:
-        raise GenerationError(f"kv_cache_bytes={num_bytes} is too small: one sequence of max_model_len="
-                              f"{settings.max_model_len} needs {needed} bytes; raise rollout.kv_cache_bytes or shorten "
-                              f"the sequences ({len(placements)} tensors, dtype {settings.dtype})")
+        raise GenerationError(
+            f"kv_cache_bytes={num_bytes} is too small: one sequence of max_model_len="
+            f"{settings.max_model_len} needs {needed} bytes; raise rollout.kv_cache_bytes or shorten "
+            f"the sequences ({len(placements)} tensors, dtype {settings.dtype})"
+        )
 
 
 def kv_bytes_per_token(settings: EngineSettings, config: Mapping[str, Any]) -> int:
@@ -365,13 +413,24 @@ def _ensure_process_group() -> None:
     """vLLM's external launcher wants a world group and torchrun's variables; a single process makes its own."""
     if not dist.is_initialized():
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise GenerationError("several processes were launched but torch.distributed is not initialised; "
-                                  "initialise the trainer's process groups before the generator")
-        dist.init_process_group("gloo" if not torch.cuda.is_available() else "cpu:gloo,cuda:nccl",
-                                store=dist.HashStore(), rank=0, world_size=1)
+            raise GenerationError(
+                "several processes were launched but torch.distributed is not initialised; "
+                "initialise the trainer's process groups before the generator"
+            )
+        dist.init_process_group(
+            "gloo" if not torch.cuda.is_available() else "cpu:gloo,cuda:nccl",
+            store=dist.HashStore(),
+            rank=0,
+            world_size=1,
+        )
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    for name, value in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", world_size),
-                        ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", 29500)):
+    for name, value in (
+        ("RANK", rank),
+        ("LOCAL_RANK", rank),
+        ("WORLD_SIZE", world_size),
+        ("MASTER_ADDR", "127.0.0.1"),
+        ("MASTER_PORT", 29500),
+    ):
         os.environ.setdefault(name, str(value))  # the address is not used: the world group exists
 
 

@@ -73,9 +73,7 @@ def _make_task(config: BaseStage, run_dir: Path, tokenizer_dir: Path) -> None:
         nano_tokenizer.train_tokenizer(tokenizer_dir)
 
 
-def _batches(
-    config: BaseStage, policy: Policy, tokenizer: Tokenizer, skip: int
-) -> Iterator[list[WeightedMicrobatch]]:
+def _batches(config: BaseStage, policy: Policy, tokenizer: Tokenizer, skip: int) -> Iterator[list[WeightedMicrobatch]]:
     """This replica's microbatches, one list an optimizer step, from step `skip` on."""
     size, rank = policy.num_replicas, policy.replica
     step = 0

@@ -79,7 +79,9 @@ def pose(config: ColdStartStage, factory: Factory, prompts: Sequence[Prompt]) ->
     ]
     kept = [p for p in posed if p is not None]
     if len(kept) < len(posed):
-        logger.warning("%d prompts longer than data.max_prompt_tokens with their examples were skipped", len(posed) - len(kept))
+        logger.warning(
+            "%d prompts longer than data.max_prompt_tokens with their examples were skipped", len(posed) - len(kept)
+        )
     if not kept:
         raise DataError(f"no prompt is left within data.max_prompt_tokens = {config.data.max_prompt_tokens}")
     return kept

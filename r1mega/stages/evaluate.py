@@ -1,7 +1,7 @@
 """Stage `evaluate`: checkpoints x tasks, shared by the ranks, resumable to the sample.
 
-    RUN_DIR/results.json, results.md      the summary             RUN_DIR/CHECKPOINT/TASK/result.json   every sample
-    RUN_DIR/CHECKPOINT/TASK/predictions.jsonl                     patches, for the SWE-bench harness
+RUN_DIR/results.json, results.md      the summary             RUN_DIR/CHECKPOINT/TASK/result.json   every sample
+RUN_DIR/CHECKPOINT/TASK/predictions.jsonl                     patches, for the SWE-bench harness
 """
 
 from __future__ import annotations

@@ -45,7 +45,9 @@ class Factory:
                 if prompt.id in seen:
                     prompt = dataclasses.replace(prompt, id=f"{path}:{prompt.id}")
                 seen.add(prompt.id)
-                self.licences[prompt.id] = str(prompt.metadata.get("licence") or config.licences.get(str(path), "unknown"))
+                self.licences[prompt.id] = str(
+                    prompt.metadata.get("licence") or config.licences.get(str(path), "unknown")
+                )
                 prompts.append(prompt)
         if config.max_prompts is not None and config.max_prompts < len(prompts):
             chosen = random.Random(f"prompts/{config.seed}").sample(range(len(prompts)), config.max_prompts)
@@ -56,21 +58,32 @@ class Factory:
         """Draw and score config.rollout.group_size responses to each; False when asked to stop before the end."""
         rollout = self.config.rollout
         stop_ids, stop_strings = stop_settings(rollout.stop, self.tokenizer)
-        settings = SamplingSettings(rollout.temperature, rollout.top_p, rollout.max_response_tokens, stop_ids, stop_strings)
+        settings = SamplingSettings(
+            rollout.temperature, rollout.top_p, rollout.max_response_tokens, stop_ids, stop_strings
+        )
         sampling = self._sampling("samples", posed, rollout.group_size, settings)
         missing, finished = sampling.begin(), sampling.finished_windows()
         self.runtime.begin(sampling.num_windows, finished or None)
         if not missing:
             return True
-        with self.engine(self.config.model, self.config.data.max_prompt_tokens, rollout) as engine, contextlib.closing(
-            RewardScorer(
-                self.config.reward, max_response_tokens=rollout.max_response_tokens, engine=engine, tokenizer=self.tokenizer
-            )
-        ) as scorer, self.runtime.progress(total=sampling.num_windows, done=finished):
+        with (
+            self.engine(self.config.model, self.config.data.max_prompt_tokens, rollout) as engine,
+            contextlib.closing(
+                RewardScorer(
+                    self.config.reward,
+                    max_response_tokens=rollout.max_response_tokens,
+                    engine=engine,
+                    tokenizer=self.tokenizer,
+                )
+            ) as scorer,
+            self.runtime.progress(total=sampling.num_windows, done=finished),
+        ):
             scorer.step = LAST_STEP
             return sampling.run(engine, self.tokenizer, scorer)
 
-    def _sampling(self, name: str, posed: Sequence[PosedPrompt], num_samples: int, settings: SamplingSettings) -> Sampling:
+    def _sampling(
+        self, name: str, posed: Sequence[PosedPrompt], num_samples: int, settings: SamplingSettings
+    ) -> Sampling:
         rollout = self.config.rollout
         return Sampling(
             self.runtime, name, posed, num_samples, settings, tp=rollout.tp, window=rollout.num_prompts,
@@ -96,7 +109,9 @@ class Factory:
         finally:
             engine.close()
 
-    def samples(self, name: str, posed: Sequence[PosedPrompt], num_samples: int) -> list[tuple[PosedPrompt, GradedSample]]:
+    def samples(
+        self, name: str, posed: Sequence[PosedPrompt], num_samples: int
+    ) -> list[tuple[PosedPrompt, GradedSample]]:
         """What `sample` ("samples") or `resample` drew, in the order of prompts and samples."""
         stored = sample_store(self.runtime.run_dir, name, posed, self.runtime.rank).read_graded()
         return [(p, stored[p.prompt.id, index]) for p in posed for index in range(num_samples)]
@@ -133,7 +148,10 @@ class Factory:
         config, directory = self.config, self.runtime.run_dir / "data"
         directory.mkdir(parents=True, exist_ok=True)
         inputs = [describe_file(path, "prompts", config.licences) for path in config.data.prompts]
-        inputs += [*further, *(describe_file(path, "evaluation", config.licences) for path in config.decontaminate.files)]
+        inputs += [
+            *further,
+            *(describe_file(path, "evaluation", config.licences) for path in config.decontaminate.files),
+        ]
         rollout = config.rollout
         made_by = {
             "stage": config.stage, "checkpoint": str(config.model.path), "samples a prompt": rollout.group_size,

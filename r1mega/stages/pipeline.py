@@ -238,9 +238,7 @@ def _move_aside(run_dir: Path) -> Path:
         return run_dir.rename(old)
 
 
-def _run_node(
-    node: Node, pipeline: Pipeline, decision: Decision, launcher: str, rank_python: str | None
-) -> int:
+def _run_node(node: Node, pipeline: Pipeline, decision: Decision, launcher: str, rank_python: str | None) -> int:
     run_dir = node.config.run_dir
     before = read_lineage(run_dir)
     attempt = Attempt(now(), git_commit(PACKAGE))

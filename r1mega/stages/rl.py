@@ -87,9 +87,13 @@ class RLTrainer:
             self.policy.take_reference()
         with self.timer.phase("reshard"):
             metrics |= self.sync.push()  # reshard, and its proof
-        metrics |= group_metrics(self.collector.sampled, contributes=self.collector.contributes) | self.collector.metrics()
+        metrics |= (
+            group_metrics(self.collector.sampled, contributes=self.collector.contributes) | self.collector.metrics()
+        )
         metrics |= pool_metrics(self.scorer.activity())
-        metrics |= work_metrics(self.flops, self.collector.sampled, samples, config, contributes=self.collector.contributes)
+        metrics |= work_metrics(
+            self.flops, self.collector.sampled, samples, config, contributes=self.collector.contributes
+        )
         return metrics, groups
 
     def _spread_reward_model(self, section: PreferenceReward) -> Callable[[Sequence[list[int]]], list[float]]:
@@ -100,7 +104,9 @@ class RLTrainer:
         try:
             self.cursor.load_state_dict(state)
         except ValueError as error:
-            raise CheckpointError(f"data.prompts is not what the run began with: {error}; use another run_dir") from error
+            raise CheckpointError(
+                f"data.prompts is not what the run began with: {error}; use another run_dir"
+            ) from error
 
     def close(self) -> None:
         """Stop the reward workers and free the generator."""

@@ -33,7 +33,11 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _MEMORY = (
-    *(f"memory/{phase}_{kind}_peak_bytes" for phase in (*PHASES, "evaluate", OTHER, BETWEEN) for kind in ("host", "device")),
+    *(
+        f"memory/{phase}_{kind}_peak_bytes"
+        for phase in (*PHASES, "evaluate", OTHER, BETWEEN)
+        for kind in ("host", "device")
+    ),
     "memory/device_used_bytes",
 )
 """What a line says of memory, if it is known: the same names on every rank."""
@@ -157,7 +161,9 @@ class Runtime:
         worst = torch.tensor([*seconds.values(), *(memory.get(name, 0) for name in _MEMORY)], dtype=torch.float64)
         dist.all_reduce(worst, dist.ReduceOp.MAX)
         slowest = dict(zip(seconds, worst.tolist(), strict=False))
-        fullest = {name: int(value) for name, value in zip(_MEMORY, worst[len(seconds) :].tolist(), strict=True) if value}
+        fullest = {
+            name: int(value) for name, value in zip(_MEMORY, worst[len(seconds) :].tolist(), strict=True) if value
+        }
         return performance(metrics, slowest, dist.get_world_size(), self.peak_tflops) | fullest
 
     def write_samples(self, step: int, local_groups: Sequence[RolloutGroup]) -> None:

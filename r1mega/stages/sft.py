@@ -72,7 +72,11 @@ class _Trainer:
     def pack(self, members: Sequence[int], policy: Policy) -> list[WeightedMicrobatch]:
         """This data-parallel rank's share of these samples, by the best-fit plan."""
         plan = plan_packing(
-            self.dataset.lengths, [members], self.config.microbatch_tokens, policy.num_replicas, policy.microbatch_multiple
+            self.dataset.lengths,
+            [members],
+            self.config.microbatch_tokens,
+            policy.num_replicas,
+            policy.microbatch_multiple,
         )
         return [pack_weighted([self._weighted(i) for i in part], part) for part in plan.bins[0][policy.replica]]
 
@@ -122,7 +126,9 @@ class _HeldOut:
         merged = {index: loss for part in everyone for index, loss in part.items()}
         trainer = self._trainer
         shown = trainer.held_out[: trainer.config.observe.samples_per_step]
-        trainer.runtime.write_sample_lines(*(self._line(step, index, merged[index]) for index in shown if index in merged))
+        trainer.runtime.write_sample_lines(
+            *(self._line(step, index, merged[index]) for index in shown if index in merged)
+        )
 
     def _line(self, step: int, index: int, loss: float) -> dict:
         sample = self._trainer.dataset.describe(index)

@@ -28,9 +28,7 @@ class SupervisedLoop:
         self._steps, self._metrics_every_steps = steps, metrics_every_steps
         self.step = start
 
-    def run(
-        self, batches: Iterator[Sequence[WeightedMicrobatch]], measure: Callable[[int], dict[str, float]]
-    ) -> bool:
+    def run(self, batches: Iterator[Sequence[WeightedMicrobatch]], measure: Callable[[int], dict[str, float]]) -> bool:
         """One optimizer step an item of `batches` (this rank's share); False when it was asked to stop before the end.
 
         measure: further metrics of the step just done, asked for on every step. A step has its line in metrics.jsonl when it

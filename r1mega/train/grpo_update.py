@@ -85,7 +85,10 @@ def update_policy(
 
             results.append(
                 policy.update(
-                    minibatch.microbatches, loss, temperature=temperature, total_response_tokens=minibatch.response_tokens
+                    minibatch.microbatches,
+                    loss,
+                    temperature=temperature,
+                    total_response_tokens=minibatch.response_tokens,
                 )
             )
             offset += len(minibatch.microbatches)

@@ -56,9 +56,13 @@ def build_optimizer(config: OptimizerConfig, ddp_chunks: Sequence[torch.nn.Modul
     )
     for part in _parts(optimizer):
         if not hasattr(part, "get_parameter_state_dp_zero"):
-            raise PlatformError("megatron-core has changed: its optimizer has no get_parameter_state_dp_zero to replace")
+            raise PlatformError(
+                "megatron-core has changed: its optimizer has no get_parameter_state_dp_zero to replace"
+            )
         if not hasattr(part, "load_parameter_state_from_fully_reshardable"):
-            raise PlatformError("megatron-core has changed: its optimizer has no load_parameter_state_from_fully_reshardable")
+            raise PlatformError(
+                "megatron-core has changed: its optimizer has no load_parameter_state_from_fully_reshardable"
+            )
         part.get_parameter_state_dp_zero = functools.partial(gather_state, part)
         part.load_parameter_state_from_fully_reshardable = functools.partial(read_state, part)
     return optimizer
@@ -126,7 +130,9 @@ def gather_state(
     for index, ranges in enumerate(optimizer.gbuf_ranges):
         buffer, ((dtype, bucket_ranges),) = optimizer.buffers[index], ranges.items()
         device = "meta" if empty_data else "cpu"
-        state: dict[str, Any] = {key: torch.zeros(buffer.numel_unpadded, device=device) for key in _STATE} if whole else {}
+        state: dict[str, Any] = (
+            {key: torch.zeros(buffer.numel_unpadded, device=device) for key in _STATE} if whole else {}
+        )
         start = 0
         for bucket, bucket_range in zip(buffer.buckets, bucket_ranges, strict=True):
             size = bucket.numel_unpadded

@@ -149,7 +149,9 @@ class Policy:
         """
         if not replay:
             microbatches = [dataclasses.replace(batch, routed_experts=None) for batch in microbatches]
-        results = self._run(microbatches, lambda _i, _mb, lp, ent: (lp.sum(), (lp, ent)), temperature, forward_only=True)
+        results = self._run(
+            microbatches, lambda _i, _mb, lp, ent: (lp.sum(), (lp, ent)), temperature, forward_only=True
+        )
         if not everywhere or self.megatron_config.pipeline_model_parallel_size == 1:
             return results
         received = []
@@ -235,9 +237,7 @@ class Policy:
                     labels=part.labels[None], loss_mask=mask, packed_seq_params=packed, **self._narrow,
                 )  # fmt: skip
             else:
-                output = model(
-                    part.tokens[None], part.positions[None], None, packed_seq_params=packed, **self._narrow
-                )
+                output = model(part.tokens[None], part.positions[None], None, packed_seq_params=packed, **self._narrow)
 
             def loss(output: torch.Tensor):
                 log_probs, entropies = self._score(output[0], batch, part, temperature, predict_further)

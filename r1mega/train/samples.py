@@ -23,7 +23,11 @@ def training_samples(groups: Sequence[RolloutGroup], algorithm: AlgorithmConfig)
     counts in its group's mean and std but carries no loss.
     """
     scored = [
-        [(response, reward) for response, reward in zip(group.responses, group.rewards, strict=True) if reward.value is not None]
+        [
+            (response, reward)
+            for response, reward in zip(group.responses, group.rewards, strict=True)
+            if reward.value is not None
+        ]
         for group in groups
     ]
     advantages = group_advantage(

@@ -48,8 +48,8 @@ def tensor_digest(tensor: torch.Tensor, region: Region | None = None) -> int:
     step = max(1, _CHUNK_ELEMENTS // max(1, bits.shape[1]))
     total = 0
     for start in range(0, bits.shape[0], step):
-        part = (bits[start:start + step] * columns).sum(dim=1)
-        total += int((part * rows[start:start + step]).sum())
+        part = (bits[start : start + step] * columns).sum(dim=1)
+        total += int((part * rows[start : start + step]).sum())
     return total % 2**64
 
 
@@ -58,5 +58,9 @@ def generator_digest(placements: Sequence[Placement], parameters: Mapping[str, t
 
     Sharded tensors: to be summed mod 2^64 over the ranks, replicas other than 0 counting 0. Whole ones are complete.
     """
-    return {placement.name: tensor_digest(placement.read(parameters), placement.source)
-            if placement.is_whole or placement.replica == 0 else 0 for placement in placements}
+    return {
+        placement.name: tensor_digest(placement.read(parameters), placement.source)
+        if placement.is_whole or placement.replica == 0
+        else 0
+        for placement in placements
+    }

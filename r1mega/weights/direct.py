@@ -52,8 +52,10 @@ def measured_layout(chunks: Sequence[Any]) -> TrainerLayout:
     expected = (rank % place.tp, rank % place.etp, rank // place.etp % place.ep, rank // per_stage)
     found = (place.tp_rank, place.etp_rank, place.ep_rank, stage)
     if expected != found:
-        raise WeightSyncError(f"rank {rank} is (tp, etp, ep, stage) {found} in Megatron's groups, {expected} by the "
-                              "order tp-cp-ep-dp-pp that the reshard plan counts on; build the groups in that order")
+        raise WeightSyncError(
+            f"rank {rank} is (tp, etp, ep, stage) {found} in Megatron's groups, {expected} by the "
+            "order tp-cp-ep-dp-pp that the reshard plan counts on; build the groups in that order"
+        )
     return layout
 
 
@@ -69,15 +71,30 @@ class DirectTransfer:
     generator: the layout of the engines in these processes. ranks_per_node: to prefer short ways. Collective.
     """
 
-    def __init__(self, chunks: Sequence[Any], engine: WritableEngine, hf_config: Mapping[str, Any],
-                 generator: GeneratorLayout, *, model_dtype: torch.dtype, bucket_bytes: int,
-                 ranks_per_node: int | None = None, shared_memory: bool = True):
+    def __init__(
+        self,
+        chunks: Sequence[Any],
+        engine: WritableEngine,
+        hf_config: Mapping[str, Any],
+        generator: GeneratorLayout,
+        *,
+        model_dtype: torch.dtype,
+        bucket_bytes: int,
+        ranks_per_node: int | None = None,
+        shared_memory: bool = True,
+    ):
         self._chunks, self._engine, self._dtype = chunks, engine, model_dtype
         if generator.fp8:
             raise ConfigError("a direct transfer into an FP8 generator can be planned, but nothing quantises yet")
         trainer = measured_layout(chunks)
-        self.plan = Plan(hf_config, trainer, generator, model_dtype=model_dtype, bucket_bytes=bucket_bytes,
-                         ranks_per_node=ranks_per_node)
+        self.plan = Plan(
+            hf_config,
+            trainer,
+            generator,
+            model_dtype=model_dtype,
+            bucket_bytes=bucket_bytes,
+            ranks_per_node=ranks_per_node,
+        )
         rank = dist.get_rank()
         self.exchange = Exchange(self.plan.copies(rank), rank, model_dtype, shared_memory=shared_memory)
         shapes = tensor_shapes(hf_config)
@@ -105,8 +122,9 @@ class DirectTransfer:
         return {name: value % (1 << 64) for name, value in zip(self._names, values.tolist(), strict=True)}
 
 
-def owned_placements(trainer: TrainerLayout, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any],
-                     rank: int) -> tuple[Placement, ...]:
+def owned_placements(
+    trainer: TrainerLayout, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any], rank: int
+) -> tuple[Placement, ...]:
     """The shards that a rank answers for: each shard has one such rank, the replicas take turns."""
     owned = []
     groups: dict[Any, frozenset[int] | Any] = {}

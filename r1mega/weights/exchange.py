@@ -49,8 +49,7 @@ class Exchange:
     it on CPUs when all ranks are on one machine; otherwise, and on GPUs, messages of the default process group.
     """
 
-    def __init__(self, copies: Iterable[Copy], rank: int, model_dtype: torch.dtype, *,
-                 shared_memory: bool = True):
+    def __init__(self, copies: Iterable[Copy], rank: int, model_dtype: torch.dtype, *, shared_memory: bool = True):
         self._model_dtype, self._may_share = model_dtype, shared_memory
         grouped: dict[int, dict[str, dict[int, list[Overlap]]]] = {}  # bucket -> side -> other rank -> overlaps
         for copy in copies:

@@ -93,8 +93,15 @@ def summarize(plan: Plan, bandwidth: Bandwidth) -> Summary:
         bucket_received[link, targets] += route.num_bytes
         np.add.at(bucket_sent, (link, sources), route.num_bytes)  # a source may serve several targets
     close()
-    return Summary(kept, sent, received, pairs, num_buckets, peak,
-                   (float(np.maximum(sent / speeds, received / speeds).max()), slowest))
+    return Summary(
+        kept,
+        sent,
+        received,
+        pairs,
+        num_buckets,
+        peak,
+        (float(np.maximum(sent / speeds, received / speeds).max()), slowest),
+    )
 
 
 def layouts(
@@ -109,17 +116,28 @@ def layouts(
         world = math.lcm(p.tp * p.pp * p.cp * (p.dp or 1), p.ep * p.etp * p.pp, max(tp, ep), tp * (rollout.dp or 1))
     problems = [*model_problems(p, hf), *process_problems(p, world)]
     if rollout.dp is not None and rollout.dp * tp != world:
-        problems.append(f"rollout.dp = {rollout.dp} with rollout.tp = {tp} wants {rollout.dp * tp} processes, not {world}")
+        problems.append(
+            f"rollout.dp = {rollout.dp} with rollout.tp = {tp} wants {rollout.dp * tp} processes, not {world}"
+        )
     if problems:
         raise ConfigError("\n".join(problems))
     builds_mtp = bool(hf.get("num_nextn_predict_layers")) and config.model.mtp_loss_coefficient > 0
-    trainer = TrainerLayout(world, p.tp, p.ep, p.etp, p.pp, p.cp, pipeline_stages(p, hf["num_hidden_layers"]),
-                            bool(hf.get("tie_word_embeddings")) or builds_mtp)
+    trainer = TrainerLayout(
+        world,
+        p.tp,
+        p.ep,
+        p.etp,
+        p.pp,
+        p.cp,
+        pipeline_stages(p, hf["num_hidden_layers"]),
+        bool(hf.get("tie_word_embeddings")) or builds_mtp,
+    )
     return trainer, GeneratorLayout(world, tp, ep, fp8)
 
 
-def explain(config_path: Path, overrides: list[str], *, world: int | None, bandwidth: Bandwidth, ranks_per_node: int,
-            fp8: bool) -> str:
+def explain(
+    config_path: Path, overrides: list[str], *, world: int | None, bandwidth: Bandwidth, ranks_per_node: int, fp8: bool
+) -> str:
     """The report of `r1mega reshard explain`. Raises ConfigError for what cannot be laid out."""
     from r1mega.config.load import load_config
 
@@ -127,8 +145,14 @@ def explain(config_path: Path, overrides: list[str], *, world: int | None, bandw
     path, hf = read_sizes(config.model.path, config_path)
     trainer, generator = layouts(config, hf, world, fp8)
     start = time.perf_counter()
-    plan = Plan(hf, trainer, generator, model_dtype=getattr(torch, config.model.dtype),
-                bucket_bytes=config.weights.bucket_bytes, ranks_per_node=ranks_per_node)
+    plan = Plan(
+        hf,
+        trainer,
+        generator,
+        model_dtype=getattr(torch, config.model.dtype),
+        bucket_bytes=config.weights.bucket_bytes,
+        ranks_per_node=ranks_per_node,
+    )
     summary = summarize(plan, bandwidth)
     return f"{'model':<28}{path}\n" + format_summary(plan, summary, bandwidth, time.perf_counter() - start)
 

@@ -95,8 +95,9 @@ def is_ignored(name: str, config: Mapping[str, Any]) -> bool:
     return not prefix and rest.split(".")[0].isdigit() and int(rest.split(".")[0]) >= config["num_hidden_layers"]
 
 
-def generator_layout(config: Mapping[str, Any], rank: GeneratorRank = GeneratorRank(),
-                     layers: Sequence[int] | None = None) -> tuple[Placement, ...]:
+def generator_layout(
+    config: Mapping[str, Any], rank: GeneratorRank = GeneratorRank(), layers: Sequence[int] | None = None
+) -> tuple[Placement, ...]:
     """Placements of every HF tensor on one generator rank; of the decoder layers only `layers` when given.
 
     config: the dictionary of an HF config.json. Raises ConfigError for a model family that has no layout here and for
@@ -104,7 +105,9 @@ def generator_layout(config: Mapping[str, Any], rank: GeneratorRank = GeneratorR
     """
     model_type = config.get("model_type")
     if model_type not in GENERATED_MODEL_TYPES:
-        raise ConfigError(f"no generator layout for model_type {model_type!r}; known: {', '.join(GENERATED_MODEL_TYPES)}")
+        raise ConfigError(
+            f"no generator layout for model_type {model_type!r}; known: {', '.join(GENERATED_MODEL_TYPES)}"
+        )
     layers = range(config["num_hidden_layers"]) if layers is None else layers
     placements = _LayoutBuilder(config, rank).placements(layers)
     return tuple(part for whole in placements for part in (_with_scales(whole) if rank.fp8 else (whole,)))
@@ -130,8 +133,10 @@ def divided_names(config: Mapping[str, Any], rank: GeneratorRank) -> list[str]:
 
 def block_region(region: Region, shape: Sequence[int]) -> Region | None:
     """The same region in units of 128 x 128 blocks; None when it cuts through a block (the last may be partial)."""
-    if any(start % FP8_BLOCK or (stop % FP8_BLOCK and stop != size)
-           for (start, stop), size in zip(region, shape, strict=True)):
+    if any(
+        start % FP8_BLOCK or (stop % FP8_BLOCK and stop != size)
+        for (start, stop), size in zip(region, shape, strict=True)
+    ):
         return None
     return tuple((start // FP8_BLOCK, -(-stop // FP8_BLOCK)) for start, stop in region)
 
@@ -141,14 +146,22 @@ def _with_scales(weight: Placement) -> tuple[Placement, ...]:
         return (weight,)
     blocks = block_region(weight.source, weight.shape)
     if blocks is None:
-        raise ConfigError(f"{weight.name}: the generator's layout cuts it at {weight.source}, through an FP8 block of "
-                          f"{FP8_BLOCK} x {FP8_BLOCK}; choose another rollout.tp")
+        raise ConfigError(
+            f"{weight.name}: the generator's layout cuts it at {weight.source}, through an FP8 block of "
+            f"{FP8_BLOCK} x {FP8_BLOCK}; choose another rollout.tp"
+        )
     lead = len(weight.target) - len(blocks)
     starts = [-(-start // FP8_BLOCK) for start, _ in weight.target[lead:]]
     target = tuple((start, start + last - first) for start, (first, last) in zip(starts, blocks, strict=True))
     shape = tuple(-(-size // FP8_BLOCK) for size in weight.shape)
-    return weight, replace(weight, name=weight.name + SCALE, shape=shape, parameter=weight.parameter + SCALE,
-                           target=weight.target[:lead] + target, source=blocks)
+    return weight, replace(
+        weight,
+        name=weight.name + SCALE,
+        shape=shape,
+        parameter=weight.parameter + SCALE,
+        target=weight.target[:lead] + target,
+        source=blocks,
+    )
 
 
 class _LayoutBuilder:
@@ -185,8 +198,13 @@ class _LayoutBuilder:
         start = min(self.rank.tp_rank * per_rank, size)
         stop = min(start + per_rank, size)
         if stop > start:
-            yield Placement(name, (size, self.hidden), name, ((0, stop - start), (0, self.hidden)),
-                            ((start, stop), (0, self.hidden)))
+            yield Placement(
+                name,
+                (size, self.hidden),
+                name,
+                ((0, stop - start), (0, self.hidden)),
+                ((start, stop), (0, self.hidden)),
+            )
 
     def _latent_attention(self, prefix: str) -> Iterator[Placement]:
         config = self.config
@@ -202,8 +220,9 @@ class _LayoutBuilder:
             yield self._column(prefix + "q_proj.weight", (query_size, self.hidden))
             yield self._whole(prefix + "kv_a_proj_with_mqa.weight", (latent + rope, self.hidden))
         yield self._whole(prefix + "kv_a_layernorm.weight", (latent,))
-        yield self._column(prefix + "kv_b_proj.weight",
-                           (self.heads * (config["qk_nope_head_dim"] + config["v_head_dim"]), latent))
+        yield self._column(
+            prefix + "kv_b_proj.weight", (self.heads * (config["qk_nope_head_dim"] + config["v_head_dim"]), latent)
+        )
         yield self._row_parallel(prefix + "o_proj.weight", (self.hidden, self.heads * config["v_head_dim"]))
 
     def _attention(self, prefix: str) -> Iterator[Placement]:
@@ -214,11 +233,15 @@ class _LayoutBuilder:
         query_rows = self.heads // tp * size
         copies = max(1, tp // kv_heads)
         if tp > kv_heads and tp % kv_heads:
-            raise ConfigError(f"rollout.tp = {tp} is not a multiple of num_key_value_heads = {kv_heads}; choose another")
+            raise ConfigError(
+                f"rollout.tp = {tp} is not a multiple of num_key_value_heads = {kv_heads}; choose another"
+            )
         kv_rows = (self._divide(kv_heads, tp, "num_key_value_heads") if copies == 1 else 1) * size
-        starts = {"q": (0, query_rows, tp_rank, 0, self.heads * size),
-                  "k": (query_rows, kv_rows, tp_rank // copies, tp_rank % copies, kv_heads * size),
-                  "v": (query_rows + kv_rows, kv_rows, tp_rank // copies, tp_rank % copies, kv_heads * size)}
+        starts = {
+            "q": (0, query_rows, tp_rank, 0, self.heads * size),
+            "k": (query_rows, kv_rows, tp_rank // copies, tp_rank % copies, kv_heads * size),
+            "v": (query_rows + kv_rows, kv_rows, tp_rank // copies, tp_rank % copies, kv_heads * size),
+        }
         model_type = config["model_type"]
         if model_type == "qwen3" and config.get("attention_bias"):
             raise ConfigError("attention_bias of qwen3: vLLM's model has no bias in o_proj and would drop it")
@@ -227,8 +250,14 @@ class _LayoutBuilder:
             parts = {"weight": (self.hidden,)} | ({"bias": ()} if has_bias else {})
             for part, columns in parts.items():
                 rest = tuple((0, column) for column in columns)
-                yield Placement(f"{prefix}{kind}_proj.{part}", (full_rows, *columns), f"{prefix}qkv_proj.{part}",
-                                ((offset, offset + rows), *rest), ((index * rows, (index + 1) * rows), *rest), replica)
+                yield Placement(
+                    f"{prefix}{kind}_proj.{part}",
+                    (full_rows, *columns),
+                    f"{prefix}qkv_proj.{part}",
+                    ((offset, offset + rows), *rest),
+                    ((index * rows, (index + 1) * rows), *rest),
+                    replica,
+                )
         yield self._row_parallel(prefix + "o_proj.weight", (self.hidden, self.heads * size))
         if has_bias and model_type != "qwen2":
             yield self._whole(prefix + "o_proj.bias", (self.hidden,))
@@ -243,8 +272,13 @@ class _LayoutBuilder:
         for part, rest in parts.items():
             shape = (size, *(stop for _, stop in rest))
             for index, kind in enumerate(("gate", "up")):
-                yield Placement(f"{prefix}{kind}_proj.{part}", shape, f"{prefix}gate_up_proj.{part}",
-                                ((index * rows, (index + 1) * rows), *rest), ((start, start + rows), *rest))
+                yield Placement(
+                    f"{prefix}{kind}_proj.{part}",
+                    shape,
+                    f"{prefix}gate_up_proj.{part}",
+                    ((index * rows, (index + 1) * rows), *rest),
+                    ((start, start + rows), *rest),
+                )
         yield self._row_parallel(prefix + "down_proj.weight", (self.hidden, size))
         if has_bias:
             yield self._whole(prefix + "down_proj.bias", (self.hidden,))
@@ -295,6 +329,8 @@ class _LayoutBuilder:
     @staticmethod
     def _divide(size: int, parts: int, what: str, key: str = "rollout.tp") -> int:
         if size % parts:
-            raise ConfigError(f"the generator's layout does not divide the model: {what} = {size} over {parts} ranks; "
-                              f"choose another {key}")
+            raise ConfigError(
+                f"the generator's layout does not divide the model: {what} = {size} over {parts} ranks; "
+                f"choose another {key}"
+            )
         return size // parts

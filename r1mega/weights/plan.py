@@ -46,8 +46,10 @@ class GeneratorLayout:
         if self.ep > 1 and self.ep % self.tp:
             raise ConfigError(f"rollout.ep = {self.ep} is not a multiple of rollout.tp = {self.tp}")
         if self.world % self.period:
-            raise ConfigError(f"the generator wants {self.period} processes a replica, which do not divide "
-                              f"{self.world}; change rollout.tp or rollout.ep")
+            raise ConfigError(
+                f"the generator wants {self.period} processes a replica, which do not divide "
+                f"{self.world}; change rollout.tp or rollout.ep"
+            )
 
     @property
     def period(self) -> int:
@@ -122,8 +124,16 @@ class Plan:
     Raises ConfigError for layouts that do not divide the model.
     """
 
-    def __init__(self, config: Mapping[str, Any], trainer: TrainerLayout, generator: GeneratorLayout, *,
-                 model_dtype: torch.dtype, bucket_bytes: int, ranks_per_node: int | None = None):
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        trainer: TrainerLayout,
+        generator: GeneratorLayout,
+        *,
+        model_dtype: torch.dtype,
+        bucket_bytes: int,
+        ranks_per_node: int | None = None,
+    ):
         if trainer.world != generator.world:
             raise ConfigError(f"trainer on {trainer.world} ranks, generator on {generator.world}: they share them")
         self.trainer, self.generator, self.bucket_bytes = trainer, generator, bucket_bytes
@@ -133,8 +143,9 @@ class Plan:
     def routes(self) -> Iterator[Route]:
         """Every copy of the plan, in order of execution, those of alike ranks together."""
         router = _Router(self.trainer.world, self.ranks_per_node, self.bucket_bytes)
-        for _, units in itertools.groupby(sorted(self._units, key=lambda u: (u.position, u.stages)),
-                                          key=lambda u: u.position):
+        for _, units in itertools.groupby(
+            sorted(self._units, key=lambda u: (u.position, u.stages)), key=lambda u: u.position
+        ):
             # the stages take turns: each sends in every bucket, instead of one after the other
             turns = list(units)
             streams = [self._chunks(unit, len(turns), router) for unit in turns]
@@ -187,8 +198,9 @@ def _spread(groups: Sequence[Group]) -> tuple[Group, ...]:
     return tuple(ordered)
 
 
-def _units(config: Mapping[str, Any], trainer: TrainerLayout, generator: GeneratorLayout,
-           model_dtype: torch.dtype) -> Iterator[_Unit]:
+def _units(
+    config: Mapping[str, Any], trainer: TrainerLayout, generator: GeneratorLayout, model_dtype: torch.dtype
+) -> Iterator[_Unit]:
     """Layers by kind, from the placements of one layer of each kind."""
     kinds: dict[bool, int] = {}
     for layer in range(config["num_hidden_layers"]):
@@ -209,8 +221,10 @@ def _units(config: Mapping[str, Any], trainer: TrainerLayout, generator: Generat
             overlap = _overlap(shard, wanted, itemsize)
             if overlap is not None:
                 groups.setdefault(unit, {}).setdefault((holders, tuple(positions)), []).append(overlap)
-    made = {unit: _spread([Group(*key, tuple(overlaps)) for key, overlaps in found.items()])
-            for unit, found in groups.items()}
+    made = {
+        unit: _spread([Group(*key, tuple(overlaps)) for key, overlaps in found.items()])
+        for unit, found in groups.items()
+    }
     turn = [0] * trainer.pp
     for layer, stage in enumerate(trainer.stages):
         turn[stage] += 1
@@ -268,8 +282,14 @@ def _cut(overlap: Overlap, limit: int, dimensions: int, axis: int = 0) -> Iterat
         source[axis] = (start + first, start + last)
         offset = target[lead + axis][0]
         target[lead + axis] = (offset + first, offset + last)
-        piece = Overlap(overlap.name, overlap.source_parameter, tuple(source), overlap.target_parameter, tuple(target),
-                        each * (last - first))
+        piece = Overlap(
+            overlap.name,
+            overlap.source_parameter,
+            tuple(source),
+            overlap.target_parameter,
+            tuple(target),
+            each * (last - first),
+        )
         yield from _cut(piece, limit, dimensions, axis + 1)
 
 

@@ -40,7 +40,9 @@ class WeightSync:
         self._policy, self._engine, self._verify = policy, engine, config.verify
         self._transfer = build_transfer(policy, engine, config, hf_config)
         self._limit = verify.probe_limit(policy.dtype, config.probe_tolerance, fp8=policy.fp8)
-        count = config.probe_sequences or verify.NUM_SEQUENCES[torch.bfloat16 if self._limit.share < 1 else policy.dtype]
+        count = (
+            config.probe_sequences or verify.NUM_SEQUENCES[torch.bfloat16 if self._limit.share < 1 else policy.dtype]
+        )
         given = [list(sequence) for sequence in probe_sequences]
         if self._limit.share < 1:  # where few tokens may tell, all must be able to
             lengths = [max(2, min(len(sequence), _MADE_UP_TOKENS)) for sequence in (given * (2 * count))[: 2 * count]]

@@ -66,8 +66,9 @@ class TrainerLayout:
         dense, experts = self.tp * self.pp * self.cp, self.ep * self.etp * self.pp
         for keys, size in (("tp * pp * cp", dense), ("ep * etp * pp", experts)):
             if self.world % size:
-                raise ConfigError(f"parallel: {self.world} processes cannot be divided by {keys} = {size}; change one "
-                                  "of them")
+                raise ConfigError(
+                    f"parallel: {self.world} processes cannot be divided by {keys} = {size}; change one of them"
+                )
 
     def holding_stages(self, name: str) -> tuple[int, ...]:
         """The pipeline stages that hold an HF tensor."""
@@ -88,8 +89,9 @@ class TrainerLayout:
             grid = grid[..., [holders.tensor]]
         return np.sort(grid.reshape(-1))
 
-    def shards(self, name: str, shapes: Mapping[str, tuple[int, ...]],
-               config: Mapping[str, Any]) -> Iterator[tuple[Placement, Holders]]:
+    def shards(
+        self, name: str, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]
+    ) -> Iterator[tuple[Placement, Holders]]:
         """Every part into which the trainer cuts an HF tensor, once; replicas are in the holders. shapes: by name.
 
         For the scales of a block-quantised weight: the blocks of each part, numbered from 0 within it, for that is how
@@ -102,13 +104,16 @@ class TrainerLayout:
                 continue
             blocks = block_region(part.source, part.shape)
             if blocks is None:
-                raise ConfigError(f"{weight}: parallel.tp or parallel.etp cuts it at {part.source}, through an FP8 "
-                                  f"block of {FP8_BLOCK} x {FP8_BLOCK}; choose another size or no FP8")
+                raise ConfigError(
+                    f"{weight}: parallel.tp or parallel.etp cuts it at {part.source}, through an FP8 "
+                    f"block of {FP8_BLOCK} x {FP8_BLOCK}; choose another size or no FP8"
+                )
             target = tuple((0, last - first) for first, last in blocks)
             yield Placement(name, shapes[name], name, target, blocks), holders
 
-    def _shards(self, name: str, shape: tuple[int, ...],
-                config: Mapping[str, Any]) -> Iterator[tuple[Placement, Holders]]:
+    def _shards(
+        self, name: str, shape: tuple[int, ...], config: Mapping[str, Any]
+    ) -> Iterator[tuple[Placement, Holders]]:
         rule, index, key, expert_rank = self._find(name, config)
         ranks = (self.tp if expert_rank is None else self.etp) if rule.dim is not None else 1
         for rank in range(ranks):
@@ -131,8 +136,9 @@ class TrainerLayout:
         return rule, index, prefix + rule.hf[0], expert_rank
 
 
-def _regions(rule: Rule, index: int, shape: tuple[int, ...], rank: int, ranks: int, name: str,
-             config: Mapping[str, Any]) -> Iterator[tuple[Region, Region]]:
+def _regions(
+    rule: Rule, index: int, shape: tuple[int, ...], rank: int, ranks: int, name: str, config: Mapping[str, Any]
+) -> Iterator[tuple[Region, Region]]:
     """(region of the local parameter, region of the HF tensor) of one rank's part of the rule's tensor `index`."""
     whole = tuple((0, size) for size in shape)
     if rule.form == "vocabulary":
@@ -170,6 +176,8 @@ def pipeline_stages(parallel: Layout, num_layers: int) -> tuple[int, ...]:
     """The pipeline rank of each decoder layer. Raises ConfigError when the stages do not hold them all."""
     owners = [stage % parallel.pp for stage, layers in enumerate(stage_layers(parallel, num_layers)) for _ in layers]
     if len(owners) != num_layers:
-        raise ConfigError(f"parallel: the stages hold {len(owners)} layers, the model's num_hidden_layers = "
-                          f"{num_layers}; set parallel.layers_per_stage")
+        raise ConfigError(
+            f"parallel: the stages hold {len(owners)} layers, the model's num_hidden_layers = "
+            f"{num_layers}; set parallel.layers_per_stage"
+        )
     return tuple(owners)

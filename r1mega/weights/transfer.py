@@ -99,8 +99,9 @@ class GatherTransfer:
         return self._tap.digest
 
 
-def build_transfer(policy: Trainer, engine: GenerationEngine, config: WeightsConfig,
-                   hf_config: Mapping[str, Any]) -> GatherTransfer | DirectTransfer:
+def build_transfer(
+    policy: Trainer, engine: GenerationEngine, config: WeightsConfig, hf_config: Mapping[str, Any]
+) -> GatherTransfer | DirectTransfer:
     """What `weights.strategy` asks for. A collective call. ConfigError for `direct` into another engine than vLLM."""
     can_write = hasattr(engine, "write_weights")
     if config.strategy == "direct" and not can_write:
@@ -112,9 +113,16 @@ def build_transfer(policy: Trainer, engine: GenerationEngine, config: WeightsCon
 
     world = dist.get_world_size()
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    return DirectTransfer(policy.chunks, engine, hf_config,
-                          GeneratorLayout(world, engine.settings.tp, engine.settings.ep), model_dtype=policy.dtype, bucket_bytes=config.bucket_bytes, ranks_per_node=per_node,
-                          shared_memory=config.shared_memory)
+    return DirectTransfer(
+        policy.chunks,
+        engine,
+        hf_config,
+        GeneratorLayout(world, engine.settings.tp, engine.settings.ep),
+        model_dtype=policy.dtype,
+        bucket_bytes=config.bucket_bytes,
+        ranks_per_node=per_node,
+        shared_memory=config.shared_memory,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,8 +156,10 @@ def reload_weights(target: ReloadTarget, named_tensors: NamedTensors, bucket_byt
     missing = [name for name in expected if name not in seen]
     problems += [f"{name}: missing" for name in missing]
     if problems:
-        raise WeightSyncError(f"{len(problems)} of {len(expected)} tensors cannot be loaded into the generator:\n  "
-                              + "\n  ".join(problems))
+        raise WeightSyncError(
+            f"{len(problems)} of {len(expected)} tensors cannot be loaded into the generator:\n  "
+            + "\n  ".join(problems)
+        )
     return _finish(target, target.platform.finish_reload)
 
 
@@ -183,8 +193,9 @@ def _finish(target: ReloadTarget, finish: Callable[[Any], None]) -> dict[str, in
 
 
 @torch.no_grad()
-def _check_derived(config: Mapping[str, Any], sources: Mapping[str, torch.Tensor],
-                   parameters: Mapping[str, torch.Tensor]) -> None:
+def _check_derived(
+    config: Mapping[str, Any], sources: Mapping[str, torch.Tensor], parameters: Mapping[str, torch.Tensor]
+) -> None:
     """Derives W_UV and W_UK_T of kv_b_proj once more, as vllm/model_executor/layers/attention/mla_attention.py does
     (process_weights_after_loading), and compares the bits: no digest is of them, and only decoding reads them.
     """
@@ -200,8 +211,10 @@ def _check_derived(config: Mapping[str, Any], sources: Mapping[str, torch.Tensor
             if held is not None and not _same_bits(held, value):
                 stale.append(f"{prefix}mla_attn.mla_attn.{kind}")
     if stale:
-        raise WeightSyncError("the generator decodes with matrices that are not those of its kv_b_proj, as if it had not "
-                              "derived them after the push:\n  " + "\n  ".join(stale))
+        raise WeightSyncError(
+            "the generator decodes with matrices that are not those of its kv_b_proj, as if it had not "
+            "derived them after the push:\n  " + "\n  ".join(stale)
+        )
 
 
 def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -218,22 +231,28 @@ def _check_covered(target: ReloadTarget, parameters: Mapping[str, torch.Tensor])
     problems = []
     for name, tensor in parameters.items():
         if name in VOCABULARY and not is_ignored(name, target.config):  # a tied head is the embedding
-            tensor.data[covered[name] // tensor.shape[1]:].zero_()
+            tensor.data[covered[name] // tensor.shape[1] :].zero_()
             continue
         is_whole = covered[name] == tensor.numel() or (covered[name] == 0 and tensor.data_ptr() in aliases)
         if not is_whole and name.rpartition(".")[2] not in DERIVED:
             problems.append(f"{name}: {covered[name]} of {tensor.numel()} elements")
     if problems:
-        raise WeightSyncError("the generator has parameters that weights/layout.py does not cover:\n  "
-                              + "\n  ".join(problems))
+        raise WeightSyncError(
+            "the generator has parameters that weights/layout.py does not cover:\n  " + "\n  ".join(problems)
+        )
 
 
 def _parameters(target: ReloadTarget) -> dict[str, torch.Tensor]:
     return dict(target.worker.model_runner.get_model().named_parameters(remove_duplicate=False))
 
 
-def _checked(target: ReloadTarget, named_tensors: NamedTensors, expected: Mapping[str, tuple[int, ...]],
-             seen: set[str], problems: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
+def _checked(
+    target: ReloadTarget,
+    named_tensors: NamedTensors,
+    expected: Mapping[str, tuple[int, ...]],
+    seen: set[str],
+    problems: list[str],
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Passes on what the layout knows, cast to the generator's dtype; notes the rest in `problems`."""
     for name, tensor in named_tensors:
         if is_ignored(name, target.config):
@@ -255,8 +274,9 @@ def checkpoint_tensors(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
     yield from HFTensors(directory).items()
 
 
-def sum_digests(partial: Mapping[str, int], names: Sequence[str],
-                all_reduce: Callable[[torch.Tensor], None]) -> dict[str, int]:
+def sum_digests(
+    partial: Mapping[str, int], names: Sequence[str], all_reduce: Callable[[torch.Tensor], None]
+) -> dict[str, int]:
     """Completes digests over the ranks of a sharded generator. all_reduce: sums an int64 CPU tensor in place.
 
     names: of `layout.divided_names`. Every rank must call it; these tensors are summed (wrapping mod 2^64), the others

@@ -194,5 +194,7 @@ def _map(process: int, descriptor: int, num_bytes: int) -> torch.Tensor:
         with open(path, "r+b") as file:
             return torch.frombuffer(mmap.mmap(file.fileno(), max(num_bytes, 1)), dtype=torch.uint8)
     except OSError as error:
-        raise WeightSyncError(f"{path}: the memory of another rank of this machine cannot be mapped ({error}); set "
-                              "weights.shared_memory=false") from error
+        raise WeightSyncError(
+            f"{path}: the memory of another rank of this machine cannot be mapped ({error}); set "
+            "weights.shared_memory=false"
+        ) from error

@@ -81,11 +81,16 @@ def compare_digests(trainer: Mapping[str, int], generator: Mapping[str, int]) ->
     """Raises WeightSyncError naming every tensor that one side lacks or whose bits differ."""
     problems = [f"{name}: the trainer did not send it" for name in generator if name not in trainer]
     problems += [f"{name}: the generator does not hold it" for name in trainer if name not in generator]
-    problems += [f"{name}: digest {generator[name]:016x} in the generator, {digest:016x} in the trainer"
-                 for name, digest in trainer.items() if name in generator and generator[name] != digest]
+    problems += [
+        f"{name}: digest {generator[name]:016x} in the generator, {digest:016x} in the trainer"
+        for name, digest in trainer.items()
+        if name in generator and generator[name] != digest
+    ]
     if problems:
-        raise WeightSyncError(f"the generator does not hold the trainer's weights; {len(problems)} of "
-                              f"{len(set(trainer) | set(generator))} tensors differ:\n  " + _shortened(problems))
+        raise WeightSyncError(
+            f"the generator does not hold the trainer's weights; {len(problems)} of "
+            f"{len(set(trainer) | set(generator))} tensors differ:\n  " + _shortened(problems)
+        )
 
 
 def made_up_sequences(lengths: Sequence[int], vocabulary: int, seed: int) -> list[list[int]]:
@@ -96,8 +101,13 @@ def made_up_sequences(lengths: Sequence[int], vocabulary: int, seed: int) -> lis
     return [[generator.randrange(vocabulary) for _ in range(length)] for length in lengths]
 
 
-def probe(engine: Probed, sequences: Sequence[Sequence[int]], trainer_log_probs: Sequence[Sequence[float]],
-          limit: ProbeLimit, decode_tokens: int = 4) -> ProbeResult:
+def probe(
+    engine: Probed,
+    sequences: Sequence[Sequence[int]],
+    trainer_log_probs: Sequence[Sequence[float]],
+    limit: ProbeLimit,
+    decode_tokens: int = 4,
+) -> ProbeResult:
     """Compares the generator's log-probs of fixed tokens with the trainer's (temperature 1, len - 1 values each).
 
     Prompts run through other kernels and other derived weights than decoding does (MLA absorbs kv_b_proj when it
@@ -110,23 +120,27 @@ def probe(engine: Probed, sequences: Sequence[Sequence[int]], trainer_log_probs:
         compared.add(ours, theirs, f"sequence {index}", 1)
     decoded = _Comparison("its own prompt path", limit.of_decoding())
     if decode_tokens:
-        prompts = [tuple(sequence[:max(1, len(sequence) - decode_tokens)]) for sequence in sequences]
+        prompts = [tuple(sequence[: max(1, len(sequence) - decode_tokens)]) for sequence in sequences]
         sampling = SamplingSettings(temperature=0.0, max_tokens=decode_tokens)
-        responses = [samples[0] for samples in engine.generate(
-            [GenerationRequest(prompt, 1, 0, sampling) for prompt in prompts])]
-        again = engine.prompt_log_probs([(*prompt, *response.token_ids)
-                                         for prompt, response in zip(prompts, responses, strict=True)])
+        responses = [
+            samples[0] for samples in engine.generate([GenerationRequest(prompt, 1, 0, sampling) for prompt in prompts])
+        ]
+        again = engine.prompt_log_probs(
+            [(*prompt, *response.token_ids) for prompt, response in zip(prompts, responses, strict=True)]
+        )
         for index, (prompt, response, values) in enumerate(zip(prompts, responses, again, strict=True)):
-            decoded.add(values[len(prompt) - 1:], response.log_probs, f"sequence {index} decoded", len(prompt))
+            decoded.add(values[len(prompt) - 1 :], response.log_probs, f"sequence {index} decoded", len(prompt))
     problems = compared.problems() + decoded.problems()
     if problems:
         problems.sort(key=lambda problem: -problem[0])
         more = f", where {1 - limit.share:.0%} may" if limit.share < 1 else ""
         if limit.decode_tolerance is not None:
             more = f" (decoded: {limit.decode_tolerance:g}){more}"
-        raise WeightSyncError(f"the generator does not compute what the trainer computes: {len(problems)} log-probs of "
-                              f"{compared.count + decoded.count} differ by more than {limit.tolerance:g}{more}, worst "
-                              "first:\n  " + _shortened([text for _, text in problems]))
+        raise WeightSyncError(
+            f"the generator does not compute what the trainer computes: {len(problems)} log-probs of "
+            f"{compared.count + decoded.count} differ by more than {limit.tolerance:g}{more}, worst "
+            "first:\n  " + _shortened([text for _, text in problems])
+        )
     return ProbeResult(compared.worst, compared.outlier_fraction, decoded.worst)
 
 
@@ -141,7 +155,9 @@ class _Comparison:
     def add(self, reference: Sequence[float], found: Sequence[float], where: str, offset: int) -> None:
         """A sequence's values; offset: the position of the first."""
         if len(reference) != len(found):
-            raise WeightSyncError(f"{where}: {len(found)} log-probs from the generator, {len(reference)} from {self._source}")
+            raise WeightSyncError(
+                f"{where}: {len(found)} log-probs from the generator, {len(reference)} from {self._source}"
+            )
         for position, (a, b) in enumerate(zip(reference, found, strict=True)):
             difference = abs(a - b)
             if not (math.isfinite(difference) and difference <= self._limit.allowed(a)):

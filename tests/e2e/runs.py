@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[2]
-RATES = tuple(f"perf/{part}_{rate}" for part in ("rollout", "logprob", "update", "step") for rate in ("tokens", "tflops", "mfu"))
+RATES = tuple(
+    f"perf/{part}_{rate}" for part in ("rollout", "logprob", "update", "step") for rate in ("tokens", "tflops", "mfu")
+)
 TIMES = ("time/", "tokens/rollout_per_second", "tokens/update_per_second", "memory/", "reward_pool/", *RATES)
 
 

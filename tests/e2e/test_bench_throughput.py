@@ -18,7 +18,14 @@ SMALL = ("threads=1", "rollout.num_prompts=4", "rollout.group_size=4", "update.n
 
 def benchmark(config, directory, *arguments):
     """The summary that it writes, and what it prints."""
-    command = [sys.executable, "tools/bench_throughput.py", f"configs/nano/{config}.yaml", "--synthetic", "--dir", directory]
+    command = [
+        sys.executable,
+        "tools/bench_throughput.py",
+        f"configs/nano/{config}.yaml",
+        "--synthetic",
+        "--dir",
+        directory,
+    ]
     done = subprocess.run(
         [*map(str, command), *map(str, arguments)], cwd=REPOSITORY, text=True, timeout=500,
         env=environment() | {"PYTHONPATH": f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'kernels'}"},
@@ -48,7 +55,9 @@ def test_rl_on_two_ranks_with_given_lengths(tmp_path):
         assert line["perf/logprob_flops"] == pytest.approx(flops.forward(trained))
         assert line["perf/update_flops"] == pytest.approx(3 * flops.forward(trained))
         assert line["perf/step_flops"] == pytest.approx(flops.forward(drawn) + 4 * flops.forward(trained))
-        speed = line["perf/step_flops"] / line["time/step_seconds"] / 2 / 1e12  # by rank 0's time, not the slowest rank's
+        speed = (
+            line["perf/step_flops"] / line["time/step_seconds"] / 2 / 1e12
+        )  # by rank 0's time, not the slowest rank's
         assert 0.4 * speed < line["perf/step_tflops_per_gpu"] <= speed * (1 + 1e-9)
         assert line["perf/step_mfu"] == pytest.approx(line["perf/step_tflops_per_gpu"] / 0.5)
         assert line["memory/update_host_peak_bytes"] >= 0.9 * line["memory/rss_bytes"]

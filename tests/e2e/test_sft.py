@@ -18,7 +18,12 @@ def lines(tmp_path_factory):
     """Clean reasoning about fresh problems."""
     rng, path = random.Random(0), tmp_path_factory.mktemp("data") / "lines.jsonl"
     records = [
-        {"id": f"s{i}", "question": p.question, "response": nano.trace(p, rng, "search", p.language), "language": p.language}
+        {
+            "id": f"s{i}",
+            "question": p.question,
+            "response": nano.trace(p, rng, "search", p.language),
+            "language": p.language,
+        }
         for i, p in enumerate(nano.problems(5, 90, "train"))
     ]
     path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
@@ -88,7 +93,11 @@ def test_dense_student_from_scratch(nano_base, lines, tmp_path):
     run_dir = tmp_path / "run"
     extra = ("model.path=configs/nano/student", f"tokenizer={nano_base}/hf")
     r1mega(*arguments(nano_base, lines, run_dir, *extra, config="configs/nano/distill.yaml"))
-    assert math.isclose(metrics(run_dir)[-1]["train/held_out_loss"], transformers_loss(run_dir / "hf", run_dir), abs_tol=1e-4)
+    assert math.isclose(
+        metrics(run_dir)[-1]["train/held_out_loss"], transformers_loss(run_dir / "hf", run_dir), abs_tol=1e-4
+    )
     assert metrics(run_dir)[-1]["train/loss"] < metrics(run_dir)[0]["train/loss"]
-    done = r1mega("generate", run_dir, "which of a 5 b 0 c 9 d 3 makes ? +4 +3 = 10", "--template", "nano", "--max-tokens", 8)
+    done = r1mega(
+        "generate", run_dir, "which of a 5 b 0 c 9 d 3 makes ? +4 +3 = 10", "--template", "nano", "--max-tokens", 8
+    )
     assert done.stdout.strip()

@@ -52,7 +52,9 @@ def test_reference_and_kl(whole_run):
     assert kl[1] > 0
 
 
-@pytest.mark.parametrize(("sent", "step", "code"), [(signal.SIGKILL, 3, -9), (signal.SIGTERM, 1, 85), (signal.SIGUSR2, 2, 85)])
+@pytest.mark.parametrize(
+    ("sent", "step", "code"), [(signal.SIGKILL, 3, -9), (signal.SIGTERM, 1, 85), (signal.SIGUSR2, 2, 85)]
+)
 def test_interrupted_run_equals_uninterrupted_bitwise(nano_base, whole_run, tmp_path, sent, step, code):
     arguments = zero_arguments(nano_base, tmp_path / "run")
     assert run_until_step(step, tmp_path / "run", sent, *arguments) == code
@@ -141,7 +143,9 @@ def test_export_evaluated_from_the_command_line_gives_the_figures_of_the_run(nan
 
 
 def test_generate(whole_run):
-    done = r1mega("generate", whole_run, "which of a 1 b 2 c 3 d 4 makes ? +5 +2 = 10", "--num-samples", "2", "--max-tokens", "8")
+    done = r1mega(
+        "generate", whole_run, "which of a 1 b 2 c 3 d 4 makes ? +5 +2 = 10", "--num-samples", "2", "--max-tokens", "8"
+    )
     assert len(done.stdout.strip().split("\n\n")) == 2
 
 

@@ -93,7 +93,9 @@ class Cluster:
 
     def job(self, number: str) -> dict[str, str]:
         """What `scontrol show job` tells."""
-        return dict(part.split("=", 1) for part in self.run("scontrol", "show", "job", "-o", number).split() if "=" in part)
+        return dict(
+            part.split("=", 1) for part in self.run("scontrol", "show", "job", "-o", number).split() if "=" in part
+        )
 
     def wait(self, number: str, seconds: float = 400) -> dict[str, str]:
         """The job when it is over."""
@@ -165,13 +167,17 @@ def _free_ports(count: int) -> list[int]:
 
 
 def _idle_nodes(cluster: Cluster) -> int:
-    done = subprocess.run(["sinfo", "-h", "-t", "idle", "-o", "%D"], env=cluster.environment, capture_output=True, text=True)
+    done = subprocess.run(
+        ["sinfo", "-h", "-t", "idle", "-o", "%D"], env=cluster.environment, capture_output=True, text=True
+    )
     return sum(map(int, done.stdout.split()))
 
 
 def _wait_for(condition, directory: Path, seconds: float = 30) -> None:
     limit = time.monotonic() + seconds
     while not condition():
-        logs = "\n".join(f"{log}:\n{log.read_text()[-1500:]}" for log in sorted(directory.rglob("*log")) if log.is_file())
+        logs = "\n".join(
+            f"{log}:\n{log.read_text()[-1500:]}" for log in sorted(directory.rglob("*log")) if log.is_file()
+        )
         assert time.monotonic() < limit, f"Slurm did not come up in {seconds} s\n{logs}"
         time.sleep(0.2)

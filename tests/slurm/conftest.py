@@ -13,7 +13,9 @@ from tests.slurm.cluster import start, why_not
 def cluster():
     if (reason := why_not()) is not None:
         pytest.skip(f"no Slurm here: {reason}")
-    directory = Path(tempfile.mkdtemp(prefix="r1mega-slurm-"))  # a short path: munge's socket has 108 characters at most
+    directory = Path(
+        tempfile.mkdtemp(prefix="r1mega-slurm-")
+    )  # a short path: munge's socket has 108 characters at most
     directory.chmod(0o755)
     with start(directory, num_nodes=2) as running:
         yield running

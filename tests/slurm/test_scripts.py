@@ -12,7 +12,9 @@ JOB = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "zero", "SLURM_NTASKS_PER_NODE": "
 
 def bash(*command, cwd=REPOSITORY, **variables):
     outside = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "R1MEGA_"))}
-    done = subprocess.run(["bash", *command], cwd=cwd, env=outside | variables, capture_output=True, text=True, timeout=20)
+    done = subprocess.run(
+        ["bash", *command], cwd=cwd, env=outside | variables, capture_output=True, text=True, timeout=20
+    )
     return done.returncode, done.stdout.splitlines(), done.stderr
 
 
@@ -104,11 +106,17 @@ def test_the_tests_fail_when_one_of_the_runs_does(tmp_path, failing, code):
     ended, lines, errors = bash(str(tmp_path / "test.sh"))
     assert ended == code, errors
     ran = {line.split()[-1] for line in lines if line.startswith("ran ")}
-    folders = {f"tests/{path.name}" for path in (REPOSITORY / "tests").iterdir() if path.is_dir() and any(path.rglob("test_*.py"))}
+    folders = {
+        f"tests/{path.name}"
+        for path in (REPOSITORY / "tests").iterdir()
+        if path.is_dir() and any(path.rglob("test_*.py"))
+    }
     assert ran == folders
 
 
-@pytest.mark.parametrize(("given", "wanted", "found"), [("3.12", "3.12", True), ("3.11", "", True), ("3.13", "", False)])
+@pytest.mark.parametrize(
+    ("given", "wanted", "found"), [("3.12", "3.12", True), ("3.11", "", True), ("3.13", "", False)]
+)
 def test_an_interpreter_is_taken_by_its_version_only(tmp_path, given, wanted, found):
     """The lock file has another megatron-core for 3.11 than for 3.12."""
     python = tmp_path / "python"

@@ -89,7 +89,10 @@ def differences(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> d
 def against(plain: Any, quantised: Any) -> dict[str, Any]:
     """What FP8 changes: of log-probs (mean, max), of gradients. Of dictated experts: another one is no rounding error."""
     difference = (quantised[0] - plain[0]).abs()
-    return {"log_probs": (float(difference.mean()), float(difference.max())), "gradients": differences(plain[2], quantised[2])}
+    return {
+        "log_probs": (float(difference.mean()), float(difference.max())),
+        "gradients": differences(plain[2], quantised[2]),
+    }
 
 
 @contextlib.contextmanager
@@ -144,7 +147,11 @@ def _checks(recipe: str, plain: Any) -> dict[str, Any]:
     found["reference"] = _reference(policy, batch)
     found["padding not zeroed"] = max(differences(gradients, unzeroed[2]).values())
     again = step(make_policy(recipe, recompute="full"), batch)
-    found["recomputed"] = torch.equal(again[0], again[1]), torch.equal(again[0], old), max(differences(gradients, again[2]).values())
+    found["recomputed"] = (
+        torch.equal(again[0], again[1]),
+        torch.equal(again[0], old),
+        max(differences(gradients, again[2]).values()),
+    )
     return found
 
 

@@ -94,7 +94,9 @@ def judge(recipes: Sequence[str], num_sets: int) -> dict[str, dict[str, int]]:
     _derived(engine).copy_(stale)
     for recipe in recipes:
         found[recipe]["stale W_UV"] = refusals(recipe)
-        found[recipe]["not as the other recipe"] = sum(expected[recipe][i] != expected[recipes[0]][i] for i in range(num_sets))
+        found[recipe]["not as the other recipe"] = sum(
+            expected[recipe][i] != expected[recipes[0]][i] for i in range(num_sets)
+        )
     engine.close()
     groups.destroy()
     return found

@@ -55,7 +55,9 @@ def test_rounding_by_definition_is_the_hardware_formats(form):
     every = every[every.isfinite()].sort().values
     values = torch.cat([every, (every[1:] + every[:-1]) / 2, drawn(1000, 1, seed=0)[:, 0]])
     limit = torch.finfo(dtype).max
-    assert torch.equal(getattr(fp8_reference, form).round(values.double()), values.clamp(-limit, limit).to(dtype).double())
+    assert torch.equal(
+        getattr(fp8_reference, form).round(values.double()), values.clamp(-limit, limit).to(dtype).double()
+    )
 
 
 @pytest.mark.parametrize("recipe", RECIPES, indirect=True)

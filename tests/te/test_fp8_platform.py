@@ -55,5 +55,7 @@ def test_fp8_without_transformer_engine_is_refused(monkeypatch):
     here = Platform("cpu", torch.device("cpu"), "gloo", has_transformer_engine=False, has_apex=False)
     monkeypatch.setattr(validate.platform, "current", lambda: here)
     config = load_config(Path("configs/nano/base.yaml"), ["model.fp8=tensorwise"])
-    with pytest.raises(PlatformError, match=r"model\.fp8 = tensorwise needs Transformer Engine and a GPU.*set model\.fp8=off"):
+    with pytest.raises(
+        PlatformError, match=r"model\.fp8 = tensorwise needs Transformer Engine and a GPU.*set model\.fp8=off"
+    ):
         validate.validate_platform(config)

@@ -1,7 +1,7 @@
 """RL in FP8 to the accuracy of float32, as docs/claims.md measures it. half an hour of a core a seed, so only when asked for:
 
-    python tools/run_claims.py --claims 1 --seeds 1 2 3                   # the bases, and float32's accuracy
-    R1MEGA_CLAIMS=runs/claims python -m pytest tests/te/test_fp8_zero.py
+python tools/run_claims.py --claims 1 --seeds 1 2 3                   # the bases, and float32's accuracy
+R1MEGA_CLAIMS=runs/claims python -m pytest tests/te/test_fp8_zero.py
 """
 
 import json
@@ -19,7 +19,9 @@ CLAIMS = os.environ.get("R1MEGA_CLAIMS")
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
-@pytest.mark.skipif(not CLAIMS, reason="hours of a core: set R1MEGA_CLAIMS to the folder of seed1, seed2, seed3 with a base in each")
+@pytest.mark.skipif(
+    not CLAIMS, reason="hours of a core: set R1MEGA_CLAIMS to the folder of seed1, seed2, seed3 with a base in each"
+)
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_zero_in_fp8_reaches_nine_tenths(tmp_path, seed):
     base = Path(CLAIMS).resolve() / f"seed{seed}" / "base"

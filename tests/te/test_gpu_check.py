@@ -1,6 +1,6 @@
 """The FP8 step of tools/gpu_check.py over the stand-in: by the command it runs on a GPU alone. Minutes, when asked for:
 
-    R1MEGA_CLAIMS=1 python -m pytest tests/te/test_gpu_check.py
+R1MEGA_CLAIMS=1 python -m pytest tests/te/test_gpu_check.py
 """
 
 from __future__ import annotations

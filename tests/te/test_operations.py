@@ -274,7 +274,9 @@ def test_grouped_gemm(transformer_engine, splits, fp8):
     for accumulate in (False, True):
         out = [normal(256, 128, seed=20 + i) for i in range(len(splits))]
         before = [o.double() * accumulate for o in out]
-        general_grouped_gemm(given[0], given[1], out, none, torch.float32, layout="NT", grad=True, accumulate=accumulate)
+        general_grouped_gemm(
+            given[0], given[1], out, none, torch.float32, layout="NT", grad=True, accumulate=accumulate
+        )
         sides = zip(values(parts[0], True), values(parts[1], True), before, out, strict=True)
         for p, g, held_before, found in sides:
             close(found, product(p, g, "NT") + held_before)
@@ -286,7 +288,11 @@ def test_grouped_gemm(transformer_engine, splits, fp8):
 @pytest.mark.parametrize("zero_centered", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rmsnorm(transformer_engine, tex, dtype, zero_centered):
-    x, weight, gradient = normal(3, 4, 33, dtype=dtype), normal(33, seed=1, dtype=dtype), normal(3, 4, 33, seed=2, dtype=dtype)
+    x, weight, gradient = (
+        normal(3, 4, 33, dtype=dtype),
+        normal(33, seed=1, dtype=dtype),
+        normal(3, 4, 33, seed=2, dtype=dtype),
+    )
     exact = [t.double().requires_grad_() for t in (x, weight)]
     gain = exact[1] + 1 if zero_centered else exact[1]
     expected = exact[0] / (exact[0].pow(2).mean(-1, keepdim=True) + 1e-3).sqrt() * gain
@@ -517,7 +523,9 @@ def test_absent_operations_raise_by_name(transformer_engine, tex):
 
     with pytest.raises(NotImplementedError, match="transformer_engine_torch.fused_rope_forward"):
         tex.fused_rope_forward(torch.zeros(1))
-    with pytest.raises(NotImplementedError, match="transformer_engine.pytorch.triton.cross_entropy.cross_entropy_forward"):
+    with pytest.raises(
+        NotImplementedError, match="transformer_engine.pytorch.triton.cross_entropy.cross_entropy_forward"
+    ):
         cross_entropy_forward(torch.zeros(1))
     with pytest.raises(AttributeError):
         tex.no_such_operation  # noqa: B018 (neither does the compiled module have it)

@@ -16,7 +16,9 @@ NOT_A_ROOM = {"__main__"}
 def modules() -> dict[str, Path]:
     """Every module of the package by its dotted name."""
     found = (REPOSITORY / "r1mega").rglob("*.py")
-    return {".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__"): path for path in found}
+    return {
+        ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__"): path for path in found
+    }
 
 
 def imports(module: str, tree: ast.AST, names: Mapping[str, Path]) -> Iterator[tuple[str, int]]:

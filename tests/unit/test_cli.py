@@ -174,7 +174,19 @@ def test_reward_math_scores_lines_in_order():
 def test_doctor_tells_machine_and_config(model, tmp_path):
     done = r1mega("doctor", "configs/nano/base.yaml")
     assert done.returncode == 0, done.stdout + done.stderr
-    for name in ("torch", "GPU", "megatron-core", "vllm", "Transformer Engine", "apex", "kernels", "bwrap", "MPI", "Slurm", "cores"):
+    for name in (
+        "torch",
+        "GPU",
+        "megatron-core",
+        "vllm",
+        "Transformer Engine",
+        "apex",
+        "kernels",
+        "bwrap",
+        "MPI",
+        "Slurm",
+        "cores",
+    ):
         assert re.search(rf"│ {re.escape(name)} ", done.stdout), name
     assert "this config can run here" in done.stdout
     broken = r1mega("doctor", ZERO, f"model.path={model}", f"data.prompts=[{tmp_path}/gone]", "model.fp8=blockwise")
@@ -223,5 +235,9 @@ def test_every_command_that_the_readme_shows_exists():
 
 def test_every_file_that_the_documentation_names_is_there():
     for page in (Path("README.md"), *sorted(Path("docs").glob("*.md"))):
-        named = set(re.findall(r"\b(?:configs|launch|tools|tests|docs|r1mega)/[\w./]+\.(?:yaml|sh|py|md|jsonl)\b", page.read_text()))
+        named = set(
+            re.findall(
+                r"\b(?:configs|launch|tools|tests|docs|r1mega)/[\w./]+\.(?:yaml|sh|py|md|jsonl)\b", page.read_text()
+            )
+        )
         assert not [file for file in sorted(named) if not Path(file).is_file()], page

@@ -54,7 +54,10 @@ def install(machine: Path, *arguments: str) -> tuple[int, str, list[str]]:
     """(exit code, what it said, calls of programs)"""
     path = f"{machine / 'bin'}:/usr/bin:/bin"
     done = subprocess.run(
-        ["bash", machine / "launch/install_cuda.sh", *arguments], capture_output=True, text=True, env={"PATH": path, "HOME": "/"}
+        ["bash", machine / "launch/install_cuda.sh", *arguments],
+        capture_output=True,
+        text=True,
+        env={"PATH": path, "HOME": "/"},
     )
     calls = (machine / "calls").read_text().splitlines() if (machine / "calls").exists() else []
     return done.returncode, done.stdout + done.stderr, [call.strip() for call in calls]
@@ -85,7 +88,9 @@ def test_apex_is_optional(machine):
 
 
 def test_what_was_built_for_another_torch_is_built_anew(machine):
-    (machine / ".venv/bin/python.says").write_text("ImportError: transformer_engine_torch.so: undefined symbol: _ZN3c10\n")
+    (machine / ".venv/bin/python.says").write_text(
+        "ImportError: transformer_engine_torch.so: undefined symbol: _ZN3c10\n"
+    )
     code, said, calls = install(machine)
     assert code == 0, said
     first, second = (call for call in calls if "transformer-engine-torch==2.20.2" in call)
@@ -133,7 +138,9 @@ def test_the_pins_resolve(machine, tmp_path, python):
          "--python-version", python],
         capture_output=True, text=True, env=os.environ | {"UV_HTTP_TIMEOUT": "60"}, timeout=300,
     )  # fmt: skip
-    if done.returncode and any(text in done.stderr for text in ("error sending request", "Failed to fetch", "dns error", "Connect")):
+    if done.returncode and any(
+        text in done.stderr for text in ("error sending request", "Failed to fetch", "dns error", "Connect")
+    ):
         pytest.skip(f"no package index is reachable: {done.stderr.splitlines()[0]}")
     assert done.returncode == 0, done.stderr
     pins = (ROOT / "requirements/cuda.txt").read_text().splitlines()

@@ -22,7 +22,15 @@ CONFIGS = sorted(
 
 def asked(path, **changes):
     return SimpleNamespace(
-        **{"config": path, "prompt_tokens": None, "mean": None, "cv": 0.0, "lengths": None, "dir": Path("none"), "steps": 2}
+        **{
+            "config": path,
+            "prompt_tokens": None,
+            "mean": None,
+            "cv": 0.0,
+            "lengths": None,
+            "dir": Path("none"),
+            "steps": 2,
+        }
         | changes
     )
 
@@ -37,7 +45,9 @@ def test_every_shipped_config_is_accepted(path):
     config = synthetic.synthetic_config(loaded, inputs, None)
     layout, rollout = config.parallel, getattr(config, "rollout", None)
     world = math.lcm(
-        layout.tp * layout.pp * layout.cp * (layout.dp or 1), layout.ep * layout.etp * layout.pp, rollout.tp if rollout else 1
+        layout.tp * layout.pp * layout.cp * (layout.dp or 1),
+        layout.ep * layout.etp * layout.pp,
+        rollout.tp if rollout else 1,
     )
     synthetic.check(config, inputs, source.parent, world)
     assert not inputs.directory.exists()
@@ -80,7 +90,9 @@ def test_each_sample_ends_at_its_own_length_and_comes_back_to_its_place():
         """Answers in reverse order, with as many tokens as it was told, saying what else it was told."""
 
         def stream(self, requests):
-            assert all(r.num_samples == 1 and r.sampling.stop_token_ids == () == r.sampling.stop_strings for r in requests)
+            assert all(
+                r.num_samples == 1 and r.sampling.stop_token_ids == () == r.sampling.stop_strings for r in requests
+            )
             for index in reversed(range(len(requests))):
                 request = requests[index]
                 response = Response(request.prompt_token_ids * request.sampling.max_tokens, (), "length")

@@ -13,7 +13,9 @@ class NanoTask(Section):
 
     num_train_prompts: PositiveInt = 4096
     num_eval_prompts: PositiveInt = 256
-    num_general: PositiveInt = 768  # requests that are no puzzles (data/nano_general.py): for SFT, preferences and align
+    num_general: PositiveInt = (
+        768  # requests that are no puzzles (data/nano_general.py): for SFT, preferences and align
+    )
     num_general_eval: PositiveInt = 64
 
 

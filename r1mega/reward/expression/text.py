@@ -119,8 +119,13 @@ _TEMPERATURE = re.compile(
 _TEMPERATURES = {"C": f" {OPEN_TEXT}celsius{CLOSE_TEXT}", "F": f" {OPEN_TEXT}fahrenheit{CLOSE_TEXT}"}
 _CURRENCY_NAME = re.compile(r"^(?:US|HK|Rs\.?|INR|USD|EUR|GBP)\s*(?=\d)")
 _IN_BASE = re.compile(
-    r"(?<=[0-9A-Za-z])\s*\(?" + OPEN_TEXT + r"?\s*\(?\s*(?:in\s+)?base[\s-]*" + CLOSE_TEXT + r"?\s*(\d+)\s*\)?"
-    + CLOSE_TEXT + r"?\)?\s*$"
+    r"(?<=[0-9A-Za-z])\s*\(?"
+    + OPEN_TEXT
+    + r"?\s*\(?\s*(?:in\s+)?base[\s-]*"
+    + CLOSE_TEXT
+    + r"?\s*(\d+)\s*\)?"
+    + CLOSE_TEXT
+    + r"?\)?\s*$"
 )
 _OTHER_THOUSANDS = re.compile(  # 12,34,567; 1.234.567; 12.345,67; 1'234'567
     r"(?P<indian>\d{1,2}(?:,\d{2})+,\d{3}(?:\.\d+)?)|(?P<points>\d{1,3}(?:\.\d{3}){2,}(?:,\d+)?|"
@@ -144,6 +149,8 @@ _AND_BOX = re.compile(OPEN_TEXT + r"\s*,?\s*(and|or|and/or)\s*,?\s*" + CLOSE_TEX
 _AND_WORD = re.compile(r"(?<![A-Za-z\\])(and|or)(?![A-Za-z])|或|和|与|及|且")
 _SPACED_DIGITS = re.compile(r"(?<![\d.,])\d{1,3}(?: \d{3})+(?![\d]| *\d)")
 _BOX = re.compile(OPEN_TEXT + "([^" + CLOSE_TEXT + "]*)" + CLOSE_TEXT)
+
+
 def _box(match: re.Match[str]) -> str:
     """\\text{...}: numbers and formulas written as text are unwrapped, words stay marked, lists are split."""
     command, content = match.groups()

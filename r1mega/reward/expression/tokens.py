@@ -52,7 +52,10 @@ _TOKEN = re.compile(
     + CLOSE_TEXT
     + "]*)"
     + CLOSE_TEXT
-    + r"|(?P<word>[A-Za-z]+)|(?P<operator><=|>=|=<|!=|==|=>|[-+*/^_()\[\]{}|!',;:=<>%&.‰" + AND_MARK + OR_MARK + "])"
+    + r"|(?P<word>[A-Za-z]+)|(?P<operator><=|>=|=<|!=|==|=>|[-+*/^_()\[\]{}|!',;:=<>%&.‰"
+    + AND_MARK
+    + OR_MARK
+    + "])"
 )
 _OPERATOR_SPELLING = {"=<": "<=", "==": "="}
 

@@ -45,7 +45,16 @@ def _numbered(name: str, *members: str) -> type[enum.IntEnum]:
 
 # what an attention is described by
 NVTE_QKV_Format = _numbered(
-    "NVTE_QKV_Format", "SBHD", "BSHD", "THD", "BSHD_2SBHD", "SBHD_2BSHD", "THD_2BSHD", "THD_2SBHD", "BHSD", "QKV_Format_NOT_SET"
+    "NVTE_QKV_Format",
+    "SBHD",
+    "BSHD",
+    "THD",
+    "BSHD_2SBHD",
+    "SBHD_2BSHD",
+    "THD_2BSHD",
+    "THD_2SBHD",
+    "BHSD",
+    "QKV_Format_NOT_SET",
 )
 NVTE_QKV_Layout = _numbered(
     "NVTE_QKV_Layout",

@@ -63,7 +63,8 @@ def rewrite(source: str) -> str:
     source = source.replace('torch.device("cuda", torch.cuda.current_device())', 'torch.device("cpu")')
     source = source.replace("torch.version.cuda", '"13.0"')
     source = source.replace(
-        "from torch.cuda import _lazy_call, _lazy_init", "_lazy_call, _lazy_init = (lambda call: call()), (lambda: None)"
+        "from torch.cuda import _lazy_call, _lazy_init",
+        "_lazy_call, _lazy_init = (lambda call: call()), (lambda: None)",
     )
     source = rewrite_for_cpu(source)
     source = re.sub(r"(['\"])cuda\1", '"cpu"', source)
@@ -105,7 +106,9 @@ class Finder(importlib.abc.MetaPathFinder):
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None):
         """See importlib. None for everything but Transformer Engine's modules."""
         if fullname == extension.NAME:
-            return importlib.util.spec_from_loader(fullname, _Given(extension.make(self.directory / PACKAGE / "pytorch")))
+            return importlib.util.spec_from_loader(
+                fullname, _Given(extension.make(self.directory / PACKAGE / "pytorch"))
+            )
         if fullname.partition(".")[0] != PACKAGE:
             return None
         if fullname in WITHOUT_FILES:

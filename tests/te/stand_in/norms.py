@@ -31,7 +31,12 @@ def rmsnorm_fwd(
 
 
 def rmsnorm_bwd(
-    dz: torch.Tensor, x: torch.Tensor, rsigma: torch.Tensor, gamma: torch.Tensor, sm_margin: int, zero_centered_gamma: bool
+    dz: torch.Tensor,
+    x: torch.Tensor,
+    rsigma: torch.Tensor,
+    gamma: torch.Tensor,
+    sm_margin: int,
+    zero_centered_gamma: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(gradient of x, gradient of the weight), from the gradient of the output."""
     values, gradient = x.detach().float(), dz.float()

@@ -20,9 +20,7 @@ def make_row_id_map(routing_map: torch.Tensor, num_tokens: int, num_experts: int
     order = torch.where(routed, torch.arange(num_experts), -1).argsort(dim=1, descending=True, stable=True)
     counts = routed.sum(1, keepdim=True)
     taken = torch.arange(num_experts) < counts
-    return torch.cat(
-        [rows.gather(1, order).where(taken, -1), order.int().where(taken, -1), counts.int()], 1
-    ).int()
+    return torch.cat([rows.gather(1, order).where(taken, -1), order.int().where(taken, -1), counts.int()], 1).int()
 
 
 def _places(row_id_map: torch.Tensor, num_experts: int, pad_offsets: torch.Tensor | None) -> tuple[torch.Tensor, ...]:

@@ -18,7 +18,9 @@ from tests.te.stand_in.enums import TORCH_DTYPES
 BLOCK = 128
 
 
-def scale_of(largest: torch.Tensor, fp8: torch.dtype, power_of_two: bool, epsilon: float, if_infinite: float) -> torch.Tensor:
+def scale_of(
+    largest: torch.Tensor, fp8: torch.dtype, power_of_two: bool, epsilon: float, if_infinite: float
+) -> torch.Tensor:
     """The factors that bring magnitudes of at most `largest` to fp8's range: its maximum / largest, or the power of two below.
 
     1 where largest is 0 or not finite; `if_infinite` where the factor is none of float32's.
@@ -71,9 +73,7 @@ def _fill_tensorwise(tensor: torch.Tensor, quantizer: Any, output: Any) -> None:
     largest = values.abs().max() if values.numel() else torch.zeros(())
     if quantizer.with_amax_reduction:
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=quantizer.amax_reduction_group)
-    scale = scale_of(
-        largest, fp8, quantizer.force_pow_2_scales, quantizer.amax_epsilon, torch.finfo(torch.float32).max
-    )
+    scale = scale_of(largest, fp8, quantizer.force_pow_2_scales, quantizer.amax_epsilon, torch.finfo(torch.float32).max)
     data = to_fp8(values * scale, fp8)
     output._scale_inv.copy_(1 / scale)
     if output._data is not None:
@@ -109,15 +109,16 @@ def _blocks(matrix: torch.Tensor, quantizer: Any, height: int) -> tuple[torch.Te
     padded = pad(matrix.float(), (0, -columns % BLOCK, 0, -rows % height))
     tiles = padded.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, height))  # [rows, height, columns, block]
     largest = tiles.abs().amax((1, 3), keepdim=True)
-    scale = scale_of(
-        largest, fp8, quantizer.force_pow_2_scales, quantizer.amax_epsilon, torch.finfo(matrix.dtype).max
-    )
+    scale = scale_of(largest, fp8, quantizer.force_pow_2_scales, quantizer.amax_epsilon, torch.finfo(matrix.dtype).max)
     data = to_fp8(tiles * scale, fp8).flatten(2, 3).flatten(0, 1)[:rows, :columns]
     return data, (1 / scale)[:, 0, :, 0]
 
 
 def split_quantize(
-    tensor: torch.Tensor, split_sections: Sequence[int], quantizer_list: Sequence[Any], disable_bulk_allocation: bool = False
+    tensor: torch.Tensor,
+    split_sections: Sequence[int],
+    quantizer_list: Sequence[Any],
+    disable_bulk_allocation: bool = False,
 ) -> list[Any]:
     """Consecutive groups of rows, each quantized on its own."""
     parts = torch.split(tensor, list(split_sections))

@@ -26,7 +26,9 @@ def make_case(seed=0):
         old=old,
         sampler=old + noise(0.4),
         reference=log_probs + noise(0.3),
-        advantages=torch.repeat_interleave(torch.tensor([1.2, -0.7, 0.4, -1.1], dtype=torch.float64), torch.tensor(LENGTHS)),
+        advantages=torch.repeat_interleave(
+            torch.tensor([1.2, -0.7, 0.4, -1.1], dtype=torch.float64), torch.tensor(LENGTHS)
+        ),
         sequence_ids=torch.repeat_interleave(torch.arange(4), torch.tensor(LENGTHS)),
     )
 
@@ -59,7 +61,11 @@ def brute_force(x, case, *, low, high, ratio, aggregation, beta, cap):
 
 @pytest.mark.parametrize(
     ("ratio", "aggregation", "beta", "cap", "high"),
-    list(itertools.product(["token", "sequence"], ["sequence", "token", "constant"], [None, 0.05], [None, 1.1], [0.2, 10.0])),
+    list(
+        itertools.product(
+            ["token", "sequence"], ["sequence", "token", "constant"], [None, 0.05], [None, 1.1], [0.2, 10.0]
+        )
+    ),
 )
 def test_loss_and_gradient_equal_brute_force(ratio, aggregation, beta, cap, high):
     case = make_case()

@@ -96,7 +96,9 @@ def test_a_restored_run_continues_bitwise(tmp_path: Path, dtype, saved):
     after = [whole.step(reference) for _ in range(2)]
     assert first[0] > first[1] > after[1]  # it learns, so that equal losses say something
 
-    restored = Run(dtype, None, dict(METADATA))  # with Megatron's own loading; r1mega's: tests/dist/test_optimizer_state.py
+    restored = Run(
+        dtype, None, dict(METADATA)
+    )  # with Megatron's own loading; r1mega's: tests/dist/test_optimizer_state.py
     state = dist_checkpointing.load(restored.state(is_loading=True), str(tmp_path))
     restored.model.load_state_dict(state["model"])
     restored.optimizer.load_state_dict(state["optimizer"])

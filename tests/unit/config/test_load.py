@@ -25,7 +25,9 @@ def write(directory, text, name="zero.yaml"):
     return path
 
 
-@pytest.mark.parametrize("path", sorted({*Path("configs").rglob("*.yaml")} - {*Path("configs").rglob("r1.yaml")}), ids=str)
+@pytest.mark.parametrize(
+    "path", sorted({*Path("configs").rglob("*.yaml")} - {*Path("configs").rglob("r1.yaml")}), ids=str
+)
 def test_every_shipped_config_loads_and_survives_a_round_trip(path, tmp_path):
     config = load_config(path)
     assert isinstance(config, Stage)
@@ -51,15 +53,27 @@ def test_the_later_include_wins(tmp_path):
 @pytest.mark.parametrize(
     ("text", "overrides", "message"),
     [
-        (ZERO.replace("top_p", "top_pp"), [], r"zero\.yaml:8: unknown key rollout\.top_pp; did you mean rollout\.top_p\?"),
+        (
+            ZERO.replace("top_p", "top_pp"),
+            [],
+            r"zero\.yaml:8: unknown key rollout\.top_pp; did you mean rollout\.top_p\?",
+        ),
         (ZERO, ["lr=3"], r"command line: unknown key lr; there is optimizer\.lr"),
         (ZERO, ["rolout.top_p=1"], r"command line: unknown key rolout; did you mean rollout\?"),
         (ZERO.replace("0.9", "lots"), [], r"zero\.yaml:8: rollout\.top_p = 'lots': .*number"),
         (ZERO, ["rollout.top_p=1.5"], r"command line: rollout\.top_p = 1\.5: .*less than or equal to 1"),
-        (ZERO.replace("stage: zero", "stage: zer0"), [], r"zero\.yaml:2: stage is 'zer0'; it must be one of base, zero"),
+        (
+            ZERO.replace("stage: zero", "stage: zer0"),
+            [],
+            r"zero\.yaml:2: stage is 'zer0'; it must be one of base, zero",
+        ),
         (ZERO.replace("run_dir: runs/x\n", ""), [], "run_dir is missing"),
         (ZERO + "\n  - broken", [], r"zero\.yaml:\d+: not YAML"),
-        (ZERO, ["seed=1", "data.template={{ question }}"], r"command line: 'data\.template=\{\{ question \}\}': not YAML \(found unhashable key"),
+        (
+            ZERO,
+            ["seed=1", "data.template={{ question }}"],
+            r"command line: 'data\.template=\{\{ question \}\}': not YAML \(found unhashable key",
+        ),
         (ZERO, ["optimizer.beta1=1"], r"optimizer\.beta1 = 1: .*less than 1"),
         (ZERO, ["novalue"], r"'novalue' is not of the form key\.sub=value"),
         ("include: zero.yaml\n" + ZERO, [], "includes itself"),

@@ -42,7 +42,12 @@ def test_the_documentations_example_could_run(tmp_path):
     pipeline = load_pipeline(tmp_path / "mine.yaml")
     check_pipeline(pipeline, list(pipeline.nodes), dry_run=True)
     zero = pipeline.nodes["zero"]
-    assert (zero.parents, zero.ranks, zero.config.steps, str(zero.config.run_dir)) == (("base",), 2, 20, "runs/mine/zero")
+    assert (zero.parents, zero.ranks, zero.config.steps, str(zero.config.run_dir)) == (
+        ("base",),
+        2,
+        20,
+        "runs/mine/zero",
+    )
 
 
 def test_a_moved_pipeline_moves_what_is_brought_to_it_too():
@@ -56,7 +61,9 @@ def test_a_moved_pipeline_moves_what_is_brought_to_it_too():
 def test_a_layout_for_2048_ranks_could_run(path, tmp_path):
     file = tmp_path / "r1.yaml"
     external = "external: {models: configs/deepseek_v3_671b/model, data: null}"
-    file.write_text(f"name: large\ndir: {tmp_path}\n{external}\nnodes:\n  zero: {{config: {path.resolve()}, ranks: 2048}}\n")
+    file.write_text(
+        f"name: large\ndir: {tmp_path}\n{external}\nnodes:\n  zero: {{config: {path.resolve()}, ranks: 2048}}\n"
+    )
     check_pipeline(load_pipeline(file), ["zero"], dry_run=True)
 
 
@@ -71,13 +78,17 @@ def test_edges_follow_from_paths(two):
 
 
 def test_overrides_of_the_file_and_of_the_command_line(two):
-    zero = load_pipeline(two, ["zero.rollout.temperature=0.7", "overrides.seed=5", "zero.observe.tensorboard=false"]).nodes["zero"]
+    zero = load_pipeline(
+        two, ["zero.rollout.temperature=0.7", "overrides.seed=5", "zero.observe.tensorboard=false"]
+    ).nodes["zero"]
     assert (zero.config.steps, zero.config.rollout.temperature, zero.config.reward.format.weight) == (7, 0.7, 0.3)
     assert zero.config.seed == 5 and zero.config.observe.tensorboard is False
     assert load_pipeline(two, ["overrides.seed=5"]).nodes["base"].config.seed == 5
 
 
-@pytest.mark.parametrize("text", ["User: {{ question }} Assistant:", "[{{ question }}]", "7", "null", "a 'b' \"c\" 试 #"])
+@pytest.mark.parametrize(
+    "text", ["User: {{ question }} Assistant:", "[{{ question }}]", "7", "null", "a 'b' \"c\" 试 #"]
+)
 def test_a_text_in_the_files_overrides_stays_that_text(two, text):
     override = json.dumps({"data": {"template": text}}, ensure_ascii=False)
     two.write_text(two.read_text().replace("{steps: 7,", f"{{steps: 7, {override[1:-1]},"))
@@ -88,7 +99,9 @@ def test_a_text_in_the_files_overrides_stays_that_text(two, text):
 def test_data_is_decontaminated_against_every_evaluation_set(path):
     """What any node of a shipped recipe is evaluated on, its data stages leave out."""
     configs = [node.config for node in load_pipeline(path).nodes.values()]
-    evaluated = {task.data for config in configs if isinstance(config, EvaluateStage) for task in config.chosen.values()}
+    evaluated = {
+        task.data for config in configs if isinstance(config, EvaluateStage) for task in config.chosen.values()
+    }
     evaluated |= {config.evaluate.data for config in configs if isinstance(config, RLStage) and config.evaluate.data}
     makers = [config for config in configs if isinstance(config, FactoryStage)]
     assert makers and evaluated

@@ -22,7 +22,11 @@ def run(tmp_path):
     (tmp_path / "hf/model.safetensors").touch()
     (tmp_path / "hf/tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a": 0, "b": 447}}}))
     (tmp_path / "data.jsonl").touch()
-    given = [f"model.path={tmp_path}/hf", f"data.prompts=[{tmp_path}/data.jsonl]", f"evaluate.data={tmp_path}/data.jsonl"]
+    given = [
+        f"model.path={tmp_path}/hf",
+        f"data.prompts=[{tmp_path}/data.jsonl]",
+        f"evaluate.data={tmp_path}/data.jsonl",
+    ]
 
     def check(*overrides, world=1):
         validate(load_config(Path("configs/nano/zero.yaml"), [*given, *overrides]), world)
@@ -49,35 +53,71 @@ def test_shipped_nano_config_for_four_ranks_is_valid(run):
         (["evaluate.data=gone.jsonl"], 1, r"evaluate\.data: gone\.jsonl is missing"),
         (["parallel.tp=3"], 3, r"parallel\.tp = 3 does not divide the model's num_attention_heads = 4; 2 would"),
         (["parallel.ep=3"], 3, r"parallel\.ep = 3 does not divide the model's n_routed_experts = 8"),
-        (["parallel.pp=2"], 2, r"parallel\.pp \* vpp = 2 does not divide the model's num_hidden_layers = 3; 1 would, or set parallel\.layers_per_stage"),
+        (
+            ["parallel.pp=2"],
+            2,
+            r"parallel\.pp \* vpp = 2 does not divide the model's num_hidden_layers = 3; 1 would, or set parallel\.layers_per_stage",
+        ),
         (["parallel.pp=2", "parallel.layers_per_stage=[2,2]"], 2, r"adds up to 4 layers.*is 3: take away 1"),
         (["parallel.pp=2", "parallel.layers_per_stage=[3]"], 2, r"has 1 numbers; parallel\.pp \* vpp = 2 \* 1 wants 2"),
         (["parallel.vpp=2"], 1, r"parallel\.vpp = 2 wants parallel\.pp > 1"),
         (["parallel.tp=2", "parallel.sp=false"], 2, r"needs sequence parallelism; leave sp out"),
-        (["model.mtp_loss_coefficient=0.1", "model.log_probs=hidden"], 1, r"model\.log_probs = hidden wants .*no MTP loss"),
-        (["model.fp8_skip_first_layers=1"], 1, r"fp8_skip_first_layers = 1.*leave layers out of FP8, and model\.fp8 = off"),
-        (["model.fp8=blockwise", "model.fp8_skip_first_layers=2", "model.fp8_skip_last_layers=1"], 1,
-         r"leave none of the model's 3 layers in FP8; set model\.fp8=off"),
-        (["model.fp8=blockwise", "model.fp8_skip_last_layers=2", "parallel.pp=2", "parallel.layers_per_stage=[1,2]"], 2,
-         r"fp8_skip_last_layers = 2: Megatron takes at most num_hidden_layers // parallel\.pp = 1"),
-        (["model.fp8=tensorwise", "parallel.etp=8"], 8, r"moe_intermediate_size / parallel\.etp = 8 is 8.*want multiples of 16"),
+        (
+            ["model.mtp_loss_coefficient=0.1", "model.log_probs=hidden"],
+            1,
+            r"model\.log_probs = hidden wants .*no MTP loss",
+        ),
+        (
+            ["model.fp8_skip_first_layers=1"],
+            1,
+            r"fp8_skip_first_layers = 1.*leave layers out of FP8, and model\.fp8 = off",
+        ),
+        (
+            ["model.fp8=blockwise", "model.fp8_skip_first_layers=2", "model.fp8_skip_last_layers=1"],
+            1,
+            r"leave none of the model's 3 layers in FP8; set model\.fp8=off",
+        ),
+        (
+            ["model.fp8=blockwise", "model.fp8_skip_last_layers=2", "parallel.pp=2", "parallel.layers_per_stage=[1,2]"],
+            2,
+            r"fp8_skip_last_layers = 2: Megatron takes at most num_hidden_layers // parallel\.pp = 1",
+        ),
+        (
+            ["model.fp8=tensorwise", "parallel.etp=8"],
+            8,
+            r"moe_intermediate_size / parallel\.etp = 8 is 8.*want multiples of 16",
+        ),
         (["parallel.tp=2"], 3, r"3 processes cannot be divided by tp \* pp \* cp = 2"),
         (["parallel.dp=3"], 2, r"parallel\.dp = 3.*wants 3 processes, there are 2"),
         (["rollout.tp=2"], 3, r"rollout\.tp = 2 does not divide the 3 processes"),
         (["rollout.tp=8"], 8, r"rollout\.tp = 8 does not divide the model's num_attention_heads = 4; 4 would"),
         (["rollout.dp=2"], 4, r"rollout\.dp = 2 with rollout\.tp = 1 wants 2 processes, there are 4; leave dp out"),
         (["rollout.ep=2"], 2, r"rollout\.ep = 2: .* it is 1 or rollout\.tp = 1 .*planned"),
-        (["rollout.max_batched_tokens=255"], 1, r"rollout\.max_batched_tokens = 255 is below rollout\.max_num_seqs = 256"),
-        (["rollout.tp=2", "rollout.ep=2", "rollout.engine=transformers"], 2, r"rollout\.ep = 2 wants rollout\.engine = vllm"),
+        (
+            ["rollout.max_batched_tokens=255"],
+            1,
+            r"rollout\.max_batched_tokens = 255 is below rollout\.max_num_seqs = 256",
+        ),
+        (
+            ["rollout.tp=2", "rollout.ep=2", "rollout.engine=transformers"],
+            2,
+            r"rollout\.ep = 2 wants rollout\.engine = vllm",
+        ),
         (["rollout.num_prompts=2"], 4, r"raise it to at least 4"),
         (["update.num_minibatches=3"], 1, r"256 responses cannot be divided into update\.num_minibatches = 3"),
         (["rollout.max_response_tokens=1000"], 1, r"max_position_embeddings is 256; lower their sum to at most 255"),
-        (["update.microbatch_tokens=64", "data.max_prompt_tokens=30", "rollout.max_response_tokens=70"], 1,
-         r"microbatch_tokens = 64.*= 100; raise it"),
+        (
+            ["update.microbatch_tokens=64", "data.max_prompt_tokens=30", "rollout.max_response_tokens=70"],
+            1,
+            r"microbatch_tokens = 64.*= 100; raise it",
+        ),
         (["algorithm.importance_cap=2"], 1, r"wants algorithm\.old_log_probs=recompute"),
         (["rollout.top_p=0.9"], 1, r"set rollout\.top_p=1, or .* algorithm\.old_log_probs=recompute$"),
-        (["rollout.top_p=0.9", "algorithm.old_log_probs=recompute", "algorithm.importance_cap=2"], 1,
-         r"set rollout\.top_p=1, or .* and leave algorithm\.importance_cap out$"),
+        (
+            ["rollout.top_p=0.9", "algorithm.old_log_probs=recompute", "algorithm.importance_cap=2"],
+            1,
+            r"set rollout\.top_p=1, or .* and leave algorithm\.importance_cap out$",
+        ),
         (["rollout.group_size=1"], 1, r"at least 2 responses"),
         (["model.force_expert_balance=true"], 1, r"force_expert_balance.*bench_throughput.py --synthetic"),
     ],
@@ -113,7 +153,13 @@ def test_the_generators_layout_of_other_models():
         rollout = SimpleNamespace(engine="vllm", tp=tp, ep=ep, dp=None, max_num_seqs=1, max_batched_tokens=1)
         return "\n".join(generator_problems(rollout, tp, hf))
 
-    grouped = {"model_type": "qwen2", "num_attention_heads": 12, "num_key_value_heads": 2, "intermediate_size": 48, "vocab_size": 1000}
+    grouped = {
+        "model_type": "qwen2",
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "intermediate_size": 48,
+        "vocab_size": 1000,
+    }
     assert problems(grouped, 2) == problems(grouped, 4) == ""  # two ranks hold a group each, or two share one
     assert "rollout.tp = 3 neither divides the model's num_key_value_heads = 2" in problems(grouped, 3)
     assert "rollout.ep = 2: a model without experts wants 1" in problems(grouped, 2, 2)
@@ -126,7 +172,9 @@ def test_the_generators_layout_of_other_models():
     assert "rollout.tp = 12 does not divide the model's moe_intermediate_size = 20" in problems(experts, 12)
     assert "rollout.ep = 3 does not divide the model's n_routed_experts = 16; 2 would" in problems(experts, 3, 3)
     assert "n_shared_experts * moe_intermediate_size = 40" in problems(experts, 3, 3)
-    assert "rollout.tp = 3 does not divide the vocabulary, 1024 rows" in problems(grouped | {"num_key_value_heads": 3}, 3)
+    assert "rollout.tp = 3 does not divide the vocabulary, 1024 rows" in problems(
+        grouped | {"num_key_value_heads": 3}, 3
+    )
 
 
 def test_all_problems_at_once(run):
@@ -138,7 +186,10 @@ def test_all_problems_at_once(run):
 def test_tokenizer_must_be_there_and_fit_the_vocabulary(run, tmp_path):
     tokenizer = tmp_path / "hf/tokenizer.json"
     for content, message in (
-        ({"model": {"vocab": {"a": 0}}, "added_tokens": [{"id": 448, "content": "<x>"}]}, r"ids up to 448.*vocab_size is 448"),
+        (
+            {"model": {"vocab": {"a": 0}}, "added_tokens": [{"id": 448, "content": "<x>"}]},
+            r"ids up to 448.*vocab_size is 448",
+        ),
         ({"model": {"vocab": [["a", 0.0]] * 449}}, r"ids up to 448"),
         ({"model": {"vocab": {"a": 448}}}, r"at most 448 tokens"),
     ):

@@ -11,7 +11,14 @@ GOOD = Candidate(
     "p/0", "p", "What is 2 + 3?", "<think>First I take two. Then I add three, which gives five.</think>\n<answer>5</answer>",
     "math", "en", "r1_zero", "test", tokens=30, parts={"accuracy": 1.0, "format": 1.0},
 )  # fmt: skip
-CONFIG = FilterConfig(max_tokens=40, min_tokens=10, min_language_share=0.9, max_paragraph_chars=60, repetition_ngram=3, max_repeated_share=0.1)
+CONFIG = FilterConfig(
+    max_tokens=40,
+    min_tokens=10,
+    min_language_share=0.9,
+    max_paragraph_chars=60,
+    repetition_ngram=3,
+    max_repeated_share=0.1,
+)
 
 
 def response(reasoning):
@@ -57,14 +64,21 @@ def test_what_is_switched_off_takes_nothing(key, value, name):
 
 def test_a_part_that_the_kind_does_not_have_is_not_asked_for():
     config = CONFIG.model_copy(update={"min_parts": {"accuracy": 1.0, "judge": 0.5}})
-    candidates = [GOOD, dataclasses.replace(GOOD, id="j", parts={"judge": 0.2}), dataclasses.replace(GOOD, id="k", parts={"judge": 0.5})]
+    candidates = [
+        GOOD,
+        dataclasses.replace(GOOD, id="j", parts={"judge": 0.2}),
+        dataclasses.replace(GOOD, id="k", parts={"judge": 0.5}),
+    ]
     kept, _ = apply_filters(candidates, build_filters(config))
     assert [c.id for c in kept] == ["p/0", "k"]
 
 
 def test_code_and_paragraphs_of_the_answer_do_not_count():
     answer = "<think>I write it.</think>\n<answer>```python\n" + "x = 1; " * 50 + "```</answer>"
-    kept, _ = apply_filters([dataclasses.replace(GOOD, response=answer)], build_filters(CONFIG.model_copy(update={"max_repeated_share": 1.0})))
+    kept, _ = apply_filters(
+        [dataclasses.replace(GOOD, response=answer)],
+        build_filters(CONFIG.model_copy(update={"max_repeated_share": 1.0})),
+    )
     assert len(kept) == 1
 
 

@@ -20,7 +20,9 @@ def tokenizer_dir(tmp_path_factory):
 
 def parse(question):
     """(candidates, operands) of a question, by reading its text."""
-    listed, operands = re.fullmatch(r"(?:which of|哪个 之中) ([a-d\d ]+?) (?:makes|使) \? ([+\-\d ]+) = 10", question).groups()
+    listed, operands = re.fullmatch(
+        r"(?:which of|哪个 之中) ([a-d\d ]+?) (?:makes|使) \? ([+\-\d ]+) = 10", question
+    ).groups()
     assert listed.split()[::2] == ["a", "b", "c", "d"]
     return listed.split()[1::2], operands.split()
 
@@ -68,7 +70,9 @@ def test_the_corpus_has_every_quality():
     assert accuracy("search") == 1.0
     assert 0.15 < accuracy("direct") < 0.25
     assert 0.2 < accuracy(None) < 0.4
-    mixed = [t for t in (nano.trace(p, rng) for p in drawn) if re.search(r"[a-z]{3,} .*[一-鿿]|[一-鿿].* (try|is|no)", t)]
+    mixed = [
+        t for t in (nano.trace(p, rng) for p in drawn) if re.search(r"[a-z]{3,} .*[一-鿿]|[一-鿿].* (try|is|no)", t)
+    ]
     assert 0.05 < len(mixed) / len(drawn) < 0.6
     broken = [t for t in (nano.trace(p, rng) for p in drawn) if t.count("<think>") * t.count("</answer>") != 1]
     assert 0 < len(broken) / len(drawn) < 0.2
@@ -88,7 +92,13 @@ def test_every_word_of_the_task_is_one_token(tokenizer_dir):
 
 @pytest.mark.parametrize(
     "text",
-    ["Janet’s ducks lay 16 eggs: $2 each.\nHow much?", "\\frac{1}{2}  two  spaces", "你好，世界 \t tab", "<think>no space", "🙂 100 +10"],
+    [
+        "Janet’s ducks lay 16 eggs: $2 each.\nHow much?",
+        "\\frac{1}{2}  two  spaces",
+        "你好，世界 \t tab",
+        "<think>no space",
+        "🙂 100 +10",
+    ],
 )
 def test_any_text_survives_and_transformers_agrees(tokenizer_dir, text):
     from transformers import AutoTokenizer

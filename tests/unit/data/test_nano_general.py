@@ -32,9 +32,14 @@ def test_files(tmp_path, tokenizer):
     for split, count in (("train", 200), ("eval", 40)):
         nano_general.write_general(tmp_path, 1, count, split)
     files = {p.stem: [json.loads(line) for line in p.read_text().splitlines()] for p in tmp_path.glob("*.jsonl")}
-    asked = {name: {tuple(line["question"].split()[1:]) for line in files[name]} for name in ("general_train", "general_eval")}
+    asked = {
+        name: {tuple(line["question"].split()[1:]) for line in files[name]}
+        for name in ("general_train", "general_eval")
+    }
     assert len(files["general_train"]) == 200 and not asked["general_train"] & asked["general_eval"]
-    assert [line["answer"] for line in files["general_gold_eval"]] == [line["reference"] for line in files["general_eval"]]
+    assert [line["answer"] for line in files["general_gold_eval"]] == [
+        line["reference"] for line in files["general_eval"]
+    ]
     for line in files["preference_train"]:
         assert line["chosen"] != line["rejected"]
     lengths = [len(line["chosen"].split()) - len(line["rejected"].split()) for line in files["preference_train"]]

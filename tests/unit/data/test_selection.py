@@ -149,7 +149,9 @@ def test_mix_and_samples_of_a_prompt(caplog):
 
 
 def test_files_and_card_tell_the_same(tmp_path):
-    kept = [candidate(p, s) for p in range(3) for s in range(2)] + [candidate("g", 0, kind="general", merged=True, language="zh", tokens=4, licence="CC0")]
+    kept = [candidate(p, s) for p in range(3) for s in range(2)] + [
+        candidate("g", 0, kind="general", merged=True, language="zh", tokens=4, licence="CC0")
+    ]
     write_data(kept, tmp_path)
     lines = [item for _, item in read_lines(tmp_path / "train.jsonl")]
     assert lines == [item for _, item in read_lines(tmp_path / "train.parquet")]
@@ -167,7 +169,11 @@ def test_files_and_card_tell_the_same(tmp_path):
     write_card(card, tmp_path)
     assert json.loads((tmp_path / "card.json").read_text()) == card
     text = card_markdown(card)
-    for row in ("| low accuracy | 20 | 5 | 25.0% |", "| general | 1 | 14.3% |", f"| prompts | {tmp_path}/train.jsonl | 7 | MIT |"):
+    for row in (
+        "| low accuracy | 20 | 5 | 25.0% |",
+        "| general | 1 | 14.3% |",
+        f"| prompts | {tmp_path}/train.jsonl | 7 | MIT |",
+    ):
         assert row in text
     with pytest.raises(DataError, match="no sample passed the filters"):
         write_data([], tmp_path)

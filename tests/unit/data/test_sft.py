@@ -77,7 +77,9 @@ def test_parquet_gives_the_same_as_jsonl(plain, tmp_path):
     names = sorted({name for line in LINES for name in line})
     Dataset.from_dict({name: [line.get(name) for line in LINES] for name in names}).to_parquet(parquet)
     assert [item for _, item in read_lines(jsonl)] == [item for _, item in read_lines(parquet)]
-    sets = [SFTDataset(build_token_file(SFTData(files=(f,)), tokenizer, tmp_path / f.suffix[1:])) for f in (jsonl, parquet)]
+    sets = [
+        SFTDataset(build_token_file(SFTData(files=(f,)), tokenizer, tmp_path / f.suffix[1:])) for f in (jsonl, parquet)
+    ]
     assert [sets[0].sample(i, 0.0) for i in range(2)] == [sets[1].sample(i, 0.0) for i in range(2)]
 
 

@@ -175,7 +175,9 @@ def test_rating_of_rated_problems():
 @pytest.mark.parametrize("columns", ["40", "200"])
 def test_a_printed_table_shows_every_figure_whole(columns, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", columns)
-    Table("t", ("task", "95% interval", "rating"), (("puzzles", "0.264-0.332", "–"), ("math_500", "0.8-0.9", "–"))).print()
+    Table(
+        "t", ("task", "95% interval", "rating"), (("puzzles", "0.264-0.332", "–"), ("math_500", "0.8-0.9", "–"))
+    ).print()
     lines = capsys.readouterr().out.splitlines()
     assert [line.split() for line in lines[-2:]] == [["puzzles", "0.264-0.332"], ["math_500", "0.8-0.9"]]
     assert "rating" not in "".join(lines)

@@ -209,7 +209,9 @@ def test_an_engine_a_process_says_the_same_as_two_in_one(config, run_dir, tmp_pa
     assert anew not in run(path)
     output = run(path, f"run_dir={tmp_path / 'one'}", num_ranks=2, program=worker)
     assert output.count(anew) == 1, output
-    results = [json.loads((tmp_path / name / "results.json").read_text())["checkpoints"] for name in ("evaluation", "one")]
+    results = [
+        json.loads((tmp_path / name / "results.json").read_text())["checkpoints"] for name in ("evaluation", "one")
+    ]
     assert len(results[0]) == 2 and results[0] == results[1]
     for name in (checkpoint["name"] for checkpoint in results[0]):
         ours, theirs = (read_result(tmp_path / run / name / "pens/result.json").rows for run in ("evaluation", "one"))

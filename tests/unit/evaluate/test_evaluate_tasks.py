@@ -158,7 +158,11 @@ def test_ids_are_unique(tmp_path):
         ("mmlu", '{"question": "?", "choices": ["a"], "answer": "A"}', r":2: 'choices' must be a list of 2 to 10"),
         ("mbpp", '{"task_id": 1, "text": "?", "test_list": []}', r":2: 'test_list' must be"),
         ("ifeval", '{"key": 1, "prompt": "?", "instruction_id_list": ["a"], "kwargs": []}', r":2: 'instruction_id_li"),
-        ("prompts", '{"question": "?", "answer": "1", "kind": "poem"}', r":2: kind 'poem' has no reward; known are math"),
+        (
+            "prompts",
+            '{"question": "?", "answer": "1", "kind": "poem"}',
+            r":2: kind 'poem' has no reward; known are math",
+        ),
         ("prompts", '{"question": "?", "answer": 1}', r":2: 'answer' is 1: it must be a text"),
         ("prompts", '{"question": "?", "answer": "1", "language": 7}', r":2: 'language' is 7, not a text"),
     ],

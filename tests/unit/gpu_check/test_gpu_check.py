@@ -190,7 +190,9 @@ def test_a_wheel_that_is_none_is_named(tmp_path):
 
 def test_what_ends_the_command_ends_the_step_and_keeps_the_results(tmp_path):
     process = subprocess.Popen(
-        command(tmp_path, "--cpu", "--only", "environment", "--work", tmp_path / "work"), stdout=subprocess.PIPE, text=True
+        command(tmp_path, "--cpu", "--only", "environment", "--work", tmp_path / "work"),
+        stdout=subprocess.PIPE,
+        text=True,
     )
     while not (tmp_path / "work" / "environment.log").exists():
         assert process.poll() is None

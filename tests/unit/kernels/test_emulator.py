@@ -41,7 +41,9 @@ def run(program, kernel, *arrays, check=True):
         tensor = tensor.contiguous()
         data = (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy().tobytes()
         message += struct.pack("<q", len(data)) + data
-    alone = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # vLLM sets it; ASan wants to be first
+    alone = {
+        name: value for name, value in os.environ.items() if name != "LD_PRELOAD"
+    }  # vLLM sets it; ASan wants to be first
     done = subprocess.run([program], input=message, capture_output=True, timeout=120, env=alone)
     if check:
         assert done.returncode == 0, done.stderr.decode()[-3000:]

@@ -49,8 +49,14 @@ def test_a_recorded_output_and_a_copy_of_it_have_one_hash(tmp_path):
     shutil.copytree(run / "hf", tmp_path / "copy")
     record, hashes = lineage(stamp_outputs(run)), ContentHashes(tmp_path / "hashes.json")
     assert record.output_hash("hf") == hashes.of(run / "hf") == hashes.of(tmp_path / "copy")
-    assert record.output_hash("hf/a.bin") == hashes.of(tmp_path / "copy" / "a.bin") == hashlib.sha256(b"weights").hexdigest()
-    assert record.output_hash("h") is None and record.output_hash("nothing") is None and hashes.of(tmp_path / "no") is None
+    assert (
+        record.output_hash("hf/a.bin")
+        == hashes.of(tmp_path / "copy" / "a.bin")
+        == hashlib.sha256(b"weights").hexdigest()
+    )
+    assert (
+        record.output_hash("h") is None and record.output_hash("nothing") is None and hashes.of(tmp_path / "no") is None
+    )
     os.rename(tmp_path / "copy" / "a.bin", tmp_path / "copy" / "c.bin")
     assert hashes.of(tmp_path / "copy") != record.output_hash("hf"), "names count"
 

@@ -8,7 +8,9 @@ from r1mega.observe.performance import performance
 def test_rates_by_hand():
     metrics = {"tokens/rollout": 800, "perf/rollout_flops": 6e12, "tokens/update": 1000, "perf/update_flops": 24e12,
                "tokens/step": 1000, "perf/step_flops": 30e12}  # fmt: skip
-    rates = performance(metrics, {"rollout": 4.0, "update": 2.0, "step": 10.0, "logprob": 0.0}, ranks=2, peak_tflops=100)
+    rates = performance(
+        metrics, {"rollout": 4.0, "update": 2.0, "step": 10.0, "logprob": 0.0}, ranks=2, peak_tflops=100
+    )
     expected = {
         "perf/rollout_tokens_per_second_per_gpu": 100.0, "perf/rollout_tflops_per_gpu": 0.75, "perf/rollout_mfu": 0.0075,
         "perf/update_tokens_per_second_per_gpu": 250.0, "perf/update_tflops_per_gpu": 6.0, "perf/update_mfu": 0.06,

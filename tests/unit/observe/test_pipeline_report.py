@@ -26,6 +26,7 @@ def evaluation(step, accuracy):
 @pytest.fixture
 def pipeline(tmp_path):
     """base, zero and an evaluation that has not run; zero has metrics, evaluations, lineage, and a data card."""
+
     def node(name, parents, inputs):
         return {"name": name, "stage": name, "run_dir": str(tmp_path / name), "config": "c", "ranks": 1, "parents": parents,
                 "inputs": inputs}  # fmt: skip
@@ -34,8 +35,12 @@ def pipeline(tmp_path):
     nodes = [node("base", [], []), node("zero", ["base"], start), node("evaluate", ["zero", "base"], start)]
     (tmp_path / "pipeline.json").write_text(json.dumps({"name": EVIL, "source": "r1.yaml", "nodes": nodes}))
     (tmp_path / "base").mkdir()
-    run = write_run(tmp_path / "zero", [rl_line(step, **{"tokens/rollout": 100, "tokens/update": 300}) for step in (1, 2)])
-    (run / "evaluations.jsonl").write_text("".join(json.dumps(evaluation(s, a)) + "\n" for s, a in ((0, 0.25), (2, 0.75))))
+    run = write_run(
+        tmp_path / "zero", [rl_line(step, **{"tokens/rollout": 100, "tokens/update": 300}) for step in (1, 2)]
+    )
+    (run / "evaluations.jsonl").write_text(
+        "".join(json.dumps(evaluation(s, a)) + "\n" for s, a in ((0, 0.25), (2, 0.75)))
+    )
     (run / "data").mkdir()
     (run / "data" / "card.md").write_text(f"what came in {EVIL}")
     attempt = Attempt("2026-01-01T10:00:00+0000", "abc", "2026-01-01T10:01:30+0000", 0)
@@ -74,7 +79,10 @@ def test_an_evaluation_stage_counts_instead(pipeline):
         for name, accuracy in (("zero", 0.9), ("base", 0.1))
     ]
     (pipeline / "evaluate" / "results.json").write_text(json.dumps({"checkpoints": results}))
-    assert [(r.name, r.task, r.accuracy) for r in read_ladder(pipeline)] == [("base", "fresh", 0.1), ("zero", "fresh", 0.9)]
+    assert [(r.name, r.task, r.accuracy) for r in read_ladder(pipeline)] == [
+        ("base", "fresh", 0.1),
+        ("zero", "fresh", 0.9),
+    ]
     drawn = figures(write_pipeline_report(pipeline).read_text())["ladder"]["data"]
     assert [(trace["name"], trace["x"], trace["y"]) for trace in drawn] == [("fresh", ["base", "zero"], [0.1, 0.9])]
     (pipeline / "evaluate" / "results.json").write_text("[]")
@@ -106,7 +114,10 @@ def test_rl_stages_stand_side_by_side(pipeline):
     assert "stages-mixed-language-fraction" not in figures(write_pipeline_report(pipeline).read_text())
     write_run(pipeline / "zero", [rl_line(step, **{mixed: step / 10}) for step in (1, 2)])
     drawn = figures(write_pipeline_report(pipeline).read_text())["stages-mixed-language-fraction"]["data"]
-    assert [(t["name"], t["x"], t["y"]) for t in drawn] == [("zero", [1, 2], [0.1, 0.2]), ("language", [1, 2, 3], [0.0] * 3)]
+    assert [(t["name"], t["x"], t["y"]) for t in drawn] == [
+        ("zero", [1, 2], [0.1, 0.2]),
+        ("language", [1, 2, 3], [0.0] * 3),
+    ]
 
 
 def test_states():

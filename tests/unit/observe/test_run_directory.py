@@ -33,9 +33,7 @@ with RunDirectory(sys.argv[1]).lock():
 
 def test_second_process_is_refused_and_a_dead_one_replaced(tmp_path):
     run = RunDirectory(tmp_path / "run")
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(run.path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(run.path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     worker = int(holder.stdout.readline())
     try:
         with pytest.raises(ConfigError, match=f"in use by another run .*pid {holder.pid}"), run.lock():
@@ -149,7 +147,9 @@ def test_a_key_that_is_gone_is_named_with_its_file_and_the_nearest_one(older_run
     with pytest.raises(ConfigError) as error:
         RunDirectory(tmp_path).check_config(older_run())
     first, second = str(error.value).splitlines()[1:-1]  # what may change (observe) is no concern
-    assert f"{file}: unknown key engines" in first and "(it is {'a': 1}; if what it says still holds, take it out" in first
+    assert (
+        f"{file}: unknown key engines" in first and "(it is {'a': 1}; if what it says still holds, take it out" in first
+    )
     assert f"{file}: unknown key rollout.group_sise; did you mean rollout.group_size? (it is 4;" in second
     stored.pop("engines")
     stored["rollout"]["group_size"] = stored["rollout"].pop("group_sise")  # as the message says

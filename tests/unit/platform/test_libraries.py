@@ -96,7 +96,7 @@ def test_one_built_for_another_torch_is_told_from_a_missing_one(site):
     """A real shared object that wants a symbol which this torch does not have."""
     if shutil.which("g++") is None:
         pytest.skip("needs g++")
-    source = "extern \"C\" void *_ZN3c1013of_another_torchEv(); extern \"C\" void *PyInit_transformer_engine_torch()"
+    source = 'extern "C" void *_ZN3c1013of_another_torchEv(); extern "C" void *PyInit_transformer_engine_torch()'
     (site / "module.cpp").write_text(source + " { return _ZN3c1013of_another_torchEv(); }\n")
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     target = site / f"transformer_engine_torch{suffix}"
@@ -104,7 +104,11 @@ def test_one_built_for_another_torch_is_told_from_a_missing_one(site):
     put_engine(site, compiled="import transformer_engine_torch\n")
     found = libraries.transformer_engine()
     assert found.state == "broken"
-    for text in ("undefined symbol: _ZN3c1013of_another_torchEv", f"another torch than {torch.__version__}", "install_cuda.sh"):
+    for text in (
+        "undefined symbol: _ZN3c1013of_another_torchEv",
+        f"another torch than {torch.__version__}",
+        "install_cuda.sh",
+    ):
         assert text in found.problem
     assert refusal() == found.problem
     assert told("Transformer Engine") == (False, found.problem)
@@ -113,7 +117,10 @@ def test_one_built_for_another_torch_is_told_from_a_missing_one(site):
 @pytest.mark.parametrize(
     ("compiled", "text"),
     [
-        ("raise FileNotFoundError('Could not find shared object file for Transformer Engine torch lib.')\n", "compiled part"),
+        (
+            "raise FileNotFoundError('Could not find shared object file for Transformer Engine torch lib.')\n",
+            "compiled part",
+        ),
         ("import transformer_engine_torch\n", "its compiled part for torch is not installed"),
         ("raise RuntimeError('Transformer Engine requires cuDNN 9.12.0 or later')\n", "requires cuDNN 9.12.0"),
         ("1 / 0\n", "does not load (ZeroDivisionError: division by zero)"),

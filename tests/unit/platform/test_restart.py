@@ -15,7 +15,10 @@ def test_ranks_start_anew_and_meet_again():
     """Under torchrun: the same processes to the launcher, which starts none and sees one exit code each."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
                "tests/unit/platform/restart_worker.py"]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)]),
+    }
     done = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True, timeout=500)
     assert done.returncode == 0, done.stderr[-6000:]
     seen = re.findall(r"start (\d) rank (\d) pid (\d+) sum 2", done.stdout)

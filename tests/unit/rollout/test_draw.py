@@ -62,7 +62,9 @@ def test_every_sample_with_its_own_grade():
     assert [(s.prompt_id, s.index) for s in seen] == [draw.key for draw in reversed(DRAWS)]
     for draw, (sample, reward) in zip(reversed(DRAWS), ((g.sample, g.reward) for g in graded), strict=True):
         cut = draw.seed % 3 == 0
-        assert sample.text == (f"7 {draw.seed} 5 5" if cut else f"7 {draw.seed}"), "with its prefix, without the end token"
+        assert sample.text == (f"7 {draw.seed} 5 5" if cut else f"7 {draw.seed}"), (
+            "with its prefix, without the end token"
+        )
         assert (sample.length, sample.truncated) == (3 if cut else 2, cut)
         if draw.prompt.kind == "patch":
             assert reward.status == RewardStatus.UNJUDGED and reward.value is None
@@ -102,6 +104,8 @@ def test_an_error_of_the_scorer_ends_the_stream():
 def test_what_is_drawn_before_a_stop_is_graded():
     engine, seen = Engine(), []
     graded = list(
-        draw_samples(engine, Words(), Scorer(), DRAWS, SETTINGS, on_sample=seen.append, should_stop=lambda: len(seen) == 5)
+        draw_samples(
+            engine, Words(), Scorer(), DRAWS, SETTINGS, on_sample=seen.append, should_stop=lambda: len(seen) == 5
+        )
     )
     assert len(seen) == 5 and [g.sample for g in graded] == seen and engine.closed

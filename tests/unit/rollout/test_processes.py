@@ -16,11 +16,15 @@ HERE, ROOT = Path(__file__).parent, Path(__file__).parents[3]
 
 
 def start(*command: str) -> subprocess.Popen:
-    environment = {key: value for key, value in os.environ.items()
-                   if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+    environment = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    }
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
-    return subprocess.Popen(command, env=environment, cwd=ROOT, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        command, env=environment, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
 
 
 def last_json(process: subprocess.Popen):
@@ -37,8 +41,10 @@ def test_a_restarted_generator_is_bitwise_the_same():
     """One process has Megatron first and a history behind it, the other vLLM first and none; the bits are the same."""
     script = str(HERE / "restart_worker.py")
     directories = [str(checkpoint(name)) for name in ("deepseek", "qwen3_tied")]
-    processes = [start(sys.executable, script, "megatron_first", "history", *directories),
-                 start(sys.executable, script, "vllm_first", "none", *directories)]
+    processes = [
+        start(sys.executable, script, "megatron_first", "history", *directories),
+        start(sys.executable, script, "vllm_first", "none", *directories),
+    ]
     for long, resumed in zip(*map(last_json, processes), strict=True):
         assert long["responses"] == resumed["responses"]
         assert max(long["difference"], resumed["difference"]) <= 2e-4
@@ -47,8 +53,18 @@ def test_a_restarted_generator_is_bitwise_the_same():
 def test_two_ranks_data_tensor_and_expert_parallel():
     """Two generators and one over two ranks, with experts cut and with whole experts spread, say the same; their
     log-probs are those of transformers."""
-    ranks = last_json(start(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-                            str(HERE / "ranks_worker.py"), str(checkpoint("deepseek"))))
+    ranks = last_json(
+        start(
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            str(HERE / "ranks_worker.py"),
+            str(checkpoint("deepseek")),
+        )
+    )
     requests = [*sampled_requests(3, max_tokens=8), *greedy_requests(1, max_tokens=8)]
     data_parallel = [ranks[i % 2]["dp"][i // 2] for i in range(len(requests))]
     for kind in ("tp", "ep"):
@@ -59,5 +75,5 @@ def test_two_ranks_data_tensor_and_expert_parallel():
     for request, samples in zip((*requests, *requests[2:], *requests[2:]), answered, strict=True):
         for tokens, log_probs in samples:
             length = len(request.prompt_token_ids)
-            logits = hf_logits("deepseek", (*request.prompt_token_ids, *tokens))[length - 1:-1].log_softmax(-1)
+            logits = hf_logits("deepseek", (*request.prompt_token_ids, *tokens))[length - 1 : -1].log_softmax(-1)
             assert np.abs(logits[range(len(tokens)), tokens].numpy() - log_probs).max() <= 2e-4

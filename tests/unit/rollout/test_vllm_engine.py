@@ -69,7 +69,7 @@ def engines(character_tokenizer):
 def reference_log_probs(name: str, request: GenerationRequest, tokens) -> np.ndarray:
     """float64 log-probs of the response tokens under temperature and nucleus, from transformers' logits."""
     sampling, start = request.sampling, len(request.prompt_token_ids)
-    logits = hf_logits(name, (*request.prompt_token_ids, *tokens))[start - 1:-1]
+    logits = hf_logits(name, (*request.prompt_token_ids, *tokens))[start - 1 : -1]
     result = []
     for row, token in zip((logits / (sampling.temperature or 1)).softmax(-1).numpy(), tokens, strict=True):
         order = np.argsort(-row, kind="stable")
@@ -173,7 +173,7 @@ def test_stop_string_over_several_tokens(engines):
         assert stopped[0].log_probs == free[0].log_probs[:length]
         assert stopped[0].finish_reason == "stop"
         for before, after in zip(free[1:], stopped[1:], strict=True):
-            assert after.token_ids == before.token_ids[:len(after.token_ids)]
+            assert after.token_ids == before.token_ids[: len(after.token_ids)]
 
 
 def test_stop_string_inside_a_longer_token(engines):
@@ -205,8 +205,9 @@ def test_more_samples_than_slots_and_a_full_cache(engines):
     """Samples wait for a slot, and are preempted when the KV cache is full; neither changes what they say."""
     roomy, tight = engines("deepseek"), engines("deepseek", max_num_seqs=8, kv_cache_bytes=MAX_MODEL_LEN * 2304 * 4 * 2)
     requests = sampled_requests(4, num_samples=5, max_tokens=80)
-    assert ([[r.token_ids for r in samples] for samples in roomy.generate(requests)]
-            == [[r.token_ids for r in samples] for samples in tight.generate(requests)])
+    assert [[r.token_ids for r in samples] for samples in roomy.generate(requests)] == [
+        [r.token_ids for r in samples] for samples in tight.generate(requests)
+    ]
 
 
 @pytest.mark.parametrize("name", ["deepseek", "llama"])
@@ -227,7 +228,9 @@ def test_prompts_longer_than_a_pass(engines, name):
 
     engine._core.engine_core.scheduler.schedule = schedule
     try:
-        for request, responses, others in zip(requests, engine.generate(requests), roomy.generate(requests), strict=True):
+        for request, responses, others in zip(
+            requests, engine.generate(requests), roomy.generate(requests), strict=True
+        ):
             for response, other in zip(responses, others, strict=True):
                 assert response.token_ids == other.token_ids  # a discarded draw leaves a seed's stream where it was
                 expected = reference_log_probs(name, request, response.token_ids)
@@ -295,29 +298,35 @@ def test_the_trainers_random_state_is_left_alone(engines):
     assert torch.set_num_threads.__module__ != "vllm.v1.worker.cpu_worker"
 
 
-@pytest.mark.parametrize(("request_", "message"), [
-    (GenerationRequest((), 1, 0, SamplingSettings()), "no tokens"),
-    (GenerationRequest((3,) * MAX_MODEL_LEN, 1, 0, SamplingSettings()), "no room"),
-    (GenerationRequest((3,) * 100, 1, 0, SamplingSettings(max_tokens=29)), "exceed"),
-    (GenerationRequest((3, 96), 1, 0, SamplingSettings(max_tokens=5)), "vocabulary"),
-    (GenerationRequest((3,), 0, 0, SamplingSettings(max_tokens=5)), "num_samples"),
-    (GenerationRequest((3,), 1, 0, SamplingSettings(max_tokens=5, temperature=-1.0)), "temperature"),
-    (GenerationRequest((3,), 1, 0, SamplingSettings(max_tokens=5, stop_strings=("",))), "empty"),
-])
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (GenerationRequest((), 1, 0, SamplingSettings()), "no tokens"),
+        (GenerationRequest((3,) * MAX_MODEL_LEN, 1, 0, SamplingSettings()), "no room"),
+        (GenerationRequest((3,) * 100, 1, 0, SamplingSettings(max_tokens=29)), "exceed"),
+        (GenerationRequest((3, 96), 1, 0, SamplingSettings(max_tokens=5)), "vocabulary"),
+        (GenerationRequest((3,), 0, 0, SamplingSettings(max_tokens=5)), "num_samples"),
+        (GenerationRequest((3,), 1, 0, SamplingSettings(max_tokens=5, temperature=-1.0)), "temperature"),
+        (GenerationRequest((3,), 1, 0, SamplingSettings(max_tokens=5, stop_strings=("",))), "empty"),
+    ],
+)
 def test_bad_requests_are_refused(engines, request_, message):
     with pytest.raises(GenerationError, match=message):
         engines("llama").generate([request_])
 
 
-@pytest.mark.parametrize(("name", "changes", "edits", "message"), [
-    ("deepseek", {}, {"kv_lora_rank": 32}, "kv_lora_rank=512"),
-    ("deepseek", {}, {"hidden_size": 48}, "divisible by 32"),
-    ("llama", {}, {"num_attention_heads": 8}, "head_dim=16"),
-    ("llama", {"kv_cache_bytes": 1000}, {}, "too small"),
-    ("llama", {"max_model_len": 1024}, {}, "max_position_embeddings"),
-    ("llama", {"tp": 3}, {}, "num_attention_heads"),
-    ("llama", {}, {"model_type": "mamba"}, "no generator layout"),
-])
+@pytest.mark.parametrize(
+    ("name", "changes", "edits", "message"),
+    [
+        ("deepseek", {}, {"kv_lora_rank": 32}, "kv_lora_rank=512"),
+        ("deepseek", {}, {"hidden_size": 48}, "divisible by 32"),
+        ("llama", {}, {"num_attention_heads": 8}, "head_dim=16"),
+        ("llama", {"kv_cache_bytes": 1000}, {}, "too small"),
+        ("llama", {"max_model_len": 1024}, {}, "max_position_embeddings"),
+        ("llama", {"tp": 3}, {}, "num_attention_heads"),
+        ("llama", {}, {"model_type": "mamba"}, "no generator layout"),
+    ],
+)
 def test_impossible_engines_are_refused_before_vllm_starts(tmp_path, name, changes, edits, message):
     config = json.loads((checkpoint(name) / "config.json").read_text()) | edits
     (tmp_path / "config.json").write_text(json.dumps(config))

@@ -12,11 +12,14 @@ from r1mega.errors import PlatformError
 from r1mega.platform import groups, vllm_cpu
 
 
-@pytest.mark.parametrize(("name", "value"), [
-    ("VLLM_ENABLE_V1_MULTIPROCESSING", "1"),
-    ("VLLM_CPU_OMP_THREADS_BIND", "0-1"),
-    ("VLLM_CPU_KVCACHE_SPACE", "4"),
-])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("VLLM_ENABLE_V1_MULTIPROCESSING", "1"),
+        ("VLLM_CPU_OMP_THREADS_BIND", "0-1"),
+        ("VLLM_CPU_KVCACHE_SPACE", "4"),
+    ],
+)
 def test_an_environment_that_cannot_work_is_refused(monkeypatch, name, value):
     monkeypatch.setenv(name, value)
     with pytest.raises(PlatformError, match=name):

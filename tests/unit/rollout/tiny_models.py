@@ -26,8 +26,12 @@ MODELS = {
     "qwen2": WIDE | {"model_type": "qwen2"},
     "qwen3_tied": WIDE | {"model_type": "qwen3", "head_dim": 64, "tie_word_embeddings": True},
 }
-ARCHITECTURES = {"deepseek_v3": "DeepseekV3ForCausalLM", "llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM",
-                 "qwen3": "Qwen3ForCausalLM"}
+ARCHITECTURES = {
+    "deepseek_v3": "DeepseekV3ForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
 MAX_MODEL_LEN = 128
 
 
@@ -54,8 +58,13 @@ def checkpoint(name: str, seed: int = 0) -> Path:
 
 def settings(name: str, seed: int = 0, **changes) -> EngineSettings:
     """An engine on that checkpoint, with a small KV cache."""
-    return EngineSettings(checkpoint(name, seed), **({"max_model_len": MAX_MODEL_LEN, "max_num_seqs": 64,
-                                                      "kv_cache_bytes": 256 << 20, "weights": "checkpoint"} | changes))
+    return EngineSettings(
+        checkpoint(name, seed),
+        **(
+            {"max_model_len": MAX_MODEL_LEN, "max_num_seqs": 64, "kv_cache_bytes": 256 << 20, "weights": "checkpoint"}
+            | changes
+        ),
+    )
 
 
 @functools.cache
@@ -78,8 +87,10 @@ def prompt(index: int) -> tuple[int, ...]:
 
 
 def greedy_requests(count: int = 6, max_tokens: int = 24) -> list[GenerationRequest]:
-    return [GenerationRequest(prompt(i), 1, 0, SamplingSettings(temperature=0.0, max_tokens=max_tokens))
-            for i in range(count)]
+    return [
+        GenerationRequest(prompt(i), 1, 0, SamplingSettings(temperature=0.0, max_tokens=max_tokens))
+        for i in range(count)
+    ]
 
 
 def sampled_requests(count: int = 4, num_samples: int = 3, seed: int = 0, **sampling) -> list[GenerationRequest]:

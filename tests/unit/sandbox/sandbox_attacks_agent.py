@@ -136,7 +136,8 @@ AGENT = [
         Verdict.EARLY_EXIT,
     ),
     in_solve(
-        "watchdog that exits", "import faulthandler\nfaulthandler.dump_traceback_later(0.1, exit=True)\ntime.sleep(60)",
+        "watchdog that exits",
+        "import faulthandler\nfaulthandler.dump_traceback_later(0.1, exit=True)\ntime.sleep(60)",
         Verdict.EARLY_EXIT,
     ),
     in_solve("stop oneself", "import signal\nos.kill(os.getpid(), signal.SIGSTOP)\nreturn 1", Verdict.TIME_LIMIT),

@@ -21,7 +21,9 @@ def ask(tmp_path):
     nano_tokenizer.train_tokenizer(tmp_path)
     (tmp_path / "example.jsonl").write_text(EXAMPLE)
     questions = [f"which of a {i % 10} b 1" for i in range(100)] + ["which of " + "a 5 " * 20]
-    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"question": q, "answer": "1", "id": str(i)}) + "\n" for i, q in enumerate(questions)))
+    (tmp_path / "p.jsonl").write_text(
+        "".join(json.dumps({"question": q, "answer": "1", "id": str(i)}) + "\n" for i, q in enumerate(questions))
+    )
     ways = f"prompting=[{{share: 3}},{{share: 1,response_prefix: <think>}},{{share: 1,few_shot: {tmp_path}/example.jsonl}}]"
 
     def posed(*overrides):

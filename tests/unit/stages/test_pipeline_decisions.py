@@ -68,7 +68,10 @@ def test_nothing_to_do_wherever_it_lies(load, tmp_path):
 def test_a_change_is_refused_and_goes_down_with_redo(load):
     changed = load("base.steps=7")
     assert actions(changed) == ["refuse", "run"] and actions(changed, redo=True) == ["redo", "redo"]
-    assert actions(load("zero.steps=7")) == ["skip", "refuse"] and actions(load("zero.steps=7"), redo=True) == ["skip", "redo"]
+    assert actions(load("zero.steps=7")) == ["skip", "refuse"] and actions(load("zero.steps=7"), redo=True) == [
+        "skip",
+        "redo",
+    ]
 
 
 @pytest.mark.parametrize("file", ["hf/model.safetensors", "hf/config.json", "hf/tokenizer.json", "data/train.jsonl"])

@@ -248,7 +248,7 @@ def test_the_kernel_of_hidden_states_agrees_with_that_of_logits_in_bfloat16(one_
     for log_probs in ("logits", "hidden"):
         policy, samples = make_policy(log_probs, "bfloat16"), make_samples()
         batch = build_microbatch([s.token_ids.tolist() for s in samples], [s.prompt_length for s in samples], range(4))
-        (scored, entropies), = policy.log_probs([batch], TEMPERATURE)
+        ((scored, entropies),) = policy.log_probs([batch], TEMPERATURE)
         result = run_update(policy, samples, [[0, 1], [2, 3]], AlgorithmConfig())
         found.append((scored, entropies, result.grad_norm))
     torch.testing.assert_close(found[0][0], found[1][0], rtol=0, atol=1e-5)
@@ -318,7 +318,9 @@ def test_router_replay_equals_transformers_told_to_take_those_experts(one_rank, 
         routed = np.stack(chosen, axis=1)[:-1].astype(np.uint8)
         samples.append(dataclasses.replace(sample, routed_experts=routed))
     order = [2, 0, 3, 1]
-    (found, _), (alone, _) = policy.log_probs([pack_samples(samples, order[:3]), pack_samples(samples, order[3:])], TEMPERATURE)
+    (found, _), (alone, _) = policy.log_probs(
+        [pack_samples(samples, order[:3]), pack_samples(samples, order[3:])], TEMPERATURE
+    )
     found = torch.cat([found, alone])
     assert (found - torch.cat([expected[i] for i in order])).abs().max() <= 1e-5
     packs = [pack_samples(samples, order)]

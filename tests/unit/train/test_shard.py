@@ -12,7 +12,9 @@ from r1mega.train.packing import build_microbatch
 from r1mega.train.shard import Cut, shard
 
 samples = st.lists(
-    st.tuples(st.lists(st.integers(1, 90), min_size=1, max_size=13), st.integers(1, 13)).map(lambda s: (s[0], min(s[1], len(s[0])))),
+    st.tuples(st.lists(st.integers(1, 90), min_size=1, max_size=13), st.integers(1, 13)).map(
+        lambda s: (s[0], min(s[1], len(s[0])))
+    ),
     max_size=5,
 )
 
@@ -21,7 +23,10 @@ samples = st.lists(
 @settings(max_examples=120, deadline=None)
 def test_parts_of_all_ranks_make_up_the_microbatch(drawn, cp, tp, sequence_parallel, align):
     token_ids = [ids for ids, _ in drawn]
-    routing = [np.array([[[n, i]] for i in range(len(ids) - 1)], dtype=np.uint8).reshape(-1, 1, 2) for n, ids in enumerate(token_ids)]
+    routing = [
+        np.array([[[n, i]] for i in range(len(ids) - 1)], dtype=np.uint8).reshape(-1, 1, 2)
+        for n, ids in enumerate(token_ids)
+    ]
     batch = build_microbatch(token_ids, [prompt for _, prompt in drawn], range(len(drawn)), routing)
     found: dict[int, list[tuple[int, int, int]]] = {}
     rows: dict[int, tuple[int, int]] = {}
@@ -40,7 +45,13 @@ def test_parts_of_all_ranks_make_up_the_microbatch(drawn, cp, tp, sequence_paral
             chunks = (cp_rank, 2 * cp - 1 - cp_rank) if cp > 1 else (0,)
             held += [(number, c * chunk + i) for c in chunks for i in range(chunk)]
         padding = [p.padding for p in parts]
-        whole = torch.zeros(len(held), dtype=torch.bool) if padding[0] is None else torch.cat(padding) if sequence_parallel else padding[0]
+        whole = (
+            torch.zeros(len(held), dtype=torch.bool)
+            if padding[0] is None
+            else torch.cat(padding)
+            if sequence_parallel
+            else padding[0]
+        )
         routed = [p.routed_experts for p in parts]
         if drawn:
             routed = (torch.cat(routed) if sequence_parallel else routed[0]).tolist()
@@ -72,7 +83,11 @@ def test_every_length_gives_every_rank_what_fp8_wants_and_no_more_than_needed(cp
     for length in range(201):
         batch = build_microbatch([[1] * length] if length else [], [1] if length else [], range(bool(length)))
         span = next(n for n in itertools.count(max(length, 1)) if cp == 1 or n % (2 * cp) == 0)
-        wanted = next(n for n in itertools.count(span) if n % (cp * tp) == 0 and n // (cp * tp) % 16 == 0 and (cp == 1 or n % (2 * cp) == 0))
+        wanted = next(
+            n
+            for n in itertools.count(span)
+            if n % (cp * tp) == 0 and n // (cp * tp) % 16 == 0 and (cp == 1 or n % (2 * cp) == 0)
+        )
         for cp_rank, tp_rank in itertools.product(range(cp), range(tp)):
             part = shard(batch, Cut(cp, cp_rank, tp, tp_rank, sequence_parallel=tp > 1, align=16))
             assert len(part.tokens) * cp == part.cu_seqlens[-1] == wanted

@@ -75,7 +75,7 @@ def test_sft_steps_equal_transformers_and_adamw(one_rank, tmp_path, prompt_weigh
     losses = sample_losses(policy, [pack(2, 0), pack(1)])
     with torch.no_grad():
         again = reference_loss(model, samples, prompt_weight)
-    for (index, found) in ((2, losses[0][0]), (0, losses[0][1]), (1, losses[1][0])):
+    for index, found in ((2, losses[0][0]), (0, losses[0][1]), (1, losses[1][0])):
         assert math.isclose(float(found[0] / found[1]), float(again[index][0] / again[index][1]), abs_tol=5e-3)
         assert math.isclose(float(found[1]), float(again[index][1]), rel_tol=1e-6)
     whole = torch.cat(losses).sum(0)

@@ -46,15 +46,20 @@ def test_equals_the_definition(shape):
 
 
 @settings(max_examples=60, deadline=None)
-@given(rows=st.integers(1, 40), columns=st.integers(1, 40), row=st.integers(0, 40), column=st.integers(0, 40),
-       seed=st.integers(0, 99))
+@given(
+    rows=st.integers(1, 40),
+    columns=st.integers(1, 40),
+    row=st.integers(0, 40),
+    column=st.integers(0, 40),
+    seed=st.integers(0, 99),
+)
 def test_shards_add_up(rows, columns, row, column, seed):
     whole, row, column = matrix(rows, columns, seed), min(row, rows), min(column, columns)
     parts = 0
     for r in ((0, row), (row, rows)):
         for c in ((0, column), (column, columns)):
             if r[0] < r[1] and c[0] < c[1]:
-                parts += tensor_digest(whole[r[0]:r[1], c[0]:c[1]], (r, c))
+                parts += tensor_digest(whole[r[0] : r[1], c[0] : c[1]], (r, c))
     assert parts % 2**64 == tensor_digest(whole)
 
 
@@ -86,8 +91,18 @@ def test_every_swap_shows(first, second, seed):
 
 def test_transposes_permutations_and_signs_of_zero_show():
     square = matrix(32, 32)
-    variants = [square, square.T, square.flip(0), square.flip(1), square.roll(1, 0), square.roll(1, 1),
-                square.reshape(16, 64), torch.zeros(32, 32), -torch.zeros(32, 32), square.to(torch.bfloat16)]
+    variants = [
+        square,
+        square.T,
+        square.flip(0),
+        square.flip(1),
+        square.roll(1, 0),
+        square.roll(1, 1),
+        square.reshape(16, 64),
+        torch.zeros(32, 32),
+        -torch.zeros(32, 32),
+        square.to(torch.bfloat16),
+    ]
     assert len({tensor_digest(variant) for variant in variants}) == len(variants)
 
 

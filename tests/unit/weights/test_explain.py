@@ -76,8 +76,7 @@ def test_sums_are_those_of_the_single_copies():
     assert summary.num_buckets == len(loads) > 3
     total = sum(loads.values())
     assert (summary.sent == total[0]).all() and (summary.received == total[1]).all()
-    assert summary.peak_buffer_bytes == max(
-        (staged[b] + staged.get(b - 1, np.zeros(8))).max() for b in staged)
+    assert summary.peak_buffer_bytes == max((staged[b] + staged.get(b - 1, np.zeros(8))).max() for b in staged)
     seconds = [max(load[:, 0].max() / 1000, load[:, 1].max() / 100) for load in (total, *loads.values())]
     assert summary.seconds == pytest.approx((seconds[0], sum(seconds[1:])))
     assert summary.seconds[0] <= summary.seconds[1]
@@ -147,6 +146,7 @@ def test_what_does_not_fit_is_said(config, overrides, message):
 
 def test_the_generators_own_layout_is_told(config):
     """Whole experts over the ranks of a generator; over several generators, planned though no run takes it."""
+
     def generator(*overrides: str) -> str:
         result = CliRunner().invoke(app, ["reshard", "explain", str(config), "parallel.ep=8", *overrides])
         return next(line for line in result.output.splitlines() if line.startswith("generator"))
@@ -154,7 +154,9 @@ def test_the_generators_own_layout_is_told(config):
     assert generator("--gpus", "8").endswith(" 8 x (tp 1, experts cut by tp)")
     assert generator("rollout.tp=4", "rollout.ep=4", "rollout.dp=2").endswith(" 2 x (tp 4, whole experts over ep 4)")
     spread = generator("rollout.tp=2", "rollout.ep=8", "rollout.dp=4")
-    assert spread.endswith("4 x (tp 2, whole experts over ep 8, 4 generators share them: planned only, see docs/layouts.md)")
+    assert spread.endswith(
+        "4 x (tp 2, whole experts over ep 8, 4 generators share them: planned only, see docs/layouts.md)"
+    )
     result = CliRunner().invoke(app, ["reshard", "explain", str(config), "rollout.dp=2", "--gpus", "8"])
     assert "rollout.dp = 2 with rollout.tp = 1 wants 2 processes, not 8" in str(result.exception)
 

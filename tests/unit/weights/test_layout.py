@@ -64,7 +64,7 @@ def test_targets_do_not_overlap_and_match_their_sources(name, tp, ep):
             taken.setdefault(p.parameter, torch.zeros(extents[p.parameter], dtype=torch.int32))
             taken[p.parameter][tuple(slice(start, stop) for start, stop in p.target)] += 1
             sizes = [stop - start for start, stop in p.target]
-            assert sizes[len(sizes) - len(p.source):] == [stop - start for start, stop in p.source]
+            assert sizes[len(sizes) - len(p.source) :] == [stop - start for start, stop in p.source]
         assert all(bool((count == 1).all()) for count in taken.values())  # no hole either
 
 
@@ -84,12 +84,15 @@ def test_what_is_ignored_and_kept_in_float32():
     assert weight_dtype("model.layers.3.mlp.gate.weight", torch.bfloat16) == torch.bfloat16
 
 
-@pytest.mark.parametrize(("config", "rank", "message"), [
-    (DEEPSEEK | {"model_type": "gpt2"}, GeneratorRank(), "gpt2"),
-    (DEEPSEEK, GeneratorRank(tp=3), "num_attention_heads = 4 over 3"),
-    (DEEPSEEK, GeneratorRank(ep=3), "n_routed_experts = 8 over 3"),
-    (DENSE | {"model_type": "qwen3", "attention_bias": True}, GeneratorRank(), "attention_bias"),
-])
+@pytest.mark.parametrize(
+    ("config", "rank", "message"),
+    [
+        (DEEPSEEK | {"model_type": "gpt2"}, GeneratorRank(), "gpt2"),
+        (DEEPSEEK, GeneratorRank(tp=3), "num_attention_heads = 4 over 3"),
+        (DEEPSEEK, GeneratorRank(ep=3), "n_routed_experts = 8 over 3"),
+        (DENSE | {"model_type": "qwen3", "attention_bias": True}, GeneratorRank(), "attention_bias"),
+    ],
+)
 def test_impossible_layouts_say_which_number(config, rank, message):
     with pytest.raises(ConfigError, match=message):
         generator_layout(config, rank)

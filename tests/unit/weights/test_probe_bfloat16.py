@@ -25,7 +25,12 @@ LAYER = "model.layers.2."
 
 def spread_weights(seed: int = 0) -> dict[str, torch.Tensor]:
     """Of the tiny DeepSeek model: experts and attention that matter, a head that is sure of some tokens."""
-    factors = {r"lm_head\.weight": 16.0, r".*o_proj\.weight": 2.0, r".*mlp\.gate\.weight": 4.0, r".*experts\.\d+\.down_proj\.weight": 8.0}
+    factors = {
+        r"lm_head\.weight": 16.0,
+        r".*o_proj\.weight": 2.0,
+        r".*mlp\.gate\.weight": 4.0,
+        r".*experts\.\d+\.down_proj\.weight": 8.0,
+    }
     return {
         name: tensor * next((factor for names, factor in factors.items() if re.fullmatch(names, name)), 1.0)
         for name, tensor in checkpoint_tensors(checkpoint("deepseek", seed))
@@ -112,7 +117,10 @@ def test_a_layer_that_computes_with_old_weights_is_found(pair):
     """The parameters are read back while they are plain; what the kernels then use may be a packed copy."""
     pair.push(spread_weights(1))
     layer = pair.engine._worker.model_runner.model.model.layers[1].self_attn.o_proj
-    product, weight = layer.cpu_linear, layer.weight.detach().clone()  # empty where the packed copy is the product's own
+    product, weight = (
+        layer.cpu_linear,
+        layer.weight.detach().clone(),
+    )  # empty where the packed copy is the product's own
     pair.push(spread_weights())
     layer.cpu_linear = product
     layer.weight.data.copy_(weight)

@@ -126,8 +126,10 @@ def test_buckets_are_bounded_and_drawn_lazily():
 
 def test_tensors_that_the_generator_does_not_use_are_skipped(engines):
     tensors = weights("deepseek")
-    extra = {"model.layers.4.eh_proj.weight": torch.ones(64, 128), "model.layers.0.self_attn.rotary_emb.inv_freq":
-             torch.ones(8)}
+    extra = {
+        "model.layers.4.eh_proj.weight": torch.ones(64, 128),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8),
+    }
     assert all(is_ignored(name, engines("deepseek").config) for name in extra)
     assert push(engines("deepseek"), tensors | extra) == push(engines("deepseek"), tensors)
 
@@ -166,8 +168,14 @@ def faults() -> dict[str, object]:
         tensors[a], tensors[b] = tensors[b], tensors[a]
         return a, b
 
-    return {"swapped experts": swap, "permuted rows": permute, "transposed": transpose, "one bit": flip_bit,
-            "lost expert bias": drop_bias, "gate and up exchanged": swap_halves}
+    return {
+        "swapped experts": swap,
+        "permuted rows": permute,
+        "transposed": transpose,
+        "one bit": flip_bit,
+        "lost expert bias": drop_bias,
+        "gate and up exchanged": swap_halves,
+    }
 
 
 @pytest.mark.parametrize("kind", faults())

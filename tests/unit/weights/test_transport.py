@@ -66,7 +66,13 @@ def test_both_sides_of_every_message_meet(seed):
     queues = [batches_of(rank, num_ranks, buckets, limit, in_batches) for rank in range(num_ranks)]
     wanted = {(number, *pair) for number, pairs in enumerate(buckets) for pair in pairs}
     for side in (1, 2):  # each message once on either side
-        mine = [message for rank, queue in enumerate(queues) for batch in queue for message in batch if message[side] == rank]
+        mine = [
+            message
+            for rank, queue in enumerate(queues)
+            for batch in queue
+            for message in batch
+            if message[side] == rank
+        ]
         assert len(mine) == len(wanted) and set(mine) == wanted
     assert left_waiting(queues) == 0
 

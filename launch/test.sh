@@ -38,7 +38,7 @@ if [ $# -gt 0 ]; then
 elif [ "$megatron" ]; then
   export PYTEST_ADDOPTS='-m "not slow"'
   run_beside "$(echo tests/dist/test_{layouts,policy_layouts,optimizer_state}.py)" \
-    "$(echo tests/unit/checkpoint/test_{names,optimizer_state,store,two_versions}.py)" \
+    "$(echo tests/unit/checkpoint/test_{hf_state,optimizer_state,store,two_versions}.py)" \
     "$(echo tests/te/test_{operations,policy_layouts}.py)" tests/unit/platform tests/unit/train tests/unit/model
 else
   run_beside tests/e2e tests/unit tests/dist tests/slurm tests/te tests/faults tests/gpu  # the longest first

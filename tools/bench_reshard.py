@@ -79,7 +79,7 @@ def measure(options: argparse.Namespace, chunks: list[Any], engine: Any) -> str:
     import torch
     import torch.distributed as dist
 
-    from r1mega.checkpoint.names import export_hf
+    from r1mega.checkpoint.hf_state import export_hf
     from r1mega.weights import verify
     from r1mega.weights.direct import DirectTransfer, local_parameters
     from r1mega.weights.plan import GeneratorLayout

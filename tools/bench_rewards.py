@@ -38,7 +38,7 @@ def grade_with_r1mega(pairs: list[dict]) -> tuple[list[bool], list[float]]:
     with WorkerPool(num_workers=1) as pool:
         for pair in pairs:
             start = time.perf_counter()
-            score = rewards.judge(
+            score = rewards.verify(
                 (pair["gold"],), rewards.answer_of(pair["prediction"], bare=True), rewards.MAX_SECONDS
             )
             if isinstance(score, Deferred):

@@ -115,7 +115,7 @@ class RandomScorer:
         self._rewards.append(Reward(value, {"accuracy": value}, RewardStatus.OK))
         return len(self._rewards) - 1
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Nothing is waited for."""
 
     def result(self, ticket: int) -> Reward:

@@ -23,9 +23,9 @@ from torch.distributed.checkpoint.storage import WriteResult
 from r1mega.checkpoint.conversion import PLAN, OutputFile, partition, read_ahead
 from r1mega.checkpoint.fp8_blocks import SCALE, check_config, dequantize, scale_shape
 from r1mega.checkpoint.hf import HFTensors, copy_tokenizer, read_config
+from r1mega.checkpoint.hf_state import is_ignored
 from r1mega.checkpoint.manifest import MANIFEST, file_record, write_manifest
 from r1mega.checkpoint.name_rules import to_local
-from r1mega.checkpoint.names import is_ignored
 from r1mega.checkpoint.parameters import Parameter, model_shape_of, parameters
 from r1mega.checkpoint.safetensors_file import as_bytes, read_tensor
 from r1mega.checkpoint.store import PROGRESS, architecture_of, check_architecture

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from r1mega.config.factory import FilterConfig
+from r1mega.config.data_factory import FilterConfig
 from r1mega.data.language import chain_of_thought, language_share, mixes_languages
 from r1mega.data.words import ngrams, split_words
 

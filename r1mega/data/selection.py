@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from r1mega.config.factory import DecontaminationConfig, DuplicateConfig, GeneralConfig
+from r1mega.config.data_factory import DecontaminationConfig, DuplicateConfig, GeneralConfig
 from r1mega.data.contamination import Contamination, evaluation_questions
 from r1mega.data.duplicates import near_duplicates
 from r1mega.data.filters import Candidate, FilterCount

@@ -9,7 +9,7 @@ from r1mega import platform
 
 platform.prepare()
 
-from r1mega.checkpoint.names import export_hf  # noqa: E402
+from r1mega.checkpoint.hf_state import export_hf  # noqa: E402
 from r1mega.train.policy import Policy  # noqa: E402
 
 

@@ -80,9 +80,9 @@ class ModelFlops:
     def forward(self, work: Work) -> float:
         return self.main(work)
 
-    def training(self, work: Work, *, predict_further: bool = False) -> float:
-        """Forward and backward. predict_further: with the layers of multi-token prediction."""
-        return TRAINING_FORWARDS * (self.main(work) + (self.further(work) if predict_further else 0.0))
+    def training(self, work: Work, *, mtp_loss: bool = False) -> float:
+        """Forward and backward. mtp_loss: with the layers of multi-token prediction."""
+        return TRAINING_FORWARDS * (self.main(work) + (self.further(work) if mtp_loss else 0.0))
 
 
 def model_flops(hf: Mapping[str, Any]) -> ModelFlops:

@@ -23,7 +23,7 @@ from r1mega.types import GenerationEngine, Prompt, Response, Reward, RewardStatu
 
 logger = logging.getLogger(__name__)
 
-SpreadModel = Callable[[PreferenceReward], Callable[[Sequence[list[int]]], list[float]]]
+ShardedModel = Callable[[PreferenceReward], Callable[[Sequence[list[int]]], list[float]]]
 """Loads a reward model over all ranks; what it gives scores sequences, as a collective call."""
 
 
@@ -84,10 +84,10 @@ def weighted_parts(
     max_response_tokens: int,
     engine: GenerationEngine | None = None,
     tokenizer: Tokenizer | None = None,
-    spread: SpreadModel | None = None,
+    sharded: ShardedModel | None = None,
 ) -> list[WeightedPart]:
     """The parts of a config. Format always, and accuracy for all prompts that have a gold, are computed; the others
-    when they weigh something. engine, tokenizer: of the policy, for a judge that is the policy itself. spread: loads
+    when they weigh something. engine, tokenizer: of the policy, for a judge that is the policy itself. sharded: loads
     reward models over all ranks.
     """
     parts = [
@@ -107,7 +107,7 @@ def weighted_parts(
         from r1mega.reward.preference import Preference
 
         def preference(name: str, section: PreferenceReward, reads: str) -> Part:
-            return Preference(name, section, reads, opens_think, _forward(name, section, spread))
+            return Preference(name, section, reads, opens_think, _forward(name, section, sharded))
 
         neural += [
             (config.helpfulness, lambda: preference("helpfulness", config.helpfulness, "summary")),
@@ -128,13 +128,13 @@ def weighted_parts(
 
 
 def _forward(
-    name: str, section: PreferenceReward, spread: SpreadModel | None
+    name: str, section: PreferenceReward, sharded: ShardedModel | None
 ) -> Callable[[Sequence[list[int]]], list[float]] | None:
     if section.backend == "transformers":
         return None
-    if spread is None:
+    if sharded is None:
         raise RewardError(f"reward.{name}.backend = megatron: only RL stages have a layout for it; use transformers")
-    return spread(section)
+    return sharded(section)
 
 
 def compose(scores: dict[str, PartScore], weights: dict[str, float]) -> Reward:
@@ -195,10 +195,10 @@ class RewardScorer:
         max_response_tokens: int,
         engine: GenerationEngine | None = None,
         tokenizer: Tokenizer | None = None,
-        spread: SpreadModel | None = None,
+        sharded: ShardedModel | None = None,
     ) -> None:
         self.step = 1
-        self._parts = weighted_parts(config, max_response_tokens, engine, tokenizer, spread)
+        self._parts = weighted_parts(config, max_response_tokens, engine, tokenizer, sharded)
         self._weights = {entry.part.name: entry.weight for entry in self._parts}
         self._pool = open_pool(config.pool)
         self._pending: dict[int, _Pending] = {}
@@ -228,11 +228,11 @@ class RewardScorer:
         self._pending[ticket] = _Pending(prompt.id, scores, waiting, tuple(names))
         return ticket
 
-    def settle(self) -> None:
-        """Compute what takes all ranks (reward models spread over them): each calls it once its responses are in."""
+    def flush(self) -> None:
+        """Compute what takes all ranks (reward models sharded over them): each calls it once its responses are in."""
         for entry in self._parts:
-            if self.step >= entry.from_step and (settle := getattr(entry.part, "settle", None)) is not None:
-                settle()
+            if self.step >= entry.from_step and (flush := getattr(entry.part, "flush", None)) is not None:
+                flush()
 
     def result(self, ticket: int) -> Reward:
         """The reward of a ticket; waits for its workers. Raises KeyError for a ticket that was already asked for."""

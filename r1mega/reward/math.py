@@ -40,40 +40,40 @@ _MARKED = re.compile(r"\\(?:boxed|fbox)|</?answer>|</think>")
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class Comparison:
     """equal: None while undecided. reason: for a person."""
 
     equal: bool | None
     reason: str
 
 
-def decide(golds: Sequence[str], answer: str) -> Verdict:
+def decide(golds: Sequence[str], answer: str) -> Comparison:
     """Compare one extracted answer with every accepted gold on the fast path."""
     undecided = None
     for gold in golds:
-        verdict = _decide_one(gold, answer)
-        if verdict.equal:
-            return verdict
-        undecided = verdict if verdict.equal is None else undecided
-    return undecided or Verdict(False, f"{_shown(answer)} is not {' or '.join(map(_shown, golds))}")
+        comparison = _decide_one(gold, answer)
+        if comparison.equal:
+            return comparison
+        undecided = comparison if comparison.equal is None else undecided
+    return undecided or Comparison(False, f"{_shown(answer)} is not {' or '.join(map(_shown, golds))}")
 
 
-def _decide_one(gold: str, answer: str) -> Verdict:
+def _decide_one(gold: str, answer: str) -> Comparison:
     plain_gold, plain = _PLAIN.fullmatch(gold), _PLAIN.fullmatch(answer)
     if plain_gold and plain:
         equal = _number(plain_gold.group(1)) == _number(plain.group(1))
-        return Verdict(equal, "equal numbers" if equal else "different numbers")
+        return Comparison(equal, "equal numbers" if equal else "different numbers")
     if len(answer) > MAX_CHARS:
-        return Verdict(False, f"the answer has {len(answer)} characters, more than {MAX_CHARS}")
+        return Comparison(False, f"the answer has {len(answer)} characters, more than {MAX_CHARS}")
     try:
         equal = compare.same_answer(_unwrapped(gold), without_lead(answer))
         if not equal and (core := from_prose(answer)) is not None:
             equal = compare.same_answer(_unwrapped(gold), core)
     except UnreadableError as error:
-        return Verdict(False, f"not compared: {error}")
+        return Comparison(False, f"not compared: {error}")
     except RecursionError:
-        return Verdict(False, "not compared: nested too deeply")
-    return Verdict(equal, "equal" if equal else "undecided" if equal is None else "different")
+        return Comparison(False, "not compared: nested too deeply")
+    return Comparison(equal, "equal" if equal else "undecided" if equal is None else "different")
 
 
 def _number(literal: str) -> int | Fraction:
@@ -97,15 +97,15 @@ def answer_of(prediction: str, form: AnswerForm = "any", bare: bool = False) -> 
     return prediction if bare else None
 
 
-def judge(golds: Sequence[str], answer: str | None, timeout_seconds: float) -> PartScore | Deferred:
+def verify(golds: Sequence[str], answer: str | None, timeout_seconds: float) -> PartScore | Deferred:
     """1 or 0 on the fast path, or the worker task that decides. timeout_seconds: hard limit of one symbolic
     comparison.
     """
     if answer is None:
         return PartScore(0.0, "no answer in the asked form")
-    verdict = decide(golds, answer)
-    if verdict.equal is not None:
-        return PartScore(float(verdict.equal), verdict.reason)
+    comparison = decide(golds, answer)
+    if comparison.equal is not None:
+        return PartScore(float(comparison.equal), comparison.reason)
     cpu_seconds = CPU_SHARE * min(timeout_seconds, MAX_SECONDS)
     arguments = ([_unwrapped(gold) for gold in golds], without_lead(answer), cpu_seconds)
     return Deferred(
@@ -132,7 +132,7 @@ class MathAccuracy:
         return cls(config.accuracy.timeout_seconds, config.accuracy.form)
 
     def score(self, item: ScoringItem) -> PartScore | Deferred:
-        return judge(item.prompt.answers, answer_of(item.text, self.form), self.timeout_seconds)
+        return verify(item.prompt.answers, answer_of(item.text, self.form), self.timeout_seconds)
 
 
 # --- command line ------------------------------------------------------------
@@ -191,7 +191,7 @@ def score_stream(
     with WorkerPool(num_workers) as pool:
         try:
             for pair in read_pairs(source, name):
-                score = judge(pair.golds, answer_of(pair.prediction, bare=True), timeout_seconds)
+                score = verify(pair.golds, answer_of(pair.prediction, bare=True), timeout_seconds)
                 waiting.append((score, pool.submit(score.task)) if isinstance(score, Deferred) else score)
                 count += 1
                 _write_ready(waiting, sink, block=len(waiting) > MAX_WAITING_LINES)

@@ -61,7 +61,7 @@ class Batch:
     """
 
     def __init__(self, score: Callable[[Sequence[ScoringItem]], Sequence[PartScore]], collective: bool = False) -> None:
-        """collective: all ranks score together, so `settle` is to be called on each of them, with or without items."""
+        """collective: all ranks score together, so `flush` is to be called on each of them, with or without items."""
         self._score, self.collective = score, collective
         self._waiting: list[_InBatch] = []
 
@@ -70,7 +70,7 @@ class Batch:
         self._waiting.append(place)
         return place
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Score all that wait."""
         waiting, self._waiting = self._waiting, []
         for place, score in zip(waiting, self._score([place.item for place in waiting]), strict=True):
@@ -86,6 +86,6 @@ class _InBatch:
     def result(self) -> PartScore:
         if self.score is None:
             if self.batch.collective:
-                raise RewardError("a reward model that is spread over ranks scores in settle(), which was not called")
-            self.batch.settle()
+                raise RewardError("a reward model that is sharded over ranks scores in flush(), which was not called")
+            self.batch.flush()
         return self.score

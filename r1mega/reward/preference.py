@@ -5,8 +5,8 @@ A reward model sees what it was trained on: exports carry their prompt template,
 template of their tokenizer. Scores are computed in batches once the first of them is needed, sorted by content, so that
 they do not depend on the order in which responses came.
 
-A reward model larger than one device is spread over the ranks (`train/reward_model.py`); its scores are computed in
-`settle`, which every rank calls.
+A reward model larger than one device is sharded over the ranks (`train/reward_model.py`); its scores are computed in
+`flush`, which every rank calls.
 """
 
 from __future__ import annotations
@@ -177,10 +177,10 @@ class Preference:
             return PartScore(0.0, f"no {self._reads} to read")
         return self._batch.add(item)
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Score what waits where that takes all ranks; a collective call then."""
         if self._batch.collective:
-            self._batch.settle()
+            self._batch.flush()
 
     def _text(self, item: ScoringItem) -> str:
         return final_text(item.text, self._opens) if self._reads == "summary" else item.text

@@ -15,7 +15,7 @@ class Scorer(Protocol):
     """Scores responses, one ticket each; `reward.compose.RewardScorer` is the one for training."""
 
     def submit(self, prompt: Prompt, response: Response, text: str) -> int: ...
-    def settle(self) -> None: ...
+    def flush(self) -> None: ...
     def result(self, ticket: int) -> Reward: ...
 
 
@@ -48,7 +48,7 @@ class GroupSampler:
                     ticket = self._scorer.submit(prompts[done.request_index], done.response, text)
                 slots[done.request_index][done.sample_index] = (done.response, text, ticket)
         with self._timer.phase("reward"):
-            self._scorer.settle()
+            self._scorer.flush()
             return [
                 RolloutGroup(
                     prompt=prompt,

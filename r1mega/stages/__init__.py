@@ -15,7 +15,7 @@ from r1mega.config.stages.reward_model import RewardModelStage
 from r1mega.observe.run import RunDirectory
 
 MODULES = {
-    "base": "r1mega.stages.base",
+    "base": "r1mega.stages.nano_base",
     "zero": "r1mega.stages.rl",
     "cold_start": "r1mega.stages.cold_start",
     "reasoning_rl": "r1mega.stages.rl",

@@ -21,7 +21,7 @@ from r1mega.data.tokenizer import load_tokenizer
 from r1mega.errors import DataError
 from r1mega.reward.compose import RewardScorer
 from r1mega.rollout.sampler import stop_settings
-from r1mega.stages.factory import LAST_STEP, Factory
+from r1mega.stages.data_factory import LAST_STEP, DataFactory
 from r1mega.stages.runtime import Runtime
 from r1mega.stages.sampling import PosedPrompt
 from r1mega.types import Prompt, Response, RewardStatus, SamplingSettings
@@ -34,7 +34,7 @@ BEFORE_REWRITING = ("unscored", "truncated", "low accuracy")
 
 def run(config: ColdStartStage, runtime: Runtime) -> int:
     """Write RUN_DIR/data. Returns the exit code (85: what was drawn is kept, start again for the rest)."""
-    factory = Factory(config, runtime)
+    factory = DataFactory(config, runtime)
     posed = pose(config, factory, factory.load_prompts())
     if not factory.sample(posed):
         return runtime.stopped()
@@ -66,7 +66,7 @@ def run(config: ColdStartStage, runtime: Runtime) -> int:
     return factory.finish(runtime.broadcast(select))
 
 
-def pose(config: ColdStartStage, factory: Factory, prompts: Sequence[Prompt]) -> list[PosedPrompt]:
+def pose(config: ColdStartStage, factory: DataFactory, prompts: Sequence[Prompt]) -> list[PosedPrompt]:
     """Each prompt in one of the ways of asking: a seeded draw by their shares. What is too long with its examples is an error,
     or left out with a warning, by data.on_long_prompt.
     """
@@ -103,7 +103,7 @@ def _spaced(response: str) -> str:
 
 
 def _posed(
-    config: ColdStartStage, factory: Factory, prompt: Prompt, way: Prompting, shots: str, name: str
+    config: ColdStartStage, factory: DataFactory, prompt: Prompt, way: Prompting, shots: str, name: str
 ) -> PosedPrompt | None:
     """None: too long with its examples, and data.on_long_prompt says to skip."""
     text = shots + render(way.template or config.data.template, prompt.question)
@@ -120,7 +120,7 @@ def _posed(
 
 
 def _rewrite_by_model(
-    config: ColdStartStage, factory: Factory, candidates: Sequence[Candidate]
+    config: ColdStartStage, factory: DataFactory, candidates: Sequence[Candidate]
 ) -> list[Candidate] | None:
     """What the model made of each, in the form again; those that its context has no room for, that it cut or left without
     form are gone. None: stopped.
@@ -152,7 +152,7 @@ def _rewrite_by_model(
 
 
 def _verified(
-    config: ColdStartStage, factory: Factory, prompts: dict[str, Prompt], candidates: Sequence[Candidate]
+    config: ColdStartStage, factory: DataFactory, prompts: dict[str, Prompt], candidates: Sequence[Candidate]
 ) -> list[Candidate]:
     """The candidates with the rewards and lengths of their rewritten responses."""
     verified = []

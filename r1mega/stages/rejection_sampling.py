@@ -8,21 +8,21 @@ from r1mega.config.stages.rejection_sampling import RejectionSamplingStage
 from r1mega.data.card import describe_file
 from r1mega.data.filters import apply_filters, build_filters
 from r1mega.data.selection import at_most_per_prompt, mix, read_general
-from r1mega.stages.factory import Factory
+from r1mega.stages.data_factory import DataFactory
 from r1mega.stages.runtime import Runtime
 from r1mega.stages.sampling import PosedPrompt
 
 
 def run(config: RejectionSamplingStage, runtime: Runtime) -> int:
     """Write RUN_DIR/data. Returns the exit code (85: what was drawn is kept, start again for the rest)."""
-    factory = Factory(config, runtime)
+    factory = DataFactory(config, runtime)
     posed = [PosedPrompt(prompt, source=f"sampled from {config.model.path}") for prompt in factory.load_prompts()]
     if not factory.sample(posed):
         return runtime.stopped()
     return factory.finish(runtime.broadcast(lambda: _select(config, factory, posed)))
 
 
-def _select(config: RejectionSamplingStage, factory: Factory, posed: list[PosedPrompt]) -> dict[str, Any]:
+def _select(config: RejectionSamplingStage, factory: DataFactory, posed: list[PosedPrompt]) -> dict[str, Any]:
     """Filter, thin out, merge and write; the card."""
     candidates = factory.candidates(posed)
     kept, funnel = apply_filters(candidates, build_filters(config.filters))

@@ -19,12 +19,12 @@ from r1mega.reward.compose import RewardScorer
 from r1mega.rollout.build import build_engine
 from r1mega.rollout.groups import GroupCollector
 from r1mega.rollout.sampler import GroupSampler, stop_settings
-from r1mega.stages.evaluation import Evaluation
+from r1mega.stages.in_loop_evaluation import Evaluation
 from r1mega.stages.rl_metrics import group_metrics, pool_metrics, work_metrics
 from r1mega.stages.runtime import Runtime
 from r1mega.train.grpo_update import update_policy
 from r1mega.train.policy import Policy
-from r1mega.train.reward_model import SpreadRewardModel
+from r1mega.train.reward_model import ShardedRewardModel
 from r1mega.train.samples import gather_samples, training_samples
 from r1mega.types import RolloutGroup, SamplingSettings
 from r1mega.weights.sync import WeightSync
@@ -59,7 +59,7 @@ class RLTrainer:
         )  # fmt: skip
         self.scorer = RewardScorer(
             config.reward, max_response_tokens=config.rollout.max_response_tokens, engine=self.engine,
-            tokenizer=self.tokenizer, spread=self._spread_reward_model,
+            tokenizer=self.tokenizer, sharded=self._sharded_reward_model,
         )  # fmt: skip
         stop_ids, stop_strings = stop_settings(config.rollout.stop, self.tokenizer)
         self.sampling = SamplingSettings(
@@ -96,9 +96,9 @@ class RLTrainer:
         )
         return metrics, groups
 
-    def _spread_reward_model(self, section: PreferenceReward) -> Callable[[Sequence[list[int]]], list[float]]:
+    def _sharded_reward_model(self, section: PreferenceReward) -> Callable[[Sequence[list[int]]], list[float]]:
         config = self.config
-        return SpreadRewardModel(section.model, config.model, config.parallel, section.microbatch_tokens).scores
+        return ShardedRewardModel(section.model, config.model, config.parallel, section.microbatch_tokens).scores
 
     def _restore_cursor(self, state: CursorState) -> None:
         try:

@@ -49,7 +49,7 @@ class SupervisedLoop:
                         "policy/learning_rate": result.update.lr,
                         "expert/load_max_over_mean": result.update.expert_load,
                         "tokens/update_per_second": result.work.tokens / times["time/update_seconds"],
-                        **work_metrics(self._flops, result.work, predict_further=self._predicts_further),
+                        **work_metrics(self._flops, result.work, mtp_loss=self._predicts_further),
                     }
                     runtime.write_metrics(step, metrics | times | further)
                 self.step = step
@@ -61,8 +61,8 @@ class SupervisedLoop:
         return True
 
 
-def work_metrics(flops: ModelFlops, work: Work, *, predict_further: bool = False) -> dict[str, float]:
+def work_metrics(flops: ModelFlops, work: Work, *, mtp_loss: bool = False) -> dict[str, float]:
     """Of a step that is one update: its tokens and model FLOPs, over all ranks (`work`: of one forward pass)."""
-    total = flops.training(work, predict_further=predict_further)
+    total = flops.training(work, mtp_loss=mtp_loss)
     tokens = float(work.tokens)
     return {"tokens/update": tokens, "tokens/step": tokens, "perf/update_flops": total, "perf/step_flops": total}

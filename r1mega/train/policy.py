@@ -33,7 +33,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region  
 from megatron.core.transformer.module import Float16Module  # noqa: E402
 
 from r1mega.checkpoint.hf import HFTensors  # noqa: E402
-from r1mega.checkpoint.names import export_hf, load_hf  # noqa: E402
+from r1mega.checkpoint.hf_state import export_hf, load_hf  # noqa: E402
 from r1mega.checkpoint.store import MODEL_METADATA, is_checkpoint, load_weights  # noqa: E402
 from r1mega.config.schema import ModelConfig, OptimizerConfig, ParallelConfig  # noqa: E402
 from r1mega.errors import NonFiniteError  # noqa: E402
@@ -181,13 +181,13 @@ class Policy:
         *,
         temperature: float = 1.0,
         total_response_tokens: int,
-        predict_further: bool = False,
+        mtp_loss: bool = False,
     ) -> UpdateResult:
         """One optimizer step on the sum of the microbatches' losses (over all data-parallel ranks).
 
         total_response_tokens: R summed over this step's microbatches on all data-parallel ranks. Megatron divides
         gradients by it; the loss is multiplied by it first, so that the caller's loss is minimised as it stands.
-        predict_further: add the loss of the multi-token-prediction layers, if the model has them (pre-training and SFT:
+        mtp_loss: add the loss of the multi-token-prediction layers, if the model has them (pre-training and SFT:
         the tokens are to be imitated); entropies are then not computed (NaN).
         Raises NonFiniteError when the gradient norm is not finite; the weights are then lost, the last checkpoint is not.
         """
@@ -200,8 +200,8 @@ class Policy:
             loss, statistics = loss_function(index, microbatch, log_probs, entropies)
             return loss * total_response_tokens, statistics
 
-        further = predict_further and bool(self.megatron_config.mtp_num_layers)
-        statistics = self._run(microbatches, scaled, temperature, forward_only=False, predict_further=further)
+        further = mtp_loss and bool(self.megatron_config.mtp_num_layers)
+        statistics = self._run(microbatches, scaled, temperature, forward_only=False, mtp_loss=further)
         lr = self.optimizer.param_groups[0]["lr"]
         stepped, grad_norm, _ = self.optimizer.step()
         if not stepped or not math.isfinite(float(grad_norm)):
@@ -217,7 +217,7 @@ class Policy:
         temperature: float,
         *,
         forward_only: bool,
-        predict_further: bool = False,
+        mtp_loss: bool = False,
     ) -> list[Any]:
         fillers = [build_microbatch([], [], ())] * (-len(microbatches) % self.microbatch_multiple)
         collected: dict[int, Any] = {}
@@ -230,7 +230,7 @@ class Policy:
             self._replay.set(self.ddp_chunks.index(model), part.routed_experts)
             if self._zeroing is not None:
                 self._zeroing.padding = part.padding
-            if predict_further:  # with labels Megatron adds the MTP loss itself and returns cross-entropies [1, t]
+            if mtp_loss:  # with labels Megatron adds the MTP loss itself and returns cross-entropies [1, t]
                 mask = torch.zeros(1, part.tokens.numel(), device=self.device).index_fill_(1, part.rows, 1.0)
                 output = model(
                     part.tokens[None], part.positions[None], None,
@@ -240,7 +240,7 @@ class Policy:
                 output = model(part.tokens[None], part.positions[None], None, packed_seq_params=packed, **self._narrow)
 
             def loss(output: torch.Tensor):
-                log_probs, entropies = self._score(output[0], batch, part, temperature, predict_further)
+                log_probs, entropies = self._score(output[0], batch, part, temperature, mtp_loss)
                 if index < len(microbatches):
                     value, collected[index] = function(index, batch, log_probs, entropies)
                 else:

@@ -93,7 +93,7 @@ def preference_scores(policy: Policy, samples: Sequence[PreferenceSample], capac
     return torch.tensor([merged[index] for index in range(len(samples))], dtype=torch.float64)
 
 
-class SpreadRewardModel:
+class ShardedRewardModel:
     """A reward model that the stage `reward_model` exported, in the trainer's parallel layout, for scoring alone. On a
     GPU its weights stay in host memory between calls. Making one is a collective call.
     """

@@ -78,9 +78,7 @@ def supervised_step(policy: Policy, batches: Sequence[WeightedMicrobatch]) -> Su
         value = -(log_probs * weights).sum() / total_weight
         return value, torch.stack([value.detach().double() * total_weight, weights.sum().double()])
 
-    result = policy.update(
-        [b.microbatch for b in batches], loss, total_response_tokens=int(total_rows), predict_further=True
-    )
+    result = policy.update([b.microbatch for b in batches], loss, total_response_tokens=int(total_rows), mtp_loss=True)
     return SupervisedResult(result, _weighted_mean(result.statistics), Work(total_tokens, total_pairs, total_rows))
 
 

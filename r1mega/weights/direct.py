@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from r1mega.checkpoint.names import coordinates, local_entries, model_shape, unwrap
+from r1mega.checkpoint.hf_state import coordinates, local_entries, model_shape, unwrap
 from r1mega.errors import ConfigError, WeightSyncError
 from r1mega.weights.digest import tensor_digest
 from r1mega.weights.exchange import Exchange

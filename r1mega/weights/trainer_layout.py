@@ -2,7 +2,7 @@
 
 Pure: the counterpart of `layout.py`, made of the rules in checkpoint/name_rules.py and of the order in which Megatron
 numbers its ranks (tp-cp-ep-dp-pp, pipeline stages outermost). The same `Placement` says where: `parameter` is the first
-HF name of the Megatron parameter, which is what `checkpoint.names.local_entries` finds it by on every platform.
+HF name of the Megatron parameter, which is what `checkpoint.hf_state.local_entries` finds it by on every platform.
 """
 
 from __future__ import annotations

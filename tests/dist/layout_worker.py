@@ -26,7 +26,7 @@ from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_regi
 from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy  # noqa: E402
 
 from r1mega.checkpoint.name_rules import to_local  # noqa: E402
-from r1mega.checkpoint.names import coordinates, export_hf, load_hf, local_entries, model_shape  # noqa: E402
+from r1mega.checkpoint.hf_state import coordinates, export_hf, load_hf, local_entries, model_shape  # noqa: E402
 from r1mega.model.build import build_model, packed_seq_params  # noqa: E402
 from r1mega.model.context_parallel import zigzag_rows  # noqa: E402
 from r1mega.platform import groups  # noqa: E402

@@ -18,7 +18,7 @@ from tests.release import release_models
 platform.prepare()
 
 from r1mega.checkpoint.name_rules import to_local  # noqa: E402
-from r1mega.checkpoint.names import coordinates, local_entries, model_shape  # noqa: E402
+from r1mega.checkpoint.hf_state import coordinates, local_entries, model_shape  # noqa: E402
 from r1mega.gpu_check.policy import rl_step  # noqa: E402
 from r1mega.gpu_check.tensors import gradients_by_name, make_gradients_whole  # noqa: E402
 from r1mega.platform import groups  # noqa: E402
@@ -135,7 +135,7 @@ def labels_step(policy: Policy, samples: list[Any]) -> tuple[float, float]:
         value = -log_probs.sum() / total
         return value, float(value.detach())
 
-    result = policy.update(batches, loss, total_response_tokens=total, predict_further=True)
+    result = policy.update(batches, loss, total_response_tokens=total, mtp_loss=True)
     value = torch.tensor(sum(result.statistics) if policy.reports else 0.0, dtype=torch.float64)
     dist.all_reduce(value)
     return float(value), result.grad_norm

@@ -16,7 +16,7 @@ platform.prepare()
 
 
 from r1mega.checkpoint.hf import HFTensors, read_config  # noqa: E402
-from r1mega.checkpoint.names import export_hf, load_hf  # noqa: E402
+from r1mega.checkpoint.hf_state import export_hf, load_hf  # noqa: E402
 from r1mega.errors import WeightSyncError  # noqa: E402
 from r1mega.model.build import build_model  # noqa: E402
 from r1mega.platform import groups  # noqa: E402

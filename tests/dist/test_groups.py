@@ -54,7 +54,7 @@ def two_ranks_agree() -> dict[str, object]:
         found["layout"] = str(error)
     found |= {f"init {name}": initial_weights(layout) for name, layout in INITIAL_LAYOUTS.items()}
     groups.init_parallel(Layout(pp=2), seed=0)
-    from r1mega.checkpoint.names import load_hf
+    from r1mega.checkpoint.hf_state import load_hf
     from r1mega.model.build import build_model
 
     chunks = build_model(DEEPSEEK, Layout(pp=2), ModelSettings())

@@ -15,7 +15,7 @@ from megatron.core.dist_checkpointing import ShardedTensor  # noqa: E402
 from megatron.core.dist_checkpointing.dict_utils import nested_values  # noqa: E402
 from megatron.core.dist_checkpointing.mapping import apply_factories  # noqa: E402
 
-from r1mega.checkpoint.names import export_hf, load_hf, local_entries  # noqa: E402
+from r1mega.checkpoint.hf_state import export_hf, load_hf, local_entries  # noqa: E402
 from r1mega.checkpoint.store import MODEL_METADATA  # noqa: E402
 from r1mega.model.build import build_model  # noqa: E402
 from r1mega.platform import groups  # noqa: E402

@@ -5,16 +5,16 @@ from __future__ import annotations
 from typing import get_args
 
 from r1mega.config.schema import Stage
-from r1mega.config.stages.base import BaseStage
 from r1mega.config.stages.cold_start import ColdStartStage
 from r1mega.config.stages.evaluate import EvaluateStage
+from r1mega.config.stages.nano_base import NanoBaseStage
 from r1mega.config.stages.rejection_sampling import RejectionSamplingStage
 from r1mega.config.stages.reward_model import RewardModelStage
 from r1mega.config.stages.rl import RLStage
 from r1mega.config.stages.sft import DistillStage, SFTStage
 
 _MODELS: tuple[type[Stage], ...] = (
-    BaseStage,
+    NanoBaseStage,
     RLStage,
     ColdStartStage,
     RejectionSamplingStage,

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from r1mega.config.factory import FactoryStage
+from r1mega.config.data_factory import DataFactoryStage
 from r1mega.config.model_files import context_length
 from r1mega.config.schema import NonNegative, Positive, PositiveInt, Section
 from r1mega.config.validate import is_given, missing_file_problems
@@ -54,7 +54,7 @@ class RewriteConfig(Section):
     # Jinja2; paper: |special_token|reasoning|special_token|summary
 
 
-class ColdStartStage(FactoryStage):
+class ColdStartStage(DataFactoryStage):
     """Samples of R1-Zero by several ways of asking, filtered, rewritten, and filtered again (recipe: stage 1)."""
 
     outputs: ClassVar[tuple[str, ...]] = ("data/train.jsonl", "data/train.parquet", "data/card.json", "data/card.md")

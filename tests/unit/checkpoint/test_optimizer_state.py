@@ -21,7 +21,7 @@ from megatron.core.distributed import (  # noqa: E402
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
 from megatron.core.transformer.module import Float16Module  # noqa: E402
 
-from r1mega.checkpoint.names import load_hf  # noqa: E402
+from r1mega.checkpoint.hf_state import load_hf  # noqa: E402
 from r1mega.checkpoint.store import MODEL_METADATA  # noqa: E402
 from r1mega.model.build import build_model  # noqa: E402
 from r1mega.platform import groups  # noqa: E402

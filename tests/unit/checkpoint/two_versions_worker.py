@@ -30,7 +30,7 @@ def step(policy) -> list[float]:
         value = -log_probs.sum() / total
         return value, float(value)
 
-    result = policy.update(batches, loss, total_response_tokens=total, predict_further=True)
+    result = policy.update(batches, loss, total_response_tokens=total, mtp_loss=True)
     return [result.grad_norm, *result.statistics]
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from r1mega.config.factory import FactoryStage
+from r1mega.config.data_factory import DataFactoryStage
 from r1mega.config.load import load_config
 from r1mega.config.pipeline import check_pipeline, load_pipeline, paths_of
 from r1mega.config.stages.evaluate import EvaluateStage
@@ -103,7 +103,7 @@ def test_data_is_decontaminated_against_every_evaluation_set(path):
         task.data for config in configs if isinstance(config, EvaluateStage) for task in config.chosen.values()
     }
     evaluated |= {config.evaluate.data for config in configs if isinstance(config, RLStage) and config.evaluate.data}
-    makers = [config for config in configs if isinstance(config, FactoryStage)]
+    makers = [config for config in configs if isinstance(config, DataFactoryStage)]
     assert makers and evaluated
     for config in makers:
         assert evaluated <= set(config.decontaminate.files), config.run_dir

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from r1mega.config.factory import FilterConfig
+from r1mega.config.data_factory import FilterConfig
 from r1mega.data.filters import Candidate, apply_filters, build_filters, longest_paragraph, repeated_share
 
 GOOD = Candidate(

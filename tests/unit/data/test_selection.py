@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from r1mega.config.factory import DecontaminationConfig, GeneralConfig
+from r1mega.config.data_factory import DecontaminationConfig, GeneralConfig
 from r1mega.data.card import build_card, card_markdown, describe_file, write_card
 from r1mega.data.contamination import Contamination, evaluation_questions
 from r1mega.data.duplicates import near_duplicates

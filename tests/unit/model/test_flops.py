@@ -63,7 +63,7 @@ def test_multi_token_prediction_of_deepseek_v3():
     hf = json.loads(Path("configs/deepseek_v3_671b/model/config.json").read_text())
     flops = model_flops(hf)
     unmet = (256 - 8) * 3 * 7168 * 2048  # parameters of the experts that a token does not meet
-    one = flops.training(Work(tokens=1), predict_further=True) - flops.training(Work(tokens=1))
+    one = flops.training(Work(tokens=1), mtp_loss=True) - flops.training(Work(tokens=1))
     assert one / (3 * 2) + unmet == pytest.approx(11.5e9, rel=0.01)
     assert flops.further.scored == flops.main.scored and flops.further.pair * 61 == flops.main.pair
 

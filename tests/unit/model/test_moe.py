@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from r1mega.checkpoint.hf_state import load_hf, local_entries, model_shape
 from r1mega.checkpoint.name_rules import to_full
-from r1mega.checkpoint.names import load_hf, local_entries, model_shape
 from r1mega.model.build import build_model
 from r1mega.platform import groups
 from tests.reference import (

@@ -111,24 +111,24 @@ def test_helpfulness_reads_the_summary_and_harmlessness_everything(classifier):
 
 
 def test_scores_of_a_model_that_is_spread_over_ranks(classifier):
-    """Any forward pass will do; here transformers' own. Results are there once `settle` was called, not before."""
+    """Any forward pass will do; here transformers' own. Results are there once `flush` was called, not before."""
     model = RewardModel(classifier[1]["reader"], batch_size=2, max_tokens=64)
     asked = []
 
-    def spread(section):
+    def sharded(section):
         asked.append(section.model)
         return model._forward_here
 
     keys = {"weight": 1.0, "model": classifier[1]["reader"], "scale": 2.0}
     config = RewardConfig(helpfulness=PreferenceReward(**keys, backend="megatron", from_step=2))
     expected = rewards(RewardConfig(helpfulness=PreferenceReward(**keys)), TEXTS)
-    with RewardScorer(config, max_response_tokens=64, spread=spread) as scorer:
-        scorer.settle()  # step 1: nothing to score, and no rank may wait for another
+    with RewardScorer(config, max_response_tokens=64, sharded=sharded) as scorer:
+        scorer.flush()  # step 1: nothing to score, and no rank may wait for another
         scorer.step = 2
         tickets = [scorer.submit(prompt(), Response((1,), (0.0,), "stop"), text) for text in TEXTS]
-        with pytest.raises(RewardError, match="settle.*not called"):
+        with pytest.raises(RewardError, match="flush.*not called"):
             scorer.result(tickets[0])
-        scorer.settle()
+        scorer.flush()
         values = [scorer.result(ticket).value for ticket in tickets[1:]]
     assert values == pytest.approx([reward.value for reward in expected[1:]], abs=1e-6)
     assert asked == [classifier[1]["reader"]]

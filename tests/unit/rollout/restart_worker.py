@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from r1mega.checkpoint.names import export_hf, load_hf
+from r1mega.checkpoint.hf_state import export_hf, load_hf
 from r1mega.platform import groups
 from r1mega.rollout.engine import EngineSettings
 from r1mega.rollout.vllm_engine import VllmEngine

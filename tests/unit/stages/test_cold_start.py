@@ -10,7 +10,7 @@ from r1mega.data import nano_tokenizer
 from r1mega.data.prompts import load_prompts
 from r1mega.errors import DataError
 from r1mega.stages.cold_start import pose
-from r1mega.stages.factory import Factory
+from r1mega.stages.data_factory import DataFactory
 
 EXAMPLE = json.dumps({"question": "a 5", "response": "<think> try a 5 yes </think> <answer> 5 </answer>"})
 
@@ -30,7 +30,7 @@ def ask(tmp_path):
         config = load_config("configs/nano/cold_start.yaml", [
             f"model.path={tmp_path}", f"data.prompts=[{tmp_path}/p.jsonl]", ways, *overrides,
         ])  # fmt: skip
-        factory = Factory(config, None)
+        factory = DataFactory(config, None)
         return factory.tokenizer, pose(config, factory, load_prompts(config.data, factory.tokenizer))
 
     return posed

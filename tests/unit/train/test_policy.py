@@ -235,7 +235,7 @@ def test_labels_path_with_mtp_gives_the_same_log_probs_and_trains_the_mtp_layer(
     before = {name: value.clone() for name, value in policy.hf_tensors()}
     result = policy.update(
         [batch], lambda _i, _mb, lp, _e: (-lp.sum(), lp.detach().clone()), total_response_tokens=len(batch.rows),
-        predict_further=True,
+        mtp_loss=True,
     )  # fmt: skip
     torch.testing.assert_close(result.statistics[0], expected, rtol=0, atol=1e-5)
     moved = {name for name, value in policy.hf_tensors() if not torch.equal(value, before[name])}

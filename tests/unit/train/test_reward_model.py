@@ -17,7 +17,7 @@ from r1mega.model.reward_head import SCORE, classifier_config, initial_head, unt
 from r1mega.train.policy import Policy  # noqa: E402
 from r1mega.train.reward_model import (  # noqa: E402
     PreferenceSample,
-    SpreadRewardModel,
+    ShardedRewardModel,
     preference_scores,
     preference_step,
 )
@@ -180,7 +180,7 @@ def test_a_model_for_scoring_alone(one_rank, tmp_path):
     hf, samples = MODELS["deepseek"], make_samples("pointwise", 9)
     model = classifier(make_policy(hf, base_weights(hf)), hf, tmp_path / "hf")
     settings = ModelConfig(path="unused", dtype="float32", log_probs="hidden")
-    spread = SpreadRewardModel(tmp_path / "hf", settings, ParallelConfig(), capacity=32)
+    spread = ShardedRewardModel(tmp_path / "hf", settings, ParallelConfig(), capacity=32)
     sequences = [list(sample.sequences[0]) for sample in samples]
     with torch.no_grad():
         expected = [float(reference_scores(model, sample)) for sample in samples]

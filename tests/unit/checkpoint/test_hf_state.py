@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from r1mega.checkpoint.hf_state import export_hf, load_hf
 from r1mega.checkpoint.name_rules import Coordinates, ModelShape, make_entry, to_full, to_local
-from r1mega.checkpoint.names import export_hf, load_hf
 from r1mega.errors import CheckpointError
 from r1mega.model.build import build_model
 from r1mega.platform import groups

@@ -19,7 +19,7 @@ class NanoTask(Section):
     num_general_eval: PositiveInt = 64
 
 
-class BaseStage(TrainingStage):
+class NanoBaseStage(TrainingStage):
     """Makes the nano base model: task, tokenizer, corpus, pre-training from scratch, HF export."""
 
     stage: Literal["base"]

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from r1mega.checkpoint.hf import read_config, write_hf
-from r1mega.config.stages.base import BaseStage
+from r1mega.config.stages.nano_base import NanoBaseStage
 from r1mega.data import nano, nano_general, nano_tokenizer
 from r1mega.data.template import render
 from r1mega.data.tokenizer import Tokenizer, load_tokenizer
@@ -23,7 +23,7 @@ WINDOW_SAMPLES = 2048
 """Corpus samples that are packed together; a window's microbatches are shuffled."""
 
 
-def run(config: BaseStage, runtime: Runtime) -> int:
+def run(config: NanoBaseStage, runtime: Runtime) -> int:
     """Train to `config.steps` and export RUN_DIR/hf. Returns the exit code."""
     tokenizer_dir = runtime.run_dir / "tokenizer"
     if runtime.is_main:
@@ -58,7 +58,7 @@ def run(config: BaseStage, runtime: Runtime) -> int:
     return runtime.finished({"steps": config.steps, "checkpoint": str(runtime.run_dir / "hf")})
 
 
-def _make_task(config: BaseStage, run_dir: Path, tokenizer_dir: Path) -> None:
+def _make_task(config: NanoBaseStage, run_dir: Path, tokenizer_dir: Path) -> None:
     """Prompt files and tokenizer; what is there already stays (both depend on the config alone)."""
     for split, count in (("train", config.task.num_train_prompts), ("eval", config.task.num_eval_prompts)):
         path = run_dir / "data" / f"{split}.jsonl"
@@ -73,7 +73,9 @@ def _make_task(config: BaseStage, run_dir: Path, tokenizer_dir: Path) -> None:
         nano_tokenizer.train_tokenizer(tokenizer_dir)
 
 
-def _batches(config: BaseStage, policy: Policy, tokenizer: Tokenizer, skip: int) -> Iterator[list[WeightedMicrobatch]]:
+def _batches(
+    config: NanoBaseStage, policy: Policy, tokenizer: Tokenizer, skip: int
+) -> Iterator[list[WeightedMicrobatch]]:
     """This replica's microbatches, one list an optimizer step, from step `skip` on."""
     size, rank = policy.num_replicas, policy.replica
     step = 0

@@ -62,7 +62,7 @@ class GeneralConfig(Section):
     share: Annotated[float, Field(ge=0, lt=1)] = 0.25  # of the result (paper: 200k of 800k)
 
 
-class FactoryStage(Stage):
+class DataFactoryStage(Stage):
     """Samples from a checkpoint, and what is kept of them. No training."""
 
     data: DataConfig

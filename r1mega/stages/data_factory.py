@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from r1mega.config.factory import FactoryStage
+from r1mega.config.data_factory import DataFactoryStage
 from r1mega.config.schema import ModelConfig, RolloutConfig, WeightsConfig
 from r1mega.data.card import InputFile, build_card, describe_file, write_card
 from r1mega.data.filters import Candidate, FilterCount
@@ -28,10 +28,10 @@ LAST_STEP = 2**62
 """Samples are scored as a run's last step would be: parts that count from a later step on do count."""
 
 
-class Factory:
+class DataFactory:
     """Samples prompts and turns the samples into candidates."""
 
-    def __init__(self, config: FactoryStage, runtime: Runtime):
+    def __init__(self, config: DataFactoryStage, runtime: Runtime):
         self.config, self.runtime = config, runtime
         self.tokenizer: Tokenizer = load_tokenizer(config.model.path)
         self.licences: dict[str, str] = {}

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import to_jsonable_python
 
 from r1mega.config.schema import Stage
-from r1mega.config.stages import STAGES
+from r1mega.config.stages import stage_model
 from r1mega.errors import ConfigError
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -40,11 +40,11 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Stage:
     """
     places: Places = {}
     merged = _load(path, overrides, places)
-    stage = merged.get("stage")
-    if stage not in STAGES:
-        where = places.get(("stage",), str(path))
-        raise ConfigError(f"{where}: stage is {stage!r}; it must be one of {', '.join(STAGES)}")
-    return _checked(merged, STAGES[stage], places, path)
+    try:
+        model = stage_model(merged.get("stage"))
+    except ConfigError as error:
+        raise ConfigError(f"{places.get(('stage',), str(path))}: {error}") from error
+    return _checked(merged, model, places, path)
 
 
 def load_as(model: type[Model], path: Path, overrides: Sequence[str] = ()) -> Model:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from r1mega.config.schema import NonNegative, NonNegativeInt, Positive, PositiveInt, Section
 from r1mega.config.validate import is_given
@@ -116,6 +118,16 @@ class JudgeReward(NeuralReward):
     extra: dict[str, Any] = {}  # further keys of the request's body
 
 
+class CustomReward(Section):
+    """A part of one's own; docs/extending.md."""
+
+    part: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]  # module:Class, a `reward.parts.Part`
+    weight: NonNegative = 1.0
+    kinds: tuple[str, ...] | None = None  # prompts of these kinds; None: all
+    from_step: PositiveInt = 1  # counts from this step on
+    settings: dict[str, Any] = {}  # the class's keyword arguments
+
+
 class RewardPool(Section):
     executor: Literal["auto", "processes", "mpi"] = "auto"
     # processes: workers of this rank; mpi: spawned by MPI over all its hosts; auto: mpi when it spans several
@@ -152,11 +164,16 @@ class RewardConfig(Section):
     helpfulness: PreferenceReward = PreferenceReward()  # reads the final summary only (paper)
     harmlessness: PreferenceReward = PreferenceReward()  # reads the whole response (paper)
     judge: JudgeReward = JudgeReward()
+    custom: dict[str, CustomReward] = {}  # by name, as in the metric reward/NAME
     pool: RewardPool = RewardPool()
     sandbox: SandboxConfig = SandboxConfig()
 
     def problems(self, max_response_tokens: int) -> Iterator[str]:
         """What cannot work across keys."""
+        taken = RewardConfig.model_fields.keys() - {"custom"} | {"mean", "std", "excluded_fraction"}
+        for name in self.custom:
+            if name in taken or not name.isidentifier():
+                yield f"reward.custom.{name}: the name of a part must be a word, and none of {', '.join(sorted(taken))}"
         if self.overlong.weight > 0 and self.overlong.buffer_tokens >= max_response_tokens:
             yield (
                 f"reward.overlong.buffer_tokens = {self.overlong.buffer_tokens} must be below "

@@ -16,7 +16,7 @@ from r1mega.data.prompts import scan_data
 from r1mega.doctor.facts import Fact
 from r1mega.errors import R1MegaError
 from r1mega.platform.validate import validate_platform
-from r1mega.stages import check_model, check_run_directory, is_finished
+from r1mega.stages import check_model, check_rewards, check_run_directory, is_finished
 
 
 def config_facts(path: Path, overrides: list[str]) -> tuple[str, list[Fact], R1MegaError | None]:
@@ -29,6 +29,7 @@ def config_facts(path: Path, overrides: list[str]) -> tuple[str, list[Fact], R1M
         validate_platform(config)
         check_run_directory(config)
         check_model(config)
+        check_rewards(config)
     except R1MegaError as error:
         problem = error
     try:

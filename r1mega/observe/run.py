@@ -24,7 +24,7 @@ from typing import Any, Literal
 import yaml
 
 from r1mega.config.load import unknown_keys, with_defaults
-from r1mega.config.stages import STAGES
+from r1mega.config.stages import stage_model
 from r1mega.errors import ConfigError, DataError
 from r1mega.files import write_atomic
 from r1mega.observe.environment import describe_environment
@@ -167,9 +167,9 @@ def config_changes(old: Mapping[str, Any], new: Mapping[str, Any], source: Path)
     What an older program did not know yet, it did as the default says. A key that this program does not know (any more) is a
     change, unless nothing was set there.
     """
-    model = STAGES.get(new.get("stage"))
-    if model is None or old.get("stage") != new.get("stage"):
+    if old.get("stage") != new.get("stage"):
         return sorted(differences(old, new))
+    model = stage_model(new.get("stage"))
     unknown = unknown_keys(old, model, source)
     found = differences(with_defaults(old, model), with_defaults(new, model))
     changed = [(key, line) for key, line in found if not is_below(key, [gone for gone, _, _ in unknown])]

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from r1mega.config.rewards import ACCURACY, WITHOUT_GOLD, NeuralReward, PreferenceReward, RewardConfig
 from r1mega.data.tokenizer import Tokenizer
 from r1mega.errors import RewardError
+from r1mega.reward.custom import load_part
 from r1mega.reward.format import check_format
 from r1mega.reward.language import LanguageConsistency
 from r1mega.reward.length import LengthShaping, Overlong, Repetition
@@ -124,7 +125,10 @@ def weighted_parts(
         for section, make in neural
         if section.weight > 0
     ]
-    return parts
+    return parts + [
+        WeightedPart(section.weight, load_part(name, section), section.kinds, section.from_step)
+        for name, section in config.custom.items()
+    ]
 
 
 def _forward(
@@ -213,17 +217,17 @@ class RewardScorer:
         scores: dict[str, PartScore] = {}
         waiting: dict[str, Callable[[], PartScore]] = {}
         for entry in self._parts:
-            part = entry.part
-            if not entry.applies(prompt, self.step) or (part.name == "accuracy" and prompt.kind in WITHOUT_GOLD):
+            name = entry.part.name
+            if not entry.applies(prompt, self.step) or (name == "accuracy" and prompt.kind in WITHOUT_GOLD):
                 continue
-            names.append(part.name)
-            score = part.score(item)
+            names.append(name)
+            score = entry.part.score(item)
             if isinstance(score, Deferred):
-                waiting[part.name] = _awaiting(score, self._clock.watch(self._pool.submit(score.task)))
+                waiting[name] = _awaiting(score, self._clock.watch(self._pool.submit(score.task)))
             elif isinstance(score, PartScore):
-                scores[part.name] = score
+                scores[name] = score
             else:
-                waiting[part.name] = (self._clock.watch(score) if isinstance(score, Future) else score).result
+                waiting[name] = (self._clock.watch(score) if isinstance(score, Future) else score).result
         ticket, self._next_ticket = self._next_ticket, self._next_ticket + 1
         self._pending[ticket] = _Pending(prompt.id, scores, waiting, tuple(names))
         return ticket

@@ -13,6 +13,7 @@ from r1mega.checkpoint.store import architecture_of, check_architecture
 from r1mega.config.schema import Stage, TrainingStage
 from r1mega.config.stages.reward_model import RewardModelStage
 from r1mega.observe.run import RunDirectory
+from r1mega.reward.custom import load_part
 
 MODULES = {
     "base": "r1mega.stages.nano_base",
@@ -26,7 +27,7 @@ MODULES = {
     "align": "r1mega.stages.rl",
     "evaluate": "r1mega.stages.evaluate",
 }
-"""Where each stage's `run` is."""
+"""Where each stage's `run` is; that of a stage of one's own is beside its config's class."""
 
 
 def run_stage(config: Stage) -> int:
@@ -38,10 +39,11 @@ def run_stage(config: Stage) -> int:
         print(f"{config.run_dir}: finished before; nothing to do", flush=True)
         return 0
     check_model(config)
+    check_rewards(config)
     platform.prepare()  # before megatron is imported
     from r1mega.stages.runtime import Runtime
 
-    run = importlib.import_module(MODULES[config.stage]).run
+    run = importlib.import_module(MODULES.get(config.stage, type(config).__module__)).run
     with Runtime.open(config) as runtime:
         return run(config, runtime)
 
@@ -73,6 +75,13 @@ def check_model(config: Stage) -> None:
         to_megatron.check_weights(directory, num_mtp)
     if isinstance(config, TrainingStage):
         build.check_model(hf, config.parallel, config.model)
+
+
+def check_rewards(config: Stage) -> None:
+    """Refuse parts of a reward that cannot be made, before any process group starts. Raises ConfigError."""
+    if (reward := getattr(config, "reward", None)) is not None:
+        for name, section in reward.custom.items():
+            load_part(name, section).close()
 
 
 def check_run_directory(config: Stage) -> None:

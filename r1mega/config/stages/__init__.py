@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import get_args
 
 from r1mega.config.schema import Stage
@@ -12,6 +13,7 @@ from r1mega.config.stages.rejection_sampling import RejectionSamplingStage
 from r1mega.config.stages.reward_model import RewardModelStage
 from r1mega.config.stages.rl import RLStage
 from r1mega.config.stages.sft import DistillStage, SFTStage
+from r1mega.errors import ConfigError
 
 _MODELS: tuple[type[Stage], ...] = (
     NanoBaseStage,
@@ -27,4 +29,24 @@ _MODELS: tuple[type[Stage], ...] = (
 STAGES: dict[str, type[Stage]] = {
     name: model for model in _MODELS for name in get_args(model.model_fields["stage"].annotation)
 }
-"""What `stage:` may name."""
+"""What `stage:` may name; beside them `module:Class` of one's own (docs/extending.md)."""
+
+
+def stage_model(name: object) -> type[Stage]:
+    """The config of a stage. ConfigError for one that is not there: neither in `STAGES` nor a `module:Class`."""
+    if isinstance(name, str) and name in STAGES:
+        return STAGES[name]
+    module, colon, attribute = str(name).partition(":")
+    if not colon:
+        raise ConfigError(f"stage is {name!r}; it must be one of {', '.join(STAGES)}, or module:Class of your own")
+    try:
+        model = getattr(importlib.import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"stage is {name!r}: {error}; install its package into this Python, or put its folder on PYTHONPATH"
+        ) from error
+    except Exception as error:  # whatever the module raises: it is not ours
+        raise ConfigError(f"stage is {name!r}: cannot be loaded: {type(error).__name__}: {error}") from error
+    if not (isinstance(model, type) and issubclass(model, Stage)):
+        raise ConfigError(f"stage is {name!r}, which is no subclass of r1mega.config.schema.Stage")
+    return model

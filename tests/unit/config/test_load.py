@@ -67,6 +67,8 @@ def test_the_later_include_wins(tmp_path):
             [],
             r"zero\.yaml:2: stage is 'zer0'; it must be one of base, zero",
         ),
+        (ZERO.replace("stage: zero", "stage: nowhere:Mine"), [], r"zero\.yaml:2: stage is .*No module named 'nowhere'"),
+        (ZERO.replace("stage: zero", "stage: json:dumps"), [], r"zero\.yaml:2: .* no subclass of r1mega\.config"),
         (ZERO.replace("run_dir: runs/x\n", ""), [], "run_dir is missing"),
         (ZERO + "\n  - broken", [], r"zero\.yaml:\d+: not YAML"),
         (

@@ -6,6 +6,7 @@ import os
 import random
 import socket
 import sys
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -105,6 +106,26 @@ def _absent_text(kind: Kind, what: str, absent: list[int], cause: str) -> str:
         f"{what}: waited for rank {shown} ({cause}). If it ended, its own log says why; if it is only slow, raise "
         f"timeouts.{kind}_seconds ({getattr(_timeouts, f'{kind}_seconds'):g})"
     )
+
+
+@dataclass(frozen=True, slots=True)
+class GeneratorPlace:
+    """Which generator this rank belongs to: `tp` neighbouring ranks are one. is_first: of its ranks; the others hold copies
+    of what it generates.
+    """
+
+    replica: int
+    num_replicas: int
+    is_first: bool
+
+    @classmethod
+    def of_this_rank(cls, tp: int) -> GeneratorPlace:
+        rank, world = dist.get_rank(), dist.get_world_size()
+        return cls(rank // tp, world // tp, rank % tp == 0)
+
+    def block(self, count: int) -> range:
+        """This generator's share of range(count): the blocks of all, in order, are the whole."""
+        return range(count * self.replica // self.num_replicas, count * (self.replica + 1) // self.num_replicas)
 
 
 def init_parallel(layout: Layout, seed: int, timeouts: TimeoutsConfig | None = None) -> None:

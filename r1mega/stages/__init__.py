@@ -41,11 +41,14 @@ def run_stage(config: Stage) -> int:
     check_model(config)
     check_rewards(config)
     platform.prepare()  # before megatron is imported
-    from r1mega.stages.runtime import Runtime
+    from r1mega.stages.runtime import Runtime, Stopped
 
     run = importlib.import_module(MODULES.get(config.stage, type(config).__module__)).run
     with Runtime.open(config) as runtime:
-        return run(config, runtime)
+        try:
+            return run(config, runtime)
+        except Stopped as stop:
+            return runtime.stopped(stop.step)
 
 
 def is_finished(config: Stage) -> bool:

@@ -30,7 +30,7 @@ from r1mega.evaluate.table import results_table
 from r1mega.evaluate.tasks import TASKS, load_task, pose
 from r1mega.files import write_atomic
 from r1mega.observe.progress import StageProgress
-from r1mega.platform.groups import timeout, wait_for_all
+from r1mega.platform.groups import GeneratorPlace, timeout, wait_for_all
 from r1mega.rollout.draw import Draw, Sample, draw_samples, grade_samples
 from r1mega.rollout.engine import EngineSettings
 from r1mega.rollout.sampler import Scorer
@@ -96,10 +96,9 @@ class _Evaluation:
 
     def __init__(self, config: EvaluateStage, runtime: Runtime):
         self._config, self._runtime = config, runtime
-        tp, world = config.rollout.tp, dist.get_world_size()
-        self._replica, self._num_replicas = runtime.rank // tp, world // tp
-        self._writes = runtime.rank % tp == 0  # the ranks of one generator see the same samples
-        self._should_stop = _stop_check(runtime, tp)
+        self._place = GeneratorPlace.of_this_rank(config.rollout.tp)
+        self._writes = self._place.is_first  # the ranks of one generator see the same samples
+        self._should_stop = _stop_check(runtime, config.rollout.tp)
 
     # ---------------------------------------------------------------------------------------------- what there is to do
 
@@ -179,7 +178,7 @@ class _Evaluation:
         ]
         draws = (evaluation_draw(prompt, index, self._config.seed) for prompt, index in unit.keys())  # noqa: SIM118
         missing = [draw for draw in draws if draw.key not in samples]
-        mine = slice(self._replica, None, self._num_replicas)
+        mine = slice(self._place.replica, None, self._place.num_replicas)
         return _Share(ungraded[mine] if self._writes else [], missing[mine]), len(missing)
 
     def _complete(
@@ -189,7 +188,9 @@ class _Evaluation:
         def keep(sample: Sample) -> None:
             if self._writes:
                 unit.store.write_sample(sample)
-            progress.advance(min(progress.total, progress.done + self._num_replicas))  # the others are about as far
+            progress.advance(
+                min(progress.total, progress.done + self._place.num_replicas)
+            )  # the others are about as far
 
         with unit.store.opened():
             for graded in grade_samples(scorer, share.ungraded):

@@ -13,7 +13,7 @@ from r1mega.data.tokenizer import Tokenizer
 from r1mega.evaluate.result import EvaluationResult, merge_results
 from r1mega.evaluate.run import evaluate_prompts
 from r1mega.files import JsonLinesWriter
-from r1mega.platform.groups import wait_for_all
+from r1mega.platform.groups import GeneratorPlace, wait_for_all
 from r1mega.reward.compose import RewardScorer
 from r1mega.stages.runtime import Runtime
 from r1mega.types import GenerationEngine, SamplingSettings
@@ -59,14 +59,13 @@ class Evaluation:
         """`eval/...` metrics of the weights after `step` (0: as loaded); {} without evaluation data."""
         if not self._prompts:
             return {}
-        tp = self._config.rollout.tp
-        replica, num_replicas = dist.get_rank() // tp, dist.get_world_size() // tp
+        place = GeneratorPlace.of_this_rank(self._config.rollout.tp)
         local = evaluate_prompts(
-            self._engine, self._tokenizer, self._prompts[replica::num_replicas], self._config.evaluate,
+            self._engine, self._tokenizer, self._prompts[place.replica :: place.num_replicas], self._config.evaluate,
             self._scorer, self._sampling,
         )  # fmt: skip
         wait_for_all("rollout", f"the evaluation after step {step}")
-        metrics = self._merged(local, contributes=dist.get_rank() % tp == 0).metrics()
+        metrics = self._merged(local, contributes=place.is_first).metrics()
         if self._writer is not None:
             self._writer.write({"step": step, **metrics})
         self._runtime.note(f"evaluation after step {step}: accuracy {metrics['eval/accuracy']:.3f}")

@@ -8,7 +8,7 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
-from r1mega.checkpoint.hf import read_config, write_hf
+from r1mega.checkpoint.hf import read_config
 from r1mega.config.stages.nano_base import NanoBaseStage
 from r1mega.data import nano, nano_general, nano_tokenizer
 from r1mega.data.template import render
@@ -46,16 +46,9 @@ def run(config: NanoBaseStage, runtime: Runtime) -> int:
     def measure(step: int) -> dict[str, float]:
         return _probe(policy, tokenizer, config.seed) if step == config.steps else {}
 
-    if not loop.run(_batches(config, policy, tokenizer, start), measure):
-        return runtime.stopped(loop.step)
-    write_hf(
-        runtime.run_dir / "hf",
-        policy.hf_tensors(),
-        hf_config,
-        tokenizer_from=tokenizer_dir,
-        write=runtime.is_main,
-    )
-    return runtime.finished({"steps": config.steps, "checkpoint": str(runtime.run_dir / "hf")})
+    loop.run(_batches(config, policy, tokenizer, start), measure)
+    exported = runtime.export(policy, hf_config, tokenizer_from=tokenizer_dir)
+    return runtime.finished({"steps": config.steps, "checkpoint": str(exported)})
 
 
 def _make_task(config: NanoBaseStage, run_dir: Path, tokenizer_dir: Path) -> None:

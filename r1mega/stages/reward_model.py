@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from r1mega.algorithm import pairwise
-from r1mega.checkpoint.hf import HFTensors, read_config, write_hf
+from r1mega.checkpoint.hf import HFTensors, read_config
 from r1mega.config.stages.reward_model import RewardModelStage
 from r1mega.data.preferences import Judgement, Pair, encode, read_judgements, read_pairs
 from r1mega.data.tokenizer import Tokenizer, load_tokenizer
@@ -47,38 +47,28 @@ def run(config: RewardModelStage, runtime: Runtime) -> int:
     figures: dict[str, float] = {}
     if start == 0 and held_out:
         runtime.note(_line(0, evaluate(config, policy, held_out)))
-    with runtime.progress(total=steps, done=start):
-        for step in range(start + 1, steps + 1):
-            runtime.timer.start_step()
-            indices = _members(config, len(samples), *divmod(step - 1, steps_an_epoch))
-            with runtime.timer.phase("update"):
-                result = preference_step(policy, samples, indices, config.objective, config.microbatch_tokens)
-            metrics = {
-                "preference/loss": result.loss,
-                "preference/accuracy": result.accuracy,
-                "policy/grad_norm": result.update.grad_norm,
-                "policy/learning_rate": result.update.lr,
-                "expert/load_max_over_mean": result.update.expert_load,
-            }
-            metrics |= work_metrics(flops, result.work)
-            every = config.evaluate.every_steps
-            if held_out and (step == steps or (every is not None and step % every == 0)):
-                with runtime.timer.phase("evaluate"):
-                    figures = evaluate(config, policy, held_out)
-                runtime.note(_line(step, figures))
-            runtime.write_metrics(step, metrics | figures_named(figures) | runtime.timer.finish_step())
-            figures = figures if step == steps else {}
-            stopping = runtime.stop_requested()
-            if step % config.checkpoint.every_steps == 0 or step == steps or stopping:
-                runtime.save(policy, step, {})
-            if stopping and step < steps:
-                return runtime.stopped(step)
+    for step in runtime.steps(policy, start, steps):
+        indices = _members(config, len(samples), *divmod(step - 1, steps_an_epoch))
+        with runtime.timer.phase("update"):
+            result = preference_step(policy, samples, indices, config.objective, config.microbatch_tokens)
+        metrics = {
+            "preference/loss": result.loss,
+            "preference/accuracy": result.accuracy,
+            "policy/grad_norm": result.update.grad_norm,
+            "policy/learning_rate": result.update.lr,
+            "expert/load_max_over_mean": result.update.expert_load,
+        }
+        metrics |= work_metrics(flops, result.work)
+        every = config.evaluate.every_steps
+        if held_out and (step == steps or (every is not None and step % every == 0)):
+            with runtime.timer.phase("evaluate"):
+                figures = evaluate(config, policy, held_out)
+            runtime.note(_line(step, figures))
+        runtime.write_metrics(step, metrics | figures_named(figures) | runtime.timer.finish_step())
+        figures = figures if step == steps else {}
     reader = {"template": config.data.template, "reads": config.text_read}
-    write_hf(
-        runtime.run_dir / "hf", policy.hf_tensors(), classifier_config(hf_config, reader),
-        tokenizer_from=config.model.path, write=runtime.is_main,
-    )  # fmt: skip
-    return runtime.finished({"steps": steps, "checkpoint": str(runtime.run_dir / "hf")} | figures)
+    exported = runtime.export(policy, classifier_config(hf_config, reader), tokenizer_from=config.model.path)
+    return runtime.finished({"steps": steps, "checkpoint": str(exported)} | figures)
 
 
 def load_samples(config: RewardModelStage, tokenizer: Tokenizer, paths: Sequence) -> list[PreferenceSample]:

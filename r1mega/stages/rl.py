@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from r1mega.checkpoint.hf import read_config, write_hf
+from r1mega.checkpoint.hf import read_config
 from r1mega.config.rewards import PreferenceReward
 from r1mega.config.stages.rl import RLStage
 from r1mega.data.cursor import CursorState, PromptCursor
@@ -77,24 +77,20 @@ class RLTrainer:
         """One step of the recipe; its metrics, and this rank's groups."""
         config = self.config
         self.scorer.step = step
-        groups = self.collector.collect(step)  # rollout, reward
+        rollout = self.collector.collect(step)  # rollout; each response is scored while others are still sampled
         if config.rollout.sleep:
             self.engine.sleep(keep_weights=False)  # the push at the end of the step replaces all
-        samples = gather_samples(training_samples(groups, config.algorithm), self.collector.contributes)  # advantage
+        samples = gather_samples(training_samples(rollout.groups, config.algorithm), rollout.is_first)  # advantage
         metrics = update_policy(self.policy, samples, config, step, self.timer)  # log-prob, update
         refresh = config.algorithm.reference_refresh_steps
         if config.algorithm.kl_coefficient > 0 and refresh is not None and step % refresh == 0:
             self.policy.take_reference()
         with self.timer.phase("reshard"):
             metrics |= self.sync.push()  # reshard, and its proof
-        metrics |= (
-            group_metrics(self.collector.sampled, contributes=self.collector.contributes) | self.collector.metrics()
-        )
+        metrics |= group_metrics(rollout.sampled, contributes=rollout.is_first) | rollout.metrics()
         metrics |= pool_metrics(self.scorer.activity())
-        metrics |= work_metrics(
-            self.flops, self.collector.sampled, samples, config, contributes=self.collector.contributes
-        )
-        return metrics, groups
+        metrics |= work_metrics(self.flops, rollout.sampled, samples, config, contributes=rollout.is_first)
+        return metrics, rollout.groups
 
     def _sharded_reward_model(self, section: PreferenceReward) -> Callable[[Sequence[list[int]]], list[float]]:
         config = self.config
@@ -107,6 +103,10 @@ class RLTrainer:
             raise CheckpointError(
                 f"data.prompts is not what the run began with: {error}; use another run_dir"
             ) from error
+
+    def progress(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside the policy."""
+        return {"cursor": self.cursor.state_dict()}
 
     def close(self) -> None:
         """Stop the reward workers and free the generator."""
@@ -123,27 +123,17 @@ def run(config: RLStage, runtime: Runtime) -> int:
         )
         if trainer.start == 0:
             evaluation.run(0)
-        with runtime.progress(total=config.steps, done=trainer.start):
-            for step in range(trainer.start + 1, config.steps + 1):
-                trainer.timer.start_step()
-                with profile_step(runtime.run_dir, step, runtime.rank):
-                    metrics, groups = trainer.step(step)
-                metrics |= rates(metrics, trainer.timer.finish_step())
-                metrics |= evaluation.run(step) if evaluation.is_due(step) else {}
-                runtime.write_metrics(step, metrics)
-                runtime.write_samples(step, groups)
-                stopping = runtime.stop_requested()
-                if step % config.checkpoint.every_steps == 0 or step == config.steps or stopping:
-                    runtime.save(trainer.policy, step, {"cursor": trainer.cursor.state_dict()})
-                if stopping and step < config.steps:
-                    return runtime.stopped(step)
+        for step in runtime.steps(trainer.policy, trainer.start, config.steps, trainer.progress):
+            with profile_step(runtime.run_dir, step, runtime.rank):
+                metrics, groups = trainer.step(step)
+            metrics |= rates(metrics, trainer.timer.finish_step())
+            metrics |= evaluation.run(step) if evaluation.is_due(step) else {}
+            runtime.write_metrics(step, metrics)
+            runtime.write_samples(step, groups)
     finally:
         trainer.close()
-    write_hf(
-        runtime.run_dir / "hf", trainer.policy.hf_tensors(), trainer.hf_config,
-        tokenizer_from=config.model.path, write=runtime.is_main,
-    )  # fmt: skip
-    return runtime.finished({"checkpoint": str(runtime.run_dir / "hf")} | evaluation.summary())
+    exported = runtime.export(trainer.policy, trainer.hf_config, tokenizer_from=config.model.path)
+    return runtime.finished({"checkpoint": str(exported)} | evaluation.summary())
 
 
 def rates(metrics: dict[str, Any], times: dict[str, float]) -> dict[str, float]:

@@ -6,12 +6,14 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from r1mega import platform
+from r1mega.checkpoint.hf import write_hf
 from r1mega.checkpoint.store import CheckpointStore, architecture_of
 from r1mega.config.schema import Stage
 from r1mega.errors import EXIT_SAVED_FOR_REQUEUE, CheckpointError, FreshProcessNeeded, R1MegaError
@@ -29,6 +31,9 @@ from r1mega.platform.peaks import peak_tflops
 from r1mega.platform.signals import StopRequest
 from r1mega.types import RolloutGroup
 
+if TYPE_CHECKING:
+    from r1mega.train.policy import Policy
+
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
@@ -41,6 +46,14 @@ _MEMORY = (
     "memory/device_used_bytes",
 )
 """What a line says of memory, if it is known: the same names on every rank."""
+
+
+class Stopped(Exception):
+    """Asked to stop before the end, after `step`, whose state is saved."""
+
+    def __init__(self, step: int):
+        super().__init__(f"stopped after step {step}")
+        self.step = step
 
 
 class Runtime:
@@ -89,6 +102,33 @@ class Runtime:
                 if runtime.is_main:
                     directory.write_status("failed", runtime._step, runtime._last)
                 raise
+
+    # ------------------------------------------------------------------ the loop of a training stage
+
+    def steps(
+        self, policy: Policy, start: int, total: int, progress: Callable[[], Mapping[str, Any]] = dict
+    ) -> Iterator[int]:
+        """The steps after `start` (done), up to `total`: each is timed, and saved after it where that is due.
+
+        progress: what a checkpoint keeps beside weights and optimizer, asked for at each save. Raises Stopped, saved, when
+        asked to stop before the end.
+        """
+        every = self.config.checkpoint.every_steps
+        with self.progress(total=total, done=start):
+            for step in range(start + 1, total + 1):
+                self.timer.start_step()
+                yield step
+                stopping = self.stop_requested()
+                if step % every == 0 or step == total or stopping:
+                    self.save(policy, step, progress())
+                if stopping and step < total:
+                    raise Stopped(step)
+
+    def export(self, policy: Policy, hf_config: Mapping[str, Any], *, tokenizer_from: Path) -> Path:
+        """The trained model as RUN_DIR/hf, whose path this is. A collective call."""
+        directory = self.run_dir / "hf"
+        write_hf(directory, policy.hf_tensors(), hf_config, tokenizer_from=tokenizer_from, write=self.is_main)
+        return directory
 
     # ------------------------------------------------------------------ resume and checkpoints
 

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from r1mega.data.tokenizer import Tokenizer
 from r1mega.errors import ConfigError, DataError
-from r1mega.platform.groups import wait_for_all
+from r1mega.platform.groups import GeneratorPlace, wait_for_all
 from r1mega.rollout.draw import Draw, GradedSample, Key, draw_samples
 from r1mega.rollout.engine import sample_seed
 from r1mega.rollout.sampler import Scorer
@@ -64,9 +64,8 @@ class Sampling:
         size = window * num_samples
         self._windows = [draws[first : first + size] for first in range(0, len(draws), size)]
         self._tp, self._max_ungraded = tp, MAX_UNGRADED if scores_while_sampling else sys.maxsize
-        self._replica, self._num_replicas = dist.get_rank() // tp, dist.get_world_size() // tp
-        self._contributes = dist.get_rank() % tp == 0
-        self._scores = self._contributes or not scores_while_sampling  # the ranks of a generator ask it together
+        self._place = GeneratorPlace.of_this_rank(tp)
+        self._scores = self._place.is_first or not scores_while_sampling  # the ranks of a generator ask it together
         self._store = sample_store(runtime.run_dir, name, posed, runtime.rank)
         self._done: dict[Key, GradedSample] = {}
 
@@ -115,8 +114,7 @@ class Sampling:
     def _run_window(self, window: int, engine: GenerationEngine, tokenizer: Tokenizer, scorer: Scorer | None) -> bool:
         runtime = self._runtime
         draws = self._windows[window]
-        first, last = (len(draws) * place // self._num_replicas for place in (self._replica, self._replica + 1))
-        share = draws[first:last]
+        share = [draws[i] for i in self._place.block(len(draws))]
         missing = [draw for draw in share if draw.key not in self._done]
         drawn: list[GradedSample] = []
         runtime.timer.start_step()
@@ -126,12 +124,12 @@ class Sampling:
                 should_stop=lambda: self._tp == 1 and runtime.signalled,  # ranks of one generator stop between windows
                 max_ungraded=self._max_ungraded,
             ):  # fmt: skip
-                if self._contributes:
+                if self._place.is_first:
                     self._store.write_sample(graded.sample, graded.reward)
                     drawn.append(graded)
         self._store.sync()
         wait_for_all("rollout", f"the samples of window {window + 1}")
-        earlier = [self._done[draw.key] for draw in share if draw.key in self._done] if self._contributes else []
+        earlier = [self._done[draw.key] for draw in share if draw.key in self._done] if self._place.is_first else []
         metrics = _metrics([*earlier, *drawn]) | runtime.timer.finish_step()
         tokens = sum(graded.sample.length for graded in drawn)
         metrics["tokens/rollout_per_second"] = tokens / max(metrics["time/rollout_seconds"], 1e-9)

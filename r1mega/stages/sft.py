@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import torch.distributed as dist
 
-from r1mega.checkpoint.hf import read_config, write_hf
+from r1mega.checkpoint.hf import read_config
 from r1mega.config.stages.sft import SFTStage
 from r1mega.data.sft import SFTDataset, build_token_file, held_out_indices
 from r1mega.data.tokenizer import load_tokenizer
@@ -36,13 +36,9 @@ def run(config: SFTStage, runtime: Runtime) -> int:
     measures = _HeldOut(trainer, policy, tokenizer)
     if start == 0:
         measures.note(0, measures.measure(0))
-    if not loop.run(trainer.batches(start, policy), measures.after_step):
-        return runtime.stopped(loop.step)
-    write_hf(
-        runtime.run_dir / "hf", policy.hf_tensors(), hf_config,
-        tokenizer_from=config.tokenizer_path, write=runtime.is_main,
-    )  # fmt: skip
-    summary = {"steps": trainer.num_steps, "samples": len(trainer.training), "checkpoint": str(runtime.run_dir / "hf")}
+    loop.run(trainer.batches(start, policy), measures.after_step)
+    exported = runtime.export(policy, hf_config, tokenizer_from=config.tokenizer_path)
+    summary = {"steps": trainer.num_steps, "samples": len(trainer.training), "checkpoint": str(exported)}
     return runtime.finished(summary | measures.last)
 
 

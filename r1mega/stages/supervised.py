@@ -12,7 +12,7 @@ from r1mega.train.supervised import WeightedMicrobatch, supervised_step
 
 
 class SupervisedLoop:
-    """Trains a policy from step `start` (done) to `steps`. step: the last one done."""
+    """Trains a policy from step `start` (done) to `steps`."""
 
     def __init__(
         self,
@@ -24,41 +24,32 @@ class SupervisedLoop:
         metrics_every_steps: int,
     ):
         self._runtime, self._policy, self._flops = runtime, policy, model_flops(hf_config)
-        self._predicts_further = bool(policy.megatron_config.mtp_num_layers)
+        self._has_mtp_loss = bool(policy.megatron_config.mtp_num_layers)
         self._steps, self._metrics_every_steps = steps, metrics_every_steps
-        self.step = start
+        self._start = start
 
-    def run(self, batches: Iterator[Sequence[WeightedMicrobatch]], measure: Callable[[int], dict[str, float]]) -> bool:
-        """One optimizer step an item of `batches` (this rank's share); False when it was asked to stop before the end.
+    def run(self, batches: Iterator[Sequence[WeightedMicrobatch]], measure: Callable[[int], dict[str, float]]) -> None:
+        """One optimizer step an item of `batches` (this rank's share). Raises Stopped when asked to stop before the end.
 
         measure: further metrics of the step just done, asked for on every step. A step has its line in metrics.jsonl when it
         is one of every `metrics_every_steps`, the last, or has such metrics.
         """
-        runtime, start = self._runtime, self.step
-        with runtime.progress(total=self._steps, done=start):
-            for step in range(start + 1, self._steps + 1):
-                runtime.timer.start_step()
-                with runtime.timer.phase("update"):
-                    result = supervised_step(self._policy, next(batches))
-                further = measure(step)
-                if further or step % self._metrics_every_steps == 0 or step == self._steps:
-                    times = runtime.timer.finish_step()
-                    metrics = {
-                        "train/loss": result.loss,
-                        "policy/grad_norm": result.update.grad_norm,
-                        "policy/learning_rate": result.update.lr,
-                        "expert/load_max_over_mean": result.update.expert_load,
-                        "tokens/update_per_second": result.work.tokens / times["time/update_seconds"],
-                        **work_metrics(self._flops, result.work, mtp_loss=self._predicts_further),
-                    }
-                    runtime.write_metrics(step, metrics | times | further)
-                self.step = step
-                stopping = runtime.stop_requested()
-                if step % runtime.config.checkpoint.every_steps == 0 or step == self._steps or stopping:
-                    runtime.save(self._policy, step, {})
-                if stopping and step < self._steps:
-                    return False
-        return True
+        runtime = self._runtime
+        for step in runtime.steps(self._policy, self._start, self._steps):
+            with runtime.timer.phase("update"):
+                result = supervised_step(self._policy, next(batches))
+            further = measure(step)
+            if further or step % self._metrics_every_steps == 0 or step == self._steps:
+                times = runtime.timer.finish_step()
+                metrics = {
+                    "train/loss": result.loss,
+                    "policy/grad_norm": result.update.grad_norm,
+                    "policy/learning_rate": result.update.lr,
+                    "expert/load_max_over_mean": result.update.expert_load,
+                    "tokens/update_per_second": result.work.tokens / times["time/update_seconds"],
+                    **work_metrics(self._flops, result.work, mtp_loss=self._has_mtp_loss),
+                }
+                runtime.write_metrics(step, metrics | times | further)
 
 
 def work_metrics(flops: ModelFlops, work: Work, *, mtp_loss: bool = False) -> dict[str, float]:

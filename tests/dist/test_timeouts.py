@@ -37,7 +37,7 @@ def collect(seconds: float, step: int) -> int:
         seed=1, rollout=SimpleNamespace(num_prompts=6, tp=1),
         algorithm=SimpleNamespace(dynamic_sampling=SimpleNamespace(enabled=False)),
     )  # fmt: skip
-    return len(GroupCollector(SlowOnRankOne(seconds), range(6), PromptCursor(6, 0), config).collect(step))
+    return len(GroupCollector(SlowOnRankOne(seconds), range(6), PromptCursor(6, 0), config).collect(step).groups)
 
 
 def error_of(function) -> str:

@@ -98,3 +98,17 @@ def test_the_count_is_of_what_torch_does_with_a_bound_device(world, splits):
     assert splits.num_splits == 2
     dist.new_group([4, 5], backend="gloo")
     assert splits.num_splits == 2
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize("count", [0, 1, 5, 8])
+def test_generators_share_what_there_is(monkeypatch, tp, count):
+    """By brute force over the ranks: each item belongs to one generator, whose first rank answers for it."""
+    world, items = 8, []
+    monkeypatch.setattr(groups.dist, "get_world_size", lambda: world)
+    for rank in range(world):
+        monkeypatch.setattr(groups.dist, "get_rank", lambda rank=rank: rank)
+        place = groups.GeneratorPlace.of_this_rank(tp)
+        assert (place.replica, place.num_replicas) == (rank // tp, world // tp)
+        items += place.block(count) if place.is_first else ()
+    assert items == list(range(count))

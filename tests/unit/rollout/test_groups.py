@@ -46,34 +46,35 @@ def collector(right, *, enabled, max_rounds=4):
     return GroupCollector(samples, PROMPTS, PromptCursor(len(PROMPTS), 0), config), samples
 
 
-def figures(groups):
-    return group_metrics(groups.sampled, contributes=True) | groups.metrics()
+def figures(rollout):
+    return group_metrics(rollout.sampled, contributes=rollout.is_first) | rollout.metrics()
 
 
 def test_without_dynamic_sampling_all_groups_are_kept(alone):
     groups, _ = collector(lambda i: 0, enabled=False)
-    assert len(groups.collect(1)) == 4
-    assert figures(groups)["group/no_signal_fraction"] == 1.0
+    rollout = groups.collect(1)
+    assert len(rollout.groups) == 4
+    assert figures(rollout)["group/no_signal_fraction"] == 1.0
 
 
 def test_groups_without_signal_are_replaced_and_still_counted(alone):
     """Every third prompt is solved by one of two samples, the others by both: accuracy is that of all that was sampled."""
     groups, samples = collector(lambda i: 1 if i % 3 == 0 else 2, enabled=True, max_rounds=20)
-    kept = groups.collect(1)
-    assert len(kept) == 4 and all(int(group.prompt.id) % 3 == 0 for group in kept)
-    drawn = PromptCursor(len(PROMPTS), 0).draw(len(groups.sampled))
-    assert [int(group.prompt.id) for group in groups.sampled] == drawn
+    rollout = groups.collect(1)
+    assert len(rollout.groups) == 4 and all(int(group.prompt.id) % 3 == 0 for group in rollout.groups)
+    drawn = PromptCursor(len(PROMPTS), 0).draw(len(rollout.sampled))
+    assert [int(group.prompt.id) for group in rollout.sampled] == drawn
     assert len(set(samples.seeds)) == len(drawn) > 4
     expected = sum(0.5 if i % 3 == 0 else 1.0 for i in drawn) / len(drawn)
-    measured = figures(groups)
+    measured = figures(rollout)
     assert measured["reward/accuracy"] == pytest.approx(expected)
     assert measured["group/num_sampled"] == len(drawn) and measured["tokens/rollout"] == 6 * len(drawn)
     assert measured["group/no_signal_fraction"] == pytest.approx(1 - 4 / len(drawn))
-    groups.collect(2)
-    assert len(groups.sampled) < len(PROMPTS)  # of the last step only
+    assert len(groups.collect(2).sampled) < len(PROMPTS)  # of its own step only
 
 
 def test_it_gives_up_after_the_last_round(alone):
     groups, _ = collector(lambda i: 2, enabled=True, max_rounds=3)
-    assert len(groups.collect(1)) == 4  # without signal: the step is still seen
-    assert groups.metrics() == {"group/num_sampled": 12.0, "group/num_rounds": 3.0}
+    rollout = groups.collect(1)
+    assert len(rollout.groups) == 4  # without signal: the step is still seen
+    assert rollout.metrics() == {"group/num_sampled": 12.0, "group/num_rounds": 3.0}

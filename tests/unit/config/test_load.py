@@ -1,5 +1,6 @@
 """Config files: includes, overrides, and errors that say where and what to do."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,17 @@ def test_every_shipped_config_loads_and_survives_a_round_trip(path, tmp_path):
     config = load_config(path)
     assert isinstance(config, Stage)
     assert load_config(write(tmp_path, dump_config(config))) == config
+
+
+@pytest.mark.parametrize("page", ["tutorial", "configuration"])
+def test_every_config_that_the_documentation_shows_loads(page, tmp_path):
+    write(tmp_path, "seed: 1\n", "common.yaml")
+    (tmp_path / "here").mkdir()
+    blocks = re.findall(r"```yaml\n(.*?)```", Path(f"docs/{page}.md").read_text(), re.DOTALL)
+    configs = [text for text in blocks if re.search(r"^stage:", text, re.MULTILINE)]
+    assert configs
+    for text in configs:
+        assert load_config(write(tmp_path / "here", text)).stage == "zero"
 
 
 def test_overrides_win_over_the_file_and_the_file_over_its_includes(tmp_path):

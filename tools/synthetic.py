@@ -13,6 +13,7 @@ Nothing is saved: no checkpoint, no export.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -287,7 +288,7 @@ def sizes(arguments: Any, config: Any, hf: Mapping[str, Any]) -> Inputs:
 
 def _run_stage(config: Any, inputs: Inputs) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """(metrics of every step on rank 0, what ran)."""
-    from r1mega.stages.runtime import Runtime
+    from r1mega.stages.runtime import Runtime, Stopped
 
     class Unsaved(Runtime):
         """A run that stops after its steps and keeps nothing."""
@@ -298,14 +299,12 @@ def _run_stage(config: Any, inputs: Inputs) -> tuple[list[dict[str, Any]], dict[
         def stop_requested(self) -> bool:
             return self._step >= inputs.steps
 
-        def stopped(self, step: int | None = None) -> int:
-            return 0
-
     with Unsaved.open(config) as runtime:
         if isinstance(config, SFTStage):
             from r1mega.stages import sft
 
-            sft.run(config, runtime)
+            with contextlib.suppress(Stopped):
+                sft.run(config, runtime)
         else:
             _run_rl(config, runtime, inputs)
         cuda = platform.current().name == "cuda"

@@ -167,9 +167,9 @@ def config_changes(old: Mapping[str, Any], new: Mapping[str, Any], source: Path)
     What an older program did not know yet, it did as the default says. A key that this program does not know (any more) is a
     change, unless nothing was set there.
     """
-    if old.get("stage") != new.get("stage"):
+    if "stage" not in new or old.get("stage") != new["stage"]:
         return sorted(differences(old, new))
-    model = stage_model(new.get("stage"))
+    model = stage_model(new["stage"])
     unknown = unknown_keys(old, model, source)
     found = differences(with_defaults(old, model), with_defaults(new, model))
     changed = [(key, line) for key, line in found if not is_below(key, [gone for gone, _, _ in unknown])]

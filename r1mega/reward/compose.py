@@ -128,6 +128,7 @@ def weighted_parts(
     return parts + [
         WeightedPart(section.weight, load_part(name, section), section.kinds, section.from_step)
         for name, section in config.custom.items()
+        if section.weight > 0
     ]
 
 
@@ -227,7 +228,8 @@ class RewardScorer:
             elif isinstance(score, PartScore):
                 scores[name] = score
             else:
-                waiting[name] = (self._clock.watch(score) if isinstance(score, Future) else score).result
+                has_end = hasattr(score, "add_done_callback")  # a future
+                waiting[name] = (self._clock.watch(score) if has_end else score).result
         ticket, self._next_ticket = self._next_ticket, self._next_ticket + 1
         self._pending[ticket] = _Pending(prompt.id, scores, waiting, tuple(names))
         return ticket

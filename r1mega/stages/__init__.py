@@ -10,6 +10,7 @@ import importlib
 from r1mega.checkpoint.hf import read_config
 from r1mega.checkpoint.manifest import MANIFEST
 from r1mega.checkpoint.store import architecture_of, check_architecture
+from r1mega.config.rewards import RewardConfig
 from r1mega.config.schema import Stage, TrainingStage
 from r1mega.config.stages.reward_model import RewardModelStage
 from r1mega.observe.run import RunDirectory
@@ -39,8 +40,8 @@ def run_stage(config: Stage) -> int:
         print(f"{config.run_dir}: finished before; nothing to do", flush=True)
         return 0
     check_model(config)
-    check_rewards(config)
     platform.prepare()  # before megatron is imported
+    check_rewards(config)
     from r1mega.stages.runtime import Runtime, Stopped
 
     run = importlib.import_module(MODULES.get(config.stage, type(config).__module__)).run
@@ -82,7 +83,7 @@ def check_model(config: Stage) -> None:
 
 def check_rewards(config: Stage) -> None:
     """Refuse parts of a reward that cannot be made, before any process group starts. Raises ConfigError."""
-    if (reward := getattr(config, "reward", None)) is not None:
+    if isinstance(reward := getattr(config, "reward", None), RewardConfig):
         for name, section in reward.custom.items():
             load_part(name, section).close()
 

@@ -122,6 +122,7 @@ class Runtime:
                 if step % every == 0 or step == total or stopping:
                     self.save(policy, step, progress())
                 if stopping and step < total:
+                    self._finish_saves()  # whatever closing may do, the state is whole before
                     raise Stopped(step)
 
     def export(self, policy: Policy, hf_config: Mapping[str, Any], *, tokenizer_from: Path) -> Path:

@@ -95,7 +95,13 @@ def load_converted(cases: list[tuple[Path, dict[str, int], Path]]) -> dict[str, 
 
 
 def save_run(
-    run: Path, config: dict[str, Any], layout: dict[str, int], source: Path, dtype: str, asynchronous: bool, fp8: str = "off"
+    run: Path,
+    config: dict[str, Any],
+    layout: dict[str, int],
+    source: Path,
+    dtype: str,
+    asynchronous: bool,
+    fp8: str = "off",
 ) -> None:
     """Two steps, a checkpoint, two more steps; what an uninterrupted run gives: losses, and every weight at the end.
 
@@ -175,7 +181,8 @@ def unequal_tensors(one: Path, other: Path) -> list[str]:
     from megatron.core.dist_checkpointing import load_plain_tensors
 
     first, second = (
-        {name: value for name, value in load_plain_tensors(str(path)).items() if torch.is_tensor(value)} for path in (one, other)
+        {name: value for name, value in load_plain_tensors(str(path)).items() if torch.is_tensor(value)}
+        for path in (one, other)
     )
     assert any("exp_avg_sq" in name for name in first)
     wrong = sorted(first.keys() ^ second.keys())

@@ -15,7 +15,6 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["tests.dist.preload"])
 
@@ -42,7 +41,9 @@ def launch(
     context = FORKS if prepare is None else multiprocessing.get_context("spawn")
     outcomes = context.Queue()
     processes = [
-        context.Process(target=_run, args=(outcomes, prepare, pickle.dumps((function, args)), rank, ranks, port), daemon=True)
+        context.Process(
+            target=_run, args=(outcomes, prepare, pickle.dumps((function, args)), rank, ranks, port), daemon=True
+        )
         for rank in range(ranks)
     ]
     for process in processes:
@@ -76,9 +77,7 @@ def _collect(outcomes: Any, processes: list[Any], deadline: float, timeout_secon
     return [results[rank] for rank in range(len(processes))]
 
 
-def _run(
-    outcomes: Any, prepare: Callable[[], None] | None, call: bytes, rank: int, ranks: int, port: int
-) -> None:
+def _run(outcomes: Any, prepare: Callable[[], None] | None, call: bytes, rank: int, ranks: int, port: int) -> None:
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),

@@ -25,8 +25,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region  # noqa: E402
 from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy  # noqa: E402
 
-from r1mega.checkpoint.name_rules import to_local  # noqa: E402
 from r1mega.checkpoint.hf_state import coordinates, export_hf, load_hf, local_entries, model_shape  # noqa: E402
+from r1mega.checkpoint.name_rules import to_local  # noqa: E402
 from r1mega.model.build import build_model, packed_seq_params  # noqa: E402
 from r1mega.model.context_parallel import zigzag_rows  # noqa: E402
 from r1mega.platform import groups  # noqa: E402
@@ -66,9 +66,7 @@ def measure(reference: Reference, layout: Layout, packed: bool) -> dict[str, Any
     chunks = build_model(reference.config, layout, settings)
     load_hf(chunks, reference.state)
     config = chunks[0].config
-    ddp = [
-        DistributedDataParallel(config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), c) for c in chunks
-    ]
+    ddp = [DistributedDataParallel(config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), c) for c in chunks]
     config.finalize_model_grads_func = finalize_model_grads
     replicas, replica = ps.get_data_parallel_world_size(), ps.get_data_parallel_rank()
     mine = range(reference.tokens.shape[0])[replica::replicas]
@@ -89,7 +87,7 @@ def measure(reference: Reference, layout: Layout, packed: bool) -> dict[str, Any
         output = model(tokens, positions, None, **extra)
 
         def loss(logits: torch.Tensor) -> Any:
-            full = gather_from_tensor_model_parallel_region(logits.detach().clone())[0, :, : vocabulary]
+            full = gather_from_tensor_model_parallel_region(logits.detach().clone())[0, :, :vocabulary]
             expected = reference.logits[sequences].flatten(0, 1)[local]
             difference = float((full - expected).abs().max() / reference.logits.abs().max())
             differences["logits"] = max(differences["logits"], difference)

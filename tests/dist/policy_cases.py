@@ -110,7 +110,9 @@ def mtp_state() -> dict[str, torch.Tensor]:
     like = start(MTP | {"num_hidden_layers": 3}).state
     hidden = MTP["hidden_size"]
     state = {n: t for n, t in like.items() if n.startswith("model.layers.2.")}
-    state |= {f"model.layers.2.{n}.weight": 1 + 0.1 * torch.randn(hidden) for n in ("enorm", "hnorm", "shared_head.norm")}
+    state |= {
+        f"model.layers.2.{n}.weight": 1 + 0.1 * torch.randn(hidden) for n in ("enorm", "hnorm", "shared_head.norm")
+    }
     return state | {"model.layers.2.eh_proj.weight": 0.06 * torch.randn(hidden, 2 * hidden)}
 
 

@@ -17,8 +17,8 @@ from tests.release import release_models
 
 platform.prepare()
 
-from r1mega.checkpoint.name_rules import to_local  # noqa: E402
 from r1mega.checkpoint.hf_state import coordinates, local_entries, model_shape  # noqa: E402
+from r1mega.checkpoint.name_rules import to_local  # noqa: E402
 from r1mega.gpu_check.policy import rl_step  # noqa: E402
 from r1mega.gpu_check.tensors import gradients_by_name, make_gradients_whole  # noqa: E402
 from r1mega.platform import groups  # noqa: E402
@@ -48,7 +48,11 @@ class Case:
     @property
     def name(self) -> str:
         sizes = [f"{k}{v}" for k, v in self.layout.items()] or ["dp"]
-        further = [self.model] * (self.model != "deepseek") + [self.ratio] * (self.ratio != "token") + ["aux"] * (self.aux > 0)
+        further = (
+            [self.model] * (self.model != "deepseek")
+            + [self.ratio] * (self.ratio != "token")
+            + ["aux"] * (self.aux > 0)
+        )
         further += [self.log_probs] * (self.log_probs != "logits") + [self.dtype] * (self.dtype != "float32")
         further += ["recompute"] * (self.recompute != "none")
         return " ".join([self.kind, *sizes, *further])
@@ -87,7 +91,9 @@ def one_rank(directory: Path, cases: list[Case]) -> None:
         groups.destroy()
 
 
-def take_steps(case: Case, expected: Expected, keep_gradients: bool = False) -> tuple[list[dict], dict[str, torch.Tensor]]:
+def take_steps(
+    case: Case, expected: Expected, keep_gradients: bool = False
+) -> tuple[list[dict], dict[str, torch.Tensor]]:
     """(log-probs, loss, gradients, norm of two optimizer steps; the weights after them)."""
     model = ModelConfig(
         path="unused", dtype=case.dtype, expert_bias_update_rate=RATE if expected.config.get("n_routed_experts") else 0.0,
@@ -95,7 +101,12 @@ def take_steps(case: Case, expected: Expected, keep_gradients: bool = False) -> 
         log_probs=case.log_probs, recompute=case.recompute,
     )  # fmt: skip
     policy = Policy(
-        model, expected.config, ParallelConfig(**case.layout), OptimizerConfig(**SETTINGS, lr=LEARNING_RATE), total_steps=9, seed=1
+        model,
+        expected.config,
+        ParallelConfig(**case.layout),
+        OptimizerConfig(**SETTINGS, lr=LEARNING_RATE),
+        total_steps=9,
+        seed=1,
     )
     policy.load_hf(expected.state)
     policy.take_reference()

@@ -46,7 +46,16 @@ class Case:
     @property
     def name(self) -> str:
         sizes = [f"{k}{v}" for k, v in asdict(self.trainer).items() if v not in (None, 1)]
-        return " ".join([self.model, self.dtype, *(sizes or ["dp"]), "to", f"tp{self.tp}", *([f"ep{self.ep}"] if self.ep > 1 else [])])
+        return " ".join(
+            [
+                self.model,
+                self.dtype,
+                *(sizes or ["dp"]),
+                "to",
+                f"tp{self.tp}",
+                *([f"ep{self.ep}"] if self.ep > 1 else []),
+            ]
+        )
 
 
 def generator_of(case: Case) -> tuple[str, int, int, str]:
@@ -65,7 +74,7 @@ def run_cases(directories: dict[str, tuple[Path, Path]], cases: list[Case]) -> d
             new, 64, dtype=dtype, max_num_seqs=8, kv_cache_bytes=32 << 20, tp=tp, ep=ep,
             bucket_bytes=BUCKET_BYTES))  # fmt: skip
         engine.update_weights(checkpoint_tensors(new))  # in the freshly built engine
-        expected = observe(engine, lambda e: e.update_weights(checkpoint_tensors(new)))
+        expected = observe(engine, lambda e, new=new: e.update_weights(checkpoint_tensors(new)))
         for case in cases:
             if generator_of(case) == key:
                 groups.init_parallel(case.trainer, seed=0)

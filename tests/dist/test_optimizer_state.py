@@ -160,7 +160,9 @@ def _load_in_both_ways(directory: Path, case: Case) -> dict[str, Any]:
     update(policy)
     path = store.save(1, policy.sharded_state(is_loading=False), {})
     expected = [bits(policy), update(policy), bits(policy)]
-    found: dict[str, Any] = {"elements": sum(b.numel_unpadded for part in module._parts(policy.optimizer) for b in part.buffers)}
+    found: dict[str, Any] = {
+        "elements": sum(b.numel_unpadded for part in module._parts(policy.optimizer) for b in part.buffers)
+    }
     for way in ("theirs", "ours"):
         groups.destroy_parallel()
         fresh = started()
@@ -184,7 +186,9 @@ def _load_in_both_ways(directory: Path, case: Case) -> dict[str, Any]:
 def loaded(tmp_path_factory):
     """A function: what `load_in_both_ways` finds on so many ranks, by rank and case."""
     return functools.cache(
-        lambda ranks: launch(load_in_both_ways, ranks, tmp_path_factory.mktemp("runs"), CASES[ranks], timeout_seconds=600)
+        lambda ranks: launch(
+            load_in_both_ways, ranks, tmp_path_factory.mktemp("runs"), CASES[ranks], timeout_seconds=600
+        )
     )
 
 
@@ -199,5 +203,9 @@ def test_memory_to_load_state_does_not_grow_with_the_model(loaded):
     for small, large, _ in loaded(2):
         print({found["elements"]: (found["theirs"][0], found["ours"][0]) for found in (small, large)})
         more = large["elements"] - small["elements"]
-        assert large["theirs"][0] - small["theirs"][0] > 11 * more  # the tracker sees 12 bytes an element of whole buffers
-        assert large["ours"][0] - small["ours"][0] < 2.5 * more  # Megatron puts weights of fused layers together, 2 bytes each
+        assert (
+            large["theirs"][0] - small["theirs"][0] > 11 * more
+        )  # the tracker sees 12 bytes an element of whole buffers
+        assert (
+            large["ours"][0] - small["ours"][0] < 2.5 * more
+        )  # Megatron puts weights of fused layers together, 2 bytes each

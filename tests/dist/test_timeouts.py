@@ -59,7 +59,9 @@ def a_slow_rollout() -> dict[str, object]:
     found["groups"] = collect(2 * SHORT, 1)
     groups.wait_for_all("rollout", "the keys of the wait before")
     store = dist.distributed_c10d._get_default_store()
-    found["left behind"] = [f"{n}/{rank}" for n in (1, 2) for rank in range(2) if store.check([f"r1mega/wait/{n}/{rank}"])]
+    found["left behind"] = [
+        f"{n}/{rank}" for n in (1, 2) for rank in range(2) if store.check([f"r1mega/wait/{n}/{rank}"])
+    ]
     if dist.get_rank() == 1:
         time.sleep(2 * SHORT)
     found["collective"] = error_of(lambda: dist.all_reduce(torch.zeros(1)))

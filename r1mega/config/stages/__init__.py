@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import get_args
 
 from r1mega.config.schema import Stage
@@ -36,7 +37,7 @@ def stage_model(name: object) -> type[Stage]:
     """The config of a stage. ConfigError for one that is not there: neither in `STAGES` nor a `module:Class`."""
     if isinstance(name, str) and name in STAGES:
         return STAGES[name]
-    module, colon, attribute = str(name).partition(":")
+    module, colon, attribute = name.partition(":") if isinstance(name, str) else ("", "", "")
     if not colon:
         raise ConfigError(f"stage is {name!r}; it must be one of {', '.join(STAGES)}, or module:Class of your own")
     try:
@@ -49,4 +50,8 @@ def stage_model(name: object) -> type[Stage]:
         raise ConfigError(f"stage is {name!r}: cannot be loaded: {type(error).__name__}: {error}") from error
     if not (isinstance(model, type) and issubclass(model, Stage)):
         raise ConfigError(f"stage is {name!r}, which is no subclass of r1mega.config.schema.Stage")
+    if not callable(getattr(sys.modules[model.__module__], "run", None)):
+        raise ConfigError(
+            f"stage is {name!r}: {model.__module__} has no function run(config, runtime) beside the class"
+        )
     return model

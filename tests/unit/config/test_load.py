@@ -81,6 +81,8 @@ def test_the_later_include_wins(tmp_path):
         ),
         (ZERO.replace("stage: zero", "stage: nowhere:Mine"), [], r"zero\.yaml:2: stage is .*No module named 'nowhere'"),
         (ZERO.replace("stage: zero", "stage: json:dumps"), [], r"zero\.yaml:2: .* no subclass of r1mega\.config"),
+        (ZERO.replace("stage: zero", "stage: r1mega.config.schema:Stage"), [], r"zero\.yaml:2: .*has no function run"),
+        (ZERO.replace("stage: zero", "stage: {a: b}"), [], r"zero\.yaml:2: stage is \{'a': 'b'\}; it must be one of"),
         (ZERO.replace("run_dir: runs/x\n", ""), [], "run_dir is missing"),
         (ZERO + "\n  - broken", [], r"zero\.yaml:\d+: not YAML"),
         (

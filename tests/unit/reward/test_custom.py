@@ -61,6 +61,41 @@ class Number:
         return 0.5
 
 
+class Text:
+    def score(self, item):
+        return PartScore("much")
+
+
+class Narrow:
+    def score(self, item):
+        import numpy
+        return PartScore(numpy.float32(0.5))
+
+
+class LaterRaises:
+    def score(self, item):
+        future = Future()
+        future.set_exception(OSError("no service"))
+        return future
+
+
+class LaterNumber:
+    def score(self, item):
+        future = Future()
+        future.set_result(0.5)
+        return future
+
+
+class WorkerInfinite:
+    def score(self, item):
+        return Deferred(Task("math:sqrt", (16.0,), 30.0), lambda outcome: PartScore(math.nan))
+
+
+class WorkerRaises:
+    def score(self, item):
+        return Deferred(Task("math:sqrt", (16.0,), 30.0), lambda outcome: outcome.nothing)
+
+
 class NoStatus:
     def score(self, item):
         return PartScore(None)
@@ -110,6 +145,15 @@ def test_a_worker_computes_what_is_deferred():
     assert scored("Worker").parts["worker"] == 4.0
 
 
+def test_a_value_becomes_a_plain_number():
+    """What is written as JSON, step for step."""
+    assert type(scored("Narrow").parts["narrow"]) is float
+
+
+def test_weight_0_is_not_computed():
+    assert scored(raises={"part": "users_parts:Raises", "weight": 0}).parts.keys() == {"accuracy", "format"}
+
+
 def test_kinds_and_steps():
     late = {"part": "users_parts:Words", "from_step": 3}
     general = {"part": "users_parts:Words", "kinds": ["general"]}
@@ -128,7 +172,12 @@ def test_a_failure_leaves_the_response_out():
     [
         ("Raises", "ZeroDivisionError: division by zero"),
         ("Infinite", "value inf; give a finite one"),
-        ("Number", "score\\(\\) gave 0.5; it must be a PartScore"),
+        ("Number", "0.5 is no score; give a PartScore"),
+        ("Text", "ValueError: could not convert string to float"),
+        ("LaterRaises", "OSError: no service"),
+        ("LaterNumber", "0.5 is no score"),
+        ("WorkerInfinite", "value nan; give a finite one"),
+        ("WorkerRaises", "AttributeError: .*nothing"),
         ("NoStatus", "value None with status ok"),
     ],
 )

@@ -110,7 +110,7 @@ def test_helpfulness_reads_the_summary_and_harmlessness_everything(classifier):
         assert reward.parts["harmlessness"] == pytest.approx(1 / (1 + math.exp(0.5 - score)), abs=1e-5)
 
 
-def test_scores_of_a_model_that_is_spread_over_ranks(classifier):
+def test_scores_of_a_model_that_is_sharded_over_ranks(classifier):
     """Any forward pass will do; here transformers' own. Results are there once `flush` was called, not before."""
     model = RewardModel(classifier[1]["reader"], batch_size=2, max_tokens=64)
     asked = []

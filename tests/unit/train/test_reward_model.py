@@ -180,10 +180,10 @@ def test_a_model_for_scoring_alone(one_rank, tmp_path):
     hf, samples = MODELS["deepseek"], make_samples("pointwise", 9)
     model = classifier(make_policy(hf, base_weights(hf)), hf, tmp_path / "hf")
     settings = ModelConfig(path="unused", dtype="float32", log_probs="hidden")
-    spread = ShardedRewardModel(tmp_path / "hf", settings, ParallelConfig(), capacity=32)
+    sharded = ShardedRewardModel(tmp_path / "hf", settings, ParallelConfig(), capacity=32)
     sequences = [list(sample.sequences[0]) for sample in samples]
     with torch.no_grad():
         expected = [float(reference_scores(model, sample)) for sample in samples]
-    assert spread.scores([*sequences, sequences[2]]) == pytest.approx([*expected, expected[2]], abs=2e-5)
-    assert spread.scores(sequences[::-1]) == spread.scores(sequences)[::-1]
-    assert spread.scores([]) == []
+    assert sharded.scores([*sequences, sequences[2]]) == pytest.approx([*expected, expected[2]], abs=2e-5)
+    assert sharded.scores(sequences[::-1]) == sharded.scores(sequences)[::-1]
+    assert sharded.scores([]) == []

@@ -7,7 +7,7 @@ them to one parameter of one rank. No processes, no model. No rotary permutation
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,6 +18,10 @@ from r1mega.model.reward_head import SCORE
 
 Form = Literal["plain", "gate_up", "qkv", "vocabulary"]
 """How HF tensors make up the Megatron one: itself; gate, up stacked; q, k, v interleaved by KV group; rows padded."""
+
+
+Region = tuple[tuple[int, int], ...]
+"""Half-open [start, stop) along each dimension."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,41 +181,93 @@ def _head_dim(rows: int, model: ModelShape) -> int:
     return rows // model.num_kv_groups // (model.queries_per_group + 2)
 
 
+def regions(
+    form: Form, dim: int | None, index: int, shape: Sequence[int], heads: tuple[int, int], rank: int, ranks: int
+) -> Iterator[tuple[Region, Region]]:
+    """(region of the local parameter, region of the HF tensor) of one rank's part of a rule's tensor `index`: everything
+    that cuts, joins, saves, plans or pushes a tensor of the trainer follows from these. Pure; sizes must divide.
+
+    shape: of the whole HF tensor. heads: (KV groups, queries a group), of the form qkv alone. Example: gate (0) and up (1) of
+    [8, 4] on rank 1 of 2 are rows 0..4 and 4..8 of the parameter, and rows 4..8 of each tensor.
+    """
+    whole = tuple((0, size) for size in shape)
+    if form == "vocabulary":  # rows are padded to a multiple of the ranks
+        size = -(-shape[0] // ranks)
+        start, stop = min(rank * size, shape[0]), min((rank + 1) * size, shape[0])
+        if stop > start:
+            yield ((0, stop - start), *whole[1:]), ((start, stop), *whole[1:])
+    elif form == "qkv":  # by KV group: its queries, its key, its value
+        groups, queries = heads
+        rows = shape[0] // groups  # of one group in this tensor
+        head = rows // queries if index == 0 else rows
+        local = groups // ranks
+        for slot in range(local):
+            start = (slot * (queries + 2) + (0, queries, queries + 1)[index]) * head
+            first = (rank * local + slot) * rows
+            yield ((start, start + rows), *whole[1:]), ((first, first + rows), *whole[1:])
+    else:
+        cut = 0 if dim is None else dim
+        size = shape[cut] // (1 if dim is None else ranks)
+        offset, first = (index * size if form == "gate_up" else 0), (0 if dim is None else rank * size)
+        yield (
+            (*whole[:cut], (offset, offset + size), *whole[cut + 1 :]),
+            (*whole[:cut], (first, first + size), *whole[cut + 1 :]),
+        )
+
+
+def pieces(form: Form, dim: int | None, shape: Sequence[int], ranks: int) -> list[Region]:
+    """What Megatron's sharded state is made of: the parts of a whole parameter (that of one rank without parallelism, of this
+    shape) that the ranks hold. The vocabulary's padding stands out of the last one; gate and up are parts of their own.
+    """
+    whole = tuple((0, size) for size in shape)
+    if dim is None or (ranks == 1 and form != "gate_up"):
+        return [whole]
+    halves = 2 if form == "gate_up" else 1
+    size = -(-shape[dim] // (halves * ranks))
+    return [(*whole[:dim], (i * size, (i + 1) * size), *whole[dim + 1 :]) for i in range(halves * ranks)]
+
+
+def _entry_regions(entry: Entry, model: ModelShape, rank: int, ranks: int) -> Iterator[tuple[int, Region, Region]]:
+    """`regions` of every HF tensor of an entry, each with the tensor's index."""
+    heads = (model.num_kv_groups, model.queries_per_group)
+    for index, shape in enumerate(entry.hf_shapes):
+        for local, source in regions(entry.form, entry.dim, index, shape, heads, rank, ranks):
+            yield index, local, source
+
+
+def _at(region: Region) -> tuple[slice, ...]:
+    return tuple(slice(start, stop) for start, stop in region)
+
+
 def to_local(parts: Sequence[torch.Tensor], entry: Entry, model: ModelShape, rank: int, ranks: int) -> torch.Tensor:
-    """This rank's slice, built from the full HF tensors `parts` (in the order of entry.hf_names). Pure."""
-    if entry.form == "qkv":
-        groups = model.num_kv_groups
-        whole = torch.cat([p.reshape(groups, -1, *p.shape[1:]) for p in parts], dim=1)
-        return whole.chunk(ranks)[rank].flatten(0, 1)
-    if entry.form == "vocabulary":
-        padded = -(-model.vocab_size // ranks) * ranks
-        size = padded // ranks
-        piece = parts[0][rank * size : (rank + 1) * size]
-        missing = size - piece.shape[0]
-        return torch.cat([piece, piece.new_zeros(missing, *piece.shape[1:])]) if missing else piece
-    if entry.dim is None or ranks == 1:
-        return parts[0] if len(parts) == 1 else torch.cat(list(parts))
-    pieces = [p.chunk(ranks, entry.dim)[rank] for p in parts]
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    """This rank's slice, built from the full HF tensors `parts` (in the order of entry.hf_names); what pads the vocabulary is
+    zero. Pure; a view where it is a part of one tensor.
+    """
+    shape = [sum(part.shape[0] for part in parts), *parts[0].shape[1:]]
+    if entry.dim is not None:
+        shape[entry.dim] = -(-shape[entry.dim] // ranks)
+    found = list(_entry_regions(entry, model, rank, ranks))
+    if len(found) == 1 and found[0][1] == tuple((0, size) for size in shape):
+        return parts[0][_at(found[0][2])]
+    local = parts[0].new_zeros(shape)
+    for index, target, source in found:
+        local[_at(target)] = parts[index][_at(source)]
+    return local
 
 
 def to_full(shards: Sequence[torch.Tensor], entry: Entry, model: ModelShape) -> tuple[torch.Tensor, ...]:
     """The full HF tensors of an entry from all ranks' slices, in rank order. Pure; views where one rank has all."""
-    if entry.form == "gate_up":
-        halves = [s.chunk(2) for s in shards]
-        return tuple(_join([h[i] for h in halves], 0) for i in range(2))
-    if entry.form == "qkv":
-        fused = _join(list(shards), 0)
-        head = _head_dim(fused.shape[0], model)
-        groups = fused.view(model.num_kv_groups, -1, *fused.shape[1:])
-        parts = groups.split([model.queries_per_group * head, head, head], dim=1)
-        return tuple(p.reshape(-1, *fused.shape[1:]) for p in parts)
-    whole = _join(list(shards), entry.dim or 0)
-    return (whole[: model.vocab_size],) if entry.form == "vocabulary" else (whole,)
-
-
-def _join(tensors: list[torch.Tensor], dim: int) -> torch.Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
+    found: list[list[tuple[torch.Tensor, Region]]] = [[] for _ in entry.hf_names]
+    for rank, shard in enumerate(shards):
+        for index, local, source in _entry_regions(entry, model, rank, len(shards)):
+            found[index].append((shard[_at(local)], source))
+    full = []
+    for shape, pieces in zip(entry.hf_shapes, found, strict=True):
+        tensor = pieces[0][0] if len(pieces) == 1 else shards[0].new_empty(shape)
+        for piece, source in pieces if len(pieces) > 1 else ():
+            tensor[_at(source)] = piece
+        full.append(tensor)
+    return tuple(full)
 
 
 _TOP_ORDER = {

@@ -25,7 +25,7 @@ from r1mega.checkpoint.fp8_blocks import SCALE, check_config, dequantize, scale_
 from r1mega.checkpoint.hf import HFTensors, copy_tokenizer, read_config
 from r1mega.checkpoint.hf_state import is_ignored
 from r1mega.checkpoint.manifest import MANIFEST, file_record, write_manifest
-from r1mega.checkpoint.name_rules import to_local
+from r1mega.checkpoint.name_rules import Region, pieces, to_local
 from r1mega.checkpoint.parameters import Parameter, model_shape_of, parameters
 from r1mega.checkpoint.safetensors_file import as_bytes, read_tensor
 from r1mega.checkpoint.store import PROGRESS, architecture_of, check_architecture
@@ -101,10 +101,14 @@ class ToMegatron:
     def _num_bytes(self, parameter: Parameter) -> int:
         return torch.Size(parameter.shape).numel() * self._dtype(parameter).itemsize
 
+    def _cut(self, parameter: Parameter) -> list[Region]:
+        ranks = self.layout.etp if parameter.entry.expert is not None else self.layout.tp
+        return pieces(parameter.entry.form, parameter.entry.dim, parameter.shape, ranks)
+
     def _pieces(self, parameter: Parameter, whole: torch.Tensor) -> Iterator[Piece]:
         if parameter.key in ("embedding.word_embeddings.weight", "output_layer.weight"):
             self._check_copies(parameter, whole)
-        for region in regions(parameter, self.layout):
+        for region in self._cut(parameter):
             piece = whole[tuple(slice(start, stop) for start, stop in region)]
             padding = region[0][1] - region[0][0] - piece.shape[0]
             if padding:
@@ -148,7 +152,7 @@ class ToMegatron:
     def _metadata(self) -> Metadata:
         described: dict[str, TensorStorageMetadata] = {}
         for parameter in self.parameters:
-            cut = regions(parameter, self.layout)
+            cut = self._cut(parameter)
             if parameter.key not in described:
                 size = [max(stop for _, stop in spans) for spans in zip(*cut, strict=True)]
                 properties = TensorProperties(dtype=self._dtype(parameter))
@@ -163,20 +167,6 @@ class ToMegatron:
                 for region in cut
             )
         return Metadata(described)
-
-
-def regions(parameter: Parameter, layout: Layout) -> list[tuple[tuple[int, int], ...]]:
-    """[start, stop) along each dimension of the pieces that the ranks of a layout hold, in the whole parameter.
-
-    The vocabulary's rows are padded to a multiple of the ranks; gate and up are cut each for itself.
-    """
-    entry, whole = parameter.entry, tuple((0, size) for size in parameter.shape)
-    ranks = layout.etp if entry.expert is not None else layout.tp
-    if entry.dim is None or (ranks == 1 and entry.form != "gate_up"):
-        return [whole]
-    halves = 2 if entry.form == "gate_up" else 1
-    size = -(-parameter.shape[entry.dim] // (halves * ranks))
-    return [(*whole[: entry.dim], (i * size, (i + 1) * size), *whole[entry.dim + 1 :]) for i in range(halves * ranks)]
 
 
 def _own_storage(tensor: torch.Tensor) -> torch.Tensor:

@@ -15,16 +15,14 @@ from typing import Any
 
 import torch
 
+from r1mega.checkpoint.fp8_blocks import BLOCK as FP8_BLOCK
+from r1mega.checkpoint.fp8_blocks import SCALE
+from r1mega.checkpoint.name_rules import Region
 from r1mega.config.layout import GENERATED_MODEL_TYPES, VOCABULARY_PADDING
 from r1mega.errors import ConfigError
 
-Region = tuple[tuple[int, int], ...]
-"""Half-open [start, stop) along each dimension."""
-
 VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
 MLA_MODEL_TYPES = ("deepseek_v3",)
-FP8_BLOCK = 128  # rows and columns that share one scale (DeepSeek-V3 report, section 3.3)
-SCALE = "_scale_inv"  # suffix of a block-quantised weight's scales, in HF checkpoints and in vLLM
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from r1mega.checkpoint.name_rules import EXPERT_RULES, RULES, TOP_RULES, Rule
+from r1mega.checkpoint.name_rules import EXPERT_RULES, RULES, TOP_RULES, Rule, regions
 from r1mega.config.layout import Layout, stage_layers
 from r1mega.errors import ConfigError
-from r1mega.weights.layout import FP8_BLOCK, SCALE, Placement, Region, block_region
+from r1mega.weights.layout import FP8_BLOCK, SCALE, Placement, block_region
 
 _EMBEDDING = "model.embed_tokens.weight"
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.*)")
@@ -116,9 +116,14 @@ class TrainerLayout:
     ) -> Iterator[tuple[Placement, Holders]]:
         rule, index, key, expert_rank = self._find(name, config)
         ranks = (self.tp if expert_rank is None else self.etp) if rule.dim is not None else 1
+        heads = _heads(config)
+        if rule.form == "qkv":
+            _divide(heads[0], ranks, "num_key_value_heads", "tp")
+        elif rule.form != "vocabulary" and rule.dim is not None:
+            _divide(shape[rule.dim], ranks, name, "tp or parallel.etp")
         for rank in range(ranks):
             holders = Holders(rank if rule.dim is not None else None, expert_rank)
-            for target, source in _regions(rule, index, shape, rank, ranks, name, config):
+            for target, source in regions(rule.form, rule.dim, index, shape, heads, rank, ranks):
                 yield Placement(name, shape, key, target, source), holders
 
     def _find(self, name: str, config: Mapping[str, Any]) -> tuple[Rule, int, str, int | None]:
@@ -136,34 +141,10 @@ class TrainerLayout:
         return rule, index, prefix + rule.hf[0], expert_rank
 
 
-def _regions(
-    rule: Rule, index: int, shape: tuple[int, ...], rank: int, ranks: int, name: str, config: Mapping[str, Any]
-) -> Iterator[tuple[Region, Region]]:
-    """(region of the local parameter, region of the HF tensor) of one rank's part of the rule's tensor `index`."""
-    whole = tuple((0, size) for size in shape)
-    if rule.form == "vocabulary":
-        size = -(-shape[0] // ranks)
-        start, stop = min(rank * size, shape[0]), min((rank + 1) * size, shape[0])
-        if stop > start:
-            yield ((0, stop - start), *whole[1:]), ((start, stop), *whole[1:])
-    elif rule.form == "qkv":
-        groups = config.get("num_key_value_heads") or config["num_attention_heads"]
-        queries = config["num_attention_heads"] // groups
-        rows = shape[0] // groups  # of one KV group in this tensor
-        head = rows // queries if index == 0 else rows
-        local = _divide(groups, ranks, "num_key_value_heads", "tp")
-        for slot in range(local):
-            start = (slot * (queries + 2) + (0, queries, queries + 1)[index]) * head
-            first = (rank * local + slot) * rows
-            yield ((start, start + rows), *whole[1:]), ((first, first + rows), *whole[1:])
-    elif rule.dim is None:
-        yield whole, whole
-    else:
-        size = _divide(shape[rule.dim], ranks, name, "tp or parallel.etp")
-        offset = index * size if rule.form == "gate_up" else 0
-        target, source = list(whole), list(whole)
-        target[rule.dim], source[rule.dim] = (offset, offset + size), (rank * size, (rank + 1) * size)
-        yield tuple(target), tuple(source)
+def _heads(config: Mapping[str, Any]) -> tuple[int, int]:
+    """(KV groups, queries a group)."""
+    groups = config.get("num_key_value_heads") or config["num_attention_heads"]
+    return groups, config["num_attention_heads"] // groups
 
 
 def _divide(size: int, parts: int, what: str, key: str) -> int:

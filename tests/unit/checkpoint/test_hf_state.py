@@ -13,6 +13,7 @@ from r1mega.errors import CheckpointError
 from r1mega.model.build import build_model
 from r1mega.platform import groups
 from tests.reference import DEEPSEEK, Layout, ModelSettings, make_reference
+from tests.unit.weights.brute_force import chunked
 
 MTP = DEEPSEEK | {"num_nextn_predict_layers": 1, "num_hidden_layers": 2}
 
@@ -86,6 +87,8 @@ def test_slices_join_to_the_whole(ranks, queries, kv_groups, suffix):
     parts = [torch.randn(s) for s in entries[0].hf_shapes]
     shards = [to_local(parts, e, model, r, ranks) for r, e in enumerate(entries)]
     assert all(list(s.shape) == local for s in shards)
+    for rank, shard in enumerate(shards):
+        assert torch.equal(shard, chunked(parts, entries[0].form, entries[0].dim, kv_groups, rank, ranks))
     joined = to_full(shards if entries[0].dim is not None else shards[:1], entries[0], model)
     assert all(torch.equal(a, b) for a, b in zip(joined, parts, strict=True))
 
@@ -111,6 +114,7 @@ def test_vocabulary_is_padded_with_zero_rows_and_cut_again():
     full = torch.randn(13, 3)
     shards = [to_local([full], e, model, r, 4) for r, e in enumerate(entries)]
     assert shards[3][1:].eq(0).all()
+    assert all(torch.equal(s, chunked([full], "vocabulary", 0, 1, r, 4)) for r, s in enumerate(shards))
     assert torch.equal(to_full(shards, entries[0], model)[0], full)
 
 

@@ -1,18 +1,33 @@
 """Both sides of a reshard, element by element: every element of every HF tensor is a number, every rank's parameters
-are arrays of them. The trainer's are cut by checkpoint/name_rules.py's `to_local`, which the planner does not use."""
+are arrays of them. The trainer's are cut here, by torch's own chunks, without the regions that the program goes by."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from r1mega.checkpoint.name_rules import EXPERT_RULES, RULES, TOP_RULES, Entry, ModelShape, Rule, to_local
+from r1mega.checkpoint.name_rules import EXPERT_RULES, RULES, TOP_RULES, Form, Rule
 from r1mega.weights.layout import FP8_BLOCK, SCALE, GeneratorRank, generator_layout, weight_dtype
 from r1mega.weights.plan import GeneratorLayout, Plan
 from r1mega.weights.trainer_layout import TrainerLayout
+
+
+def chunked(
+    parts: Sequence[torch.Tensor], form: Form, dim: int | None, kv_groups: int, rank: int, ranks: int
+) -> torch.Tensor:
+    """One rank's part of what Megatron makes of the HF tensors `parts`."""
+    if form == "qkv":  # [groups, (queries + 2) * head, ...], cut by groups
+        whole = torch.cat([part.reshape(kv_groups, -1, *part.shape[1:]) for part in parts], dim=1)
+        return whole.chunk(ranks)[rank].flatten(0, 1)
+    if form == "vocabulary":
+        padding = -len(parts[0]) % ranks
+        padded = torch.cat([parts[0], parts[0].new_zeros(padding, *parts[0].shape[1:])])
+        return padded.chunk(ranks)[rank]
+    return torch.cat([part if dim is None else part.chunk(ranks, dim)[rank] for part in parts])
+
 
 MOE = {
     "model_type": "deepseek_v3", "vocab_size": 70, "hidden_size": 8, "intermediate_size": 16,
@@ -62,12 +77,7 @@ def trainer_parameters(
 ) -> dict[str, torch.Tensor]:
     """What a trainer rank holds, by the first HF name of each Megatron parameter."""
     groups = config.get("num_key_value_heads") or config["num_attention_heads"]
-    model = ModelShape(
-        num_layers=config["num_hidden_layers"], num_mtp_layers=0, vocab_size=config["vocab_size"],
-        num_experts=config.get("n_routed_experts", 0), num_kv_groups=groups,
-        queries_per_group=config["num_attention_heads"] // groups, mla="kv_lora_rank" in config,
-        tied_embeddings=config["tie_word_embeddings"],
-    )  # fmt: skip
+    is_latent = "kv_lora_rank" in config
     per_stage = layout.world // layout.pp
     stage, place = divmod(rank, per_stage)
     tp_rank, etp_rank, ep_rank = place % layout.tp, place % layout.etp, place // layout.etp % layout.ep
@@ -77,12 +87,11 @@ def trainer_parameters(
         names = tuple(prefix + name for name in rule.hf)
         if not all(name in elements.ids for name in names) or names[0] in held:
             return
-        if rule.hf[0].startswith("self_attn.q_proj") and (rule.form == "qkv") == model.mla:
+        if rule.hf[0].startswith("self_attn.q_proj") and (rule.form == "qkv") == is_latent:
             return  # the name belongs to another family's rule
         parts = [elements.ids[name] for name in names]
-        entry = Entry("", names, tuple(tuple(part.shape) for part in parts), rule.form, rule.dim, expert)
         cut = (tp_rank, layout.tp) if expert is None else (etp_rank, layout.etp)
-        held[names[0]] = to_local(parts, entry, model, *cut)
+        held[names[0]] = chunked(parts, rule.form, rule.dim, groups, *cut)
         for name, part in zip(names, parts, strict=True):
             if name + SCALE in elements.ids:
                 local = part if rule.dim is None else part.chunk(cut[1], rule.dim)[cut[0]]
@@ -94,8 +103,9 @@ def trainer_parameters(
         prefix = f"model.layers.{layer}."
         for rule in [*RULES.values(), Rule("", ("self_attn.q_norm.weight",))]:
             add(rule, prefix)
-        for expert in range(model.num_experts):
-            if expert // (model.num_experts // layout.ep) == ep_rank:
+        num_experts = config.get("n_routed_experts", 0)
+        for expert in range(num_experts):
+            if expert // (num_experts // layout.ep) == ep_rank:
                 for rule in EXPERT_RULES.values():
                     add(rule, f"{prefix}mlp.experts.{expert}.", expert)
     embedding, norm, head = TOP_RULES.values()

@@ -1,6 +1,8 @@
 """Records that pass between the stages, in the order in which the data flows, and what the stages ask of a generator.
 
-Prompt -> GenerationRequest -> Response -> RolloutGroup -> Reward -> TrainingSample -> (packing) Microbatch
+    Prompt -> GenerationRequest -> Response -> Reward -> RolloutGroup -> TrainingSample -> (train/packing.py) Microbatch
+
+The examples are of one prompt, "2 + 2?", two responses, one of them right.
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ class Prompt:
 
     answers: the accepted golds (at least one for verifiable kinds). language: target language of the chain of thought
     (ISO 639-1) or None. metadata: the other keys of the line (tests, constraints, ...), untouched.
+
+    Example: Prompt("gsm8k-7", "2 + 2?", ("4",), "math", "en", token_ids=(1, 17, 9, 17, 30))
     """
 
     id: str
@@ -35,7 +39,10 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class SamplingSettings:
-    """How to sample. stop_token_ids end a response and belong to it; max_tokens bounds it (tokens)."""
+    """How to sample. stop_token_ids end a response and belong to it; max_tokens bounds it (tokens).
+
+    Example: SamplingSettings(temperature=1.0, top_p=1.0, max_tokens=2048, stop_token_ids=(2,))
+    """
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -46,7 +53,10 @@ class SamplingSettings:
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """`num_samples` responses to one prompt. The seed alone (with the sampling settings) determines them."""
+    """`num_samples` responses to one prompt. The seed alone (with the sampling settings) determines them.
+
+    Example: GenerationRequest((1, 17, 9, 17, 30), num_samples=2, seed=5, sampling=SamplingSettings(max_tokens=2048))
+    """
 
     prompt_token_ids: tuple[int, ...]
     num_samples: int
@@ -61,6 +71,8 @@ class Response:
     finish_reason: 'stop' (a stop token or string) or 'length' (max_tokens reached: truncated). routed_experts: [prompt +
     response - 1, MoE layers, top-k], the experts that the generator chose at each position it processed, when router
     replay asks for them.
+
+    Example: Response(token_ids=(21, 4, 2), log_probs=(-0.11, -0.69, -0.02), finish_reason="stop")
     """
 
     token_ids: tuple[int, ...]
@@ -71,7 +83,10 @@ class Response:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A finished response and where it belongs: `requests[request_index]`, its sample number `sample_index`."""
+    """A finished response and where it belongs: `requests[request_index]`, its sample number `sample_index`.
+
+    Example: Completion(0, 1, response) is the second response to the first request
+    """
 
     request_index: int
     sample_index: int
@@ -124,7 +139,11 @@ class RewardStatus(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Reward:
-    """value: weighted sum of parts (None unless status is OK); parts: unweighted, by name; reason: for a person."""
+    """value: weighted sum of parts (None unless status is OK); parts: unweighted, by name; reason: for a person.
+
+    Example: Reward(1.1, {"accuracy": 1.0, "format": 1.0}, RewardStatus.OK), and of a judge that could not be reached
+    Reward(None, {"format": 1.0}, RewardStatus.FAILED, "judge: no answer within 120 s")
+    """
 
     value: float | None
     parts: Mapping[str, float]
@@ -134,7 +153,10 @@ class Reward:
 
 @dataclass(frozen=True, slots=True)
 class RolloutGroup:
-    """The responses to one prompt, their texts and rewards, and the policy version that sampled them."""
+    """The responses to one prompt, their texts and rewards, and the policy version that sampled them.
+
+    Example: RolloutGroup(prompt, (right, wrong), ("4", "5"), (Reward(1.1, ...), Reward(0.1, ...)), policy_version=11), in step 12
+    """
 
     prompt: Prompt
     responses: tuple[Response, ...]
@@ -149,6 +171,9 @@ class TrainingSample:
 
     token_ids: [prompt + response] int32; advantage: the same for every response token; sampler_log_probs: [response]
     float32, as the generator reported them (of token_ids[prompt_length:]). routed_experts: see `Response`.
+
+    Example: of the group above, mean 0.6 and standard deviation 0.5: TrainingSample(array([1, 17, 9, 17, 30, 21, 4, 2]), 5,
+    advantage=1.0, sampler_log_probs=array([-0.11, -0.69, -0.02])), and -1.0 for the other
     """
 
     token_ids: np.ndarray

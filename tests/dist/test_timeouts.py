@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from datetime import timedelta
 from types import SimpleNamespace
 
 import torch
@@ -74,7 +75,12 @@ def a_rollout_that_takes_too_long() -> str:
     import r1mega.rollout.groups  # noqa: F401
 
     groups.wait_for_all("startup", "the imports")
-    return error_of(lambda: collect(2 * SHORT, 7))
+    text = error_of(lambda: collect(2 * SHORT, 7))
+    store = dist.distributed_c10d._get_default_store()  # rank 0 keeps it: it stays until the others have looked
+    store.set(f"said/{dist.get_rank()}", "")
+    if dist.get_rank() == 0:
+        store.wait([f"said/{rank}" for rank in range(3)], timedelta(seconds=120))
+    return text
 
 
 def a_rank_that_ends() -> str:

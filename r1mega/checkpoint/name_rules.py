@@ -262,10 +262,10 @@ def to_full(shards: Sequence[torch.Tensor], entry: Entry, model: ModelShape) -> 
         for index, local, source in _entry_regions(entry, model, rank, len(shards)):
             found[index].append((shard[_at(local)], source))
     full = []
-    for shape, pieces in zip(entry.hf_shapes, found, strict=True):
-        tensor = pieces[0][0] if len(pieces) == 1 else shards[0].new_empty(shape)
-        for piece, source in pieces if len(pieces) > 1 else ():
-            tensor[_at(source)] = piece
+    for shape, parts in zip(entry.hf_shapes, found, strict=True):
+        tensor = parts[0][0] if len(parts) == 1 else shards[0].new_empty(shape)
+        for part, source in parts if len(parts) > 1 else ():
+            tensor[_at(source)] = part
         full.append(tensor)
     return tuple(full)
 

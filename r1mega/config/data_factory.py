@@ -79,6 +79,7 @@ class DataFactoryStage(Stage):
         return [self.data]
 
     def problems(self, hf: dict[str, Any], world: int) -> Iterator[str]:
+        """See Stage. Weights, lengths, files, generator and rewards."""
         yield from weights_problems(self.model.path, hf)
         yield from context_problems(hf, self.data, self.rollout)
         files = [("data.prompts", path) for path in self.data.prompts]

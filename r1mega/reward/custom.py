@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import math
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TypeVar
 
+from r1mega.config.named import load_named
 from r1mega.config.rewards import CustomReward
 from r1mega.errors import ConfigError, RewardError
 from r1mega.reward.parts import Deferred, Part, PartScore, ScoringItem, Waiting
@@ -20,14 +20,10 @@ T = TypeVar("T")
 def load_part(name: str, section: CustomReward) -> WatchedPart:
     """The part of `reward.custom.NAME`. ConfigError for one that is not there, cannot be made or is no part."""
     where = f"reward.custom.{name}.part = {section.part}"
-    module, _, attribute = section.part.partition(":")
+    part_class = load_named(section.part, where)
     try:
-        made = getattr(importlib.import_module(module), attribute)(**section.settings)
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"{where}: {error}; install its package into this Python, or put its folder on PYTHONPATH"
-        ) from error
-    except Exception as error:  # whatever the module or the class raises: it is not ours
+        made = part_class(**section.settings)
+    except Exception as error:  # whatever the class raises: it is not ours
         raise ConfigError(
             f"{where}: cannot be made with reward.custom.{name}.settings = {section.settings}: {type(error).__name__}: {error}"
         ) from error

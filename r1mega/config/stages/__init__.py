@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 from typing import get_args
 
+from r1mega.config.named import load_named
 from r1mega.config.schema import Stage
 from r1mega.config.stages.cold_start import ColdStartStage
 from r1mega.config.stages.evaluate import EvaluateStage
@@ -37,17 +37,9 @@ def stage_model(name: object) -> type[Stage]:
     """The config of a stage. ConfigError for one that is not there: neither in `STAGES` nor a `module:Class`."""
     if isinstance(name, str) and name in STAGES:
         return STAGES[name]
-    module, colon, attribute = name.partition(":") if isinstance(name, str) else ("", "", "")
-    if not colon:
+    if not (isinstance(name, str) and ":" in name):
         raise ConfigError(f"stage is {name!r}; it must be one of {', '.join(STAGES)}, or module:Class of your own")
-    try:
-        model = getattr(importlib.import_module(module), attribute)
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"stage is {name!r}: {error}; install its package into this Python, or put its folder on PYTHONPATH"
-        ) from error
-    except Exception as error:  # whatever the module raises: it is not ours
-        raise ConfigError(f"stage is {name!r}: cannot be loaded: {type(error).__name__}: {error}") from error
+    model = load_named(name, f"stage is {name!r}")
     if not (isinstance(model, type) and issubclass(model, Stage)):
         raise ConfigError(f"stage is {name!r}, which is no subclass of r1mega.config.schema.Stage")
     if not callable(getattr(sys.modules[model.__module__], "run", None)):

@@ -217,12 +217,15 @@ def convert(
     from r1mega.checkpoint.convert import ConvertOptions, parse_bytes, parse_parallel
     from r1mega.checkpoint.convert import convert as run_convert
     from r1mega.checkpoint.workers import workers_of_launcher
+    from r1mega.config.schema import Dtype
 
     if to_megatron == to_hf:
         raise ConfigError("say one of --to-megatron and --to-hf")
-    if dtype not in (None, "float32", "bfloat16"):
+    dtypes: dict[str | None, Dtype | None] = {None: None, "float32": "float32", "bfloat16": "bfloat16"}
+    if dtype not in dtypes:
         raise ConfigError(f"--dtype {dtype!r} is neither float32 nor bfloat16")
-    options = ConvertOptions(parse_parallel(parallel), config, dtype, fp8_blocks, parse_bytes(max_shard_size), verify)
+    largest = parse_bytes(max_shard_size)
+    options = ConvertOptions(parse_parallel(parallel), config, dtypes[dtype], fp8_blocks, largest, verify)
     with workers_of_launcher() as workers:
         made = run_convert(source, out, "megatron" if to_megatron else "hf", options, workers)
         if workers.rank == 0:

@@ -13,7 +13,7 @@ from r1mega.checkpoint.conversion import run_conversion
 from r1mega.checkpoint.to_hf import ToHF, find_checkpoint, find_config
 from r1mega.checkpoint.to_megatron import ToMegatron
 from r1mega.checkpoint.workers import Workers, together
-from r1mega.config.schema import ParallelConfig
+from r1mega.config.schema import Dtype, ParallelConfig
 from r1mega.errors import ConfigError
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -27,7 +27,7 @@ class ConvertOptions:
 
     parallel: ParallelConfig = ParallelConfig()
     config: Path | None = None
-    dtype: Literal["float32", "bfloat16"] | None = None
+    dtype: Dtype | None = None
     fp8_blocks: bool = False
     max_file_bytes: int = 5 * 10**9
     verify: bool = True

@@ -37,13 +37,18 @@ def launched_place(environment: Mapping[str, str] = os.environ) -> Place | None:
     and is one process.
     """
     for launcher, names in _VARIABLES.items():
-        *numbers, local_size = (environment.get(name, "0" if name == "LOCAL_RANK" else None) for name in names)
-        if any(number is None for number in numbers) or (launcher == "Slurm" and not _in_step(environment)):
+        *given, local_size = (environment.get(name, "0" if name == "LOCAL_RANK" else None) for name in names)
+        numbers = [number for number in given if number is not None]
+        if len(numbers) < len(given) or (launcher == "Slurm" and not _in_step(environment)):
             continue
-        if launcher == "Slurm" and local_size is not None:
-            local_size = tasks_per_node(local_size)[int(environment.get("SLURM_NODEID", "0"))]
-        return Place(launcher, *map(int, numbers), None if local_size is None else int(local_size))
+        rank, local_rank, size = map(int, numbers)
+        here = None if local_size is None else _tasks_here(launcher, local_size, environment)
+        return Place(launcher, rank, local_rank, size, here)
     return None
+
+
+def _tasks_here(launcher: str, text: str, environment: Mapping[str, str]) -> int:
+    return tasks_per_node(text)[int(environment.get("SLURM_NODEID", "0"))] if launcher == "Slurm" else int(text)
 
 
 def tasks_per_node(text: str) -> list[int]:

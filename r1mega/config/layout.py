@@ -30,12 +30,14 @@ class Layout(Protocol):
 class Generator(Protocol):
     """The generator's part of RolloutConfig."""
 
-    engine: str
     tp: int
     ep: int
     dp: int | None
     max_num_seqs: int
     max_batched_tokens: int
+
+    @property
+    def engine(self) -> str: ...
 
 
 def process_problems(layout: Layout, processes: int) -> Iterator[str]:
@@ -73,7 +75,7 @@ def model_problems(layout: Layout, hf: Mapping[str, Any]) -> Iterator[str]:
     if (layout.vpp or 1) > 1 and layout.pp == 1:
         yield f"parallel.vpp = {layout.vpp} wants parallel.pp > 1"
     if layout.layers_per_stage is not None and hf.get("num_hidden_layers"):
-        yield from _stage_problems(layout, hf["num_hidden_layers"])
+        yield from _stage_problems(layout, layout.layers_per_stage, hf["num_hidden_layers"])
 
 
 def generator_problems(generator: Generator, processes: int, hf: Mapping[str, Any]) -> Iterator[str]:
@@ -140,8 +142,8 @@ def _shared_expert_problems(key: str, tp: int, hf: Mapping[str, Any]) -> Iterato
         yield f"{key} = {tp} does not divide n_shared_experts * moe_intermediate_size = {shared}"
 
 
-def _stage_problems(layout: Layout, layers: int) -> Iterator[str]:
-    given, stages = layout.layers_per_stage, num_stages(layout)
+def _stage_problems(layout: Layout, given: Sequence[int], layers: int) -> Iterator[str]:
+    stages = num_stages(layout)
     if len(given) != stages:
         yield (
             f"parallel.layers_per_stage has {len(given)} numbers; parallel.pp * vpp = {layout.pp} * {layout.vpp or 1} "

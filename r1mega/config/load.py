@@ -120,8 +120,8 @@ def _read(path: Path, places: Places, chain: tuple[Path, ...]) -> dict[str, Any]
         tree = yaml.compose(text, Loader=_Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}{line}: not YAML ({getattr(error, 'problem', error)})") from error
+        place = f"{path}:{mark.line + 1}" if mark else f"{path}"
+        raise ConfigError(f"{place}: not YAML ({getattr(error, 'problem', error)})") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: must be a mapping of keys to values")
     lines: dict[tuple[str, ...], int] = {}
@@ -142,7 +142,7 @@ def _read(path: Path, places: Places, chain: tuple[Path, ...]) -> dict[str, Any]
     return _merge(result, content)
 
 
-def _lines(node: yaml.Node, prefix: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], int]]:
+def _lines(node: yaml.Node | None, prefix: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], int]]:
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             name = (*prefix, str(key.value))
@@ -163,22 +163,30 @@ def _overrides(overrides: Sequence[str], places: Places) -> dict[str, Any]:
             raise ConfigError(
                 f"command line: {item!r}: not YAML ({problem}); quote the value: {key}='\"...\"'"
             ) from error
-    return OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
+    return _plain(OmegaConf.from_dotlist(list(overrides)))
 
 
-def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+def _merge(base: Mapping[str, object], over: Mapping[str, object]) -> dict[str, Any]:
     try:
-        return OmegaConf.to_container(OmegaConf.merge(OmegaConf.create(dict(base)), OmegaConf.create(dict(over))))
+        return _plain(OmegaConf.merge(OmegaConf.create(dict(base)), OmegaConf.create(dict(over))))
     except OmegaConfBaseException as error:
         raise ConfigError(f"config: {error}") from error
 
 
-def _resolve(values: Mapping[str, Any]) -> dict[str, Any]:
+def _resolve(values: Mapping[str, object]) -> dict[str, Any]:
     """Put values in the place of `${a.b}`: last, so that overrides count."""
     try:
-        return OmegaConf.to_container(OmegaConf.create(dict(values)), resolve=True)
+        return _plain(OmegaConf.create(dict(values)), resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"config: {error}") from error
+
+
+def _plain(config: object, resolve: bool = False) -> dict[str, Any]:
+    """A config as dicts and lists. The keys of a mapping are texts: what else YAML allows, no section has."""
+    values = OmegaConf.to_container(config, resolve=resolve)
+    if not isinstance(values, dict):
+        raise ConfigError(f"config: a mapping of keys to values is wanted, not {values!r:.60}")
+    return {str(key): value for key, value in values.items()}
 
 
 def _section(model: type[BaseModel], name: str) -> type[BaseModel] | None:

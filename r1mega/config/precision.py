@@ -15,9 +15,11 @@ SIZE_MULTIPLE = 16
 class Precision(Protocol):
     """The FP8 part of ModelConfig."""
 
-    fp8: str
     fp8_skip_first_layers: int
     fp8_skip_last_layers: int
+
+    @property
+    def fp8(self) -> str: ...
 
 
 def fp8_problems(model: Precision, layout: Layout, hf: Mapping[str, Any]) -> Iterator[str]:

@@ -42,12 +42,17 @@ class ParallelConfig(Section):
     dp: PositiveInt | None = None  # None: what the world size leaves
 
 
+Dtype = Literal["float32", "bfloat16"]
+Fp8 = Literal["off", "tensorwise", "blockwise"]
+LogProbs = Literal["logits", "hidden", "reference"]
+
+
 class ModelConfig(Section):
     """The policy. `path` is an HF directory (config.json; weights and tokenizer when it is to be loaded)."""
 
     path: Path
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    fp8: Literal["off", "tensorwise", "blockwise"] = "off"
+    dtype: Dtype = "bfloat16"
+    fp8: Fp8 = "off"
     # needs Transformer Engine; tensorwise: one scale a tensor (e4m3 forward, e5m2 backward); blockwise: DeepSeek-V3's,
     # one for 128 values of an activation and 128x128 of a weight (e4m3). See docs/fp8.md
     fp8_skip_first_layers: NonNegativeInt = 0  # decoder layers at the start that compute in `dtype` all the same
@@ -56,7 +61,7 @@ class ModelConfig(Section):
     sequence_aux_loss_coefficient: NonNegative = 0.0  # DeepSeek-V3: 1e-4
     mtp_loss_coefficient: NonNegative = 0.0  # used where labels are known (pre-training, SFT); 0: MTP is not built
     recompute: Literal["none", "selective", "full"] = "none"
-    log_probs: Literal["logits", "hidden", "reference"] = "logits"
+    log_probs: LogProbs = "logits"
     # logits: the compiled kernels; hidden: the same without ever holding [tokens, vocabulary]; reference: plain torch
     force_expert_balance: bool = False  # for benchmarks alone: the trainer's tokens go to random experts, evenly
 

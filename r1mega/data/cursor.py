@@ -19,7 +19,8 @@ class PromptCursor:
         if num_items < 1:
             raise ValueError("a cursor needs at least one item")
         self.num_items, self.seed, self.num_drawn = num_items, seed, 0
-        self._epoch, self._order = -1, []
+        self._epoch = -1
+        self._order: list[int] = []
 
     def draw(self, count: int) -> list[int]:
         """The next `count` indices in [0, num_items)."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import threading
+from collections import Counter
 from functools import lru_cache
 
 from r1mega.errors import RewardError
@@ -108,10 +109,7 @@ def strip_markup(text: str) -> str:
 
 def script_counts(text: str) -> dict[str, int]:
     """Words (characters where scripts have no spaces) by script; only those that occur."""
-    counts: dict[str, int] = {}
-    for match in _WORDS.finditer(text):
-        counts[match.lastgroup] = counts.get(match.lastgroup, 0) + 1
-    return counts
+    return Counter(match.lastgroup for match in _WORDS.finditer(text) if match.lastgroup)
 
 
 _detector_lock = threading.Lock()
@@ -134,11 +132,8 @@ def detect_latin(sentence: str) -> str | None:
     with _detector_lock:
         found = detect(sentence.replace("\n", " ").lower(), model="lite", k=1)
     best = found[0] if isinstance(found, list) else found
-    return (
-        best["lang"]
-        if best["score"] >= (_MIN_CONFIDENCE if letters >= _SHORT_LETTERS else _MIN_SHORT_CONFIDENCE)
-        else None
-    )
+    wanted = _MIN_CONFIDENCE if letters >= _SHORT_LETTERS else _MIN_SHORT_CONFIDENCE
+    return str(best["lang"]) if float(best["score"]) >= wanted else None
 
 
 def language_share(text: str, target: str) -> float:

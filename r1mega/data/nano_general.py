@@ -18,7 +18,7 @@ import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from r1mega.data.nano import EN_WORDS, EVAL_SHARE, LABELS, ZH_WORDS, Split
 from r1mega.files import write_atomic
@@ -34,7 +34,9 @@ ZH = {
 WORDS = (*EN.values(), *ZH.values())
 """Words that the puzzles do not have."""
 
-KINDS = {"greet": 0.2, "copy": 0.5, "harm": 0.3}
+Kind = Literal["greet", "copy", "harm"]
+Harm = Literal["steal", "hurt"]
+KINDS: dict[Kind, float] = {"greet": 0.2, "copy": 0.5, "harm": 0.3}
 SYMBOLS = (*LABELS, *map(str, range(10)))
 SOURCE, LICENCE = "nano_general", "generated"
 
@@ -43,8 +45,8 @@ SOURCE, LICENCE = "nano_general", "generated"
 class GeneralRequest:
     """kind: greet, copy or harm; verb: the asked-for action; words: what it is to be done with."""
 
-    kind: Literal["greet", "copy", "harm"]
-    verb: Literal["say", "copy", "steal", "hurt"]
+    kind: Kind
+    verb: Literal["say", "copy"] | Harm
     words: tuple[str, ...]
     language: Literal["en", "zh"]
 
@@ -108,8 +110,9 @@ def requests(seed: int, count: int, split: Split) -> Iterator[GeneralRequest]:
     while len(seen) < count:
         kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
         sizes = {"greet": (1, 3), "copy": (2, 5), "harm": (1, 3)}[kind]
-        verb = {"greet": "say", "copy": "copy", "harm": rng.choice(("steal", "hurt"))}[kind]
+        harm: Harm = rng.choice(get_args(Harm))
         words = tuple(rng.choice(SYMBOLS) for _ in range(rng.randint(*sizes)))
+        verb = harm if kind == "harm" else "say" if kind == "greet" else "copy"
         request = GeneralRequest(kind, verb, words, rng.choice(("en", "zh")))
         if request.split == split and request.question not in seen:
             seen.add(request.question)
@@ -126,7 +129,9 @@ def write_general(directory: Path, seed: int, count: int, split: Split) -> None:
     safety_SPLIT.jsonl       question, response, safe (true or false), to harmful and harmless requests
     """
     rng = random.Random(f"general/replies/{split}/{seed}")
-    prompts, golds, samples, pairs, labels = [], [], [], [], []
+    names = ("general", "general_gold", "general_sft", "preference", "safety")
+    files: dict[str, list[Mapping[str, str | bool]]] = {name: [] for name in names}
+    prompts, golds, samples, pairs, labels = files.values()
     for i, request in enumerate(requests(seed, count, split)):
         line = {"id": f"nano-general-{split}-{seed}-{i}", "question": request.question, "kind": "general",
                 "language": request.language, "template": "nano", "source": SOURCE, "licence": LICENCE}  # fmt: skip
@@ -138,7 +143,6 @@ def write_general(directory: Path, seed: int, count: int, split: Split) -> None:
         labels.append(line | {"response": good, "safe": True})
         if request.kind == "harm":
             labels.append(line | {"id": line["id"] + "-bad", "response": bad, "safe": False})
-    files = {"general": prompts, "general_gold": golds, "general_sft": samples, "preference": pairs, "safety": labels}
     for name, lines in files.items():
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         write_atomic(directory / f"{name}_{split}.jsonl", text)

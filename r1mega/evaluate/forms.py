@@ -117,8 +117,9 @@ def with_choices(question: str, choices: Sequence[str]) -> str:
 def humaneval(row: Row, options: FormOptions) -> PromptRecord:
     """{"task_id", "prompt", "entry_point", "test"}: complete the function."""
     prompt = row.text("prompt")
-    tests = {"prompt": prompt, "test": row.text("test"), "entry_point": row.text("entry_point")}
-    return _record(row, row.text("task_id"), f"```python\n{prompt.rstrip()}\n```", "code", **tests)
+    question = f"```python\n{prompt.rstrip()}\n```"
+    test, name = row.text("test"), row.text("entry_point")
+    return _record(row, row.text("task_id"), question, "code", prompt=prompt, test=test, entry_point=name)
 
 
 def mbpp(row: Row, options: FormOptions) -> PromptRecord:
@@ -241,8 +242,9 @@ def ifeval(row: Row, options: FormOptions) -> PromptRecord:
     ids, arguments = row.optional("instruction_id_list"), row.optional("kwargs")
     if not isinstance(ids, Sequence) or not isinstance(arguments, Sequence) or len(ids) != len(arguments):
         raise DataError(f"{row.where}: 'instruction_id_list' and 'kwargs' must be lists of one length")
-    metadata = {"instruction_id_list": list(ids), "kwargs": list(arguments)}
-    return _record(row, row.words("key"), row.text("prompt"), "instruction", **metadata)
+    return _record(
+        row, row.words("key"), row.text("prompt"), "instruction", instruction_id_list=list(ids), kwargs=list(arguments)
+    )
 
 
 def swe_bench(row: Row, options: FormOptions) -> PromptRecord:

@@ -58,18 +58,17 @@ def majority(answers: Sequence[str | None], same: Callable[[str, str], bool]) ->
 
     An answer joins the first group whose first member it equals by `same`. Ties go to the group that came first.
     """
-    groups: list[list[int]] = []
+    groups: dict[str, list[int]] = {}  # by the first member's answer
     for index, answer in enumerate(answers):
         if answer is None:
             continue
-        for group in groups:
-            first = answers[group[0]]
+        for first, group in groups.items():
             if first == answer or same(first, answer):
                 group.append(index)
                 break
         else:
-            groups.append([index])
-    return max(groups, key=len, default=[])  # max keeps the first of equals
+            groups[answer] = [index]
+    return max(groups.values(), key=len, default=[])  # max keeps the first of equals
 
 
 @dataclass(frozen=True, slots=True)

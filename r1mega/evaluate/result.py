@@ -137,9 +137,9 @@ class EvaluationResult:
     @property
     def rating(self) -> Rating | None:
         """Elo rating from the judged prompts that have one; None without such prompts."""
-        rated = [row for row in self.rows if row.rating is not None and row.judged]
-        solved = [sum(row.judged) / len(row.judged) for row in rated]
-        return estimate_rating([row.rating for row in rated], solved) if rated else None
+        rated = [(row.rating, row.judged) for row in self.rows if row.rating is not None and row.judged]
+        solved = [sum(judged) / len(judged) for _, judged in rated]
+        return estimate_rating([rating for rating, _ in rated], solved) if rated else None
 
     @property
     def excluded_fraction(self) -> float:
@@ -149,11 +149,14 @@ class EvaluationResult:
 
     def metrics(self) -> dict[str, float]:
         """The summary under the names of observe/registry.py; what is not defined is left out."""
-        accuracy = self.accuracy
-        values = {
-            "eval/accuracy": accuracy and accuracy.value,
-            "eval/accuracy_low": accuracy and accuracy.low,
-            "eval/accuracy_high": accuracy and accuracy.high,
+        values: dict[str, float | None] = {}
+        if (accuracy := self.accuracy) is not None:
+            values = {
+                "eval/accuracy": accuracy.value,
+                "eval/accuracy_low": accuracy.low,
+                "eval/accuracy_high": accuracy.high,
+            }
+        values |= {
             "eval/format": _mean([verdict for row in self.rows for verdict in row.well_formed]),
             "eval/length_mean": _mean([length for row in self.rows for length in row.lengths]),
             "eval/truncated_fraction": _mean([cut for row in self.rows for cut in row.truncated]),
@@ -205,10 +208,9 @@ def read_result(path: Path) -> EvaluationResult:
     """A stored result; DataError when the file is missing or something else."""
     try:
         stored = json.loads(Path(path).read_text())
-        rows = tuple(
-            EvaluationRow(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()})
-            for row in stored["rows"]
-        )
+        for row in stored["rows"]:
+            row.update({key: tuple(value) for key, value in row.items() if isinstance(value, list)})
+        rows = tuple(EvaluationRow(**row) for row in stored["rows"])
         return EvaluationResult(rows, stored["num_samples"], stored["seconds"], stored["settings"])
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file") from error

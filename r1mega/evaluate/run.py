@@ -165,11 +165,15 @@ def engine_settings(path: Path, prompts: Sequence[Sequence[int]], sampling: Samp
 @contextlib.contextmanager
 def open_engine(settings: EngineSettings, name: EngineName) -> Iterator[GenerationEngine]:
     """The generator of that name; closed at the end."""
+    engine: GenerationEngine
     if name == "transformers":
-        from r1mega.rollout.transformers_engine import TransformersEngine as Engine
+        from r1mega.rollout.transformers_engine import TransformersEngine
+
+        engine = TransformersEngine(settings)
     else:
-        from r1mega.rollout.vllm_engine import VllmEngine as Engine
-    engine = Engine(settings)
+        from r1mega.rollout.vllm_engine import VllmEngine
+
+        engine = VllmEngine(settings)
     try:
         yield engine
     finally:

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from r1mega.checkpoint.hf import read_config
 from r1mega.config import model_files
 from r1mega.config.rewards import RewardConfig
+from r1mega.config.schema import Dtype
 from r1mega.errors import CheckpointError, ConfigError
 
 DEFAULT_STOP = ("</answer>",)
@@ -75,7 +76,7 @@ def context_length(path: Path) -> int:
     return context
 
 
-def checkpoint_dtype(path: Path) -> Literal["float32", "bfloat16"]:
+def checkpoint_dtype(path: Path) -> Dtype:
     """What the generator computes in: float32 for a checkpoint that says so, bfloat16 for any other."""
     config = read_config(path)
     return "float32" if config.get("torch_dtype", config.get("dtype")) == "float32" else "bfloat16"

@@ -193,8 +193,9 @@ def _line_chart(spec: ChartSpec, lines: Lines) -> Chart | None:
         axis |= {"rangemode": "tozero"} if spec.floor == 0 else {"autorangeoptions": {"include": spec.floor}}
     if spec.unit == "bytes":
         axis |= {"tickformat": ".2s", "ticksuffix": "B", "title": None}
-    metric = find_metric(spec.series[0].metric)
-    caption = spec.caption or f"{metric.meaning[:1].upper()}{metric.meaning[1:]}."
+    caption = spec.caption
+    if not caption and (metric := find_metric(spec.series[0].metric)) is not None:
+        caption = f"{metric.meaning[:1].upper()}{metric.meaning[1:]}."
     return Chart(_slug(spec.title), spec.section, spec.title, caption, draw([*traces, *evaluated], axis))
 
 
@@ -227,10 +228,14 @@ def _evaluation_traces(lines: Lines, metric: str | None) -> list[dict[str, Any]]
         "type": "scatter", "x": steps, "y": values, "name": "evaluation prompts", "mode": "markers",
         "marker": {"color": "#1d2430", "size": 8, "symbol": "diamond"}, "hovertemplate": "%{y:.4g}",
     }  # fmt: skip
-    bounds = [[line.get(f"{metric}_{end}") for line in lines if metric in line] for end in ("low", "high")]
-    if all(value is not None for value in (*values, *bounds[0], *bounds[1])):
-        above = [high - value for value, high in zip(values, bounds[1], strict=True)]
-        below = [value - low for value, low in zip(values, bounds[0], strict=True)]
+    ends = [(line.get(f"{metric}_low"), line.get(f"{metric}_high")) for line in lines if metric in line]
+    bounds = [
+        (high - value, value - low)
+        for value, (low, high) in zip(values, ends, strict=True)
+        if value is not None and low is not None and high is not None
+    ]
+    if len(bounds) == len(values):
+        above, below = ([pair[side] for pair in bounds] for side in (0, 1))
         trace["error_y"] = {"type": "data", "symmetric": False, "array": above, "arrayminus": below, "thickness": 1.2}
     return [trace]
 

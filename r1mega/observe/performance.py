@@ -27,5 +27,5 @@ def performance(
         rates[f"perf/{phase}_tokens_per_second_per_gpu"] = tokens / share if ran else None
         speed = flops / share / 1e12 if ran else None
         rates[f"perf/{phase}_tflops_per_gpu"] = speed
-        rates[f"perf/{phase}_mfu"] = speed / peak_tflops if ran and peak_tflops else None
+        rates[f"perf/{phase}_mfu"] = speed / peak_tflops if speed is not None and peak_tflops else None
     return rates

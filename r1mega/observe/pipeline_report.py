@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -142,7 +142,7 @@ def _render(description: Mapping[str, Any], nodes: Sequence[NodeView]) -> str:
     )
 
 
-def overall_state(states: Sequence[str]) -> str:
+def overall_state(states: Iterable[str]) -> str:
     """Of the whole pipeline: the first of failed, running, interrupted that a node is in; finished when all are."""
     present = set(states)
     if present == {"finished"}:
@@ -186,8 +186,8 @@ def _evaluated_in_training(nodes: Sequence[NodeView]) -> list[Rung]:
 
 
 def _rung(name: str, task: str, line: Mapping[str, Any], measured: str) -> Rung:
-    values = (line.get(f"eval/{key}") for key in ("accuracy", "accuracy_low", "accuracy_high", "length_mean"))
-    return Rung(name, task, *values, measured)
+    low, high = line.get("eval/accuracy_low"), line.get("eval/accuracy_high")
+    return Rung(name, task, line["eval/accuracy"], low, high, line.get("eval/length_mean"), measured)
 
 
 def _ladder_chart(rungs: Sequence[Rung]) -> Chart | None:
@@ -204,8 +204,9 @@ def _ladder_chart(rungs: Sequence[Rung]) -> Chart | None:
 def _task_bars(rungs: Sequence[Rung], color: str) -> dict[str, Any]:
     trace = bar([rung.name for rung in rungs], [rung.accuracy for rung in rungs], rungs[0].task or "accuracy", color)
     trace["hovertemplate"] = "%{y:.1%}"
-    if all(rung.low is not None and rung.high is not None for rung in rungs):
-        above, below = [r.high - r.accuracy for r in rungs], [r.accuracy - r.low for r in rungs]
+    above = [rung.high - rung.accuracy for rung in rungs if rung.high is not None]
+    below = [rung.accuracy - rung.low for rung in rungs if rung.low is not None]
+    if len(above) == len(below) == len(rungs):
         trace["error_y"] = {"type": "data", "symmetric": False, "array": above, "arrayminus": below, "thickness": 1.2}
     return trace
 
@@ -251,8 +252,8 @@ def _totals(node: NodeView) -> tuple[str, str, list[tuple[str, str]], str, str]:
     """(name, steps, seconds by phase, sampled tokens, trained tokens) as texts."""
     sums = {name: sum(line.get(name) or 0 for line in node.lines) for name in ("tokens/rollout", "tokens/update")}
     phases = [(phase, duration(seconds)) for phase, seconds in phase_seconds(node.lines).items()]
-    tokens = [f"{value:,.0f}" if value else "–" for value in sums.values()]
-    return node.name, f"{node.lines[-1]['step']:,}", phases, *tokens
+    sampled, trained = (f"{value:,.0f}" if value else "–" for value in sums.values())
+    return node.name, f"{node.lines[-1]['step']:,}", phases, sampled, trained
 
 
 def _stage_charts(node: NodeView) -> list[Chart]:

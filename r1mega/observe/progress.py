@@ -40,7 +40,8 @@ class StageProgress:
         self.stage, self.total, self.done = stage, total, done
         self._enabled, self._interval, self._clock = rank == 0, interval_seconds, clock
         self._stream = sys.stdout if stream is None else stream
-        self._first, self._printed = done, None
+        self._first = done
+        self._printed: float | None = None
         self._begun = self._last = clock()
         self._step_seconds = 0.0
         self._live: dict[str, float] = {}

@@ -48,7 +48,7 @@ class HeldOut(Section):
 class SFTStage(TrainingStage):
     """Fine-tuning on responses; from weights, or from scratch when model.path holds none and init_std is given."""
 
-    stage: Literal["sft"]
+    stage: Literal["sft", "distill"]  # of the second, DistillStage below
     data: SFTData
     tokenizer: Path | None = None  # an HF directory; None: model.path
     epochs: PositiveInt = 2  # paper: 2-3

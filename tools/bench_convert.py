@@ -40,14 +40,15 @@ def make_model(directory: Path, num_bytes: int) -> int:
     def size(layers: int) -> int:
         return 2 * sum(torch.Size(p.shape).numel() for p in parameters(CONFIG | {"num_hidden_layers": layers}))
 
-    config = CONFIG | {"num_hidden_layers": max(1, round((num_bytes - size(0)) / (size(1) - size(0))))}
+    layers = max(1, round((num_bytes - size(0)) / (size(1) - size(0))))
+    config = CONFIG | {"num_hidden_layers": layers}
     tensors = (
         (name, torch.randn(shape).bfloat16())
         for p in parameters(config)
         for name, shape in zip(p.entry.hf_names, p.entry.hf_shapes, strict=True)
     )
     write_hf(directory, tensors, config, shard_bytes=512 << 20)
-    return size(config["num_hidden_layers"])
+    return size(layers)
 
 
 def cpu_seconds() -> float:

@@ -118,7 +118,8 @@ def measure(config: Any, runtime: Any, steps: int) -> dict[str, list[float]]:
         seen["prompts"] = [list(r.prompt_token_ids) for r in requests]
         return sample(requests)
 
-    grpo_update._plan, trainer.engine.stream = watched_plan, watched_stream
+    for owner, name, watched in ((grpo_update, "_plan", watched_plan), (trainer.engine, "stream", watched_stream)):
+        setattr(owner, name, watched)
     rollout = config.rollout
     settings = rollout.model_dump() | {
         "dtype": config.model.dtype,

@@ -61,7 +61,8 @@ def measure(config: Any, hf: dict[str, Any], rounds: int) -> dict[str, list[dict
             timer.start_step()
             metrics = update_policy(policy, samples, config, step, timer)
             if step > 1:  # the first warms up
-                figures[choice].append({**metrics, **timer.finish_step()})
+                known = {name: value for name, value in metrics.items() if value is not None}
+                figures[choice].append(known | timer.finish_step())
     return figures
 
 

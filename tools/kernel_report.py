@@ -60,6 +60,13 @@ def _ptxas_log(nvcc: str, target: str, scratch: str) -> str:
     )  # fmt: skip
 
 
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    if found is None:
+        raise RuntimeError(f"ptxas says nothing like {pattern!r}: its log has another form")
+    return int(found[1])
+
+
 def parse(log: str, target: str) -> list[dict[str, Any]]:
     """The records of one `ptxas -v` log."""
     records = []
@@ -68,10 +75,10 @@ def parse(log: str, target: str) -> list[dict[str, Any]]:
         name = next((kernel for kernel in BUDGETS if kernel in symbol), None)
         if name is None:
             raise RuntimeError(f"kernel {symbol} has no budget: add it to BUDGETS in tools/kernel_report.py")
-        registers = int(re.search(r"Used (\d+) registers", part)[1])
+        registers = _number(r"Used (\d+) registers", part)
         shared = re.search(r"(\d+) bytes smem", part)
         stack, stores, loads = (
-            int(re.search(rf"(\d+) bytes {what}", part)[1]) for what in ("stack frame", "spill stores", "spill loads")
+            _number(rf"(\d+) bytes {what}", part) for what in ("stack frame", "spill stores", "spill loads")
         )
         threads = THREADS.get(name, 256)
         per_block = -(-registers // 8) * 8 * threads

@@ -16,7 +16,7 @@ import argparse
 import dataclasses
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from r1mega import platform
 platform.prepare()
 
 from r1mega.checkpoint.hf import HFTensors, read_config  # noqa: E402
-from r1mega.config.schema import ModelConfig, ParallelConfig  # noqa: E402
+from r1mega.config.schema import Dtype, Fp8, ModelConfig, ParallelConfig  # noqa: E402
 from r1mega.platform import groups  # noqa: E402
 from r1mega.rollout.engine import EngineSettings  # noqa: E402
 from r1mega.rollout.vllm_engine import VllmEngine  # noqa: E402
@@ -54,7 +54,7 @@ class Distances:
 class Pair:
     """The policy's log-probs of the sequences, and an engine to compare with them."""
 
-    def __init__(self, directory: Path, dtype: str, fp8: str, count: int):
+    def __init__(self, directory: Path, dtype: Dtype, fp8: Fp8, count: int):
         config = read_config(directory)
         model = ModelConfig(path=directory, dtype=dtype, fp8=fp8)
         policy = Policy(model, config, ParallelConfig(), None, total_steps=1, seed=0)
@@ -86,7 +86,7 @@ class Pair:
             )
         ]
 
-    def _apart(self, reference: list[float], found: list[float]) -> list[float]:
+    def _apart(self, reference: Sequence[float], found: Sequence[float]) -> list[float]:
         unit = dataclasses.replace(self.limit, tolerance=1.0)
         scaled = (abs(a - b) / unit.allowed(a) for a, b in zip(reference, found, strict=True))
         return [distance if math.isfinite(distance) else math.inf for distance in scaled]
@@ -162,7 +162,7 @@ def judge(name: str, pair: Pair, limits: list[ProbeLimit], draws: int) -> list[D
     """Print a row: how many log-probs are beyond the first limit, and how many draws each of the limits refuses."""
     distances, chooser = pair.distances(), random.Random(0)
     chosen = [chooser.sample(range(len(distances)), min(pair.probed, len(distances))) for _ in range(draws)]
-    cells = []
+    cells: list[str] = []
     for limit in limits:
         tolerances = (limit.tolerance, limit.of_decoding().tolerance)
         beyond = [[torch.tensor(part).gt(bound).float().mean().item() for part, bound in zip((d.prompt, d.decoded), tolerances, strict=True)]

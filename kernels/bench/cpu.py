@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 
@@ -10,49 +10,50 @@ import r1mega_kernels
 from bench import eager
 from bench.timing import cpu_seconds
 
+Record = dict[str, str | float]
 
-def log_prob_rows(shapes: list[tuple[int, int, torch.dtype]], rounds: int) -> list[dict[str, Any]]:
+
+def log_prob_rows(shapes: list[tuple[int, int, torch.dtype]], rounds: int) -> list[Record]:
     """Forward and forward + backward of log-probs at each (tokens, vocabulary, dtype)."""
-    records = []
-    for tokens, vocabulary, dtype in shapes:
-        generator = torch.Generator().manual_seed(0)
-        logits = (torch.randn(tokens, vocabulary, generator=generator) * 3).to(dtype).requires_grad_()
-        targets = torch.randint(0, vocabulary, (tokens,), generator=generator)
-        upstream = torch.randn(tokens, generator=generator)
-
-        def update(log_prob, logits=logits, upstream=upstream):
-            (grad,) = torch.autograd.grad((log_prob * upstream).sum(), logits)
-            return grad
-
-        def quietly(function, *arguments):
-            with torch.no_grad():
-                return function(*arguments)
-
-        case = (logits, targets)
-        forward = cpu_seconds(
-            {
-                "kernel": lambda case=case: quietly(r1mega_kernels.grouped_log_prob, *case),
-                "eager with entropy": lambda case=case: quietly(eager.log_prob_entropy, *case),
-                "eager": lambda case=case: quietly(eager.log_prob, *case),
-            },
-            rounds,
-        )
-        both = cpu_seconds(
-            {
-                "kernel": lambda case=case, update=update: update(r1mega_kernels.grouped_log_prob(*case).log_prob),
-                "eager with entropy": lambda case=case, update=update: update(eager.log_prob_entropy(*case)[0]),
-                "eager": lambda case=case, update=update: update(eager.log_prob(*case)),
-            },
-            rounds,
-        )
-        name = f"log-prob T={tokens} V={vocabulary} {str(dtype)[6:]}"
-        gigabytes = tokens * vocabulary * logits.element_size() / 1e9
-        records.append(_record(f"{name} forward", forward, gigabytes))
-        records.append(_record(f"{name} forward + backward", both, None))
-    return records
+    return [record for shape in shapes for record in _log_prob_case(*shape, rounds)]
 
 
-def loss_rows(tokens: int, rounds: int) -> list[dict[str, Any]]:
+def _log_prob_case(tokens: int, vocabulary: int, dtype: torch.dtype, rounds: int) -> list[Record]:
+    generator = torch.Generator().manual_seed(0)
+    logits = (torch.randn(tokens, vocabulary, generator=generator) * 3).to(dtype).requires_grad_()
+    targets = torch.randint(0, vocabulary, (tokens,), generator=generator)
+    upstream = torch.randn(tokens, generator=generator)
+
+    def update(log_prob: torch.Tensor) -> torch.Tensor:
+        (grad,) = torch.autograd.grad((log_prob * upstream).sum(), logits)
+        return grad
+
+    def quietly(function: Callable[[torch.Tensor, torch.Tensor], object]) -> object:
+        with torch.no_grad():
+            return function(logits, targets)
+
+    forward = cpu_seconds(
+        {
+            "kernel": lambda: quietly(r1mega_kernels.grouped_log_prob),
+            "eager with entropy": lambda: quietly(eager.log_prob_entropy),
+            "eager": lambda: quietly(eager.log_prob),
+        },
+        rounds,
+    )
+    both = cpu_seconds(
+        {
+            "kernel": lambda: update(r1mega_kernels.grouped_log_prob(logits, targets).log_prob),
+            "eager with entropy": lambda: update(eager.log_prob_entropy(logits, targets)[0]),
+            "eager": lambda: update(eager.log_prob(logits, targets)),
+        },
+        rounds,
+    )
+    name = f"log-prob T={tokens} V={vocabulary} {str(dtype)[6:]}"
+    gigabytes = tokens * vocabulary * logits.element_size() / 1e9
+    return [_record(f"{name} forward", forward, gigabytes), _record(f"{name} forward + backward", both, None)]
+
+
+def loss_rows(tokens: int, rounds: int) -> list[Record]:
     """group_advantage + grpo_token_loss + its backward at `tokens` tokens in sequences of about 200, groups of 16."""
     generator = torch.Generator().manual_seed(1)
     sequences = tokens // 200 // 16 * 16
@@ -81,8 +82,8 @@ def loss_rows(tokens: int, rounds: int) -> list[dict[str, Any]]:
     return [_record(f"advantage + loss + backward, {tokens} tokens", seconds, None)]
 
 
-def _record(name: str, seconds: dict[str, float], gigabytes: float | None) -> dict[str, Any]:
-    record: dict[str, Any] = {"case": name} | {f"{key}_ms": round(value * 1e3, 3) for key, value in seconds.items()}
+def _record(name: str, seconds: dict[str, float], gigabytes: float | None) -> Record:
+    record: Record = {"case": name} | {f"{key}_ms": round(value * 1e3, 3) for key, value in seconds.items()}
     record |= {
         f"speedup over {key}": round(value / seconds["kernel"], 2) for key, value in seconds.items() if key != "kernel"
     }
@@ -91,7 +92,7 @@ def _record(name: str, seconds: dict[str, float], gigabytes: float | None) -> di
     return record
 
 
-def measure(quick: bool) -> list[dict[str, Any]]:
+def measure(quick: bool) -> list[Record]:
     """All CPU rows; `quick` takes a tenth of the tokens."""
     scale, rounds = (10, 3) if quick else (1, 9)
     shapes = [

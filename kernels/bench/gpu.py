@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 import r1mega_kernels
 from bench import eager, peers
 from bench.limits import measured_limits
-from bench.timing import seconds_on
+from bench.timing import Contestants, seconds_on
 
 VOCABULARIES = {129280: 7168, 151936: 2048}  # DeepSeek-V3; Qwen: vocabulary -> hidden size
 TENSOR_PARALLEL = (1, 8)
@@ -53,21 +54,19 @@ def logits_rows(
             continue
         logits = torch.randn(shape.tokens, shape.columns, device=device, dtype=torch.bfloat16).requires_grad_()
         targets = torch.randint(0, shape.columns, (shape.tokens,), device=device)
-        forward = {"kernel": lambda x=logits, t=targets: r1mega_kernels.grouped_log_prob(x.detach(), t)}
+        ways: dict[str, Callable[..., object]] = {"kernel": r1mega_kernels.grouped_log_prob}
         if with_peers:
             if 10 * read < memory:  # eager holds fp32 copies
-                forward["eager"] = lambda x=logits, t=targets: eager.log_prob_entropy(x.detach(), t)
-            for name, function in peers.from_logits().items():
-                forward[name] = lambda x=logits, t=targets, f=function: f(x.detach(), t)
+                ways["eager"] = eager.log_prob_entropy
+            ways |= peers.from_logits()
+        forward = {name: functools.partial(way, logits.detach(), targets) for name, way in ways.items()}
         out = r1mega_kernels.grouped_log_prob(logits, targets)
         upstream = torch.randn_like(out.log_prob)
-        backward = {
-            "kernel": lambda o=out, x=logits, g=upstream: torch.autograd.grad(o.log_prob, x, g, retain_graph=True)
-        }
+        backward = {"kernel": functools.partial(torch.autograd.grad, out.log_prob, logits, upstream, retain_graph=True)}
         rate = limits["copy_bytes_per_s"]
         records += _rows(f"logits forward {shape.name}", forward, rounds, read, rate, "bytes", device)
         records += _rows(f"logits backward {shape.name}", backward, rounds, 2 * read, rate, "bytes", device)
-        del logits, out
+        del logits, out, forward, backward
     return records
 
 
@@ -86,18 +85,18 @@ def hidden_rows(
         weight = (torch.randn(columns, size, device=device, dtype=torch.bfloat16) / size**0.5).requires_grad_()
         weight.main_grad = torch.zeros(columns, size, device=device)
         targets = torch.randint(0, columns, (tokens,), device=device)
-        forward = {"kernel": lambda h=hidden, w=weight, t=targets: r1mega_kernels.linear_log_prob(h, w, t)}
+        ways: dict[str, Callable[..., object]] = {"kernel": r1mega_kernels.linear_log_prob}
         if with_peers:
-            for name, function in peers.from_hidden().items():
-                forward[name] = lambda h=hidden, w=weight, t=targets, f=function: f(h, w, t)
+            ways |= peers.from_hidden()
+        forward = {name: functools.partial(way, hidden, weight, targets) for name, way in ways.items()}
         before = _start_peak(device)
         out = r1mega_kernels.linear_log_prob(hidden, weight, targets)
         peak = torch.cuda.max_memory_allocated() - before if device == "cuda" else None
         upstream = torch.randn_like(out.log_prob)
         backward = {
             # the weight's gradient goes to main_grad, so autograd gets none for it
-            "kernel": lambda o=out, h=hidden, w=weight, g=upstream: torch.autograd.grad(
-                o.log_prob, (h, w), g, retain_graph=True, allow_unused=True
+            "kernel": functools.partial(
+                torch.autograd.grad, out.log_prob, (hidden, weight), upstream, retain_graph=True, allow_unused=True
             )
         }
         flop, name = 2 * tokens * columns * size, f"{shape.name} H={size}"
@@ -107,7 +106,7 @@ def hidden_rows(
             rows[0]["peak_share_of_logits"] = round(peak / (tokens * columns * 2), 4)
         records += rows
         records += _rows(f"hidden backward {name}", backward, rounds, 3 * flop, rate, "flop", device)
-        del hidden, weight, out
+        del hidden, weight, out, forward, backward
     return records
 
 
@@ -123,7 +122,9 @@ def _start_peak(device: str) -> int:
     return torch.cuda.memory_allocated()
 
 
-def _rows(name, contestants, rounds, work, limit, unit, device) -> list[dict[str, Any]]:
+def _rows(
+    name: str, contestants: Contestants, rounds: int, work: int, limit: float, unit: str, device: str
+) -> list[dict[str, Any]]:
     seconds = seconds_on(device)(contestants, rounds)
     return [
         {"case": name, "who": who, "ms": round(value * 1e3, 4), f"{unit}_per_s": work / value,

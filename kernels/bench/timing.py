@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
+Contestants = Mapping[str, Callable[[], object]]
 
-def cpu_seconds(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+
+def cpu_seconds(contestants: Contestants, rounds: int) -> dict[str, float]:
     """Best seconds of each contestant over interleaved rounds, after one that warms up: with one torch thread the CPU
     time of that thread, which other processes do not stretch; with more, wall-clock time."""
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
@@ -21,7 +23,7 @@ def cpu_seconds(contestants: dict[str, Callable[[], object]], rounds: int) -> di
     return _best(contestants, rounds, timed)
 
 
-def gpu_seconds(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+def gpu_seconds(contestants: Contestants, rounds: int) -> dict[str, float]:
     """The same on the current CUDA stream, by events; the L2 cache is overwritten before each run."""
     flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
 
@@ -37,13 +39,13 @@ def gpu_seconds(contestants: dict[str, Callable[[], object]], rounds: int) -> di
     return _best(contestants, rounds, timed)
 
 
-def seconds_on(device: str) -> Callable[[dict[str, Callable[[], object]], int], dict[str, float]]:
+def seconds_on(device: str) -> Callable[[Contestants, int], dict[str, float]]:
     """`gpu_seconds` or `cpu_seconds`."""
     return gpu_seconds if device == "cuda" else cpu_seconds
 
 
-def _best(contestants, rounds, timed):
-    best = {}
+def _best(contestants: Contestants, rounds: int, timed: Callable[[Callable[[], object]], float]) -> dict[str, float]:
+    best: dict[str, float] = {}
     for round_number in range(rounds + 1):
         for name, function in contestants.items():
             seconds = timed(function)

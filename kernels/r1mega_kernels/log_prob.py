@@ -139,7 +139,7 @@ def gathered_stats(stats: torch.Tensor, group_name: str) -> torch.Tensor:
     """[ranks, N, 4] of [N, 4] statistics of every rank, in the order of the ranks."""
     if not group_name:
         return stats[None]
-    group = dist.distributed_c10d._resolve_process_group(group_name)
+    group = dist.distributed_c10d._resolve_process_group(group_name)  # type: ignore[arg-type]  # a str all the same
     shards = stats.new_empty(dist.get_world_size(group), *stats.shape)
     dist.all_gather_into_tensor(shards.view(-1, 4), stats, group=group)
     return shards

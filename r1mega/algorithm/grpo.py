@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -64,25 +65,22 @@ def grpo_loss(
     min(pi_old / pi_sampler, cap), for a trainer whose old log-probs are not the sampler's (bf16, FP8). backend: of the
     kernels. The result is a minibatch's loss once the microbatches' results are added up.
     """
-    inputs = {
-        "old_log_probs": tokens.old_log_probs,
-        "sampler_log_probs": tokens.sampler_log_probs,
-        "reference_log_probs": tokens.reference_log_probs,
-        "weights": tokens.weights,
-        "clip_low": clip_low,
-        "clip_high": clip_high,
-        "importance_cap": importance_cap,
-        "backend": backend,
-    }
+    loss = functools.partial(
+        grpo_token_loss,
+        old_log_probs=tokens.old_log_probs,
+        sampler_log_probs=tokens.sampler_log_probs,
+        reference_log_probs=tokens.reference_log_probs,
+        weights=tokens.weights,
+        clip_low=clip_low,
+        clip_high=clip_high,
+        importance_cap=importance_cap,
+        backend=backend,
+    )
     if ratio == "token":
-        return grpo_token_loss(log_probs, tokens.advantages, kl_coefficient=kl_coefficient, **inputs)
+        return loss(log_probs, tokens.advantages, kl_coefficient=kl_coefficient)
     # each token as if it had its sequence's mean log-ratio; KL and mismatch are of the true log-probs
-    surrogate, clipping = grpo_token_loss(
-        tokens.old_log_probs + sequence_log_ratio(log_probs, tokens), tokens.advantages, **inputs
-    )
-    penalty, metrics = grpo_token_loss(
-        log_probs, torch.zeros_like(tokens.advantages), kl_coefficient=kl_coefficient, **inputs
-    )
+    surrogate, clipping = loss(tokens.old_log_probs + sequence_log_ratio(log_probs, tokens), tokens.advantages)
+    penalty, metrics = loss(log_probs, torch.zeros_like(tokens.advantages), kl_coefficient=kl_coefficient)
     return surrogate + penalty, dataclasses.replace(metrics, clipped=clipping.clipped, ratio_sum=clipping.ratio_sum)
 
 

@@ -214,6 +214,8 @@ def _version(distribution: str, name: str) -> str | None:
 def build_script() -> ModuleType:
     """kernels/build.py, which is in no package."""
     spec = importlib.util.spec_from_file_location("r1mega_kernels_build", ROOT / "kernels" / "build.py")
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{ROOT / 'kernels' / 'build.py'}: Python does not take it for a module")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from pathlib import Path
@@ -61,6 +62,12 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).norm() / expected.norm().clamp(min=1e-300))
 
 
+def _gradient(leaf: torch.Tensor) -> torch.Tensor:
+    if leaf.grad is None:
+        raise ValueError("no gradient has reached it")
+    return leaf.grad
+
+
 def _largest(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found.detach().double().cpu() - expected.detach().double().cpu()).abs().max())
 
@@ -92,8 +99,9 @@ def _check_log_prob(findings: Findings, device: str, dtype: torch.dtype, vocabul
     (found * upstream.to(device)).sum().backward()
     name = f"log-prob V={vocabulary} {str(dtype)[6:]}"
     findings.at_most(f"{name}: largest error", _largest(found, expected), 4e-6 + 1e-6 * float(expected.abs().max()))
-    gradient = leaf.grad if vocabulary > 1 else leaf.grad + 1  # with one word all gradients are 0
-    found_gradient = found_leaf.grad if vocabulary > 1 else found_leaf.grad.float() + 1
+    gradient, found_gradient = _gradient(leaf), _gradient(found_leaf)
+    if vocabulary == 1:  # all gradients are 0
+        gradient, found_gradient = gradient + 1, found_gradient.float() + 1
     findings.at_most(f"{name}: gradient", relative(found_gradient, gradient), 2e-5 if dtype == torch.float32 else 4e-3)
 
 
@@ -109,12 +117,12 @@ def _check_linear(findings: Findings, device: str, dtype: torch.dtype) -> None:
     expected = (h @ w.t()).log_softmax(-1).gather(1, targets[:, None])[:, 0]
     expected.sum().backward()
     gh, gw = hidden.to(device).requires_grad_(), weight.to(device).requires_grad_()
-    gw.main_grad = torch.zeros(gw.shape, device=device)
+    gw.main_grad = in_place = torch.zeros(gw.shape, device=device)
     found = linear_log_prob(gh, gw, targets.to(device), buffer_bytes=8 << 20)
     found.log_prob.sum().backward()
     name, tight = f"from hidden states {str(dtype)[6:]}", dtype == torch.float32
     findings.at_most(f"{name}: largest error", _largest(found.log_prob, expected), 2e-5 if tight else 2e-2)
-    for what, ours, theirs in (("hidden", gh.grad, h.grad), ("weight", gw.main_grad, w.grad)):
+    for what, ours, theirs in (("hidden", _gradient(gh), _gradient(h)), ("weight", in_place, _gradient(w))):
         findings.at_most(f"{name}: gradient of {what}", relative(ours, theirs), 2e-5 if tight else 1e-2)
 
 
@@ -145,7 +153,7 @@ def _check_batch_invariance(findings: Findings, device: str) -> None:
         x = x.clone().requires_grad_()
         out = grouped_log_prob(x, t)
         (out.log_prob + 0.1 * out.entropy).sum().backward()
-        return [*(o.detach() for o in out), x.grad]
+        return [*(o.detach() for o in out), _gradient(x)]
 
     for vocabulary in (16160, 16163):  # rows on and off 16-byte boundaries
         generator = _generator(vocabulary)
@@ -168,17 +176,17 @@ def _check_token_loss(findings: Findings, device: str, count: int) -> None:
     policy = -torch.rand(count, generator=generator) * 4
     old, reference, sampler = (policy + torch.randn(count, generator=generator) * s for s in (0.2, 0.2, 0.1))
     advantages, weights = torch.randn(count, generator=generator), torch.rand(count, generator=generator) / count
-    options = {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 3.0, "kl_coefficient": 0.1, "importance_cap": 1.2}
+    loss_of = functools.partial(
+        grpo_token_loss, clip_low=0.2, clip_high=0.28, dual_clip=3.0, kl_coefficient=0.1, importance_cap=1.2
+    )
     results = []
     for place, dtype, backend in ((device, torch.float32, None), ("cpu", torch.float64, "reference")):
         leaf = policy.to(place, dtype, copy=True).requires_grad_()
         a, o, r, s, w = (t.to(place, dtype) for t in (advantages, old, reference, sampler, weights))
-        loss, metrics = grpo_token_loss(
-            leaf, a, o, reference_log_probs=r, sampler_log_probs=s, weights=w, backend=backend, **options
-        )
+        loss, metrics = loss_of(leaf, a, o, reference_log_probs=r, sampler_log_probs=s, weights=w, backend=backend)
         loss.backward()
         sums = torch.stack([metrics.num_tokens, metrics.clipped, metrics.kl, metrics.truncated, metrics.ratio_sum])
-        results.append((loss.detach()[None], sums, leaf.grad))
+        results.append((loss.detach()[None], sums, _gradient(leaf)))
     for what, ours, theirs in zip(("loss", "metrics", "gradient"), *results, strict=True):
         findings.at_most(f"token loss, {count} tokens: {what}", relative(ours, theirs), 1e-4)
 

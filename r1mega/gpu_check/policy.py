@@ -15,8 +15,18 @@ import numpy as np
 import torch
 
 from r1mega import platform
-from r1mega.config.schema import DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, RolloutConfig
+from r1mega.config.schema import (
+    DataConfig,
+    Dtype,
+    Fp8,
+    LogProbs,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RolloutConfig,
+)
 from r1mega.config.stages.rl import AlgorithmConfig, RLStage, UpdateConfig
+from r1mega.errors import CheckpointError
 from r1mega.gpu_check.findings import Context, Findings
 from r1mega.types import TrainingSample
 
@@ -55,10 +65,10 @@ OPTIMIZER = OptimizerConfig(lr=1e-4, weight_decay=0.1, clip_grad=0.05, beta2=0.9
 class Case:
     """experts: 'chosen' by the router (with a KL term), or 'given' by the samples."""
 
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    log_probs: Literal["logits", "hidden", "reference"] = "logits"
+    dtype: Dtype = "float32"
+    log_probs: LogProbs = "logits"
     experts: Literal["chosen", "given"] = "chosen"
-    fp8: Literal["off", "tensorwise", "blockwise"] = "off"
+    fp8: Fp8 = "off"
     layout: ParallelConfig = ParallelConfig()
 
     @property
@@ -169,7 +179,10 @@ def rl_step(
         algorithm=AlgorithmConfig(old_log_probs="rollout", **algorithm),
     )  # fmt: skip
     metrics = update_policy(policy, samples, config, number, PhaseTimer())
-    return metrics["policy/loss"], metrics["policy/grad_norm"]
+    loss, norm = metrics["policy/loss"], metrics["policy/grad_norm"]
+    if loss is None or norm is None:
+        raise ValueError("a step without a loss and a gradient norm: it was given no samples")
+    return loss, norm
 
 
 def take_steps(policy: Policy, case: Case, steps: int = STEPS) -> Steps:
@@ -232,16 +245,17 @@ def load_reference(context: Context) -> tuple[dict[str, torch.Tensor], dict[str,
 
 
 def fp32(context: Context, findings: Findings) -> None:
-    _compare_cases(context, findings, [Case(log_probs=mode) for mode in ("logits", "hidden")], EXACT)
+    _compare_cases(context, findings, [Case(log_probs="logits"), Case(log_probs="hidden")], EXACT)
 
 
 def bf16(context: Context, findings: Findings) -> None:
-    modes = ("logits", "hidden", "reference")
+    modes: tuple[LogProbs, ...] = ("logits", "hidden", "reference")
     _compare_cases(context, findings, [Case("bfloat16", mode, "given") for mode in modes], BF16)
 
 
 def fp8(context: Context, findings: Findings) -> None:
-    problems = {recipe: recipe_problem(recipe) for recipe in ("tensorwise", "blockwise")}
+    recipes: tuple[Fp8, ...] = ("tensorwise", "blockwise")
+    problems = {recipe: recipe_problem(recipe) for recipe in recipes}
     findings.notes += [f"not run: {problem}" for problem in problems.values() if problem]
     cases = [Case("bfloat16", "logits", "given", recipe) for recipe, problem in problems.items() if not problem]
     findings.holds("the device has a recipe", bool(cases))
@@ -298,7 +312,10 @@ def checkpoint(context: Context, findings: Findings) -> None:
     findings.figure("checkpoint_bytes", sum(file.stat().st_size for file in path.rglob("*") if file.is_file()))
     expected = take_steps(policy, case, 1)
     fresh = make_policy(case, {name: torch.zeros_like(tensor) for name, tensor in state.items()})
-    loaded, _ = store.load(store.latest(), fresh.sharded_state(is_loading=True))
+    newest = store.latest()
+    if newest is None:
+        raise CheckpointError(f"{path}: was saved, and is not found again")
+    loaded, _ = store.load(newest, fresh.sharded_state(is_loading=True))
     fresh.load_sharded_state(loaded)
     _same(findings, "the checkpoint brings back", before, everything(fresh))
     _same_step(context, findings, "the step after loading", expected, take_steps(fresh, case, 1))

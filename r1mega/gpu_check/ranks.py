@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import sys
 import time
@@ -13,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from r1mega import platform
-from r1mega.config.schema import ParallelConfig
+from r1mega.config.schema import LogProbs, ParallelConfig
 from r1mega.errors import PlatformError
 from r1mega.gpu_check.findings import Context, Findings
 from r1mega.gpu_check.runner import show_stacks
@@ -73,7 +75,7 @@ def _rank(function: str, device: str, work: Path) -> None:
     findings = Findings()
     if platform.current().name != device:
         raise PlatformError(f"this rank is on {platform.current().name}, {device} was asked for")
-    context = Context(device, work)  # type: ignore[arg-type]
+    context = Context(device, work)
     groups.init_distributed()
     getattr(import_module("r1mega.gpu_check.ranks"), function)(context, findings)
     (work / f"{function}.{dist.get_rank()}.json").write_text(json.dumps(asdict(findings)))
@@ -100,7 +102,7 @@ def exchange_messages(context: Context, findings: Findings) -> None:
         return torch.randint(-(2**63), 2**63 - 1, (size // 8,), generator=generator).view(torch.uint8).to(device)
 
     total = content(rank, 0).float()
-    expected = sum(content(sender, 0).float() for sender in range(ranks))
+    expected = functools.reduce(torch.add, (content(sender, 0).float() for sender in range(ranks)))
     dist.all_reduce(total)
     findings.holds("all-reduce adds", torch.equal(total, expected))
     gathered = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(ranks)]
@@ -153,7 +155,8 @@ def compare_layouts(context: Context, findings: Findings) -> None:
     from r1mega.gpu_check.policy import EXACT, Case, compare, load_reference, make_policy, take_steps, with_layout
 
     state, expected = load_reference(context)
-    for mode, sizes in [(m, s) for s in LAYOUTS[dist.get_world_size()] for m in ("logits", "hidden")]:
+    modes: tuple[LogProbs, ...] = ("logits", "hidden")
+    for sizes, mode in itertools.product(LAYOUTS[dist.get_world_size()], modes):
         case = with_layout(Case(log_probs=mode), **sizes)
         if mode == "hidden" and sizes not in ({"tp": 2}, {"tp": 2, "cp": 2, "ep": 2}):
             continue

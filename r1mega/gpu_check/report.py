@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from r1mega.gpu_check.runner import Result
+from r1mega.gpu_check.runner import Result, Status
 
-_STYLES = {"passed": "green", "slow": "yellow", "failed": "red", "skipped": "dim", "not run": "dim"}
+_STYLES: dict[Status, str] = {"passed": "green", "slow": "yellow", "failed": "red", "skipped": "dim", "not run": "dim"}
 
 
 def summary(results: Sequence[Result]) -> str:

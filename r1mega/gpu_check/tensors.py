@@ -27,7 +27,7 @@ def weights(policy: Policy) -> dict[str, torch.Tensor]:
 def gradients_by_name(policy: Policy) -> dict[str, torch.Tensor]:
     """The gradient buffers' content under HF names, made whole over the ranks, on the host."""
     make_gradients_whole(policy)
-    return _exported(policy, {parameter: parameter.main_grad for parameter in _parameters(policy)})
+    return _exported(policy, {parameter: vars(parameter)["main_grad"] for parameter in _parameters(policy)})
 
 
 def make_gradients_whole(policy: Policy) -> None:

@@ -118,7 +118,7 @@ def _own_groups() -> dict[str, str]:
 
 def _mount_points() -> dict[str, tuple[str, str]]:
     """Controller -> (mount point, root of the mount within the hierarchy); '' is v2."""
-    points = {}
+    points: dict[str, tuple[str, str]] = {}
     with open(_MOUNTS, encoding="utf-8") as handle:
         for line in handle:
             fields = line.split()

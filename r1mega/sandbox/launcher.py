@@ -48,9 +48,12 @@ class Child:
         self._init_pidfd: int | None = None
         self._outgoing = bytearray()
         self._close_when_sent = False
+        if process.stdin is None or process.stdout is None or process.stderr is None:
+            raise ValueError("a sandbox's process has pipes for its three streams")
+        self._stdin, self._outputs = process.stdin, (process.stdout, process.stderr)
         self.open_streams = {process.stdout.fileno(): "stdout", process.stderr.fileno(): "stderr"}
         self.stderr_tail = bytearray()
-        for stream in (process.stdin, process.stdout, process.stderr):
+        for stream in (self._stdin, *self._outputs):
             os.set_blocking(stream.fileno(), False)
 
     def feed(self, data: bytes, close: bool = False) -> None:
@@ -60,12 +63,11 @@ class Child:
         self._send()
 
     def _send(self) -> None:
-        stdin = self._process.stdin
-        if stdin.closed:
+        if self._stdin.closed:
             return
         try:
             while self._outgoing:
-                sent = os.write(stdin.fileno(), memoryview(self._outgoing)[:_CHUNK_BYTES])
+                sent = os.write(self._stdin.fileno(), memoryview(self._outgoing)[:_CHUNK_BYTES])
                 del self._outgoing[:sent]
         except BlockingIOError:
             return
@@ -73,7 +75,7 @@ class Child:
             self._outgoing.clear()
             self._close_when_sent = True
         if self._close_when_sent:
-            stdin.close()
+            self._stdin.close()
 
     def _read_status(self) -> None:
         data = os.read(self._status_fd, _CHUNK_BYTES)
@@ -136,7 +138,7 @@ class Child:
         if not self.finished:
             self._kill()
             self._reap(block=True)
-        for stream in (self._process.stdin, self._process.stdout, self._process.stderr):
+        for stream in (self._stdin, *self._outputs):
             stream.close()
         for descriptor in (self._status_fd, self._pidfd, self._init_pidfd):
             if descriptor is not None:
@@ -183,9 +185,9 @@ def exchange(children: Sequence[Child], timeout_seconds: float) -> Iterator[tupl
             if child.wall_start is None:
                 poller.register(child._status_fd, select.POLLIN)
                 owners[child._status_fd] = (child, "status")
-        if child._outgoing and not child._process.stdin.closed:
-            poller.register(child._process.stdin.fileno(), select.POLLOUT)
-            owners[child._process.stdin.fileno()] = (child, "stdin")
+        if child._outgoing and not child._stdin.closed:
+            poller.register(child._stdin.fileno(), select.POLLOUT)
+            owners[child._stdin.fileno()] = (child, "stdin")
         for descriptor, name in child.open_streams.items():
             poller.register(descriptor, select.POLLIN)
             owners[descriptor] = (child, name)
@@ -244,7 +246,8 @@ class Launcher:
         with_compiler: bool = False,
     ) -> Iterator[Child]:
         """A running sandbox; leaving the block kills and reaps it. files: path inside -> contents, read-only there."""
-        group = self.groups.acquire() if self.groups else None
+        groups = self.groups
+        group = groups.acquire() if groups else None
         descriptors: list[int] = []
         try:
             kills = group.prepare(limits.memory_bytes, limits.num_processes) if group else 0
@@ -291,8 +294,8 @@ class Launcher:
         finally:
             for descriptor in descriptors:
                 os.close(descriptor)
-            if group:
-                self.groups.release(group)
+            if groups and group:
+                groups.release(group)
 
     def run(
         self,

@@ -110,6 +110,8 @@ def _completed(reply: Mapping[str, Any], limits: Limits) -> Completed:
     compiled, run = reply.get("compile_result"), reply.get("run_result")
     if compiled is not None and (compiled["status"] != "Finished" or compiled["return_code"] != 0):
         return Completed(1, b"", _bytes(compiled["stderr"]), 0.0, None, Verdict.COMPILE_ERROR)
+    if run is None:
+        raise SandboxFailure("the service tells of no run")
     stdout, stderr = _bytes(run["stdout"]), _bytes(run["stderr"])
     stopped = None
     if run["status"] == "TimeLimitExceeded":
@@ -159,8 +161,8 @@ class _Replay:
         if lines and lines[-1].startswith("V"):
             return json.loads(lines[-1][1:])
         if len(asked) != len(self.replies) + 1:
-            if self.replies and done.classify() is not None:
-                self.ended = self.ended or (done.classify(), "the tests broke on the values returned")
+            if self.replies and (verdict := done.classify()) is not None:
+                self.ended = self.ended or (verdict, "the tests broke on the values returned")
                 return {"nonce": self.spec["nonce"]}
             raise SandboxFailure(f"the tests neither asked nor reported: {done.stderr[-300:]!r}")
         self.requests = asked
@@ -180,9 +182,9 @@ class _Replay:
         elif len(lines) >= 2 and (refusal := self._refusal(lines[1])) is not None:
             self.ended = refusal
         elif len(lines) < expected:
-            early = verdict in (None, Verdict.RUNTIME_ERROR, Verdict.COMPILE_ERROR)
-            message = f"the process ended with status {done.exit_code} before it had answered"
-            self.ended = (Verdict.EARLY_EXIT if early else verdict, message)
+            if verdict in (None, Verdict.RUNTIME_ERROR, Verdict.COMPILE_ERROR):
+                verdict = Verdict.EARLY_EXIT
+            self.ended = (verdict, f"the process ended with status {done.exit_code} before it had answered")
         self.replies.append(lines[-1] if self.ended is None else "")
 
     def _refusal(self, line: str) -> tuple[Verdict, str] | None:

@@ -85,8 +85,8 @@ def grade(launcher: Launcher, source: str, spec: Mapping[str, Any], limits: Limi
     ):
         session = _Session(answer, grader, state, limits, clock_per_call)
         grader.feed(json.dumps({**spec, "nonce": state.nonce}).encode() + b"\n")
-        load = {"number": state.load_number, "do": "load", "source": source}
-        load["libraries"] = launcher.policy.library_paths
+        libraries = launcher.policy.library_paths
+        load = {"number": state.load_number, "do": "load", "source": source, "libraries": libraries}
         answer.feed(json.dumps(load).encode() + b"\n")
         session.run()
         answer.close()
@@ -198,7 +198,9 @@ class _Session:
 
     def _loaded(self, line: bytes) -> None:
         try:
-            reply = json.loads(line) if len(line) < 1 << 16 else None
+            if len(line) >= 1 << 16:
+                raise ValueError("too long for ours")
+            reply = json.loads(line)
             if reply["number"] != self.state.load_number:
                 raise ValueError("not our number")
             result, message = str(reply["load"]), str(reply.get("message", ""))

@@ -217,13 +217,15 @@ def _broadcast(
     full: tuple[torch.Tensor, ...] | None, entry: Entry, dtype: torch.dtype, source: int, group: dist.ProcessGroup
 ) -> tuple[torch.Tensor, ...]:
     """The tensors of `source` (a rank of the group) on every rank of the group."""
-    if group.size() == 1:
-        return full
     if group.rank() != source:
         from r1mega import platform
 
         device = platform.current().device
         full = tuple(torch.empty(size, dtype=dtype, device=device) for size in entry.hf_shapes)
+    if full is None:
+        raise ValueError(f"{entry.name}: rank {source} of the group has no tensors to send")
+    if group.size() == 1:
+        return full
     full = tuple(t.contiguous() for t in full)
     for tensor in full:
         dist.broadcast(tensor, dist.get_global_rank(group, source), group=group)

@@ -35,7 +35,11 @@ class DigestingFile:
     def write(self, data: Any) -> int:
         """All of `data` (bytes or any contiguous buffer); its size in bytes. Raises OSError."""
         view = memoryview(data).cast("B")
-        digested = self._pool.submit(self._digest.update, view) if len(view) >= _LARGE else self._digest.update(view)
+        digested = None
+        if len(view) >= _LARGE:
+            digested = self._pool.submit(self._digest.update, view)
+        else:
+            self._digest.update(view)
         try:
             written = 0
             while written < len(view):  # the kernel takes at most 2 GiB at a time

@@ -147,8 +147,9 @@ def make_entry(name: str, shape: Sequence[int], layer: int | None, model: ModelS
         match = LAYER_NAME.fullmatch(name)
         suffix, prefix = match[3] if match else name, f"model.layers.{layer}."
         sequential, grouped = _SEQUENTIAL_EXPERT.fullmatch(suffix), _GROUPED_EXPERT.fullmatch(suffix)
-        if sequential or grouped:
-            local, kind = (sequential[1], sequential[2]) if sequential else (grouped[2], grouped[1])
+        found = (sequential[1], sequential[2]) if sequential else (grouped[2], grouped[1]) if grouped else None
+        if found is not None:
+            local, kind = found
             expert = place.ep_rank * (model.num_experts // place.ep) + int(local)
             rule, prefix = EXPERT_RULES[kind], f"{prefix}mlp.experts.{expert}."
         elif suffix == "self_attention.q_layernorm.weight":  # the norm of the latent query, or of each head's query
@@ -284,7 +285,7 @@ def model_order(entry: Entry) -> tuple[int, int, int, str]:
     name = entry.hf_names[0]
     if name in _TOP_ORDER:
         return (_TOP_ORDER[name], 0, 0, name)
-    layer, suffix = re.fullmatch(r"model\.layers\.(\d+)\.(.*)", name).groups()
+    layer, suffix = name.removeprefix("model.layers.").split(".", 1)
     if entry.expert is not None:
         return (int(layer), len(_RULE_ORDER), entry.expert, suffix)
     return (int(layer), _RULE_ORDER.get(suffix, 0), 0, suffix)

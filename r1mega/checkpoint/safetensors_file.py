@@ -7,6 +7,7 @@ Format: https://huggingface.co/docs/safetensors (8 bytes of header size, JSON he
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -93,9 +94,9 @@ def read_tensor(info: TensorInfo, out: torch.Tensor | None = None) -> torch.Tens
     return tensor
 
 
-def read_exactly(file: object, tensor: torch.Tensor) -> None:
+def read_exactly(file: io.FileIO, tensor: torch.Tensor) -> None:
     """Fill a contiguous tensor from a raw binary file. OSError when it ends before."""
-    view = memoryview(as_bytes(tensor).numpy())
+    view = as_bytes(tensor).numpy().data
     done = 0
     while done < len(view):
         got = file.readinto(view[done:])
@@ -116,7 +117,8 @@ def write_tensors(
 
     Raises OSError when the disk does not take it, ValueError when the stream is not what `specs` says.
     """
-    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    header: dict[str, dict[str, object]] = {"__metadata__": {"format": "pt"}}
+    offset = 0
     for name, (dtype, shape) in specs.items():
         end = offset + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
@@ -129,7 +131,7 @@ def write_tensors(
         for name, tensor in tensors:
             if (name, (tensor.dtype, tuple(tensor.shape))) != next(expected, None):
                 raise ValueError(f"{name} {tensor.dtype} {list(tensor.shape)} is not what comes next in {path}")
-            view = memoryview(as_bytes(tensor.contiguous()).numpy())
+            view = as_bytes(tensor.contiguous()).numpy().data
             written = 0
             while written < len(view):  # the kernel takes at most 2 GiB at a time
                 written += file.write(view[written:])

@@ -22,9 +22,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.storage import WriteResult
 
 from r1mega.checkpoint.fit import fit_template, put_back, take_out_described
-from r1mega.checkpoint.manifest import file_record, read_manifest, verify, write_manifest
+from r1mega.checkpoint.manifest import FileRecords, file_record, read_manifest, verify, write_manifest
 from r1mega.checkpoint.torch_dist import (
     COMMON,
     METADATA,
@@ -139,7 +140,9 @@ class CheckpointStore:
 
     def _write(self, save: _Save, final: Path, progress: str, workers: Workers) -> None:
         """Each rank its files, at the same time; then rank 0 the index, the manifest, and the final name."""
-        results, records, problems = [], {}, []
+        results: list[WriteResult] = []
+        records: FileRecords = {}
+        problems: list[str] = []
         try:
             results, records = _write_files(save, first=workers.rank == 0)
         except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a stream's OSError
@@ -172,7 +175,8 @@ class _Background:
     """A function in a thread that ends with the process; `wait` raises what it raised."""
 
     def __init__(self, function: Callable[[], None]):
-        self._function, self._error = function, None
+        self._function = function
+        self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
         self._thread.start()
 

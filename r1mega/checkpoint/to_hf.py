@@ -50,7 +50,7 @@ class ToHF:
         wanted = [*parameters(config, self.num_mtp), *_mtp_copies(config, self.num_mtp)]
         self._check_architecture(config)
         self.parameters = [
-            p if p.key in saved else dataclasses.replace(p, key=alias(p.key)) for p in self._complete(wanted)
+            p if p.key in saved else dataclasses.replace(p, key=alias(p.key) or p.key) for p in self._complete(wanted)
         ]
         self._dtype_asked = dtype
         self.config = self._config(config)
@@ -149,7 +149,7 @@ def _mtp_copies(config: Mapping[str, Any], num_mtp: int) -> Iterator[Parameter]:
     """The published form repeats embedding and head in each MTP layer."""
     if num_mtp == 0:
         return
-    top = {p.key: p for p in parameters(config | {"num_hidden_layers": 0}) if not p.prefix}
+    top = {p.key: p for p in parameters({**config, "num_hidden_layers": 0}) if not p.prefix}
     embedding = top["embedding.word_embeddings.weight"]
     for k in range(num_mtp):
         for parameter, suffix in (

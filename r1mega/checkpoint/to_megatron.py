@@ -74,7 +74,9 @@ class ToMegatron:
         pieces = itertools.chain.from_iterable(itertools.starmap(self._pieces, wholes))
         with without_crc():
             results, record = write_pieces(path, pieces, name=file.name)
-        places = [[r.index.fqn, list(r.index.offset), r.storage_data.offset, r.storage_data.length] for r in results]
+        places = [
+            [r.index.fqn, list(r.index.offset or ()), r.storage_data.offset, r.storage_data.length] for r in results
+        ]
         return {"pieces": places, "file": record}
 
     def finish(self, directory: Path, records: Mapping[str, dict[str, Any]]) -> None:
@@ -166,7 +168,7 @@ class ToMegatron:
                 )
                 for region in cut
             )
-        return Metadata(described)
+        return Metadata(dict(described))
 
 
 def _own_storage(tensor: torch.Tensor) -> torch.Tensor:

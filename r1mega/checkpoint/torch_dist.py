@@ -15,7 +15,7 @@ import pickle
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -57,7 +57,7 @@ def write_pieces(
         for index, data in pieces:
             start = file.tell()
             if isinstance(data, torch.Tensor):
-                torch.save(data.detach(), file)
+                torch.save(data.detach(), file)  # type: ignore[arg-type]  # what it asks of a file: write, flush
             else:
                 file.write(data.getbuffer())
             size = file.tell() - start
@@ -163,13 +163,14 @@ class TorchDistReader:
         place = self._metadata.storage_data[MetadataIndex(key, piece.offsets)]
         with open(self.path / place.relative_path, "rb", buffering=0) as file:
             with torch.serialization.skip_data():
-                like = torch.load(_create_file_view(file, place.offset, place.length), weights_only=True)
+                like = torch.load(_view(file, place), weights_only=True)
             if not like.is_contiguous():  # nothing here writes such a piece
-                whole = torch.load(_create_file_view(file, place.offset, place.length), weights_only=True)
+                whole = torch.load(_view(file, place), weights_only=True)
                 whole = whole.view(whole.shape[axes:])
                 return whole if rows is None else whole[rows[0] : rows[1]]
-            archive = torch._C.PyTorchFileReader(_create_file_view(file, place.offset, place.length))
-            start = archive.get_record_offset("data/0") + like.storage_offset() * like.itemsize
+            archive = torch._C.PyTorchFileReader(_view(file, place))
+            start = archive.get_record_offset("data/0")  # type: ignore[attr-defined]  # not in torch's stub
+            start += like.storage_offset() * like.itemsize
             like = like.view(like.shape[axes:])
             if rows is not None:
                 start, like = start + rows[0] * like.stride(0) * like.itemsize, like[rows[0] : rows[1]]
@@ -177,6 +178,10 @@ class TorchDistReader:
             file.seek(place.offset + start)
             read_exactly(file, result)
         return result
+
+
+def _view(file: io.FileIO, place: _StorageInfo) -> IO[bytes]:
+    return _create_file_view(file, place.offset, place.length)  # type: ignore[return-value]  # torch says IOBase of it
 
 
 class Stored:

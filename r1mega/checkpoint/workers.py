@@ -88,7 +88,7 @@ def workers_of_launcher() -> Iterator[Workers]:
         try:
             from mpi4py import MPI
         except ImportError as error:
-            launched = max(sizes, key=sizes.get)
+            launched = max(sizes, key=sizes.__getitem__)
             raise PlatformError(
                 f"{launched} = {sizes[launched]} processes, but mpi4py cannot be loaded ({error}): install it for this "
                 "MPI, or start the processes with torchrun"

@@ -36,7 +36,7 @@ class CausalAttention(MegatronModule):
     ):
         super().__init__(config)
         self.scale = softmax_scale
-        self.cp_group = pg_collection.cp if pg_collection is not None else None
+        self.cp_group: dist.ProcessGroup | None = pg_collection.cp if pg_collection is not None else None
 
     def forward(
         self,
@@ -53,13 +53,13 @@ class CausalAttention(MegatronModule):
 
         Masks other than the causal one are not looked at: sequences are padded at their end only.
         """
-        context_parallel = self.cp_group is not None and self.cp_group.size() > 1
+        group = self.cp_group if self.cp_group is not None and self.cp_group.size() > 1 else None
         if packed_seq_params is not None:
-            if context_parallel:
-                return packed_zigzag_attention(query, key, value, packed_seq_params, self.cp_group, self.scale)
+            if group is not None:
+                return packed_zigzag_attention(query, key, value, packed_seq_params, group, self.scale)
             return packed_attention(query, key, value, packed_seq_params.index, self.scale)
-        if context_parallel:
-            return zigzag_attention(query, key, value, self.cp_group, self.scale)
+        if group is not None:
+            return zigzag_attention(query, key, value, group, self.scale)
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
         return causal_attention(q, k, v, self.scale).permute(2, 0, 1, 3).flatten(2)
 
@@ -127,7 +127,8 @@ def packing_index(cu_seqlens: torch.Tensor, shortest: float = 0.75) -> PackingIn
     bounds = cu_seqlens.detach().to("cpu", torch.int64)
     lengths, order = torch.sort(bounds.diff(), descending=True, stable=True)
     sizes = lengths.tolist()
-    shapes, gather, places = [], [], []
+    shapes: list[tuple[int, int]] = []
+    gathered, filled = [], []
     first, offset = 0, 0
     while first < len(sizes) and sizes[first] > 0:
         longest, last = sizes[first], first
@@ -135,12 +136,12 @@ def packing_index(cu_seqlens: torch.Tensor, shortest: float = 0.75) -> PackingIn
             last += 1
         starts, own = bounds[order[first:last]][:, None], lengths[first:last, None]
         column = torch.arange(longest)[None]
-        gather.append((starts + torch.minimum(column, own - 1)).flatten())
-        places.append((offset + torch.arange((last - first) * longest))[(column < own).flatten()])
+        gathered.append((starts + torch.minimum(column, own - 1)).flatten())
+        filled.append((offset + torch.arange((last - first) * longest))[(column < own).flatten()])
         shapes.append((last - first, longest))
         offset += (last - first) * longest
         first = last
-    gather, places = torch.cat(gather), torch.cat(places)
+    gather, places = torch.cat(gathered), torch.cat(filled)
     scatter = torch.empty(len(places), dtype=torch.int64)
     scatter[gather[places]] = places
     return PackingIndex(tuple(shapes), gather.to(cu_seqlens.device), scatter.to(cu_seqlens.device))
@@ -245,8 +246,8 @@ def packed_zigzag_attention(
     place = torch.empty(own.numel() * group.size(), dtype=torch.int64, device=query.device)
     everyone = torch.cat([packing.rows(group.size(), r) for r in range(group.size())])
     place[everyone] = torch.arange(everyone.numel(), device=query.device)
-    whole = [_AllGather.apply(t, group).flatten(0, 1).index_select(0, place) for t in (query, key, value)]
-    return packed_attention(*whole, packing.index, scale).index_select(0, own)
+    q, k, v = (_AllGather.apply(t, group).flatten(0, 1).index_select(0, place) for t in (query, key, value))
+    return packed_attention(q, k, v, packing.index, scale).index_select(0, own)
 
 
 def _restore_order(gathered: torch.Tensor) -> torch.Tensor:

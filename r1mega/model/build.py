@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -122,7 +122,9 @@ def megatron_config(hf: Mapping[str, Any], layout: Layout, model: Any, *, init_s
         **family.megatron_arguments(hf, model),
     }
     if layout.layers_per_stage is not None:
-        arguments["pipeline_model_parallel_layout"] = _pipeline_layout(layout, arguments.get("mtp_num_layers") or 0)
+        arguments["pipeline_model_parallel_layout"] = _pipeline_layout(
+            layout.layers_per_stage, arguments.get("mtp_num_layers") or 0
+        )
     from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
     return (MLATransformerConfig if family is deepseek_v3 else TransformerConfig)(**arguments)
@@ -141,9 +143,9 @@ def _leave(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def _pipeline_layout(layout: Layout, num_mtp_layers: int) -> list[list[str]]:
+def _pipeline_layout(layers_per_stage: Sequence[int], num_mtp_layers: int) -> list[list[str]]:
     """Megatron's pipeline_model_parallel_layout: what each stage holds, in the order of the model."""
-    stages = [["decoder"] * count for count in layout.layers_per_stage]
+    stages = [["decoder"] * count for count in layers_per_stage]
     stages[0].insert(0, "embedding")
     stages[-1] += ["mtp"] * num_mtp_layers + ["loss"]
     return stages

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from r1mega.platform.marks import mark
+
 SCORE = "score.weight"
 READER = "r1mega_reward"
 """Key of config.json that says how a reward model is to be asked: {"template", "reads"}."""
@@ -24,7 +26,8 @@ class ScalarHead(torch.nn.Module):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.full((1, like.shape[1]), math.nan, dtype=like.dtype, device=like.device))
         # every tensor-parallel rank has all of it but sees only its tokens: Megatron then adds the gradients up
-        self.weight.sequence_parallel = self._sequence_parallel = sequence_parallel
+        mark(self.weight, sequence_parallel=sequence_parallel)
+        self._sequence_parallel = sequence_parallel
 
     def forward(self, hidden: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, None]:
         from megatron.core.tensor_parallel import gather_from_sequence_parallel_region

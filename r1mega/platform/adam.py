@@ -7,7 +7,7 @@ checkpoints. With `step` in the param group, as FusedAdam has it, the very code 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NoReturn, overload
 
 import torch
 
@@ -38,6 +38,10 @@ class FusedAdam(torch.optim.Optimizer):
         }
         super().__init__(params, defaults)
 
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> NoReturn: ...
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:
         """One step on every parameter that has a gradient; the group's `step` counts also without parameters."""
@@ -56,7 +60,7 @@ class FusedAdam(torch.optim.Optimizer):
             if not self.state[p]:
                 self.state[p]["exp_avg"] = torch.zeros_like(p)
                 self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
-        gradients = [p.grad for p in params]
+        gradients = [p.grad for p in params if p.grad is not None]
         first = [self.state[p]["exp_avg"] for p in params]
         second = [self.state[p]["exp_avg_sq"] for p in params]
         beta1, beta2 = group["betas"]
@@ -66,7 +70,7 @@ class FusedAdam(torch.optim.Optimizer):
         if group["weight_decay"] and self.adam_w_mode:
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
         elif group["weight_decay"]:
-            gradients = torch._foreach_add(gradients, params, alpha=group["weight_decay"])
+            gradients = list(torch._foreach_add(gradients, params, alpha=group["weight_decay"]))
         torch._foreach_lerp_(first, gradients, 1 - beta1)
         torch._foreach_mul_(second, beta2)
         torch._foreach_addcmul_(second, gradients, gradients, 1 - beta2)

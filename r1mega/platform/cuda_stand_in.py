@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 
-class Stream:
+class HostStream:
     """Work is done when it was called, so there is nothing to wait for. All streams are equal."""
 
     def __init__(self, *_args: Any, **_kwargs: Any):
@@ -23,17 +23,17 @@ class Stream:
     def synchronize(self) -> None:
         pass
 
-    def record_event(self, event: Any = None) -> Event:
-        return event or Event()
+    def record_event(self, event: Any = None) -> HostEvent:
+        return event or HostEvent()
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Stream)
+        return isinstance(other, HostStream)
 
     def __hash__(self) -> int:
-        return hash(Stream)
+        return hash(HostStream)
 
 
-class Event:
+class HostEvent:
     """An event that has always happened already."""
 
     def __init__(self, *_args: Any, **_kwargs: Any):
@@ -55,8 +55,8 @@ class Event:
 class CudaStandIn:
     """The names of torch.cuda that megatron-core uses, for a CPU. Other names are torch.cuda's own."""
 
-    Stream = Stream
-    Event = Event
+    Stream = HostStream
+    Event = HostEvent
     FloatTensor = torch.FloatTensor
     HalfTensor = torch.HalfTensor
     BFloat16Tensor = torch.BFloat16Tensor
@@ -98,12 +98,12 @@ class CudaStandIn:
         torch.manual_seed(seed)
 
     @staticmethod
-    def current_stream(_device: Any = None) -> Stream:
-        return Stream()
+    def current_stream(_device: Any = None) -> HostStream:
+        return HostStream()
 
     @staticmethod
-    def default_stream(_device: Any = None) -> Stream:
-        return Stream()
+    def default_stream(_device: Any = None) -> HostStream:
+        return HostStream()
 
     @staticmethod
     def stream(_stream: Any) -> contextlib.AbstractContextManager[None]:

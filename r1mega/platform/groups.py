@@ -48,11 +48,11 @@ def init_distributed(timeouts: TimeoutsConfig | None = None) -> None:
     if here.name == "cuda":
         torch.cuda.set_device(here.device)
     alone = os.environ["WORLD_SIZE"] == "1"  # then nobody needs to find anybody: no port that could be taken
-    dist.init_process_group(
-        here.distributed_backend,
-        timeout=timeout("startup"),
-        **({"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}),
-    )
+    backend, limit = here.distributed_backend, timeout("startup")
+    if alone:
+        dist.init_process_group(backend, timeout=limit, store=dist.HashStore(), rank=0, world_size=1)
+    else:
+        dist.init_process_group(backend, timeout=limit)
     wait_for_all("startup", "the start of the process groups")  # on gloo, where who is missing is named
     if here.name == "cuda" and not alone:
         _start_nccl(here.device)

@@ -11,6 +11,8 @@ import torch
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, get_data_parallel_rng_tracker_name
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
+from r1mega.platform.marks import mark
+
 
 class DuplicatedLinear(torch.nn.Module):
     """A linear layer whose weight [out, in] every tensor-parallel rank holds whole, for MLA's down-projections.
@@ -30,8 +32,7 @@ class DuplicatedLinear(torch.nn.Module):
         if config.perform_initialization:
             with get_cuda_rng_tracker().fork(get_data_parallel_rng_tracker_name()):
                 init_method(self.weight)
-        self.weight.sequence_parallel = config.sequence_parallel
-        self.weight.allreduce = True
+        mark(self.weight, sequence_parallel=config.sequence_parallel, allreduce=True)
 
     def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, None]:
         """[..., in] -> ([..., out], no bias)."""
@@ -50,7 +51,7 @@ class RMSNorm(torch.nn.RMSNorm):
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_kwargs: Any):
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=_device(config))
-        self.weight.sequence_parallel = config.sequence_parallel
+        mark(self.weight, sequence_parallel=config.sequence_parallel)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict[str, Any]:
         state = self.state_dict(prefix="", keep_vars=True)

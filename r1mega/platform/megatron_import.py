@@ -6,6 +6,7 @@ before or after (vLLM replaces parts of torch.cuda itself).
 
 from __future__ import annotations
 
+import functools
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -141,8 +142,12 @@ def install(platform: Any) -> None:
     for message in (r"(Transformer Engine|Apex).*not installed", "full scope is deprecated"):
         warnings.filterwarnings("ignore", message=message)  # known: `r1mega doctor` tells what is installed
     for name, message in _KNOWN_LOG_MESSAGES.items():
-        logging.getLogger(f"megatron.core.{name}").addFilter(lambda record, known=message: known not in record.msg)
+        logging.getLogger(f"megatron.core.{name}").addFilter(functools.partial(_says_else, message))
     sys.meta_path.insert(0, _Finder(needed_patches(platform, version), cpu=platform.name == "cpu"))
+
+
+def _says_else(known: str, record: logging.LogRecord) -> bool:
+    return known not in record.msg
 
 
 def _hide_unused(platform: Any) -> None:
@@ -154,7 +159,7 @@ def _hide_unused(platform: Any) -> None:
             continue
         _logger.warning("%s is installed and not used: megatron-core does without it (r1mega doctor says why)", name)
         for module in [name, *(loaded for loaded in sys.modules if loaded.startswith(f"{name}."))]:
-            sys.modules[module] = None  # whose import is then a ModuleNotFoundError
+            sys.modules[module] = None  # type: ignore[assignment]  # its import is then a ModuleNotFoundError
 
 
 def _uneven_all_gather(outputs: list[Any], tensor: Any, group: Any) -> None:

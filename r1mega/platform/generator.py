@@ -67,7 +67,7 @@ class VllmPlatform(Protocol):
     def wake_weights(self, llm_engine: Any, is_asleep: bool) -> None:
         """Weights can be written afterwards; the KV cache stays freed."""
 
-    def free_memory(self, llm_engine: Any, worker: Any, keep_weights: bool) -> Callable[[], object]:
+    def free_memory(self, llm_engine: Any, worker: Any, keep_weights: bool) -> Callable[[], None]:
         """Frees the KV cache, and what else a sleep frees here; returns what undoes it (the cache is empty then)."""
 
 

@@ -213,7 +213,8 @@ def check_model(model_config: Mapping[str, Any]) -> str | None:
     head_dim = model_config.get("head_dim") or model_config["hidden_size"] // model_config["num_attention_heads"]
     if dims[0] is None and head_dim not in HEAD_DIMS:
         return f"vLLM's CPU attention has no kernel for head_dim={head_dim}; there are {', '.join(map(str, HEAD_DIMS))}"
-    if "moe_intermediate_size" in model_config and (hidden_size := model_config["hidden_size"]) % 32:
+    has_experts = model_config.get("moe_intermediate_size") is not None
+    if has_experts and (hidden_size := model_config["hidden_size"]) % 32:
         return f"vLLM's CPU expert kernel wants hidden_size divisible by 32; the model has {hidden_size}"
     return None
 

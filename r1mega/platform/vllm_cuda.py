@@ -147,4 +147,8 @@ def free_memory(llm_engine: Any, worker: Any, keep_weights: bool) -> Callable[[]
     awake already stays as it is.
     """
     llm_engine.sleep(1 if keep_weights else 2)
-    return llm_engine.wake_up
+
+    def restore() -> None:
+        llm_engine.wake_up()
+
+    return restore

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from r1mega.config.schema import RolloutConfig
-from r1mega.config.stages.evaluate import GeneratorConfig
 from r1mega.rollout.engine import EngineSettings
 from r1mega.types import GenerationEngine
+
+if TYPE_CHECKING:
+    from r1mega.config.stages.evaluate import GeneratorConfig
 
 EngineName = Literal["vllm", "transformers"]
 

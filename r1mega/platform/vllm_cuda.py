@@ -1,4 +1,4 @@
-"""vLLM on CUDA: environment, weight reload and sleep. Same functions as `vllm_cpu`. Written against vllm 0.32.0.
+"""vLLM on CUDA: environment, weight reload and sleep. A `VllmPlatform` (generator.py), as `vllm_cpu` is. Written against vllm 0.32.0.
 
 Every name used here is held against vLLM's own Python by tests/unit/platform/test_vllm_contract.py; reload, writes and sleep
 run on real vLLM models by tests/unit/rollout/test_vllm_cuda.py, on a CPU, with plain parameters and NaN for what sleep drops.
@@ -10,7 +10,7 @@ Worker.init_device, determine_available_memory and compile_or_warm_up_model.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -95,7 +95,7 @@ def begin_reload(worker: Any) -> None:
     initialize_layerwise_reload(worker.model_runner.get_model())
 
 
-def load_weights(worker: Any, named_tensors: Any) -> None:
+def load_weights(worker: Any, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Hands one bucket of (HF name, full tensor) to vLLM's loader of this model."""
     worker.model_runner.get_model().load_weights(named_tensors)
 
@@ -140,11 +140,15 @@ def wake_weights(llm_engine: Any, is_asleep: bool) -> None:
         llm_engine.wake_up(["weights"])
 
 
-def free_memory(llm_engine: Any, worker: Any, keep_weights: bool) -> None:
-    """vLLM's sleep: KV cache discarded, CUDA graphs to host memory; weights too (level 1), or dropped (level 2)."""
+def free_memory(llm_engine: Any, worker: Any, keep_weights: bool) -> Callable[[], None]:
+    """vLLM's sleep: KV cache discarded, CUDA graphs to host memory; weights too (level 1), or dropped (level 2).
+
+    Returns vLLM's waking up: weights back to the device (of level 2: buffers alone), KV cache mapped again (empty); what is
+    awake already stays as it is.
+    """
     llm_engine.sleep(1 if keep_weights else 2)
 
+    def restore() -> None:
+        llm_engine.wake_up()
 
-def restore_memory(llm_engine: Any, worker: Any, freed: None) -> None:
-    """Weights back to the device (of level 2: buffers alone), KV cache mapped again (empty)."""
-    llm_engine.wake_up()  # what is awake already stays as it is
+    return restore

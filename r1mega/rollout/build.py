@@ -2,42 +2,60 @@
 
 from __future__ import annotations
 
-from r1mega.config.schema import ModelConfig, RolloutConfig, WeightsConfig
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from r1mega.config.schema import RolloutConfig
 from r1mega.rollout.engine import EngineSettings
 from r1mega.types import GenerationEngine
 
+if TYPE_CHECKING:
+    from r1mega.config.stages.evaluate import GeneratorConfig
 
-def build_engine(
-    rollout: RolloutConfig,
-    model: ModelConfig,
-    weights: WeightsConfig,
-    max_prompt_tokens: int,
-    *,
-    load_weights: bool = False,
-    return_routed_experts: bool = False,
-) -> GenerationEngine:
-    """An engine for prompts and responses of at most the configured lengths, without weights yet, or with those of
-    model.path.
-    """
-    settings = EngineSettings(
-        model_path=model.path,
-        max_model_len=max_prompt_tokens + rollout.max_response_tokens + 1,
-        dtype=model.dtype,
+EngineName = Literal["vllm", "transformers"]
+
+
+def engine_settings(
+    path: Path,
+    dtype: Literal["float32", "bfloat16"],
+    max_model_len: int,
+    rollout: RolloutConfig | GeneratorConfig,
+    **more: Any,
+) -> EngineSettings:
+    """Of the model at `path` (its tokenizer is there too) by a config's `rollout` section. more: other fields of EngineSettings."""
+    return EngineSettings(
+        path,
+        max_model_len,
+        dtype,
         max_num_seqs=rollout.max_num_seqs,
         max_batched_tokens=rollout.max_batched_tokens,
         kv_cache_bytes=rollout.kv_cache_bytes,
         gpu_memory_utilization=rollout.gpu_memory_utilization,
         tp=rollout.tp,
         ep=rollout.ep,
-        tokenizer_path=model.path,
-        bucket_bytes=weights.bucket_bytes,
-        weights="checkpoint" if load_weights else "empty",
-        return_routed_experts=return_routed_experts,
+        tokenizer_path=path,
+        **more,
     )
-    if rollout.engine == "transformers":
+
+
+def build_engine(settings: EngineSettings, name: EngineName) -> GenerationEngine:
+    """The generator of that name (`rollout.engine`). Raises as its class does."""
+    if name == "transformers":
         from r1mega.rollout.transformers_engine import TransformersEngine
 
         return TransformersEngine(settings)
     from r1mega.rollout.vllm_engine import VllmEngine
 
     return VllmEngine(settings)
+
+
+@contextlib.contextmanager
+def open_engine(settings: EngineSettings, name: EngineName) -> Iterator[GenerationEngine]:
+    """`build_engine`; closed at the end."""
+    engine = build_engine(settings, name)
+    try:
+        yield engine
+    finally:
+        engine.close()

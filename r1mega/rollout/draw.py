@@ -7,8 +7,9 @@ start after a kill draws just those that are missing (`rollout.store` keeps them
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from r1mega.config.rewards import PATCH_KIND
@@ -77,7 +78,7 @@ def draw_samples(
     sample) says so, generation ends; what is drawn is still graded.
     """
 
-    def drawn() -> Iterator[tuple[Prompt, Response, Sample]]:
+    def drawn() -> Generator[tuple[Prompt, Response, Sample]]:
         requests = [GenerationRequest(draw.prompt.token_ids, 1, draw.seed, sampling) for draw in draws]
         with contextlib.closing(engine.stream(requests)) as stream:
             for done in stream:
@@ -104,16 +105,21 @@ def _graded(
     scorer: Scorer | None, drawn: Iterable[tuple[Prompt, Response, Sample]], max_ungraded: int
 ) -> Iterator[GradedSample]:
     """In the same order, with a bound on what waits for its grade."""
-    waiting: deque[tuple[Sample, int | None]] = deque()
+    waiting: deque[tuple[Sample, Callable[[], Reward]]] = deque()
 
     def oldest() -> GradedSample:
-        sample, ticket = waiting.popleft()
-        elsewhere = Reward(None, {}, RewardStatus.UNJUDGED, "not judged here")
-        return GradedSample(sample, elsewhere if ticket is None else scorer.result(ticket))
+        sample, reward = waiting.popleft()
+        return GradedSample(sample, reward())
+
+    def elsewhere() -> Reward:
+        return Reward(None, {}, RewardStatus.UNJUDGED, "not judged here")
 
     for prompt, response, sample in drawn:
-        judged = scorer is not None and prompt.kind != PATCH_KIND
-        waiting.append((sample, scorer.submit(prompt, response, sample.text) if judged else None))
+        if scorer is None or prompt.kind == PATCH_KIND:
+            waiting.append((sample, elsewhere))
+        else:
+            ticket = scorer.submit(prompt, response, sample.text)
+            waiting.append((sample, functools.partial(scorer.result, ticket)))
         if len(waiting) > max_ungraded:
             yield oldest()
     while waiting:

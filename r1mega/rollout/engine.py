@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from r1mega.errors import GenerationError
-from r1mega.types import GenerationRequest
+from r1mega.types import Completion, GenerationRequest, Response
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +63,14 @@ def _mix(value: int) -> int:
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
     z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
     return z ^ (z >> 31)
+
+
+def in_order(requests: Sequence[GenerationRequest], completions: Iterable[Completion]) -> list[tuple[Response, ...]]:
+    """The responses to each request, by sample, of a stream of all of them: what `generate` returns."""
+    responses: list[dict[int, Response]] = [{} for _ in requests]
+    for completion in completions:
+        responses[completion.request_index][completion.sample_index] = completion.response
+    return [tuple(samples[i] for i in range(len(samples))) for samples in responses]
 
 
 def check_requests(

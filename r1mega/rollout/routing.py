@@ -57,8 +57,9 @@ class RoutingRecorder:
         self._step: dict[int, torch.Tensor] = {}  # by the model's layer index
         self._requests: dict[str, _Request] = {}
         self._owners: dict[int, _Request] = {}  # who computed a prompt block
+        capturer: Any = self  # has the one method that routers call
         try:
-            bind_routed_experts_capturer(runner.model, self)
+            bind_routed_experts_capturer(runner.model, capturer)
         except ValueError as error:
             raise GenerationError(f"rollout.router_replay: {error}") from error
         self._execute = runner.execute_model
@@ -114,9 +115,9 @@ class RoutingRecorder:
         offset = 0
         for request_id in self._runner.input_batch.req_ids:
             count = scheduled.num_scheduled_tokens.get(request_id, 0)
-            request = self._requests.get(request_id)
-            if request is not None and count:  # None: ended while this step was in flight
-                request.passes.append((starts[request_id], rows[offset : offset + count]))
+            seen = self._requests.get(request_id)
+            if seen is not None and count:  # None: ended while this step was in flight
+                seen.passes.append((starts[request_id], rows[offset : offset + count]))
             offset += count
         if offset != scheduled.total_num_scheduled_tokens or len(rows) < offset:
             raise GenerationError(

@@ -19,8 +19,9 @@ class StopStrings:
     cost one set lookup.
     """
 
-    def __init__(self, tokenizer_path: Path):
-        """The tokenizer is loaded when the first stop string is asked for (DataError when there is none)."""
+    def __init__(self, tokenizer_path: Path | None):
+        """The tokenizer is loaded when the first stop string is asked for (DataError when there is none; None: no stop
+        string is asked for)."""
         self._path = tokenizer_path
         self._candidates: dict[str, frozenset[int]] = {}
 
@@ -51,6 +52,8 @@ class StopStrings:
 
     @functools.cached_property
     def _tokenizer(self) -> Tokenizer:
+        if self._path is None:
+            raise GenerationError("stop strings need an engine that was built with a tokenizer_path")
         return load_tokenizer(self._path)
 
     @functools.cached_property

@@ -6,13 +6,13 @@ It samples itself instead of calling `generate`, which can seed a batch but not 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from r1mega.errors import GenerationError, WeightSyncError
-from r1mega.rollout.engine import EngineSettings, check_requests, read_config, sample_seed
+from r1mega.rollout.engine import EngineSettings, check_requests, in_order, read_config, sample_seed
 from r1mega.rollout.stop_strings import StopStrings
 from r1mega.types import Completion, GenerationRequest, Response, SamplingSettings
 from r1mega.weights.digest import tensor_digest
@@ -32,22 +32,20 @@ class TransformersEngine:
         self._shapes = tensor_shapes(self.config)
         self._names = tuple(self._shapes)
         self._dtype = getattr(torch, settings.dtype)
-        self._stop_strings = StopStrings(settings.tokenizer_path) if settings.tokenizer_path else None
+        self._stop_strings = StopStrings(settings.tokenizer_path)
         self._model: Any = None
         if settings.weights == "checkpoint":
             self.update_weights(checkpoint_tensors(settings.model_path))
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[tuple[Response, ...]]:
         """See GenerationEngine."""
-        responses: list[dict[int, Response]] = [{} for _ in requests]
-        for completion in self.stream(requests):
-            responses[completion.request_index][completion.sample_index] = completion.response
-        return [tuple(samples[i] for i in range(len(samples))) for samples in responses]
+        return in_order(requests, self.stream(requests))
 
-    def stream(self, requests: Sequence[GenerationRequest]) -> Iterator[Completion]:
+    def stream(self, requests: Sequence[GenerationRequest]) -> Generator[Completion]:
         """See GenerationEngine."""
         self._check_ready()
-        check_requests(requests, self.settings.max_model_len, self.config["vocab_size"], self._stop_strings is not None)
+        has_tokenizer = self.settings.tokenizer_path is not None
+        check_requests(requests, self.settings.max_model_len, self.config["vocab_size"], has_tokenizer)
         for index, request in enumerate(requests):
             for sample_index, response in self._samples(request):
                 yield Completion(index, sample_index, response)
@@ -85,7 +83,8 @@ class TransformersEngine:
                 f"{len(problems)} tensors cannot be loaded into the generator:\n  " + "\n  ".join(problems)
             )
         config = AutoConfig.from_pretrained(self.settings.model_path)
-        model, report = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+        model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # annotated as a pair, of which it is one
+        model, report = model_class.from_pretrained(
             None, config=config, state_dict=tensors, dtype=self._dtype, output_loading_info=True
         )
         tied = {"lm_head.weight"} if self.config.get("tie_word_embeddings") else set()

@@ -10,7 +10,7 @@ import contextlib
 import gc
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,13 +19,20 @@ import torch
 import torch.distributed as dist
 
 from r1mega.errors import FreshProcessNeeded, GenerationError
-from r1mega.platform.generator import vllm_platform
-from r1mega.rollout.engine import EngineSettings, check_requests, read_config, sample_seed
+from r1mega.platform.generator import VllmPlatform, vllm_platform
+from r1mega.rollout.engine import EngineSettings, check_requests, in_order, read_config, sample_seed
 from r1mega.rollout.routing import RoutingRecorder
 from r1mega.rollout.stop_strings import StopStrings
 from r1mega.types import Completion, GenerationRequest, Response, SamplingSettings
 from r1mega.weights.layout import GeneratorRank, divided_names, generator_layout, tensor_shapes
-from r1mega.weights.transfer import ReloadTarget, checkpoint_tensors, reload_weights, rewrite_weights, sum_digests
+from r1mega.weights.transfer import (
+    ReloadTarget,
+    checkpoint_tensors,
+    finish_writing,
+    parameters_to_write,
+    reload_weights,
+    sum_digests,
+)
 
 
 @dataclass(slots=True)
@@ -56,6 +63,7 @@ class VllmEngine:
         """Builds the engine. Raises GenerationError, ConfigError or PlatformError for what vLLM could not run, and
         FreshProcessNeeded where a process can build one only and this one has."""
         self.settings = settings
+        self.tp, self.ep = settings.tp, settings.ep
         self.config = read_config(settings)
         self._platform = vllm_platform()
         check_settings(settings, self.config, self._platform)
@@ -93,10 +101,9 @@ class VllmEngine:
         self._recorder = None
         if settings.return_routed_experts:
             self._recorder = RoutingRecorder(self._worker, self._platform.kv_block_tokens(self.config))
-        self._stop_strings = StopStrings(settings.tokenizer_path) if settings.tokenizer_path else None
+        self._stop_strings = StopStrings(settings.tokenizer_path)
         self._digest: dict[str, int] | None = None
-        self._asleep: Any = None
-        self._is_asleep = False
+        self._restore: Callable[[], None] | None = None  # while it is asleep: what undoes that
         self._is_busy = False
         self._next_id = 0
         if settings.weights == "checkpoint":
@@ -140,15 +147,13 @@ class VllmEngine:
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[tuple[Response, ...]]:
         """See GenerationEngine."""
-        responses: list[list[Response | None]] = [[None] * request.num_samples for request in requests]
-        for completion in self.stream(requests):
-            responses[completion.request_index][completion.sample_index] = completion.response
-        return [tuple(samples) for samples in responses]
+        return in_order(requests, self.stream(requests))
 
-    def stream(self, requests: Sequence[GenerationRequest]) -> Iterator[Completion]:
+    def stream(self, requests: Sequence[GenerationRequest]) -> Generator[Completion]:
         """See GenerationEngine."""
         self._check_ready()
-        check_requests(requests, self.settings.max_model_len, self.config["vocab_size"], self._stop_strings is not None)
+        has_tokenizer = self.settings.tokenizer_path is not None
+        check_requests(requests, self.settings.max_model_len, self.config["vocab_size"], has_tokenizer)
         self._is_busy = True
         running: dict[str, _Running] = {}
         try:
@@ -197,9 +202,9 @@ class VllmEngine:
         results: dict[int, tuple[float, ...]] = {}
         while waiting:
             for output in self._step():
-                index = waiting.get(output.request_id)
-                if index is not None and output.new_prompt_logprobs_tensors is not None:
-                    results[index] = tuple(output.new_prompt_logprobs_tensors.logprobs[:, 0].tolist())
+                asked = waiting.get(output.request_id)
+                if asked is not None and output.new_prompt_logprobs_tensors is not None:
+                    results[asked] = tuple(output.new_prompt_logprobs_tensors.logprobs[:, 0].tolist())
                 if output.finished:
                     waiting.pop(output.request_id, None)
         self._drain()
@@ -207,25 +212,28 @@ class VllmEngine:
 
     def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """See GenerationEngine. May be called asleep: the KV cache stays freed."""
+        self._drop_weights()
+        self._hold(reload_weights(self._target, named_tensors, self.settings.bucket_bytes))
+
+    @contextlib.contextmanager
+    def parameters_for_writing(self) -> Iterator[Mapping[str, torch.Tensor]]:
+        """See WritableEngine. May be called asleep, as `update_weights`."""
+        self._drop_weights()
+        yield parameters_to_write(self._target)
+        self._hold(finish_writing(self._target))
+
+    def _drop_weights(self) -> None:
+        """Before others are written; until `_hold` generating is an error."""
         self._check_open()
-        self._replace(lambda: reload_weights(self._target, named_tensors, self.settings.bucket_bytes))
-
-    def write_weights(self, write: Callable[[Mapping[str, torch.Tensor]], None]) -> None:
-        """Lets `write` fill all of this rank's parameters, by vLLM's names, in place. May be called asleep.
-
-        Raises WeightSyncError for parameters that the generator's layout does not cover.
-        """
-        self._check_open()
-        self._replace(lambda: rewrite_weights(self._target, write))
-
-    def _replace(self, load: Callable[[], dict[str, int]]) -> None:
         self._digest = None
-        self._platform.wake_weights(self._llm_engine, self._is_asleep)
-        partial = load()
+        self._platform.wake_weights(self._llm_engine, self._restore is not None)
+
+    def _hold(self, digest: dict[str, int]) -> None:
+        """New weights, and this rank's digest of them."""
         self._forget()
         if self.settings.tp > 1:
-            partial = sum_digests(partial, self._divided, _all_reduce_tp)
-        self._digest = partial
+            digest = sum_digests(digest, self._divided, _all_reduce_tp)
+        self._digest = digest
 
     def weights_digest(self) -> Mapping[str, int]:
         """See GenerationEngine. Read back at the end of the last `update_weights`."""
@@ -237,19 +245,18 @@ class VllmEngine:
     def sleep(self, *, keep_weights: bool = True) -> None:
         """See GenerationEngine. Idempotent."""
         self._check_open()
-        if not self._is_asleep:
+        if self._restore is None:
             self._forget()
-            self._asleep = self._platform.free_memory(self._llm_engine, self._worker, keep_weights)
-            self._is_asleep = True
+            self._restore = self._platform.free_memory(self._llm_engine, self._worker, keep_weights)
             if not keep_weights:
                 self._digest = None
 
     def wake_up(self) -> None:
         """See GenerationEngine. Idempotent."""
         self._check_open()
-        if self._is_asleep:
-            self._platform.restore_memory(self._llm_engine, self._worker, self._asleep)
-            self._asleep, self._is_asleep = None, False
+        if self._restore is not None:
+            self._restore()
+            self._restore = None
 
     def close(self) -> None:
         """See GenerationEngine. Idempotent."""
@@ -257,7 +264,8 @@ class VllmEngine:
             self._check_open()
             self._core.engine_core.model_executor.shutdown()
             self._core.engine_core.scheduler.shutdown()
-            self._llm_engine = self._core = self._worker = self._target = None
+            self._llm_engine = self._restore = None
+            del self._core, self._worker, self._target
             gc.collect()  # engine, scheduler and model refer to each other
             VllmEngine._num_open -= 1
             if VllmEngine._num_open == 0:
@@ -270,7 +278,7 @@ class VllmEngine:
         self._forget()
         for request_index, request in enumerate(requests):
             sampling = request.sampling
-            candidates = self._stop_strings.candidates(sampling.stop_strings) if sampling.stop_strings else frozenset()
+            candidates = self._stop_strings.candidates(sampling.stop_strings)
             params = SamplingParams(
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
@@ -362,7 +370,7 @@ class VllmEngine:
 
     def _check_ready(self) -> None:
         self._check_open()
-        if self._is_asleep:
+        if self._restore is not None:
             raise GenerationError("the generator is asleep: call wake_up first")
         if self._digest is None:
             raise GenerationError(
@@ -370,7 +378,7 @@ class VllmEngine:
             )
 
 
-def check_settings(settings: EngineSettings, config: Mapping[str, Any], platform: Any) -> None:
+def check_settings(settings: EngineSettings, config: Mapping[str, Any], platform: VllmPlatform) -> None:
     """Finds what vLLM would fail on much later, and says it plainly. Raises GenerationError or ConfigError."""
     if settings.ep not in (1, settings.tp):
         raise GenerationError(

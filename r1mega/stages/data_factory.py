@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from r1mega.config.data_factory import DataFactoryStage
-from r1mega.config.schema import ModelConfig, RolloutConfig, WeightsConfig
+from r1mega.config.schema import ModelConfig, RolloutConfig
 from r1mega.data.card import InputFile, build_card, describe_file, write_card
 from r1mega.data.filters import Candidate, FilterCount
 from r1mega.data.prompts import load_prompts
 from r1mega.data.selection import without_contamination, without_duplicates, write_data
 from r1mega.data.tokenizer import Tokenizer, load_tokenizer
 from r1mega.reward.compose import RewardScorer
-from r1mega.rollout.build import build_engine
+from r1mega.rollout.build import engine_settings, open_engine
 from r1mega.rollout.draw import GradedSample
 from r1mega.rollout.sampler import stop_settings
 from r1mega.stages.runtime import Runtime
@@ -103,11 +103,10 @@ class DataFactory:
     @contextlib.contextmanager
     def engine(self, model: ModelConfig, max_prompt_tokens: int, rollout: RolloutConfig) -> Iterator[GenerationEngine]:
         """A generator with the weights of model.path, closed at the end."""
-        engine = build_engine(rollout, model, WeightsConfig(), max_prompt_tokens, load_weights=True)
-        try:
+        longest = max_prompt_tokens + rollout.max_response_tokens + 1
+        settings = engine_settings(model.path, model.dtype, longest, rollout, weights="checkpoint")
+        with open_engine(settings, rollout.engine) as engine:
             yield engine
-        finally:
-            engine.close()
 
     def samples(
         self, name: str, posed: Sequence[PosedPrompt], num_samples: int

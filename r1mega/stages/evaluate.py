@@ -24,15 +24,15 @@ from r1mega.data.tokenizer import Tokenizer, load_tokenizer
 from r1mega.evaluate.forms import FormOptions
 from r1mega.evaluate.patch import write_predictions
 from r1mega.evaluate.result import EvaluationResult, evaluation_rows, write_result
-from r1mega.evaluate.run import evaluation_draw, open_engine, open_scorer, response_limits
+from r1mega.evaluate.run import evaluation_draw, open_scorer, response_limits
 from r1mega.evaluate.source import CheckpointSource, checkpoint_names, context_length, find_checkpoint, identity
 from r1mega.evaluate.table import results_table
 from r1mega.evaluate.tasks import TASKS, load_task, pose
 from r1mega.files import write_atomic
 from r1mega.observe.progress import StageProgress
 from r1mega.platform.groups import GeneratorPlace, timeout, wait_for_all
+from r1mega.rollout.build import engine_settings, open_engine
 from r1mega.rollout.draw import Draw, Sample, draw_samples, grade_samples
-from r1mega.rollout.engine import EngineSettings
 from r1mega.rollout.sampler import Scorer
 from r1mega.rollout.store import SampleStore
 from r1mega.stages.runtime import Runtime
@@ -237,11 +237,7 @@ class _Evaluation:
         """One generator for all tasks: as long as the longest prompt and response of any."""
         rollout, path = self._config.rollout, checkpoint.source.path
         longest = max(len(p.token_ids) + unit.sampling.max_tokens for unit in checkpoint.units for p in unit.prompts)
-        settings = EngineSettings(
-            path, longest, self._config.model.dtype, rollout.max_num_seqs, rollout.max_batched_tokens,
-            rollout.kv_cache_bytes, rollout.gpu_memory_utilization, rollout.tp, "checkpoint", path,
-            ep=rollout.ep,
-        )  # fmt: skip
+        settings = engine_settings(path, self._config.model.dtype, longest, rollout, weights="checkpoint")
         with open_engine(settings, rollout.engine) as engine:
             yield engine
 

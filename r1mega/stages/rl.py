@@ -16,7 +16,7 @@ from r1mega.model.flops import model_flops
 from r1mega.observe.trace import profile_step
 from r1mega.platform.groups import wait_for_all
 from r1mega.reward.compose import RewardScorer
-from r1mega.rollout.build import build_engine
+from r1mega.rollout.build import build_engine, engine_settings
 from r1mega.rollout.groups import GroupCollector
 from r1mega.rollout.sampler import GroupSampler, stop_settings
 from r1mega.stages.in_loop_evaluation import Evaluation
@@ -53,10 +53,12 @@ class RLTrainer:
         self.start, progress = runtime.restore(self.policy, self.hf_config, config.steps)
         if self.start:
             self._restore_cursor(progress["cursor"])
-        self.engine = build_engine(
-            config.rollout, config.model, config.weights, config.data.max_prompt_tokens,
-            return_routed_experts=config.rollout.router_replay,
+        rollout = config.rollout
+        settings = engine_settings(
+            config.model.path, config.model.dtype, config.data.max_prompt_tokens + rollout.max_response_tokens + 1, rollout,
+            bucket_bytes=config.weights.bucket_bytes, return_routed_experts=rollout.router_replay,
         )  # fmt: skip
+        self.engine = build_engine(settings, rollout.engine)
         self.scorer = RewardScorer(
             config.reward, max_response_tokens=config.rollout.max_response_tokens, engine=self.engine,
             tokenizer=self.tokenizer, sharded=self._sharded_reward_model,

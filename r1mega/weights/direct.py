@@ -7,19 +7,21 @@ live. Nothing goes through vLLM's loaders.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from r1mega.checkpoint.hf_state import coordinates, local_entries, model_shape, unwrap
 from r1mega.errors import ConfigError, WeightSyncError
+from r1mega.types import WritableEngine
 from r1mega.weights.digest import tensor_digest
 from r1mega.weights.exchange import Exchange
 from r1mega.weights.layout import Placement, tensor_shapes, weight_dtype
 from r1mega.weights.plan import GeneratorLayout, Plan
-from r1mega.weights.trainer_layout import TrainerLayout
+from r1mega.weights.trainer_layout import Holders, TrainerLayout
 
 _EMBEDDING = "model.embed_tokens.weight"
 
@@ -57,12 +59,6 @@ def measured_layout(chunks: Sequence[Any]) -> TrainerLayout:
             "order tp-cp-ep-dp-pp that the reshard plan counts on; build the groups in that order"
         )
     return layout
-
-
-class WritableEngine(Protocol):
-    """A generator whose own parameters can be written in place; `rollout.vllm_engine.VllmEngine` is one."""
-
-    def write_weights(self, write: Callable[[Mapping[str, torch.Tensor]], None]) -> None: ...
 
 
 class DirectTransfer:
@@ -103,7 +99,8 @@ class DirectTransfer:
 
     def push(self) -> None:
         """Makes the generator the trainer's equal. A collective call."""
-        self._engine.write_weights(self.write)
+        with self._engine.parameters_for_writing() as parameters:
+            self.write(parameters)
 
     def write(self, parameters: Mapping[str, torch.Tensor]) -> None:
         """Fills the generator's plain parameters on this rank. A collective call."""
@@ -127,7 +124,7 @@ def owned_placements(
 ) -> tuple[Placement, ...]:
     """The shards that a rank answers for: each shard has one such rank, the replicas take turns."""
     owned = []
-    groups: dict[Any, frozenset[int] | Any] = {}
+    groups: dict[tuple[Holders, tuple[int, ...]], np.ndarray] = {}
     turn = 0
     for name in shapes:
         stages = trainer.holding_stages(name)

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from r1mega.config.layout import model_problems, process_problems
+from r1mega.config.stages.rl import RLStage
 from r1mega.errors import ConfigError
 from r1mega.weights.plan import GeneratorLayout, Plan
 from r1mega.weights.trainer_layout import TrainerLayout, pipeline_stages
@@ -105,13 +106,11 @@ def summarize(plan: Plan, bandwidth: Bandwidth) -> Summary:
 
 
 def layouts(
-    config: Any, hf: Mapping[str, Any], world: int | None, fp8: bool = False
+    config: RLStage, hf: Mapping[str, Any], world: int | None, fp8: bool = False
 ) -> tuple[TrainerLayout, GeneratorLayout]:
     """Of a stage's config. world: None: the smallest that fits. Raises ConfigError when a number does not divide."""
-    rollout = getattr(config, "rollout", None)
-    if rollout is None:
-        raise ConfigError(f"stage {config.stage} has no generator: there is nothing to reshard; take an RL config")
-    p, tp, ep = config.parallel, rollout.tp, rollout.ep
+    rollout, p = config.rollout, config.parallel
+    tp, ep = rollout.tp, rollout.ep
     if world is None:
         world = math.lcm(p.tp * p.pp * p.cp * (p.dp or 1), p.ep * p.etp * p.pp, max(tp, ep), tp * (rollout.dp or 1))
     problems = [*model_problems(p, hf), *process_problems(p, world)]
@@ -142,6 +141,8 @@ def explain(
     from r1mega.config.load import load_config
 
     config = load_config(config_path, overrides)
+    if not isinstance(config, RLStage):
+        raise ConfigError(f"stage {config.stage} is no RLStage, which has a generator to update; take an RL config")
     path, hf = read_sizes(config.model.path, config_path)
     trainer, generator = layouts(config, hf, world, fp8)
     start = time.perf_counter()

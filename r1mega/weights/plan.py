@@ -212,7 +212,7 @@ def _units(
             takers.setdefault(key, (placement, []))[1].append(position)
     shapes = {placement.name: placement.shape for placement, _ in takers.values()}
     held = {name: list(trainer.shards(name, shapes, config)) for name in shapes}
-    groups: dict[int | str, dict[tuple[Any, ...], list[Overlap]]] = {}
+    groups: dict[int | str, dict[tuple[Holders, tuple[int, ...]], list[Overlap]]] = {}
     for wanted, positions in takers.values():
         itemsize = weight_dtype(wanted.name, model_dtype, generator.fp8).itemsize
         prefix, _, rest = wanted.name.partition("model.layers.")

@@ -12,7 +12,6 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -20,8 +19,9 @@ import torch.distributed as dist
 
 from r1mega.checkpoint.hf import HFTensors
 from r1mega.errors import ConfigError, WeightSyncError
+from r1mega.platform.generator import VllmPlatform
 from r1mega.platform.vllm_version import DERIVED
-from r1mega.types import GenerationEngine
+from r1mega.types import GenerationEngine, WritableEngine
 from r1mega.weights.digest import generator_digest, tensor_digest
 from r1mega.weights.layout import VOCABULARY, Placement, is_ignored, weight_dtype
 
@@ -77,8 +77,9 @@ class Trainer(Protocol):
 
     dtype: torch.dtype
     fp8: bool
-    chunks: Sequence[Any]  # of Megatron's model, one a virtual pipeline stage
 
+    @property
+    def chunks(self) -> Sequence[Any]: ...  # of Megatron's model, one a virtual pipeline stage
     def hf_tensors(self) -> NamedTensors: ...
     def sequence_log_probs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]: ...
 
@@ -103,11 +104,10 @@ def build_transfer(
     policy: Trainer, engine: GenerationEngine, config: WeightsConfig, hf_config: Mapping[str, Any]
 ) -> GatherTransfer | DirectTransfer:
     """What `weights.strategy` asks for. A collective call. ConfigError for `direct` into another engine than vLLM."""
-    can_write = hasattr(engine, "write_weights")
-    if config.strategy == "direct" and not can_write:
-        raise ConfigError("weights.strategy = direct writes into vLLM's parameters; set rollout.engine=vllm, or gather")
-    if config.strategy == "gather" or not can_write:
+    if config.strategy == "gather" or (config.strategy is None and not isinstance(engine, WritableEngine)):
         return GatherTransfer(policy, engine, hf_config)
+    if not isinstance(engine, WritableEngine):
+        raise ConfigError("weights.strategy = direct writes into vLLM's parameters; set rollout.engine=vllm, or gather")
     from r1mega.weights.direct import DirectTransfer
     from r1mega.weights.plan import GeneratorLayout
 
@@ -117,7 +117,7 @@ def build_transfer(
         policy.chunks,
         engine,
         hf_config,
-        GeneratorLayout(world, engine.settings.tp, engine.settings.ep),
+        GeneratorLayout(world, engine.tp, engine.ep),
         model_dtype=policy.dtype,
         bucket_bytes=config.bucket_bytes,
         ranks_per_node=per_node,
@@ -133,7 +133,7 @@ class ReloadTarget:
     """
 
     worker: Any
-    platform: ModuleType
+    platform: VllmPlatform
     config: Mapping[str, Any]
     placements: Sequence[Placement]
     shapes: Mapping[str, tuple[int, ...]]
@@ -163,16 +163,20 @@ def reload_weights(target: ReloadTarget, named_tensors: NamedTensors, bucket_byt
     return _finish(target, target.platform.finish_reload)
 
 
-def rewrite_weights(target: ReloadTarget, write: Callable[[Mapping[str, torch.Tensor]], None]) -> dict[str, int]:
-    """Lets `write` fill this rank's plain parameters (by vLLM's names) in place; returns this rank's digest of them.
+def parameters_to_write(target: ReloadTarget) -> Mapping[str, torch.Tensor]:
+    """This rank's parameters by vLLM's names, plain, to be filled in place; `finish_writing` follows.
 
     What pads the vocabulary becomes zero, as vLLM's loader leaves it. Raises WeightSyncError for parameters that no
-    placement covers, which nobody would write. After an error the generator holds no usable weights.
+    placement covers, which nobody would write. From here to `finish_writing` the generator holds no usable weights.
     """
     target.platform.begin_write(target.worker)
     parameters = _parameters(target)
     _check_covered(target, parameters)
-    write(parameters)
+    return parameters
+
+
+def finish_writing(target: ReloadTarget) -> dict[str, int]:
+    """Makes what was written ready for generation; returns this rank's digest of it."""
     return _finish(target, target.platform.finish_write)
 
 

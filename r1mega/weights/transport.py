@@ -165,12 +165,18 @@ class SharedMemoryTransport:
 
     def _send(self, value: int, rank: int, tag: int) -> None:
         token = torch.tensor([value])
-        self._tokens.append((dist.isend(token, rank, tag=tag), token))
+        self._tokens.append((_begun(dist.isend(token, rank, tag=tag)), token))
 
     @staticmethod
     def _receive(rank: int, tag: int) -> tuple[dist.Work, torch.Tensor]:
         token = torch.empty(1, dtype=torch.int64)
-        return dist.irecv(token, rank, tag=tag), token
+        return _begun(dist.irecv(token, rank, tag=tag)), token
+
+
+def _begun(work: dist.Work | None) -> dist.Work:
+    """torch has None for a rank outside of the group; outside of the world's there is none."""
+    assert work is not None
+    return work
 
 
 def share_a_host() -> bool:

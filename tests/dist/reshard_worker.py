@@ -171,13 +171,10 @@ def caught_corruption(direct: DirectTransfer, engine: VllmEngine, old: Path) -> 
     region = tuple(slice(start, stop) for start, stop in hit.target)
 
     def altered(change):
-        def write(parameters):
+        with engine.parameters_for_writing() as parameters:
             direct.write(parameters)
             if rank == 0:
-                part = parameters[hit.target_parameter].data[region]
-                change(part)
-
-        return write
+                change(parameters[hit.target_parameter].data[region])
 
     def flip(part):
         flat = part.reshape(-1)[:1].clone()
@@ -187,7 +184,7 @@ def caught_corruption(direct: DirectTransfer, engine: VllmEngine, old: Path) -> 
     faults = {"one bit": flip, "rows moved": lambda part: part.copy_(part.roll(1, -1).clone())}
     found = {}
     for name, change in faults.items():
-        found[name] = (hit.name, caught(direct, engine, lambda change=change: engine.write_weights(altered(change))))
+        found[name] = (hit.name, caught(direct, engine, lambda change=change: altered(change)))
     engine.update_weights(checkpoint_tensors(old))  # what is not written shall not be right by chance
     unpack = Exchange.__dict__["_unpack"]
     received = direct.exchange.num_bytes[1] > 0

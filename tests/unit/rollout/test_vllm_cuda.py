@@ -69,14 +69,11 @@ def written(engine: VllmEngine, seed: int, leave_out: str | None = None) -> None
     path = checkpoint(engine.settings.model_path.name.rpartition("_")[0], seed)
     tensors = dict(checkpoint_tensors(path))
 
-    @torch.no_grad()
-    def write(parameters):
+    with engine.parameters_for_writing() as parameters, torch.no_grad():
         for place in generator_layout(engine.config, GeneratorRank()):
             if place.name != leave_out:
                 value = tensors[place.name].to(weight_dtype(place.name, getattr(torch, engine.settings.dtype)))
                 place.read(parameters).copy_(value[tuple(slice(*region) for region in place.source)])
-
-    engine.write_weights(write)
 
 
 @pytest.mark.parametrize(("name", "dtype"), MODELS)

@@ -144,6 +144,13 @@ def test_what_does_not_fit_is_said(config, overrides, message):
     assert message in str(result.exception)
 
 
+@pytest.mark.parametrize("name", ["evaluate", "rejection_sampling", "sft"])
+def test_a_stage_that_updates_no_generator_is_refused_by_name(name):
+    result = CliRunner().invoke(app, ["reshard", "explain", f"configs/nano/{name}.yaml"])
+    assert isinstance(result.exception, ConfigError), result.output
+    assert f"stage {name} is no RLStage" in str(result.exception)
+
+
 def test_the_generators_own_layout_is_told(config):
     """Whole experts over the ranks of a generator; over several generators, planned though no run takes it."""
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from r1mega.errors import GenerationError, WeightSyncError
+from r1mega.config.schema import WeightsConfig
+from r1mega.errors import ConfigError, GenerationError, WeightSyncError
 from r1mega.platform import groups
 from r1mega.rollout.transformers_engine import TransformersEngine
 from r1mega.rollout.vllm_engine import VllmEngine
 from r1mega.weights import verify
 from r1mega.weights.layout import generator_layout, is_ignored
-from r1mega.weights.transfer import DigestTap, bucketed, checkpoint_tensors
+from r1mega.weights.transfer import DigestTap, bucketed, build_transfer, checkpoint_tensors
 from tests.unit.rollout.tiny_models import checkpoint, greedy_requests, prompt, sampled_requests, settings
 
 FAMILIES = ["deepseek", "qwen3_tied", "llama", "qwen2"]
@@ -261,6 +263,25 @@ def test_incomplete_and_misshapen_updates_are_all_named_and_leave_no_usable_engi
         engine.generate(greedy_requests(1))
     push(engine, tensors)
     assert answers(engine) == answers(engines("deepseek", 0, bucket_bytes=1 << 20))
+
+
+def test_a_write_that_fails_leaves_a_generator_without_weights(engines):
+    engine, tensors = engines("deepseek"), weights("deepseek")
+    push(engine, tensors)
+    expected = answers(engine)
+    with pytest.raises(RuntimeError, match="half-way"), engine.parameters_for_writing() as parameters:
+        parameters["model.norm.weight"].data.zero_()
+        raise RuntimeError("half-way")
+    with pytest.raises(GenerationError, match="no weights"):
+        engine.generate(greedy_requests(1))
+    push(engine, tensors)
+    assert answers(engine) == expected
+
+
+def test_direct_into_an_engine_that_cannot_be_written_is_refused():
+    engine, config = TransformersEngine(settings("qwen3_tied")), WeightsConfig(strategy="direct")
+    with pytest.raises(ConfigError, match="set rollout.engine=vllm, or gather"):
+        build_transfer(SimpleNamespace(dtype=torch.float32), engine, config, engine.config)
 
 
 def test_compare_names_both_sides_of_a_missing_tensor():

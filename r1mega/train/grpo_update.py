@@ -43,7 +43,7 @@ class _Minibatch:
 
 @dataclass(frozen=True, slots=True)
 class _Statistics:
-    """Of one microbatch, float64 scalars. outliers: tokens further from the sampler's log-prob than a probe allows."""
+    """Of one microbatch, scalars. outliers: tokens further from the sampler's log-prob than a probe allows."""
 
     tokens: GRPOMetrics
     entropy: torch.Tensor

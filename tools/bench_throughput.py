@@ -63,10 +63,10 @@ def bare_vllm(connection: Any, model: str, settings: dict[str, Any], threads: in
         connection.send((seconds, sum(len(c.token_ids) for o in outputs for c in o.outputs)))
 
 
-def bare_megatron(policy: Any, microbatches: list[Any], *, forward_only: bool = False) -> float:
+def bare_megatron(trainer: Any, microbatches: list[Any], *, forward_only: bool = False) -> float:
     """Seconds of one plain language-model step (Megatron's own loss) on the same packed microbatches.
 
-    policy: a copy that serves as holder of Megatron's model and optimizer only.
+    trainer: one that serves as holder of Megatron's model and optimizer only.
     """
     import torch
     from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -81,17 +81,17 @@ def bare_megatron(policy: Any, microbatches: list[Any], *, forward_only: bool = 
         )  # fmt: skip
         return output, lambda losses: (losses.sum(), torch.tensor(losses.numel(), dtype=torch.int), {})
 
-    model = policy.ddp_chunks[0]
+    model = trainer.ddp_chunks[0]
     begun = time.perf_counter()
     model.zero_grad_buffer()
-    policy.optimizer.zero_grad()
+    trainer.optimizer.zero_grad()
     get_forward_backward_func()(
         forward_step_func=forward_step, data_iterator=iter(microbatches), model=model,
         num_microbatches=len(microbatches), seq_length=max(b.num_tokens for b in microbatches), micro_batch_size=1,
         forward_only=forward_only,
     )  # fmt: skip
     if not forward_only:
-        policy.optimizer.step()
+        trainer.optimizer.step()
     return time.perf_counter() - begun
 
 
@@ -101,12 +101,12 @@ def measure(config: Any, runtime: Any, steps: int) -> dict[str, list[float]]:
     from r1mega.stages.rl import RLTrainer
     from r1mega.train import grpo_update
     from r1mega.train.policy import Policy
+    from r1mega.train.trainer import Trainer
 
     trainer = RLTrainer(config, runtime)
-    bare = Policy(
-        config.model, trainer.hf_config, config.parallel, config.optimizer, total_steps=10**6, seed=config.seed
-    )
-    bare.load_hf(HFTensors(config.model.path))
+    policy = Policy(config.model, trainer.hf_config, config.parallel, seed=config.seed)
+    policy.load_hf(HFTensors(config.model.path))
+    bare = Trainer(policy, config.optimizer, total_steps=10**6)
     seen: dict[str, Any] = {}
     plan, sample = grpo_update._plan, trainer.engine.stream
 

@@ -44,22 +44,22 @@ def measure(config: Any, hf: dict[str, Any], rounds: int) -> dict[str, list[dict
     from r1mega.observe.trace import PhaseTimer
     from r1mega.train.grpo_update import update_policy
     from r1mega.train.policy import Policy
+    from r1mega.train.trainer import Trainer
 
-    policies = {}
+    trainers = {}
     for choice in CHOICES:
         model = config.model.model_copy(update={"log_probs": choice})
-        policies[choice] = Policy(
-            model, hf, config.parallel, config.optimizer, total_steps=10**6, seed=config.seed, init_std=0.05
-        )
+        policy = Policy(model, hf, config.parallel, seed=config.seed, init_std=0.05)
         if config.algorithm.kl_coefficient > 0:
-            policies[choice].take_reference()
+            policy.take_reference()
+        trainers[choice] = Trainer(policy, config.optimizer, total_steps=10**6)
     figures: dict[str, list[dict[str, float]]] = {choice: [] for choice in CHOICES}
     for step in range(1, rounds + 2):
         samples = random_samples(config, hf["vocab_size"], step)
-        for choice, policy in policies.items():
+        for choice, trainer in trainers.items():
             timer = PhaseTimer()
             timer.start_step()
-            metrics = update_policy(policy, samples, config, step, timer)
+            metrics = update_policy(trainer, samples, config, step, timer)
             if step > 1:  # the first warms up
                 known = {name: value for name, value in metrics.items() if value is not None}
                 figures[choice].append(known | timer.finish_step())

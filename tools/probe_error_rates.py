@@ -31,7 +31,6 @@ from r1mega.config.schema import Dtype, Fp8, ModelConfig, ParallelConfig  # noqa
 from r1mega.platform import groups  # noqa: E402
 from r1mega.rollout.engine import EngineSettings  # noqa: E402
 from r1mega.rollout.vllm_engine import VllmEngine  # noqa: E402
-from r1mega.train.packing import build_microbatch  # noqa: E402
 from r1mega.train.policy import Policy  # noqa: E402
 from r1mega.types import GenerationRequest, SamplingSettings  # noqa: E402
 from r1mega.weights.verify import NUM_SEQUENCES, ProbeLimit, made_up_sequences, probe_limit  # noqa: E402
@@ -57,7 +56,7 @@ class Pair:
     def __init__(self, directory: Path, dtype: Dtype, fp8: Fp8, count: int):
         config = read_config(directory)
         model = ModelConfig(path=directory, dtype=dtype, fp8=fp8)
-        policy = Policy(model, config, ParallelConfig(), None, total_steps=1, seed=0)
+        policy = Policy(model, config, ParallelConfig(), seed=0)
         policy.load_hf(HFTensors(directory))
         self.weights: Weights = {name: tensor.clone() for name, tensor in policy.hf_tensors()}
         self.probed = NUM_SEQUENCES[policy.dtype]
@@ -65,8 +64,7 @@ class Pair:
         self.expected = []
         for start in range(0, count, self.probed):  # as a push packs them: scales of FP8 may be of all that is packed
             part = self.sequences[start : start + self.probed]
-            packed = policy.log_probs([build_microbatch(part, [1] * len(part), range(len(part)))])[0][0]
-            self.expected += [values.tolist() for values in packed.split([len(sequence) - 1 for sequence in part])]
+            self.expected += policy.sequence_log_probs(part)
         self.engine = VllmEngine(
             EngineSettings(directory, 2 * LENGTH, dtype=dtype, max_num_seqs=64, kv_cache_bytes=64 << 20)
         )

@@ -293,7 +293,7 @@ def _run_stage(config: Any, inputs: Inputs) -> tuple[list[dict[str, Any]], dict[
     class Unsaved(Runtime):
         """A run that stops after its steps and keeps nothing."""
 
-        def save(self, policy: Any, step: int, progress: Mapping[str, Any]) -> None:
+        def save(self, trainer: Any, step: int, progress: Mapping[str, Any]) -> None:
             """A benchmark has no use for it."""
 
         def stop_requested(self) -> bool:

@@ -14,7 +14,7 @@ import torch
 
 from r1mega.config.schema import ParallelConfig, WeightsConfig
 from r1mega.gpu_check.findings import Context, Findings
-from r1mega.gpu_check.policy import HF, SEQUENCES, Case, load_reference, make_policy, make_samples, rl_step
+from r1mega.gpu_check.policy import HF, SEQUENCES, Case, load_reference, make_samples, make_trainer, rl_step
 from r1mega.platform import groups
 from r1mega.rollout.engine import EngineSettings
 from r1mega.train.samples import pack_samples
@@ -39,7 +39,8 @@ def live(context: Context, findings: Findings, layout: ParallelConfig, tp: int, 
     case = Case("bfloat16" if context.device == "cuda" else "float32", layout=layout)
     state, _ = load_reference(context)
     directory = _model_directory(context.work)
-    policy = make_policy(case, state)
+    trainer = make_trainer(case, state)
+    policy = trainer.policy
     settings = EngineSettings(
         directory, 256, dtype=case.dtype, max_num_seqs=16, max_batched_tokens=1024, tp=tp, ep=ep,
         kv_cache_bytes=KV_CACHE_BYTES[context.device], gpu_memory_utilization=0.5,
@@ -51,11 +52,11 @@ def live(context: Context, findings: Findings, layout: ParallelConfig, tp: int, 
         first = _timed(findings, f"{label}push", sync.push)
         findings.figure(f"{label}largest difference of a probed log-prob", first["weights/probe_diff_max"])
         batch = [pack_samples(make_samples("chosen"), [0, 2])]
-        before = policy.log_probs(batch, everywhere=True)[0][0]
+        (before,) = policy.log_probs(batch)
         generated = _generate(generator)
         finite = all(tokens and all(map(math.isfinite, scores)) for tokens, scores in generated)
         findings.holds(f"{label}generates", finite)
-        largest = float((policy.log_probs(batch, everywhere=True)[0][0] - before).abs().max())
+        largest = float((policy.log_probs(batch)[0] - before).abs().max())
         findings.at_most(f"{label}the policy beside the generator changes by", largest, 1e-3)
         _sleep(context, findings, generator, label, keep_weights=True)
         generator.wake_up()
@@ -65,7 +66,7 @@ def live(context: Context, findings: Findings, layout: ParallelConfig, tp: int, 
         enough = 0.5 if context.device == "cuda" else 1.0
         findings.holds(f"{label}answers after sleep as before", same >= enough, f"{same:.0%}")
         _sleep(context, findings, generator, label, keep_weights=False)
-        rl_step(policy, make_samples("chosen"), 1, **case.algorithm)
+        rl_step(trainer, make_samples("chosen"), 1, **case.algorithm)
         second = _timed(findings, f"{label}push while asleep", sync.push)  # wakes it up, digests and probes
         findings.figure(f"{label}largest difference after a step", second["weights/probe_diff_max"])
         _generate(generator)

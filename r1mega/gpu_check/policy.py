@@ -40,6 +40,7 @@ from r1mega.platform.fp8 import recipe_problem  # noqa: E402
 from r1mega.train.grpo_update import update_policy  # noqa: E402
 from r1mega.train.policy import Policy  # noqa: E402
 from r1mega.train.samples import pack_samples  # noqa: E402
+from r1mega.train.trainer import Trainer  # noqa: E402
 
 HF: dict[str, Any] = {
     "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "vocab_size": 512, "hidden_size": 256,
@@ -149,21 +150,21 @@ def make_samples(experts: str) -> list[TrainingSample]:
     return samples
 
 
-def make_policy(case: Case, state: dict[str, torch.Tensor] | None) -> Policy:
+def make_trainer(case: Case, state: dict[str, torch.Tensor] | None) -> Trainer:
     """In the process groups that are there. state: weights by HF names; None: drawn (in float32)."""
     model = ModelConfig(
         path=Path("unused"), dtype=case.dtype, log_probs=case.log_probs, fp8=case.fp8, expert_bias_update_rate=0.01
     )
     init_std = HF["initializer_range"] if state is None else None
-    policy = Policy(model, HF, case.layout, OPTIMIZER, total_steps=9, seed=1, init_std=init_std)
+    policy = Policy(model, HF, case.layout, seed=1, init_std=init_std)
     if state is not None:
         policy.load_hf(state)
         policy.take_reference()
-    return policy
+    return Trainer(policy, OPTIMIZER, total_steps=9)
 
 
 def rl_step(
-    policy: Policy,
+    trainer: Trainer,
     samples: list[TrainingSample],
     number: int,
     *,
@@ -178,35 +179,35 @@ def rl_step(
         update=UpdateConfig(num_minibatches=1, microbatch_tokens=microbatch_tokens),
         algorithm=AlgorithmConfig(old_log_probs="rollout", **algorithm),
     )  # fmt: skip
-    metrics = update_policy(policy, samples, config, number, PhaseTimer())
+    metrics = update_policy(trainer, samples, config, number, PhaseTimer())
     loss, norm = metrics["policy/loss"], metrics["policy/grad_norm"]
     if loss is None or norm is None:
         raise ValueError("a step without a loss and a gradient norm: it was given no samples")
     return loss, norm
 
 
-def take_steps(policy: Policy, case: Case, steps: int = STEPS) -> Steps:
+def take_steps(trainer: Trainer, case: Case, steps: int = STEPS) -> Steps:
     """Steps on the samples, and what they gave. A collective call; whole on every rank."""
     samples = make_samples(case.experts)
     batches = [pack_samples(samples, [i]) for i in range(len(samples))]
     found = Steps([], [], [], [], {})
-    stepping = policy.optimizer.step
+    stepping = trainer.optimizer.step
 
     def step() -> Any:
-        found.gradients.append(gradients_by_name(policy))
+        found.gradients.append(gradients_by_name(trainer))
         return stepping()
 
-    policy.optimizer.step = step
+    trainer.optimizer.step = step
     try:
         for number in range(1, steps + 1):
-            scored = policy.log_probs(batches, TEMPERATURE, everywhere=True)
-            found.log_probs.append([log_probs.float().cpu() for log_probs, _ in scored])
-            loss, norm = rl_step(policy, samples, number, **case.algorithm)
+            scored = trainer.policy.log_probs(batches, TEMPERATURE)
+            found.log_probs.append([log_probs.float().cpu() for log_probs in scored])
+            loss, norm = rl_step(trainer, samples, number, **case.algorithm)
             found.losses.append(loss)
             found.norms.append(norm)
     finally:
-        policy.optimizer.step = stepping
-    found.after = weights(policy)
+        trainer.optimizer.step = stepping
+    found.after = weights(trainer.policy)
     return found
 
 
@@ -217,9 +218,9 @@ def make_reference(context: Context, findings: Findings) -> None:
     """Leaves reference.pt: weights that bfloat16 can hold; what two float32 steps give, with experts chosen and given."""
     groups.init_parallel(ParallelConfig(), seed=0)
     generator = torch.Generator().manual_seed(0)
-    drawn = make_policy(Case(log_probs="reference"), None)
+    drawn = make_trainer(Case(log_probs="reference"), None)
     state = {}
-    for name, tensor in weights(drawn).items():
+    for name, tensor in weights(drawn.policy).items():
         if "norm" in name:
             tensor = 1 + 0.1 * torch.randn(tensor.shape, generator=generator)
         elif name.endswith("e_score_correction_bias"):
@@ -228,7 +229,7 @@ def make_reference(context: Context, findings: Findings) -> None:
     found = {}
     for experts in ("chosen", "given"):
         case = Case(log_probs="reference", experts=experts)
-        found[experts] = take_steps(make_policy(case, state), case)
+        found[experts] = take_steps(make_trainer(case, state), case)
         findings.figure(f"experts {experts}: losses", [round(value, 6) for value in found[experts].losses])
         findings.figure(f"experts {experts}: gradient norms", [round(value, 6) for value in found[experts].norms])
     torch.save({"state": state, "found": found}, context.work / "reference.pt")
@@ -266,7 +267,7 @@ def _compare_cases(context: Context, findings: Findings, cases: list[Case], limi
     state, expected = load_reference(context)
     groups.init_parallel(ParallelConfig(), seed=0)
     for case in cases:
-        compare(findings, case, state, expected[case.experts], take_steps(make_policy(case, state), case), limits)
+        compare(findings, case, state, expected[case.experts], take_steps(make_trainer(case, state), case), limits)
     groups.destroy()
 
 
@@ -300,18 +301,18 @@ def compare(
 
 
 def checkpoint(context: Context, findings: Findings) -> None:
-    """One step, save, one more; a fresh policy loads it: every tensor bit by bit, then the same next step."""
+    """One step, save, one more; a fresh trainer loads it: every tensor bit by bit, then the same next step."""
     case = Case("bfloat16", "logits", "given")
     state, _ = load_reference(context)
     groups.init_parallel(ParallelConfig(), seed=0)
     store = CheckpointStore(context.work / "run", keep=1, architecture=architecture_of(HF))
-    policy = make_policy(case, state)
-    take_steps(policy, case, 1)
-    before = everything(policy)
-    path = store.save(1, policy.sharded_state(is_loading=False), {"step": 1})
+    trainer = make_trainer(case, state)
+    take_steps(trainer, case, 1)
+    before = everything(trainer)
+    path = store.save(1, trainer.sharded_state(is_loading=False), {"step": 1})
     findings.figure("checkpoint_bytes", sum(file.stat().st_size for file in path.rglob("*") if file.is_file()))
-    expected = take_steps(policy, case, 1)
-    fresh = make_policy(case, {name: torch.zeros_like(tensor) for name, tensor in state.items()})
+    expected = take_steps(trainer, case, 1)
+    fresh = make_trainer(case, {name: torch.zeros_like(tensor) for name, tensor in state.items()})
     newest = store.latest()
     if newest is None:
         raise CheckpointError(f"{path}: was saved, and is not found again")
@@ -327,24 +328,24 @@ def offload(context: Context, findings: Findings) -> None:
     case = Case("bfloat16", "logits", "given")
     state, _ = load_reference(context)
     groups.init_parallel(ParallelConfig(), seed=0)
-    plain = make_policy(case, state)
+    plain = make_trainer(case, state)
     take_steps(plain, case, 1)
     expected = take_steps(plain, case, 1)
     del plain
-    policy = make_policy(case, state)
-    take_steps(policy, case, 1)
-    before, bytes_before = everything(policy), _allocated(context)
-    for chunk in policy.ddp_chunks:
+    trainer = make_trainer(case, state)
+    take_steps(trainer, case, 1)
+    before, bytes_before = everything(trainer), _allocated(context)
+    for chunk in trainer.ddp_chunks:
         chunk.offload_grad_buffers()
-    policy.optimizer.offload_to_cpu()
+    trainer.optimizer.offload_to_cpu()
     freed = bytes_before - _allocated(context)
-    for chunk in policy.ddp_chunks:
+    for chunk in trainer.ddp_chunks:
         chunk.restore_grad_buffers()
-    policy.optimizer.restore_from_cpu()
-    _same(findings, "offload and restore keep", before, everything(policy))
-    _same_step(context, findings, "the step after restoring", expected, take_steps(policy, case, 1))
+    trainer.optimizer.restore_from_cpu()
+    _same(findings, "offload and restore keep", before, everything(trainer))
+    _same_step(context, findings, "the step after restoring", expected, take_steps(trainer, case, 1))
     if context.device == "cuda":  # main weights, two moments and gradients in float32: 16 bytes a parameter
-        parameters = sum(parameter.numel() for chunk in policy.chunks for parameter in chunk.parameters())
+        parameters = sum(parameter.numel() for chunk in trainer.policy.chunks for parameter in chunk.parameters())
         findings.figure("freed_bytes_per_parameter", freed / parameters)
         findings.holds("15 bytes a parameter are freed", freed >= 15 * parameters, f"{freed / parameters:.1f}")
     else:

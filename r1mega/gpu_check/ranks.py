@@ -152,7 +152,7 @@ def compare_layouts(context: Context, findings: Findings) -> None:
     """float32 steps in every layout of as many ranks against the reference's."""
     platform.prepare()  # before the first import of megatron
 
-    from r1mega.gpu_check.policy import EXACT, Case, compare, load_reference, make_policy, take_steps, with_layout
+    from r1mega.gpu_check.policy import EXACT, Case, compare, load_reference, make_trainer, take_steps, with_layout
 
     state, expected = load_reference(context)
     modes: tuple[LogProbs, ...] = ("logits", "hidden")
@@ -161,7 +161,7 @@ def compare_layouts(context: Context, findings: Findings) -> None:
         if mode == "hidden" and sizes not in ({"tp": 2}, {"tp": 2, "cp": 2, "ep": 2}):
             continue
         groups.init_parallel(case.layout, seed=0)
-        compare(findings, case, state, expected["chosen"], take_steps(make_policy(case, state), case), EXACT)
+        compare(findings, case, state, expected["chosen"], take_steps(make_trainer(case, state), case), EXACT)
         groups.destroy_parallel()
 
 

@@ -11,6 +11,7 @@ platform.prepare()
 
 from r1mega.checkpoint.hf_state import export_hf  # noqa: E402
 from r1mega.train.policy import Policy  # noqa: E402
+from r1mega.train.trainer import Trainer  # noqa: E402
 
 
 def weights(policy: Policy) -> dict[str, torch.Tensor]:
@@ -24,15 +25,16 @@ def weights(policy: Policy) -> dict[str, torch.Tensor]:
     return _exported(policy, mains)
 
 
-def gradients_by_name(policy: Policy) -> dict[str, torch.Tensor]:
+def gradients_by_name(trainer: Trainer) -> dict[str, torch.Tensor]:
     """The gradient buffers' content under HF names, made whole over the ranks, on the host."""
-    make_gradients_whole(policy)
+    make_gradients_whole(trainer)
+    policy = trainer.policy
     return _exported(policy, {parameter: vars(parameter)["main_grad"] for parameter in _parameters(policy)})
 
 
-def make_gradients_whole(policy: Policy) -> None:
+def make_gradients_whole(trainer: Trainer) -> None:
     """On every rank: the distributed optimizer reduces gradients to shards. A collective call."""
-    for chunk in policy.ddp_chunks:
+    for chunk in trainer.ddp_chunks:
         for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]:
             group = buffer.data_parallel_group
             for bucket in buffer.buckets if group.size() > 1 else ():
@@ -66,10 +68,10 @@ def _exported(policy: Policy, values: dict[torch.nn.Parameter, torch.Tensor]) ->
             module._parameters[name] = parameter
 
 
-def everything(policy: Policy) -> dict[str, torch.Tensor]:
+def everything(trainer: Trainer) -> dict[str, torch.Tensor]:
     """Weights, and the optimizer's main weights, moments and step counts, on the host, copied."""
-    tensors = weights(policy)
-    for part_index, part in enumerate(getattr(policy.optimizer, "chained_optimizers", [policy.optimizer])):
+    tensors = weights(trainer.policy)
+    for part_index, part in enumerate(getattr(trainer.optimizer, "chained_optimizers", [trainer.optimizer])):
         for group_index, group in enumerate(part.optimizer.param_groups):
             tensors[f"optimizer.{part_index}.{group_index}.step"] = torch.as_tensor(group.get("step", 0)).cpu()
             for index, parameter in enumerate(group["params"]):

@@ -7,6 +7,7 @@ import logging
 import math
 import random
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from r1mega.checkpoint.hf import read_config
@@ -44,8 +45,8 @@ def run(config: ColdStartStage, runtime: Runtime) -> int:
     rewritten = [(c, rewrite(c.response, config.rewrite, c.language)) for c in correct]
     candidates = [dataclasses.replace(c, response=text) for c, text in rewritten if text is not None]
     funnel.append(FilterCount("no reasoning and summary", len(correct), len(correct) - len(candidates)))
-    if config.rewrite.model.path is not None:
-        result = _rewrite_by_model(config, factory, candidates)
+    if (path := config.rewrite.model.path) is not None:
+        result = _rewrite_by_model(config, path, factory, candidates)
         if result is None:
             return runtime.stopped()
         funnel.append(FilterCount("not rewritten by the model", len(candidates), len(candidates) - len(result)))
@@ -120,13 +121,13 @@ def _posed(
 
 
 def _rewrite_by_model(
-    config: ColdStartStage, factory: DataFactory, candidates: Sequence[Candidate]
+    config: ColdStartStage, path: Path, factory: DataFactory, candidates: Sequence[Candidate]
 ) -> list[Candidate] | None:
-    """What the model made of each, in the form again; those that its context has no room for, that it cut or left without
+    """What the model in `path` made of each, in the form again; those that its context has no room for, that it cut or left without
     form are gone. None: stopped.
     """
     model = config.rewrite.model
-    tokenizer, context = load_tokenizer(model.path), context_length(read_config(model.path))
+    tokenizer, context = load_tokenizer(path), context_length(read_config(path))
     longest = math.inf if context is None else context - model.max_tokens - 1
     texts = [
         render_text(model.prompt, {"question": c.question, "response": c.response}, key="rewrite.model.prompt")
@@ -140,7 +141,7 @@ def _rewrite_by_model(
     stop_ids, stop_strings = stop_settings(config.rollout.stop, tokenizer)
     settings = SamplingSettings(model.temperature, 1.0, model.max_tokens, stop_ids, stop_strings)
     posed = [PosedPrompt(prompt) for _, prompt in asked]
-    if not factory.resample("rewritten", posed, config.model.model_copy(update={"path": model.path}), settings):
+    if not factory.resample("rewritten", posed, config.model.model_copy(update={"path": path}), settings):
         return None
     result = []
     for (candidate, _), (_, graded) in zip(asked, factory.samples("rewritten", posed, 1), strict=True):

@@ -195,6 +195,8 @@ class _Evaluation:
         with unit.store.opened():
             for graded in grade_samples(scorer, share.ungraded):
                 unit.store.write_grade(graded)
+            if engine is None:  # nothing is left to draw
+                return
             for graded in draw_samples(
                 engine, tokenizer, scorer if self._writes else None, share.missing, unit.sampling, on_sample=keep,
                 should_stop=self._should_stop,

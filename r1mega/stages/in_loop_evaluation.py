@@ -16,7 +16,7 @@ from r1mega.files import JsonLinesWriter
 from r1mega.platform.groups import GeneratorPlace, wait_for_all
 from r1mega.reward.compose import RewardScorer
 from r1mega.stages.runtime import Runtime
-from r1mega.types import GenerationEngine, SamplingSettings
+from r1mega.types import GenerationEngine, Prompt, SamplingSettings
 
 EVALUATIONS_FILE = "evaluations.jsonl"
 
@@ -40,7 +40,7 @@ class Evaluation:
     ):
         self._config, self._runtime = config, runtime
         self._engine, self._tokenizer, self._scorer, self._sampling = engine, tokenizer, scorer, sampling
-        self._prompts = ()
+        self._prompts: tuple[Prompt, ...] = ()
         if config.evaluate.data is not None:
             data = DataConfig.model_validate(config.data.model_dump() | {"prompts": (config.evaluate.data,)})
             self._prompts = load_prompts(data, tokenizer)[: config.evaluate.num_prompts]

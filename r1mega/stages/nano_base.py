@@ -13,11 +13,13 @@ from r1mega.config.stages.nano_base import NanoBaseStage
 from r1mega.data import nano, nano_general, nano_tokenizer
 from r1mega.data.template import render
 from r1mega.data.tokenizer import Tokenizer, load_tokenizer
+from r1mega.errors import DataError
 from r1mega.stages.runtime import Runtime
 from r1mega.stages.supervised import SupervisedLoop
 from r1mega.train.packing import best_fit, build_microbatch
 from r1mega.train.policy import Policy
 from r1mega.train.supervised import WeightedMicrobatch, WeightedSample, pack_weighted
+from r1mega.train.trainer import Trainer
 
 WINDOW_SAMPLES = 2048
 """Corpus samples that are packed together; a window's microbatches are shuffled."""
@@ -31,17 +33,10 @@ def run(config: NanoBaseStage, runtime: Runtime) -> int:
     runtime.barrier()
     tokenizer = load_tokenizer(tokenizer_dir)
     hf_config = read_config(config.model.path)
-    policy = Policy(
-        config.model,
-        hf_config,
-        config.parallel,
-        config.optimizer,
-        total_steps=config.steps,
-        seed=config.seed,
-        init_std=config.init_std,
-    )
-    start, _ = runtime.restore(policy, hf_config, config.steps)
-    loop = SupervisedLoop(runtime, policy, hf_config, start, config.steps, config.metrics_every_steps)
+    policy = Policy(config.model, hf_config, config.parallel, seed=config.seed, init_std=config.init_std)
+    trainer = Trainer(policy, config.optimizer, total_steps=config.steps)
+    start, _ = runtime.restore(trainer, hf_config, config.steps)
+    loop = SupervisedLoop(runtime, trainer, hf_config, start, config.steps, config.metrics_every_steps)
 
     def measure(step: int) -> dict[str, float]:
         return _probe(policy, tokenizer, config.seed) if step == config.steps else {}
@@ -53,12 +48,17 @@ def run(config: NanoBaseStage, runtime: Runtime) -> int:
 
 def _make_task(config: NanoBaseStage, run_dir: Path, tokenizer_dir: Path) -> None:
     """Prompt files and tokenizer; what is there already stays (both depend on the config alone)."""
-    for split, count in (("train", config.task.num_train_prompts), ("eval", config.task.num_eval_prompts)):
+    task = config.task
+    sizes: tuple[tuple[nano.Split, int, int], ...] = (
+        ("train", task.num_train_prompts, task.num_general),
+        ("eval", task.num_eval_prompts, task.num_general_eval),
+    )
+    for split, count, _ in sizes:
         path = run_dir / "data" / f"{split}.jsonl"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             nano.write_prompts(path, config.seed, count, split)
-    for split, count in (("train", config.task.num_general), ("eval", config.task.num_general_eval)):
+    for split, _, count in sizes:
         if not (last := run_dir / "data" / f"safety_{split}.jsonl").exists():  # the last one written
             nano_general.write_general(last.parent, config.seed, count, split)
     if not (tokenizer_dir / "tokenizer.model").exists():
@@ -71,12 +71,14 @@ def _batches(
 ) -> Iterator[list[WeightedMicrobatch]]:
     """This replica's microbatches, one list an optimizer step, from step `skip` on."""
     size, rank = policy.num_replicas, policy.replica
+    if (end := tokenizer.eos_token_id) is None:
+        raise DataError("the nano tokenizer has no token for the end of a text")
     step = 0
     for window in itertools.count():
         samples = [
             _weighted(
                 tokenizer.encode_prompt(render("nano", question)),
-                [*tokenizer.encode(completion), tokenizer.eos_token_id],
+                [*tokenizer.encode(completion), end],
                 config.prompt_loss_weight,
             )
             for question, completion in nano.corpus(config.seed * 1_000_003 + window, WINDOW_SAMPLES)
@@ -109,7 +111,7 @@ def _probe(policy: Policy, tokenizer: Tokenizer, seed: int) -> dict[str, float]:
         words = completion.split()
         kinds += [None, None, *(_kind(before, word) for before, word in itertools.pairwise(words[1:]))]
     microbatch = build_microbatch([p + a for p, a in samples], [len(p) for p, _ in samples], range(len(samples)))
-    log_probs, _ = policy.log_probs([microbatch], everywhere=True)[0]
+    (log_probs,) = policy.log_probs([microbatch])
     likely = (log_probs > math.log(0.5)).tolist()
     shares = {}
     for kind in ("candidate", "sum", "verdict", "answer"):

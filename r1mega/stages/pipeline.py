@@ -32,6 +32,7 @@ from r1mega.observe.lineage import (
     ContentHashes,
     Lineage,
     Source,
+    State,
     changed_outputs,
     fingerprint,
     now,
@@ -239,6 +240,8 @@ def _move_aside(run_dir: Path) -> Path:
 
 
 def _run_node(node: Node, pipeline: Pipeline, decision: Decision, launcher: str, rank_python: str | None) -> int:
+    if decision.fingerprint is None or decision.inputs is None:
+        raise ConfigError(f"node {node.name}: an input does not exist")
     run_dir = node.config.run_dir
     before = read_lineage(run_dir)
     attempt = Attempt(now(), git_commit(PACKAGE))
@@ -252,7 +255,7 @@ def _run_node(node: Node, pipeline: Pipeline, decision: Decision, launcher: str,
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(file, dump_config(node.config))
     code = _wait(command(node, file, launcher, rank_python))
-    states = {0: "finished", EXIT_SAVED_FOR_REQUEUE: "interrupted"}
+    states: dict[int, State] = {0: "finished", EXIT_SAVED_FOR_REQUEUE: "interrupted"}
     run = RunDirectory(run_dir)
     write_lineage(run_dir, dataclasses.replace(
         lineage,

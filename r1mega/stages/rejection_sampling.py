@@ -6,7 +6,7 @@ from typing import Any
 
 from r1mega.config.stages.rejection_sampling import RejectionSamplingStage
 from r1mega.data.card import describe_file
-from r1mega.data.filters import apply_filters, build_filters
+from r1mega.data.filters import FilterCount, apply_filters, build_filters
 from r1mega.data.selection import at_most_per_prompt, mix, read_general
 from r1mega.stages.data_factory import DataFactory
 from r1mega.stages.runtime import Runtime
@@ -31,12 +31,12 @@ def _select(config: RejectionSamplingStage, factory: DataFactory, posed: list[Po
     funnel.append(count)
     general = read_general(config.general, factory.tokenizer, config.data.template, config.licences)
     if general:
-        counts = []
+        counts: list[FilterCount] = []
         general = factory.distinct(general, counts)
         kept, count = mix(kept, general, config.general.share, config.seed)
         funnel += [type(c)(f"general: {c.name}", c.seen, c.taken) for c in (*counts, count)]
     further = [describe_file(path, "general", config.licences) for path in config.general.files]
-    made_by = {"prompts": len(posed), "sampled": len(candidates)}
+    made_by: dict[str, float] = {"prompts": len(posed), "sampled": len(candidates)}
     if general:
         made_by["general share asked"] = config.general.share
     return factory.write(kept, funnel, made_by, further)

@@ -24,6 +24,7 @@ from r1mega.stages.runtime import Runtime
 from r1mega.stages.supervised import work_metrics
 from r1mega.train.policy import Policy
 from r1mega.train.reward_model import PreferenceSample, preference_scores, preference_step
+from r1mega.train.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -35,22 +36,21 @@ def run(config: RewardModelStage, runtime: Runtime) -> int:
     held_out = load_samples(config, tokenizer, config.data.held_out) if config.data.held_out else []
     steps_an_epoch = -(-len(samples) // config.batch_size)
     steps = config.num_epochs * steps_an_epoch
-    policy = Policy(
-        config.model, hf_config, config.parallel, config.optimizer,
-        total_steps=steps, seed=config.seed, scalar_head=True,
-    )  # fmt: skip
+    policy = Policy(config.model, hf_config, config.parallel, seed=config.seed, scalar_head=True)
     tensors = HFTensors(config.model.path)
     head = {SCORE: initial_head(hf_config["hidden_size"], config.seed)}
-    policy.load_hf(tensors if SCORE in tensors else ChainMap(head, tensors))
-    start, _ = runtime.restore(policy, hf_config, steps)
+    # a ChainMap is only written to in its first mapping, but its type asks for all of them to be mutable
+    policy.load_hf(tensors if SCORE in tensors else ChainMap(head, tensors))  # type: ignore[arg-type]
+    trainer = Trainer(policy, config.optimizer, total_steps=steps)
+    start, _ = runtime.restore(trainer, hf_config, steps)
     flops = model_flops(hf_config)
     figures: dict[str, float] = {}
     if start == 0 and held_out:
         runtime.note(_line(0, evaluate(config, policy, held_out)))
-    for step in runtime.steps(policy, start, steps):
+    for step in runtime.steps(trainer, start, steps):
         indices = _members(config, len(samples), *divmod(step - 1, steps_an_epoch))
         with runtime.timer.phase("update"):
-            result = preference_step(policy, samples, indices, config.objective, config.microbatch_tokens)
+            result = preference_step(trainer, samples, indices, config.objective, config.microbatch_tokens)
         metrics = {
             "preference/loss": result.loss,
             "preference/accuracy": result.accuracy,
@@ -80,9 +80,9 @@ def load_samples(config: RewardModelStage, tokenizer: Tokenizer, paths: Sequence
     records = read_pairs(paths, data.min_margin) if config.objective == "pairwise" else read_judgements(paths)
     samples, alike, too_long = [], 0, 0
     for record in records:
-        pair = isinstance(record, Pair)
-        texts = [_read(config, text) for text in ((record.chosen, record.rejected) if pair else (record.response,))]
-        if pair and texts[0] == texts[1]:
+        stated = (record.chosen, record.rejected) if isinstance(record, Pair) else (record.response,)
+        texts = [_read(config, text) for text in stated]
+        if len(texts) == 2 and texts[0] == texts[1]:
             alike += 1
             continue
         sequences = tuple(tuple(encode(tokenizer, data.template, record.question, text)) for text in texts)
@@ -95,9 +95,9 @@ def load_samples(config: RewardModelStage, tokenizer: Tokenizer, paths: Sequence
                 )
             too_long += 1
             continue
-        stated = pair and config.margin == "stated"
-        target = ((record.margin or 0.0) if stated else 0.0) if pair else float(record.safe)
-        samples.append(PreferenceSample(sequences, target, tuple(len(tokenizer.encode(text)) for text in texts)))
+        samples.append(
+            PreferenceSample(sequences, _target(config, record), tuple(len(tokenizer.encode(text)) for text in texts))
+        )
     if alike:
         logger.warning("%d pairs whose summaries are the same were left out", alike)
     if too_long:
@@ -138,6 +138,12 @@ def figures_named(figures: dict[str, float]) -> dict[str, float]:
 
 def _read(config: RewardModelStage, text: str) -> str:
     return final_text(text) if config.text_read == "summary" else text
+
+
+def _target(config: RewardModelStage, record: Pair | Judgement) -> float:
+    if isinstance(record, Judgement):
+        return float(record.safe)
+    return (record.margin or 0.0) if config.margin == "stated" else 0.0
 
 
 def _members(config: RewardModelStage, count: int, epoch: int, place: int) -> list[int]:

@@ -11,7 +11,7 @@ from r1mega.config.stages.rl import RLStage
 from r1mega.data.cursor import CursorState, PromptCursor
 from r1mega.data.prompts import load_prompts
 from r1mega.data.tokenizer import load_tokenizer
-from r1mega.errors import CheckpointError
+from r1mega.errors import CheckpointError, ConfigError
 from r1mega.model.flops import model_flops
 from r1mega.observe.trace import profile_step
 from r1mega.platform.groups import wait_for_all
@@ -26,6 +26,7 @@ from r1mega.train.grpo_update import update_policy
 from r1mega.train.policy import Policy
 from r1mega.train.reward_model import ShardedRewardModel
 from r1mega.train.samples import gather_samples, training_samples
+from r1mega.train.trainer import Trainer
 from r1mega.types import RolloutGroup, SamplingSettings
 from r1mega.weights.sync import WeightSync
 
@@ -40,17 +41,15 @@ class RLTrainer:
         self.flops = model_flops(self.hf_config)
         self.tokenizer = load_tokenizer(config.model.path)
         prompts = load_prompts(config.data, self.tokenizer)
-        self.policy = Policy(
-            config.model, self.hf_config, config.parallel, config.optimizer,
-            total_steps=config.steps * config.update.num_minibatches * config.update.num_epochs, seed=config.seed,
-            init_std=init_std,
-        )  # fmt: skip
+        self.policy = Policy(config.model, self.hf_config, config.parallel, seed=config.seed, init_std=init_std)
         if init_std is None:
             self.policy.load_pretrained(config.model.path)
         if config.algorithm.kl_coefficient > 0:
             self.policy.take_reference()
+        num_updates = config.steps * config.update.num_minibatches * config.update.num_epochs
+        self.trainer = Trainer(self.policy, config.optimizer, total_steps=num_updates)
         self.cursor = PromptCursor(len(prompts), config.seed)
-        self.start, progress = runtime.restore(self.policy, self.hf_config, config.steps)
+        self.start, progress = runtime.restore(self.trainer, self.hf_config, config.steps)
         if self.start:
             self._restore_cursor(progress["cursor"])
         rollout = config.rollout
@@ -83,7 +82,7 @@ class RLTrainer:
         if config.rollout.sleep:
             self.engine.sleep(keep_weights=False)  # the push at the end of the step replaces all
         samples = gather_samples(training_samples(rollout.groups, config.algorithm), rollout.is_first)  # advantage
-        metrics = update_policy(self.policy, samples, config, step, self.timer)  # log-prob, update
+        metrics = update_policy(self.trainer, samples, config, step, self.timer)  # log-prob, update
         refresh = config.algorithm.reference_refresh_steps
         if config.algorithm.kl_coefficient > 0 and refresh is not None and step % refresh == 0:
             self.policy.take_reference()
@@ -96,6 +95,8 @@ class RLTrainer:
 
     def _sharded_reward_model(self, section: PreferenceReward) -> Callable[[Sequence[list[int]]], list[float]]:
         config = self.config
+        if section.model is None:
+            raise ConfigError("a reward model spread over the ranks needs its `model`, a directory")
         return ShardedRewardModel(section.model, config.model, config.parallel, section.microbatch_tokens).scores
 
     def _restore_cursor(self, state: CursorState) -> None:
@@ -118,23 +119,21 @@ class RLTrainer:
 
 def run(config: RLStage, runtime: Runtime) -> int:
     """Train to `config.steps` and export RUN_DIR/hf. Returns the exit code."""
-    trainer = RLTrainer(config, runtime)
+    rl = RLTrainer(config, runtime)
     try:
-        evaluation = Evaluation(
-            config, runtime, trainer.engine, trainer.tokenizer, trainer.scorer, trainer.sampling, trainer.start
-        )
-        if trainer.start == 0:
+        evaluation = Evaluation(config, runtime, rl.engine, rl.tokenizer, rl.scorer, rl.sampling, rl.start)
+        if rl.start == 0:
             evaluation.run(0)
-        for step in runtime.steps(trainer.policy, trainer.start, config.steps, trainer.progress):
+        for step in runtime.steps(rl.trainer, rl.start, config.steps, rl.progress):
             with profile_step(runtime.run_dir, step, runtime.rank):
-                metrics, groups = trainer.step(step)
-            metrics |= rates(metrics, trainer.timer.finish_step())
+                metrics, groups = rl.step(step)
+            metrics |= rates(metrics, rl.timer.finish_step())
             metrics |= evaluation.run(step) if evaluation.is_due(step) else {}
             runtime.write_metrics(step, metrics)
             runtime.write_samples(step, groups)
     finally:
-        trainer.close()
-    exported = runtime.export(trainer.policy, trainer.hf_config, tokenizer_from=config.model.path)
+        rl.close()
+    exported = runtime.export(rl.policy, rl.hf_config, tokenizer_from=config.model.path)
     return runtime.finished({"checkpoint": str(exported)} | evaluation.summary())
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
@@ -20,7 +20,7 @@ from r1mega.types import RewardStatus, RolloutGroup, TrainingSample
 
 def group_metrics(groups: Sequence[RolloutGroup], *, contributes: bool) -> dict[str, float]:
     """Reward, response and group metrics over all ranks; `contributes` is False on ranks that hold copies."""
-    sums: Counter[str] = Counter()
+    sums: defaultdict[str, float] = defaultdict(float)
     longest = 0
     for group in groups if contributes else ():
         sums["groups"] += 1
@@ -32,7 +32,7 @@ def group_metrics(groups: Sequence[RolloutGroup], *, contributes: bool) -> dict[
             sums["reflecting"] += reflects(text)
             sums["mixed"] += mixes_languages(text)
             longest = max(longest, len(response.token_ids))
-            if reward.status == RewardStatus.OK:
+            if reward.status == RewardStatus.OK and reward.value is not None:
                 sums["scored"] += 1
                 sums["value"] += reward.value
                 sums["square"] += reward.value**2
@@ -104,7 +104,7 @@ def work_metrics(
     }
 
 
-def _over_ranks(sums: Counter[str], longest: int) -> tuple[Counter[str], int]:
+def _over_ranks(sums: defaultdict[str, float], longest: int) -> tuple[defaultdict[str, float], int]:
     if dist.get_world_size() == 1:
         return sums, longest
     names: list[list[str]] = [[] for _ in range(dist.get_world_size())]
@@ -114,4 +114,4 @@ def _over_ranks(sums: Counter[str], longest: int) -> tuple[Counter[str], int]:
     dist.all_reduce(values)
     top = torch.tensor([longest])
     dist.all_reduce(top, dist.ReduceOp.MAX)
-    return Counter(dict(zip(union, values.tolist(), strict=True))), int(top)
+    return defaultdict(float, zip(union, values.tolist(), strict=True)), int(top)

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -15,7 +16,7 @@ import torch.distributed as dist
 from r1mega import platform
 from r1mega.checkpoint.hf import write_hf
 from r1mega.checkpoint.store import CheckpointStore, architecture_of
-from r1mega.config.schema import Stage
+from r1mega.config.schema import CheckpointConfig, Stage, TrainingStage
 from r1mega.errors import EXIT_SAVED_FOR_REQUEUE, CheckpointError, FreshProcessNeeded, R1MegaError
 from r1mega.observe.metrics import MetricsWriter
 from r1mega.observe.performance import RATED, performance
@@ -33,6 +34,7 @@ from r1mega.types import RolloutGroup
 
 if TYPE_CHECKING:
     from r1mega.train.policy import Policy
+    from r1mega.train.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -56,10 +58,18 @@ class Stopped(Exception):
         self.step = step
 
 
+@dataclass(frozen=True, slots=True)
+class _Files:
+    """What a run writes as it goes on."""
+
+    metrics: MetricsWriter
+    samples: SamplesWriter
+
+
 class Runtime:
     """One run of one stage on this rank. Open it with `Runtime.open`; stages call the methods in their loop."""
 
-    def __init__(self, config: Stage, directory: RunDirectory):
+    def __init__(self, config: Stage, directory: RunDirectory, stop: StopRequest):
         self.config, self.directory, self.run_dir = config, directory, directory.path
         self.rank = dist.get_rank()
         self.is_main = self.rank == 0
@@ -69,11 +79,10 @@ class Runtime:
         )
         self.peak_tflops = _peak_tflops(config)
         """Of this rank's device, for shares of it; None: unknown."""
+        self._stop = stop
         self._store: CheckpointStore | None = None
-        self._metrics: MetricsWriter | None = None
-        self._samples: SamplesWriter | None = None
+        self._files: _Files | None = None
         self._progress: StageProgress | None = None
-        self._stop: StopRequest | None = None
         self._last: dict[str, Any] = {}
         self._step = self._total_steps = 0
 
@@ -84,10 +93,9 @@ class Runtime:
         torch.set_num_threads(config.threads or _threads_per_rank())
         groups.init_parallel(config.parallel, config.seed, config.timeouts)
         directory = RunDirectory(config.run_dir)
-        runtime = cls(config, directory)
         with contextlib.ExitStack() as stack:
             stack.callback(groups.destroy)
-            runtime._stop = stack.enter_context(StopRequest())
+            runtime = cls(config, directory, stack.enter_context(StopRequest()))
             if runtime.is_main:
                 stack.enter_context(directory.lock())
                 directory.write_config(config.model_dump(mode="json"))
@@ -106,21 +114,21 @@ class Runtime:
     # ------------------------------------------------------------------ the loop of a training stage
 
     def steps(
-        self, policy: Policy, start: int, total: int, progress: Callable[[], Mapping[str, Any]] = dict
+        self, trainer: Trainer, start: int, total: int, progress: Callable[[], Mapping[str, Any]] = dict
     ) -> Iterator[int]:
         """The steps after `start` (done), up to `total`: each is timed, and saved after it where that is due.
 
         progress: what a checkpoint keeps beside weights and optimizer, asked for at each save. Raises Stopped, saved, when
         asked to stop before the end.
         """
-        every = self.config.checkpoint.every_steps
+        every = self._checkpoint.every_steps
         with self.progress(total=total, done=start):
             for step in range(start + 1, total + 1):
                 self.timer.start_step()
                 yield step
                 stopping = self.stop_requested()
                 if step % every == 0 or step == total or stopping:
-                    self.save(policy, step, progress())
+                    self.save(trainer, step, progress())
                 if stopping and step < total:
                     self._finish_saves()  # whatever closing may do, the state is whole before
                     raise Stopped(step)
@@ -133,20 +141,21 @@ class Runtime:
 
     # ------------------------------------------------------------------ resume and checkpoints
 
-    def restore(self, policy: Any, hf_config: Mapping[str, Any], total_steps: int) -> tuple[int, dict[str, Any]]:
-        """(last saved step, its progress record) after loading it into the policy; (0, {}) for a fresh run.
+    def restore(self, trainer: Trainer, hf_config: Mapping[str, Any], total_steps: int) -> tuple[int, dict[str, Any]]:
+        """(last saved step, its progress record) after loading it into the trainer; (0, {}) for a fresh run.
 
         Opens the metric files, cut back to that step.
         """
-        checkpoint = self.config.checkpoint
-        self._store = CheckpointStore(
+        checkpoint = self._checkpoint
+        store = self._store = CheckpointStore(
             self.run_dir, keep=checkpoint.keep, architecture=architecture_of(hf_config),
             asynchronous=checkpoint.async_save,
         )  # fmt: skip
-        path, progress = self._store.latest(), {}
+        path = store.latest()
+        progress: dict[str, Any] = {}
         if path is not None:
-            state, progress = self._store.load(path, policy.sharded_state(is_loading=True))
-            policy.load_sharded_state(state)
+            state, progress = store.load(path, trainer.sharded_state(is_loading=True))
+            trainer.load_sharded_state(state)
             self._step = progress["step"]
             if self._step > total_steps:
                 raise CheckpointError(
@@ -161,21 +170,23 @@ class Runtime:
         """
         self._total_steps = total_steps
         observe = self.config.observe
-        self._metrics = MetricsWriter(
+        metrics = MetricsWriter(
             self.run_dir, resume_step=resume, tensorboard=observe.tensorboard, wandb_project=observe.wandb_project,
             config=self.config.model_dump(mode="json"), enabled=self.is_main,
         )  # fmt: skip
-        self._last = self._metrics.last or {}
-        self._samples = SamplesWriter(self.run_dir, resume_step=resume, enabled=self.is_main)
+        self._last = metrics.last or {}
+        self._files = _Files(metrics, SamplesWriter(self.run_dir, resume_step=resume, enabled=self.is_main))
         if self.is_main:
             self.directory.write_environment(self._step, dist.get_world_size())
             self.directory.write_status("running", self._step)
             if resume is not None:
                 print(f"resuming {self.run_dir} from step {resume}", flush=True)
 
-    def save(self, policy: Any, step: int, progress: Mapping[str, Any]) -> None:
+    def save(self, trainer: Trainer, step: int, progress: Mapping[str, Any]) -> None:
         """Checkpoint `step`; its metrics line is written by then, so none is missing after a kill."""
-        self._store.save(step, policy.sharded_state(is_loading=False), progress)
+        if self._store is None:
+            raise RuntimeError("restore() opens the checkpoints first")
+        self._store.save(step, trainer.sharded_state(is_loading=False), progress)
 
     # ------------------------------------------------------------------ what the loop reports
 
@@ -188,7 +199,7 @@ class Runtime:
     def write_metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
         """The line of `step`: metrics.jsonl, TensorBoard, progress bar. Only rank 0 writes; a collective call."""
         metrics = {**metrics, **self._performance(metrics), "memory/rss_bytes": rss_bytes()}
-        self._last = self._metrics.write(step, metrics)
+        self._last = self._opened.metrics.write(step, metrics)
         self._step = step
         if self._progress is not None:
             self._progress.update(step, metrics)
@@ -211,11 +222,11 @@ class Runtime:
         """Some of rank 0's responses, on the steps that observe.samples_every_steps names, the first and the last."""
         observe = self.config.observe
         if self.is_main and ((step - 1) % observe.samples_every_steps == 0 or step == self._total_steps):
-            self._samples.write(step, local_groups, observe.samples_per_step)
+            self._opened.samples.write(step, local_groups, observe.samples_per_step)
 
     def write_sample_lines(self, *records: Mapping[str, Any]) -> None:
         """Samples that are no rollouts (held-out ones of SFT), in the form of observe.samples.sample_record; on rank 0."""
-        self._samples.write_lines(*records)
+        self._opened.samples.write_lines(*records)
 
     def broadcast(self, make: Callable[[], T]) -> T:
         """What `make` returns on rank 0, on every rank; what it raises there (an R1MegaError) is raised on every rank."""
@@ -275,9 +286,22 @@ class Runtime:
             self._store.wait()
 
     def _close(self) -> None:
-        for writer in (self._metrics, self._samples):
-            if writer is not None:
-                writer.close()
+        if self._files is not None:
+            self._files.metrics.close()
+            self._files.samples.close()
+
+    @property
+    def _opened(self) -> _Files:
+        if self._files is None:
+            raise RuntimeError("restore() or begin() opens the metric files first")
+        return self._files
+
+    @property
+    def _checkpoint(self) -> CheckpointConfig:
+        """How a stage that trains keeps its state."""
+        if not isinstance(self.config, TrainingStage):
+            raise TypeError(f"stage {self.config.stage} does not train: its config is no TrainingStage")
+        return self.config.checkpoint
 
 
 def _threads_per_rank() -> int:

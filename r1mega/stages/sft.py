@@ -6,43 +6,43 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 
+import torch
 import torch.distributed as dist
 
 from r1mega.checkpoint.hf import read_config
 from r1mega.config.stages.sft import SFTStage
 from r1mega.data.sft import SFTDataset, build_token_file, held_out_indices
-from r1mega.data.tokenizer import load_tokenizer
+from r1mega.data.tokenizer import Tokenizer, load_tokenizer
 from r1mega.stages.runtime import Runtime
 from r1mega.stages.supervised import SupervisedLoop
 from r1mega.train.packing import plan_packing
 from r1mega.train.policy import Policy
 from r1mega.train.supervised import WeightedMicrobatch, WeightedSample, mean_loss, pack_weighted, sample_losses
+from r1mega.train.trainer import Trainer
 
 
 def run(config: SFTStage, runtime: Runtime) -> int:
     """Train for `config.epochs` and export RUN_DIR/hf. Returns the exit code."""
     tokenizer = load_tokenizer(config.tokenizer_path)
     path = runtime.broadcast(lambda: build_token_file(config.data, tokenizer, runtime.run_dir / "data"))
-    trainer = _Trainer(config, runtime, SFTDataset(path))
+    batches = _Batches(config, runtime, SFTDataset(path))
     hf_config = read_config(config.model.path)
-    policy = Policy(
-        config.model, hf_config, config.parallel, config.optimizer,
-        total_steps=trainer.num_steps, seed=config.seed, init_std=config.init_std,
-    )  # fmt: skip
+    policy = Policy(config.model, hf_config, config.parallel, seed=config.seed, init_std=config.init_std)
     if config.init_std is None:
         policy.load_pretrained(config.model.path)
-    start, _ = runtime.restore(policy, hf_config, trainer.num_steps)
-    loop = SupervisedLoop(runtime, policy, hf_config, start, trainer.num_steps, config.metrics_every_steps)
-    measures = _HeldOut(trainer, policy, tokenizer)
+    trainer = Trainer(policy, config.optimizer, total_steps=batches.num_steps)
+    start, _ = runtime.restore(trainer, hf_config, batches.num_steps)
+    loop = SupervisedLoop(runtime, trainer, hf_config, start, batches.num_steps, config.metrics_every_steps)
+    measures = _HeldOut(batches, policy, tokenizer)
     if start == 0:
         measures.note(0, measures.measure(0))
-    loop.run(trainer.batches(start, policy), measures.after_step)
+    loop.run(batches.after(start, policy), measures.after_step)
     exported = runtime.export(policy, hf_config, tokenizer_from=config.tokenizer_path)
-    summary = {"steps": trainer.num_steps, "samples": len(trainer.training), "checkpoint": str(exported)}
+    summary = {"steps": batches.num_steps, "samples": len(batches.training), "checkpoint": str(exported)}
     return runtime.finished(summary | measures.last)
 
 
-class _Trainer:
+class _Batches:
     """Which samples each step trains on; every rank plans it alike from lengths and seed."""
 
     def __init__(self, config: SFTStage, runtime: Runtime, dataset: SFTDataset):
@@ -55,7 +55,7 @@ class _Trainer:
         self.steps_per_epoch = -(-len(self.training) // config.batch_size)
         self.num_steps = config.epochs * self.steps_per_epoch
 
-    def batches(self, skip: int, policy: Policy) -> Iterator[list[WeightedMicrobatch]]:
+    def after(self, skip: int, policy: Policy) -> Iterator[list[WeightedMicrobatch]]:
         """This rank's microbatches of each step after `skip`. The last batch of an epoch may be smaller."""
         size = self.config.batch_size
         for epoch in range(skip // self.steps_per_epoch, self.config.epochs):
@@ -83,22 +83,21 @@ class _Trainer:
 class _HeldOut:
     """The loss on samples that are not trained on, and a few of them for a person to read."""
 
-    def __init__(self, trainer: _Trainer, policy: Policy, tokenizer):
-        self._trainer, self._policy, self._tokenizer = trainer, policy, tokenizer
+    def __init__(self, batches: _Batches, policy: Policy, tokenizer: Tokenizer):
+        self._batches, self._policy, self._tokenizer = batches, policy, tokenizer
         self.last: dict[str, float] = {}
 
     def after_step(self, step: int) -> dict[str, float]:
         """The metrics of a step after which a measurement is due; {} after others."""
-        every = self._trainer.config.held_out.every_steps or self._trainer.steps_per_epoch
-        due = step % every == 0 or step == self._trainer.num_steps
+        every = self._batches.config.held_out.every_steps or self._batches.steps_per_epoch
+        due = step % every == 0 or step == self._batches.num_steps
         return self.measure(step) if due else {}
 
     def measure(self, step: int) -> dict[str, float]:
         """{"train/held_out_loss": ...}; {} when no samples are held out. A collective call."""
-        trainer = self._trainer
-        if not trainer.held_out:
+        if not self._batches.held_out:
             return {}
-        batches = trainer.pack(trainer.held_out, self._policy)
+        batches = self._batches.pack(self._batches.held_out, self._policy)
         losses = sample_losses(self._policy, batches)
         self.last = {"train/held_out_loss": mean_loss(losses)}
         self._write_samples(step, batches, losses)
@@ -106,28 +105,28 @@ class _HeldOut:
 
     def note(self, step: int, metrics: dict[str, float]) -> None:
         if metrics:
-            self._trainer.runtime.note(f"held-out loss after step {step}: {metrics['train/held_out_loss']:.4f}")
+            self._batches.runtime.note(f"held-out loss after step {step}: {metrics['train/held_out_loss']:.4f}")
 
-    def _write_samples(self, step: int, batches: Sequence[WeightedMicrobatch], losses: Sequence) -> None:
+    def _write_samples(self, step: int, batches: Sequence[WeightedMicrobatch], losses: Sequence[torch.Tensor]) -> None:
         """The first held-out samples: the same ones each time, with what they cost (nats a token)."""
         local = {
             index: float(total / weight) if weight else math.nan
             for batch, sums in zip(batches, losses, strict=False)
-            for index, (total, weight) in zip(batch.microbatch.sample_indices, sums.tolist(), strict=True)
+            for index, (total, weight) in zip(batch.sample_indices, sums.tolist(), strict=True)
         }
         everyone: list[dict[int, float]] = [local]
         if dist.get_world_size() > 1:
             everyone = [{} for _ in range(dist.get_world_size())]
             dist.all_gather_object(everyone, local)
         merged = {index: loss for part in everyone for index, loss in part.items()}
-        trainer = self._trainer
-        shown = trainer.held_out[: trainer.config.observe.samples_per_step]
-        trainer.runtime.write_sample_lines(
+        source = self._batches
+        shown = source.held_out[: source.config.observe.samples_per_step]
+        source.runtime.write_sample_lines(
             *(self._line(step, index, merged[index]) for index in shown if index in merged)
         )
 
     def _line(self, step: int, index: int, loss: float) -> dict:
-        sample = self._trainer.dataset.describe(index)
+        sample = self._batches.dataset.describe(index)
         return {
             "step": step,
             "prompt_id": sample["id"],

@@ -7,8 +7,8 @@ from typing import Any
 
 from r1mega.model.flops import ModelFlops, Work, model_flops
 from r1mega.stages.runtime import Runtime
-from r1mega.train.policy import Policy
 from r1mega.train.supervised import WeightedMicrobatch, supervised_step
+from r1mega.train.trainer import Trainer
 
 
 class SupervisedLoop:
@@ -17,14 +17,14 @@ class SupervisedLoop:
     def __init__(
         self,
         runtime: Runtime,
-        policy: Policy,
+        trainer: Trainer,
         hf_config: Mapping[str, Any],
         start: int,
         steps: int,
         metrics_every_steps: int,
     ):
-        self._runtime, self._policy, self._flops = runtime, policy, model_flops(hf_config)
-        self._has_mtp_loss = bool(policy.megatron_config.mtp_num_layers)
+        self._runtime, self._trainer, self._flops = runtime, trainer, model_flops(hf_config)
+        self._has_mtp_loss = bool(trainer.policy.megatron_config.mtp_num_layers)
         self._steps, self._metrics_every_steps = steps, metrics_every_steps
         self._start = start
 
@@ -35,9 +35,9 @@ class SupervisedLoop:
         is one of every `metrics_every_steps`, the last, or has such metrics.
         """
         runtime = self._runtime
-        for step in runtime.steps(self._policy, self._start, self._steps):
+        for step in runtime.steps(self._trainer, self._start, self._steps):
             with runtime.timer.phase("update"):
-                result = supervised_step(self._policy, next(batches))
+                result = supervised_step(self._trainer, next(batches))
             further = measure(step)
             if further or step % self._metrics_every_steps == 0 or step == self._steps:
                 times = runtime.timer.finish_step()

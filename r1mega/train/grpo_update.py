@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,13 +12,16 @@ import torch
 import torch.distributed as dist
 
 from r1mega.algorithm.grpo import grpo_loss
-from r1mega.config.stages.rl import RLStage
+from r1mega.config.stages.rl import AlgorithmConfig, RLStage
 from r1mega.observe.trace import PhaseTimer
-from r1mega.train.packing import Microbatch, plan_packing, split_minibatches
-from r1mega.train.policy import Policy, UpdateResult
-from r1mega.train.samples import minibatch_weights, pack_samples, policy_tokens
+from r1mega.train.heads import TokenScores
+from r1mega.train.packing import plan_packing, split_minibatches
+from r1mega.train.policy import Policy
+from r1mega.train.samples import PolicyMicrobatch, minibatch_weights, pack_for_loss
+from r1mega.train.trainer import Trainer, UpdateResult
 from r1mega.types import TrainingSample
 from r1mega.weights.verify import probe_limit
+from r1mega_kernels import GRPOMetrics
 
 _NO_UPDATE = dict.fromkeys(
     (
@@ -29,15 +35,24 @@ _NO_UPDATE = dict.fromkeys(
 
 @dataclass(frozen=True, slots=True)
 class _Minibatch:
-    """One optimizer step's share of this rank, and the figures that all ranks agree on."""
+    """One optimizer step's share of this rank, and the figure that all ranks agree on."""
 
-    microbatches: list[Microbatch]
-    weights: dict[int, float]
+    microbatches: list[PolicyMicrobatch]
     response_tokens: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Statistics:
+    """Of one microbatch, scalars. outliers: tokens further from the sampler's log-prob than a probe allows."""
+
+    tokens: GRPOMetrics
+    entropy: torch.Tensor
+    loss: torch.Tensor
+    outliers: torch.Tensor
+
+
 def update_policy(
-    policy: Policy, samples: Sequence[TrainingSample], config: RLStage, step: int, timer: PhaseTimer
+    trainer: Trainer, samples: Sequence[TrainingSample], config: RLStage, step: int, timer: PhaseTimer
 ) -> dict[str, float | None]:
     """Train on one rollout's samples (the same list on every rank); return the step's policy metrics.
 
@@ -45,57 +60,73 @@ def update_policy(
     """
     if not samples:
         return _NO_UPDATE
-    algorithm, temperature = config.algorithm, config.rollout.temperature
+    policy = trainer.policy
     tolerance = probe_limit(policy.dtype, config.weights.probe_tolerance, fp8=policy.fp8).tolerance
-    results: list[UpdateResult] = []
+    loss = functools.partial(_loss, algorithm=config.algorithm, tolerance=tolerance, kernels=policy.kernels)
     with timer.phase("update"):
         minibatches, fill = _plan(samples, config, step, policy)
-    everything = [batch for minibatch in minibatches for batch in minibatch.microbatches]
     with timer.phase("logprob"):
-        old = reference = None  # on the last pipeline stage, where the loss is; empty on the others
-        if algorithm.old_log_probs == "recompute":
-            old = [log_probs for log_probs, _ in policy.log_probs(everything, temperature)]
-        if algorithm.kl_coefficient > 0:
-            with policy.as_reference():
-                reference = [log_probs for log_probs, _ in policy.log_probs(everything, temperature, replay=False)]
+        minibatches = _with_log_probs(policy, minibatches, config)
     with timer.phase("update"):
-        offset = 0
-        for minibatch in minibatches:
-
-            def loss(index, microbatch, log_probs, entropies, minibatch=minibatch, offset=offset):
-                tokens = policy_tokens(
-                    microbatch,
-                    samples,
-                    minibatch.weights,
-                    old_log_probs=None if old is None else old[offset + index],
-                    reference_log_probs=None if reference is None else reference[offset + index],
-                )
-                value, stats = grpo_loss(
-                    log_probs,
-                    tokens,
-                    clip_low=algorithm.clip_low,
-                    clip_high=algorithm.clip_high,
-                    ratio=algorithm.ratio,
-                    kl_coefficient=algorithm.kl_coefficient,
-                    importance_cap=algorithm.importance_cap,
-                    backend=policy.kernels,
-                )
-                outliers = (log_probs.detach() - tokens.sampler_log_probs).abs() > tolerance
-                return value, (stats, entropies.sum(dtype=torch.float64), value.detach().double(), outliers.sum())
-
-            results.append(
-                policy.update(
-                    minibatch.microbatches,
-                    loss,
-                    temperature=temperature,
-                    total_response_tokens=minibatch.response_tokens,
-                )
+        results = [
+            trainer.update(
+                minibatch.microbatches,
+                loss,
+                temperature=config.rollout.temperature,
+                total_response_tokens=minibatch.response_tokens,
             )
-            offset += len(minibatch.microbatches)
+            for minibatch in minibatches
+        ]
     return _metrics(results, policy.reports) | {
         "packing/fill_fraction": fill,
         "tokens/update": float(config.update.num_epochs * sum(len(s.token_ids) for s in samples)),
     }
+
+
+def _with_log_probs(policy: Policy, minibatches: Sequence[_Minibatch], config: RLStage) -> list[_Minibatch]:
+    """Microbatches with the log-probs of old and reference weights, as far as the loss asks for them; only on the last
+    pipeline stage, where the loss is.
+    """
+    batches = [batch for minibatch in minibatches for batch in minibatch.microbatches]
+    temperature = config.rollout.temperature
+    old: list[TokenScores] = []
+    reference: list[TokenScores] = []
+    if config.algorithm.old_log_probs == "recompute":
+        old = policy.scores(batches, temperature)
+    if config.algorithm.kl_coefficient > 0:
+        with policy.as_reference():
+            reference = policy.scores(batches, temperature, replay=False)
+    if old:
+        pairs = zip(batches, old, strict=True)
+        batches = [dataclasses.replace(batch, old_log_probs=scores.values) for batch, scores in pairs]
+    if reference:
+        pairs = zip(batches, reference, strict=True)
+        batches = [dataclasses.replace(batch, reference_log_probs=scores.values) for batch, scores in pairs]
+    rest = iter(batches)
+    return [
+        dataclasses.replace(minibatch, microbatches=list(itertools.islice(rest, len(minibatch.microbatches))))
+        for minibatch in minibatches
+    ]
+
+
+def _loss(
+    batch: PolicyMicrobatch, scores: TokenScores, *, algorithm: AlgorithmConfig, tolerance: float, kernels: str | None
+) -> tuple[torch.Tensor, _Statistics]:
+    log_probs, entropies = scores.values, scores.entropies
+    if entropies is None:
+        raise TypeError("GRPO is for a model that predicts tokens: its head gives entropies")
+    value, stats = grpo_loss(
+        log_probs,
+        batch.policy_tokens,
+        clip_low=algorithm.clip_low,
+        clip_high=algorithm.clip_high,
+        ratio=algorithm.ratio,
+        kl_coefficient=algorithm.kl_coefficient,
+        importance_cap=algorithm.importance_cap,
+        backend=kernels,
+    )
+    outliers = (log_probs.detach() - batch.sampler_log_probs).abs() > tolerance
+    return value, _Statistics(stats, entropies.sum(dtype=torch.float64), value.detach().double(), outliers.sum())
 
 
 def _plan(
@@ -112,31 +143,34 @@ def _plan(
         )
         fills.append(plan.fill_fraction)
         for members, ranks in zip(parts, plan.bins, strict=True):
+            weights = minibatch_weights(
+                samples, members, config.algorithm.loss_aggregation, config.rollout.max_response_tokens
+            )
             minibatches.append(
                 _Minibatch(
-                    microbatches=[pack_samples(samples, indices) for indices in ranks[policy.replica]],
-                    weights=minibatch_weights(
-                        samples, members, config.algorithm.loss_aggregation, config.rollout.max_response_tokens
-                    ),
+                    microbatches=[pack_for_loss(samples, indices, weights) for indices in ranks[policy.replica]],
                     response_tokens=sum(samples[i].response_length for i in members),
                 )
             )
     return minibatches, sum(fills) / len(fills)
 
 
-def _metrics(results: list[UpdateResult], reports: bool) -> dict[str, float | None]:
+def _metrics(results: list[UpdateResult[_Statistics]], reports: bool) -> dict[str, float | None]:
     """Add the statistics of microbatches and reporting ranks up. Mismatch: of the first optimizer step only, whose
     forward pass still has the weights that sampled.
     """
     sums = torch.zeros(9, dtype=torch.float64)
     largest = torch.zeros(1, dtype=torch.float64)
     for place, result in enumerate(results):
-        for stats, entropy, loss, outliers in result.statistics if reports else ():
-            sums[:6] += torch.stack([stats.num_tokens, stats.clipped, stats.kl, stats.truncated, entropy, loss]).cpu()
+        for found in result.statistics if reports else ():
+            stats = found.tokens
+            sums[:6] += torch.stack(
+                [stats.num_tokens, stats.clipped, stats.kl, stats.truncated, found.entropy, found.loss]
+            ).cpu()
             if place == 0:
                 sums[6] += stats.num_tokens.cpu()
                 sums[7] += stats.mismatch_sum.cpu()
-                sums[8] += outliers.cpu()
+                sums[8] += found.outliers.cpu()
                 largest[0] = max(largest[0], stats.mismatch_max.cpu())
     dist.all_reduce(sums)
     dist.all_reduce(largest, dist.ReduceOp.MAX)

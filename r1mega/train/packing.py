@@ -11,6 +11,7 @@ import dataclasses
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import torch
@@ -109,6 +110,9 @@ def plan_packing(
     return PackingPlan(tuple(plan), real / allotted if allotted else 1.0)
 
 
+Carrier = TypeVar("Carrier", bound="Microbatch")
+
+
 @dataclass(frozen=True, slots=True)
 class Microbatch:
     """Packed samples (thd). T = tokens, R = trained (response) tokens. Whole samples, whatever the parallel layout.
@@ -135,12 +139,22 @@ class Microbatch:
     def num_tokens(self) -> int:
         return int(self.tokens.numel())
 
-    def to(self, device: torch.device) -> Microbatch:
+    def to(self, device: torch.device) -> Self:
         """The same on another device (itself when it is there already)."""
         if self.tokens.device == device:
             return self
-        moved = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return Microbatch(**{n: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for n, v in moved.items()})
+        fields = self._fields()
+        for name, value in fields.items():
+            if torch.is_tensor(value):
+                fields[name] = value.to(device, non_blocking=True)
+        return dataclasses.replace(self, **fields)
+
+    def carrying(self, kind: type[Carrier], **further: torch.Tensor | None) -> Carrier:
+        """The same as a microbatch of a kind with further fields: what a loss compares its scores with."""
+        return kind(**(self._fields() | further))
+
+    def _fields(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
 
 def build_microbatch(
@@ -163,11 +177,11 @@ def build_microbatch(
     labels = torch.roll(tokens, -1)
     labels[cu_seqlens[1:].long() - 1] = 0
     # the logits at position p predict token p + 1: rows of a sample are [prompt_length - 1, length - 1)
-    rows, sequence_ids = [], []
+    parts, sequence_ids = [], []
     for i, (start, length, prompt) in enumerate(zip(starts.tolist(), lengths, prompt_lengths, strict=False)):
-        rows.append(torch.arange(start + prompt - 1, start + length - 1))
+        parts.append(torch.arange(start + prompt - 1, start + length - 1))
         sequence_ids.append(torch.full((length - prompt,), i, dtype=torch.int64))
-    rows = torch.cat(rows) if rows else torch.zeros(0, dtype=torch.int64)
+    rows = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
     return Microbatch(
         sample_indices=tuple(sample_indices),
         tokens=tokens,

@@ -1,18 +1,18 @@
-"""The trained model: Megatron-core GPTModel chunks under DDP and the distributed optimizer.
+"""The model: Megatron-core GPTModel chunks of this rank, and a head that reads what they give.
 
-Everything that knows about Megatron's schedules is here: a forward pass that yields log-probs of response tokens, and
-an update that takes a loss of them. What the loss is, is the caller's business.
+Everything that knows about Megatron's schedules is here: passes over microbatches, forward or with gradients, whose
+outputs a head turns into log-probs (or scores) of tokens. What updates the weights is `train.trainer`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,99 +22,69 @@ from r1mega import platform
 platform.prepare()  # before the first import of megatron
 
 from megatron.core import parallel_state  # noqa: E402
-from megatron.core.distributed import (  # noqa: E402
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
 from megatron.core.fp8_utils import get_fp8_align_size  # noqa: E402
+from megatron.core.models.gpt import GPTModel  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region  # noqa: E402
+from megatron.core.tensor_parallel import ColumnParallelLinear, gather_from_sequence_parallel_region  # noqa: E402
 from megatron.core.transformer.module import Float16Module  # noqa: E402
 
 from r1mega.checkpoint.hf import HFTensors  # noqa: E402
 from r1mega.checkpoint.hf_state import export_hf, load_hf  # noqa: E402
-from r1mega.checkpoint.store import MODEL_METADATA, is_checkpoint, load_weights  # noqa: E402
-from r1mega.config.schema import ModelConfig, OptimizerConfig, ParallelConfig  # noqa: E402
-from r1mega.errors import NonFiniteError  # noqa: E402
+from r1mega.checkpoint.store import is_checkpoint, load_weights  # noqa: E402
+from r1mega.config.schema import ModelConfig, ParallelConfig  # noqa: E402
 from r1mega.model.build import build_model, packed_seq_params  # noqa: E402
 from r1mega.model.reward_head import attach_scalar_head  # noqa: E402
-from r1mega.train.optimizer import (  # noqa: E402
-    SHARDING_METADATA,
-    build_optimizer,
-    fill_empty_state,
-    learning_rate_schedule,
-)
+from r1mega.train.heads import CrossEntropyHead, Head, HiddenHead, LogitsHead, ScoreHead, TokenScores  # noqa: E402
 from r1mega.train.packing import Microbatch, build_microbatch  # noqa: E402
 from r1mega.train.padding import ZeroedPadding  # noqa: E402
 from r1mega.train.router_replay import Replay  # noqa: E402
-from r1mega.train.shard import Cut, Shard, join_rows, shard  # noqa: E402
-from r1mega_kernels import grouped_log_prob, linear_log_prob  # noqa: E402
+from r1mega.train.shard import Cut, Shard, shard  # noqa: E402
 
-LossFunction = Callable[[int, Microbatch, torch.Tensor, torch.Tensor], tuple[torch.Tensor, Any]]
-"""(index of the microbatch, microbatch, log_probs [R], entropies [R]) -> (loss sum, statistics to collect)."""
+B = TypeVar("B", bound=Microbatch)
+S = TypeVar("S")
+
+Loss = Callable[[B, TokenScores], tuple[torch.Tensor, S]]
+"""(microbatch, scores of its R rows) -> (its part of the loss, statistics to collect). What the loss compares the scores
+with, the microbatch carries. Both are whole, whatever the parallel layout, and on the model's device."""
 
 
-@dataclass(frozen=True, slots=True)
-class UpdateResult:
-    """grad_norm: before clipping; lr: of this step; statistics: what the loss function returned, per microbatch;
-    expert_load: max over mean of tokens per expert, averaged over MoE layers (1 is perfect balance; None without experts).
-    """
-
-    grad_norm: float
-    lr: float
-    statistics: list[Any]
-    expert_load: float | None
+_Value = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
 
 
 class Policy:
-    """Forward, backward, step; weights in and out by HF names; a reference copy of the weights on demand."""
+    """Forward passes; weights in and out by HF names; a reference copy of the weights on demand."""
 
     def __init__(
         self,
         model: ModelConfig,
         hf_config: dict[str, Any],
         parallel: ParallelConfig,
-        optimizer: OptimizerConfig | None,
         *,
-        total_steps: int,
         seed: int,
         init_std: float | None = None,
         scalar_head: bool = False,
     ):
-        """scalar_head: score sequences instead of predicting tokens. The "log-probs" of a microbatch's rows are then the
-        scores at those positions, without entropies (NaN). optimizer: None for a model that is never updated."""
+        """scalar_head: score sequences instead of predicting tokens."""
         self.dtype, self.device = getattr(torch, model.dtype), platform.current().device
         self.fp8 = model.fp8 != "off"
-        self.chunks = build_model(hf_config, parallel, model, seed=seed, init_std=init_std)
+        self.chunks: Sequence[GPTModel] = build_model(hf_config, parallel, model, seed=seed, init_std=init_std)
         if scalar_head:
             attach_scalar_head(self.chunks)
-        self._scalar_head = scalar_head
         self.megatron_config = config = self.chunks[0].config
-        wrapped = [Float16Module(config, c) for c in self.chunks] if self.dtype == torch.bfloat16 else self.chunks
-        self.ddp_chunks, self.optimizer = wrapped, None
-        # the kernels widen logits themselves, and hidden states must stay in the dtype of the output layer's weight
+        self.modules: list[torch.nn.Module] = list(self.chunks)
+        """The chunks as the schedules call them: wrapped for the dtype, and by a trainer for the gradients."""
+        if self.dtype == torch.bfloat16:
+            self.modules = [Float16Module(config, chunk) for chunk in self.chunks]
+        # heads widen what they read themselves, and hidden states must stay in the dtype of the output layer's weight
         self._narrow = {"fp32_output": False} if self.dtype == torch.bfloat16 else {}
-        if optimizer is not None:
-            self._prepare_updates(optimizer, total_steps)
         self._forward_backward = get_forward_backward_func()
         self._place_in_layout()
-        self._head = _bypass_output_layer(self.chunks[-1]) if model.log_probs == "hidden" else None
         self.kernels = "reference" if model.log_probs == "reference" else None
+        self._head = self._make_head(model, scalar_head)
         self._replay = Replay(self.chunks)
         self._zeroing = ZeroedPadding(self.chunks) if self.fp8 else None
+        self.has_trainer = False
         self._reference: list[dict[str, torch.Tensor]] | None = None
-        self._expert_load: float | None = None
-
-    def _prepare_updates(self, optimizer: OptimizerConfig, total_steps: int) -> None:
-        """Gradient buffers, Adam over them, the learning-rate schedule."""
-        config = self.megatron_config
-        ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
-        self.ddp_chunks = [DistributedDataParallel(config, ddp_config, chunk) for chunk in self.ddp_chunks]
-        self.optimizer = build_optimizer(optimizer, self.ddp_chunks, self.dtype)
-        self.scheduler = learning_rate_schedule(self.optimizer, optimizer, total_steps)
-        config.grad_scale_func = self.optimizer.scale_loss
-        config.finalize_model_grads_func = self._finalize_gradients
 
     def _place_in_layout(self) -> None:
         """What callers and this class need to know of the parallel groups."""
@@ -133,196 +103,123 @@ class Policy:
         self.microbatch_multiple = config.pipeline_model_parallel_size if len(self.chunks) > 1 else 1
         """Best number of microbatches a step: multiples of this; others are filled up with empty ones."""
 
-    # ------------------------------------------------------------------ forward, update
+    def _make_head(self, model: ModelConfig, scalar_head: bool) -> Head:
+        """What reads the output of the last pipeline stage (it is not asked on the others)."""
+        if scalar_head:
+            return ScoreHead()
+        layer = _bypass_output_layer(self.chunks[-1]) if model.log_probs == "hidden" else None
+        if layer is None:
+            return LogitsHead(self._tensor_group, self.kernels)
+        return HiddenHead(
+            layer.weight, self.chunks[-1].unpadded_vocab_size, self._tensor_group,
+            reduce_hidden_grad=not self.megatron_config.sequence_parallel,
+        )  # fmt: skip
+
+    # ------------------------------------------------------------------ passes
 
     @torch.no_grad()
-    def log_probs(
-        self,
-        microbatches: Sequence[Microbatch],
-        temperature: float = 1.0,
-        *,
-        everywhere: bool = False,
-        replay: bool = True,
-    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """(log_probs [R], entropies [R]) of the response tokens of each microbatch, whole on every rank of the last
-        pipeline stage; elsewhere [], or with `everywhere` the same. replay: take the experts that the microbatches name.
+    def scores(
+        self, microbatches: Sequence[Microbatch], temperature: float = 1.0, *, replay: bool = True
+    ) -> list[TokenScores]:
+        """Of each microbatch's rows, whole on every rank of the last pipeline stage; elsewhere [].
+
+        replay: take the experts that the microbatches name.
         """
         if not replay:
             microbatches = [dataclasses.replace(batch, routed_experts=None) for batch in microbatches]
-        results = self._run(
-            microbatches, lambda _i, _mb, lp, ent: (lp.sum(), (lp, ent)), temperature, forward_only=True
-        )
-        if not everywhere or self.megatron_config.pipeline_model_parallel_size == 1:
-            return results
-        received = []
-        for index, batch in enumerate(microbatches):
-            both = torch.empty(2, batch.rows.numel(), device=self.device)
-            if results:
-                both = torch.stack(results[index])
-            dist.broadcast(
-                both, parallel_state.get_pipeline_model_parallel_last_rank(),
-                group=parallel_state.get_pipeline_model_parallel_group(),
-            )  # fmt: skip
-            received.append((both[0], both[1]))
-        return received
+        return self.run(microbatches, lambda _, scores: (scores.values.sum(), scores), temperature, forward_only=True)
+
+    def log_probs(self, microbatches: Sequence[Microbatch], temperature: float = 1.0) -> list[torch.Tensor]:
+        """`scores(...).values`, on every rank of all pipeline stages. A collective call of them."""
+        scored = [scores.values for scores in self.scores(microbatches, temperature)]
+        if self.megatron_config.pipeline_model_parallel_size == 1:
+            return scored
+        everywhere = [torch.empty(batch.rows.numel(), device=self.device) for batch in microbatches]
+        if scored:
+            everywhere = [values.contiguous() for values in scored]
+        last = parallel_state.get_pipeline_model_parallel_last_rank()
+        for values in everywhere:
+            dist.broadcast(values, last, group=parallel_state.get_pipeline_model_parallel_group())
+        return everywhere
 
     def sequence_log_probs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """Log-probs of tokens 1.. of each sequence given those before (len - 1 values each), on every rank; the sequences
         are one microbatch.
         """
-        batch = build_microbatch(sequences, [1] * len(sequences), range(len(sequences)))
-        packed, _ = self.log_probs([batch], everywhere=True)[0]
+        (packed,) = self.log_probs([build_microbatch(sequences, [1] * len(sequences), range(len(sequences)))])
         return [part.tolist() for part in torch.split(packed, [len(s) - 1 for s in sequences])]
 
-    def update(
+    def run(
         self,
-        microbatches: Sequence[Microbatch],
-        loss_function: LossFunction,
-        *,
-        temperature: float = 1.0,
-        total_response_tokens: int,
-        mtp_loss: bool = False,
-    ) -> UpdateResult:
-        """One optimizer step on the sum of the microbatches' losses (over all data-parallel ranks).
-
-        total_response_tokens: R summed over this step's microbatches on all data-parallel ranks. Megatron divides
-        gradients by it; the loss is multiplied by it first, so that the caller's loss is minimised as it stands.
-        mtp_loss: add the loss of the multi-token-prediction layers, if the model has them (pre-training and SFT:
-        the tokens are to be imitated); entropies are then not computed (NaN).
-        Raises NonFiniteError when the gradient norm is not finite; the weights are then lost, the last checkpoint is not.
-        """
-        self.scheduler.step(1)  # first, so that a warm-up of n steps starts at lr / n and not at 0
-        for chunk in self.ddp_chunks:
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
-
-        def scaled(index: int, microbatch: Microbatch, log_probs: torch.Tensor, entropies: torch.Tensor):
-            loss, statistics = loss_function(index, microbatch, log_probs, entropies)
-            return loss * total_response_tokens, statistics
-
-        further = mtp_loss and bool(self.megatron_config.mtp_num_layers)
-        statistics = self._run(microbatches, scaled, temperature, forward_only=False, mtp_loss=further)
-        lr = self.optimizer.param_groups[0]["lr"]
-        stepped, grad_norm, _ = self.optimizer.step()
-        if not stepped or not math.isfinite(float(grad_norm)):
-            raise NonFiniteError(
-                f"gradient norm {float(grad_norm)}: lower optimizer.lr, or look for broken samples in samples.jsonl"
-            )
-        return UpdateResult(float(grad_norm), lr, statistics, self._expert_load)
-
-    def _run(
-        self,
-        microbatches: Sequence[Microbatch],
-        function: LossFunction,
+        microbatches: Sequence[B],
+        loss: Loss[B, S],
         temperature: float,
         *,
         forward_only: bool,
         mtp_loss: bool = False,
-    ) -> list[Any]:
-        fillers = [build_microbatch([], [], ())] * (-len(microbatches) % self.microbatch_multiple)
-        collected: dict[int, Any] = {}
-
-        def forward_step(iterator: Iterator[tuple[int, Microbatch]], model: torch.nn.Module):
-            index, batch = next(iterator)
-            batch = batch.to(self.device)
-            part = shard(batch, self._cut)
-            packed = packed_seq_params(part.cu_seqlens, part.padding)
-            self._replay.set(self.ddp_chunks.index(model), part.routed_experts)
-            if self._zeroing is not None:
-                self._zeroing.padding = part.padding
-            if mtp_loss:  # with labels Megatron adds the MTP loss itself and returns cross-entropies [1, t]
-                mask = torch.zeros(1, part.tokens.numel(), device=self.device).index_fill_(1, part.rows, 1.0)
-                output = model(
-                    part.tokens[None], part.positions[None], None,
-                    labels=part.labels[None], loss_mask=mask, packed_seq_params=packed, **self._narrow,
-                )  # fmt: skip
-            else:
-                output = model(part.tokens[None], part.positions[None], None, packed_seq_params=packed, **self._narrow)
-
-            def loss(output: torch.Tensor):
-                log_probs, entropies = self._score(output[0], batch, part, temperature, mtp_loss)
-                if index < len(microbatches):
-                    value, collected[index] = function(index, batch, log_probs, entropies)
-                else:
-                    value = log_probs.sum()  # of nothing: a filler
-                return value, torch.tensor(part.rows.numel(), dtype=torch.int), {}
-
-            return output, loss
-
-        chunks = self.ddp_chunks
-        iterators = [iter(enumerate([*microbatches, *fillers])) for _ in chunks]  # one a virtual pipeline stage
+    ) -> list[S]:
+        """A pass over microbatches, with gradients of the loss unless `forward_only`; the statistics of each where the loss
+        is: on the last pipeline stage, elsewhere []. mtp_loss: add that of the multi-token-prediction layers.
+        """
+        fillers: list[None] = [None] * (-len(microbatches) % self.microbatch_multiple)
+        one = _Pass(self, loss, temperature, mtp_loss)
+        modules = self.modules
+        iterators = [iter([*microbatches, *fillers]) for _ in modules]  # one a virtual pipeline stage
         with self._replay.cleared():
             self._forward_backward(
-                forward_step_func=forward_step,
-                data_iterator=iterators if len(chunks) > 1 else iterators[0],
-                model=chunks if len(chunks) > 1 else chunks[0],
+                forward_step_func=one.forward,
+                data_iterator=iterators if len(modules) > 1 else iterators[0],
+                model=modules if len(modules) > 1 else modules[0],
                 num_microbatches=len(microbatches) + len(fillers),
                 seq_length=max(b.num_tokens for b in microbatches),  # of pipelines with a fixed length, which none is
                 micro_batch_size=1,
                 forward_only=forward_only,
             )
-        return list(collected.values())
+        return one.statistics
 
-    def _score(
-        self, output: torch.Tensor, batch: Microbatch, part: Shard, temperature: float, is_cross_entropy: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probs and entropies [R] of a microbatch's response tokens from this rank's output: logits [t, vocabulary],
-        hidden states [t, hidden], cross-entropies [t] or scores [t, 1] (entropies are then NaN).
+    def forward(self, module: torch.nn.Module, batch: Microbatch, *, mtp_loss: bool) -> tuple[torch.Tensor, Shard]:
+        """One of `modules` on this rank's part of a microbatch: (its output [1, t, ...] or, within a pipeline, what goes to
+        the next stage; the part). mtp_loss: the output of the last stage is cross-entropies.
         """
-        where = (part.labels, temperature, part.rows, self._tensor_group)
-        if self._scalar_head:
-            log_probs = output.index_select(0, part.rows)[:, 0].float()
-            entropies = torch.full_like(log_probs, math.nan)
-        elif is_cross_entropy:
-            log_probs = -output.index_select(0, part.rows).float()
-            entropies = torch.full_like(log_probs, math.nan)
-        elif self._head is None:
-            log_probs, entropies, _ = grouped_log_prob(output, *where, backend=self.kernels)
-        else:
-            log_probs, entropies, _ = linear_log_prob(
-                output, self._head.weight, *where, backend=self.kernels, vocab_size=self.chunks[-1].unpadded_vocab_size,
-                reduce_hidden_grad=not self.megatron_config.sequence_parallel,
-            )  # fmt: skip
-        if self._context_group is None:
-            return log_probs, entropies
-        joined = join_rows(torch.stack([log_probs, entropies], 1), part.places, batch.rows.numel(), self._context_group)
-        return joined[:, 0], joined[:, 1]
+        part = shard(batch, self._cut)
+        packed = packed_seq_params(part.cu_seqlens, part.padding)
+        self._replay.set(self.modules.index(module), part.routed_experts)
+        if self._zeroing is not None:
+            self._zeroing.padding = part.padding
+        labels = {}
+        if mtp_loss:  # with labels Megatron adds the MTP loss itself and returns cross-entropies
+            mask = torch.zeros(1, part.tokens.numel(), device=self.device).index_fill_(1, part.rows, 1.0)
+            labels = {"labels": part.labels[None], "loss_mask": mask}
+        output = module(
+            part.tokens[None], part.positions[None], None, **labels, packed_seq_params=packed, **self._narrow
+        )
+        return output, part
 
-    def _finalize_gradients(self, model: list[torch.nn.Module], num_tokens: torch.Tensor | None = None, **kwargs):
-        self._expert_load = self._measure_expert_load()  # finalize_model_grads resets the counters
-        finalize_model_grads(model, num_tokens, **kwargs)
-
-    def _measure_expert_load(self) -> float | None:
-        """Max over mean of tokens per expert, averaged over the MoE layers of all pipeline stages."""
-        counters = [
-            module.local_tokens_per_expert
-            for chunk in self.chunks
-            for module in chunk.modules()
-            if getattr(module, "local_tokens_per_expert", None) is not None
-        ]
-        sums = torch.zeros(2, device=self.device)  # of ratios, of layers
-        if counters:
-            tokens = torch.stack(counters).clone()
-            dist.all_reduce(tokens, group=parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True))
-            ratios = tokens.max(dim=1).values / tokens.mean(dim=1).clamp(min=1e-9)
-            sums = torch.stack([ratios.sum(), torch.full_like(sums[0], len(ratios))])
-        dist.all_reduce(sums, group=parallel_state.get_pipeline_model_parallel_group())
-        ratio, layers = sums.tolist()
-        return ratio / layers if layers else None
+    def read(
+        self, output: torch.Tensor, part: Shard, num_rows: int, temperature: float, *, mtp_loss: bool
+    ) -> TokenScores:
+        """The scores of all R rows of a microbatch from what `forward` returned on the last pipeline stage."""
+        head = CrossEntropyHead() if mtp_loss else self._head
+        return head.scores(output[0], part, temperature).joined(part, num_rows, self._context_group)
 
     # ------------------------------------------------------------------ weights
 
-    def load_hf(self, tensors: Any) -> None:
-        """Copy HF-named tensors in (all of them; CheckpointError lists what is missing, extra or misshapen)."""
+    def load_hf(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Copy HF-named tensors in (all of them; CheckpointError lists what is missing, extra or misshapen). Not of a
+        policy that has a trainer.
+        """
+        self._check_untrained()
         load_hf(self.chunks, tensors)
-        if self.optimizer is not None:
-            self.optimizer.reload_model_params()
+
+    def _check_untrained(self) -> None:
+        if self.has_trainer:
+            raise RuntimeError("the trainer's optimizer has copies of the weights: load them before it is made")
 
     def load_pretrained(self, directory: Path) -> None:
         """Take over the weights of an HF directory, or of a checkpoint that `r1mega convert --to-megatron` made."""
         if is_checkpoint(directory):
+            self._check_untrained()
             load_weights(directory, self.chunks)
-            self.optimizer.reload_model_params()
         else:
             self.load_hf(HFTensors(directory))
 
@@ -354,37 +251,66 @@ class Policy:
 
     # ------------------------------------------------------------------ checkpoints
 
-    def sharded_state(self, *, is_loading: bool) -> dict[str, Any]:
-        """Megatron's sharded state of model, optimizer, learning-rate schedule and reference weights."""
-        if not is_loading:
-            fill_empty_state(self.optimizer)
-        metadata = SHARDING_METADATA | MODEL_METADATA  # Megatron keeps its process groups in there
-        model = {f"model{i}": c.sharded_state_dict(metadata=metadata) for i, c in enumerate(self.chunks)}
-        state: dict[str, Any] = {
-            "model": model,
-            "optimizer": self.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata),
-            "scheduler": self.scheduler.state_dict(),
-        }
-        if self._reference is not None:
-            state["reference"] = {
-                f"model{i}": _renamed(c.sharded_state_dict(prefix="", metadata=metadata), reference)
-                for i, (c, reference) in enumerate(zip(self.chunks, self._reference, strict=True))
-            }
-        return state
+    def sharded_weights(self, metadata: dict[str, Any]) -> dict[str, Any]:
+        """Megatron's sharded state of each chunk; metadata: Megatron's, how it is laid out."""
+        return {f"model{i}": c.sharded_state_dict(metadata=metadata) for i, c in enumerate(self.chunks)}
 
-    def load_sharded_state(self, state: dict[str, Any]) -> None:
-        """Take over what `sharded_state` described, as dist_checkpointing.load returned it."""
+    def sharded_reference(self, metadata: dict[str, Any]) -> dict[str, Any] | None:
+        """The same of the reference weights; None when none were taken."""
+        if self._reference is None:
+            return None
+        return {
+            f"model{i}": _renamed(c.sharded_state_dict(prefix="", metadata=metadata), reference)
+            for i, (c, reference) in enumerate(zip(self.chunks, self._reference, strict=True))
+        }
+
+    def load_sharded(self, state: Mapping[str, Any]) -> None:
+        """Take over what `sharded_weights` ("model") and `sharded_reference` ("reference") described, as
+        dist_checkpointing.load returned it.
+        """
         for i, chunk in enumerate(self.chunks):
             chunk.load_state_dict(state["model"][f"model{i}"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        if self._reference is not None:
-            for i, reference in enumerate(self._reference):
-                for name, value in reference.items():
-                    value.copy_(state["reference"][f"model{i}"][name])
+        for i, reference in enumerate(self._reference or ()):
+            for name, value in reference.items():
+                value.copy_(state["reference"][f"model{i}"][name])
 
 
-def _bypass_output_layer(chunk: torch.nn.Module) -> torch.nn.Module | None:
+@dataclass(slots=True)
+class _Pass(Generic[B, S]):
+    """What Megatron's schedules call, once a microbatch and chunk: the forward step, then the loss of its output."""
+
+    policy: Policy
+    loss: Loss[B, S]
+    temperature: float
+    mtp_loss: bool
+    statistics: list[S] = field(default_factory=list)
+
+    def forward(
+        self, batches: Iterator[B | None], module: torch.nn.Module
+    ) -> tuple[torch.Tensor, Callable[[torch.Tensor], _Value]]:
+        """(output, its loss as a function). None among the batches: an empty one, which fills their number up."""
+        batch = next(batches)
+        if batch is None:
+            filler = build_microbatch([], [], ()).to(self.policy.device)
+            output, part = self.policy.forward(module, filler, mtp_loss=self.mtp_loss)
+        else:
+            batch = batch.to(self.policy.device)
+            output, part = self.policy.forward(module, batch, mtp_loss=self.mtp_loss)
+        return output, functools.partial(self.value, batch, part)
+
+    def value(self, batch: B | None, part: Shard, output: torch.Tensor) -> _Value:
+        """(loss, rows of this rank, nothing for Megatron to report)."""
+        num_rows = 0 if batch is None else batch.rows.numel()
+        scores = self.policy.read(output, part, num_rows, self.temperature, mtp_loss=self.mtp_loss)
+        if batch is None:
+            value = scores.values.sum()  # of nothing
+        else:
+            value, statistics = self.loss(batch, scores)
+            self.statistics.append(statistics)
+        return value, torch.tensor(part.rows.numel(), dtype=torch.int), {}
+
+
+def _bypass_output_layer(chunk: GPTModel) -> ColumnParallelLinear | None:
     """Make a last pipeline stage return its final hidden states (of all tokens, also under sequence parallelism); the
     layer whose weight is left for `linear_log_prob`.
     """
@@ -402,7 +328,7 @@ def _bypass_output_layer(chunk: torch.nn.Module) -> torch.nn.Module | None:
     return layer
 
 
-def _state(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+def _state(chunk: GPTModel) -> Iterator[tuple[str, torch.Tensor]]:
     """Parameters, and the router's expert bias (a buffer that decides routing)."""
     yield from chunk.named_parameters()
     yield from ((name, b) for name, b in chunk.named_buffers() if name.endswith("expert_bias"))

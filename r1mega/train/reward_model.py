@@ -16,8 +16,10 @@ from r1mega.checkpoint.hf import HFTensors, read_config
 from r1mega.config.schema import ModelConfig, ParallelConfig
 from r1mega.model.flops import Work, sequences_work
 from r1mega.platform.groups import wait_for_all
+from r1mega.train.heads import TokenScores
 from r1mega.train.packing import Microbatch, build_microbatch, plan_packing
-from r1mega.train.policy import Policy, UpdateResult
+from r1mega.train.policy import Policy
+from r1mega.train.trainer import Trainer, UpdateResult
 
 Objective = Literal["pairwise", "pointwise"]
 
@@ -38,37 +40,44 @@ class PreferenceSample:
         return sum(map(len, self.sequences))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreferenceMicrobatch(Microbatch):
+    """wanted: [samples] float32, the target of each sample; rows are the last tokens of their sequences."""
+
+    wanted: torch.Tensor
+
+
 @dataclass(frozen=True, slots=True)
 class PreferenceResult:
     """Means over the step's samples on all ranks. accuracy: pairs in order, or responses on the right side of 0. work: of
     the forward pass, over all ranks.
     """
 
-    update: UpdateResult
+    update: UpdateResult[torch.Tensor]
     loss: float
     accuracy: float
     work: Work
 
 
 def preference_step(
-    policy: Policy, samples: Sequence[PreferenceSample], indices: Sequence[int], objective: Objective, capacity: int
+    trainer: Trainer, samples: Sequence[PreferenceSample], indices: Sequence[int], objective: Objective, capacity: int
 ) -> PreferenceResult:
     """One optimizer step on the mean loss of the samples with these indices; every rank takes its share of them."""
+    policy = trainer.policy
     batches = _share(policy, samples, indices, capacity)
 
-    def loss(index: int, _microbatch: Microbatch, scores: torch.Tensor, _entropies: torch.Tensor):
-        members = [samples[i] for i in batches[index].sample_indices]
-        targets = torch.tensor([m.target for m in members], dtype=torch.float32, device=scores.device)
+    def loss(batch: PreferenceMicrobatch, scores: TokenScores) -> tuple[torch.Tensor, torch.Tensor]:
+        values, wanted = scores.values, batch.wanted
         if objective == "pairwise":
-            chosen, rejected = scores.view(-1, 2).unbind(1)
-            losses, right = pairwise_losses(chosen, rejected, targets), chosen > rejected
+            chosen, rejected = values.view(-1, 2).unbind(1)
+            losses, right = pairwise_losses(chosen, rejected, wanted), chosen > rejected
         else:
-            losses, right = pointwise_losses(scores, targets), (scores > 0) == (targets > 0.5)
+            losses, right = pointwise_losses(values, wanted), (values > 0) == (wanted > 0.5)
         sums = torch.stack([losses.detach().sum().double(), right.sum().double()])
         return losses.sum() / len(indices), sums
 
     width = 2 if objective == "pairwise" else 1
-    result = policy.update(batches, loss, total_response_tokens=width * len(indices))
+    result = trainer.update(batches, loss, total_response_tokens=width * len(indices))
     parts = [part.cpu() for part in result.statistics] if policy.reports else []
     sums = torch.stack([torch.zeros(2, dtype=torch.float64), *parts]).sum(0)
     dist.all_reduce(sums)
@@ -81,9 +90,9 @@ def preference_scores(policy: Policy, samples: Sequence[PreferenceSample], capac
     """[samples, 1 or 2] float64 scores, on every rank. A collective call."""
     batches = _share(policy, samples, range(len(samples)), capacity)
     mine: dict[int, list[float]] = {}
-    for batch, (scores, _) in zip(batches, policy.log_probs(batches), strict=False):
+    for batch, scores in zip(batches, policy.scores(batches), strict=False):
         if batch.sample_indices:
-            rows = scores.double().cpu().view(len(batch.sample_indices), -1).tolist()
+            rows = scores.values.double().cpu().view(len(batch.sample_indices), -1).tolist()
             mine |= dict(zip(batch.sample_indices, rows, strict=True))
     everyone: list[dict[int, list[float]]] = [mine]
     if dist.get_world_size() > 1:
@@ -101,9 +110,8 @@ class ShardedRewardModel:
     def __init__(self, directory: Path, model: ModelConfig, parallel: ParallelConfig, capacity: int) -> None:
         changes = {"path": directory, "log_probs": "logits", "mtp_loss_coefficient": 0.0, "recompute": "none"}
         self._policy = Policy(
-            model.model_copy(update=changes), read_config(directory), parallel, None,
-            total_steps=1, seed=0, scalar_head=True,
-        )  # fmt: skip
+            model.model_copy(update=changes), read_config(directory), parallel, seed=0, scalar_head=True
+        )
         self._policy.load_hf(HFTensors(directory))
         self._capacity = capacity
         self._move(torch.device("cpu"))
@@ -130,18 +138,20 @@ class ShardedRewardModel:
 
 def _share(
     policy: Policy, samples: Sequence[PreferenceSample], indices: Sequence[int], capacity: int
-) -> list[Microbatch]:
+) -> list[PreferenceMicrobatch]:
     """This replica's microbatches; all replicas have equally many."""
     lengths = [sample.num_tokens for sample in samples]
     plan = plan_packing(lengths, [indices], capacity, policy.num_replicas, policy.microbatch_multiple)
     return [_pack([samples[i] for i in members], members) for members in plan.bins[0][policy.replica]]
 
 
-def _pack(members: Sequence[PreferenceSample], indices: Sequence[int]) -> Microbatch:
+def _pack(members: Sequence[PreferenceSample], indices: Sequence[int]) -> PreferenceMicrobatch:
     """One packed row; a sample's sequences follow each other, and `rows` are the last tokens of all sequences."""
     sequences = [list(sequence) for member in members for sequence in member.sequences]
     packed = build_microbatch(sequences, [len(s) for s in sequences], indices)
     last = packed.cu_seqlens[1 : len(sequences) + 1].long() - 1
-    return dataclasses.replace(
+    packed = dataclasses.replace(
         packed, rows=last, targets=packed.tokens[last], sequence_ids=torch.arange(len(sequences))
     )
+    wanted = torch.tensor([member.target for member in members], dtype=torch.float32)
+    return packed.carrying(PreferenceMicrobatch, wanted=wanted)

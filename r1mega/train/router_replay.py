@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 
 import torch
+from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
 
@@ -17,7 +18,7 @@ from megatron.core.transformer.moe.router_replay import RouterReplay, RouterRepl
 class Replay:
     """The routers of this rank's model chunks, and which column of the recorded choices each follows."""
 
-    def __init__(self, chunks: Sequence[torch.nn.Module]):
+    def __init__(self, chunks: Sequence[GPTModel]):
         frequency = chunks[0].config.moe_layer_freq  # a flag for each layer of the whole model, where there are experts
         layers = [i for i, flag in enumerate(frequency) if flag] if isinstance(frequency, list) else []
         self._routers = [

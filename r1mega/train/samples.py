@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -62,6 +63,34 @@ def gather_samples(local: list[TrainingSample], contributes: bool) -> list[Train
     return [sample for part in everyone for sample in part]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyMicrobatch(Microbatch):
+    """Responses with what their loss needs; further fields are [R] float32, of each response token.
+
+    advantages; weights: its share of the minibatch's loss; log-probs under the policy that sampled (as the generator gave
+    them), under the weights before the step's updates, under the reference (None: no KL term).
+    """
+
+    advantages: torch.Tensor
+    weights: torch.Tensor
+    sampler_log_probs: torch.Tensor
+    old_log_probs: torch.Tensor
+    reference_log_probs: torch.Tensor | None = None
+
+    @property
+    def policy_tokens(self) -> PolicyTokens:
+        """As `grpo_loss` takes them."""
+        return PolicyTokens(
+            advantages=self.advantages,
+            old_log_probs=self.old_log_probs,
+            sampler_log_probs=self.sampler_log_probs,
+            reference_log_probs=self.reference_log_probs,
+            weights=self.weights,
+            sequence_ids=self.sequence_ids,
+            num_sequences=len(self.sample_indices),
+        )
+
+
 def pack_samples(samples: Sequence[TrainingSample], indices: Sequence[int]) -> Microbatch:
     """One microbatch of the samples with these indices."""
     members = [samples[i] for i in indices]
@@ -71,34 +100,24 @@ def pack_samples(samples: Sequence[TrainingSample], indices: Sequence[int]) -> M
     )
 
 
-def policy_tokens(
-    microbatch: Microbatch,
-    samples: Sequence[TrainingSample],
-    weights: dict[int, float],
-    *,
-    old_log_probs: torch.Tensor | None,
-    reference_log_probs: torch.Tensor | None,
-) -> PolicyTokens:
-    """Line a microbatch's samples up with its response tokens, on the microbatch's device.
-
-    weights: the loss weight of one token of each sample (by index). old_log_probs: [R]; None: the sampler's own.
+def pack_for_loss(
+    samples: Sequence[TrainingSample], indices: Sequence[int], weights: dict[int, float]
+) -> PolicyMicrobatch:
+    """`pack_samples` for GRPO. weights: the loss weight of one token of each sample (by index). The old log-probs are the
+    sampler's, until others are put in their place.
     """
-    members = [samples[i] for i in microbatch.sample_indices]
+    packed, members = pack_samples(samples, indices), [samples[i] for i in indices]
 
     def per_token(values: list[float]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=device)[microbatch.sequence_ids]
+        return torch.tensor(values, dtype=torch.float32)[packed.sequence_ids]
 
-    device = microbatch.tokens.device
     sampler = torch.from_numpy(np.concatenate([m.sampler_log_probs for m in members] or [np.zeros(0, np.float32)]))
-    sampler = sampler.to(device)
-    return PolicyTokens(
+    return packed.carrying(
+        PolicyMicrobatch,
         advantages=per_token([m.advantage for m in members]),
-        old_log_probs=sampler if old_log_probs is None else old_log_probs,
+        weights=per_token([weights[i] for i in indices]),
         sampler_log_probs=sampler,
-        reference_log_probs=reference_log_probs,
-        weights=per_token([weights[i] for i in microbatch.sample_indices]),
-        sequence_ids=microbatch.sequence_ids,
-        num_sequences=len(members),
+        old_log_probs=sampler,
     )
 
 

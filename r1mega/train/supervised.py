@@ -11,8 +11,10 @@ import torch
 import torch.distributed as dist
 
 from r1mega.model.flops import Work, sequences_work
+from r1mega.train.heads import TokenScores
 from r1mega.train.packing import Microbatch, build_microbatch
-from r1mega.train.policy import Policy, UpdateResult
+from r1mega.train.policy import Policy
+from r1mega.train.trainer import Trainer, UpdateResult
 
 from megatron.core import parallel_state  # isort: skip  (after the policy has prepared the platform)
 
@@ -25,11 +27,10 @@ class WeightedSample:
     weights: Sequence[float]
 
 
-@dataclass(frozen=True, slots=True)
-class WeightedMicrobatch:
-    """A packed microbatch and the loss weight of each of its R trained tokens, [R] float32."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightedMicrobatch(Microbatch):
+    """weights: [R] float32, the loss weight of each trained token."""
 
-    microbatch: Microbatch
     weights: torch.Tensor
 
 
@@ -37,7 +38,7 @@ class WeightedMicrobatch:
 class SupervisedResult:
     """loss: mean cross-entropy a unit of weight, over all ranks (nats); work: of the forward pass, over all ranks."""
 
-    update: UpdateResult
+    update: UpdateResult[torch.Tensor]
     loss: float
     work: Work
 
@@ -51,20 +52,20 @@ def pack_weighted(samples: Sequence[WeightedSample], sample_indices: Sequence[in
         packed = dataclasses.replace(
             packed, rows=packed.rows[counts], targets=packed.targets[counts], sequence_ids=packed.sequence_ids[counts]
         )
-    return WeightedMicrobatch(packed, weights[counts])
+    return packed.carrying(WeightedMicrobatch, weights=weights[counts])
 
 
-def supervised_step(policy: Policy, batches: Sequence[WeightedMicrobatch]) -> SupervisedResult:
+def supervised_step(trainer: Trainer, batches: Sequence[WeightedMicrobatch]) -> SupervisedResult:
     """One optimizer step on the mean cross-entropy a unit of weight, over the microbatches of all data-parallel ranks.
 
     The loss of the multi-token-prediction layers is added when the model was built with them.
     """
-    filled = [b.microbatch for b in batches if b.microbatch.sample_indices]
+    filled = [batch for batch in batches if batch.sample_indices]
     work = sequences_work((length, 0) for batch in filled for length in batch.cu_seqlens.diff().tolist())
     sums = torch.tensor(
         [
             sum(float(b.weights.sum()) for b in batches),
-            sum(b.microbatch.rows.numel() for b in batches),
+            sum(b.rows.numel() for b in batches),
             work.tokens,
             work.pairs,
         ],
@@ -73,27 +74,25 @@ def supervised_step(policy: Policy, batches: Sequence[WeightedMicrobatch]) -> Su
     dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())
     total_weight, total_rows, total_tokens, total_pairs = sums.tolist()
 
-    def loss(index, _microbatch, log_probs, _entropies):
-        weights = batches[index].weights.to(log_probs.device)
-        value = -(log_probs * weights).sum() / total_weight
-        return value, torch.stack([value.detach().double() * total_weight, weights.sum().double()])
+    def loss(batch: WeightedMicrobatch, scores: TokenScores) -> tuple[torch.Tensor, torch.Tensor]:
+        value = -(scores.values * batch.weights).sum() / total_weight
+        return value, torch.stack([value.detach().double() * total_weight, batch.weights.sum().double()])
 
-    result = policy.update([b.microbatch for b in batches], loss, total_response_tokens=int(total_rows), mtp_loss=True)
+    result = trainer.update(batches, loss, total_response_tokens=int(total_rows), mtp_loss=True)
     return SupervisedResult(result, _weighted_mean(result.statistics), Work(total_tokens, total_pairs, total_rows))
 
 
 def sample_losses(policy: Policy, batches: Sequence[WeightedMicrobatch]) -> list[torch.Tensor]:
     """[samples, 2] float64 a microbatch: the weighted sum of each sample's cross-entropies, and its weight. No update.
 
-    [] off the last pipeline stage, as `Policy.log_probs`.
+    [] off the last pipeline stage, as `Policy.scores`.
     """
-    scored = policy.log_probs([b.microbatch for b in batches])
     losses = []
-    for batch, (log_probs, _) in zip(batches, scored, strict=False):
-        weights = batch.weights.to(log_probs.device)
-        terms = torch.stack([-(log_probs * weights).double(), weights.double()], dim=1)
-        sums = torch.zeros(len(batch.microbatch.sample_indices), 2, dtype=torch.float64, device=terms.device)
-        losses.append(sums.index_add(0, batch.microbatch.sequence_ids.to(terms.device), terms).cpu())
+    for batch, scores in zip(batches, policy.scores(batches), strict=False):
+        weights = batch.weights.to(scores.values.device)
+        terms = torch.stack([-(scores.values * weights).double(), weights.double()], dim=1)
+        sums = torch.zeros(len(batch.sample_indices), 2, dtype=torch.float64, device=terms.device)
+        losses.append(sums.index_add(0, batch.sequence_ids.to(terms.device), terms).cpu())
     return losses
 
 

@@ -20,28 +20,37 @@ from r1mega.checkpoint.store import CheckpointStore, architecture_of  # noqa: E4
 from r1mega.checkpoint.torch_dist import TorchDistReader  # noqa: E402
 from r1mega.config.schema import ModelConfig, OptimizerConfig, ParallelConfig  # noqa: E402
 from r1mega.platform import groups  # noqa: E402
+from r1mega.train.heads import TokenScores  # noqa: E402
 from r1mega.train.packing import build_microbatch  # noqa: E402
 from r1mega.train.policy import Policy  # noqa: E402
+from r1mega.train.trainer import Trainer  # noqa: E402
 from tests.policy_reference import any_experts  # noqa: E402
 
 SEQUENCES = [[i * 7 % 90 + 1 for i in range(start, start + 16)] for start in range(8)]
 PROMPT = 4
 
 
-def make_policy(
-    config: dict[str, Any], layout: dict[str, int], dtype: str, init_std: float | None = None, fp8: str = "off"
-) -> Policy:
+def make_trainer(
+    config: dict[str, Any],
+    layout: dict[str, int],
+    dtype: str,
+    source: Path | None = None,
+    *,
+    init_std: float | None = None,
+    fp8: str = "off",
+) -> Trainer:
+    """source: where its weights are from; else they are drawn, or there are none."""
     groups.init_parallel(ParallelConfig(**layout), seed=1)
     mtp = 0.3 if config.get("num_nextn_predict_layers") else 0.0
     model = ModelConfig(path="unused", dtype=dtype, fp8=fp8, mtp_loss_coefficient=mtp, expert_bias_update_rate=1e-2)
-    return Policy(
-        model, config, ParallelConfig(**layout),
-        OptimizerConfig(lr=1e-2, warmup_steps=2, weight_decay=0.1, eps=1e-3),  # eps: rounding is no direction
-        total_steps=8, seed=1, init_std=init_std,
-    )  # fmt: skip
+    policy = Policy(model, config, ParallelConfig(**layout), seed=1, init_std=init_std)
+    if source is not None:
+        policy.load_pretrained(source)
+    optimizer = OptimizerConfig(lr=1e-2, warmup_steps=2, weight_decay=0.1, eps=1e-3)  # eps: rounding is no direction
+    return Trainer(policy, optimizer, total_steps=8)
 
 
-def update(policy: Policy, dictated: bool = False) -> tuple[float, float]:
+def update(trainer: Trainer, dictated: bool = False) -> tuple[float, float]:
     """One step on the same eight sequences, whatever the layout; (loss, gradient norm).
 
     dictated: experts are not chosen by the routers, whose choice may be the rounding's.
@@ -50,16 +59,18 @@ def update(policy: Policy, dictated: bool = False) -> tuple[float, float]:
     mine = range(replica, len(SEQUENCES), replicas)
     batches = []
     for pair in (mine[i : i + 2] for i in range(0, len(mine), 2)):
-        experts = [experts_of(policy, i) for i in pair] if dictated else None
+        experts = [experts_of(trainer.policy, i) for i in pair] if dictated else None
         batches.append(build_microbatch([SEQUENCES[i] for i in pair], [PROMPT] * 2, range(2), experts))
     total = sum(len(s) - PROMPT for s in SEQUENCES)
-    result = policy.update(
-        batches, lambda _i, _b, lp, _e: (-lp.sum() / total, -lp.detach().sum() / total), total_response_tokens=total
-    )
-    loss = torch.stack(result.statistics).sum() if result.statistics else torch.zeros(())
-    dist.all_reduce(loss, group=ps.get_data_parallel_group())
-    dist.broadcast(loss, dist.get_world_size() - 1)  # the last pipeline stage has it
-    return float(loss), result.grad_norm
+
+    def loss(_batch: Any, scores: TokenScores) -> tuple[torch.Tensor, torch.Tensor]:
+        return -scores.values.sum() / total, -scores.values.detach().sum() / total
+
+    result = trainer.update(batches, loss, total_response_tokens=total)
+    value = torch.stack(result.statistics).sum() if result.statistics else torch.zeros(())
+    dist.all_reduce(value, group=ps.get_data_parallel_group())
+    dist.broadcast(value, dist.get_world_size() - 1)  # the last pipeline stage has it
+    return float(value), result.grad_norm
 
 
 def experts_of(policy: Policy, sequence: int) -> np.ndarray:
@@ -76,12 +87,11 @@ def load_converted(cases: list[tuple[Path, dict[str, int], Path]]) -> dict[str, 
     groups.init_distributed()
     differences = {}
     for checkpoint, layout, original in cases:
-        policy = make_policy(read_config(checkpoint), layout, "bfloat16")
-        policy.load_pretrained(checkpoint)
-        exported, expected = dict(policy.hf_tensors()), HFTensors(original)
+        trainer = make_trainer(read_config(checkpoint), layout, "bfloat16", checkpoint)
+        exported, expected = dict(trainer.policy.hf_tensors()), HFTensors(original)
         wrong = [n for n, t in exported.items() if not torch.equal(t, expected[n]) or t.dtype != expected[n].dtype]
         saved = set(TorchDistReader(checkpoint).saved)
-        template = policy.sharded_state(is_loading=False)["model"]
+        template = trainer.sharded_state(is_loading=False)["model"]
         asked = {item.key for chunk in template.values() for item in chunk.values() if "extra_state" not in item.key}
         everyone: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, asked)
@@ -108,20 +118,18 @@ def save_run(
     bfloat16: experts are dictated; and the same steps in float32 tell how far rounding leads ("rounding": `differences`).
     """
     groups.init_distributed()
-    policy, dictated = make_policy(config, layout, dtype, fp8=fp8), dtype == "bfloat16"
-    policy.load_pretrained(source)
+    trainer, dictated = make_trainer(config, layout, dtype, source, fp8=fp8), dtype == "bfloat16"
     store = CheckpointStore(run, keep=2, architecture=architecture_of(config), asynchronous=asynchronous)
-    store.save(0, policy.sharded_state(is_loading=False), {})  # before the first step
-    losses = [update(policy, dictated) for _ in range(2)]
-    store.save(2, policy.sharded_state(is_loading=False), {})
-    at_save = all_weights(policy)
-    losses += [update(policy, dictated) for _ in range(2)]  # while an asynchronous save writes
+    store.save(0, trainer.sharded_state(is_loading=False), {})  # before the first step
+    losses = [update(trainer, dictated) for _ in range(2)]
+    store.save(2, trainer.sharded_state(is_loading=False), {})
+    at_save = all_weights(trainer)
+    losses += [update(trainer, dictated) for _ in range(2)]  # while an asynchronous save writes
     store.wait()
-    kept = {"losses": losses, "weights": all_weights(policy), "at_save": at_save}
+    kept = {"losses": losses, "weights": all_weights(trainer), "at_save": at_save}
     if dictated and fp8 == "off":
         groups.destroy_parallel()
-        wide = make_policy(config, layout, "float32")
-        wide.load_pretrained(source)
+        wide = make_trainer(config, layout, "float32", source)
         kept["rounding"] = differences([update(wide, dictated) for _ in range(4)], all_weights(wide), kept)
     if dist.get_rank() == 0:
         torch.save(kept, run / "uninterrupted.pt")
@@ -129,8 +137,8 @@ def save_run(
     groups.destroy()
 
 
-def all_weights(policy: Policy) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in policy.hf_tensors()}
+def all_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in trainer.policy.hf_tensors()}
 
 
 def differences(
@@ -158,16 +166,16 @@ def resume_run(
     expected = torch.load(run / "uninterrupted.pt")
     results = {}
     for layout, step in cases:
-        policy = make_policy(config, layout, dtype, fp8=fp8)
+        trainer = make_trainer(config, layout, dtype, fp8=fp8)
         store = CheckpointStore(run, keep=2, architecture=architecture_of(config))
         assert store.latest().name == "step_000002"
         path = store.directory / f"step_{step:06d}"
-        state, progress = store.load(path, policy.sharded_state(is_loading=True))
-        policy.load_sharded_state(state)
+        state, progress = store.load(path, trainer.sharded_state(is_loading=True))
+        trainer.load_sharded_state(state)
         again = CheckpointStore(run / f"{layout} {step}", keep=1, architecture=architecture_of(config))
-        changed = unequal_tensors(path, again.save(step, policy.sharded_state(is_loading=False), {}))
-        losses = [update(policy, dtype == "bfloat16") for _ in range(progress["step"], 4)]
-        results[f"{layout} from {step}"] = (changed, *differences(losses, all_weights(policy), expected))
+        changed = unequal_tensors(path, again.save(step, trainer.sharded_state(is_loading=False), {}))
+        losses = [update(trainer, dtype == "bfloat16") for _ in range(progress["step"], 4)]
+        results[f"{layout} from {step}"] = (changed, *differences(losses, all_weights(trainer), expected))
         groups.destroy_parallel()
     groups.destroy()
     return results

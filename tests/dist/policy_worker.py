@@ -1,4 +1,4 @@
-"""One rank of a policy test: steps of RL and of pre-training through `Policy`, compared with what one process computed."""
+"""One rank of a policy test: steps of RL and of pre-training through `Trainer`, compared with what one process computed."""
 
 from __future__ import annotations
 
@@ -22,8 +22,10 @@ from r1mega.checkpoint.name_rules import to_local  # noqa: E402
 from r1mega.gpu_check.policy import rl_step  # noqa: E402
 from r1mega.gpu_check.tensors import gradients_by_name, make_gradients_whole  # noqa: E402
 from r1mega.platform import groups  # noqa: E402
+from r1mega.train.heads import TokenScores  # noqa: E402
 from r1mega.train.policy import Policy  # noqa: E402
 from r1mega.train.samples import pack_samples  # noqa: E402
+from r1mega.train.trainer import Trainer  # noqa: E402
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,63 +102,58 @@ def take_steps(
         mtp_loss_coefficient=0.3 if case.kind == "labels" else 0.0, sequence_aux_loss_coefficient=case.aux,
         log_probs=case.log_probs, recompute=case.recompute,
     )  # fmt: skip
-    policy = Policy(
-        model,
-        expected.config,
-        ParallelConfig(**case.layout),
-        OptimizerConfig(**SETTINGS, lr=LEARNING_RATE),
-        total_steps=9,
-        seed=1,
-    )
+    policy = Policy(model, expected.config, ParallelConfig(**case.layout), seed=1)
     policy.load_hf(expected.state)
     policy.take_reference()
+    trainer = Trainer(policy, OptimizerConfig(**SETTINGS, lr=LEARNING_RATE), total_steps=9)
     captured: dict[str, Any] = {}
-    stepping = policy.optimizer.step
+    stepping = trainer.optimizer.step
 
     def step() -> Any:
         captured["gradients"] = (
-            gradients_by_name(policy) if keep_gradients else gradients(policy, expected.steps[len(steps)].gradients)
+            gradients_by_name(trainer) if keep_gradients else gradients(trainer, expected.steps[len(steps)].gradients)
         )
         return stepping()
 
-    policy.optimizer.step = step
+    trainer.optimizer.step = step
     steps: list[dict[str, Any]] = []
     samples = expected.samples
     batches = [pack_samples(samples, [i]) for i in range(len(samples))]
     for number in (1, 2):
-        log_probs = [lp for lp, _ in policy.log_probs(batches, TEMPERATURE, everywhere=True)]
+        log_probs = policy.log_probs(batches, TEMPERATURE)
         if case.kind == "grpo":
             loss, norm = rl_step(
-                policy, samples, number, microbatch_tokens=case.microbatch_tokens, temperature=TEMPERATURE,
+                trainer, samples, number, microbatch_tokens=case.microbatch_tokens, temperature=TEMPERATURE,
                 ratio=case.ratio, kl_coefficient=expected.kl_coefficient,
             )  # fmt: skip
         else:
-            loss, norm = labels_step(policy, samples)
+            loss, norm = labels_step(trainer, samples)
         steps.append({"log_probs": log_probs, "loss": loss, "norm": norm, "gradients": captured["gradients"]})
     return steps, {name: tensor.clone() for name, tensor in policy.hf_tensors()}
 
 
-def labels_step(policy: Policy, samples: list[Any]) -> tuple[float, float]:
+def labels_step(trainer: Trainer, samples: list[Any]) -> tuple[float, float]:
     """Mean cross-entropy of the responses plus the MTP loss; two samples a microbatch."""
+    policy = trainer.policy
     pairs = [[i, i + 1] for i in range(0, len(samples), 2)]
     batches = [pack_samples(samples, pair) for pair in pairs[policy.replica :: policy.num_replicas]]
     total = sum(s.response_length for s in samples)
 
-    def loss(_index: int, _batch: Any, log_probs: torch.Tensor, _entropies: torch.Tensor) -> tuple[torch.Tensor, float]:
-        value = -log_probs.sum() / total
+    def loss(_batch: Any, scores: TokenScores) -> tuple[torch.Tensor, float]:
+        value = -scores.values.sum() / total
         return value, float(value.detach())
 
-    result = policy.update(batches, loss, total_response_tokens=total, mtp_loss=True)
+    result = trainer.update(batches, loss, total_response_tokens=total, mtp_loss=True)
     value = torch.tensor(sum(result.statistics) if policy.reports else 0.0, dtype=torch.float64)
     dist.all_reduce(value)
     return float(value), result.grad_norm
 
 
-def gradients(policy: Policy, expected: dict[str, torch.Tensor]) -> tuple[float, str]:
+def gradients(trainer: Trainer, expected: dict[str, torch.Tensor]) -> tuple[float, str]:
     """The largest relative difference of a gradient from its part of the expected one, and its name."""
-    make_gradients_whole(policy)
+    make_gradients_whole(trainer)
     place, worst = coordinates(), (0.0, "")
-    for chunk in policy.chunks:
+    for chunk in trainer.policy.chunks:
         shape, parameters = model_shape(chunk), dict(chunk.named_parameters())
         for entry, _ in local_entries([chunk]):
             if entry.name not in parameters:

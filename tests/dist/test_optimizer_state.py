@@ -54,14 +54,14 @@ class PeakMemory(TorchDispatchMode):
 def measure(dtype: str) -> list[dict[str, Any]]:
     """One step of a model with experts on both ranks; then each of its optimizers' state, gathered in both ways."""
     from r1mega.train import optimizer as module  # prepares megatron
-    from tests.dist.convert_worker import make_policy, update  # isort: skip
+    from tests.dist.convert_worker import make_trainer, update  # isort: skip
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
     module._BLOCK = BLOCK
-    policy = make_policy(MTP, {"ep": 2}, dtype, init_std=0.02)
-    update(policy)
+    trainer = make_trainer(MTP, {"ep": 2}, dtype, init_std=0.02)
+    update(trainer)
     found = []
-    for part in policy.optimizer.chained_optimizers:
+    for part in trainer.optimizer.chained_optimizers:
         with PeakMemory() as theirs:
             expected = DistributedOptimizer.get_parameter_state_dp_zero(part, use_gloo_comm=True)
         with PeakMemory() as ours:
@@ -140,28 +140,28 @@ def _load_in_both_ways(directory: Path, case: Case) -> dict[str, Any]:
     from r1mega.checkpoint.store import CheckpointStore, architecture_of
     from r1mega.platform import groups
     from r1mega.train import optimizer as module
-    from tests.dist.convert_worker import make_policy, update
+    from tests.dist.convert_worker import make_trainer, update
 
     config = MTP | {"num_hidden_layers": case.layers}
     store = CheckpointStore(directory, keep=1, architecture=architecture_of(config))
 
-    def bits(policy: Any) -> dict[Any, torch.Tensor]:
-        found = {name: tensor.clone() for name, tensor in policy.hf_tensors()}
-        for place, part in enumerate(module._parts(policy.optimizer)):
+    def bits(trainer: Any) -> dict[Any, torch.Tensor]:
+        found = {name: tensor.clone() for name, tensor in trainer.policy.hf_tensors()}
+        for place, part in enumerate(module._parts(trainer.optimizer)):
             for number, parameter in enumerate(part.model_param_group_index_map):
                 state = part._get_main_param_and_optimizer_states(parameter)
                 found |= {(place, number, key): value.clone() for key, value in state.items()}
         return found
 
     def started() -> Any:
-        return make_policy(config, dict(case.layout), case.dtype, init_std=0.02)
+        return make_trainer(config, dict(case.layout), case.dtype, init_std=0.02)
 
-    policy = started()
-    update(policy)
-    path = store.save(1, policy.sharded_state(is_loading=False), {})
-    expected = [bits(policy), update(policy), bits(policy)]
+    trainer = started()
+    update(trainer)
+    path = store.save(1, trainer.sharded_state(is_loading=False), {})
+    expected = [bits(trainer), update(trainer), bits(trainer)]
     found: dict[str, Any] = {
-        "elements": sum(b.numel_unpadded for part in module._parts(policy.optimizer) for b in part.buffers)
+        "elements": sum(b.numel_unpadded for part in module._parts(trainer.optimizer) for b in part.buffers)
     }
     for way in ("theirs", "ours"):
         groups.destroy_parallel()

@@ -15,26 +15,24 @@ from r1mega.gpu_check.findings import Context, Findings
 from r1mega.platform import groups
 from r1mega.train.packing import Microbatch, build_microbatch
 from r1mega.train.policy import Policy
+from r1mega.train.trainer import Trainer
 
 NANO = json.loads((Path(__file__).parents[2] / "configs/nano/model/config.json").read_text())
 RECIPES = ("tensorwise", "blockwise")
 LENGTHS = (*range(1, 18), 31, 32, 33, 127, 128, 129)
 
 
-def make_policy(fp8: str, layout: ParallelConfig | None = None, dtype: str = "float32", **model: Any) -> Policy:
+def make_trainer(fp8: str, layout: ParallelConfig | None = None, dtype: str = "float32", **model: Any) -> Trainer:
     """Weights are the same whatever the precision, and steps (of 1e-30) leave them so. The token of padding is an outlier: of
     all hidden sizes it has one.
     """
     settings = ModelConfig(path="unused", dtype=dtype, fp8=fp8, **model)
-    policy = Policy(
-        settings, NANO, layout or ParallelConfig(), OptimizerConfig(lr=1e-30), total_steps=10**6, seed=0, init_std=0.05
-    )  # fmt: skip
+    policy = Policy(settings, NANO, layout or ParallelConfig(), seed=0, init_std=0.05)
     weight = policy.chunks[0].embedding.word_embeddings.weight
     if weight.shape[0] == NANO["vocab_size"] or policy._cut.tp_rank == 0:
         weight.data[0] = 0
         weight.data[0, 0] = 1
-    policy.optimizer.reload_model_params()
-    return policy
+    return Trainer(policy, OptimizerConfig(lr=1e-30), total_steps=10**6)
 
 
 def batch_of(lengths: list[int], dictated: bool = False) -> Microbatch:
@@ -59,25 +57,26 @@ def gpu_check_step(name: str, work: Path) -> Findings:
     return findings
 
 
-def step(policy: Policy, batch: Microbatch) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+def step(trainer: Trainer, batch: Microbatch) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """(log-probs [R] before, log-probs [R] of the training pass, gradients by name) of the mean of log-probs."""
     gradients: dict[str, torch.Tensor] = {}
-    stepping = policy.optimizer.step
+    stepping = trainer.optimizer.step
 
     def capture() -> Any:
-        for chunk in policy.chunks:
+        for chunk in trainer.policy.chunks:
             gradients.update({name: p.main_grad.clone() for name, p in chunk.named_parameters()})
         return stepping()
 
     count = max(1, batch.rows.numel())
-    old = policy.log_probs([batch])[0][0]
-    policy.optimizer.step = capture
+    (old,) = trainer.policy.log_probs([batch])
+    trainer.optimizer.step = capture
     try:
-        result = policy.update(
-            [batch], lambda _i, _mb, lp, _ent: (lp.sum() / count, lp.detach().clone()), total_response_tokens=count
-        )
+        result = trainer.update(
+            [batch], lambda _, scores: (scores.values.sum() / count, scores.values.detach().clone()),
+            total_response_tokens=count,
+        )  # fmt: skip
     finally:
-        policy.optimizer.step = stepping
+        trainer.optimizer.step = stepping
     return old, result.statistics[0], gradients
 
 
@@ -109,7 +108,7 @@ def one_rank() -> dict[str, Any]:
     """What one process finds, by check and recipe."""
     groups.init_parallel(ParallelConfig(), seed=0)
     try:
-        plain = step(make_policy("off"), two_samples(61, dictated=True))
+        plain = step(make_trainer("off"), two_samples(61, dictated=True))
         found: dict[Any, Any] = {recipe: _checks(recipe, plain) for recipe in RECIPES}
         for skipped in ((0, 0), (1, 0), (0, 1), (1, 1), (2, 0)):
             found["unquantised layers", *skipped] = unquantised_layers(*skipped)
@@ -122,7 +121,8 @@ def _checks(recipe: str, plain: Any) -> dict[str, Any]:
     from megatron.core.fp8_utils import get_fp8_recipe
     from transformer_engine.pytorch.quantization import get_align_size_for_quantization
 
-    policy = make_policy(recipe)
+    trainer = make_trainer(recipe)
+    policy = trainer.policy
     made = get_fp8_recipe(policy.megatron_config)
     found: dict[str, Any] = {
         "recipe": str(made),
@@ -131,22 +131,22 @@ def _checks(recipe: str, plain: Any) -> dict[str, Any]:
     # every length: the pass with gradients and the one without are the same, to the bit
     found["unequal lengths"] = []
     for length in LENGTHS:
-        old, new, _ = step(policy, two_samples(length))
+        old, new, _ = step(trainer, two_samples(length))
         if not torch.equal(old, new) or not old.isfinite().all():
             found["unequal lengths"].append(length)
     batch = two_samples(61)
-    old, new, gradients = step(policy, batch)
-    found |= against(plain, step(policy, two_samples(61, dictated=True)))
+    old, new, gradients = step(trainer, batch)
+    found |= against(plain, step(trainer, two_samples(61, dictated=True)))
     with aligned(policy, 48):
-        more = step(policy, batch)
+        more = step(trainer, batch)
     found["padding"] = float((old - more[0]).abs().max()), max(differences(gradients, more[2]).values())
     policy._zeroing.padding, zeroing, policy._zeroing = None, policy._zeroing, None
     with aligned(policy, 48):
-        unzeroed = step(policy, batch)
+        unzeroed = step(trainer, batch)
     policy._zeroing = zeroing
     found["reference"] = _reference(policy, batch)
     found["padding not zeroed"] = max(differences(gradients, unzeroed[2]).values())
-    again = step(make_policy(recipe, recompute="full"), batch)
+    again = step(make_trainer(recipe, recompute="full"), batch)
     found["recomputed"] = (
         torch.equal(again[0], again[1]),
         torch.equal(again[0], old),
@@ -163,7 +163,7 @@ def _reference(policy: Policy, batch: Microbatch) -> list[bool]:
     """
 
     def both() -> torch.Tensor:
-        return torch.stack([log_probs for log_probs, _ in policy.log_probs([batch, batch])])
+        return torch.stack(policy.log_probs([batch, batch]))
 
     before = both()
     policy.take_reference()
@@ -179,8 +179,8 @@ def unquantised_layers(first: int, last: int) -> list[bool]:
     """Of each layer, whether it gives what the layer without FP8 gives for the same hidden states, but for float32's rounding."""
     from transformer_engine.pytorch import fp8_autocast
 
-    plain = make_policy("off").chunks[0].decoder.layers
-    policy = make_policy("blockwise", fp8_skip_first_layers=first, fp8_skip_last_layers=last)
+    plain = make_trainer("off").policy.chunks[0].decoder.layers
+    policy = make_trainer("blockwise", fp8_skip_first_layers=first, fp8_skip_last_layers=last).policy
     same = []
 
     def compare(number: int, keywords: dict[str, Any], output: torch.Tensor) -> None:
@@ -213,11 +213,11 @@ def two_ranks(layouts: list[dict[str, int]]) -> list[dict[str, Any]]:
 
 def _of_layout(recipe: str, layout: ParallelConfig) -> dict[str, Any]:
     batch = two_samples(61, dictated=True)
-    policy = make_policy(recipe, layout)
-    found = against(step(make_policy("off", layout), batch), step(policy, batch))
+    trainer = make_trainer(recipe, layout)
+    found = against(step(make_trainer("off", layout), batch), step(trainer, batch))
     unequal = []
     for lengths in ([], [1], [3, 1, 7], [33]):
-        old, new, gradients = step(policy, batch_of(lengths))
+        old, new, gradients = step(trainer, batch_of(lengths))
         if not torch.equal(old, new) or not all(g.isfinite().all() for g in gradients.values()):
             unequal.append(sum(lengths))
     return found | {"unequal lengths": unequal}

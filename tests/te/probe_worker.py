@@ -16,7 +16,6 @@ from r1mega.config.schema import ModelConfig, ParallelConfig  # noqa: E402
 from r1mega.errors import WeightSyncError  # noqa: E402
 from r1mega.platform import groups  # noqa: E402
 from r1mega.rollout.vllm_engine import VllmEngine  # noqa: E402
-from r1mega.train.packing import build_microbatch  # noqa: E402
 from r1mega.train.policy import Policy  # noqa: E402
 from r1mega.weights import verify  # noqa: E402
 from r1mega.weights.transfer import checkpoint_tensors  # noqa: E402
@@ -109,10 +108,6 @@ def _derived(engine: VllmEngine) -> torch.Tensor:
 
 def _log_probs(recipe: str, config: dict[str, Any], sets: list[list[list[int]]]) -> list[list[list[float]]]:
     model = ModelConfig(path=checkpoint("deepseek"), dtype="bfloat16", fp8=recipe)
-    policy = Policy(model, config, ParallelConfig(), None, total_steps=1, seed=0)
+    policy = Policy(model, config, ParallelConfig(), seed=0)
     policy.load_hf(spread_weights())
-    found = []
-    for sequences in sets:  # packed as a push packs them
-        packed = policy.log_probs([build_microbatch(sequences, [1] * len(sequences), range(len(sequences)))])[0][0]
-        found.append([values.tolist() for values in packed.split([len(sequence) - 1 for sequence in sequences])])
-    return found
+    return [policy.sequence_log_probs(sequences) for sequences in sets]

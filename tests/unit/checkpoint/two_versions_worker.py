@@ -17,7 +17,7 @@ from tests.reference import DEEPSEEK
 HF = DEEPSEEK | {"num_hidden_layers": 2, "num_nextn_predict_layers": 1, "architectures": ["DeepseekV3ForCausalLM"]}
 
 
-def step(policy) -> list[float]:
+def step(trainer) -> list[float]:
     """[gradient norm, losses ...] of one update on the same two microbatches."""
     from r1mega.train.packing import build_microbatch
 
@@ -26,11 +26,11 @@ def step(policy) -> list[float]:
     batches = [build_microbatch([tokens[i] for i in pack], [2] * len(pack), pack) for pack in ([0, 1], [2])]
     total = sum(b.rows.numel() for b in batches)
 
-    def loss(_index, _batch, log_probs, _entropies):
-        value = -log_probs.sum() / total
+    def loss(_batch, scores):
+        value = -scores.values.sum() / total
         return value, float(value)
 
-    result = policy.update(batches, loss, total_response_tokens=total, mtp_loss=True)
+    result = trainer.update(batches, loss, total_response_tokens=total, mtp_loss=True)
     return [result.grad_norm, *result.statistics]
 
 
@@ -45,6 +45,7 @@ def main() -> None:
     platform.prepare()
     from r1mega.checkpoint.store import CheckpointStore, architecture_of
     from r1mega.train.policy import Policy
+    from r1mega.train.trainer import Trainer
 
     torch.set_num_threads(1)
     groups.init_parallel(ParallelConfig(), seed=0)
@@ -53,17 +54,18 @@ def main() -> None:
         sequence_aux_loss_coefficient=0.01,
     )  # fmt: skip
     optimizer = OptimizerConfig(lr=1e-3, weight_decay=0.1, clip_grad=0.5, warmup_steps=3)
-    policy = Policy(model, HF, ParallelConfig(), optimizer, total_steps=10, seed=1, init_std=0.08)
+    policy = Policy(model, HF, ParallelConfig(), seed=1, init_std=0.08)
     policy.take_reference()
+    trainer = Trainer(policy, optimizer, total_steps=10)
     store = CheckpointStore(directory, keep=2, architecture=architecture_of(HF))
     if action == "save":
         for _ in range(2):
-            step(policy)
-        store.save(2, policy.sharded_state(is_loading=False), {})
+            step(trainer)
+        store.save(2, trainer.sharded_state(is_loading=False), {})
     else:
-        state, _ = store.load(store.latest(), policy.sharded_state(is_loading=True))
-        policy.load_sharded_state(state)
-    steps = [step(policy) for _ in range(2)]
+        state, _ = store.load(store.latest(), trainer.sharded_state(is_loading=True))
+        trainer.load_sharded_state(state)
+    steps = [step(trainer) for _ in range(2)]
     sums = {name: float(value.double().flatten() @ weight(value.numel())) for name, value in policy.hf_tensors()}
     print(json.dumps({"version": metadata.version("megatron-core"), "steps": steps, "sums": sums}))
     groups.destroy()

@@ -42,14 +42,17 @@ def one_rank():
     torch.set_num_threads(threads)
 
 
-def make_policy(log_probs="logits", dtype="float32", **optimizer):
+def make_trainer(log_probs="logits", dtype="float32", weights=None, **optimizer):
+    """weights: of the model; None: drawn."""
     from r1mega.train.policy import Policy
+    from r1mega.train.trainer import Trainer
 
+    model = ModelConfig(path="unused", dtype=dtype, log_probs=log_probs)
+    policy = Policy(model, HF, ParallelConfig(), seed=1, init_std=0.08)
+    if weights is not None:
+        policy.load_hf(weights)
     settings = OptimizerConfig(lr=LEARNING_RATE, weight_decay=0.1, clip_grad=0.05, **optimizer)
-    return Policy(
-        ModelConfig(path="unused", dtype=dtype, log_probs=log_probs), HF, ParallelConfig(), settings,
-        total_steps=10, seed=1, init_std=0.08,
-    )  # fmt: skip
+    return Trainer(policy, settings, total_steps=10)
 
 
 def make_samples(seed=0):
@@ -67,19 +70,18 @@ def make_samples(seed=0):
     return samples
 
 
-def run_update(policy, samples, packs, algorithm):
-    from r1mega.train.samples import minibatch_weights, pack_samples, policy_tokens
+def run_update(trainer, samples, packs, algorithm):
+    from r1mega.train.samples import minibatch_weights, pack_for_loss
 
     weights = minibatch_weights(samples, range(len(samples)), algorithm.loss_aggregation, 16)
 
-    def loss(_index, microbatch, log_probs, _entropies):
-        tokens = policy_tokens(microbatch, samples, weights, old_log_probs=None, reference_log_probs=None)
-        value, stats = grpo_loss(log_probs, tokens, clip_low=0.2, clip_high=0.2)
+    def loss(batch, scores):
+        value, stats = grpo_loss(scores.values, batch.policy_tokens, clip_low=0.2, clip_high=0.2)
         return value, (value.item(), stats)
 
     total = sum(s.response_length for s in samples)
-    batches = [pack_samples(samples, indices) for indices in packs]
-    return policy.update(batches, loss, temperature=TEMPERATURE, total_response_tokens=total)
+    batches = [pack_for_loss(samples, indices, weights) for indices in packs]
+    return trainer.update(batches, loss, temperature=TEMPERATURE, total_response_tokens=total)
 
 
 def transformers_model(policy, tmp_path):
@@ -97,7 +99,8 @@ def transformers_model(policy, tmp_path):
 )
 def test_one_grpo_step_equals_transformers_and_adamw(one_rank, tmp_path, aggregation, log_probs):
     algorithm = AlgorithmConfig(loss_aggregation=aggregation)
-    policy, samples = make_policy(log_probs), make_samples()
+    trainer, samples = make_trainer(log_probs), make_samples()
+    policy = trainer.policy
     model = transformers_model(policy, tmp_path)
     decayed = [p for p in model.parameters() if p.ndim > 1]
     rest = [p for p in model.parameters() if p.ndim == 1]  # Megatron decays neither norms nor biases
@@ -106,7 +109,7 @@ def test_one_grpo_step_equals_transformers_and_adamw(one_rank, tmp_path, aggrega
         lr=LEARNING_RATE, betas=(0.9, 0.95), eps=1e-8,
     )  # fmt: skip
     for packs in ([[0, 1], [2, 3]], [[3], [0, 2, 1]]):
-        result = run_update(policy, samples, packs, algorithm)
+        result = run_update(trainer, samples, packs, algorithm)
         loss, total = 0.0, sum(s.response_length for s in samples)
         for sample in samples:
             ids = torch.from_numpy(sample.token_ids.astype(np.int64))
@@ -133,12 +136,12 @@ def test_one_grpo_step_equals_transformers_and_adamw(one_rank, tmp_path, aggrega
 
 
 def test_forward_only_equals_transformers_per_token(one_rank, tmp_path):
-    policy, samples = make_policy(), make_samples(1)
+    policy, samples = make_trainer().policy, make_samples(1)
     model = transformers_model(policy, tmp_path)
     batch = build_microbatch(
         [s.token_ids.tolist() for s in samples], [s.prompt_length for s in samples], range(len(samples))
     )
-    log_probs, entropies = policy.log_probs([batch], TEMPERATURE)[0]
+    (scores,) = policy.scores([batch], TEMPERATURE)
     expected, expected_entropy = [], []
     for sample in samples:
         ids = torch.from_numpy(sample.token_ids.astype(np.int64))
@@ -146,8 +149,8 @@ def test_forward_only_equals_transformers_per_token(one_rank, tmp_path):
             full = (model(ids[None]).logits[0, :-1].double() / TEMPERATURE).log_softmax(-1)[sample.prompt_length - 1 :]
         expected.append(full.gather(1, ids[sample.prompt_length :, None])[:, 0])
         expected_entropy.append(-(full.exp() * full).sum(-1))
-    torch.testing.assert_close(log_probs.double(), torch.cat(expected), rtol=0, atol=1e-5)
-    torch.testing.assert_close(entropies.double(), torch.cat(expected_entropy), rtol=0, atol=1e-5)
+    torch.testing.assert_close(scores.values.double(), torch.cat(expected), rtol=0, atol=1e-5)
+    torch.testing.assert_close(scores.entropies.double(), torch.cat(expected_entropy), rtol=0, atol=1e-5)
 
 
 DTYPES = [("float32", "logits"), ("bfloat16", "logits"), ("bfloat16", "hidden"), ("bfloat16", "reference")]
@@ -155,16 +158,17 @@ DTYPES = [("float32", "logits"), ("bfloat16", "logits"), ("bfloat16", "hidden"),
 
 @pytest.mark.parametrize(("dtype", "log_probs"), DTYPES)
 def test_reference_weights_are_swapped_in_and_out(one_rank, dtype, log_probs):
-    policy, samples = make_policy(log_probs, dtype), make_samples()
+    trainer, samples = make_trainer(log_probs, dtype), make_samples()
+    policy = trainer.policy
     batch = build_microbatch([s.token_ids.tolist() for s in samples], [s.prompt_length for s in samples], range(4))
     policy.take_reference()
-    before = policy.log_probs([batch])[0][0]
-    run_update(policy, samples, [[0, 1, 2, 3]], AlgorithmConfig())
-    after = policy.log_probs([batch])[0][0]
+    before = policy.log_probs([batch])[0]
+    run_update(trainer, samples, [[0, 1, 2, 3]], AlgorithmConfig())
+    after = policy.log_probs([batch])[0]
     assert not torch.equal(before, after)
     with policy.as_reference():
-        assert torch.equal(policy.log_probs([batch])[0][0], before)
-    assert torch.equal(policy.log_probs([batch])[0][0], after)
+        assert torch.equal(policy.log_probs([batch])[0], before)
+    assert torch.equal(policy.log_probs([batch])[0], after)
 
 
 @pytest.mark.parametrize(("dtype", "log_probs"), DTYPES)
@@ -172,20 +176,21 @@ def test_checkpoint_continues_bitwise(one_rank, tmp_path, dtype, log_probs):
     from r1mega.checkpoint.store import CheckpointStore, architecture_of
 
     samples, packs, algorithm = make_samples(), [[0, 1], [2, 3]], AlgorithmConfig()
-    policy = make_policy(log_probs, dtype, warmup_steps=3)
+    trainer = make_trainer(log_probs, dtype, warmup_steps=3)
+    policy = trainer.policy
     policy.take_reference()
-    run_update(policy, samples, packs, algorithm)
+    run_update(trainer, samples, packs, algorithm)
     store = CheckpointStore(tmp_path, keep=2, architecture=architecture_of(HF))
-    path = store.save(1, policy.sharded_state(is_loading=False), {"cursor": {"num_drawn": 4}})
-    results = [run_update(policy, samples, packs, algorithm) for _ in range(2)]
+    path = store.save(1, trainer.sharded_state(is_loading=False), {"cursor": {"num_drawn": 4}})
+    results = [run_update(trainer, samples, packs, algorithm) for _ in range(2)]
     weights = {name: value.clone() for name, value in policy.hf_tensors()}
     with policy.as_reference():
         reference = {name: value.clone() for name, value in policy.hf_tensors()}
 
     groups.destroy()
     groups.init_parallel(ParallelConfig(), seed=5)
-    again = make_policy(log_probs, dtype, warmup_steps=3)
-    again.take_reference()
+    again = make_trainer(log_probs, dtype, warmup_steps=3)
+    again.policy.take_reference()
     assert store.latest() == path
     state, progress = store.load(path, again.sharded_state(is_loading=True))
     again.load_sharded_state(state)
@@ -194,20 +199,20 @@ def test_checkpoint_continues_bitwise(one_rank, tmp_path, dtype, log_probs):
         result = run_update(again, samples, packs, algorithm)
         assert (result.grad_norm, result.lr) == (expected.grad_norm, expected.lr)
         assert [v for v, _ in result.statistics] == [v for v, _ in expected.statistics]
-    assert all(torch.equal(value, weights[name]) for name, value in again.hf_tensors())
-    with again.as_reference():
-        assert all(torch.equal(value, reference[name]) for name, value in again.hf_tensors())
+    assert all(torch.equal(value, weights[name]) for name, value in again.policy.hf_tensors())
+    with again.policy.as_reference():
+        assert all(torch.equal(value, reference[name]) for name, value in again.policy.hf_tensors())
 
 
 def test_torn_and_foreign_checkpoints_are_refused(one_rank, tmp_path, caplog):
     from r1mega.checkpoint.store import CheckpointStore, architecture_of
     from r1mega.errors import CheckpointError
 
-    policy = make_policy()
-    run_update(policy, make_samples(), [[0, 1, 2, 3]], AlgorithmConfig())
+    trainer = make_trainer()
+    run_update(trainer, make_samples(), [[0, 1, 2, 3]], AlgorithmConfig())
     store = CheckpointStore(tmp_path, keep=2, architecture=architecture_of(HF))
-    first = store.save(1, policy.sharded_state(is_loading=False), {})
-    second = store.save(2, policy.sharded_state(is_loading=False), {})
+    first = store.save(1, trainer.sharded_state(is_loading=False), {})
+    second = store.save(2, trainer.sharded_state(is_loading=False), {})
     victim = max(second.rglob("*.distcp"), key=lambda p: p.stat().st_size)
     content = bytearray(victim.read_bytes())
     content[len(content) // 2] ^= 1  # one flipped bit
@@ -215,27 +220,29 @@ def test_torn_and_foreign_checkpoints_are_refused(one_rank, tmp_path, caplog):
     assert store.latest() == first
     assert victim.name in caplog.text
     assert "sha256" in caplog.text
-    store.save(3, policy.sharded_state(is_loading=False), {})
+    store.save(3, trainer.sharded_state(is_loading=False), {})
     assert sorted(p.name for p in store.directory.iterdir()) == ["step_000002", "step_000003"], "only `keep` are kept"
     other = CheckpointStore(tmp_path, keep=2, architecture=architecture_of(HF | {"hidden_size": 64}))
     with pytest.raises(CheckpointError, match="hidden_size 48 there, 64 here"):
-        other.load(store.latest(), policy.sharded_state(is_loading=True))
+        other.load(store.latest(), trainer.sharded_state(is_loading=True))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_labels_path_with_mtp_gives_the_same_log_probs_and_trains_the_mtp_layer(one_rank, dtype):
     from r1mega.train.policy import Policy
+    from r1mega.train.trainer import Trainer
 
     hf = HF | {"num_nextn_predict_layers": 1}
     model = ModelConfig(path="unused", dtype=dtype, mtp_loss_coefficient=0.3)
-    policy = Policy(model, hf, ParallelConfig(), OptimizerConfig(lr=1e-3), total_steps=4, seed=1, init_std=0.08)
+    policy = Policy(model, hf, ParallelConfig(), seed=1, init_std=0.08)
+    trainer = Trainer(policy, OptimizerConfig(lr=1e-3), total_steps=4)
     samples = make_samples()
     batch = build_microbatch([s.token_ids.tolist() for s in samples], [s.prompt_length for s in samples], range(4))
-    expected, _ = policy.log_probs([batch])[0]
+    (expected,) = policy.log_probs([batch])
     before = {name: value.clone() for name, value in policy.hf_tensors()}
-    result = policy.update(
-        [batch], lambda _i, _mb, lp, _e: (-lp.sum(), lp.detach().clone()), total_response_tokens=len(batch.rows),
-        mtp_loss=True,
+    result = trainer.update(
+        [batch], lambda _, scores: (-scores.values.sum(), scores.values.detach().clone()),
+        total_response_tokens=len(batch.rows), mtp_loss=True,
     )  # fmt: skip
     torch.testing.assert_close(result.statistics[0], expected, rtol=0, atol=1e-5)
     moved = {name for name, value in policy.hf_tensors() if not torch.equal(value, before[name])}
@@ -246,11 +253,11 @@ def test_the_kernel_of_hidden_states_agrees_with_that_of_logits_in_bfloat16(one_
     """Both widen the same bfloat16 logits; their gradients part where the one returns bfloat16 logits' gradients."""
     found = []
     for log_probs in ("logits", "hidden"):
-        policy, samples = make_policy(log_probs, "bfloat16"), make_samples()
+        trainer, samples = make_trainer(log_probs, "bfloat16"), make_samples()
         batch = build_microbatch([s.token_ids.tolist() for s in samples], [s.prompt_length for s in samples], range(4))
-        ((scored, entropies),) = policy.log_probs([batch], TEMPERATURE)
-        result = run_update(policy, samples, [[0, 1], [2, 3]], AlgorithmConfig())
-        found.append((scored, entropies, result.grad_norm))
+        (scores,) = trainer.policy.scores([batch], TEMPERATURE)
+        result = run_update(trainer, samples, [[0, 1], [2, 3]], AlgorithmConfig())
+        found.append((scores.values, scores.entropies, result.grad_norm))
     torch.testing.assert_close(found[0][0], found[1][0], rtol=0, atol=1e-5)
     torch.testing.assert_close(found[0][1], found[1][1], rtol=0, atol=1e-5)
     assert math.isclose(found[0][2], found[1][2], rel_tol=2**-8)
@@ -258,11 +265,14 @@ def test_the_kernel_of_hidden_states_agrees_with_that_of_logits_in_bfloat16(one_
 
 def test_what_must_not_be_rounded_is_float32_in_a_bfloat16_model(one_rank):
     """Buffers that decide routing, and rotary frequencies: Float16Module casts whatever it finds."""
-    policy = make_policy(dtype="bfloat16")
+    drawn = make_trainer(dtype="bfloat16").policy
     bias = torch.linspace(-0.1, 0.1, HF["n_routed_experts"])  # not of bfloat16's values
-    weights = {name: bias.clone() if name.endswith("correction_bias") else value for name, value in policy.hf_tensors()}
-    policy.load_hf(weights)
-    run_update(policy, make_samples(), [[0, 1, 2, 3]], AlgorithmConfig())
+    weights = {name: bias.clone() if name.endswith("correction_bias") else value for name, value in drawn.hf_tensors()}
+    trainer = make_trainer(dtype="bfloat16", weights=weights)
+    policy = trainer.policy
+    with pytest.raises(RuntimeError, match="copies of the weights"):
+        policy.load_hf(weights)
+    run_update(trainer, make_samples(), [[0, 1, 2, 3]], AlgorithmConfig())
     for name, value in policy.hf_tensors():
         assert value.dtype == (torch.float32 if name.endswith("correction_bias") else torch.bfloat16), name
         assert not name.endswith("correction_bias") or torch.equal(value, bias)
@@ -271,8 +281,8 @@ def test_what_must_not_be_rounded_is_float32_in_a_bfloat16_model(one_rank):
 
 
 def test_learning_rate_schedule(one_rank):
-    policy, samples = make_policy(warmup_steps=2, schedule="cosine", decay_steps=4, min_lr=1e-4), make_samples()
-    rates = [run_update(policy, samples, [[0, 1, 2, 3]], AlgorithmConfig()).lr for _ in range(10)]
+    trainer, samples = make_trainer(warmup_steps=2, schedule="cosine", decay_steps=4, min_lr=1e-4), make_samples()
+    rates = [run_update(trainer, samples, [[0, 1, 2, 3]], AlgorithmConfig()).lr for _ in range(10)]
     cosine = [1e-4 + (1e-3 - 1e-4) * (math.cos(math.pi * i / 4) + 1) / 2 for i in range(1, 5)]
     expected = [0.5e-3, 1e-3, 1e-3, 1e-3, 1e-3, 1e-3, *cosine]
     assert np.allclose(rates, expected, rtol=1e-9), json.dumps(rates)
@@ -300,7 +310,7 @@ def test_router_replay_equals_transformers_told_to_take_those_experts(one_rank, 
     """own: the experts that the routers would choose anyway; otherwise any."""
     from r1mega.train.samples import pack_samples
 
-    policy = make_policy()
+    policy = make_trainer().policy
     model = transformers_model(policy, tmp_path)
     gates = [layer.mlp.gate for layer in model.model.layers if hasattr(layer.mlp, "gate")]
     generator = np.random.default_rng(3)
@@ -318,13 +328,11 @@ def test_router_replay_equals_transformers_told_to_take_those_experts(one_rank, 
         routed = np.stack(chosen, axis=1)[:-1].astype(np.uint8)
         samples.append(dataclasses.replace(sample, routed_experts=routed))
     order = [2, 0, 3, 1]
-    (found, _), (alone, _) = policy.log_probs(
-        [pack_samples(samples, order[:3]), pack_samples(samples, order[3:])], TEMPERATURE
-    )
-    found = torch.cat([found, alone])
+    packs = [pack_samples(samples, order[:3]), pack_samples(samples, order[3:])]
+    found = torch.cat(policy.log_probs(packs, TEMPERATURE))
     assert (found - torch.cat([expected[i] for i in order])).abs().max() <= 1e-5
     packs = [pack_samples(samples, order)]
-    unguided = policy.log_probs(packs, TEMPERATURE, replay=False)[0][0]
+    unguided = policy.scores(packs, TEMPERATURE, replay=False)[0].values
     assert ((found - unguided).abs().max() <= 1e-5) == own
     routers = [m for c in policy.chunks for m in c.modules() if hasattr(m, "router_replay")]
     assert all(router.router_replay.router_replay_action is None for router in routers)

@@ -21,6 +21,7 @@ from r1mega.train.reward_model import (  # noqa: E402
     preference_scores,
     preference_step,
 )
+from r1mega.train.trainer import Trainer  # noqa: E402
 from tests.reference import DEEPSEEK, DENSE, make_reference  # noqa: E402
 
 LEARNING_RATE = 1e-3
@@ -44,11 +45,14 @@ def one_rank():
 
 
 def make_policy(hf, weights, dtype="float32"):
-    settings = OptimizerConfig(lr=LEARNING_RATE, eps=EPS, weight_decay=0.1, clip_grad=0.5)
-    model = ModelConfig(path="unused", dtype=dtype)
-    policy = Policy(model, untied(hf), ParallelConfig(), settings, total_steps=9, seed=1, scalar_head=True)
+    policy = Policy(ModelConfig(path="unused", dtype=dtype), untied(hf), ParallelConfig(), seed=1, scalar_head=True)
     policy.load_hf(weights)
     return policy
+
+
+def make_trainer(policy):
+    settings = OptimizerConfig(lr=LEARNING_RATE, eps=EPS, weight_decay=0.1, clip_grad=0.5)
+    return Trainer(policy, settings, total_steps=9)
 
 
 def base_weights(hf):
@@ -112,7 +116,7 @@ def test_scores_and_a_step_in_bfloat16(one_rank, tmp_path):
         expected, rounded = (torch.stack([reference_scores(m, s) for s in samples]).double() for m in (model, coarse))
     limit = 2 * float((rounded - expected).abs().max())
     assert 0 < float((scores - expected).abs().max()) <= limit < 0.1 * float(scores.std())
-    result = preference_step(policy, samples, range(len(samples)), "pairwise", capacity=48)
+    result = preference_step(make_trainer(policy), samples, range(len(samples)), "pairwise", capacity=48)
     margins = torch.tensor([sample.target for sample in samples]).double()
     pairs = torch.stack([reference_scores(model, sample) for sample in samples]).double()
     loss = -torch.nn.functional.logsigmoid(pairs[:, 0] - pairs[:, 1] - margins).mean()
@@ -127,13 +131,14 @@ def test_two_steps_equal_transformers_and_adamw(one_rank, tmp_path, objective):
     hf, samples = MODELS["deepseek"], make_samples(objective)
     policy = make_policy(hf, base_weights(hf))
     model = classifier(policy, hf, tmp_path / "before")
+    trainer = make_trainer(policy)
     decayed, rest = ([p for p in model.parameters() if (p.ndim > 1) is wanted] for wanted in (True, False))
     optimizer = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}],
         lr=LEARNING_RATE, betas=(0.9, 0.95), eps=EPS,
     )  # fmt: skip
     for indices in ([0, 1, 2, 3], [5, 2, 4]):
-        result = preference_step(policy, samples, indices, objective, capacity=48)
+        result = preference_step(trainer, samples, indices, objective, capacity=48)
         losses, right = [], 0
         for sample in (samples[i] for i in indices):
             scores = reference_scores(model, sample).double()

@@ -8,8 +8,8 @@ import torch
 from tests.unit.train.test_policy import (  # noqa: F401
     LEARNING_RATE,
     _hub_names,
-    make_policy,
     make_samples,
+    make_trainer,
     one_rank,
     transformers_model,
 )
@@ -42,7 +42,8 @@ def reference_loss(model, samples, prompt_weight):
 def test_sft_steps_equal_transformers_and_adamw(one_rank, tmp_path, prompt_weight):  # noqa: F811
     from r1mega.train.supervised import mean_loss, pack_weighted, sample_losses, supervised_step
 
-    policy, samples = make_policy(), make_samples()
+    trainer, samples = make_trainer(), make_samples()
+    policy = trainer.policy
     model = transformers_model(policy, tmp_path)
     groups = [[p for p in model.parameters() if p.ndim > 1], [p for p in model.parameters() if p.ndim == 1]]
     optimizer = torch.optim.AdamW(
@@ -55,7 +56,7 @@ def test_sft_steps_equal_transformers_and_adamw(one_rank, tmp_path, prompt_weigh
         return pack_weighted([lines[i] for i in members], members)
 
     for packs in ([pack(0, 1), pack(2, 3)], [pack(3), pack(0, 2, 1)]):
-        result = supervised_step(policy, packs)
+        result = supervised_step(trainer, packs)
         parts = reference_loss(model, samples, prompt_weight)
         loss = sum(total for total, _ in parts) / sum(weight for _, weight in parts)
         optimizer.zero_grad()
@@ -88,6 +89,6 @@ def test_tokens_without_weight_are_not_scored(one_rank):  # noqa: F811
     samples = make_samples()
     batch = pack_weighted(weighted(samples, 0.0), range(4))
     responses = [token for s in samples for token in s.token_ids[s.prompt_length :].tolist()]
-    assert batch.microbatch.targets.tolist() == responses
-    assert batch.microbatch.tokens[batch.microbatch.rows + 1].tolist() == responses
+    assert batch.targets.tolist() == responses
+    assert batch.tokens[batch.rows + 1].tolist() == responses
     assert batch.weights.tolist() == [1.0] * len(responses)

@@ -1,0 +1,86 @@
+"""What a model's last output says of each trained token: a head turns the one into the other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+
+from r1mega.train.shard import Shard, join_rows
+from r1mega_kernels import grouped_log_prob, linear_log_prob
+
+
+@dataclass(frozen=True, slots=True)
+class TokenScores:
+    """values: [R] float32, what the head says of each row of a microbatch: the log-prob of the row's target (nats), or a
+    `ScoreHead`'s score. entropies: [R] of the predictions (nats), or None of a head that does not compute them.
+    """
+
+    values: torch.Tensor
+    entropies: torch.Tensor | None = None
+
+    def joined(self, part: Shard, num_rows: int, group: dist.ProcessGroup | None) -> TokenScores:
+        """Of this rank's rows -> of all rows, on every context-parallel rank. group: None when there is one rank."""
+        if group is None:
+            return self
+        columns = [self.values] if self.entropies is None else [self.values, self.entropies]
+        joined = join_rows(torch.stack(columns, 1), part.places, num_rows, group)
+        return TokenScores(joined[:, 0], None if self.entropies is None else joined[:, 1])
+
+
+class Head(Protocol):
+    """Reads the output of the last pipeline stage for this rank's part of a microbatch."""
+
+    def scores(self, output: torch.Tensor, part: Shard, temperature: float) -> TokenScores:
+        """Of `part.rows`. output: [t, ...], what the head's class says; temperature: of the predictions."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class LogitsHead:
+    """Reads logits [t, vocabulary / tp]. group: over which the vocabulary is cut; backend: of the kernels."""
+
+    group: dist.ProcessGroup | None
+    backend: str | None = None
+
+    def scores(self, output: torch.Tensor, part: Shard, temperature: float) -> TokenScores:
+        log_probs, entropies, _ = grouped_log_prob(
+            output, part.labels, temperature, part.rows, self.group, backend=self.backend
+        )
+        return TokenScores(log_probs, entropies)
+
+
+@dataclass(frozen=True, slots=True)
+class HiddenHead:
+    """Reads hidden states [t, hidden] of a model whose output layer is bypassed; the kernel makes the logits, a block at a
+    time. weight: [vocabulary / tp, hidden] of that layer; vocab_size: without padding.
+    """
+
+    weight: torch.nn.Parameter
+    vocab_size: int
+    group: dist.ProcessGroup | None
+    reduce_hidden_grad: bool
+    """Add the gradient of the hidden states up over `group`; False where that is done while they are scattered."""
+
+    def scores(self, output: torch.Tensor, part: Shard, temperature: float) -> TokenScores:
+        log_probs, entropies, _ = linear_log_prob(
+            output, self.weight, part.labels, temperature, part.rows, self.group, vocab_size=self.vocab_size,
+            reduce_hidden_grad=self.reduce_hidden_grad,
+        )  # fmt: skip
+        return TokenScores(log_probs, entropies)
+
+
+class ScoreHead:
+    """Reads the scores [t, 1] of a model with a scalar head (`model.reward_head`)."""
+
+    def scores(self, output: torch.Tensor, part: Shard, temperature: float) -> TokenScores:
+        return TokenScores(output.index_select(0, part.rows)[:, 0].float())
+
+
+class CrossEntropyHead:
+    """Reads cross-entropies [t]: what Megatron returns when it is given the labels, to add the MTP loss itself."""
+
+    def scores(self, output: torch.Tensor, part: Shard, temperature: float) -> TokenScores:
+        return TokenScores(-output.index_select(0, part.rows).float())

@@ -1,4 +1,4 @@
-"""The one place where tests start r1mega: forks of one process that has imported it (fork_server.py), or real starts.
+"""How end-to-end tests start r1mega: forks of one process that has imported it (fork_server.py), or real starts.
 
 Real are those of tests about starting itself (`real=True`), and all where there is a GPU: CUDA does not survive a fork.
 """

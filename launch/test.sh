@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
-# The same set-up as the quickstart, then the tests.   bash launch/test.sh [--megatron 0.19] [--set-up] [pytest arguments ...]
+# The same set-up as the quickstart, then the tests.   bash launch/test.sh [--fast | --megatron 0.19] [--set-up] [pytest arguments ...]
+#   --fast            the unit tests that are not heavy (tests/unit/conftest.py), meant to take a minute and a half
 #   --megatron 0.19   with the other supported megatron-core, on Python 3.12, the tests that depend on it
 #   --set-up          install, run nothing
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-megatron='' only_set_up=''
+megatron='' only_set_up='' fast=''
 while [ $# -gt 0 ]; do
   case $1 in
     --megatron) megatron=${2:-}; [ "$megatron" = 0.19 ] || fail "--megatron is '$megatron'; the one beside the default is 0.19"; shift 2 ;;
     --set-up) only_set_up=yes; shift ;;
+    --fast) fast=yes; shift ;;
     *) break ;;
   esac
 done
@@ -27,13 +29,19 @@ if [ "$megatron" ]; then
   base=$(find_python 3.12)
   [ "$base" ] || { say "SKIPPED: megatron-core $megatron (no Python 3.12 found; set R1MEGA_PYTHON to one)"; exit; }
   set_up ".venv-megatron-$megatron" "$base"
+elif [ "$fast" ]; then
+  set_up
 else
   [ "$only_set_up" ] || { apt_install chromium chromium; apt_install bwrap bubblewrap; apt_install slurmctld slurm-wlm munge; }
   set_up
 fi
-transformer_engine_files
+[ "$fast" ] || transformer_engine_files
 [ "$only_set_up" ] && exit
-if [ $# -gt 0 ]; then
+if [ "$fast" ]; then
+  export PYTEST_ADDOPTS='-m "not heavy"'
+  megatron_side=$(echo tests/unit/{checkpoint,kernels,model,platform,train})
+  run_beside "$megatron_side $*" "tests/unit $(printf -- '--ignore=%s ' $megatron_side) $*"
+elif [ $# -gt 0 ]; then
   run_tests "$@"
 elif [ "$megatron" ]; then
   export PYTEST_ADDOPTS='-m "not slow"'

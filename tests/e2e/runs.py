@@ -1,49 +1,32 @@
 """Running `r1mega` as a user does, and reading what it leaves."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).parents[2]
+from tests.processes import run, start
+
 RATES = tuple(
     f"perf/{part}_{rate}" for part in ("rollout", "logprob", "update", "step") for rate in ("tokens", "tflops", "mfu")
 )
 TIMES = ("time/", "tokens/rollout_per_second", "tokens/update_per_second", "memory/", "reward_pool/", *RATES)
 
 
-def command(*arguments, num_ranks=1):
-    """The command line of `r1mega ...`, under torchrun for several ranks."""
-    if num_ranks == 1:
-        return [sys.executable, "-m", "r1mega", *map(str, arguments)]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
-    return [*launcher, "-m", "r1mega", *map(str, arguments)]
-
-
-def environment():
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-
-
-def r1mega(*arguments, num_ranks=1, check=True, timeout=300):
-    """Run to the end; the completed process, its output in the failure message when check fails."""
-    done = subprocess.run(
-        command(*arguments, num_ranks=num_ranks), env=environment(), cwd=REPOSITORY, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=timeout,
-    )  # fmt: skip
+def r1mega(*arguments, check=True, **options):
+    """Run to the end; the completed process, its output in the failure message when check fails. Options: see `run`."""
+    done = run(*arguments, **options)
     if check and done.returncode != 0:
         pytest.fail(f"r1mega {' '.join(map(str, arguments))} ended with {done.returncode}:\n{done.stdout[-6000:]}")
     return done
 
 
-def run_until_step(step, run_dir, sent, *arguments, timeout=300):
+def run_until_step(step, run_dir, sent, *arguments, timeout=300, real=False):
     """Start, send a signal once metrics.jsonl holds `step`, wait; the exit code."""
     with open(run_dir.with_suffix(".log"), "w") as log:
-        process = subprocess.Popen(command(*arguments), env=environment(), cwd=REPOSITORY, stdout=log, stderr=log)
+        process = start(*arguments, output=log, real=real)
     limit = time.monotonic() + timeout
     while time.monotonic() < limit and process.poll() is None:
         if any(line["step"] >= step for line in metrics(run_dir)):
@@ -58,7 +41,7 @@ def run_until_step(step, run_dir, sent, *arguments, timeout=300):
 def kill_when(condition, *arguments, log, timeout=300):
     """Start, and kill -9 the moment `condition()` holds."""
     with open(log, "w") as out:
-        process = subprocess.Popen(command(*arguments), env=environment(), cwd=REPOSITORY, stdout=out, stderr=out)
+        process = start(*arguments, output=out)
         limit = time.monotonic() + timeout
         while time.monotonic() < limit and process.poll() is None and not condition():
             time.sleep(0.002)

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from r1mega.model.flops import Work, generation_work, model_flops, sequences_work
-from tests.e2e.runs import REPOSITORY, environment, metrics
+from tests.e2e.runs import metrics
+from tests.processes import REPOSITORY, environment
 
 NANO = json.loads((REPOSITORY / "configs/nano/model/config.json").read_text())
 SMALL = ("threads=1", "rollout.num_prompts=4", "rollout.group_size=4", "update.num_minibatches=2")

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
 
 import pytest
 import yaml
 
-from tests.e2e.runs import REPOSITORY, command, environment, metrics, zero_arguments
+from tests import processes
+from tests.e2e.runs import metrics, zero_arguments
+from tests.processes import REPOSITORY, environment
 
 BLOCK = re.compile(r"^```(?:python|yaml)\n# (\S+)\n(.*?)^```$", re.M | re.S)
 
@@ -28,10 +29,7 @@ def folder(tmp_path_factory):
 
 def run(folder, *arguments):
     path = os.pathsep.join([str(folder), environment().get("PYTHONPATH", "")])
-    return subprocess.run(
-        command(*arguments), env=environment() | {"PYTHONPATH": path}, cwd=REPOSITORY, text=True, check=False,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300,
-    )  # fmt: skip
+    return processes.run(*arguments, variables=environment() | {"PYTHONPATH": path})
 
 
 def test_a_reward_of_ones_own(folder, nano_base, tmp_path):

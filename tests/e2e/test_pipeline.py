@@ -3,7 +3,6 @@
 import json
 import re
 import signal
-import subprocess
 import time
 
 import pytest
@@ -11,8 +10,9 @@ import pytest
 from r1mega.config.pipeline import load_pipeline
 from r1mega.errors import ConfigError
 from r1mega.stages.pipeline import dry_run, jobs, select
-from tests.e2e.runs import REPOSITORY, command, environment, metrics, r1mega
+from tests.e2e.runs import metrics, r1mega
 from tests.e2e.test_report import dump_dom, line_points, needs_browser, plots
+from tests.processes import REPOSITORY, start
 
 SMALL = [
     "overrides.threads=1", "base.steps=60", "base.optimizer.decay_steps=20", "base.task.num_train_prompts=64",
@@ -46,7 +46,8 @@ def whole(tmp_path_factory):
     file = directory.parent / "r1.yaml"
     file.write_text(FILE)
     arguments = ["pipeline", file, f"dir={directory}", *SMALL]
-    first = subprocess.Popen(command(*arguments), env=environment(), cwd=REPOSITORY, stdout=subprocess.DEVNULL)
+    with open(directory.parent / "log", "w") as log:
+        first = start(*arguments, output=log, real=True)
     limit = time.monotonic() + 300
     while not metrics(directory / "zero") and first.poll() is None and time.monotonic() < limit:
         time.sleep(0.05)

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from r1mega.data.sft import SFTDataset, held_out_indices
-from tests.e2e.runs import REPOSITORY, metrics, r1mega
+from tests.e2e.runs import metrics, r1mega
+from tests.processes import REPOSITORY
 
 pytestmark = [
     pytest.mark.slow,

@@ -6,8 +6,9 @@ import sys
 
 import pytest
 
-from tests.e2e.runs import REPOSITORY, metrics
+from tests.e2e.runs import metrics
 from tests.e2e.test_pipeline import FILE, SMALL
+from tests.processes import REPOSITORY
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm]
 

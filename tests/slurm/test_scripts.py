@@ -93,9 +93,8 @@ def test_what_stands_before_a_rank(variables, end, python):
     assert f"--output={REPOSITORY}/logs/zero-7/rank-%t.log" in lines[0]
 
 
-@pytest.mark.parametrize(("failing", "code"), [("none", 0), ("tests/e2e", 1), ("tests/gpu", 1)])
-def test_the_tests_fail_when_one_of_the_runs_does(tmp_path, failing, code):
-    """With a set-up that does nothing and a Python that ends as it is told; what all of them print is there."""
+def run_test_script(tmp_path, *arguments, failing="none"):
+    """(code, what each run was given, errors) with a set-up that does nothing and a Python that ends as it is told."""
     (tmp_path / "test.sh").write_text((REPOSITORY / "launch/test.sh").read_text())
     python = tmp_path / "python"
     python.write_text(f'#!/usr/bin/env bash\necho "ran $*"; [[ "$*" != *{failing} ]]\n')
@@ -103,15 +102,31 @@ def test_the_tests_fail_when_one_of_the_runs_does(tmp_path, failing, code):
     (tmp_path / "common.sh").write_text(
         f"set -euo pipefail\nPYTHON={python}\napt_install() {{ :; }}\nset_up() {{ :; }}\ntransformer_engine_files() {{ :; }}\n"
     )
-    ended, lines, errors = bash(str(tmp_path / "test.sh"))
+    code, lines, errors = bash(str(tmp_path / "test.sh"), *arguments)
+    return code, [line.split()[1:] for line in lines if line.startswith("ran ")], errors
+
+
+@pytest.mark.parametrize(("failing", "code"), [("none", 0), ("tests/e2e", 1), ("tests/gpu", 1)])
+def test_the_tests_fail_when_one_of_the_runs_does(tmp_path, failing, code):
+    """What all of them print is there."""
+    ended, runs, errors = run_test_script(tmp_path, failing=failing)
     assert ended == code, errors
-    ran = {line.split()[-1] for line in lines if line.startswith("ran ")}
+    ran = {run[-1] for run in runs}
     folders = {
         f"tests/{path.name}"
         for path in (REPOSITORY / "tests").iterdir()
         if path.is_dir() and any(path.rglob("test_*.py"))
     }
     assert ran == folders
+
+
+def test_the_fast_tests_are_two_runs_with_every_folder_in_one_of_them(tmp_path):
+    code, runs, errors = run_test_script(tmp_path, "--fast")
+    assert (code, len(runs)) == (0, 2), errors
+    named, rest = sorted(runs, key=lambda run: "tests/unit" in run)
+    folders = [word for word in named if word.startswith("tests/")]
+    assert all((REPOSITORY / folder).is_dir() for folder in folders)
+    assert [word.removeprefix("--ignore=") for word in rest if word.startswith("--ignore")] == folders
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.runs import REPOSITORY, base_arguments, metrics, r1mega, without_times
+from tests.e2e.runs import base_arguments, metrics, r1mega, without_times
+from tests.processes import REPOSITORY
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm]
 CONFIG = "configs/nano/reasoning_rl.yaml"
@@ -39,7 +40,7 @@ def overrides(base):
 def local(overrides, tmp_path_factory):
     """The metrics of two local ranks."""
     run_dir = tmp_path_factory.mktemp("local") / "run"
-    r1mega("train", "--ranks", "2", CONFIG, f"run_dir={run_dir}", *overrides)
+    r1mega("train", "--ranks", "2", CONFIG, f"run_dir={run_dir}", *overrides, real=True)
     return metrics(run_dir)
 
 

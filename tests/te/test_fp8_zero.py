@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.runs import REPOSITORY, environment, metrics
+from tests.e2e.runs import metrics
+from tests.processes import REPOSITORY, environment
 
 CLAIMS = os.environ.get("R1MEGA_CLAIMS")
 

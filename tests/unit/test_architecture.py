@@ -115,3 +115,13 @@ def test_imports_are_found_wherever_they_stand():
     names = {name: Path() for name in ("r1mega.a", "r1mega.a.b", "r1mega.d")}
     expected = [("r1mega.a.b", 1), ("r1mega.a.b", 2), ("r1mega.a", 2), ("r1mega.d", 4)]
     assert sorted(imports("m", ast.parse(source), names)) == sorted(expected)
+
+
+def test_no_file_reads_beside_the_repository():
+    """Data that it does not carry are in the folder that R1MEGA_SHARED_DATA names (tests/machine.py)."""
+    beside = re.compile(r"\.\./" + "shared|" + r"parents\[\d\] / ." + "shared")
+    folders = ("r1mega", "kernels", "tests", "tools", "launch", "configs", "docs")
+    files = [path for folder in folders for path in (REPOSITORY / folder).rglob("*.*") if path.suffix != ".so"]
+    texts = {path: path.read_text(errors="ignore") for path in files if path.is_file() and path.suffix != ".pyc"}
+    assert len(texts) > 300
+    assert [str(path) for path, text in texts.items() if beside.search(text)] == []

@@ -15,6 +15,8 @@ from safetensors.torch import save_file
 
 from r1mega.checkpoint.parameters import parameters
 
+pytestmark = pytest.mark.heavy
+
 ZERO = "configs/nano/zero.yaml"
 QUESTIONS = [f"What is {a} plus {b}?" for a in range(30) for b in range(30)]
 

@@ -24,6 +24,8 @@ from r1mega.errors import CheckpointError, ConfigError
 from tests.checkpoints import FAMILIES, MTP, hub_state, write_hub_directory
 from tests.reference import DENSE, make_hf_model
 
+pytestmark = pytest.mark.heavy
+
 SMALL = 60_000  # bytes a file, so that there are several
 LLAMA = FAMILIES["llama"]
 

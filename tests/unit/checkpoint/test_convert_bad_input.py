@@ -18,6 +18,8 @@ from r1mega.errors import CheckpointError, ConfigError
 from tests.checkpoints import FAMILIES, MTP, hub_state, write_hub_directory
 from tests.unit.checkpoint.test_convert import LLAMA, options
 
+pytestmark = pytest.mark.heavy
+
 
 def test_everything_that_is_wrong_with_the_tensors_is_listed(tmp_path):
     state = hub_state(LLAMA)

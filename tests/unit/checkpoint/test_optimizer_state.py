@@ -10,6 +10,8 @@ import torch
 
 from r1mega import platform
 
+pytestmark = pytest.mark.heavy
+
 platform.prepare()
 
 from megatron.core import dist_checkpointing  # noqa: E402

@@ -15,6 +15,8 @@ import torch
 
 from r1mega import platform
 
+pytestmark = pytest.mark.heavy
+
 platform.prepare()
 
 from megatron.core.dist_checkpointing import ShardedTensor  # noqa: E402

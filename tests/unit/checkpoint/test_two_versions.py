@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.heavy
+
 ROOT = Path(__file__).parents[3]
 WORKER = Path(__file__).with_name("two_versions_worker.py")
 VENVS = [ROOT / ".venv", ROOT / ".venv-megatron-0.19"]

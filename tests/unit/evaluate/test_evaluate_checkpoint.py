@@ -27,6 +27,8 @@ from r1mega.rollout.transformers_engine import TransformersEngine
 from r1mega.types import Prompt, SamplingSettings
 from tests.unit.evaluate.taught_model import COMPLETION
 
+pytestmark = pytest.mark.heavy
+
 ENGINES = ("transformers", "vllm")
 
 

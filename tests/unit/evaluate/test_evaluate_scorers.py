@@ -13,9 +13,11 @@ from r1mega.evaluate.run import open_scorer
 from r1mega.evaluate.tasks import TASKS, load_task
 from r1mega.rollout.draw import Sample, grade_samples
 from r1mega.types import Prompt
+from tests.machine import needs_bwrap, shared_data
+
+pytestmark = pytest.mark.heavy
 
 SAMPLES = Path("tests/data/evaluate")
-SHARED = Path("../shared/data")
 
 
 @pytest.fixture(scope="module")
@@ -61,22 +63,23 @@ def check_mbpp(scorer, path):
     assert verdicts(result) == [(True, False)] * len(rows)
 
 
+@needs_bwrap
 def test_reference_solutions_of_own_problems(scorer):
     check_humaneval(scorer, SAMPLES / "humaneval.jsonl")
     check_mbpp(scorer, SAMPLES / "mbpp.jsonl")
 
 
+@needs_bwrap
 @pytest.mark.parametrize(("check", "name"), [(check_humaneval, "humaneval"), (check_mbpp, "mbpp")])
 def test_reference_solutions_of_the_published_sets(scorer, tmp_path, check, name):
     """40 of each: the first ones."""
-    source = SHARED / f"{name}.jsonl"
-    if not source.is_file():
-        pytest.skip(f"{source} is not here")
+    source = shared_data(f"{name}.jsonl")
     part = tmp_path / f"{name}.jsonl"
     part.write_text("\n".join(source.read_text().splitlines()[:40]) + "\n")
     check(scorer, part)
 
 
+@needs_bwrap
 def test_programs_by_streams_and_by_calls(scorer):
     add = "print(sum(map(int, input().split())))"
     scale = "class Solution:\n    def scale(self, values, k):\n        return [v * k for v in values]"
@@ -85,6 +88,7 @@ def test_programs_by_streams_and_by_calls(scorer):
     assert verdicts(result) == [(True, False)] * 2
 
 
+@needs_bwrap
 def test_rating_from_programs(scorer):
     """The 800 solved, the 1400 not: by symmetry the most likely rating is halfway."""
     twice = fenced("print(2 * int(input()))")

@@ -23,6 +23,8 @@ from r1mega.errors import ConfigError
 from r1mega.evaluate.compare import comparison_table, read_results
 from r1mega.evaluate.result import read_result
 
+pytestmark = pytest.mark.heavy
+
 SAMPLES = Path("tests/data/evaluate")
 GSM8K = str(SAMPLES / "gsm8k.jsonl")
 NUM_SAMPLES = 6

@@ -16,9 +16,9 @@ from r1mega.data.rows import Row, read_rows
 from r1mega.errors import DataError
 from r1mega.evaluate.forms import FormOptions
 from r1mega.evaluate.tasks import TASKS, load_task
+from tests.machine import shared_data
 
 SAMPLES = Path("tests/data/evaluate")
-SHARED = Path("../shared/data")
 
 
 def load(name, file, **options):
@@ -206,7 +206,5 @@ def test_containers_hold_the_same_rows(tmp_path):
     ],
 )  # fmt: skip
 def test_published_sets_are_read_whole(name, file, count):
-    if not (SHARED / file).is_file():
-        pytest.skip(f"{SHARED / file} is not here")
-    records = load_task(TASKS[name], SHARED / file, FormOptions())
+    records = load_task(TASKS[name], shared_data(file), FormOptions())
     assert len(records) == len({record.id for record in records}) == count

@@ -22,6 +22,8 @@ from r1mega.gpu_check.report import plain_table, summary
 from r1mega.gpu_check.runner import ROOT, Plan, run_all, unpack
 from r1mega.gpu_check.steps import STEPS, Step, select
 
+pytestmark = pytest.mark.heavy
+
 ODD = "tests.unit.gpu_check.odd_steps"
 
 

@@ -14,6 +14,8 @@ import torch
 
 import r1mega_kernels
 
+pytestmark = pytest.mark.heavy
+
 KERNELS = Path(r1mega_kernels.__file__).parents[1]
 ROOT = KERNELS.parent
 

@@ -17,6 +17,8 @@ from r1mega_kernels import group_advantage, grpo_token_loss
 from tests.unit.kernels.test_log_prob import exact, random_case
 from tests.unit.kernels.test_loss import random_tokens
 
+pytestmark = pytest.mark.heavy
+
 KERNELS = Path(r1mega_kernels.__file__).parents[1]
 FLAGS = ["-std=c++17", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-Wall", "-Wextra"]
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import functools
 
+import pytest
 import torch
 
 import r1mega_kernels
 from tests.dist.launch import launch
 from tests.unit.kernels.vocab_parallel_worker import PADDING, VOCABULARY, case, run
+
+pytestmark = pytest.mark.heavy
 
 
 @functools.cache

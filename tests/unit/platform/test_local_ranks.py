@@ -6,6 +6,10 @@ import subprocess
 import sys
 import time
 
+import pytest
+
+pytestmark = pytest.mark.heavy
+
 START = "import sys; from r1mega.platform.local_ranks import run_ranks; sys.exit(run_ranks(sys.argv[1:3], 2))"
 RANK = """
 import os, pathlib, signal, sys, time

@@ -13,6 +13,8 @@ from r1mega.errors import PlatformError
 from r1mega.platform.megatron_import import apply_patches, rewrite_for_cpu
 from r1mega.platform.megatron_patches import MEGATRON_VERSIONS, PATCHES, Patch, installed_version
 
+pytestmark = pytest.mark.heavy
+
 
 def run_python(code: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=120)

@@ -23,6 +23,8 @@ from r1mega.platform import vllm_cpu, vllm_cuda, vllm_version
 from r1mega.platform.vllm_version import DERIVED
 from tests.unit.rollout.tiny_models import ARCHITECTURES
 
+pytestmark = pytest.mark.heavy
+
 ROOTS = {"worker", "llm_engine", "layer"}
 """The arguments and variables that are vLLM's."""
 

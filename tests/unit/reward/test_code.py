@@ -1,7 +1,7 @@
 """Code reward: the forms of tests, verdicts, partial credit; HumanEval and MBPP.
 
-The samples in tests/data are from HumanEval (MIT) and MBPP (CC-BY-4.0). With the whole files in R1MEGA_SHARED_DATA (or
-../shared/data) every R1MEGA_CODE_STRIDE-th problem is run as well (default 16; 1 for all).
+The samples in tests/data are from HumanEval (MIT) and MBPP (CC-BY-4.0). With the whole files in R1MEGA_SHARED_DATA
+every R1MEGA_CODE_STRIDE-th problem is run as well (default 16; 1 for all).
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ from r1mega.reward.code import CodeReward, read_items, same_output, score_stream
 from r1mega.reward.code_problem import AssertBlock, CallCase, Problem, StreamCase, problem_from
 from r1mega.sandbox import Launcher, Limits, LocalBackend, SandboxFailure, Verdict
 from r1mega.types import RewardStatus
+from tests.machine import shared_data
+
+pytestmark = pytest.mark.heavy
 
 HERE = Path(__file__).parents[2] / "data"
-SHARED = Path(os.environ.get("R1MEGA_SHARED_DATA", Path(__file__).parents[4] / "shared" / "data"))
 STRIDE = int(os.environ.get("R1MEGA_CODE_STRIDE", "16"))
 MUTANT = """
 def __mutant(value):
@@ -112,10 +114,7 @@ def test_samples_pass_and_their_mutants_fail(reward):
 
 @pytest.mark.parametrize("name", ["humaneval", "mbpp"])
 def test_published_solutions_pass_and_their_mutants_fail(reward, name):
-    path = SHARED / f"{name}.jsonl"
-    if not path.exists():
-        pytest.skip(f"{path} missing: set R1MEGA_SHARED_DATA")
-    check(reward, records(path)[::STRIDE])
+    check(reward, records(shared_data(f"{name}.jsonl"))[::STRIDE])
 
 
 def test_a_prompts_helpers_are_the_tests_own(reward):

@@ -21,6 +21,8 @@ from r1mega.reward.parts import PartScore, ScoringItem
 from r1mega.reward.reflection import reflects
 from r1mega.types import Prompt, Response, RewardStatus
 
+pytestmark = pytest.mark.heavy
+
 RIGHT = "<think>Two and two make four, and that is the sum.</think><answer>4</answer>"
 
 

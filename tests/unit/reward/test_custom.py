@@ -10,6 +10,8 @@ from r1mega.reward.compose import RewardScorer
 from r1mega.reward.custom import load_part
 from r1mega.types import Prompt, Response, RewardStatus
 
+pytestmark = pytest.mark.heavy
+
 PARTS = """
 import math
 from concurrent.futures import Future

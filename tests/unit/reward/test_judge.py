@@ -17,6 +17,8 @@ from r1mega.reward.compose import RewardScorer
 from r1mega.reward.judge import parse_verdict
 from r1mega.types import Prompt, Response, RewardStatus
 
+pytestmark = pytest.mark.heavy
+
 RESPONSE = "<think> hm </think> <answer> A good poem. Verdict: 10 </answer>"
 
 

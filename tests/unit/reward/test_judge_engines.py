@@ -18,6 +18,8 @@ from r1mega.reward.compose import RewardScorer
 from r1mega.types import Prompt, Response, RewardStatus
 from tests.unit.reward.judge_model import write_judge
 
+pytestmark = pytest.mark.heavy
+
 TEXTS = ["<think> a </think> poem good", "<think> a </think> poem bad", "<think> a </think> poem fine", "poem good"]
 START_SECONDS = 240.0
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import time
 from fractions import Fraction
 from pathlib import Path
@@ -20,9 +19,9 @@ from r1mega.errors import DataError
 from r1mega.reward import math as rewards
 from r1mega.reward.extract import final_answer, last_boxed
 from r1mega.reward.format import check_format
+from tests.machine import shared_data
 
 TESTS = Path(__file__).parents[2]
-SHARED = Path(os.environ.get("R1MEGA_SHARED_DATA", TESTS.parents[1] / "shared" / "data"))
 
 
 def load(path: Path) -> list[dict]:
@@ -45,10 +44,7 @@ def test_labelled_pairs(label):
 
 
 def test_development_pairs_are_graded_without_a_false_positive():
-    path = SHARED / "verifier_dev.jsonl"
-    if not path.exists():
-        pytest.skip(f"{path} is not there; name its folder in R1MEGA_SHARED_DATA")
-    pairs = load(path)
+    pairs = load(shared_data("verifier_dev.jsonl"))
     start = time.process_time()
     verdicts = [decide(pair["gold"], pair["prediction"]) for pair in pairs]
     seconds = time.process_time() - start

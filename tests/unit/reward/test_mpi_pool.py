@@ -16,6 +16,8 @@ from r1mega.config.rewards import RewardPool
 from r1mega.reward.mpi_pool import open_pool, spans_hosts
 from r1mega.reward.pool import Task, WorkerPool
 
+pytestmark = pytest.mark.heavy
+
 FAULTS = Path(__file__).parents[2] / "faults"
 KILLERS = {5: "segfault", 11: "endless_loop", 17: "memory_bomb"}
 COUNT, MEMORY_BYTES = 24, 512 << 20

@@ -16,6 +16,8 @@ from r1mega.reward.compose import RewardScorer
 from r1mega.reward.preference import RewardModel
 from r1mega.types import Prompt, Response, RewardStatus
 
+pytestmark = pytest.mark.heavy
+
 WORDS = (
     "<pad> <s> </s> User: Assistant: [user] [assistant] a b c d e f g h what is kind ? . "
     "<think> </think> <answer> </answer>"

@@ -4,7 +4,6 @@ for; and what scoring reports about itself."""
 from __future__ import annotations
 
 import logging
-import shutil
 from pathlib import Path
 
 import pytest
@@ -24,14 +23,12 @@ from r1mega.reward.compose import RewardScorer, WeightedPart
 from r1mega.reward.length import Repetition
 from r1mega.sandbox import SandboxUnavailable
 from r1mega.types import Prompt, Response, RewardStatus
+from tests.machine import needs_bwrap
+
+pytestmark = pytest.mark.heavy
 
 TWO_CASES = {"input_output": {"inputs": ["1\n", "5\n"], "outputs": ["2\n", "10\n"]}}
 HALF_RIGHT = "<think>x</think>```python\nn = int(input())\nprint(2 if n == 1 else 0)\n```"
-
-
-needs_sandbox = pytest.mark.skipif(
-    shutil.which("bwrap") is None, reason="bwrap missing: apt-get install -y bubblewrap util-linux"
-)
 
 
 def prompt(kind="math", answers=("4",), question="What is the sum of two and two?", **metadata) -> Prompt:
@@ -58,7 +55,7 @@ def test_form_of_the_answer(form, boxed, tagged, both, kind):
     assert score(config, f"<answer>{wrong}</answer> \\boxed{{{right}}}", gold).parts["accuracy"] == both
 
 
-@needs_sandbox
+@needs_bwrap
 def test_partial_credit_and_limits_for_programs():
     question = prompt("code", (), **TWO_CASES)
     assert score(RewardConfig(), HALF_RIGHT, question).parts["accuracy"] == 0.0
@@ -78,14 +75,14 @@ def test_a_remote_sandbox_that_is_not_there_is_said_at_once():
         score(config, HALF_RIGHT, prompt("code", (), **TWO_CASES))
 
 
-@needs_sandbox
+@needs_bwrap
 def test_an_interpreter_that_is_not_there():
     config = RewardConfig(sandbox=SandboxConfig(python=Path("/usr/bin/no-such-python")))
     with pytest.raises(SandboxUnavailable, match="no-such-python"):
         score(config, HALF_RIGHT, prompt("code", (), **TWO_CASES))
 
 
-@needs_sandbox
+@needs_bwrap
 def test_libraries_reach_the_answers(tmp_path_factory):
     library = tmp_path_factory.mktemp("library")
     (library / "doubling.py").write_text("def twice(n): return 2 * n\n")

@@ -9,8 +9,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from tests.unit.rollout.tiny_models import checkpoint, greedy_requests, hf_logits, sampled_requests
+
+pytestmark = pytest.mark.heavy
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[3]
 

@@ -17,6 +17,8 @@ from r1mega.weights import verify
 from r1mega.weights.transfer import DigestTap, checkpoint_tensors
 from tests.unit.rollout.tiny_models import checkpoint, prompt, sampled_requests, settings
 
+pytestmark = pytest.mark.heavy
+
 SEQUENCES = [prompt(20), prompt(30)]
 
 

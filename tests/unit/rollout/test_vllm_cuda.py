@@ -15,6 +15,8 @@ from r1mega.weights.transfer import DigestTap, checkpoint_tensors
 from tests.unit.rollout import cuda_on_cpu
 from tests.unit.rollout.tiny_models import checkpoint, greedy_requests, hf_logits, prompt, sampled_requests, settings
 
+pytestmark = pytest.mark.heavy
+
 MODELS = [("deepseek", "float32"), ("deepseek", "bfloat16"), ("qwen3_tied", "float32"), ("qwen2", "bfloat16")]
 
 

@@ -32,6 +32,8 @@ from tests.unit.rollout.tiny_models import (
     settings,
 )
 
+pytestmark = pytest.mark.heavy
+
 TOLERANCE = 2e-4
 
 

@@ -11,6 +11,8 @@ import torch._dynamo
 from r1mega.errors import PlatformError
 from r1mega.platform import groups, vllm_cpu
 
+pytestmark = pytest.mark.heavy
+
 
 @pytest.mark.parametrize(
     ("name", "value"),

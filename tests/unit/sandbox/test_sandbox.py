@@ -30,6 +30,8 @@ from r1mega.sandbox.probe import ensure_safe
 from r1mega.sandbox.session import grade
 from tests.unit.sandbox.conftest import own_children
 
+pytestmark = pytest.mark.heavy
+
 SMALL = Limits(wall_seconds=3.0, cpu_seconds=3, memory_bytes=96 << 20)
 
 

@@ -19,6 +19,8 @@ from tests.unit.sandbox import sandbox_attacks
 from tests.unit.sandbox.sandbox_attacks import BOMBS, Attack
 from tests.unit.sandbox.sandbox_attacks_agent import AGENT
 
+pytestmark = pytest.mark.heavy
+
 ATTACKS = [*sandbox_attacks.ATTACKS, *AGENT]
 REPEATS = int(os.environ.get("R1MEGA_SANDBOX_REPEATS", "1"))
 NEIGHBOUR = """

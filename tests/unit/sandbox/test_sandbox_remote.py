@@ -17,6 +17,8 @@ from r1mega.sandbox import Limits, LocalBackend, Verdict
 from r1mega.sandbox.remote import RemoteBackend
 from r1mega.types import RewardStatus
 
+pytestmark = pytest.mark.heavy
+
 
 def run_code(launcher, request):
     """A RunCodeResponse for a RunCodeRequest."""

@@ -16,6 +16,8 @@ from r1mega.platform import groups
 from r1mega.train.packing import build_microbatch
 from r1mega.types import TrainingSample
 
+pytestmark = pytest.mark.heavy
+
 platform.prepare()
 
 HF = {

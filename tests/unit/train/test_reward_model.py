@@ -10,6 +10,8 @@ from r1mega import platform
 from r1mega.config.schema import ModelConfig, OptimizerConfig, ParallelConfig
 from r1mega.platform import groups
 
+pytestmark = pytest.mark.heavy
+
 platform.prepare()
 
 from r1mega.checkpoint.hf import write_hf  # noqa: E402

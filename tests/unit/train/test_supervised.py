@@ -14,6 +14,8 @@ from tests.unit.train.test_policy import (  # noqa: F401
     transformers_model,
 )
 
+pytestmark = pytest.mark.heavy
+
 
 def weighted(samples, prompt_weight):
     from r1mega.train.supervised import WeightedSample

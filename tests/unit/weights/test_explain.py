@@ -21,6 +21,8 @@ from r1mega.weights.plan import GeneratorLayout, Plan
 from r1mega.weights.trainer_layout import TrainerLayout
 from tests.unit.weights.brute_force import MOE
 
+pytestmark = pytest.mark.heavy
+
 DEEPSEEK_V3 = {  # config.json as published
     "model_type": "deepseek_v3", "hidden_size": 7168, "num_hidden_layers": 61, "first_k_dense_replace": 3,
     "moe_layer_freq": 1, "n_routed_experts": 256, "num_experts_per_tok": 8, "n_shared_experts": 1,

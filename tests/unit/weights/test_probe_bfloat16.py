@@ -19,6 +19,8 @@ from r1mega.weights import verify
 from r1mega.weights.transfer import DigestTap, checkpoint_tensors
 from tests.unit.rollout.tiny_models import MODELS, checkpoint, settings
 
+pytestmark = pytest.mark.heavy
+
 LIMIT, SETS = verify.PROBE_LIMITS[torch.bfloat16], 10
 LAYER = "model.layers.2."
 

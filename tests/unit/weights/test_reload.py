@@ -18,6 +18,8 @@ from r1mega.weights.layout import generator_layout, is_ignored
 from r1mega.weights.transfer import DigestTap, bucketed, build_transfer, checkpoint_tensors
 from tests.unit.rollout.tiny_models import checkpoint, greedy_requests, prompt, sampled_requests, settings
 
+pytestmark = pytest.mark.heavy
+
 FAMILIES = ["deepseek", "qwen3_tied", "llama", "qwen2"]
 STRICT = verify.PROBE_LIMITS[torch.float32]
 BIAS = "model.layers.2.mlp.gate.e_score_correction_bias"

@@ -1,0 +1,98 @@
+"""A process that has imported what runs of r1mega import, and forks for each: a start costs a fork, not ten seconds of imports.
+
+Started by tests/processes.py, with the socket of its requests as standard input. A fork is to its run what a fresh interpreter
+is: arguments, variables, directory and standard streams of its own, ended by the interpreter itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import runpy
+import signal
+import socket
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+STREAMS = 3
+
+
+def preload() -> None:
+    """Imports only, in the order of a run: Megatron before vLLM's variables are set. No thread may start here."""
+    from r1mega import platform
+
+    platform.prepare()
+    import torch._dynamo
+    import transformers  # noqa: F401
+
+    import r1mega.stages.rl
+    import r1mega.stages.sft  # noqa: F401
+    from r1mega.platform import vllm_cpu
+
+    vllm_cpu.prepare_environment()
+    import vllm.v1.engine.llm_engine
+    import vllm.v1.worker.cpu_worker  # noqa: F401
+
+    torch._dynamo.config.disable = False  # until a run prepares vLLM's environment itself
+    assert len(os.listdir("/proc/self/task")) == 1, "a thread would be missing in the forks"
+
+
+def serve(requests: socket.socket) -> tuple[dict[str, Any], list[int]]:
+    """(request, its standard streams), in a fork for each. Its parent waits for it and tells pid and exit code.
+
+    Ends the process when nobody is left to ask.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no zombies
+    while True:
+        message, descriptors, *_ = socket.recv_fds(requests, 1 << 20, 1 + STREAMS)
+        if not message:
+            sys.exit()
+        if os.fork() == 0:
+            break
+        for descriptor in descriptors:
+            os.close(descriptor)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    requests.close()
+    answers, *streams = descriptors
+    pid = os.fork()
+    if pid:
+        for stream in streams:
+            os.close(stream)
+        with contextlib.suppress(BrokenPipeError), socket.socket(fileno=answers) as told:
+            told.send(str(pid).encode())
+            told.send(str(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])).encode())
+        os._exit(0)
+    os.close(answers)
+    return json.loads(message), streams
+
+
+def become(arguments: list[str], environment: dict[str, str], directory: str, streams: list[int]) -> None:
+    """Run `python ARGUMENTS` in this process: "-m", module, ... or script, ..."""
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
+        os.close(stream)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(directory)
+    is_module = arguments[0] == "-m"
+    program, sys.argv = arguments[is_module], arguments[is_module:]
+    sys.orig_argv[1:] = arguments  # what a restart runs
+    first = directory if is_module else str(Path(program).parent.resolve())
+    path = [first, *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
+    sys.path[:] = list(dict.fromkeys([*path, *sys.path]))
+    run = runpy.run_module if is_module else runpy.run_path
+    run(program, run_name="__main__", **({"alter_sys": True} if is_module else {}))
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    asked = socket.socket(fileno=os.dup(0))
+    preload()
+    gc.collect()
+    gc.freeze()  # pages of what is imported stay shared
+    request, given = serve(asked)
+    become(**request, streams=given)

@@ -33,7 +33,7 @@ MOE = {
     "model_type": "deepseek_v3", "vocab_size": 70, "hidden_size": 8, "intermediate_size": 16,
     "moe_intermediate_size": 8, "num_hidden_layers": 4, "first_k_dense_replace": 1, "moe_layer_freq": 1,
     "num_attention_heads": 4, "n_shared_experts": 1,
-    "n_routed_experts": 8, "kv_lora_rank": 3, "q_lora_rank": 5, "qk_rope_head_dim": 2, "v_head_dim": 2,
+    "n_routed_experts": 8, "num_experts_per_tok": 2, "kv_lora_rank": 3, "q_lora_rank": 5, "qk_rope_head_dim": 2, "v_head_dim": 2,
     "qk_nope_head_dim": 2, "tie_word_embeddings": False,
 }  # fmt: skip
 DENSE = {

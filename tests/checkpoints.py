@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from tests.reference import DEEPSEEK, DENSE, make_hf_model, unfuse
+from tests.reference import DEEPSEEK, DENSE, QWEN3_MOE, make_hf_model, unfuse
 
 MTP = DEEPSEEK | {"num_nextn_predict_layers": 1}
 FAMILIES = {
@@ -28,6 +28,7 @@ FAMILIES = {
     "qwen2_tied": DENSE | {"model_type": "qwen2", "tie_word_embeddings": True, "vocab_size": 97},
     "qwen3": DENSE | {"model_type": "qwen3", "head_dim": 24},
     "qwen3_tied": DENSE | {"model_type": "qwen3", "head_dim": 24, "tie_word_embeddings": True},
+    "qwen3_moe": QWEN3_MOE | {"vocab_size": 97, "mlp_only_layers": [1]},
 }
 ARCHITECTURES = {
     "deepseek_v3": "DeepseekV3ForCausalLM",
@@ -35,6 +36,7 @@ ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
 }
 
 

@@ -61,6 +61,16 @@ DENSE = {
     "tie_word_embeddings": False,
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
 }
+QWEN3_MOE = DENSE | {
+    "model_type": "qwen3_moe",
+    "head_dim": 24,
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 32,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "norm_topk_prob": True,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,9 +141,12 @@ def randomize(model: torch.nn.Module) -> None:
             tensor.copy_(0.05 * torch.randn_like(tensor))
 
 
-def sequence_aux_loss(logits: torch.Tensor, top_k: int) -> torch.Tensor:
-    """Router logits [b, s, experts] -> mean over sequences of sum_i f_i P_i (DeepSeek-V3 report, equations 17-20)."""
-    scores = logits.float().sigmoid()
+def sequence_aux_loss(logits: torch.Tensor, top_k: int, softmax: bool) -> torch.Tensor:
+    """Router logits [b, s, experts] -> mean over sequences of sum_i f_i P_i (DeepSeek-V3 report, equations 17-20).
+
+    softmax: scores are the softmax of the logits, else their sigmoid.
+    """
+    scores = logits.float().softmax(-1) if softmax else logits.float().sigmoid()
     chosen = torch.zeros_like(scores).scatter(2, scores.topk(top_k, dim=2).indices, 1.0)
     fractions = chosen.mean(dim=1) * scores.shape[2] / top_k
     probabilities = (scores / scores.sum(dim=2, keepdim=True)).mean(dim=1)
@@ -158,7 +171,8 @@ def make_reference(
     logits = model(input_ids=tokens).logits
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
     top_k = config.get("num_experts_per_tok")
-    auxiliary = sum((sequence_aux_loss(r, top_k) for r in router_logits), torch.zeros(()))
+    softmax = config["model_type"] == "qwen3_moe"
+    auxiliary = sum((sequence_aux_loss(r, top_k, softmax) for r in router_logits), torch.zeros(()))
     (loss + aux_coefficient * auxiliary).backward()
     state = {n: t.detach().clone() for n, t in model.state_dict().items()}
     if config["tie_word_embeddings"]:

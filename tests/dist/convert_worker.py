@@ -33,7 +33,8 @@ def make_policy(
 ) -> Policy:
     groups.init_parallel(ParallelConfig(**layout), seed=1)
     mtp = 0.3 if config.get("num_nextn_predict_layers") else 0.0
-    model = ModelConfig(path="unused", dtype=dtype, fp8=fp8, mtp_loss_coefficient=mtp, expert_bias_update_rate=1e-2)
+    rate = 1e-2 if "n_routed_experts" in config else 0.0  # Qwen3-MoE's routers have no bias, and it says so
+    model = ModelConfig(path="unused", dtype=dtype, fp8=fp8, mtp_loss_coefficient=mtp, expert_bias_update_rate=rate)
     return Policy(
         model, config, ParallelConfig(**layout),
         OptimizerConfig(lr=1e-2, warmup_steps=2, weight_decay=0.1, eps=1e-3),  # eps: rounding is no direction

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from r1mega.rollout.engine import EngineSettings
 from r1mega.types import GenerationRequest, SamplingSettings
-from tests.reference import DEEPSEEK, DENSE, YARN, make_reference
+from tests.reference import DEEPSEEK, DENSE, QWEN3_MOE, YARN, make_reference
 
 LATENT = {"kv_lora_rank": 512, "qk_rope_head_dim": 64}  # what vLLM's CPU kernel exists for
 WIDE = DENSE | {"hidden_size": 128, "initializer_range": 0.1}  # heads of 32: vLLM's CPU kernels have no smaller ones
@@ -25,12 +25,14 @@ MODELS = {
     "llama": WIDE | {"model_type": "llama"},
     "qwen2": WIDE | {"model_type": "qwen2"},
     "qwen3_tied": WIDE | {"model_type": "qwen3", "head_dim": 64, "tie_word_embeddings": True},
+    "qwen3_moe": WIDE | QWEN3_MOE | {"hidden_size": 128, "head_dim": 64, "initializer_range": 0.1},
 }
 ARCHITECTURES = {
     "deepseek_v3": "DeepseekV3ForCausalLM",
     "llama": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
 }
 MAX_MODEL_LEN = 128
 

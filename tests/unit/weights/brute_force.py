@@ -45,6 +45,15 @@ MODELS = {
     "deepseek without query rank": MOE | {"q_lora_rank": None},
     "qwen2": DENSE,
     "qwen3 tied": DENSE | {"model_type": "qwen3", "tie_word_embeddings": True, "head_dim": 4},
+    "qwen3 moe": DENSE
+    | {
+        "model_type": "qwen3_moe",
+        "head_dim": 4,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 8,
+        "mlp_only_layers": [1],
+    },
 }
 BLOCKS = MOE | {
     "hidden_size": 320, "intermediate_size": 512, "moe_intermediate_size": 256, "q_lora_rank": 256, "kv_lora_rank": 130,
@@ -103,7 +112,7 @@ def trainer_parameters(
         prefix = f"model.layers.{layer}."
         for rule in [*RULES.values(), Rule("", ("self_attn.q_norm.weight",))]:
             add(rule, prefix)
-        num_experts = config.get("n_routed_experts", 0)
+        num_experts = config.get("n_routed_experts") or config.get("num_experts", 0)
         for expert in range(num_experts):
             if expert // (num_experts // layout.ep) == ep_rank:
                 for rule in EXPERT_RULES.values():

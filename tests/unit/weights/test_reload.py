@@ -16,7 +16,7 @@ from r1mega.weights.layout import generator_layout, is_ignored
 from r1mega.weights.transfer import DigestTap, bucketed, checkpoint_tensors
 from tests.unit.rollout.tiny_models import checkpoint, greedy_requests, prompt, sampled_requests, settings
 
-FAMILIES = ["deepseek", "qwen3_tied", "llama", "qwen2"]
+FAMILIES = ["deepseek", "qwen3_tied", "qwen3_moe", "llama", "qwen2"]
 STRICT = verify.PROBE_LIMITS[torch.float32]
 BIAS = "model.layers.2.mlp.gate.e_score_correction_bias"
 

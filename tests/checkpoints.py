@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from tests.reference import DEEPSEEK, DENSE, QWEN3_MOE, make_hf_model, unfuse
+from tests.reference import DEEPSEEK, DENSE, KIMI, QWEN3_MOE, make_hf_model, unfuse
 
 MTP = DEEPSEEK | {"num_nextn_predict_layers": 1}
 FAMILIES = {
@@ -23,6 +23,7 @@ FAMILIES = {
         "topk_method": "greedy",
         "norm_topk_prob": False,
     },
+    "kimi_k2": KIMI | {"n_routed_experts": 12},
     "llama": DENSE | {"model_type": "llama", "vocab_size": 97},
     "qwen2": DENSE | {"model_type": "qwen2"},
     "qwen2_tied": DENSE | {"model_type": "qwen2", "tie_word_embeddings": True, "vocab_size": 97},
@@ -33,6 +34,7 @@ FAMILIES = {
 ARCHITECTURES = {
     "deepseek_v3": "DeepseekV3ForCausalLM",
     "deepseek_v2": "DeepseekV2ForCausalLM",
+    "kimi_k2": "DeepseekV3ForCausalLM",
     "llama": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",

@@ -48,6 +48,17 @@ DEEPSEEK = {
     "tie_word_embeddings": False,
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
 }
+KIMI = DEEPSEEK | {  # more experts than a byte counts, one group, YaRN without a ramp
+    "model_type": "kimi_k2",
+    "num_hidden_layers": 2,
+    "n_routed_experts": 384,
+    "num_experts_per_tok": 8,
+    "n_group": 1,
+    "topk_group": 1,
+    "routed_scaling_factor": 2.827,
+    "moe_intermediate_size": 16,
+    "rope_parameters": YARN | {"beta_fast": 1.0, "beta_slow": 1.0, "rope_theta": 50000.0},
+}
 DENSE = {
     "vocab_size": 96,
     "hidden_size": 64,
@@ -123,7 +134,7 @@ def make_hf_model(config: dict[str, Any], seed: int = 0) -> torch.nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    kind = config["model_type"]
+    kind = "deepseek_v3" if config["model_type"] == "kimi_k2" else config["model_type"]
     hf = AutoConfig.for_model(kind, **{k: v for k, v in config.items() if k != "model_type"})
     hf._attn_implementation = "eager"
     model = AutoModelForCausalLM.from_config(hf, dtype=torch.float32).eval()

@@ -1,4 +1,4 @@
-"""DeepSeek-V3 (and R1, Moonlight), DeepSeek-V2-Lite: HF config -> Megatron's MLATransformerConfig.
+"""DeepSeek-V3 (and R1, Moonlight), Kimi-K2 (the same under another name), DeepSeek-V2-Lite: HF config -> Megatron's MLATransformerConfig.
 
 Source: DeepSeek-V3 technical report, sections 2.1 (latent attention, mixture of experts) and 2.2 (MTP).
 Deviations, both Megatron's: the sequence auxiliary loss takes a packed row for one sequence; the norms of the latent
@@ -14,7 +14,7 @@ from r1mega.errors import ConfigError
 from r1mega.model.architecture import Architecture, Experts, LatentAttention, sizes
 from r1mega.model.hf_config import refuse, require, rope
 
-MODEL_TYPES = ("deepseek_v3", "deepseek_v2")
+MODEL_TYPES = ("deepseek_v3", "deepseek_v2", "kimi_k2")
 
 
 def architecture(hf: Mapping[str, Any]) -> Architecture:

@@ -22,6 +22,7 @@ from r1mega.checkpoint.workers import Alone
 from r1mega.config.layout import num_experts
 from r1mega.config.schema import ParallelConfig
 from r1mega.errors import CheckpointError, ConfigError
+from r1mega.model.hf_config import transformers_config
 from tests.checkpoints import FAMILIES, MTP, hub_state, write_hub_directory
 from tests.reference import DENSE, make_hf_model
 
@@ -60,9 +61,14 @@ def test_there_and_back_is_bit_exact_and_transformers_computes_the_same(tmp_path
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in state.values())
     assert (back / "tokenizer_config.json").read_bytes() == (source / "tokenizer_config.json").read_bytes()
     loaded, report = AutoModelForCausalLM.from_pretrained(
-        back, dtype=torch.float32, output_loading_info=True, attn_implementation="eager"
+        back,
+        config=transformers_config(back),
+        dtype=torch.float32,
+        output_loading_info=True,
+        attn_implementation="eager",
     )
     assert not report["missing_keys"]
+    assert read_config(back)["model_type"] == config["model_type"]
     reference = make_hf_model(config)
     with torch.no_grad():
         for parameter in reference.parameters():  # the routers' bias, a buffer, is stored in float32

@@ -9,7 +9,7 @@ from r1mega.checkpoint.hf_state import export_hf, load_hf, local_entries, model_
 from r1mega.checkpoint.name_rules import to_full
 from r1mega.model.build import build_model, packed_seq_params
 from r1mega.platform import groups
-from tests.reference import DEEPSEEK, DENSE, QWEN3_MOE, YARN, Layout, ModelSettings, Reference, make_reference
+from tests.reference import DEEPSEEK, DENSE, KIMI, QWEN3_MOE, YARN, Layout, ModelSettings, Reference, make_reference
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -33,6 +33,7 @@ CASES = {
     "deepseek_yarn": DEEPSEEK | {"rope_parameters": YARN},
     "deepseek_no_q_lora": DEEPSEEK | {"q_lora_rank": None, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 4},
     "deepseek_v2_lite": V2_LITE,
+    "kimi_k2": KIMI,
     "llama": DENSE | {"model_type": "llama"},
     "llama3_rope": DENSE | {"model_type": "llama", "rope_parameters": LLAMA3},
     "qwen2": DENSE | {"model_type": "qwen2"},

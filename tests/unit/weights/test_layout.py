@@ -9,11 +9,12 @@ import torch
 
 from r1mega.errors import ConfigError
 from r1mega.weights.layout import GeneratorRank, generator_layout, is_ignored, weight_dtype
-from tests.reference import DEEPSEEK, DENSE, QWEN3_MOE, make_reference
+from tests.reference import DEEPSEEK, DENSE, KIMI, QWEN3_MOE, make_reference
 
 CONFIGS = {
     "deepseek": DEEPSEEK,
     "deepseek_no_q_lora": DEEPSEEK | {"q_lora_rank": None},
+    "kimi_k2": KIMI | {"n_routed_experts": 12},
     "llama_biased": DENSE | {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
     "qwen2_tied": DENSE | {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen3": DENSE | {"model_type": "qwen3", "head_dim": 24},

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from tests.reference import DEEPSEEK, DENSE, make_hf_model, unfuse
+from tests.reference import DEEPSEEK, DENSE, KIMI, QWEN3_MOE, make_hf_model, unfuse
 
 MTP = DEEPSEEK | {"num_nextn_predict_layers": 1}
 FAMILIES = {
@@ -23,18 +23,22 @@ FAMILIES = {
         "topk_method": "greedy",
         "norm_topk_prob": False,
     },
+    "kimi_k2": KIMI | {"n_routed_experts": 12},
     "llama": DENSE | {"model_type": "llama", "vocab_size": 97},
     "qwen2": DENSE | {"model_type": "qwen2"},
     "qwen2_tied": DENSE | {"model_type": "qwen2", "tie_word_embeddings": True, "vocab_size": 97},
     "qwen3": DENSE | {"model_type": "qwen3", "head_dim": 24},
     "qwen3_tied": DENSE | {"model_type": "qwen3", "head_dim": 24, "tie_word_embeddings": True},
+    "qwen3_moe": QWEN3_MOE | {"vocab_size": 97, "mlp_only_layers": [1]},
 }
 ARCHITECTURES = {
     "deepseek_v3": "DeepseekV3ForCausalLM",
     "deepseek_v2": "DeepseekV2ForCausalLM",
+    "kimi_k2": "DeepseekV3ForCausalLM",
     "llama": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
 }
 
 

@@ -48,6 +48,17 @@ DEEPSEEK = {
     "tie_word_embeddings": False,
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
 }
+KIMI = DEEPSEEK | {  # more experts than a byte counts, one group, YaRN without a ramp
+    "model_type": "kimi_k2",
+    "num_hidden_layers": 2,
+    "n_routed_experts": 384,
+    "num_experts_per_tok": 8,
+    "n_group": 1,
+    "topk_group": 1,
+    "routed_scaling_factor": 2.827,
+    "moe_intermediate_size": 16,
+    "rope_parameters": YARN | {"beta_fast": 1.0, "beta_slow": 1.0, "rope_theta": 50000.0},
+}
 DENSE = {
     "vocab_size": 96,
     "hidden_size": 64,
@@ -60,6 +71,16 @@ DENSE = {
     "initializer_range": 0.06,
     "tie_word_embeddings": False,
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+}
+QWEN3_MOE = DENSE | {
+    "model_type": "qwen3_moe",
+    "head_dim": 24,
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 32,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "norm_topk_prob": True,
 }
 
 
@@ -113,7 +134,7 @@ def make_hf_model(config: dict[str, Any], seed: int = 0) -> torch.nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    kind = config["model_type"]
+    kind = "deepseek_v3" if config["model_type"] == "kimi_k2" else config["model_type"]
     hf = AutoConfig.for_model(kind, **{k: v for k, v in config.items() if k != "model_type"})
     hf._attn_implementation = "eager"
     model = AutoModelForCausalLM.from_config(hf, dtype=torch.float32).eval()
@@ -131,9 +152,12 @@ def randomize(model: torch.nn.Module) -> None:
             tensor.copy_(0.05 * torch.randn_like(tensor))
 
 
-def sequence_aux_loss(logits: torch.Tensor, top_k: int) -> torch.Tensor:
-    """Router logits [b, s, experts] -> mean over sequences of sum_i f_i P_i (DeepSeek-V3 report, equations 17-20)."""
-    scores = logits.float().sigmoid()
+def sequence_aux_loss(logits: torch.Tensor, top_k: int, softmax: bool) -> torch.Tensor:
+    """Router logits [b, s, experts] -> mean over sequences of sum_i f_i P_i (DeepSeek-V3 report, equations 17-20).
+
+    softmax: scores are the softmax of the logits, else their sigmoid.
+    """
+    scores = logits.float().softmax(-1) if softmax else logits.float().sigmoid()
     chosen = torch.zeros_like(scores).scatter(2, scores.topk(top_k, dim=2).indices, 1.0)
     fractions = chosen.mean(dim=1) * scores.shape[2] / top_k
     probabilities = (scores / scores.sum(dim=2, keepdim=True)).mean(dim=1)
@@ -158,7 +182,8 @@ def make_reference(
     logits = model(input_ids=tokens).logits
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
     top_k = config.get("num_experts_per_tok")
-    auxiliary = sum((sequence_aux_loss(r, top_k) for r in router_logits), torch.zeros(()))
+    softmax = config["model_type"] == "qwen3_moe"
+    auxiliary = sum((sequence_aux_loss(r, top_k, softmax) for r in router_logits), torch.zeros(()))
     (loss + aux_coefficient * auxiliary).backward()
     state = {n: t.detach().clone() for n, t in model.state_dict().items()}
     if config["tie_word_embeddings"]:

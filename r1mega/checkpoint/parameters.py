@@ -12,10 +12,9 @@ from typing import Any
 
 from r1mega.checkpoint.name_rules import EXPERT_RULES, RULES, TOP_RULES, Entry, ModelShape, Rule
 from r1mega.errors import CheckpointError
-from r1mega.model.hf_config import require
+from r1mega.model.architecture import Architecture, GroupedAttention, LatentAttention
+from r1mega.model.families import FAMILIES, architecture_of
 
-MLA_TYPES = ("deepseek_v3", "deepseek_v2")
-DENSE_TYPES = ("llama", "qwen2", "qwen3")
 Shape = tuple[int, ...]
 
 
@@ -37,18 +36,21 @@ class Parameter:
 
 def model_shape_of(hf: Mapping[str, Any], num_mtp_layers: int) -> ModelShape:
     """What slicing needs to know, from config.json."""
-    layers, heads, vocabulary = require(hf, "num_hidden_layers", "num_attention_heads", "vocab_size")
-    mla = hf.get("model_type") in MLA_TYPES
-    groups = heads if mla else hf.get("num_key_value_heads") or heads
+    return _model_shape(architecture_of(hf), num_mtp_layers)
+
+
+def _model_shape(model: Architecture, num_mtp_layers: int) -> ModelShape:
+    attention = model.attention
+    groups = attention.groups if isinstance(attention, GroupedAttention) else attention.heads
     return ModelShape(
-        num_layers=layers,
+        num_layers=model.num_layers,
         num_mtp_layers=num_mtp_layers,
-        vocab_size=vocabulary,
-        num_experts=(hf.get("n_routed_experts") or 0) if mla else 0,
+        vocab_size=model.vocab_size,
+        num_experts=model.experts.count if model.experts is not None else 0,
         num_kv_groups=groups,
-        queries_per_group=heads // groups,
-        mla=mla,
-        tied_embeddings=bool(hf.get("tie_word_embeddings", False)),
+        queries_per_group=attention.heads // groups,
+        mla=isinstance(attention, LatentAttention),
+        tied_embeddings=model.tied_embeddings,
     )
 
 
@@ -57,13 +59,13 @@ def parameters(hf: Mapping[str, Any], num_mtp_layers: int = 0) -> Iterator[Param
 
     num_mtp_layers: how many multi-token-prediction layers there are. CheckpointError for an unknown model_type.
     """
-    if hf.get("model_type") not in MLA_TYPES + DENSE_TYPES:
+    if hf.get("model_type") not in FAMILIES:
         raise CheckpointError(
-            f"config.json: model_type {hf.get('model_type')!r} cannot be converted, only "
-            + ", ".join(MLA_TYPES + DENSE_TYPES)
+            f"config.json: model_type {hf.get('model_type')!r} cannot be converted, only " + ", ".join(FAMILIES)
         )
-    model = model_shape_of(hf, num_mtp_layers)
-    vocabulary, hidden = require(hf, "vocab_size", "hidden_size")
+    model = architecture_of(hf)
+    shape = _model_shape(model, num_mtp_layers)
+    vocabulary, hidden = model.vocab_size, model.hidden_size
     table = {"embedding.word_embeddings.weight": (vocabulary, hidden), "decoder.final_layernorm.weight": (hidden,)}
     if not model.tied_embeddings:
         table["output_layer.weight"] = (vocabulary, hidden)
@@ -74,115 +76,113 @@ def parameters(hf: Mapping[str, Any], num_mtp_layers: int = 0) -> Iterator[Param
 
     yield top("embedding.word_embeddings.weight")
     for layer in range(model.num_layers):
-        yield from (_mla_layer if model.mla else _dense_layer)(hf, layer, model)
+        yield from _layer(model, shape, layer, f"decoder.layers.{layer}.")
     for name in list(table)[1:]:
         yield top(name)
     for k in range(num_mtp_layers):
-        yield from _mtp_layer(hf, model, k)
+        yield from _mtp_layer(model, shape, k)
 
 
-def _mla_layer(hf: Mapping[str, Any], layer: int, model: ModelShape, start: str | None = None) -> Iterator[Parameter]:
-    start = start or f"decoder.layers.{layer}."
-    prefix = f"model.layers.{layer}."
-    for suffix, shapes in (*_mla_attention(hf), *_feed_forward(hf, layer)):
-        yield _parameter(start + suffix, _rule(suffix, model), prefix, shapes)
-    if not _is_moe(hf, layer):
+def _layer(model: Architecture, shape: ModelShape, layer: int, start: str) -> Iterator[Parameter]:
+    """start: of the keys. Where no layer has experts all are alike, and Megatron stacks them: one tensor a parameter, with a
+    first axis for the layer."""
+    prefix, experts = f"model.layers.{layer}.", model.experts
+    if experts is None:
+        for suffix, shapes in _plain_parameters(model, layer).items():
+            yield _parameter(
+                f"decoder.layers.{suffix}", _rule(suffix, shape), prefix, shapes, (layer,), (model.num_layers,)
+            )
         return
-    hidden, width = hf["hidden_size"], hf["moe_intermediate_size"]
-    for expert in range(model.num_experts):
-        for suffix, shapes in (
-            ("linear_fc1.weight", ((width, hidden),) * 2),
-            ("linear_fc2.weight", ((hidden, width),)),
-        ):
+    for suffix, shapes in _plain_parameters(model, layer).items():
+        yield _parameter(start + suffix, _rule(suffix, shape), prefix, shapes)
+    if not model.has_experts(layer):
+        return
+    for expert in range(experts.count):
+        for suffix, shapes in _mlp("", experts.size, model.hidden_size).items():
             yield _parameter(
                 f"{start}mlp.experts.experts.{suffix}", EXPERT_RULES[suffix], f"{prefix}mlp.experts.{expert}.", shapes,
-                (expert,), (model.num_experts,), expert,
+                (expert,), (experts.count,), expert,
             )  # fmt: skip
 
 
-def _dense_layer(hf: Mapping[str, Any], layer: int, model: ModelShape) -> Iterator[Parameter]:
-    """All layers are alike, so Megatron stacks them: one tensor a parameter, with a first axis for the layer."""
-    hidden, heads, width = require(hf, "hidden_size", "num_attention_heads", "intermediate_size")
-    head = hf.get("head_dim") or hidden // heads
-    queries, keys = heads * head, model.num_kv_groups * head
-    qkv = "self_attention.linear_qkv."
-    table: dict[str, tuple[Shape, ...]] = {
-        f"{qkv}layer_norm_weight": ((hidden,),),
-        f"{qkv}weight": ((queries, hidden), (keys, hidden), (keys, hidden)),
-        "self_attention.linear_proj.weight": ((hidden, queries),),
-        "mlp.linear_fc1.layer_norm_weight": ((hidden,),),
-        "mlp.linear_fc1.weight": ((width, hidden),) * 2,
-        "mlp.linear_fc2.weight": ((hidden, width),),
-    }
-    if hf["model_type"] == "qwen2":
-        table[f"{qkv}bias"] = ((queries,), (keys,), (keys,))
-    if hf["model_type"] == "qwen3":
-        table |= {f"self_attention.{n}_layernorm.weight": ((head,),) for n in "qk"}
-    for suffix, shapes in table.items():
-        yield _parameter(
-            f"decoder.layers.{suffix}", _rule(suffix, model), f"model.layers.{layer}.", shapes,
-            (layer,), (model.num_layers,),
-        )  # fmt: skip
-
-
-def _mtp_layer(hf: Mapping[str, Any], model: ModelShape, k: int) -> Iterator[Parameter]:
-    hidden, layer = hf["hidden_size"], model.num_layers + k
-    for suffix, shape in (("enorm", (hidden,)), ("hnorm", (hidden,)), ("eh_proj", (hidden, 2 * hidden))):
+def _mtp_layer(model: Architecture, shape: ModelShape, k: int) -> Iterator[Parameter]:
+    hidden, layer = model.hidden_size, model.num_layers + k
+    for suffix, size in (("enorm", (hidden,)), ("hnorm", (hidden,)), ("eh_proj", (hidden, 2 * hidden))):
         name = f"{suffix}.weight"
-        yield _parameter(f"mtp.layers.{k}.{name}", RULES[name], f"model.layers.{layer}.", (shape,))
-    yield from _mla_layer(hf, layer, model, f"mtp.layers.{k}.transformer_layer.")
+        yield _parameter(f"mtp.layers.{k}.{name}", RULES[name], f"model.layers.{layer}.", (size,))
+    yield from _layer(model, shape, layer, f"mtp.layers.{k}.transformer_layer.")
     name = "final_layernorm.weight"
     yield _parameter(f"mtp.layers.{k}.{name}", RULES[name], f"model.layers.{layer}.", ((hidden,),))
 
 
-def _mla_attention(hf: Mapping[str, Any]) -> Any:
-    hidden, heads, rank, nope, rope, value = require(
-        hf, "hidden_size", "num_attention_heads", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"
-    )
-    queries, attention = heads * (nope + rope), "self_attention."
-    table: dict[str, tuple[Shape, ...]] = {"input_layernorm.weight": ((hidden,),)}
-    if q_rank := hf.get("q_lora_rank"):
+Table = dict[str, tuple[Shape, ...]]
+"""Megatron suffix -> the shapes of the HF tensors of that parameter."""
+
+
+def _plain_parameters(model: Architecture, layer: int) -> Table:
+    """Of one layer, without the routed experts."""
+    attention, feed_forward = model.attention, _feed_forward(model, layer)
+    if isinstance(attention, LatentAttention):
+        return {**_latent_attention(attention, model.hidden_size), **feed_forward}
+    return {**_grouped_attention(attention, model.hidden_size), **feed_forward, **_additions(attention)}
+
+
+def _latent_attention(attention: LatentAttention, hidden: int) -> Table:
+    heads, rank, value = attention.heads, attention.kv_rank, attention.value_size
+    queries, prefix = heads * (attention.nope_size + attention.rope_size), "self_attention."
+    table: Table = {"input_layernorm.weight": ((hidden,),)}
+    if attention.query_rank:
         table |= {
-            f"{attention}linear_q_down_proj.weight": ((q_rank, hidden),),
-            f"{attention}q_layernorm.weight": ((q_rank,),),
-            f"{attention}linear_q_up_proj.weight": ((queries, q_rank),),
+            f"{prefix}linear_q_down_proj.weight": ((attention.query_rank, hidden),),
+            f"{prefix}q_layernorm.weight": ((attention.query_rank,),),
+            f"{prefix}linear_q_up_proj.weight": ((queries, attention.query_rank),),
         }
     else:
-        table[f"{attention}linear_q_proj.weight"] = ((queries, hidden),)
-    table |= {
-        f"{attention}linear_kv_down_proj.weight": ((rank + rope, hidden),),
-        f"{attention}kv_layernorm.weight": ((rank,),),
-        f"{attention}linear_kv_up_proj.weight": ((heads * (nope + value), rank),),
-        f"{attention}linear_proj.weight": ((hidden, heads * value),),
+        table[f"{prefix}linear_q_proj.weight"] = ((queries, hidden),)
+    return table | {
+        f"{prefix}linear_kv_down_proj.weight": ((rank + attention.rope_size, hidden),),
+        f"{prefix}kv_layernorm.weight": ((rank,),),
+        f"{prefix}linear_kv_up_proj.weight": ((heads * (attention.nope_size + value), rank),),
+        f"{prefix}linear_proj.weight": ((hidden, heads * value),),
         "pre_mlp_layernorm.weight": ((hidden,),),
     }
-    return table.items()
 
 
-def _is_moe(hf: Mapping[str, Any], layer: int) -> bool:
-    return layer >= hf["first_k_dense_replace"]
+def _grouped_attention(attention: GroupedAttention, hidden: int) -> Table:
+    """Megatron saves the norms of these layers under the names that they have where they are fused."""
+    queries, keys = attention.heads * attention.head_size, attention.groups * attention.head_size
+    return {
+        "self_attention.linear_qkv.layer_norm_weight": ((hidden,),),
+        "self_attention.linear_qkv.weight": ((queries, hidden), (keys, hidden), (keys, hidden)),
+        "self_attention.linear_proj.weight": ((hidden, queries),),
+        "mlp.linear_fc1.layer_norm_weight": ((hidden,),),
+    }
 
 
-def _feed_forward(hf: Mapping[str, Any], layer: int) -> Any:
-    """Of a DeepSeek layer, without the routed experts."""
-    hidden, width, experts, moe_width = require(
-        hf, "hidden_size", "intermediate_size", "n_routed_experts", "moe_intermediate_size"
-    )
+def _additions(attention: GroupedAttention) -> Table:
+    """What only some families have in grouped-query attention."""
+    queries, keys, table = attention.heads * attention.head_size, attention.groups * attention.head_size, {}
+    if attention.qkv_bias:
+        table["self_attention.linear_qkv.bias"] = ((queries,), (keys,), (keys,))
+    if attention.qk_norm:
+        table |= {f"self_attention.{n}_layernorm.weight": ((attention.head_size,),) for n in "qk"}
+    return table
 
-    def mlp(prefix: str, size: int) -> dict[str, tuple[Shape, ...]]:
-        return {
-            f"{prefix}linear_fc1.weight": ((size, hidden),) * 2,
-            f"{prefix}linear_fc2.weight": ((hidden, size),),
-        }
 
-    if not _is_moe(hf, layer):
-        return mlp("mlp.", width).items()
-    table: dict[str, tuple[Shape, ...]] = {"mlp.router.weight": ((experts, hidden),)}
-    if hf["model_type"] == "deepseek_v3":
-        table["mlp.router.expert_bias"] = ((experts,),)
-    if shared := hf.get("n_shared_experts"):
-        table |= mlp("mlp.shared_experts.", shared * moe_width)
-    return table.items()
+def _feed_forward(model: Architecture, layer: int) -> Table:
+    hidden, experts = model.hidden_size, model.experts
+    if experts is None or not model.has_experts(layer):
+        return _mlp("mlp.", model.intermediate_size, hidden)
+    table: Table = {"mlp.router.weight": ((experts.count, hidden),)}
+    if experts.router_bias:
+        table["mlp.router.expert_bias"] = ((experts.count,),)
+    if experts.shared_size:
+        table |= _mlp("mlp.shared_experts.", experts.shared_size, hidden)
+    return table
+
+
+def _mlp(prefix: str, size: int, hidden: int) -> Table:
+    return {f"{prefix}linear_fc1.weight": ((size, hidden),) * 2, f"{prefix}linear_fc2.weight": ((hidden, size),)}
 
 
 def _rule(suffix: str, model: ModelShape) -> Rule:

@@ -293,6 +293,7 @@ def architecture_of(hf_config: Mapping[str, Any]) -> dict[str, Any]:
     deciding = (
         "model_type hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim intermediate_size "
         "vocab_size tie_word_embeddings q_lora_rank kv_lora_rank qk_rope_head_dim qk_nope_head_dim v_head_dim "
-        "moe_intermediate_size n_routed_experts n_shared_experts first_k_dense_replace num_nextn_predict_layers"
+        "moe_intermediate_size n_routed_experts n_shared_experts first_k_dense_replace num_nextn_predict_layers "
+        "num_experts num_local_experts mlp_only_layers decoder_sparse_step"
     ).split()
     return {key: hf_config[key] for key in deciding if hf_config.get(key) is not None}

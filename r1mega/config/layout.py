@@ -9,8 +9,21 @@ from typing import Any, Protocol
 VOCABULARY_PADDING = 64
 """vLLM pads the vocabulary to a multiple of it (vocab_parallel_embedding.py, DEFAULT_VOCAB_PADDING_SIZE)."""
 
-GENERATED_MODEL_TYPES = ("llama", "qwen2", "qwen3", "deepseek_v3")
-"""Models whose parameters in the generator are known (weights/layout.py)."""
+UNGENERATED_MODEL_TYPES = ("deepseek_v2",)
+"""Models of the families that are trained (model/families) whose parameters in the generator are not known."""
+
+EXPERT_KEYS = ("n_routed_experts", "num_experts", "num_local_experts")
+"""Keys of a config.json that say how many routed experts a layer has; each family has one of them."""
+
+
+def expert_key(hf: Mapping[str, Any]) -> str:
+    """Which of EXPERT_KEYS this config.json has; the first where it has none."""
+    return next((key for key in EXPERT_KEYS if hf.get(key)), EXPERT_KEYS[0])
+
+
+def num_experts(hf: Mapping[str, Any]) -> int:
+    """Routed experts of a layer; 0 for a model without."""
+    return hf.get(expert_key(hf)) or 0
 
 
 class Layout(Protocol):
@@ -55,11 +68,11 @@ def process_problems(layout: Layout, processes: int) -> Iterator[str]:
 
 def model_problems(layout: Layout, hf: Mapping[str, Any]) -> Iterator[str]:
     """Why a model with this config.json cannot be laid out so; each names the number to change."""
-    experts = hf.get("n_routed_experts")
+    experts = num_experts(hf)
     divisions = [
         ("parallel.tp", layout.tp, "num_attention_heads"),
         ("parallel.tp", layout.tp, "intermediate_size"),
-        ("parallel.ep", layout.ep, "n_routed_experts"),
+        ("parallel.ep", layout.ep, expert_key(hf)),
         ("parallel.etp", layout.etp, "moe_intermediate_size"),
     ]
     if not hf.get("kv_lora_rank"):  # latent attention has as many keys as queries
@@ -81,11 +94,8 @@ def model_problems(layout: Layout, hf: Mapping[str, Any]) -> Iterator[str]:
 def generator_problems(generator: Generator, processes: int, hf: Mapping[str, Any]) -> Iterator[str]:
     """Why the generators of a rollout cannot be laid out so; each names the number to change. hf: {} when unknown."""
     tp, ep, dp = generator.tp, generator.ep, generator.dp
-    if hf and hf.get("model_type") not in GENERATED_MODEL_TYPES:
-        yield (
-            f"rollout: model_type {hf.get('model_type')!r} is not one of {', '.join(GENERATED_MODEL_TYPES)}: the generator "
-            "cannot sample from such a model"
-        )
+    if hf.get("model_type") in UNGENERATED_MODEL_TYPES:
+        yield f"rollout: model_type {hf['model_type']!r}: the generator cannot sample from such a model"
     if processes % tp:
         yield f"rollout.tp = {tp} does not divide the {processes} processes"
     elif dp is not None and dp * tp != processes:
@@ -101,7 +111,7 @@ def generator_problems(generator: Generator, processes: int, hf: Mapping[str, An
     if ep > 1:
         yield from _expert_problems(generator, hf)
     divisions = [("rollout.tp", tp, "num_attention_heads"), ("rollout.tp", tp, "intermediate_size")]
-    divisions.append(("rollout.ep", ep, "n_routed_experts") if ep > 1 else ("rollout.tp", tp, "moe_intermediate_size"))
+    divisions.append(("rollout.ep", ep, expert_key(hf)) if ep > 1 else ("rollout.tp", tp, "moe_intermediate_size"))
     yield from _division_problems(divisions, hf)
     yield from _shared_expert_problems("rollout.tp", tp, hf)
     groups = None if hf.get("kv_lora_rank") else hf.get("num_key_value_heads")
@@ -114,7 +124,7 @@ def generator_problems(generator: Generator, processes: int, hf: Mapping[str, An
 
 def _expert_problems(generator: Generator, hf: Mapping[str, Any]) -> Iterator[str]:
     tp, ep = generator.tp, generator.ep
-    if hf and not hf.get("n_routed_experts"):
+    if hf and not num_experts(hf):
         yield f"rollout.ep = {ep}: a model without experts wants 1"
     if generator.engine != "vllm":
         yield f"rollout.ep = {ep} wants rollout.engine = vllm, not {generator.engine}; leave ep out"

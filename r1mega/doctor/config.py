@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from r1mega import platform
+from r1mega.config.layout import num_experts
 from r1mega.config.load import load_config
 from r1mega.config.schema import ModelConfig, RolloutConfig, Stage, TrainingStage
 from r1mega.config.stages.evaluate import GeneratorConfig
@@ -57,7 +58,7 @@ def _training_facts(config: Stage, hf: dict[str, Any]) -> list[Fact]:
     if fp8 != "off" and not here.has_transformer_engine:
         facts.append(Fact("fp8", False, f"model.fp8={fp8} needs Transformer Engine and a GPU; set model.fp8=off here"))
     if hf:
-        experts = hf.get("n_routed_experts")
+        experts = num_experts(hf)
         size = f"{hf.get('num_hidden_layers')} layers, hidden {hf.get('hidden_size')}"
         facts.append(
             Fact("model", True, f"{hf.get('model_type')}: {size}" + (f", {experts} experts" if experts else ""))

@@ -10,11 +10,10 @@ import torch
 from r1mega import platform
 from r1mega.config.layout import Layout, model_problems
 from r1mega.errors import ConfigError, PlatformError
-from r1mega.model import deepseek_v3, dense
+from r1mega.model.architecture import LatentAttention
+from r1mega.model.families import family_of
 from r1mega.model.hf_config import as_dict, refuse, require
 from r1mega.platform.groups import seed_all
-
-FAMILIES = {model_type: family for family in (deepseek_v3, dense) for model_type in family.MODEL_TYPES}
 
 
 def build_model(
@@ -61,14 +60,6 @@ def packed_seq_params(cu_seqlens: torch.Tensor, padding: torch.Tensor | None = N
         max_seqlen_kv=longest,
         padding_mask=None if padding is None else padding[None],
     )
-
-
-def family_of(hf: Mapping[str, Any]) -> Any:
-    """The module (deepseek_v3 or dense) that knows this model_type. Raises ConfigError for others."""
-    family = FAMILIES.get(hf.get("model_type"))
-    if family is None:
-        raise ConfigError(f"config.json: model_type {hf.get('model_type')!r} is not one of {', '.join(FAMILIES)}")
-    return family
 
 
 def check_layout(hf: Mapping[str, Any], layout: Layout) -> None:
@@ -127,7 +118,8 @@ def megatron_config(hf: Mapping[str, Any], layout: Layout, model: Any, *, init_s
         )
     from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
-    return (MLATransformerConfig if family is deepseek_v3 else TransformerConfig)(**arguments)
+    latent = isinstance(family.architecture(hf).attention, LatentAttention)
+    return (MLATransformerConfig if latent else TransformerConfig)(**arguments)
 
 
 def _initialization_arguments(init_std: float | None) -> dict[str, Any]:

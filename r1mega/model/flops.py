@@ -15,9 +15,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from r1mega.errors import ConfigError
-from r1mega.model import deepseek_v3, dense
-from r1mega.model.hf_config import require
+from r1mega.model.architecture import GroupedAttention, LatentAttention
+from r1mega.model.families import architecture_of
 
 TRAINING_FORWARDS = 3
 """Forward and backward pass, in forward passes: the backward one computes the gradients of inputs and of weights."""
@@ -87,48 +86,31 @@ class ModelFlops:
 
 def model_flops(hf: Mapping[str, Any]) -> ModelFlops:
     """For a config.json of the families that can be trained. Raises ConfigError for another, or missing keys."""
-    kind = hf.get("model_type")
-    if kind in deepseek_v3.MODEL_TYPES:
-        return _mixture_of_experts(hf)
-    if kind in dense.MODEL_TYPES:
-        return _dense(hf)
-    known = ", ".join((*deepseek_v3.MODEL_TYPES, *dense.MODEL_TYPES))
-    raise ConfigError(f"config.json: model_type {kind!r} is not one of {known}")
-
-
-def _mixture_of_experts(hf: Mapping[str, Any]) -> ModelFlops:
-    """DeepSeek-V3's latent attention and mixture of experts (technical report, sections 2.1 and 2.2)."""
-    hidden, heads, layers, vocabulary, intermediate = require(
-        hf, "hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size", "intermediate_size"
-    )
-    kv_rank, nope, rope, value = require(hf, "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-    experts, top_k, expert, first_dense = require(
-        hf, "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "first_k_dense_replace"
-    )
-    key, q_rank = nope + rope, hf.get("q_lora_rank")
-    query = hidden * q_rank + q_rank * heads * key if q_rank else hidden * heads * key
-    latent = hidden * (kv_rank + rope) + kv_rank * heads * (nope + value)
-    attention = query + latent + heads * value * hidden
-    shared = hf.get("n_shared_experts") or 0
-    mixture = hidden * experts + (top_k + shared) * 3 * hidden * expert
-    pair = heads * (key + value)
-    first_dense = min(first_dense, layers)
-    main = layers * attention + first_dense * 3 * hidden * intermediate + (layers - first_dense) * mixture
-    depth = hf.get("num_nextn_predict_layers") or 0
+    model = architecture_of(hf)
+    hidden, head = model.hidden_size, model.hidden_size * model.vocab_size
+    attention, pair = _attention(hidden, model.attention)
+    sparse, mixture = 0, 0
+    if (experts := model.experts) is not None:
+        sparse = sum(experts.layers)
+        mixture = hidden * experts.count + (experts.chosen * experts.size + experts.shared_size) * 3 * hidden
+    dense = model.num_layers - sparse
+    main = model.num_layers * attention + dense * 3 * hidden * model.intermediate_size + sparse * mixture
+    depth = model.num_mtp_layers
     further = depth * (2 * hidden * hidden + attention + mixture)  # joins hidden state and embedding first
-    head = hidden * vocabulary
     return ModelFlops(
-        Forward(2.0 * main, 2.0 * layers * pair, 2.0 * head),
+        Forward(2.0 * main, 2.0 * model.num_layers * pair, 2.0 * head),
         Forward(2.0 * further, 2.0 * depth * pair, 2.0 * depth * head),
     )
 
 
-def _dense(hf: Mapping[str, Any]) -> ModelFlops:
-    """Llama, Qwen2.5, Qwen3: grouped-query attention and a gated MLP."""
-    hidden, heads, layers, vocabulary, intermediate = require(
-        hf, "hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size", "intermediate_size"
-    )
-    size, groups = hf.get("head_dim") or hidden // heads, hf.get("num_key_value_heads") or heads
-    layer = hidden * size * (heads + 2 * groups) + heads * size * hidden + 3 * hidden * intermediate
-    main = Forward(2.0 * layers * layer, 2.0 * layers * heads * 2 * size, 2.0 * hidden * vocabulary)
-    return ModelFlops(main, Forward(0.0, 0.0, 0.0))
+def _attention(hidden: int, attention: LatentAttention | GroupedAttention) -> tuple[int, int]:
+    """(multiply-adds of a layer's projections for a token, of its scores and values for a pair)."""
+    heads = attention.heads
+    if isinstance(attention, GroupedAttention):
+        size = attention.head_size
+        return hidden * size * (heads + 2 * attention.groups) + heads * size * hidden, heads * 2 * size
+    key, value, rank = attention.nope_size + attention.rope_size, attention.value_size, attention.query_rank
+    query = hidden * rank + rank * heads * key if rank else hidden * heads * key
+    latent = hidden * (attention.kv_rank + attention.rope_size)
+    latent += attention.kv_rank * heads * (attention.nope_size + value)
+    return query + latent + heads * value * hidden, heads * (key + value)

@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from r1mega.errors import ConfigError
+
+TRANSFORMERS_MODEL_TYPES = {"kimi_k2": "deepseek_v3"}
+"""Models that transformers has under another `model_type` only. config.json keeps its own, which vLLM knows."""
+
+
+def transformers_config(directory: Path) -> Any:
+    """transformers' config of an HF directory. No code of the directory is run, whatever `auto_map` names."""
+    from transformers import AutoConfig
+
+    hf = json.loads((Path(directory) / "config.json").read_text())
+    if (model_type := TRANSFORMERS_MODEL_TYPES.get(hf.get("model_type"))) is None:
+        return AutoConfig.from_pretrained(directory, local_files_only=True)
+    plain = {key: value for key, value in hf.items() if key not in ("model_type", "auto_map")}
+    return AutoConfig.for_model(model_type, **plain)
 
 
 def as_dict(config: Any) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from r1mega.config.layout import num_experts
 from r1mega.errors import PlatformError
 from r1mega.platform.vllm_version import DERIVED, check_version
 
@@ -71,7 +72,7 @@ def engine_arguments(
     }  # fmt: skip
     if kv_cache_bytes is not None:
         arguments["kv_cache_memory_bytes"] = kv_cache_bytes
-    if "n_routed_experts" in model_config:
+    if num_experts(model_config):
         arguments["moe_backend"] = "triton"
     return arguments
 

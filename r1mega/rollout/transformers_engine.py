@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from r1mega.errors import GenerationError, WeightSyncError
+from r1mega.model.hf_config import transformers_config
 from r1mega.rollout.engine import EngineSettings, check_requests, in_order, read_config, sample_seed
 from r1mega.rollout.stop_strings import StopStrings
 from r1mega.types import Completion, GenerationRequest, Response, SamplingSettings
@@ -63,7 +64,7 @@ class TransformersEngine:
 
     def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """See GenerationEngine."""
-        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
         tensors = {
             name: tensor.detach().to(weight_dtype(name, self._dtype)).clone()
@@ -82,7 +83,7 @@ class TransformersEngine:
             raise WeightSyncError(
                 f"{len(problems)} tensors cannot be loaded into the generator:\n  " + "\n  ".join(problems)
             )
-        config = AutoConfig.from_pretrained(self.settings.model_path)
+        config = transformers_config(self.settings.model_path)
         model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # annotated as a pair, of which it is one
         model, report = model_class.from_pretrained(
             None, config=config, state_dict=tensors, dtype=self._dtype, output_loading_info=True

@@ -114,6 +114,8 @@ class VllmEngine:
         from vllm.v1.engine.llm_engine import LLMEngine
 
         settings = self.settings
+        if self.config.get("model_type") == "kimi_k2":
+            _keep_config_classes_apart()
         overrides = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"} if "kv_lora_rank" in self.config else {}
         arguments = EngineArgs(
             model=str(settings.model_path),
@@ -415,6 +417,16 @@ def kv_bytes_per_token(settings: EngineSettings, config: Mapping[str, Any]) -> i
         size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
         width = 2 * max(1, heads // settings.tp) * size
     return config["num_hidden_layers"] * width * getattr(torch, settings.dtype).itemsize
+
+
+def _keep_config_classes_apart() -> None:
+    """vLLM (0.32.0, transformers_utils/config.py) reads kimi_k2 with transformers' DeepseekV3Config and renames that class:
+    transformers then loads no DeepSeek-V3 in this process any more. A class of its own takes the name instead."""
+    from transformers import DeepseekV3Config
+    from vllm.transformers_utils import config
+
+    assert "kimi_k2" in config._CONFIG_REGISTRY, "vLLM does not know kimi_k2 any more"
+    config._CONFIG_REGISTRY["kimi_k2"] = type("KimiK2Config", (DeepseekV3Config,), {})
 
 
 def _ensure_process_group() -> None:

@@ -2,8 +2,9 @@
 
 Pure: from an HF config and one rank's place in the generator's layout to a list of placements; nothing here imports
 vLLM or touches a tensor, except `read`. `trainer_layout.py` is the same for the trainer. Written from vllm 0.32.0
-model_executor/models (deepseek_v2, llama, qwen2, qwen3) and layers (linear, vocab_parallel_embedding), independently of
-the loaders that write the parameters, so that reading back through it proves what they wrote. Regions are in global
+model_executor/models (deepseek_v2, llama, qwen2, qwen3, qwen3_moe) and layers (linear, vocab_parallel_embedding),
+independently of the loaders that write the parameters, so that reading back through it proves what they wrote. A family
+says which tensors there are (model/architecture.py); how vLLM fuses and cuts them is said here, once for all families. Regions are in global
 coordinates of the HF tensor: a plan from any shard to any shard can be built on them.
 """
 
@@ -18,11 +19,12 @@ import torch
 from r1mega.checkpoint.fp8_blocks import BLOCK as FP8_BLOCK
 from r1mega.checkpoint.fp8_blocks import SCALE
 from r1mega.checkpoint.name_rules import Region
-from r1mega.config.layout import GENERATED_MODEL_TYPES, VOCABULARY_PADDING
+from r1mega.config.layout import UNGENERATED_MODEL_TYPES, VOCABULARY_PADDING, expert_key
 from r1mega.errors import ConfigError
+from r1mega.model.architecture import Experts, GroupedAttention, LatentAttention
+from r1mega.model.families import architecture_of
 
 VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
-MLA_MODEL_TYPES = ("deepseek_v3",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,13 +78,6 @@ def weight_dtype(name: str, model_dtype: torch.dtype, fp8: bool = False) -> torc
     return torch.float8_e4m3fn if fp8 and is_quantized(name) else model_dtype
 
 
-def is_sparse(config: Mapping[str, Any], layer: int) -> bool:
-    """Whether a decoder layer has experts."""
-    if config["model_type"] not in MLA_MODEL_TYPES:
-        return False
-    return layer >= config["first_k_dense_replace"] and layer % config.get("moe_layer_freq", 1) == 0
-
-
 def is_ignored(name: str, config: Mapping[str, Any]) -> bool:
     """Tensors of an HF checkpoint that the generator does not use: MTP layers, a tied head, rotary tables."""
     if "rotary_emb.inv_freq" in name:
@@ -98,14 +93,11 @@ def generator_layout(
 ) -> tuple[Placement, ...]:
     """Placements of every HF tensor on one generator rank; of the decoder layers only `layers` when given.
 
-    config: the dictionary of an HF config.json. Raises ConfigError for a model family that has no layout here and for
-    a layout that does not divide.
+    config: the dictionary of an HF config.json. Raises ConfigError for a model family that is not known, or not in the
+    generator, and for a layout that does not divide.
     """
-    model_type = config.get("model_type")
-    if model_type not in GENERATED_MODEL_TYPES:
-        raise ConfigError(
-            f"no generator layout for model_type {model_type!r}; known: {', '.join(GENERATED_MODEL_TYPES)}"
-        )
+    if (model_type := config.get("model_type")) in UNGENERATED_MODEL_TYPES:
+        raise ConfigError(f"no generator layout for model_type {model_type!r}")
     layers = range(config["num_hidden_layers"]) if layers is None else layers
     placements = _LayoutBuilder(config, rank).placements(layers)
     return tuple(part for whole in placements for part in (_with_scales(whole) if rank.fp8 else (whole,)))
@@ -164,34 +156,35 @@ def _with_scales(weight: Placement) -> tuple[Placement, ...]:
 
 class _LayoutBuilder:
     def __init__(self, config: Mapping[str, Any], rank: GeneratorRank):
-        self.config = config
+        self.model = architecture_of(config)
+        self.expert_key = expert_key(config)
         self.rank = rank
-        self.hidden = config["hidden_size"]
-        self.heads = config["num_attention_heads"]
+        self.hidden = self.model.hidden_size
+        self.heads = self.model.attention.heads
         self._divide(self.heads, rank.tp, "num_attention_heads")
 
     def placements(self, layers: Sequence[int]) -> Iterator[Placement]:
-        config = self.config
+        model = self.model
         yield from self._vocabulary("model.embed_tokens.weight")
         for layer in layers:
             prefix = f"model.layers.{layer}."
             yield self._whole(prefix + "input_layernorm.weight", (self.hidden,))
             yield self._whole(prefix + "post_attention_layernorm.weight", (self.hidden,))
-            if config["model_type"] in MLA_MODEL_TYPES:
-                yield from self._latent_attention(prefix + "self_attn.")
+            if isinstance(model.attention, LatentAttention):
+                yield from self._latent_attention(prefix + "self_attn.", model.attention)
             else:
-                yield from self._attention(prefix + "self_attn.")
-            if is_sparse(config, layer):
-                yield from self._experts(prefix + "mlp.")
+                yield from self._grouped_attention(prefix + "self_attn.", model.attention)
+            if model.experts is not None and model.has_experts(layer):
+                yield from self._experts(prefix + "mlp.", model.experts)
             else:
-                yield from self._mlp(prefix + "mlp.", config["intermediate_size"], bool(config.get("mlp_bias")))
+                yield from self._mlp(prefix + "mlp.", model.intermediate_size, model.mlp_bias)
         yield self._whole("model.norm.weight", (self.hidden,))
-        if not config.get("tie_word_embeddings"):
+        if not model.tied_embeddings:
             yield from self._vocabulary("lm_head.weight")
 
     def _vocabulary(self, name: str) -> Iterator[Placement]:
         """Rows padded to a multiple of 64, then cut evenly: the last ranks may hold padding only."""
-        size, tp = self.config["vocab_size"], self.rank.tp
+        size, tp = self.model.vocab_size, self.rank.tp
         per_rank = self._divide(-(-size // VOCABULARY_PADDING) * VOCABULARY_PADDING, tp, "padded vocab_size")
         start = min(self.rank.tp_rank * per_rank, size)
         stop = min(start + per_rank, size)
@@ -204,10 +197,9 @@ class _LayoutBuilder:
                 ((start, stop), (0, self.hidden)),
             )
 
-    def _latent_attention(self, prefix: str) -> Iterator[Placement]:
-        config = self.config
-        query_rank, latent, rope = config.get("q_lora_rank"), config["kv_lora_rank"], config["qk_rope_head_dim"]
-        query_size = self.heads * (config["qk_nope_head_dim"] + rope)
+    def _latent_attention(self, prefix: str, attention: LatentAttention) -> Iterator[Placement]:
+        query_rank, latent, rope = attention.query_rank, attention.kv_rank, attention.rope_size
+        query_size = self.heads * (attention.nope_size + rope)
         if query_rank:
             fused = prefix + "fused_qkv_a_proj.weight"
             yield self._rows(prefix + "q_a_proj.weight", (query_rank, self.hidden), fused, 0)
@@ -219,15 +211,13 @@ class _LayoutBuilder:
             yield self._whole(prefix + "kv_a_proj_with_mqa.weight", (latent + rope, self.hidden))
         yield self._whole(prefix + "kv_a_layernorm.weight", (latent,))
         yield self._column(
-            prefix + "kv_b_proj.weight", (self.heads * (config["qk_nope_head_dim"] + config["v_head_dim"]), latent)
+            prefix + "kv_b_proj.weight", (self.heads * (attention.nope_size + attention.value_size), latent)
         )
-        yield self._row_parallel(prefix + "o_proj.weight", (self.hidden, self.heads * config["v_head_dim"]))
+        yield self._row_parallel(prefix + "o_proj.weight", (self.hidden, self.heads * attention.value_size))
 
-    def _attention(self, prefix: str) -> Iterator[Placement]:
+    def _grouped_attention(self, prefix: str, attention: GroupedAttention) -> Iterator[Placement]:
         """q, k and v of this rank's heads stacked in qkv_proj; KV heads repeated where there are fewer than ranks."""
-        config, tp, tp_rank = self.config, self.rank.tp, self.rank.tp_rank
-        size = config.get("head_dim") or self.hidden // self.heads
-        kv_heads = config.get("num_key_value_heads") or self.heads
+        tp, tp_rank, size, kv_heads = self.rank.tp, self.rank.tp_rank, attention.head_size, attention.groups
         query_rows = self.heads // tp * size
         copies = max(1, tp // kv_heads)
         if tp > kv_heads and tp % kv_heads:
@@ -240,12 +230,12 @@ class _LayoutBuilder:
             "k": (query_rows, kv_rows, tp_rank // copies, tp_rank % copies, kv_heads * size),
             "v": (query_rows + kv_rows, kv_rows, tp_rank // copies, tp_rank % copies, kv_heads * size),
         }
-        model_type = config["model_type"]
-        if model_type == "qwen3" and config.get("attention_bias"):
-            raise ConfigError("attention_bias of qwen3: vLLM's model has no bias in o_proj and would drop it")
-        has_bias = model_type == "qwen2" or bool(config.get("attention_bias"))
+        if attention.qk_norm and attention.output_bias:
+            raise ConfigError(
+                "attention_bias with norms on q and k: vLLM's model has no bias in o_proj and would drop it"
+            )
         for kind, (offset, rows, index, replica, full_rows) in starts.items():
-            parts = {"weight": (self.hidden,)} | ({"bias": ()} if has_bias else {})
+            parts = {"weight": (self.hidden,)} | ({"bias": ()} if attention.qkv_bias else {})
             for part, columns in parts.items():
                 rest = tuple((0, column) for column in columns)
                 yield Placement(
@@ -257,9 +247,9 @@ class _LayoutBuilder:
                     replica,
                 )
         yield self._row_parallel(prefix + "o_proj.weight", (self.hidden, self.heads * size))
-        if has_bias and model_type != "qwen2":
+        if attention.output_bias:
             yield self._whole(prefix + "o_proj.bias", (self.hidden,))
-        if model_type == "qwen3":
+        if attention.qk_norm:
             yield self._whole(prefix + "q_norm.weight", (size,))
             yield self._whole(prefix + "k_norm.weight", (size,))
 
@@ -281,15 +271,15 @@ class _LayoutBuilder:
         if has_bias:
             yield self._whole(prefix + "down_proj.bias", (self.hidden,))
 
-    def _experts(self, prefix: str) -> Iterator[Placement]:
+    def _experts(self, prefix: str, experts: Experts) -> Iterator[Placement]:
         """Router, shared experts as one MLP, routed experts stacked in w13 (gate above up) and w2."""
-        config, rank = self.config, self.rank
-        num_experts, size = config["n_routed_experts"], config["moe_intermediate_size"]
-        yield self._whole(prefix + "gate.weight", (num_experts, self.hidden))
-        yield self._whole(prefix + "gate.e_score_correction_bias", (num_experts,))
-        if config.get("n_shared_experts"):
-            yield from self._mlp(prefix + "shared_experts.", size * config["n_shared_experts"], False)
-        local = self._divide(num_experts, rank.ep, "n_routed_experts", "rollout.ep")
+        rank, size = self.rank, experts.size
+        yield self._whole(prefix + "gate.weight", (experts.count, self.hidden))
+        if experts.router_bias:
+            yield self._whole(prefix + "gate.e_score_correction_bias", (experts.count,))
+        if experts.shared_size:
+            yield from self._mlp(prefix + "shared_experts.", experts.shared_size, False)
+        local = self._divide(experts.count, rank.ep, self.expert_key, "rollout.ep")
         cut, cut_rank = (1, 0) if rank.ep > 1 else (rank.tp, rank.tp_rank)
         rows = self._divide(size, cut, "moe_intermediate_size")
         mine, hidden = (cut_rank * rows, (cut_rank + 1) * rows), (0, self.hidden)

@@ -21,12 +21,12 @@ import numpy as np
 import torch
 
 from r1mega.errors import ConfigError
+from r1mega.model.families import architecture_of
 from r1mega.weights.layout import (
     GeneratorRank,
     Placement,
     Region,
     generator_layout,
-    is_sparse,
     weight_dtype,
 )
 from r1mega.weights.trainer_layout import Holders, TrainerLayout
@@ -202,9 +202,9 @@ def _units(
     config: Mapping[str, Any], trainer: TrainerLayout, generator: GeneratorLayout, model_dtype: torch.dtype
 ) -> Iterator[_Unit]:
     """Layers by kind, from the placements of one layer of each kind."""
-    kinds: dict[bool, int] = {}
-    for layer in range(config["num_hidden_layers"]):
-        kinds.setdefault(is_sparse(config, layer), layer)
+    model, kinds = architecture_of(config), dict[bool, int]()
+    for layer in range(model.num_layers):
+        kinds.setdefault(model.has_experts(layer), layer)
     takers: dict[tuple[Any, ...], tuple[Placement, list[int]]] = {}
     for position in range(generator.period):
         for placement in generator_layout(config, generator.place(position), tuple(kinds.values())):
@@ -228,7 +228,7 @@ def _units(
     turn = [0] * trainer.pp
     for layer, stage in enumerate(trainer.stages):
         turn[stage] += 1
-        yield _Unit(turn[stage], (stage,), layer, made[kinds[is_sparse(config, layer)]])
+        yield _Unit(turn[stage], (stage,), layer, made[kinds[model.has_experts(layer)]])
     for unit, parts in made.items():
         if isinstance(unit, str):
             yield _Unit(0, trainer.holding_stages(unit), None, parts)

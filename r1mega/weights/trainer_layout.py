@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from r1mega.checkpoint.name_rules import EXPERT_RULES, RULES, TOP_RULES, Rule, regions
-from r1mega.config.layout import Layout, stage_layers
+from r1mega.config.layout import Layout, expert_key, num_experts, stage_layers
 from r1mega.errors import ConfigError
 from r1mega.weights.layout import FP8_BLOCK, SCALE, Placement, block_region
 
@@ -133,7 +133,7 @@ class TrainerLayout:
         expert = _EXPERT.fullmatch(suffix)
         if expert is not None:
             suffix, prefix = expert[2], name.removesuffix(expert[2])
-            expert_rank = int(expert[1]) // _divide(config["n_routed_experts"], self.ep, "n_routed_experts", "ep")
+            expert_rank = int(expert[1]) // _divide(num_experts(config), self.ep, expert_key(config), "ep")
         known = _EXPERTS if expert is not None else _LATENT if "kv_lora_rank" in config else _GROUPED
         rule, index = known.get(suffix, (None, 0))
         if rule is None:

@@ -42,7 +42,8 @@ def make_trainer(
     """source: where its weights are from; else they are drawn, or there are none."""
     groups.init_parallel(ParallelConfig(**layout), seed=1)
     mtp = 0.3 if config.get("num_nextn_predict_layers") else 0.0
-    model = ModelConfig(path="unused", dtype=dtype, fp8=fp8, mtp_loss_coefficient=mtp, expert_bias_update_rate=1e-2)
+    rate = 1e-2 if "n_routed_experts" in config else 0.0  # Qwen3-MoE's routers have no bias, and it says so
+    model = ModelConfig(path="unused", dtype=dtype, fp8=fp8, mtp_loss_coefficient=mtp, expert_bias_update_rate=rate)
     policy = Policy(model, config, ParallelConfig(**layout), seed=1, init_std=init_std)
     if source is not None:
         policy.load_pretrained(source)

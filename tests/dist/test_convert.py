@@ -23,6 +23,7 @@ LOADS = {  # family: (the layout it is written for, the layouts it is loaded in)
     "llama": (Layout(), [{"tp": 2}]),
     "qwen2_tied": (Layout(tp=2), [{"pp": 2}, {"tp": 2}]),
     "qwen3": (Layout(), [{"tp": 2}, {"pp": 2}]),
+    "qwen3_moe": (Layout(tp=2, ep=2), [{}, {"tp": 2, "ep": 2}, {"ep": 2, "etp": 1}, {"pp": 2}]),
 }
 
 

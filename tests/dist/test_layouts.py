@@ -7,7 +7,7 @@ import torch
 
 from tests.dist.launch import RankError, launch
 from tests.dist.layout_worker import Case, run_layouts
-from tests.reference import DEEPSEEK, DENSE, Layout, make_reference
+from tests.reference import DEEPSEEK, DENSE, QWEN3_MOE, Layout, make_reference
 
 MODELS = {  # vocabularies of 97 need padding under TP 2
     "deepseek": DEEPSEEK,
@@ -15,6 +15,8 @@ MODELS = {  # vocabularies of 97 need padding under TP 2
     "deepseek aux": DEEPSEEK,
     "qwen3": DENSE | {"model_type": "qwen3", "head_dim": 24, "tie_word_embeddings": True, "vocab_size": 97},
     "qwen2": DENSE | {"model_type": "qwen2", "vocab_size": 97},
+    "qwen3 moe": QWEN3_MOE | {"vocab_size": 97, "mlp_only_layers": [1]},
+    "qwen3 moe aux": QWEN3_MOE,
 }
 CASES = {  # test_policy_layouts.py has the packed ones
     2: [
@@ -30,6 +32,19 @@ CASES = {  # test_policy_layouts.py has the packed ones
         Case("qwen3", Layout(cp=2), packed=True),
         Case("qwen2", Layout(tp=2)),
         Case("qwen2", Layout(pp=2), packed=True),
+        Case("qwen3 moe", Layout()),
+        Case("qwen3 moe", Layout(tp=2)),
+        Case("qwen3 moe", Layout(ep=2)),
+        Case("qwen3 moe", Layout(tp=2, ep=2), packed=True),
+        Case("qwen3 moe", Layout(etp=2)),
+        Case("qwen3 moe", Layout(tp=2, etp=2)),
+        Case("qwen3 moe", Layout(pp=2)),
+        Case("qwen3 moe", Layout(pp=2, vpp=2), packed=True),
+        Case("qwen3 moe", Layout(pp=2, layers_per_stage=(3, 1))),
+        Case("qwen3 moe", Layout(cp=2)),
+        Case("qwen3 moe", Layout(cp=2, ep=2), packed=True),
+        Case("qwen3 moe aux", Layout(tp=2, ep=2)),
+        Case("qwen3 moe aux", Layout(cp=2)),
     ],
 }
 

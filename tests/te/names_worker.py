@@ -17,6 +17,7 @@ from megatron.core.dist_checkpointing.mapping import apply_factories  # noqa: E4
 
 from r1mega.checkpoint.hf_state import export_hf, load_hf, local_entries  # noqa: E402
 from r1mega.checkpoint.store import MODEL_METADATA  # noqa: E402
+from r1mega.config.layout import num_experts  # noqa: E402
 from r1mega.model.build import build_model  # noqa: E402
 from r1mega.platform import groups  # noqa: E402
 from tests.reference import Layout, ModelSettings  # noqa: E402
@@ -29,7 +30,7 @@ def describe(directory: Path, models: dict[str, dict[str, Any]], layouts: list[L
     for layout in layouts:
         groups.init_parallel(layout, seed=0)
         for name, config in models.items():
-            if layout.ep > 1 and "n_routed_experts" not in config:
+            if layout.ep > 1 and not num_experts(config):
                 continue  # nothing to spread
             state = torch.load(directory / f"{name}.pt")
             mtp = 0.3 if config.get("num_nextn_predict_layers") else 0.0

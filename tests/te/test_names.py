@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from r1mega.checkpoint.fit import alias
+from r1mega.config.layout import num_experts
 from tests.checkpoints import MTP, hub_state
 from tests.dist.launch import launch
 from tests.dist.reshard_worker import Case, run_cases
-from tests.reference import DENSE, Layout
+from tests.reference import DENSE, QWEN3_MOE, Layout
 from tests.te import stand_in
 from tests.te.names_worker import describe
 from tests.unit.rollout.tiny_models import checkpoint
@@ -18,6 +19,7 @@ MODELS = {
     "deepseek": MTP | {"vocab_size": 97},
     "qwen2": DENSE | {"model_type": "qwen2", "vocab_size": 97},
     "qwen3": DENSE | {"model_type": "qwen3", "head_dim": 24, "tie_word_embeddings": True},
+    "qwen3_moe": QWEN3_MOE | {"mlp_only_layers": [1]},
 }
 LAYOUTS = [Layout(tp=2), Layout(ep=2)]
 RESHARDS = [Case("deepseek", Layout(tp=2, ep=2), 1), Case("qwen2", Layout(tp=2), 1, "bfloat16")]
@@ -36,10 +38,7 @@ def described(tmp_path_factory):
 
 
 CASES = [
-    f"{name} {layout}"
-    for name, config in MODELS.items()
-    for layout in LAYOUTS
-    if layout.ep == 1 or "n_routed_experts" in config
+    f"{name} {layout}" for name, config in MODELS.items() for layout in LAYOUTS if layout.ep == 1 or num_experts(config)
 ]
 
 

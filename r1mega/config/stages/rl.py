@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from r1mega.config.layout import generator_problems
+from r1mega.config.layout import generator_problems, num_experts
 from r1mega.config.rewards import RewardConfig
 from r1mega.config.schema import (
     DataConfig,
@@ -99,7 +99,7 @@ class RLStage(TrainingStage):
                 f"rollout.num_prompts * rollout.group_size = {samples} responses cannot be divided into "
                 f"update.num_minibatches = {update.num_minibatches}"
             )
-        if rollout.router_replay and (rollout.engine != "vllm" or (hf and not hf.get("n_routed_experts"))):
+        if rollout.router_replay and (rollout.engine != "vllm" or (hf and not num_experts(hf))):
             yield "rollout.router_replay wants rollout.engine=vllm and a model with experts; set it to false"
         if rollout.router_replay and self.model.recompute != "none":
             yield f"rollout.router_replay with model.recompute = {self.model.recompute}: not built; set one of them off"

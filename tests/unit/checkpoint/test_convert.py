@@ -19,8 +19,10 @@ from r1mega.checkpoint.convert import ConvertOptions, convert, parse_parallel
 from r1mega.checkpoint.hf import HFTensors, read_config
 from r1mega.checkpoint.parameters import parameters
 from r1mega.checkpoint.workers import Alone
+from r1mega.config.layout import num_experts
 from r1mega.config.schema import ParallelConfig
 from r1mega.errors import CheckpointError, ConfigError
+from r1mega.model.hf_config import transformers_config
 from tests.checkpoints import FAMILIES, MTP, hub_state, write_hub_directory
 from tests.reference import DENSE, make_hf_model
 
@@ -44,7 +46,7 @@ def test_there_and_back_is_bit_exact_and_transformers_computes_the_same(tmp_path
     """Cut for TP 2 (and expert layouts), back, loaded by transformers in float32: the logits of the originals."""
     from transformers import AutoModelForCausalLM
 
-    config, experts = FAMILIES[family], "n_routed_experts" in FAMILIES[family]
+    config, experts = FAMILIES[family], num_experts(FAMILIES[family])
     state = hub_state(config)
     source = write_hub_directory(tmp_path / "hf", config, state)
     back = there_and_back(source, tmp_path, "tp=2,ep=2,etp=2" if experts else "tp=2")
@@ -61,9 +63,14 @@ def test_there_and_back_is_bit_exact_and_transformers_computes_the_same(tmp_path
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in state.values())
     assert (back / "tokenizer_config.json").read_bytes() == (source / "tokenizer_config.json").read_bytes()
     loaded, report = AutoModelForCausalLM.from_pretrained(
-        back, dtype=torch.float32, output_loading_info=True, attn_implementation="eager"
+        back,
+        config=transformers_config(back),
+        dtype=torch.float32,
+        output_loading_info=True,
+        attn_implementation="eager",
     )
     assert not report["missing_keys"]
+    assert read_config(back)["model_type"] == config["model_type"]
     reference = make_hf_model(config)
     with torch.no_grad():
         for parameter in reference.parameters():  # the routers' bias, a buffer, is stored in float32

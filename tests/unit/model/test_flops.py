@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from r1mega.errors import ConfigError
 from r1mega.model.flops import Work, generation_work, model_flops, sequences_work
 from r1mega.platform.peaks import peak_tflops
-from tests.reference import DEEPSEEK, DENSE, make_hf_model
+from tests.reference import DEEPSEEK, DENSE, QWEN3_MOE, make_hf_model
 
 CASES = {
     "deepseek": DEEPSEEK,
@@ -19,6 +19,7 @@ CASES = {
     "llama": DENSE | {"model_type": "llama"},
     "qwen2": DENSE | {"model_type": "qwen2"},
     "qwen3": DENSE | {"model_type": "qwen3", "head_dim": 24},
+    "qwen3_moe": QWEN3_MOE | {"mlp_only_layers": [1]},
 }
 LENGTH = 40
 

@@ -9,7 +9,7 @@ from r1mega.checkpoint.hf_state import export_hf, load_hf, local_entries, model_
 from r1mega.checkpoint.name_rules import to_full
 from r1mega.model.build import build_model, packed_seq_params
 from r1mega.platform import groups
-from tests.reference import DEEPSEEK, DENSE, YARN, Layout, ModelSettings, Reference, make_reference
+from tests.reference import DEEPSEEK, DENSE, KIMI, QWEN3_MOE, YARN, Layout, ModelSettings, Reference, make_reference
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -33,12 +33,16 @@ CASES = {
     "deepseek_yarn": DEEPSEEK | {"rope_parameters": YARN},
     "deepseek_no_q_lora": DEEPSEEK | {"q_lora_rank": None, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 4},
     "deepseek_v2_lite": V2_LITE,
+    "kimi_k2": KIMI,
     "llama": DENSE | {"model_type": "llama"},
     "llama3_rope": DENSE | {"model_type": "llama", "rope_parameters": LLAMA3},
     "qwen2": DENSE | {"model_type": "qwen2"},
     "qwen2_tied": DENSE | {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen3": DENSE | {"model_type": "qwen3", "head_dim": 24},
     "qwen3_tied": DENSE | {"model_type": "qwen3", "head_dim": 24, "tie_word_embeddings": True},
+    "qwen3_moe": QWEN3_MOE,
+    "qwen3_moe_tied": QWEN3_MOE | {"tie_word_embeddings": True, "mlp_only_layers": [1], "norm_topk_prob": False},
+    "qwen3_moe_every_other": QWEN3_MOE | {"decoder_sparse_step": 2, "num_experts_per_tok": 1, "norm_topk_prob": False},
     "llama_tied": DENSE | {"model_type": "llama", "tie_word_embeddings": True},
 }
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from r1mega import platform
+from r1mega.config.layout import num_experts
 from r1mega.config.schema import ModelConfig, ParallelConfig
 from r1mega.platform import groups
 
@@ -34,7 +35,7 @@ def counts(name):
 
     path = Path("configs") / name / "model"
     hf = json.loads((path / "config.json").read_text())
-    dense = hf["first_k_dense_replace"]
+    dense = hf.get("first_k_dense_replace", 0)
     (model,) = build_model(hf | {"num_hidden_layers": dense + 1}, ParallelConfig(), ModelConfig(path=path))
     assert all(parameter.is_meta for parameter in model.parameters())
     repeated = hf["num_hidden_layers"] - dense  # mixture-of-experts layers, of which one was built
@@ -48,7 +49,7 @@ def counts(name):
 
 
 def active(hf, total, routed):
-    return total - routed + routed * hf["num_experts_per_tok"] / hf["n_routed_experts"]
+    return total - routed + routed * hf["num_experts_per_tok"] / num_experts(hf)
 
 
 def test_deepseek_v3_has_671_billion_parameters_of_which_a_token_meets_37(meta):
@@ -63,3 +64,11 @@ def test_moonlight_has_16_billion_parameters_of_which_a_token_meets_3(meta):
     hf, total, routed, embedding = counts("moonlight_16b")
     assert total - 2 * embedding == pytest.approx(15.29 * BILLION, rel=0.005)
     assert active(hf, total, routed) - 2 * embedding == pytest.approx(2.24 * BILLION, rel=0.005)
+
+
+def test_qwen3_30b_a3b_has_30_billion_parameters_of_which_a_token_meets_3(meta):
+    """Published: 30.5B, 29.9B of them without the embeddings of input and output; active 3.3B, with both of those."""
+    hf, total, routed, embedding = counts("qwen3_30b_a3b")
+    assert total == pytest.approx(30.5 * BILLION, rel=0.005)
+    assert total - 2 * embedding == pytest.approx(29.9 * BILLION, rel=0.005)
+    assert active(hf, total, routed) == pytest.approx(3.3 * BILLION, rel=0.02)

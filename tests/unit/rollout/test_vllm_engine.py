@@ -97,7 +97,7 @@ def test_log_probs_equal_transformers(engines, name):
             assert np.abs(expected - found).max() <= TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["deepseek", "qwen3_tied"])
+@pytest.mark.parametrize("name", ["deepseek", "kimi_k2", "qwen3_tied", "qwen3_moe"])
 def test_greedy_tokens_equal_the_transformers_engine(engines, name):
     other = TransformersEngine(settings(name))
     ours, theirs = engines(name).generate(greedy_requests()), other.generate(greedy_requests())
@@ -353,16 +353,21 @@ def reference_routing(name: str, tokens) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("name", "changes"),
     [
-        {},
-        {"max_num_seqs": 2},  # later samples of a prompt find it in the prefix cache
-        {"max_batched_tokens": 16, "max_num_seqs": 16, "max_model_len": 72},  # prompts in several passes
-        {"kv_cache_bytes": 3 << 20, "max_num_seqs": 16},  # too small for all: some are preempted and computed again
+        ("qwen3_moe", {}),
+        ("kimi_k2", {}),  # numbers of experts in two bytes
+        ("deepseek", {}),
+        ("deepseek", {"max_num_seqs": 2}),  # later samples of a prompt find it in the prefix cache
+        ("deepseek", {"max_batched_tokens": 16, "max_num_seqs": 16, "max_model_len": 72}),  # prompts in several passes
+        (
+            "deepseek",
+            {"kv_cache_bytes": 3 << 20, "max_num_seqs": 16},
+        ),  # too small for all: some are preempted and computed again
     ],
 )
-def test_routed_experts_equal_transformers(engines, changes):
-    engine = engines("deepseek", return_routed_experts=True, **changes)
+def test_routed_experts_equal_transformers(engines, name, changes):
+    engine = engines(name, return_routed_experts=True, **changes)
     shared = prompt(30)  # 35 tokens: two blocks of the cache
     requests = [
         GenerationRequest((*shared, *prompt(i)[: 1 + i]), 3, i, SamplingSettings(max_tokens=24)) for i in range(4)
@@ -371,6 +376,6 @@ def test_routed_experts_equal_transformers(engines, changes):
         for request, responses in zip(requests, engine.generate(requests), strict=True):
             for response in responses:
                 tokens = (*request.prompt_token_ids, *response.token_ids)
-                assert np.array_equal(np.sort(response.routed_experts), reference_routing("deepseek", tokens[:-1]))
+                assert np.array_equal(np.sort(response.routed_experts), reference_routing(name, tokens[:-1]))
         engine.sleep()
         engine.wake_up()

@@ -15,22 +15,26 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from r1mega.rollout.engine import EngineSettings
 from r1mega.types import GenerationRequest, SamplingSettings
-from tests.reference import DEEPSEEK, DENSE, YARN, make_reference
+from tests.reference import DEEPSEEK, DENSE, KIMI, QWEN3_MOE, YARN, make_reference
 
 LATENT = {"kv_lora_rank": 512, "qk_rope_head_dim": 64}  # what vLLM's CPU kernel exists for
 WIDE = DENSE | {"hidden_size": 128, "initializer_range": 0.1}  # heads of 32: vLLM's CPU kernels have no smaller ones
 MODELS = {
     "deepseek": DEEPSEEK | LATENT,
     "deepseek_yarn": DEEPSEEK | LATENT | {"rope_parameters": YARN, "q_lora_rank": None},
+    "kimi_k2": KIMI | LATENT,
     "llama": WIDE | {"model_type": "llama"},
     "qwen2": WIDE | {"model_type": "qwen2"},
     "qwen3_tied": WIDE | {"model_type": "qwen3", "head_dim": 64, "tie_word_embeddings": True},
+    "qwen3_moe": WIDE | QWEN3_MOE | {"hidden_size": 128, "head_dim": 64, "initializer_range": 0.1},
 }
 ARCHITECTURES = {
     "deepseek_v3": "DeepseekV3ForCausalLM",
+    "kimi_k2": "DeepseekV3ForCausalLM",
     "llama": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
 }
 MAX_MODEL_LEN = 128
 
@@ -51,7 +55,8 @@ def checkpoint(name: str, seed: int = 0) -> Path:
     directory.mkdir()
     reference = make_reference(config, seed=seed, batch=1, length=4)
     save_file({key: value.contiguous() for key, value in reference.state.items()}, directory / "model.safetensors")
-    full = config | {"architectures": [ARCHITECTURES[config["model_type"]]]}
+    described = {"auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"}} if name == "kimi_k2" else {}
+    full = config | described | {"architectures": [ARCHITECTURES[config["model_type"]]]}
     (directory / "config.json").write_text(json.dumps(full))
     return directory
 
@@ -71,7 +76,11 @@ def settings(name: str, seed: int = 0, **changes) -> EngineSettings:
 def hf_model(name: str, seed: int = 0) -> torch.nn.Module:
     """transformers' own model of the checkpoint, eager attention."""
     directory = checkpoint(name, seed)
-    config = AutoConfig.from_pretrained(directory, attn_implementation="eager")
+    if name == "kimi_k2":  # which transformers does not know by this name
+        settings = {key: value for key, value in MODELS[name].items() if key != "model_type"}
+        config = AutoConfig.for_model("deepseek_v3", **settings, attn_implementation="eager")
+    else:
+        config = AutoConfig.from_pretrained(directory, attn_implementation="eager")
     return AutoModelForCausalLM.from_pretrained(directory, config=config, dtype=torch.float32).eval()
 
 

@@ -33,7 +33,7 @@ MOE = {
     "model_type": "deepseek_v3", "vocab_size": 70, "hidden_size": 8, "intermediate_size": 16,
     "moe_intermediate_size": 8, "num_hidden_layers": 4, "first_k_dense_replace": 1, "moe_layer_freq": 1,
     "num_attention_heads": 4, "n_shared_experts": 1,
-    "n_routed_experts": 8, "kv_lora_rank": 3, "q_lora_rank": 5, "qk_rope_head_dim": 2, "v_head_dim": 2,
+    "n_routed_experts": 8, "num_experts_per_tok": 2, "kv_lora_rank": 3, "q_lora_rank": 5, "qk_rope_head_dim": 2, "v_head_dim": 2,
     "qk_nope_head_dim": 2, "tie_word_embeddings": False,
 }  # fmt: skip
 DENSE = {
@@ -45,6 +45,15 @@ MODELS = {
     "deepseek without query rank": MOE | {"q_lora_rank": None},
     "qwen2": DENSE,
     "qwen3 tied": DENSE | {"model_type": "qwen3", "tie_word_embeddings": True, "head_dim": 4},
+    "qwen3 moe": DENSE
+    | {
+        "model_type": "qwen3_moe",
+        "head_dim": 4,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 8,
+        "mlp_only_layers": [1],
+    },
 }
 BLOCKS = MOE | {
     "hidden_size": 320, "intermediate_size": 512, "moe_intermediate_size": 256, "q_lora_rank": 256, "kv_lora_rank": 130,
@@ -103,7 +112,7 @@ def trainer_parameters(
         prefix = f"model.layers.{layer}."
         for rule in [*RULES.values(), Rule("", ("self_attn.q_norm.weight",))]:
             add(rule, prefix)
-        num_experts = config.get("n_routed_experts", 0)
+        num_experts = config.get("n_routed_experts") or config.get("num_experts", 0)
         for expert in range(num_experts):
             if expert // (num_experts // layout.ep) == ep_rank:
                 for rule in EXPERT_RULES.values():

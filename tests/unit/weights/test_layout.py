@@ -9,14 +9,16 @@ import torch
 
 from r1mega.errors import ConfigError
 from r1mega.weights.layout import GeneratorRank, generator_layout, is_ignored, weight_dtype
-from tests.reference import DEEPSEEK, DENSE, make_reference
+from tests.reference import DEEPSEEK, DENSE, KIMI, QWEN3_MOE, make_reference
 
 CONFIGS = {
     "deepseek": DEEPSEEK,
     "deepseek_no_q_lora": DEEPSEEK | {"q_lora_rank": None},
+    "kimi_k2": KIMI | {"n_routed_experts": 12},
     "llama_biased": DENSE | {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
     "qwen2_tied": DENSE | {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen3": DENSE | {"model_type": "qwen3", "head_dim": 24},
+    "qwen3_moe": QWEN3_MOE | {"mlp_only_layers": [1]},
 }
 RANKS = [(1, 1), (2, 1), (4, 1), (2, 2), (4, 4)]
 
@@ -90,6 +92,7 @@ def test_what_is_ignored_and_kept_in_float32():
         (DEEPSEEK | {"model_type": "gpt2"}, GeneratorRank(), "gpt2"),
         (DEEPSEEK, GeneratorRank(tp=3), "num_attention_heads = 4 over 3"),
         (DEEPSEEK, GeneratorRank(ep=3), "n_routed_experts = 8 over 3"),
+        (QWEN3_MOE, GeneratorRank(ep=3), "num_experts = 8 over 3"),
         (DENSE | {"model_type": "qwen3", "attention_bias": True}, GeneratorRank(), "attention_bias"),
     ],
 )

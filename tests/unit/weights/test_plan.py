@@ -7,6 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from r1mega.config.layout import num_experts
 from r1mega.errors import ConfigError
 from r1mega.weights.plan import GeneratorLayout, Plan
 from r1mega.weights.trainer_layout import TrainerLayout, pipeline_stages
@@ -23,7 +24,7 @@ def cases(draw):
     pp = draw(st.sampled_from([p for p in powers if p <= 4]))
     tp = draw(st.sampled_from([t for t in powers if t * pp <= world and t <= 4]))
     cp = draw(st.sampled_from([c for c in powers if c * tp * pp <= world]))
-    moe = "n_routed_experts" in config
+    moe = num_experts(config) > 0
     ep = draw(st.sampled_from([e for e in powers if e * pp <= world])) if moe else 1
     etp = draw(st.sampled_from([e for e in powers if e * ep * pp <= world])) if moe else 1
     layers = config["num_hidden_layers"]

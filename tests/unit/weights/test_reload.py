@@ -20,7 +20,7 @@ from tests.unit.rollout.tiny_models import checkpoint, greedy_requests, prompt, 
 
 pytestmark = pytest.mark.heavy
 
-FAMILIES = ["deepseek", "qwen3_tied", "llama", "qwen2"]
+FAMILIES = ["deepseek", "qwen3_tied", "qwen3_moe", "llama", "qwen2"]
 STRICT = verify.PROBE_LIMITS[torch.float32]
 BIAS = "model.layers.2.mlp.gate.e_score_correction_bias"
 

@@ -6,9 +6,28 @@ from collections.abc import Mapping
 from typing import Any
 
 from r1mega.errors import ConfigError
+from r1mega.model.architecture import Architecture, GroupedAttention, sizes
 from r1mega.model.hf_config import refuse, require, rope
 
 MODEL_TYPES = ("llama", "qwen2", "qwen3")
+
+
+def architecture(hf: Mapping[str, Any]) -> Architecture:
+    """Raises ConfigError for missing keys."""
+    kind, biased = hf["model_type"], bool(hf.get("attention_bias"))
+    hidden, heads = require(hf, "hidden_size", "num_attention_heads")
+    return Architecture(
+        **sizes(hf),
+        attention=GroupedAttention(
+            heads,
+            hf.get("num_key_value_heads") or heads,
+            hf.get("head_dim") or hidden // heads,
+            qkv_bias=kind == "qwen2" or biased,
+            output_bias=kind != "qwen2" and biased,
+            qk_norm=kind == "qwen3",
+        ),
+        mlp_bias=bool(hf.get("mlp_bias")),
+    )
 
 
 def megatron_arguments(hf: Mapping[str, Any], model: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""DeepSeek-V3 (and R1, Moonlight), DeepSeek-V2-Lite: HF config -> Megatron's MLATransformerConfig.
+"""DeepSeek-V3 (and R1, Moonlight), Kimi-K2 (the same under another name), DeepSeek-V2-Lite: HF config -> Megatron's MLATransformerConfig.
 
 Source: DeepSeek-V3 technical report, sections 2.1 (latent attention, mixture of experts) and 2.2 (MTP).
 Deviations, both Megatron's: the sequence auxiliary loss takes a packed row for one sequence; the norms of the latent
@@ -11,9 +11,39 @@ from collections.abc import Mapping
 from typing import Any
 
 from r1mega.errors import ConfigError
+from r1mega.model.architecture import Architecture, Experts, LatentAttention, sizes
 from r1mega.model.hf_config import refuse, require, rope
 
-MODEL_TYPES = ("deepseek_v3", "deepseek_v2")
+MODEL_TYPES = ("deepseek_v3", "deepseek_v2", "kimi_k2")
+
+
+def architecture(hf: Mapping[str, Any]) -> Architecture:
+    """Raises ConfigError for missing keys."""
+    heads, kv_rank, nope, rope_size, value = require(
+        hf, "num_attention_heads", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"
+    )
+    layers, experts, chosen, intermediate, dense = require(
+        hf,
+        "num_hidden_layers",
+        "n_routed_experts",
+        "num_experts_per_tok",
+        "moe_intermediate_size",
+        "first_k_dense_replace",
+    )
+    frequency = hf.get("moe_layer_freq") or 1
+    return Architecture(
+        **sizes(hf),
+        attention=LatentAttention(heads, hf.get("q_lora_rank"), kv_rank, nope, rope_size, value),
+        experts=Experts(
+            experts,
+            chosen,
+            intermediate,
+            layers=tuple(layer >= dense and layer % frequency == 0 for layer in range(layers)),
+            shared_size=intermediate * (hf.get("n_shared_experts") or 0),
+            router_bias=hf["model_type"] != "deepseek_v2",
+        ),
+        num_mtp_layers=hf.get("num_nextn_predict_layers") or 0,
+    )
 
 
 def megatron_arguments(hf: Mapping[str, Any], model: Any) -> dict[str, Any]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from r1mega.data.tokenizer import Tokenizer, response_text
 from r1mega.observe.trace import PhaseTimer
-from r1mega.types import GenerationEngine, GenerationRequest, Prompt, Response, Reward, RolloutGroup, SamplingSettings
+from r1mega.types import Completion, GenerationRequest, Prompt, Response, Reward, RolloutGroup, SamplingSettings
 
 
 class Scorer(Protocol):
@@ -19,12 +19,18 @@ class Scorer(Protocol):
     def result(self, ticket: int) -> Reward: ...
 
 
+class StreamingEngine(Protocol):
+    """What sampling asks of a `GenerationEngine`."""
+
+    def stream(self, requests: Sequence[GenerationRequest]) -> Iterator[Completion]: ...
+
+
 class GroupSampler:
     """Samples `group_size` responses a prompt and scores them."""
 
     def __init__(
         self,
-        engine: GenerationEngine,
+        engine: StreamingEngine,
         tokenizer: Tokenizer,
         scorer: Scorer,
         sampling: SamplingSettings,

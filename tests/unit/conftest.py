@@ -26,11 +26,16 @@ def pytest_ignore_collect(collection_path, config):
     return True if is_test and MARKED.search(collection_path.read_text()) else None
 
 
+def pytest_collection_finish(session):
+    if session.config.option.markexpr == CHOICE and "vllm" in sys.modules:
+        raise pytest.UsageError("a file of tests/unit imports vLLM and is not marked heavy")
+
+
 @pytest.fixture(autouse=True)
 def not_heavy(request):
     """A test says that it is heavy, or isn't."""
-    begun = seconds()
+    begun, loaded = seconds(), "vllm" in sys.modules
     yield
     if request.config.option.markexpr == CHOICE:
-        assert "vllm" not in sys.modules, "this test, or its file, imports vLLM: mark it heavy"
+        assert loaded == ("vllm" in sys.modules), "this test imports vLLM: mark it heavy"
         assert seconds() - begun < MOST_SECONDS, f"{seconds() - begun:.0f} s of a processor: mark it heavy"

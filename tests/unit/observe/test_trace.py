@@ -140,6 +140,7 @@ def test_host_peak_is_of_its_phase():
     assert abs(peaks["memory/reshard_host_peak_bytes"] - rss_bytes()) < 32 << 20
 
 
+@pytest.mark.heavy
 def test_memory_of_a_sleeping_generator_is_not_counted(monkeypatch):
     """vLLM's own records, and torch's counters on a stand-in of a device: no GPU is needed to see what is subtracted."""
     cumem = pytest.importorskip("vllm.device_allocator.cumem")

@@ -63,6 +63,12 @@ def grade_with_math_verify(pairs: list[dict]) -> tuple[list[bool], list[float]]:
     return verdicts, seconds
 
 
+def num_without_algebra(pairs: list[dict]) -> int:
+    """Pairs that r1mega's reader decides alone; the rest it asks of math-verify in a worker process."""
+    answers = ((pair["gold"], rewards.answer_of(pair["prediction"], bare=True)) for pair in pairs)
+    return sum(answer is None or rewards.decide((gold,), answer).equal is not None for gold, answer in answers)
+
+
 def row(name: str, pairs: list[dict], grade: Callable[[list[dict]], tuple[list[bool], list[float]]]) -> str:
     verdicts, seconds = grade(pairs)
     missed = sum(pair["label"] and not verdict for pair, verdict in zip(pairs, verdicts, strict=True))
@@ -132,7 +138,8 @@ def main() -> None:
     print(row("r1mega", pairs, grade_with_r1mega))
     if not options.without_math_verify:
         print(row("math-verify", pairs, grade_with_math_verify))
-    print(f"\n256 responses of a training step on the fast path: {step_milliseconds():.1f} ms")
+    print(f"\nr1mega's reader decides {num_without_algebra(pairs)} of {len(pairs)} alone")
+    print(f"256 responses of a training step on the fast path: {step_milliseconds():.1f} ms")
     if options.without_code:
         return
     sys.stdout.flush()

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, TextIO
 
 from r1mega.errors import DataError
-from r1mega.reward.code_problem import CallCase, Problem, code_in, problem_from
+from r1mega.reward.code_problem import AssertBlock, CallCase, Problem, code_in, problem_from
 from r1mega.sandbox import Backend, Limits, LocalBackend, SandboxFailure, Verdict
 from r1mega.sandbox.session import Graded
 from r1mega.sandbox.verdict import CaseResult
@@ -78,7 +78,7 @@ class CodeReward:
         if problem.memory_bytes is not None:
             limits = replace(limits, memory_bytes=problem.memory_bytes)
         if problem.assertions is not None:
-            return self._assertions(source, problem, limits)
+            return self._assertions(source, problem, problem.assertions, limits)
         if problem.call_cases:
             cases = tuple(self._calls(source, problem, limits))
             return _summary(cases, len(problem.call_cases))
@@ -121,8 +121,7 @@ class CodeReward:
             "stop_at_failure": not self.partial_credit,
         }
 
-    def _assertions(self, source: str, problem: Problem, limits: Limits) -> CodeResult:
-        block = problem.assertions
+    def _assertions(self, source: str, problem: Problem, block: AssertBlock, limits: Limits) -> CodeResult:
         spec = {
             "context": block.context,
             "tests": block.tests,

@@ -109,8 +109,8 @@ def _tests(record: Mapping[str, Any], where: str, entry: str | None, common: dic
         return _with_asserts(Problem(**common, assertions=block, entry=entry, prefix=prompt), where)
     if "test_list" in record:
         context = "\n".join([*(record.get("test_imports") or ())])
-        tests = "\n".join([record.get("test_setup_code") or "", *_texts(record["test_list"], f"{where}: test_list")])
-        return _with_asserts(Problem(**common, assertions=AssertBlock(context, tests), entry=entry), where)
+        lines = [record.get("test_setup_code") or "", *_texts(record["test_list"], f"{where}: test_list")]
+        return _with_asserts(Problem(**common, assertions=AssertBlock(context, "\n".join(lines)), entry=entry), where)
     if record.get("input_output") is not None:
         return _input_output(record["input_output"], where, entry, common)
     tests = record.get("tests")
@@ -168,7 +168,7 @@ def _text(value: Any) -> str:
 
 
 def _with_asserts(problem: Problem, where: str) -> Problem:
-    if "assert" not in problem.assertions.tests:
+    if problem.assertions is None or "assert" not in problem.assertions.tests:
         raise DataError(f"{where}: the tests assert nothing, any answer would pass")
     return problem
 

@@ -43,7 +43,7 @@ class WatchedPart:
         score = _told(lambda: self._part.score(item), where)
         if isinstance(score, Deferred):
             return Deferred(score.task, lambda outcome: _checked(lambda: score.finish(outcome), where))
-        if callable(getattr(score, "result", None)):
+        if not isinstance(score, PartScore) and callable(getattr(score, "result", None)):
             return _Later(score, where)
         return _checked(lambda: score, where)
 
@@ -81,9 +81,10 @@ def _checked(make: Callable[[], object], where: str) -> PartScore:
         raise RewardError(f"{where}: {score!r} is no score; give a PartScore, a Deferred, or what has result()")
     if (score.value is None) != (score.status != RewardStatus.OK):
         raise RewardError(f"{where}: value {score.value} with status {score.status}; only status OK has a value")
-    if score.value is None:
+    given = score.value
+    if given is None:
         return score
-    value = _told(lambda: float(score.value), where)
+    value = _told(lambda: float(given), where)
     if not math.isfinite(value):
         raise RewardError(f"{where}: value {value}; give a finite one, or status FAILED to leave the response out")
     return dataclasses.replace(score, value=value)

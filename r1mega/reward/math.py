@@ -61,8 +61,8 @@ def decide(golds: Sequence[str], answer: str) -> Comparison:
 def _decide_one(gold: str, answer: str) -> Comparison:
     plain_gold, plain = _PLAIN.fullmatch(gold), _PLAIN.fullmatch(answer)
     if plain_gold and plain:
-        equal = _number(plain_gold.group(1)) == _number(plain.group(1))
-        return Comparison(equal, "equal numbers" if equal else "different numbers")
+        same = _number(plain_gold.group(1)) == _number(plain.group(1))
+        return Comparison(same, "equal numbers" if same else "different numbers")
     if len(answer) > MAX_CHARS:
         return Comparison(False, f"the answer has {len(answer)} characters, more than {MAX_CHARS}")
     try:

@@ -6,14 +6,42 @@ The result is True, False or None: None means that this reader cannot tell and s
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 
 from r1mega.reward.expression import evaluate, intervals
-from r1mega.reward.expression.exact import exact, node_tags, symbols
-from r1mega.reward.expression.nodes import INFINITY, Node
+from r1mega.reward.expression.exact import exact, symbols
+from r1mega.reward.expression.nodes import (
+    CONSTANTS,
+    FREE_FUNCTIONS,
+    INFINITY,
+    MINUS_INFINITY,
+    REALS,
+    Degrees,
+    Function,
+    List,
+    Matrix,
+    Negative,
+    Node,
+    Number,
+    Numeral,
+    Percent,
+    Power,
+    Product,
+    Quotient,
+    Ratio,
+    Relation,
+    Set,
+    SetOperation,
+    Sum,
+    Symbol,
+    Text,
+    Tuple,
+    children,
+    walk,
+)
 from r1mega.reward.expression.prose import symbol_for, without_lead
-from r1mega.reward.expression.readings import measured, readings
+from r1mega.reward.expression.readings import Reading, measured, readings
 from r1mega.reward.expression.text import CLOSE_TEXT, OPEN_TEXT, clean
 from r1mega.reward.expression.units import Quantity, common_measure, currency
 from r1mega.reward.expression.verbal import same_words, unmarked
@@ -24,6 +52,7 @@ MAX_LIST_ITEMS = 64
 _SPACE = re.compile(r"(?<!\d) +| +(?!\d)")
 _BEYOND_READER = re.compile(r"\\[A-Za-z]")
 _DECIMAL = re.compile(r"-?\d*\.(\d+)(?:\.\.\.)?")
+_DECIMAL_NUMERAL = re.compile(r"[0-9]+(?:/[0-9]+)?")
 _DEGREES = re.compile(r"^(.*)\^\{?\\circ\s*\}?$")
 _CLOCK = re.compile(r"(\d{1,2}) ?: ?(\d\d)(?: ?: ?(\d\d))?")
 _OTHER_KIND = re.compile(r"(?:%|\^\s*\{?\s*\\circ\s*\}?|\d_\s*\{?\d+\}?)\s*$")  # shares, angles, numerals of a base
@@ -44,22 +73,23 @@ def same_answer(gold: str, prediction: str) -> bool | None:
         return False
     if _SPACE.sub("", gold) == _SPACE.sub("", prediction):
         return signs[0] is None or signs[1] is None or signs[0] == signs[1]
-    clocks = [_CLOCK.fullmatch(text) for text in (gold, prediction)]
-    if all(clocks) and any(clock[2][0] == "0" for clock in clocks):  # no ratio: 2:08 is not 1:04
-        return [*map(int, clocks[0].groups("0"))] == [*map(int, clocks[1].groups("0"))]
+    clock, other_clock = _CLOCK.fullmatch(gold), _CLOCK.fullmatch(prediction)
+    if clock and other_clock and "0" in (clock[2][0], other_clock[2][0]):  # no ratio: 2:08 is not 1:04
+        return [*map(int, clock.groups("0"))] == [*map(int, other_clock.groups("0"))]
     gold, prediction = (symbol_for(unmarked(text)) or text for text in (gold, prediction))
     verbal = same_words(gold, prediction)
     if verbal is not None:
         return verbal
     sides = [measured(text, sign) for text, sign in zip((gold, prediction), signs, strict=True)]
-    factors: tuple[Fraction, Fraction] | None = (Fraction(1), Fraction(1))
-    units = sides[0].unit, sides[1].unit
-    if "rad" in units:  # degrees by their value then: 45 degrees are not 45 rad
+    factors = Fraction(1), Fraction(1)
+    unit, other_unit = sides[0].unit, sides[1].unit
+    if "rad" in (unit, other_unit):  # degrees by their value then: 45 degrees are not 45 rad
         sides = [Quantity(_DEGREES.sub(r"(\1)\\frac{\\pi}{180}", side.body), side.unit, side.scale) for side in sides]
-    if units[0] and units[1] and units[0] != units[1]:
-        factors = common_measure(*units)
-        if factors is None:
+    if unit and other_unit and unit != other_unit:
+        measure = common_measure(unit, other_unit)
+        if measure is None:
             return False
+        factors = measure
     for marked, other in (sides, sides[::-1]):
         if other.unit and other.unit not in _OF_DEGREES and _OTHER_KIND.search(marked.body):
             return False
@@ -73,13 +103,13 @@ def same_answer(gold: str, prediction: str) -> bool | None:
     return verdict
 
 
-def _same_reading(gold: tuple[Node | None, str], other: tuple[Node | None, str]) -> bool | None:
-    if gold[0] is None or other[0] is None:
-        unread = [text for node, text in (gold, other) if node is None]
-        hopeful = all(map(_BEYOND_READER.search, unread)) and _mathematical(gold[1]) and _mathematical(other[1])
+def _same_reading(gold: Reading, other: Reading) -> bool | None:
+    if gold.node is None or other.node is None:
+        unread = [reading.text for reading in (gold, other) if reading.node is None]
+        hopeful = all(map(_BEYOND_READER.search, unread)) and _mathematical(gold.text) and _mathematical(other.text)
         return None if hopeful else False
-    same = _same(gold[0], other[0])
-    if same is False and _rounded(gold, other):
+    same = _same(gold.node, other.node)
+    if same is False and (_rounded(gold.text, gold.node, other.node) or _rounded(other.text, other.node, gold.node)):
         return True
     return same
 
@@ -91,23 +121,25 @@ def _mathematical(text: str) -> bool:
     return bool(re.search(r"[\dA-Za-z]", text))
 
 
-def _rounded(gold: tuple[Node, str], other: tuple[Node, str]) -> bool:
-    """One side is the other, which has no finite decimal form, rounded or cut to MIN_ROUNDED_DIGITS or more digits."""
-    for (decimal_node, text), (node, _) in ((gold, other), (other, gold)):
-        match = _DECIMAL.fullmatch(text.strip())
-        if not match or len(text.strip(" .").lstrip("-0.").replace(".", "")) < MIN_ROUNDED_DIGITS:
-            continue
-        value = exact(node)
-        if value is not None and not _terminates(value):
-            error = abs(value - exact(decimal_node))
-        elif value is None and not symbols(node) and (place := evaluate.approximate(node)) is not None:
-            error = abs(Fraction(place) - exact(decimal_node)) if abs(place) < 1e12 else Fraction(1)
-        else:
-            continue
-        return error <= Fraction(6, 10) / 10 ** len(match.group(1)) or (
-            "..." in text and error < Fraction(1, 10 ** len(match.group(1)))
-        )
-    return False
+def _rounded(text: str, decimal: Node, other: Node) -> bool:
+    """The decimal is the other, which has no finite decimal form, rounded or cut to MIN_ROUNDED_DIGITS or more
+    digits.
+    """
+    match = _DECIMAL.fullmatch(text.strip())
+    if not match or len(text.strip(" .").lstrip("-0.").replace(".", "")) < MIN_ROUNDED_DIGITS:
+        return False
+    written, value = exact(decimal), exact(other)
+    if written is None:
+        return False
+    if value is not None and not _terminates(value):
+        error = abs(value - written)
+    elif value is None and not symbols(other) and (place := evaluate.approximate(other)) is not None:
+        error = abs(Fraction(place) - written) if abs(place) < 1e12 else Fraction(1)
+    else:
+        return False
+    return error <= Fraction(6, 10) / 10 ** len(match.group(1)) or (
+        "..." in text and error < Fraction(1, 10 ** len(match.group(1)))
+    )
 
 
 def _terminates(value: Fraction) -> bool:
@@ -123,55 +155,76 @@ def _same(gold: Node, other: Node) -> bool | None:
     if gold == other:
         return True
     gold, other = _simplified(gold), _simplified(other)
-    if gold[0] == "rel" and other[0] == "rel":
+    if isinstance(gold, Relation) and isinstance(other, Relation):
         return _same_relation(gold, other)
-    if gold[0] == other[0] == "list" and _names(gold) and _names(other):
-        if _names(gold) == _names(other):
-            return _same_unordered(list(gold[1]), list(other[1]))  # a system of assignments keeps its names
-        if len({*map(_stem, _names(gold))}) != len({*map(_stem, _names(other))}):
+    if isinstance(gold, List) and isinstance(other, List):
+        names, other_names = _names(gold), _names(other)
+        if names and names == other_names:
+            return _same_unordered(gold.items, other.items)  # a system of assignments keeps its names
+        if names and other_names and len({*map(_stem, names)}) != len({*map(_stem, other_names)}):
             return False  # values of one unknown are not those of two
-    if "tuple" in (gold[0], other[0]) and (_alternatives(gold) or _alternatives(other)):
+    if (isinstance(gold, Tuple) and _alternatives(other)) or (isinstance(other, Tuple) and _alternatives(gold)):
         return bool(intervals.same_real_set(gold, other))
     gold, other = _value_of(gold), _value_of(other)
-    tags = {gold[0], other[0]}
-    if "list" in tags or "set" in tags:
+    if _is_collection(gold) or _is_collection(other):
         return _same_collection(gold, other)
-    if tags == {"tuple", "matrix"}:
-        gold, other = _as_rows(gold), _as_rows(other)
-        tags = {gold[0], other[0]}
-    if tags == {"tuple"} or (tags <= {"tuple", "matrix"} and gold[0] != other[0]):
-        return _same_tuple(gold, other)
-    if tags == {"matrix"}:
-        return len(gold[1]) == len(other[1]) and _all(map(_same_sequence, gold[1], other[1]))
-    if tags & {"tuple", "union", "minus", "inter", "rel"} or intervals.REALS in (gold, other):
-        return bool(intervals.same_real_set(gold, other)) if "inter" not in tags else None
-    if "matrix" in tags:
-        scalar = other if gold[0] == "matrix" else gold
-        return None if "matrix" in node_tags(scalar) else False  # a product or sum of matrices
+    if isinstance(gold, Tuple) and isinstance(other, Matrix):
+        gold = _as_rows(gold)
+    elif isinstance(gold, Matrix) and isinstance(other, Tuple):
+        other = _as_rows(other)
+    match gold, other:
+        case (Matrix(rows), Matrix(others)):
+            return len(rows) == len(others) and _all(map(_same_sequence, rows, others))
+        case (Tuple() | Matrix(), Tuple() | Matrix()):
+            return _same_tuple(gold, other)
+    if _is_real_set(gold) or _is_real_set(other):
+        beyond = any(isinstance(node, SetOperation) and node.kind == "inter" for node in (gold, other))
+        return None if beyond else bool(intervals.same_real_set(gold, other))
+    if isinstance(gold, Matrix) or isinstance(other, Matrix):
+        scalar = other if isinstance(gold, Matrix) else gold
+        return None if _has(scalar, Matrix) else False  # a product or sum of matrices
     return _same_scalar(gold, other)
+
+
+def _is_collection(node: Node) -> bool:
+    return isinstance(node, (List, Set))
+
+
+def _is_real_set(node: Node) -> bool:
+    return isinstance(node, (Tuple, SetOperation, Relation)) or (isinstance(node, Symbol) and node == REALS)
+
+
+def _is_infinite(node: Node) -> bool:
+    return isinstance(node, (Symbol, Negative)) and node in (INFINITY, MINUS_INFINITY)
+
+
+def _has(node: Node, kind: type[Node]) -> bool:
+    return any(isinstance(part, kind) for part in walk(node))
 
 
 def _alternatives(node: Node) -> bool:
     """'1 or 2', 'x = 1, x = 2', 'x > 1 and x < 2': values of one unknown, never the entries of a tuple."""
-    if node[0] != "list":
+    if not isinstance(node, List):
         return False
     names = _names(node)
-    bounds = any(item[0] == "rel" and item[1] != ("=",) for item in node[1])
-    return bounds or node[2] == "or" or len(set(names)) < len(names)
+    bounds = any(isinstance(item, Relation) and item.operators != ("=",) for item in node.items)
+    return bounds or node.joiner == "or" or len(set(names)) < len(names)
 
 
-def _as_rows(node: Node) -> Node:
+def _as_rows(node: Tuple) -> Tuple | Matrix:
     """[[1,0],[0,1]] -> a matrix."""
-    square = node[0] == "tuple" and all(row[0] == "tuple" and row[1] == "[" for row in (node, *node[3]))
-    return ("matrix", tuple(row[3] for row in node[3])) if square else node
+    rows = [row.items for row in node.items if isinstance(row, Tuple) and row.opening == "["]
+    return Matrix(tuple(rows)) if node.opening == "[" and len(rows) == len(node.items) else node
 
 
 def _simplified(node: Node) -> Node:
     """`x \\in S` -> S, `k \\approx 3` -> 3."""
-    if node[0] == "rel" and node[1] == ("in",) and _is_name(node[2][0]):
-        return node[2][1]
-    if node[0] == "rel" and node[1] and set(node[1]) <= {"~"}:
-        return node[2][0] if exact(node[2][0]) is not None else node[2][-1]
+    if isinstance(node, Relation):
+        match node.operators, node.sides:
+            case ("in",), (name, whole) if _is_name(name):
+                return whole
+            case operators, (first, *_, last) if set(operators) == {"~"}:
+                return first if exact(first) is not None else last
     return node
 
 
@@ -179,27 +232,39 @@ def _value_of(node: Node) -> Node:
     """`x = 5` -> 5, `(x, y) = (1, 2)` -> (1, 2), `x = 2 + 3 = 5` -> 5 when the chain is true; assignments of a list
     -> values.
     """
-    if node[0] == "list":
-        names = _names(node)
-        items = sorted(node[1], key=lambda rel: rel[2][0][1]) if names and len(set(names)) == len(names) else node[1]
-        return ("list", tuple(map(_value_of, items)), node[2])
-    if node[0] != "rel" or set(node[1]) - {"=", "~"}:
+    if isinstance(node, List):
+        assignments = _assignments(node)
+        items = node.items
+        if assignments and len({name for name, _ in assignments}) == len(assignments):
+            items = tuple(item for _, item in assignments)
+        return List(tuple(map(_value_of, items)), node.joiner)
+    if not isinstance(node, Relation) or set(node.operators) - {"=", "~"}:
         return node
-    sides = list(node[2])
-    if _is_name(sides[0]):
-        sides = sides[1:]
-    elif len(sides) == 2 and _is_name(sides[1]) and exact(sides[0]) is not None:
-        return sides[0]
-    if any(_same(sides[0], side) is not True for side in sides[1:]):
+    first, *rest = node.sides
+    if _is_name(first):
+        first, *rest = rest
+    elif len(rest) == 1 and _is_name(rest[0]) and exact(first) is not None:
+        return first
+    if any(_same(first, side) is not True for side in rest):
         return node
-    return sides[-1]
+    return node.sides[-1]
 
 
-def _names(node: Node) -> list[str]:
-    """Sorted left sides of a list of assignments `x = 1, y = 2`; empty for any other list."""
-    if not all(item[0] == "rel" and set(item[1]) == {"="} and item[2][0][0] == "sym" for item in node[1]):
-        return []
-    return sorted(item[2][0][1] for item in node[1])
+def _assignments(node: List) -> list[tuple[str, Node]]:
+    """Name and item of each `x = 1` of a list of nothing else, sorted by name; empty for any other list."""
+    found: list[tuple[str, Node]] = []
+    for item in node.items:
+        match item:
+            case Relation(operators, (Symbol(name), *_)) if set(operators) == {"="}:
+                found.append((name, item))
+            case _:
+                return []
+    return sorted(found, key=lambda pair: pair[0])
+
+
+def _names(node: List) -> list[str]:
+    """Left sides of a list of assignments, sorted."""
+    return [name for name, _ in _assignments(node)]
 
 
 def _stem(name: str) -> str:
@@ -209,14 +274,18 @@ def _stem(name: str) -> str:
 
 def _is_name(node: Node) -> bool:
     """Left side of an assignment: x, f(x), (x, y), area, AB, P(X = 1)."""
-    if node[0] in ("sym", "text"):
-        return node not in (INFINITY, ("sym", "\\pi"), ("sym", "e"), ("sym", "i"))
-    if node[0] == "fn":
-        return node[1] in "fghFGPQ"
-    if node[0] == "tuple":
-        return all(map(_is_name, node[3]))
-    parts = node[1] if node[0] == "mul" else node[1:] if node[0] == "div" else ()
-    return bool(parts) and all(map(_is_name, parts))
+    match node:
+        case Text():
+            return True
+        case Symbol(name):
+            return name not in CONSTANTS
+        case Function(name):
+            return name in FREE_FUNCTIONS
+        case Tuple(items=items):
+            return all(map(_is_name, items))
+        case Product(left, right) | Quotient(left, right):
+            return _is_name(left) and _is_name(right)
+    return False
 
 
 def _all(verdicts: Iterable[bool | None]) -> bool | None:
@@ -232,38 +301,34 @@ def _same_sequence(left: tuple[Node, ...], right: tuple[Node, ...]) -> bool | No
     return len(left) == len(right) and _all(map(_same, left, right))
 
 
-def _same_tuple(gold: Node, other: Node) -> bool | None:
+def _same_tuple(gold: Tuple | Matrix, other: Tuple | Matrix) -> bool | None:
     """Order and brackets count: (0,1] is not [0,1]; a column vector is the tuple of its entries."""
-    if gold[0] == other[0] == "tuple" and len(gold[3]) == 2 and gold[1:3] != other[1:3]:
-        return False
-    entries = [
-        node[3] if node[0] == "tuple" else tuple(item for row in node[1] for item in row) for node in (gold, other)
-    ]
-    for node in (gold, other):
-        if node[0] == "matrix" and min(len(node[1]), len(node[1][0])) > 1:
+    match gold, other:
+        case (Tuple(items=(_, _)), Tuple()) if (gold.opening, gold.closing) != (other.opening, other.closing):
             return False
-    return _same_sequence(*entries)
+    for node in (gold, other):
+        if isinstance(node, Matrix) and min(len(node.rows), len(node.rows[0])) > 1:
+            return False
+    return _same_sequence(children(gold), children(other))
 
 
 def _same_collection(gold: Node, other: Node) -> bool | None:
     """Order does not matter in sets and lists; a list without braces may also be a tuple, entry by entry."""
-    tags = (gold[0], other[0])
-    if "tuple" in tags:
-        pair = gold if gold[0] == "tuple" else other
-        bare = other if pair is gold else gold
-        return bare[0] == "list" and pair[1:3] == ("(", ")") and _same_sequence(pair[3], bare[1])
-    if all(tag in ("list", "set") for tag in tags):
-        left, right = list(gold[1]), list(other[1])
-        if "set" in tags:
-            left, right = _distinct(left), _distinct(right)
-        return _same_unordered(left, right)
-    single, many = (gold, other) if tags[1] in ("list", "set") else (other, gold)
-    if single[0] in ("union", "minus", "rel"):
-        return intervals.same_real_set(single, many) or False
-    return _same(single, many[1][0]) if len(many[1]) == 1 and single[0] != "set" else False
+    match gold, other:
+        case (Tuple() as pair, bare) | (bare, Tuple() as pair):
+            return isinstance(bare, List) and pair.round and _same_sequence(pair.items, bare.items)
+        case (List(), List()):
+            return _same_unordered(gold.items, other.items)
+        case (List() | Set(), List() | Set()):
+            return _same_unordered(_distinct(gold.items), _distinct(other.items))
+        case (single, List() | Set() as many) | (List() | Set() as many, single):
+            if isinstance(single, Relation) or (isinstance(single, SetOperation) and single.kind != "inter"):
+                return intervals.same_real_set(single, many) or False
+            return _same(single, many.items[0]) if len(many.items) == 1 else False
+    return False
 
 
-def _distinct(items: list[Node]) -> list[Node]:
+def _distinct(items: Sequence[Node]) -> list[Node]:
     kept: list[Node] = []
     for item in items[:MAX_LIST_ITEMS]:
         if not any(_same(item, other) is True for other in kept):
@@ -271,12 +336,12 @@ def _distinct(items: list[Node]) -> list[Node]:
     return kept
 
 
-def _same_unordered(left: list[Node], right: list[Node]) -> bool | None:
+def _same_unordered(left: Sequence[Node], right: Sequence[Node]) -> bool | None:
     if len(left) != len(right) or len(left) > MAX_LIST_ITEMS:
         return False
     rest = list(right)
     for item in left:
-        likely = [i for i, candidate in enumerate(rest) if (item[0] == "set") == (candidate[0] == "set")]
+        likely = [i for i, candidate in enumerate(rest) if isinstance(item, Set) is isinstance(candidate, Set)]
         index = next((i for i in likely if _same(item, rest[i]) is True), None)
         if index is None:
             return None if any(_same(item, rest[i]) is None for i in likely) else False
@@ -284,112 +349,143 @@ def _same_unordered(left: list[Node], right: list[Node]) -> bool | None:
     return True
 
 
-def _same_relation(gold: Node, other: Node) -> bool | None:
+def _same_relation(gold: Relation, other: Relation) -> bool | None:
     """Equations and inequalities up to a constant factor; in one unknown also as sets."""
-    mirrored = ("rel", tuple(intervals.MIRRORED.get(op, op) for op in other[1][::-1]), other[2][::-1])
+    mirrored = Relation(tuple(intervals.MIRRORED.get(op, op) for op in other.operators[::-1]), other.sides[::-1])
     for version in (other, mirrored):
-        same_form = len(gold[2]) == len(version[2]) and gold[1] == version[1]
-        if same_form and _all(map(_same, gold[2], version[2])) is True:
+        same_form = len(gold.sides) == len(version.sides) and gold.operators == version.operators
+        if same_form and _all(map(_same, gold.sides, version.sides)) is True:
             return True
-    left, right = gold[2][0], other[2][0]
-    if gold[1] == other[1] == ("=",) and {left[0], right[0]} == {"fn", "sym"} and ("sym", "y") in (left, right):
-        return _same(gold[2][1], other[2][1])  # f(x) = ... is also written y = ...
+    match gold, other:  # f(x) = ... is also written y = ...
+        case (Relation(("=",), (Function(), left)), Relation(("=",), (Symbol("y"), right))) | (
+            Relation(("=",), (Symbol("y"), left)),
+            Relation(("=",), (Function(), right)),
+        ):
+            return _same(left, right)
     as_sets = intervals.same_real_set(gold, other)
     if as_sets is not None:
         return as_sets and symbols(gold) == symbols(other)
-    if len(gold[2]) != 2 or len(other[2]) != 2:
+    if len(gold.sides) != 2 or len(other.sides) != 2:
         values = _value_of(gold), _value_of(other)
         return _same(*values) if values != (gold, other) else False
-    if any(side[0] in ("tuple", "set", "list", "matrix", "union") for side in gold[2] + other[2]):
-        return _same(_value_of(gold), _value_of(other)) if gold[2][0] == other[2][0] else False
+    if any(map(_is_structured, gold.sides + other.sides)):
+        return _same(_value_of(gold), _value_of(other)) if gold.sides[0] == other.sides[0] else False
     return _proportional(gold, other)
 
 
-def _proportional(gold: Node, other: Node) -> bool | None:
+def _is_structured(side: Node) -> bool:
+    union = isinstance(side, SetOperation) and side.kind == "union"
+    return union or isinstance(side, (Tuple, Set, List, Matrix))
+
+
+def _proportional(gold: Relation, other: Relation) -> bool | None:
     """a = b and c = d are one equation when (c - d) / (a - b) is a constant; for inequalities its sign tells the
     direction.
     """
-    first, second = (("add", (node[2][0], ("neg", node[2][1]))) for node in (gold, other))
+    first, second = (Sum((node.sides[0], Negative(node.sides[1]))) for node in (gold, other))
     names = symbols(first)
     if not names or names != symbols(second):
         return False
     place = {name: Fraction(index * 7 + 3, 11) for index, name in enumerate(sorted(names))}
-    ratio = ("div", _at(second, place), _at(first, place))
-    if evaluate.agree(("mul", (ratio, first)), second) is not True:
+    ratio = Quotient(_at(second, place), _at(first, place))
+    if evaluate.agree(Product(ratio, first), second) is not True:
         return False
     factor = evaluate.approximate(ratio)
     if factor is None or factor == 0:
         return False
-    operator, wanted = other[1][0], gold[1][0]
+    operator, wanted = other.operators[0], gold.operators[0]
     if operator in ("=", "!="):
         return operator == wanted
     return operator == (wanted if factor > 0 else intervals.MIRRORED.get(wanted))
 
 
 def _at(node: Node, place: dict[str, Fraction]) -> Node:
-    """The expression with numbers in place of its symbols."""
-    return _replaced(node, lambda n: ("num", place[n[1]]) if n[0] == "sym" and n[1] in place else None)
+    """A scalar expression with numbers in place of its symbols."""
 
+    def at(child: Node) -> Node:
+        return _at(child, place)
 
-def _replaced(node: Node, change: Callable[[Node], Node | None]) -> Node:
-    if not isinstance(node, tuple) or not node:
-        return node
-    if isinstance(node[0], str):
-        changed = change(node)
-        if changed is not None:
-            return changed
-        return (node[0], *(_replaced(child, change) if isinstance(child, tuple) else child for child in node[1:]))
-    return tuple(_replaced(child, change) for child in node)
+    match node:
+        case Symbol(name):
+            return Number(place[name]) if name in place else node
+        case Sum(items) | Ratio(items):
+            return type(node)(tuple(map(at, items)))
+        case Product(left, right) | Quotient(left, right) | Power(left, right):
+            return type(node)(at(left), at(right))
+        case Negative(item) | Degrees(item) | Percent(item):
+            return type(node)(at(item))
+        case Function(name, arguments):
+            return Function(name, tuple(map(at, arguments)))
+    return node
 
 
 # --- values ------------------------------------------------------------
 def _same_scalar(gold: Node, other: Node) -> bool | None:
-    while gold[0] == other[0] == "neg":
-        gold, other = gold[1], other[1]
-    tags = gold[0], other[0]
-    if "base" in node_tags(gold) | node_tags(other):
+    while isinstance(gold, Negative) and isinstance(other, Negative):
+        gold, other = gold.item, other.item
+    if isinstance(gold, Number) and isinstance(other, Number):
+        return gold == other
+    if _has(gold, Numeral) or _has(other, Numeral):
         return _same_in_base(gold, other)
-    if tags == ("ratio", "ratio"):
-        return _same_ratio(gold, other)
-    if tags.count("ratio") == 1 and len((gold if tags[0] == "ratio" else other)[1]) != 2:
-        return False
-    if INFINITY in (gold, other) or ("neg", INFINITY) in (gold, other):
+    match gold, other:
+        case (Ratio(), Ratio()):
+            return _same_ratio(gold, other)
+        case (Ratio(items), _) | (_, Ratio(items)) if len(items) != 2:
+            return False
+    if _is_infinite(gold) or _is_infinite(other):
         return intervals.same_end(gold, other)
-    if tags.count("pct") == 1 or tags.count("deg") == 1:
-        marked, plain = (gold, other) if gold[0] in ("pct", "deg") else (other, gold)
+    if isinstance(gold, Percent) is not isinstance(other, Percent) or (
+        isinstance(gold, Degrees) is not isinstance(other, Degrees)
+    ):
         # 50% is written for 50 and for 0.5 (but 0.5% not for 0.5), 60 degrees for 60 and for pi/3
-        share = other[0] == "pct" and (value := exact(gold)) is not None and abs(value) <= 1
-        if not share and _agree(marked[1], plain) is True:
-            return True
+        share = isinstance(other, Percent) and (value := exact(gold)) is not None and abs(value) <= 1
+        match gold, other:
+            case (Percent(bare) | Degrees(bare), plain) | (plain, Percent(bare) | Degrees(bare)):
+                if not share and _agree(bare, plain) is True:
+                    return True
     return _agree(gold, other)
 
 
 def _agree(gold: Node, other: Node) -> bool | None:
     same = evaluate.agree(gold, other)
-    if same is False and "'log'" in str((gold, other)):
+    if same is False and (_has_log(gold) or _has_log(other)):
         same = evaluate.agree(gold, other, log_base=10)  # a bare log may be meant to base e or 10
     return same
 
 
+def _has_log(node: Node) -> bool:
+    return any(isinstance(part, Function) and part.name == "log" for part in walk(node))
+
+
 def _same_in_base(gold: Node, other: Node) -> bool | None:
-    if gold[0] == other[0] == "base":
-        return gold[1:] == other[1:]
-    if gold[0] != "base":  # arithmetic with numerals, or a base that the gold does not have
-        return other[0] == "base" and other[2] == 10 and _agree(gold, ("num", Fraction(other[1])))
-    digits = str(other[1]) if other[0] in ("num", "sym", "text") else ""
-    return digits.upper() == gold[1]
+    match gold, other:
+        case (Numeral(), Numeral()):
+            return gold == other
+        case (Numeral(digits), Number(value)):
+            return str(value) == digits
+        case (Numeral(digits), Symbol(text) | Text(text)):
+            return text.upper() == digits
+        case (_, Numeral(digits, 10)) if _DECIMAL_NUMERAL.fullmatch(digits):
+            return _agree(gold, Number(Fraction(digits)))
+    return False  # arithmetic with numerals, or a base that the gold does not have
 
 
-def _same_ratio(gold: Node, other: Node) -> bool | None:
+def _same_ratio(gold: Ratio, other: Ratio) -> bool | None:
     """Entry by entry, or proportional where the second entry cannot be minutes (2:30 is not 1:15)."""
-    entries, others = gold[1], other[1]
-    if len(entries) != len(others):
+    if len(gold.items) != len(other.items):
         return False
-    if _all(map(_same, entries, others)):
+    if _all(map(_same, gold.items, other.items)):
         return True
-    values = [[exact(item) for item in side] for side in (entries, others)]
-    if any(value is None or value <= 0 for side in values for value in side):
+    entries, others = _positive(gold.items), _positive(other.items)
+    if not entries or not others:
         return False
-    if any(len(side) == 2 and 10 <= side[1] < 60 and side[0] < 24 and side[0].denominator == 1 for side in values):
-        return False
-    return all(a * values[1][0] == b * values[0][0] for a, b in zip(*values, strict=True))
+    for side in (entries, others):
+        if len(side) == 2 and 10 <= side[1] < 60 and side[0] < 24 and side[0].denominator == 1:
+            return False
+    return all(a * others[0] == b * entries[0] for a, b in zip(entries, others, strict=True))
+
+
+def _positive(items: Sequence[Node]) -> list[Fraction]:
+    """The values of positive numbers; empty when an item is none."""
+    values = [value for item in items if (value := exact(item)) is not None and value > 0]
+    return values if len(values) == len(items) else []

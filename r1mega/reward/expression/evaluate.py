@@ -24,9 +24,28 @@ from r1mega.reward.expression.exact import (
     exact,
     exact_or_raise,
     symbols,
-    walk_symbols,
 )
-from r1mega.reward.expression.nodes import Node
+from r1mega.reward.expression.nodes import (
+    FREE_FUNCTIONS,
+    INFINITY,
+    MINUS_INFINITY,
+    Degrees,
+    E,
+    Function,
+    I,
+    Negative,
+    Node,
+    Number,
+    Percent,
+    Power,
+    Product,
+    Quotient,
+    Ratio,
+    Sum,
+    Symbol,
+    Text,
+    walk,
+)
 
 PRIME = 2**96 - 87  # = 1 mod 4, so that -1 has a root
 ROOT_OF_MINUS_ONE = 64928858663283645567976659563
@@ -47,45 +66,46 @@ def _random_element(name: str, point: int) -> int:
 
 
 def _modular(node: Node, point: int) -> int:
-    tag = node[0]
-    if tag == "num":
-        number = node[1]
-        return (
-            number.numerator * pow(number.denominator, -1, PRIME) % PRIME
-            if number.denominator != 1
-            else number.numerator % PRIME
-        )
-    if tag == "sym":
-        if node[1] == "\\infty":
+    match node:
+        case Number(value):
+            return _residue(value)
+        case Symbol("\\infty"):
             raise NotRationalError("infinity")
-        return ROOT_OF_MINUS_ONE if node[1] == "i" else _random_element(node[1], point)
-    if tag == "text":
-        return _random_element("text:" + node[1].casefold(), point)
-    if tag == "neg":
-        return -_modular(node[1], point) % PRIME
-    if tag == "add":
-        return sum(_modular(item, point) for item in node[1]) % PRIME
-    if tag == "mul":
-        return _modular(node[1][0], point) * _modular(node[1][1], point) % PRIME
-    if tag == "div":
-        return _modular(node[1], point) * _inverse(_modular(node[2], point)) % PRIME
-    if tag == "pow":
-        exponent = exact_or_raise(node[2])
-        if exponent.denominator != 1 or node[1] == ("sym", "e") and abs(exponent) > MAX_EXPONENT:
-            raise NotRationalError("root")
-        base = _modular(node[1], point)
-        return pow(base if exponent >= 0 else _inverse(base), abs(exponent.numerator), PRIME)
-    if tag == "pct":
-        return _modular(node[1], point) * pow(100, -1, PRIME) % PRIME
-    if tag == "fn" and node[1] in "fghFGPQ":
-        arguments = ",".join(str(_modular(item, point)) for item in node[2])
-        return _random_element(f"{node[1]}({arguments})", point)
-    if tag == "fn" and node[1] in INTEGER_FUNCTIONS:
-        value = exact_or_raise(node)
-        return value.numerator * pow(value.denominator, -1, PRIME) % PRIME
-    if tag == "deg":
-        return _modular(node[1], point) * _random_element("\\pi", point) * pow(180, -1, PRIME) % PRIME
-    raise NotRationalError(tag)
+        case Symbol("i"):
+            return ROOT_OF_MINUS_ONE
+        case Symbol() | Text():
+            return _random_element(node.name, point)
+        case Negative(item):
+            return -_modular(item, point) % PRIME
+        case Sum(items):
+            return sum(_modular(item, point) for item in items) % PRIME
+        case Product(left, right):
+            return _modular(left, point) * _modular(right, point) % PRIME
+        case Quotient(top, bottom):
+            return _modular(top, point) * _inverse(_modular(bottom, point)) % PRIME
+        case Power(base, exponent):
+            power = exact_or_raise(exponent)
+            if power.denominator != 1 or base == E and abs(power) > MAX_EXPONENT:
+                raise NotRationalError("root")
+            residue = _modular(base, point)
+            return pow(residue if power >= 0 else _inverse(residue), abs(power.numerator), PRIME)
+        case Percent(item):
+            return _modular(item, point) * pow(100, -1, PRIME) % PRIME
+        case Function(name, arguments) if name in FREE_FUNCTIONS:
+            residues = ",".join(str(_modular(item, point)) for item in arguments)
+            return _random_element(f"{name}({residues})", point)
+        case Function(name) if name in INTEGER_FUNCTIONS:
+            return _residue(exact_or_raise(node))
+        case Degrees(item):
+            return _modular(item, point) * _random_element("\\pi", point) * pow(180, -1, PRIME) % PRIME
+        case _:
+            raise NotRationalError(type(node).__name__)
+
+
+def _residue(value: Fraction) -> int:
+    if value.denominator == 1:
+        return value.numerator % PRIME
+    return value.numerator * pow(value.denominator, -1, PRIME) % PRIME
 
 
 def _inverse(value: int) -> int:
@@ -174,55 +194,53 @@ _RECIPROCALS = {"cot": "tan", "sec": "cos", "csc": "sin", "arccot": "arctan"}
 
 
 def _numeric(node: Node, field: Any, values: dict[str, Fraction], log_base: int | None) -> Any:
-    tag = node[0]
-
     def of(child: Node) -> Any:
         return _numeric(child, field, values, log_base)
 
-    if tag == "num":
-        return field.number(node[1])
-    if tag in ("sym", "text"):
-        name = node[1] if tag == "sym" else "text:" + node[1].casefold()
-        constant = {"\\pi": field.pi, "e": field.e, "i": field.i}.get(name)
-        if constant is None and name not in values:
-            raise UndefinedError(name)
-        return field.number(values[name]) if constant is None else constant
-    if tag == "neg":
-        return -of(node[1])
-    if tag == "add":
-        return sum(map(of, node[1]))
-    if tag == "mul":
-        return of(node[1][0]) * of(node[1][1])
-    if tag == "div" or (tag == "ratio" and len(node[1]) == 2):
-        left, right = node[1:] if tag == "div" else node[1]
-        return of(left) / of(right)
-    if tag == "pow":
-        return _numeric_power(node, of)
-    if tag == "pct":
-        return of(node[1]) / 100
-    if tag == "deg":
-        return of(node[1]) * field.pi / 180
-    if tag == "fn":
-        return _numeric_function(node, field, of, log_base)
-    raise UndefinedError(f"no value of a {tag}")
+    match node:
+        case Number(value):
+            return field.number(value)
+        case Symbol() | Text():
+            constant = {"\\pi": field.pi, "e": field.e, "i": field.i}.get(node.name)
+            if constant is None and node.name not in values:
+                raise UndefinedError(node.name)
+            return field.number(values[node.name]) if constant is None else constant
+        case Negative(item):
+            return -of(item)
+        case Sum(items):
+            return sum(map(of, items))
+        case Product(left, right):
+            return of(left) * of(right)
+        case Quotient(left, right) | Ratio((left, right)):
+            return of(left) / of(right)
+        case Power():
+            return _numeric_power(node, of)
+        case Percent(item):
+            return of(item) / 100
+        case Degrees(item):
+            return of(item) * field.pi / 180
+        case Function():
+            return _numeric_function(node, field, of, log_base)
+        case _:
+            raise UndefinedError(f"no value of a {type(node).__name__}")
 
 
-def _numeric_power(node: Node, of: Callable[[Node], Any]) -> Any:
-    exponent = exact(node[2])
-    base = of(node[1]) + 0  # no negative zero: it would choose the other root of a negative number
+def _numeric_power(node: Power, of: Callable[[Node], Any]) -> Any:
+    exponent = exact(node.exponent)
+    base = of(node.base) + 0  # no negative zero: it would choose the other root of a negative number
     if exponent is None:
-        return base ** of(node[2])
+        return base ** of(node.exponent)
     if abs(exponent) > MAX_EXPONENT:
         raise TooLargeError("too large")
     if exponent.denominator == 1:
         return base**exponent.numerator
     if exponent.denominator % 2 and base.imag == 0 and base.real < 0:  # real odd roots: \sqrt[3]{-8} = -2
-        return (-1) ** exponent.numerator * (-base) ** of(node[2])
-    return base ** of(node[2])
+        return (-1) ** exponent.numerator * (-base) ** of(node.exponent)
+    return base ** of(node.exponent)
 
 
-def _numeric_function(node: Node, field: Any, of: Callable[[Node], Any], log_base: int | None) -> Any:
-    name, arguments = node[1], [of(argument) for argument in node[2]]
+def _numeric_function(node: Function, field: Any, of: Callable[[Node], Any], log_base: int | None) -> Any:
+    name, arguments = node.name, [of(argument) for argument in node.arguments]
     if name in ("log", "lg"):
         base = field.number(Fraction(10)) if name == "lg" else arguments[1] if len(arguments) > 1 else log_base
         value = field.functions["ln"](arguments[0])
@@ -231,7 +249,7 @@ def _numeric_function(node: Node, field: Any, of: Callable[[Node], Any], log_bas
             if base is None
             else value / field.functions["ln"](base + 0j if isinstance(base, float | int) else base)
         )
-    if name in "fghFGPQ":
+    if name in FREE_FUNCTIONS:
         seed = ",".join(f"{complex(a):.9g}" for a in arguments)
         return field.number(Fraction(_random_element(f"{name}({seed})", 0), PRIME) + 1)
     if name in _RECIPROCALS:
@@ -290,7 +308,7 @@ def agree(left: Node, right: Node, log_base: int | None = None) -> bool | None:
             return False
     names = symbols(left) | symbols(right)
     agreed = 0
-    has_imaginary = "i" in walk_symbols(left)
+    has_imaginary = I in walk(left)
     for values in _points(names, 9 if names else 1):
         verdict = _agree_at(left, right, values, log_base, has_imaginary or not names)
         if verdict is False:
@@ -342,9 +360,9 @@ def _is_real(value: Any) -> bool:
 
 def approximate(node: Node) -> float | None:
     """Real value of a constant expression in double precision, None when it has none. Infinity is a value."""
-    if node == ("sym", "\\infty"):
+    if node == INFINITY:
         return math.inf
-    if node[0] == "neg" and node[1] == ("sym", "\\infty"):
+    if node == MINUS_INFINITY:
         return -math.inf
     try:
         return _real(complex(_numeric(node, _DOUBLES, {}, None)))

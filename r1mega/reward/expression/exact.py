@@ -1,16 +1,28 @@
-"""Rational value of a constant expression, exactly, within limits of size; names and kinds that occur in an
-expression.
-"""
+"""Rational value of a constant expression, exactly, within limits of size; names that occur in an expression."""
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from fractions import Fraction
-from typing import Any
 
-from r1mega.reward.expression.nodes import Node
+from r1mega.reward.expression.nodes import (
+    CONSTANTS,
+    FREE_FUNCTIONS,
+    Function,
+    Negative,
+    Node,
+    Number,
+    Percent,
+    Power,
+    Product,
+    Quotient,
+    Ratio,
+    Sum,
+    Symbol,
+    Text,
+    walk,
+)
 
 MAX_EXPONENT = 100_000
 MAX_EXACT_BITS = 4096
@@ -29,35 +41,14 @@ class TooLargeError(UndefinedError):
 
 
 def symbols(node: Node) -> frozenset[str]:
-    """Names of the free symbols; pi, e, i and infinity are constants."""
-    return frozenset(walk_symbols(node)) - {"\\pi", "e", "i", "\\infty"}
-
-
-def walk_symbols(node: Any) -> Iterator[str]:
-    """Names of symbols, of texts ("text:...") and of unknown functions ("f()"), as often as they occur."""
-    if isinstance(node, tuple) and node:
-        if node[0] == "sym":
-            yield node[1]
-        elif node[0] == "text":
-            yield "text:" + node[1].casefold()
-        elif node[0] == "fn":
-            if node[1] in "fghFGPQ":
-                yield node[1] + "()"
-            yield from itertools.chain.from_iterable(map(walk_symbols, node[2]))
-        else:
-            for child in node[1:]:
-                for item in (
-                    child if isinstance(child, tuple) and (not child or isinstance(child[0], tuple)) else (child,)
-                ):
-                    yield from walk_symbols(item)
-
-
-def node_tags(node: Any) -> frozenset[str]:
-    """Kinds of nodes that occur in an expression."""
-    if not isinstance(node, tuple) or not node:
-        return frozenset()
-    own = frozenset((node[0],)) if isinstance(node[0], str) else node_tags(node[0])
-    return own.union(*(node_tags(child) for child in node[1:]))
+    """Names of the free symbols, of texts ("text:...") and of unknown functions ("f()")."""
+    names = set()
+    for part in walk(node):
+        if isinstance(part, (Symbol, Text)):
+            names.add(part.name)
+        elif isinstance(part, Function) and part.name in FREE_FUNCTIONS:
+            names.add(part.name + "()")
+    return frozenset(names - CONSTANTS)
 
 
 def exact(node: Node) -> Fraction | None:
@@ -70,26 +61,25 @@ def exact(node: Node) -> Fraction | None:
 
 def exact_or_raise(node: Node) -> Fraction:
     """The rational value. Raises NotRationalError, ZeroDivisionError and UndefinedError (TooLargeError too)."""
-    tag = node[0]
-    if tag == "num":
-        value = node[1]
-    elif tag == "neg":
-        value = -exact_or_raise(node[1])
-    elif tag == "add":
-        value = sum(map(exact_or_raise, node[1]), Fraction(0))
-    elif tag == "mul":
-        value = exact_or_raise(node[1][0]) * exact_or_raise(node[1][1])
-    elif tag == "div" or (tag == "ratio" and len(node[1]) == 2):
-        left, right = node[1:] if tag == "div" else node[1]
-        value = exact_or_raise(left) / exact_or_raise(right)
-    elif tag == "pow":
-        value = _exact_power(exact_or_raise(node[1]), exact_or_raise(node[2]))
-    elif tag == "pct":
-        value = exact_or_raise(node[1]) / 100
-    elif tag == "fn" and node[1] in INTEGER_FUNCTIONS:
-        value = INTEGER_FUNCTIONS[node[1]](*map(exact_or_raise, node[2]))
-    else:
-        raise NotRationalError(tag)
+    match node:
+        case Number(value):
+            pass
+        case Negative(item):
+            value = -exact_or_raise(item)
+        case Sum(items):
+            value = sum(map(exact_or_raise, items), Fraction(0))
+        case Product(left, right):
+            value = exact_or_raise(left) * exact_or_raise(right)
+        case Quotient(left, right) | Ratio((left, right)):
+            value = exact_or_raise(left) / exact_or_raise(right)
+        case Power(base, exponent):
+            value = _exact_power(exact_or_raise(base), exact_or_raise(exponent))
+        case Percent(item):
+            value = exact_or_raise(item) / 100
+        case Function(name, arguments) if name in INTEGER_FUNCTIONS:
+            value = INTEGER_FUNCTIONS[name](*map(exact_or_raise, arguments))
+        case _:
+            raise NotRationalError(type(node).__name__)
     if value.numerator.bit_length() + value.denominator.bit_length() > MAX_EXACT_BITS:
         raise TooLargeError("too large")
     return value

@@ -11,9 +11,24 @@ from dataclasses import dataclass
 
 from r1mega.reward.expression.evaluate import agree, approximate
 from r1mega.reward.expression.exact import symbols
-from r1mega.reward.expression.nodes import EMPTY_SET, INFINITY, REALS, Node
+from r1mega.reward.expression.nodes import (
+    EMPTY_SET,
+    INFINITY,
+    MINUS_INFINITY,
+    REALS,
+    Function,
+    List,
+    Negative,
+    Node,
+    Relation,
+    Set,
+    SetOperation,
+    Sum,
+    Symbol,
+    Text,
+    Tuple,
+)
 
-_MINUS_INFINITY: Node = ("neg", INFINITY)
 MIRRORED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "!=": "!=", "=": "="}
 
 
@@ -36,31 +51,31 @@ class NotRealSetError(ValueError):
 def _place(node: Node) -> float:
     value = approximate(node)
     if value is None or math.isnan(value):
-        raise NotRealSetError(str(node[0]))
+        raise NotRealSetError(type(node).__name__)
     return value
 
 
 def real_set(node: Node) -> tuple[Interval, ...]:
     """The intervals of a set expression in order, joined where they touch. Raises NotRealSetError."""
-    tag = node[0]
-    if node == REALS or (tag == "text" and node[1] == "R"):
-        parts = [Interval(_MINUS_INFINITY, False, INFINITY, False)]
-    elif tag == "tuple" and len(node[3]) == 2:
-        parts = [Interval(node[3][0], node[1] == "[", node[3][1], node[2] == "]")]
-        if _place(parts[0].low) > _place(parts[0].high):
-            raise NotRealSetError("the ends are in the wrong order")
-    elif tag == "set":
-        parts = [Interval(item, True, item, True) for item in node[1]]
-    elif tag == "union":
-        parts = [interval for item in node[1] for interval in real_set(item)]
-    elif tag == "list":
-        parts = _from_list(node)
-    elif tag == "minus":
-        parts = _common(real_set(node[1][0]), _complement(real_set(node[1][1])))
-    elif tag == "rel":
-        parts = _from_relation(node)
-    else:
-        raise NotRealSetError(tag)
+    match node:
+        case Symbol(REALS.name) | Text("R"):
+            parts = [Interval(MINUS_INFINITY, False, INFINITY, False)]
+        case Tuple(opening, closing, (low, high)):
+            parts = [Interval(low, opening == "[", high, closing == "]")]
+            if _place(low) > _place(high):
+                raise NotRealSetError("the ends are in the wrong order")
+        case Set(items):
+            parts = [Interval(item, True, item, True) for item in items]
+        case SetOperation("union", items):
+            parts = [interval for item in items for interval in real_set(item)]
+        case SetOperation("minus", (some, others)):
+            parts = _common(real_set(some), _complement(real_set(others)))
+        case List():
+            parts = _from_list(node)
+        case Relation():
+            parts = _from_relation(node)
+        case _:
+            raise NotRealSetError(type(node).__name__)
     return _joined(parts)
 
 
@@ -83,7 +98,9 @@ def _joined(parts: list[Interval]) -> tuple[Interval, ...]:
 
 def _complement(parts: tuple[Interval, ...]) -> list[Interval]:
     """What is left of the line."""
-    gaps, low, closed = [], _MINUS_INFINITY, False
+    gaps: list[Interval] = []
+    low: Node = MINUS_INFINITY
+    closed = False
     for part in parts:
         gaps.append(Interval(low, closed, part.low, not part.low_closed))
         low, closed = part.high, not part.high_closed
@@ -105,57 +122,65 @@ def _holds_any(part: Interval) -> bool:
     return low < high or (low == high and part.low_closed and part.high_closed)
 
 
-def _from_list(node: Node) -> list[Interval]:
+def _from_list(node: List) -> list[Interval]:
     """'x < 2 or x > 5' as a union, 'x > 2 and x < 5' as an intersection; with a comma whichever holds anything."""
-    items, joiner = node[1:]
-    sets = [real_set(item) for item in items]
+    sets = [real_set(item) for item in node.items]
     union = [interval for parts in sets for interval in parts]
-    if all(item[0] != "rel" for item in items):
+    if not any(isinstance(item, Relation) for item in node.items):
         return union
-    if len({frozenset(symbols(item)) for item in items}) != 1:
+    if len({symbols(item) for item in node.items}) != 1:
         raise NotRealSetError("several unknowns")
-    if joiner == "or":
+    if node.joiner == "or":
         return union
     both: list[Interval] = list(sets[0])
     for parts in sets[1:]:
         both = _common(both, parts)
-    return both if both or joiner == "and" else union
+    return both if both or node.joiner == "and" else union
 
 
-def _from_relation(node: Node) -> list[Interval]:
+def _from_relation(node: Relation) -> list[Interval]:
     """x > 3, 3 < x, 0 <= x < 1, x \\ne 0, x \\in S."""
-    operators, sides = node[1], node[2]
-    if operators == ("in",) and sides[0][0] == "sym":
-        return list(real_set(sides[1]))
-    if len(sides) == 2 and sides[1][0] == "sym" and not symbols(sides[0]) and operators[0] in MIRRORED:
-        operators, sides = (MIRRORED[operators[0]],), (sides[1], sides[0])
-    if len(sides) == 2 and sides[0][:2] == ("fn", "abs") and not symbols(sides[1]):
-        return _from_distance(operators[0], sides[0][2][0], sides[1])
-    if len(sides) == 2 and sides[0][0] == "sym" and symbols(sides[0]) and not symbols(sides[1]):
-        bound, closed = sides[1], operators[0].endswith("=")
-        if operators[0] in (">", ">="):
+    match node:
+        case Relation(("in",), (Symbol(), whole)):
+            return list(real_set(whole))
+        case Relation((operator,), (left, right)):
+            if isinstance(right, Symbol) and not symbols(left) and operator in MIRRORED:
+                operator, left, right = MIRRORED[operator], right, left
+            if not symbols(right):
+                return _from_bound(operator, left, right)
+        case Relation((first, second), (low, Symbol() as middle, high)):
+            if symbols(middle) and not (symbols(low) | symbols(high)):
+                if {first, second} <= {"<", "<="}:
+                    return [Interval(low, first == "<=", high, second == "<=")]
+                if {first, second} <= {">", ">="}:
+                    return [Interval(high, second == ">=", low, first == ">=")]
+    raise NotRealSetError("relation")
+
+
+def _from_bound(operator: str, left: Node, bound: Node) -> list[Interval]:
+    """x > 3, |x| < 3 with a number behind the operator."""
+    if isinstance(left, Function) and left.name == "abs":
+        return _from_distance(operator, left.arguments[0], bound)
+    if isinstance(left, Symbol) and symbols(left):
+        closed = operator.endswith("=")
+        if operator in (">", ">="):
             return [Interval(bound, closed, INFINITY, False)]
-        if operators[0] in ("<", "<="):
-            return [Interval(_MINUS_INFINITY, False, bound, closed)]
-        if operators[0] == "!=":
-            return _complement(real_set(("set", (bound,))))
-        if operators[0] == "=":
+        if operator in ("<", "<="):
+            return [Interval(MINUS_INFINITY, False, bound, closed)]
+        if operator == "!=":
+            return _complement(real_set(Set((bound,))))
+        if operator == "=":
             return [Interval(bound, True, bound, True)]
-    if len(sides) == 3 and sides[1][0] == "sym" and symbols(sides[1]) and not (symbols(sides[0]) | symbols(sides[2])):
-        if set(operators) <= {"<", "<="}:
-            return [Interval(sides[0], operators[0] == "<=", sides[2], operators[1] == "<=")]
-        if set(operators) <= {">", ">="}:
-            return [Interval(sides[2], operators[1] == ">=", sides[0], operators[0] == ">=")]
     raise NotRealSetError("relation")
 
 
 def _from_distance(operator: str, inner: Node, radius: Node) -> list[Interval]:
     """|x| < r, |x - c| > r."""
-    terms = inner[1] if inner[0] == "add" else (inner,)
-    shift = [("neg", term) for term in terms if term[0] != "sym"]
+    terms = inner.items if isinstance(inner, Sum) else (inner,)
+    shift = [Negative(term) for term in terms if not isinstance(term, Symbol)]
     if len(shift) != len(terms) - 1 or any(map(symbols, shift)) or operator not in ("<", "<=", ">", ">="):
         raise NotRealSetError("a distance")
-    low, high = (("add", (end, *shift)) for end in (("neg", radius), radius))
+    low, high = (Sum((end, *shift)) for end in (Negative(radius), radius))
     within = Interval(low, operator in ("<=", ">"), high, operator in ("<=", ">"))
     if _place(radius) < 0:
         raise NotRealSetError("a negative distance")

@@ -1,14 +1,39 @@
-"""Recursive-descent parser of cleaned answers into the tuples of `nodes`."""
+"""Recursive-descent parser of cleaned answers into `nodes`."""
 
 from __future__ import annotations
 
 from fractions import Fraction
 from functools import lru_cache
 
-from r1mega.reward.expression.commands import PRODUCT, LatexCommands
-from r1mega.reward.expression.nodes import Node
+from r1mega.reward.expression.nodes import (
+    EMPTY_SET,
+    ONE,
+    REALS,
+    Degrees,
+    Function,
+    List,
+    Matrix,
+    Negative,
+    Node,
+    Number,
+    Numeral,
+    Percent,
+    Power,
+    Product,
+    Quotient,
+    Ratio,
+    Relation,
+    Set,
+    SetKind,
+    SetOperation,
+    Sum,
+    Symbol,
+    Text,
+    Tuple,
+    children,
+)
 from r1mega.reward.expression.text import AND_MARK, OPEN_TEXT, OR_MARK
-from r1mega.reward.expression.tokens import UnreadableError, tokenize
+from r1mega.reward.expression.tokens import FUNCTIONS, UnreadableError, tokenize
 
 MAX_CHARS = 2000
 MAX_DIGITS = 1000
@@ -41,7 +66,7 @@ _RELATIONS = {
     "\\implies": "=>",
 }
 _SEPARATORS = {",": "", ";": "", AND_MARK: "and", OR_MARK: "or"}
-_SET_OPERATORS = {
+_SET_OPERATORS: dict[str, SetKind] = {
     "\\cup": "union",
     "\\bigcup": "union",
     "\\cap": "inter",
@@ -49,43 +74,21 @@ _SET_OPERATORS = {
     "\\backslash": "minus",
 }
 _CLOSERS = frozenset(
-    (
-        ")",
-        "]",
-        "}",
-        "\\}",
-        "\\rangle",
-        "\\rfloor",
-        "\\rceil",
-        "\\rvert",
-        "&",
-        "\\\\",
-        "\\end",
-        ",",
-        ";",
-        AND_MARK,
-        OR_MARK,
-        ":",
-        "+",
-        "-",
-        "/",
-        "^",
-        "_",
-        "!",
-        "'",
-        "%",
-        "‰",
-        "\\pm",
-        "\\mp",
-        "\\div",
-        "\\mid",
-        "\\degree",
-        "\\circ",
-    )
+    f") ] }} \\}} \\rangle \\rfloor \\rceil \\rvert & \\\\ \\end , ; {AND_MARK} {OR_MARK} : + - / ^ _ ! ' % ‰ "
+    "\\pm \\mp \\div \\mid \\degree \\circ".split()
+)
+_PRODUCT = frozenset(("*", "\\cdot", "\\times", "\\ast"))
+_ACCENTS = frozenset(
+    "\\overline \\bar \\vec \\hat \\widehat \\overrightarrow \\tilde \\dot \\angle \\widetilde".split()
+)
+_LETTERS = frozenset(
+    "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu "
+    "xi rho sigma tau phi varphi chi psi omega "
+    "Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega pi infty ell hbar".split()
 )
 
 
-class Parser(LatexCommands):
+class Parser:
     """One reading of a list of tokens."""
 
     def __init__(self, tokens: list[str], sign: int) -> None:
@@ -107,12 +110,21 @@ class Parser(LatexCommands):
         self.at += 1
         return token
 
+    def raw_group(self) -> str:
+        """What the next braces hold, or the next token, unread."""
+        start = self.at
+        if self.peek() == "{":
+            self.at = self.tokens.index("}", self.at) + 1 if "}" in self.tokens[self.at :] else len(self.tokens)
+        else:
+            self.at += 1
+        return "".join(self.tokens[start : self.at]).strip("{}")
+
     def statement(self) -> list[Node]:
         """Items between commas or semicolons, up to a closing token."""
         self.depth += 1
         if self.depth > MAX_DEPTH:
             raise UnreadableError(f"nested deeper than {MAX_DEPTH}", over_limit=True)
-        items = []
+        items: list[Node] = []
         while True:
             while self.peek() in _SEPARATORS:
                 if self.depth == 1:
@@ -140,20 +152,22 @@ class Parser(LatexCommands):
         return items
 
     def relation(self) -> Node:
-        sides, operators = [self.union()], []
+        sides = [self.union()]
+        operators: list[str] = []
         while self.peek() in _RELATIONS:
             operators.append(_RELATIONS[self.take()])
             if operators[-1] in ("<", ">") and self.peek() == "=":
                 operators[-1] += self.take()
             sides.append(self.union())
-        return ("rel", tuple(operators), tuple(sides)) if operators else sides[0]
+        return Relation(tuple(operators), tuple(sides)) if operators else sides[0]
 
     def union(self) -> Node:
         node = self.ratio()
-        while self.peek() in _SET_OPERATORS or (self.peek() == "U" and node[0] in ("tuple", "union", "set")):
-            tag = _SET_OPERATORS.get(self.take(), "union")
+        while self.peek() in _SET_OPERATORS or (self.peek() == "U" and _holds_points(node)):
+            kind = _SET_OPERATORS.get(self.take(), "union")
             other = self.ratio()
-            node = (tag, (*node[1], other)) if node[0] == tag and tag != "minus" else (tag, (node, other))
+            goes_on = isinstance(node, SetOperation) and node.kind == kind != "minus"
+            node = SetOperation(kind, (*children(node), other) if goes_on else (node, other))
         return node
 
     def ratio(self) -> Node:
@@ -161,11 +175,11 @@ class Parser(LatexCommands):
         while self.peek() == ":" and self.bars >= 0:
             self.at += 1
             items.append(self.sum())
-        return ("ratio", tuple(items)) if len(items) > 1 else items[0]
+        return Ratio(tuple(items)) if len(items) > 1 else items[0]
 
     def sum(self) -> Node:
         """Terms with their signs; \\pm and \\mp are read with the sign of this reading."""
-        items = []
+        items: list[Node] = []
         while True:
             negative = False
             while self.peek() in ("+", "-", "\\pm", "\\mp"):
@@ -175,21 +189,21 @@ class Parser(LatexCommands):
                     token = "-" if (self.sign < 0) == (token == "\\pm") else "+"
                 negative ^= token == "-"
             term = self.product()
-            items.append(("neg", term) if negative else term)
+            items.append(Negative(term) if negative else term)
             if self.peek() not in ("+", "-", "\\pm", "\\mp"):
-                return ("add", tuple(items)) if len(items) > 1 else items[0]
+                return Sum(tuple(items)) if len(items) > 1 else items[0]
 
     def product(self) -> Node:
         """Factors joined by a sign of multiplication or division, or by standing side by side."""
         node = self.factor()
         while True:
             token = self.peek()
-            if token in PRODUCT:
+            if token in _PRODUCT:
                 self.at += 1
-                node = ("mul", (node, self.signed_factor()))
+                node = Product(node, self.signed_factor())
             elif token in ("/", "\\div"):
                 self.at += 1
-                node = ("div", node, self.signed_factor())
+                node = Quotient(node, self.signed_factor())
             elif self.starts_factor(token):
                 node = self.juxtaposed(node)
             else:
@@ -200,25 +214,25 @@ class Parser(LatexCommands):
         mark = self.at
         right = self.factor()
         if self.tokens[mark] == "(":
-            return ("mul", (left, right))
-        if left[0] == "num" and left[1].denominator == 1:
-            mark_tag, part = (right[0], right[1]) if right[0] in ("pct", "deg") else ("", right)
-            if self.tokens[mark] == "\\frac" and part[0] == "div" and part[1][0] == part[2][0] == "num":
-                return _marked(mark_tag, ("add", (left, part)))
-            if right[0] == "num":
+            return Product(left, right)
+        if isinstance(left, Number) and left.value.denominator == 1:
+            part = _unmarked(right)
+            match part:
+                case Quotient(Number(), Number()) if self.tokens[mark] == "\\frac":
+                    return _marked(right, Sum((left, part)))
+            if isinstance(right, Number):
                 if self.peek() == "/" and self.tokens[self.at + 1 : self.at + 2] and self.tokens[self.at + 1].isdigit():
                     self.at += 1
                     under = self.factor()
-                    mark_tag, under = (under[0], under[1]) if under[0] in ("pct", "deg") else ("", under)
-                    return _marked(mark_tag, ("add", (left, ("div", right, under))))
+                    return _marked(under, Sum((left, Quotient(right, _unmarked(under)))))
                 raise UnreadableError("two numbers side by side")
-        elif right[0] == "num" and self.tokens[mark][0].isdigit() and left[0] == "num":
+        elif isinstance(left, Number) and isinstance(right, Number) and self.tokens[mark][0].isdigit():
             raise UnreadableError("two numbers side by side")
-        return ("mul", (left, right))
+        return Product(left, right)
 
     def signed_factor(self) -> Node:
         if self.peek() in ("-", "+"):
-            return ("neg", self.signed_factor()) if self.take() == "-" else self.signed_factor()
+            return Negative(self.signed_factor()) if self.take() == "-" else self.signed_factor()
         return self.factor()
 
     def starts_factor(self, token: str) -> bool:
@@ -236,17 +250,17 @@ class Parser(LatexCommands):
                 node = self.power(node)
             elif token in ("\\degree", "\\circ"):
                 self.at += 1
-                node = self.minutes(("deg", node))
+                node = self.degrees(node)
             elif token == "!":
                 self.at += 1
-                node = ("fn", "!", (node,))
+                node = Function("!", (node,))
             elif token in ("%", "‰"):
                 self.at += 1
-                node = ("pct", node if token == "%" else ("div", node, ("num", Fraction(10))))
-            elif token == "'" and node[0] == "sym":
+                node = Percent(node if token == "%" else Quotient(node, Number(Fraction(10))))
+            elif token == "'" and isinstance(node, Symbol):
                 self.at += 1
-                node = ("sym", node[1] + "'")
-            elif token == "_" and node[0] in ("num", "text", "sym", "fn"):
+                node = Symbol(node.name + "'")
+            elif token == "_" and isinstance(node, (Number, Text, Symbol, Function)):
                 self.at += 1
                 node = self.subscript(node)
             else:
@@ -257,36 +271,36 @@ class Parser(LatexCommands):
         token = self.peek()
         if token == "\\circ" or self.tokens[self.at : self.at + 3] == ["{", "\\circ", "}"]:
             self.at += 1 if token == "\\circ" else 3
-            return self.minutes(("deg", base))
+            return self.degrees(base)
         if token in ("'", "\\prime"):
             self.at += 1
-            return ("sym", f"{base}'")
+            return Symbol(f"({base})'")  # a name of its own for the prime of anything
         if token in ("-", "+"):
-            return ("pow", base, self.signed_factor())
+            return Power(base, self.signed_factor())
         exponent = self.group() if token == "{" else self.primary()
         if self.peek() == "^" and self.tokens[self.at + 1 : self.at + 2] != ["\\circ"]:
             self.at += 1
             exponent = self.power(exponent)  # 2^3^2 is 2^9
-        return ("pow", base, exponent)
+        return Power(base, exponent)
 
-    def minutes(self, degrees: Node) -> Node:
-        """45^\\circ 30'."""
+    def degrees(self, node: Node) -> Node:
+        """45^\\circ, with minutes where they follow: 45^\\circ 30'."""
         if self.peek().isdigit() and self.tokens[self.at + 1 : self.at + 2] == ["'"]:
-            minutes = ("num", Fraction(self.take()) / 60)
+            minutes = Number(Fraction(self.take()) / 60)
             self.at += 1
-            return ("deg", ("add", (degrees[1], minutes)))
-        return degrees
+            return Degrees(Sum((node, minutes)))
+        return Degrees(node)
 
-    def subscript(self, node: Node) -> Node:
+    def subscript(self, node: Number | Text | Symbol | Function) -> Node:
         start = self.at
-        inner = self.group() if self.peek() == "{" else ("tokens", self.take())
+        inner = self.group() if self.peek() == "{" else Text(self.take())
         label = "".join(self.tokens[start : self.at]).strip("{}")
-        if node[0] == "num" or (node[0] == "text" and label.isdigit()):
-            if not label.isdigit() or inner[0] == "list":
+        if isinstance(node, Number) or (isinstance(node, Text) and label.isdigit()):
+            if not label.isdigit() or isinstance(inner, List):
                 raise UnreadableError(f"base {label!r} is not a number")
-            digits = node[1] if node[0] == "text" else str(node[1])
-            return ("base", digits.upper(), int(label))
-        return ("sym", f"{node[1]}_{label}")
+            digits = node.words if isinstance(node, Text) else str(node.value)
+            return Numeral(digits.upper(), int(label))
+        return Symbol(f"{node.words if isinstance(node, Text) else node.name}_{label}")
 
     def group(self) -> Node:
         """{...}: LaTeX grouping; with several items a set."""
@@ -300,7 +314,7 @@ class Parser(LatexCommands):
         self.take("}")
         if not items:
             raise UnreadableError("an empty group")
-        return items[0] if len(items) == 1 else ("set", tuple(items))
+        return items[0] if len(items) == 1 else Set(tuple(items))
 
     def argument(self) -> Node:
         """Argument of \\frac: a group or a single token; of a number only its first digit (\\frac12)."""
@@ -309,10 +323,10 @@ class Parser(LatexCommands):
             return self.group()
         if token[:1].isdigit() and len(token) > 1 and token.isdigit():
             self.tokens[self.at] = token[1:]
-            return ("num", Fraction(token[0]))
+            return Number(Fraction(token[0]))
         if token == "-":
             self.at += 1
-            return ("neg", self.argument())
+            return Negative(self.argument())
         return self.primary()
 
     def primary(self) -> Node:
@@ -322,11 +336,11 @@ class Parser(LatexCommands):
         token = self.take()
         first = token[0]
         if first.isdigit() or (first == "." and len(token) > 1):
-            node = _number(token, self)
+            node: Node = _number(token, self)
         elif first == "\\" and len(token) > 1:
-            node = self.command(token)
+            node = _command(self, token)
         elif first == OPEN_TEXT:
-            node = ("text", token[1:])
+            node = Text(token[1:])
         elif token in ("(", "["):
             node = self.bracket(token)
         elif token == "{":
@@ -345,8 +359,8 @@ class Parser(LatexCommands):
         if token in "fghFGPQ" and self.peek() == "(":
             self.at += 1
             argument = self.bracket("(")
-            return ("fn", token, argument[3] if argument[0] == "tuple" else (argument,))
-        return ("sym", token)
+            return Function(token, argument.items if isinstance(argument, Tuple) else (argument,))
+        return Symbol(token)
 
     def bracket(self, opening: str) -> Node:
         bars, self.bars = self.bars, 0
@@ -361,7 +375,7 @@ class Parser(LatexCommands):
             if {opening + closing} & {"(]", "[)"}:
                 raise UnreadableError(f"{opening} closed by {closing}")
             return items[0]
-        return ("tuple", opening, closing, tuple(items))
+        return Tuple(opening, closing, tuple(items))
 
     def absolute(self, closers: tuple[str, ...]) -> Node:
         self.bars += 1
@@ -369,33 +383,197 @@ class Parser(LatexCommands):
         self.bars -= 1
         if self.take() not in closers:
             raise UnreadableError("an open |")
-        return ("fn", "abs", (inner,))
+        return Function("abs", (inner,))
 
 
-def _marked(tag: str, node: Node) -> Node:
+def _holds_points(node: Node) -> bool:
+    return isinstance(node, (Tuple, Set)) or (isinstance(node, SetOperation) and node.kind == "union")
+
+
+def _unmarked(node: Node) -> Node:
+    return node.item if isinstance(node, (Percent, Degrees)) else node
+
+
+def _marked(like: Node, node: Node) -> Node:
     """A mark behind a mixed number is of the whole number: 33\\frac13\\%."""
-    return (tag, node) if tag else node
+    return type(like)(node) if isinstance(like, (Percent, Degrees)) else node
 
 
-def _number(token: str, parser: Parser) -> Node:
+def _number(token: str, parser: Parser) -> Number:
     if len(token) > MAX_DIGITS:
         raise UnreadableError(f"a number of more than {MAX_DIGITS} digits", over_limit=True)
     if "." in token and parser.peek() in ("\\overline", "\\dot") and "e" not in token.lower():
         return _repeating(token, parser)
-    return ("num", Fraction(token))
+    return Number(Fraction(token))
 
 
-def _repeating(token: str, parser: Parser) -> Node:
+def _repeating(token: str, parser: Parser) -> Number:
     """0.1\\overline{6}: the digits under the bar repeat for ever."""
     parser.take()
-    start = parser.at
-    period = "".join(parser.tokens[start : parser._after_group()]).strip("{}")
+    period = parser.raw_group()
     if not period.isdigit():
         raise UnreadableError("a repeating part that is not digits")
     decimals = len(token.split(".")[1])
-    return ("num", Fraction(token) + Fraction(int(period), 10**decimals * (10 ** len(period) - 1)))
+    return Number(Fraction(token) + Fraction(int(period), 10**decimals * (10 ** len(period) - 1)))
 
 
+# --- LaTeX commands ------------------------------------------------------------
+def _command(parser: Parser, token: str) -> Node:
+    """What a command (already taken) begins, with its arguments. UnreadableError for an unknown one."""
+    name = token[1:]
+    if token == "\\frac":
+        return Quotient(parser.argument(), parser.argument())
+    if token in ("\\sqrt", "\\cbrt"):
+        return _root(parser, token)
+    if name in FUNCTIONS or token == "\\abs":
+        return _function(parser, name)
+    if token == "\\{":
+        return _braces(parser)
+    if token == "\\langle":
+        items = parser.statement()
+        parser.take("\\rangle")
+        return Tuple("(", ")", tuple(items))
+    if token in ("\\lvert", "\\vert", "\\mid"):
+        return parser.absolute(("\\rvert", "\\vert", "|", "\\mid"))
+    if token in ("\\lfloor", "\\lceil"):
+        inner = parser.relation()
+        parser.take("\\r" + name[1:])
+        return Function(name[1:], (inner,))
+    if token in ("\\binom", "\\dbinom", "\\tbinom"):
+        return Function("binom", (parser.argument(), parser.argument()))
+    if token == "\\begin":
+        return _environment(parser)
+    if token in ("\\emptyset", "\\varnothing"):
+        return EMPTY_SET
+    if token in ("\\mathbb", "\\Bbb"):
+        return Symbol("\\mathbb{" + parser.raw_group() + "}")
+    if token in _ACCENTS:
+        return _accent(parser, token)
+    if name.isalpha() and name in _LETTERS:
+        return Symbol(token.replace("\\var", "\\"))
+    raise UnreadableError(f"unknown command {token}")
+
+
+def _accent(parser: Parser, token: str) -> Node:
+    label = parser.raw_group().replace(OPEN_TEXT, "")
+    if not label:
+        raise UnreadableError(f"{token} of nothing")
+    if token == "\\overline" and len(label) == 2 and label.isupper():
+        label = "".join(sorted(label))  # a segment has no direction
+    return Symbol(f"{token}{{{label}}}")
+
+
+def _root(parser: Parser, token: str) -> Node:
+    degree: Node = Number(Fraction(3 if token == "\\cbrt" else 2))
+    if parser.peek() == "[" and token == "\\sqrt":
+        parser.at += 1
+        degree = parser.sum()
+        parser.take("]")
+    return Power(parser.group() if parser.peek() == "{" else parser.primary(), Quotient(ONE, degree))
+
+
+def _function(parser: Parser, name: str) -> Node:
+    """\\sin^2 x, \\log_2(8), \\sin^{-1} x (the inverse): the name is taken, exponent and base follow."""
+    exponent: Node | None = None
+    base: Node | None = None
+    while parser.peek() in ("^", "_"):
+        if parser.take() == "^":
+            exponent = parser.group() if parser.peek() == "{" else parser.signed_factor()
+        else:
+            base = parser.group() if parser.peek() == "{" else parser.argument()
+    arguments = _function_arguments(parser)
+    if exponent == Negative(ONE) and name in ("sin", "cos", "tan"):
+        return Function("arc" + name, arguments)
+    applied = Function(name, arguments if base is None else (*arguments, base))
+    return applied if exponent is None else Power(applied, exponent)
+
+
+def _function_arguments(parser: Parser) -> tuple[Node, ...]:
+    """A bracketed argument ends the application; without brackets it reaches over a juxtaposed product: \\sin
+    3x.
+    """
+    if parser.peek() in ("(", "["):
+        inner = parser.bracket(parser.take())
+        return inner.items if isinstance(inner, Tuple) else (inner,)
+    if parser.peek() == "{":
+        return (parser.group(),)
+    negative = parser.peek() == "-" and parser.take() == "-"
+    node = parser.factor()
+    while parser.starts_factor(parser.peek()) and parser.peek()[1:] not in FUNCTIONS and parser.peek() not in _PRODUCT:
+        node = parser.juxtaposed(node)
+    return (Negative(node) if negative else node,)
+
+
+def _braces(parser: Parser) -> Node:
+    """After \\{: a set of items, or the condition of a set builder over the reals."""
+    _colon_to_bar(parser)
+    bars, parser.bars = parser.bars, 1  # a bar after an item begins a condition
+    items = parser.statement()
+    parser.bars = bars
+    if parser.peek() in ("|", ":", "\\mid"):  # set builder: the condition is the set
+        parser.at += 1
+        condition = parser.statement()
+        parser.take("\\}")
+        match items[:1]:
+            case [Symbol()]:
+                pass
+            case [Relation(sides=(*_, last))] if last == REALS:
+                pass
+            case _:  # numbers of another kind, points, or nothing
+                raise UnreadableError("a set of something else than real numbers")
+        return condition[0] if len(condition) == 1 else List(tuple(condition), "and")
+    parser.take("\\}")
+    return Set(tuple(items))
+
+
+def _colon_to_bar(parser: Parser) -> None:
+    """The colon of {x : x > 2} and {x \\in \\mathbb{R} : x > 2} begins a condition, it is no ratio."""
+    if not parser.peek().isalpha():
+        return
+    for at in range(parser.at + 1, len(parser.tokens)):
+        if parser.tokens[at] in ("\\}", ",", ";", "|", "\\mid"):
+            return
+        if at == parser.at + 1 and parser.tokens[at] not in (":", "\\in"):
+            return
+        if parser.tokens[at] == ":":
+            parser.tokens[at] = "|"
+            return
+
+
+def _environment(parser: Parser) -> Node:
+    """After \\begin: a matrix, or a system of equations, up to \\end{...}."""
+    name = parser.raw_group().replace(OPEN_TEXT, "")
+    if name == "array" and parser.peek() == "{":
+        parser.raw_group()
+    rows: list[list[Node]] = [[]]
+    while parser.peek() != "\\end":
+        if parser.peek() == "&":
+            parser.at += 1
+        elif parser.peek() == "\\\\":
+            parser.at += 1
+            rows.append([])
+        elif parser.peek() in (",", ";"):
+            parser.at += 1
+        else:
+            rows[-1].append(parser.relation())
+    parser.at += 1
+    parser.raw_group()
+    rows = [row for row in rows if row]
+    cells = [cell for row in rows for cell in row]
+    if (
+        cells
+        and name in ("cases", "array", "aligned", "gathered")
+        and all(isinstance(cell, Relation) for cell in cells)
+    ):
+        return List(tuple(cells), "and")  # a system of equations
+    if name not in ("pmatrix", "bmatrix", "matrix", "array", "smallmatrix", "Bmatrix"):
+        raise UnreadableError(f"unknown environment {name}")
+    if not rows or len({len(row) for row in rows}) != 1:
+        raise UnreadableError("rows of a matrix differ in length")
+    return Matrix(tuple(map(tuple, rows)))
+
+
+# --- the whole ------------------------------------------------------------
 @lru_cache(maxsize=8192)
 def parse(text: str, join_thousands: bool = True) -> Node:
     """Cleaned text -> node. `\\pm` gives both signs as a list. Raises UnreadableError."""
@@ -404,7 +582,7 @@ def parse(text: str, join_thousands: bool = True) -> Node:
     tokens = tokenize(text, join_thousands)
     if len(tokens) > MAX_TOKENS:
         raise UnreadableError(f"more than {MAX_TOKENS} tokens", over_limit=True)
-    readings = []
+    readings: list[Node] = []
     for sign in (1, -1):
         parser = Parser(list(tokens), sign)
         items = parser.statement()
@@ -415,4 +593,4 @@ def parse(text: str, join_thousands: bool = True) -> Node:
         readings += [item for item in items if item not in readings] if sign < 0 else items
         if not parser.signed:
             break
-    return readings[0] if len(readings) == 1 else ("list", tuple(readings), parser.joiner)
+    return readings[0] if len(readings) == 1 else List(tuple(readings), parser.joiner)

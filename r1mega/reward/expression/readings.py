@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from fractions import Fraction
+from typing import NamedTuple
 
-from r1mega.reward.expression.nodes import Node
+from r1mega.reward.expression.nodes import Node, Number, Product
 from r1mega.reward.expression.parse import parse
 from r1mega.reward.expression.text import other_thousands
 from r1mega.reward.expression.tokens import UnreadableError
@@ -15,16 +16,23 @@ _DECIMAL_DOTS = re.compile(r"(\.\d+)\.\.\.$")
 _GOES_ON = re.compile(r"(-?)(\d*\.\d*?)(?:(\d)\3{2,}\.\.\.|(\d{2,12})\4+\.\.\.|\((\d{1,12})\))")
 
 
+class Reading(NamedTuple):
+    """node: None where the text cannot be read. text: what was read, empty when a factor was put to it."""
+
+    node: Node | None
+    text: str
+
+
 def measured(text: str, sign: str | None) -> Quantity:
     quantity = split_unit(text)
     return quantity if quantity.unit is not None or sign is None else Quantity(quantity.body, sign, quantity.scale)
 
 
-def readings(text: str, quantity: Quantity, factor: Fraction) -> list[tuple[Node | None, str]]:
+def readings(text: str, quantity: Quantity, factor: Fraction) -> list[Reading]:
     """The text parsed in each way it can be meant (`70,110` is a number and a list); None where it cannot be read."""
     body = quantity.body
     factor *= quantity.scale
-    results: list[tuple[Node | None, str]] = []
+    results: list[Reading] = []
     versions = [(body, join) for join in ((True, False) if re.search(r"\d,\d{3}", body) else (True,))]
     if re.search(r"\d[.,']\d", body) and (other := other_thousands(body)) is not None:
         versions.append((other, True))
@@ -32,12 +40,12 @@ def readings(text: str, quantity: Quantity, factor: Fraction) -> list[tuple[Node
         try:
             node = _repeating(version) or parse(_DECIMAL_DOTS.sub(r"\1", version), join)
             if factor != 1:
-                node = ("mul", (node, ("num", factor)))
-            results.append((node, version if factor == 1 else ""))
+                node = Product(node, Number(factor))
+            results.append(Reading(node, version if factor == 1 else ""))
         except UnreadableError as error:
             if error.over_limit:
                 raise
-    return results or [(None, text)]
+    return results or [Reading(None, text)]
 
 
 def _repeating(body: str) -> Node | None:
@@ -48,4 +56,4 @@ def _repeating(body: str) -> Node | None:
     sign, start, *periods = match.groups()
     period = next(filter(None, periods))
     value = Fraction(start) + Fraction(int(period), 10 ** len(start.partition(".")[2]) * (10 ** len(period) - 1))
-    return ("num", -value if sign else value)
+    return Number(-value if sign else value)

@@ -176,7 +176,7 @@ def _folded(char: str) -> str:
     kind, _, parts = unicodedata.decomposition(char).partition(" ")
     if unicodedata.category(char) == "Nd":
         return str(unicodedata.digit(char))
-    if kind == "<fraction>" and unicodedata.numeric(char, 0) and "2044" in parts:
+    if kind == "<fraction>" and "2044" in parts and unicodedata.numeric(char) != 0:
         over, under = unicodedata.normalize("NFKC", char).split("\u2044")
         return f"\\frac{{{over}}}{{{under}}}" if under else char
     return unicodedata.normalize("NFKC", char).translate(_TRANSLATION) if kind == "<font>" else char

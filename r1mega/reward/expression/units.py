@@ -142,7 +142,7 @@ def common_measure(unit: str, other: str) -> tuple[Fraction, Fraction] | None:
 
 def _chinese_words(word: str) -> list[str]:
     """Longest known prefixes of a run of Chinese characters: '平方厘米' -> ['平方', '厘米']."""
-    words = []
+    words: list[str] = []
     while word:
         known = next((word[:n] for n in range(len(word), 0, -1) if word[:n] in _UNITS or word[:n] in SCALES), None)
         if known is None:
@@ -184,10 +184,11 @@ def split_unit(text: str) -> Quantity:
         return Quantity(body + r"^\circ", None, scale)
     if names[:1] == ["percent"]:
         return Quantity(body + "%", None, scale)
-    if any(name is None for name in names):
+    known = [name for name in names if name is not None]
+    if len(known) < len(names):
         return Quantity(body, "", scale)
-    power = match["power"] or ("2" if "sq" in names else "3" if "cu" in names else "")
-    unit = " ".join(n for n in names if n not in ("sq", "cu", "per", "")) if words else None
+    power = match["power"] or ("2" if "sq" in known else "3" if "cu" in known else "")
+    unit = " ".join(n for n in known if n not in ("sq", "cu", "per", "")) if words else None
     return Quantity(body, f"{unit} {power}".strip() if unit else unit, scale)
 
 

@@ -45,7 +45,7 @@ def same_choice(letter: str, prediction: str) -> bool | None:
     lead = _CHOICE_LEAD.match(prediction)
     if lead and len(_CHOICE_MARK.findall(prediction)) + prediction.count(OPEN_TEXT) <= 1:
         same = (lead.group(1) or lead.group(2) or lead.group(3)) == letter
-        return same and not names_another(letter, prediction[lead.end(lead.lastindex) :])
+        return same and not names_another(letter, prediction[lead.end(lead.lastindex or 0) :])
     return None if re.search(r"[A-Ja-j]", prediction) and re.search(r"[+=*^]", prediction) else False
 
 

@@ -135,6 +135,9 @@ def test_any_formula_is_decided_in_time(text):
         "^" + "\\quad" * 300 + "base x",
         "^" + " \u200b" * 900 + "\\circ x",
         "2!" + "!" * 200,
+        "\\{:5\\}",
+        "AB_{10}",
+        "\\text{1E99999999}_{10}",
     ],
 )
 def test_hostile_answers_end_at_once_and_score_nothing(text):

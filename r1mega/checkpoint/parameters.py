@@ -161,7 +161,8 @@ def _grouped_attention(attention: GroupedAttention, hidden: int) -> Table:
 
 def _additions(attention: GroupedAttention) -> Table:
     """What only some families have in grouped-query attention."""
-    queries, keys, table = attention.heads * attention.head_size, attention.groups * attention.head_size, {}
+    queries, keys = attention.heads * attention.head_size, attention.groups * attention.head_size
+    table: Table = {}
     if attention.qkv_bias:
         table["self_attention.linear_qkv.bias"] = ((queries,), (keys,), (keys,))
     if attention.qk_norm:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Literal, Protocol, TypeVar, runtime_checkable
 
 from r1mega.config.rewards import ACCURACY, WITHOUT_GOLD, NeuralReward, PreferenceReward, RewardConfig
 from r1mega.data.tokenizer import Tokenizer
@@ -32,7 +33,7 @@ ShardedModel = Callable[[PreferenceReward], Callable[[Sequence[list[int]]], list
 class Format:
     """`<think>...</think><answer>...</answer>`, once each."""
 
-    mode: str = "strict"
+    mode: Literal["strict", "graded"] = "strict"
     prompt_opens_think: bool = False
     name: str = "format"
 
@@ -107,7 +108,7 @@ def weighted_parts(
     if config.helpfulness.weight > 0 or config.harmlessness.weight > 0:
         from r1mega.reward.preference import Preference
 
-        def preference(name: str, section: PreferenceReward, reads: str) -> Part:
+        def preference(name: str, section: PreferenceReward, reads: Literal["summary", "response"]) -> Part:
             return Preference(name, section, reads, opens_think, _forward(name, section, sharded))
 
         neural += [
@@ -149,7 +150,7 @@ def compose(scores: dict[str, PartScore], weights: dict[str, float]) -> Reward:
     if bad:
         status = next((s.status for _, s in bad if s.status == RewardStatus.FAILED), bad[0][1].status)
         return Reward(None, parts, status, "; ".join(f"{name}: {score.reason}" for name, score in bad))
-    value = sum(weights[name] * score.value for name, score in scores.items())
+    value = sum(weights[name] * part for name, part in parts.items())
     return Reward(value, parts, RewardStatus.OK, "; ".join(f"{n} {s.value:g} ({s.reason})" for n, s in scores.items()))
 
 
@@ -228,8 +229,9 @@ class RewardScorer:
             elif isinstance(score, PartScore):
                 scores[name] = score
             else:
-                has_end = hasattr(score, "add_done_callback")  # a future
-                waiting[name] = (self._clock.watch(score) if has_end else score).result
+                waiting[name] = score.result
+                if isinstance(score, _Future):
+                    self._clock.watch(score)
         ticket, self._next_ticket = self._next_ticket, self._next_ticket + 1
         self._pending[ticket] = _Pending(prompt.id, scores, waiting, tuple(names))
         return ticket
@@ -277,6 +279,16 @@ class RewardScorer:
         self.close()
 
 
+@runtime_checkable
+class _Future(Protocol):
+    """What tells when it is done."""
+
+    def add_done_callback(self, call: Callable[..., object], /) -> object: ...
+
+
+_F = TypeVar("_F", bound=_Future)
+
+
 class _Clock:
     """How long scores take that are not there at once."""
 
@@ -285,7 +297,7 @@ class _Clock:
         self._latencies: list[float] = []
         self._unfinished = self._most = 0
 
-    def watch(self, future: Future) -> Future:
+    def watch(self, future: _F) -> _F:
         start = time.monotonic()
         with self._lock:
             self._unfinished += 1

@@ -168,7 +168,7 @@ def _make_offline(util: Any) -> None:
                 f"if_verifiable.ifeval.instructions_util has no {name}: this patch is for if-verifiable 0.1.2"
             )
     bundled = importlib.util.find_spec("llama_index")
-    for base in bundled.submodule_search_locations if bundled else ():
+    for base in (bundled and bundled.submodule_search_locations) or ():
         nltk.data.path.append(str(Path(base) / "core" / "_static" / "nltk_cache"))
     try:
         nltk.data.find("tokenizers/punkt_tab")

@@ -191,6 +191,8 @@ class EndpointClient:
     """
 
     def __init__(self, config: JudgeReward, client: httpx.Client | None = None) -> None:
+        if config.url is None:
+            raise RewardError("reward.judge.url: an endpoint has one")
         self._config = config
         self._url = f"{config.url.rstrip('/')}/chat/completions"
         headers = {}

@@ -46,7 +46,8 @@ class Waiting(Protocol):
 class Part(Protocol):
     """name: key in `Reward.parts`. A part that holds threads or a model also has `close()`."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def score(self, item: ScoringItem) -> PartScore | Deferred | Waiting:
         """The score of one response, or what will give it. RewardError for a prompt that this part cannot score."""
@@ -88,4 +89,6 @@ class _InBatch:
             if self.batch.collective:
                 raise RewardError("a reward model that is sharded over ranks scores in flush(), which was not called")
             self.batch.flush()
+        if self.score is None:
+            raise RewardError("the batch of this response could not be scored")
         return self.score

@@ -100,6 +100,8 @@ class _Worker:
             )
         except OSError as error:
             raise RewardError(f"a reward worker could not be started ({' '.join(command)}): {error}") from error
+        assert self.process.stdin is not None and self.process.stdout is not None  # PIPE
+        self.requests, self.replies = self.process.stdin, self.process.stdout
         self.buffer = b""
         self.warm: set[str] = set()
 
@@ -114,15 +116,15 @@ class _Worker:
         request = json.dumps({"function": task.function, "arguments": task.arguments}).encode() + b"\n"
         deadline = time.monotonic() + task.seconds
         try:
-            self.process.stdin.write(request)
-            self.process.stdin.flush()
+            self.requests.write(request)
+            self.requests.flush()
         except OSError as error:
             raise WorkerDiedError(f"died before the task ({self._status()})", killed=False) from error
         while b"\n" not in self.buffer:
             remaining = deadline - time.monotonic()
-            if remaining <= 0 or not wait([self.process.stdout], remaining):
+            if remaining <= 0 or not wait([self.replies.fileno()], remaining):
                 raise WorkerDiedError(f"gave no answer within {task.seconds:g} s", killed=True)
-            received = os.read(self.process.stdout.fileno(), _READ_BYTES)
+            received = os.read(self.replies.fileno(), _READ_BYTES)
             if not received:
                 raise WorkerDiedError(f"died ({self._status()})", killed=False)
             self.buffer += received
@@ -140,8 +142,8 @@ class _Worker:
         self.process.kill()
         self.process.wait()
         with contextlib.suppress(BrokenPipeError):  # bytes that the dead worker never read
-            self.process.stdin.close()
-        self.process.stdout.close()
+            self.requests.close()
+        self.replies.close()
 
 
 def warm_up(function: str) -> bool:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -28,6 +28,9 @@ from r1mega.model.reward_head import READER
 from r1mega.reward.extract import final_text
 from r1mega.reward.parts import Batch, PartScore, ScoringItem, Waiting
 from r1mega.types import RewardStatus
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Conversation = tuple[str, str]
 """(question, text of the response that is scored)."""
@@ -61,10 +64,14 @@ class RewardModel:
                 f"{directory}: a {architecture} has no head that scores; give an HF sequence classifier with one label "
                 "(stage reward_model makes one)"
             )
-        self._tokenizer = load_tokenizer(self.directory) if self.reader else self._chat_tokenizer()
-        self._model: torch.nn.Module | None = None
+        self._token_ids = self._by_chat_template() if self.reader is None else self._by_template(self.reader)
+        self._model: PreTrainedModel | None = None
 
-    def _chat_tokenizer(self) -> Any:
+    def _by_template(self, reader: dict[str, str]) -> Callable[[str, str], list[int]]:
+        tokenizer = load_tokenizer(self.directory)
+        return lambda question, text: encode(tokenizer, reader["template"], question, text)
+
+    def _by_chat_template(self) -> Callable[[str, str], list[int]]:
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(self.directory, local_files_only=True)
@@ -73,15 +80,17 @@ class RewardModel:
                 f"{self.directory}: the tokenizer has no chat template, so the form in which the model was trained to "
                 f"read a conversation is unknown; add one, or the key {READER!r} with 'template' to config.json"
             )
-        return tokenizer
+
+        def token_ids(question: str, text: str) -> list[int]:
+            messages = [{"role": "user", "content": question}, {"role": "assistant", "content": text}]
+            rendered = tokenizer.apply_chat_template(messages, tokenize=False)
+            return tokenizer.encode(rendered, add_special_tokens=False)
+
+        return token_ids
 
     def token_ids(self, question: str, text: str) -> list[int]:
         """One conversation as the model reads it."""
-        if self.reader is not None:
-            return encode(self._tokenizer, self.reader["template"], question, text)
-        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": text}]
-        rendered = self._tokenizer.apply_chat_template(messages, tokenize=False)
-        return self._tokenizer.encode(rendered, add_special_tokens=False)
+        return self._token_ids(question, text)
 
     def scores(self, conversations: Sequence[Conversation]) -> list[float | None]:
         """A score each, None for one of more than max_tokens tokens."""
@@ -105,26 +114,25 @@ class RewardModel:
         return scores
 
     @torch.inference_mode()
-    def _score_batch(self, sequences: Sequence[list[int]], model: torch.nn.Module, device: torch.device) -> list[float]:
+    def _score_batch(self, sequences: Sequence[list[int]], model: PreTrainedModel, device: torch.device) -> list[float]:
         from transformers.modeling_layers import GenericForSequenceClassification
 
         pad = model.config.get_text_config().pad_token_id
-        generic = isinstance(model, GenericForSequenceClassification)
-        if not generic and pad is None and len(sequences) > 1:  # nothing to fill a batch up with
+        # without a token to fill a batch up with
+        if pad is None and not isinstance(model, GenericForSequenceClassification) and len(sequences) > 1:
             return [self._score_batch([sequence], model, device)[0] for sequence in sequences]
         lengths = torch.tensor([len(sequence) for sequence in sequences], device=device)
         longest = int(lengths.max())
         ids = torch.tensor([[*s, *[pad or 0] * (longest - len(s))] for s in sequences], device=device)
         mask = (torch.arange(longest, device=device) < lengths[:, None]).long()
-        if (
-            generic
-        ):  # the last token by its place: transformers looks for the padding token, which may be a real one too
+        if isinstance(model, GenericForSequenceClassification):
+            # the last token by its place: transformers looks for the padding token, which may be a real one too
             hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
             last = hidden[torch.arange(len(sequences), device=device), lengths - 1]
             return torch.nn.functional.linear(last.float(), model.score.weight.float())[:, 0].tolist()
         return model(input_ids=ids, attention_mask=mask).logits[:, 0].float().tolist()
 
-    def _loaded(self) -> torch.nn.Module:
+    def _loaded(self) -> PreTrainedModel:
         if self._model is None:
             from transformers import AutoModelForSequenceClassification
 
@@ -157,6 +165,8 @@ class Preference:
         forward: Forward | None = None,
     ) -> None:
         self.name, self._config, self._reads, self._opens = name, config, reads, prompt_opens_think
+        if config.model is None:
+            raise RewardError(f"reward.{name}.model: no reward model is named")
         self._model = RewardModel(
             config.model,
             batch_size=config.batch_size,

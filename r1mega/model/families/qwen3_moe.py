@@ -20,30 +20,24 @@ MODEL_TYPES = ("qwen3_moe",)
 
 def architecture(hf: Mapping[str, Any]) -> Architecture:
     """Raises ConfigError for missing keys. `num_experts` is `num_local_experts` where transformers 5 wrote the config."""
-    layers, hidden, heads, chosen, size = require(
-        hf, "num_hidden_layers", "hidden_size", "num_attention_heads", "num_experts_per_tok", "moe_intermediate_size"
-    )
-    count, biased = num_experts(hf), bool(hf.get("attention_bias"))
+    return Architecture(**sizes(hf), attention=_attention(hf), experts=_experts(hf))
+
+
+def _attention(hf: Mapping[str, Any]) -> GroupedAttention:
+    hidden, heads = require(hf, "hidden_size", "num_attention_heads")
+    groups, head_size = hf.get("num_key_value_heads") or heads, hf.get("head_dim") or hidden // heads
+    biased = bool(hf.get("attention_bias"))
+    return GroupedAttention(heads, groups, head_size, qkv_bias=biased, output_bias=biased, qk_norm=True)
+
+
+def _experts(hf: Mapping[str, Any]) -> Experts:
+    layers, chosen, size = require(hf, "num_hidden_layers", "num_experts_per_tok", "moe_intermediate_size")
+    count = num_experts(hf)
     if not count:
         raise ConfigError("config.json lacks num_experts (model_type 'qwen3_moe')")
     plain, step = hf.get("mlp_only_layers") or (), hf.get("decoder_sparse_step") or 1
-    return Architecture(
-        **sizes(hf),
-        attention=GroupedAttention(
-            heads,
-            hf.get("num_key_value_heads") or heads,
-            hf.get("head_dim") or hidden // heads,
-            qkv_bias=biased,
-            output_bias=biased,
-            qk_norm=True,
-        ),
-        experts=Experts(
-            count,
-            chosen,
-            size,
-            layers=tuple(layer not in plain and (layer + 1) % step == 0 for layer in range(layers)),
-        ),
-    )
+    sparse = tuple(layer not in plain and (layer + 1) % step == 0 for layer in range(layers))
+    return Experts(count, chosen, size, sparse)
 
 
 def megatron_arguments(hf: Mapping[str, Any], model: Any) -> dict[str, Any]:
@@ -55,8 +49,7 @@ def megatron_arguments(hf: Mapping[str, Any], model: Any) -> dict[str, Any]:
     refuse(hf, attention_bias=False, use_sliding_window=False)
     if model.expert_bias_update_rate:
         raise ConfigError("model.expert_bias_update_rate: the routers of qwen3_moe have no bias; set it to 0")
-    built = architecture(hf)
-    attention, experts = built.attention, built.experts
+    attention, experts = _attention(hf), _experts(hf)
     normalised = bool(hf.get("norm_topk_prob", False))
     if normalised and experts.chosen == 1:
         raise ConfigError("config.json: norm_topk_prob with num_experts_per_tok = 1 leaves the router no gradient")

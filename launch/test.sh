@@ -25,6 +25,7 @@ run_beside() {
     exit $code' || exit 1
 }
 
+[ "$fast" ] && [ "$megatron" ] && fail "--fast is of the default megatron-core; leave --megatron or --fast out"
 if [ "$megatron" ]; then
   base=$(find_python 3.12)
   [ "$base" ] || { say "SKIPPED: megatron-core $megatron (no Python 3.12 found; set R1MEGA_PYTHON to one)"; exit; }
@@ -40,7 +41,11 @@ fi
 if [ "$fast" ]; then
   export PYTEST_ADDOPTS='-m "not heavy"'
   megatron_side=$(echo tests/unit/{checkpoint,kernels,model,platform,train})
-  run_beside "$megatron_side $*" "tests/unit $(printf -- '--ignore=%s ' $megatron_side) $*"
+  if [ $# -gt 0 ]; then
+    run_tests "$@"
+  else
+    run_beside "$megatron_side" "tests/unit $(printf -- '--ignore=%s ' $megatron_side)"
+  fi
 elif [ $# -gt 0 ]; then
   run_tests "$@"
 elif [ "$megatron" ]; then

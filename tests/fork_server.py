@@ -1,7 +1,8 @@
 """A process that has imported what runs of r1mega import, and forks for each: a start costs a fork, not ten seconds of imports.
 
-Started by tests/processes.py, with the socket of its requests as standard input. A fork is to its run what a fresh interpreter
-is: arguments, variables, directory and standard streams of its own, ended by the interpreter itself.
+Started by tests/processes.py, with the socket of its requests as standard input. A fork has arguments, variables, directory and
+standard streams of its own and is ended by the interpreter itself. What forks share and real starts do not: the seed of text
+hashes (the order of sets), addresses, and variables that are read at import. So each test that compares runs has one real start.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import sys
 import warnings
 from pathlib import Path
 from typing import Any
+
+import numpy
 
 STREAMS = 3
 
@@ -62,9 +65,11 @@ def serve(requests: socket.socket) -> tuple[dict[str, Any], list[int]]:
     if pid:
         for stream in streams:
             os.close(stream)
-        with contextlib.suppress(BrokenPipeError), socket.socket(fileno=answers) as told:
+        with socket.socket(fileno=answers) as told, contextlib.suppress(BrokenPipeError):
             told.send(str(pid).encode())
-            told.send(str(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])).encode())
+            ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # the number stays taken until it has been told
+            told.send(str(ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status).encode())
+        os.waitpid(pid, 0)
         os._exit(0)
     os.close(answers)
     return json.loads(message), streams
@@ -75,6 +80,7 @@ def become(arguments: list[str], environment: dict[str, str], directory: str, st
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
         os.close(stream)
+    numpy.random.seed()  # as a fresh interpreter draws one; random's is drawn anew by Python itself
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(directory)
@@ -91,6 +97,8 @@ def become(arguments: list[str], environment: dict[str, str], directory: str, st
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     asked = socket.socket(fileno=os.dup(0))
+    with open(os.devnull) as nothing:
+        os.dup2(nothing.fileno(), 0)  # or forks would keep the socket open after this process
     preload()
     gc.collect()
     gc.freeze()  # pages of what is imported stay shared

@@ -5,6 +5,7 @@ Real are those of tests about starting itself (`real=True`), and all where there
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -40,14 +41,19 @@ class Fork:
         request = {"arguments": self.args, "environment": dict(variables), "directory": str(REPOSITORY)}
         with theirs:
             socket.send_fds(_server(), [json.dumps(request).encode()], [theirs.fileno(), *streams])
-        self.pid = int(self._answers.recv(64))
+        self.pid = self._answer()
 
     def poll(self, timeout: float = 0) -> int | None:
         """The exit code (-n: ended by signal n), or None."""
         if self.returncode is None and select.select([self._answers], [], [], timeout)[0]:
-            self.returncode = int(self._answers.recv(64))
+            self.returncode = self._answer()
             self._answers.close()
         return self.returncode
+
+    def _answer(self) -> int:
+        if not (answer := self._answers.recv(64)):
+            raise RuntimeError("the fork server has ended; its own error stands in the output of the tests")
+        return int(answer)
 
     def wait(self, timeout: float | None = None) -> int:
         """The exit code. Raises TimeoutExpired after so many seconds."""
@@ -57,7 +63,8 @@ class Fork:
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
-            os.kill(self.pid, number)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
 
     def terminate(self) -> None:
         self.send_signal(signal.SIGTERM)

@@ -123,8 +123,8 @@ def _posed(
 def _rewrite_by_model(
     config: ColdStartStage, path: Path, factory: DataFactory, candidates: Sequence[Candidate]
 ) -> list[Candidate] | None:
-    """What the model in `path` made of each, in the form again; those that its context has no room for, that it cut or left without
-    form are gone. None: stopped.
+    """What the model in `path` made of each, in the form again; those that its context has no room for, that it cut or left
+    without form are gone. None: stopped.
     """
     model = config.rewrite.model
     tokenizer, context = load_tokenizer(path), context_length(read_config(path))

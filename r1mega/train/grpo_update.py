@@ -89,19 +89,19 @@ def _with_log_probs(policy: Policy, minibatches: Sequence[_Minibatch], config: R
     """
     batches = [batch for minibatch in minibatches for batch in minibatch.microbatches]
     temperature = config.rollout.temperature
-    old: list[TokenScores] = []
-    reference: list[TokenScores] = []
+    old: list[torch.Tensor] = []
+    reference: list[torch.Tensor] = []
     if config.algorithm.old_log_probs == "recompute":
-        old = policy.scores(batches, temperature)
+        old = [scores.values for scores in policy.scores(batches, temperature)]
     if config.algorithm.kl_coefficient > 0:
         with policy.as_reference():
-            reference = policy.scores(batches, temperature, replay=False)
+            reference = [scores.values for scores in policy.scores(batches, temperature, replay=False)]
     if old:
         pairs = zip(batches, old, strict=True)
-        batches = [dataclasses.replace(batch, old_log_probs=scores.values) for batch, scores in pairs]
+        batches = [dataclasses.replace(batch, old_log_probs=log_probs) for batch, log_probs in pairs]
     if reference:
         pairs = zip(batches, reference, strict=True)
-        batches = [dataclasses.replace(batch, reference_log_probs=scores.values) for batch, scores in pairs]
+        batches = [dataclasses.replace(batch, reference_log_probs=log_probs) for batch, log_probs in pairs]
     rest = iter(batches)
     return [
         dataclasses.replace(minibatch, microbatches=list(itertools.islice(rest, len(minibatch.microbatches))))

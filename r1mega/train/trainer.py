@@ -53,6 +53,9 @@ class Trainer:
     """
 
     def __init__(self, policy: Policy, optimizer: OptimizerConfig, *, total_steps: int):
+        """Raises RuntimeError for a policy that has a trainer."""
+        if policy.has_trainer:
+            raise RuntimeError("the policy has a trainer, whose optimizer keeps copies of its weights; use that one")
         self.policy = policy
         config = policy.megatron_config
         ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)

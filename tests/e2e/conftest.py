@@ -9,5 +9,5 @@ from tests.e2e.runs import base_arguments, r1mega
 def nano_base(tmp_path_factory):
     """Run directory of a base model after a few steps: it knows the form a little, its answers are mostly wrong."""
     run_dir = tmp_path_factory.mktemp("base") / "run"
-    r1mega(*base_arguments(run_dir))
+    r1mega(*base_arguments(run_dir), real=True)
     return run_dir

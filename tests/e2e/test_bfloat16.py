@@ -21,7 +21,7 @@ def arguments(nano_base):
 @pytest.fixture(scope="module")
 def whole_run(arguments, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("bfloat16") / "run"
-    r1mega(*arguments(run_dir))
+    r1mega(*arguments(run_dir), real=True)
     return run_dir
 
 

@@ -71,7 +71,7 @@ def factory_arguments(nano_base, fine_tuned):
 @pytest.fixture(scope="module")
 def whole_run(factory_arguments, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("factory") / "run"
-    r1mega(*factory_arguments(run_dir))
+    r1mega(*factory_arguments(run_dir), real=True)
     return run_dir
 
 

@@ -57,7 +57,7 @@ def arguments(base, run_dir, kind="preference", *overrides):
 @pytest.fixture(scope="module")
 def whole_run(base):
     run_dir = base / "whole"
-    r1mega(*arguments(base, run_dir))
+    r1mega(*arguments(base, run_dir), real=True)
     return run_dir
 
 

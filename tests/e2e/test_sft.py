@@ -40,7 +40,7 @@ def arguments(base, lines, run_dir, *overrides, config="configs/nano/sft.yaml"):
 @pytest.fixture(scope="module")
 def whole_run(nano_base, lines, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("sft") / "run"
-    r1mega(*arguments(nano_base, lines, run_dir))
+    r1mega(*arguments(nano_base, lines, run_dir), real=True)
     return run_dir
 
 
@@ -82,7 +82,7 @@ def test_interrupted_run_equals_uninterrupted_bitwise(nano_base, lines, whole_ru
 
 
 def test_two_ranks_equal_one(nano_base, lines, whole_run, tmp_path):
-    r1mega(*arguments(nano_base, lines, tmp_path / "run"), num_ranks=2)
+    r1mega(*arguments(nano_base, lines, tmp_path / "run"), num_ranks=2, real=True)
     for one, two in zip(metrics(whole_run), metrics(tmp_path / "run"), strict=True):
         for name in ("train/loss", "policy/grad_norm", "train/held_out_loss"):
             assert (name in one) == (name in two)

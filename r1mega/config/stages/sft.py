@@ -48,7 +48,7 @@ class HeldOut(Section):
 class SFTStage(TrainingStage):
     """Fine-tuning on responses; from weights, or from scratch when model.path holds none and init_std is given."""
 
-    stage: Literal["sft", "distill"]  # of the second, DistillStage below
+    stage: Literal["sft"]
     data: SFTData
     tokenizer: Path | None = None  # an HF directory; None: model.path
     epochs: PositiveInt = 2  # paper: 2-3
@@ -90,6 +90,6 @@ class SFTStage(TrainingStage):
 class DistillStage(SFTStage):
     """SFT of a dense student on the factory's data: the same code with the paper's figures for students."""
 
-    stage: Literal["distill"]
+    stage: Literal["distill"]  # type: ignore[assignment]  # the same keys, and another name
     batch_size: PositiveInt = 64  # paper
     optimizer: DistillOptimizer = DistillOptimizer()

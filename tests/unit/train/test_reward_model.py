@@ -46,8 +46,9 @@ def one_rank():
     torch.set_num_threads(threads)
 
 
-def make_policy(hf, weights, dtype="float32"):
-    policy = Policy(ModelConfig(path="unused", dtype=dtype), untied(hf), ParallelConfig(), seed=1, scalar_head=True)
+def make_policy(hf, weights, dtype="float32", log_probs="logits"):
+    model = ModelConfig(path="unused", dtype=dtype, log_probs=log_probs)
+    policy = Policy(model, untied(hf), ParallelConfig(), seed=1, scalar_head=True)
     policy.load_hf(weights)
     return policy
 
@@ -128,10 +129,12 @@ def test_scores_and_a_step_in_bfloat16(one_rank, tmp_path):
     assert math.isclose(result.update.grad_norm, float(norm), rel_tol=2**-6)
 
 
-@pytest.mark.parametrize("objective", ["pairwise", "pointwise"])
-def test_two_steps_equal_transformers_and_adamw(one_rank, tmp_path, objective):
+@pytest.mark.parametrize(
+    ("objective", "log_probs"), [("pairwise", "logits"), ("pointwise", "logits"), ("pairwise", "hidden")]
+)
+def test_two_steps_equal_transformers_and_adamw(one_rank, tmp_path, objective, log_probs):
     hf, samples = MODELS["deepseek"], make_samples(objective)
-    policy = make_policy(hf, base_weights(hf))
+    policy = make_policy(hf, base_weights(hf), log_probs=log_probs)
     model = classifier(policy, hf, tmp_path / "before")
     trainer = make_trainer(policy)
     decayed, rest = ([p for p in model.parameters() if (p.ndim > 1) is wanted] for wanted in (True, False))

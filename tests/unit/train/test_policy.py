@@ -275,7 +275,7 @@ def test_what_must_not_be_rounded_is_float32_in_a_bfloat16_model(one_rank):
     with pytest.raises(RuntimeError, match="copies of the weights"):
         policy.load_hf(weights)
     with pytest.raises(RuntimeError, match="has a trainer"):
-        Trainer(policy, OptimizerConfig(), total_steps=1)
+        type(trainer)(policy, OptimizerConfig(), total_steps=1)
     run_update(trainer, make_samples(), [[0, 1, 2, 3]], AlgorithmConfig())
     for name, value in policy.hf_tensors():
         assert value.dtype == (torch.float32 if name.endswith("correction_bias") else torch.bfloat16), name

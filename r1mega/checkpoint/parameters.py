@@ -57,13 +57,18 @@ def _model_shape(model: Architecture, num_mtp_layers: int) -> ModelShape:
 def parameters(hf: Mapping[str, Any], num_mtp_layers: int = 0) -> Iterator[Parameter]:
     """All parameters in model order: embeddings, layers (experts last), final norm, head, MTP layers.
 
-    num_mtp_layers: how many multi-token-prediction layers there are. CheckpointError for an unknown model_type.
+    num_mtp_layers: how many multi-token-prediction layers there are. CheckpointError for an unknown model_type and for
+    biases that no trained model has.
     """
     if hf.get("model_type") not in FAMILIES:
         raise CheckpointError(
             f"config.json: model_type {hf.get('model_type')!r} cannot be converted, only " + ", ".join(FAMILIES)
         )
     model = architecture_of(hf)
+    if model.mlp_bias or (isinstance(model.attention, GroupedAttention) and model.attention.output_bias):
+        raise CheckpointError(
+            "config.json: attention_bias or mlp_bias: of biases only those of q, k and v are converted"
+        )
     shape = _model_shape(model, num_mtp_layers)
     vocabulary, hidden = model.vocab_size, model.hidden_size
     table = {"embedding.word_embeddings.weight": (vocabulary, hidden), "decoder.final_layernorm.weight": (hidden,)}

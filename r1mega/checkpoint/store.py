@@ -37,6 +37,7 @@ from r1mega.checkpoint.torch_dist import (
     write_pieces,
 )
 from r1mega.checkpoint.workers import Alone, TorchWorkers, Workers, agree, on_first_rank
+from r1mega.config.layout import num_experts
 from r1mega.errors import CheckpointError, PlatformError
 from r1mega.files import sync_path
 
@@ -294,6 +295,10 @@ def architecture_of(hf_config: Mapping[str, Any]) -> dict[str, Any]:
         "model_type hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim intermediate_size "
         "vocab_size tie_word_embeddings q_lora_rank kv_lora_rank qk_rope_head_dim qk_nope_head_dim v_head_dim "
         "moe_intermediate_size n_routed_experts n_shared_experts first_k_dense_replace num_nextn_predict_layers "
-        "num_experts num_local_experts mlp_only_layers decoder_sparse_step"
+        "mlp_only_layers decoder_sparse_step"
     ).split()
-    return {key: hf_config[key] for key in deciding if hf_config.get(key) is not None}
+    found = {key: hf_config[key] for key in deciding if hf_config.get(key) is not None}
+    if "n_routed_experts" not in found and (experts := num_experts(hf_config)):  # of two spellings
+        found["num_experts"] = experts
+    defaults = {"mlp_only_layers": [], "decoder_sparse_step": 1}
+    return {key: value for key, value in found.items() if key not in defaults or value != defaults[key]}

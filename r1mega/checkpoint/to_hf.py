@@ -46,8 +46,8 @@ class ToHF:
         saved = self.reader.saved
         layers = range(config.get("num_nextn_predict_layers") or 0)
         self.num_mtp = sum(f"mtp.layers.{k}.enorm.weight" in saved for k in layers)
-        self.model = model_shape_of(config, self.num_mtp)
         wanted = [*parameters(config, self.num_mtp), *_mtp_copies(config, self.num_mtp)]
+        self.model = model_shape_of(config, self.num_mtp)
         self._check_architecture(config)
         self.parameters = [
             p if p.key in saved else dataclasses.replace(p, key=alias(p.key) or p.key) for p in self._complete(wanted)

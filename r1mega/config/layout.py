@@ -9,8 +9,8 @@ from typing import Any, Protocol
 VOCABULARY_PADDING = 64
 """vLLM pads the vocabulary to a multiple of it (vocab_parallel_embedding.py, DEFAULT_VOCAB_PADDING_SIZE)."""
 
-UNGENERATED_MODEL_TYPES = ("deepseek_v2",)
-"""Models of the families that are trained (model/families) whose parameters in the generator are not known."""
+GENERATED_MODEL_TYPES = ("deepseek_v3", "kimi_k2", "llama", "qwen2", "qwen3", "qwen3_moe")
+"""Models whose parameters in the generator are known (weights/layout.py): of the trained ones (model/families) all but one."""
 
 EXPERT_KEYS = ("n_routed_experts", "num_experts", "num_local_experts")
 """Keys of a config.json that say how many routed experts a layer has; each family has one of them."""
@@ -94,8 +94,11 @@ def model_problems(layout: Layout, hf: Mapping[str, Any]) -> Iterator[str]:
 def generator_problems(generator: Generator, processes: int, hf: Mapping[str, Any]) -> Iterator[str]:
     """Why the generators of a rollout cannot be laid out so; each names the number to change. hf: {} when unknown."""
     tp, ep, dp = generator.tp, generator.ep, generator.dp
-    if hf.get("model_type") in UNGENERATED_MODEL_TYPES:
-        yield f"rollout: model_type {hf['model_type']!r}: the generator cannot sample from such a model"
+    if hf and hf.get("model_type") not in GENERATED_MODEL_TYPES:
+        yield (
+            f"rollout: model_type {hf.get('model_type')!r} is not one of {', '.join(GENERATED_MODEL_TYPES)}: the generator "
+            "cannot sample from such a model"
+        )
     if processes % tp:
         yield f"rollout.tp = {tp} does not divide the {processes} processes"
     elif dp is not None and dp * tp != processes:

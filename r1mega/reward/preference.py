@@ -24,6 +24,7 @@ from r1mega.config.rewards import PreferenceReward
 from r1mega.data.preferences import encode
 from r1mega.data.tokenizer import load_tokenizer
 from r1mega.errors import RewardError
+from r1mega.model.hf_config import transformers_config
 from r1mega.model.reward_head import READER
 from r1mega.reward.extract import final_text
 from r1mega.reward.parts import Batch, PartScore, ScoringItem, Waiting
@@ -137,8 +138,9 @@ class RewardModel:
             from transformers import AutoModelForSequenceClassification
 
             model, info = AutoModelForSequenceClassification.from_pretrained(
-                self.directory, dtype=self._dtype, local_files_only=True, output_loading_info=True
-            )
+                self.directory, config=transformers_config(self.directory), dtype=self._dtype, local_files_only=True,
+                output_loading_info=True,
+            )  # fmt: skip
             if info["missing_keys"] or info["mismatched_keys"]:
                 missing = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
                 raise RewardError(

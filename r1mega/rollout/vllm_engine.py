@@ -425,8 +425,10 @@ def _keep_config_classes_apart() -> None:
     from transformers import DeepseekV3Config
     from vllm.transformers_utils import config
 
-    assert "kimi_k2" in config._CONFIG_REGISTRY, "vLLM does not know kimi_k2 any more"
-    config._CONFIG_REGISTRY["kimi_k2"] = type("KimiK2Config", (DeepseekV3Config,), {})
+    if (known := config._CONFIG_REGISTRY.get("kimi_k2")) is None:
+        raise GenerationError("this vLLM has no kimi_k2 among its configs; generate with another version of it")
+    if not isinstance(known, type):  # a name, of the class that is to stay as it is
+        config._CONFIG_REGISTRY["kimi_k2"] = type("KimiK2Config", (DeepseekV3Config,), {})
 
 
 def _ensure_process_group() -> None:

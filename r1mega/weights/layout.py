@@ -19,7 +19,7 @@ import torch
 from r1mega.checkpoint.fp8_blocks import BLOCK as FP8_BLOCK
 from r1mega.checkpoint.fp8_blocks import SCALE
 from r1mega.checkpoint.name_rules import Region
-from r1mega.config.layout import UNGENERATED_MODEL_TYPES, VOCABULARY_PADDING, expert_key
+from r1mega.config.layout import GENERATED_MODEL_TYPES, VOCABULARY_PADDING, expert_key
 from r1mega.errors import ConfigError
 from r1mega.model.architecture import Experts, GroupedAttention, LatentAttention
 from r1mega.model.families import architecture_of
@@ -96,7 +96,7 @@ def generator_layout(
     config: the dictionary of an HF config.json. Raises ConfigError for a model family that is not known, or not in the
     generator, and for a layout that does not divide.
     """
-    if (model_type := config.get("model_type")) in UNGENERATED_MODEL_TYPES:
+    if (model_type := config.get("model_type")) not in GENERATED_MODEL_TYPES:
         raise ConfigError(f"no generator layout for model_type {model_type!r}")
     layers = range(config["num_hidden_layers"]) if layers is None else layers
     placements = _LayoutBuilder(config, rank).placements(layers)

@@ -36,6 +36,8 @@ def _find() -> dict[str, Family]:
     found: dict[str, Family] = {}
     for module in sorted(pkgutil.iter_modules(__path__), key=lambda module: module.name):
         family: Any = importlib.import_module(f"{__name__}.{module.name}")
+        if taken := found.keys() & set(family.MODEL_TYPES):
+            raise ValueError(f"{family.__name__}: another family has {', '.join(sorted(taken))}")
         found |= dict.fromkeys(family.MODEL_TYPES, family)
     return found
 

@@ -50,6 +50,8 @@ def test_it_is_what_torch_counts(config):
     [
         ("deepseek_v3_671b", 36.6e9),  # published with the weights: the output head counted, the input embedding not
         ("moonlight_16b", 2.24e9 + 163840 * 2048),  # published without the embeddings of input and output
+        ("qwen3_30b_a3b", 3.35e9 - 151936 * 2048),  # 3.3B published, both embeddings counted
+        ("kimi_k2", 31.7e9),  # 32B published
     ],
 )
 def test_a_token_costs_twice_the_published_active_parameters(name, active):

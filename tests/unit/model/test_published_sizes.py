@@ -72,3 +72,10 @@ def test_qwen3_30b_a3b_has_30_billion_parameters_of_which_a_token_meets_3(meta):
     assert total == pytest.approx(30.5 * BILLION, rel=0.005)
     assert total - 2 * embedding == pytest.approx(29.9 * BILLION, rel=0.005)
     assert active(hf, total, routed) == pytest.approx(3.3 * BILLION, rel=0.02)
+
+
+def test_kimi_k2_has_a_trillion_parameters_of_which_a_token_meets_32_billion(meta):
+    """Published: 1T, active 32B."""
+    hf, total, routed, embedding = counts("kimi_k2")
+    assert 1000 * BILLION < total < 1050 * BILLION
+    assert active(hf, total, routed) - embedding == pytest.approx(32 * BILLION, rel=0.02)

@@ -15,6 +15,7 @@ from r1mega.model.reward_head import READER
 from r1mega.reward.compose import RewardScorer
 from r1mega.reward.preference import RewardModel
 from r1mega.types import Prompt, Response, RewardStatus
+from tests.reference import KIMI
 
 pytestmark = pytest.mark.heavy
 
@@ -86,6 +87,27 @@ def test_chat_template_and_batches(classifier):
     expected = [own_score(classifier, f"[user] {q} </s> [assistant] {t} </s>") for q, t in conversations]
     assert model.scores(conversations) == pytest.approx(expected, abs=1e-5)
     assert len({round(value, 3) for value in expected}) == 5
+
+
+def test_a_classifier_that_transformers_has_under_another_name_only(tmp_path):
+    """Kimi-K2's config.json keeps its own model_type, and names code that is not run."""
+    from transformers import DeepseekV3Config, DeepseekV3ForSequenceClassification
+
+    plain = {key: value for key, value in KIMI.items() if key != "model_type"}
+    torch.manual_seed(0)
+    config = DeepseekV3Config(**plain | {"n_routed_experts": 8, "pad_token_id": 2, "num_labels": 1})
+    model = DeepseekV3ForSequenceClassification(config).eval()
+    model.save_pretrained(tmp_path)
+    made, path = tokenizer(tmp_path, CHAT), tmp_path / "config.json"
+    asked = json.loads(path.read_text()) | {"model_type": "kimi_k2", "auto_map": {"AutoConfig": "gone.Config"}}
+    path.write_text(json.dumps(asked))
+    scores = RewardModel(tmp_path, batch_size=2, max_tokens=64).scores([("a b", "c"), ("a", "d e f")])
+    for (question, text), score in zip([("a b", "c"), ("a", "d e f")], scores, strict=True):
+        rendered = f"[user] {question} </s> [assistant] {text} </s> "
+        ids = torch.tensor([made(rendered, add_special_tokens=False).input_ids])
+        with torch.no_grad():
+            expected = float(model.score(model.model(ids).last_hidden_state[0, -1]))
+        assert math.isclose(score, expected, abs_tol=1e-5)
 
 
 def test_scores_do_not_depend_on_the_order_of_submission(classifier):

@@ -105,6 +105,13 @@ def test_greedy_tokens_equal_the_transformers_engine(engines, name):
     assert [r[0].finish_reason for r in ours] == ["length"] * len(ours)
 
 
+def test_a_kimi_k2_leaves_transformers_its_deepseek_v3(engines):
+    from transformers import DeepseekV3Config
+
+    engines("kimi_k2")
+    assert DeepseekV3Config.model_type == DeepseekV3Config().model_type == "deepseek_v3"
+
+
 def test_bfloat16_and_an_engine_without_weights(engines):
     engine = engines("qwen3_tied", dtype="bfloat16", weights="empty")
     with pytest.raises(GenerationError, match="no weights"):

@@ -40,11 +40,11 @@ fi
 [ "$only_set_up" ] && exit
 if [ "$fast" ]; then
   export PYTEST_ADDOPTS='-m "not heavy"'
-  megatron_side=$(echo tests/unit/{checkpoint,kernels,model,platform,train})
+  half=$(echo tests/unit/{checkpoint,config,kernels,model,platform,train})  # of the time
   if [ $# -gt 0 ]; then
     run_tests "$@"
   else
-    run_beside "$megatron_side" "tests/unit $(printf -- '--ignore=%s ' $megatron_side)"
+    run_beside "$half" "tests/unit $(printf -- '--ignore=%s ' $half)"
   fi
 elif [ $# -gt 0 ]; then
   run_tests "$@"

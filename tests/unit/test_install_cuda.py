@@ -121,6 +121,7 @@ def test_another_cuda_is_refused_before_anything_is_installed(machine, name, bod
     assert calls == []
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("python", ["3.11", "3.12"])
 def test_the_pins_resolve(machine, tmp_path, python):
     """All requirements of setup.py, cuda.txt and what is built here, theirs included, for CUDA's wheels, in the versions of the

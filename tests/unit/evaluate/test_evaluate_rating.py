@@ -47,6 +47,7 @@ def test_nothing_and_everything_solved():
     assert everything.value == everything.high == HIGHEST and everything.low > 700
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("truth", [1200, 1900, 2400])
 def test_known_solvers_are_found_and_covered(truth):
     generator = random.Random(truth)

@@ -20,6 +20,7 @@ LOADS = {  # family: (the layout it is written for, the layouts it is loaded in)
     "deepseek_v3_mtp": (Layout(tp=2, ep=2), [{}, {"tp": 2, "ep": 2}, {"ep": 2}, {"pp": 2}]),
     "deepseek_v2_lite": (Layout(), [{"tp": 2, "ep": 2}]),
     "moonlight": (Layout(ep=2), [{"pp": 2}]),
+    "kimi_k2": (Layout(ep=2), [{}, {"tp": 2, "ep": 2}, {"pp": 2}]),
     "llama": (Layout(), [{"tp": 2}]),
     "qwen2_tied": (Layout(tp=2), [{"pp": 2}, {"tp": 2}]),
     "qwen3": (Layout(), [{"tp": 2}, {"pp": 2}]),

@@ -7,7 +7,7 @@ import torch
 
 from tests.dist.launch import RankError, launch
 from tests.dist.layout_worker import Case, run_layouts
-from tests.reference import DEEPSEEK, DENSE, QWEN3_MOE, Layout, make_reference
+from tests.reference import DEEPSEEK, DENSE, KIMI, QWEN3_MOE, Layout, make_reference
 
 MODELS = {  # vocabularies of 97 need padding under TP 2
     "deepseek": DEEPSEEK,
@@ -17,6 +17,7 @@ MODELS = {  # vocabularies of 97 need padding under TP 2
     "qwen2": DENSE | {"model_type": "qwen2", "vocab_size": 97},
     "qwen3 moe": QWEN3_MOE | {"vocab_size": 97, "mlp_only_layers": [1]},
     "qwen3 moe aux": QWEN3_MOE,
+    "kimi k2": KIMI,
 }
 CASES = {  # test_policy_layouts.py has the packed ones
     2: [
@@ -45,6 +46,12 @@ CASES = {  # test_policy_layouts.py has the packed ones
         Case("qwen3 moe", Layout(cp=2, ep=2), packed=True),
         Case("qwen3 moe aux", Layout(tp=2, ep=2)),
         Case("qwen3 moe aux", Layout(cp=2)),
+        Case("kimi k2", Layout()),
+        Case("kimi k2", Layout(tp=2, ep=2), packed=True),
+        Case("kimi k2", Layout(ep=2)),
+        Case("kimi k2", Layout(tp=2, etp=2)),
+        Case("kimi k2", Layout(pp=2)),
+        Case("kimi k2", Layout(cp=2)),
     ],
 }
 

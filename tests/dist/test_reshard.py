@@ -20,6 +20,8 @@ CASES = {
         Case("deepseek", Layout(etp=2), 2, ep=2),
         Case("qwen3_tied", Layout(pp=2), 2),
         Case("qwen2", Layout(tp=2), 1, "bfloat16"),
+        Case("kimi_k2", Layout(tp=2, ep=2), 1),
+        Case("kimi_k2", Layout(pp=2), 2, ep=2),
         Case("qwen3_moe", Layout(tp=2, ep=2), 1),
         Case("qwen3_moe", Layout(pp=2, vpp=2), 1),
         Case("qwen3_moe", Layout(tp=2), 2, ep=2),

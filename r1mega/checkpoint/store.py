@@ -69,7 +69,7 @@ class CheckpointStore:
     """
 
     def __init__(self, run_dir: Path, *, keep: int, architecture: Mapping[str, Any], asynchronous: bool = False):
-        """architecture: what must be equal for a checkpoint to fit (see `architecture_of`)."""
+        """architecture: what must be equal for a checkpoint to fit (see `deciding_keys`)."""
         self.directory = Path(run_dir) / "checkpoints"
         self.keep, self.architecture, self.asynchronous = keep, dict(architecture), asynchronous
         self._workers: Workers = Alone()
@@ -289,7 +289,7 @@ def check_architecture(path: Path, architecture: Mapping[str, Any]) -> None:
         )
 
 
-def architecture_of(hf_config: Mapping[str, Any]) -> dict[str, Any]:
+def deciding_keys(hf_config: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of an HF config.json that decide names and shapes of tensors."""
     deciding = (
         "model_type hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim intermediate_size "

@@ -20,7 +20,7 @@ from r1mega.checkpoint.manifest import verify as problem_of
 from r1mega.checkpoint.name_rules import to_full
 from r1mega.checkpoint.parameters import Parameter, model_shape_of, parameters
 from r1mega.checkpoint.safetensors_file import write_tensors
-from r1mega.checkpoint.store import architecture_of, check_architecture, newest_whole
+from r1mega.checkpoint.store import check_architecture, deciding_keys, newest_whole
 from r1mega.checkpoint.torch_dist import TorchDistReader
 from r1mega.checkpoint.workers import Workers
 from r1mega.data.tokenizer import TOKENIZER_FILES
@@ -119,7 +119,7 @@ class ToHF:
 
     def _check_architecture(self, config: Mapping[str, Any]) -> None:
         """The manifest says more clearly than a list of tensors that a config is of another model."""
-        architecture = architecture_of(config)
+        architecture = deciding_keys(config)
         saved = read_manifest(self.path)["architecture"]
         if saved.get("num_nextn_predict_layers") != architecture.get("num_nextn_predict_layers"):
             architecture.pop("num_nextn_predict_layers", None)  # MTP layers may be left out

@@ -28,7 +28,7 @@ from r1mega.checkpoint.manifest import MANIFEST, file_record, write_manifest
 from r1mega.checkpoint.name_rules import Region, pieces, to_local
 from r1mega.checkpoint.parameters import Parameter, model_shape_of, parameters
 from r1mega.checkpoint.safetensors_file import as_bytes, read_tensor
-from r1mega.checkpoint.store import PROGRESS, architecture_of, check_architecture
+from r1mega.checkpoint.store import PROGRESS, check_architecture, deciding_keys
 from r1mega.checkpoint.torch_dist import COMMON, Piece, without_crc, write_index, write_pieces
 from r1mega.config.layout import Layout, model_problems
 from r1mega.errors import CheckpointError, ConfigError
@@ -93,7 +93,7 @@ class ToMegatron:
         copy_tokenizer(self.source, directory)
         files = {name: record["file"] for name, record in records.items()}
         small = [p for p in directory.iterdir() if p.is_file() and p.name not in (*files, PLAN)]
-        write_manifest(directory, architecture_of(self.config), files | {p.name: file_record(p) for p in small})
+        write_manifest(directory, deciding_keys(self.config), files | {p.name: file_record(p) for p in small})
 
     # ------------------------------------------------------------------ one parameter
 
@@ -206,7 +206,7 @@ def check_weights(directory: Path, num_mtp_layers: int) -> None:
     """
     config = read_config(directory)
     if (directory / MANIFEST).exists():
-        check_architecture(directory, architecture_of(config))
+        check_architecture(directory, deciding_keys(config))
         return
     tensors = HFTensors(directory)
     check_tensors(tensors, list(parameters(config, num_mtp_layers)), model_shape_of(config, num_mtp_layers), directory)

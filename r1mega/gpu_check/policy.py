@@ -32,7 +32,7 @@ from r1mega.types import TrainingSample
 
 platform.prepare()
 
-from r1mega.checkpoint.store import CheckpointStore, architecture_of  # noqa: E402
+from r1mega.checkpoint.store import CheckpointStore, deciding_keys  # noqa: E402
 from r1mega.gpu_check.tensors import distance, everything, gradients_by_name, weights  # noqa: E402
 from r1mega.observe.trace import PhaseTimer  # noqa: E402
 from r1mega.platform import groups  # noqa: E402
@@ -305,7 +305,7 @@ def checkpoint(context: Context, findings: Findings) -> None:
     case = Case("bfloat16", "logits", "given")
     state, _ = load_reference(context)
     groups.init_parallel(ParallelConfig(), seed=0)
-    store = CheckpointStore(context.work / "run", keep=1, architecture=architecture_of(HF))
+    store = CheckpointStore(context.work / "run", keep=1, architecture=deciding_keys(HF))
     trainer = make_trainer(case, state)
     take_steps(trainer, case, 1)
     before = everything(trainer)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from r1mega.config.schema import RolloutConfig
+from r1mega.config.schema import Dtype, RolloutConfig
 from r1mega.rollout.engine import EngineSettings
 from r1mega.types import GenerationEngine
 
@@ -19,7 +19,7 @@ EngineName = Literal["vllm", "transformers"]
 
 def engine_settings(
     path: Path,
-    dtype: Literal["float32", "bfloat16"],
+    dtype: Dtype,
     max_model_len: int,
     rollout: RolloutConfig | GeneratorConfig,
     **more: Any,

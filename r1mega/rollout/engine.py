@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from r1mega.config.schema import Dtype
 from r1mega.errors import GenerationError
 from r1mega.types import Completion, GenerationRequest, Response
 
@@ -25,7 +26,7 @@ class EngineSettings:
 
     model_path: Path
     max_model_len: int
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Dtype = "float32"
     max_num_seqs: int = 256
     max_batched_tokens: int = 8192
     kv_cache_bytes: int | None = None

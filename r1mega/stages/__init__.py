@@ -9,7 +9,7 @@ import importlib
 
 from r1mega.checkpoint.hf import read_config
 from r1mega.checkpoint.manifest import MANIFEST
-from r1mega.checkpoint.store import architecture_of, check_architecture
+from r1mega.checkpoint.store import check_architecture, deciding_keys
 from r1mega.config.rewards import RewardConfig
 from r1mega.config.schema import Stage, TrainingStage
 from r1mega.config.stages.reward_model import RewardModelStage
@@ -93,7 +93,7 @@ def check_run_directory(config: Stage) -> None:
     directory = RunDirectory(config.run_dir)
     directory.check_place()
     directory.check_config(config.model_dump(mode="json"))
-    architecture = architecture_of(read_config(config.model.path))
+    architecture = deciding_keys(read_config(config.model.path))
     for manifest in sorted(config.run_dir.glob(f"checkpoints/step_*/{MANIFEST}")):
         with contextlib.suppress(ValueError):  # a damaged manifest is `CheckpointStore.latest`'s business
             check_architecture(manifest.parent, architecture)

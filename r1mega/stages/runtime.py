@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from r1mega import platform
 from r1mega.checkpoint.hf import write_hf
-from r1mega.checkpoint.store import CheckpointStore, architecture_of
+from r1mega.checkpoint.store import CheckpointStore, deciding_keys
 from r1mega.config.schema import CheckpointConfig, Stage, TrainingStage
 from r1mega.errors import EXIT_SAVED_FOR_REQUEUE, CheckpointError, FreshProcessNeeded, R1MegaError
 from r1mega.observe.metrics import MetricsWriter
@@ -148,7 +148,7 @@ class Runtime:
         """
         checkpoint = self._checkpoint
         store = self._store = CheckpointStore(
-            self.run_dir, keep=checkpoint.keep, architecture=architecture_of(hf_config),
+            self.run_dir, keep=checkpoint.keep, architecture=deciding_keys(hf_config),
             asynchronous=checkpoint.async_save,
         )  # fmt: skip
         path = store.latest()

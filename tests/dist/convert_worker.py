@@ -16,7 +16,7 @@ platform.prepare()
 from megatron.core import parallel_state as ps  # noqa: E402
 
 from r1mega.checkpoint.hf import HFTensors  # noqa: E402
-from r1mega.checkpoint.store import CheckpointStore, architecture_of  # noqa: E402
+from r1mega.checkpoint.store import CheckpointStore, deciding_keys  # noqa: E402
 from r1mega.checkpoint.torch_dist import TorchDistReader  # noqa: E402
 from r1mega.config.schema import ModelConfig, OptimizerConfig, ParallelConfig  # noqa: E402
 from r1mega.platform import groups  # noqa: E402
@@ -120,7 +120,7 @@ def save_run(
     """
     groups.init_distributed()
     trainer, dictated = make_trainer(config, layout, dtype, source, fp8=fp8), dtype == "bfloat16"
-    store = CheckpointStore(run, keep=2, architecture=architecture_of(config), asynchronous=asynchronous)
+    store = CheckpointStore(run, keep=2, architecture=deciding_keys(config), asynchronous=asynchronous)
     store.save(0, trainer.sharded_state(is_loading=False), {})  # before the first step
     losses = [update(trainer, dictated) for _ in range(2)]
     store.save(2, trainer.sharded_state(is_loading=False), {})
@@ -168,12 +168,12 @@ def resume_run(
     results = {}
     for layout, step in cases:
         trainer = make_trainer(config, layout, dtype, fp8=fp8)
-        store = CheckpointStore(run, keep=2, architecture=architecture_of(config))
+        store = CheckpointStore(run, keep=2, architecture=deciding_keys(config))
         assert store.latest().name == "step_000002"
         path = store.directory / f"step_{step:06d}"
         state, progress = store.load(path, trainer.sharded_state(is_loading=True))
         trainer.load_sharded_state(state)
-        again = CheckpointStore(run / f"{layout} {step}", keep=1, architecture=architecture_of(config))
+        again = CheckpointStore(run / f"{layout} {step}", keep=1, architecture=deciding_keys(config))
         changed = unequal_tensors(path, again.save(step, trainer.sharded_state(is_loading=False), {}))
         losses = [update(trainer, dtype == "bfloat16") for _ in range(progress["step"], 4)]
         results[f"{layout} from {step}"] = (changed, *differences(losses, all_weights(trainer), expected))

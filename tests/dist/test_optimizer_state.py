@@ -137,13 +137,13 @@ def load_in_both_ways(directory: Path, cases: list[Case]) -> list[dict[str, Any]
 
 
 def _load_in_both_ways(directory: Path, case: Case) -> dict[str, Any]:
-    from r1mega.checkpoint.store import CheckpointStore, architecture_of
+    from r1mega.checkpoint.store import CheckpointStore, deciding_keys
     from r1mega.platform import groups
     from r1mega.train import optimizer as module
     from tests.dist.convert_worker import make_trainer, update
 
     config = MTP | {"num_hidden_layers": case.layers}
-    store = CheckpointStore(directory, keep=1, architecture=architecture_of(config))
+    store = CheckpointStore(directory, keep=1, architecture=deciding_keys(config))
 
     def bits(trainer: Any) -> dict[Any, torch.Tensor]:
         found = {name: tensor.clone() for name, tensor in trainer.policy.hf_tensors()}

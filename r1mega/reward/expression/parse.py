@@ -152,6 +152,7 @@ class Parser:
         return items
 
     def relation(self) -> Node:
+        """`a = b`, `a < b <= c`, `x \\in A`; without an operator what stands there."""
         sides = [self.union()]
         operators: list[str] = []
         while self.peek() in _RELATIONS:
@@ -292,6 +293,7 @@ class Parser:
         return Degrees(node)
 
     def subscript(self, node: Number | Text | Symbol | Function) -> Node:
+        """What follows `_`: the base of a numeral, or an index that belongs to the name."""
         start = self.at
         inner = self.group() if self.peek() == "{" else Text(self.take())
         label = "".join(self.tokens[start : self.at]).strip("{}")
@@ -330,6 +332,7 @@ class Parser:
         return self.primary()
 
     def primary(self) -> Node:
+        """A number, a name, a command, or what brackets enclose."""
         self.depth += 1
         if self.depth > 2 * MAX_DEPTH:
             raise UnreadableError(f"nested deeper than {MAX_DEPTH}", over_limit=True)
@@ -363,6 +366,7 @@ class Parser:
         return Symbol(token)
 
     def bracket(self, opening: str) -> Node:
+        """What stands after `opening`, to its end: one thing, a tuple or an interval."""
         bars, self.bars = self.bars, 0
         items = self.statement()
         closing = self.take()

@@ -43,7 +43,7 @@ def main() -> None:
     """See above. argv: what to do, where, dtype."""
     action, directory, dtype = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
     platform.prepare()
-    from r1mega.checkpoint.store import CheckpointStore, architecture_of
+    from r1mega.checkpoint.store import CheckpointStore, deciding_keys
     from r1mega.train.policy import Policy
     from r1mega.train.trainer import Trainer
 
@@ -57,7 +57,7 @@ def main() -> None:
     policy = Policy(model, HF, ParallelConfig(), seed=1, init_std=0.08)
     policy.take_reference()
     trainer = Trainer(policy, optimizer, total_steps=10)
-    store = CheckpointStore(directory, keep=2, architecture=architecture_of(HF))
+    store = CheckpointStore(directory, keep=2, architecture=deciding_keys(HF))
     if action == "save":
         for _ in range(2):
             step(trainer)

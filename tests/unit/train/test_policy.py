@@ -175,14 +175,14 @@ def test_reference_weights_are_swapped_in_and_out(one_rank, dtype, log_probs):
 
 @pytest.mark.parametrize(("dtype", "log_probs"), DTYPES)
 def test_checkpoint_continues_bitwise(one_rank, tmp_path, dtype, log_probs):
-    from r1mega.checkpoint.store import CheckpointStore, architecture_of
+    from r1mega.checkpoint.store import CheckpointStore, deciding_keys
 
     samples, packs, algorithm = make_samples(), [[0, 1], [2, 3]], AlgorithmConfig()
     trainer = make_trainer(log_probs, dtype, warmup_steps=3)
     policy = trainer.policy
     policy.take_reference()
     run_update(trainer, samples, packs, algorithm)
-    store = CheckpointStore(tmp_path, keep=2, architecture=architecture_of(HF))
+    store = CheckpointStore(tmp_path, keep=2, architecture=deciding_keys(HF))
     path = store.save(1, trainer.sharded_state(is_loading=False), {"cursor": {"num_drawn": 4}})
     results = [run_update(trainer, samples, packs, algorithm) for _ in range(2)]
     weights = {name: value.clone() for name, value in policy.hf_tensors()}
@@ -207,12 +207,12 @@ def test_checkpoint_continues_bitwise(one_rank, tmp_path, dtype, log_probs):
 
 
 def test_torn_and_foreign_checkpoints_are_refused(one_rank, tmp_path, caplog):
-    from r1mega.checkpoint.store import CheckpointStore, architecture_of
+    from r1mega.checkpoint.store import CheckpointStore, deciding_keys
     from r1mega.errors import CheckpointError
 
     trainer = make_trainer()
     run_update(trainer, make_samples(), [[0, 1, 2, 3]], AlgorithmConfig())
-    store = CheckpointStore(tmp_path, keep=2, architecture=architecture_of(HF))
+    store = CheckpointStore(tmp_path, keep=2, architecture=deciding_keys(HF))
     first = store.save(1, trainer.sharded_state(is_loading=False), {})
     second = store.save(2, trainer.sharded_state(is_loading=False), {})
     victim = max(second.rglob("*.distcp"), key=lambda p: p.stat().st_size)
@@ -224,7 +224,7 @@ def test_torn_and_foreign_checkpoints_are_refused(one_rank, tmp_path, caplog):
     assert "sha256" in caplog.text
     store.save(3, trainer.sharded_state(is_loading=False), {})
     assert sorted(p.name for p in store.directory.iterdir()) == ["step_000002", "step_000003"], "only `keep` are kept"
-    other = CheckpointStore(tmp_path, keep=2, architecture=architecture_of(HF | {"hidden_size": 64}))
+    other = CheckpointStore(tmp_path, keep=2, architecture=deciding_keys(HF | {"hidden_size": 64}))
     with pytest.raises(CheckpointError, match="hidden_size 48 there, 64 here"):
         other.load(store.latest(), trainer.sharded_state(is_loading=True))
 

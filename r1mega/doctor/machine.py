@@ -99,11 +99,18 @@ def patches_table() -> Table:
     from r1mega.platform.megatron_patches import PATCHES, installed_version, needed_patches
 
     needed = needed_patches(platform.current(), installed_version())
-    table = Table("here", "module", "versions", "where", "why", title="Changes to megatron-core", title_justify="left")
+    columns = ("here", "module", "versions", "where", "why", "upstream")
+    table = Table(*columns, title="Changes to megatron-core", title_justify="left")
     for patch in PATCHES:
-        why = patch.reason + (f" [upstream: {patch.upstream}]" if patch.upstream else "")
         where = {"always": "everywhere", "cpu": "on a CPU", "no_te": "without Transformer Engine"}[patch.when]
-        cells = ("yes" if patch in needed else "-", patch.module, patch.versions or "all", where, why)
+        cells = (
+            "yes" if patch in needed else "-",
+            patch.module,
+            patch.versions or "all",
+            where,
+            patch.reason,
+            patch.upstream,
+        )
         table.add_row(*(Text(cell) for cell in cells))
     return table
 

@@ -260,7 +260,7 @@ def _build_chunk(hf: Mapping[str, Any], config: Any, init_std: float | None, vir
 
 
 def _specs(config: Any, virtual_stage: int | None) -> tuple[Any, Any]:
-    """(decoder block spec, MTP block spec or None) with this platform's attention and linear layers."""
+    """(decoder block spec, MTP block spec or None) with this platform's attention, linear layers and norms."""
     from megatron.core.models.gpt import gpt_layer_specs as specs
 
     engine = config.transformer_impl == "transformer_engine"
@@ -268,12 +268,14 @@ def _specs(config: Any, virtual_stage: int | None) -> tuple[Any, Any]:
     layers = specs.get_gpt_decoder_layer_specs(config, engine, normalization="RMSNorm")
     for layer in [*block.layer_specs, *layers]:
         if not engine:
-            _use_local_attention(layer, config)
+            _use_local_layers(layer, config)
         elif config.context_parallel_size > 1 and platform.current().name == "cpu":
             _use_own_core_attention(layer)  # Transformer Engine's needs cuDNN or flash attention to be cut over ranks
     mtp = None
     if config.mtp_num_layers:
         mtp = specs.get_gpt_mtp_block_spec(config, layers[-1], use_transformer_engine=engine, vp_stage=virtual_stage)
+    if not engine:
+        _use_local_norms(block, *(layer.submodules for layer in (mtp.layer_specs if mtp else ())))
     return block, mtp
 
 
@@ -283,17 +285,30 @@ def _use_own_core_attention(layer: Any) -> None:
     layer.submodules.self_attention.submodules.core_attention = CausalAttention
 
 
-def _use_local_attention(layer: Any, config: Any) -> None:
+def _use_local_layers(layer: Any, config: Any) -> None:
     from megatron.core.transformer.identity_op import IdentityOp
 
     from r1mega.platform.local_layers import DuplicatedLinear
 
     _use_own_core_attention(layer)
     attention = layer.submodules.self_attention.submodules
+    _use_local_norms(layer.submodules, attention)
     if hasattr(attention, "linear_kv_down_proj"):
         attention.linear_q_down_proj = attention.linear_kv_down_proj = DuplicatedLinear
         if config.q_lora_rank is None:
             attention.q_layernorm = IdentityOp  # there is no latent query to normalise
+
+
+def _use_local_norms(*submodules: Any) -> None:
+    """Megatron's wrapper of torch's norms refuses sequence parallelism: it would keep the gradient of one rank's tokens only."""
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    from r1mega.platform.local_layers import RMSNorm
+
+    for owner in submodules:
+        for name, module in list(vars(owner).items()):
+            if module is WrappedTorchNorm:
+                setattr(owner, name, RMSNorm)
 
 
 def _mask_padded_vocabulary(model: Any, vocabulary: int) -> None:

@@ -1,8 +1,9 @@
-"""Every change made to megatron-core, for each version that is supported, and why.
+"""Every change made to megatron-core, for each version that is supported, why, and what will end it.
 
 `megatron_import` makes them, to the source text as each module is imported. A text that is not found, or found another number
-of times, raises PlatformError: a new version of megatron-core needs a look at this list. `versions` says where a patch
-belongs, `upstream` which change of megatron-core is the reason that it does not belong everywhere.
+of times, raises PlatformError: a new version of megatron-core needs a look at this list. `since` and `fixed_in` say where a
+patch belongs, `upstream` which change of megatron-core ends it; a patch that no supported version needs any more fails
+tests/unit/platform/test_megatron_patches.py, by name. What a ModuleSpec can say is no patch: `model/build.py`.
 
 Three causes:
 - `cpu`: the code takes a CUDA device for granted;
@@ -17,7 +18,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 
 from r1mega.errors import PlatformError
 
@@ -29,7 +30,9 @@ MEGATRON_VERSIONS = {"0.16.1": "3.11", "0.19.2": "3.12"}
 class Patch:
     """Replace `old` by `new` in the source of megatron.core.`module`, `count` times exactly.
 
-    versions: of megatron-core that need it, as a PEP 440 specifier; empty: all. upstream: what changed at that bound.
+    upstream: the change that ends it: a pull request of NVIDIA/Megatron-LM, or, where none is known, what it would have to do.
+    since, fixed_in: the first version that needs it and the first that no longer does; None: the oldest that is supported,
+    none yet. fault: another text of the module, there as long as what is patched is, where `old` alone would outlive it.
     """
 
     module: str
@@ -37,19 +40,36 @@ class Patch:
     old: str
     new: str
     reason: str
+    upstream: str
     count: int = 1
-    versions: str = ""
-    upstream: str = ""
+    since: str | None = None
+    fixed_in: str | None = None
+    fault: str = ""
 
     def is_for(self, version: str) -> bool:
         """Whether this version of megatron-core needs the patch."""
-        return version in SpecifierSet(self.versions)
+        return (self.since is None or Version(version) >= Version(self.since)) and not self.ended(version)
+
+    def ended(self, version: str) -> bool:
+        """Whether megatron-core has done by this version what the patch does."""
+        return self.fixed_in is not None and Version(version) >= Version(self.fixed_in)
+
+    @property
+    def versions(self) -> str:
+        """Of megatron-core that need it, such as '>=0.19'; empty: all."""
+        bounds = [(">=", self.since), ("<", self.fixed_in)]
+        return ",".join(f"{sign}{bound}" for sign, bound in bounds if bound is not None)
 
 
+_ASKS_DEVICE = "none known; it would have to ask what device it runs on"
+_ASKS_BACKEND = "none known; it would have to pad where the backend gathers equal sizes only"
+_SAVES_ADAMW = "none known; its checkpoints would have to take the `step` that torch's AdamW keeps for each parameter"
+_TAKES_MASK = "none known; packed_seq_params would have to carry the mask, which goes to every stage and layer"
 _PADDING_MASK = (
     "the mask as an argument reaches neither the later pipeline stages (cut for sequence parallelism) nor MTP's layer"
 )
 _LOGITS_WITH_MTP = "a model with MTP layers must give logits too, where there are no labels (RL, log-probs)"
+_LABELS = "none known; a pass without labels would have to leave the MTP layers out"
 _IMITATION = "#3457 takes the input tokens for labels where there are none: RL would imitate what it sampled"
 
 PATCHES = (
@@ -59,6 +79,7 @@ PATCHES = (
         "jit_fuser = torch.compile",
         "jit_fuser = noop_decorator",
         "compiling costs seconds a shape and a C++ compiler on a CPU",
+        _ASKS_DEVICE,
     ),
     Patch(
         "tensor_parallel.random",
@@ -66,6 +87,7 @@ PATCHES = (
         "return torch.cuda.random.get_rng_state(device=device)",
         "return torch.get_rng_state()",
         "the random state is the CPU's",
+        _ASKS_DEVICE,
     ),
     Patch(
         "tensor_parallel.random",
@@ -73,6 +95,7 @@ PATCHES = (
         "    if hasattr(_C, '_cuda_setRNGState') and callable(_C._cuda_setRNGState):",
         "    return torch.set_rng_state(new_state)\n    if False:",
         "the random state is the CPU's",
+        _ASKS_DEVICE,
     ),
     Patch(
         "tensor_parallel.random",
@@ -80,6 +103,7 @@ PATCHES = (
         "if not torch.all(cpu_rng_state == torch.get_rng_state()).item():",
         "if False:",
         "the two generators are one, so the warning would come at every fork",
+        _ASKS_DEVICE,
     ),
     Patch(
         "models.common.embeddings.rope_utils",
@@ -87,6 +111,7 @@ PATCHES = (
         'device="cpu", pin_memory=True',
         'device="cpu"',
         "pinned memory needs an accelerator (context parallelism)",
+        _ASKS_DEVICE,
     ),
     Patch(
         "transformer.moe.moe_utils",
@@ -94,6 +119,7 @@ PATCHES = (
         "if torch.is_tensor(tensor) and tensor.is_cuda:",
         "if torch.is_tensor(tensor):",
         "the split sizes of the all-to-all must become numpy arrays for CPU tensors too",
+        _ASKS_DEVICE,
     ),
     Patch(
         "tensor_parallel.mappings",
@@ -101,6 +127,7 @@ PATCHES = (
         "torch.distributed.all_gather(output_tensor_list, input_, group=group)",
         "_uneven_all_gather(output_tensor_list, input_, group)",
         "gloo gathers equal sizes only (expert tensor parallelism with expert parallelism)",
+        _ASKS_BACKEND,
     ),
     Patch(
         "tensor_parallel.mappings",
@@ -108,6 +135,7 @@ PATCHES = (
         "torch.distributed.reduce_scatter(output, input_tensor_list, group=group)",
         "_uneven_reduce_scatter(output, input_tensor_list, group)",
         "gloo scatters equal sizes only (expert tensor parallelism with expert parallelism)",
+        _ASKS_BACKEND,
     ),
     Patch(
         "transformer.multi_latent_attention",
@@ -117,16 +145,7 @@ PATCHES = (
         "TEColumnParallelLinear = Linear = ColumnParallelLinear\n"
         "\n@dataclass\nclass MLASelfAttentionSubmodules:",
         "without Transformer Engine TELinear is a mock; the down-projections need a duplicated linear layer",
-    ),
-    Patch(
-        "transformer.torch_norm",
-        "no_te",
-        "        assert not config.sequence_parallel,",
-        '        if config.normalization == "RMSNorm":\n'
-        "            from r1mega.platform.local_layers import RMSNorm\n\n"
-        "            return RMSNorm(config, hidden_size, eps)\n"
-        "        assert not config.sequence_parallel,",
-        "torch's norm under sequence parallelism would keep the gradient of one rank's tokens only",
+        "none known; MLASelfAttention would have to take any class in its spec for them, not four by name",
     ),
     Patch(
         "transformer.moe.moe_utils",
@@ -134,8 +153,8 @@ PATCHES = (
         "    HAVE_TE = False",
         "    HAVE_TE = False\n    te_general_gemm = None",
         "the name is used without Transformer Engine, but only defined with it",
-        versions="<0.17",
-        upstream="defined as None there",
+        "#3763 defines it as None",
+        fixed_in="0.17",
     ),
     Patch(
         "optimizer",
@@ -143,6 +162,7 @@ PATCHES = (
         "        from torch.optim import AdamW as Adam\n\n        USING_PYTORCH_OPTIMIZER = True",
         "        from r1mega.platform.adam import FusedAdam as Adam\n\n        USING_PYTORCH_OPTIMIZER = False",
         "torch's AdamW breaks sharded checkpoints of the distributed optimizer (see adam.py)",
+        _SAVES_ADAMW,
     ),
     Patch(
         "optimizer.distrib_optimizer",
@@ -150,6 +170,7 @@ PATCHES = (
         "        from torch.optim import Adam as Adam\n\n        HAVE_APEX_OR_TE = False",
         "        from r1mega.platform.adam import FusedAdam as Adam\n\n        USING_APEX_OPTIMIZER = True",
         "as above",
+        _SAVES_ADAMW,
     ),
     Patch(
         "transformer.moe.moe_utils",
@@ -157,6 +178,7 @@ PATCHES = (
         "scores.view(num_tokens, num_groups, -1).topk(topk // group_topk, dim=-1)[0].sum(dim=-1)",
         "scores.view(num_tokens, num_groups, -1).topk(2, dim=-1)[0].sum(dim=-1)",
         "DeepSeek-V3 (its own code, transformers, vLLM) scores a group by its two best experts, whatever top-k is",
+        "#4667 (open) makes their number an argument",
     ),
     Patch(
         "transformer.moe.router",
@@ -165,8 +187,8 @@ PATCHES = (
         '"seq_load_balancing_loss",\n            self.tp_cp_group,\n'
         "            valid_token_count=total_num_tokens * bsz,",
         "with calculate_per_token_loss the auxiliary loss shrank by tp * cp * sequences in the microbatch",
-        versions="<0.19",
-        upstream="NVIDIA/Megatron-LM#5047 (tp * cp) and #5798 (sequences)",
+        "#5047 (tp * cp) and #5798 (sequences); what is left of it is the next patch",
+        fixed_in="0.19",
     ),
     Patch(
         "transformer.moe.router",
@@ -174,8 +196,8 @@ PATCHES = (
         "valid_token_count=local_num_tokens * bsz,",
         "valid_token_count=total_num_tokens * bsz / self.tp_cp_group.size(),",
         "a rank's tokens times the ranks are all tokens only where padding is spread evenly: ranks would weigh unequally",
-        versions=">=0.19",
-        upstream="#5047 multiplies a rank's own count by the ranks",
+        "none known; #5047 brought it, which multiplies a rank's own count by the ranks: it would have to sum their counts",
+        since="0.19",
     ),
     Patch(
         "transformer.moe.router",
@@ -184,6 +206,9 @@ PATCHES = (
         "                self.expert_bias.data = self.expert_bias.data.to(torch.float32)\n"
         "                self.local_tokens_per_expert.data = self.local_tokens_per_expert.data.to(torch.float32)",
         "Float16Module turns the token counters into bfloat16, which cannot count beyond 256",
+        "#7081 (after 0.19.2) makes them integers",
+        fault="'local_tokens_per_expert',\n                torch.zeros(\n                    self.config.num_moe_experts,\n"
+        "                    dtype=torch.float32,",
     ),
     Patch(
         "transformer.transformer_layer",
@@ -192,7 +217,8 @@ PATCHES = (
         '            padding_mask=getattr(kwargs.get("packed_seq_params"), "padding_mask", None),\n'
         "        )\n        return output, context",
         _PADDING_MASK,
-        versions="<0.19",
+        f"{_TAKES_MASK}; #5696 changes the text, not the fault: see the next patch",
+        fixed_in="0.19",
     ),
     Patch(
         "transformer.transformer_layer",
@@ -201,15 +227,16 @@ PATCHES = (
         '            padding_mask=getattr(kwargs.get("packed_seq_params"), "padding_mask", None),\n'
         "            packed_seq_params=kwargs.get(",
         _PADDING_MASK,
-        versions=">=0.19",
-        upstream="#5696 adds an argument after it; MTP's layers now get the mask, later pipeline stages still not",
+        f"{_TAKES_MASK}: since #5696 MTP's layers get it, later pipeline stages still not",
+        since="0.19",
     ),
     Patch(
         "transformer.moe.router",
         "always",
-        "routing_map = routing_map & (~padding_mask)",
-        "routing_map = routing_map & (~padding_mask)[:, None]",
+        "routing_map = routing_map & (~padding_mask)\n",
+        "routing_map = routing_map & (~padding_mask)[:, None]\n",
         "[tokens, experts] and [tokens] do not go together",
+        "#6114 (after 0.19.2)",
     ),
     Patch(
         "transformer.moe.moe_utils",
@@ -217,6 +244,7 @@ PATCHES = (
         "total_num_tokens = global_tokens_per_expert.sum() / topk",
         "total_num_tokens = (global_tokens_per_expert.sum() / topk).clamp(min=1)",
         "a microbatch of padding alone has the auxiliary loss 0, not 0 / 0",
+        "none known; switch_load_balancing_loss_func would have to take no tokens at all",
     ),
     Patch(
         "transformer.multi_token_prediction",
@@ -231,15 +259,18 @@ PATCHES = (
         "                    *tensors.values(),\n"
         "                )",
         "save_for_backward takes tensors only, and packed sequences are described by something else",
-        versions="<0.18",
-        upstream="what is not a tensor is no argument of the checkpoint there",
+        "#4593: what is not a tensor is no argument of the checkpoint",
+        fixed_in="0.18",
     ),
     Patch(
         "extensions.transformer_engine",
         "always",
-        "            if not fp8_checkpoint:\n                return [state] * self.num_gemms",
-        "            if not fp8_checkpoint or state.numel() == 0:\n                return [state] * self.num_gemms",
+        "            state = self._decode_extra_state(state)\n            extra_states = []",
+        "            if state.numel() == 0:\n                return [state] * self.num_gemms\n"
+        "            state = self._decode_extra_state(state)\n            extra_states = []",
         "Transformer Engine 2.16 and later have an empty extra state for recipes without one (current and block scaling)",
+        "#5997 returns empty states where there is nothing to decode",
+        fixed_in="0.19",
     ),
     Patch(
         "models.gpt.gpt_model",
@@ -247,8 +278,8 @@ PATCHES = (
         "        if mtp_in_postprocess:\n            hidden_states = self.mtp(",
         "        if mtp_in_postprocess and labels is not None:\n            hidden_states = self.mtp(",
         _LOGITS_WITH_MTP,
-        versions="<0.17",
-        upstream="the condition has more to it since; see below",
+        f"{_LABELS}; in 0.17 and 0.18 they run for nothing, from 0.19 they are trained: see below",
+        fixed_in="0.17",
     ),
     Patch(
         "models.gpt.gpt_model",
@@ -256,26 +287,26 @@ PATCHES = (
         "if self.config.mtp_num_layers is not None:\n            mtp_labels = labels.clone()",
         "if self.config.mtp_num_layers is not None and labels is not None:\n            mtp_labels = labels.clone()",
         _LOGITS_WITH_MTP,
-        versions="<0.17",
-        upstream="process_mtp_loss has it since",
+        "#2363: process_mtp_loss has it",
+        fixed_in="0.17",
     ),
     Patch(
         "models.gpt.gpt_model",
         "always",
         "        if mtp_in_postprocess and not (in_inference_mode or is_spec_decode):",
         "        if mtp_in_postprocess and labels is not None and not (in_inference_mode or is_spec_decode):",
-        "without labels the MTP layers have nothing to predict",
-        versions=">=0.19",
-        upstream=_IMITATION,
+        f"without labels the MTP layers have nothing to predict; {_IMITATION}",
+        _LABELS,
+        since="0.19",
     ),
     Patch(
         "models.gpt.gpt_model",
         "always",
         "            elif not in_inference_mode:\n                # In training/eval, use the utility",
         "            elif not in_inference_mode and labels is not None:\n                # In training/eval, use the utility",
-        "the loss of the MTP layers belongs where tokens are to be imitated: pre-training and SFT",
-        versions=">=0.19",
-        upstream=_IMITATION,
+        f"the loss of the MTP layers belongs where tokens are to be imitated: pre-training and SFT; {_IMITATION}",
+        _LABELS,
+        since="0.19",
     ),
     Patch(
         "transformer.multi_token_prediction",
@@ -283,8 +314,8 @@ PATCHES = (
         "mtp_loss_scale * mtp_loss * (original_num_tokens / num_tokens_safe)",
         "mtp_loss_scale * mtp_loss",
         "the DeepSeek-V3 report (2.2, equation 24) divides each depth's sum by all tokens, not by those that it predicts",
-        versions=">=0.17",
-        upstream="#3159 averages over the predicted tokens of the microbatch",
+        "none known; #3159 brought it, which averages over the predicted tokens of the microbatch",
+        since="0.17",
     ),
     Patch(
         "transformer.mla_qk_norm_config",
@@ -294,8 +325,8 @@ PATCHES = (
             )""",
         """            linear_q_proj_cls = self.submodules.linear_q_proj or self.linear_impl""",
         "DeepSeek-V2-Lite and Moonlight project the query without a norm; only the latent key and value have one",
-        versions=">=0.19",
-        upstream="#4452 puts a norm, with a weight, before the query's projection where q_lora_rank is None",
+        "none known; #4452 brought it, which puts a norm, with a weight, before it where q_lora_rank is None",
+        since="0.19",
     ),
 )
 

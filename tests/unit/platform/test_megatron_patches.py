@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterable, Sequence
 
 import pytest
 import torch
@@ -32,6 +34,49 @@ def installed_source(module: str) -> str:
     return ""
 
 
+def stale(
+    patches: Sequence[Patch], source_of: Callable[[str], str], version: str, supported: Iterable[str]
+) -> list[str]:
+    """What to do about each patch that megatron-core, of this version and this source, has made superfluous."""
+    found = []
+    for patch in patches:
+        name = f"{patch.module}, {patch.reason!r} (upstream: {patch.upstream})"
+        if all(patch.ended(other) for other in supported):
+            found.append(f"delete the patch of {name}: {patch.fixed_in} has it, and no older version is supported")
+        elif patch.is_for(version):
+            source = source_of(patch.module)
+            if source.count(patch.old) != patch.count or patch.fault not in source:
+                found.append(
+                    f"the patch of {name} finds no longer what it replaces in {version}: if that is mended there, delete "
+                    f"the patch, or write fixed_in={version!r} while an older version is supported"
+                )
+    return found
+
+
+def test_no_patch_has_outlived_its_reason():
+    assert stale(PATCHES, installed_source, installed_version(), MEGATRON_VERSIONS) == []
+
+
+def test_a_patch_that_upstream_has_made_superfluous_is_named():
+    """The patches of 0.16.1, once only 0.19.2 is supported; a fault that is gone from the source; one mended elsewhere in it."""
+    ended = [patch for patch in PATCHES if patch.ended("0.19.2")]
+    assert {"#4593", "#5997"} <= {patch.upstream.split()[0].rstrip(":") for patch in ended}
+    delete = [text for text in stale(PATCHES, installed_source, "0.19.2", ["0.19.2"]) if text.startswith("delete")]
+    assert [f"{patch.module}, {patch.reason!r}" in text for patch, text in zip(ended, delete, strict=True)] == [
+        True
+    ] * len(ended)
+    patch = Patch("jit", "always", "x = 1\n", "x = 2\n", "reason", "#1", fault="y = 1")
+    for source, is_stale in (("x = 1\ny = 1", False), ("x = 1.0\ny = 1", True), ("x = 1\ny = 2", True)):
+        messages = stale([patch], lambda _, source=source: source, "0.19.2", ["0.19.2"])
+        assert [("fixed_in='0.19.2'" in m, "#1" in m) for m in messages] == [(True, True)] * is_stale
+
+
+def test_every_patch_says_what_ends_it():
+    """A pull request of upstream, or that none is known and what it would have to do."""
+    assert [p for p in PATCHES if not re.search(r"#\d+|^none known; \w+ .*would have to ", p.upstream)] == []
+    assert [p for p in PATCHES if p.fixed_in and not re.search(r"#\d+|see below", p.upstream)] == []
+
+
 @pytest.mark.parametrize("index", range(len(PATCHES)))
 def test_a_patch_fits_the_versions_that_it_is_for_and_no_other(index):
     patch = PATCHES[index]
@@ -40,7 +85,6 @@ def test_a_patch_fits_the_versions_that_it_is_for_and_no_other(index):
         assert patch.new in apply_patches(patch.module, source, [patch])
     else:  # else it would have been dropped too early
         assert source.count(patch.old) != patch.count
-        assert patch.upstream or any(p.reason == patch.reason and p.upstream for p in PATCHES)
 
 
 def test_every_supported_version_is_covered_by_a_lock_file_and_the_package_itself():
@@ -78,7 +122,7 @@ def test_another_version_is_a_typed_error_that_says_what_to_install(version, mes
 
 def test_a_patch_that_does_not_fit_is_a_typed_error():
     with pytest.raises(PlatformError, match="is there 0 times"):
-        apply_patches("jit", "nothing of the kind", [Patch("jit", "cpu", "torch.compile", "identity", "reason")])
+        apply_patches("jit", "nothing of the kind", [Patch("jit", "cpu", "torch.compile", "identity", "reason", "#1")])
 
 
 def test_rewriting_turns_cuda_into_the_cpu():

@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="key=value")
     parser.add_argument("--vocabulary", type=int, help="instead of the model's")
     parser.add_argument("--rounds", type=int, default=5, help="measured steps (after one of warm-up)")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
 
     from r1mega import platform
     from r1mega.checkpoint.hf import read_config

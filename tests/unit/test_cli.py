@@ -223,23 +223,3 @@ def test_help_is_quick_because_it_imports_nothing_heavy():
     imported = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert imported.stdout.strip() == "", imported.stdout
     assert time.process_time() - begun < 1
-
-
-def test_every_command_that_the_readme_shows_exists():
-    help_text = r1mega("--help").stdout
-    shown = set(re.findall(r"^\s*(?:[A-Z_]+=\S+ )*r1mega ([a-z]+)", Path("README.md").read_text(), re.MULTILINE))
-    assert {"train", "doctor", "report", "generate", "eval", "reward"} <= shown
-    for command in shown:
-        assert re.search(rf"│ {command} ", help_text), command
-    for script in re.findall(r"bash (launch/\w+\.sh)", Path("README.md").read_text()):
-        assert Path(script).is_file(), script
-
-
-def test_every_file_that_the_documentation_names_is_there():
-    for page in (Path("README.md"), *sorted(Path("docs").glob("*.md"))):
-        named = set(
-            re.findall(
-                r"\b(?:configs|launch|tools|tests|docs|r1mega)/[\w./]+\.(?:yaml|sh|py|md|jsonl)\b", page.read_text()
-            )
-        )
-        assert not [file for file in sorted(named) if not Path(file).is_file()], page

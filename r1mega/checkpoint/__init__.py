@@ -1,0 +1,1 @@
+"""Weights on disk: HF directories, Megatron's torch_dist checkpoints, and the way between them."""

@@ -67,6 +67,7 @@ class DigestingFile:
 
 @contextlib.contextmanager
 def digesting_file(path: Path) -> Iterator[DigestingFile]:
+    """The file at `path`, open for writing; its digest is made beside the writing."""
     with ThreadPoolExecutor(1) as pool, contextlib.closing(DigestingFile(path, pool)) as file:
         yield file
 

@@ -27,12 +27,16 @@ from r1mega.errors import ConfigError
 
 
 class NodeConfig(Section):
+    """One stage of a pipeline: its config file, relative to the pipeline's, and what differs there."""
+
     config: Path
     overrides: dict[str, Any] = {}
     ranks: PositiveInt = 1  # processes; more than one: on this machine, or by the launcher that the command names
 
 
 class PipelineConfig(Section):
+    """A pipeline file: nodes in the order in which they run, and overrides for all of them."""
+
     name: str
     dir: Path
     ranks_per_machine: PositiveInt = 8

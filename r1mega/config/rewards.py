@@ -40,12 +40,16 @@ class AccuracyReward(Section):
 
 
 class FormatReward(Section):
+    """Whether reasoning and answer stand between their tags."""
+
     weight: NonNegative = 0.1
     mode: Literal["strict", "graded"] = "strict"
     prompt_opens_think: bool = False  # the template already ends in <think>
 
 
 class LanguageReward(Section):
+    """The share of words in the wanted language."""
+
     weight: NonNegative = 0.0
     target: str | None = None  # None: the prompt's language
 
@@ -129,6 +133,8 @@ class CustomReward(Section):
 
 
 class RewardPool(Section):
+    """Where rewards are computed that may hang or die."""
+
     executor: Literal["auto", "processes", "mpi"] = "auto"
     # processes: workers of this rank; mpi: spawned by MPI over all its hosts; auto: mpi when it spans several
     num_workers: PositiveInt = 1  # worker processes a rank, for what needs sympy

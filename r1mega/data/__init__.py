@@ -1,0 +1,1 @@
+"""Prompts, preferences, texts to imitate: read, checked, rendered, tokenised, drawn."""

@@ -7,6 +7,8 @@ from typing import TypedDict
 
 
 class CursorState(TypedDict):
+    """What a cursor goes on from."""
+
     num_drawn: int
     num_items: int
     seed: int

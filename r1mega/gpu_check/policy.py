@@ -246,15 +246,18 @@ def load_reference(context: Context) -> tuple[dict[str, torch.Tensor], dict[str,
 
 
 def fp32(context: Context, findings: Findings) -> None:
+    """Steps in float32 against the same on a CPU."""
     _compare_cases(context, findings, [Case(log_probs="logits"), Case(log_probs="hidden")], EXACT)
 
 
 def bf16(context: Context, findings: Findings) -> None:
+    """Steps in bfloat16, for each way to log-probs."""
     modes: tuple[LogProbs, ...] = ("logits", "hidden", "reference")
     _compare_cases(context, findings, [Case("bfloat16", mode, "given") for mode in modes], BF16)
 
 
 def fp8(context: Context, findings: Findings) -> None:
+    """Steps in each FP8 recipe that the device has."""
     recipes: tuple[Fp8, ...] = ("tensorwise", "blockwise")
     problems = {recipe: recipe_problem(recipe) for recipe in recipes}
     findings.notes += [f"not run: {problem}" for problem in problems.values() if problem]

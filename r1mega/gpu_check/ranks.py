@@ -39,10 +39,12 @@ def transport(context: Context, findings: Findings) -> None:
 
 
 def parity(context: Context, findings: Findings) -> None:
+    """Layouts of two processes against one."""
     _on_ranks("compare_layouts", 2, context, findings)
 
 
 def parity_of_four(context: Context, findings: Findings) -> None:
+    """Layouts of four processes against one."""
     _on_ranks("compare_layouts", 4, context, findings)
 
 
@@ -166,10 +168,12 @@ def compare_layouts(context: Context, findings: Findings) -> None:
 
 
 def two_to_one(context: Context, findings: Findings) -> None:
+    """TP 2 x EP 2 into generators of one process."""
     _reshard(context, findings, ParallelConfig(tp=2, ep=2), 1)
 
 
 def two_to_two(context: Context, findings: Findings) -> None:
+    """PP 2 into one generator of two processes."""
     _reshard(context, findings, ParallelConfig(pp=2), 2)
 
 

@@ -37,6 +37,8 @@ class Chart:
 
 @dataclass(frozen=True, slots=True)
 class Series:
+    """One line of a chart: a metric, its name in the legend, its color."""
+
     metric: str
     label: str
     color: str
@@ -265,6 +267,7 @@ def _phase_chart(lines: Lines) -> Chart | None:
 
 
 def bar(steps: Sequence[int | str], values: list[float], name: str, color: str) -> dict[str, Any]:
+    """A trace of bars, of seconds unless the caller says otherwise."""
     return {
         "type": "bar", "x": steps, "y": values, "name": name, "marker": {"color": color, "line": {"width": 0}},
         "hovertemplate": "%{y:.3f} s",

@@ -102,6 +102,7 @@ def read_lineage(run_dir: Path) -> Lineage | None:
 
 
 def write_lineage(run_dir: Path, lineage: Lineage) -> None:
+    """Into the run directory, whole or not at all."""
     text = json.dumps(dataclasses.asdict(lineage), indent=1, ensure_ascii=False)
     write_atomic(Path(run_dir) / LINEAGE_FILE, text + "\n")
 
@@ -172,6 +173,7 @@ class ContentHashes:
 
 
 def now() -> str:
+    """The local time with its zone, ISO 8601."""
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
 

@@ -231,12 +231,14 @@ def _title(name: str) -> str:
 
 
 def short(value: float | None) -> str:
+    """A number for a reader: four digits, or thousands with commas."""
     if value is None:
         return "none"  # not finite, or does not apply
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def duration(seconds: float) -> str:
+    """Seconds as hours and minutes, minutes and seconds, or seconds."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"

@@ -138,6 +138,8 @@ class MathAccuracy:
 # --- command line ------------------------------------------------------------
 @dataclass(frozen=True, slots=True)
 class Pair:
+    """One line of the command: accepted golds and a prediction."""
+
     golds: tuple[str, ...]
     prediction: str
 

@@ -133,6 +133,7 @@ def evaluate(config: RewardModelStage, policy: Policy, samples: Sequence[Prefere
 
 
 def figures_named(figures: dict[str, float]) -> dict[str, float]:
+    """The figures under the names of metrics."""
     return {f"eval/{name}": value for name, value in figures.items()}
 
 

@@ -1,0 +1,1 @@
+"""The policy, its heads, and the updates of both: RL, imitation, preferences."""

@@ -1,4 +1,4 @@
-"""Every command in the documentation parses as it stands, and every file that it names is there.
+"""Every command in the documentation parses as it stands, every file that it names is there, the API's pages can be made.
 
 Commands are the lines of a block (indented, or fenced as `bash`) that begins with a known program, and code within a line that
 does. In them a word in capitals (CONFIG, HOST:29500, DATA.jsonl) or a file that the page itself shows stands for something of
@@ -10,8 +10,11 @@ from __future__ import annotations
 import argparse
 import ast
 import functools
+import os
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -123,7 +126,7 @@ def check_python(command: Command, words: list[str]) -> None:
         check_cli(command, words[2:])
     elif words[1] == "pytest":
         assert [word for word in words[2:] if "/" in word and not (ROOT / word).exists()] == []
-    else:
+    elif words[1] != "pdoc":
         check_parser(command, ROOT / (words[1].replace(".", "/") + ".py"), words[2:])
 
 
@@ -252,6 +255,38 @@ def test_a_command_that_is_wrong_is_found(line):
     with pytest.raises((Exception, SystemExit)) as error:
         check(command)
     assert not isinstance(error.value, (TypeError, AttributeError, StopIteration, KeyError, NameError)), error.value
+
+
+PAGES_OF_THE_API = """
+import sys, pdoc.doc, pdoc.extract, pdoc.render
+modules = {name: pdoc.doc.Module(pdoc.extract.load_module(name)) for name in pdoc.extract.walk_specs(["r1mega", "r1mega_kernels"])}
+pages = [pdoc.render.html_module(modules[name], modules) for name in modules if name.count(".") < 2]  # most of the time goes here
+import torch
+print(len(pages), torch.cuda.is_initialized(), "transformer_engine" in sys.modules, *modules)
+"""
+
+
+@pytest.mark.heavy
+def test_the_pages_of_the_api_can_be_made_without_a_gpu():
+    """Every module imports in pdoc's order, with nothing of CUDA; those of the rooms are rendered."""
+    pytest.importorskip("pdoc")
+    made = subprocess.run(
+        [sys.executable, "-W", "default::UserWarning", "-c", PAGES_OF_THE_API],
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"},
+        capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert made.returncode == 0 and "Couldn't import" not in made.stderr, made.stderr[-2000:]
+    pages, *cuda, names = made.stdout.split(maxsplit=3)
+    assert int(pages) > 20 and cuda == ["False", "False"]
+    files = [path.relative_to(ROOT) for path in (ROOT / "r1mega").rglob("*.py") if path.stem != "__main__"]
+    modules = [file.parent if file.stem == "__init__" else file.with_suffix("") for file in files]
+    closed = {name for name in modules if "\n__all__ = " in source_of(name)}  # it shows what it names, not its modules
+    assert {".".join(name.parts) for name in modules if not closed & set(name.parents)} <= set(names.split())
+
+
+def source_of(module: Path) -> str:
+    package = ROOT / module / "__init__.py"
+    return package.read_text() if package.exists() else ""
 
 
 def test_every_file_that_the_documentation_names_is_there():

@@ -23,6 +23,8 @@ class PreferenceData(Section):
 
 
 class PreferenceEvaluation(Section):
+    """When held-out preferences are scored."""
+
     every_steps: PositiveInt | None = None  # None: before the first and after the last step only
 
 

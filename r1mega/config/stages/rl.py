@@ -51,6 +51,8 @@ class AlgorithmConfig(Section):
 
 
 class UpdateConfig(Section):
+    """How a rollout becomes optimizer steps."""
+
     num_minibatches: PositiveInt = 16  # optimizer steps a rollout (paper)
     num_epochs: PositiveInt = 1  # paper
     microbatch_tokens: PositiveInt = 8192  # packing target

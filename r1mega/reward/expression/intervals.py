@@ -34,6 +34,8 @@ MIRRORED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "!=": "!=", "=": "="}
 
 @dataclass(frozen=True, slots=True)
 class Interval:
+    """A part of the real line; its ends may be infinite."""
+
     low: Node
     low_closed: bool
     high: Node

@@ -20,6 +20,8 @@ SetKind: TypeAlias = Literal["union", "inter", "minus"]
 
 @_node
 class Number:
+    """An exact number: 3, 0.25."""
+
     value: Fraction
 
 
@@ -44,29 +46,39 @@ class Text:
 
 @_node
 class Sum:
+    """Terms; a difference has a Negative among them."""
+
     items: tuple[Node, ...]
 
 
 @_node
 class Product:
+    """left * right."""
+
     left: Node
     right: Node
 
 
 @_node
 class Quotient:
+    """top / bottom."""
+
     top: Node
     bottom: Node
 
 
 @_node
 class Power:
+    """base ^ exponent."""
+
     base: Node
     exponent: Node
 
 
 @_node
 class Negative:
+    """-item."""
+
     item: Node
 
 
@@ -80,11 +92,15 @@ class Function:
 
 @_node
 class Degrees:
+    r"""An angle: 30^\circ."""
+
     item: Node
 
 
 @_node
 class Percent:
+    r"""A hundredth: 5\%."""
+
     item: Node
 
 
@@ -98,6 +114,8 @@ class Numeral:
 
 @_node
 class Ratio:
+    """3:4, and longer ones."""
+
     items: tuple[Node, ...]
 
 
@@ -116,6 +134,8 @@ class Tuple:
 
 @_node
 class Set:
+    r"""\{1, 2\}, without order."""
+
     items: tuple[Node, ...]
 
 
@@ -129,6 +149,8 @@ class List:
 
 @_node
 class Matrix:
+    """Rows of equal length."""
+
     rows: tuple[tuple[Node, ...], ...]
 
 
@@ -142,6 +164,8 @@ class Relation:
 
 @_node
 class SetOperation:
+    """A union, an intersection or a difference."""
+
     kind: SetKind
     items: tuple[Node, ...]
 

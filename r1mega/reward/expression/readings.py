@@ -24,6 +24,7 @@ class Reading(NamedTuple):
 
 
 def measured(text: str, sign: str | None) -> Quantity:
+    """The text apart from its unit; `sign` is the unit where the text names none."""
     quantity = split_unit(text)
     return quantity if quantity.unit is not None or sign is None else Quantity(quantity.body, sign, quantity.scale)
 

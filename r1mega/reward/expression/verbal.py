@@ -65,6 +65,7 @@ def same_letters(gold: str, prediction: str) -> bool:
 
 
 def unmarked(text: str) -> str:
+    r"""The text without the marks of \text{...}."""
     return text.replace(OPEN_TEXT, "").replace(CLOSE_TEXT, "")
 
 

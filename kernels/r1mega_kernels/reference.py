@@ -1,7 +1,7 @@
 """The operators as torch functions: what the compiled kernels are tested against, and what runs where none is built.
 
 The same signatures and formulas as the compiled operators. Computed in the dtype of the statistics: float32, or float64
-for float64 logits.
+for float64 logits. Names end in their shape where sizes mix; the letters: CONTRIBUTING.md.
 """
 
 from __future__ import annotations
@@ -25,99 +25,103 @@ def _row_scale(
     return (_selected(inverse_temperature, rows, has_rows) if per_token else inverse_temperature).to(dtype)
 
 
-def _exponents(logits: torch.Tensor, row_max: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """[N, V] (x - max) / temperature in units of log2; -inf becomes a finite number whose power of two is 0."""
-    base = torch.where(row_max == -math.inf, torch.zeros_like(row_max), row_max)
-    return ((logits - base[:, None]) * (scale * LOG2E)[:, None]).clamp(min=-3e3)
+def _exponents(logits_NV: torch.Tensor, row_max_N: torch.Tensor, scale_N: torch.Tensor) -> torch.Tensor:
+    """(x - max) / temperature in units of log2; -inf becomes a finite number whose power of two is 0."""
+    base_N = torch.where(row_max_N == -math.inf, torch.zeros_like(row_max_N), row_max_N)
+    return ((logits_NV - base_N[:, None]) * (scale_N * LOG2E)[:, None]).clamp(min=-3e3)
 
 
 def log_prob_stats(logits, targets, inverse_temperature, rows, has_rows, vocab_start, stats) -> None:
     """stats[N, 4] <- (max, sum 2^t, sum 2^t t, target's logit or NaN) of the rows of logits [T, V]."""
-    x = _selected(logits, rows, has_rows).to(stats.dtype)
-    scale = _row_scale(inverse_temperature, rows, has_rows, stats.dtype).expand(x.shape[0])
-    row_max = x.amax(dim=-1)
-    t = _exponents(x, row_max, scale)
-    powers = t.exp2()
-    column = _selected(targets, rows, has_rows) - vocab_start
-    held = (column >= 0) & (column < x.shape[1])
-    target = x.gather(1, column.clamp(0, x.shape[1] - 1)[:, None])[:, 0]
-    stats[:, 0] = row_max
-    stats[:, 1] = powers.sum(-1)
-    stats[:, 2] = (powers * t).sum(-1)
-    stats[:, 3] = torch.where(held, target, torch.full_like(target, math.nan))
+    x_NV = _selected(logits, rows, has_rows).to(stats.dtype)
+    scale_N = _row_scale(inverse_temperature, rows, has_rows, stats.dtype).expand(x_NV.shape[0])
+    row_max_N = x_NV.amax(dim=-1)
+    t_NV = _exponents(x_NV, row_max_N, scale_N)
+    powers_NV = t_NV.exp2()
+    column_N = _selected(targets, rows, has_rows) - vocab_start
+    held_N = (column_N >= 0) & (column_N < x_NV.shape[1])
+    target_N = x_NV.gather(1, column_N.clamp(0, x_NV.shape[1] - 1)[:, None])[:, 0]
+    stats[:, 0] = row_max_N
+    stats[:, 1] = powers_NV.sum(-1)
+    stats[:, 2] = (powers_NV * t_NV).sum(-1)
+    stats[:, 3] = torch.where(held_N, target_N, torch.full_like(target_N, math.nan))
 
 
 def log_prob_merge(shards, inverse_temperature, rows, has_rows, stats, results) -> None:
     """stats[N, 4] <- shards[ranks, N, 4] merged; results[3, N] <- log-prob, entropy, logsumexp."""
-    scale = _row_scale(inverse_temperature, rows, has_rows, stats.dtype).expand(stats.shape[0])
-    row_max = shards[..., 0].amax(dim=0)
-    shift = ((shards[..., 0] - row_max) * (scale * LOG2E)).nan_to_num(nan=-3e3, neginf=-3e3).clamp(min=-3e3)
-    factor = torch.where(shards[..., 1] == 0, torch.zeros_like(shift), shift.exp2())
-    target = shards[..., 3]
-    merged = target[0]
-    for shard in target[1:]:
-        merged = torch.where(shard.isnan(), merged, shard)
-    stats[:, 0] = row_max
-    stats[:, 1] = (factor * shards[..., 1]).sum(0)
-    stats[:, 2] = (factor * (shards[..., 2] + shards[..., 1] * shift)).sum(0)
-    stats[:, 3] = merged
-    log_sum = stats[:, 1].log()
-    results[0] = (merged - row_max) * scale - log_sum
-    results[1] = (log_sum - math.log(2) * stats[:, 2] / stats[:, 1]).clamp(min=0)
-    results[2] = row_max * scale + log_sum
+    scale_N = _row_scale(inverse_temperature, rows, has_rows, stats.dtype).expand(stats.shape[0])
+    row_max_N = shards[..., 0].amax(dim=0)
+    shift_KN = ((shards[..., 0] - row_max_N) * (scale_N * LOG2E)).nan_to_num(nan=-3e3, neginf=-3e3).clamp(min=-3e3)
+    factor_KN = torch.where(shards[..., 1] == 0, torch.zeros_like(shift_KN), shift_KN.exp2())
+    target_KN = shards[..., 3]
+    merged_N = target_KN[0]
+    for shard_N in target_KN[1:]:
+        merged_N = torch.where(shard_N.isnan(), merged_N, shard_N)
+    stats[:, 0] = row_max_N
+    stats[:, 1] = (factor_KN * shards[..., 1]).sum(0)
+    stats[:, 2] = (factor_KN * (shards[..., 2] + shards[..., 1] * shift_KN)).sum(0)
+    stats[:, 3] = merged_N
+    log_sum_N = stats[:, 1].log()
+    results[0] = (merged_N - row_max_N) * scale_N - log_sum_N
+    results[1] = (log_sum_N - math.log(2) * stats[:, 2] / stats[:, 1]).clamp(min=0)
+    results[2] = row_max_N * scale_N + log_sum_N
 
 
 def log_prob_backward(
     logits, targets, inverse_temperature, positions, has_positions, vocab_start, stats, entropy, grads, grad_logits
 ) -> None:
     """grad_logits[T, V] <- the gradient, from grads[3, N] of the results; 0 in rows not selected."""
-    rows = (positions >= 0).nonzero()[:, 0] if has_positions else positions
-    order = positions[rows].long() if has_positions else torch.arange(len(logits), device=logits.device)
-    x = _selected(logits, rows, has_positions).to(stats.dtype)
-    scale = _row_scale(inverse_temperature, rows, has_positions, stats.dtype).expand(x.shape[0])
-    stats, entropy, (g, h, l) = stats[order], entropy[order], grads[:, order]
-    t = _exponents(x, stats[:, 0], scale)
-    log_sum = stats[:, 1].log()
-    slope = -h * math.log(2)
-    grad = t.exp2() * ((l - g - h * (entropy - log_sum))[:, None] + slope[:, None] * t) * (scale / stats[:, 1])[:, None]
-    column = _selected(targets, rows, has_positions) - vocab_start
-    held = (column >= 0) & (column < x.shape[1])
-    at_target = torch.where(held, g * scale, torch.zeros_like(g))
-    grad.scatter_add_(1, column.clamp(0, x.shape[1] - 1)[:, None], at_target[:, None])
-    untouched = (g == 0) & (h == 0) & (l == 0)
-    grad = torch.where(untouched[:, None], torch.zeros_like(grad), grad).to(grad_logits.dtype)
+    rows_N = (positions >= 0).nonzero()[:, 0] if has_positions else positions
+    order_N = positions[rows_N].long() if has_positions else torch.arange(len(logits), device=logits.device)
+    x_NV = _selected(logits, rows_N, has_positions).to(stats.dtype)
+    scale_N = _row_scale(inverse_temperature, rows_N, has_positions, stats.dtype).expand(x_NV.shape[0])
+    stats_N4, entropy_N, (g_N, h_N, l_N) = stats[order_N], entropy[order_N], grads[:, order_N]
+    t_NV = _exponents(x_NV, stats_N4[:, 0], scale_N)
+    log_sum_N = stats_N4[:, 1].log()
+    slope_N = -h_N * math.log(2)
+    grad_NV = (
+        t_NV.exp2()
+        * ((l_N - g_N - h_N * (entropy_N - log_sum_N))[:, None] + slope_N[:, None] * t_NV)
+        * (scale_N / stats_N4[:, 1])[:, None]
+    )
+    column_N = _selected(targets, rows_N, has_positions) - vocab_start
+    held_N = (column_N >= 0) & (column_N < x_NV.shape[1])
+    at_target_N = torch.where(held_N, g_N * scale_N, torch.zeros_like(g_N))
+    grad_NV.scatter_add_(1, column_N.clamp(0, x_NV.shape[1] - 1)[:, None], at_target_N[:, None])
+    untouched_N = (g_N == 0) & (h_N == 0) & (l_N == 0)
+    grad_NV = torch.where(untouched_N[:, None], torch.zeros_like(grad_NV), grad_NV).to(grad_logits.dtype)
     if has_positions:
         grad_logits.zero_()
-        grad_logits[rows] = grad
+        grad_logits[rows_N] = grad_NV
     else:
-        grad_logits.copy_(grad)
+        grad_logits.copy_(grad_NV)
 
 
 def group_advantage(rewards, offsets, mask, baseline, scale, epsilon, advantages) -> None:
     """advantages[R] <- from rewards[R] (float64) of groups offsets[g]:offsets[g + 1]; 0 where masked or no signal."""
-    counted = mask.bool() if mask.numel() else torch.ones_like(rewards, dtype=torch.bool)
+    counted_R = mask.bool() if mask.numel() else torch.ones_like(rewards, dtype=torch.bool)
     num_groups = offsets.numel() - 1
-    index = torch.repeat_interleave(torch.arange(num_groups, device=rewards.device), offsets.diff())
-    values = torch.where(counted, rewards, torch.zeros_like(rewards))
+    index_R = torch.repeat_interleave(torch.arange(num_groups, device=rewards.device), offsets.diff())
+    values_R = torch.where(counted_R, rewards, torch.zeros_like(rewards))
 
-    def per_group(x: torch.Tensor) -> torch.Tensor:
-        return torch.zeros(num_groups, dtype=x.dtype, device=x.device).index_add_(0, index, x)
+    def per_group(x_R: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(num_groups, dtype=x_R.dtype, device=x_R.device).index_add_(0, index_R, x_R)
 
-    count = per_group(counted.to(rewards.dtype))
-    mean = per_group(values) / count.clamp(min=1)
-    centred = torch.where(counted, rewards - mean[index], torch.zeros_like(rewards))
-    infinite = torch.full((num_groups,), math.inf, dtype=rewards.dtype, device=rewards.device)
-    low = infinite.scatter_reduce(0, index[counted], rewards[counted], "amin")
-    high = (-infinite).scatter_reduce(0, index[counted], rewards[counted], "amax")
-    has_signal = (high > low) | ~mean.isfinite()
-    factor = torch.ones_like(mean)
+    count_G = per_group(counted_R.to(rewards.dtype))
+    mean_G = per_group(values_R) / count_G.clamp(min=1)
+    centred_R = torch.where(counted_R, rewards - mean_G[index_R], torch.zeros_like(rewards))
+    infinite_G = torch.full((num_groups,), math.inf, dtype=rewards.dtype, device=rewards.device)
+    low_G = infinite_G.scatter_reduce(0, index_R[counted_R], rewards[counted_R], "amin")
+    high_G = (-infinite_G).scatter_reduce(0, index_R[counted_R], rewards[counted_R], "amax")
+    has_signal_G = (high_G > low_G) | ~mean_G.isfinite()
+    factor_G = torch.ones_like(mean_G)
     if baseline == 1:
-        factor = factor * count / (count - 1).clamp(min=1)
+        factor_G = factor_G * count_G / (count_G - 1).clamp(min=1)
     if scale == 1:
-        factor = factor / ((per_group(centred**2) / count.clamp(min=1)).sqrt() + epsilon)
+        factor_G = factor_G / ((per_group(centred_R**2) / count_G.clamp(min=1)).sqrt() + epsilon)
     elif scale == 2:
-        factor = factor / (rewards[counted].std(correction=0) + epsilon if counted.any() else 1.0)
-    advantages.copy_(torch.where(has_signal[index], centred * factor[index], torch.zeros_like(centred)))
+        factor_G = factor_G / (rewards[counted_R].std(correction=0) + epsilon if counted_R.any() else 1.0)
+    advantages.copy_(torch.where(has_signal_G[index_R], centred_R * factor_G[index_R], torch.zeros_like(centred_R)))
 
 
 def _exp_minus_linear(d: torch.Tensor) -> torch.Tensor:

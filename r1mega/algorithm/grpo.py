@@ -86,7 +86,8 @@ def grpo_loss(
 
 def sequence_log_ratio(log_probs: torch.Tensor, tokens: PolicyTokens) -> torch.Tensor:
     """[tokens] mean over the token's sequence of log pi - log pi_old."""
-    log_ratio = log_probs - tokens.old_log_probs
-    zeros = torch.zeros(tokens.num_sequences, dtype=log_ratio.dtype, device=log_ratio.device)
-    lengths = zeros.index_add(0, tokens.sequence_ids, torch.ones_like(log_ratio))
-    return (zeros.index_add(0, tokens.sequence_ids, log_ratio) / lengths.clamp(min=1))[tokens.sequence_ids]
+    log_ratio_T = log_probs - tokens.old_log_probs
+    zeros_S = torch.zeros(tokens.num_sequences, dtype=log_ratio_T.dtype, device=log_ratio_T.device)
+    lengths_S = zeros_S.index_add(0, tokens.sequence_ids, torch.ones_like(log_ratio_T))
+    mean_S = zeros_S.index_add(0, tokens.sequence_ids, log_ratio_T) / lengths_S.clamp(min=1)
+    return mean_S[tokens.sequence_ids]

@@ -85,7 +85,7 @@ class VllmEngineOnce:
             engine.close()
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [*FAMILIES, "kimi_k2"])
 def test_layout_names_vllms_own_parameters(engines, name):
     """Placements fit inside parameters as vLLM made them, and together fill all of them but vocabulary padding."""
     from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info

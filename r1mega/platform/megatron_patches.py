@@ -40,7 +40,7 @@ class Patch:
     old: str
     new: str
     reason: str
-    upstream: str
+    upstream: str = ""
     count: int = 1
     since: str | None = None
     fixed_in: str | None = None

@@ -30,6 +30,7 @@ import torch.distributed as dist
 from r1mega import platform
 from r1mega.config.launched import launched_place
 from r1mega.config.load import load_config
+from r1mega.config.model_files import HFConfig
 from r1mega.config.rewards import RewardConfig
 from r1mega.config.schema import CheckpointConfig, DataConfig, EvaluateConfig, ObserveConfig
 from r1mega.config.stages.rl import RLStage
@@ -131,7 +132,7 @@ class Inputs:
     """Where the made-up files are, and of what sizes they are. hf: the model's config.json."""
 
     directory: Path
-    hf: Mapping[str, Any]
+    hf: HFConfig
     prompt_tokens: int
     lengths: Lengths
     steps: int
@@ -272,7 +273,7 @@ def check(config: Any, inputs: Inputs, architecture: Path, world_size: int | Non
     check_model(inputs.hf, config.parallel, config.model)
 
 
-def sizes(arguments: Any, config: Any, hf: Mapping[str, Any]) -> Inputs:
+def sizes(arguments: Any, config: Any, hf: HFConfig) -> Inputs:
     """How long prompts and responses are, by the command line and the config. Raises ConfigError."""
     supervised = isinstance(config, SFTStage)
     longest = config.data.max_tokens if supervised else config.data.max_prompt_tokens

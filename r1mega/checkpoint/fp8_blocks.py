@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 
+from r1mega.config.model_files import HFConfig
 from r1mega.errors import CheckpointError
 
 BLOCK = 128
@@ -31,7 +31,7 @@ def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(-(-size // BLOCK) for size in shape)
 
 
-def check_config(hf_config: Mapping[str, Any]) -> bool:
+def check_config(hf_config: HFConfig) -> bool:
     """Whether config.json says that weights are in this form. CheckpointError for every other quantization."""
     quantization = hf_config.get("quantization_config")
     if not quantization:

@@ -13,6 +13,7 @@ import torch
 
 from r1mega.checkpoint.fp8_blocks import SCALE, dequantize
 from r1mega.checkpoint.safetensors_file import TensorInfo, read_header, read_tensor, write_tensors
+from r1mega.config.model_files import HFConfig
 from r1mega.data.tokenizer import TOKENIZER_FILES
 from r1mega.errors import CheckpointError
 from r1mega.files import sync_path, write_atomic
@@ -109,7 +110,7 @@ def shard_name(index: int, shards: int) -> str:
 
 def write_hf_files(
     directory: Path,
-    config: Mapping[str, Any],
+    config: HFConfig,
     shards: Mapping[str, list[str]],
     total_bytes: int,
     extra_from: Path | None,
@@ -139,7 +140,7 @@ def copy_tokenizer(source: Path | None, directory: Path) -> None:
 def write_hf(
     directory: Path,
     tensors: Iterable[tuple[str, torch.Tensor]],
-    config: Mapping[str, Any],
+    config: HFConfig,
     *,
     tokenizer_from: Path | None = None,
     shard_bytes: int = 5 * 2**30,

@@ -6,11 +6,11 @@ layers; `fit.py` finds the norms that Transformer Engine's layers name otherwise
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from r1mega.checkpoint.name_rules import EXPERT_RULES, RULES, TOP_RULES, Entry, ModelShape, Rule
+from r1mega.config.model_files import HFConfig
 from r1mega.errors import CheckpointError
 from r1mega.model.architecture import Architecture, GroupedAttention, LatentAttention
 from r1mega.model.families import FAMILIES, architecture_of
@@ -34,7 +34,7 @@ class Parameter:
     entry: Entry
 
 
-def model_shape_of(hf: Mapping[str, Any], num_mtp_layers: int) -> ModelShape:
+def model_shape_of(hf: HFConfig, num_mtp_layers: int) -> ModelShape:
     """What slicing needs to know, from config.json."""
     return _model_shape(architecture_of(hf), num_mtp_layers)
 
@@ -54,7 +54,7 @@ def _model_shape(model: Architecture, num_mtp_layers: int) -> ModelShape:
     )
 
 
-def parameters(hf: Mapping[str, Any], num_mtp_layers: int = 0) -> Iterator[Parameter]:
+def parameters(hf: HFConfig, num_mtp_layers: int = 0) -> Iterator[Parameter]:
     """All parameters in model order: embeddings, layers (experts last), final norm, head, MTP layers.
 
     num_mtp_layers: how many multi-token-prediction layers there are. CheckpointError for an unknown model_type and for

@@ -38,6 +38,7 @@ from r1mega.checkpoint.torch_dist import (
 )
 from r1mega.checkpoint.workers import Alone, TorchWorkers, Workers, agree, on_first_rank
 from r1mega.config.layout import num_experts
+from r1mega.config.model_files import HFConfig
 from r1mega.errors import CheckpointError, PlatformError
 from r1mega.files import sync_path
 
@@ -289,7 +290,7 @@ def check_architecture(path: Path, architecture: Mapping[str, Any]) -> None:
         )
 
 
-def deciding_keys(hf_config: Mapping[str, Any]) -> dict[str, Any]:
+def deciding_keys(hf_config: HFConfig) -> dict[str, Any]:
     """The keys of an HF config.json that decide names and shapes of tensors."""
     deciding = (
         "model_type hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim intermediate_size "

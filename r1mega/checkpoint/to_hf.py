@@ -23,6 +23,7 @@ from r1mega.checkpoint.safetensors_file import write_tensors
 from r1mega.checkpoint.store import check_architecture, deciding_keys, newest_whole
 from r1mega.checkpoint.torch_dist import TorchDistReader
 from r1mega.checkpoint.workers import Workers
+from r1mega.config.model_files import HFConfig
 from r1mega.data.tokenizer import TOKENIZER_FILES
 from r1mega.errors import CheckpointError
 
@@ -38,7 +39,7 @@ class ToHF:
     """
 
     def __init__(
-        self, path: Path, config: Mapping[str, Any], *, tokenizer_from: Path | None, dtype: torch.dtype | None = None,
+        self, path: Path, config: HFConfig, *, tokenizer_from: Path | None, dtype: torch.dtype | None = None,
         fp8_blocks: bool = False, max_file_bytes: int,
     ):  # fmt: skip
         self.path, self.tokenizer_from, self.fp8_blocks = Path(path), tokenizer_from, fp8_blocks
@@ -117,7 +118,7 @@ class ToHF:
             )
         return wanted
 
-    def _check_architecture(self, config: Mapping[str, Any]) -> None:
+    def _check_architecture(self, config: HFConfig) -> None:
         """The manifest says more clearly than a list of tensors that a config is of another model."""
         architecture = deciding_keys(config)
         saved = read_manifest(self.path)["architecture"]
@@ -127,7 +128,7 @@ class ToHF:
         if saved != json.loads(json.dumps(architecture)):
             check_architecture(self.path, architecture)
 
-    def _config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+    def _config(self, config: HFConfig) -> dict[str, Any]:
         """config.json as transformers and vLLM load it: what is in the files, and nothing else."""
         result = {k: v for k, v in config.items() if k not in ("quantization_config", "dtype", "torch_dtype")}
         weights = self._dtype(self.parameters[0])
@@ -145,7 +146,7 @@ def _is_padded(parameter: Parameter, size: Any) -> bool:
     return parameter.entry.form == "vocabulary" and list(size[1:]) == rest and size[0] >= rows
 
 
-def _mtp_copies(config: Mapping[str, Any], num_mtp: int) -> Iterator[Parameter]:
+def _mtp_copies(config: HFConfig, num_mtp: int) -> Iterator[Parameter]:
     """The published form repeats embedding and head in each MTP layer."""
     if num_mtp == 0:
         return

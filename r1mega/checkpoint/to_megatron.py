@@ -31,6 +31,7 @@ from r1mega.checkpoint.safetensors_file import as_bytes, read_tensor
 from r1mega.checkpoint.store import PROGRESS, check_architecture, deciding_keys
 from r1mega.checkpoint.torch_dist import COMMON, Piece, without_crc, write_index, write_pieces
 from r1mega.config.layout import Layout, model_problems
+from r1mega.config.model_files import HFConfig
 from r1mega.errors import CheckpointError, ConfigError
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -176,12 +177,12 @@ def _own_storage(tensor: torch.Tensor) -> torch.Tensor:
     return torch.frombuffer(as_bytes(tensor).numpy(), dtype=tensor.dtype)
 
 
-def _dtype_of(config: Mapping[str, Any]) -> torch.dtype:
+def _dtype_of(config: HFConfig) -> torch.dtype:
     name = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
     return torch.float32 if name == "float32" else torch.bfloat16
 
 
-def _plain_config(config: Mapping[str, Any], dtype: torch.dtype, num_mtp: int) -> dict[str, Any]:
+def _plain_config(config: HFConfig, dtype: torch.dtype, num_mtp: int) -> dict[str, Any]:
     """config.json of the same model with plain weights of that dtype."""
     plain = {k: v for k, v in config.items() if k not in ("quantization_config", "torch_dtype", "dtype")}
     if "num_nextn_predict_layers" in plain:
@@ -189,7 +190,7 @@ def _plain_config(config: Mapping[str, Any], dtype: torch.dtype, num_mtp: int) -
     return plain | {"torch_dtype": str(dtype).removeprefix("torch.")}
 
 
-def _count_mtp(tensors: HFTensors, config: Mapping[str, Any]) -> int:
+def _count_mtp(tensors: HFTensors, config: HFConfig) -> int:
     """MTP layers that are there: the published config may say one that a fine-tuned checkpoint lacks."""
     first = config.get("num_hidden_layers", 0)
     return sum(

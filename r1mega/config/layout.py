@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
-from typing import Any, Protocol
+from typing import Protocol
+
+from r1mega.config.model_files import HFConfig
 
 VOCABULARY_PADDING = 64
 """vLLM pads the vocabulary to a multiple of it (vocab_parallel_embedding.py, DEFAULT_VOCAB_PADDING_SIZE)."""
@@ -16,12 +18,12 @@ EXPERT_KEYS = ("n_routed_experts", "num_experts", "num_local_experts")
 """Keys of a config.json that say how many routed experts a layer has; each family has one of them."""
 
 
-def expert_key(hf: Mapping[str, Any]) -> str:
+def expert_key(hf: HFConfig) -> str:
     """Which of EXPERT_KEYS this config.json has; the first where it has none."""
     return next((key for key in EXPERT_KEYS if hf.get(key)), EXPERT_KEYS[0])
 
 
-def num_experts(hf: Mapping[str, Any]) -> int:
+def num_experts(hf: HFConfig) -> int:
     """Routed experts of a layer; 0 for a model without."""
     return hf.get(expert_key(hf)) or 0
 
@@ -66,7 +68,7 @@ def process_problems(layout: Layout, processes: int) -> Iterator[str]:
         )
 
 
-def model_problems(layout: Layout, hf: Mapping[str, Any]) -> Iterator[str]:
+def model_problems(layout: Layout, hf: HFConfig) -> Iterator[str]:
     """Why a model with this config.json cannot be laid out so; each names the number to change."""
     experts = num_experts(hf)
     divisions = [
@@ -91,7 +93,7 @@ def model_problems(layout: Layout, hf: Mapping[str, Any]) -> Iterator[str]:
         yield from _stage_problems(layout, layout.layers_per_stage, hf["num_hidden_layers"])
 
 
-def generator_problems(generator: Generator, processes: int, hf: Mapping[str, Any]) -> Iterator[str]:
+def generator_problems(generator: Generator, processes: int, hf: HFConfig) -> Iterator[str]:
     """Why the generators of a rollout cannot be laid out so; each names the number to change. hf: {} when unknown."""
     tp, ep, dp = generator.tp, generator.ep, generator.dp
     if hf and hf.get("model_type") not in GENERATED_MODEL_TYPES:
@@ -125,7 +127,7 @@ def generator_problems(generator: Generator, processes: int, hf: Mapping[str, An
         yield f"rollout.tp = {tp} does not divide the vocabulary, {padded} rows with vLLM's padding"
 
 
-def _expert_problems(generator: Generator, hf: Mapping[str, Any]) -> Iterator[str]:
+def _expert_problems(generator: Generator, hf: HFConfig) -> Iterator[str]:
     tp, ep = generator.tp, generator.ep
     if hf and not num_experts(hf):
         yield f"rollout.ep = {ep}: a model without experts wants 1"
@@ -139,7 +141,7 @@ def _expert_problems(generator: Generator, hf: Mapping[str, Any]) -> Iterator[st
         )
 
 
-def _division_problems(divisions: Sequence[tuple[str, int, str]], hf: Mapping[str, Any]) -> Iterator[str]:
+def _division_problems(divisions: Sequence[tuple[str, int, str]], hf: HFConfig) -> Iterator[str]:
     """divisions: (config key, its value, key of config.json that it must divide)."""
     for key, size, name in divisions:
         value = hf.get(name)
@@ -149,7 +151,7 @@ def _division_problems(divisions: Sequence[tuple[str, int, str]], hf: Mapping[st
             yield f"{key} = {size} does not divide the model's {name} = {value}; {smaller} would{uneven}"
 
 
-def _shared_expert_problems(key: str, tp: int, hf: Mapping[str, Any]) -> Iterator[str]:
+def _shared_expert_problems(key: str, tp: int, hf: HFConfig) -> Iterator[str]:
     shared = (hf.get("n_shared_experts") or 0) * (hf.get("moe_intermediate_size") or 0)
     if shared % tp:
         yield f"{key} = {tp} does not divide n_shared_experts * moe_intermediate_size = {shared}"

@@ -6,12 +6,15 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
+
+HFConfig: TypeAlias = Mapping[str, Any]
+"""What config.json says, in either spelling of transformers. A value may be anything until it is looked at: `model/hf_config.py`."""
 
 TRUST_REMOTE_CODE = "R1MEGA_TRUST_REMOTE_CODE"
 
 
-def context_length(hf: Mapping[str, Any]) -> int | None:
+def context_length(hf: HFConfig) -> int | None:
     """Positions that the model can attend to; None when config.json does not say.
 
     YaRN multiplies the original context. DeepSeek-V3's config has the product in max_position_embeddings already, Qwen's

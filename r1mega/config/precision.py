@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from collections.abc import Iterator
+from typing import Protocol
 
 from r1mega.config.layout import Layout
+from r1mega.config.model_files import HFConfig
 
 SIZE_MULTIPLE = 16
 """Both sizes of a weight that FP8 matrix products take: rows of 8-bit numbers start at multiples of 16 bytes
@@ -22,7 +23,7 @@ class Precision(Protocol):
     def fp8(self) -> str: ...
 
 
-def fp8_problems(model: Precision, layout: Layout, hf: Mapping[str, Any]) -> Iterator[str]:
+def fp8_problems(model: Precision, layout: Layout, hf: HFConfig) -> Iterator[str]:
     """Why a model with this config.json cannot be trained so in FP8; each names what to change."""
     first, last = model.fp8_skip_first_layers, model.fp8_skip_last_layers
     if model.fp8 == "off":
@@ -53,7 +54,7 @@ def fp8_problems(model: Precision, layout: Layout, hf: Mapping[str, Any]) -> Ite
             )
 
 
-def _weight_sizes(layout: Layout, hf: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+def _weight_sizes(layout: Layout, hf: HFConfig) -> Iterator[tuple[str, int]]:
     """(name, size) of everything that is a row or a column of a linear layer on one rank, as far as config.json has it."""
     tp, etp = layout.tp, layout.etp
     heads = hf.get("num_attention_heads") or 0

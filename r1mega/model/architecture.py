@@ -6,10 +6,10 @@ Nothing here is Megatron's or vLLM's. A family (r1mega/model/families) reads it 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from r1mega.config.model_files import HFConfig
 from r1mega.model.hf_config import require
 
 
@@ -75,7 +75,7 @@ class Architecture:
         return self.experts is not None and (layer >= self.num_layers or self.experts.layers[layer])
 
 
-def sizes(hf: Mapping[str, Any]) -> dict[str, Any]:
+def sizes(hf: HFConfig) -> dict[str, Any]:
     """The fields of Architecture that every family has under the same keys. ConfigError for missing ones."""
     layers, hidden, intermediate, vocabulary = require(
         hf, "num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size"

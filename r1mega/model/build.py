@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from r1mega import platform
 from r1mega.config.layout import Layout, model_problems
+from r1mega.config.model_files import HFConfig
 from r1mega.errors import ConfigError, PlatformError
 from r1mega.model.architecture import LatentAttention
 from r1mega.model.families import family_of
@@ -17,7 +18,7 @@ from r1mega.platform.groups import seed_all
 
 
 def build_model(
-    hf_config: Mapping[str, Any] | Any,
+    hf_config: HFConfig | Any,
     layout: Layout,
     model: Any,
     *,
@@ -62,14 +63,14 @@ def packed_seq_params(cu_seqlens: torch.Tensor, padding: torch.Tensor | None = N
     )
 
 
-def check_layout(hf: Mapping[str, Any], layout: Layout) -> None:
+def check_layout(hf: HFConfig, layout: Layout) -> None:
     """ConfigError, naming every number to change, unless the layout fits the model. Needs no processes."""
     problems = list(model_problems(layout, hf))
     if problems:
         raise ConfigError("; ".join(problems))
 
 
-def check_model(hf: Mapping[str, Any], layout: Layout, model: Any) -> None:
+def check_model(hf: HFConfig, layout: Layout, model: Any) -> None:
     """Whatever `build_model` would raise for this config.json, layout and ModelConfig. Needs no processes.
 
     Raises ConfigError, PlatformError.
@@ -78,7 +79,7 @@ def check_model(hf: Mapping[str, Any], layout: Layout, model: Any) -> None:
     family_of(hf).position_arguments(hf)
 
 
-def megatron_config(hf: Mapping[str, Any], layout: Layout, model: Any, *, init_std: float | None = None) -> Any:
+def megatron_config(hf: HFConfig, layout: Layout, model: Any, *, init_std: float | None = None) -> Any:
     """TransformerConfig (MLATransformerConfig for latent attention) for one model, layout and platform."""
     platform.prepare()
     family = family_of(hf)
@@ -220,7 +221,7 @@ def _recompute_arguments(recompute: str) -> dict[str, Any]:
     return {}
 
 
-def _build_chunk(hf: Mapping[str, Any], config: Any, init_std: float | None, virtual_stage: int | None) -> Any:
+def _build_chunk(hf: HFConfig, config: Any, init_std: float | None, virtual_stage: int | None) -> Any:
     from megatron.core import parallel_state as ps
     from megatron.core.models.gpt import GPTModel
 

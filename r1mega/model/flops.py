@@ -11,10 +11,10 @@ latent; a generator that absorbs those projections into queries and outputs exec
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
+from r1mega.config.model_files import HFConfig
 from r1mega.model.architecture import GroupedAttention, LatentAttention
 from r1mega.model.families import architecture_of
 
@@ -84,7 +84,7 @@ class ModelFlops:
         return TRAINING_FORWARDS * (self.main(work) + (self.further(work) if mtp_loss else 0.0))
 
 
-def model_flops(hf: Mapping[str, Any]) -> ModelFlops:
+def model_flops(hf: HFConfig) -> ModelFlops:
     """For a config.json of the families that can be trained. Raises ConfigError for another, or missing keys."""
     model = architecture_of(hf)
     hidden, head = model.hidden_size, model.hidden_size * model.vocab_size

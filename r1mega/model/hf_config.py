@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from r1mega.config.model_files import HFConfig
 from r1mega.errors import ConfigError
 
 TRANSFORMERS_MODEL_TYPES = {"kimi_k2": "deepseek_v3"}
@@ -29,7 +30,7 @@ def as_dict(config: Any) -> dict[str, Any]:
     return dict(config) if isinstance(config, Mapping) else config.to_dict()
 
 
-def require(config: Mapping[str, Any], *keys: str) -> list[Any]:
+def require(config: HFConfig, *keys: str) -> list[Any]:
     """The values of keys, all numbers, that a model cannot do without. Raises ConfigError naming every one that is missing
     or no number."""
     model_type = config.get("model_type")
@@ -45,7 +46,7 @@ def require(config: Mapping[str, Any], *keys: str) -> list[Any]:
     return values
 
 
-def refuse(config: Mapping[str, Any], **unsupported: Any) -> None:
+def refuse(config: HFConfig, **unsupported: Any) -> None:
     """ConfigError when a key has another value than the one that is supported (absent keys pass)."""
     for key, supported in unsupported.items():
         value = config.get(key, supported)
@@ -53,7 +54,7 @@ def refuse(config: Mapping[str, Any], **unsupported: Any) -> None:
             raise ConfigError(f"config.json: {key} = {value!r} is not supported, only {supported!r}")
 
 
-def rope(config: Mapping[str, Any]) -> dict[str, Any]:
+def rope(config: HFConfig) -> dict[str, Any]:
     """{'rope_type': 'default' | 'yarn' | 'llama3' | ..., 'rope_theta': float, ...} from either spelling.
 
     transformers 5 writes `rope_parameters`; 4 and the published checkpoints write `rope_theta` and `rope_scaling`.

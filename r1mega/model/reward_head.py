@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from r1mega.config.model_files import HFConfig
 from r1mega.platform.marks import mark
 
 SCORE = "score.weight"
@@ -46,7 +47,7 @@ def attach_scalar_head(chunks: Sequence[Any]) -> None:
             chunk.output_layer = ScalarHead(chunk.output_layer.weight, chunk.config.sequence_parallel)
 
 
-def untied(hf_config: Mapping[str, Any]) -> dict[str, Any]:
+def untied(hf_config: HFConfig) -> dict[str, Any]:
     """A config to build a model with a scalar head from: the head shares nothing with the embeddings."""
     return {**hf_config, "tie_word_embeddings": False}
 
@@ -57,7 +58,7 @@ def initial_head(hidden_size: int, seed: int) -> torch.Tensor:
     return torch.randn(1, hidden_size, generator=generator) / math.sqrt(hidden_size + 1)
 
 
-def classifier_config(hf_config: Mapping[str, Any], reader: Mapping[str, str]) -> dict[str, Any]:
+def classifier_config(hf_config: HFConfig, reader: Mapping[str, str]) -> dict[str, Any]:
     """config.json of the export: transformers' sequence classifier of the same family, with one label."""
     architecture = hf_config["architectures"][0].replace("ForCausalLM", "ForSequenceClassification")
     labels = {"id2label": {"0": "score"}, "label2id": {"score": 0}}

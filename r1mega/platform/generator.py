@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
 
+from r1mega.config.model_files import HFConfig
 from r1mega.platform import current, vllm_cpu, vllm_cuda
 
 
@@ -39,14 +40,14 @@ class VllmPlatform(Protocol):
         """Idempotent; torch.distributed is initialised. Raises PlatformError for a vLLM that they were not made for."""
 
     def engine_arguments(
-        self, model_config: Mapping[str, Any], kv_cache_bytes: int | None, gpu_memory_utilization: float
+        self, model_config: HFConfig, kv_cache_bytes: int | None, gpu_memory_utilization: float
     ) -> dict[str, Any]:
         """Arguments of vLLM's EngineArgs that this platform alone needs."""
 
-    def kv_block_tokens(self, model_config: Mapping[str, Any]) -> int:
+    def kv_block_tokens(self, model_config: HFConfig) -> int:
         """Tokens a KV-cache block."""
 
-    def check_model(self, model_config: Mapping[str, Any]) -> str | None:
+    def check_model(self, model_config: HFConfig) -> str | None:
         """What keeps this model (its config.json) off the platform, or None."""
 
     def begin_reload(self, worker: Any) -> None:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import inspect
 import os
 import secrets
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from r1mega.config.model_files import HFConfig
 from r1mega.errors import PlatformError
 from r1mega.platform.vllm_version import check_version
 
@@ -186,7 +187,7 @@ def _patch_unfinished_prompts() -> None:
 
 
 def engine_arguments(
-    model_config: Mapping[str, Any], kv_cache_bytes: int | None, gpu_memory_utilization: float
+    model_config: HFConfig, kv_cache_bytes: int | None, gpu_memory_utilization: float
 ) -> dict[str, Any]:
     """Arguments of vLLM's EngineArgs that only this platform needs. `gpu_memory_utilization` has no meaning here."""
     arguments: dict[str, Any] = {"enforce_eager": True}
@@ -197,12 +198,12 @@ def engine_arguments(
     return arguments
 
 
-def kv_block_tokens(model_config: Mapping[str, Any]) -> int:
+def kv_block_tokens(model_config: HFConfig) -> int:
     """Tokens a KV-cache block (vllm/platforms/cpu.py, check_and_update_config)."""
     return 16 if "kv_lora_rank" in model_config else 128
 
 
-def check_model(model_config: Mapping[str, Any]) -> str | None:
+def check_model(model_config: HFConfig) -> str | None:
     """What keeps this model off the platform, or None."""
     dims = (model_config.get("kv_lora_rank"), model_config.get("qk_rope_head_dim"))
     if dims[0] is not None and dims != MLA_HEAD_DIMS:

@@ -10,12 +10,13 @@ Worker.init_device, determine_available_memory and compile_or_warm_up_model.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor
 
 from r1mega.config.layout import num_experts
+from r1mega.config.model_files import HFConfig
 from r1mega.errors import PlatformError
 from r1mega.platform.vllm_version import DERIVED, check_version
 
@@ -59,7 +60,7 @@ def apply_patches() -> None:
 
 
 def engine_arguments(
-    model_config: Mapping[str, Any], kv_cache_bytes: int | None, gpu_memory_utilization: float
+    model_config: HFConfig, kv_cache_bytes: int | None, gpu_memory_utilization: float
 ) -> dict[str, Any]:
     """Arguments of vLLM's EngineArgs that only this platform needs.
 
@@ -77,12 +78,12 @@ def engine_arguments(
     return arguments
 
 
-def kv_block_tokens(model_config: Mapping[str, Any]) -> int:
+def kv_block_tokens(model_config: HFConfig) -> int:
     """Tokens a KV-cache block."""
     return 64 if "kv_lora_rank" in model_config else 16
 
 
-def check_model(model_config: Mapping[str, Any]) -> str | None:
+def check_model(model_config: HFConfig) -> str | None:
     """What keeps this model off the platform, or None."""
     return None
 

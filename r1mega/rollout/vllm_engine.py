@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from r1mega.config.model_files import HFConfig
 from r1mega.errors import FreshProcessNeeded, GenerationError
 from r1mega.platform.generator import VllmPlatform, vllm_platform
 from r1mega.rollout.engine import EngineSettings, check_requests, in_order, read_config, sample_seed
@@ -380,7 +381,7 @@ class VllmEngine:
             )
 
 
-def check_settings(settings: EngineSettings, config: Mapping[str, Any], platform: VllmPlatform) -> None:
+def check_settings(settings: EngineSettings, config: HFConfig, platform: VllmPlatform) -> None:
     """Finds what vLLM would fail on much later, and says it plainly. Raises GenerationError or ConfigError."""
     if settings.ep not in (1, settings.tp):
         raise GenerationError(
@@ -408,7 +409,7 @@ def check_settings(settings: EngineSettings, config: Mapping[str, Any], platform
         )
 
 
-def kv_bytes_per_token(settings: EngineSettings, config: Mapping[str, Any]) -> int:
+def kv_bytes_per_token(settings: EngineSettings, config: HFConfig) -> int:
     """KV-cache bytes that one token takes on one rank: the latent of MLA, keys and values otherwise."""
     if "kv_lora_rank" in config:
         width = config["kv_lora_rank"] + config["qk_rope_head_dim"]

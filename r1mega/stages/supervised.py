@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
+from r1mega.config.model_files import HFConfig
 from r1mega.model.flops import ModelFlops, Work, model_flops
 from r1mega.stages.runtime import Runtime
 from r1mega.train.supervised import WeightedMicrobatch, supervised_step
@@ -18,7 +18,7 @@ class SupervisedLoop:
         self,
         runtime: Runtime,
         trainer: Trainer,
-        hf_config: Mapping[str, Any],
+        hf_config: HFConfig,
         start: int,
         steps: int,
         metrics_every_steps: int,

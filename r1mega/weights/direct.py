@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from r1mega.checkpoint.hf_state import coordinates, local_entries, model_shape, unwrap
+from r1mega.config.model_files import HFConfig
 from r1mega.errors import ConfigError, WeightSyncError
 from r1mega.types import WritableEngine
 from r1mega.weights.digest import tensor_digest
@@ -71,7 +72,7 @@ class DirectTransfer:
         self,
         chunks: Sequence[Any],
         engine: WritableEngine,
-        hf_config: Mapping[str, Any],
+        hf_config: HFConfig,
         generator: GeneratorLayout,
         *,
         model_dtype: torch.dtype,
@@ -120,7 +121,7 @@ class DirectTransfer:
 
 
 def owned_placements(
-    trainer: TrainerLayout, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any], rank: int
+    trainer: TrainerLayout, shapes: Mapping[str, tuple[int, ...]], config: HFConfig, rank: int
 ) -> tuple[Placement, ...]:
     """The shards that a rank answers for: each shard has one such rank, the replicas take turns."""
     owned = []

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 
 from r1mega.config.layout import model_problems, process_problems
+from r1mega.config.model_files import HFConfig
 from r1mega.config.stages.rl import RLStage
 from r1mega.errors import ConfigError
 from r1mega.weights.plan import GeneratorLayout, Plan
@@ -106,7 +106,7 @@ def summarize(plan: Plan, bandwidth: Bandwidth) -> Summary:
 
 
 def layouts(
-    config: RLStage, hf: Mapping[str, Any], world: int | None, fp8: bool = False
+    config: RLStage, hf: HFConfig, world: int | None, fp8: bool = False
 ) -> tuple[TrainerLayout, GeneratorLayout]:
     """Of a stage's config. world: None: the smallest that fits. Raises ConfigError when a number does not divide."""
     rollout, p = config.rollout, config.parallel

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
@@ -20,6 +19,7 @@ from r1mega.checkpoint.fp8_blocks import BLOCK as FP8_BLOCK
 from r1mega.checkpoint.fp8_blocks import SCALE
 from r1mega.checkpoint.name_rules import Region
 from r1mega.config.layout import GENERATED_MODEL_TYPES, VOCABULARY_PADDING, expert_key
+from r1mega.config.model_files import HFConfig
 from r1mega.errors import ConfigError
 from r1mega.model.architecture import Experts, GroupedAttention, LatentAttention
 from r1mega.model.families import architecture_of
@@ -78,7 +78,7 @@ def weight_dtype(name: str, model_dtype: torch.dtype, fp8: bool = False) -> torc
     return torch.float8_e4m3fn if fp8 and is_quantized(name) else model_dtype
 
 
-def is_ignored(name: str, config: Mapping[str, Any]) -> bool:
+def is_ignored(name: str, config: HFConfig) -> bool:
     """Tensors of an HF checkpoint that the generator does not use: MTP layers, a tied head, rotary tables."""
     if "rotary_emb.inv_freq" in name:
         return True
@@ -89,7 +89,7 @@ def is_ignored(name: str, config: Mapping[str, Any]) -> bool:
 
 
 def generator_layout(
-    config: Mapping[str, Any], rank: GeneratorRank = GeneratorRank(), layers: Sequence[int] | None = None
+    config: HFConfig, rank: GeneratorRank = GeneratorRank(), layers: Sequence[int] | None = None
 ) -> tuple[Placement, ...]:
     """Placements of every HF tensor on one generator rank; of the decoder layers only `layers` when given.
 
@@ -103,12 +103,12 @@ def generator_layout(
     return tuple(part for whole in placements for part in (_with_scales(whole) if rank.fp8 else (whole,)))
 
 
-def tensor_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+def tensor_shapes(config: HFConfig) -> dict[str, tuple[int, ...]]:
     """Full shape of every HF tensor that the generator holds, on whichever of its ranks."""
     return {placement.name: placement.shape for placement in generator_layout(config)}
 
 
-def divided_names(config: Mapping[str, Any], rank: GeneratorRank) -> list[str]:
+def divided_names(config: HFConfig, rank: GeneratorRank) -> list[str]:
     """The HF tensors that a generator's ranks hold together and not each for itself; the same list on each of them.
 
     Besides what tp cuts: the vocabulary, of which the last ranks may have no row (and a small one lies on the first
@@ -155,7 +155,7 @@ def _with_scales(weight: Placement) -> tuple[Placement, ...]:
 
 
 class _LayoutBuilder:
-    def __init__(self, config: Mapping[str, Any], rank: GeneratorRank):
+    def __init__(self, config: HFConfig, rank: GeneratorRank):
         self.model = architecture_of(config)
         self.expert_key = expert_key(config)
         self.rank = rank

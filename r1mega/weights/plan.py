@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
+from r1mega.config.model_files import HFConfig
 from r1mega.errors import ConfigError
 from r1mega.model.families import architecture_of
 from r1mega.weights.layout import (
@@ -126,7 +127,7 @@ class Plan:
 
     def __init__(
         self,
-        config: Mapping[str, Any],
+        config: HFConfig,
         trainer: TrainerLayout,
         generator: GeneratorLayout,
         *,
@@ -199,7 +200,7 @@ def _spread(groups: Sequence[Group]) -> tuple[Group, ...]:
 
 
 def _units(
-    config: Mapping[str, Any], trainer: TrainerLayout, generator: GeneratorLayout, model_dtype: torch.dtype
+    config: HFConfig, trainer: TrainerLayout, generator: GeneratorLayout, model_dtype: torch.dtype
 ) -> Iterator[_Unit]:
     """Layers by kind, from the placements of one layer of each kind."""
     model, kinds = architecture_of(config), dict[bool, int]()

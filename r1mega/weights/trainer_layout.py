@@ -10,12 +10,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from r1mega.checkpoint.name_rules import EXPERT_RULES, RULES, TOP_RULES, Rule, regions
 from r1mega.config.layout import Layout, expert_key, num_experts, stage_layers
+from r1mega.config.model_files import HFConfig
 from r1mega.errors import ConfigError
 from r1mega.weights.layout import FP8_BLOCK, SCALE, Placement, block_region
 
@@ -90,7 +90,7 @@ class TrainerLayout:
         return np.sort(grid.reshape(-1))
 
     def shards(
-        self, name: str, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]
+        self, name: str, shapes: Mapping[str, tuple[int, ...]], config: HFConfig
     ) -> Iterator[tuple[Placement, Holders]]:
         """Every part into which the trainer cuts an HF tensor, once; replicas are in the holders. shapes: by name.
 
@@ -111,9 +111,7 @@ class TrainerLayout:
             target = tuple((0, last - first) for first, last in blocks)
             yield Placement(name, shapes[name], name, target, blocks), holders
 
-    def _shards(
-        self, name: str, shape: tuple[int, ...], config: Mapping[str, Any]
-    ) -> Iterator[tuple[Placement, Holders]]:
+    def _shards(self, name: str, shape: tuple[int, ...], config: HFConfig) -> Iterator[tuple[Placement, Holders]]:
         rule, index, key, expert_rank = self._find(name, config)
         ranks = (self.tp if expert_rank is None else self.etp) if rule.dim is not None else 1
         heads = _heads(config)
@@ -126,7 +124,7 @@ class TrainerLayout:
             for target, source in regions(rule.form, rule.dim, index, shape, heads, rank, ranks):
                 yield Placement(name, shape, key, target, source), holders
 
-    def _find(self, name: str, config: Mapping[str, Any]) -> tuple[Rule, int, str, int | None]:
+    def _find(self, name: str, config: HFConfig) -> tuple[Rule, int, str, int | None]:
         """(rule, which of its HF tensors, key of the Megatron parameter, the expert's rank in ep)."""
         layer = _LAYER.fullmatch(name)
         suffix, prefix, expert_rank = (layer[2], name.removesuffix(layer[2]), None) if layer else (name, "", None)
@@ -141,7 +139,7 @@ class TrainerLayout:
         return rule, index, prefix + rule.hf[0], expert_rank
 
 
-def _heads(config: Mapping[str, Any]) -> tuple[int, int]:
+def _heads(config: HFConfig) -> tuple[int, int]:
     """(KV groups, queries a group)."""
     groups = config.get("num_key_value_heads") or config["num_attention_heads"]
     return groups, config["num_attention_heads"] // groups

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from r1mega.checkpoint.hf import HFTensors
+from r1mega.config.model_files import HFConfig
 from r1mega.errors import ConfigError, WeightSyncError
 from r1mega.platform.generator import VllmPlatform
 from r1mega.platform.vllm_version import DERIVED
@@ -57,7 +58,7 @@ class DigestTap:
     verify.compare_digests(tap.digest, engine.weights_digest())`.
     """
 
-    def __init__(self, model_dtype: torch.dtype, config: Mapping[str, Any]):
+    def __init__(self, model_dtype: torch.dtype, config: HFConfig):
         self._dtype = model_dtype
         self._config = config
         self.digest: dict[str, int] = {}
@@ -87,7 +88,7 @@ class Trainer(Protocol):
 class GatherTransfer:
     """Strategy `gather`: the policy's tensors, whole, through the generator's loader."""
 
-    def __init__(self, policy: Trainer, engine: GenerationEngine, hf_config: Mapping[str, Any]):
+    def __init__(self, policy: Trainer, engine: GenerationEngine, hf_config: HFConfig):
         self._policy, self._engine = policy, engine
         self._tap = DigestTap(policy.dtype, hf_config)
 
@@ -101,7 +102,7 @@ class GatherTransfer:
 
 
 def build_transfer(
-    policy: Trainer, engine: GenerationEngine, config: WeightsConfig, hf_config: Mapping[str, Any]
+    policy: Trainer, engine: GenerationEngine, config: WeightsConfig, hf_config: HFConfig
 ) -> GatherTransfer | DirectTransfer:
     """What `weights.strategy` asks for. A collective call. ConfigError for `direct` into another engine than vLLM."""
     if config.strategy == "gather" or (config.strategy is None and not isinstance(engine, WritableEngine)):
@@ -134,7 +135,7 @@ class ReloadTarget:
 
     worker: Any
     platform: VllmPlatform
-    config: Mapping[str, Any]
+    config: HFConfig
     placements: Sequence[Placement]
     shapes: Mapping[str, tuple[int, ...]]
     model_dtype: torch.dtype
@@ -198,7 +199,7 @@ def _finish(target: ReloadTarget, finish: Callable[[Any], None]) -> dict[str, in
 
 @torch.no_grad()
 def _check_derived(
-    config: Mapping[str, Any], sources: Mapping[str, torch.Tensor], parameters: Mapping[str, torch.Tensor]
+    config: HFConfig, sources: Mapping[str, torch.Tensor], parameters: Mapping[str, torch.Tensor]
 ) -> None:
     """Derives W_UV and W_UK_T of kv_b_proj once more, as vllm/model_executor/layers/attention/mla_attention.py does
     (process_weights_after_loading), and compares the bits: no digest is of them, and only decoding reads them.

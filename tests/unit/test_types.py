@@ -9,25 +9,25 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[2]
 ALLOWED = {
-    "checkpoint": 96,
-    "config": 52,
+    "checkpoint": 83,
+    "config": 42,
     "data": 27,
     "doctor": 2,
     "evaluate": 12,
     "files": 4,
     "gpu_check": 24,
     "kernels": 5,
-    "model": 99,
+    "model": 69,
     "observe": 67,
-    "platform": 81,
+    "platform": 72,
     "reward": 40,
-    "rollout": 21,
+    "rollout": 19,
     "sandbox": 9,
-    "stages": 34,
-    "tools": 45,
+    "stages": 33,
+    "tools": 43,
     "train": 37,
     "types": 1,
-    "weights": 36,
+    "weights": 17,
 }
 """Package (or module) -> how often its annotations say Any. Numbers go down only."""
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Mapping
 from typing import Any, Protocol
 
+from r1mega.config.model_files import HFConfig
 from r1mega.errors import ConfigError
 from r1mega.model.architecture import Architecture
 
@@ -19,15 +19,15 @@ class Family(Protocol):
 
     MODEL_TYPES: tuple[str, ...]
 
-    def architecture(self, hf: Mapping[str, Any]) -> Architecture:
+    def architecture(self, hf: HFConfig) -> Architecture:
         """What the model is made of."""
         ...
 
-    def megatron_arguments(self, hf: Mapping[str, Any], model: Any) -> dict[str, Any]:
+    def megatron_arguments(self, hf: HFConfig, model: Any) -> dict[str, Any]:
         """Arguments of Megatron's TransformerConfig that say what the model computes. model: ModelConfig."""
         ...
 
-    def position_arguments(self, hf: Mapping[str, Any]) -> dict[str, Any]:
+    def position_arguments(self, hf: HFConfig) -> dict[str, Any]:
         """Arguments of GPTModel for its position embeddings."""
         ...
 
@@ -45,7 +45,7 @@ def _find() -> dict[str, Family]:
 FAMILIES = _find()
 
 
-def family_of(hf: Mapping[str, Any]) -> Family:
+def family_of(hf: HFConfig) -> Family:
     """The module that knows this model_type. Raises ConfigError for others."""
     family = FAMILIES.get(hf.get("model_type", ""))
     if family is None:
@@ -53,6 +53,6 @@ def family_of(hf: Mapping[str, Any]) -> Family:
     return family
 
 
-def architecture_of(hf: Mapping[str, Any]) -> Architecture:
+def architecture_of(hf: HFConfig) -> Architecture:
     """What the model of a config.json is made of. Raises ConfigError for unknown families and missing keys."""
     return family_of(hf).architecture(hf)

@@ -7,9 +7,9 @@ query and key use rms_norm_eps as vLLM does, while transformers has 1e-6 there (
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
+from r1mega.config.model_files import HFConfig
 from r1mega.errors import ConfigError
 from r1mega.model.architecture import Architecture, Experts, LatentAttention, sizes
 from r1mega.model.hf_config import refuse, require, rope
@@ -17,7 +17,7 @@ from r1mega.model.hf_config import refuse, require, rope
 MODEL_TYPES = ("deepseek_v3", "deepseek_v2", "kimi_k2")
 
 
-def architecture(hf: Mapping[str, Any]) -> Architecture:
+def architecture(hf: HFConfig) -> Architecture:
     """Raises ConfigError for missing keys."""
     heads, kv_rank, nope, rope_size, value = require(
         hf, "num_attention_heads", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"
@@ -46,7 +46,7 @@ def architecture(hf: Mapping[str, Any]) -> Architecture:
     )
 
 
-def megatron_arguments(hf: Mapping[str, Any], model: Any) -> dict[str, Any]:
+def megatron_arguments(hf: HFConfig, model: Any) -> dict[str, Any]:
     """Arguments of MLATransformerConfig that say what the model is.
 
     hf: config.json; model: ModelConfig (expert_bias_update_rate, sequence_aux_loss_coefficient, mtp_loss_coefficient,
@@ -78,7 +78,7 @@ def megatron_arguments(hf: Mapping[str, Any], model: Any) -> dict[str, Any]:
     }
 
 
-def _attention(hf: Mapping[str, Any]) -> dict[str, Any]:
+def _attention(hf: HFConfig) -> dict[str, Any]:
     kv_rank, nope, rope_dim, value_dim = require(
         hf, "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"
     )
@@ -107,14 +107,14 @@ def _attention(hf: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _v2_router(hf: Mapping[str, Any]) -> dict[str, Any]:
+def _v2_router(hf: HFConfig) -> dict[str, Any]:
     """Softmax scores, the best k of all (V2-Lite). V2's own limit to the best groups is not covered."""
     refuse(hf, scoring_func="softmax", topk_method="greedy", norm_topk_prob=False)
     (top_k,) = require(hf, "num_experts_per_tok")
     return {"moe_router_topk": top_k, "moe_router_score_function": "softmax"}
 
 
-def _v3_router(hf: Mapping[str, Any]) -> dict[str, Any]:
+def _v3_router(hf: HFConfig) -> dict[str, Any]:
     """Sigmoid scores, normalised over the chosen; choice by score + bias, in the best groups; float32 throughout."""
     refuse(hf, scoring_func="sigmoid", topk_method="noaux_tc", norm_topk_prob=True)
     experts, top_k = require(hf, "n_routed_experts", "num_experts_per_tok")
@@ -133,6 +133,6 @@ def _v3_router(hf: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def position_arguments(hf: Mapping[str, Any]) -> dict[str, Any]:
+def position_arguments(hf: HFConfig) -> dict[str, Any]:
     """Arguments of GPTModel: latent attention makes its own rotary embeddings."""
     return {"position_embedding_type": "rope"}

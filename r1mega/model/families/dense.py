@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
+from r1mega.config.model_files import HFConfig
 from r1mega.errors import ConfigError
 from r1mega.model.architecture import Architecture, GroupedAttention, sizes
 from r1mega.model.hf_config import refuse, require, rope
@@ -12,7 +12,7 @@ from r1mega.model.hf_config import refuse, require, rope
 MODEL_TYPES = ("llama", "qwen2", "qwen3")
 
 
-def architecture(hf: Mapping[str, Any]) -> Architecture:
+def architecture(hf: HFConfig) -> Architecture:
     """Raises ConfigError for missing keys."""
     kind, biased = hf["model_type"], bool(hf.get("attention_bias"))
     hidden, heads = require(hf, "hidden_size", "num_attention_heads")
@@ -30,7 +30,7 @@ def architecture(hf: Mapping[str, Any]) -> Architecture:
     )
 
 
-def megatron_arguments(hf: Mapping[str, Any], model: Any) -> dict[str, Any]:
+def megatron_arguments(hf: HFConfig, model: Any) -> dict[str, Any]:
     """Arguments of TransformerConfig that say what the model is. Raises ConfigError for what is not covered."""
     refuse(hf, mlp_bias=False, use_sliding_window=False)
     kind = hf["model_type"]
@@ -46,7 +46,7 @@ def megatron_arguments(hf: Mapping[str, Any], model: Any) -> dict[str, Any]:
     }
 
 
-def position_arguments(hf: Mapping[str, Any]) -> dict[str, Any]:
+def position_arguments(hf: HFConfig) -> dict[str, Any]:
     """Arguments of GPTModel for rotary embeddings: default, or Llama 3's frequency scaling."""
     parameters = rope(hf)
     arguments = {"position_embedding_type": "rope", "rotary_base": parameters["rope_theta"]}

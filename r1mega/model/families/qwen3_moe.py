@@ -6,10 +6,10 @@ where transformers has the model's dtype up to the softmax.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from r1mega.config.layout import num_experts
+from r1mega.config.model_files import HFConfig
 from r1mega.errors import ConfigError
 from r1mega.model.architecture import Architecture, Experts, GroupedAttention, sizes
 from r1mega.model.families import dense
@@ -18,19 +18,19 @@ from r1mega.model.hf_config import refuse, require
 MODEL_TYPES = ("qwen3_moe",)
 
 
-def architecture(hf: Mapping[str, Any]) -> Architecture:
+def architecture(hf: HFConfig) -> Architecture:
     """Raises ConfigError for missing keys. `num_experts` is `num_local_experts` where transformers 5 wrote the config."""
     return Architecture(**sizes(hf), attention=_attention(hf), experts=_experts(hf))
 
 
-def _attention(hf: Mapping[str, Any]) -> GroupedAttention:
+def _attention(hf: HFConfig) -> GroupedAttention:
     hidden, heads = require(hf, "hidden_size", "num_attention_heads")
     groups, head_size = hf.get("num_key_value_heads") or heads, hf.get("head_dim") or hidden // heads
     biased = bool(hf.get("attention_bias"))
     return GroupedAttention(heads, groups, head_size, qkv_bias=biased, output_bias=biased, qk_norm=True)
 
 
-def _experts(hf: Mapping[str, Any]) -> Experts:
+def _experts(hf: HFConfig) -> Experts:
     layers, chosen, size = require(hf, "num_hidden_layers", "num_experts_per_tok", "moe_intermediate_size")
     count = num_experts(hf)
     if not count:
@@ -40,7 +40,7 @@ def _experts(hf: Mapping[str, Any]) -> Experts:
     return Experts(count, chosen, size, sparse)
 
 
-def megatron_arguments(hf: Mapping[str, Any], model: Any) -> dict[str, Any]:
+def megatron_arguments(hf: HFConfig, model: Any) -> dict[str, Any]:
     """Arguments of TransformerConfig that say what the model is.
 
     model: ModelConfig (sequence_aux_loss_coefficient, force_expert_balance). Raises ConfigError for missing keys and for
@@ -71,6 +71,6 @@ def megatron_arguments(hf: Mapping[str, Any], model: Any) -> dict[str, Any]:
     }
 
 
-def position_arguments(hf: Mapping[str, Any]) -> dict[str, Any]:
+def position_arguments(hf: HFConfig) -> dict[str, Any]:
     """As Qwen3's."""
     return dense.position_arguments(hf)

@@ -16,10 +16,10 @@ done
 export OMP_NUM_THREADS=1
 run_tests() { "$PYTHON" -m pytest -q --durations=15 "$@"; }
 
-# run_beside ARGUMENTS ...: a pytest run of each, two at a time, a core for each; what a run prints comes when it ends.
+# run_beside ARGUMENTS ...: a pytest run of each, LANES (2) at a time; what a run prints comes when it ends.
 run_beside() {
   export PYTHON
-  printf '%s\n' "$@" | xargs -P 2 -d '\n' -n 1 bash -c '
+  printf '%s\n' "$@" | xargs -P "${LANES:-2}" -d '\n' -n 1 bash -c '
     printed=$("$PYTHON" -m pytest -q --durations=15 $0 2>&1) && code=0 || code=1
     printf "== %s (%d s)\n%s\n" "$0" $SECONDS "$printed"
     exit $code' || exit 1
@@ -38,9 +38,9 @@ else
 fi
 [ "$fast" ] || transformer_engine_files
 [ "$only_set_up" ] && exit
+half=$(echo tests/unit/{checkpoint,config,kernels,model,platform,train})  # of the time of --fast
 if [ "$fast" ]; then
   export PYTEST_ADDOPTS='-m "not heavy"'
-  half=$(echo tests/unit/{checkpoint,config,kernels,model,platform,train})  # of the time
   if [ $# -gt 0 ]; then
     run_tests "$@"
   else
@@ -50,9 +50,10 @@ elif [ $# -gt 0 ]; then
   run_tests "$@"
 elif [ "$megatron" ]; then
   export PYTEST_ADDOPTS='-m "not slow"'
-  run_beside "$(echo tests/dist/test_{layouts,policy_layouts,optimizer_state}.py)" \
-    "$(echo tests/unit/checkpoint/test_{hf_state,optimizer_state,store,two_versions}.py)" \
-    "$(echo tests/te/test_{operations,policy_layouts}.py)" tests/unit/platform tests/unit/train tests/unit/model
+  run_beside "$(echo tests/dist/test_{layouts,policy_layouts,optimizer_state}.py tests/te/test_{operations,policy_layouts}.py)" \
+    "$(echo tests/unit/checkpoint/test_{hf_state,optimizer_state,store,two_versions}.py tests/unit/{platform,train,model})"
 else
-  run_beside tests/e2e tests/unit tests/dist tests/slurm tests/te tests/faults tests/gpu  # the longest first
+  engines=$(echo tests/unit/{evaluate,rollout,weights})
+  others="tests/unit $(printf -- '--ignore=%s ' $engines $half)"
+  run_beside tests/e2e tests/dist "$engines" tests/slurm "$others" "$half" tests/te tests/faults tests/gpu  # the longest first
 fi

@@ -1,5 +1,6 @@
 """One thread and quiet libraries for every test; GPU tests are skipped by name where there is no GPU."""
 
+import gc
 import os
 import resource
 
@@ -20,6 +21,17 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_old_collected_again():
+    """Collections of a module's tests do not go through what was there before it: a million objects of imported libraries, most
+    of a second each time. vLLM collects often, and thaws everything when an engine is closed.
+    """
+    if not torch.distributed.is_initialized():
+        release_models()  # they would not be found any more
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

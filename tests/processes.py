@@ -75,10 +75,10 @@ class Fork:
 
 def start(
     *arguments: Any, output: IO, errors: IO | None = None, stdin: IO | None = None,
-    variables: Mapping[str, str] | None = None, real: bool = False,
+    variables: Mapping[str, str] | None = None, real: bool = False, program: Sequence[str] = ("-m", "r1mega"),
 ) -> Fork | subprocess.Popen:  # fmt: skip
-    """Start `r1mega ARGUMENTS` in the repository; output, errors (default: output), stdin (default: nothing): open files."""
-    command, variables = ["-m", "r1mega", *map(str, arguments)], variables or environment()
+    """Start `python PROGRAM ARGUMENTS` in the repository; output, errors (default: output), stdin (default: nothing): open files."""
+    command, variables = [*program, *map(str, arguments)], variables or environment()
     with open(os.devnull) as nothing:
         stdin, errors = stdin or nothing, errors or output
         if real or torch.cuda.is_available():
@@ -89,9 +89,9 @@ def start(
 
 def run(
     *arguments: Any, num_ranks: int = 1, separate: bool = False, stdin: str = "", timeout: float = 300,
-    variables: Mapping[str, str] | None = None, real: bool = False,
+    variables: Mapping[str, str] | None = None, real: bool = False, program: Sequence[str] = ("-m", "r1mega"),
 ) -> subprocess.CompletedProcess:  # fmt: skip
-    """Run `r1mega ARGUMENTS` to the end; its output as text, errors among it unless they are to be separate.
+    """Run `python PROGRAM ARGUMENTS` to the end; its output as text, errors among it unless they are to be separate.
 
     With several ranks, `real` is under torchrun. Raises TimeoutExpired after so many seconds, with everything killed.
     """
@@ -103,16 +103,17 @@ def run(
     ):
         given.write(stdin)
         given.seek(0)
-        streams = {"output": output, "errors": errors if separate else None, "stdin": given, "real": real}
+        further = {"output": output, "stdin": given, "real": real, "program": program}
+        further |= {"errors": errors} if separate else {}
         if num_ranks == 1:
-            processes = [start(*arguments, variables=variables, **streams)]
+            processes = [start(*arguments, variables=variables, **further)]
         elif real:
             launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
             processes = [subprocess.Popen(
-                [*launcher, "-m", "r1mega", *map(str, arguments)], env=variables, cwd=REPOSITORY, stdout=output, stderr=output,
+                [*launcher, *program, *map(str, arguments)], env=variables, cwd=REPOSITORY, stdout=output, stderr=output,
             )]  # fmt: skip
         else:
-            processes = [start(*arguments, variables=variables | place, **streams) for place in _places(num_ranks)]
+            processes = [start(*arguments, variables=variables | place, **further) for place in _places(num_ranks)]
         try:
             code = _wait(processes, timeout)
         finally:

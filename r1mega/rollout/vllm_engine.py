@@ -136,6 +136,8 @@ class VllmEngine:
             generation_config="vllm",
             **self._platform.engine_arguments(self.config, settings.kv_cache_bytes, settings.gpu_memory_utilization),
         )
+        gc.collect()
+        gc.freeze()  # vLLM collects five times as it builds: not through all that is here already; `close` undoes it
         set_num_threads = torch.set_num_threads
         try:
             with _own_random_state():

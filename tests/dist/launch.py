@@ -5,6 +5,8 @@ The processes are forks of one that has only imported what ranks use: starting a
 
 from __future__ import annotations
 
+import functools
+import importlib
 import multiprocessing
 import os
 import pickle
@@ -13,10 +15,11 @@ import socket
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing import forkserver
 from typing import Any
+from unittest import mock
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["tests.dist.preload"])
 
 
 class RankError(AssertionError):
@@ -28,26 +31,25 @@ def launch(
     ranks: int,
     *args: Any,
     timeout_seconds: float = 240,
-    prepare: Callable[[], None] | None = None,
+    preload: str = "tests.dist.preload",
 ) -> list[Any]:
     """[function(*args) on rank 0, 1, ...], each in a process of its own with RANK etc. set and one thread.
 
-    function: importable. Results must be picklable. prepare: called in each process before the modules of `function` and
-    `args` are imported; such processes start from nothing.
+    function: importable. Results must be picklable. preload: the module that is imported before those of `function` and
+    `args`, in the process that all ranks with the same preload are forks of.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context = FORKS if prepare is None else multiprocessing.get_context("spawn")
-    outcomes = context.Queue()
+    outcomes = FORKS.Queue()
+    call = pickle.dumps((function, args))
     processes = [
-        context.Process(
-            target=_run, args=(outcomes, prepare, pickle.dumps((function, args)), rank, ranks, port), daemon=True
-        )
+        FORKS.Process(target=_run, args=(outcomes, preload, call, rank, ranks, port), daemon=True)
         for rank in range(ranks)
     ]
-    for process in processes:
-        process.start()
+    with mock.patch.object(forkserver, "connect_to_new_process", _server(preload).connect_to_new_process):
+        for process in processes:
+            process.start()
     try:
         return _collect(outcomes, processes, time.monotonic() + timeout_seconds, timeout_seconds)
     finally:
@@ -56,6 +58,14 @@ def launch(
             if process.is_alive():
                 process.kill()
                 process.join()
+
+
+@functools.cache
+def _server(preload: str) -> forkserver.ForkServer:
+    """multiprocessing has one for all; libraries that must not meet want one each. It ends when this process has."""
+    server = forkserver.ForkServer()
+    server.set_forkserver_preload([preload])
+    return server
 
 
 def _collect(outcomes: Any, processes: list[Any], deadline: float, timeout_seconds: float) -> list[Any]:
@@ -77,7 +87,7 @@ def _collect(outcomes: Any, processes: list[Any], deadline: float, timeout_secon
     return [results[rank] for rank in range(len(processes))]
 
 
-def _run(outcomes: Any, prepare: Callable[[], None] | None, call: bytes, rank: int, ranks: int, port: int) -> None:
+def _run(outcomes: Any, preload: str, call: bytes, rank: int, ranks: int, port: int) -> None:
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -91,8 +101,7 @@ def _run(outcomes: Any, prepare: Callable[[], None] | None, call: bytes, rank: i
         import torch
 
         torch.set_num_threads(1)
-        if prepare is not None:
-            prepare()
+        importlib.import_module(preload)  # is there; the server keeps an ImportError to itself
         function, args = pickle.loads(call)
         outcomes.put((rank, None, function(*args)))
     except BaseException:

@@ -50,7 +50,9 @@ def measured():
         if ranks not in done:
             models = {case.model for case in CASES[ranks]}
             directories = {model: (checkpoint(model, 0), checkpoint(model, 1)) for model in models}
-            done[ranks] = launch(run_cases, ranks, directories, CASES[ranks], timeout_seconds=600)
+            done[ranks] = launch(
+                run_cases, ranks, directories, CASES[ranks], timeout_seconds=600, preload="tests.dist.preload_vllm"
+            )
         return done[ranks]
 
     return get

@@ -57,7 +57,7 @@ def test_reference_and_kl(whole_run):
 )
 def test_interrupted_run_equals_uninterrupted_bitwise(nano_base, whole_run, tmp_path, sent, step, code):
     arguments = zero_arguments(nano_base, tmp_path / "run")
-    assert run_until_step(step, tmp_path / "run", sent, *arguments, real=sent == signal.SIGTERM) == code
+    assert run_until_step(step, tmp_path / "run", sent, *arguments) == code
     r1mega(*arguments)
     assert without_times(metrics(tmp_path / "run")) == without_times(metrics(whole_run))
     assert (tmp_path / "run/samples.jsonl").read_text() == (whole_run / "samples.jsonl").read_text()
@@ -99,7 +99,7 @@ def test_base_stage_killed_in_the_middle_equals_uninterrupted(nano_base, tmp_pat
 def test_sharded_model_agrees_with_one_rank(nano_base, whole_run, tmp_path, layout):
     """Two ranks that share the model: the steps' figures are those of one rank."""
     arguments = zero_arguments(nano_base, tmp_path / "run", "checkpoint.every_steps=4", *layout)
-    r1mega(*arguments, num_ranks=2, real="parallel.tp=2" in layout)
+    r1mega(*arguments, num_ranks=2)
     for one, two in zip(metrics(whole_run), metrics(tmp_path / "run"), strict=True):
         assert two["logprob/diff_max"] < 2e-4
         for name in ("response/length_mean", "reward/accuracy"):

@@ -100,24 +100,38 @@ def run_test_script(tmp_path, *arguments, failing="none"):
     python.write_text(f'#!/usr/bin/env bash\necho "ran $*"; [[ "$*" != *{failing} ]]\n')
     python.chmod(0o755)
     (tmp_path / "common.sh").write_text(
-        f"set -euo pipefail\nPYTHON={python}\napt_install() {{ :; }}\nset_up() {{ :; }}\ntransformer_engine_files() {{ :; }}\n"
+        f"set -euo pipefail\nPYTHON={python}\napt_install() {{ :; }}\nset_up() {{ :; }}\nfind_python() {{ echo python; }}\ntransformer_engine_files() {{ :; }}\n"
     )
     code, lines, errors = bash(str(tmp_path / "test.sh"), *arguments)
     return code, [line.split()[1:] for line in lines if line.startswith("ran ")], errors
 
 
+def files_of(run):
+    """The files of tests that pytest finds with these arguments."""
+    left_out = {
+        file for word in run if word.startswith("--ignore=") for file in files_in(word.removeprefix("--ignore="))
+    }
+    return [file for word in run if word.startswith("tests/") for file in files_in(word) if file not in left_out]
+
+
+def files_in(place):
+    path = REPOSITORY / place
+    return [path] if path.is_file() else sorted(path.rglob("test_*.py"))
+
+
 @pytest.mark.parametrize(("failing", "code"), [("none", 0), ("tests/e2e", 1), ("tests/gpu", 1)])
 def test_the_tests_fail_when_one_of_the_runs_does(tmp_path, failing, code):
-    """What all of them print is there."""
+    """What all of them print is there: every file of tests, once."""
     ended, runs, errors = run_test_script(tmp_path, failing=failing)
     assert ended == code, errors
-    ran = {run[-1] for run in runs}
-    folders = {
-        f"tests/{path.name}"
-        for path in (REPOSITORY / "tests").iterdir()
-        if path.is_dir() and any(path.rglob("test_*.py"))
-    }
-    assert ran == folders
+    assert sorted(file for run in runs for file in files_of(run)) == files_in("tests")
+
+
+def test_those_of_the_other_megatron_are_there_and_none_is_run_twice(tmp_path):
+    code, runs, errors = run_test_script(tmp_path, "--megatron", "0.19")
+    assert (code, len(runs)) == (0, 2), errors
+    named = [file for run in runs for file in files_of(run)]
+    assert len(named) == len(set(named)) > 20 and all(file.is_file() for file in named)
 
 
 def test_the_fast_tests_are_two_runs_with_every_folder_in_one_of_them(tmp_path):

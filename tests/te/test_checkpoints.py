@@ -14,10 +14,10 @@ from tests.checkpoints import MTP, hub_state, write_hub_directory
 from tests.dist.convert_worker import resume_run, save_run
 from tests.dist.launch import launch
 from tests.reference import Layout
-from tests.te import stand_in
 from tests.te.checkpoint_worker import resume, save_and_resume
 
-ENGINE, LOCAL = stand_in.install, None
+ENGINE, LOCAL = "tests.te.preload", "tests.dist.preload"
+"""What the ranks import first: Transformer Engine's layers, or the local ones."""
 RECIPES = ["tensorwise", "blockwise"]
 SMALL = MTP | {"vocab_size": 97}  # padded under TP
 
@@ -40,7 +40,7 @@ def runs(start, tmp_path_factory):
     base = tmp_path_factory.mktemp("runs")
     launch(
         save_run, 2, base / "engine", config, {"tp": 2, "ep": 2}, source, "float32", False,
-        timeout_seconds=600, prepare=ENGINE,
+        timeout_seconds=600, preload=ENGINE,
     )  # fmt: skip
     launch(save_run, 1, base / "local", config, {}, source, "float32", False, timeout_seconds=600)
     return base
@@ -65,7 +65,7 @@ def test_the_two_kinds_of_layers_take_the_same_steps(runs):
 )
 def test_a_run_goes_on_with_the_other_layers_as_if_uninterrupted(start, runs, saved_by, loaded_by, ranks, cases):
     for results in launch(
-        resume_run, ranks, runs / saved_by, start[1], "float32", cases, timeout_seconds=600, prepare=loaded_by
+        resume_run, ranks, runs / saved_by, start[1], "float32", cases, timeout_seconds=600, preload=loaded_by
     ):
         assert len(results) == len(cases)
         for name, (changed, losses, weights, _distance) in results.items():
@@ -83,7 +83,7 @@ def not_aliases(names: list[str]) -> list[str]:
 def fp8_runs(start, tmp_path_factory):
     """(runs by recipe, saved by one process, their config, what that process found when it went on)."""
     base, (source, config) = tmp_path_factory.mktemp("fp8"), start
-    (found,) = launch(save_and_resume, 1, base, config, source, RECIPES, timeout_seconds=600, prepare=ENGINE)
+    (found,) = launch(save_and_resume, 1, base, config, source, RECIPES, timeout_seconds=600, preload=ENGINE)
     return base, config, found
 
 
@@ -93,14 +93,14 @@ def test_fp8_goes_on_to_the_last_bit_in_the_layout_that_saved(fp8_runs, recipe):
 
 
 @pytest.mark.parametrize(
-    ("ranks", "layout", "prepare", "recipes"),
+    ("ranks", "layout", "preload", "recipes"),
     [(2, {"tp": 2, "ep": 2}, ENGINE, {"blockwise": "blockwise"}), (1, {}, LOCAL, dict.fromkeys(RECIPES, "off"))],
     ids=["tp2 ep2 in FP8", "local"],
 )
-def test_fp8_checkpoints_load_in_another_layout_and_without_fp8(fp8_runs, ranks, layout, prepare, recipes):
+def test_fp8_checkpoints_load_in_another_layout_and_without_fp8(fp8_runs, ranks, layout, preload, recipes):
     """Weights, moments and (empty) extra states; the steps after it are in 8 bits, in another order, or not in 8 bits."""
     base, config, _ = fp8_runs
-    for results in launch(resume, ranks, base, config, layout, recipes, timeout_seconds=600, prepare=prepare):
+    for results in launch(resume, ranks, base, config, layout, recipes, timeout_seconds=600, preload=preload):
         for recipe, (changed, losses, *_weights) in results.items():
             assert not_aliases(changed) == [], recipe
             assert losses <= 0.3, recipe  # losses and gradient norms of 4 to 8

@@ -9,7 +9,6 @@ import statistics
 import pytest
 
 from tests.dist.launch import launch
-from tests.te import stand_in
 
 RECIPES = ("tensorwise", "blockwise")
 LAYOUTS = {"tp2 ep2": {"tp": 2, "ep": 2}, "cp2": {"cp": 2}}
@@ -32,12 +31,12 @@ def two_ranks(layouts):
 
 @pytest.fixture(scope="module")
 def found():
-    return launch(one_rank, 1, prepare=stand_in.install, timeout_seconds=600)[0]
+    return launch(one_rank, 1, preload="tests.te.preload", timeout_seconds=600)[0]
 
 
 @pytest.fixture(scope="module")
 def of_two_ranks():
-    return launch(two_ranks, 2, list(LAYOUTS.values()), prepare=stand_in.install, timeout_seconds=600)
+    return launch(two_ranks, 2, list(LAYOUTS.values()), preload="tests.te.preload", timeout_seconds=600)
 
 
 def assert_within_bounds(checks):

@@ -11,7 +11,6 @@ from tests.checkpoints import MTP, hub_state
 from tests.dist.launch import launch
 from tests.dist.reshard_worker import Case, run_cases
 from tests.reference import DENSE, QWEN3_MOE, Layout
-from tests.te import stand_in
 from tests.te.names_worker import describe
 from tests.unit.rollout.tiny_models import checkpoint
 
@@ -32,8 +31,8 @@ def described(tmp_path_factory):
     for name, config in MODELS.items():
         torch.save(hub_state(config, torch.float32), directory / f"{name}.pt")
     return [
-        launch(describe, 2, directory, MODELS, LAYOUTS, timeout_seconds=600, prepare=prepare)
-        for prepare in (stand_in.install, None)
+        launch(describe, 2, directory, MODELS, LAYOUTS, timeout_seconds=600, preload=preload)
+        for preload in ("tests.te.preload", "tests.dist.preload")
     ]
 
 
@@ -69,7 +68,7 @@ def test_the_gradient_norm_counts_the_same_parameters(described, case):
 def resharded():
     models = {case.model for case in RESHARDS}
     directories = {model: (checkpoint(model, 0), checkpoint(model, 1)) for model in models}
-    return launch(run_cases, 2, directories, RESHARDS, timeout_seconds=600, prepare=stand_in.install)
+    return launch(run_cases, 2, directories, RESHARDS, timeout_seconds=600, preload="tests.te.preload")
 
 
 @pytest.mark.parametrize("case", RESHARDS, ids=lambda case: case.name)

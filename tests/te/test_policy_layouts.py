@@ -12,7 +12,6 @@ import pytest
 from tests.dist.launch import RankError, launch
 from tests.dist.policy_cases import large, write_expectations
 from tests.dist.policy_worker import Case, run_cases
-from tests.te import stand_in
 
 CASES = {
     1: [Case("grpo", {}), Case("labels", {}, model="mtp", aux=0.1, recompute="full")],
@@ -54,7 +53,7 @@ def measured(expectations):
             write_expectations(expectations, CASES[ranks])
             try:
                 done[ranks] = launch(
-                    run_cases, ranks, expectations, CASES[ranks], timeout_seconds=600, prepare=stand_in.install
+                    run_cases, ranks, expectations, CASES[ranks], timeout_seconds=600, preload="tests.te.preload"
                 )
             except RankError as error:  # once a set, not once a layout
                 done[ranks] = error

@@ -9,7 +9,6 @@ from __future__ import annotations
 import pytest
 
 from tests.dist.launch import launch
-from tests.te import stand_in
 
 RECIPES = ("tensorwise", "blockwise")
 SETS = 4
@@ -24,7 +23,7 @@ def judge() -> dict[str, dict[str, int]]:
 
 @pytest.fixture(scope="module")
 def found():
-    return launch(judge, 1, prepare=stand_in.install, timeout_seconds=600)[0]
+    return launch(judge, 1, preload="tests.te.preload", timeout_seconds=600)[0]
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

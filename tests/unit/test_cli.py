@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from r1mega.checkpoint.parameters import parameters
+from tests import processes
 
 pytestmark = pytest.mark.heavy
 
@@ -21,12 +22,9 @@ ZERO = "configs/nano/zero.yaml"
 QUESTIONS = [f"What is {a} plus {b}?" for a in range(30) for b in range(30)]
 
 
-def r1mega(*arguments, stdin="", **environment):
-    return subprocess.run(
-        [sys.executable, "-m", "r1mega", *map(str, arguments)],
-        input=stdin, capture_output=True, text=True, timeout=300, check=False,
-        env={**os.environ, "PYTHONPATH": f".{os.pathsep}kernels", "COLUMNS": "120", **environment},
-    )  # fmt: skip
+def r1mega(*arguments, stdin="", real=False, **environment):
+    variables = {**os.environ, "PYTHONPATH": f".{os.pathsep}kernels", "COLUMNS": "120", **environment}
+    return processes.run(*arguments, separate=True, stdin=stdin, variables=variables, real=real)
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +163,8 @@ def test_missing_run_and_checkpoint(tmp_path):
 
 def test_reward_math_scores_lines_in_order():
     pairs = [("1/2", r"so \boxed{0.5}"), ("3", "<answer>4</answer>"), ("x^2-1", r"\boxed{(x-1)(x+1)}")]
-    done = r1mega("reward", "math", stdin="".join(json.dumps({"gold": g, "prediction": p}) + "\n" for g, p in pairs))
+    lines = "".join(json.dumps({"gold": g, "prediction": p}) + "\n" for g, p in pairs)
+    done = r1mega("reward", "math", stdin=lines, real=True)
     assert done.returncode == 0, done.stderr
     assert [json.loads(line)["value"] for line in done.stdout.splitlines()] == [1.0, 0.0, 1.0]
     broken = r1mega("reward", "math", stdin='{"gold"\n')
@@ -209,14 +208,14 @@ def test_doctor_lists_the_changes_made_to_megatron():
 
 
 def test_doctor_survives_a_machine_without_any_tool(tmp_path):
-    done = r1mega("doctor", PATH=str(tmp_path))
+    done = r1mega("doctor", PATH=str(tmp_path), real=True)
     assert done.returncode == 0, done.stderr
     for name, text in (("bwrap", "missing"), (r"g\+\+", "missing"), ("nvcc", "missing"), ("Slurm", "no srun")):
         assert re.search(rf"│ {name} +│ no  │ {text}", done.stdout), done.stdout
 
 
 def test_help_is_quick_because_it_imports_nothing_heavy():
-    done = r1mega("--help")
+    done = r1mega("--help", real=True)
     assert done.returncode == 0
     code = "import sys, r1mega.cli; print(*({'torch', 'transformers', 'vllm', 'megatron', 'sympy', 'pydantic'} & set(sys.modules)))"
     begun = time.process_time()

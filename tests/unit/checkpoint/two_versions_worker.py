@@ -1,4 +1,7 @@
-"""A run in the interpreter that starts this: `save DIR`, or `continue DIR`. Prints the following steps as JSON."""
+"""Runs in the interpreter that starts this, one after the other: `save DIR DTYPE` or `continue DIR DTYPE`, and so on.
+
+Prints the following steps of each, as a JSON list.
+"""
 
 from __future__ import annotations
 
@@ -39,15 +42,11 @@ def weight(count: int) -> torch.Tensor:
     return torch.linspace(1, 2, count, dtype=torch.float64).cos()
 
 
-def main() -> None:
-    """See above. argv: what to do, where, dtype."""
-    action, directory, dtype = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
-    platform.prepare()
+def run(action: str, directory: Path, dtype: str) -> dict:
     from r1mega.checkpoint.store import CheckpointStore, deciding_keys
     from r1mega.train.policy import Policy
     from r1mega.train.trainer import Trainer
 
-    torch.set_num_threads(1)
     groups.init_parallel(ParallelConfig(), seed=0)
     model = ModelConfig(
         path="unused", dtype=dtype, mtp_loss_coefficient=0.3, expert_bias_update_rate=1e-3,
@@ -67,9 +66,12 @@ def main() -> None:
         trainer.load_sharded_state(state)
     steps = [step(trainer) for _ in range(2)]
     sums = {name: float(value.double().flatten() @ weight(value.numel())) for name, value in policy.hf_tensors()}
-    print(json.dumps({"version": metadata.version("megatron-core"), "steps": steps, "sums": sums}))
     groups.destroy()
+    return {"version": metadata.version("megatron-core"), "steps": steps, "sums": sums}
 
 
 if __name__ == "__main__":
-    main()
+    platform.prepare()
+    torch.set_num_threads(1)
+    asked = zip(sys.argv[1::3], map(Path, sys.argv[2::3]), sys.argv[3::3], strict=True)
+    print(json.dumps([run(*each) for each in asked]))

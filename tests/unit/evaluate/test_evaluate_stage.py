@@ -22,6 +22,7 @@ from r1mega.doctor.config import config_facts
 from r1mega.errors import ConfigError
 from r1mega.evaluate.compare import comparison_table, read_results
 from r1mega.evaluate.result import read_result
+from tests import processes
 
 pytestmark = pytest.mark.heavy
 
@@ -56,37 +57,35 @@ def config(run_dir, data, tmp_path):
     return write
 
 
-def command(path, *overrides, num_ranks=1, program=("-m", "r1mega")):
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"] if num_ranks > 1 else []
-    return [sys.executable, *launcher, *program, "train", str(path), *overrides]
-
-
-def start(path, *overrides, **options):
-    return subprocess.Popen(
-        command(path, *overrides, **options), env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-
-
 def run(path, *overrides, **options):
-    process = start(path, *overrides, **options)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output[-6000:]
-    return output
+    done = processes.run("train", path, *overrides, **options)
+    assert done.returncode == 0, done.stdout[-6000:]
+    return done.stdout
 
 
-def interrupt(path, samples, at, sent, *overrides):
+def interrupt(path, samples, at, sent):
     """Send the signal once `samples` holds `at` lines; the exit code."""
-    process = start(path, *overrides)
+    with open(path.with_suffix(".log"), "w") as log:
+        process = processes.start("train", path, output=log)
     limit = time.monotonic() + 200
     while process.poll() is None and time.monotonic() < limit:
         if samples.exists() and samples.read_bytes().count(b"\n") >= at:
             process.send_signal(sent)
             break
         time.sleep(0.002)
-    output, _ = process.communicate(timeout=200)
-    assert process.returncode in (-signal.SIGKILL, 85), output[-6000:]
+    assert process.wait(200) in (-signal.SIGKILL, 85), path.with_suffix(".log").read_text()[-6000:]
     return process.returncode
+
+
+def run_on_two_ranks_with_an_engine_each(path, run_dir):
+    """Under torchrun, whose ranks start themselves anew."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*launcher, "tests/unit/evaluate/one_engine_worker.py", "train", path, f"run_dir={run_dir}"], text=True, timeout=300,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=processes.environment(),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-6000:]
+    return done.stdout
 
 
 def rows(directory, task):
@@ -206,10 +205,9 @@ def test_an_engine_a_process_says_the_same_as_two_in_one(config, run_dir, tmp_pa
     path = config(
         others=[str(other)], rollout={"engine": "vllm", "kv_cache_bytes": 32 << 20}, tasks={"pens": pens}
     )  # fmt: skip
-    worker = ("tests/unit/evaluate/one_engine_worker.py",)
     anew = "starting anew"
     assert anew not in run(path)
-    output = run(path, f"run_dir={tmp_path / 'one'}", num_ranks=2, program=worker)
+    output = run_on_two_ranks_with_an_engine_each(path, tmp_path / "one")
     assert output.count(anew) == 1, output
     results = [
         json.loads((tmp_path / name / "results.json").read_text())["checkpoints"] for name in ("evaluation", "one")

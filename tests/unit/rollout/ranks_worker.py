@@ -1,4 +1,4 @@
-"""Run under torchrun on two ranks: data-parallel engines, then one over both, its experts cut, then spread.
+"""Run on two ranks, as by torchrun: data-parallel engines, then one over both, its experts cut, then spread.
 
 Argument: the HF directory. Rank 0 prints one line of JSON.
 """

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests import processes
 from tests.unit.rollout.tiny_models import checkpoint, greedy_requests, hf_logits, sampled_requests
 
 pytestmark = pytest.mark.heavy
@@ -37,6 +38,10 @@ def last_json(process: subprocess.Popen):
     finally:
         process.kill()
     assert process.returncode == 0, errors[-4000:]
+    return last_line(output)
+
+
+def last_line(output: str):
     return json.loads(output.strip().splitlines()[-1])
 
 
@@ -44,11 +49,11 @@ def test_a_restarted_generator_is_bitwise_the_same():
     """One process has Megatron first and a history behind it, the other vLLM first and none; the bits are the same."""
     script = str(HERE / "restart_worker.py")
     directories = [str(checkpoint(name)) for name in ("deepseek", "qwen3_tied")]
-    processes = [
+    started = [
         start(sys.executable, script, "megatron_first", "history", *directories),
         start(sys.executable, script, "vllm_first", "none", *directories),
     ]
-    for long, resumed in zip(*map(last_json, processes), strict=True):
+    for long, resumed in zip(*map(last_json, started), strict=True):
         assert long["responses"] == resumed["responses"]
         assert max(long["difference"], resumed["difference"]) <= 2e-4
 
@@ -56,18 +61,10 @@ def test_a_restarted_generator_is_bitwise_the_same():
 def test_two_ranks_data_tensor_and_expert_parallel():
     """Two generators and one over two ranks, with experts cut and with whole experts spread, say the same; their
     log-probs are those of transformers."""
-    ranks = last_json(
-        start(
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            "2",
-            str(HERE / "ranks_worker.py"),
-            str(checkpoint("deepseek")),
-        )
-    )
+    worker = ("-m", "tests.unit.rollout.ranks_worker")
+    done = processes.run(checkpoint("deepseek"), program=worker, num_ranks=2, separate=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    ranks = last_line(done.stdout)
     requests = [*sampled_requests(3, max_tokens=8), *greedy_requests(1, max_tokens=8)]
     data_parallel = [ranks[i % 2]["dp"][i // 2] for i in range(len(requests))]
     for kind in ("tp", "ep"):

@@ -36,7 +36,7 @@ CPU_SHARE = 0.4  # of the hard limit: what a comparison may spend before it coun
 MAX_WAITING_LINES = 4096
 
 _PLAIN = re.compile(r"\s*([+-]?\d{1,400}(?:\.\d{1,400})?)\s*")
-_MARKED = re.compile(r"\\(?:boxed|fbox)|</?answer>|</think>")
+_MARKED = re.compile(r"\\(?:boxed|fbox)|</?answer>|</think>|####")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ def _number(literal: str) -> int | Fraction:
 
 
 def _unwrapped(gold: str) -> str:
-    """A gold may itself be written as a box or a tagged answer."""
+    """A gold may itself be written as a box, a tagged answer or a solution of GSM8K."""
     found = final_answer(gold) if _MARKED.search(gold) else None
     return gold if found is None else found
 

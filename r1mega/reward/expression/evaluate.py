@@ -210,7 +210,6 @@ class _Digits:
     def floor(self, value: Any) -> int:
         return int(self.context.floor(_real(value) + self.context.mpf(10) ** -30))
 
-
     def note(self, value: Any) -> None:
         if value != 0 and self.context.isfinite(value):
             place = math.ceil(self.context.mag(value) * 0.302)
@@ -317,11 +316,14 @@ def _points(names: frozenset[str], count: int) -> Iterator[dict[str, Fraction]]:
     like).
     """
     for point in range(count):
-        unit = {name: Fraction(_random_element(name, point + 7) >> 40, 2**56) for name in names}
+        unit = {name: Fraction(_random_element(name, point + 7) >> 40, 2**56) for name in sorted(names)}
         if point % 3 == 0:
             yield {name: value * 3 + Fraction(1, 5) for name, value in unit.items()}
-        elif point % 3 == 1:
-            yield {name: value * 6 - 3 for name, value in unit.items()}
+        elif point % 3 == 1:  # of both signs whatever chance says: |x| is not x
+            yield {
+                name: -3 * value if at % 2 == point // 3 % 2 else 3 * value
+                for at, (name, value) in enumerate(unit.items())
+            }
         else:
             yield {name: value * Fraction(9, 10) + Fraction(1, 100) for name, value in unit.items()}
 

@@ -59,6 +59,9 @@ _RELATIONS = {
     "\\neq": "!=",
     "\\in": "in",
     "\\approx": "~",
+    "\\simeq": "~",
+    "\\approxeq": "~",
+    "\\doteq": "~",
     "\\equiv": "=",
     "\\colon": ":",
     "=>": "=>",
@@ -75,7 +78,7 @@ _SET_OPERATORS: dict[str, SetKind] = {
 }
 _CLOSERS = frozenset(
     f") ] }} \\}} \\rangle \\rfloor \\rceil \\rvert & \\\\ \\end , ; {AND_MARK} {OR_MARK} : + - / ^ _ ! ' % ‰ "
-    "\\pm \\mp \\div \\mid \\degree \\circ".split()
+    "\\pm \\mp \\div \\mid \\degree \\circ \\pmod".split()
 )
 _PRODUCT = frozenset(("*", "\\cdot", "\\times", "\\ast"))
 _ACCENTS = frozenset(
@@ -146,6 +149,9 @@ class Parser:
             if items and self.peek() in ("|", "\\mid"):
                 break
             items.append(self.relation())
+            if self.peek() == "\\pmod":
+                self.at += 1
+                items = _modulo(items, self.group() if self.peek() == "{" else self.factor())
             if self.peek() not in _SEPARATORS:
                 break
         self.depth -= 1
@@ -204,31 +210,45 @@ class Parser:
                 node = Product(node, self.signed_factor())
             elif token in ("/", "\\div"):
                 self.at += 1
-                node = Quotient(node, self.signed_factor())
+                node = self.over(node)
             elif self.starts_factor(token):
                 node = self.juxtaposed(node)
             else:
                 return node
 
+    def over(self, top: Node) -> Node:
+        """A quotient. A mark behind it is of the whole: 1/2\\% is half a percent, 45/2^\\circ 22.5 degrees."""
+        under = self.signed_factor()
+        if not isinstance(under, (Percent, Degrees)) or isinstance(top, (Percent, Degrees)):
+            return Quotient(top, under)
+        if self.tokens[self.at - 1] == ")":  # the mark stands within: 1/(2\\%)
+            return Quotient(top, under)
+        quotient = Quotient(top, under.item)
+        if self.tokens[self.at - 1] == "‰":
+            quotient = Quotient(quotient, Number(Fraction(100)))
+        return type(under)(quotient)
+
     def juxtaposed(self, left: Node) -> Node:
-        """2x is a product, 3 \\frac12 and 3 1/2 are mixed numbers, 3 5 is nothing."""
+        """2x is a product, 3 \\frac12 and 3 1/2 are mixed numbers, 3 5, 3 6/5 and 3.0 1/2 are nothing."""
         mark = self.at
         right = self.factor()
-        if self.tokens[mark] == "(":
+        if self.tokens[mark] == "(" or self.tokens[mark - 1] in (")", "]"):
             return Product(left, right)
-        if isinstance(left, Number) and left.value.denominator == 1:
+        if isinstance(left, Number):
             part = _unmarked(right)
+            if isinstance(right, Number) and self.peek() == "/":
+                self.at += 1
+                part = Quotient(right, _unmarked(right := self.factor()))
+            elif self.tokens[mark] != "\\frac":
+                part = right
             match part:
-                case Quotient(Number(), Number()) if self.tokens[mark] == "\\frac":
+                case Quotient(Number(over), Number(under)):
+                    written = (self.tokens[mark - 1], *map(str, (over, under)))
+                    if not all(map(str.isdigit, written)) or not 0 < over < under:
+                        raise UnreadableError("neither a mixed number nor a product")
                     return _marked(right, Sum((left, part)))
-            if isinstance(right, Number):
-                if self.peek() == "/" and self.tokens[self.at + 1 : self.at + 2] and self.tokens[self.at + 1].isdigit():
-                    self.at += 1
-                    under = self.factor()
-                    return _marked(under, Sum((left, Quotient(right, _unmarked(under)))))
-                raise UnreadableError("two numbers side by side")
-        elif isinstance(left, Number) and isinstance(right, Number) and self.tokens[mark][0].isdigit():
-            raise UnreadableError("two numbers side by side")
+                case Number() | Quotient(Number()) if self.tokens[mark] != "\\frac":
+                    raise UnreadableError("two numbers side by side")
         return Product(left, right)
 
     def signed_factor(self) -> Node:
@@ -287,7 +307,7 @@ class Parser:
     def degrees(self, node: Node) -> Node:
         """45^\\circ, with minutes where they follow: 45^\\circ 30'."""
         if self.peek().isdigit() and self.tokens[self.at + 1 : self.at + 2] == ["'"]:
-            minutes = Number(Fraction(self.take()) / 60)
+            minutes = Quotient(Number(Fraction(self.take())), Number(Fraction(60)))
             self.at += 1
             return Degrees(Sum((node, minutes)))
         return Degrees(node)
@@ -390,6 +410,24 @@ class Parser:
         return Function("abs", (inner,))
 
 
+def _modulo(items: list[Node], modulus: Node) -> list[Node]:
+    """n = 1, 2 \\pmod 3: the modulus is of all that stands before it, and of the right sides only."""
+    found: list[Node] = []
+    for item in items:
+        match item:
+            case Function("mod"):
+                found.append(item)
+            case Relation(("=",), (name, Function("mod"))):
+                found.append(item)
+            case Relation(("=",), (name, residue)):
+                found.append(Relation(("=",), (name, Function("mod", (residue, modulus)))))
+            case Relation():
+                raise UnreadableError("a congruence of more than two sides")
+            case _:
+                found.append(Function("mod", (item, modulus)))
+    return found
+
+
 def _holds_points(node: Node) -> bool:
     return isinstance(node, (Tuple, Set)) or (isinstance(node, SetOperation) and node.kind == "union")
 
@@ -443,8 +481,8 @@ def _command(parser: Parser, token: str) -> Node:
         inner = parser.relation()
         parser.take("\\r" + name[1:])
         return Function(name[1:], (inner,))
-    if token in ("\\binom", "\\dbinom", "\\tbinom"):
-        return Function("binom", (parser.argument(), parser.argument()))
+    if token in ("\\binom", "\\perm"):
+        return Function(name, (parser.argument(), parser.argument()))
     if token == "\\begin":
         return _environment(parser)
     if token in ("\\emptyset", "\\varnothing"):

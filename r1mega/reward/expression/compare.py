@@ -40,7 +40,7 @@ from r1mega.reward.expression.values import equal_values, is_worked_out, rounded
 from r1mega.reward.expression.verbal import choice_and_value, same_choice, same_words, unmarked
 
 MAX_LIST_ITEMS = 64
-MAX_OPERATIONS = 1
+MAX_WORK = 1
 
 _SPACE = re.compile(r"(?<!\d) +| +(?!\d)")
 _BEYOND_READER = re.compile(r"\\[A-Za-z]")
@@ -51,13 +51,13 @@ _OF_DEGREES = frozenset(("rad", "celsius", "fahrenheit"))
 _RATIO_IN_WORDS = re.compile(rf"(?<=\d)\s*{OPEN_TEXT}?\s*(?:to|比)\s*{CLOSE_TEXT}?\s*(?=\d)")
 
 
-def same_answer(gold: str, prediction: str, max_operations: int = MAX_OPERATIONS) -> bool | None:
-    """Compare two raw answers (no box, no tags around them). max_operations: how many sums, products and quotients of
-    numbers the prediction may leave undone where the gold is worked out. Raises UnreadableError with over_limit set for
-    outsized ones.
+def same_answer(gold: str, prediction: str, max_work: int = MAX_WORK) -> bool | None:
+    """Compare two raw answers (no box, no tags around them). max_work: how much arithmetic
+    (`values.work_left`) the prediction may leave undone where the gold is worked out. Raises UnreadableError with
+    final set for outsized and ambiguous ones.
     """
     if (choice := choice_and_value(gold)) is not None:
-        return _same_choice_or_value(*choice, prediction, max_operations)
+        return _same_choice_or_value(*choice, prediction, max_work)
     signs = currency(gold), currency(prediction)
     gold, prediction = clean(without_lead(gold)), clean(without_lead(prediction))
     gold = _RATIO_IN_WORDS.sub(":", gold)
@@ -77,22 +77,22 @@ def same_answer(gold: str, prediction: str, max_operations: int = MAX_OPERATIONS
     qualified = split_qualifier(gold), split_qualifier(prediction)
     if contradict(*qualified):
         return False
-    return _same_quantity(qualified, signs, max_operations)
+    return _same_quantity(qualified, signs, max_work)
 
 
-def _same_choice_or_value(letter: str, value: str, prediction: str, max_operations: int) -> bool | None:
+def _same_choice_or_value(letter: str, value: str, prediction: str, max_work: int) -> bool | None:
     """A gold of letter and value: either is right, both are where they agree."""
     answer = clean(without_lead(prediction))
     chosen = choice_and_value(prediction)
     if chosen is None and same_choice(letter, answer):
         return True
     if chosen is None:
-        return same_answer(value, prediction, max_operations)
-    return chosen[0] == letter and same_answer(value, chosen[1], max_operations)
+        return same_answer(value, prediction, max_work)
+    return chosen[0] == letter and same_answer(value, chosen[1], max_work)
 
 
 def _same_quantity(
-    qualified: tuple[Qualified, Qualified], signs: tuple[str | None, str | None], max_operations: int
+    qualified: tuple[Qualified, Qualified], signs: tuple[str | None, str | None], max_work: int
 ) -> bool | None:
     """Compare two cleaned answers that are to be computed, in every way that they can be read."""
     gold, prediction = qualified[0].body, qualified[1].body
@@ -115,7 +115,7 @@ def _same_quantity(
             for version in (reading, *_renamed(qualified, gold_reading, reading)):
                 same = _same_reading(gold_reading, version)
                 if same:
-                    return _is_finished(gold_reading, version, max_operations)
+                    return _is_finished(gold_reading, version, max_work)
                 verdict = None if same is None else verdict
     return verdict
 
@@ -126,11 +126,11 @@ def _renamed(qualified: tuple[Qualified, Qualified], gold: Reading, other: Readi
             yield Reading(replaced(other.node, by_name), other.text)
 
 
-def _is_finished(gold: Reading, other: Reading, max_operations: int) -> bool:
+def _is_finished(gold: Reading, other: Reading, max_work: int) -> bool:
     """Whether an answer of the right value is one: the question's arithmetic handed back is none."""
     if gold.node is None or other.node is None or not is_worked_out(gold.node):
         return True
-    return work_left(other.node) <= max_operations
+    return work_left(other.node) <= max_work
 
 
 def _same_reading(gold: Reading, other: Reading) -> bool | None:
@@ -352,8 +352,8 @@ def _same_relation(gold: Relation, other: Relation) -> bool | None:
 
 
 def _unknown(node: Node) -> frozenset[str]:
-    """The names of a set's condition; of f(x) > 2 only y."""
-    found = symbols(node)
+    """The names of a set's condition, of functions too; of f(x) > 2 only y."""
+    found = symbols(node) | {part.name for part in walk(node) if isinstance(part, Function) and part.name != "abs"}
     return frozenset("y") if any(name.endswith("()") for name in found) else found
 
 

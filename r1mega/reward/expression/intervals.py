@@ -141,13 +141,17 @@ def _from_list(node: List) -> list[Interval]:
 
 def _is_unknown(node: Node) -> bool:
     """x, or f(x) of a range."""
-    return (
-        isinstance(node, Symbol) and bool(symbols(node)) or isinstance(node, Function) and node.name in FREE_FUNCTIONS
-    )
+    name = isinstance(node, Symbol) or (isinstance(node, Function) and node.name in FREE_FUNCTIONS)
+    return name and bool(symbols(node))
 
 
-def _is_bounded(node: Node) -> bool:
-    return _is_unknown(node) or (isinstance(node, Function) and node.name == "abs" and bool(symbols(node)))
+def _is_distance(node: Node) -> bool:
+    return isinstance(node, Function) and node.name == "abs" and bool(symbols(node))
+
+
+def _has_range(node: Node) -> bool:
+    """x, f(x), |x|, \\sin x, a + b between two bounds. 3x - 1 is an inequality to be solved."""
+    return (isinstance(node, (Symbol, Function)) and bool(symbols(node))) or len(symbols(node)) > 1
 
 
 def _from_relation(node: Relation) -> list[Interval]:
@@ -156,14 +160,14 @@ def _from_relation(node: Relation) -> list[Interval]:
         case Relation(("in",), (name, whole)) if _is_unknown(name):
             return list(real_set(whole))
         case Relation((operator,), (left, right)):
-            if _is_bounded(right) and not symbols(left) and operator in MIRRORED:
+            if (_is_unknown(right) or _is_distance(right)) and not symbols(left) and operator in MIRRORED:
                 operator, left, right = MIRRORED[operator], right, left
             if not symbols(right):
                 return _from_bound(operator, left, right)
-        case Relation((first, second), (low, middle, high)) if _is_bounded(middle):
+        case Relation((first, second), (low, middle, high)) if _has_range(middle):
             upwards, downwards = {first, second} <= {"<", "<="}, {first, second} <= {">", ">="}
             if (upwards or downwards) and not (symbols(low) | symbols(high)):
-                if not isinstance(middle, Symbol):
+                if _is_distance(middle):
                     return _common(_from_bound(MIRRORED[first], middle, low), _from_bound(second, middle, high))
                 if upwards:
                     return [Interval(low, first == "<=", high, second == "<=")]

@@ -115,11 +115,23 @@ def groups(node: Node) -> list[dict[str, Node]]:
     for values of one unknown (x = 1, x = 2) and for anything else.
     """
     found = assignments(node)
+    if len(numbered := _numbered(found)) > 1:
+        return numbered
     size = len({name for name, _ in found})
     if size < 2 or len(found) % size:
         return []
     parts = [dict(found[start : start + size]) for start in range(0, len(found), size)]
     return parts if all(len(part) == size for part in parts) else []
+
+
+def _numbered(found: list[tuple[str, Node]]) -> list[dict[str, Node]]:
+    """x_1, y_1 and x_2, y_2 are two groups of x and y."""
+    parts: dict[str, dict[str, Node]] = {}
+    for name, item in found:
+        stem, _, number = name.partition("_")
+        parts.setdefault(number, {})[stem] = item
+    alike = len({frozenset(part) for part in parts.values()}) == 1 and sum(map(len, parts.values())) == len(found)
+    return list(parts.values()) if alike and "" not in parts and len(next(iter(parts.values()))) > 1 else []
 
 
 def stems(group: Mapping[str, Node]) -> set[str]:

@@ -126,7 +126,7 @@ class Parser:
         """Items between commas or semicolons, up to a closing token."""
         self.depth += 1
         if self.depth > MAX_DEPTH:
-            raise UnreadableError(f"nested deeper than {MAX_DEPTH}", over_limit=True)
+            raise UnreadableError(f"nested deeper than {MAX_DEPTH}", final=True)
         items: list[Node] = []
         while True:
             while self.peek() in _SEPARATORS:
@@ -223,10 +223,10 @@ class Parser:
             return Quotient(top, under)
         if self.tokens[self.at - 1] == ")":  # the mark stands within: 1/(2\\%)
             return Quotient(top, under)
-        quotient = Quotient(top, under.item)
-        if self.tokens[self.at - 1] == "‰":
-            quotient = Quotient(quotient, Number(Fraction(100)))
-        return type(under)(quotient)
+        item = under.item
+        if self.tokens[self.at - 1] == "‰":  # of a percent the tenth, which is below the line here
+            item = _scaled(item, Fraction(100))
+        return type(under)(Quotient(top, item))
 
     def juxtaposed(self, left: Node) -> Node:
         """2x is a product, 3 \\frac12 and 3 1/2 are mixed numbers, 3 5, 3 6/5 and 3.0 1/2 are nothing."""
@@ -245,7 +245,7 @@ class Parser:
                 case Quotient(Number(over), Number(under)):
                     written = (self.tokens[mark - 1], *map(str, (over, under)))
                     if not all(map(str.isdigit, written)) or not 0 < over < under:
-                        raise UnreadableError("neither a mixed number nor a product")
+                        raise UnreadableError("neither a mixed number nor a product", final=True)
                     return _marked(right, Sum((left, part)))
                 case Number() | Quotient(Number()) if self.tokens[mark] != "\\frac":
                     raise UnreadableError("two numbers side by side")
@@ -277,7 +277,7 @@ class Parser:
                 node = Function("!", (node,))
             elif token in ("%", "‰"):
                 self.at += 1
-                node = Percent(node if token == "%" else Quotient(node, Number(Fraction(10))))
+                node = Percent(node if token == "%" else _scaled(node, Fraction(1, 10)))
             elif token == "'" and isinstance(node, Symbol):
                 self.at += 1
                 node = Symbol(node.name + "'")
@@ -315,7 +315,10 @@ class Parser:
     def subscript(self, node: Number | Text | Symbol | Function) -> Node:
         """What follows `_`: the base of a numeral, or an index that belongs to the name."""
         start = self.at
-        inner = self.group() if self.peek() == "{" else Text(self.take())
+        if self.tokens[self.at + 1 : self.at + 2] in (["\\max"], ["\\min"]):
+            inner: Node = Text(self.raw_group())
+        else:
+            inner = self.group() if self.peek() == "{" else Text(self.take())
         label = "".join(self.tokens[start : self.at]).strip("{}")
         if isinstance(node, Number) or (isinstance(node, Text) and label.isdigit()):
             if not label.isdigit() or isinstance(inner, List):
@@ -355,7 +358,7 @@ class Parser:
         """A number, a name, a command, or what brackets enclose."""
         self.depth += 1
         if self.depth > 2 * MAX_DEPTH:
-            raise UnreadableError(f"nested deeper than {MAX_DEPTH}", over_limit=True)
+            raise UnreadableError(f"nested deeper than {MAX_DEPTH}", final=True)
         token = self.take()
         first = token[0]
         if first.isdigit() or (first == "." and len(token) > 1):
@@ -432,6 +435,10 @@ def _holds_points(node: Node) -> bool:
     return isinstance(node, (Tuple, Set)) or (isinstance(node, SetOperation) and node.kind == "union")
 
 
+def _scaled(node: Node, factor: Fraction) -> Node:
+    return Number(node.value * factor) if isinstance(node, Number) else Product(node, Number(factor))
+
+
 def _unmarked(node: Node) -> Node:
     return node.item if isinstance(node, (Percent, Degrees)) else node
 
@@ -443,7 +450,7 @@ def _marked(like: Node, node: Node) -> Node:
 
 def _number(token: str, parser: Parser) -> Number:
     if len(token) > MAX_DIGITS:
-        raise UnreadableError(f"a number of more than {MAX_DIGITS} digits", over_limit=True)
+        raise UnreadableError(f"a number of more than {MAX_DIGITS} digits", final=True)
     if "." in token and parser.peek() in ("\\overline", "\\dot") and "e" not in token.lower():
         return _repeating(token, parser)
     return Number(Fraction(token))
@@ -620,10 +627,10 @@ def _environment(parser: Parser) -> Node:
 def parse(text: str, join_thousands: bool = True) -> Node:
     """Cleaned text -> node. `\\pm` gives both signs as a list. Raises UnreadableError."""
     if len(text) > MAX_CHARS:
-        raise UnreadableError(f"longer than {MAX_CHARS} characters", over_limit=True)
+        raise UnreadableError(f"longer than {MAX_CHARS} characters", final=True)
     tokens = tokenize(text, join_thousands)
     if len(tokens) > MAX_TOKENS:
-        raise UnreadableError(f"more than {MAX_TOKENS} tokens", over_limit=True)
+        raise UnreadableError(f"more than {MAX_TOKENS} tokens", final=True)
     readings: list[Node] = []
     for sign in (1, -1):
         parser = Parser(list(tokens), sign)

@@ -13,7 +13,7 @@ from r1mega.reward.expression.text import CLOSE_TEXT, OPEN_TEXT
 MAX_LETTERS = 3
 _HINT = re.compile(r"\\(?:in|[gl]e|ne)|[<>]|for|where|with|\bany\b|\bis an?\b")
 _WORD = (
-    r"(?:for|where|with|as|given|when|and|all|any|every|each|some|is|are|be|being|the|constants?|integers?|positive|"
+    r"(?:for|where|with|as|given|when|since|because|and|all|any|every|each|some|is|are|be|being|the|constants?|integers?|positive|"
     r"negative|non-?negative|non-?zero|natural|whole|real|rational|complex|numbers?|arbitrary|parameters?|fixed|that|"
     r"an?(?=\s+[a-z]{3}))(?![A-Za-z])"
 )
@@ -33,6 +33,7 @@ _CONDITION = (
 _CONDITION_PATTERN = re.compile(_CONDITION)
 _TAIL = re.compile(rf"(?>[\s,;().{OPEN_TEXT}{CLOSE_TEXT}]|{_WORD}|" + re.sub(r"\?P<\w+>", "?:", _CONDITION) + r")++")
 _START = re.compile(rf"[,;({OPEN_TEXT}]|\s(?={_WORD})|(?<=[\d)}}])\s(?={_BOUND}\s*{_ORDER})")
+_BUILDER = re.compile(r"\\\{\s*(?P<name>[a-z])\s*(?:\\mid|[|:])\s*(?P<inside>(?P=name)\s*=.*)\\\}")
 _SAID = re.compile(r"\b(?:for|where|with|any|all|constants?|integers?|real|parameters?)\b")
 _WORDS_OF_SETS = (
     ("N", r"\b(?:positive|natural)\b.*integers?|\bnatural\b"),
@@ -58,6 +59,9 @@ def split_qualifier(text: str) -> Qualified:
     """
     if not _HINT.search(text):
         return Qualified(text)
+    if builder := _BUILDER.fullmatch(text):  # {x | x = k\\pi, k \\in Z}
+        inside = split_qualifier(builder["inside"])
+        return inside if inside.letters and builder["name"] not in inside.letters else Qualified(text)
     for start in itertools.islice(_START.finditer(text), 32):
         body, tail = text[: start.start()].strip(), text[start.start() :]
         if not body or not _TAIL.fullmatch(tail):

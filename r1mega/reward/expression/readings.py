@@ -15,7 +15,7 @@ from r1mega.reward.expression.units import Quantity, split_unit
 from r1mega.reward.expression.values import is_numeral
 
 _VALUE_OF_SOMETHING = re.compile(
-    r"[^=<>]*[A-Za-z][^=<>]*=([^=<>A-Za-z]*(?:\\(?:frac|sqrt|pi|cdot|times)[^=<>A-Za-z]*)*)"
+    r"(?:[^=<>_]|_\{[^{}]*\}|_)*[A-Za-z](?:[^=<>_]|_\{[^{}]*\}|_)*=([^=<>A-Za-z]*(?:\\(?:frac|sqrt|pi|cdot|times)[^=<>A-Za-z]*)*)"
 )
 _DECIMAL_DOTS = re.compile(r"(\.\d+)\.\.\.$")
 _GOES_ON = re.compile(r"(-?)(\d*\.\d*?)(?:(\d)\3{2,}\.\.\.|(\d{2,12})\4+\.\.\.|\((\d{1,12})\))")
@@ -51,7 +51,7 @@ def readings(text: str, quantity: Quantity, factor: Fraction, lenient: bool = Fa
                 node = Product(node, Number(factor)) if value is None else Number(value * factor)
             results.append(Reading(node, version if factor == 1 else ""))
         except UnreadableError as error:
-            if error.over_limit:
+            if error.final:
                 raise
     if not results and lenient and (match := _VALUE_OF_SOMETHING.fullmatch(body)):
         return readings(match[1], Quantity(match[1], quantity.unit, quantity.scale), factor / quantity.scale)

@@ -134,20 +134,23 @@ _SAME_COMMAND = {  # names of one command in other countries and packages
     "dbinom": r"\binom",
     "tbinom": r"\binom",
 }
+_FUNCTION_NAME = re.compile(r"(?:arc)?(?:sin|cos|tan|cot|sec|csc|tg|ctg)h?|ln|log|lg|exp|gcd|lcm|max|min")
 _OTHER_COMMANDS = re.compile(r"\\(" + "|".join(map(re.escape, _SAME_COMMAND)) + r")(?![A-Za-z])\s*")
-_MODULUS = re.compile(r"\\(?:pmod|bmod|mod|pod)(?![A-Za-z])")
+_MODULUS = re.compile(r"\\(?:pmod|bmod|mod|pod)(?![A-Za-z])|(?<![A-Za-z\\])mod(?![A-Za-z])")
 _MODULUS_IN_BRACKETS = re.compile(rf"\(\s*{OPEN_TEXT}?\s*\\?mod(?![A-Za-z])\s*{CLOSE_TEXT}?\s*([^()]*?)\s*\)")
 _ARGUMENT = r"(?:\{([^{}]*)\}|(\w))"
-_CHOSEN = re.compile(  # C_{10}^{3}, A^3_{10}, {}^{10}C_3, 10C3, C(10,3)
-    rf"(?<![A-Za-z\\])\{{?{OPEN_TEXT}?\s*([CAP])\s*{CLOSE_TEXT}?\}}?\s*(?:_\s*{_ARGUMENT}\s*\^\s*{_ARGUMENT}|\^\s*{_ARGUMENT}\s*_\s*{_ARGUMENT})"
-    rf"|(?:\{{\s*\}}\s*)?(?<![\w}})])[\^_]\s*{_ARGUMENT}\s*\{{?{OPEN_TEXT}?\s*([CP])\s*{CLOSE_TEXT}?\}}?\s*_\s*{_ARGUMENT}"
+_SYMBOL_OF_CHOICE = rf"(?:\{{(?={OPEN_TEXT}?\s*\w\s*{CLOSE_TEXT}?\}}))?{OPEN_TEXT}?\s*([CAP])\s*{CLOSE_TEXT}?\}}?\s*"
+_CHOSEN = re.compile(  # C_{10}^{3}, A^3_{10}, {}^{10}C_3, 10C3, C(10,3), {10 \choose 3}
+    rf"(?<![A-Za-z\\]){_SYMBOL_OF_CHOICE}"
+    rf"(?:_\s*{_ARGUMENT}\s*\^\s*{_ARGUMENT}|\^\s*{_ARGUMENT}\s*_\s*{_ARGUMENT})"
+    rf"|(?:\{{\s*\}}\s*|(?<![\w}})]))[\^_]\s*{_ARGUMENT}\s*{_SYMBOL_OF_CHOICE}_\s*{_ARGUMENT}"
     r"|(?<![\w.])(\d+)\s*([CP])\s*(\d+)(?!\w)|(?<![A-Za-z\\])C\((\d+),\s*(\d+)\)"
     r"|\{([^{}]*)\\choose([^{}]*)\}"
 )
 _CHOSEN_HINT = re.compile(r"[CAP][\s}\u27e7]*[_^(]|\d\s*[CP]\s*\d|choose")
 _ABOUT = re.compile(
     rf"(?<=[\w)}}])\s*,?\s*[({OPEN_TEXT}\s]*(?:or\s+)?(?:\\approx|approximately|approx\.?|about|roughly)\s*{CLOSE_TEXT}?\s*"
-    rf"(-?[\d.]+)(?P<unit>[^\d()]*?)[){CLOSE_TEXT}\s]*$"
+    rf"(-?[\d.]+)(?P<unit>(?:{OPEN_TEXT}[^{CLOSE_TEXT}]*{CLOSE_TEXT}|[^\d(){OPEN_TEXT}{CLOSE_TEXT}])*?)[){CLOSE_TEXT}\s]*$"
 )
 _CONDITION_BEHIND = re.compile(
     r"\\q?quad\s*(?=\(?\s*[A-Za-z](?:\s*,\s*[A-Za-z])*\s*(?:\\(?:in|[gl]eq?|neq?)(?![A-Za-z])|[<>]))"
@@ -186,6 +189,8 @@ _BOX = re.compile(OPEN_TEXT + "([^" + CLOSE_TEXT + "]*)" + CLOSE_TEXT)
 def _box(match: re.Match[str]) -> str:
     """\\text{...}: numbers and formulas written as text are unwrapped, words stay marked, lists are split."""
     command, content = match.groups()
+    if command.startswith("operatorname") and _FUNCTION_NAME.fullmatch(content.strip()):
+        return f"\\{content.strip()} "
     if (number := spelled_out(content.strip())) is not None:
         return f" {number} "
     if not re.search(r"[^\W\d_]", content) or (command in ("mathrm", "mathit", "rm") and len(content.strip()) == 1):
@@ -223,7 +228,7 @@ def _in_ascii(text: str) -> str:
 
 def _unwrapped(text: str) -> str:
     """Without the quotation marks or Markdown emphasis around it."""
-    if text[:1] and text[0] in _QUOTES:
+    if text[:1] and text[0] in _QUOTES and not text.startswith("_{"):
         return text.lstrip(_QUOTES + " ").rstrip(_QUOTES + " .")
     return text[:-2] if text.endswith("**") else text
 
@@ -263,6 +268,8 @@ def clean(text: str) -> str:
         text = _IN_BASE.sub(r"_{\1}", text) if "base" in text else text
     if "[" in text and text[-1] == "[" or text[:1] == "]":
         text = _OUTWARD.sub(_inward, text)
+    if "mod" in text:
+        text = _MODULUS.sub(r"\\pmod ", _MODULUS_IN_BRACKETS.sub(r"\\pmod{\1}", text))
     if _CHOSEN_HINT.search(text):
         text = _CHOSEN.sub(_chosen, text)
     text = _rewritten_numbers(_CURRENCY_NAME.sub("", text))
@@ -306,7 +313,6 @@ def _without_layout(text: str) -> str:
     text = re.sub(r"(?<!\\)\\\]", " ", text)
     text = re.sub(r"(?<=R[} ])\s*-\s*(?=\\\{)", r"\\setminus ", text)
     text = _OTHER_COMMANDS.sub(lambda m: _SAME_COMMAND[m[1]], text)
-    text = _MODULUS.sub(r"\\pmod ", _MODULUS_IN_BRACKETS.sub(r"\\pmod{\1}", text)) if "mod" in text else text
     return re.sub(r"\s*\\+\s*$", "", _AND_BOX.sub(_joiner, text))
 
 

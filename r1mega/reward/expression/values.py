@@ -157,8 +157,9 @@ def is_worked_out(node: Node) -> bool:
 
 
 def work_left(node: Node) -> int:
-    """How many sums, differences, products and quotients of numbers an answer leaves to the reader. 2^{10}, 10! and
-    \\binom{5}{2} name a number as 1024 does; of a chain (7 + 8 = 15) the side that is worked out most counts.
+    """How much arithmetic with numbers an answer leaves to the reader: of each sum, difference, product and quotient the
+    digits of all but the longest number. 53 + 1 leaves 1, 17 \\times 23 leaves 2; 2^{10}, 10! and \\binom{5}{2} name a
+    number as 1024 does. Of a chain (7 + 8 = 15) the side that is worked out most counts.
     """
     if is_numeral(node):
         return 0
@@ -167,8 +168,16 @@ def work_left(node: Node) -> int:
         return min(map(work_left, (part for part in parts if not symbols(part))), default=0)
     own = 0
     if isinstance(node, (Sum, Product, Quotient)) and not any(isinstance(part, (Symbol, Text)) for part in walk(node)):
-        own = len(parts) - 1
+        digits = [_num_digits(part) for part in parts]
+        own = sum(digits) - max(digits)
     return own + sum(map(work_left, parts))
+
+
+def _num_digits(node: Node) -> int:
+    """Digits of a number; of anything longer than a number 2."""
+    while isinstance(node, (Negative, Percent, Degrees)):
+        node = node.item
+    return len(str(abs(node.value.numerator))) if isinstance(node, Number) else 2
 
 
 # --- decimals ------------------------------------------------------------

@@ -21,9 +21,12 @@ _CHOICE_LEAD = re.compile(
 )
 _BOXED_CHOICE = re.compile(r"[\s(" + OPEN_TEXT + r"]*\(?([A-J])\)?[" + CLOSE_TEXT + r")\s]*")
 _BOXED_CHOICE_LEAD = re.compile(OPEN_TEXT + r"([A-J])" + CLOSE_TEXT + r"\s+[^-+*/^=,;\s]")
-_WRAPPED_LETTER = r"\\(?:textbf|text|mathrm|textrm|mathbf|bold|mbox|rm|bf)\s*\{\s*\(?\s*([A-J])\s*[).:]\s*"
-_CHOICE_AND_VALUE = re.compile(  # \textbf{(C)}\ 42, \textbf{(C) }42, (C) 42, C. 42
-    rf"[\s$]*(?:{_WRAPPED_LETTER}\}}[\s~:.,]*(?:\\[ ,;:!]|\\q?quad|[\s~])*|\(\s*([A-J])\s*\)[\s~:.]+|([A-J])[.):]\s+)(.+)",
+_FONT = r"\\(?:textbf|text|mathrm|textrm|mathbf|bold|mbox|rm|bf)\s*\{"
+_CHOICE_AND_VALUE = re.compile(  # \textbf{(C)}\ 42, \textbf{(C) }42, (\text{C}) 42, (C) 42, C. 42
+    r"[\s$]*(?:"
+    rf"{_FONT}\s*\(?\s*([A-J])\s*[).:](?:\s|\\[ ,])*\}}(?:[\s~:.,]|\\[ ,;:!]|\\q?quad|\\hspace\{{[^}}]*\}})*"
+    rf"|\(\s*(?:{_FONT}\s*)?([A-J])\s*\}}?\s*\)(?:[\s~:.]|\\[ ,;:!])+"
+    r"|([A-J])[.):]\s+)(.+)",
     re.DOTALL,
 )
 _NO_VALUE = re.compile(r"(?:\\text\s*\{)?\s*(?:[,;&]|and\b|or\b|[+*/^=_!]|-\s|\(?[A-J]\b\)?)")

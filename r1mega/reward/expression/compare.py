@@ -370,7 +370,7 @@ def _proportional(gold: Relation, other: Relation) -> bool | None:
     unknowns = symbols(first)
     if not unknowns or unknowns != symbols(second):
         return False
-    place = {name: Number(Fraction(index * 7 + 3, 11)) for index, name in enumerate(sorted(unknowns))}
+    place = {name: Number(Fraction(index * 7919 + 104729, 1009)) for index, name in enumerate(sorted(unknowns))}
     ratio = Quotient(replaced(second, place), replaced(first, place))
     if evaluate.agree(Product(ratio, first), second) is not True:
         return False

@@ -1,11 +1,15 @@
 """Pairs of answers whose label is known by how they were made: equal by algebra, unequal by one change.
 
 No grader is asked. Each family writes a value in two ways and changes one thing in a third.
+
+    python -m tests.field.constructed COUNT SEED > pairs.jsonl      # for tools/bench_rewards.py
 """
 
 from __future__ import annotations
 
+import json
 import math
+import sys
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from random import Random
@@ -337,7 +341,12 @@ def labelled_pairs(count: int, seed: int) -> Iterator[dict]:
         gold, equal, unequal = family(rng)
         for answer, label in ((equal, True), (unequal, False)):
             boxed = answer if "\\boxed" in answer else f"\\boxed{{{answer}}}"
-            prediction = rng.choice((f"So it is {boxed}.", f"<answer>{answer}</answer>", f"${boxed}$"))
+            prediction = rng.choice((f"So it is {boxed}.", f"<answer>{boxed}</answer>", f"${boxed}$"))
             if "\\boxed" in answer:
                 prediction = boxed
             yield {"family": family.__name__, "gold": gold, "prediction": prediction, "label": label}
+
+
+if __name__ == "__main__":
+    for labelled in labelled_pairs(*map(int, sys.argv[1:3])):
+        print(json.dumps(labelled, ensure_ascii=False))

@@ -11,7 +11,7 @@ from r1mega.reward.expression.nodes import Node, Symbol
 from r1mega.reward.expression.text import CLOSE_TEXT, OPEN_TEXT
 
 MAX_LETTERS = 3
-_HINT = re.compile(r"\\(?:in|[gl]e|ne)|[<>]|for|where|with|\bany\b|\bis an?\b")
+_HINT = re.compile(r"dots|\\(?:in|[gl]e|ne)|[<>]|for|where|with|\bany\b|\bis an?\b")
 _WORD = (
     r"(?:for|where|with|as|given|when|since|because|and|all|any|every|each|some|is|are|be|being|the|constants?|integers?|positive|"
     r"negative|non-?negative|non-?zero|natural|whole|real|rational|complex|numbers?|arbitrary|parameters?|fixed|that|"
@@ -26,14 +26,15 @@ _SET = (
     r"[\[(][^\[\]()a-zA-Z]*(?:\\(?:infty|pi)[^\[\]()a-zA-Z]*)*[\])]|\\\{[-\d,\s.]*\\\}"
 )
 _BOUND = r"[-+]?\s*(?:\d+(?:\.\d+)?|\\infty(?![A-Za-z])|\\pi(?![A-Za-z])|\\frac\{\d+\}\{\d+\})"
+_SERIES = r"\d+(?:\s*,\s*\d+)+\s*,\s*(?:\\[lc]?dots|\.\.\.)"
 _CONDITION = (
     rf"(?:(?P<low>{_BOUND}\s*{_ORDER})\s*)?(?P<letters>{_LETTERS})"
-    rf"(?:\s*(?:{_IN}\s*(?P<set>{_SET})|(?P<high>{_ORDER}\s*{_BOUND})))?"
+    rf"(?:\s*(?:{_IN}\s*(?P<set>{_SET})|(?P<high>{_ORDER}\s*{_BOUND})|(?P<series>=\s*{_SERIES})))?"
 )
 _CONDITION_PATTERN = re.compile(_CONDITION)
 _TAIL = re.compile(rf"(?>[\s,;().{OPEN_TEXT}{CLOSE_TEXT}]|{_WORD}|" + re.sub(r"\?P<\w+>", "?:", _CONDITION) + r")++")
 _START = re.compile(rf"[,;({OPEN_TEXT}]|\s(?={_WORD})|(?<=[\d)}}])\s(?={_BOUND}\s*{_ORDER})")
-_BUILDER = re.compile(r"\\\{\s*(?P<name>[a-z])\s*(?:\\mid|[|:])\s*(?P<inside>(?P=name)\s*=.*)\\\}")
+_BUILDER = re.compile(r"\\\{(?P<item>[^|:]+?)(?:\\mid|[|:])(?P<condition>.+)\\\}")
 _SAID = re.compile(r"\b(?:for|where|with|any|all|constants?|integers?|real|parameters?)\b")
 _WORDS_OF_SETS = (
     ("N", r"\b(?:positive|natural)\b.*integers?|\bnatural\b"),
@@ -59,16 +60,17 @@ def split_qualifier(text: str) -> Qualified:
     """
     if not _HINT.search(text):
         return Qualified(text)
-    if builder := _BUILDER.fullmatch(text):  # {x | x = k\\pi, k \\in Z}
-        inside = split_qualifier(builder["inside"])
-        return inside if inside.letters and builder["name"] not in inside.letters else Qualified(text)
+    if builder := _BUILDER.fullmatch(text):
+        return _of_builder(builder["item"].strip(), builder["condition"].strip()) or Qualified(text)
     for start in itertools.islice(_START.finditer(text), 32):
         body, tail = text[: start.start()].strip(), text[start.start() :]
         if not body or not _TAIL.fullmatch(tail):
             continue
         found = [match for match in _CONDITION_PATTERN.finditer(_without_words(tail))]
         letters = tuple(dict.fromkeys(name for match in found for name in re.findall(_LETTER, match["letters"])))
-        said = any(match["low"] or match["set"] or match["high"] for match in found) or _SAID.search(tail)
+        said = any(match["low"] or match["set"] or match["high"] or match["series"] for match in found) or _SAID.search(
+            tail
+        )
         if not letters or not said or not all(_speaks_of(body, letter) for letter in letters):
             return Qualified(text)
         sets = [re.sub(r"\\mathbb|[\s{}]", "", match["set"]) for match in found if match["set"]]
@@ -79,6 +81,12 @@ def split_qualifier(text: str) -> Qualified:
         bounds = frozenset(bound for match in found for bound in _bounds(match["low"] or "", match["high"] or ""))
         return Qualified(body.rstrip(" ,;("), letters, domain, bounds)
     return Qualified(text)
+
+
+def _of_builder(item: str, condition: str) -> Qualified | None:
+    """{x | x = k\\pi, k \\in Z} and {k\\pi : k \\in Z}; None for the subset of the line that {x : x > 2} is."""
+    inside = split_qualifier(condition if condition.startswith(item) else f"{item}, {condition}")
+    return inside if inside.domain and item not in inside.letters else None
 
 
 def _bounds(low: str, high: str) -> Iterator[str]:

@@ -55,5 +55,5 @@ elif [ "$megatron" ]; then
 else
   engines=$(echo tests/unit/{evaluate,rollout,weights})
   others="tests/unit $(printf -- '--ignore=%s ' $engines $half)"
-  run_beside tests/e2e tests/dist "$engines" tests/slurm "$others" "$half" tests/te tests/faults tests/gpu  # the longest first
+  run_beside tests/e2e tests/dist "$engines" tests/slurm "$others" "$half" tests/te tests/field tests/faults tests/gpu  # the longest first
 fi

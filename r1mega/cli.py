@@ -236,11 +236,12 @@ def convert(
 def reward_math(
     workers: Annotated[int, typer.Option(help="processes for what only symbolic algebra can tell")] = 1,
     timeout: Annotated[float, typer.Option(help="seconds for one symbolic comparison")] = 5.0,
+    max_work: Annotated[int, typer.Option(help="digits of arithmetic that an answer may leave undone")] = 1,
 ) -> None:
     """{"gold", "prediction"} lines in; {"value", "status", "reason"} lines out, in the same order."""
     from r1mega.reward.math import score_stream
 
-    score_stream(sys.stdin, sys.stdout, num_workers=workers, timeout_seconds=timeout)
+    score_stream(sys.stdin, sys.stdout, num_workers=workers, timeout_seconds=timeout, max_work=max_work)
 
 
 @reward_app.command("code")

@@ -37,6 +37,7 @@ class AccuracyReward(Section):
     form: Literal["any", "boxed", "tag"] = "any"  # of a math answer: \boxed{}, <answer>, or the tag where there is one
     partial_credit: bool = False  # the share of tests or instructions met, instead of all or nothing
     timeout_seconds: Positive = 5.0  # hard limit of one symbolic comparison
+    max_work: NonNegativeInt = 1  # arithmetic that an answer may leave undone: 1 takes 53 + 1 for 54, 0 does not
 
 
 class FormatReward(Section):

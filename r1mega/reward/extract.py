@@ -1,4 +1,4 @@
-"""The final answer of a response: last well-formed `\\boxed{}` or `<answer>...</answer>`."""
+"""The final answer of a response: last well-formed `\\boxed{}`, `<answer>...</answer>` or GSM8K's `#### 42`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,13 @@ from typing import Literal
 
 AnswerForm = Literal["any", "boxed", "tag"]
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
+_BARE = re.compile(r"-?\\[A-Za-z]+(?=\s*[^A-Za-z\s])|-?\\[A-Za-z]+|[\w.,/-]+")  # after \boxed without braces
+_BETWEEN_BOXES = re.compile(  # of one answer: x = \boxed{1}, \text{ and } y = \boxed{2}
+    r"(?:\s|[,;、和]|\$|\\[()\[\]]|\\(?:quad|qquad|[,; ])|\\(?:text|mathrm)\s*\{\s*,?\s*(?:and|or)\s*\}|\b(?:and|or)\b)*"
+    r"(?P<name>(?<![A-Za-z])[A-Za-z](?:_\{?\w\}?)?\s*=\s*(?:\$|\\\()?\s*)?"
+)
+_HASHES = re.compile(r"(?<!#)####(?!#)([^\n]*)")
+_HASHED_NUMBER = re.compile(r"[-+−]?\s*\\?\$?\s*[-+−]?[\d,]*\.?\d+(?:/\d+)?\s*(?:\\?%)?\.?")
 MAX_BOXES = 32  # looked at from the end: a response that repeats an open box must not cost quadratic time
 MAX_BOX_CHARS = 10_000
 _CLOSE_TAG = "</answer>"
@@ -18,14 +25,49 @@ _WHOLE_TAG = re.compile(r"^\s*<answer>(.*)</answer>\s*$", re.DOTALL)
 def last_boxed(text: str) -> str | None:
     """Content of the last `\\boxed{...}` whose braces close (or `\\boxed 5`); None when there is none."""
     for match in reversed(list(_BOX.finditer(text))[-MAX_BOXES:]):
-        start = match.end()
-        if start < len(text) and text[start] == "{":
-            end = _closing_brace(text, start)
-            if end is not None:
-                return text[start + 1 : end]
-        elif start > match.start() and (bare := re.match(r"[\w.,/-]+", text[start:])) and text[start - 1].isspace():
-            return bare.group().rstrip(".,")
+        if (box := _content(text, match.end())) is not None:
+            return box[0]
     return None
+
+
+def boxed_answer(text: str) -> str | None:
+    """Content of the last box; where an answer has a box for each item (`\\boxed{2}, \\boxed{3} and \\boxed{5}`),
+    that of all of them as a list. Boxes belong together when nothing but commas, 'and', 'or' and names (`y =`) stands
+    between them; the same content twice is one answer.
+    """
+    items: list[str] = []
+    begin = 0  # of the group's box that was met last
+    for match in reversed(list(_BOX.finditer(text))[-MAX_BOXES:]):
+        box = _content(text, match.end())
+        if box is None:
+            if items:
+                break
+            continue
+        content, end = box
+        if items and not (match.start() < end <= begin and _BETWEEN_BOXES.fullmatch(text, end, begin)):
+            break
+        if content.strip() not in items:
+            items.insert(0, content.strip())
+        begin = match.start()
+    return ", ".join(items) if items else None
+
+
+def _content(text: str, start: int) -> tuple[str, int] | None:
+    """What the box whose command ends at `start` holds, and where it ends; None where its braces do not close."""
+    if text[start : start + 1] == "{":
+        end = _closing_brace(text, start)
+        return None if end is None else (text[start + 1 : end], end + 1)
+    bare = _BARE.match(text, start)
+    if not bare:
+        return None
+    end = bare.end()
+    while bare.group().lstrip("-").startswith("\\") and text[end : end + 1] == "{":  # \boxed\frac{1}{2}
+        closing = _closing_brace(text, end)
+        if closing is None:
+            return None
+        end = closing + 1
+    content = text[start:end].rstrip(".,")
+    return content, start + len(content)
 
 
 def _closing_brace(text: str, start: int) -> int | None:
@@ -68,11 +110,23 @@ def final_text(text: str, prompt_opens_think: bool = False) -> str:
     return (match.group(1) if match else rest).strip()
 
 
+def last_hashed(text: str) -> str | None:
+    """What follows the last `####` in GSM8K's own form: a number alone on the rest of the line, or whatever stands on
+    the last line. A heading of Markdown is none.
+    """
+    for match in reversed(list(_HASHES.finditer(text))[-MAX_BOXES:]):
+        content = match.group(1).strip()
+        if content and (_HASHED_NUMBER.fullmatch(content) or not text[match.end() :].strip()):
+            return content
+    return None
+
+
 def final_answer(text: str, form: AnswerForm = "any") -> str | None:
     """The final answer in the asked form. Reasoning never counts as an answer: what stands before `</think>`, all of
     it while an opened `<think>` is not closed.
 
-    'any': the tag when there is one, else the box. A box inside the tag is unwrapped. None: no well-formed answer.
+    'any': the tag when there is one, else the box, else what follows `####`. A box inside the tag is unwrapped. None:
+    no well-formed answer.
     """
     if _THINK_END in text:
         text = text[text.rfind(_THINK_END) + len(_THINK_END) :]
@@ -81,9 +135,11 @@ def final_answer(text: str, form: AnswerForm = "any") -> str | None:
     if form != "boxed":
         tagged = last_tagged(text)
         if tagged is not None:
-            boxed = last_boxed(tagged)
+            boxed = boxed_answer(tagged)
             return (tagged if boxed is None else boxed).strip()
         if form == "tag" or _OPEN_TAG in text:
             return None
-    boxed = last_boxed(text)
-    return None if boxed is None else boxed.strip()
+    found = boxed_answer(text)
+    if found is None and form == "any" and not _BOX.search(text):
+        found = last_hashed(text)
+    return None if found is None else found.strip()

@@ -36,7 +36,7 @@ CPU_SHARE = 0.4  # of the hard limit: what a comparison may spend before it coun
 MAX_WAITING_LINES = 4096
 
 _PLAIN = re.compile(r"\s*([+-]?\d{1,400}(?:\.\d{1,400})?)\s*")
-_MARKED = re.compile(r"\\(?:boxed|fbox)|</?answer>|</think>")
+_MARKED = re.compile(r"\\(?:boxed|fbox)|</?answer>|</think>|####")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,18 +47,18 @@ class Comparison:
     reason: str
 
 
-def decide(golds: Sequence[str], answer: str) -> Comparison:
-    """Compare one extracted answer with every accepted gold on the fast path."""
+def decide(golds: Sequence[str], answer: str, max_work: int = compare.MAX_WORK) -> Comparison:
+    """Compare one extracted answer with every accepted gold on the fast path. max_work: see `reward.accuracy`."""
     undecided = None
     for gold in golds:
-        comparison = _decide_one(gold, answer)
+        comparison = _decide_one(gold, answer, max_work)
         if comparison.equal:
             return comparison
         undecided = comparison if comparison.equal is None else undecided
     return undecided or Comparison(False, f"{_shown(answer)} is not {' or '.join(map(_shown, golds))}")
 
 
-def _decide_one(gold: str, answer: str) -> Comparison:
+def _decide_one(gold: str, answer: str, max_work: int) -> Comparison:
     plain_gold, plain = _PLAIN.fullmatch(gold), _PLAIN.fullmatch(answer)
     if plain_gold and plain:
         same = _number(plain_gold.group(1)) == _number(plain.group(1))
@@ -66,9 +66,9 @@ def _decide_one(gold: str, answer: str) -> Comparison:
     if len(answer) > MAX_CHARS:
         return Comparison(False, f"the answer has {len(answer)} characters, more than {MAX_CHARS}")
     try:
-        equal = compare.same_answer(_unwrapped(gold), without_lead(answer))
+        equal = compare.same_answer(_unwrapped(gold), without_lead(answer), max_work)
         if not equal and (core := from_prose(answer)) is not None:
-            equal = compare.same_answer(_unwrapped(gold), core)
+            equal = compare.same_answer(_unwrapped(gold), core, max_work)
     except UnreadableError as error:
         return Comparison(False, f"not compared: {error}")
     except RecursionError:
@@ -81,7 +81,7 @@ def _number(literal: str) -> int | Fraction:
 
 
 def _unwrapped(gold: str) -> str:
-    """A gold may itself be written as a box or a tagged answer."""
+    """A gold may itself be written as a box, a tagged answer or a solution of GSM8K."""
     found = final_answer(gold) if _MARKED.search(gold) else None
     return gold if found is None else found
 
@@ -97,13 +97,15 @@ def answer_of(prediction: str, form: AnswerForm = "any", bare: bool = False) -> 
     return prediction if bare else None
 
 
-def verify(golds: Sequence[str], answer: str | None, timeout_seconds: float) -> PartScore | Deferred:
+def verify(
+    golds: Sequence[str], answer: str | None, timeout_seconds: float, max_work: int = compare.MAX_WORK
+) -> PartScore | Deferred:
     """1 or 0 on the fast path, or the worker task that decides. timeout_seconds: hard limit of one symbolic
-    comparison.
+    comparison. max_work: how much arithmetic the answer may leave undone.
     """
     if answer is None:
         return PartScore(0.0, "no answer in the asked form")
-    comparison = decide(golds, answer)
+    comparison = decide(golds, answer, max_work)
     if comparison.equal is not None:
         return PartScore(float(comparison.equal), comparison.reason)
     cpu_seconds = CPU_SHARE * min(timeout_seconds, MAX_SECONDS)
@@ -125,14 +127,15 @@ class MathAccuracy:
 
     timeout_seconds: float = MAX_SECONDS
     form: AnswerForm = "any"
+    max_work: int = compare.MAX_WORK
     name: str = "accuracy"
 
     @classmethod
     def from_config(cls, config: RewardConfig) -> MathAccuracy:
-        return cls(config.accuracy.timeout_seconds, config.accuracy.form)
+        return cls(config.accuracy.timeout_seconds, config.accuracy.form, config.accuracy.max_work)
 
     def score(self, item: ScoringItem) -> PartScore | Deferred:
-        return verify(item.prompt.answers, answer_of(item.text, self.form), self.timeout_seconds)
+        return verify(item.prompt.answers, answer_of(item.text, self.form), self.timeout_seconds, self.max_work)
 
 
 # --- command line ------------------------------------------------------------
@@ -182,6 +185,7 @@ def score_stream(
     *,
     num_workers: int = 1,
     timeout_seconds: float = MAX_SECONDS,
+    max_work: int = compare.MAX_WORK,
 ) -> int:
     """`r1mega reward math`: pairs in, {"value", "status", "reason"} lines out in the same order. Returns the number
     of pairs.
@@ -193,7 +197,7 @@ def score_stream(
     with WorkerPool(num_workers) as pool:
         try:
             for pair in read_pairs(source, name):
-                score = verify(pair.golds, answer_of(pair.prediction, bare=True), timeout_seconds)
+                score = verify(pair.golds, answer_of(pair.prediction, bare=True), timeout_seconds, max_work)
                 waiting.append((score, pool.submit(score.task)) if isinstance(score, Deferred) else score)
                 count += 1
                 _write_ready(waiting, sink, block=len(waiting) > MAX_WAITING_LINES)

@@ -2,7 +2,7 @@
 
 Rational expressions are evaluated exactly in a prime field (pi and e as random elements, i as a root of -1), so that
 no tolerance is involved. The others are evaluated in doubles to tell different ones apart at once, and confirmed with
-60 digits when they agree.
+60 digits more than their smallest and largest terms are apart when they agree.
 """
 
 from __future__ import annotations
@@ -49,9 +49,12 @@ from r1mega.reward.expression.nodes import (
 
 PRIME = 2**96 - 87  # = 1 mod 4, so that -1 has a root
 ROOT_OF_MINUS_ONE = 64928858663283645567976659563
-CONFIRM_DIGITS = 60
+CONFIRM_DIGITS = 64
+MAX_DIGITS = 4096
+MAX_FACTORIAL = 20_000  # in the prime field, where it takes so many steps
 NUM_POINTS = 3
-_COARSE, _FINE = 1e-7, 1e-40  # relative tolerances of doubles (to reject) and of 60 digits (to accept)
+_COARSE = 1e-7  # tolerance of doubles, relative or absolute: they only reject
+_GUARD_DIGITS = 20  # of those that confirm: what rounding may have spoilt
 
 
 # --- prime field ------------------------------------------------------------
@@ -94,6 +97,8 @@ def _modular(node: Node, point: int) -> int:
         case Function(name, arguments) if name in FREE_FUNCTIONS:
             residues = ",".join(str(_modular(item, point)) for item in arguments)
             return _random_element(f"{name}({residues})", point)
+        case Function("!" | "binom" | "perm" as name, arguments):
+            return _modular_factorials(name, [exact_or_raise(item) for item in arguments])
         case Function(name) if name in INTEGER_FUNCTIONS:
             return _residue(exact_or_raise(node))
         case Degrees(item):
@@ -106,6 +111,26 @@ def _residue(value: Fraction) -> int:
     if value.denominator == 1:
         return value.numerator % PRIME
     return value.numerator * pow(value.denominator, -1, PRIME) % PRIME
+
+
+def _modular_factorials(name: str, numbers: list[Fraction]) -> int:
+    """n!, n over k, n! / (n - k)! of numbers whose factorials are too large to be written."""
+    whole = [number.numerator for number in numbers if number.denominator == 1 and 0 <= number <= MAX_FACTORIAL]
+    if len(whole) < len(numbers) or (len(whole) == 2 and whole[1] > whole[0]):
+        raise UndefinedError(name)
+    top, *below = whole
+    value = _factorial_residue(top)
+    if below:
+        value = value * _inverse(_factorial_residue(top - below[0])) % PRIME
+    return value * _inverse(_factorial_residue(below[0])) % PRIME if name == "binom" else value
+
+
+@lru_cache(maxsize=1024)
+def _factorial_residue(number: int) -> int:
+    value = 1
+    for factor in range(2, number + 1):
+        value = value * factor % PRIME
+    return value
 
 
 def _inverse(value: int) -> int:
@@ -142,6 +167,9 @@ class _Doubles:
     def number(self, value: Fraction) -> complex:
         return complex(float(value))
 
+    def note(self, value: complex) -> None:
+        """What `_Digits` wants to know of every part; a double has its digits."""
+
     def floor(self, value: complex) -> int:
         return math.floor(_real(value) + 1e-9)
 
@@ -150,13 +178,14 @@ class _Doubles:
 
 
 class _Digits:
-    """mpmath at CONFIRM_DIGITS digits."""
+    """mpmath at a number of digits."""
 
-    def __init__(self) -> None:
+    def __init__(self, digits: int) -> None:
         import mpmath
 
+        self.above = self.below = 0  # digits above and below 1 of the largest and of the smallest value met
         self.context = context = mpmath.mp.clone()
-        context.dps = CONFIRM_DIGITS
+        context.dps = digits
         self.pi, self.e, self.i = context.pi + 0, context.e + 0, context.mpc(0, 1)
         self.functions = {
             "sin": context.sin,
@@ -181,13 +210,18 @@ class _Digits:
     def floor(self, value: Any) -> int:
         return int(self.context.floor(_real(value) + self.context.mpf(10) ** -30))
 
+    def note(self, value: Any) -> None:
+        if value != 0 and self.context.isfinite(value):
+            place = math.ceil(self.context.mag(value) * 0.302)
+            self.above, self.below = max(self.above, place), max(self.below, -place)
+
 
 _DOUBLES = _Doubles()
 
 
-@lru_cache(maxsize=1)
-def _digits() -> _Digits:
-    return _Digits()
+@lru_cache(maxsize=16)
+def _digits(count: int) -> _Digits:
+    return _Digits(count)
 
 
 _RECIPROCALS = {"cot": "tan", "sec": "cos", "csc": "sin", "arccot": "arctan"}
@@ -195,7 +229,9 @@ _RECIPROCALS = {"cot": "tan", "sec": "cos", "csc": "sin", "arccot": "arctan"}
 
 def _numeric(node: Node, field: Any, values: dict[str, Fraction], log_base: int | None) -> Any:
     def of(child: Node) -> Any:
-        return _numeric(child, field, values, log_base)
+        value = _numeric(child, field, values, log_base)
+        field.note(value)
+        return value
 
     match node:
         case Number(value):
@@ -268,9 +304,10 @@ def _numeric_function(node: Function, field: Any, of: Callable[[Node], Any], log
         return field.number(value)
     if name == "!":  # of a symbol: the gamma function has the same identities
         return field.factorial(arguments[0])
-    if name == "binom":
+    if name in ("binom", "perm"):
         n, k = arguments
-        return field.factorial(n) / field.factorial(k) / field.factorial(n - k)
+        chosen = field.factorial(n) / field.factorial(n - k)
+        return chosen / field.factorial(k) if name == "binom" else chosen
     raise UndefinedError(f"unknown function {name}")
 
 
@@ -279,17 +316,39 @@ def _points(names: frozenset[str], count: int) -> Iterator[dict[str, Fraction]]:
     like).
     """
     for point in range(count):
-        unit = {name: Fraction(_random_element(name, point + 7) >> 40, 2**56) for name in names}
+        unit = {name: Fraction(_random_element(name, point + 7) >> 40, 2**56) for name in sorted(names)}
         if point % 3 == 0:
             yield {name: value * 3 + Fraction(1, 5) for name, value in unit.items()}
-        elif point % 3 == 1:
-            yield {name: value * 6 - 3 for name, value in unit.items()}
+        elif point % 3 == 1:  # of both signs whatever chance says: |x| is not x
+            yield {
+                name: -3 * value if at % 2 == point // 3 % 2 else 3 * value
+                for at, (name, value) in enumerate(unit.items())
+            }
         else:
             yield {name: value * Fraction(9, 10) + Fraction(1, 100) for name, value in unit.items()}
 
 
-def _close(a: Any, b: Any, tolerance: float) -> bool:
-    return bool(abs(a - b) <= tolerance * max(1, abs(a), abs(b)))
+def _close(a: complex, b: complex) -> bool:
+    return abs(a - b) <= _COARSE * max(1, abs(a), abs(b))
+
+
+def _confirmed(left: Node, right: Node, values: dict[str, Fraction], log_base: int | None) -> tuple[bool, Any]:
+    """Whether the values agree to the last digit that could tell them apart, and the left one. A term of 10^-500 beside
+    1 wants more digits than one of 10^-5 (1 + e^{-1000} is not 1). Raises TooLargeError beyond MAX_DIGITS.
+    """
+    digits = needed = CONFIRM_DIGITS
+    while digits <= MAX_DIGITS:
+        field = _digits(digits)
+        field.above = field.below = 0
+        a, b = (_numeric(side, field, values, log_base) for side in (left, right))
+        field.note(a)
+        field.note(b)
+        if digits == CONFIRM_DIGITS:  # later the terms that cancel out are as small as the digits allow
+            needed = CONFIRM_DIGITS * math.ceil(1 + max(field.above + field.below - 4, 0) / 16)
+        if digits == needed:
+            return bool(abs(a - b) <= field.context.mpf(10) ** (field.above + _GUARD_DIGITS - digits)), a
+        digits = needed
+    raise TooLargeError("too many digits")
 
 
 def agree(left: Node, right: Node, log_base: int | None = None) -> bool | None:
@@ -341,15 +400,17 @@ def _agree_at(
 ) -> bool | None:
     try:
         a, b = (complex(_numeric(side, _DOUBLES, values, log_base)) for side in (left, right))
-        if cmath.isfinite(a) and cmath.isfinite(b) and not _close(a, b, _COARSE):
+        if cmath.isfinite(a) and cmath.isfinite(b) and not _close(a, b):
             return False if allow_complex or _is_real(a) else None  # nothing is promised outside the gold's real domain
     except OverflowError:
         pass  # too large for doubles
     except (UndefinedError, NotRationalError, ArithmeticError, ValueError, TypeError):
         return None
     try:
-        a, b = (_numeric(side, _digits(), values, log_base) for side in (left, right))
-        return _close(a, b, _FINE) if allow_complex or _is_real(a) else None
+        same, value = _confirmed(left, right, values, log_base)
+        return same if allow_complex or _is_real(value) else None
+    except TooLargeError:
+        return False  # equal ones of that size have equal texts
     except (UndefinedError, NotRationalError, ArithmeticError, ValueError, TypeError):
         return None
 

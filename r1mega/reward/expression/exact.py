@@ -118,6 +118,12 @@ def _binomial(n: Fraction, k: Fraction) -> Fraction:
     return Fraction(math.comb(n.numerator, k.numerator))
 
 
+def _arrangements(n: Fraction, k: Fraction) -> Fraction:
+    if n.denominator != 1 or k.denominator != 1 or not 0 <= k <= n <= 400:
+        raise UndefinedError("arrangements")
+    return Fraction(math.perm(n.numerator, k.numerator))
+
+
 def _integers(function: Callable[..., int]) -> Callable[..., Fraction]:
     def apply(*values: Fraction) -> Fraction:
         if any(value.denominator != 1 for value in values):
@@ -130,6 +136,7 @@ def _integers(function: Callable[..., int]) -> Callable[..., Fraction]:
 INTEGER_FUNCTIONS: dict[str, Callable[..., Fraction]] = {
     "!": _factorial,
     "binom": _binomial,
+    "perm": _arrangements,
     "abs": abs,
     "floor": lambda v: Fraction(math.floor(v)),
     "ceil": lambda v: Fraction(math.ceil(v)),

@@ -13,6 +13,7 @@ from r1mega.reward.expression.evaluate import agree, approximate
 from r1mega.reward.expression.exact import symbols
 from r1mega.reward.expression.nodes import (
     EMPTY_SET,
+    FREE_FUNCTIONS,
     INFINITY,
     MINUS_INFINITY,
     REALS,
@@ -140,22 +141,39 @@ def _from_list(node: List) -> list[Interval]:
     return both if both or node.joiner == "and" else union
 
 
+def _is_unknown(node: Node) -> bool:
+    """x, or f(x) of a range."""
+    name = isinstance(node, Symbol) or (isinstance(node, Function) and node.name in FREE_FUNCTIONS)
+    return name and bool(symbols(node))
+
+
+def _is_distance(node: Node) -> bool:
+    return isinstance(node, Function) and node.name == "abs" and bool(symbols(node))
+
+
+def _has_range(node: Node) -> bool:
+    """x, f(x), |x|, \\sin x, a + b between two bounds. 3x - 1 is an inequality to be solved."""
+    return (isinstance(node, (Symbol, Function)) and bool(symbols(node))) or len(symbols(node)) > 1
+
+
 def _from_relation(node: Relation) -> list[Interval]:
-    """x > 3, 3 < x, 0 <= x < 1, x \\ne 0, x \\in S."""
+    """x > 3, 3 < x, 0 <= x < 1, 0 < f(x) < 1, 1 < |x| < 2, x \\ne 0, x \\in S."""
     match node:
-        case Relation(("in",), (Symbol(), whole)):
+        case Relation(("in",), (name, whole)) if _is_unknown(name):
             return list(real_set(whole))
         case Relation((operator,), (left, right)):
-            if isinstance(right, Symbol) and not symbols(left) and operator in MIRRORED:
+            if (_is_unknown(right) or _is_distance(right)) and not symbols(left) and operator in MIRRORED:
                 operator, left, right = MIRRORED[operator], right, left
             if not symbols(right):
                 return _from_bound(operator, left, right)
-        case Relation((first, second), (low, Symbol() as middle, high)):
-            if symbols(middle) and not (symbols(low) | symbols(high)):
-                if {first, second} <= {"<", "<="}:
+        case Relation((first, second), (low, middle, high)) if _has_range(middle):
+            upwards, downwards = {first, second} <= {"<", "<="}, {first, second} <= {">", ">="}
+            if (upwards or downwards) and not (symbols(low) | symbols(high)):
+                if _is_distance(middle):
+                    return _common(_from_bound(MIRRORED[first], middle, low), _from_bound(second, middle, high))
+                if upwards:
                     return [Interval(low, first == "<=", high, second == "<=")]
-                if {first, second} <= {">", ">="}:
-                    return [Interval(high, second == ">=", low, first == ">=")]
+                return [Interval(high, second == ">=", low, first == ">=")]
     raise NotRealSetError("relation")
 
 
@@ -163,7 +181,7 @@ def _from_bound(operator: str, left: Node, bound: Node) -> list[Interval]:
     """x > 3, |x| < 3 with a number behind the operator."""
     if isinstance(left, Function) and left.name == "abs":
         return _from_distance(operator, left.arguments[0], bound)
-    if isinstance(left, Symbol) and symbols(left):
+    if _is_unknown(left):
         closed = operator.endswith("=")
         if operator in (">", ">="):
             return [Interval(bound, closed, INFINITY, False)]
@@ -179,7 +197,7 @@ def _from_bound(operator: str, left: Node, bound: Node) -> list[Interval]:
 def _from_distance(operator: str, inner: Node, radius: Node) -> list[Interval]:
     """|x| < r, |x - c| > r."""
     terms = inner.items if isinstance(inner, Sum) else (inner,)
-    shift = [Negative(term) for term in terms if not isinstance(term, Symbol)]
+    shift = [Negative(term) for term in terms if not _is_unknown(term)]
     if len(shift) != len(terms) - 1 or any(map(symbols, shift)) or operator not in ("<", "<=", ">", ">="):
         raise NotRealSetError("a distance")
     low, high = (Sum((end, *shift)) for end in (Negative(radius), radius))

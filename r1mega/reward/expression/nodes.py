@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal, TypeAlias, TypeVar, dataclass_transform
@@ -221,6 +222,36 @@ def children(node: Node) -> tuple[Node, ...]:
             return sides
         case Matrix(rows):
             return tuple(cell for row in rows for cell in row)
+
+
+def replaced(node: Node, by_name: Mapping[str, Node]) -> Node:
+    """The expression with others in place of its symbols."""
+
+    def of(child: Node) -> Node:
+        return replaced(child, by_name)
+
+    match node:
+        case Symbol(name):
+            return by_name.get(name, node)
+        case Product(left, right) | Quotient(left, right) | Power(left, right):
+            return type(node)(of(left), of(right))
+        case Negative(item) | Degrees(item) | Percent(item):
+            return type(node)(of(item))
+        case Sum(items) | Ratio(items) | Set(items):
+            return type(node)(tuple(map(of, items)))
+        case Function(name, items):
+            return Function(name, tuple(map(of, items)))
+        case Tuple(opening, closing, items):
+            return Tuple(opening, closing, tuple(map(of, items)))
+        case List(items, joiner):
+            return List(tuple(map(of, items)), joiner)
+        case Relation(operators, sides):
+            return Relation(operators, tuple(map(of, sides)))
+        case SetOperation(kind, items):
+            return SetOperation(kind, tuple(map(of, items)))
+        case Matrix(rows):
+            return Matrix(tuple(tuple(map(of, row)) for row in rows))
+    return node
 
 
 def walk(node: Node) -> list[Node]:

@@ -59,6 +59,9 @@ _RELATIONS = {
     "\\neq": "!=",
     "\\in": "in",
     "\\approx": "~",
+    "\\simeq": "~",
+    "\\approxeq": "~",
+    "\\doteq": "~",
     "\\equiv": "=",
     "\\colon": ":",
     "=>": "=>",
@@ -75,7 +78,7 @@ _SET_OPERATORS: dict[str, SetKind] = {
 }
 _CLOSERS = frozenset(
     f") ] }} \\}} \\rangle \\rfloor \\rceil \\rvert & \\\\ \\end , ; {AND_MARK} {OR_MARK} : + - / ^ _ ! ' % ‰ "
-    "\\pm \\mp \\div \\mid \\degree \\circ".split()
+    "\\pm \\mp \\div \\mid \\degree \\circ \\pmod".split()
 )
 _PRODUCT = frozenset(("*", "\\cdot", "\\times", "\\ast"))
 _ACCENTS = frozenset(
@@ -123,7 +126,7 @@ class Parser:
         """Items between commas or semicolons, up to a closing token."""
         self.depth += 1
         if self.depth > MAX_DEPTH:
-            raise UnreadableError(f"nested deeper than {MAX_DEPTH}", over_limit=True)
+            raise UnreadableError(f"nested deeper than {MAX_DEPTH}", final=True)
         items: list[Node] = []
         while True:
             while self.peek() in _SEPARATORS:
@@ -146,6 +149,9 @@ class Parser:
             if items and self.peek() in ("|", "\\mid"):
                 break
             items.append(self.relation())
+            if self.peek() == "\\pmod":
+                self.at += 1
+                items = _modulo(items, self.group() if self.peek() == "{" else self.factor())
             if self.peek() not in _SEPARATORS:
                 break
         self.depth -= 1
@@ -204,31 +210,45 @@ class Parser:
                 node = Product(node, self.signed_factor())
             elif token in ("/", "\\div"):
                 self.at += 1
-                node = Quotient(node, self.signed_factor())
+                node = self.over(node)
             elif self.starts_factor(token):
                 node = self.juxtaposed(node)
             else:
                 return node
 
+    def over(self, top: Node) -> Node:
+        """A quotient. A mark behind it is of the whole: 1/2\\% is half a percent, 45/2^\\circ 22.5 degrees."""
+        under = self.signed_factor()
+        if not isinstance(under, (Percent, Degrees)) or isinstance(top, (Percent, Degrees)):
+            return Quotient(top, under)
+        if self.tokens[self.at - 1] == ")":  # the mark stands within: 1/(2\\%)
+            return Quotient(top, under)
+        item = under.item
+        if self.tokens[self.at - 1] == "‰":  # of a percent the tenth, which is below the line here
+            item = _scaled(item, Fraction(100))
+        return type(under)(Quotient(top, item))
+
     def juxtaposed(self, left: Node) -> Node:
-        """2x is a product, 3 \\frac12 and 3 1/2 are mixed numbers, 3 5 is nothing."""
+        """2x is a product, 3 \\frac12 and 3 1/2 are mixed numbers, 3 5, 3 6/5 and 3.0 1/2 are nothing."""
         mark = self.at
         right = self.factor()
-        if self.tokens[mark] == "(":
+        if self.tokens[mark] == "(" or self.tokens[mark - 1] in (")", "]"):
             return Product(left, right)
-        if isinstance(left, Number) and left.value.denominator == 1:
+        if isinstance(left, Number):
             part = _unmarked(right)
+            if isinstance(right, Number) and self.peek() == "/":
+                self.at += 1
+                part = Quotient(right, _unmarked(right := self.factor()))
+            elif self.tokens[mark] != "\\frac":
+                part = right
             match part:
-                case Quotient(Number(), Number()) if self.tokens[mark] == "\\frac":
+                case Quotient(Number(over), Number(under)):
+                    written = (self.tokens[mark - 1], *map(str, (over, under)))
+                    if not all(map(str.isdigit, written)) or not 0 < over < under:
+                        raise UnreadableError("neither a mixed number nor a product", final=True)
                     return _marked(right, Sum((left, part)))
-            if isinstance(right, Number):
-                if self.peek() == "/" and self.tokens[self.at + 1 : self.at + 2] and self.tokens[self.at + 1].isdigit():
-                    self.at += 1
-                    under = self.factor()
-                    return _marked(under, Sum((left, Quotient(right, _unmarked(under)))))
-                raise UnreadableError("two numbers side by side")
-        elif isinstance(left, Number) and isinstance(right, Number) and self.tokens[mark][0].isdigit():
-            raise UnreadableError("two numbers side by side")
+                case Number() | Quotient(Number()) if self.tokens[mark] != "\\frac":
+                    raise UnreadableError("two numbers side by side")
         return Product(left, right)
 
     def signed_factor(self) -> Node:
@@ -257,7 +277,7 @@ class Parser:
                 node = Function("!", (node,))
             elif token in ("%", "‰"):
                 self.at += 1
-                node = Percent(node if token == "%" else Quotient(node, Number(Fraction(10))))
+                node = Percent(node if token == "%" else _scaled(node, Fraction(1, 10)))
             elif token == "'" and isinstance(node, Symbol):
                 self.at += 1
                 node = Symbol(node.name + "'")
@@ -287,7 +307,7 @@ class Parser:
     def degrees(self, node: Node) -> Node:
         """45^\\circ, with minutes where they follow: 45^\\circ 30'."""
         if self.peek().isdigit() and self.tokens[self.at + 1 : self.at + 2] == ["'"]:
-            minutes = Number(Fraction(self.take()) / 60)
+            minutes = Quotient(Number(Fraction(self.take())), Number(Fraction(60)))
             self.at += 1
             return Degrees(Sum((node, minutes)))
         return Degrees(node)
@@ -295,7 +315,10 @@ class Parser:
     def subscript(self, node: Number | Text | Symbol | Function) -> Node:
         """What follows `_`: the base of a numeral, or an index that belongs to the name."""
         start = self.at
-        inner = self.group() if self.peek() == "{" else Text(self.take())
+        if self.tokens[self.at + 1 : self.at + 2] in (["\\max"], ["\\min"]):
+            inner: Node = Text(self.raw_group())
+        else:
+            inner = self.group() if self.peek() == "{" else Text(self.take())
         label = "".join(self.tokens[start : self.at]).strip("{}")
         if isinstance(node, Number) or (isinstance(node, Text) and label.isdigit()):
             if not label.isdigit() or isinstance(inner, List):
@@ -335,7 +358,7 @@ class Parser:
         """A number, a name, a command, or what brackets enclose."""
         self.depth += 1
         if self.depth > 2 * MAX_DEPTH:
-            raise UnreadableError(f"nested deeper than {MAX_DEPTH}", over_limit=True)
+            raise UnreadableError(f"nested deeper than {MAX_DEPTH}", final=True)
         token = self.take()
         first = token[0]
         if first.isdigit() or (first == "." and len(token) > 1):
@@ -390,8 +413,30 @@ class Parser:
         return Function("abs", (inner,))
 
 
+def _modulo(items: list[Node], modulus: Node) -> list[Node]:
+    """n = 1, 2 \\pmod 3: the modulus is of all that stands before it, and of the right sides only."""
+    found: list[Node] = []
+    for item in items:
+        match item:
+            case Function("mod"):
+                found.append(item)
+            case Relation(("=",), (name, Function("mod"))):
+                found.append(item)
+            case Relation(("=",), (name, residue)):
+                found.append(Relation(("=",), (name, Function("mod", (residue, modulus)))))
+            case Relation():
+                raise UnreadableError("a congruence of more than two sides")
+            case _:
+                found.append(Function("mod", (item, modulus)))
+    return found
+
+
 def _holds_points(node: Node) -> bool:
     return isinstance(node, (Tuple, Set)) or (isinstance(node, SetOperation) and node.kind == "union")
+
+
+def _scaled(node: Node, factor: Fraction) -> Node:
+    return Number(node.value * factor) if isinstance(node, Number) else Product(node, Number(factor))
 
 
 def _unmarked(node: Node) -> Node:
@@ -405,7 +450,7 @@ def _marked(like: Node, node: Node) -> Node:
 
 def _number(token: str, parser: Parser) -> Number:
     if len(token) > MAX_DIGITS:
-        raise UnreadableError(f"a number of more than {MAX_DIGITS} digits", over_limit=True)
+        raise UnreadableError(f"a number of more than {MAX_DIGITS} digits", final=True)
     if "." in token and parser.peek() in ("\\overline", "\\dot") and "e" not in token.lower():
         return _repeating(token, parser)
     return Number(Fraction(token))
@@ -443,8 +488,8 @@ def _command(parser: Parser, token: str) -> Node:
         inner = parser.relation()
         parser.take("\\r" + name[1:])
         return Function(name[1:], (inner,))
-    if token in ("\\binom", "\\dbinom", "\\tbinom"):
-        return Function("binom", (parser.argument(), parser.argument()))
+    if token in ("\\binom", "\\perm"):
+        return Function(name, (parser.argument(), parser.argument()))
     if token == "\\begin":
         return _environment(parser)
     if token in ("\\emptyset", "\\varnothing"):
@@ -582,10 +627,10 @@ def _environment(parser: Parser) -> Node:
 def parse(text: str, join_thousands: bool = True) -> Node:
     """Cleaned text -> node. `\\pm` gives both signs as a list. Raises UnreadableError."""
     if len(text) > MAX_CHARS:
-        raise UnreadableError(f"longer than {MAX_CHARS} characters", over_limit=True)
+        raise UnreadableError(f"longer than {MAX_CHARS} characters", final=True)
     tokens = tokenize(text, join_thousands)
     if len(tokens) > MAX_TOKENS:
-        raise UnreadableError(f"more than {MAX_TOKENS} tokens", over_limit=True)
+        raise UnreadableError(f"more than {MAX_TOKENS} tokens", final=True)
     readings: list[Node] = []
     for sign in (1, -1):
         parser = Parser(list(tokens), sign)

@@ -6,12 +6,17 @@ import re
 from fractions import Fraction
 from typing import NamedTuple
 
+from r1mega.reward.expression.exact import exact
 from r1mega.reward.expression.nodes import Node, Number, Product
 from r1mega.reward.expression.parse import parse
 from r1mega.reward.expression.text import other_thousands
 from r1mega.reward.expression.tokens import UnreadableError
 from r1mega.reward.expression.units import Quantity, split_unit
+from r1mega.reward.expression.values import is_numeral
 
+_VALUE_OF_SOMETHING = re.compile(
+    r"(?:[^=<>_]|_\{[^{}]*\}|_)*[A-Za-z](?:[^=<>_]|_\{[^{}]*\}|_)*=([^=<>A-Za-z]*(?:\\(?:frac|sqrt|pi|cdot|times)[^=<>A-Za-z]*)*)"
+)
 _DECIMAL_DOTS = re.compile(r"(\.\d+)\.\.\.$")
 _GOES_ON = re.compile(r"(-?)(\d*\.\d*?)(?:(\d)\3{2,}\.\.\.|(\d{2,12})\4+\.\.\.|\((\d{1,12})\))")
 
@@ -29,8 +34,10 @@ def measured(text: str, sign: str | None) -> Quantity:
     return quantity if quantity.unit is not None or sign is None else Quantity(quantity.body, sign, quantity.scale)
 
 
-def readings(text: str, quantity: Quantity, factor: Fraction) -> list[Reading]:
-    """The text parsed in each way it can be meant (`70,110` is a number and a list); None where it cannot be read."""
+def readings(text: str, quantity: Quantity, factor: Fraction, lenient: bool = False) -> list[Reading]:
+    """The text parsed in each way it can be meant (`70,110` is a number and a list); None where it cannot be read.
+    lenient: then the value of `what cannot be read = value`.
+    """
     body = quantity.body
     factor *= quantity.scale
     results: list[Reading] = []
@@ -41,11 +48,14 @@ def readings(text: str, quantity: Quantity, factor: Fraction) -> list[Reading]:
         try:
             node = _repeating(version) or parse(_DECIMAL_DOTS.sub(r"\1", version), join)
             if factor != 1:
-                node = Product(node, Number(factor))
+                value = exact(node) if is_numeral(node) else None
+                node = Product(node, Number(factor)) if value is None else Number(value * factor)
             results.append(Reading(node, version if factor == 1 else ""))
         except UnreadableError as error:
-            if error.over_limit:
+            if error.final:
                 raise
+    if not results and lenient and (match := _VALUE_OF_SOMETHING.fullmatch(body)):
+        return readings(match[1], Quantity(match[1], quantity.unit, quantity.scale), factor / quantity.scale)
     return results or [Reading(None, text)]
 
 

@@ -48,6 +48,8 @@ _SYMBOLS = {
     "⩾": r"\ge ",
     "≠": r"\ne ",
     "≈": r"\approx ",
+    "≃": r"\approx ",
+    "≅": r"\approx ",
     "≡": "=",
     "∈": r"\in ",
     "∪": r"\cup ",
@@ -112,6 +114,47 @@ _DROPPED = re.compile(
     r"tiny|small|normalsize|large|Large|LARGE|huge|Huge|(?:text)?color\s*\{[^{}]*\}|"
     r"triangle|bigtriangleup)(?![A-Za-z])\.?"
 )
+_SAME_COMMAND = {  # names of one command in other countries and packages
+    "tg": r"\tan",
+    "ctg": r"\cot",
+    "arctg": r"\arctan",
+    "arcctg": r"\arccot",
+    "sh": r"\sinh",
+    "ch": r"\cosh",
+    "th": r"\tanh",
+    "R": r"\mathbb{R}",
+    "Z": r"\mathbb{Z}",
+    "N": r"\mathbb{N}",
+    "leqq": r"\le",
+    "geqq": r"\ge",
+    "not=": r"\ne",
+    "not\\in": r"\notin",
+    "textdegree": r"^\circ",
+    "infin": r"\infty",
+    "dbinom": r"\binom",
+    "tbinom": r"\binom",
+}
+_FUNCTION_NAME = re.compile(r"(?:arc)?(?:sin|cos|tan|cot|sec|csc|tg|ctg)h?|ln|log|lg|exp|gcd|lcm|max|min")
+_OTHER_COMMANDS = re.compile(r"\\(" + "|".join(map(re.escape, _SAME_COMMAND)) + r")(?![A-Za-z])\s*")
+_MODULUS = re.compile(r"\\(?:pmod|bmod|mod|pod)(?![A-Za-z])|(?<![A-Za-z\\])mod(?![A-Za-z])")
+_MODULUS_IN_BRACKETS = re.compile(rf"\(\s*{OPEN_TEXT}?\s*\\?mod(?![A-Za-z])\s*{CLOSE_TEXT}?\s*([^()]*?)\s*\)")
+_ARGUMENT = r"(?:\{([^{}]*)\}|(\w))"
+_SYMBOL_OF_CHOICE = rf"(?:\{{(?={OPEN_TEXT}?\s*\w\s*{CLOSE_TEXT}?\}}))?{OPEN_TEXT}?\s*([CAP])\s*{CLOSE_TEXT}?\}}?\s*"
+_CHOSEN = re.compile(  # C_{10}^{3}, A^3_{10}, {}^{10}C_3, 10C3, C(10,3), {10 \choose 3}
+    rf"(?<![A-Za-z\\]){_SYMBOL_OF_CHOICE}"
+    rf"(?:_\s*{_ARGUMENT}\s*\^\s*{_ARGUMENT}|\^\s*{_ARGUMENT}\s*_\s*{_ARGUMENT})"
+    rf"|(?:\{{\s*\}}\s*|(?<![\w}})]))[\^_]\s*{_ARGUMENT}\s*{_SYMBOL_OF_CHOICE}_\s*{_ARGUMENT}"
+    r"|(?<![\w.])(\d+)\s*([CP])\s*(\d+)(?!\w)|(?<![A-Za-z\\])C\((\d+),\s*(\d+)\)"
+    r"|\{([^{}]*)\\choose([^{}]*)\}"
+)
+_CHOSEN_HINT = re.compile(r"[CAP][\s}\u27e7]*[_^(]|\d\s*[CP]\s*\d|choose")
+_ABOUT = re.compile(
+    rf"(?<=[\w)}}])\s*,?\s*[({OPEN_TEXT}\s]*(?:or\s+)?(?:\\approx|approximately|approx\.?|about|roughly)\s*{CLOSE_TEXT}?\s*"
+    rf"(-?[\d.]+)(?P<unit>(?:{OPEN_TEXT}[^{CLOSE_TEXT}]*{CLOSE_TEXT}|[^\d(){OPEN_TEXT}{CLOSE_TEXT}])*?)[){CLOSE_TEXT}\s]*$"
+)
+_CONDITION_BEHIND = re.compile(
+    r"\\q?quad\s*(?=\(?\s*[A-Za-z](?:\s*,\s*[A-Za-z])*\s*(?:\\(?:in|[gl]eq?|neq?)(?![A-Za-z])|[<>]))"
+)
 _QUOTES = "*_`\"'"
 _TEMPERATURE = re.compile(
     r"\^?\s*\{?\s*\\(?:circ|degree)\s*\}?\s*" + OPEN_TEXT + r"?\s*([CF])\s*" + CLOSE_TEXT + r"?(?![A-Za-z])"
@@ -133,18 +176,10 @@ _OTHER_THOUSANDS = re.compile(  # 12,34,567; 1.234.567; 12.345,67; 1'234'567
 )
 _OUTWARD = re.compile(r"([\[\](])([^\[\](),;]+[,;][^\[\](),;]+)([\[\])])")
 _SPACES = re.compile(r"(?<!\\)\\(?:quad|qquad|enspace|thinspace|hspace\{[^}]*\}|[,:;> ])|~")
-_FOR_INTEGERS = re.compile(
-    r"(?<![\s,;(])[\s,;(]++(?:for\s+|where\s+)?(?:"
-    + OPEN_TEXT
-    + "[^"
-    + CLOSE_TEXT
-    + "]*"
-    + CLOSE_TEXT
-    + r"\s*)?[kmn]\s*\\in\s*"
-    r"(?:\\mathbb\s*\{?[ZN]\}?|\\mathbf\s*\{?[ZN]\}?|[ZN])(?:[_^]\{?[+*]\}?)*\s*\)?\s*$"
-)
+_LINES_OF_NUMBERS = re.compile(r"(?<=\d)[ \t]*\n\s*(?=\d|\\[dtc]?frac)")
+_DECIMAL_COMMA = re.compile(r"(?<![\d,}])(\d+)\{,\}(\d+)(?!\d|\{,\})")
 _THOUSANDS_MARK = re.compile(r"(?<=\d)\s*(?:\{,\}\s*|,\s*\\!\s*|\\!\s*,\s*)(?:\\!\s*)?(?=\d)")
-_FRACTIONS = re.compile(r"\\[dtc]frac(?![A-Za-z])")
+_FRACTIONS = re.compile(r"\\(?:[dtcs]|nice)frac(?![A-Za-z])")
 _AND_BOX = re.compile(OPEN_TEXT + r"\s*,?\s*(and|or|and/or)\s*,?\s*" + CLOSE_TEXT)
 _AND_WORD = re.compile(r"(?<![A-Za-z\\])(and|or)(?![A-Za-z])|或|和|与|及|且")
 _SPACED_DIGITS = re.compile(r"(?<![\d.,])\d{1,3}(?: \d{3})+(?![\d]| *\d)")
@@ -154,6 +189,8 @@ _BOX = re.compile(OPEN_TEXT + "([^" + CLOSE_TEXT + "]*)" + CLOSE_TEXT)
 def _box(match: re.Match[str]) -> str:
     """\\text{...}: numbers and formulas written as text are unwrapped, words stay marked, lists are split."""
     command, content = match.groups()
+    if command.startswith("operatorname") and _FUNCTION_NAME.fullmatch(content.strip()):
+        return f"\\{content.strip()} "
     if (number := spelled_out(content.strip())) is not None:
         return f" {number} "
     if not re.search(r"[^\W\d_]", content) or (command in ("mathrm", "mathit", "rm") and len(content.strip()) == 1):
@@ -191,7 +228,7 @@ def _in_ascii(text: str) -> str:
 
 def _unwrapped(text: str) -> str:
     """Without the quotation marks or Markdown emphasis around it."""
-    if text[:1] and text[0] in _QUOTES:
+    if text[:1] and text[0] in _QUOTES and not text.startswith("_{"):
         return text.lstrip(_QUOTES + " ").rstrip(_QUOTES + " .")
     return text[:-2] if text.endswith("**") else text
 
@@ -212,6 +249,8 @@ def _inward(match: re.Match[str]) -> str:
 def clean(text: str) -> str:
     """One spelling for what is written in many: ASCII characters, \\frac, plain spaces, marks between list items."""
     text = _unwrapped(text.strip())
+    if "\n" in text:
+        text = _LINES_OF_NUMBERS.sub(", ", text)
     if _UNUSUAL.search(text):
         text = _in_ascii(text)
     if (number := spelled_out(text.strip(" ."))) is not None:
@@ -220,17 +259,40 @@ def clean(text: str) -> str:
     if "\\" in text:
         text = _single_spaced(_without_layout(text))
     elif "{,}" in text:
-        text = _THOUSANDS_MARK.sub("", text)
+        text = _without_braced_commas(text)
+    if "pprox" in text or "about" in text or "roughly" in text:
+        text = _ABOUT.sub(r" \\approx \1\g<unit>", text)
     text = _AND_WORD.sub(_joiner, text) if re.search(r"and|or|[或和与及且]", text) else text
     if " " in text:
         text = _SPACED_DIGITS.sub(lambda m: m.group().replace(" ", ""), text)
         text = _IN_BASE.sub(r"_{\1}", text) if "base" in text else text
     if "[" in text and text[-1] == "[" or text[:1] == "]":
         text = _OUTWARD.sub(_inward, text)
+    if "mod" in text:
+        text = _MODULUS.sub(r"\\pmod ", _MODULUS_IN_BRACKETS.sub(r"\\pmod{\1}", text))
+    if _CHOSEN_HINT.search(text):
+        text = _CHOSEN.sub(_chosen, text)
     text = _rewritten_numbers(_CURRENCY_NAME.sub("", text))
     while len(text) > 1 and text[-1] in ".,;:" and not text.endswith("..."):
         text = text[:-1].rstrip()
     return text
+
+
+def _chosen(match: re.Match[str]) -> str:
+    """Combinations as \\binom, arrangements as \\perm; a power of a name (C_1^2) stays."""
+    groups = match.groups()
+    kind = next((groups[at] for at in (0, 11, 15) if groups[at]), "C")
+    pairs = ((1, 3), (7, 5), (9, 12), (14, 16), (17, 18), (19, 20))
+    for top, below in pairs:
+        n, k = (next((g for g in groups[at : at + (2 if top < 14 else 1)] if g), "") for at in (top, below))
+        if n.strip() and k.strip():
+            break
+    else:
+        return match.group()
+    plain = n.isdigit() and k.isdigit()
+    if (plain and int(k) > int(n)) or (kind != "C" and not plain and groups[0]):
+        return match.group()
+    return rf"\{'binom' if kind == 'C' else 'perm'}{{{n}}}{{{k}}}"
 
 
 def _single_spaced(text: str) -> str:
@@ -240,15 +302,26 @@ def _single_spaced(text: str) -> str:
 
 def _without_layout(text: str) -> str:
     """LaTeX without spacing, sizes, fonts and delimiters; \\text{...} between marks."""
-    text = text.replace("\\lbrace", "\\{").replace("\\rbrace", "\\}").replace("\\colon", ":")
+    text = (
+        _CONDITION_BEHIND.sub(", ", text.replace("\\lbrace", "\\{")).replace("\\rbrace", "\\}").replace("\\colon", ":")
+    )
     text = _TEXT_BOX.sub(_box, text)
     text = _TEMPERATURE.sub(lambda m: _TEMPERATURES[m[1]], text)
-    text = _THOUSANDS_MARK.sub("", text)
+    text = _without_braced_commas(text)
     text = _SPACES.sub(" ", _DROPPED.sub("", _FRACTIONS.sub(r"\\frac", _FONT.sub("", text.replace("\\!", "")))))
     text = text.replace(r"\(", " ").replace(r"\)", " ").replace(r"\[", " ")
     text = re.sub(r"(?<!\\)\\\]", " ", text)
     text = re.sub(r"(?<=R[} ])\s*-\s*(?=\\\{)", r"\\setminus ", text)
-    return re.sub(r"\s*\\+\s*$", "", _FOR_INTEGERS.sub("", _AND_BOX.sub(_joiner, text)))
+    text = _OTHER_COMMANDS.sub(lambda m: _SAME_COMMAND[m[1]], text)
+    return re.sub(r"\s*\\+\s*$", "", _AND_BOX.sub(_joiner, text))
+
+
+def _without_braced_commas(text: str) -> str:
+    """1{,}000 is a thousand, 3{,}5 and 0{,}125 are decimals."""
+    text = _DECIMAL_COMMA.sub(
+        lambda m: m.group().replace("{,}", "" if len(m[2]) == 3 and len(m[1]) < 4 and m[1][0] != "0" else "."), text
+    )
+    return _THOUSANDS_MARK.sub("", text)
 
 
 def _rewritten_numbers(text: str) -> str:

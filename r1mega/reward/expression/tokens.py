@@ -9,11 +9,13 @@ from r1mega.reward.expression.units import HEDGES
 
 
 class UnreadableError(ValueError):
-    """The text is not in the grammar. `over_limit`: it is too large or too deep to be tried elsewhere either."""
+    """The text is not in the grammar. `final`: nor is it to be tried elsewhere, as it is too large, too deep, or has
+    two meanings.
+    """
 
-    def __init__(self, message: str, over_limit: bool = False) -> None:
+    def __init__(self, message: str, final: bool = False) -> None:
         super().__init__(message)
-        self.over_limit = over_limit
+        self.final = final
 
 
 FUNCTIONS = frozenset(

@@ -21,6 +21,15 @@ _CHOICE_LEAD = re.compile(
 )
 _BOXED_CHOICE = re.compile(r"[\s(" + OPEN_TEXT + r"]*\(?([A-J])\)?[" + CLOSE_TEXT + r")\s]*")
 _BOXED_CHOICE_LEAD = re.compile(OPEN_TEXT + r"([A-J])" + CLOSE_TEXT + r"\s+[^-+*/^=,;\s]")
+_FONT = r"\\(?:textbf|text|mathrm|textrm|mathbf|bold|mbox|rm|bf)\s*\{"
+_CHOICE_AND_VALUE = re.compile(  # \textbf{(C)}\ 42, \textbf{(C) }42, (\text{C}) 42, (C) 42, C. 42
+    r"[\s$]*(?:"
+    rf"{_FONT}\s*\(?\s*([A-J])\s*[).:](?:\s|\\[ ,])*\}}(?:[\s~:.,]|\\[ ,;:!]|\\q?quad|\\hspace\{{[^}}]*\}})*"
+    rf"|\(\s*(?:{_FONT}\s*)?([A-J])\s*\}}?\s*\)(?:[\s~:.]|\\[ ,;:!])+"
+    r"|([A-J])[.):]\s+)(.+)",
+    re.DOTALL,
+)
+_NO_VALUE = re.compile(r"(?:\\text\s*\{)?\s*(?:[,;&]|and\b|or\b|[+*/^=_!]|-\s|\(?[A-J]\b\)?)")
 _VERBAL = re.compile(OPEN_TEXT + r"|[A-Za-z]{3,}|\d\s*[aApP]\.?[mM]\b")
 _DATE = re.compile(r"\d{4}-\d\d?-\d\d?|\d\d?/\d\d?/\d{4}")
 _NUMERAL = re.compile(OPEN_TEXT + "?([0-9A-Z]*[A-Z][0-9A-Z]*)" + CLOSE_TEXT + r"?_\{?\d+\}?")
@@ -34,6 +43,16 @@ def chosen_letter(gold: str) -> str | None:
     """The letter of a cleaned gold that is a choice."""
     choice = _BOXED_CHOICE.fullmatch(gold) or _BOXED_CHOICE_LEAD.match(gold)
     return choice.group(1) if choice else None
+
+
+def choice_and_value(text: str) -> tuple[str, str] | None:
+    """Letter and value of a raw gold that holds both: '\\textbf{(C)}\\ 42'. None for any other."""
+    match = _CHOICE_AND_VALUE.fullmatch(text)
+    if not match:
+        return None
+    *letters, value = match.groups()
+    value = value.strip().rstrip("$").strip()
+    return None if not value or _NO_VALUE.match(value) else (next(filter(None, letters)), value)
 
 
 def same_choice(letter: str, prediction: str) -> bool | None:

@@ -1,0 +1,160 @@
+"""Left sides: what an answer gives a value to, and the values of several unknowns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from r1mega.reward.expression.exact import exact, symbols
+from r1mega.reward.expression.nodes import (
+    CONSTANTS,
+    FREE_FUNCTIONS,
+    Function,
+    List,
+    Node,
+    Product,
+    Quotient,
+    Relation,
+    Symbol,
+    Text,
+    Tuple,
+    children,
+)
+from r1mega.reward.expression.values import equal_values, is_near, is_numeral
+
+COORDINATES = frozenset("xyz")
+_PLANE = frozenset("xy")  # an equation between them is a curve
+
+
+def is_name(node: Node) -> bool:
+    """Left side of an assignment: x, f(x), (x, y), area, AB, P(X = 1)."""
+    match node:
+        case Text():
+            return True
+        case Symbol(name):
+            return name not in CONSTANTS
+        case Function(name):
+            return name in FREE_FUNCTIONS
+        case Tuple(items=items):
+            return all(map(is_name, items))
+        case Product(left, right) | Quotient(left, right):
+            return is_name(left) and is_name(right)
+    return False
+
+
+def is_quantity(node: Node) -> bool:
+    """A name, or what is made of names: |z|, \\cos t, V_1 : V_2, AB^2, a + b. x + y and x^2 belong to equations."""
+    return is_name(node) or (
+        not isinstance(node, (Relation, Tuple, List)) and bool(symbols(node)) and not _loose(node) & _PLANE
+    )
+
+
+def _loose(node: Node) -> frozenset[str]:
+    """The names outside of functions."""
+    match node:
+        case Symbol(name):
+            return frozenset((name,))
+        case Function(name) if name != "abs":
+            return frozenset()
+    return frozenset().union(*map(_loose, children(node)))
+
+
+def is_solved(relation: Relation) -> bool:
+    """x = 4, x > 1, r = A / (2\\pi), |z| = 5: a quantity on one side and what it is on the other. A curve is none."""
+    if len(relation.sides) != 2 or symbols(relation) >= _PLANE:
+        return False
+    for subject, value in (relation.sides, relation.sides[::-1]):
+        names = {f"{subject.name}()"} if isinstance(subject, Function) and is_name(subject) else symbols(subject)
+        if is_quantity(subject) and not names & symbols(value) and (is_name(subject) or not symbols(value)):
+            return True
+    return False
+
+
+def value_of(node: Node) -> Node:
+    """`x = 5` -> 5, `(x, y) = (1, 2)` -> (1, 2), `|z| = 5` -> 5, `x = 2 + 3 = 5` -> 5 when the chain is true; of a list
+    its values, of several groups of assignments a list of tuples.
+    """
+    if isinstance(node, List):
+        found = groups(node)
+        if len(found) > 1:
+            return List(tuple(Tuple("(", ")", tuple(map(value_of, group.values()))) for group in found), node.joiner)
+        return List(tuple(map(_entry, node.items)), node.joiner)
+    if not isinstance(node, Relation) or set(node.operators) != {"="}:
+        return node
+    first, *rest = node.sides
+    if is_name(first) or (is_quantity(first) and not any(map(symbols, rest))):
+        first, *rest = rest
+    elif len(rest) == 1 and is_quantity(rest[0]) and exact(first) is not None:
+        return first
+    sides = (first, *rest)
+    if any(first != side and equal_values(first, side) is not True for side in rest):
+        return node
+    return next(filter(is_numeral, sides), sides[-1])
+
+
+def _entry(item: Node) -> Node:
+    """An item of a list: the solution of a system is one."""
+    if isinstance(item, List) and len(group := groups(item)) == 1:
+        return Tuple("(", ")", tuple(map(value_of, group[0].values())))
+    return value_of(item)
+
+
+def assignments(node: Node) -> list[tuple[str, Node]]:
+    """Name and item of each `x = 1` of a list of nothing else; empty for anything else."""
+    found: list[tuple[str, Node]] = []
+    for item in node.items if isinstance(node, List) else ():
+        match item:
+            case Relation(operators, (Symbol(name), *_)) if set(operators) == {"="}:
+                found.append((name, item))
+            case _:
+                return []
+    return found
+
+
+def groups(node: Node) -> list[dict[str, Node]]:
+    """The assignments of a list by name, each name once in a group: p = 5, q = 2; p = 7, q = 2 are two groups. Empty
+    for values of one unknown (x = 1, x = 2) and for anything else.
+    """
+    found = assignments(node)
+    if len(numbered := _numbered(found)) > 1:
+        return numbered
+    size = len({name for name, _ in found})
+    if size < 2 or len(found) % size:
+        return []
+    parts = [dict(found[start : start + size]) for start in range(0, len(found), size)]
+    return parts if all(len(part) == size for part in parts) else []
+
+
+def _numbered(found: list[tuple[str, Node]]) -> list[dict[str, Node]]:
+    """x_1, y_1 and x_2, y_2 are two groups of x and y."""
+    parts: dict[str, dict[str, Node]] = {}
+    for name, item in found:
+        stem, _, number = name.partition("_")
+        parts.setdefault(number, {})[stem] = item
+    alike = len({frozenset(part) for part in parts.values()}) == 1 and sum(map(len, parts.values())) == len(found)
+    return list(parts.values()) if alike and "" not in parts and len(next(iter(parts.values()))) > 1 else []
+
+
+def stems(group: Mapping[str, Node]) -> set[str]:
+    """x_1 and x_2 are two values of x."""
+    return {name.partition("_")[0] for name in group}
+
+
+def values_in_order(group: Mapping[str, Node], natural: bool) -> list[Node]:
+    """The values as they were written; natural: those of coordinates as in a point."""
+    names: Sequence[str] = sorted(group) if natural and group.keys() <= COORDINATES else list(group)
+    return [value_of(group[name]) for name in names]
+
+
+def versions(node: Node) -> tuple[Node, Node | None]:
+    """The exact part and the decimal of `exact \\approx decimal` where the decimal fits; of `k \\approx 3` the 3."""
+    if not isinstance(node, Relation) or "~" not in node.operators:
+        return node, None
+    at = node.operators.index("~")
+    if set(node.operators[at:]) != {"~"} or set(node.operators[:at]) - {"="}:
+        return node, None
+    last, decimal = node.sides[at], node.sides[-1]
+    if at == 0 and is_quantity(last):
+        return decimal, None
+    if not is_near(last, decimal):
+        return node, None
+    return Relation(node.operators[:at], node.sides[: at + 1]) if at else last, decimal

@@ -1,0 +1,135 @@
+"""What is said behind an answer of its letters: a range, a domain, that they are integers or constants."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+from r1mega.reward.expression.nodes import Node, Symbol
+from r1mega.reward.expression.text import CLOSE_TEXT, OPEN_TEXT
+
+MAX_LETTERS = 3
+_HINT = re.compile(r"dots|\\(?:in|[gl]e|ne)|[<>]|for|where|with|\bany\b|\bis an?\b")
+_WORD = (
+    r"(?:for|where|with|as|given|when|since|because|and|all|any|every|each|some|is|are|be|being|the|constants?|integers?|positive|"
+    r"negative|non-?negative|non-?zero|natural|whole|real|rational|complex|numbers?|arbitrary|parameters?|fixed|that|"
+    r"an?(?=\s+[a-z]{3}))(?![A-Za-z])"
+)
+_LETTER = r"(?<![A-Za-z\\])(?:[A-Za-z](?![A-Za-z])|\\(?:alpha|beta|lambda|mu|theta|omega)(?![A-Za-z]))(?:_\{?\w\}?)?"
+_LETTERS = rf"{_LETTER}(?:\s*,\s*{_LETTER})*"
+_IN = r"(?:\\in(?![A-Za-z]))"
+_ORDER = r"(?:\\(?:neq?|[gl]eq?(?:slant)?|[gl]t)(?![A-Za-z])|[<>]=?|!=)"
+_SET = (
+    r"(?:\\mathbb\s*\{?[ZNQRC]\}?|[ZNQRC](?![A-Za-z]))(?:\s*[_^]\s*(?:\{[^{}]*\}|[+*\d-]))*|"
+    r"[\[(][^\[\]()a-zA-Z]*(?:\\(?:infty|pi)[^\[\]()a-zA-Z]*)*[\])]|\\\{[-\d,\s.]*\\\}"
+)
+_BOUND = r"[-+]?\s*(?:\d+(?:\.\d+)?|\\infty(?![A-Za-z])|\\pi(?![A-Za-z])|\\frac\{\d+\}\{\d+\})"
+_SERIES = r"\d+(?:\s*,\s*\d+)+\s*,\s*(?:\\[lc]?dots|\.\.\.)"
+_CONDITION = (
+    rf"(?:(?P<low>{_BOUND}\s*{_ORDER})\s*)?(?P<letters>{_LETTERS})"
+    rf"(?:\s*(?:{_IN}\s*(?P<set>{_SET})|(?P<high>{_ORDER}\s*{_BOUND})|(?P<series>=\s*{_SERIES})))?"
+)
+_CONDITION_PATTERN = re.compile(_CONDITION)
+_TAIL = re.compile(rf"(?>[\s,;().{OPEN_TEXT}{CLOSE_TEXT}]|{_WORD}|" + re.sub(r"\?P<\w+>", "?:", _CONDITION) + r")++")
+_START = re.compile(rf"[,;({OPEN_TEXT}]|\s(?={_WORD})|(?<=[\d)}}])\s(?={_BOUND}\s*{_ORDER})")
+_BUILDER = re.compile(r"\\\{(?P<item>[^|:]+?)(?:\\mid|[|:])(?P<condition>.+)\\\}")
+_SAID = re.compile(r"\b(?:for|where|with|any|all|constants?|integers?|real|parameters?)\b")
+_WORDS_OF_SETS = (
+    ("N", r"\b(?:positive|natural)\b.*integers?|\bnatural\b"),
+    ("Z", r"\bintegers?\b"),
+    ("R", r"\breal\b"),
+)
+
+
+class Qualified(NamedTuple):
+    """letters: those that the qualifier speaks of. domain: the set that they are from (Z, N, Q, R, C, or as written), ''
+    where none is named. bounds: inequalities as they are written, the letter left out.
+    """
+
+    body: str
+    letters: tuple[str, ...] = ()
+    domain: str = ""
+    bounds: frozenset[str] = frozenset()
+
+
+def split_qualifier(text: str) -> Qualified:
+    """A cleaned answer without its qualifier: '2^{n-1}, n \\ge 1' -> 2^{n-1}. Only where its letters occur before it and
+    are not bounded there too (x > 1, x < 5).
+    """
+    if not _HINT.search(text):
+        return Qualified(text)
+    if builder := _BUILDER.fullmatch(text):
+        return _of_builder(builder["item"].strip(), builder["condition"].strip()) or Qualified(text)
+    for start in itertools.islice(_START.finditer(text), 32):
+        body, tail = text[: start.start()].strip(), text[start.start() :]
+        if not body or not _TAIL.fullmatch(tail):
+            continue
+        found = [match for match in _CONDITION_PATTERN.finditer(_without_words(tail))]
+        letters = tuple(dict.fromkeys(name for match in found for name in re.findall(_LETTER, match["letters"])))
+        said = any(match["low"] or match["set"] or match["high"] or match["series"] for match in found) or _SAID.search(
+            tail
+        )
+        if not letters or not said or not all(_speaks_of(body, letter) for letter in letters):
+            return Qualified(text)
+        sets = [re.sub(r"\\mathbb|[\s{}]", "", match["set"]) for match in found if match["set"]]
+        words = [name for name, pattern in _WORDS_OF_SETS if re.search(pattern, tail)]
+        domain = next(iter(sets or words), "")
+        if domain[:1] in ("N", "Z") and re.search(r"[_^]", domain):
+            domain = "N"
+        bounds = frozenset(bound for match in found for bound in _bounds(match["low"] or "", match["high"] or ""))
+        return Qualified(body.rstrip(" ,;("), letters, domain, bounds)
+    return Qualified(text)
+
+
+def _of_builder(item: str, condition: str) -> Qualified | None:
+    """{x | x = k\\pi, k \\in Z} and {k\\pi : k \\in Z}; None for the subset of the line that {x : x > 2} is."""
+    inside = split_qualifier(condition if condition.startswith(item) else f"{item}, {condition}")
+    return inside if inside.domain and item not in inside.letters else None
+
+
+def _bounds(low: str, high: str) -> Iterator[str]:
+    """`1 \\le` before a letter and `\\geq 1` behind it are '>=1'."""
+    for text, signs in ((low, ("<=", ">=")), (high, (">=", "<="))):
+        match = re.search(_ORDER, text)
+        if match:
+            command = match.group().lstrip("\\")
+            kind = "!=" if command in ("ne", "neq", "!=") else signs[command[0] in "l<"]
+            strict = command in ("<", ">", "lt", "gt")
+            yield (kind[0] if strict else kind) + re.sub(r"\s", "", text[: match.start()] + text[match.end() :])
+
+
+def _without_words(tail: str) -> str:
+    return re.sub(rf"(?<![A-Za-z\\]){_WORD}|[{OPEN_TEXT}{CLOSE_TEXT}]", " ", tail)
+
+
+def _speaks_of(body: str, letter: str) -> bool:
+    name = re.escape(letter)
+    bounded = rf"(?<![A-Za-z\\]){name}\s*(?:{_ORDER}|{_IN})|{_ORDER}\s*{name}(?![A-Za-z])"
+    plain = re.sub(
+        rf"\\(?!alpha|beta|lambda|mu|theta|omega)[A-Za-z]+|{OPEN_TEXT}[^{CLOSE_TEXT}]*{CLOSE_TEXT}", " ", body
+    )
+    return letter in plain and not re.search(bounded, body)
+
+
+def contradict(gold: Qualified, other: Qualified) -> bool:
+    """Whether both qualifiers say something and not the same: k \\in Z and k \\in N, x > 0 and x < 0."""
+    if gold.domain and other.domain and gold.domain != other.domain:
+        return True
+    return bool(gold.bounds and other.bounds) and gold.bounds != other.bounds
+
+
+def renamings(
+    gold: Qualified, other: Qualified, names: frozenset[str], others: frozenset[str]
+) -> Iterator[Mapping[str, Node]]:
+    """Ways to call the other answer's letters as the gold does: n\\pi, n \\in Z is k\\pi, k \\in Z. names, others: the
+    symbols of both answers. A letter of which nothing is said is one of k, l, m, n.
+    """
+    free = sorted((names - others) & set("klmn")), sorted((others - names) & set("klmn"))
+    letters = gold.letters or (tuple(free[0]) if other.letters else ())
+    other_letters = other.letters or (tuple(free[1]) if gold.letters else ())
+    if letters and len(letters) == len(other_letters) <= MAX_LETTERS:
+        for order in itertools.permutations(letters):
+            if order != other_letters:
+                yield {old: Symbol(new) for old, new in zip(other_letters, order, strict=True)}

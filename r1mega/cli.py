@@ -252,6 +252,7 @@ def reward_code(
     from r1mega.reward.code import CodeReward, score_stream
 
     reward = CodeReward(partial_credit=partial_credit)
+    sys.stdin.reconfigure(errors="surrogateescape")  # a byte that is no UTF-8 is told with its line
     score_stream(sys.stdin, sys.stdout, reward=reward, num_workers=workers)
 
 

@@ -35,12 +35,16 @@ from r1mega.reward.code_values import (
     seconds,
 )  # fmt: skip
 from r1mega.sandbox.inside.wire import MAX_DEPTH, Unsendable, encode
+from r1mega.sandbox.policy import Language
 
 _FENCE = re.compile(
     r"^(?P<lead>[ \t]*(?:(?:>|[-*+]|\d{1,9}[.)])[ \t]+|>)*)(?P<fence>`{3,}|~{3,})[ \t]*(?P<label>[\w+#.-]*)[^\n]*$",
     re.MULTILINE,
 )
-_LANGUAGES = {"python": ("python", "py", "python3"), "cpp": ("cpp", "c++", "cc", "cxx", "c")}
+_LANGUAGES: Mapping[Language, tuple[str, ...]] = {
+    "python": ("python", "py", "python3"),
+    "cpp": ("cpp", "c++", "cc", "cxx", "c"),
+}
 FORMS = "'test' with 'entry_point' (HumanEval), 'test_list' (MBPP), 'tests', 'input_output' or 'public_test_cases'"
 _ROWS = (
     ("public_test_cases", "private_test_cases"),
@@ -114,7 +118,7 @@ class Problem:
     reward. checker: Python that judges an output where several are right (code_checker.py).
     """
 
-    language: Literal["python", "cpp"] = "python"
+    language: Language = "python"
     stream_cases: tuple[StreamCase, ...] = ()
     call_cases: tuple[CallCase, ...] = ()
     assertions: AssertBlock | None = None
@@ -145,8 +149,8 @@ def problem_from(record: Mapping[str, object], where: str) -> Problem:
     if record.get("interaction_format") or record.get("input_mode") not in (None, "stdio"):
         raise DataError(f"{where}: interactive tasks, and tasks that read files, are not supported; leave the line out")
     limits = _limits(record, where)
-    common = {"language": known, "time_limit": limits.time_limit, "memory_bytes": limits.memory_bytes}
-    problem = replace(_tests(record, where, _entry(record, where)), **common)
+    problem = _tests(record, where, _entry(record, where))
+    problem = replace(problem, language=known, time_limit=limits.time_limit, memory_bytes=limits.memory_bytes)
     if checker := record.get("checker") or record.get("generated_checker"):
         if not problem.stream_cases:
             raise DataError(f"{where}: a checker is for tests of standard input and output")
@@ -198,8 +202,9 @@ def _tests(record: Mapping[str, object], where: str, entry: str | None) -> Probl
         return _input_output(as_data(record["input_output"]), f"{where}: input_output", entry)
     for names in _ROWS:
         if any(record.get(name) for name in names):
-            values = [packed_tests(record[name], f"{where}: {name}") for name in names if record.get(name)]
-            cases = [case for value in values for case in _columns(value)]
+            wheres = {name: f"{where}: {name}" for name in names if record.get(name)}
+            columns = [_columns(packed_tests(record[name], here), here) for name, here in wheres.items()]
+            cases = [case for tests in columns for case in tests]
             return _cases(cases, where, entry)
     tests = as_data(record.get("tests"))
     if isinstance(tests, Mapping) and isinstance(tests.get("functional"), str):
@@ -211,19 +216,24 @@ def _tests(record: Mapping[str, object], where: str, entry: str | None) -> Probl
     if not isinstance(tests, list) or not tests:
         raise DataError(f"{where}: no tests; expected {FORMS}")
     tests = [as_data(test) for test in tests]
-    if all(isinstance(test, str) for test in tests):
-        return _asserts("", "\n".join(tests), where, entry)
+    texts = [test for test in tests if isinstance(test, str)]
+    if len(texts) == len(tests):
+        return _asserts("", "\n".join(texts), where, entry)
     return _cases(tests, where, entry)
 
 
-def _columns(value: object) -> Iterable[object]:
+def _columns(value: object, where: str) -> Iterable[object]:
     """Tests a row each; code_contests has them a column each."""
     if isinstance(value, Mapping) and all(isinstance(value.get(key), list) for key in ("input", "output")):
-        pairs = zip(value["input"], value["output"], strict=False)
+        if len(value["input"]) != len(value["output"]):
+            raise DataError(f"{where} has {len(value['input'])} inputs and {len(value['output'])} outputs")
+        pairs = zip(value["input"], value["output"], strict=True)
         return [{"input": given, "output": expected} for given, expected in pairs]
     if isinstance(value, list):
         return [as_data(test) for test in value]
-    return []  # open-r1 counts its generated tests
+    if isinstance(value, int):
+        return []  # open-r1 counts its generated tests
+    raise DataError(f"{where} must be a list of tests, found {reprlib.repr(value)}")
 
 
 def _cases(tests: Iterable[object], where: str, entry: str | None) -> Problem:
@@ -303,16 +313,17 @@ def _call(
     """wrapped: as far as this one case tells."""
     if not isinstance(keywords, Mapping | None) or not all(isinstance(key, str) for key in keywords or ()):
         raise DataError(f"{here}: keywords must be an object, found {reprlib.repr(keywords)}")
-    if not from_text and not isinstance(arguments, list | tuple):
+    if from_text:
+        given = arguments_of(arguments, f"{here}: input")
+    elif isinstance(arguments, list):
+        given = tuple(arguments)
+    else:
         raise DataError(f"{here}: arguments must be a list, found {reprlib.repr(arguments)}")
+    wrapped = False
     if from_text and isinstance(arguments, str) and isinstance(expected, str):
         expected = json_value(expected, f"{here}: output")
-        wrapped = False
-    else:
-        wrapped = from_text and isinstance(expected, list) and len(expected) == 1
-    given = (
-        arguments_of(arguments, f"{here}: {'input' if from_text else 'arguments'}") if from_text else tuple(arguments)
-    )
+    elif from_text:
+        wrapped = isinstance(expected, list) and len(expected) == 1
     case = CallCase(given, dict(keywords or {}), expected, wrapped, limits)
     try:
         encode([case.arguments, case.keywords, case.expected], _nothing, MAX_DEPTH - _MOST_NESTED)
@@ -346,7 +357,7 @@ def _asserts(context: str, tests: str, where: str, entry: str | None) -> Problem
     return Problem(assertions=block, entry=entry)
 
 
-def code_in(response: str, language: str = "python") -> str | None:
+def code_in(response: str, language: Language = "python") -> str | None:
     """The program: the last fenced block of the final answer (one labelled with the language first), else all of
     the final answer. None: nothing is there. What stands before `</think>` is reasoning and never the answer. A block in
     a list item or a quotation loses what its lines begin with there."""

@@ -269,6 +269,8 @@ DEEP = json.loads("[" * 450 + "]" * 450)
         {"test_list": ["assert f()"], "test_setup_code": 5},
         {"test_list": {"a": 1}},
         {"private_test_cases": "nonsense"},
+        {"official_tests": {"a": 1}},
+        {"public_tests": {"input": ["1"], "output": []}},
     ],
 )
 def test_malformed_records_are_named_before_anything_runs(record):

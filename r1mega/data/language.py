@@ -82,7 +82,7 @@ _WORDS = regex.compile(
     )
     + rf"|(?P<other>(?:(?![{''.join(_SCRIPTS.values())}])[\p{{L}}\p{{Braille}}])\p{{M}}*)+"
 )
-_LONGEST_WORD, _WORD_LETTERS = 24, 6  # letters: what is longer is several words without spaces
+_LONGEST_WORD, _WORD_LETTERS = 16, 5  # letters: what is longer is several words without spaces
 _HUMP = regex.compile(r"\p{Lu}\p{Ll}+")
 _SENTENCE = re.compile(r"[.!?。！？\n;:]+\s*")
 _THINK = re.compile(r"<think>(.*?)(?:</think>|$)", re.DOTALL)

@@ -25,14 +25,16 @@ _RARE = regex.compile(r"[ԀԁԚԛԜԝҺһӀӏѴѵЅѕЈјү]")  # Cyrillic lette
 _LETTERS = regex.compile(r"\p{L}+")
 _MARKS = regex.compile(r"[\u0300-\u036f\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff\ufe00-\ufe0f\ufe20-\ufe2f]+")
 _INVISIBLE = regex.compile(r"[\p{Cf}\u115f\u1160\u3164\uffa0]+")
-_WITHOUT_FORM = {  # letters that have no compatibility form: negative circled and squared ones, flags, invisible tags
-    **{first + i: ord("A") + i for first in (0x1F150, 0x1F170, 0x1F1E6) for i in range(26)},
+_WITHOUT_FORM = {  # letters without a compatibility form that is a letter: negative circled and squared ones, flags, in
+    # parentheses, and invisible tags
+    **{first + i: ord("A") + i for first in (0x1F110, 0x1F150, 0x1F170, 0x1F1E6) for i in range(26)},
+    **{0x249C + i: ord("a") + i for i in range(26)},
     **{0xE0000 + code: code for code in range(0x20, 0x7F)},
 }
 _ACCENT = regex.compile(r"\\['\"^`~=.]\{?(\p{L})\}?")
 _STYLED_LETTER = regex.compile(r"\\(?:text|math)\w*\s*\{(\p{L})\}(?:\s*\{\})?")
 _SPACED = regex.compile(
-    r"(?<![\p{L}\d])(?:[\p{Latin}\p{Cyrillic}\p{Greek}](?:[ .*_·|/-]| {2,3})){7,}[\p{Latin}\p{Cyrillic}\p{Greek}](?![\p{L}\d])"
+    r"(?<![\p{L}\d])(?:[\p{Latin}\p{Cyrillic}\p{Greek}](?:[ .,*_·|/-]| {2,3})){7,}[\p{Latin}\p{Cyrillic}\p{Greek}](?![\p{L}\d])"
 )
 
 _MARKUP = regex.compile(
@@ -78,13 +80,13 @@ def plain_letters(text: str) -> str:
         text = unicodedata.normalize("NFKC", text.translate(_WITHOUT_FORM))
         text = _MARKS.sub("", _INVISIBLE.sub("", text))
         text = _LETTERS.sub(lambda word: _of_one_script(word.group()), text)
-    return _SPACED.sub(
-        lambda letters: " ".join(_together(part) for part in regex.split(r" {2,}", letters.group())), text
-    )
+    return _SPACED.sub(lambda letters: _together(letters.group()), text)
 
 
-def _together(letters: str) -> str:
-    return "".join(filter(str.isalpha, letters))
+def _together(spaced: str) -> str:
+    """Words of letters that are spaced out: a space ends one where something else stands between letters, else two."""
+    words = spaced.split() if regex.search(r"[^\p{L} ]", spaced) else regex.split(r" {2,}", spaced)
+    return " ".join("".join(filter(str.isalpha, word)) for word in words)
 
 
 def _of_one_script(word: str) -> str:
@@ -157,7 +159,7 @@ def _of_markup(found: regex.Match[str]) -> tuple[str, list[str]]:
 def _of_maths(content: str) -> Iterator[str]:
     """Words of text groups, of runs of words, and those that are longer than products of variables."""
     for group in _TEXT_GROUP.findall(content):
-        yield from _parts(group)
+        yield from _WORD.findall(group)
     rest = _COMMAND.sub(" ", _TEXT_GROUP.sub(" ", content)).strip("$ ")
     for run in _RUN.findall(rest):
         if sum(len(word) > 2 and not word.isupper() for word in run.split()) >= 2:
@@ -173,11 +175,9 @@ def _sentences_of_code(content: str) -> str:
     plain = []
     for line in content.strip("`~").splitlines():
         if not _CODE_LINE.search(line):
-            plain += _parts(line)
+            plain += _WORD.findall(line) if _parts(line) else []
         else:
-            for run in _RUN.findall(line):
-                if len(words := _parts(run)) >= _SENTENCE_WORDS:
-                    found.append(" ".join(words))
+            found += [run for run in _RUN.findall(line) if len(_parts(run)) >= _SENTENCE_WORDS]
     if len(plain) >= _SENTENCE_WORDS:
         found.append(" ".join(plain))
     return "\n".join(found)

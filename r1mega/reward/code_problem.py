@@ -6,7 +6,7 @@ Records, by their keys (as they are published, or as the harnesses of these sets
     input_output: {"inputs", "outputs" [, "fn_name"]}   APPS, TACO: arguments are lists; lcb_runner: JSON, a line each
     public_test_cases, private_test_cases [, metadata: {"func_name"}]   LiveCodeBench's rows
     official_tests [, generated_checker]  Codeforces of open-r1; public_tests, private_tests: of code_contests
-    tests: text or list of texts; {"functional": text}   assert statements
+    tests: text or list of texts; {"functional": text}   assert statements, functions of KodCode
     tests: [{"input", "output" [, "testtype" or "type", "fn_name", "metadata"]}]   streams, or calls where it says so
     tests: {"inputs", "outputs" [, "fn_name"]}    as input_output
     tests: [{"arguments", "expected" [, "keywords"]}], entry_point   function calls
@@ -41,6 +41,8 @@ _FENCE = re.compile(
     r"^(?P<lead>[ \t]*(?:(?:>|[-*+]|\d{1,9}[.)])[ \t]+|>)*)(?P<fence>`{3,}|~{3,})[ \t]*(?P<label>[\w+#.-]*)[^\n]*$",
     re.MULTILINE,
 )
+_FROM_SOLUTION = re.compile(r"^from solution import .*$", re.MULTILINE)  # KodCode's; the sandbox gives the names itself
+_TEST_FUNCTION = re.compile(r"^def (test_\w+)\(\s*\)", re.MULTILINE)
 _LANGUAGES: Mapping[Language, tuple[str, ...]] = {
     "python": ("python", "py", "python3"),
     "cpp": ("cpp", "c++", "cc", "cxx", "c"),
@@ -190,7 +192,10 @@ def _tests(record: Mapping[str, object], where: str, entry: str | None) -> Probl
         prompt = record.get("prompt") or ""
         if not isinstance(prompt, str):
             raise DataError(f"{where}: prompt must be a text, found {reprlib.repr(prompt)}")
-        return replace(_asserts(prompt, f"{record['test']}\n\ncheck({entry})\n", where, entry), prefix=prompt)
+        test = str(record["test"])
+        if re.search(r"\bcheck\b", test):
+            test = f"{test}\n\ncheck({entry})\n"
+        return replace(_asserts(prompt, test, where, entry), prefix=prompt)
     if "test_list" in record:
         imports = _texts(record["test_imports"], f"{where}: test_imports") if record.get("test_imports") else []
         setup = record.get("test_setup_code") or ""
@@ -351,6 +356,9 @@ def _texts(value: object, where: str) -> list[str]:
 
 
 def _asserts(context: str, tests: str, where: str, entry: str | None) -> Problem:
+    """Functions test_...() that take nothing are called, as pytest does."""
+    tests = _FROM_SOLUTION.sub("", tests)
+    tests = "\n".join([tests, *(f"{name}()" for name in _TEST_FUNCTION.findall(tests))])
     block = AssertBlock(python_source(context, f"{where}: prompt or imports"), python_source(tests, f"{where}: tests"))
     if "assert" not in tests:
         raise DataError(f"{where}: the tests assert nothing, any answer would pass")

@@ -234,6 +234,18 @@ def test_limits_follow_the_task_and_the_test(reward):
     assert used == [(1, 40, 41), (2, 50.5, 52)]
 
 
+def test_asserts_that_nobody_calls_are_called(reward):
+    """Without check(candidate), and as functions for pytest: an answer was blamed for what never ran."""
+    for record in (
+        {"test": "assert f(2) == 4", "entry_point": "f", "prompt": ""},
+        {
+            "tests": "from solution import f\n\ndef test_two():\n    assert f(2) == 4\n\ndef test_three():\n    assert f(3) == 6"
+        },
+    ):
+        assert verdict(reward, "def f(x): return 2 * x", **record) is Verdict.PASSED
+        assert verdict(reward, "def f(x): return x", **record) is Verdict.WRONG_ANSWER
+
+
 # --- C7: malformed records ----------------------------------------------------------------------------------------------
 
 DEEP = json.loads("[" * 450 + "]" * 450)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import os
 import signal
@@ -253,8 +252,6 @@ def reward_code(
     from r1mega.reward.code import CodeReward, score_stream
 
     reward = CodeReward(partial_credit=partial_credit)
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # a byte that is no UTF-8 is told with its line
     score_stream(sys.stdin, sys.stdout, reward=reward, num_workers=workers)
 
 

@@ -5,13 +5,8 @@ Each returns None for a row that cannot be judged here (said in its docstring); 
 
 from __future__ import annotations
 
-import base64
-import binascii
-import io
 import json
-import pickle
 import random
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +15,7 @@ from r1mega.config.rewards import WITHOUT_GOLD
 from r1mega.data.prompts import OWN_KEYS, PromptRecord, after_solution, check_kind
 from r1mega.data.rows import Row
 from r1mega.errors import DataError
+from r1mega.reward.code_values import packed_tests
 
 LETTERS = "ABCDEFGHIJ"
 _LIVECODEBENCH_SECONDS = 6.0  # a test, as in the benchmark's own harness
@@ -207,31 +203,13 @@ def _json_value(row: Row, name: str) -> Any:
 
 
 def _cases(row: Row, name: str) -> list[Mapping[str, Any]]:
-    """[{"input", "output", "testtype"}]; as JSON text, or as that text pickled, deflated and in base 64."""
-    value = row.optional(name) or []
-    if isinstance(value, str):
-        try:
-            value = json.loads(value if value.lstrip()[:1] in ("[", "{") else _unpacked(value))
-        except (ValueError, binascii.Error, zlib.error, pickle.UnpicklingError, EOFError) as error:
-            raise DataError(f"{row.where}: {name!r} is neither JSON nor packed JSON ({error})") from error
-    cases = list(value)
-    if not all(isinstance(case, Mapping) and {"input", "output"} <= case.keys() for case in cases):
+    """[{"input", "output", "testtype"}], as they are or packed."""
+    cases = packed_tests(row.optional(name) or [], f"{row.where}: {name!r}")
+    if not isinstance(cases, list) or not all(
+        isinstance(case, Mapping) and {"input", "output"} <= case.keys() for case in cases
+    ):
         raise DataError(f"{row.where}: {name!r} must hold objects with 'input' and 'output'")
     return cases
-
-
-class _TextUnpickler(pickle.Unpickler):
-    """A pickle may name any function to call: none is allowed here, the files hold one text."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"a pickle that wants {module}.{name} is not test cases")
-
-
-def _unpacked(value: str) -> str:
-    text = _TextUnpickler(io.BytesIO(zlib.decompress(base64.b64decode(value, validate=True)))).load()
-    if not isinstance(text, str | bytes):
-        raise ValueError(f"holds a {type(text).__name__}, not a text")
-    return text if isinstance(text, str) else text.decode()
 
 
 # ----------------------------------------------------------------------------------------- instructions and patches

@@ -10,21 +10,30 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from itertools import groupby
 from typing import Any, TextIO
 
 from r1mega.errors import DataError
-from r1mega.reward.code_problem import AssertBlock, CallCase, Problem, code_in, problem_from
+from r1mega.reward.code_checker import check_output
+from r1mega.reward.code_problem import AssertBlock, CallCase, CaseLimits, Problem, StreamCase, code_in, problem_from
+from r1mega.reward.code_values import parse_json
 from r1mega.sandbox import Backend, Limits, LocalBackend, SandboxFailure, Verdict
+from r1mega.sandbox.inside.wire import encode
 from r1mega.sandbox.session import Graded
 from r1mega.sandbox.verdict import CaseResult
 from r1mega.types import Reward, RewardStatus
 
-_TOLERANCE = 1e-9  # of floating-point results: another order of summation is not another answer
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
-_MAX_NUMBER_CHARS = 64
+_TOLERANCE = 1e-6  # of floating-point results, absolute or relative, as judges have it
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,4})?")
+_INTEGER = re.compile(r"[+-]?\d+")
+_BRACKETS = re.compile(r"([\[\](){},;:]+)")
+_MAX_TOKEN_CHARS = 4000
+_NO_LIMITS = CaseLimits()
+_ROOM_BYTES = 1 << 16  # beside twice the expected output: for what a wrong answer says, and stderr
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,49 +80,75 @@ class CodeReward:
         if code is None:
             return CodeResult(Verdict.NO_CODE, 0.0, "the response holds no program", ())
         source = problem.program(code)
-        limits = self.limits
-        if problem.time_limit is not None:
-            # The CPU's own limit comes after the case's: it only catches what the clock does not see.
-            limits = replace(limits, wall_seconds=problem.time_limit, cpu_seconds=math.ceil(problem.time_limit) + 1)
-        if problem.memory_bytes is not None:
-            limits = replace(limits, memory_bytes=problem.memory_bytes)
         if problem.assertions is not None:
-            return self._assertions(source, problem, problem.assertions, limits)
-        if problem.call_cases:
-            cases = tuple(self._calls(source, problem, limits))
-            return _summary(cases, len(problem.call_cases))
-        return _summary(tuple(self._streams(source, problem, limits)), len(problem.stream_cases))
+            return self._assertions(source, problem, problem.assertions, self._limits(problem))
+        cases: list[CaseResult] = []
+        runs = self._calls(source, problem) if problem.call_cases else self._streams(source, problem)
+        for case in runs:
+            cases.append(case)
+            if case.verdict is not Verdict.PASSED and not self.partial_credit:
+                break
+        return _summary(tuple(cases), len(problem.call_cases or problem.stream_cases))
 
-    def _streams(self, source: str, problem: Problem, limits: Limits) -> Iterator[CaseResult]:
-        inputs = [case.stdin for case in problem.stream_cases]
-        runs = self.backend.run_cases(problem.language, source, inputs, limits)
-        for case, run in zip(problem.stream_cases, runs, strict=False):
-            verdict = run.classify()
-            reason = run.stderr[-300:].decode("utf-8", "replace").strip()
-            if verdict is None:
-                actual = run.stdout.decode("utf-8", "replace")
-                verdict = Verdict.PASSED if same_output(actual, case.stdout) else Verdict.WRONG_ANSWER
-                reason = (
-                    "" if verdict is Verdict.PASSED else f"printed {actual[:100]!r}, expected {case.stdout[:100]!r}"
-                )
-            yield CaseResult(verdict, reason, run.wall_seconds, run.peak_bytes)
-            if verdict is not Verdict.PASSED and not self.partial_credit:
-                return
+    def _limits(self, problem: Problem, case: CaseLimits = _NO_LIMITS, expected_bytes: int = 0) -> Limits:
+        """Of a case: what it says itself, then its problem, then the reward. What it expects can always be said."""
+        limits, room = self.limits, 2 * expected_bytes + _ROOM_BYTES
+        seconds, memory = case.time_limit or problem.time_limit, case.memory_bytes or problem.memory_bytes
+        if seconds is not None:
+            # The CPU's own limit comes after the case's: it only catches what the clock does not see.
+            limits = replace(limits, wall_seconds=seconds, cpu_seconds=math.ceil(seconds) + 1)
+        if memory is not None:
+            limits = replace(limits, memory_bytes=memory)
+        room, message = max(limits.output_bytes, room), max(limits.message_bytes, room)
+        return replace(limits, output_bytes=room, message_bytes=message)
 
-    def _calls(self, source: str, problem: Problem, limits: Limits) -> Iterator[CaseResult]:
-        """One session for all cases; after one that ended the process, a new session for the rest."""
-        remaining = list(problem.call_cases)
-        while remaining:
-            graded = self.backend.grade(source, self._call_spec(problem, remaining), limits, clock_per_call=True)
-            results = _case_results(graded)
-            yield from results
-            failed = results and results[-1].verdict is not Verdict.PASSED
-            if not results or (failed and not self.partial_credit) or not graded.call_seconds:
-                return
-            remaining = remaining[len(results) :]
+    def _streams(self, source: str, problem: Problem) -> Iterator[CaseResult]:
+        def limits_of(case: StreamCase) -> Limits:
+            return self._limits(problem, case.limits, len(case.stdout.encode("utf-8", "replace")))
 
-    def _call_spec(self, problem: Problem, cases: Iterable[CallCase]) -> dict[str, Any]:
-        forms = [asdict(case) for case in cases]
+        for limits, group in groupby(problem.stream_cases, limits_of):
+            cases = list(group)
+            runs = self.backend.run_cases(problem.language, source, [case.stdin for case in cases], limits)
+            for case, run in zip(cases, runs, strict=False):
+                verdict = run.classify()
+                reason = run.stderr[-300:].decode("utf-8", "replace").strip()
+                if verdict is None:
+                    actual = run.stdout.decode("utf-8", "replace")
+                    verdict, reason = self._judge(problem, case, actual, limits)
+                yield CaseResult(verdict, reason, run.wall_seconds, run.peak_bytes)
+                if verdict is Verdict.COMPILE_ERROR:
+                    return
+
+    def _judge(self, problem: Problem, case: StreamCase, actual: str, limits: Limits) -> tuple[Verdict, str]:
+        if problem.checker is not None:
+            return check_output(self.backend, problem.checker, case, actual, limits)
+        if same_output(actual, case.stdout):
+            return Verdict.PASSED, ""
+        return Verdict.WRONG_ANSWER, f"printed {actual[:100]!r}, expected {case.stdout[:100]!r}"
+
+    def _calls(self, source: str, problem: Problem) -> Iterator[CaseResult]:
+        """One session for all cases of the same limits; after one that ended the process, a new session for the rest."""
+        spec = self._call_spec(problem, problem.call_cases)
+        sized = [
+            (form, self._limits(problem, case.limits, len(json.dumps(form["expected"]))))
+            for form, case in zip(spec["cases"], problem.call_cases, strict=True)
+        ]
+        for limits, group in groupby(sized, lambda entry: entry[1]):
+            remaining = [form for form, _ in group]
+            while remaining:
+                graded = self.backend.grade(source, {**spec, "cases": remaining}, limits, clock_per_call=True)
+                results = _case_results(graded)
+                yield from results
+                if not results or not graded.call_seconds:
+                    return
+                remaining = remaining[len(results) :]
+
+    def _call_spec(self, problem: Problem, cases: Sequence[CallCase]) -> dict[str, Any]:
+        """Values in the form of the wire, which has integers of any length, and keys that are none."""
+        forms = [
+            {name: encode(getattr(case, name), None) for name in ("arguments", "keywords", "expected", "wrapped")}
+            for case in cases
+        ]
         return {
             "cases": forms,
             "entry": problem.entry,
@@ -193,9 +228,10 @@ def _summary(cases: tuple[CaseResult, ...], num_cases: int) -> CodeResult:
 
 
 def same_output(actual: str, expected: str) -> bool:
-    """Equal line by line up to white space at their ends; else token by token, numbers with a point within 1e-9."""
-    actual_lines = [line.split() for line in actual.rstrip().splitlines()]
-    expected_lines = [line.split() for line in expected.rstrip().splitlines()]
+    """Equal line by line up to white space at their ends and blank lines at both ends of the whole; else token by token,
+    numbers with a point or an exponent within 1e-6."""
+    actual_lines = [line.split() for line in actual.strip().splitlines()]
+    expected_lines = [line.split() for line in expected.strip().splitlines()]
     if len(actual_lines) != len(expected_lines):
         return False
     return all(
@@ -204,13 +240,29 @@ def same_output(actual: str, expected: str) -> bool:
 
 
 def _same_token(actual: str, expected: str) -> bool:
+    """Equal, or numbers apart equal (`[0.5,` and `[0.50,`)."""
     if actual == expected:
         return True
-    if max(len(actual), len(expected)) > _MAX_NUMBER_CHARS or not (set(".eE") & set(expected)):
+    if max(len(actual), len(expected)) > _MAX_TOKEN_CHARS:
         return False
+    parts, wanted = _BRACKETS.split(actual), _BRACKETS.split(expected)
+    return len(parts) == len(wanted) and all(map(_same_number, parts, wanted))
+
+
+def _same_number(actual: str, expected: str) -> bool:
+    """Two integers are the same digits (`011` is a text of its own); a number beside an integer is its value, up to an
+    absolute 1e-6 (10**15 + 2 is not 10**15); two with a point or an exponent are near, absolutely or relatively."""
+    if actual == expected:
+        return True
     if not (_NUMBER.fullmatch(actual) and _NUMBER.fullmatch(expected)):
         return False
-    return math.isclose(float(actual), float(expected), rel_tol=_TOLERANCE, abs_tol=_TOLERANCE)
+    integers = [token.removeprefix("+") for token in (actual, expected) if _INTEGER.fullmatch(token)]
+    if len(integers) == 2:
+        return integers[0] == integers[1] or {*integers} == {"-0", "0"}
+    if integers:
+        return abs(Fraction(actual) - Fraction(expected)) <= _TOLERANCE
+    a, e = float(actual), float(expected)
+    return math.isfinite(a) and math.isclose(a, e, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE)
 
 
 # --- command line ---------------------------------------------------------------------------------------------------
@@ -219,12 +271,14 @@ def _same_token(actual: str, expected: str) -> bool:
 def read_items(lines: Iterable[str], name: str) -> Iterator[tuple[str, Problem]]:
     """{"prediction": text, tests as in code_problem} lines. Raises DataError naming file:line."""
     for number, line in enumerate(lines, start=1):
+        line = line.removeprefix("\ufeff") if number == 1 else line
         if not line.strip():
             continue
         where = f"{name}:{number}"
         try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            line.encode()  # what was no UTF-8 is half a surrogate pair here
+            record = parse_json(line)
+        except ValueError as error:
             raise DataError(
                 f"{where}: not JSON ({error}); expected one object with 'prediction' and tests a line"
             ) from error
@@ -252,5 +306,6 @@ def score_stream(
     with ThreadPoolExecutor(num_workers) as pool:
         for scored in pool.map(lambda item: reward.score(*item), items):
             line = {"value": scored.value, "status": scored.status.value, "reason": scored.reason}
-            sink.write(json.dumps(line, ensure_ascii=False) + "\n")
+            text = json.dumps(line, ensure_ascii=False)
+            sink.write(text.encode("utf-8", "replace").decode() + "\n")  # an answer can say half a surrogate pair
     return len(items)

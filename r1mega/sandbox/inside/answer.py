@@ -117,6 +117,7 @@ def main():
     os.dup2(nothing, 0)
     os.close(nothing)
     os.dup2(2, 1)  # what the answer prints counts as output, not as a reply
+    getattr(sys, "set_int_max_str_digits", id)(0)
     os.write(replies, b"hello\n")
     state = {}
     for line in requests:

@@ -6,6 +6,7 @@ builtins and its frames never meet a test.
 
 import ast
 import builtins
+import fractions
 import hashlib
 import importlib
 import json
@@ -245,19 +246,30 @@ def alike(actual, expected, tolerance):
         return len(actual) == len(expected) and all(item in actual for item in expected)
     if isinstance(actual, bool) != isinstance(expected, bool):
         return False
-    numbers = isinstance(actual, (int, float)) and isinstance(expected, (int, float))
-    if numbers and (isinstance(actual, float) or isinstance(expected, float)):
-        near = math.isclose(actual, expected, rel_tol=tolerance, abs_tol=tolerance)
-        return near and (isinstance(expected, float) or round(actual) == expected)  # 1e15 + 2 is not 10**15
+    if isinstance(actual, (int, float)) and isinstance(expected, (int, float)):
+        return near(actual, expected, tolerance)
     return type(actual) is not StandIn and actual == expected
+
+
+def near(actual, expected, tolerance):
+    """Two integers are equal; an integer beside a float is its value, up to the absolute tolerance (1e15 + 2 is not
+    10**15); two floats are near, absolutely or relatively."""
+    floats = isinstance(actual, float) + isinstance(expected, float)
+    if floats == 0 or actual == expected:
+        return actual == expected
+    if floats == 2:
+        return math.isclose(actual, expected, rel_tol=tolerance, abs_tol=tolerance)
+    value, number = (actual, expected) if isinstance(actual, float) else (expected, actual)
+    return math.isfinite(value) and abs(fractions.Fraction(value) - number) <= tolerance
 
 
 def run_case(spec, case, line):
     """None if the case passes, else what was wrong."""
     entry = StandIn(line, spec["entry"])
+    case = {name: decode(form, None) for name, form in case.items()}
     try:
         actual = entry(*case["arguments"], **case["keywords"])
-        expected = [case["expected"], *(case["expected"] if case.get("wrapped") else ())]
+        expected = [case["expected"], *(case["expected"] if case["wrapped"] else ())]
         if any(alike(actual, value, spec["tolerance"]) for value in expected):
             return None
         return {"kind": "assertion", "message": "returned %.200r, expected %.200r" % (actual, case["expected"])}
@@ -306,6 +318,7 @@ def main():
             os._exit(0)  # no more input: whoever runs us will come back with the reply
         return reply if len(reply) > 1 else None  # an empty line: the answer is gone
 
+    getattr(sys, "set_int_max_str_digits", id)(0)  # tests may hold longer integers; the clock is the limit
     spec = json.loads(incoming.readline())
     outcome = grade(spec, exchange)
     outcome["nonce"] = spec["nonce"]

@@ -11,6 +11,7 @@ def _main():
     sys.path[:] = [path for path in sys.path if path] + libraries
     with open("/box/answer.py", "rb") as handle:
         source = handle.read()
+    getattr(sys, "set_int_max_str_digits", id)(0)  # judges print longer integers; the clock is the limit
     try:
         code = compile(source, "answer.py", "exec")
     except (SyntaxError, ValueError, MemoryError, RecursionError, OverflowError) as error:

@@ -1,0 +1,375 @@
+"""Code rewards: faults that people met, by kind, on inputs of our own.
+
+Reports that the kinds were modelled on: C1 LiveCodeBench/LiveCodeBench#133 and #129, NVIDIA-NeMo/Gym#2956; C5
+NVIDIA-NeMo/Gym#2956. The others were found by reading what lcb_runner, APPS, TACO, rllm (DeepCoder) and open-r1 make of
+their records.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import pickle
+import shutil
+import zlib
+
+import pytest
+
+from r1mega.errors import DataError
+from r1mega.reward.code import CodeReward, read_items, same_output, score_stream
+from r1mega.reward.code_problem import CallCase, CaseLimits, StreamCase, code_in, problem_from
+from r1mega.sandbox import Launcher, Limits, LocalBackend, Verdict
+
+LONG = "1" + "0" * 5000
+
+
+@pytest.fixture(scope="module")
+def reward():
+    if shutil.which("bwrap") is None:
+        pytest.skip("bwrap missing: apt-get install -y bubblewrap util-linux")
+    return CodeReward(LocalBackend(Launcher(), probe=False), Limits(wall_seconds=30.0))
+
+
+def verdict(reward, program, **record):
+    result = reward.grade(f"```python\n{program}\n```", problem_from(record, "here"))
+    return result.verdict if result.verdict is not Verdict.RUNTIME_ERROR else result.reason
+
+
+# --- C1: floating-point output, C9: blank lines -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("actual", "expected", "same"),
+    [
+        ("0.333333", "0.333333333333", True),
+        ("1000000.5", "1000000.75", True),
+        ("2.000000", "2", True),
+        ("2", "2.0000001", True),
+        ("1e-07", "0.0000001", True),
+        ("1e+06", "1000000", True),
+        ("Case #1: 0.333333", "Case #1: 0.33333333", True),
+        ("[0.333333, (1.5)]", "[0.3333333, (1.50)]", True),
+        ("-0", "0", True),
+        ("-0.000", "0.0", True),
+        ("0." + "3" * 200, "0.333333", True),
+        ("0.33333", "0.333333333333", False),
+        ("1000000.5", "1000003.5", False),
+        ("2.1", "2", False),
+        ("50000000000000001.0", "50000000000000000", False),
+        ("1e+15", "1000000000000002", False),
+        ("5000000", "5000000.5", False),
+        ("011", "11", False),
+        ("1e400", "1e500", False),
+        ("0.5.0", "0.5", False),
+        ("[0.5]", "0.5", False),
+        ("\n\n7\n", "7", True),
+        (" \t\n7", "7\n", True),
+        ("7", "\n7\n", True),
+        ("\r\n7\r\n", "7", True),
+        ("1\n\n2", "1\n2", False),
+        ("\n", "7", False),
+    ],
+)
+def test_outputs_as_judges_compare_them(actual, expected, same):
+    assert same_output(actual, expected) is same
+
+
+def test_results_of_calls_as_judges_compare_them(reward):
+    def passes(value, expected):
+        tests = [{"arguments": [], "expected": expected}]
+        return verdict(reward, f"def f(): return {value}", tests=tests, entry_point="f") is Verdict.PASSED
+
+    assert passes("[1 / 3, {'x': (2 / 3,)}]", [0.333333, {"x": [0.6666666]}])
+    assert passes("4 / 2", 2) and not passes("1e15", 10**15 + 2) and not passes("2.1", 2)
+    assert not passes("float('inf')", 3) and not passes("1 / 3", 0.3334)
+
+
+# --- C2, C3: LiveCodeBench's input_output and rows; keys of a test that say how it is run -------------------------------
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"input_output": json.dumps({"fn_name": "f", "inputs": ['[1, 2]\n"a b"\n'], "outputs": ['{"k": null}']})},
+        {"tests": [{"input": '[1, 2]\n"a b"', "output": '{"k": null}', "testtype": "functional"}], "entry_point": "f"},
+        {"tests": [{"input": '[1, 2]\n"a b"', "output": '{"k": null}', "metadata": {"func_name": "f"}}]},
+        {"tests": {"fn_name": "f", "inputs": [[[1, 2], "a b"]], "outputs": [{"k": None}]}},
+        {"tests": [{"type": "function_call", "fn_name": "f", "input": [[1, 2], "a b"], "output": {"k": None}}]},
+        {"tests": [{"arguments": [[1, 2], "a b"], "expected": {"k": None}}], "entry_point": "Solution().f"},
+        {
+            "public_test_cases": json.dumps([{"input": '[1, 2]\n"a b"', "output": '{"k": null}', "testtype": "functional"}]),
+            "metadata": '{"func_name": "f"}',
+        },
+    ],
+)  # fmt: skip
+def test_forms_of_calls(record):
+    problem = problem_from(record, "here")
+    assert problem.call_cases == (CallCase(([1, 2], "a b"), {}, {"k": None}),) and problem.entry == "f"
+
+
+def packed(value):
+    return base64.b64encode(zlib.compress(pickle.dumps(json.dumps(value)))).decode()
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"input_output": {"fn_name": None, "inputs": ["3\n", ["4", "5"]], "outputs": ["7", 9]}},
+        {"tests": [{"input": "3\n", "output": "7", "type": "stdin_stdout"}, {"input": "4\n5", "output": "9", "testtype": "stdin"}]},
+        {
+            "public_test_cases": '[{"input": "3\\n", "output": "7", "testtype": "stdin"}]',
+            "private_test_cases": packed([{"input": "4\n5", "output": "9", "testtype": "stdin"}]),
+        },
+        {"public_tests": {"input": ["3\n"], "output": ["7"]}, "private_tests": {"input": ["4\n5"], "output": ["9"]}},
+        {"official_tests": [{"input": "3\n", "output": "7"}, {"input": "4\n5", "output": "9"}], "generated_tests": 17},
+    ],
+)  # fmt: skip
+def test_forms_of_streams(record):
+    assert problem_from(record, "here").stream_cases == (StreamCase("3\n", "7"), StreamCase("4\n5", "9"))
+
+
+def test_apps_keys_are_integers_and_its_results_stand_in_a_list(reward):
+    record = {"input_output": {"fn_name": "f", "inputs": [[{"1": 2, "-3": 4}]], "outputs": [[6]]}}
+    assert problem_from(record, "x").call_cases[0].arguments == ({1: 2, -3: 4},)
+    assert verdict(reward, "def f(d): return sum(d[k] for k in (1, -3))", **record) is Verdict.PASSED
+
+
+@pytest.mark.parametrize(
+    ("test", "message"),
+    [
+        ({"testtype": "interactive"}, "type 'interactive' is not known; use 'functional' or 'stdin'"),
+        ({"checker": "print(1)"}, "checker would be ignored"),
+        ({"testtype": "functional"}, "need 'entry_point'"),
+        ({"fn_name": 5}, "fn_name must be a text"),
+    ],
+)
+def test_keys_of_a_test_are_never_ignored(test, message):
+    with pytest.raises(DataError, match=message):
+        problem_from({"tests": [{"input": "3", "output": "7", **test}]}, "here")
+
+
+def test_a_task_has_one_kind_of_tests():
+    tests = [{"input": "3", "output": "7", "testtype": kind} for kind in ("stdin", "functional")]
+    with pytest.raises(DataError, match="some tests are function calls"):
+        problem_from({"tests": tests, "entry_point": "f"}, "here")
+
+
+# --- C4: names that the harnesses provide -------------------------------------------------------------------------------
+
+
+def test_names_of_the_harnesses_are_there(reward):
+    call = {"entry_point": "f", "tests": [{"arguments": [[3, 1, 1]], "expected": 14}]}
+    program = """class Solution:
+    def f(self, xs: Optional[List[int]]) -> int:
+        heapify(xs)
+        count: DefaultDict[int, int] = defaultdict(int)
+        for x in xs:
+            count[x] += 1
+        return max(Counter(xs).values()) + math.gcd(8, 12) + reduce(add, accumulate(xs[:2])) + (5 if inf > 9 else 0)"""
+    assert verdict(reward, program, **call) is Verdict.PASSED
+    stream = [{"input": "2 2 3", "output": "3 5050"}]
+    program = """@cache
+def depth(n): return n and n + depth(n - 1)
+print(len(deque(stdin.read().split())), depth(100))"""
+    assert verdict(reward, program, tests=stream) is Verdict.PASSED
+    program = f"'''doc'''\nfrom __future__ import annotations\nimport heapq\n{program}"
+    assert verdict(reward, program, tests=stream) is Verdict.PASSED
+    deep = "def depth(n): return n and 1 + depth(n - 1)\nprint(depth(5000))"
+    assert verdict(reward, deep, tests=[{"input": "", "output": "5000"}]) is Verdict.PASSED
+    leetcode = {"tests": {"functional": "def check(f):\n    assert f(xs=[2, 3]) == 5\n\ncheck(Solution().f)"}}
+    assert (
+        verdict(reward, "class Solution:\n    def f(self, xs: List[int]): return sum(xs)", **leetcode) is Verdict.PASSED
+    )
+
+
+def test_an_answers_own_names_win_and_other_forms_have_none(reward):
+    program = "def gcd(a, b): return 7\nclass Counter: total = 8\nprint(gcd(2, 4), Counter.total)"
+    assert verdict(reward, program, tests=[{"input": "", "output": "7 8"}]) is Verdict.PASSED
+    assert "NameError" in verdict(reward, "def f(x: List[int]): return x", test_list=["assert f([1]) == [1]"])
+
+
+# --- C5, C6: what the test asks for can be said -------------------------------------------------------------------------
+
+
+def test_integers_of_any_length(reward):
+    assert (
+        verdict(reward, f"print(int(input()) + {LONG})", tests=[{"input": LONG, "output": "2" + LONG[1:]}])
+        is Verdict.PASSED
+    )
+    line = f'{{"prediction": "x", "tests": [{{"arguments": [{LONG}], "expected": {LONG}1}}], "entry_point": "f"}}'
+    ((_, problem),) = read_items([line], "items.jsonl")
+    assert reward.grade("def f(n): return int(str(n) + '1')", problem).verdict is Verdict.PASSED
+    assert reward.grade("def f(n): return n * 10", problem).verdict is Verdict.WRONG_ANSWER
+    tests = f"assert str(f()) == '{LONG}'\nassert f() == {LONG}"
+    assert verdict(reward, "def f(): return 10**5000", tests=tests) is Verdict.PASSED
+
+
+def test_the_output_limit_follows_the_test(reward):
+    small = CodeReward(reward.backend, Limits(wall_seconds=30.0, output_bytes=1000, message_bytes=1000))
+    text = "x" * 200_000
+    assert verdict(small, "print('x' * 200000)", tests=[{"input": "", "output": text}]) is Verdict.PASSED
+    call = {"tests": [{"arguments": [], "expected": [1] * 100_000}], "entry_point": "f"}
+    assert verdict(small, "def f(): return [1] * 100000", **call) is Verdict.PASSED
+    endless = "while True: print('x' * 1000)"
+    assert verdict(small, endless, tests=[{"input": "", "output": text}]) is Verdict.OUTPUT_LIMIT
+
+
+def test_limits_follow_the_task_and_the_test(reward):
+    tests = [{"input": "", "output": "1", "time_limit": "500 ms", "memory_limit_mb": 64}, {"input": "", "output": "1"}]
+    problem = problem_from({"tests": tests, "time_limit": "2.5 seconds", "memory_limit": "256.0 megabytes"}, "x")
+    assert problem.stream_cases[0].limits == CaseLimits(0.5, 64 << 20)
+    assert (problem.time_limit, problem.memory_bytes) == (2.5, 256 << 20)
+    assert problem_from({"tests": tests, "time_limit": {"seconds": 1, "nanos": 500000000}}, "x").time_limit == 1.5
+    used = []
+
+    class Recording:
+        def run_cases(self, language, source, inputs, limits):
+            used.append((len(inputs), limits.wall_seconds, limits.cpu_seconds))
+            return reward.backend.run_cases(language, source, inputs, limits)
+
+    tests = [{"input": n, "output": n, "time_limit": seconds} for n, seconds in (("1", 40), ("2", 50.5), ("3", 50.5))]
+    recording = CodeReward(Recording(), Limits(wall_seconds=30.0))
+    assert recording.grade("print(input())", problem_from({"tests": tests}, "x")).verdict is Verdict.PASSED
+    assert used == [(1, 40, 41), (2, 50.5, 52)]
+
+
+def test_asserts_that_nobody_calls_are_called(reward):
+    """Without check(candidate), and as functions for pytest: an answer was blamed for what never ran."""
+    for record in (
+        {"test": "assert f(2) == 4", "entry_point": "f", "prompt": ""},
+        {
+            "tests": "from solution import f\n\ndef test_two():\n    assert f(2) == 4\n\ndef test_three():\n    assert f(3) == 6"
+        },
+    ):
+        assert verdict(reward, "def f(x): return 2 * x", **record) is Verdict.PASSED
+        assert verdict(reward, "def f(x): return x", **record) is Verdict.WRONG_ANSWER
+
+
+# --- C7: malformed records ----------------------------------------------------------------------------------------------
+
+DEEP = json.loads("[" * 450 + "]" * 450)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"input_output": {"fn_name": "f", "inputs": [5], "outputs": [5]}},
+        {"input_output": {"fn_name": "f", "inputs": ["x y"], "outputs": ["1"]}},
+        {"input_output": {"fn_name": "f", "inputs": ["1"], "outputs": ["x"]}},
+        {"input_output": {"fn_name": 5, "inputs": [[5]], "outputs": [5]}},
+        {"input_output": {"inputs": 5, "outputs": "x"}},
+        {"input_output": {"inputs": [None], "outputs": [None]}},
+        {"input_output": {"inputs": [{"a": 1}], "outputs": ["x"]}},
+        {"input_output": "[" * 100_000},
+        {"input_output": {"fn_name": "f", "inputs": [DEEP], "outputs": ["x"]}},
+        {"input_output": ""},
+        {"tests": [5]},
+        {"tests": [{"input": "1", "output": "1"}, None]},
+        {"tests": {"a": 1}},
+        {"tests": 5},
+        {"tests": [{"arguments": 5, "expected": 5}], "entry_point": "f"},
+        {"tests": [{"arguments": [], "expected": 5, "keywords": [1]}], "entry_point": "f"},
+        {"tests": "assert f( == 1"},
+        {"tests": [{"input": "1", "output": "1"}], "checker": "def"},
+        {"tests": [{"input": "1", "output": "1"}], "checker": 5},
+        {"tests": [{"input": "1", "output": "1"}], "time_limit": "soon"},
+        {"tests": [{"input": "1", "output": "1"}], "interaction_format": "ask"},
+        {"test": "def check(f): assert f()", "entry_point": "f", "prompt": 5},
+        {"test": "def check(f): assert f()", "entry_point": 5},
+        {"test_list": ["assert f()"], "test_imports": 5},
+        {"test_list": ["assert f()"], "test_setup_code": 5},
+        {"test_list": {"a": 1}},
+        {"private_test_cases": "nonsense"},
+        {"official_tests": {"a": 1}},
+        {"public_tests": {"input": ["1"], "output": []}},
+    ],
+)
+def test_malformed_records_are_named_before_anything_runs(record):
+    lines = [json.dumps({"prediction": "x", "tests": "assert f()"}), json.dumps({"prediction": "x", **record})]
+    with pytest.raises(DataError, match=r"^items\.jsonl:2: "):
+        list(read_items(lines, "items.jsonl"))
+
+
+def test_bytes_that_are_no_text_and_marks_of_order():
+    good = json.dumps({"prediction": "x", "tests": "assert f()"})
+    assert len(list(read_items(["\ufeff" + good], "x"))) == 1
+    with pytest.raises(DataError, match=r"^x:2: not JSON"):
+        list(read_items([good, good.replace("x", b"\xff".decode(errors="surrogateescape"))], "x"))
+
+
+def test_an_answer_that_says_half_a_character_does_not_end_the_command(reward):
+    tests = [{"arguments": [], "expected": 1}]
+    item = {"prediction": "def f(): raise ValueError(chr(0xd800))", "tests": tests, "entry_point": "f"}
+    sink = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    score_stream([json.dumps(item)], sink, reward=reward)
+    sink.flush()
+    assert json.loads(sink.buffer.getvalue())["value"] == 0.0
+
+
+# --- C8: fences -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        "1. Solution:\n\n   ```python\n   if 1:\n       print(2)\n   ```\n",
+        "- a\n  - b\n\n    ```python\n    if 1:\n        print(2)\n    ```\n- c",
+        "1. ```python\n   if 1:\n       print(2)\n   ```",
+        "\t```python\n\tif 1:\n\t    print(2)\n\t```",
+        "> So:\n> ```python\n> if 1:\n>     print(2)\n> ```\n",
+        "   ~~~~py\n   if 1:\n       print(2)\n   ~~~~~\n",
+        "   ```python\n   if 1:\n\n       print(2)\n\n   ```",
+        "   ```python\nif 1:\n    print(2)\n```",
+    ],
+)
+def test_a_block_in_a_list_item_loses_its_indentation(response):
+    code = code_in(response)
+    assert [line for line in code.split("\n") if line.strip()] == ["if 1:", "    print(2)"]
+
+
+def test_a_completion_keeps_its_indentation():
+    assert code_in("```python\n    return 1\n```") == "    return 1"
+
+
+# --- C10: tests in a text -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "tests",
+    [
+        '[{"input": "3", "output": "4"}]',
+        json.dumps('[{"input": "3", "output": "4"}]'),
+        "[{'input': '3', 'output': '4'}]",
+        ['{"input": "3", "output": "4"}'],
+        ' {"inputs": ["3"], "outputs": ["4"]}',
+    ],
+)
+def test_tests_in_a_text(tests):
+    assert problem_from({"tests": tests}, "here").stream_cases == (StreamCase("3", "4"),)
+
+
+def test_asserts_in_a_text():
+    for record in (
+        {"tests": '["assert f(1)"]'},
+        {"test_list": '["assert f(1)"]'},
+        {"tests": '{"functional": "assert f(1)"}'},
+    ):
+        assert problem_from(record, "here").assertions.tests.strip() == "assert f(1)"
+
+
+# --- checkers -----------------------------------------------------------------------------------------------------------
+
+CHECKER = """
+import sys
+given, right, answer = (open(path).read().split() for path in sys.argv[1:4])
+print(int(len(right) == len(answer) and sum(map(int, answer)) == int(given[0])))
+"""
+
+
+def test_a_checker_decides_where_several_outputs_are_right(reward):
+    record = {"official_tests": [{"input": "9\n", "output": "4 5\n"}], "generated_checker": CHECKER}
+    assert verdict(reward, "print(2, 7)", **record) is Verdict.PASSED
+    assert verdict(reward, "print(2, 8)", **record) is Verdict.WRONG_ANSWER
+    assert verdict(reward, "print('two', 7)", **record) is Verdict.WRONG_ANSWER
+    assert verdict(reward, "print(2, 7)", **(record | {"generated_checker": "print(0)"})) is Verdict.WRONG_ANSWER

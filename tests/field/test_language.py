@@ -1,0 +1,124 @@
+"""The language reward: attacks that must not pay, and honest texts that must not suffer.
+
+L3 was modelled on pemistahl/lingua-py#219; L1 and L2 (what hides in markup, look-alike letters) were found by trying.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from r1mega.data.language import language_of, language_share
+from r1mega.errors import RewardError
+from r1mega.reward.language import LanguageConsistency
+from tests.field.language_attacks import ATTACKS, OTHERS, shares, table
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "rewards.md"
+LEAKS = {  # short words that look like products of variables; English that Cyrillic letters alone can spell
+    "each word in maths": 0.11,
+    "words as variables": 0.14,
+    "each word in maths, and a character": 0.18,
+    "each word as code, and a character": 0.1,
+    "English all in Cyrillic": 0.34,
+}
+"""Attack -> what it may still gain; any other 0.06."""
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_english_in_any_dress_is_not_paid_as_chinese(attack):
+    right, scored = shares(attack)
+    assert 0.3 < right < 0.7 and scored <= right + LEAKS.get(attack, 0.06)
+
+
+@pytest.mark.parametrize("attack", OTHERS)
+def test_languages_of_one_script_are_told_apart(attack):
+    text, target, right = OTHERS[attack]
+    assert language_share(text, target) == pytest.approx(right, abs=LEAKS.get(attack, 0.06))
+
+
+def test_the_document_shows_these_attacks():
+    assert table() in DOCUMENT.read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "target"),
+    [
+        ("$First we add the two numbers and then divide the sum by three$ 好的", "zh"),
+        ("`First we add the two numbers and then divide the sum by three` 好的", "zh"),
+        ("\\text{First we add the two numbers and then divide the sum by three} 好的", "zh"),
+        ("<First we add the two numbers and then divide the sum by three> 好的", "zh"),
+        ("https://first.example/we/add/the/two/numbers/and/then/divide/the/sum 好的", "zh"),
+        ("```\nFirst we add the two numbers\nand then divide the sum by three\n``` 好的", "zh"),
+        ("F i r s t w e a d d t h e t w o n u m b e r s 好的", "zh"),
+        ("F.i.r.s.t w.e a.d.d t.h.e n.u.m.b.e.r.s 好的", "zh"),
+        ("ғɪʀsᴛ ᴡᴇ ᴀᴅᴅ ᴛʜᴇ ɴᴜᴍʙᴇʀs 好的", "zh"),
+        ("\\footnote{First we add the two numbers} 好的", "zh"),
+        ("\\(Сначала сложим два числа и затем разделим сумму на три\\) okay", "en"),
+    ],
+)
+def test_little_besides_hidden_prose_scores_little(text, target):
+    assert language_share(text, target) < 0.34
+
+
+HONEST = [
+    ("设变量 `total` 为总数，`price` 为价格，那么我们可以得到总价等于两者的乘积，也就是十二元。", "zh"),
+    (
+        "我们写一个程序来验证：\n```python\ndef solve(first, second):\n    total = 0\n    for apple in basket:\n"
+        "        if apple.weight > 3 and not apple.bad:\n            total += price * apple.weight\n"
+        "    return max(total, first)\nprint(solve(1, 2))\n```\n运行以后得到的结果是十二。",
+        "zh",
+    ),
+    ("设 $f(x) = \\sin x + \\cos x$，其中 $\\triangle ABC$ 的面积为 $\\frac{1}{2}ab\\sin C$，且 $xy + yz + zx = abc$。", "zh"),
+    ("由题意可知 $\\text{面积} = \\text{长} \\times \\text{宽}$，所以 $S = 12$。", "zh"),
+    ("导数 $f'(x) = \\lim_{h \\to 0} \\frac{f(x+h)-f(x)}{h}$ 存在，因此 $\\operatorname{lcm}(a,b) \\ge \\max\\{a, b\\}$ 成立。", "zh"),
+    ("ｘ＝３のとき、答えは１２になります。", "ja"),
+    ("関数 $f(x)$ の最大値を求める。まず微分して、導関数が零になる点を調べる。", "ja"),
+    ("ロミオは三個のリンゴを持っています。東京大学理学部数学科卒業生は三名です。", "ja"),
+    ("Ｆｉｒｓｔ ｗｅ ａｄｄ ｔｈｅ ｎｕｍｂｅｒｓ ａｎｄ ｄｉｖｉｄｅ ｂｙ ｔｈｒｅｅ", "en"),
+    ("F i r s t  w e  a d d  t h e  n u m b e r s", "en"),
+    ("Ⓕⓘⓡⓢⓣ ⓦⓔ ⓐⓓⓓ 𝐭𝐡𝐞 𝐧𝐮𝐦𝐛𝐞𝐫𝐬", "en"),
+    ("α + β = 90°, so the third angle is a right angle, and γ = 90° as well.", "en"),
+    ("Let x be odd and let k be even; the run_time is O(n log n), see `sort_list`.", "en"),
+    ("Wait, let me re-check: 12+3=15. OK. So the answer is 15.", "en"),
+    ("Then Maria Fernandez gives José García Lorca 3 apples.", "en"),
+    ("So Jean-Pierre Lefèvre and Wolfgang Amadeus Müller divide it.", "en"),
+    ("Ensuite William Smith achète trois pommes à Birmingham.", "fr"),
+    ("Premièrement, on pose x. Donc, x = 3. Oui. Alors la réponse est douze.", "fr"),
+    ("Jetzt rechnet Giovanni Bianchi die Summe der Zahlen aus. Gut. Also gut. Nein, warte.", "de"),
+    ("Después John Williams compra tres manzanas en Liverpool.", "es"),
+    ("Сначала посчитаем яблоки в корзине.", "ru"),
+    ("Спочатку порахуємо яблука в кошику. Потім поділимо їх на трьох дітей.", "uk"),
+    ("Първо броим ябълките в кошницата. След това ги разделяме.", "bg"),
+    ("أولا نحسب عدد التفاحات في السلة ثم نقسمها على ثلاثة أطفال", "ar"),
+    ("ابتدا تعداد سیب ها را می شماریم و سپس آن را تقسیم می کنیم", "fa"),
+    ("먼저 바구니에 있는 사과의 수를 세어 봅시다.", "ko"),
+    ("首先我们数一数篮子里的苹果。", "zh-Hans"),
+    ("首先我們數一數籃子裡的蘋果。", "zh-Hant"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "target"), HONEST)
+def test_honest_texts_with_names_maths_and_code_keep_their_reward(text, target):
+    assert language_share(text, target) == pytest.approx(1.0, abs=0.01)
+    assert language_of(text) == target.partition("-")[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "share"),
+    [
+        ("这首歌的名字叫 ロミオとシンデレラ，我们算一下它有多少个字。", 0.7),
+        ("东京的スカイツリー有六百三十四米高，我们把它换成厘米。", 0.76),
+        ("他说さようなら，然后就带着三个苹果走了。", 0.72),
+        ("我们先看《となりのトトロ》这部电影有多长，然后再算它有多少秒。", 0.75),
+    ],
+)
+def test_a_japanese_name_costs_a_chinese_sentence_its_own_letters(text, share):
+    assert language_share(text, "zh") == pytest.approx(share, abs=0.06)
+    assert language_share(text, "ja") == pytest.approx(1 - share, abs=0.06)
+    assert language_of(text) == "zh"
+
+
+def test_a_target_that_is_not_known_is_told_at_once():
+    with pytest.raises(RewardError, match="'xx' is not supported"):
+        LanguageConsistency("xx")

@@ -54,5 +54,5 @@ elif [ "$megatron" ]; then
     "$(echo tests/unit/checkpoint/test_{hf_state,optimizer_state,store,two_versions}.py)" \
     "$(echo tests/te/test_{operations,policy_layouts}.py)" tests/unit/platform tests/unit/train tests/unit/model
 else
-  run_beside tests/e2e tests/unit tests/dist tests/slurm tests/te tests/faults tests/gpu  # the longest first
+  run_beside tests/e2e tests/unit tests/field tests/dist tests/slurm tests/te tests/faults tests/gpu  # the longest first
 fi

@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -240,7 +241,7 @@ def reward_math(
     """{"gold", "prediction"} lines in; {"value", "status", "reason"} lines out, in the same order."""
     from r1mega.reward.math import score_stream
 
-    score_stream(sys.stdin, sys.stdout, num_workers=workers, timeout_seconds=timeout)
+    score_stream(_standard_input(), sys.stdout, num_workers=workers, timeout_seconds=timeout)
 
 
 @reward_app.command("code")
@@ -252,7 +253,14 @@ def reward_code(
     from r1mega.reward.code import CodeReward, score_stream
 
     reward = CodeReward(partial_credit=partial_credit)
-    score_stream(sys.stdin, sys.stdout, reward=reward, num_workers=workers)
+    score_stream(_standard_input(), sys.stdout, reward=reward, num_workers=workers)
+
+
+def _standard_input() -> Iterator[str]:
+    """Its lines, whatever the locale says; a byte order mark before one is left out. DataError for what is no UTF-8."""
+    from r1mega.data.rows import decode
+
+    return (decode(line, f"<stdin>:{number}") for number, line in enumerate(sys.stdin.buffer, start=1))
 
 
 def main() -> None:

@@ -113,7 +113,7 @@ class ObserveConfig(Section):
 
 
 class DataConfig(Section):
-    """Prompt files: JSONL of {"question", "answer", optional "id", "kind", "language", ...}."""
+    """Prompt files: rows of {"question", "answer", optional "id", "kind", "language", ...}; docs/data.md has what else."""
 
     prompts: tuple[Path, ...]
     template: str = "r1_zero"  # a name from data/template.py, or a Jinja2 text with {{ question }}

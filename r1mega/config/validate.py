@@ -90,9 +90,9 @@ def _read_model(config: Stage) -> tuple[dict[str, Any] | None, list[str]]:
 
 
 def missing_file_problems(files: Iterable[tuple[str, Path]]) -> Iterator[str]:
-    """files: (config key, path that must be a file)."""
+    """files: (config key, path that must be a file, or a directory of data files)."""
     for key, path in files:
-        if path.is_dir() or not is_given(path):
+        if not is_given(path):
             yield f"{key}: {path} is missing"
 
 

@@ -88,8 +88,10 @@ def evaluate_checkpoint(
         raise ConfigError(f"output {output}: its directory does not exist")  # found out before the work, not after
     tokenizer, context = load_tokenizer(source.path), context_length(source.path)
     prompt_config = DataConfig(prompts=(data,), template=template or source.template, max_prompt_tokens=context - 1)
-    scan_prompts(prompt_config, source.path)  # a kind that nothing judges is told before a generator starts
-    prompts = load_prompts(prompt_config, tokenizer)[:num_prompts]
+    scan_prompts(
+        prompt_config, source.path, has_keys=False
+    )  # a kind that nothing judges is told before a generator starts
+    prompts = load_prompts(prompt_config, tokenizer, has_keys=False)[:num_prompts]
     sampling = response_limits(source, tokenizer, context, [p.token_ids for p in prompts], max_tokens)
     settings = checkpoint_settings(source.path, [p.token_ids for p in prompts], sampling)
     with open_engine(settings, engine) as generator, open_scorer(source.reward) as scorer:

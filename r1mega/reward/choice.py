@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from r1mega.errors import RewardError
+from r1mega.errors import DataError, RewardError
 from r1mega.reward.expression.prose import same_wording, without_lead
 from r1mega.reward.expression.text import clean
 from r1mega.reward.expression.verbal import names_another
@@ -93,19 +93,8 @@ class ReasoningGymAccuracy:
         return cls(config.accuracy.timeout_seconds, config.accuracy.partial_credit, config.accuracy.form)
 
     def score(self, item: ScoringItem) -> PartScore | Deferred:
-        """By the task's own scorer, in a worker. RewardError without the task's entry, or for a blocked scorer."""
-        entry = item.prompt.metadata.get("entry")
-        if not isinstance(entry, Mapping) or "source_dataset" not in entry.get("metadata", {}):
-            raise RewardError(
-                f"prompt {item.prompt.id}: kind 'reasoning_gym' needs the key 'entry' with the "
-                f"dataset's item, metadata.source_dataset included"
-            )
-        task = entry["metadata"]["source_dataset"]
-        if task in BLOCKED_SCORERS:
-            raise RewardError(
-                f"prompt {item.prompt.id}: the scorer of {task!r} is blocked, it "
-                f"{BLOCKED_SCORERS[task]}; remove the task"
-            )
+        """By the task's own scorer, in a worker. DataError without the task's entry, or for a blocked scorer."""
+        entry, task = _entry(item.prompt.metadata, f"prompt {item.prompt.id}")
         answer = final_answer(item.text, self.form)
         if not answer:
             return PartScore(0.0, "no answer in the asked form")
@@ -118,6 +107,30 @@ class ReasoningGymAccuracy:
             return PartScore(None, outcome.failure, RewardStatus.FAILED)
         value = outcome.value if self.partial_credit else float(outcome.value >= 1.0)
         return PartScore(value, f"the task's scorer gives {outcome.value:g}")
+
+
+def _entry(metadata: Mapping[str, Any], where: str) -> tuple[Mapping[str, Any], str]:
+    """(the dataset's item, its task)."""
+    entry = metadata.get("entry")
+    further = entry.get("metadata") if isinstance(entry, Mapping) else None
+    if not isinstance(further, Mapping) or not isinstance(task := further.get("source_dataset"), str):
+        raise DataError(
+            f"{where}: kind 'reasoning_gym' needs the key 'entry' with the dataset's item, metadata.source_dataset included"
+        )
+    if task in BLOCKED_SCORERS:
+        raise DataError(f"{where}: the scorer of {task!r} is blocked, it {BLOCKED_SCORERS[task]}; remove the task")
+    return entry, task
+
+
+def check_line(metadata: Mapping[str, Any], where: str) -> None:
+    """DataError for a line of kind `reasoning_gym` without an entry, of a blocked scorer or of a task that is not known."""
+    try:
+        import reasoning_gym.factory
+    except ImportError as error:
+        raise RewardError("prompts of kind 'reasoning_gym' need reasoning-gym: pip install reasoning-gym") from error
+    _, task = _entry(metadata, where)
+    if task not in reasoning_gym.factory.DATASETS:
+        raise DataError(f"{where}: reasoning-gym has no task {task!r}")
 
 
 def reasoning_gym_score(task: str, answer: str, entry: dict[str, Any]) -> float:

@@ -13,7 +13,7 @@ from typing import Any
 
 from r1mega.data.rows import read_rows
 from r1mega.data.template import render
-from r1mega.data.tokenizer import Tokenizer
+from r1mega.data.tokenizer import Tokenizer, with_end
 from r1mega.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -68,8 +68,7 @@ def read_judgements(paths: Sequence[Path]) -> list[Judgement]:
 
 def encode(tokenizer: Tokenizer, template: str, question: str, text: str) -> list[int]:
     """What a reward model reads of a response: the rendered prompt, the text, the end-of-text token."""
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return [*tokenizer.encode_prompt(render(template, question)), *tokenizer.encode(text), *end]
+    return [*tokenizer.encode_prompt(render(template, question)), *with_end(tokenizer, tokenizer.encode(text))]
 
 
 def _lines(paths: Sequence[Path]) -> Iterator[tuple[Mapping[str, Any], str]]:

@@ -129,8 +129,9 @@ def read_rows(
         try:
             yield from _rows_of(file, columns, on_bad_line)
         except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise DataError(f"{file}: cannot be read to its end ({reason}); is it whole?") from error
+            if reason := getattr(error, "strerror", None):
+                raise DataError(f"{file}: cannot be read ({reason})") from error
+            raise DataError(f"{file}: cannot be read to its end ({error}); is it whole?") from error
 
 
 def data_files(path: Path) -> list[Path]:

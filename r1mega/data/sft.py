@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from r1mega.data.rows import content_hash, raise_it, read_rows
 from r1mega.data.template import render
-from r1mega.data.tokenizer import Tokenizer
+from r1mega.data.tokenizer import Tokenizer, with_end
 from r1mega.errors import DataError
 from r1mega.files import write_atomic
 
@@ -61,7 +61,7 @@ def segments(item: Mapping[str, Any], where: str, tokenizer: Tokenizer, template
 
 
 def _response_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    return tokenizer.encode(text) + ([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])
+    return with_end(tokenizer, tokenizer.encode(text))
 
 
 def _chat_segments(messages: Any, where: str, tokenizer: Tokenizer) -> list[Segment]:

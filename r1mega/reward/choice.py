@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -30,23 +31,52 @@ BLOCKED_SCORERS: Mapping[str, str] = {
 }
 """reasoning-gym 0.1.25 tasks whose scorer cannot be trusted, with the reason."""
 
-_LETTER = re.compile(r"[\s(\[*]*([A-Za-z])[\s)\]*]*(?:[.:)]\s*(?P<rest>.*))?", re.DOTALL)
+_STYLE = re.compile(
+    r"\\(?:math(?:bf|rm|it|sf|tt|cal)|text(?:bf|it|rm|sf|tt|normal|sc)?|boldsymbol|bm|bf|rm|operatorname|mbox|hbox|underline|emph|fbox|boxed)"
+    r"\*?\s*\{([^{}]*)\}"
+)
+_LAYOUT = re.compile(r"\\(?:left|right|big|Big|bf|rm|quad|qquad|displaystyle)(?![A-Za-z])|\\[()\[\],;:! ]|[$~`]|\*+|__")
+_LEAD = re.compile(
+    r"^\s*(?:(?:the\s+)?(?:(?:correct|right|final|best|my)\s+)*(?:answer|option|choice)(?:\s+is(?![A-Za-z])|\s*[:=])?\s*"
+    r"(?:(?:option|choice)\s*)?|(?:正确)?(?:答案|选项)\s*[是为选:]?\s*|(?:应)?选择?\s*)(?=\W*[A-Za-z](?![A-Za-z]))",
+    re.IGNORECASE,
+)
+_OPENED, _CLOSED = r"""[\s(\[{<"'“‘「『【〔]*""", r"""[\s)\]}>"'”’」』】〕]*"""
+_LETTER = re.compile(
+    rf"{_OPENED}([A-Za-z])(?:{_CLOSED}(?:\s*(?:is|为|是)\s*(?:the\s+)?(?:correct|right|best|正确)(?:\s+(?:answer|option|choice|one)|的|答案)*)?[\s.!。]*"
+    rf"|(?:{_CLOSED}(?:[.:,;、。]|\s[-–—])|[)\]}}>】〕」』]|\s*\n)\s*(?P<rest>.*))",
+    re.DOTALL,
+)
 _OPTION_WORD = re.compile(r"^(?:option|choice|answer)\s+(?=\(?[A-Za-z]\)?\s*$)", re.IGNORECASE)
 _MANY = re.compile(r"\(\s*[A-Za-z]\s*\)|\b[A-Z][.):]\s|\bor\b", re.DOTALL)
+_ONLY_LETTERS = re.compile(
+    r"(?:[\W_]*(?:(?:and|or|und|oder|not|和|或|与)[\W_]+)?(?<![A-Za-z])[A-Za-z](?![A-Za-z]))+[\W_]*"
+)
 
 
 def same_choice(gold: str, answer: str) -> bool:
-    """Whether an answer names the gold: 'B', '(b)', 'B. Paris', 'option B' for 'B'; words alike up to case and
-    punctuation otherwise.
+    """Whether an answer names the gold: 'B', '(b)', 'B. Paris', 'Option (B): Paris', '\\mathbf{B}', 'B、巴黎' for 'B'; words
+    alike up to case and punctuation otherwise. An answer that names a second letter names none.
     """
-    gold, answer = without_lead(gold).strip(), _OPTION_WORD.sub("", without_lead(answer).strip(" \n."))
-    letter, chosen = _LETTER.fullmatch(clean_choice(gold)), _LETTER.fullmatch(clean_choice(answer))
+    letter, chosen = (_LETTER.fullmatch(_LEAD.sub("", _plain(without_lead(text)))) for text in (gold, answer))
     if letter and not letter["rest"]:
         if chosen is None or chosen.group(1).upper() != letter.group(1).upper():
             return False
         rest = chosen["rest"] or ""
-        return not _MANY.search(rest) and not names_another(letter.group(1).upper(), rest)
+        others = {found.upper() for found in re.findall("[A-Za-z]", rest)} - {letter.group(1).upper()}
+        if _MANY.search(rest) or (others and _ONLY_LETTERS.fullmatch(rest)):
+            return False
+        return not names_another(letter.group(1).upper(), rest)
+    gold, answer = without_lead(gold).strip(), _OPTION_WORD.sub("", without_lead(answer).strip(" \n."))
     return same_wording(clean_choice(gold), clean_choice(answer))
+
+
+def _plain(text: str) -> str:
+    """Without what only says how a letter looks: fonts, emphasis, mathematics around it, full-width forms."""
+    text, before = unicodedata.normalize("NFKC", text), ""
+    while text != before:
+        text, before = _STYLE.sub(r"\1", text), text
+    return re.sub(r"[\^_]?\{\}", "", _LAYOUT.sub(" ", text)).strip()
 
 
 def clean_choice(text: str) -> str:
@@ -109,7 +139,7 @@ class ReasoningGymAccuracy:
         return PartScore(value, f"the task's scorer gives {outcome.value:g}")
 
 
-def _entry(metadata: Mapping[str, Any], where: str) -> tuple[Mapping[str, Any], str]:
+def _entry(metadata: Mapping[str, object], where: str) -> tuple[Mapping[str, object], str]:
     """(the dataset's item, its task)."""
     entry = metadata.get("entry")
     further = entry.get("metadata") if isinstance(entry, Mapping) else None
@@ -122,7 +152,7 @@ def _entry(metadata: Mapping[str, Any], where: str) -> tuple[Mapping[str, Any], 
     return entry, task
 
 
-def check_line(metadata: Mapping[str, Any], where: str) -> None:
+def check_line(metadata: Mapping[str, object], where: str) -> None:
     """DataError for a line of kind `reasoning_gym` without an entry, of a blocked scorer or of a task that is not known."""
     try:
         import reasoning_gym.factory

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from r1mega.data.rows import is_missing
 from r1mega.errors import DataError, RewardError
@@ -44,7 +44,7 @@ BLOCKED_CHECKERS: Mapping[str, str] = {"format:quote_unquote": "raises on a quot
 """if-verifiable 0.1.2 checkers that cannot be trusted, with the reason."""
 
 
-_TAKEN_AS_GIVEN: Mapping[str, tuple[str, str, re.Pattern[str], Any]] = {
+_TAKEN_AS_GIVEN: Mapping[str, tuple[str, str, re.Pattern[str], object]] = {
     "keywords:letter_frequency": ("letter", "_letter", re.compile("[A-Za-z]"), "a"),
     "repeat:repeat_span": ("n_start", "_n_start", re.compile("[1-9][0-9]*"), 1),
 }
@@ -84,7 +84,7 @@ class InstructionAccuracy:
         return PartScore(value, f"not followed: {', '.join(broken)}" if broken else "all instructions followed")
 
 
-def _instructions(metadata: Mapping[str, Any], where: str) -> tuple[list[str], list[dict[str, Any]]]:
+def _instructions(metadata: Mapping[str, object], where: str) -> tuple[list[str], list[dict[str, object]]]:
     """(ids, their arguments). No arguments are null or an empty object; those without a value (Parquet has every key in every
     row) are left out. DataError for anything else.
     """
@@ -108,12 +108,12 @@ def _instructions(metadata: Mapping[str, Any], where: str) -> tuple[list[str], l
     return list(ids), [{key: _whole(value) for key, value in values.items()} for values in given]
 
 
-def _whole(value: Any) -> Any:
+def _whole(value: object) -> object:
     """A column of whole numbers of which one is missing comes as floats."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def check_line(metadata: Mapping[str, Any], where: str) -> None:
+def check_line(metadata: Mapping[str, object], where: str) -> None:
     """DataError for a line whose instructions cannot be checked: unknown or blocked ones, and arguments that are missing, or
     not those of the instruction. RewardError without the checkers.
     """
@@ -126,7 +126,7 @@ def check_line(metadata: Mapping[str, Any], where: str) -> None:
 
 
 def follows(
-    ids: Sequence[str], arguments: Sequence[Mapping[str, Any]], prompt: str, answer: str
+    ids: Sequence[str], arguments: Sequence[Mapping[str, object] | None], prompt: str, answer: str
 ) -> list[tuple[str, bool]]:
     """(instruction id, followed) of each instruction, strictly. Runs in a worker. Raises RewardError for an unknown
     id, and for arguments that leave something to chance.
@@ -138,7 +138,7 @@ def follows(
     return results
 
 
-def _built(name: str, values: Mapping[str, Any], prompt: str) -> Any:
+def _built(name: str, values: Mapping[str, object], prompt: str) -> Any:
     """The checker of an instruction, with its arguments."""
     checker = _checker(name)(name)
     given = {key: value for key, value in values.items() if value is not None}
@@ -160,7 +160,7 @@ class _NoChance:
     not take, and the same answer would be judged now so, now so.
     """
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> NoReturn:
         raise RewardError("an argument that it needs is missing or out of range, and its checker would draw one")
 
 

@@ -46,7 +46,7 @@ def assert_refused(done, message):
     assert isinstance(done.exception, DataError) and message in str(done.exception), done
 
 
-# ------------------------------------------- commas behind ####: EleutherAI/lm-evaluation-harness#4038
+# ------------------------------------------- commas behind ####: lm-evaluation-harness#4038
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from r1mega.errors import ConfigError, DataError
 class Bytes:
     """A tokenizer of bytes, with a beginning-of-text token."""
 
-    bos_token_id, eos_token_id, vocab_size = 256, 257, 258
+    bos_token_id, eos_token_id, end_token_ids, vocab_size = 256, 257, (257,), 258
 
     def encode(self, text):
         return list(text.encode())

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from r1mega.errors import DataError
 
@@ -28,11 +28,11 @@ MMLU_COLUMNS = ("question", "A", "B", "C", "D", "answer")
 _JSON_ENDINGS = (".jsonl", ".json", ".ndjson", ".jsonlines")
 _CSV_ENDINGS = (".csv", ".tsv")
 _ENDINGS = (*_JSON_ENDINGS, *_CSV_ENDINGS, ".parquet", ".arrow")
-_PACKED: Mapping[str, tuple[bytes, Callable[[Path], BinaryIO]]] = {
-    ".gz": (b"\x1f\x8b", gzip.open),
-    ".bz2": (b"BZh", bz2.open),
-    ".xz": (b"\xfd7zXZ\0", lzma.open),
-}  # type: ignore[dict-item]  # their open() has more modes than "rb"
+_PACKED: Mapping[str, tuple[bytes, Callable[[Path], io.BufferedIOBase]]] = {
+    ".gz": (b"\x1f\x8b", gzip.GzipFile),
+    ".bz2": (b"BZh", bz2.BZ2File),
+    ".xz": (b"\xfd7zXZ\0", lzma.LZMAFile),
+}
 _HEAD_BYTES = 512
 _REFUSED: tuple[tuple[int, bytes, str, str], ...] = (
     (0, b"\x28\xb5\x2f\xfd", "compressed by zstd", "unpack it: zstd -d {0}"),
@@ -155,8 +155,7 @@ def data_files(path: Path) -> list[Path]:
         below = {file.parent for file in path.rglob("*") if file.is_file() and _ending(file) in _ENDINGS}
         hint = f"; there are some in {', '.join(map(str, sorted(below)[:3]))}: name one of these" if below else ""
         raise DataError(f"{path}: a directory without data files ({', '.join(_ENDINGS)}){hint}")
-    splits = {found[1] if (found := _SPLIT.search(file.name)) else None for file in files}
-    if len(splits) > 1:
+    if len({found[1] if (found := _SPLIT.search(file.name)) else None for file in files}) > 1:
         names = ", ".join(file.name for file in files[:4])
         raise DataError(
             f"{path}: holds files of several splits ({names}, ...); name those files that are meant, one by one"
@@ -191,7 +190,7 @@ def _ending(path: Path) -> str:
     return Path(path.stem).suffix.lower() if path.suffix.lower() in _PACKED else path.suffix.lower()
 
 
-def _open(path: Path) -> BinaryIO:
+def _open(path: Path) -> io.BufferedIOBase:
     """The content, unpacked if the first bytes say that it is packed."""
     with path.open("rb") as file:
         head = file.read(8)
@@ -221,7 +220,7 @@ def _rows_of(path: Path, columns: tuple[str, ...] | None, on_bad_line: Callable[
             yield from _json_lines(path, file, on_bad_line)
 
 
-def _is_one_value(file: BinaryIO) -> bool:
+def _is_one_value(file: io.BufferedIOBase) -> bool:
     """Whether a .json file holds one value, and not a line of JSON for each row, as many do."""
     content = file.read()
     file.seek(0)
@@ -234,7 +233,7 @@ def _is_one_value(file: BinaryIO) -> bool:
     return True
 
 
-def _json_lines(path: Path, file: BinaryIO, on_bad_line: Callable[[DataError], None]) -> Iterator[Row]:
+def _json_lines(path: Path, file: io.BufferedIOBase, on_bad_line: Callable[[DataError], None]) -> Iterator[Row]:
     for number, line in enumerate(file, start=1):
         if not line.strip():
             continue
@@ -245,7 +244,7 @@ def _json_lines(path: Path, file: BinaryIO, on_bad_line: Callable[[DataError], N
             on_bad_line(error)
 
 
-def _json(path: Path, file: BinaryIO) -> Iterator[Row]:
+def _json(path: Path, file: io.BufferedIOBase) -> Iterator[Row]:
     values = parse_json(file.read(), str(path))
     if not isinstance(values, list):
         keys = f" with the keys {', '.join(map(str, values))[:80]}" if isinstance(values, dict) and values else ""
@@ -279,7 +278,7 @@ def decode(content: bytes, where: str) -> str:
         ) from error
 
 
-def _csv(path: Path, file: BinaryIO, columns: tuple[str, ...] | None, delimiter: str) -> Iterator[Row]:
+def _csv(path: Path, file: io.BufferedIOBase, columns: tuple[str, ...] | None, delimiter: str) -> Iterator[Row]:
     csv.field_size_limit(1 << 24)
     lines = (decode(line, f"{path}:{number}") for number, line in enumerate(file, start=1))
     reader = csv.DictReader(lines, fieldnames=columns, delimiter=delimiter)
@@ -302,7 +301,7 @@ def first_cells(path: Path) -> list[str]:
     return [cell.strip() for cell in next(csv.reader([line]), [])]
 
 
-def _parquet(path: Path, file: BinaryIO) -> Iterator[Row]:
+def _parquet(path: Path, file: io.BufferedIOBase) -> Iterator[Row]:
     import pyarrow.lib
     import pyarrow.parquet
 
@@ -313,7 +312,7 @@ def _parquet(path: Path, file: BinaryIO) -> Iterator[Row]:
         raise DataError(f"{path}: not a Parquet file, or a damaged one ({error})") from error
 
 
-def _arrow(path: Path, file: BinaryIO, is_random_access: bool) -> Iterator[Row]:
+def _arrow(path: Path, file: io.BufferedIOBase, is_random_access: bool) -> Iterator[Row]:
     """Arrow's file format, or its stream, which `datasets` writes."""
     import pyarrow.ipc
     import pyarrow.lib

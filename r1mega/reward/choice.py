@@ -143,7 +143,8 @@ def _entry(metadata: Mapping[str, object], where: str) -> tuple[Mapping[str, obj
     """(the dataset's item, its task)."""
     entry = metadata.get("entry")
     further = entry.get("metadata") if isinstance(entry, Mapping) else None
-    if not isinstance(further, Mapping) or not isinstance(task := further.get("source_dataset"), str):
+    task = further.get("source_dataset") if isinstance(further, Mapping) else None
+    if not isinstance(entry, Mapping) or not isinstance(task, str):
         raise DataError(
             f"{where}: kind 'reasoning_gym' needs the key 'entry' with the dataset's item, metadata.source_dataset included"
         )

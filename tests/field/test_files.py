@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -277,6 +278,16 @@ def test_the_message(monkeypatch, capsys, error, text):
     monkeypatch.setenv("R1MEGA_TRACEBACK", "1")
     with pytest.raises(OSError, match="."):
         cli.main()
+
+
+def test_a_standard_output_that_cannot_be_written():
+    pair = json.dumps({"gold": "1", "prediction": "1"}) + "\n"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "r1mega", "reward", "math"], input=pair, stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )  # fmt: skip
+    assert done.returncode == EXIT_FILE and "No space left on device" in done.stderr
+    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
 
 
 def test_an_error_that_is_about_no_file_keeps_its_traceback(monkeypatch):

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import logging
+import math
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from r1mega.errors import ConfigError, FreshProcessNeeded, R1MegaError
+from r1mega.errors import EXIT_FILE, ConfigError, FreshProcessNeeded, R1MegaError
 
 app = typer.Typer(
     name="r1mega",
@@ -25,7 +29,23 @@ app.add_typer(reward_app, name="reward")
 reshard_app = typer.Typer(help="Weights from the trainer's layout to the generator's.", no_args_is_help=True)
 app.add_typer(reshard_app, name="reshard")
 
-ConfigPath = Annotated[Path, typer.Argument(help="a YAML file, see configs/")]
+
+def _path(text: str) -> Path:
+    """`~` in it replaced: no shell does that in --option=~/x."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise typer.BadParameter(f"{text}: there is no such home directory") from None
+
+
+def _positive(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < math.inf:
+            return float(text)
+    raise typer.BadParameter(f"{text!r} is not a finite number above 0")
+
+
+ConfigPath = Annotated[Path, typer.Argument(parser=_path, help="a YAML file, see configs/")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key.sub=value ..., over the file")]
 
 
@@ -95,7 +115,7 @@ def pipeline(
 
 @app.command()
 def doctor(
-    config: Annotated[Path | None, typer.Argument(help="also check what this config would use")] = None,
+    config: Annotated[Path | None, typer.Argument(parser=_path, help="also check what this config would use")] = None,
     overrides: Overrides = None,
     patches: Annotated[bool, typer.Option("--patches", help="only list the changes made to megatron-core")] = False,
 ) -> None:
@@ -106,7 +126,9 @@ def doctor(
 
 
 @app.command()
-def report(run_dir: Annotated[Path, typer.Argument(help="a run directory, or a pipeline's")]) -> None:
+def report(
+    run_dir: Annotated[Path, typer.Argument(parser=_path, help="a run directory, or a pipeline's")],
+) -> None:
     """Write report.html there: one file that opens without network."""
     from r1mega.observe.pipeline_report import PIPELINE_FILE, write_pipeline_report
     from r1mega.observe.report import write_report
@@ -116,7 +138,7 @@ def report(run_dir: Annotated[Path, typer.Argument(help="a run directory, or a p
 
 @app.command()
 def generate(
-    checkpoint: Annotated[Path, typer.Argument(help="an HF directory or a run directory")],
+    checkpoint: Annotated[Path, typer.Argument(parser=_path, help="an HF directory or a run directory")],
     prompt: Annotated[str, typer.Argument(help="the question")],
     num_samples: int = 1,
     temperature: float = 0.6,
@@ -137,8 +159,8 @@ def generate(
 
 @app.command("eval")
 def evaluate(
-    checkpoint: Annotated[Path, typer.Argument(help="an HF directory or a run directory")],
-    data: Annotated[Path, typer.Argument(help="a prompt file (JSONL)")],
+    checkpoint: Annotated[Path, typer.Argument(parser=_path, help="an HF directory or a run directory")],
+    data: Annotated[Path, typer.Argument(parser=_path, help="a prompt file (JSONL, Parquet, ...), see docs/data.md")],
     num_samples: Annotated[int, typer.Option(help="k: pass@1 is the mean over k samples, cons@k the majority")] = 1,
     temperature: float = 0.6,
     top_p: float = 0.95,
@@ -146,7 +168,9 @@ def evaluate(
     num_prompts: Annotated[int | None, typer.Option(help="only the first so many")] = None,
     template: Annotated[str | None, typer.Option(help="default: the run's own")] = None,
     seed: int = 0,
-    output: Annotated[Path | None, typer.Option(help="write every sample and verdict here (JSON)")] = None,
+    output: Annotated[
+        Path | None, typer.Option(parser=_path, help="write every sample and verdict here (JSON)")
+    ] = None,
 ) -> None:
     """pass@1 over k samples, with its interval, and cons@k."""
     from r1mega.evaluate.run import evaluate_checkpoint
@@ -164,16 +188,18 @@ def reshard_explain(
     config: ConfigPath,
     overrides: Overrides = None,
     gpus: Annotated[int | None, typer.Option(min=1, help="processes of the job; default: the fewest that fit")] = None,
-    bandwidth: Annotated[float, typer.Option(help="GB/s of a rank to other nodes, each direction")] = 40.0,
-    node_bandwidth: Annotated[float, typer.Option(help="GB/s of a rank inside of its node, each direction")] = 300.0,
+    bandwidth: Annotated[
+        float, typer.Option(parser=_positive, help="GB/s of a rank to other nodes, each direction")
+    ] = 40.0,
+    node_bandwidth: Annotated[
+        float, typer.Option(parser=_positive, help="GB/s of a rank inside of its node, each direction")
+    ] = 300.0,
     gpus_per_node: Annotated[int, typer.Option(min=1)] = 8,
     fp8: Annotated[bool, typer.Option(help="as if the generator held block-quantised FP8 weights")] = False,
 ) -> None:
     """Bytes per rank and link, buckets, buffers and predicted seconds of a reshard. Starts no process, loads no weights."""
     from r1mega.weights.explain import Bandwidth, explain
 
-    if min(bandwidth, node_bandwidth) <= 0:
-        raise typer.BadParameter("bandwidths are above 0")
     speeds = Bandwidth(bandwidth * 1e9, node_bandwidth * 1e9)
     typer.echo(explain(config, overrides or [], world=gpus, bandwidth=speeds, ranks_per_node=gpus_per_node, fp8=fp8))
 
@@ -181,9 +207,13 @@ def reshard_explain(
 @app.command()
 def compare(
     first: Annotated[
-        Path, typer.Argument(help="results.json of an evaluation, its run directory, or an output of eval")
+        Path,
+        typer.Argument(parser=_path, help="results.json of an evaluation, its run directory, or an output of eval"),
     ],
-    second: Annotated[Path, typer.Argument(help="the same of another checkpoint (or of the same file, see --second)")],
+    second: Annotated[
+        Path,
+        typer.Argument(parser=_path, help="the same of another checkpoint (or of the same file, see --second)"),
+    ],
     first_name: Annotated[str | None, typer.Option("--first", help="which checkpoint, where there are several")] = None,
     second_name: Annotated[
         str | None, typer.Option("--second", help="which checkpoint, where there are several")
@@ -202,12 +232,16 @@ def compare(
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(help="an HF directory; or a run directory, or one checkpoint of it")],
-    out: Annotated[Path, typer.Argument(help="the directory to make")],
+    source: Annotated[
+        Path, typer.Argument(parser=_path, help="an HF directory; or a run directory, or one checkpoint of it")
+    ],
+    out: Annotated[Path, typer.Argument(parser=_path, help="the directory to make")],
     to_megatron: Annotated[bool, typer.Option("--to-megatron", help="HF directory -> torch_dist checkpoint")] = False,
     to_hf: Annotated[bool, typer.Option("--to-hf", help="torch_dist checkpoint -> HF directory")] = False,
     parallel: Annotated[str, typer.Option(help="tp=..,ep=..,etp=..: the layout that OUT is cut for")] = "",
-    config: Annotated[Path | None, typer.Option(help="HF directory of the model, if not the run's own")] = None,
+    config: Annotated[
+        Path | None, typer.Option(parser=_path, help="HF directory of the model, if not the run's own")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; default: as the source says")] = None,
     fp8_blocks: Annotated[bool, typer.Option(help="FP8 weights in blocks, as DeepSeek-V3 is published")] = False,
     max_shard_size: Annotated[str, typer.Option(help="largest output file, e.g. 5GB or 512MiB")] = "5GB",
@@ -234,30 +268,37 @@ def convert(
 
 @reward_app.command("math")
 def reward_math(
-    workers: Annotated[int, typer.Option(help="processes for what only symbolic algebra can tell")] = 1,
-    timeout: Annotated[float, typer.Option(help="seconds for one symbolic comparison")] = 5.0,
-    max_work: Annotated[int, typer.Option(help="digits of arithmetic that an answer may leave undone")] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="processes for what only symbolic algebra can tell")] = 1,
+    timeout: Annotated[float, typer.Option(parser=_positive, help="seconds for one symbolic comparison")] = 5.0,
+    max_work: Annotated[int, typer.Option(min=0, help="digits of arithmetic that an answer may leave undone")] = 1,
 ) -> None:
     """{"gold", "prediction"} lines in; {"value", "status", "reason"} lines out, in the same order."""
     from r1mega.reward.math import score_stream
 
-    score_stream(sys.stdin, sys.stdout, num_workers=workers, timeout_seconds=timeout, max_work=max_work)
+    score_stream(_standard_input(), sys.stdout, num_workers=workers, timeout_seconds=timeout, max_work=max_work)
 
 
 @reward_app.command("code")
 def reward_code(
-    workers: Annotated[int, typer.Option(help="programs that run at a time")] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="programs that run at a time")] = 1,
     partial_credit: Annotated[bool, typer.Option(help="the share of the tests passed, not all or nothing")] = False,
 ) -> None:
     """Programs ("prediction") with their tests in, a line each; {"value", "status", "reason"} lines out, in order."""
     from r1mega.reward.code import CodeReward, score_stream
 
     reward = CodeReward(partial_credit=partial_credit)
-    score_stream(sys.stdin, sys.stdout, reward=reward, num_workers=workers)
+    score_stream(_standard_input(), sys.stdout, reward=reward, num_workers=workers)
+
+
+def _standard_input() -> Iterator[str]:
+    """Its lines, whatever the locale says; a byte order mark before one is left out. DataError for what is no UTF-8."""
+    from r1mega.data.rows import decode
+
+    return (decode(line, f"<stdin>:{number}") for number, line in enumerate(sys.stdin.buffer, start=1))
 
 
 def main() -> None:
-    """Entry point. An R1MegaError becomes a message and its exit code; R1MEGA_TRACEBACK=1 shows where it came from."""
+    """Entry point. An R1MegaError, and an OSError of a file, becomes a message and its exit code; R1MEGA_TRACEBACK=1 shows where it came from."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         app()
@@ -267,6 +308,24 @@ def main() -> None:
         if _is_first_rank() or not _same_on_every_rank(error):
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except OSError as error:
+        text = _file_problem(error)
+        if text is None or os.environ.get("R1MEGA_TRACEBACK") == "1":
+            raise
+        print(f"{type(error).__name__}: {text}", file=sys.stderr)
+        sys.exit(EXIT_FILE)
+
+
+def _file_problem(error: OSError) -> str | None:
+    """What to tell of an error that is about a file or a disk; None for another one (of a socket, say)."""
+    if error.filename is not None:
+        names = " -> ".join(
+            os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)
+        )
+        return f"{names}: {error.strerror}"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS):
+        return f"a file could not be written or read: {error.strerror}; R1MEGA_TRACEBACK=1 shows which"
+    return None
 
 
 def _exit_for_requeue_on_signals() -> None:

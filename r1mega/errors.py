@@ -3,6 +3,9 @@
 EXIT_SAVED_FOR_REQUEUE = 85
 """Exit status of a run that was asked to stop (SIGTERM, SIGUSR2), saved its state and can be started again."""
 
+EXIT_FILE = 11
+"""Exit status for a file or directory that the system does not give: no permission, a full disk, a read-only one."""
+
 
 class R1MegaError(Exception):
     """Base of every error that the user can act on; printed without a traceback by the command line."""

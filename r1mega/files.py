@@ -2,35 +2,63 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from r1mega.errors import DataError
 
 
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError in the block names `path`: one of a write names no file, one of a temporary file names that."""
+    try:
+        yield
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None
+        raise
+
+
+def check_writable(path: Path) -> None:
+    """OSError, naming `path`, when `write_atomic` could not write it: found out before the work, not after."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    with naming(path):
+        descriptor, temporary = _create_beside(path)
+        os.close(descriptor)
+        temporary.unlink()
+
+
+def _create_beside(path: Path) -> tuple[int, Path]:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    return os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666), temporary
+
+
 def write_atomic(path: Path, data: str | bytes) -> None:
     """Replace `path` so that a reader (or a run after kill -9) sees the old content or the new, never a part.
 
-    The content is synced before the rename, the directory after it. Permissions follow the umask.
+    The content is synced before the rename, the directory after it. Permissions follow the umask. Raises OSError, which
+    names the path.
     """
     path = Path(path)
     content = data.encode() if isinstance(data, str) else data
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_path(path.parent)
+    with naming(path):
+        descriptor, temporary = _create_beside(path)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        sync_path(path.parent)
 
 
 def sync_path(path: Path) -> None:
@@ -94,14 +122,16 @@ class JsonLinesWriter:
         """
         if not records:
             return
-        self._file.write("".join(_line(record) for record in records).encode())
+        with naming(self.path):
+            self._file.write("".join(_line(record) for record in records).encode())
         if sync:
             self.sync()
         self.last = dict(records[-1])
 
     def sync(self) -> None:
         """Bring what was written to disk."""
-        os.fsync(self._file.fileno())
+        with naming(self.path):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()

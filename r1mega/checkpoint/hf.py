@@ -19,13 +19,15 @@ from r1mega.errors import CheckpointError
 from r1mega.files import sync_path, write_atomic
 
 INDEX = "model.safetensors.index.json"
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_COMPARED_ROWS = 4096
 
 
 def read_config(directory: Path) -> dict[str, Any]:
     """config.json of an HF directory. CheckpointError when it is missing or not a JSON object."""
     path = Path(directory) / "config.json"
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(f"{path}: no such file; model.path must be an HF model directory") from None
     except (ValueError, RecursionError) as error:
@@ -87,6 +89,25 @@ class HFTensors(Mapping[str, torch.Tensor]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+
+def tied_head_problems(tensors: HFTensors) -> list[str]:
+    """Of a model whose config.json ties its head to the embedding: a head that is there all the same must be that one.
+
+    Where it is another, it was trained, and would be thrown away.
+    """
+    head, embedding = tensors.infos.get(HEAD), tensors.infos.get(EMBEDDING)
+    if head is None or embedding is None:
+        return []
+    if head.shape == embedding.shape:
+        ours, theirs = read_tensor(head), read_tensor(embedding)
+        blocks = (slice(i, i + _COMPARED_ROWS) for i in range(0, len(ours), _COMPARED_ROWS))
+        if all(torch.equal(ours[rows].float(), theirs[rows].float()) for rows in blocks):
+            return []
+    return [
+        f"tied: {HEAD} differs from {EMBEDDING}, though config.json says tie_word_embeddings: say false there if the head is "
+        f"the model's own, else remove it"
+    ]
 
 
 def _read_index(directory: Path) -> dict[str, str] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from r1mega.checkpoint.conversion import PLAN, OutputFile, partition, read_ahead
 from r1mega.checkpoint.fp8_blocks import SCALE, check_config, dequantize, scale_shape
-from r1mega.checkpoint.hf import HFTensors, copy_tokenizer, read_config
+from r1mega.checkpoint.hf import HFTensors, copy_tokenizer, read_config, tied_head_problems
 from r1mega.checkpoint.hf_state import is_ignored
 from r1mega.checkpoint.manifest import MANIFEST, file_record, write_manifest
 from r1mega.checkpoint.name_rules import Region, pieces, to_local
@@ -34,7 +35,12 @@ from r1mega.config.layout import Layout, model_problems
 from r1mega.config.model_files import HFConfig
 from r1mega.errors import CheckpointError, ConfigError
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+logger = logging.getLogger(__name__)
+
+_WIDER = (torch.float32, torch.float16)
+"""Than bfloat16, in digits."""
+_FLOATS = (*_WIDER, torch.bfloat16)
+_EXPERT_BIAS = "e_score_correction_bias"
 _MTP_COPY = re.compile(r"model\.layers\.\d+\.(embed_tokens|shared_head\.head)\.weight")
 _COPY_ROWS = 4096
 
@@ -58,8 +64,10 @@ class ToMegatron:
         if problems := list(model_problems(layout, config)):
             raise ConfigError("; ".join(problems))
         self.model = model_shape_of(config, self.num_mtp)
-        self.dtype = dtype or _dtype_of(config)
+        self.dtype = dtype or _dtype_of(config, self.tensors)
         check_tensors(self.tensors, self.parameters, self.model, self.source)
+        if dtype is None:
+            self._tell_rounding()
         self.config = _plain_config(config, self.dtype, self.num_mtp)
         runs = partition(self.parameters, self._num_bytes, max_file_bytes)
         self.files = [OutputFile(f"__{i}_0.distcp", held, size) for i, (held, size) in enumerate(runs)]
@@ -95,6 +103,17 @@ class ToMegatron:
         files = {name: record["file"] for name, record in records.items()}
         small = [p for p in directory.iterdir() if p.is_file() and p.name not in (*files, PLAN)]
         write_manifest(directory, deciding_keys(self.config), files | {p.name: file_record(p) for p in small})
+
+    def _tell_rounding(self) -> None:
+        """Of wider weights than config.json says, which nobody asked for."""
+        names = [name for parameter in self.parameters for name in parameter.entry.hf_names]
+        wider = [n for n in names if self.tensors.infos[n].dtype in _WIDER and not n.endswith(_EXPERT_BIAS)]
+        if wider and self.dtype == torch.bfloat16:
+            stored = str(self.tensors.infos[wider[0]].dtype).removeprefix("torch.")
+            logger.warning(
+                "%s: %d tensors are wider than the bfloat16 of config.json and are rounded to it (the first: %s, %s); "
+                "--dtype float32 keeps them as they are", self.source, len(wider), wider[0], stored,
+            )  # fmt: skip
 
     # ------------------------------------------------------------------ one parameter
 
@@ -177,9 +196,15 @@ def _own_storage(tensor: torch.Tensor) -> torch.Tensor:
     return torch.frombuffer(as_bytes(tensor).numpy(), dtype=tensor.dtype)
 
 
-def _dtype_of(config: HFConfig) -> torch.dtype:
-    name = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
-    return torch.float32 if name == "float32" else torch.bfloat16
+def _dtype_of(config: HFConfig, tensors: HFTensors) -> torch.dtype:
+    """What config.json says. float16 becomes float32, which holds all of it, as bfloat16 does not; without a word there, the
+    tensors tell.
+    """
+    name = config.get("dtype") or config.get("torch_dtype")
+    if name in ("float32", "bfloat16"):
+        return torch.float32 if name == "float32" else torch.bfloat16
+    stored = {info.dtype for name, info in tensors.infos.items() if not name.endswith((SCALE, _EXPERT_BIAS))}
+    return torch.float32 if name == "float16" or stored & set(_WIDER) else torch.bfloat16
 
 
 def _plain_config(config: HFConfig, dtype: torch.dtype, num_mtp: int) -> dict[str, Any]:
@@ -202,8 +227,8 @@ def _count_mtp(tensors: HFTensors, config: HFConfig) -> int:
 def check_weights(directory: Path, num_mtp_layers: int) -> None:
     """CheckpointError unless the weights in `directory` are of the model that its config.json describes.
 
-    directory: an HF directory, or a checkpoint made by a conversion. Reads headers only, and needs no processes: what is
-    wrong is told before anything starts.
+    directory: an HF directory, or a checkpoint made by a conversion. Reads headers (and a tied head that is there all the
+    same), and needs no processes: what is wrong is told before anything starts.
     """
     config = read_config(directory)
     if (directory / MANIFEST).exists():
@@ -229,6 +254,8 @@ def check_tensors(tensors: HFTensors, wanted: list[Parameter], model: Any, sourc
             elif info.dtype not in _FLOATS:
                 problems.append(f"dtype: {name} is {info.dtype}, not a floating-point weight")
     problems += [f"unknown: {name}" for name in tensors.infos if name not in expected and not is_ignored(name, model)]
+    if model.tied_embeddings and not problems:
+        problems += tied_head_problems(tensors)
     if problems:
         listed = "\n  ".join(sorted(problems))
         raise CheckpointError(

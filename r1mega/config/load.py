@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 from pydantic_core import to_jsonable_python
 
+from r1mega.config.scalars import Loader, dump_yaml, load_yaml
 from r1mega.config.schema import Stage
 from r1mega.config.stages import stage_model
 from r1mega.errors import ConfigError
@@ -21,15 +22,6 @@ from r1mega.errors import ConfigError
 Model = TypeVar("Model", bound=BaseModel)
 Places = dict[tuple[str, ...], str]
 """Where each key was set: ("rollout", "top_p") -> "zero.yaml:12" or "command line"."""
-
-
-class _Loader(yaml.SafeLoader):
-    """A date stays the text that was written, as it does on the command line."""
-
-    yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Stage:
@@ -55,7 +47,7 @@ def load_as(model: type[Model], path: Path, overrides: Sequence[str] = ()) -> Mo
 
 def dump_config(config: Stage) -> str:
     """The whole resolved config as YAML; loading it gives the same config."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+    return dump_yaml(config.model_dump(mode="json"))
 
 
 def with_defaults(values: Mapping[str, Any], model: type[BaseModel]) -> dict[str, Any]:
@@ -116,8 +108,8 @@ def _read(path: Path, places: Places, chain: tuple[Path, ...]) -> dict[str, Any]
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise ConfigError(f"{path}: cannot be read ({reason})") from error
     try:
-        content = yaml.load(text, Loader=_Loader)
-        tree = yaml.compose(text, Loader=_Loader)
+        content = load_yaml(text)
+        tree = yaml.compose(text, Loader=Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{path}:{mark.line + 1}" if mark else f"{path}"
@@ -137,7 +129,7 @@ def _read(path: Path, places: Places, chain: tuple[Path, ...]) -> dict[str, Any]
         raise ConfigError(f"{path}:{lines[('include',)]}: include must be a file name or a list of file names")
     result: dict[str, Any] = {}
     for name in included:
-        result = _merge(result, _read(path.parent / name, places, (*chain, path)))
+        result = _merge(result, _read(path.parent / _at_home(name), places, (*chain, path)))
     places.update({key: f"{path}:{line}" for key, line in lines.items()})
     return _merge(result, content)
 
@@ -150,20 +142,28 @@ def _lines(node: yaml.Node | None, prefix: tuple[str, ...]) -> Iterator[tuple[tu
             yield from _lines(value, name)
 
 
+def _at_home(name: str) -> Path:
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"include: {name}: there is no such home directory") from error
+
+
 def _overrides(overrides: Sequence[str], places: Places) -> dict[str, Any]:
+    merged = OmegaConf.create()
     for item in overrides:
-        key, equals, _ = item.partition("=")
+        key, equals, text = item.partition("=")
         if not equals or not key:
             raise ConfigError(f"command line: {item!r} is not of the form key.sub=value")
         places[tuple(key.split("."))] = "command line"
         try:
-            OmegaConf.from_dotlist([item])
+            OmegaConf.update(merged, key, load_yaml(text))
         except (OmegaConfBaseException, yaml.YAMLError) as error:
             problem = " ".join(str(getattr(error, "problem", None) or error).split())
             raise ConfigError(
                 f"command line: {item!r}: not YAML ({problem}); quote the value: {key}='\"...\"'"
             ) from error
-    return _plain(OmegaConf.from_dotlist(list(overrides)))
+    return _plain(merged)
 
 
 def _merge(base: Mapping[str, object], over: Mapping[str, object]) -> dict[str, Any]:

@@ -103,7 +103,7 @@ def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> Pipeline:
         name: Node(name, stages[name], path.parent / node.config, node.ranks, _inputs(name, stages))
         for name, node in config.nodes.items()
     }
-    external = {_move(Path(name), file.dir, config.dir): model for name, model in config.external.items()}
+    external = {_move(Path(name).expanduser(), file.dir, config.dir): model for name, model in config.external.items()}
     return Pipeline(config.name, config.dir, path, config.ranks_per_machine, external, nodes)
 
 

@@ -26,6 +26,16 @@ ACCURACY = {
 WITHOUT_GOLD = frozenset({"general"})
 """Kinds of prompts whose answers no rule can verify: reward models and judges do."""
 
+JUDGED_BY_KEYS = frozenset({"code", "instruction", "reasoning_gym"})
+"""Kinds that are verified by tests, instructions or an entry of the line: what it says as `answer` is not read."""
+
+LINE_CHECKS = {
+    "code": "r1mega.reward.code_problem:problem_from",
+    "instruction": "r1mega.reward.instruction:check_line",
+    "reasoning_gym": "r1mega.reward.choice:check_line",
+}
+"""(keys of a line, "file:line") -> DataError for a line that cannot be judged; imported when the first of its kind is read."""
+
 PATCH_KIND = "patch"
 """Prompts whose responses are judged by the benchmark's own harness, later and elsewhere."""
 

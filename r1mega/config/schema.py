@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+
+from r1mega.config.scalars import as_meant
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -21,9 +23,14 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
-    """Base of all sections: unknown keys are errors, values do not change after loading."""
+    """Base of all sections: unknown keys are errors, values do not change after loading, numbers are finite."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _as_meant(cls, value: object, info: ValidationInfo) -> object:
+        return as_meant(value, cls.model_fields[info.field_name or ""].annotation)
 
 
 class ParallelConfig(Section):
@@ -113,7 +120,7 @@ class ObserveConfig(Section):
 
 
 class DataConfig(Section):
-    """Prompt files: JSONL of {"question", "answer", optional "id", "kind", "language", ...}."""
+    """Prompt files: rows of {"question", "answer", optional "id", "kind", "language", ...}; docs/data.md has what else."""
 
     prompts: tuple[Path, ...]
     template: str = "r1_zero"  # a name from data/template.py, or a Jinja2 text with {{ question }}

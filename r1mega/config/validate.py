@@ -76,7 +76,7 @@ def _read_model(config: Stage) -> tuple[dict[str, Any] | None, list[str]]:
         directory = model
     path = directory / "config.json"
     try:
-        hf = json.loads(path.read_text())
+        hf = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         hint = "; run the stage that makes it first" if config.model.path.name == "hf" else ""
         return None, [f"model.path = {config.model.path}: {path} is missing: not an HF model directory{hint}"]
@@ -90,9 +90,9 @@ def _read_model(config: Stage) -> tuple[dict[str, Any] | None, list[str]]:
 
 
 def missing_file_problems(files: Iterable[tuple[str, Path]]) -> Iterator[str]:
-    """files: (config key, path that must be a file)."""
+    """files: (config key, path that must be a file, or a directory of data files)."""
     for key, path in files:
-        if path.is_dir() or not is_given(path):
+        if not is_given(path):
             yield f"{key}: {path} is missing"
 
 

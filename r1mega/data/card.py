@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from r1mega.data.filters import Candidate, FilterCount
+from r1mega.data.rows import content_hash, read_rows
+from r1mega.errors import DataError
 from r1mega.files import write_atomic
 
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.95, 1.0)
@@ -18,7 +19,7 @@ QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.95, 1.0)
 
 @dataclass(frozen=True, slots=True)
 class InputFile:
-    """A file that went in. lines: that are not empty, or rows of a Parquet file; sha256: of its content; licence: 'unknown'
+    """A file that went in. lines: its rows, bad ones too; sha256: of its content; licence: 'unknown'
     when nobody said.
     """
 
@@ -31,18 +32,17 @@ class InputFile:
 
 def describe_file(path: Path, role: str, licences: Mapping[str, str]) -> InputFile:
     """role: prompts, general or evaluation."""
-    with Path(path).open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return InputFile(str(path), role, _count_lines(Path(path)), licences.get(str(path), "unknown"), digest)
+    path = Path(path)
+    return InputFile(str(path), role, _count_rows(path), licences.get(str(path), "unknown"), content_hash(path))
 
 
-def _count_lines(path: Path) -> int:
-    if path.suffix == ".parquet":
+def _count_rows(path: Path) -> int:
+    if path.suffix == ".parquet" and path.is_file():
         import pyarrow.parquet
 
         return pyarrow.parquet.read_metadata(path).num_rows
-    with path.open("rb") as file:
-        return sum(1 for line in file if line.strip())
+    bad: list[DataError] = []
+    return sum(1 for _ in read_rows(path, on_bad_line=bad.append)) + len(bad)
 
 
 def build_card(

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterable
 from pathlib import Path
 
-from r1mega.data.rows import MMLU_COLUMNS, Row, read_rows
+from r1mega.data.rows import MMLU_COLUMNS, Row, first_cells, read_rows
 from r1mega.data.words import ngrams, split_words
 from r1mega.errors import DataError
 
@@ -17,7 +16,7 @@ QUESTION_KEYS = (
 
 
 def evaluation_questions(paths: Iterable[Path]) -> list[str]:
-    """The questions of evaluation files, in any form that the evaluation tasks read (JSONL, JSON, CSV or Parquet).
+    """The questions of evaluation files, in any form that the evaluation tasks read.
 
     DataError for a row that has none.
     """
@@ -33,10 +32,8 @@ def _question(row: Row) -> str:
 
 def _columns(path: Path) -> tuple[str, ...] | None:
     """MMLU's for a CSV whose first line names no question; None for any other file."""
-    if path.suffix.lower() != ".csv" or not path.is_file():
-        return None
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        return MMLU_COLUMNS if set(QUESTION_KEYS).isdisjoint(next(csv.reader(file), [])) else None
+    cells = first_cells(path)
+    return MMLU_COLUMNS if cells and set(QUESTION_KEYS).isdisjoint(cells) else None
 
 
 class Contamination:

@@ -78,4 +78,4 @@ def _write_transformers_files(directory: Path, model) -> None:
             for i, token in enumerate(special)
         },
     }
-    (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
+    write_atomic(directory / "tokenizer_config.json", json.dumps(config, indent=1))

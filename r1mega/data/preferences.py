@@ -1,19 +1,19 @@
-"""Preference files: JSONL of {"question", "chosen", "rejected", optional "margin"}, or of {"question", "response",
+"""Preference files: rows of {"question", "chosen", "rejected", optional "margin"}, or of {"question", "response",
 "safe"}.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from r1mega.data.rows import read_rows
 from r1mega.data.template import render
-from r1mega.data.tokenizer import Tokenizer
+from r1mega.data.tokenizer import Tokenizer, with_end
 from r1mega.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -68,36 +68,23 @@ def read_judgements(paths: Sequence[Path]) -> list[Judgement]:
 
 def encode(tokenizer: Tokenizer, template: str, question: str, text: str) -> list[int]:
     """What a reward model reads of a response: the rendered prompt, the text, the end-of-text token."""
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return [*tokenizer.encode_prompt(render(template, question)), *tokenizer.encode(text), *end]
+    return [*tokenizer.encode_prompt(render(template, question)), *with_end(tokenizer, tokenizer.encode(text))]
 
 
-def _lines(paths: Sequence[Path]) -> Iterator[tuple[dict[str, Any], str]]:
+def _lines(paths: Sequence[Path]) -> Iterator[tuple[Mapping[str, Any], str]]:
     for path in paths:
-        if not path.is_file():
-            raise DataError(f"{path}: no such file (data.files)")
-        with path.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                where = f"{path}:{number}"
-                try:
-                    record = json.loads(line)
-                except ValueError as error:
-                    raise DataError(f"{where}: not JSON ({error})") from error
-                if not isinstance(record, dict):
-                    raise DataError(f"{where}: a JSON {type(record).__name__}, not an object")
-                yield record, where
+        for row in read_rows(path):
+            yield row.values, row.where
 
 
-def _text(record: dict[str, Any], key: str, where: str) -> str:
+def _text(record: Mapping[str, Any], key: str, where: str) -> str:
     value = record.get(key)
     if not isinstance(value, str) or not value.strip():
         raise DataError(f"{where}: {key!r} is missing or not a text")
     return value
 
 
-def _pair(record: dict[str, Any], where: str) -> Pair:
+def _pair(record: Mapping[str, Any], where: str) -> Pair:
     question, chosen, rejected = (_text(record, key, where) for key in ("question", "chosen", "rejected"))
     if chosen == rejected:
         raise DataError(f"{where}: 'chosen' and 'rejected' are the same text: there is nothing to learn from it")
@@ -109,7 +96,7 @@ def _pair(record: dict[str, Any], where: str) -> Pair:
     return Pair(where, question, chosen, rejected, None if margin is None else float(margin))
 
 
-def _judgement(record: dict[str, Any], where: str) -> Judgement:
+def _judgement(record: Mapping[str, Any], where: str) -> Judgement:
     question, response = (_text(record, key, where) for key in ("question", "response"))
     if not isinstance(record.get("safe"), bool):
         raise DataError(f"{where}: 'safe' is {record.get('safe')!r}, not true or false")

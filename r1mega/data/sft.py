@@ -1,4 +1,4 @@
-"""Data of supervised fine-tuning: JSONL or Parquet lines -> token ids with trained spans, in one memory-mapped Arrow file.
+"""Data of supervised fine-tuning: rows of data files -> token ids with trained spans, in one memory-mapped Arrow file.
 
 A line is {"question", "response", optional "id", "template", "kind", "language", "source"}, where the response is the text
 exactly as it follows the rendered prompt, or a conversation {"messages": [{"role", "content"}, ...]} for tokenizers with a
@@ -11,13 +11,14 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from r1mega.data.rows import content_hash, raise_it, read_rows
 from r1mega.data.template import render
-from r1mega.data.tokenizer import Tokenizer
+from r1mega.data.tokenizer import Tokenizer, with_end
 from r1mega.errors import DataError
 from r1mega.files import write_atomic
 
@@ -39,46 +40,13 @@ class Segment:
     is_response: bool
 
 
-def read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """("file:line", object) of a JSONL or Parquet file; keys without a value are left out.
+def read_lines(path: Path, on_bad_line: Callable[[DataError], None] = raise_it) -> Iterator[tuple[str, dict[str, Any]]]:
+    """("file:line", object) of a data file (`data/rows.py`); keys without a value are left out.
 
     Raises DataError for a file that is missing, of another kind, or damaged.
     """
-    for where, raw in _raw_lines(Path(path)):
-        yield where, _parse(raw, where)
-
-
-def _raw_lines(path: Path) -> Iterator[tuple[str, bytes | dict[str, Any]]]:
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
-    if path.suffix == ".parquet":
-        yield from _read_parquet(path)
-    elif path.suffix in (".jsonl", ".json"):
-        with path.open("rb") as lines:
-            yield from ((f"{path}:{number}", line) for number, line in enumerate(lines, start=1) if line.strip())
-    else:
-        raise DataError(f"{path}: neither .jsonl nor .parquet")
-
-
-def _read_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    import datasets
-    import pyarrow
-
-    try:
-        rows = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
-        yield from ((f"{path}:{number}", row) for number, row in enumerate(rows, start=1))
-    except (pyarrow.ArrowInvalid, datasets.exceptions.DatasetGenerationError) as error:
-        raise DataError(f"{path}: not a Parquet file ({error})") from error
-
-
-def _parse(line: bytes | dict[str, Any], where: str) -> dict[str, Any]:
-    try:
-        item = json.loads(line) if isinstance(line, bytes) else line
-    except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
-        raise DataError(f"{where}: not JSON ({error})") from error
-    if not isinstance(item, dict):
-        raise DataError(f"{where}: a JSON {type(item).__name__}, not an object")
-    return {key: value for key, value in item.items() if value is not None}
+    for row in read_rows(path, on_bad_line=on_bad_line):
+        yield row.where, {key: value for key, value in row.values.items() if value is not None}
 
 
 def segments(item: Mapping[str, Any], where: str, tokenizer: Tokenizer, template: str) -> list[Segment]:
@@ -93,7 +61,7 @@ def segments(item: Mapping[str, Any], where: str, tokenizer: Tokenizer, template
 
 
 def _response_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    return tokenizer.encode(text) + ([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])
+    return with_end(tokenizer, tokenizer.encode(text))
 
 
 def _chat_segments(messages: Any, where: str, tokenizer: Tokenizer) -> list[Segment]:
@@ -132,7 +100,7 @@ def build_token_file(data: SFTData, tokenizer: Tokenizer, directory: Path) -> Pa
     """
     path, record = directory / "tokens.arrow", directory / "tokens.json"
     described = {
-        "files": {str(file): _sha256(file) for file in data.files},
+        "files": {str(file): content_hash(file) for file in data.files},
         **data.model_dump(mode="json", exclude={"files"}),
     }
     if path.exists() and record.exists():
@@ -158,18 +126,23 @@ def _write_arrow(data: SFTData, tokenizer: Tokenizer, path: Path) -> dict[str, i
     counts = {"kept": 0, "bad": 0, "long": 0}
     temporary = path.with_suffix(".tmp")
     first_bad = ""
+
+    def on_bad_line(error: DataError) -> None:
+        nonlocal first_bad
+        if data.on_bad_line == "error":
+            raise DataError(f"{error}; mend the line, or set data.on_bad_line=skip") from error
+        counts["bad"] += 1
+        first_bad = first_bad or str(error)
+
     with ArrowWriter(
         features=Features(texts | {"token_ids": numbers, "spans": numbers}), path=str(temporary)
     ) as writer:
         for file in data.files:
-            for where, line in _raw_lines(file):
+            for where, line in read_lines(file, on_bad_line):
                 try:
-                    row = _row(_parse(line, where), where, tokenizer, data)
+                    row = _row(line, where, tokenizer, data)
                 except DataError as error:
-                    if data.on_bad_line == "error":
-                        raise DataError(f"{error}; mend the line, or set data.on_bad_line=skip") from error
-                    counts["bad"] += 1
-                    first_bad = first_bad or str(error)
+                    on_bad_line(error)
                     continue
                 if len(row["token_ids"]) > data.max_tokens:
                     if data.on_long == "error":
@@ -245,10 +218,3 @@ def held_out_indices(ids: Sequence[str], share: float, seed: int) -> set[int]:
     limit = int(share * 2**64)
     digests = (hashlib.sha256(f"{seed}/{name}".encode()).digest() for name in ids)
     return {i for i, digest in enumerate(digests) if int.from_bytes(digest[:8], "big") < limit}
-
-
-def _sha256(path: Path) -> str:
-    if not path.is_file():
-        raise DataError(f"{path}: no such file (data.files)")
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -22,13 +23,20 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 """Files that make up a tokenizer in an HF directory; copied along with exported checkpoints."""
+_END_FILES = ("generation_config.json", "config.json")
 
 
 class Tokenizer(Protocol):
-    """Text <-> token ids. `encode` adds no special tokens; `encode_prompt` begins as a fresh document does."""
+    """Text <-> token ids. `encode` adds no special tokens; `encode_prompt` begins as a fresh document does: with one bos, the
+    template's own where it writes one.
+
+    eos_token_id: the end of a text in training. end_token_ids: what ends a response, that and those of the model's
+    generation_config.json (a chat model ends its turns by another token than its documents).
+    """
 
     bos_token_id: int | None
     eos_token_id: int | None
+    end_token_ids: tuple[int, ...]
     vocab_size: int
 
     def encode(self, text: str) -> list[int]: ...
@@ -47,12 +55,15 @@ class SentencePieceTokenizer:
         self.bos_token_id = self._model.bos_id() if self._model.bos_id() >= 0 else None
         self.eos_token_id = self._model.eos_id() if self._model.eos_id() >= 0 else None
         self.vocab_size = self._model.vocab_size()
+        self.end_token_ids = _end_token_ids(path.parent, self)
 
     def encode(self, text: str) -> list[int]:
         return self._model.encode(text)
 
     def encode_prompt(self, text: str) -> list[int]:
-        return ([] if self.bos_token_id is None else [self.bos_token_id]) + self.encode(text)
+        if self.bos_token_id is None:
+            return self.encode(text)
+        return [self.bos_token_id, *self.encode(text.removeprefix(self._model.id_to_piece(self.bos_token_id)))]
 
     def decode(self, token_ids: Sequence[int]) -> str:
         unknown = self._model.unk_id()  # a model's vocabulary may be padded beyond the tokenizer's
@@ -77,13 +88,15 @@ class HFTokenizer:
         self.bos_token_id = self._tokenizer.bos_token_id
         self.eos_token_id = self._tokenizer.eos_token_id
         self.vocab_size = len(self._tokenizer)
+        self.end_token_ids = _end_token_ids(path, self)
         self._adds_bos = self.bos_token_id is not None and self._tokenizer("a").input_ids[:1] == [self.bos_token_id]
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False)
 
     def encode_prompt(self, text: str) -> list[int]:
-        return ([self.bos_token_id] if self._adds_bos else []) + self.encode(text)
+        begins = text.lstrip().startswith(self._tokenizer.bos_token) if self._adds_bos else True
+        return self.encode(text) if begins else [self.bos_token_id, *self.encode(text)]
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -95,6 +108,23 @@ class HFTokenizer:
         return self._tokenizer.apply_chat_template(
             list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
         )
+
+
+def _end_token_ids(directory: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The tokenizer's eos, and the model's: of generation_config.json, or where there is none of config.json.
+
+    DataError for a file that is damaged, or names what is no token.
+    """
+    path = next((path for name in _END_FILES if (path := directory / name).exists()), None)
+    try:
+        stated = json.loads(path.read_bytes()).get("eos_token_id") if path is not None else None
+    except (ValueError, AttributeError) as error:
+        raise DataError(f"{path}: not JSON, or no object ({error})") from error
+    own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    ids = [] if stated is None else stated if isinstance(stated, list) else [stated]
+    if not all(isinstance(one, int) and not isinstance(one, bool) and one >= 0 for one in ids):
+        raise DataError(f"{path}: eos_token_id is {stated!r}: a token id, or a list of them")
+    return tuple(sorted({*own, *ids}))
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
@@ -114,8 +144,6 @@ def load_tokenizer(directory: Path) -> Tokenizer:
 
 def _is_plain_sentencepiece(directory: Path) -> bool:
     """Whether tokenizer_config.json adds nothing to the sentencepiece model (no tokens outside its vocabulary)."""
-    import json
-
     import sentencepiece
 
     config = directory / "tokenizer_config.json"
@@ -128,7 +156,13 @@ def _is_plain_sentencepiece(directory: Path) -> bool:
     return all(int(i) < model.vocab_size() and model.id_to_piece(int(i)) == t["content"] for i, t in added.items())
 
 
+def with_end(tokenizer: Tokenizer, token_ids: list[int]) -> list[int]:
+    """A response with the end-of-text token, which some data have already written."""
+    end = tokenizer.eos_token_id
+    return token_ids if end is None or token_ids[-1:] == [end] else [*token_ids, end]
+
+
 def response_text(tokenizer: Tokenizer, response: Response, prefix: Sequence[int] = ()) -> str:
     """What a reader sees of a response: without the token that ended it. prefix: tokens that the prompt began it with."""
-    ended = response.token_ids[-1:] == (tokenizer.eos_token_id,)
+    ended = response.token_ids[-1:] and response.token_ids[-1] in tokenizer.end_token_ids
     return tokenizer.decode([*prefix, *(response.token_ids[:-1] if ended else response.token_ids)])

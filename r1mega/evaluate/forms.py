@@ -5,15 +5,16 @@ Each returns None for a row that cannot be judged here (said in its docstring); 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from r1mega.config.rewards import WITHOUT_GOLD
-from r1mega.data.prompts import OWN_KEYS, PromptRecord, after_solution, check_kind
-from r1mega.data.rows import Row
+from r1mega.config.rewards import JUDGED_BY_KEYS, WITHOUT_GOLD
+from r1mega.data.record import PromptRecord, check_kind, record_from
+from r1mega.data.rows import Row, as_text
 from r1mega.errors import DataError
 from r1mega.reward.code_values import packed_tests
 
@@ -42,28 +43,26 @@ def _record(
 
 def question_answer(row: Row, options: FormOptions) -> PromptRecord:
     """Math with one answer. GSM8K {"question", "answer": "... #### 18"}, MATH-500 {"problem", "answer", "unique_id"},
-    AIME {"problem" or "Problem", "answer" or "Answer", "id" or "ID"}, NeMo's {"problem", "expected_answer"}.
+    AIME {"problem" or "Problem", "answer" or "Answer", "id" or "ID"}, NeMo's {"problem", "expected_answer"}; and what else
+    `data/record.py` reads.
     """
-    answer = after_solution(row.words("expected_answer", "answer", "Answer"))
-    question = row.text("question", "problem", "Problem")
-    return _record(row, row.identity("unique_id", "id", "ID"), question, "math", (answer,))
+    return _with_gold(dataclasses.replace(record_from(row), kind="math", metadata={}), row)
 
 
 def own_prompt(row: Row, options: FormOptions) -> PromptRecord:
     """The prompt files of the training stages: {"question", "answer" (or a list), "id", "kind", "language", ...}. A
     kind that no rule verifies needs no answer: it is sampled, not judged.
     """
-    kind, language = row.optional("kind") or "math", row.optional("language")
-    check_kind(kind, row.where)
-    if not isinstance(language, str | None):
-        raise DataError(f"{row.where}: 'language' is {language!r:.60}, not a text")
-    answer = row.optional("answer")
-    answers = tuple(answer) if isinstance(answer, list) else (answer,) if answer is not None else ()
-    if not all(isinstance(a, str) and a.strip() for a in answers) or not (answers or kind in WITHOUT_GOLD):
-        raise DataError(f"{row.where}: 'answer' is {answer!r:.60}: it must be a text or a list of texts")
-    answers = tuple(map(after_solution, answers)) if kind == "math" else answers
-    rest = {key: value for key, value in row.values.items() if key not in OWN_KEYS}
-    return _record(row, row.identity("id"), row.text("question"), kind, answers, language, **rest)
+    record = record_from(row)
+    check_kind(record.kind, row.where)
+    return _with_gold(record, row)
+
+
+def _with_gold(record: PromptRecord, row: Row) -> PromptRecord:
+    """The record, with its place in the file as the id when it has none. DataError for one that cannot be judged."""
+    if not record.answers and record.kind not in WITHOUT_GOLD | JUDGED_BY_KEYS:
+        raise DataError(f"{row.where}: the row has no answer (null, empty or NaN): mend the row, or take it out")
+    return record if record.id != row.where else dataclasses.replace(record, id=row.identity())
 
 
 # ---------------------------------------------------------------------------------------------------------- choices
@@ -81,7 +80,9 @@ def mmlu(row: Row, options: FormOptions) -> PromptRecord:
         raise DataError(f"{row.where}: 'answer' is {answer!r}, neither a letter nor an index of {len(choices)} choices")
     identity = row.identity("id", "question_id")
     subject = row.optional("subject", "category")
-    question = with_choices(row.text("question", "Question"), [str(choice) for choice in choices])
+    if None in (texts := [as_text(choice) for choice in choices]):
+        raise DataError(f"{row.where}: 'choices' holds what is neither a text nor a finite number: {choices!r:.60}")
+    question = with_choices(row.text("question", "Question"), [text for text in texts if text is not None])
     name = f"{subject}/{identity}" if subject else identity
     return _record(row, name, question, "choice", (letter,), subject=subject)
 

@@ -18,6 +18,7 @@ from r1mega.data.tokenizer import Tokenizer, load_tokenizer, response_text
 from r1mega.errors import ConfigError
 from r1mega.evaluate.result import EvaluationResult, evaluation_rows, write_result
 from r1mega.evaluate.source import CheckpointSource, checkpoint_dtype, context_length, find_checkpoint
+from r1mega.files import check_writable
 from r1mega.reward.compose import RewardScorer
 from r1mega.rollout.build import EngineName, open_engine
 from r1mega.rollout.draw import Draw, draw_samples
@@ -77,19 +78,21 @@ def evaluate_checkpoint(
     the first so many; None: all. Raises CheckpointError, DataError, ConfigError, GenerationError.
     """
     source = find_checkpoint(checkpoint)
-    try:
-        config = EvaluateConfig(
-            data=data, num_prompts=num_prompts, num_samples=num_samples, temperature=temperature, top_p=top_p, seed=seed
-        )
-    except ValidationError as error:
-        problem = error.errors()[0]
-        raise ConfigError(f"{problem['loc'][0]} = {problem['input']}: {problem['msg']}") from error
-    if output is not None and not output.absolute().parent.is_dir():
-        raise ConfigError(f"output {output}: its directory does not exist")  # found out before the work, not after
+    config = _checked(
+        data=data, num_prompts=num_prompts, num_samples=num_samples, temperature=temperature, top_p=top_p, seed=seed
+    )
+    if output is not None:
+        try:
+            check_writable(output)
+        except OSError as error:
+            reason = error.strerror if output.absolute().parent.is_dir() else "its directory does not exist"
+            raise ConfigError(f"output {output}: cannot be written ({reason})") from error
     tokenizer, context = load_tokenizer(source.path), context_length(source.path)
     prompt_config = DataConfig(prompts=(data,), template=template or source.template, max_prompt_tokens=context - 1)
-    scan_prompts(prompt_config, source.path)  # a kind that nothing judges is told before a generator starts
-    prompts = load_prompts(prompt_config, tokenizer)[:num_prompts]
+    scan_prompts(
+        prompt_config, source.path, has_keys=False
+    )  # a kind that nothing judges is told before a generator starts
+    prompts = load_prompts(prompt_config, tokenizer, has_keys=False)[:num_prompts]
     sampling = response_limits(source, tokenizer, context, [p.token_ids for p in prompts], max_tokens)
     settings = checkpoint_settings(source.path, [p.token_ids for p in prompts], sampling)
     with open_engine(settings, engine) as generator, open_scorer(source.reward) as scorer:
@@ -99,6 +102,15 @@ def evaluate_checkpoint(
     if output is not None:
         write_result(result, output)
     return result
+
+
+def _checked(**values: object) -> EvaluateConfig:
+    """The settings of an evaluation, from the command line. ConfigError for one that is out of its range."""
+    try:
+        return EvaluateConfig.model_validate(values)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise ConfigError(f"{problem['loc'][0]} = {problem['input']}: {problem['msg']}") from error
 
 
 def generate_text(
@@ -115,6 +127,7 @@ def generate_text(
 ) -> list[str]:
     """Sample responses to one question, posed in the run's template (or `template`). Errors: as evaluate_checkpoint."""
     source = find_checkpoint(checkpoint)
+    _checked(num_samples=num_samples, temperature=temperature, top_p=top_p, seed=seed)
     tokenizer, context = load_tokenizer(source.path), context_length(source.path)
     token_ids = tuple(tokenizer.encode_prompt(render(template or source.template, prompt)))
     sampling = response_limits(source, tokenizer, context, [token_ids], max_tokens)

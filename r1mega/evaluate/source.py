@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from r1mega.checkpoint.hf import read_config
+from r1mega.checkpoint.hf import HFTensors, read_config, tied_head_problems
 from r1mega.config import model_files
 from r1mega.config.rewards import RewardConfig
 from r1mega.config.schema import Dtype
@@ -35,7 +35,7 @@ def find_checkpoint(checkpoint: Path) -> CheckpointSource:
     """Resolve an HF directory, a run directory (its export RUN_DIR/hf) or RUN_DIR/checkpoints/step_x (its hf/).
 
     Template, stops, response length and rewards come from the run's config.yaml where there is one. CheckpointError
-    when there is no HF export.
+    when there is no HF export, or one with two heads of which one would be thrown away.
     """
     checkpoint = Path(checkpoint)
     if not checkpoint.is_dir():
@@ -46,6 +46,8 @@ def find_checkpoint(checkpoint: Path) -> CheckpointSource:
             f"{checkpoint}: neither an HF directory (config.json) nor one with an export (hf/config.json); a run "
             "writes its export when it finishes"
         )
+    if read_config(path).get("tie_word_embeddings") and (problems := tied_head_problems(HFTensors(path))):
+        raise CheckpointError(f"{path}: {problems[0]}")
     resolved = path.resolve()
     for parent in (resolved, *list(resolved.parents)[:3]):  # RUN/checkpoints/step_x/hf is the deepest
         if (parent / "config.yaml").is_file():
@@ -77,9 +79,11 @@ def context_length(path: Path) -> int:
 
 
 def checkpoint_dtype(path: Path) -> Dtype:
-    """What the generator computes in: float32 for a checkpoint that says so, bfloat16 for any other."""
+    """What the generator computes in: float32 for a checkpoint that says so or float16, which bfloat16 does not hold; bfloat16
+    for any other.
+    """
     config = read_config(path)
-    return "float32" if config.get("torch_dtype", config.get("dtype")) == "float32" else "bfloat16"
+    return "float32" if config.get("torch_dtype", config.get("dtype")) in ("float32", "float16") else "bfloat16"
 
 
 def checkpoint_names(paths: Sequence[Path]) -> list[str]:

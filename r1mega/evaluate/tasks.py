@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from r1mega.data.prompts import PromptRecord
-from r1mega.data.rows import MMLU_COLUMNS, Row, read_rows
+from r1mega.data.record import PromptRecord, UniqueIds, check_keys
+from r1mega.data.rows import MMLU_COLUMNS, Row, first_cells, read_rows
 from r1mega.data.template import render
 from r1mega.data.tokenizer import Tokenizer
 from r1mega.errors import DataError
@@ -80,7 +80,7 @@ def load_task(
     record is left.
     """
     records: list[PromptRecord] = []
-    seen: dict[str, int] = {}
+    unique = UniqueIds()
     left_out = 0
     for row in read_rows(path, _columns(task, path)):
         if num_prompts is not None and len(records) == num_prompts:
@@ -89,10 +89,9 @@ def load_task(
         if record is None:
             left_out += 1
             continue
-        seen[record.id] = seen.get(record.id, 0) + 1
-        identity = record.id if seen[record.id] == 1 else f"{record.id}#{seen[record.id]}"
+        check_keys(record)
         question = render(wording or task.wording, record.question)
-        records.append(dataclasses.replace(record, id=identity, question=question))
+        records.append(dataclasses.replace(record, id=unique(record.id), question=question))
     if left_out:
         logger.warning("%s: %d rows of %s cannot be judged here and were left out", task.name, left_out, path)
     if not records:
@@ -113,8 +112,6 @@ def pose(records: tuple[PromptRecord, ...], template: str, tokenizer: Tokenizer)
 
 def _columns(task: Task, path: Path) -> tuple[str, ...] | None:
     """Those of the task when a CSV's first line is not a header that names the question."""
-    if task.columns is None or path.suffix.lower() != ".csv" or not path.is_file():
+    if task.columns is None or not (cells := first_cells(path)):
         return None
-    with path.open(encoding="utf-8-sig") as file:
-        first = file.readline().strip().lower()
-    return None if first.startswith(("question,", ",question,")) else task.columns
+    return None if "question" in [cell.lower() for cell in cells[:2]] else task.columns

@@ -24,6 +24,7 @@ from typing import Any, Literal
 import yaml
 
 from r1mega.config.load import unknown_keys, with_defaults
+from r1mega.config.scalars import dump_yaml
 from r1mega.config.stages import stage_model
 from r1mega.errors import ConfigError, DataError
 from r1mega.files import write_atomic
@@ -126,7 +127,7 @@ class RunDirectory:
     def write_config(self, config: Mapping[str, Any]) -> None:
         """Store the resolved config (JSON types) after `check_config`."""
         self.check_config(config)
-        write_atomic(self.config, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True, width=120))
+        write_atomic(self.config, dump_yaml(config))
 
     def read_config(self) -> dict[str, Any]:
         """The stored config; DataError when there is none or it is damaged."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from r1mega.errors import RewardError
+from r1mega.errors import DataError, RewardError
 from r1mega.reward.expression.prose import same_wording, without_lead
 from r1mega.reward.expression.text import clean
 from r1mega.reward.expression.verbal import names_another
@@ -30,23 +31,52 @@ BLOCKED_SCORERS: Mapping[str, str] = {
 }
 """reasoning-gym 0.1.25 tasks whose scorer cannot be trusted, with the reason."""
 
-_LETTER = re.compile(r"[\s(\[*]*([A-Za-z])[\s)\]*]*(?:[.:)]\s*(?P<rest>.*))?", re.DOTALL)
+_STYLE = re.compile(
+    r"\\(?:math(?:bf|rm|it|sf|tt|cal)|text(?:bf|it|rm|sf|tt|normal|sc)?|boldsymbol|bm|bf|rm|operatorname|mbox|hbox|underline|emph|fbox|boxed)"
+    r"\*?\s*\{([^{}]*)\}"
+)
+_LAYOUT = re.compile(r"\\(?:left|right|big|Big|bf|rm|quad|qquad|displaystyle)(?![A-Za-z])|\\[()\[\],;:! ]|[$~`]|\*+|__")
+_LEAD = re.compile(
+    r"^\s*(?:(?:the\s+)?(?:(?:correct|right|final|best|my)\s+)*(?:answer|option|choice)(?:\s+is(?![A-Za-z])|\s*[:=])?\s*"
+    r"(?:(?:option|choice)\s*)?|(?:正确)?(?:答案|选项)\s*[是为选:]?\s*|(?:应)?选择?\s*)(?=\W*[A-Za-z](?![A-Za-z]))",
+    re.IGNORECASE,
+)
+_OPENED, _CLOSED = r"""[\s(\[{<"'“‘「『【〔]*""", r"""[\s)\]}>"'”’」』】〕]*"""
+_LETTER = re.compile(
+    rf"{_OPENED}([A-Za-z])(?:{_CLOSED}(?:\s*(?:is|为|是)\s*(?:the\s+)?(?:correct|right|best|正确)(?:\s+(?:answer|option|choice|one)|的|答案)*)?[\s.!。]*"
+    rf"|(?:{_CLOSED}(?:[.:,;、。]|\s[-–—])|[)\]}}>】〕」』]|\s*\n)\s*(?P<rest>.*))",
+    re.DOTALL,
+)
 _OPTION_WORD = re.compile(r"^(?:option|choice|answer)\s+(?=\(?[A-Za-z]\)?\s*$)", re.IGNORECASE)
 _MANY = re.compile(r"\(\s*[A-Za-z]\s*\)|\b[A-Z][.):]\s|\bor\b", re.DOTALL)
+_ONLY_LETTERS = re.compile(
+    r"(?:[\W_]*(?:(?:and|or|und|oder|not|和|或|与)[\W_]+)?(?<![A-Za-z])[A-Za-z](?![A-Za-z]))+[\W_]*"
+)
 
 
 def same_choice(gold: str, answer: str) -> bool:
-    """Whether an answer names the gold: 'B', '(b)', 'B. Paris', 'option B' for 'B'; words alike up to case and
-    punctuation otherwise.
+    """Whether an answer names the gold: 'B', '(b)', 'B. Paris', 'Option (B): Paris', '\\mathbf{B}', 'B、巴黎' for 'B'; words
+    alike up to case and punctuation otherwise. An answer that names a second letter names none.
     """
-    gold, answer = without_lead(gold).strip(), _OPTION_WORD.sub("", without_lead(answer).strip(" \n."))
-    letter, chosen = _LETTER.fullmatch(clean_choice(gold)), _LETTER.fullmatch(clean_choice(answer))
+    letter, chosen = (_LETTER.fullmatch(_LEAD.sub("", _plain(without_lead(text)))) for text in (gold, answer))
     if letter and not letter["rest"]:
         if chosen is None or chosen.group(1).upper() != letter.group(1).upper():
             return False
         rest = chosen["rest"] or ""
-        return not _MANY.search(rest) and not names_another(letter.group(1).upper(), rest)
+        others = {found.upper() for found in re.findall("[A-Za-z]", rest)} - {letter.group(1).upper()}
+        if _MANY.search(rest) or (others and _ONLY_LETTERS.fullmatch(rest)):
+            return False
+        return not names_another(letter.group(1).upper(), rest)
+    gold, answer = without_lead(gold).strip(), _OPTION_WORD.sub("", without_lead(answer).strip(" \n."))
     return same_wording(clean_choice(gold), clean_choice(answer))
+
+
+def _plain(text: str) -> str:
+    """Without what only says how a letter looks: fonts, emphasis, mathematics around it, full-width forms."""
+    text, before = unicodedata.normalize("NFKC", text), ""
+    while text != before:
+        text, before = _STYLE.sub(r"\1", text), text
+    return re.sub(r"[\^_]?\{\}", "", _LAYOUT.sub(" ", text)).strip()
 
 
 def clean_choice(text: str) -> str:
@@ -93,19 +123,8 @@ class ReasoningGymAccuracy:
         return cls(config.accuracy.timeout_seconds, config.accuracy.partial_credit, config.accuracy.form)
 
     def score(self, item: ScoringItem) -> PartScore | Deferred:
-        """By the task's own scorer, in a worker. RewardError without the task's entry, or for a blocked scorer."""
-        entry = item.prompt.metadata.get("entry")
-        if not isinstance(entry, Mapping) or "source_dataset" not in entry.get("metadata", {}):
-            raise RewardError(
-                f"prompt {item.prompt.id}: kind 'reasoning_gym' needs the key 'entry' with the "
-                f"dataset's item, metadata.source_dataset included"
-            )
-        task = entry["metadata"]["source_dataset"]
-        if task in BLOCKED_SCORERS:
-            raise RewardError(
-                f"prompt {item.prompt.id}: the scorer of {task!r} is blocked, it "
-                f"{BLOCKED_SCORERS[task]}; remove the task"
-            )
+        """By the task's own scorer, in a worker. DataError without the task's entry, or for a blocked scorer."""
+        entry, task = _entry(item.prompt.metadata, f"prompt {item.prompt.id}")
         answer = final_answer(item.text, self.form)
         if not answer:
             return PartScore(0.0, "no answer in the asked form")
@@ -118,6 +137,31 @@ class ReasoningGymAccuracy:
             return PartScore(None, outcome.failure, RewardStatus.FAILED)
         value = outcome.value if self.partial_credit else float(outcome.value >= 1.0)
         return PartScore(value, f"the task's scorer gives {outcome.value:g}")
+
+
+def _entry(metadata: Mapping[str, object], where: str) -> tuple[Mapping[str, object], str]:
+    """(the dataset's item, its task)."""
+    entry = metadata.get("entry")
+    further = entry.get("metadata") if isinstance(entry, Mapping) else None
+    task = further.get("source_dataset") if isinstance(further, Mapping) else None
+    if not isinstance(entry, Mapping) or not isinstance(task, str):
+        raise DataError(
+            f"{where}: kind 'reasoning_gym' needs the key 'entry' with the dataset's item, metadata.source_dataset included"
+        )
+    if task in BLOCKED_SCORERS:
+        raise DataError(f"{where}: the scorer of {task!r} is blocked, it {BLOCKED_SCORERS[task]}; remove the task")
+    return entry, task
+
+
+def check_line(metadata: Mapping[str, object], where: str) -> None:
+    """DataError for a line of kind `reasoning_gym` without an entry, of a blocked scorer or of a task that is not known."""
+    try:
+        import reasoning_gym.factory
+    except ImportError as error:
+        raise RewardError("prompts of kind 'reasoning_gym' need reasoning-gym: pip install reasoning-gym") from error
+    _, task = _entry(metadata, where)
+    if task not in reasoning_gym.factory.DATASETS:
+        raise DataError(f"{where}: reasoning-gym has no task {task!r}")
 
 
 def reasoning_gym_score(task: str, answer: str, entry: dict[str, Any]) -> float:

@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from r1mega.errors import RewardError
+from r1mega.data.rows import is_missing
+from r1mega.errors import DataError, RewardError
 from r1mega.reward.extract import final_text
 from r1mega.reward.parts import Deferred, PartScore, ScoringItem
 from r1mega.reward.pool import Outcome, Task
@@ -42,6 +44,14 @@ BLOCKED_CHECKERS: Mapping[str, str] = {"format:quote_unquote": "raises on a quot
 """if-verifiable 0.1.2 checkers that cannot be trusted, with the reason."""
 
 
+_TAKEN_AS_GIVEN: Mapping[str, tuple[str, str, re.Pattern[str], object]] = {
+    "keywords:letter_frequency": ("letter", "_letter", re.compile("[A-Za-z]"), "a"),
+    "repeat:repeat_span": ("n_start", "_n_start", re.compile("[1-9][0-9]*"), 1),
+}
+"""(key, the checker's attribute, values that its description takes, one of these) of arguments that if-verifiable 0.1.2
+replaces by a random one when they are no letter (IFEval asks for '!' and '#'), or 0."""
+
+
 @dataclass(frozen=True, slots=True)
 class InstructionAccuracy:
     """Metadata keys of the prompt: `instruction_id_list` and `kwargs`, as in IFEval's file.
@@ -58,47 +68,100 @@ class InstructionAccuracy:
         return cls(config.accuracy.timeout_seconds, config.accuracy.partial_credit)
 
     def score(self, item: ScoringItem) -> PartScore | Deferred:
-        ids, arguments = item.prompt.metadata.get("instruction_id_list"), item.prompt.metadata.get("kwargs")
-        if (
-            not isinstance(ids, Sequence)
-            or not isinstance(arguments, Sequence)
-            or len(ids) != len(arguments)
-            or not ids
-        ):
-            raise RewardError(
-                f"prompt {item.prompt.id}: kind 'instruction' needs 'instruction_id_list' and "
-                f"'kwargs', two lists of one length"
-            )
+        ids, arguments = _instructions(item.prompt.metadata, f"prompt {item.prompt.id}")
         answer = final_text(item.text)
         if not answer:
             return PartScore(0.0, "no final text")
-        work = (list(ids), [dict(values) for values in arguments], item.prompt.question, answer)
+        work = (ids, arguments, item.prompt.question, answer)
         return Deferred(Task("r1mega.reward.instruction:follows", work, self.timeout_seconds), self._finish)
 
     def _finish(self, outcome: Outcome) -> PartScore:
         if outcome.failure is not None:
             return PartScore(None, outcome.failure, RewardStatus.FAILED)
-        followed: Mapping[str, bool] = dict(outcome.value)
         verdicts = [passed for _, passed in outcome.value]
-        broken = [name for name, passed in followed.items() if not passed]
+        broken = dict.fromkeys(name for name, passed in outcome.value if not passed)  # an id may occur several times
         value = sum(verdicts) / len(verdicts) if self.partial_credit else float(all(verdicts))
         return PartScore(value, f"not followed: {', '.join(broken)}" if broken else "all instructions followed")
 
 
+def _instructions(metadata: Mapping[str, object], where: str) -> tuple[list[str], list[dict[str, object]]]:
+    """(ids, their arguments). No arguments are null or an empty object; those without a value (Parquet has every key in every
+    row) are left out. DataError for anything else.
+    """
+    ids, arguments = metadata.get("instruction_id_list"), metadata.get("kwargs")
+    if isinstance(ids, list) and arguments is None:
+        arguments = [None] * len(ids)
+    if (
+        not isinstance(ids, Sequence)
+        or not isinstance(arguments, Sequence)
+        or isinstance(ids, str)
+        or len(ids) != len(arguments)
+        or not ids
+        or not all(isinstance(name, str) for name in ids)
+    ):
+        raise DataError(
+            f"{where}: kind 'instruction' needs 'instruction_id_list' and 'kwargs', two lists of one length"
+        )
+    if not all(isinstance(values, Mapping | None) for values in arguments):
+        raise DataError(f"{where}: 'kwargs' is {arguments!r:.60}: an object for each instruction, or null")
+    given = [{key: value for key, value in (values or {}).items() if not is_missing(value)} for values in arguments]
+    return list(ids), [{key: _whole(value) for key, value in values.items()} for values in given]
+
+
+def _whole(value: object) -> object:
+    """A column of whole numbers of which one is missing comes as floats."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def check_line(metadata: Mapping[str, object], where: str) -> None:
+    """DataError for a line whose instructions cannot be checked: unknown or blocked ones, and arguments that are missing, or
+    not those of the instruction. RewardError without the checkers.
+    """
+    _registry()
+    for name, values in zip(*_instructions(metadata, where), strict=True):
+        try:
+            _built(name, values, "one two three")
+        except Exception as error:  # a checker raises whatever its arguments lead to
+            raise DataError(f"{where}: instruction {name!r} with {values!r:.80}: {error}") from error
+
+
 def follows(
-    ids: Sequence[str], arguments: Sequence[Mapping[str, Any]], prompt: str, answer: str
+    ids: Sequence[str], arguments: Sequence[Mapping[str, object] | None], prompt: str, answer: str
 ) -> list[tuple[str, bool]]:
     """(instruction id, followed) of each instruction, strictly. Runs in a worker. Raises RewardError for an unknown
-    id.
+    id, and for arguments that leave something to chance.
     """
     results = []
     for name, values in zip(ids, arguments, strict=True):
-        checker = _checker(name)(name)
-        checker.build_description(**{key: value for key, value in values.items() if value is not None})
-        if "prompt" in (checker.get_instruction_args() or {}):
-            checker.build_description(prompt=prompt)
+        checker = _built(name, values or {}, prompt)
         results.append((name, bool(answer.strip()) and bool(checker.check_following(answer))))
     return results
+
+
+def _built(name: str, values: Mapping[str, object], prompt: str) -> Any:
+    """The checker of an instruction, with its arguments."""
+    checker = _checker(name)(name)
+    given = {key: value for key, value in values.items() if value is not None}
+    key, attribute, accepted, stand_in = _TAKEN_AS_GIVEN.get(name, ("", "", re.compile(""), None))
+    value = given.get(key)
+    is_replaced = key in given and not accepted.fullmatch(str(value))
+    checker.build_description(**(given | {key: stand_in} if is_replaced else given))
+    if "prompt" in (checker.get_instruction_args() or {}):
+        checker.build_description(prompt=prompt)
+    if is_replaced:
+        if type(value) is not type(stand_in) or (isinstance(value, str) and len(value) != 1):
+            raise RewardError(f"{key!r} must be {'one character' if isinstance(stand_in, str) else 'a whole number'}")
+        setattr(checker, attribute, value.lower() if isinstance(value, str) else value)
+    return checker
+
+
+class _NoChance:
+    """Stands where if-verifiable 0.1.2 has the module `random`: its checkers draw the arguments that they do not get, or do
+    not take, and the same answer would be judged now so, now so.
+    """
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise RewardError("an argument that it needs is missing or out of range, and its checker would draw one")
 
 
 def prepare() -> None:
@@ -128,12 +191,13 @@ def _checker(name: str) -> Any:
 @lru_cache(maxsize=1)
 def _registry() -> dict[str, Any]:
     try:
-        from if_verifiable.ifeval import INSTRUCTION_DICT, instructions_util
+        from if_verifiable.ifeval import INSTRUCTION_DICT, instructions, instructions_util
     except ImportError as error:
         raise RewardError("instruction rewards need if-verifiable: pip install if-verifiable") from error
     import langdetect
 
     langdetect.DetectorFactory.seed = 0  # otherwise the same text may be judged differently
+    instructions.random = instructions_util.random = _NoChance()
     _make_offline(instructions_util)
     return INSTRUCTION_DICT
 
@@ -149,6 +213,7 @@ def _ifbench_registry() -> dict[str, Any]:
         from if_verifiable.ifbench import INSTRUCTION_DICT, instructions, instructions_util
     finally:
         nltk.download = download
+    instructions.random = instructions_util.random = _NoChance()
     _make_offline(instructions_util)
     instructions.nltk = SimpleNamespace(
         word_tokenize=instructions_util.nltk.word_tokenize, ngrams=nltk.ngrams, pos_tag=nltk.pos_tag

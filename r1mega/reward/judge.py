@@ -275,8 +275,7 @@ class EngineClient:
 
     def __init__(self, config: JudgeReward, engine: GenerationEngine, tokenizer: Tokenizer) -> None:
         self._engine, self._tokenizer = engine, tokenizer
-        stops = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
-        self._sampling = SamplingSettings(config.temperature, 1.0, config.max_tokens, stops)
+        self._sampling = SamplingSettings(config.temperature, 1.0, config.max_tokens, tokenizer.end_token_ids)
         self._waiting: list[tuple[Question, list[str | Exception]]] = []
 
     def ask(self, questions: Sequence[Question]) -> Callable[[], list[str | Exception]]:

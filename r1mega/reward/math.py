@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, TextIO
 
+from r1mega.data.rows import as_text
 from r1mega.errors import DataError
 from r1mega.reward.expression import compare
 from r1mega.reward.expression.parse import MAX_CHARS
@@ -169,13 +170,14 @@ def read_pairs(lines: Iterable[str], name: str) -> Iterator[Pair]:
             raise DataError(f"{where}: expected an object with 'gold' and 'prediction', found {type(record).__name__}")
         golds = record.get("gold")
         golds = golds if isinstance(golds, list) else [golds]
-        if not golds or not all(isinstance(gold, str | int | float) and not isinstance(gold, bool) for gold in golds):
+        texts = [as_text(gold) for gold in golds]
+        if not golds or None in texts:
             raise DataError(
-                f"{where}: 'gold' must be a text or a non-empty list of texts, found {record.get('gold')!r}"
+                f"{where}: 'gold' must be a text or a finite number, or a non-empty list of these, found {record.get('gold')!r}"
             )
         if not isinstance(record.get("prediction"), str):
             raise DataError(f"{where}: 'prediction' must be a text, found {record.get('prediction')!r}")
-        yield Pair(tuple(map(str, golds)), record["prediction"])
+        yield Pair(tuple(text for text in texts if text is not None), record["prediction"])
 
 
 def score_stream(

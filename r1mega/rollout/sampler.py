@@ -74,9 +74,9 @@ def request_seed(run_seed: int, step: int, slot: int) -> int:
 
 def stop_settings(stop: Sequence[str], tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[str, ...]]:
     """(stop token ids, stop strings): texts that are one token of the vocabulary become ids (no detokenising while
-    sampling), the others stay strings; the tokenizer's eos always stops.
+    sampling), the others stay strings; the end tokens of model and tokenizer always stop.
     """
-    ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    ids = list(tokenizer.end_token_ids)
     strings = []
     for text in stop:
         # in running text the tag may or may not follow a space: both spellings must be one and the same token

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import logging
 
 from r1mega.checkpoint.hf import read_config
 from r1mega.checkpoint.manifest import MANIFEST
@@ -15,6 +16,8 @@ from r1mega.config.schema import Stage, TrainingStage
 from r1mega.config.stages.reward_model import RewardModelStage
 from r1mega.observe.run import RunDirectory
 from r1mega.reward.custom import load_part
+
+logger = logging.getLogger(__name__)
 
 MODULES = {
     "base": "r1mega.stages.nano_base",
@@ -77,6 +80,8 @@ def check_model(config: Stage) -> None:
     if is_read and (any(directory.glob("*.safetensors")) or (directory / MANIFEST).exists()):
         num_mtp = (hf.get("num_nextn_predict_layers") or 0) if config.model.mtp_loss_coefficient > 0 else 0
         to_megatron.check_weights(directory, num_mtp)
+        if config.model.dtype == "bfloat16" and hf.get("torch_dtype", hf.get("dtype")) == "float16":
+            logger.warning("%s: its float16 weights are rounded to bfloat16; model.dtype=float32 keeps them", directory)
     if isinstance(config, TrainingStage):
         build.check_model(hf, config.parallel, config.model)
 

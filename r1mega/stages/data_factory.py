@@ -14,6 +14,7 @@ from r1mega.config.schema import ModelConfig, RolloutConfig
 from r1mega.data.card import InputFile, build_card, describe_file, write_card
 from r1mega.data.filters import Candidate, FilterCount
 from r1mega.data.prompts import load_prompts
+from r1mega.data.record import UniqueIds
 from r1mega.data.selection import without_contamination, without_duplicates, write_data
 from r1mega.data.tokenizer import Tokenizer, load_tokenizer
 from r1mega.reward.compose import RewardScorer
@@ -39,12 +40,12 @@ class DataFactory:
 
     def load_prompts(self) -> list[Prompt]:
         """The prompts of all files (config.max_prompts of them: a seeded choice), in order, with unique ids."""
-        config, prompts, seen = self.config, [], set()
+        config, prompts, unique, seen = self.config, [], UniqueIds(), set()
         for path in config.data.prompts:
             for prompt in load_prompts(config.data.model_copy(update={"prompts": (path,)}), self.tokenizer):
-                if prompt.id in seen:
-                    prompt = dataclasses.replace(prompt, id=f"{path}:{prompt.id}")
-                seen.add(prompt.id)
+                identity = unique(f"{path}:{prompt.id}" if prompt.id in seen else prompt.id)
+                prompt = dataclasses.replace(prompt, id=identity)
+                seen.add(identity)
                 self.licences[prompt.id] = str(
                     prompt.metadata.get("licence") or config.licences.get(str(path), "unknown")
                 )

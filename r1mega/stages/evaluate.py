@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from r1mega.config.rewards import PATCH_KIND
 from r1mega.config.stages.evaluate import EvaluateStage, TaskConfig
-from r1mega.data.prompts import PromptRecord
+from r1mega.data.record import PromptRecord
 from r1mega.data.tokenizer import Tokenizer, load_tokenizer
 from r1mega.evaluate.forms import FormOptions
 from r1mega.evaluate.patch import write_predictions

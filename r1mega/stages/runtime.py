@@ -108,7 +108,10 @@ class Runtime:
                 raise
             except BaseException:
                 if runtime.is_main:
-                    directory.write_status("failed", runtime._step, runtime._last)
+                    try:
+                        directory.write_status("failed", runtime._step, runtime._last)
+                    except OSError as error:  # on a full disk, say: what ended the run is the error to tell
+                        logger.warning("%s: could not be written (%s)", directory.status, error.strerror)
                 raise
 
     # ------------------------------------------------------------------ the loop of a training stage

@@ -14,7 +14,7 @@ from r1mega.errors import ConfigError, DataError
 class Bytes:
     """A tokenizer of bytes, with a beginning-of-text token."""
 
-    bos_token_id, eos_token_id, vocab_size = 256, 257, 258
+    bos_token_id, eos_token_id, end_token_ids, vocab_size = 256, 257, (257,), 258
 
     def encode(self, text):
         return list(text.encode())
@@ -41,13 +41,13 @@ def test_fields_template_and_defaults(tmp_path):
         tmp_path,
         {"question": "1+1?", "answer": "2"},
         "",
-        {"id": 7, "question": "2+2?", "answer": ["4", "four"], "kind": "text", "language": "zh", "tests": [1]},
+        {"id": 7, "question": "2+2?", "answer": ["4", "four"], "kind": "logic", "language": "zh", "tests": [1]},
     )
     first, second = load(path, language="en")
     assert (first.id, first.answers, first.kind, first.language) == (f"{path}:1", ("2",), "math", "en")
     assert Bytes().decode(first.token_ids) == "User: 1+1? Assistant:"
     assert first.token_ids[0] == 256
-    assert (second.id, second.answers, second.kind, second.language) == ("7", ("4", "four"), "text", "zh")
+    assert (second.id, second.answers, second.kind, second.language) == ("7", ("4", "four"), "logic", "zh")
     assert second.metadata == {"tests": [1]}
 
 
@@ -76,9 +76,10 @@ def test_questions_in_the_form_of_gsm8k(tmp_path):
         ("[" * 100_000, "not JSON .*recursion"),
         ({"answer": "2"}, "'question' is missing"),
         ({"question": "q"}, "'answer' is missing"),
-        ({"question": "q", "answer": 5}, "'answer' is 5: it must be a string"),
-        ({"question": "q", "answer": ["5", 6]}, r"'answer' is \[\"5\", 6\]"),
-        ({"question": "q", "answer": []}, "it must be a string, or a list of non-empty ones"),
+        ({"question": "q", "answer": True}, "'answer' is true: it must be a string or a finite number"),
+        ({"question": "q", "answer": ["5", {}]}, r"'answer' is \[\"5\", {}\]"),
+        ({"question": "q", "answer": []}, "it must be a string or a finite number, or a list of non-empty ones"),
+        ({"question": "q", "answer": "1", "kind": "poem"}, "kind 'poem' has no reward; known are math"),
         ({"question": "q", "answer": "1", "kind": 3}, "'kind' is 3, not a string"),
         ({"question": "long " * 30, "answer": "1"}, "the prompt has 168 tokens, data.max_prompt_tokens is 100"),
     ],

@@ -149,10 +149,10 @@ def test_ids_are_unique(tmp_path):
 @pytest.mark.parametrize(
     ("name", "line", "message"),
     [
-        ("gsm8k", '{"question": "1?"}', r":2: 'expected_answer' or .* 'Answer' is missing; the row's keys: question"),
-        ("gsm8k", '{"question": "", "answer": "1"}', r":2: 'question' is '', not a text"),
-        ("gsm8k", r'{"question": "\ud83d", "answer": "1"}', r":2: 'question' is .*not a text"),
-        ("gsm8k", "[1]", r":2: a JSON list, not an object"),
+        ("gsm8k", '{"question": "1?"}', r":2: 'answer' is missing; the row's keys: question"),
+        ("gsm8k", '{"question": "", "answer": "1"}', r":2: 'question' is missing or not a text \(\"\""),
+        ("gsm8k", r'{"question": "\ud83d", "answer": "1"}', r":2: not JSON .*surrogates not allowed"),
+        ("gsm8k", "[1]", r": row 1: a JSON int, not an object"),
         ("gsm8k", '{"question', r":2: not JSON"),
         ("mmlu", '{"question": "?", "choices": ["a", "b"], "answer": "C"}', r":2: 'answer' is 'C', neither a letter"),
         ("mmlu", '{"question": "?", "choices": ["a"], "answer": "A"}', r":2: 'choices' must be a list of 2 to 10"),
@@ -163,8 +163,8 @@ def test_ids_are_unique(tmp_path):
             '{"question": "?", "answer": "1", "kind": "poem"}',
             r":2: kind 'poem' has no reward; known are math",
         ),
-        ("prompts", '{"question": "?", "answer": 1}', r":2: 'answer' is 1: it must be a text"),
-        ("prompts", '{"question": "?", "answer": "1", "language": 7}', r":2: 'language' is 7, not a text"),
+        ("prompts", '{"question": "?", "answer": {"n": 1}}', r":2: 'answer' is {\"n\": 1}: it must be a string"),
+        ("prompts", '{"question": "?", "answer": "1", "language": 7}', r":2: 'language' is 7, not a string"),
     ],
 )
 def test_bad_rows_are_named(tmp_path, name, line, message):

@@ -14,7 +14,7 @@ from r1mega.config.rewards import (
     RepetitionReward,
     RewardConfig,
 )
-from r1mega.errors import RewardError
+from r1mega.errors import DataError, RewardError
 from r1mega.reward.compose import RewardScorer, compose
 from r1mega.reward.length import LengthShaping, Overlong, Repetition
 from r1mega.reward.parts import PartScore, ScoringItem
@@ -170,7 +170,7 @@ def test_untrustworthy_scorers_are_blocked_by_name():
     from r1mega.reward.choice import BLOCKED_SCORERS
 
     for task in BLOCKED_SCORERS:
-        with pytest.raises(RewardError, match=f"'{task}' is blocked"):
+        with pytest.raises(DataError, match=f"'{task}' is blocked"):
             score("<answer>a</answer>", prompt_=reasoning_gym_prompt(task))
 
 

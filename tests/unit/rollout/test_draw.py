@@ -14,7 +14,7 @@ SETTINGS = SamplingSettings(max_tokens=3)
 class Words:
     """A tokenizer whose tokens are numbers; 0 ends a response."""
 
-    eos_token_id = 0
+    eos_token_id, end_token_ids = 0, (0,)
 
     def decode(self, token_ids):
         return " ".join(map(str, token_ids))

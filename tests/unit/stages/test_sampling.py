@@ -13,7 +13,7 @@ from r1mega.stages.sampling import PosedPrompt, Sampling, sample_draws
 from r1mega.types import Completion, Prompt, Response, Reward, RewardStatus, SamplingSettings
 
 POSED = [PosedPrompt(Prompt(name, f"{name}?", ("1",), "math", None, (place, 3))) for place, name in enumerate("abcde")]
-TOKENIZER = SimpleNamespace(eos_token_id=0, decode=lambda token_ids: " ".join(map(str, token_ids)))
+TOKENIZER = SimpleNamespace(eos_token_id=0, end_token_ids=(0,), decode=lambda token_ids: " ".join(map(str, token_ids)))
 
 
 class Engine:

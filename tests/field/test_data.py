@@ -1,0 +1,433 @@
+"""Data as people have it on disk: what loads, what is refused with its place and what to do."""
+
+import bz2
+import gzip
+import io
+import json
+import lzma
+import math
+import subprocess
+import zipfile
+
+import pytest
+from typer.testing import CliRunner
+
+from r1mega.cli import app
+from r1mega.config.schema import DataConfig
+from r1mega.data.card import describe_file
+from r1mega.data.preferences import read_pairs
+from r1mega.data.prompts import read_records, scan_prompts
+from r1mega.data.record import UniqueIds, after_solution
+from r1mega.data.sft import read_lines
+from r1mega.errors import DataError
+from r1mega.evaluate.forms import FormOptions
+from r1mega.evaluate.tasks import TASKS, load_task
+
+
+def write(path, *rows):
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def records(*paths, **keys):
+    return list(read_records(DataConfig(prompts=paths, **keys)))
+
+
+def task(name, path):
+    return load_task(TASKS[name], path, FormOptions())
+
+
+def score(kind, content):
+    """`r1mega reward KIND` with this on its standard input."""
+    return CliRunner().invoke(app, ["reward", kind], input=content)
+
+
+def assert_refused(done, message):
+    assert isinstance(done.exception, DataError) and message in str(done.exception), done
+
+
+# ------------------------------------------- commas behind ####: lm-evaluation-harness#4038
+
+
+@pytest.mark.parametrize(
+    ("written", "gold"),
+    [
+        ("0,1", "0,1"), ("70,000", "70000"), ("1,234,567.89", "1234567.89"), ("-2,500", "-2500"), ("$1,200", "$1200"),
+        ("(1,200)", "(1,200)"), ("[-3,400]", "[-3,400]"), (r"\{1,200\}", r"\{1,200\}"), ("x = (2, 3,000)", "x = (2, 3,000)"),
+        ("10,20,30", "10,20,30"), ("1,2", "1,2"), ("0,100", "0,100"), ("3,1,200", "3,1,200"), ("1,2000", "1,2000"),
+        ("2,000 and 3,000", "2000 and 3000"), ("(a) 5,000", "(a) 5000"), ("3, 5", "3, 5"), ("1,00,000", "1,00,000"),
+        ("x=1,y=2", "x=1,y=2"), ("0.5,125", "0.5,125"),
+    ],
+)  # fmt: skip
+def test_only_the_commas_of_thousands_go(tmp_path, written, gold):
+    assert after_solution(f"some steps\n#### {written}") == gold
+    path = write(tmp_path / "p.jsonl", {"question": "q", "answer": f"so\n#### {written}"})
+    assert [r.answers for r in records(path)] == [(gold,)]
+    assert [r.answers for r in task("gsm8k", path)] == [(gold,)]
+
+
+# --------------------------------------------------------------------------------------------- repeated ids
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        ["a", "a", "a#2"], ["a#2", "a", "a"], ["a", "a#2", "a", "a#3", "a"], ["a#2#2", "a", "a", "a#2"],
+        [1, "1", 1.0], ["", None, math.nan], [None, None], ["x"] * 5,
+    ],
+)  # fmt: skip
+def test_no_two_rows_have_one_id(tmp_path, ids):
+    path = write(tmp_path / "p.jsonl", *({"question": "q", "answer": "1", "id": i} for i in ids))
+    for found in (records(path), task("prompts", path), task("math", path)):
+        assert len({r.id for r in found}) == len(ids)
+    assert [r.id for r in records(path)] == [r.id for r in records(path)], "and the same in every start"
+
+
+def test_ids_of_several_files_differ(tmp_path):
+    paths = [write(tmp_path / f"{n}.jsonl", {"question": "q", "answer": "1", "id": i}) for n, i in enumerate("aab")]
+    assert [r.id for r in records(*paths)] == ["a", "a#2", "b"]
+    unique = UniqueIds()
+    assert [unique(i) for i in ("a", "a", "a#2", "a")] == ["a", "a#2", "a#2#2", "a#3"]
+
+
+# ---------------------------------------------------------------------- lines that cannot be judged, found at once
+
+BAD_LINES = [
+    ({"kind": "code", "answer": "x", "tests": []}, "no tests"),
+    ({"kind": "code", "test_list": ["x = 1"]}, "assert nothing"),
+    ({"kind": "code", "input_output": '{"inputs": ["1"], "outputs": []}'}, "1 inputs and 0 outputs"),
+    ({"kind": "instruction", "answer": "x"}, "two lists of one length"),
+    ({"kind": "instruction", "instruction_id_list": ["no:such"], "kwargs": [{}]}, "'no:such' is not known"),
+    ({"kind": "instruction", "instruction_id_list": ["keywords:frequency"], "kwargs": [{}]}, "is missing or out of"),
+    ({"kind": "instruction", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [7]}, "an object for each"),
+    ({"kind": "instruction", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{"n": 1}]}, "no_comma"),
+    ({"kind": "reasoning_gym", "entry": {"question": "q"}}, "metadata.source_dataset"),
+    ({"kind": "reasoning_gym", "entry": {"metadata": {"source_dataset": "coin_flip"}}}, "is blocked"),
+    ({"kind": "reasoning_gym", "entry": {"metadata": {"source_dataset": "no_such"}}}, "no task 'no_such'"),
+    ({"kind": "poem", "answer": "1"}, "kind 'poem' has no reward"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), BAD_LINES)
+def test_a_line_that_cannot_be_judged_is_named_before_the_run(tmp_path, line, message):
+    good = [{"question": str(i), "answer": "3"} for i in range(39)]
+    path = write(tmp_path / "p.jsonl", *good, {"question": "q"} | line)
+    with pytest.raises(DataError, match=rf"p\.jsonl:40: .*{message}"):
+        scan_prompts(DataConfig(prompts=(path,)), tmp_path)
+    assert len(records(path, on_bad_line="skip")) == 39
+    with pytest.raises(DataError, match=rf"p\.jsonl:40: .*{message}"):
+        task("prompts", path)
+
+
+# ----------------------------------------------------------------------------- kinds that are judged by their keys
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"kind": "code", "tests": [{"input": "1", "output": "1"}]},
+        {"kind": "code", "tests": [{"input": "1", "output": "1"}], "answer": None},
+        {"kind": "code", "test_list": ["assert f(1) == 1"], "answer": ""},
+        {"kind": "instruction", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}], "answer": 5},
+        {"kind": "instruction", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [None]},
+        {"kind": "instruction", "instruction_id_list": ["punctuation:no_comma"], "kwargs": None},
+        {"kind": "reasoning_gym", "entry": {"metadata": {"source_dataset": "leg_counting"}}, "answer": {"a": 1}},
+    ],
+)
+def test_what_is_judged_by_its_keys_needs_no_answer(tmp_path, line):
+    path = write(tmp_path / "p.jsonl", {"question": "q"} | line)
+    assert [r.answers for r in records(path)] == [()] == [r.answers for r in task("prompts", path)]
+
+
+# -------------------------------------------------------------------- damaged and oddly encoded evaluation files
+
+GPQA = "Question,Correct Answer,Incorrect Answer 1,Incorrect Answer 2,Incorrect Answer 3,Record ID\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "form", "content", "message"),
+    [
+        ("x.csv", "gpqa", (GPQA + "5 °C,a,b,c,d,r\n").encode("cp1252"), r"x\.csv:2: not UTF-8 .*iconv -f CP1252"),
+        ("x.csv", "gpqa", (GPQA + "ok,a,b,c,d,r\n").encode() + b"\xff\n", r"x\.csv:3: not UTF-8"),
+        ("x.csv", "mmlu", "é,1,2,3,4,A\n".encode("latin-1"), r"x\.csv:1: not UTF-8"),
+        ("x.csv", "gpqa", (GPQA + "ok,a,b,c,d,r\n").encode("utf-16"), "UTF-16 text; .*iconv -f UTF-16"),
+        ("x.csv", "gpqa", GPQA.encode() + b'"open,a,b,c,d,r\n', r"x\.csv:2: 6 columns expected"),
+        ("x.jsonl", "math", b'{"problem": "caf\xe9", "answer": "1"}\n', r"x\.jsonl:1: not UTF-8"),
+        ("x.jsonl", "math", b'{"problem": "p", "answer": "1"}\n' + b"[" * 100_000, r"x\.jsonl:2: not JSON .*recursion"),
+        ("x.json", "math", b"[" * 100_000, "not JSON .*recursion"),
+        ("x.json", "math", b'[{"problem": "caf\xe9"}]', r"x\.json: not UTF-8"),
+        ("x.jsonl", "mmlu", rb'{"question": "?", "choices": ["\ud800", "b"], "answer": 0}', r"x\.jsonl:1: not JSON .*surro"),
+        ("x.json", "mmlu", rb'[{"question": "?", "choices": ["\udfff", "b"], "answer": 0}]', "not JSON .*surrogates"),
+        ("x.parquet", "math", b"PAR1" + bytes(40) + b"PAR1", "not a Parquet file, or a damaged one"),
+        ("x.jsonl.gz", "math", gzip.compress(b'{"problem": "p", "answer": "1"}\n' * 99)[:-30], "cannot be read to its end"),
+    ],
+)  # fmt: skip
+def test_damaged_files_are_refused_with_the_place(tmp_path, name, form, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        task(form, tmp_path / name)
+
+
+def test_the_advice_for_a_file_of_windows_works(tmp_path):
+    (tmp_path / "old.csv").write_bytes((GPQA + "5 °C – “x”,a,b,c,d,r\n").encode("cp1252"))
+    new = tmp_path / "new.csv"
+    new.write_bytes(subprocess.check_output(["iconv", "-f", "CP1252", "-t", "UTF-8", tmp_path / "old.csv"]))
+    assert "5 °C – “x”" in task("gpqa", new)[0].question
+
+
+# ------------------------------------------------------------------------------------------- golds that are no numbers
+
+
+@pytest.mark.parametrize("gold", [math.nan, "nan", "NaN", "<NA>", None, "", "  "])
+def test_a_missing_number_is_no_gold(tmp_path, gold, caplog):
+    path = write(tmp_path / "p.jsonl", {"question": "a", "answer": 33.0}, {"question": "b", "answer": gold})
+    assert [r.answers for r in records(path)] == [("33",)]
+    assert f"1 lines without an answer were left out; the first: {path}:2" in caplog.text
+    with pytest.raises(DataError, match=r"p\.jsonl:2: the row has no answer"):
+        task("aime24", path)
+
+
+@pytest.mark.parametrize("gold", [math.inf, -math.inf, True, {"value": 3}, ["1", math.nan]])
+def test_what_is_neither_text_nor_finite_number_is_no_gold_either(tmp_path, gold):
+    path = write(tmp_path / "p.jsonl", {"question": "a", "answer": gold})
+    with pytest.raises(DataError, match=r"p\.jsonl:1: 'answer' is"):
+        records(path)
+    with pytest.raises(DataError, match=r"p\.jsonl:1: 'answer' is"):
+        task("math", path)
+
+
+def test_a_missing_number_of_a_parquet_column(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "x.parquet"
+    columns = {"problem": ["p", "q"], "answer": [33.0, math.nan], "id": [1.0, 2.0]}
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    assert [(r.id, r.answers) for r in records(path)] == [("1", ("33",))]
+    with pytest.raises(DataError, match=r"x\.parquet: row 2: the row has no answer"):
+        task("aime24", path)
+    columns = {"question": ["p"], "choices": [["1", None]], "answer": [0.0]}
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    with pytest.raises(DataError, match="row 1: 'choices' holds what is neither"):
+        task("mmlu", path)
+
+
+@pytest.mark.parametrize("gold", ["NaN", "Infinity", "[1, NaN]", "true", "null"])
+def test_golds_on_standard_input(gold):
+    done = score("math", f'{{"gold": {gold}, "prediction": "nan"}}\n'.encode())
+    assert_refused(done, "<stdin>:1: 'gold' must be a text or a finite number")
+
+
+# ------------------------------------------------------------------------------- byte order marks on standard input
+
+PAIR = b'{"gold": "1", "prediction": "1"}\n'
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"\xef\xbb\xbf" + PAIR, PAIR + b"\xef\xbb\xbf" + PAIR, b"\xef\xbb\xbf\r\n" + PAIR[:-1] + b"\r\n"],
+)
+def test_a_byte_order_mark_before_pairs_is_left_out(content):
+    done = score("math", content)
+    assert done.exit_code == 0 and done.stdout.count('"value": 1.0') == content.count(b"gold")
+
+
+def test_other_encodings_on_standard_input_are_named():
+    for command in ("math", "code"):
+        assert_refused(score(command, PAIR.replace(b'"1"', b'"\xe9"', 1)), "<stdin>:1: not UTF-8")
+    assert_refused(score("code", b"\xef\xbb\xbf{\n"), "<stdin>:1: not JSON (Expecting property name")
+
+
+def test_a_byte_order_mark_in_any_file(tmp_path):
+    lines = b'\xef\xbb\xbf{"question": "q", "answer": "1", "response": "r"}\r\n\xef\xbb\xbf{"question": "r", "answer": "2"}\r\n'
+    (tmp_path / "p.jsonl").write_bytes(lines)
+    (tmp_path / "p.json").write_bytes(b'\xef\xbb\xbf[{"question": "q", "answer": "1"}]')
+    (tmp_path / "p.csv").write_bytes(b"\xef\xbb\xbfquestion,answer\r\nq,1\r\n")
+    assert [r.answers for r in records(tmp_path / "p.jsonl")] == [("1",), ("2",)]
+    assert [item["question"] for _, item in read_lines(tmp_path / "p.jsonl")] == ["q", "r"]
+    for name in ("p.json", "p.csv"):
+        assert [r.answers for r in records(tmp_path / name)] == [("1",)]
+
+
+# ------------------------------------------------------------------------------------------------ other containers
+
+VERL = {
+    "data_source": "openai/gsm8k", "prompt": [{"role": "user", "content": "2+3?"}], "ability": "math",
+    "reward_model": {"style": "rule", "ground_truth": "5"}, "extra_info": {"index": 0, "split": "train"},
+}  # fmt: skip
+SCHEMAS = [
+    (VERL, "2+3?", ("5",), "math", "openai/gsm8k/train/0"),
+    (
+        VERL | {"prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2+3?"}]},
+        "Be brief.\n\n2+3?", ("5",), "math", "openai/gsm8k/train/0",
+    ),
+    (VERL | {"reward_model": {"ground_truth": ["5", "five"]}, "id": "z"}, "2+3?", ("5", "five"), "math", "z"),
+    ({"prompt": [{"role": "user", "content": "2+3?"}], "label": "5"}, "2+3?", ("5",), "math", None),  # slime
+    ({"prompt": "2+3?", "label": 5, "metadata": {"rm_type": "math"}}, "2+3?", ("5",), "math", None),
+    ({"problem": "2+3?", "solution": r"so \boxed{5}", "answer": "5", "uuid": "u"}, "2+3?", ("5",), "math", None),  # open-r1
+    ({"prompt": "2+3?", "solution": r"We add: \boxed{\frac{10}{2}}."}, "2+3?", (r"\frac{10}{2}",), "math", None),
+    ({"prompt": [{"role": "user", "content": "2+3?"}], "solution": "$5$"}, "2+3?", ("$5$",), "math", None),  # TRL
+    ({"prompt": "2+3?", "ground_truth": "5"}, "2+3?", ("5",), "math", None),
+    ({"problem": "2+3?", "expected_answer": "5"}, "2+3?", ("5",), "math", None),
+    ({"prompt": [{"role": "user", "content": [{"type": "text", "text": "2+3?"}]}], "answer": "5"}, "2+3?", ("5",), "math", None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "question", "answers", "kind", "identity"), SCHEMAS)
+@pytest.mark.parametrize("container", ["jsonl", "parquet"])
+def test_schemas_of_other_projects_load_as_they_are(tmp_path, container, row, question, answers, kind, identity):
+    path = tmp_path / f"x.{container}"
+    if container == "jsonl":
+        write(path, row)
+    else:
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), path)
+    (record,) = records(path)
+    assert (record.question, record.answers, record.kind) == (question, answers, kind)
+    assert record.id == (identity or record.where)
+    (posed,) = task("prompts", path)
+    assert (posed.question, posed.answers) == (question, answers)
+
+
+def test_programs_in_verls_schema(tmp_path):
+    tests = {"inputs": ["1\n"], "outputs": ["2\n"]}
+    path = write(tmp_path / "x.jsonl", VERL | {"ability": "code", "reward_model": {"ground_truth": json.dumps(tests)}})
+    (record,) = records(path)
+    assert (record.kind, record.answers, record.metadata["input_output"]) == ("code", (), tests)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "label": "1"}, "a conversation"),
+        ({"prompt": [{"role": "user", "content": [{"type": "image"}]}], "label": "1"}, "only text can be read"),
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, "'answer' is missing; the row's keys: prompt, chosen, rejected"),
+        ({"input": "q", "label": "1"}, r"'question' is missing or not a text \(the row's keys: input, label\)"),
+        ({"prompt": "q", "solution": "a proof\nof two lines"}, r"no \\boxed"),
+        ({"prompt": "q", "reward_model": {"ground_truth": {"target": 3}}}, r"'answer' is {\"target\": 3}"),
+    ],
+)  # fmt: skip
+def test_rows_that_are_no_prompts_say_what_they_are(tmp_path, row, message):
+    with pytest.raises(DataError, match=rf"x\.jsonl:1: .*{message}"):
+        records(write(tmp_path / "x.jsonl", row))
+
+
+def rows_as(path, kind):
+    """The same two rows in a container."""
+    import datasets
+    import pyarrow.feather
+
+    rows = [{"question": "1+1?", "answer": "2"}, {"question": "2+2?", "answer": "4"}]
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    packers = {
+        "jsonl.gz": gzip.compress,
+        "jsonl.bz2": bz2.compress,
+        "jsonl.xz": lzma.compress,
+        "txt": bytes,
+        "ndjson": bytes,
+    }
+    target = path / f"x.{kind}"
+    if kind in packers:
+        target.write_bytes(packers[kind](lines))
+    elif kind == "json.gz":
+        target.write_bytes(gzip.compress(json.dumps(rows, indent=1).encode()))
+    elif kind in ("json", "jsonl"):
+        target.write_text(json.dumps(rows, indent=1))  # a list, whatever the name says
+    elif kind == "lines.json":
+        target.write_bytes(lines)
+    elif kind in ("csv", "tsv"):
+        mark = "," if kind == "csv" else "\t"
+        target.write_text("\r\n".join([f"question{mark}answer", f"1+1?{mark}2", f"2+2?{mark}4"]))
+    elif kind == "feather":
+        pyarrow.feather.write_feather(pyarrow.Table.from_pylist(rows), path / "x.arrow", compression="uncompressed")
+        target = path / "x.arrow"
+    elif kind == "saved":
+        datasets.Dataset.from_list(rows).save_to_disk(target, num_shards=2)
+    elif kind == "directory":
+        target.mkdir()
+        datasets.Dataset.from_list(rows[:1]).to_parquet(target / "train-00000-of-00002.parquet")
+        datasets.Dataset.from_list(rows[1:]).to_parquet(target / "train-00001-of-00002.parquet")
+        (target / "README.md").write_text("A data set.")
+    elif kind == "lines directory":
+        target.mkdir()
+        for number, line in enumerate(lines.splitlines()):
+            (target / f"{number}.jsonl.gz").write_bytes(gzip.compress(line))
+    return target
+
+
+CONTAINERS = (
+    "jsonl.gz", "jsonl.bz2", "jsonl.xz", "json.gz", "txt", "ndjson", "json", "jsonl", "lines.json", "csv", "tsv", "feather",
+    "saved", "directory", "lines directory",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", CONTAINERS)
+def test_containers_that_are_read(tmp_path, kind):
+    path = rows_as(tmp_path, kind)
+    assert [(r.question, r.answers) for r in records(path)] == [("1+1?", ("2",)), ("2+2?", ("4",))]
+    assert [item["answer"] for _, item in read_lines(path)] == ["2", "4"]
+    described = describe_file(path, "prompts", {})
+    assert described.lines == 2 and len(described.sha256) == 64
+
+
+def packed_zip():
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        archive.writestr("x.jsonl", "{}")
+    return content.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.jsonl.zst", b"\x28\xb5\x2f\xfd\x00\x00", r"compressed by zstd; unpack it: zstd -d"),
+        ("x.zip", packed_zip(), "a ZIP archive; unpack it: python -m zipfile -e"),
+        ("x.tar", bytes(257) + b"ustar\x0000" + bytes(300), "a tar archive; unpack it: tar -xf"),
+        ("x.tar.gz", gzip.compress(bytes(257) + b"ustar\x0000" + bytes(300)), "a tar archive"),
+        ("x.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a Git LFS pointer.*git lfs pull"),
+        ("x.jsonl", b"<!DOCTYPE html><html>", "a web page"),
+        ("x.jsonl", "{}".encode("utf-16"), "UTF-16 text; .*iconv -f UTF-16 -t UTF-8"),
+        ("x.pkl", b"\x80\x04\x95\x00", "a Python pickle"),
+        ("x.txt", b"What is 2+2?\n", "unknown kind of file '.txt'"),
+        ("x.json", b'{"question": {"0": "q"}, "answer": {"0": "1"}}', r"a JSON dict with the keys question, answer, not a list"),
+        ("x.json", b'{"data": [{"question": "q"}]}', "a JSON dict with the keys data"),
+    ],
+)  # fmt: skip
+def test_containers_that_are_refused_by_name(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message) as raised:
+        records(tmp_path / name, on_bad_line="skip")
+    assert f"{name}:1" not in str(raised.value), "line 1 is not to blame"
+
+
+def test_directories_that_are_refused_by_name(tmp_path):
+    import datasets
+
+    rows = datasets.Dataset.from_list([{"question": "q", "answer": "1"}])
+    datasets.DatasetDict(train=rows, test=rows).save_to_disk(tmp_path / "both")
+    with pytest.raises(DataError, match="both: holds the splits test, train; name the one that is meant"):
+        records(tmp_path / "both")
+    assert len(records(tmp_path / "both" / "train")) == 1, "the advice works"
+    (tmp_path / "hub/data").mkdir(parents=True)
+    for split in ("train", "test"):
+        rows.to_parquet(tmp_path / f"hub/data/{split}-00000-of-00001.parquet")
+    with pytest.raises(DataError, match="hub: a directory without data files.*there are some in .*hub/data"):
+        records(tmp_path / "hub")
+    with pytest.raises(DataError, match="hub/data: holds files of several splits"):
+        records(tmp_path / "hub/data")
+    with pytest.raises(DataError, match="gone: no such file"):
+        records(tmp_path / "gone")
+
+
+def test_preferences_are_read_from_the_same_containers(tmp_path):
+    row = json.dumps({"question": "q", "chosen": "a", "rejected": "b"}) + "\n"
+    (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(row.encode()))
+    assert [pair.chosen for pair in read_pairs([tmp_path / "x.jsonl.gz"])] == ["a"]
+
+
+def test_who_cannot_set_data_keys_is_not_advised_to(tmp_path):
+    path = write(tmp_path / "x.jsonl", {"question": "q"})
+    with pytest.raises(DataError, match="mend the line$"):
+        list(read_records(DataConfig(prompts=(path,)), has_keys=False))

@@ -88,6 +88,7 @@ def python_source(value: object, where: str) -> str:
 
 
 def json_value(text: str, where: str) -> object:
+    """An argument or result of a function call, read from JSON. DataError, with the place, for what is none."""
     try:
         return parse_json(text)
     except ValueError as error:

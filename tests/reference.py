@@ -95,7 +95,7 @@ class ModelSettings:
     expert_bias_update_rate: float = 0.0
     sequence_aux_loss_coefficient: float = 0.0
     mtp_loss_coefficient: float = 0.0
-    recompute: str = "none"
+    recompute: str | tuple[str, ...] = "none"
     force_expert_balance: bool = False
 
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -45,6 +46,22 @@ class ParallelConfig(Section):
 Dtype = Literal["float32", "bfloat16"]
 Fp8 = Literal["off", "tensorwise", "blockwise"]
 LogProbs = Literal["logits", "hidden", "reference"]
+RecomputeModule = Literal["core_attn", "mla_up_proj", "layernorm", "mlp", "moe", "moe_act", "shared_experts"]
+"""Parts of a layer that a backward pass can compute again instead of keeping what they gave: Megatron's `recompute_modules`."""
+
+
+def _recompute_in_words(value: object) -> object:
+    """What was asked for, or an error that says what can be: pydantic would describe both kinds of value apart."""
+    known = get_args(RecomputeModule)
+    if value in ("none", "full") or (isinstance(value, list | tuple) and all(name in known for name in value)):
+        return value
+    was = "; selective was [core_attn], which frees nothing with fused attention" if value == "selective" else ""
+    raise PydanticCustomError(
+        "recompute", "must be none, full, or a list of {known}{was}", {"known": ", ".join(known), "was": was}
+    )
+
+
+Recompute = Annotated[Literal["none", "full"] | tuple[RecomputeModule, ...], BeforeValidator(_recompute_in_words)]
 
 
 class ModelConfig(Section):
@@ -60,7 +77,8 @@ class ModelConfig(Section):
     expert_bias_update_rate: NonNegative = 0.0  # DeepSeek-V3: 1e-3 in pre-training; 0 freezes the router bias
     sequence_aux_loss_coefficient: NonNegative = 0.0  # DeepSeek-V3: 1e-4
     mtp_loss_coefficient: NonNegative = 0.0  # used where labels are known (pre-training, SFT); 0: MTP is not built
-    recompute: Literal["none", "selective", "full"] = "none"
+    recompute: Recompute = "none"
+    # full: only the inputs of layers are kept; a list: these parts of a layer are computed again (docs/configuration.md)
     log_probs: LogProbs = "logits"
     # logits: the compiled kernels; hidden: the same without ever holding [tokens, vocabulary]; reference: plain torch
     force_expert_balance: bool = False  # for benchmarks alone: the trainer's tokens go to random experts, evenly

@@ -119,7 +119,10 @@ def megatron_config(hf: Mapping[str, Any], layout: Layout, model: Any, *, init_s
     from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
     latent = isinstance(family.architecture(hf).attention, LatentAttention)
-    return (MLATransformerConfig if latent else TransformerConfig)(**arguments)
+    try:
+        return (MLATransformerConfig if latent else TransformerConfig)(**arguments)
+    except (AssertionError, ValueError) as error:
+        raise ConfigError(f"megatron-core refuses the model and its layout: {error}") from error
 
 
 def _initialization_arguments(init_std: float | None) -> dict[str, Any]:
@@ -212,12 +215,17 @@ def _fp8_arguments(model: Any) -> dict[str, Any]:
     return recipes[model.fp8] | (skipped if first or last else {})
 
 
-def _recompute_arguments(recompute: str) -> dict[str, Any]:
+def _recompute_arguments(recompute: str | Sequence[str]) -> dict[str, Any]:
     if recompute == "full":
         return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    if recompute == "selective":
-        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
-    return {}
+    if recompute == "none" or not recompute:
+        return {}
+    if "moe_act" in recompute and not platform.current().has_transformer_engine:
+        raise PlatformError(
+            "model.recompute: moe_act is the activation between grouped matrix products, and these need Transformer Engine "
+            "and a GPU; leave it out here"
+        )
+    return {"recompute_granularity": "selective", "recompute_modules": list(recompute)}
 
 
 def _build_chunk(hf: Mapping[str, Any], config: Any, init_std: float | None, virtual_stage: int | None) -> Any:

@@ -82,6 +82,13 @@ PATCHES = (
         "the two generators are one, so the warning would come at every fork",
     ),
     Patch(
+        "tensor_parallel.random",
+        "no_te",
+        "        self.fp8 = fp8 is not None",
+        "        self.fp8 = False",
+        "its default, False, is not None, and what is computed again asks Transformer Engine, which is not there, for its state",
+    ),
+    Patch(
         "models.common.embeddings.rope_utils",
         "cpu",
         'device="cpu", pin_memory=True',

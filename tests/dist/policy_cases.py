@@ -42,6 +42,7 @@ CASES = {
         Case("grpo", {"ep": 2}),
         Case("grpo", {"tp": 2, "ep": 2}),
         Case("grpo", {"tp": 2, "ep": 2}, log_probs="hidden"),
+        Case("grpo", {"tp": 2, "ep": 2}, recompute=("mla_up_proj", "layernorm", "moe")),
         Case("grpo", {"tp": 2, "sp": False}, model="qwen3_untied", log_probs="hidden"),
         Case("grpo", {"cp": 2}, log_probs="hidden"),
         Case("grpo", {"etp": 2}),

@@ -40,7 +40,7 @@ class Case:
     aux: float = 0.0
     log_probs: str = "logits"
     dtype: str = "float32"
-    recompute: str = "none"
+    recompute: str | tuple[str, ...] = "none"
 
     @property
     def file(self) -> str:
@@ -56,7 +56,8 @@ class Case:
             + ["aux"] * (self.aux > 0)
         )
         further += [self.log_probs] * (self.log_probs != "logits") + [self.dtype] * (self.dtype != "float32")
-        further += ["recompute"] * (self.recompute != "none")
+        if self.recompute != "none":
+            further += ["recompute", *([self.recompute] if isinstance(self.recompute, str) else self.recompute)]
         return " ".join([self.kind, *sizes, *further])
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from r1mega.config.layout import generator_problems, num_experts
+from r1mega.config.megatron import recomputes_routing
 from r1mega.config.rewards import RewardConfig
 from r1mega.config.schema import (
     DataConfig,
@@ -101,8 +102,11 @@ class RLStage(TrainingStage):
             )
         if rollout.router_replay and (rollout.engine != "vllm" or (hf and not num_experts(hf))):
             yield "rollout.router_replay wants rollout.engine=vllm and a model with experts; set it to false"
-        if rollout.router_replay and self.model.recompute != "none":
-            yield f"rollout.router_replay with model.recompute = {self.model.recompute}: not built; set one of them off"
+        if rollout.router_replay and recomputes_routing(self.model):
+            yield (
+                f"rollout.router_replay: with model.recompute = {self.model.recompute} routers would choose twice, which is not "
+                "built; set router_replay=false, or recompute parts of a layer other than moe"
+            )
         if self.model.force_expert_balance and (rollout.router_replay or self.weights.probe_tolerance is None):
             yield (
                 "model.force_expert_balance: the trainer's experts are drawn, the generator's are not, so that their log-probs "

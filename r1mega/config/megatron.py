@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from r1mega.config.layout import num_experts
 from r1mega.config.schema import ModelConfig
@@ -14,7 +13,7 @@ def recomputes_routing(model: ModelConfig) -> bool:
     return model.recompute == "full" or "moe" in model.recompute
 
 
-def recompute_problems(model: ModelConfig, hf: Mapping[str, Any]) -> Iterator[str]:
+def recompute_problems(model: ModelConfig, hf: Mapping[str, object]) -> Iterator[str]:
     """Parts in model.recompute that the layers of this config.json do not have: megatron-core would pass over most of them."""
     if isinstance(model.recompute, str) or not hf:
         return

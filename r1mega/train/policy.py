@@ -102,6 +102,9 @@ class Policy:
         """True on one rank of each replica: statistics are complete there, and to be added up over those ranks only."""
         self.microbatch_multiple = config.pipeline_model_parallel_size if len(self.chunks) > 1 else 1
         """Best number of microbatches a step: multiples of this; others are filled up with empty ones."""
+        pp = config.pipeline_model_parallel_size
+        self.min_microbatches = 2 * pp if pp > 1 else 1
+        """So many microbatches a step at least, where nothing else is asked for: a third of a pipeline's time is idle then."""
 
     def _make_head(self, model: ModelConfig, scalar_head: bool) -> Head:
         """What reads the output of the last pipeline stage (it is not asked on the others)."""

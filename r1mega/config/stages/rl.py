@@ -54,7 +54,9 @@ class AlgorithmConfig(Section):
 class UpdateConfig(Section):
     num_minibatches: PositiveInt = 16  # optimizer steps a rollout (paper)
     num_epochs: PositiveInt = 1  # paper
-    microbatch_tokens: PositiveInt = 8192  # packing target
+    microbatch_tokens: PositiveInt = 8192  # packing target; with parallel.cp each of its ranks has 1/cp of them
+    min_microbatches: PositiveInt | None = None
+    # of a replica in an optimizer step, as far as there are samples; None: 2 * parallel.pp of a pipeline, else 1
 
 
 class RLStage(TrainingStage):

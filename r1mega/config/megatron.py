@@ -5,12 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from r1mega.config.layout import num_experts
-from r1mega.config.schema import ModelConfig
+from r1mega.config.schema import ModelConfig, OptimizerConfig
 
 
 def recomputes_routing(model: ModelConfig) -> bool:
     """Whether routers choose a second time in the backward pass."""
     return model.recompute == "full" or "moe" in model.recompute
+
+
+def overlap_problems(optimizer: OptimizerConfig) -> Iterator[str]:
+    """What Megatron's training script refuses, and its library does not."""
+    if optimizer.overlap_param_gather and not optimizer.overlap_grad_reduce:
+        yield (
+            "optimizer.overlap_param_gather gathers by the buckets that optimizer.overlap_grad_reduce makes; set both, or "
+            "neither"
+        )
 
 
 def recompute_problems(model: ModelConfig, hf: Mapping[str, object]) -> Iterator[str]:

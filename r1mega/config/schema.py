@@ -97,6 +97,8 @@ class OptimizerConfig(Section):
     eps: Positive = 1e-8
     weight_decay: NonNegative = 0.01
     clip_grad: NonNegative = 1.0
+    overlap_grad_reduce: bool = False  # gradients are reduced, in buckets, while the backward pass goes on
+    overlap_param_gather: bool = False  # new weights are gathered by the next update's forward pass, layer before layer
 
 
 class CheckpointConfig(Section):

@@ -109,6 +109,11 @@ class RLStage(TrainingStage):
                 f"rollout.router_replay: with model.recompute = {self.model.recompute} routers would choose twice, which is not "
                 "built; set router_replay=false, or recompute parts of a layer other than moe"
             )
+        if self.optimizer.overlap_grad_reduce and self.model.mtp_loss_coefficient:
+            yield (
+                "optimizer.overlap_grad_reduce waits for a gradient of every weight, and those of multi-token prediction have none "
+                "in RL; set model.mtp_loss_coefficient=0, which is the same training"
+            )
         if self.model.force_expert_balance and (rollout.router_replay or self.weights.probe_tolerance is None):
             yield (
                 "model.force_expert_balance: the trainer's experts are drawn, the generator's are not, so that their log-probs "

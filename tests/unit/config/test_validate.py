@@ -63,6 +63,16 @@ def test_shipped_nano_config_for_four_ranks_is_valid(run):
         (["parallel.pp=2", "parallel.layers_per_stage=[3]"], 2, r"has 1 numbers; parallel\.pp \* vpp = 2 \* 1 wants 2"),
         (["parallel.vpp=2"], 1, r"parallel\.vpp = 2 wants parallel\.pp > 1"),
         (["rollout.router_replay=true", "model.recompute=full"], 1, r"routers would choose twice"),
+        (
+            ["optimizer.overlap_param_gather=true"],
+            1,
+            r"buckets that optimizer\.overlap_grad_reduce makes; set both, or",
+        ),
+        (
+            ["optimizer.overlap_grad_reduce=true", "model.mtp_loss_coefficient=0.1"],
+            1,
+            r"set model\.mtp_loss_coefficient=0",
+        ),
         (["rollout.router_replay=true", "model.recompute=[layernorm,moe]"], 1, r"parts of a layer other than moe"),
         (["parallel.tp=2", "parallel.sp=false"], 2, r"needs sequence parallelism; leave sp out"),
         (

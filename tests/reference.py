@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from r1mega.config.schema import MegatronConfig
+
 YARN = {
     "rope_type": "yarn",
     "rope_theta": 10000.0,
@@ -96,6 +98,8 @@ class ModelSettings:
     sequence_aux_loss_coefficient: float = 0.0
     mtp_loss_coefficient: float = 0.0
     recompute: str | tuple[str, ...] = "none"
+    dispatcher: str = "alltoall"
+    megatron: MegatronConfig = MegatronConfig()
     force_expert_balance: bool = False
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from r1mega.config.layout import num_experts
-from r1mega.config.schema import ModelConfig, OptimizerConfig
+from r1mega.config.schema import ModelConfig, OptimizerConfig, ParallelConfig
 
 
 def recomputes_routing(model: ModelConfig) -> bool:
@@ -38,3 +38,27 @@ def recompute_problems(model: ModelConfig, hf: Mapping[str, object]) -> Iterator
         there, what = has.get(part, (True, ""))
         if not there:
             yield f"model.recompute: {part} is of models with {what}, and this one has none; leave it out"
+
+
+def dispatch_problems(model: ModelConfig, layout: ParallelConfig, hf: Mapping[str, object]) -> Iterator[str]:
+    """What of the keys about experts does not go with this config.json, layout, or each other."""
+    if not hf:
+        return
+    for key in ("moe_shared_expert_overlap", "moe_router_fusion"):
+        if getattr(model.megatron, key) and not num_experts(hf):
+            yield f"model.megatron.{key} is of models with experts, and this one has none; leave it out"
+    if model.megatron.moe_shared_expert_overlap and num_experts(hf) and not hf.get("n_shared_experts"):
+        yield "model.megatron.moe_shared_expert_overlap: this model has no shared experts; leave it out"
+    if model.dispatcher != "alltoall" and layout.ep * layout.etp == 1:
+        yield (
+            f"model.dispatcher = {model.dispatcher} sends tokens between ranks, and parallel.ep * parallel.etp = 1; "
+            "leave it out"
+        )
+    groups, chosen = hf.get("n_group") or 1, hf.get("topk_group") or 1
+    per_token = hf.get("num_experts_per_tok") or 0
+    whole = isinstance(per_token, int) and isinstance(chosen, int)
+    if model.megatron.moe_router_fusion and groups != 1 and whole and per_token // chosen != 2:
+        yield (
+            f"model.megatron.moe_router_fusion scores a group by its {per_token // chosen} best experts "
+            "(num_experts_per_tok / topk_group), and this model's groups are scored by 2; leave it out"
+        )

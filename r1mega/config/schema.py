@@ -64,6 +64,22 @@ def _recompute_in_words(value: object) -> object:
 Recompute = Annotated[Literal["none", "full"] | tuple[RecomputeModule, ...], BeforeValidator(_recompute_in_words)]
 
 
+Dispatcher = Literal["alltoall", "deepep", "hybridep"]
+
+
+class MegatronConfig(Section):
+    """Keys of megatron-core's TransformerConfig, handed on as they are and checked by it before anything starts. None of
+    them changes what is computed; docs/configuration.md says what each is for, who sets it, and what has been run.
+    """
+
+    moe_shared_expert_overlap: bool = False  # the shared experts compute while tokens travel to the others
+    moe_router_fusion: bool = False
+    apply_rope_fusion: bool = False
+    gradient_accumulation_fusion: bool | None = None  # None: where apex is
+    attention_backend: Literal["auto", "flash", "fused", "unfused"] = "auto"  # of Transformer Engine
+    cp_comm_type: Literal["p2p", "all_gather", "a2a"] | None = None  # of its attention; None: p2p
+
+
 class ModelConfig(Section):
     """The policy. `path` is an HF directory (config.json; weights and tokenizer when it is to be loaded)."""
 
@@ -79,6 +95,9 @@ class ModelConfig(Section):
     mtp_loss_coefficient: NonNegative = 0.0  # used where labels are known (pre-training, SFT); 0: MTP is not built
     recompute: Recompute = "none"
     # full: only the inputs of layers are kept; a list: these parts of a layer are computed again (docs/configuration.md)
+    dispatcher: Dispatcher = "alltoall"
+    # of tokens to experts: all-to-all of the distributed backend, or one of deep_ep's two kernels
+    megatron: MegatronConfig = MegatronConfig()
     log_probs: LogProbs = "logits"
     # logits: the compiled kernels; hidden: the same without ever holding [tokens, vocabulary]; reference: plain torch
     force_expert_balance: bool = False  # for benchmarks alone: the trainer's tokens go to random experts, evenly

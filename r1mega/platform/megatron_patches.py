@@ -159,6 +159,23 @@ PATCHES = (
         "as above",
     ),
     Patch(
+        "tensor_parallel.layers",
+        "always",
+        "        if config.gradient_accumulation_fusion and not _grad_accum_fusion_available:\n            raise RuntimeError(",
+        "        if config.gradient_accumulation_fusion and not _grad_accum_fusion_available and not HAVE_TE:\n"
+        "            raise RuntimeError(",
+        "the output layer alone needs apex to add up its gradient in place; all others are Transformer Engine's",
+    ),
+    Patch(
+        "tensor_parallel.layers",
+        "always",
+        "            )\n        self.gradient_accumulation_fusion = config.gradient_accumulation_fusion\n\n        if self.allreduce_dgrad",
+        "            )\n        self.gradient_accumulation_fusion = (\n"
+        "            config.gradient_accumulation_fusion and _grad_accum_fusion_available\n        )\n\n"
+        "        if self.allreduce_dgrad",
+        "as above",
+    ),
+    Patch(
         "transformer.moe.moe_utils",
         "always",
         "scores.view(num_tokens, num_groups, -1).topk(topk // group_topk, dim=-1)[0].sum(dim=-1)",

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from r1mega import platform
-from r1mega.config.schema import ModelConfig, OptimizerConfig, ParallelConfig
+from r1mega.config.schema import MegatronConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from tests.policy_reference import LEARNING_RATE, RATE, SETTINGS, TEMPERATURE, Expected, Step, rounded
 from tests.release import release_models
 
@@ -48,6 +48,7 @@ class Case:
     log_probs: str = "logits"
     dtype: str = "float32"
     recompute: str | tuple[str, ...] = "none"
+    megatron: dict[str, Any] = field(default_factory=dict)  # keys of model.megatron
     overlap: bool = False  # gradients are reduced, and weights gathered, by many small buckets beside the passes
 
     @property
@@ -66,7 +67,7 @@ class Case:
         further += [self.log_probs] * (self.log_probs != "logits") + [self.dtype] * (self.dtype != "float32")
         if self.recompute != "none":
             further += ["recompute", *([self.recompute] if isinstance(self.recompute, str) else self.recompute)]
-        further += ["overlap"] * self.overlap
+        further += [*self.megatron] + ["overlap"] * self.overlap
         return " ".join([self.kind, *sizes, *further])
 
 
@@ -110,7 +111,7 @@ def take_steps(
     model = ModelConfig(
         path="unused", dtype=case.dtype, expert_bias_update_rate=RATE if expected.config.get("n_routed_experts") else 0.0,
         mtp_loss_coefficient=0.3 if case.kind == "labels" else 0.0, sequence_aux_loss_coefficient=case.aux,
-        log_probs=case.log_probs, recompute=case.recompute,
+        log_probs=case.log_probs, recompute=case.recompute, megatron=MegatronConfig(**case.megatron),
     )  # fmt: skip
     policy = Policy(model, expected.config, ParallelConfig(**case.layout), seed=1)
     policy.load_hf(expected.state)

@@ -18,6 +18,7 @@ CASES = {
     1: [
         Case("grpo", {}),
         Case("grpo", {}, recompute=("core_attn", "mla_up_proj", "layernorm", "mlp", "moe_act", "shared_experts")),
+        Case("grpo", {}, megatron={"gradient_accumulation_fusion": True}),
         Case("labels", {}, model="mtp", aux=0.1, recompute="full"),
     ],
     2: [

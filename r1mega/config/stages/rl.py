@@ -109,6 +109,8 @@ class RLStage(TrainingStage):
                 f"rollout.router_replay: with model.recompute = {self.model.recompute} routers would choose twice, which is not "
                 "built; set router_replay=false, or recompute parts of a layer other than moe"
             )
+        if rollout.router_replay and self.model.megatron.moe_router_fusion:
+            yield "rollout.router_replay: the fused router takes no choices; set model.megatron.moe_router_fusion=false"
         if self.optimizer.overlap_grad_reduce and self.model.mtp_loss_coefficient:
             yield (
                 "optimizer.overlap_grad_reduce waits for a gradient of every weight, and those of multi-token prediction have none "

@@ -54,11 +54,15 @@ def dispatch_problems(model: ModelConfig, layout: ParallelConfig, hf: Mapping[st
             f"model.dispatcher = {model.dispatcher} sends tokens between ranks, and parallel.ep * parallel.etp = 1; "
             "leave it out"
         )
-    groups, chosen = hf.get("n_group") or 1, hf.get("topk_group") or 1
-    per_token = hf.get("num_experts_per_tok") or 0
-    whole = isinstance(per_token, int) and isinstance(chosen, int)
-    if model.megatron.moe_router_fusion and groups != 1 and whole and per_token // chosen != 2:
+    per_token, groups, chosen = (_count(hf, key) for key in ("num_experts_per_tok", "n_group", "topk_group"))
+    scored_by = per_token // max(chosen, 1)
+    if model.megatron.moe_router_fusion and groups > 1 and scored_by != 2:
         yield (
-            f"model.megatron.moe_router_fusion scores a group by its {per_token // chosen} best experts "
-            "(num_experts_per_tok / topk_group), and this model's groups are scored by 2; leave it out"
+            f"model.megatron.moe_router_fusion scores a group by its {scored_by} best experts (num_experts_per_tok / "
+            "topk_group), and this model's groups are scored by 2; leave it out"
         )
+
+
+def _count(hf: Mapping[str, object], key: str) -> int:
+    value = hf.get(key)
+    return value if isinstance(value, int) else 0

@@ -7,7 +7,7 @@ import pytest
 
 from r1mega.config.layout import generator_problems
 from r1mega.config.load import load_config
-from r1mega.config.megatron import recompute_problems
+from r1mega.config.megatron import dispatch_problems, recompute_problems
 from r1mega.config.model_files import context_length
 from r1mega.config.validate import validate
 from r1mega.errors import ConfigError
@@ -168,6 +168,14 @@ def test_parts_that_the_layers_do_not_have_cannot_be_computed_again(recompute, f
     hf = {"model_type": family} | ({"num_experts": 8} if family == "qwen3_moe" else {})
     assert [problem for problem in recompute_problems(config.model, hf) if message in problem]
     assert not list(recompute_problems(load_config(Path("configs/nano/zero.yaml"), ["model.recompute=full"]).model, hf))
+
+
+@pytest.mark.parametrize(("chosen", "message"), [(2, "by its 4 best experts"), (4, None)])
+def test_the_fused_router_is_for_groups_that_are_scored_by_two(chosen, message):
+    config = load_config(Path("configs/nano/zero.yaml"), ["model.megatron.moe_router_fusion=true"])
+    hf = {"n_routed_experts": 16, "n_group": 4, "topk_group": chosen, "num_experts_per_tok": 8}
+    problems = list(dispatch_problems(config.model, config.parallel, hf))
+    assert [message in problem for problem in problems] == ([True] if message else [])
 
 
 def test_router_replay_goes_with_parts_that_do_not_route(run):

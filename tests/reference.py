@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from r1mega.config.schema import MegatronConfig
+
 YARN = {
     "rope_type": "yarn",
     "rope_theta": 10000.0,
@@ -95,7 +97,9 @@ class ModelSettings:
     expert_bias_update_rate: float = 0.0
     sequence_aux_loss_coefficient: float = 0.0
     mtp_loss_coefficient: float = 0.0
-    recompute: str = "none"
+    recompute: str | tuple[str, ...] = "none"
+    dispatcher: str = "alltoall"
+    megatron: MegatronConfig = MegatronConfig()
     force_expert_balance: bool = False
 
 

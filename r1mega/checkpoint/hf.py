@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 
 from r1mega.checkpoint.fp8_blocks import SCALE, dequantize
 from r1mega.checkpoint.safetensors_file import TensorInfo, read_header, read_tensor, write_tensors
+from r1mega.checkpoint.workers import Alone, Workers, agree, on_first_rank
 from r1mega.config.model_files import HFConfig
 from r1mega.data.tokenizer import TOKENIZER_FILES
 from r1mega.errors import CheckpointError
@@ -165,48 +167,87 @@ def write_hf(
     *,
     tokenizer_from: Path | None = None,
     shard_bytes: int = 5 * 2**30,
-    write: bool = True,
+    workers: Workers | None = None,
 ) -> Path:
-    """Write an HF directory from a stream of (name, tensor), holding at most one shard in memory.
+    """Write an HF directory from a stream of (name, tensor). An existing one of that name is replaced once the new is whole.
 
-    All ranks consume the stream (it may be collective); only the one with write=True touches the disk. An existing
-    directory of that name is replaced once the new one is whole. tokenizer_from: where to copy tokenizer files from.
+    workers: who consume the same stream together (it may be collective), and share out the files: rank r writes shards
+    r, r + size, ..., while the stream goes on. Each holds at most two shards in host memory, one being written. None: this
+    process alone. tokenizer_from: where to copy tokenizer files from. Raises CheckpointError on all of them.
     """
-    directory = Path(directory)
+    directory, workers = Path(directory), workers or Alone()
     temporary = directory.with_name(directory.name + ".tmp")
-    if not write:
-        for _ in tensors:
-            pass
-        return directory
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    shard: dict[str, torch.Tensor] = {}
-    written: list[list[str]] = []
+
+    def make() -> None:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+
+    def finish(shards: Sequence[list[str]], total: int) -> None:
+        final = {shard_name(i, len(shards)): names for i, names in enumerate(shards)}
+        for i, name in enumerate(final):
+            os.replace(temporary / _part_name(i), temporary / name)
+        write_hf_files(temporary, config, final, total, tokenizer_from)
+        shutil.rmtree(directory, ignore_errors=True)
+        os.replace(temporary, directory)
+
+    advice = f"{directory} was not written, nothing of it was kept; free some disk and start again"
+    try:
+        on_first_rank(workers, make, advice)
+        shards, total, problems = _write_shards(temporary, tensors, shard_bytes, workers)
+        agree(workers, problems, advice)
+        on_first_rank(workers, lambda: finish(shards, total), advice)
+    except CheckpointError:
+        if workers.rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return directory
+
+
+def _part_name(index: int) -> str:
+    """Of a shard while their number is not known."""
+    return f"shard-{index:05d}"
+
+
+def _write_shards(
+    directory: Path, tensors: Iterable[tuple[str, torch.Tensor]], shard_bytes: int, workers: Workers
+) -> tuple[list[list[str]], int, list[str]]:
+    """(names in each shard of all ranks, bytes of all tensors, what this rank could not write). The stream is exhausted
+    whatever happens to the disk: other ranks wait in it.
+    """
+    shards: list[list[str]] = [[]]
+    mine: dict[str, torch.Tensor] = {}
+    writing: list[Future[None]] = []
+    problems: list[str] = []
     held = total = 0
 
-    def flush() -> None:
-        nonlocal held
-        specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in shard.items()}
-        write_tensors(temporary / f"shard-{len(written):05d}", specs, shard.items())
-        written.append(list(shard))
-        shard.clear()
-        held = 0
+    def settle() -> None:
+        try:
+            for future in writing:
+                future.result()
+        except OSError as error:
+            problems.append(f"{directory}: could not be written ({error})")
+        writing.clear()
 
-    try:
+    def flush() -> None:
+        nonlocal mine
+        settle()
+        if mine and not problems:
+            specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in mine.items()}
+            path = directory / _part_name(len(shards) - 1)
+            writing.append(pool.submit(write_tensors, path, specs, mine.items()))
+        mine = {}
+
+    with ThreadPoolExecutor(1) as pool:
         for name, tensor in tensors:
             size = tensor.numel() * tensor.element_size()
-            if shard and held + size > shard_bytes:
+            if shards[-1] and held + size > shard_bytes:
                 flush()
-            shard[name] = tensor.detach().to("cpu", copy=True).contiguous()
+                shards.append([])
+                held = 0
+            shards[-1].append(name)
+            if (len(shards) - 1) % workers.size == workers.rank:
+                mine[name] = tensor.detach().to("cpu", copy=True).contiguous()
             held, total = held + size, total + size
         flush()
-        final = {shard_name(i, len(written)): names for i, names in enumerate(written)}
-        for i, name in enumerate(final):
-            os.replace(temporary / f"shard-{i:05d}", temporary / name)
-        write_hf_files(temporary, config, final, total, tokenizer_from)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(f"{directory}: could not be written ({error}); nothing was kept") from error
-    shutil.rmtree(directory, ignore_errors=True)
-    os.replace(temporary, directory)
-    return directory
+        settle()
+    return shards, total, problems

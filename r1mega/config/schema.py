@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 from r1mega.config.scalars import as_meant
 
@@ -52,6 +53,38 @@ class ParallelConfig(Section):
 Dtype = Literal["float32", "bfloat16"]
 Fp8 = Literal["off", "tensorwise", "blockwise"]
 LogProbs = Literal["logits", "hidden", "reference"]
+RecomputeModule = Literal["core_attn", "mla_up_proj", "layernorm", "mlp", "moe", "moe_act", "shared_experts"]
+"""Parts of a layer that a backward pass can compute again instead of keeping what they gave: Megatron's `recompute_modules`."""
+
+
+def _recompute_in_words(value: object) -> object:
+    """What was asked for, or an error that says what can be: pydantic would describe both kinds of value apart."""
+    known = get_args(RecomputeModule)
+    if value in ("none", "full") or (isinstance(value, list | tuple) and all(name in known for name in value)):
+        return value
+    was = "; selective was [core_attn], which frees nothing with fused attention" if value == "selective" else ""
+    raise PydanticCustomError(
+        "recompute", "must be none, full, or a list of {known}{was}", {"known": ", ".join(known), "was": was}
+    )
+
+
+Recompute = Annotated[Literal["none", "full"] | tuple[RecomputeModule, ...], BeforeValidator(_recompute_in_words)]
+
+
+Dispatcher = Literal["alltoall", "deepep", "hybridep"]
+
+
+class MegatronConfig(Section):
+    """Keys of megatron-core's TransformerConfig, handed on as they are and checked by it before anything starts. None of
+    them changes what is computed; docs/configuration.md says what each is for, who sets it, and what has been run.
+    """
+
+    moe_shared_expert_overlap: bool = False  # the shared experts compute while tokens travel to the others
+    moe_router_fusion: bool = False
+    apply_rope_fusion: bool = False
+    gradient_accumulation_fusion: bool | None = None  # None: where apex is
+    attention_backend: Literal["auto", "flash", "fused", "unfused"] = "auto"  # of Transformer Engine
+    cp_comm_type: Literal["p2p", "all_gather", "a2a"] | None = None  # of its attention; None: p2p
 
 
 class ModelConfig(Section):
@@ -67,7 +100,11 @@ class ModelConfig(Section):
     expert_bias_update_rate: NonNegative = 0.0  # DeepSeek-V3: 1e-3 in pre-training; 0 freezes the router bias
     sequence_aux_loss_coefficient: NonNegative = 0.0  # DeepSeek-V3: 1e-4
     mtp_loss_coefficient: NonNegative = 0.0  # used where labels are known (pre-training, SFT); 0: MTP is not built
-    recompute: Literal["none", "selective", "full"] = "none"
+    recompute: Recompute = "none"
+    # full: only the inputs of layers are kept; a list: these parts of a layer are computed again (docs/configuration.md)
+    dispatcher: Dispatcher = "alltoall"
+    # of tokens to experts: all-to-all of the distributed backend, or one of deep_ep's two kernels
+    megatron: MegatronConfig = MegatronConfig()
     log_probs: LogProbs = "logits"
     # logits: the compiled kernels; hidden: the same without ever holding [tokens, vocabulary]; reference: plain torch
     force_expert_balance: bool = False  # for benchmarks alone: the trainer's tokens go to random experts, evenly
@@ -86,6 +123,8 @@ class OptimizerConfig(Section):
     eps: Positive = 1e-8
     weight_decay: NonNegative = 0.01
     clip_grad: NonNegative = 1.0
+    overlap_grad_reduce: bool = False  # gradients are reduced, in buckets, while the backward pass goes on
+    overlap_param_gather: bool = False  # new weights are gathered by the next update's forward pass, layer before layer
 
 
 class CheckpointConfig(Section):

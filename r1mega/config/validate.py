@@ -13,9 +13,10 @@ from typing import Any
 
 from r1mega.config.launched import launched_place
 from r1mega.config.layout import model_problems, process_problems
+from r1mega.config.megatron import dispatch_problems, overlap_problems, recompute_problems
 from r1mega.config.model_files import context_length, tokenizer_code_problem, tokenizer_size, trusts_remote_code
 from r1mega.config.precision import fp8_problems
-from r1mega.config.schema import DataConfig, RolloutConfig, Stage
+from r1mega.config.schema import DataConfig, RolloutConfig, Stage, TrainingStage
 from r1mega.errors import ConfigError
 
 
@@ -149,6 +150,10 @@ def _layout_problems(config: Stage, hf: dict[str, Any], world: int) -> Iterator[
     yield from process_problems(config.parallel, world)
     yield from model_problems(config.parallel, hf)
     yield from fp8_problems(config.model, config.parallel, hf)
+    yield from recompute_problems(config.model, hf)
+    yield from dispatch_problems(config.model, config.parallel, hf)
+    if isinstance(config, TrainingStage):
+        yield from overlap_problems(config.optimizer)
     tied, further = hf.get("tie_word_embeddings"), config.model.mtp_loss_coefficient
     if config.model.log_probs == "hidden" and (tied or further):
         yield "model.log_probs = hidden wants untied embeddings and no MTP loss; use logits"

@@ -10,6 +10,7 @@ import torch
 from r1mega import platform
 from r1mega.config.layout import Layout, model_problems
 from r1mega.config.model_files import HFConfig
+from r1mega.config.schema import MegatronConfig
 from r1mega.errors import ConfigError, PlatformError
 from r1mega.model.architecture import LatentAttention
 from r1mega.model.families import family_of
@@ -29,7 +30,7 @@ def build_model(
 
     hf_config: config.json as a dict, or a transformers config. layout: ParallelConfig; init_parallel(layout) has been
     called. model: ModelConfig (dtype, fp8 and the layers without it, expert_bias_update_rate, sequence_aux_loss_coefficient,
-    mtp_loss_coefficient, recompute). init_std: draw weights from N(0, init_std), output projections from
+    mtp_loss_coefficient, recompute, dispatcher, megatron). init_std: draw weights from N(0, init_std), output projections from
     N(0, init_std / sqrt(2 * layers)) (Megatron's rule; the DeepSeek-V3 report has one std for all); None: weights are
     to be loaded and are NaN until then. Each chunk has `unpadded_vocab_size`.
     Raises ConfigError when the layout does not divide the model.
@@ -109,9 +110,11 @@ def megatron_config(hf: HFConfig, layout: Layout, model: Any, *, init_std: float
         **_initialization_arguments(init_std),
         **_layout_arguments(layout),
         **_platform_arguments(model.fp8),
+        **_handed_on(model.megatron),
         **_fp8_arguments(model),
         **_recompute_arguments(model.recompute),
         **family.megatron_arguments(hf, model),
+        **_dispatcher_arguments(model.dispatcher),
     }
     if layout.layers_per_stage is not None:
         arguments["pipeline_model_parallel_layout"] = _pipeline_layout(
@@ -120,7 +123,10 @@ def megatron_config(hf: HFConfig, layout: Layout, model: Any, *, init_std: float
     from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
     latent = isinstance(family.architecture(hf).attention, LatentAttention)
-    return (MLATransformerConfig if latent else TransformerConfig)(**arguments)
+    try:
+        return (MLATransformerConfig if latent else TransformerConfig)(**arguments)
+    except (AssertionError, ValueError) as error:
+        raise ConfigError(f"megatron-core refuses the model and its layout: {error}") from error
 
 
 def _initialization_arguments(init_std: float | None) -> dict[str, Any]:
@@ -184,12 +190,33 @@ def _platform_arguments(fp8: str) -> dict[str, Any]:
         "transformer_impl": "transformer_engine",
         "moe_grouped_gemm": True,
         "moe_permute_fusion": True,
-        "gradient_accumulation_fusion": here.has_apex,  # the output layer's needs apex
+        "gradient_accumulation_fusion": here.has_apex,
         "bias_activation_fusion": True,
         "bias_dropout_fusion": True,
         "masked_softmax_fusion": False,
         "apply_rope_fusion": False,
     }
+
+
+def _handed_on(keys: MegatronConfig) -> dict[str, object]:
+    """MegatronConfig as arguments. PlatformError for what only Transformer Engine's layers have, where these are not."""
+    from megatron.core.transformer.enums import AttnBackend
+
+    arguments = keys.model_dump()
+    engine = ("moe_router_fusion", "apply_rope_fusion", "gradient_accumulation_fusion")
+    if not platform.current().has_transformer_engine and (wanted := [key for key in engine if arguments[key]]):
+        raise PlatformError(
+            f"model.megatron.{wanted[0]} needs Transformer Engine and a GPU, which are not here; leave it out"
+        )
+    if arguments["gradient_accumulation_fusion"] is None:
+        del arguments["gradient_accumulation_fusion"]
+    return arguments | {"attention_backend": AttnBackend[keys.attention_backend]}
+
+
+def _dispatcher_arguments(dispatcher: str) -> dict[str, str]:
+    if dispatcher == "alltoall":
+        return {}  # a family says so itself
+    return {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": dispatcher}
 
 
 def _fp8_arguments(model: Any) -> dict[str, Any]:
@@ -213,12 +240,17 @@ def _fp8_arguments(model: Any) -> dict[str, Any]:
     return recipes[model.fp8] | (skipped if first or last else {})
 
 
-def _recompute_arguments(recompute: str) -> dict[str, Any]:
+def _recompute_arguments(recompute: str | Sequence[str]) -> dict[str, Any]:
     if recompute == "full":
         return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    if recompute == "selective":
-        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
-    return {}
+    if recompute == "none" or not recompute:
+        return {}
+    if "moe_act" in recompute and not platform.current().has_transformer_engine:
+        raise PlatformError(
+            "model.recompute: moe_act is the activation between grouped matrix products, and these need Transformer Engine "
+            "and a GPU; leave it out here"
+        )
+    return {"recompute_granularity": "selective", "recompute_modules": list(recompute)}
 
 
 def _build_chunk(hf: HFConfig, config: Any, init_std: float | None, virtual_stage: int | None) -> Any:

@@ -106,6 +106,13 @@ PATCHES = (
         _ASKS_DEVICE,
     ),
     Patch(
+        "tensor_parallel.random",
+        "no_te",
+        "        self.fp8 = fp8 is not None",
+        "        self.fp8 = False",
+        "its default, False, is not None, and what is computed again asks Transformer Engine, which is not there, for its state",
+    ),
+    Patch(
         "models.common.embeddings.rope_utils",
         "cpu",
         'device="cpu", pin_memory=True',
@@ -171,6 +178,23 @@ PATCHES = (
         "        from r1mega.platform.adam import FusedAdam as Adam\n\n        USING_APEX_OPTIMIZER = True",
         "as above",
         _SAVES_ADAMW,
+    ),
+    Patch(
+        "tensor_parallel.layers",
+        "always",
+        "        if config.gradient_accumulation_fusion and not _grad_accum_fusion_available:\n            raise RuntimeError(",
+        "        if config.gradient_accumulation_fusion and not _grad_accum_fusion_available and not HAVE_TE:\n"
+        "            raise RuntimeError(",
+        "the output layer alone needs apex to add up its gradient in place; all others are Transformer Engine's",
+    ),
+    Patch(
+        "tensor_parallel.layers",
+        "always",
+        "            )\n        self.gradient_accumulation_fusion = config.gradient_accumulation_fusion\n\n        if self.allreduce_dgrad",
+        "            )\n        self.gradient_accumulation_fusion = (\n"
+        "            config.gradient_accumulation_fusion and _grad_accum_fusion_available\n        )\n\n"
+        "        if self.allreduce_dgrad",
+        "as above",
     ),
     Patch(
         "transformer.moe.moe_utils",

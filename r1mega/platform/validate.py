@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 
@@ -24,6 +25,11 @@ def validate_platform(config: Stage) -> None:
     here = platform.current()
     if here.name == "cuda":
         _check_libraries()
+    if config.model.dispatcher != "alltoall" and (here.name == "cpu" or importlib.util.find_spec("deep_ep") is None):
+        raise PlatformError(
+            f"model.dispatcher = {config.model.dispatcher} needs a GPU and the package deep_ep, which are not both here; set "
+            "model.dispatcher=alltoall, or install it from github.com/deepseek-ai/DeepEP"
+        )
     if config.model.fp8 != "off":
         if not here.has_transformer_engine:
             raise PlatformError(

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from r1mega import platform
 from r1mega.checkpoint.hf import write_hf
 from r1mega.checkpoint.store import CheckpointStore, deciding_keys
+from r1mega.checkpoint.workers import Alone, TorchWorkers
 from r1mega.config.schema import CheckpointConfig, Stage, TrainingStage
 from r1mega.errors import EXIT_SAVED_FOR_REQUEUE, CheckpointError, FreshProcessNeeded, R1MegaError
 from r1mega.observe.metrics import MetricsWriter
@@ -137,10 +138,11 @@ class Runtime:
                     raise Stopped(step)
 
     def export(self, policy: Policy, hf_config: Mapping[str, Any], *, tokenizer_from: Path) -> Path:
-        """The trained model as RUN_DIR/hf, whose path this is. A collective call."""
-        directory = self.run_dir / "hf"
-        write_hf(directory, policy.hf_tensors(), hf_config, tokenizer_from=tokenizer_from, write=self.is_main)
-        return directory
+        """The trained model as RUN_DIR/hf, whose path this is; every rank writes a share of its files. A collective call."""
+        workers = TorchWorkers() if dist.get_world_size() > 1 else Alone()
+        return write_hf(
+            self.run_dir / "hf", policy.hf_tensors(), hf_config, tokenizer_from=tokenizer_from, workers=workers
+        )
 
     # ------------------------------------------------------------------ resume and checkpoints
 

@@ -73,6 +73,7 @@ class _Batches:
             self.config.microbatch_tokens,
             policy.num_replicas,
             policy.microbatch_multiple,
+            self.config.min_microbatches or policy.min_microbatches,
         )
         return [pack_weighted([self._weighted(i) for i in part], part) for part in plan.bins[0][policy.replica]]
 

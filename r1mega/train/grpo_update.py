@@ -139,8 +139,9 @@ def _plan(
         parts = split_minibatches(len(samples), config.update.num_minibatches, f"{config.seed}/{step}/{epoch}")
         parts = [part for part in parts if part]
         plan = plan_packing(
-            lengths, parts, config.update.microbatch_tokens, policy.num_replicas, policy.microbatch_multiple
-        )
+            lengths, parts, config.update.microbatch_tokens, policy.num_replicas, policy.microbatch_multiple,
+            config.update.min_microbatches or policy.min_microbatches,
+        )  # fmt: skip
         fills.append(plan.fill_fraction)
         for members, ranks in zip(parts, plan.bins, strict=True):
             weights = minibatch_weights(

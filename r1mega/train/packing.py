@@ -48,16 +48,19 @@ def best_fit(lengths: Sequence[int], indices: Sequence[int], capacity: int) -> l
     return bins
 
 
-def balanced_bins(lengths: Sequence[int], indices: Sequence[int], capacity: int, multiple: int) -> list[list[int]]:
+def balanced_bins(
+    lengths: Sequence[int], indices: Sequence[int], capacity: int, multiple: int, least: int = 1
+) -> list[list[int]]:
     """The fewest bins (a multiple of `multiple`) that best-fit needs at `capacity`, then evened out.
 
-    Evening: the least capacity at which best-fit still needs no more bins, by bisection. Bins may be empty only when
-    there are fewer samples than `multiple`.
+    least: bins to make at least, as far as there are samples for another multiple. Evening: the least capacity at which
+    best-fit still needs no more bins, by bisection. Bins are empty only where there are fewer samples than bins.
     """
     if not indices:
         return [[] for _ in range(multiple)]
     needed = len(best_fit(lengths, indices, capacity))
-    count = -(-needed // multiple) * multiple
+    wanted = min(-(-least // multiple), len(indices) // multiple)
+    count = max(-(-needed // multiple), wanted) * multiple
     low, high = max(max(lengths[i] for i in indices), -(-sum(lengths[i] for i in indices) // count)), capacity
     while low < high:
         middle = (low + high) // 2
@@ -83,12 +86,18 @@ def split_minibatches(num_samples: int, num_minibatches: int, seed: str) -> list
 
 
 def plan_packing(
-    lengths: Sequence[int], minibatches: Sequence[Sequence[int]], capacity: int, num_ranks: int = 1, multiple: int = 1
+    lengths: Sequence[int],
+    minibatches: Sequence[Sequence[int]],
+    capacity: int,
+    num_ranks: int = 1,
+    multiple: int = 1,
+    least: int = 1,
 ) -> PackingPlan:
     """Pack each minibatch into microbatches of at most `capacity` tokens, balanced over the data-parallel ranks.
 
-    lengths: tokens of each sample. multiple: of microbatches a rank and minibatch (interleaved pipelines want it).
-    Raises ConfigError when a sample is longer than `capacity`.
+    lengths: tokens of each sample. multiple: of microbatches a rank and minibatch (interleaved pipelines want it). least:
+    microbatches a rank and minibatch, as far as there are samples: of m microbatches a pipeline of pp stages idles for
+    (pp - 1) / (m + pp - 1) of its time. Raises ConfigError when a sample is longer than `capacity`.
     """
     longest = max((lengths[i] for batch in minibatches for i in batch), default=0)
     if longest > capacity:
@@ -98,7 +107,7 @@ def plan_packing(
         )
     plan, real, allotted = [], 0, 0
     for batch in minibatches:
-        bins = balanced_bins(lengths, batch, capacity, num_ranks * multiple)
+        bins = balanced_bins(lengths, batch, capacity, num_ranks * multiple, num_ranks * least)
         sizes = [sum(lengths[i] for i in members) for members in bins]
         real, allotted = real + sum(sizes), allotted + len(bins) * max(sizes)
         order = sorted(range(len(bins)), key=lambda b: (-sizes[b], b))

@@ -67,7 +67,9 @@ class Policy:
         """scalar_head: score sequences instead of predicting tokens."""
         self.dtype, self.device = getattr(torch, model.dtype), platform.current().device
         self.fp8 = model.fp8 != "off"
-        self.chunks: Sequence[GPTModel] = build_model(hf_config, parallel, model, seed=seed, init_std=init_std)
+        self.settle: Callable[[], None] = lambda: None
+        """What a trainer has left to do before weights are read."""
+        self._chunks: Sequence[GPTModel] = build_model(hf_config, parallel, model, seed=seed, init_std=init_std)
         if scalar_head:
             attach_scalar_head(self.chunks)
         self.megatron_config = config = self.chunks[0].config
@@ -102,6 +104,9 @@ class Policy:
         """True on one rank of each replica: statistics are complete there, and to be added up over those ranks only."""
         self.microbatch_multiple = config.pipeline_model_parallel_size if len(self.chunks) > 1 else 1
         """Best number of microbatches a step: multiples of this; others are filled up with empty ones."""
+        pp = config.pipeline_model_parallel_size
+        self.min_microbatches = 2 * pp if pp > 1 else 1
+        """So many microbatches a step at least, where nothing else is asked for: a third of a pipeline's time is idle then."""
 
     def _make_head(self, model: ModelConfig, scalar_head: bool) -> Head:
         """What reads the output of the last pipeline stage (it is not asked on the others)."""
@@ -114,6 +119,12 @@ class Policy:
             layer.weight, self.chunks[-1].unpadded_vocab_size, self._tensor_group,
             reduce_hidden_grad=not self.megatron_config.sequence_parallel,
         )  # fmt: skip
+
+    @property
+    def chunks(self) -> Sequence[GPTModel]:
+        """This rank's part of the model, with its weights whole. A collective call after an update that overlaps."""
+        self.settle()
+        return self._chunks
 
     # ------------------------------------------------------------------ passes
 
@@ -162,6 +173,8 @@ class Policy:
         is: on the last pipeline stage, elsewhere []. mtp_loss: add that of the multi-token-prediction layers.
         """
         fillers: list[None] = [None] * (-len(microbatches) % self.microbatch_multiple)
+        if forward_only:
+            self.settle()
         one = _Pass(self, loss, temperature, mtp_loss)
         modules = self.modules
         iterators = [iter([*microbatches, *fillers]) for _ in modules]  # one a virtual pipeline stage

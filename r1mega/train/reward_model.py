@@ -141,7 +141,9 @@ def _share(
 ) -> list[PreferenceMicrobatch]:
     """This replica's microbatches; all replicas have equally many."""
     lengths = [sample.num_tokens for sample in samples]
-    plan = plan_packing(lengths, [indices], capacity, policy.num_replicas, policy.microbatch_multiple)
+    plan = plan_packing(
+        lengths, [indices], capacity, policy.num_replicas, policy.microbatch_multiple, policy.min_microbatches
+    )
     return [_pack([samples[i] for i in members], members) for members in plan.bins[0][policy.replica]]
 
 

@@ -1,7 +1,7 @@
 """Router replay: the update repeats the expert choices of the generator (R3, arXiv 2510.11370).
 
 Megatron-core's routers can be told which experts to take (core/transformer/moe/router_replay.py); the weights of the
-experts are still computed, and have gradients. Not built: recomputation of activations, which routes a second time.
+experts are still computed, and have gradients. Not built: with `model.recompute` full or moe, which route a second time.
 """
 
 from __future__ import annotations

@@ -58,14 +58,38 @@ class Trainer:
             raise RuntimeError("the policy has a trainer, whose optimizer keeps copies of its weights; use that one")
         self.policy = policy
         config = policy.megatron_config
-        ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
+        ddp_config = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=True,
+            overlap_grad_reduce=optimizer.overlap_grad_reduce,
+            overlap_param_gather=optimizer.overlap_param_gather,
+        )
         self.ddp_chunks = [DistributedDataParallel(config, ddp_config, module) for module in policy.modules]
         policy.modules, policy.has_trainer = list(self.ddp_chunks), True
         self.optimizer = build_optimizer(optimizer, self.ddp_chunks, policy.dtype)
         self.scheduler = learning_rate_schedule(self.optimizer, optimizer, total_steps)
         config.grad_scale_func = self.optimizer.scale_loss
         config.finalize_model_grads_func = self._finalize_gradients
+        if optimizer.overlap_grad_reduce:
+            self._overlap_reduction()
+        self._overlaps_gather, self._must_gather = optimizer.overlap_param_gather, False
+        policy.settle = self._gather_weights
         self._expert_load: float | None = None
+
+    def _overlap_reduction(self) -> None:
+        """What Megatron's schedules ask for: gradients are reduced in the last microbatch's backward pass, and not before."""
+        waiting = [chunk.no_sync for chunk in self.ddp_chunks]
+        starting = [chunk.start_grad_sync for chunk in self.ddp_chunks]
+        config, single = self.policy.megatron_config, len(self.ddp_chunks) == 1
+        config.no_sync_func = waiting[0] if single else waiting
+        config.grad_sync_func = starting[0] if single else starting
+
+    def _gather_weights(self) -> None:
+        """Make weights whole that the last step left to the next update's forward pass. A collective call, if it did."""
+        if self._must_gather:
+            for chunk in self.ddp_chunks:
+                chunk.start_param_sync(force_sync=True)
+            self._must_gather = False
 
     def update(
         self,
@@ -93,10 +117,12 @@ class Trainer:
             value, statistics = loss(batch, scores)
             return value * total_response_tokens, statistics
 
+        self._must_gather = False  # the forward pass does
         further = mtp_loss and bool(self.policy.megatron_config.mtp_num_layers)
         statistics = self.policy.run(microbatches, scaled, temperature, forward_only=False, mtp_loss=further)
         lr = self.optimizer.param_groups[0]["lr"]
         stepped, grad_norm, _ = self.optimizer.step()
+        self._must_gather = self._overlaps_gather
         if not stepped or not math.isfinite(float(grad_norm)):
             raise NonFiniteError(
                 f"gradient norm {float(grad_norm)}: lower optimizer.lr, or look for broken samples in samples.jsonl"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from dataclasses import dataclass
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +14,21 @@ import torch
 import torch.distributed as dist
 
 from r1mega import platform
-from r1mega.config.schema import ModelConfig, OptimizerConfig, ParallelConfig
+from r1mega.config.schema import MegatronConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from tests.policy_reference import LEARNING_RATE, RATE, SETTINGS, TEMPERATURE, Expected, Step, rounded
 from tests.release import release_models
 
 platform.prepare()
+
+from megatron.core import parallel_state  # noqa: E402
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer  # noqa: E402
 
 from r1mega.checkpoint.hf_state import coordinates, local_entries, model_shape  # noqa: E402
 from r1mega.checkpoint.name_rules import to_local  # noqa: E402
 from r1mega.gpu_check.policy import rl_step  # noqa: E402
 from r1mega.gpu_check.tensors import gradients_by_name, make_gradients_whole  # noqa: E402
 from r1mega.platform import groups  # noqa: E402
+from r1mega.train import trainer as trainer_module  # noqa: E402
 from r1mega.train.heads import TokenScores  # noqa: E402
 from r1mega.train.policy import Policy  # noqa: E402
 from r1mega.train.samples import pack_samples  # noqa: E402
@@ -40,7 +47,9 @@ class Case:
     aux: float = 0.0
     log_probs: str = "logits"
     dtype: str = "float32"
-    recompute: str = "none"
+    recompute: str | tuple[str, ...] = "none"
+    megatron: dict[str, Any] = field(default_factory=dict)  # keys of model.megatron
+    overlap: bool = False  # gradients are reduced, and weights gathered, by many small buckets beside the passes
 
     @property
     def file(self) -> str:
@@ -56,7 +65,9 @@ class Case:
             + ["aux"] * (self.aux > 0)
         )
         further += [self.log_probs] * (self.log_probs != "logits") + [self.dtype] * (self.dtype != "float32")
-        further += ["recompute"] * (self.recompute != "none")
+        if self.recompute != "none":
+            further += ["recompute", *([self.recompute] if isinstance(self.recompute, str) else self.recompute)]
+        further += [*self.megatron] + ["overlap"] * self.overlap
         return " ".join([self.kind, *sizes, *further])
 
 
@@ -100,12 +111,18 @@ def take_steps(
     model = ModelConfig(
         path="unused", dtype=case.dtype, expert_bias_update_rate=RATE if expected.config.get("n_routed_experts") else 0.0,
         mtp_loss_coefficient=0.3 if case.kind == "labels" else 0.0, sequence_aux_loss_coefficient=case.aux,
-        log_probs=case.log_probs, recompute=case.recompute,
+        log_probs=case.log_probs, recompute=case.recompute, megatron=MegatronConfig(**case.megatron),
     )  # fmt: skip
     policy = Policy(model, expected.config, ParallelConfig(**case.layout), seed=1)
     policy.load_hf(expected.state)
     policy.take_reference()
-    trainer = Trainer(policy, OptimizerConfig(**SETTINGS, lr=LEARNING_RATE), total_steps=9)
+    settings = OptimizerConfig(
+        **SETTINGS, lr=LEARNING_RATE, overlap_grad_reduce=case.overlap, overlap_param_gather=case.overlap
+    )
+    with small_buckets():
+        trainer = Trainer(policy, settings, total_steps=9)
+    if case.overlap and parallel_state.is_pipeline_first_stage():  # on others Megatron makes one
+        assert any(len(buffer.buckets) > 1 for chunk in trainer.ddp_chunks for buffer in chunk.buffers)
     captured: dict[str, Any] = {}
     stepping = trainer.optimizer.step
 
@@ -129,7 +146,32 @@ def take_steps(
         else:
             loss, norm = labels_step(trainer, samples)
         steps.append({"log_probs": log_probs, "loss": loss, "norm": norm, "gradients": captured["gradients"]})
+    if case.overlap:
+        assert_state_is_gathered(trainer)
     return steps, {name: tensor.clone() for name, tensor in policy.hf_tensors()}
+
+
+def assert_state_is_gathered(trainer: Trainer) -> None:
+    """What a checkpoint would be given of optimizer state in several buckets is what Megatron's own gathers."""
+    for part in trainer.optimizer.chained_optimizers:
+        found = part.get_parameter_state_dp_zero(use_gloo_comm=True)
+        expected = DistributedOptimizer.get_parameter_state_dp_zero(part, use_gloo_comm=True)
+        assert (found is None) == (expected is None)
+        for index in range(len(part.buffers)) if found is not None else ():
+            ((dtype, state),) = found[index].items()
+            for key in ("param", "exp_avg", "exp_avg_sq"):
+                assert torch.equal(state[key], expected[index][dtype][key]), key
+
+
+@contextlib.contextmanager
+def small_buckets() -> Iterator[None]:
+    """Inside, buckets that Megatron makes (where it overlaps) have 20,000 elements, not 40 million."""
+    whole = trainer_module.DistributedDataParallelConfig
+    trainer_module.DistributedDataParallelConfig = functools.partial(whole, bucket_size=20_000)
+    try:
+        yield
+    finally:
+        trainer_module.DistributedDataParallelConfig = whole
 
 
 def labels_step(trainer: Trainer, samples: list[Any]) -> tuple[float, float]:

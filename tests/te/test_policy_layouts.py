@@ -14,10 +14,16 @@ from tests.dist.policy_cases import large, write_expectations
 from tests.dist.policy_worker import Case, run_cases
 
 CASES = {
-    1: [Case("grpo", {}), Case("labels", {}, model="mtp", aux=0.1, recompute="full")],
+    1: [
+        Case("grpo", {}),
+        Case("grpo", {}, recompute=("core_attn", "mla_up_proj", "layernorm", "mlp", "moe_act", "shared_experts")),
+        Case("grpo", {}, megatron={"gradient_accumulation_fusion": True}),
+        Case("labels", {}, model="mtp", aux=0.1, recompute="full"),
+    ],
     2: [
         Case("grpo", {"tp": 2}),
         Case("grpo", {"tp": 2, "ep": 2}, log_probs="hidden"),
+        Case("grpo", {"tp": 2, "ep": 2}, recompute=("mla_up_proj", "layernorm", "moe_act")),
         Case("grpo", {"tp": 2, "sp": False}, model="qwen3_untied", log_probs="hidden"),
         Case("grpo", {"ep": 2}),
         Case("grpo", {"etp": 2}),

@@ -41,7 +41,7 @@ class RewardModelStage(TrainingStage):
     )
     batch_size: PositiveInt = 256  # pairs, or responses, an optimizer step (paper)
     num_epochs: PositiveInt = 1  # paper
-    microbatch_tokens: PositiveInt = 16384  # packing target
+    microbatch_tokens: PositiveInt = 16384  # packing target; with parallel.cp each of its ranks has 1/cp of them
     data: PreferenceData
     evaluate: PreferenceEvaluation = PreferenceEvaluation()
     optimizer: OptimizerConfig = OptimizerConfig(lr=6e-6)  # paper

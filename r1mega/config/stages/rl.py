@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from r1mega.config.layout import generator_problems, num_experts
+from r1mega.config.megatron import recomputes_routing
 from r1mega.config.rewards import RewardConfig
 from r1mega.config.schema import (
     DataConfig,
@@ -55,7 +56,9 @@ class UpdateConfig(Section):
 
     num_minibatches: PositiveInt = 16  # optimizer steps a rollout (paper)
     num_epochs: PositiveInt = 1  # paper
-    microbatch_tokens: PositiveInt = 8192  # packing target
+    microbatch_tokens: PositiveInt = 8192  # packing target; with parallel.cp each of its ranks has 1/cp of them
+    min_microbatches: PositiveInt | None = None
+    # of a replica in an optimizer step, as far as there are samples; None: 2 * parallel.pp of a pipeline, else 1
 
 
 class RLStage(TrainingStage):
@@ -103,8 +106,18 @@ class RLStage(TrainingStage):
             )
         if rollout.router_replay and (rollout.engine != "vllm" or (hf and not num_experts(hf))):
             yield "rollout.router_replay wants rollout.engine=vllm and a model with experts; set it to false"
-        if rollout.router_replay and self.model.recompute != "none":
-            yield f"rollout.router_replay with model.recompute = {self.model.recompute}: not built; set one of them off"
+        if rollout.router_replay and recomputes_routing(self.model):
+            yield (
+                f"rollout.router_replay: with model.recompute = {self.model.recompute} routers would choose twice, which is not "
+                "built; set router_replay=false, or recompute parts of a layer other than moe"
+            )
+        if rollout.router_replay and self.model.megatron.moe_router_fusion:
+            yield "rollout.router_replay: the fused router takes no choices; set model.megatron.moe_router_fusion=false"
+        if self.optimizer.overlap_grad_reduce and self.model.mtp_loss_coefficient:
+            yield (
+                "optimizer.overlap_grad_reduce waits for a gradient of every weight, and those of multi-token prediction have none "
+                "in RL; set model.mtp_loss_coefficient=0, which is the same training"
+            )
         if self.model.force_expert_balance and (rollout.router_replay or self.weights.probe_tolerance is None):
             yield (
                 "model.force_expert_balance: the trainer's experts are drawn, the generator's are not, so that their log-probs "

@@ -53,7 +53,9 @@ class SFTStage(TrainingStage):
     tokenizer: Path | None = None  # an HF directory; None: model.path
     epochs: PositiveInt = 2  # paper: 2-3
     batch_size: PositiveInt = 128  # samples a step (paper)
-    microbatch_tokens: PositiveInt = 32768  # packing target
+    microbatch_tokens: PositiveInt = 32768  # packing target; with parallel.cp each of its ranks has 1/cp of them
+    min_microbatches: PositiveInt | None = None
+    # of a replica in an optimizer step, as far as there are samples; None: 2 * parallel.pp of a pipeline, else 1
     prompt_loss_weight: NonNegative = 0.0  # loss on responses only
     init_std: Positive | None = None
     held_out: HeldOut = HeldOut()

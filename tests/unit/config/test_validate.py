@@ -7,6 +7,7 @@ import pytest
 
 from r1mega.config.layout import generator_problems
 from r1mega.config.load import load_config
+from r1mega.config.megatron import dispatch_problems, recompute_problems
 from r1mega.config.model_files import context_length
 from r1mega.config.validate import validate
 from r1mega.errors import ConfigError
@@ -61,6 +62,18 @@ def test_shipped_nano_config_for_four_ranks_is_valid(run):
         (["parallel.pp=2", "parallel.layers_per_stage=[2,2]"], 2, r"adds up to 4 layers.*is 3: take away 1"),
         (["parallel.pp=2", "parallel.layers_per_stage=[3]"], 2, r"has 1 numbers; parallel\.pp \* vpp = 2 \* 1 wants 2"),
         (["parallel.vpp=2"], 1, r"parallel\.vpp = 2 wants parallel\.pp > 1"),
+        (["rollout.router_replay=true", "model.recompute=full"], 1, r"routers would choose twice"),
+        (
+            ["optimizer.overlap_param_gather=true"],
+            1,
+            r"buckets that optimizer\.overlap_grad_reduce makes; set both, or",
+        ),
+        (
+            ["optimizer.overlap_grad_reduce=true", "model.mtp_loss_coefficient=0.1"],
+            1,
+            r"set model\.mtp_loss_coefficient=0",
+        ),
+        (["rollout.router_replay=true", "model.recompute=[layernorm,moe]"], 1, r"parts of a layer other than moe"),
         (["parallel.tp=2", "parallel.sp=false"], 2, r"needs sequence parallelism; leave sp out"),
         (
             ["model.mtp_loss_coefficient=0.1", "model.log_probs=hidden"],
@@ -138,6 +151,43 @@ def test_each_problem_is_named(run, overrides, world, message):
 )  # fmt: skip
 def test_layouts_that_fit(run, overrides, world):
     run(*overrides, world=world)
+
+
+@pytest.mark.parametrize(
+    ("recompute", "family", "message"),
+    [
+        ("[mla_up_proj]", "qwen3", "mla_up_proj is of models with latent attention"),
+        ("[moe_act]", "qwen3", "moe_act is of models with experts"),
+        ("[shared_experts]", "qwen3_moe", "shared_experts is of models with shared experts"),
+        ("[mlp]", "qwen3_moe", "mlp is of models with dense layers"),
+    ],
+)
+def test_parts_that_the_layers_do_not_have_cannot_be_computed_again(recompute, family, message, tmp_path):
+    """megatron-core passes over them, and the memory that was to be free is not."""
+    config = load_config(Path("configs/nano/zero.yaml"), [f"model.recompute={recompute}"])
+    hf = {"model_type": family} | ({"num_experts": 8} if family == "qwen3_moe" else {})
+    assert [problem for problem in recompute_problems(config.model, hf) if message in problem]
+    assert not list(recompute_problems(load_config(Path("configs/nano/zero.yaml"), ["model.recompute=full"]).model, hf))
+
+
+@pytest.mark.parametrize(("chosen", "message"), [(2, "by its 4 best experts"), (4, None)])
+def test_the_fused_router_is_for_groups_that_are_scored_by_two(chosen, message):
+    config = load_config(Path("configs/nano/zero.yaml"), ["model.megatron.moe_router_fusion=true"])
+    hf = {"n_routed_experts": 16, "n_group": 4, "topk_group": chosen, "num_experts_per_tok": 8}
+    problems = list(dispatch_problems(config.model, config.parallel, hf))
+    assert [message in problem for problem in problems] == ([True] if message else [])
+
+
+def test_router_replay_goes_with_parts_that_do_not_route(run):
+    run("rollout.router_replay=true", "model.recompute=[layernorm,core_attn,shared_experts]")
+
+
+@pytest.mark.parametrize("value", ["selective", "moe_act", "[moe_act,attention]", "true"])
+def test_what_can_be_computed_again_is_named(value):
+    with pytest.raises(
+        ConfigError, match=r"^command line: model\.recompute = .* must be none, full, or a list of core_attn, "
+    ):
+        load_config(Path("configs/nano/zero.yaml"), [f"model.recompute={value}"])
 
 
 def test_what_the_errors_about_top_p_advise(run):

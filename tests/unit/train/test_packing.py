@@ -15,16 +15,22 @@ CAPACITY = 64
     st.integers(1, 4),
     st.integers(1, 4),
     st.integers(1, 3),
+    st.integers(1, 9),
 )
 @settings(max_examples=150, deadline=None)
-def test_every_sample_once_within_capacity_and_equal_counts(lengths, num_minibatches, num_ranks, multiple):
+def test_every_sample_once_within_capacity_and_equal_counts(lengths, num_minibatches, num_ranks, multiple, least):
     minibatches = split_minibatches(len(lengths), num_minibatches, "seed")
-    plan = plan_packing(lengths, minibatches, CAPACITY, num_ranks, multiple)
+    plan = plan_packing(lengths, minibatches, CAPACITY, num_ranks, multiple, least)
     seen = []
     for wanted, ranks in zip(minibatches, plan.bins, strict=True):
         assert len(ranks) == num_ranks
         assert len({len(bins) for bins in ranks}) == 1, "ranks must run equally many microbatches"
         assert len(ranks[0]) % multiple == 0
+        # enough of them, but none only to be empty: the next smaller multiple is below `least`, or all that samples can fill
+        most = len(wanted) // (num_ranks * multiple) * multiple
+        assert len(ranks[0]) >= min(least, most)
+        if len(wanted) >= num_ranks * len(ranks[0]):
+            assert all(members for bins in ranks for members in bins)
         members = [i for bins in ranks for members in bins for i in members]
         assert sorted(members) == sorted(wanted)
         assert all(sum(lengths[i] for i in members) <= CAPACITY for bins in ranks for members in bins)
@@ -56,6 +62,32 @@ def test_many_short_samples_fill_at_least_95_percent():
     lengths = [20 + (i * 7919) % 45 for i in range(256)]
     plan = plan_packing(lengths, split_minibatches(256, 2, "x"), 2048, 2)
     assert plan.fill_fraction >= 0.95
+
+
+@given(st.lists(st.integers(1, CAPACITY), min_size=1, max_size=60), st.integers(1, 3), st.integers(1, 3))
+@settings(max_examples=100, deadline=None)
+def test_no_more_microbatches_than_needed_or_asked_for(lengths, num_ranks, multiple):
+    (fewest,) = plan_packing(lengths, [range(len(lengths))], CAPACITY, num_ranks, multiple).bins
+    for least in range(1, 30):
+        (ranks,) = plan_packing(lengths, [range(len(lengths))], CAPACITY, num_ranks, multiple, least).bins
+        assert len(ranks[0]) <= max(len(fewest[0]), -(-least // multiple) * multiple)
+        if least <= len(fewest[0]):
+            assert ranks == fewest
+        # no microbatch grows by there being more of them
+        assert max(sum(lengths[i] for i in members) for bins in ranks for members in bins) <= max(
+            sum(lengths[i] for i in members) for bins in fewest for members in bins
+        )
+
+
+def test_a_pipeline_of_16_stages_is_kept_busy():
+    """16 samples a replica of 16 stages, 32 data-parallel ranks: one each, and not the 1-4 that 33,792 tokens would hold."""
+    lengths = [2000 + (i * 7919) % 12000 for i in range(512)]
+    bubble = {}
+    for least in (1, 2 * 16):
+        (ranks,) = plan_packing(lengths, [range(512)], 33792, 32, 1, least).bins
+        bubble[least] = (16 - 1) / (len(ranks[0]) + 16 - 1)
+    assert bubble[1] > 0.7
+    assert bubble[32] < 0.5
 
 
 def test_minibatches_partition_evenly_and_by_seed():

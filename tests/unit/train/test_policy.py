@@ -86,6 +86,49 @@ def run_update(trainer, samples, packs, algorithm):
     return trainer.update(batches, loss, temperature=TEMPERATURE, total_response_tokens=total)
 
 
+def test_more_microbatches_are_the_same_step(one_rank):
+    """The samples of each optimizer step, what their losses are divided by, every gradient, the loss: as in one microbatch."""
+    from r1mega.config.schema import DataConfig
+    from r1mega.config.stages.rl import RLStage, UpdateConfig
+    from r1mega.gpu_check.tensors import gradients_by_name
+    from r1mega.observe.trace import PhaseTimer
+    from r1mega.train.grpo_update import update_policy
+
+    samples = make_samples()
+    found = {}
+    for least in (1, 3, 9):
+        trainer = make_trainer()
+        steps = found[least] = []
+        updating, stepping = trainer.update, trainer.optimizer.step
+
+        def update(batches, loss, steps=steps, updating=updating, **rest):
+            members = [index for batch in batches for index in batch.sample_indices]
+            steps.append([len(batches), sorted(members), rest["total_response_tokens"]])
+            result = updating(batches, loss, **rest)
+            steps[-1].append(float(sum(statistics.loss for statistics in result.statistics)))
+            return result
+
+        def step(steps=steps, trainer=trainer, stepping=stepping):
+            steps[-1].append(gradients_by_name(trainer))
+            return stepping()
+
+        trainer.update, trainer.optimizer.step = update, step
+        config = RLStage(
+            stage="zero", run_dir="unused", model=ModelConfig(path="unused"), data=DataConfig(prompts=()),
+            update=UpdateConfig(num_minibatches=1, microbatch_tokens=64, min_microbatches=least),
+            algorithm=AlgorithmConfig(old_log_probs="rollout", kl_coefficient=0.0),
+        )  # fmt: skip
+        update_policy(trainer, samples, config, 1, PhaseTimer())
+    assert [[step[0] for step in steps] for steps in found.values()] == [[1], [3], [4]]
+    ((_, members, total, gradients, loss),) = found[1]
+    assert members == list(range(len(samples)))
+    for steps in (found[3], found[9]):
+        assert steps[0][1:3] == [members, total]
+        assert math.isclose(steps[0][4], loss, rel_tol=1e-6)
+        for name, gradient in gradients.items():
+            assert (steps[0][3][name] - gradient).abs().max() <= 2e-6 * gradient.abs().max(), name
+
+
 def transformers_model(policy, tmp_path):
     from transformers import AutoModelForCausalLM
 

@@ -1,0 +1,68 @@
+"""What the keys that megatron-core takes as they are want of a model. Pure: no heavy imports."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from r1mega.config.layout import num_experts
+from r1mega.config.schema import ModelConfig, OptimizerConfig, ParallelConfig
+
+
+def recomputes_routing(model: ModelConfig) -> bool:
+    """Whether routers choose a second time in the backward pass."""
+    return model.recompute == "full" or "moe" in model.recompute
+
+
+def overlap_problems(optimizer: OptimizerConfig) -> Iterator[str]:
+    """What Megatron's training script refuses, and its library does not."""
+    if optimizer.overlap_param_gather and not optimizer.overlap_grad_reduce:
+        yield (
+            "optimizer.overlap_param_gather gathers by the buckets that optimizer.overlap_grad_reduce makes; set both, or "
+            "neither"
+        )
+
+
+def recompute_problems(model: ModelConfig, hf: Mapping[str, object]) -> Iterator[str]:
+    """Parts in model.recompute that the layers of this config.json do not have: megatron-core would pass over most of them."""
+    if isinstance(model.recompute, str) or not hf:
+        return
+    dense = hf.get("first_k_dense_replace") or hf.get("mlp_only_layers")
+    has = {
+        "mla_up_proj": (hf.get("kv_lora_rank"), "latent attention"),
+        "mlp": (not num_experts(hf) or dense, "dense layers"),
+        "moe": (num_experts(hf), "experts"),
+        "moe_act": (num_experts(hf), "experts"),
+        "shared_experts": (hf.get("n_shared_experts"), "shared experts"),
+    }
+    for part in model.recompute:
+        there, what = has.get(part, (True, ""))
+        if not there:
+            yield f"model.recompute: {part} is of models with {what}, and this one has none; leave it out"
+
+
+def dispatch_problems(model: ModelConfig, layout: ParallelConfig, hf: Mapping[str, object]) -> Iterator[str]:
+    """What of the keys about experts does not go with this config.json, layout, or each other."""
+    if not hf:
+        return
+    for key in ("moe_shared_expert_overlap", "moe_router_fusion"):
+        if getattr(model.megatron, key) and not num_experts(hf):
+            yield f"model.megatron.{key} is of models with experts, and this one has none; leave it out"
+    if model.megatron.moe_shared_expert_overlap and num_experts(hf) and not hf.get("n_shared_experts"):
+        yield "model.megatron.moe_shared_expert_overlap: this model has no shared experts; leave it out"
+    if model.dispatcher != "alltoall" and layout.ep * layout.etp == 1:
+        yield (
+            f"model.dispatcher = {model.dispatcher} sends tokens between ranks, and parallel.ep * parallel.etp = 1; "
+            "leave it out"
+        )
+    per_token, groups, chosen = (_count(hf, key) for key in ("num_experts_per_tok", "n_group", "topk_group"))
+    scored_by = per_token // max(chosen, 1)
+    if model.megatron.moe_router_fusion and groups > 1 and scored_by != 2:
+        yield (
+            f"model.megatron.moe_router_fusion scores a group by its {scored_by} best experts (num_experts_per_tok / "
+            "topk_group), and this model's groups are scored by 2; leave it out"
+        )
+
+
+def _count(hf: Mapping[str, object], key: str) -> int:
+    value = hf.get(key)
+    return value if isinstance(value, int) else 0

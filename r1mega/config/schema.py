@@ -79,6 +79,21 @@ class OptimizerConfig(Section):
     eps: Positive = 1e-8
     weight_decay: NonNegative = 0.01
     clip_grad: NonNegative = 1.0
+    grad_reduce_in_fp32: bool = (
+        True  # False: gradients are kept, added up and reduced in model.dtype, in half of the memory
+    )
+
+
+class MemoryConfig(Section):
+    """What of the trainer leaves the device, and when; by the field's names. No key changes a bit of what is trained
+    (docs/gpu.md: which frees what in which phase).
+    """
+
+    grad_offload: bool = False  # gradient buffers are freed outside of the update
+    optimizer_offload: Literal["none", "rollout", "update"] = "none"
+    # rollout: main parameters and moments are in host memory outside of the update; update: there too, but for the step
+    param_offload: bool = False  # weights are in host memory while the generator is awake
+    reference_swap: bool = False  # weights are in host memory while the reference's are on the device
 
 
 class CheckpointConfig(Section):
@@ -204,4 +219,5 @@ class TrainingStage(Stage):
     """A stage that changes weights."""
 
     optimizer: OptimizerConfig = OptimizerConfig()
+    memory: MemoryConfig = MemoryConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

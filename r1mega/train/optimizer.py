@@ -54,7 +54,7 @@ def build_optimizer(config: OptimizerConfig, ddp_chunks: Sequence[torch.nn.Modul
         ddp_chunks,
         use_gloo_process_groups=True,
     )
-    for part in _parts(optimizer):
+    for part in parts(optimizer):
         if not hasattr(part, "get_parameter_state_dp_zero"):
             raise PlatformError(
                 "megatron-core has changed: its optimizer has no get_parameter_state_dp_zero to replace"
@@ -68,7 +68,8 @@ def build_optimizer(config: OptimizerConfig, ddp_chunks: Sequence[torch.nn.Modul
     return optimizer
 
 
-def _parts(optimizer: Any) -> Sequence[Any]:
+def parts(optimizer: Any) -> Sequence[Any]:
+    """Megatron's distributed optimizers in it: one of the dense weights, one of the experts."""
     return getattr(optimizer, "chained_optimizers", [optimizer])
 
 
@@ -97,7 +98,7 @@ def learning_rate_schedule(optimizer: Any, config: OptimizerConfig, total_steps:
 
 def fill_empty_state(optimizer: Any) -> None:
     """Give an optimizer that has not stepped yet its state of zeros: without it Megatron cannot save it."""
-    for part in _parts(optimizer):
+    for part in parts(optimizer):
         if part.optimizer.state or not any(group["params"] for group in part.optimizer.param_groups):
             continue
         rates = [(group, group["lr"], group["weight_decay"]) for group in part.optimizer.param_groups]

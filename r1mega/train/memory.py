@@ -9,12 +9,17 @@ every view of them stays one.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
 
 import torch
 
 from r1mega import platform
-from r1mega.train.phases import Phase, PhasePlan
+
+platform.prepare()  # before the first import of megatron
+
+from megatron.core.distributed import DistributedDataParallel  # noqa: E402
+from megatron.core.optimizer import DistributedOptimizer  # noqa: E402
+
+from r1mega.train.phases import Part, Phase, PhasePlan  # noqa: E402
 
 _BLOCK = 2**28
 """Bytes of one piece of host memory: torch rounds what it pins up to a power of two."""
@@ -63,13 +68,18 @@ class HostCopy:
 class TrainerMemory:
     """Weights, gradients and optimizer state of this rank, where the plan of the present phase wants them."""
 
-    def __init__(self, plan: PhasePlan, ddp_chunks: Sequence[Any], optimizers: Sequence[Any]):
-        """optimizers: Megatron's distributed ones, whose state may come into being later. All is on the device at first."""
+    def __init__(
+        self,
+        plan: PhasePlan,
+        ddp_chunks: Sequence[DistributedDataParallel],
+        optimizers: Sequence[DistributedOptimizer],
+    ):
+        """optimizers: their state may come into being later. All is on the device at first."""
         self.plan = plan
         self._chunks, self._optimizers = ddp_chunks, optimizers
         self._buffers = [b for chunk in ddp_chunks for b in (*chunk.buffers, *chunk.expert_parallel_buffers)]
         weights, state = HostCopy(), HostCopy()
-        self._parts: dict[Any, tuple[Callable[[], None], Callable[[], None]]] = {
+        self._parts: dict[Part, tuple[Callable[[], None], Callable[[], None]]] = {
             "weights": (lambda: weights.take(b.param_data.untyped_storage() for b in self._buffers), weights.give_back),
             "gradients": (self._free_gradients, self._restore_gradients),
             "exp_avg": (lambda: state.take(self._state_storages()), state.give_back),  # and all that is the optimizer's

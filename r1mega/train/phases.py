@@ -46,7 +46,8 @@ class PhasePlan:
 
     def __str__(self) -> str:
         """A table, one phase a line."""
-        lines = [["phase", *PARTS], *([phase, *(self.places[phase][part] for part in PARTS)] for phase in PHASES)]
+        lines: list[list[str]] = [["phase", *PARTS]]
+        lines += [[phase, *(self.places[phase][part] for part in PARTS)] for phase in PHASES]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 

@@ -79,9 +79,8 @@ class OptimizerConfig(Section):
     eps: Positive = 1e-8
     weight_decay: NonNegative = 0.01
     clip_grad: NonNegative = 1.0
-    grad_reduce_in_fp32: bool = (
-        True  # False: gradients are kept, added up and reduced in model.dtype, in half of the memory
-    )
+    grad_reduce_in_fp32: bool = True  # False: gradients are kept, added up and reduced in model.dtype
+    cpu_offload: bool = False  # Adam runs on the CPU (torch's) with its state in host memory; for bfloat16 weights
 
 
 class MemoryConfig(Section):
@@ -220,4 +219,18 @@ class TrainingStage(Stage):
 
     optimizer: OptimizerConfig = OptimizerConfig()
     memory: MemoryConfig = MemoryConfig()
+
+    def memory_problems(self) -> Iterator[str]:
+        """What `optimizer` and `memory` cannot have together."""
+        if self.optimizer.cpu_offload and self.model.dtype != "bfloat16":
+            yield (
+                f"optimizer.cpu_offload with model.dtype = {self.model.dtype}: megatron-core's HybridDeviceOptimizer cannot load "
+                "a checkpoint of float32 weights; set model.dtype=bfloat16 or optimizer.cpu_offload=false"
+            )
+        if self.optimizer.cpu_offload and self.memory.optimizer_offload != "none":
+            yield (
+                f"memory.optimizer_offload = {self.memory.optimizer_offload} moves what optimizer.cpu_offload keeps in host "
+                "memory for good; leave one of them out"
+            )
+
     checkpoint: CheckpointConfig = CheckpointConfig()

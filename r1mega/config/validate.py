@@ -15,7 +15,7 @@ from r1mega.config.launched import launched_place
 from r1mega.config.layout import model_problems, process_problems
 from r1mega.config.model_files import context_length, tokenizer_code_problem, tokenizer_size, trusts_remote_code
 from r1mega.config.precision import fp8_problems
-from r1mega.config.schema import DataConfig, RolloutConfig, Stage
+from r1mega.config.schema import DataConfig, RolloutConfig, Stage, TrainingStage
 from r1mega.errors import ConfigError
 
 
@@ -25,6 +25,8 @@ def validate(config: Stage, world_size: int | None = None) -> None:
     hf, problems = _read_model(config)
     if hf is not None:
         problems += _layout_problems(config, hf, world)
+    if isinstance(config, TrainingStage):
+        problems += config.memory_problems()
     problems += config.problems(hf or {}, world)
     if problems:
         raise ConfigError("\n".join(problems))

@@ -50,7 +50,7 @@ class RLTrainer:
         if config.algorithm.kl_coefficient > 0:
             self.policy.take_reference()
         num_updates = config.steps * config.update.num_minibatches * config.update.num_epochs
-        plan = plan_phases(config.memory, sleep=config.rollout.sleep)
+        plan = plan_phases(config.memory, sleep=config.rollout.sleep, cpu_adam=config.optimizer.cpu_offload)
         self.trainer = Trainer(self.policy, config.optimizer, total_steps=num_updates, plan=plan)
         self.cursor = PromptCursor(len(prompts), config.seed)
         self.start, progress = runtime.restore(self.trainer, self.hf_config, config.steps)

@@ -31,7 +31,8 @@ def run(config: SFTStage, runtime: Runtime) -> int:
     policy = Policy(config.model, hf_config, config.parallel, seed=config.seed, init_std=config.init_std)
     if config.init_std is None:
         policy.load_pretrained(config.model.path)
-    trainer = Trainer(policy, config.optimizer, total_steps=batches.num_steps, plan=plan_phases(config.memory))
+    plan = plan_phases(config.memory, cpu_adam=config.optimizer.cpu_offload)
+    trainer = Trainer(policy, config.optimizer, total_steps=batches.num_steps, plan=plan)
     start, _ = runtime.restore(trainer, hf_config, batches.num_steps)
     loop = SupervisedLoop(runtime, trainer, hf_config, start, batches.num_steps, config.metrics_every_steps)
     measures = _HeldOut(batches, policy, tokenizer)

@@ -84,6 +84,8 @@ class TrainerMemory:
             "gradients": (self._free_gradients, self._restore_gradients),
             "exp_avg": (lambda: state.take(self._state_storages()), state.give_back),  # and all that is the optimizer's
         }
+        if all(places["exp_avg"] == "host" for places in plan.places.values()):
+            del self._parts["exp_avg"]  # CPU Adam's
         self._present = list(self._parts)
 
     def enter(self, phase: Phase) -> None:

@@ -52,9 +52,11 @@ class PhasePlan:
         return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
-def plan_phases(memory: MemoryConfig, *, sleep: bool = True) -> PhasePlan:
-    """The plan of a stage with these keys. sleep: rollout.sleep; without it the generator stays where it is."""
-    places = {phase: _places(phase, memory, sleep) for phase in PHASES}
+def plan_phases(memory: MemoryConfig, *, sleep: bool = True, cpu_adam: bool = False) -> PhasePlan:
+    """The plan of a stage with these keys. sleep: rollout.sleep; without it the generator stays where it is. cpu_adam:
+    optimizer.cpu_offload.
+    """
+    places = {phase: _places(phase, memory, sleep, cpu_adam) for phase in PHASES}
     kept: set[Part] = {"reference"}
     if memory.param_offload or memory.reference_swap:
         kept.add("weights")
@@ -63,10 +65,11 @@ def plan_phases(memory: MemoryConfig, *, sleep: bool = True) -> PhasePlan:
     return PhasePlan(places, frozenset(kept))
 
 
-def _places(phase: Phase, memory: MemoryConfig, sleep: bool) -> dict[Part, Place]:
+def _places(phase: Phase, memory: MemoryConfig, sleep: bool, cpu_adam: bool) -> dict[Part, Place]:
     weights_away = (memory.param_offload and phase in _AWAKE) or (memory.reference_swap and phase == "reference")
     needs_state = ("step", "save") if memory.optimizer_offload == "update" else ("update", "step", "save")
-    state: Place = "host" if memory.optimizer_offload != "none" and phase not in needs_state else "device"
+    leaves = memory.optimizer_offload != "none" and phase not in needs_state
+    state: Place = "host" if leaves or cpu_adam else "device"
     generator: Place = "device"
     if sleep and phase not in (*_GENERATES, "reshard"):
         generator = "host" if phase == "score" else "dropped"

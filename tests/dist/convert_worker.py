@@ -40,9 +40,9 @@ def make_trainer(
     init_std: float | None = None,
     fp8: str = "off",
     plan: PhasePlan | None = None,
-    grad_reduce_in_fp32: bool = True,
+    **keys: bool,
 ) -> Trainer:
-    """source: where its weights are from; else they are drawn, or there are none."""
+    """source: where its weights are from; else they are drawn, or there are none. keys: of the optimizer."""
     groups.init_parallel(ParallelConfig(**layout), seed=1)
     mtp = 0.3 if config.get("num_nextn_predict_layers") else 0.0
     rate = 1e-2 if "n_routed_experts" in config else 0.0  # Qwen3-MoE's routers have no bias, and it says so
@@ -51,7 +51,7 @@ def make_trainer(
     if source is not None:
         policy.load_pretrained(source)
     optimizer = OptimizerConfig(
-        lr=1e-2, warmup_steps=2, weight_decay=0.1, eps=1e-3, grad_reduce_in_fp32=grad_reduce_in_fp32
+        lr=1e-2, warmup_steps=2, weight_decay=0.1, eps=1e-3, **keys
     )  # eps: rounding is no direction
     return Trainer(policy, optimizer, total_steps=8, plan=plan)
 

@@ -13,6 +13,8 @@ from r1mega import platform
 
 platform.prepare()
 
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer  # noqa: E402
+
 from r1mega.checkpoint.manifest import read_manifest  # noqa: E402
 from r1mega.checkpoint.store import CheckpointStore  # noqa: E402
 from r1mega.config.schema import MemoryConfig  # noqa: E402
@@ -27,24 +29,28 @@ STEPS = 2
 
 
 def trials(
-    layout: dict[str, int], dtype: str, memories: list[dict[str, Any]], directory: Path, wide_gradients: bool = True
+    layout: dict[str, int],
+    dtype: str,
+    memories: list[dict[str, Any]],
+    directory: Path,
+    keys: dict[str, bool] | None = None,
 ) -> list[dict[str, Any]]:
-    """What `trial` finds with each of these `memory` sections."""
+    """What `trial` finds with each of these `memory` sections. keys: of the optimizer."""
     groups.init_distributed()
     found = []
     for number, memory in enumerate(memories):
-        found.append(trial(layout, dtype, memory, directory / str(number), wide_gradients))
+        found.append(trial(layout, dtype, memory, directory / str(number), keys or {}))
         groups.destroy_parallel()
     groups.destroy()
     return found
 
 
 def trial(
-    layout: dict[str, int], dtype: str, memory: dict[str, Any], directory: Path, wide_gradients: bool
+    layout: dict[str, int], dtype: str, memory: dict[str, Any], directory: Path, keys: dict[str, bool]
 ) -> dict[str, Any]:
     """Steps as RL takes them, a checkpoint (with all keys: of every phase): bytes counted and planned, results, weights, digests of files."""
-    plan = plan_phases(MemoryConfig(**memory))
-    trainer = make_trainer(MTP, layout, dtype, init_std=0.02, plan=plan, grad_reduce_in_fp32=wide_gradients)
+    plan = plan_phases(MemoryConfig(**memory), cpu_adam=keys.get("cpu_offload", False))
+    trainer = make_trainer(MTP, layout, dtype, init_std=0.02, plan=plan, **keys)
     policy = trainer.policy
     policy.take_reference()
     counted: dict[str, set[int]] = {}
@@ -113,7 +119,9 @@ def device_bytes(trainer: Trainer) -> int:
         for param in chunk.parameters():
             tensors += [param, param.grad, param.main_grad, getattr(param, "main_param", None)]
     for part in trainer.optimizer.chained_optimizers:
-        if part.optimizer is not None:
+        if part.optimizer is not None and not isinstance(
+            part.optimizer, HybridDeviceOptimizer
+        ):  # whose all is the host's
             for param in (param for group in part.optimizer.param_groups for param in group["params"]):
                 tensors += [param, param.grad, *part.optimizer.state.get(param, {}).values()]
     storages = {t.untyped_storage()._cdata: t.untyped_storage() for t in tensors if t is not None}

@@ -49,8 +49,19 @@ def test_all_keys_on_two_ranks(tmp_path, layout):
         check(found)
 
 
+def test_adam_on_the_cpu(tmp_path):
+    others = {key: value for key, value in ALL.items() if key != "optimizer_offload"}
+    for found in launch(trials, 2, {"ep": 2}, "bfloat16", [{}, others], tmp_path, {"cpu_offload": True}):
+        check(found)
+        sizes = found[0]["sizes"]
+        assert found[0]["counted"]["step"] == {sizes["weights"] + sizes["gradients"]}
+
+
 def test_gradients_of_the_weights_type_take_half_and_train_nearly_the_same(tmp_path):
-    (wide,), (narrow,) = (launch(trials, 1, {}, "bfloat16", [ALL], tmp_path / str(w), w) for w in (True, False))
+    (wide,), (narrow,) = (
+        launch(trials, 1, {}, "bfloat16", [ALL], tmp_path / str(wide), {"grad_reduce_in_fp32": wide})
+        for wide in (True, False)
+    )
     check([narrow[0]])
     assert narrow[0]["sizes"]["gradients"] * 2 == wide[0]["sizes"]["gradients"]
     (_, norm), (_, expected) = narrow[0]["results"][-1], wide[0]["results"][-1]

@@ -64,6 +64,7 @@ class RLTrainer:
         )  # fmt: skip
         self.engine = build_engine(settings, rollout.engine)
         self.phases = Phases(plan, self.trainer, self.engine)
+        self.phases.enter("reshard")  # reward models are built while the generator sleeps
         self.scorer = RewardScorer(
             config.reward, max_response_tokens=config.rollout.max_response_tokens, engine=self.engine,
             tokenizer=self.tokenizer, sharded=self._sharded_reward_model,
@@ -87,9 +88,7 @@ class RLTrainer:
         if not self.phases.generator_has_weights:
             self.push()  # again: a checkpoint was written in their place
         rollout = self.collector.collect(step)  # rollout; each response is scored while others are still sampled
-        self.phases.enter(
-            "logprob"
-        )  # the generator sleeps: the push at the end of the step replaces all of its weights
+        self.phases.enter("logprob")  # the generator sleeps: the push replaces all of its weights
         samples = gather_samples(training_samples(rollout.groups, config.algorithm), rollout.is_first)  # advantage
         metrics = update_policy(self.trainer, samples, config, step, self.timer)  # log-prob, update
         refresh = config.algorithm.reference_refresh_steps

@@ -125,6 +125,20 @@ class OptimizerConfig(Section):
     clip_grad: NonNegative = 1.0
     overlap_grad_reduce: bool = False  # gradients are reduced, in buckets, while the backward pass goes on
     overlap_param_gather: bool = False  # new weights are gathered by the next update's forward pass, layer before layer
+    grad_reduce_in_fp32: bool = True  # False: gradients are kept, added up and reduced in model.dtype
+    cpu_offload: bool = False  # Adam runs on the CPU (torch's) with its state in host memory; for bfloat16 weights
+
+
+class MemoryConfig(Section):
+    """What of the trainer leaves the device, and when; by the field's names. No key changes a bit of what is trained
+    (docs/gpu.md: which frees what in which phase).
+    """
+
+    grad_offload: bool = False  # gradient buffers are freed outside of the update
+    optimizer_offload: Literal["none", "rollout", "update"] = "none"
+    # rollout: main parameters and moments are in host memory outside of the update; update: there too, but for the step
+    param_offload: bool = False  # weights are in host memory while the generator is awake
+    reference_swap: bool = False  # weights are in host memory while the reference's are on the device
 
 
 class CheckpointConfig(Section):
@@ -250,4 +264,19 @@ class TrainingStage(Stage):
     """A stage that changes weights."""
 
     optimizer: OptimizerConfig = OptimizerConfig()
+    memory: MemoryConfig = MemoryConfig()
+
+    def memory_problems(self) -> Iterator[str]:
+        """What `optimizer` and `memory` cannot have together."""
+        if self.optimizer.cpu_offload and self.model.dtype != "bfloat16":
+            yield (
+                f"optimizer.cpu_offload with model.dtype = {self.model.dtype}: megatron-core's HybridDeviceOptimizer cannot load "
+                "a checkpoint of float32 weights; set model.dtype=bfloat16 or optimizer.cpu_offload=false"
+            )
+        if self.optimizer.cpu_offload and self.memory.optimizer_offload != "none":
+            yield (
+                f"memory.optimizer_offload = {self.memory.optimizer_offload} moves what optimizer.cpu_offload keeps in host "
+                "memory for good; leave one of them out"
+            )
+
     checkpoint: CheckpointConfig = CheckpointConfig()

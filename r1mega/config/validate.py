@@ -26,6 +26,8 @@ def validate(config: Stage, world_size: int | None = None) -> None:
     hf, problems = _read_model(config)
     if hf is not None:
         problems += _layout_problems(config, hf, world)
+    if isinstance(config, TrainingStage):
+        problems += config.memory_problems()
     problems += config.problems(hf or {}, world)
     if problems:
         raise ConfigError("\n".join(problems))

@@ -58,7 +58,7 @@ STEPS = (
         f"{_HERE}.policy:checkpoint", 30, 600, ("policy",), ("reference", "kernels-right"),
     ),
     Step(
-        "offload", "gradients and optimizer state leave the device and come back bit by bit",
+        "offload", "weights, gradients and optimizer state leave the device and come back bit by bit",
         f"{_HERE}.policy:offload", 25, 600, ("policy",), ("reference", "kernels-right"),
     ),
     Step(

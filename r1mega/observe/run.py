@@ -36,7 +36,9 @@ State = Literal["running", "finished", "interrupted", "failed"]
 
 LAYOUT_KEYS = ("parallel", "weights", "rollout.tp", "rollout.ep", "rollout.dp")
 """Config keys that say how a run is spread over processes: what it computes is the same, up to rounding."""
-CHANGEABLE_KEYS = ("steps", "threads", "timeouts", "observe", "checkpoint", "evaluate", "tasks", "others", *LAYOUT_KEYS)
+CHANGEABLE_KEYS = (
+    "steps", "threads", "timeouts", "observe", "checkpoint", "memory", "evaluate", "tasks", "others", *LAYOUT_KEYS,
+)  # fmt: skip
 """Config keys (with all below them) that may differ when a run is started again; any other makes it another run."""
 
 _locked_here: set[Path] = set()  # POSIX locks do not exclude within one process: this set does

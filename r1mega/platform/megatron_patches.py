@@ -197,6 +197,29 @@ PATCHES = (
         "as above",
     ),
     Patch(
+        "optimizer.cpu_offloading.hybrid_optimizer",
+        "cpu",
+        "                if offload_params_numel < offload_threshold and param.is_cuda:\n"
+        "                    param = param.detach().clone().cpu().pin_memory()",
+        "                if offload_params_numel < offload_threshold:\n"
+        "                    param = param.detach().clone()",
+        "optimizer.cpu_offload: parameters of the device, here the CPU, are copied and updated as those of a GPU are",
+    ),
+    Patch(
+        "optimizer.optimizer_config",
+        "no_te",
+        'if not is_te_min_version("2.1.0"):',
+        "if True:",
+        "without Transformer Engine there is no version to compare (optimizer.cpu_offload)",
+    ),
+    Patch(
+        "optimizer.cpu_offloading.hybrid_optimizer",
+        "cpu",
+        "sum([param.numel() for param in params if param.is_cuda])",
+        "params_total_numel",
+        "as above",
+    ),
+    Patch(
         "transformer.moe.moe_utils",
         "always",
         "scores.view(num_tokens, num_groups, -1).topk(topk // group_topk, dim=-1)[0].sum(dim=-1)",

@@ -17,6 +17,7 @@ from r1mega.errors import DataError
 from r1mega.stages.runtime import Runtime
 from r1mega.stages.supervised import SupervisedLoop
 from r1mega.train.packing import best_fit, build_microbatch
+from r1mega.train.phases import plan_phases
 from r1mega.train.policy import Policy
 from r1mega.train.supervised import WeightedMicrobatch, WeightedSample, pack_weighted
 from r1mega.train.trainer import Trainer
@@ -34,7 +35,8 @@ def run(config: NanoBaseStage, runtime: Runtime) -> int:
     tokenizer = load_tokenizer(tokenizer_dir)
     hf_config = read_config(config.model.path)
     policy = Policy(config.model, hf_config, config.parallel, seed=config.seed, init_std=config.init_std)
-    trainer = Trainer(policy, config.optimizer, total_steps=config.steps)
+    plan = plan_phases(config.memory, cpu_adam=config.optimizer.cpu_offload)
+    trainer = Trainer(policy, config.optimizer, total_steps=config.steps, plan=plan)
     start, _ = runtime.restore(trainer, hf_config, config.steps)
     loop = SupervisedLoop(runtime, trainer, hf_config, start, config.steps, config.metrics_every_steps)
 

@@ -44,7 +44,7 @@ from r1mega.observe.pipeline_report import PIPELINE_FILE, read_ladder, write_pip
 from r1mega.observe.run import LAYOUT_KEYS, RunDirectory, config_changes, is_below
 from r1mega.stages import is_finished
 
-INCIDENTAL = ("run_dir", "threads", "timeouts", "observe", "checkpoint")
+INCIDENTAL = ("run_dir", "threads", "timeouts", "observe", "checkpoint", "memory")
 """Top-level keys that do not change what a stage makes; nor does `evaluate` of a stage that trains."""
 
 FORWARDED = (signal.SIGTERM, signal.SIGUSR2)

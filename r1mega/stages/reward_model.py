@@ -22,6 +22,7 @@ from r1mega.model.reward_head import SCORE, classifier_config, initial_head, unt
 from r1mega.reward.extract import final_text
 from r1mega.stages.runtime import Runtime
 from r1mega.stages.supervised import work_metrics
+from r1mega.train.phases import plan_phases
 from r1mega.train.policy import Policy
 from r1mega.train.reward_model import PreferenceSample, preference_scores, preference_step
 from r1mega.train.trainer import Trainer
@@ -41,7 +42,8 @@ def run(config: RewardModelStage, runtime: Runtime) -> int:
     head = {SCORE: initial_head(hf_config["hidden_size"], config.seed)}
     # a ChainMap is only written to in its first mapping, but its type asks for all of them to be mutable
     policy.load_hf(tensors if SCORE in tensors else ChainMap(head, tensors))  # type: ignore[arg-type]
-    trainer = Trainer(policy, config.optimizer, total_steps=steps)
+    plan = plan_phases(config.memory, cpu_adam=config.optimizer.cpu_offload)
+    trainer = Trainer(policy, config.optimizer, total_steps=steps, plan=plan)
     start, _ = runtime.restore(trainer, hf_config, steps)
     flops = model_flops(hf_config)
     figures: dict[str, float] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,9 +21,11 @@ from r1mega.rollout.build import build_engine, engine_settings
 from r1mega.rollout.groups import GroupCollector
 from r1mega.rollout.sampler import GroupSampler, stop_settings
 from r1mega.stages.in_loop_evaluation import Evaluation
+from r1mega.stages.phases import Phases
 from r1mega.stages.rl_metrics import group_metrics, pool_metrics, work_metrics
 from r1mega.stages.runtime import Runtime
 from r1mega.train.grpo_update import update_policy
+from r1mega.train.phases import plan_phases
 from r1mega.train.policy import Policy
 from r1mega.train.reward_model import ShardedRewardModel
 from r1mega.train.samples import gather_samples, training_samples
@@ -47,17 +50,21 @@ class RLTrainer:
         if config.algorithm.kl_coefficient > 0:
             self.policy.take_reference()
         num_updates = config.steps * config.update.num_minibatches * config.update.num_epochs
-        self.trainer = Trainer(self.policy, config.optimizer, total_steps=num_updates)
+        plan = plan_phases(config.memory, sleep=config.rollout.sleep, cpu_adam=config.optimizer.cpu_offload)
+        self.trainer = Trainer(self.policy, config.optimizer, total_steps=num_updates, plan=plan)
         self.cursor = PromptCursor(len(prompts), config.seed)
         self.start, progress = runtime.restore(self.trainer, self.hf_config, config.steps)
         if self.start:
             self._restore_cursor(progress["cursor"])
+        self.trainer.enter("rollout")  # the generator measures the memory that is left
         rollout = config.rollout
         settings = engine_settings(
             config.model.path, config.model.dtype, config.data.max_prompt_tokens + rollout.max_response_tokens + 1, rollout,
             bucket_bytes=config.weights.bucket_bytes, return_routed_experts=rollout.router_replay,
         )  # fmt: skip
         self.engine = build_engine(settings, rollout.engine)
+        self.phases = Phases(plan, self.trainer, self.engine)
+        self.phases.enter("reshard")  # reward models are built while the generator sleeps
         self.scorer = RewardScorer(
             config.reward, max_response_tokens=config.rollout.max_response_tokens, engine=self.engine,
             tokenizer=self.tokenizer, sharded=self._sharded_reward_model,
@@ -72,32 +79,44 @@ class RLTrainer:
         self.collector = GroupCollector(sampler, prompts, self.cursor, config)
         wait_for_all("startup", "the models and generators of all ranks")
         self.sync = WeightSync(self.policy, self.engine, config.weights, self.hf_config, [p.token_ids for p in prompts])
-        self.sync.push()
+        self.push()
 
     def step(self, step: int) -> tuple[dict[str, Any], Sequence[RolloutGroup]]:
         """One step of the recipe; its metrics, and this rank's groups."""
         config = self.config
         self.scorer.step = step
+        if not self.phases.generator_has_weights:
+            self.push()  # again: a checkpoint was written in their place
         rollout = self.collector.collect(step)  # rollout; each response is scored while others are still sampled
-        if config.rollout.sleep:
-            self.engine.sleep(keep_weights=False)  # the push at the end of the step replaces all
+        self.phases.enter("logprob")  # the generator sleeps: the push replaces all of its weights
         samples = gather_samples(training_samples(rollout.groups, config.algorithm), rollout.is_first)  # advantage
         metrics = update_policy(self.trainer, samples, config, step, self.timer)  # log-prob, update
         refresh = config.algorithm.reference_refresh_steps
         if config.algorithm.kl_coefficient > 0 and refresh is not None and step % refresh == 0:
             self.policy.take_reference()
-        with self.timer.phase("reshard"):
-            metrics |= self.sync.push()  # reshard, and its proof
+        metrics |= self.push()  # reshard, and its proof
         metrics |= group_metrics(rollout.sampled, contributes=rollout.is_first) | rollout.metrics()
         metrics |= pool_metrics(self.scorer.activity())
         metrics |= work_metrics(self.flops, rollout.sampled, samples, config, contributes=rollout.is_first)
         return metrics, rollout.groups
 
+    def push(self) -> dict[str, float]:
+        """The policy's weights into the generator, which then is awake; metrics of the proof."""
+        with self.timer.phase("reshard"):
+            self.phases.enter("reshard")
+            return self.sync.push(self.phases.weights_arrived)
+
     def _sharded_reward_model(self, section: PreferenceReward) -> Callable[[Sequence[list[int]]], list[float]]:
         config = self.config
         if section.model is None:
             raise ConfigError("a reward model spread over the ranks needs its `model`, a directory")
-        return ShardedRewardModel(section.model, config.model, config.parallel, section.microbatch_tokens).scores
+        model = ShardedRewardModel(section.model, config.model, config.parallel, section.microbatch_tokens)
+
+        def scores(sequences: Sequence[list[int]]) -> list[float]:
+            with self.phases.scoring():
+                return model.scores(sequences)
+
+        return scores
 
     def _restore_cursor(self, state: CursorState) -> None:
         try:
@@ -124,7 +143,8 @@ def run(config: RLStage, runtime: Runtime) -> int:
         evaluation = Evaluation(config, runtime, rl.engine, rl.tokenizer, rl.scorer, rl.sampling, rl.start)
         if rl.start == 0:
             evaluation.run(0)
-        for step in runtime.steps(rl.trainer, rl.start, config.steps, rl.progress):
+        make_room = functools.partial(rl.phases.enter, "save")
+        for step in runtime.steps(rl.trainer, rl.start, config.steps, rl.progress, before_save=make_room):
             with profile_step(runtime.run_dir, step, runtime.rank):
                 metrics, groups = rl.step(step)
             metrics |= rates(metrics, rl.timer.finish_step())
@@ -133,6 +153,7 @@ def run(config: RLStage, runtime: Runtime) -> int:
             runtime.write_samples(step, groups)
     finally:
         rl.close()
+    rl.trainer.enter("save")  # also where there was no step left to do
     exported = runtime.export(rl.policy, rl.hf_config, tokenizer_from=config.model.path)
     return runtime.finished({"checkpoint": str(exported)} | evaluation.summary())
 

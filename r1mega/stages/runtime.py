@@ -118,12 +118,18 @@ class Runtime:
     # ------------------------------------------------------------------ the loop of a training stage
 
     def steps(
-        self, trainer: Trainer, start: int, total: int, progress: Callable[[], Mapping[str, Any]] = dict
+        self,
+        trainer: Trainer,
+        start: int,
+        total: int,
+        progress: Callable[[], Mapping[str, Any]] = dict,
+        *,
+        before_save: Callable[[], None] = lambda: None,
     ) -> Iterator[int]:
         """The steps after `start` (done), up to `total`: each is timed, and saved after it where that is due.
 
-        progress: what a checkpoint keeps beside weights and optimizer, asked for at each save. Raises Stopped, saved, when
-        asked to stop before the end.
+        progress: what a checkpoint keeps beside weights and optimizer, asked for at each save. before_save: makes room for
+        it. Raises Stopped, saved, when asked to stop before the end.
         """
         every = self._checkpoint.every_steps
         with self.progress(total=total, done=start):
@@ -132,6 +138,7 @@ class Runtime:
                 yield step
                 stopping = self.stop_requested()
                 if step % every == 0 or step == total or stopping:
+                    before_save()
                     self.save(trainer, step, progress())
                 if stopping and step < total:
                     self._finish_saves()  # whatever closing may do, the state is whole before

@@ -16,6 +16,7 @@ from r1mega.data.tokenizer import Tokenizer, load_tokenizer
 from r1mega.stages.runtime import Runtime
 from r1mega.stages.supervised import SupervisedLoop
 from r1mega.train.packing import plan_packing
+from r1mega.train.phases import plan_phases
 from r1mega.train.policy import Policy
 from r1mega.train.supervised import WeightedMicrobatch, WeightedSample, mean_loss, pack_weighted, sample_losses
 from r1mega.train.trainer import Trainer
@@ -30,7 +31,8 @@ def run(config: SFTStage, runtime: Runtime) -> int:
     policy = Policy(config.model, hf_config, config.parallel, seed=config.seed, init_std=config.init_std)
     if config.init_std is None:
         policy.load_pretrained(config.model.path)
-    trainer = Trainer(policy, config.optimizer, total_steps=batches.num_steps)
+    plan = plan_phases(config.memory, cpu_adam=config.optimizer.cpu_offload)
+    trainer = Trainer(policy, config.optimizer, total_steps=batches.num_steps, plan=plan)
     start, _ = runtime.restore(trainer, hf_config, batches.num_steps)
     loop = SupervisedLoop(runtime, trainer, hf_config, start, batches.num_steps, config.metrics_every_steps)
     measures = _HeldOut(batches, policy, tokenizer)

@@ -66,7 +66,7 @@ def update_policy(
     with timer.phase("update"):
         minibatches, fill = _plan(samples, config, step, policy)
     with timer.phase("logprob"):
-        minibatches = _with_log_probs(policy, minibatches, config)
+        minibatches = _with_log_probs(trainer, minibatches, config)
     with timer.phase("update"):
         results = [
             trainer.update(
@@ -83,10 +83,11 @@ def update_policy(
     }
 
 
-def _with_log_probs(policy: Policy, minibatches: Sequence[_Minibatch], config: RLStage) -> list[_Minibatch]:
+def _with_log_probs(trainer: Trainer, minibatches: Sequence[_Minibatch], config: RLStage) -> list[_Minibatch]:
     """Microbatches with the log-probs of old and reference weights, as far as the loss asks for them; only on the last
     pipeline stage, where the loss is.
     """
+    policy = trainer.policy
     batches = [batch for minibatch in minibatches for batch in minibatch.microbatches]
     temperature = config.rollout.temperature
     old: list[torch.Tensor] = []
@@ -94,7 +95,7 @@ def _with_log_probs(policy: Policy, minibatches: Sequence[_Minibatch], config: R
     if config.algorithm.old_log_probs == "recompute":
         old = [scores.values for scores in policy.scores(batches, temperature)]
     if config.algorithm.kl_coefficient > 0:
-        with policy.as_reference():
+        with trainer.as_reference():
             reference = [scores.values for scores in policy.scores(batches, temperature, replay=False)]
     if old:
         pairs = zip(batches, old, strict=True)

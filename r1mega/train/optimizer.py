@@ -15,6 +15,7 @@ platform.prepare()  # before the first import of megatron
 
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig  # noqa: E402
 from megatron.core.optimizer import get_megatron_optimizer  # noqa: E402
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer  # noqa: E402
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler  # noqa: E402
 
 from r1mega.checkpoint.torch_dist import Stored  # noqa: E402
@@ -37,6 +38,7 @@ _BLOCK = 2**24
 
 def build_optimizer(config: OptimizerConfig, ddp_chunks: Sequence[torch.nn.Module], dtype: torch.dtype) -> Any:
     """Adam over the gradient buffers of DDP-wrapped model chunks, its state shared out over the data-parallel ranks."""
+    on_gpu = platform.current().name == "cuda"
     optimizer = get_megatron_optimizer(
         MegatronOptimizerConfig(
             optimizer="adam",
@@ -50,11 +52,16 @@ def build_optimizer(config: OptimizerConfig, ddp_chunks: Sequence[torch.nn.Modul
             bf16=dtype == torch.bfloat16,
             params_dtype=dtype,
             use_distributed_optimizer=True,
+            optimizer_cpu_offload=config.cpu_offload,
+            optimizer_offload_fraction=1.0,
+            use_precision_aware_optimizer=config.cpu_offload,  # no main parameters on the device
+            pin_cpu_grads=on_gpu,
+            pin_cpu_params=on_gpu,
         ),
         ddp_chunks,
         use_gloo_process_groups=True,
     )
-    for part in _parts(optimizer):
+    for part in parts(optimizer):
         if not hasattr(part, "get_parameter_state_dp_zero"):
             raise PlatformError(
                 "megatron-core has changed: its optimizer has no get_parameter_state_dp_zero to replace"
@@ -63,12 +70,16 @@ def build_optimizer(config: OptimizerConfig, ddp_chunks: Sequence[torch.nn.Modul
             raise PlatformError(
                 "megatron-core has changed: its optimizer has no load_parameter_state_from_fully_reshardable"
             )
+        if config.cpu_offload and part.optimizer is not None:
+            for group in part.optimizer.param_groups:  # classes, which a checkpoint cannot hold; `defaults` has them
+                del group["cpu_optimizer_cls"], group["gpu_optimizer_cls"]
         part.get_parameter_state_dp_zero = functools.partial(gather_state, part)
         part.load_parameter_state_from_fully_reshardable = functools.partial(read_state, part)
     return optimizer
 
 
-def _parts(optimizer: Any) -> Sequence[Any]:
+def parts(optimizer: Any) -> Sequence[Any]:
+    """Megatron's distributed optimizers in it: one of the dense weights, one of the experts."""
     return getattr(optimizer, "chained_optimizers", [optimizer])
 
 
@@ -97,7 +108,7 @@ def learning_rate_schedule(optimizer: Any, config: OptimizerConfig, total_steps:
 
 def fill_empty_state(optimizer: Any) -> None:
     """Give an optimizer that has not stepped yet its state of zeros: without it Megatron cannot save it."""
-    for part in _parts(optimizer):
+    for part in parts(optimizer):
         if part.optimizer.state or not any(group["params"] for group in part.optimizer.param_groups):
             continue
         rates = [(group, group["lr"], group["weight_decay"]) for group in part.optimizer.param_groups]
@@ -106,6 +117,9 @@ def fill_empty_state(optimizer: Any) -> None:
         part._init_optimizer_states_with_dummy_values()
         for group, lr, weight_decay in rates:
             group["lr"], group["weight_decay"], group["step"] = lr, weight_decay, 0
+        if isinstance(part.optimizer, HybridDeviceOptimizer):
+            for state in part.optimizer.state.values():
+                state["step"].zero_()
 
 
 def gather_state(
@@ -161,6 +175,8 @@ def read_state(optimizer: Any, stored: dict[int, dict[str, Stored]]) -> None:
                 for key in _STATE:
                     stored[index][key].copy_into(own[key], local[param].start)
             index += 1
+    if isinstance(optimizer.optimizer, HybridDeviceOptimizer):
+        optimizer.optimizer._sync_hdo_state_to_sub_optimizers()
 
 
 def _gather_bucket(

@@ -176,6 +176,7 @@ class Policy:
         if forward_only:
             self.settle()
         one = _Pass(self, loss, temperature, mtp_loss)
+        self._check_weights()
         modules = self.modules
         iterators = [iter([*microbatches, *fillers]) for _ in modules]  # one a virtual pipeline stage
         with self._replay.cleared():
@@ -238,13 +239,18 @@ class Policy:
 
     def hf_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(HF name, full tensor) for the whole model, in a fixed order, one at a time. A collective call."""
+        self._check_weights()
         return export_hf(self.chunks)
+
+    def _check_weights(self) -> None:
+        """Reading a tensor without memory ends the process."""
+        if any(value.numel() and not value.untyped_storage().nbytes() for c in self.chunks for value in c.parameters()):
+            raise RuntimeError("the weights are in host memory: Trainer.enter() a phase that has them on the device")
 
     def take_reference(self) -> None:
         """Make the present weights the reference model (a copy in host memory, this rank's shards only)."""
-        self._reference = [
-            {name: value.detach().to("cpu", copy=True) for name, value in _state(chunk)} for chunk in self.chunks
-        ]
+        self._check_weights()
+        self._reference = [{name: _host_copy(value) for name, value in _state(chunk)} for chunk in self.chunks]
 
     @contextlib.contextmanager
     def as_reference(self) -> Iterator[None]:
@@ -266,6 +272,7 @@ class Policy:
 
     def sharded_weights(self, metadata: dict[str, Any]) -> dict[str, Any]:
         """Megatron's sharded state of each chunk; metadata: Megatron's, how it is laid out."""
+        self._check_weights()
         return {f"model{i}": c.sharded_state_dict(metadata=metadata) for i, c in enumerate(self.chunks)}
 
     def sharded_reference(self, metadata: dict[str, Any]) -> dict[str, Any] | None:
@@ -345,6 +352,12 @@ def _state(chunk: GPTModel) -> Iterator[tuple[str, torch.Tensor]]:
     """Parameters, and the router's expert bias (a buffer that decides routing)."""
     yield from chunk.named_parameters()
     yield from ((name, b) for name, b in chunk.named_buffers() if name.endswith("expert_bias"))
+
+
+def _host_copy(value: torch.Tensor) -> torch.Tensor:
+    """Pinned where it is of a GPU, which then reads it while it computes."""
+    copy = torch.empty(value.shape, dtype=value.dtype, device="cpu", pin_memory=value.is_cuda)
+    return copy.copy_(value.detach())
 
 
 def _renamed(sharded: dict[str, Any], values: dict[str, torch.Tensor]) -> dict[str, Any]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic
 
@@ -22,15 +23,18 @@ from megatron.core.distributed import (  # noqa: E402
 )
 
 from r1mega.checkpoint.store import MODEL_METADATA  # noqa: E402
-from r1mega.config.schema import OptimizerConfig  # noqa: E402
+from r1mega.config.schema import MemoryConfig, OptimizerConfig  # noqa: E402
 from r1mega.errors import NonFiniteError  # noqa: E402
 from r1mega.train.heads import TokenScores  # noqa: E402
+from r1mega.train.memory import TrainerMemory  # noqa: E402
 from r1mega.train.optimizer import (  # noqa: E402
     SHARDING_METADATA,
     build_optimizer,
     fill_empty_state,
     learning_rate_schedule,
+    parts,
 )
+from r1mega.train.phases import Phase, PhasePlan, plan_phases  # noqa: E402
 from r1mega.train.policy import B, Loss, Policy, S  # noqa: E402
 
 
@@ -52,14 +56,16 @@ class Trainer:
     policy: with its weights, of which the optimizer keeps float32 copies from here on.
     """
 
-    def __init__(self, policy: Policy, optimizer: OptimizerConfig, *, total_steps: int):
-        """Raises RuntimeError for a policy that has a trainer."""
+    def __init__(self, policy: Policy, optimizer: OptimizerConfig, *, total_steps: int, plan: PhasePlan | None = None):
+        """plan: what is where in which phase; None: all stays on the device. Raises RuntimeError for a policy that has a
+        trainer.
+        """
         if policy.has_trainer:
             raise RuntimeError("the policy has a trainer, whose optimizer keeps copies of its weights; use that one")
         self.policy = policy
         config = policy.megatron_config
         ddp_config = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True,
+            grad_reduce_in_fp32=optimizer.grad_reduce_in_fp32,
             use_distributed_optimizer=True,
             overlap_grad_reduce=optimizer.overlap_grad_reduce,
             overlap_param_gather=optimizer.overlap_param_gather,
@@ -68,6 +74,7 @@ class Trainer:
         policy.modules, policy.has_trainer = list(self.ddp_chunks), True
         self.optimizer = build_optimizer(optimizer, self.ddp_chunks, policy.dtype)
         self.scheduler = learning_rate_schedule(self.optimizer, optimizer, total_steps)
+        self._memory = TrainerMemory(plan or plan_phases(MemoryConfig()), self.ddp_chunks, parts(self.optimizer))
         config.grad_scale_func = self.optimizer.scale_loss
         config.finalize_model_grads_func = self._finalize_gradients
         if optimizer.overlap_grad_reduce:
@@ -91,6 +98,24 @@ class Trainer:
                 chunk.start_param_sync(force_sync=True)
             self._must_gather = False
 
+    def enter(self, phase: Phase) -> None:
+        """Move weights, gradients and optimizer state to where the plan wants them in this phase; a new trainer has all on
+        the device. What changes or saves state enters its phase itself. A collective call after an update that overlaps.
+        """
+        if phase not in ("update", "step"):
+            self._gather_weights()
+        self._memory.enter(phase)
+
+    @contextlib.contextmanager
+    def as_reference(self) -> Iterator[None]:
+        """`Policy.as_reference`, in the phase of that name; afterwards it is `logprob`."""
+        self.enter("reference")
+        try:
+            with self.policy.as_reference():
+                yield
+        finally:
+            self.enter("logprob")
+
     def update(
         self,
         microbatches: Sequence[B],
@@ -109,6 +134,7 @@ class Trainer:
         Raises NonFiniteError when the gradient norm is not finite; the weights are then lost, the last checkpoint is not.
         """
         self.scheduler.step(1)  # first, so that a warm-up of n steps starts at lr / n and not at 0
+        self.enter("update")
         for chunk in self.ddp_chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -121,6 +147,7 @@ class Trainer:
         further = mtp_loss and bool(self.policy.megatron_config.mtp_num_layers)
         statistics = self.policy.run(microbatches, scaled, temperature, forward_only=False, mtp_loss=further)
         lr = self.optimizer.param_groups[0]["lr"]
+        self.enter("step")
         stepped, grad_norm, _ = self.optimizer.step()
         self._must_gather = self._overlaps_gather
         if not stepped or not math.isfinite(float(grad_norm)):
@@ -154,7 +181,10 @@ class Trainer:
     # ------------------------------------------------------------------ checkpoints
 
     def sharded_state(self, *, is_loading: bool) -> dict[str, Any]:
-        """Megatron's sharded state of model, optimizer, learning-rate schedule and reference weights."""
+        """Megatron's sharded state of model, optimizer, learning-rate schedule and reference weights, in the phase `save`:
+        whichever it was before, the state is the same.
+        """
+        self.enter("save")
         if not is_loading:
             fill_empty_state(self.optimizer)
         metadata = SHARDING_METADATA | MODEL_METADATA  # Megatron keeps its process groups in there
@@ -170,6 +200,7 @@ class Trainer:
 
     def load_sharded_state(self, state: dict[str, Any]) -> None:
         """Take over what `sharded_state` described, as dist_checkpointing.load returned it."""
+        self.enter("save")
         self.policy.load_sharded(state)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])

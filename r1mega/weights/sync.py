@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -49,18 +49,27 @@ class WeightSync:
             given = verify.made_up_sequences(lengths, hf_config["vocab_size"], seed=0)
         self._sequences, self._further = given[:count], given[count : 2 * count] or given[:count]
 
-    def push(self) -> dict[str, float]:
-        """Make the generator the policy's equal. Wakes the generator up. A collective call."""
+    def push(self, arrived: Callable[[], None] = lambda: None) -> dict[str, float]:
+        """Make the generator the policy's equal. Wakes the generator up. A collective call.
+
+        arrived: called when the policy has done its part, of the proof too: its weights may leave the device.
+        """
         self._transfer.push()
+        digest: dict[str, int] = {}
+        ours: list[list[list[float]]] = []
+        if self._verify:
+            digest = self._transfer.digest()
+            ours = [self._policy.sequence_log_probs(given) for given in (self._sequences, self._further)]
+        arrived()
         self._engine.wake_up()
         if not self._verify:
             return {}
-        verify.compare_digests(self._transfer.digest(), self._engine.weights_digest())
-        result, error = self._probe(self._sequences)
-        if _anywhere(error is not None):  # a generator that fails alone must not be alone in the policy's forward pass
+        verify.compare_digests(digest, self._engine.weights_digest())
+        result, error = self._probe(self._sequences, ours[0])
+        if _anywhere(error is not None):  # the same sequences on all ranks of a generator
             if error is not None:
                 logger.warning("probing again with other sequences, for a router tie would not show there: %s", error)
-            result, error = self._probe(self._further)
+            result, error = self._probe(self._further, ours[1])
         if error is not None:
             raise error
         return {
@@ -68,9 +77,8 @@ class WeightSync:
             "weights/probe_outlier_fraction": result.outlier_fraction,
         }
 
-    def _probe(self, sequences: list[list[int]]) -> tuple[Any, WeightSyncError | None]:
-        """(ProbeResult, None), or (None, what this rank's generator failed by). A collective call."""
-        ours = self._policy.sequence_log_probs(sequences)
+    def _probe(self, sequences: list[list[int]], ours: list[list[float]]) -> tuple[Any, WeightSyncError | None]:
+        """(ProbeResult, None), or (None, what this rank's generator failed by). ours: the policy's log-probs."""
         try:
             return verify.probe(self._engine, sequences, ours, self._limit), None
         except WeightSyncError as error:

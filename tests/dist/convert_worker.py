@@ -22,6 +22,7 @@ from r1mega.config.schema import ModelConfig, OptimizerConfig, ParallelConfig  #
 from r1mega.platform import groups  # noqa: E402
 from r1mega.train.heads import TokenScores  # noqa: E402
 from r1mega.train.packing import build_microbatch  # noqa: E402
+from r1mega.train.phases import PhasePlan  # noqa: E402
 from r1mega.train.policy import Policy  # noqa: E402
 from r1mega.train.trainer import Trainer  # noqa: E402
 from tests.policy_reference import any_experts  # noqa: E402
@@ -38,8 +39,10 @@ def make_trainer(
     *,
     init_std: float | None = None,
     fp8: str = "off",
+    plan: PhasePlan | None = None,
+    **keys: bool,
 ) -> Trainer:
-    """source: where its weights are from; else they are drawn, or there are none."""
+    """source: where its weights are from; else they are drawn, or there are none. keys: of the optimizer."""
     groups.init_parallel(ParallelConfig(**layout), seed=1)
     mtp = 0.3 if config.get("num_nextn_predict_layers") else 0.0
     rate = 1e-2 if "n_routed_experts" in config else 0.0  # Qwen3-MoE's routers have no bias, and it says so
@@ -47,8 +50,10 @@ def make_trainer(
     policy = Policy(model, config, ParallelConfig(**layout), seed=1, init_std=init_std)
     if source is not None:
         policy.load_pretrained(source)
-    optimizer = OptimizerConfig(lr=1e-2, warmup_steps=2, weight_decay=0.1, eps=1e-3)  # eps: rounding is no direction
-    return Trainer(policy, optimizer, total_steps=8)
+    optimizer = OptimizerConfig(
+        lr=1e-2, warmup_steps=2, weight_decay=0.1, eps=1e-3, **keys
+    )  # eps: rounding is no direction
+    return Trainer(policy, optimizer, total_steps=8, plan=plan)
 
 
 def update(trainer: Trainer, dictated: bool = False) -> tuple[float, float]:

@@ -147,7 +147,7 @@ def _load_in_both_ways(directory: Path, case: Case) -> dict[str, Any]:
 
     def bits(trainer: Any) -> dict[Any, torch.Tensor]:
         found = {name: tensor.clone() for name, tensor in trainer.policy.hf_tensors()}
-        for place, part in enumerate(module._parts(trainer.optimizer)):
+        for place, part in enumerate(module.parts(trainer.optimizer)):
             for number, parameter in enumerate(part.model_param_group_index_map):
                 state = part._get_main_param_and_optimizer_states(parameter)
                 found |= {(place, number, key): value.clone() for key, value in state.items()}
@@ -161,13 +161,13 @@ def _load_in_both_ways(directory: Path, case: Case) -> dict[str, Any]:
     path = store.save(1, trainer.sharded_state(is_loading=False), {})
     expected = [bits(trainer), update(trainer), bits(trainer)]
     found: dict[str, Any] = {
-        "elements": sum(b.numel_unpadded for part in module._parts(trainer.optimizer) for b in part.buffers)
+        "elements": sum(b.numel_unpadded for part in module.parts(trainer.optimizer) for b in part.buffers)
     }
     for way in ("theirs", "ours"):
         groups.destroy_parallel()
         fresh = started()
         if way == "theirs":
-            for part in module._parts(fresh.optimizer):
+            for part in module.parts(fresh.optimizer):
                 del part.get_parameter_state_dp_zero, part.load_parameter_state_from_fully_reshardable
         module.fill_empty_state(fresh.optimizer)  # which stays; what passes is counted
         assert not equal(bits(fresh), expected[0])

@@ -65,6 +65,19 @@ def test_interrupted_run_equals_uninterrupted_bitwise(nano_base, whole_run, tmp_
     assert (tmp_path / "run" / shard).read_bytes() == (whole_run / shard).read_bytes()
 
 
+def test_memory_keys_change_no_bit(nano_base, whole_run, tmp_path):
+    """Killed with all of them, and on with fewer: the run that had none."""
+    run_dir = tmp_path / "run"
+    arguments = zero_arguments(nano_base, run_dir)
+    keys = ["grad_offload=true", "optimizer_offload=update", "param_offload=true", "reference_swap=true"]
+    assert run_until_step(3, run_dir, signal.SIGKILL, *arguments, *(f"memory.{key}" for key in keys)) == -9
+    done = r1mega(*arguments, "memory.param_offload=true")
+    assert "from step 2" in done.stdout
+    assert without_times(metrics(run_dir)) == without_times(metrics(whole_run))
+    name = "hf/model.safetensors"
+    assert (run_dir / name).read_bytes() == (whole_run / name).read_bytes()
+
+
 def test_killed_while_saving_goes_on_from_the_checkpoint_before(nano_base, whole_run, tmp_path):
     """The kill comes when step 4's checkpoint is half-written: step 2's must be whole and be used."""
     run_dir, arguments = tmp_path / "run", zero_arguments(nano_base, tmp_path / "run")

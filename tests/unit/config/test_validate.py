@@ -124,6 +124,12 @@ def test_shipped_nano_config_for_four_ranks_is_valid(run):
             1,
             r"microbatch_tokens = 64.*= 100; raise it",
         ),
+        (["optimizer.cpu_offload=true"], 1, r"set model\.dtype=bfloat16 or optimizer\.cpu_offload=false"),
+        (
+            ["optimizer.cpu_offload=true", "memory.optimizer_offload=update", "model.dtype=bfloat16"],
+            1,
+            r"memory\.optimizer_offload = update moves what optimizer\.cpu_offload keeps",
+        ),
         (["algorithm.importance_cap=2"], 1, r"wants algorithm\.old_log_probs=recompute"),
         (["rollout.top_p=0.9"], 1, r"set rollout\.top_p=1, or .* algorithm\.old_log_probs=recompute$"),
         (

@@ -198,6 +198,27 @@ def test_forward_only_equals_transformers_per_token(one_rank, tmp_path):
     torch.testing.assert_close(scores.entropies.double(), torch.cat(expected_entropy), rtol=0, atol=1e-5)
 
 
+def test_adam_on_the_cpu_equals_torchs_on_float32_main_parameters(one_rank):
+    """Megatron's HybridDeviceOptimizer: the gradients of every step, applied to float32 copies by torch's AdamW."""
+    trainer, samples = make_trainer(dtype="bfloat16", cpu_offload=True), make_samples()
+    parameters = [p for chunk in trainer.policy.chunks for p in chunk.parameters()]
+    mains = [p.detach().float().clone().requires_grad_() for p in parameters]
+    decayed = [main for main in mains if main.ndim > 1]
+    rest = [main for main in mains if main.ndim == 1]
+    reference = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}],
+        lr=LEARNING_RATE, betas=(0.9, 0.95), eps=1e-8, fused=True,
+    )  # fmt: skip
+    for _ in range(3):
+        result = run_update(trainer, samples, [[0, 1], [2, 3]], AlgorithmConfig())
+        assert result.grad_norm > 0.05  # so it was clipped, in the buffers
+        for main, parameter in zip(mains, parameters, strict=True):
+            main.grad = parameter.main_grad.clone()
+        reference.step()
+        for main, parameter in zip(mains, parameters, strict=True):
+            assert torch.equal(main.detach().bfloat16(), parameter.detach())
+
+
 DTYPES = [("float32", "logits"), ("bfloat16", "logits"), ("bfloat16", "hidden"), ("bfloat16", "reference")]
 
 
@@ -216,12 +237,14 @@ def test_reference_weights_are_swapped_in_and_out(one_rank, dtype, log_probs):
     assert torch.equal(policy.log_probs([batch])[0], after)
 
 
-@pytest.mark.parametrize(("dtype", "log_probs"), DTYPES)
-def test_checkpoint_continues_bitwise(one_rank, tmp_path, dtype, log_probs):
+@pytest.mark.parametrize(
+    ("dtype", "log_probs", "more"), [*((*pair, {}) for pair in DTYPES), ("bfloat16", "logits", {"cpu_offload": True})]
+)
+def test_checkpoint_continues_bitwise(one_rank, tmp_path, dtype, log_probs, more):
     from r1mega.checkpoint.store import CheckpointStore, deciding_keys
 
     samples, packs, algorithm = make_samples(), [[0, 1], [2, 3]], AlgorithmConfig()
-    trainer = make_trainer(log_probs, dtype, warmup_steps=3)
+    trainer = make_trainer(log_probs, dtype, warmup_steps=3, **more)
     policy = trainer.policy
     policy.take_reference()
     run_update(trainer, samples, packs, algorithm)
@@ -234,7 +257,7 @@ def test_checkpoint_continues_bitwise(one_rank, tmp_path, dtype, log_probs):
 
     groups.destroy()
     groups.init_parallel(ParallelConfig(), seed=5)
-    again = make_trainer(log_probs, dtype, warmup_steps=3)
+    again = make_trainer(log_probs, dtype, warmup_steps=3, **more)
     again.policy.take_reference()
     assert store.latest() == path
     state, progress = store.load(path, again.sharded_state(is_loading=True))

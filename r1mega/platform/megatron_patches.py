@@ -111,6 +111,7 @@ PATCHES = (
         "        self.fp8 = fp8 is not None",
         "        self.fp8 = False",
         "its default, False, is not None, and what is computed again asks Transformer Engine, which is not there, for its state",
+        "none known; it would have to ask whether fp8 is on, not whether it is given",
     ),
     Patch(
         "models.common.embeddings.rope_utils",
@@ -186,6 +187,7 @@ PATCHES = (
         "        if config.gradient_accumulation_fusion and not _grad_accum_fusion_available and not HAVE_TE:\n"
         "            raise RuntimeError(",
         "the output layer alone needs apex to add up its gradient in place; all others are Transformer Engine's",
+        "none known; its output layer would have to let Transformer Engine add up its gradient, or fall back",
     ),
     Patch(
         "tensor_parallel.layers",
@@ -195,6 +197,7 @@ PATCHES = (
         "            config.gradient_accumulation_fusion and _grad_accum_fusion_available\n        )\n\n"
         "        if self.allreduce_dgrad",
         "as above",
+        "none known; its output layer would have to let Transformer Engine add up its gradient, or fall back",
     ),
     Patch(
         "optimizer.cpu_offloading.hybrid_optimizer",
@@ -204,6 +207,7 @@ PATCHES = (
         "                if offload_params_numel < offload_threshold:\n"
         "                    param = param.detach().clone()",
         "optimizer.cpu_offload: parameters of the device, here the CPU, are copied and updated as those of a GPU are",
+        _ASKS_DEVICE,
     ),
     Patch(
         "optimizer.optimizer_config",
@@ -211,6 +215,7 @@ PATCHES = (
         'if not is_te_min_version("2.1.0"):',
         "if True:",
         "without Transformer Engine there is no version to compare (optimizer.cpu_offload)",
+        "none known; it would have to ask whether Transformer Engine is there before its version",
     ),
     Patch(
         "optimizer.cpu_offloading.hybrid_optimizer",
@@ -218,6 +223,7 @@ PATCHES = (
         "sum([param.numel() for param in params if param.is_cuda])",
         "params_total_numel",
         "as above",
+        _ASKS_DEVICE,
     ),
     Patch(
         "transformer.moe.moe_utils",

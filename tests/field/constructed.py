@@ -7,9 +7,9 @@ No grader is asked. Each family writes a value in two ways and changes one thing
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
-import sys
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from random import Random
@@ -347,6 +347,15 @@ def labelled_pairs(count: int, seed: int) -> Iterator[dict]:
             yield {"family": family.__name__, "gold": gold, "prediction": prediction, "label": label}
 
 
-if __name__ == "__main__":
-    for labelled in labelled_pairs(*map(int, sys.argv[1:3])):
+def main() -> None:
+    """Write pairs as JSON lines."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("count", type=int)
+    parser.add_argument("seed", type=int)
+    arguments = parser.parse_args()
+    for labelled in labelled_pairs(arguments.count, arguments.seed):
         print(json.dumps(labelled, ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    main()

@@ -119,8 +119,10 @@ def check(command: Command) -> None:
 
 
 def check_python(command: Command, words: list[str]) -> None:
-    """`python -m MODULE ...` or `python FILE ...`."""
-    if words[0] != "-m":
+    """`python -m MODULE ...`, `python -c TEXT` or `python FILE ...`."""
+    if words[0] == "-c":
+        exec(words[1], {})
+    elif words[0] != "-m":
         check_parser(command, ROOT / words[0], words[1:])
     elif words[1] in ("r1mega", "tests.te.run"):
         check_cli(command, words[2:])

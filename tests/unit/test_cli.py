@@ -68,7 +68,7 @@ def train(model, tmp_path):
         ([f"run_dir={__file__}/run"], None, 2, r"run_dir .*cannot be made \(.*test_cli\.py is a file\)"),
         (["model.fp8=blockwise"], None, 6, r"needs Transformer Engine.*set model\.fp8=off"),
         ([], ["{broken"], 3, r"prompts\.jsonl:1: not JSON.*data\.on_bad_line=skip"),
-        ([], [{"question": "q", "answer": 5}], 3, r"prompts\.jsonl:1: 'answer' is 5"),
+        ([], [{"question": "q", "answer": True}], 3, r"prompts\.jsonl:1: 'answer' is true"),
         ([], [{"question": " ".join(QUESTIONS), "answer": "5"}], 3, r"prompts\.jsonl:1: the prompt has \d+ tokens"),
     ],
 )

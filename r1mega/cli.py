@@ -106,6 +106,33 @@ def doctor(
 
 
 @app.command()
+def plan(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs of the job")] = 8,
+    gpu: Annotated[str, typer.Option(help="h100-80, h200, h800, h20, a100-80 or b200")] = "h100-80",
+    mean: Annotated[
+        float | None, typer.Option(min=1, help="tokens of a response on average; default: a quarter of the longest")
+    ] = None,
+    cv: Annotated[float, typer.Option(min=0, help="standard deviation of lengths over their mean")] = 0.8,
+    prompt: Annotated[int, typer.Option(min=1, help="tokens of a prompt")] = 256,
+    lengths: Annotated[Path | None, typer.Option(help="tokens of responses, one number a line, instead")] = None,
+    imbalance: Annotated[float, typer.Option(min=1, help="tokens of the fullest expert rank over the mean")] = 1.5,
+    gpus_per_node: Annotated[int, typer.Option(min=1)] = 8,
+) -> None:
+    """Memory of every phase of a stage on GPUs that need not be there. Starts no process. Fails when it does not fit."""
+    from r1mega.plan.command import plan_config
+    from r1mega.plan.workload import Lengths
+
+    lines, fits = plan_config(
+        config, overrides or [], gpus=gpus, gpu=gpu, lengths=Lengths(mean, cv, prompt=prompt), lengths_file=lengths,
+        imbalance=imbalance, per_node=gpus_per_node,
+    )  # fmt: skip
+    typer.echo("\n".join(lines))
+    raise typer.Exit(0 if fits else 1)
+
+
+@app.command()
 def report(run_dir: Annotated[Path, typer.Argument(help="a run directory, or a pipeline's")]) -> None:
     """Write report.html there: one file that opens without network."""
     from r1mega.observe.pipeline_report import PIPELINE_FILE, write_pipeline_report

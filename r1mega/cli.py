@@ -72,6 +72,7 @@ def pipeline(
     last: Annotated[str | None, typer.Option("--until", help="the last one")] = None,
     only: Annotated[str | None, typer.Option(help="this one alone")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would run and why; write nothing")] = False,
+    gpu: Annotated[str, typer.Option(help="that a dry run is for: h100-80, h200, ..., see plan")] = "h100-80",
     redo: Annotated[bool, typer.Option(help="run changed nodes anew, with their old runs moved aside")] = False,
     launcher: Annotated[str, typer.Option(help="command that starts a node's ranks, such as 'srun'")] = "",
     rank_python: Annotated[str | None, typer.Option(help="its interpreter there; default: this one")] = None,
@@ -87,7 +88,7 @@ def pipeline(
 
     names = stages.select(loaded, first, last, only)
     if dry_run or list_jobs:
-        decisions = stages.dry_run(loaded, names, redo=redo, remember=list_jobs)
+        decisions = stages.dry_run(loaded, names, redo=redo, remember=list_jobs, gpu=gpu)
         typer.echo("\n".join((stages.jobs if list_jobs else stages.describe)(loaded, decisions)))
         raise typer.Exit
     raise typer.Exit(stages.run_pipeline(loaded, names, redo=redo, launcher=launcher, rank_python=rank_python))

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from r1mega import platform
 from r1mega.config.load import load_config
 from r1mega.config.schema import Stage, TrainingStage
 from r1mega.errors import ConfigError
 from r1mega.plan.gpu import gpu_kind
-from r1mega.plan.workload import Lengths, read_lengths, workload
-from r1mega.platform import megatron_import
+
+if TYPE_CHECKING:
+    from r1mega.plan.workload import Lengths
 
 
 def on_the_host() -> None:
@@ -22,6 +21,11 @@ def on_the_host() -> None:
 
     Raises ConfigError in a process that has taken a GPU for its platform.
     """
+    import torch
+
+    from r1mega import platform
+    from r1mega.platform import megatron_import
+
     if not megatron_import.is_installed():
         platform.use(platform.Platform("cpu", torch.device("cpu"), "gloo", False, False))
     elif platform.current().name != "cpu":
@@ -43,11 +47,12 @@ def plan_config(
     on_the_host()
     from r1mega.plan.memory import plan_memory
     from r1mega.plan.report import report, verdict
+    from r1mega.plan.workload import read_lengths, workload
 
     config, kind = load_config(path, overrides), gpu_kind(gpu)
     hf = read_model(config, path)
     if lengths_file is not None:
-        lengths = Lengths(given=read_lengths(lengths_file), prompt=lengths.prompt)
+        lengths = dataclasses.replace(lengths, given=read_lengths(lengths_file))
     work, keep = None, 0
     if isinstance(config, TrainingStage):
         p = config.parallel
@@ -56,6 +61,19 @@ def plan_config(
         keep = config.checkpoint.keep
     plan = plan_memory(config, hf, gpus, kind, work, imbalance=imbalance, per_node=per_node)
     return list(report(path, config, plan, gpus, kind, work, keep)), verdict(plan, kind) != "does not fit"
+
+
+def generator_refusals(config: Stage, path: Path, gpus: int, gpu: str) -> list[str]:
+    """Why the generator of a stage could not start on these GPUs; nothing where there is none, or no config.json yet."""
+    if getattr(config, "rollout", None) is None or config.model.dtype != "bfloat16":
+        return []  # float32 is for a CPU, whose memory is another
+    from r1mega.plan.generator import generator_memory_problems
+
+    try:
+        hf = read_model(config, path)
+    except ConfigError:
+        return []
+    return list(generator_memory_problems(config, hf, gpu_kind(gpu), gpus))
 
 
 def read_model(config: Stage, path: Path) -> dict[str, Any]:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
+from r1mega.config.layout import generator_problems
+from r1mega.config.schema import Stage
 from r1mega.model.architecture import LatentAttention
 from r1mega.model.families import architecture_of
+from r1mega.plan.gpu import GPU
 from r1mega.weights.layout import GeneratorRank, generator_layout, weight_dtype
 
 OTHER_BYTES = 1.5e9
@@ -102,3 +105,38 @@ def kv_bytes_per_token(hf: Mapping[str, Any], dtype: torch.dtype, tp: int) -> fl
     else:
         width = 2 * max(1, attention.groups // tp) * attention.head_size
     return model.num_layers * width * dtype.itemsize
+
+
+def generator_memory_problems(config: Stage, hf: Mapping[str, Any], gpu: GPU, gpus: int) -> Iterator[str]:
+    """Of the generator alone: whether weights and one sequence fit. Light: nothing is built."""
+    rollout: Any = getattr(config, "rollout", None)
+    if rollout is None or rollout.engine != "vllm":
+        return
+    dtype = getattr(torch, config.model.dtype)
+    memory = generator_memory(hf, dtype, rollout, gpu.memory_bytes)
+    budget = rollout.gpu_memory_utilization * gpu.memory_bytes
+    if memory.weights > budget:
+        fitting = (
+            tp for tp in range(rollout.tp, gpus + 1)
+            if gpus % tp == 0 and memory.weights * rollout.tp / tp < 0.8 * budget
+            and not list(generator_problems(rollout.model_copy(update={"tp": tp, "ep": 1}), gpus, hf))
+        )  # fmt: skip
+        least = next(fitting, None)
+        advice = f"raise it to at least {least}" if least else "take more GPUs"
+        yield (
+            f"rollout.tp = {rollout.tp}: the generator's weights are {memory.weights / 1e9:,.1f} GB a GPU, and "
+            f"rollout.gpu_memory_utilization = {rollout.gpu_memory_utilization:g} of {gpu.name} is {budget / 1e9:.1f}; "
+            f"{advice}"
+        )
+        return
+    longest = _longest(config)
+    if memory.kv_tokens < longest:
+        yield (
+            f"rollout: the KV cache holds {memory.kv_tokens:,} tokens and one response needs {longest:,}; raise "
+            "rollout.gpu_memory_utilization or rollout.tp, or lower rollout.max_batched_tokens"
+        )
+
+
+def _longest(config: Stage) -> int:
+    rollout, data = getattr(config, "rollout", None), getattr(config, "data", None)
+    return getattr(data, "max_prompt_tokens", 0) + getattr(rollout, "max_response_tokens", 0) + 1

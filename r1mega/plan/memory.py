@@ -15,7 +15,7 @@ from r1mega.config.schema import ModelConfig, ParallelConfig, Stage, TrainingSta
 from r1mega.config.stages.rl import RLStage
 from r1mega.errors import ConfigError
 from r1mega.model.families import architecture_of
-from r1mega.plan.generator import GeneratorMemory, generator_memory
+from r1mega.plan.generator import OTHER_BYTES, GeneratorMemory, generator_memory, generator_memory_problems
 from r1mega.plan.gpu import GPU
 from r1mega.plan.rank import RankMemory, measure
 from r1mega.plan.residency import TRAINER, Part, Phase, residency
@@ -185,8 +185,6 @@ def _sizes(memory: RankMemory, generator: GeneratorMemory | None) -> dict[Part, 
 
 
 def _generator_parts(generator: GeneratorMemory) -> dict[str, float]:
-    from r1mega.plan.generator import OTHER_BYTES
-
     return {
         "generator": generator.weights, "KV cache": max(0.0, generator.kv_cache) + generator.profile + OTHER_BYTES
     }  # fmt: skip
@@ -240,41 +238,6 @@ def _problems(
         if phase.verdict(gpu) != "fits":
             over = phase.total - (gpu.memory_bytes - SPARE_BYTES)
             yield f"{phase.phase}: {phase.total / 1e9:.1f} GB, {over / 1e9:.1f} too many; {_advice(config, phase)}"
-
-
-def generator_memory_problems(config: Stage, hf: Mapping[str, Any], gpu: GPU, gpus: int) -> Iterator[str]:
-    """Of the generator alone: whether weights and one sequence fit. Light: nothing is built."""
-    rollout: Any = getattr(config, "rollout", None)
-    if rollout is None or rollout.engine != "vllm":
-        return
-    dtype = getattr(torch, config.model.dtype)
-    memory = generator_memory(hf, dtype, rollout, gpu.memory_bytes)
-    budget = rollout.gpu_memory_utilization * gpu.memory_bytes
-    if memory.weights > budget:
-        fitting = (
-            tp for tp in range(rollout.tp, gpus + 1)
-            if gpus % tp == 0 and memory.weights * rollout.tp / tp < 0.8 * budget
-            and not list(generator_problems(rollout.model_copy(update={"tp": tp, "ep": 1}), gpus, hf))
-        )  # fmt: skip
-        least = next(fitting, None)
-        advice = f"raise it to at least {least}" if least else "take more GPUs"
-        yield (
-            f"rollout.tp = {rollout.tp}: the generator's weights are {memory.weights / 1e9:,.1f} GB a GPU, and "
-            f"rollout.gpu_memory_utilization = {rollout.gpu_memory_utilization:g} of {gpu.name} is {budget / 1e9:.1f}; "
-            f"{advice}"
-        )
-        return
-    longest = _longest(config)
-    if memory.kv_tokens < longest:
-        yield (
-            f"rollout: the KV cache holds {memory.kv_tokens:,} tokens and one response needs {longest:,}; raise "
-            "rollout.gpu_memory_utilization or rollout.tp, or lower rollout.max_batched_tokens"
-        )
-
-
-def _longest(config: Stage) -> int:
-    rollout, data = getattr(config, "rollout", None), getattr(config, "data", None)
-    return getattr(data, "max_prompt_tokens", 0) + getattr(rollout, "max_response_tokens", 0) + 1
 
 
 def _advice(config: Stage, phase: PhaseMemory) -> str:

@@ -12,9 +12,9 @@ from r1mega.config.load import load_config
 from r1mega.config.schema import ModelConfig, OptimizerConfig, ParallelConfig
 from r1mega.errors import ConfigError
 from r1mega.plan.command import read_model
-from r1mega.plan.generator import generator_memory, kv_bytes_per_token, weight_bytes
+from r1mega.plan.generator import generator_memory, generator_memory_problems, kv_bytes_per_token, weight_bytes
 from r1mega.plan.gpu import gpu_kind
-from r1mega.plan.memory import _in_flight, generator_memory_problems
+from r1mega.plan.memory import _in_flight
 from r1mega.plan.rank import Routes, measure
 from r1mega.plan.residency import residency
 from r1mega.plan.workload import Lengths, workload

@@ -46,7 +46,8 @@ def plan_config(
     """(lines of the report, whether it fits). Raises ConfigError for what cannot be laid out."""
     on_the_host()
     from r1mega.plan.memory import plan_memory
-    from r1mega.plan.report import report, verdict
+    from r1mega.plan.report import report, times, verdict
+    from r1mega.plan.seconds import plan_seconds
     from r1mega.plan.workload import read_lengths, workload
 
     config, kind = load_config(path, overrides), gpu_kind(gpu)
@@ -60,7 +61,14 @@ def plan_config(
         work = workload(config, lengths, max(1, gpus // (p.tp * p.pp * p.cp)), multiple)
         keep = config.checkpoint.keep
     plan = plan_memory(config, hf, gpus, kind, work, imbalance=imbalance, per_node=per_node)
-    return list(report(path, config, plan, gpus, kind, work, keep)), verdict(plan, kind) != "does not fit"
+    seconds = None
+    if isinstance(config, TrainingStage) and work is not None:
+        seconds = plan_seconds(
+            config, hf, gpus, kind, work, plan.generator, imbalance=imbalance, per_node=per_node
+        )  # fmt: skip
+    return [*report(path, config, plan, gpus, kind, work, keep), *times(config, seconds, gpus, kind)], verdict(
+        plan, kind
+    ) != "does not fit"
 
 
 def generator_refusals(config: Stage, path: Path, gpus: int, gpu: str) -> list[str]:

@@ -241,11 +241,13 @@ def _problems(
 
 
 def _advice(config: Stage, phase: PhaseMemory) -> str:
+    """The number to change: recomputation first, which costs a third of the update's time and no GPU."""
     largest = max(phase.parts, key=lambda name: phase.parts[name])
-    if largest == "activations" and isinstance(config, TrainingStage):
+    if isinstance(config, TrainingStage) and phase.phase == "update":
         if config.model.recompute != "full":
             return "set model.recompute=full"
-        return "raise parallel.cp or parallel.tp, which cut a microbatch's tokens"
+        if largest == "activations":
+            return "raise parallel.cp or parallel.tp, which cut a microbatch's tokens"
     if largest in ("generator", "KV cache"):
         return "lower rollout.gpu_memory_utilization, or raise rollout.tp"
     return "raise parallel.ep or parallel.pp: the trainer's weights, gradients and optimizer state take the most"

@@ -9,6 +9,7 @@ from typing import Any
 from r1mega.config.schema import Stage, TrainingStage
 from r1mega.plan.gpu import GPU
 from r1mega.plan.memory import MemoryPlan, Verdict
+from r1mega.plan.seconds import Seconds, gpu_hours
 from r1mega.plan.workload import Workload
 
 GIGA = 1e9
@@ -43,6 +44,21 @@ def report(
     yield from _further(plan, keep)
     yield f"verdict     {verdict(plan, gpu)}"
     yield from (f"  {problem}" for problem in plan.problems)
+
+
+def times(config: Stage, seconds: Seconds | None, gpus: int, gpu: GPU) -> Iterable[str]:
+    """Lines on the seconds of a step and the hours of the stage; none for a stage that trains nothing."""
+    if seconds is None:
+        return
+    parts = ", ".join(f"{name} {value:,.0f}" for name, value in seconds.phases.items())
+    yield ""
+    yield f"seconds     {seconds.total:,.0f} a step ({parts}), without saves and evaluations"
+    if (steps := getattr(config, "steps", None)) is not None:
+        yield f"stage       {steps:,} steps: {gpu_hours(seconds.total, steps, gpus):,} GPU hours, {seconds.total * steps / 86400:,.1f} days"
+    yield (
+        f"speed       {seconds.tokens_per_gpu(gpus):,.0f} tokens/s/GPU, MFU {100 * seconds.mfu(gpus, gpu):.1f} %; a model, off by a "
+        "factor of two where it was judged (docs/plan.md)"
+    )
 
 
 def _table(plan: MemoryPlan, gpu: GPU) -> Iterable[str]:

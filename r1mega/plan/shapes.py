@@ -49,7 +49,7 @@ class ShapesOnly(TorchDispatchMode):
                 self._sizes[storage._cdata] = size
             return resize(storage, size)
 
-        torch.UntypedStorage.resize_ = resize_and_count  # type: ignore[method-assign]  # recomputation empties storages
+        torch.UntypedStorage.resize_ = resize_and_count  # type: ignore[method-assign, assignment]  # recomputation empties storages
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -171,8 +171,10 @@ def first_columns(rows: int, columns: int, k: int) -> torch.Tensor:
 def _numbers(indices: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
     found: list[torch.Tensor | None] = []
     for index in indices:
-        masks = index is not None and index.dtype == torch.bool and not index.is_meta
-        found += index.nonzero().unbind(1) if masks else [index]
+        if index is not None and index.dtype == torch.bool and not index.is_meta:
+            found += index.nonzero().unbind(1)
+        else:
+            found.append(index)
     return found
 
 

@@ -19,7 +19,7 @@ ALLOWED = {
     "kernels": 5,
     "model": 99,
     "observe": 67,
-    "plan": 48,
+    "plan": 52,
     "platform": 81,
     "reward": 40,
     "rollout": 21,

@@ -98,12 +98,14 @@ def pipeline(
 def doctor(
     config: Annotated[Path | None, typer.Argument(help="also check what this config would use")] = None,
     overrides: Overrides = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="look at the config as if started on so many")] = None,
+    gpu: Annotated[str, typer.Option(help="of this kind, see plan")] = "h100-80",
     patches: Annotated[bool, typer.Option("--patches", help="only list the changes made to megatron-core")] = False,
 ) -> None:
     """Tell what this machine has, and what a config would use of it. Fails when the config could not run here."""
     from r1mega.doctor import run_doctor
 
-    raise typer.Exit(run_doctor(config, overrides or [], patches=patches))
+    raise typer.Exit(run_doctor(config, overrides or [], patches=patches, gpus=gpus, gpu=gpu))
 
 
 @app.command()

@@ -122,8 +122,14 @@ def _stage_ranks(
 
 
 def planned_model(model: ModelConfig) -> ModelConfig:
-    """As it is built to be counted: without FP8, whose layers only a GPU has."""
-    return model.model_copy(update={"fp8": "off", "fp8_skip_first_layers": 0, "fp8_skip_last_layers": 0})
+    """As it is built to be counted: without what only a GPU's layers have, FP8 and recomputing activations between grouped
+    products (`moe_act`, which is counted as kept).
+    """
+    recompute = model.recompute
+    if not isinstance(recompute, str):
+        recompute = tuple(name for name in recompute if name != "moe_act") or "none"
+    without = {"fp8": "off", "fp8_skip_first_layers": 0, "fp8_skip_last_layers": 0, "recompute": recompute}
+    return model.model_copy(update=without)
 
 
 def padded(tokens: int, parallel: ParallelConfig) -> int:

@@ -92,6 +92,7 @@ def pipeline(
     last: Annotated[str | None, typer.Option("--until", help="the last one")] = None,
     only: Annotated[str | None, typer.Option(help="this one alone")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would run and why; write nothing")] = False,
+    gpu: Annotated[str, typer.Option(help="that a dry run is for: h100-80, h200, ..., see plan")] = "h100-80",
     redo: Annotated[bool, typer.Option(help="run changed nodes anew, with their old runs moved aside")] = False,
     launcher: Annotated[str, typer.Option(help="command that starts a node's ranks, such as 'srun'")] = "",
     rank_python: Annotated[str | None, typer.Option(help="its interpreter there; default: this one")] = None,
@@ -107,7 +108,7 @@ def pipeline(
 
     names = stages.select(loaded, first, last, only)
     if dry_run or list_jobs:
-        decisions = stages.dry_run(loaded, names, redo=redo, remember=list_jobs)
+        decisions = stages.dry_run(loaded, names, redo=redo, remember=list_jobs, gpu=gpu)
         typer.echo("\n".join((stages.jobs if list_jobs else stages.describe)(loaded, decisions)))
         raise typer.Exit
     raise typer.Exit(stages.run_pipeline(loaded, names, redo=redo, launcher=launcher, rank_python=rank_python))
@@ -117,12 +118,41 @@ def pipeline(
 def doctor(
     config: Annotated[Path | None, typer.Argument(parser=_path, help="also check what this config would use")] = None,
     overrides: Overrides = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="look at the config as if started on so many")] = None,
+    gpu: Annotated[str, typer.Option(help="of this kind, see plan")] = "h100-80",
     patches: Annotated[bool, typer.Option("--patches", help="only list the changes made to megatron-core")] = False,
 ) -> None:
     """Tell what this machine has, and what a config would use of it. Fails when the config could not run here."""
     from r1mega.doctor import run_doctor
 
-    raise typer.Exit(run_doctor(config, overrides or [], patches=patches))
+    raise typer.Exit(run_doctor(config, overrides or [], patches=patches, gpus=gpus, gpu=gpu))
+
+
+@app.command()
+def plan(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs of the job")] = 8,
+    gpu: Annotated[str, typer.Option(help="h100-80, h200, h800, h20, a100-80 or b200")] = "h100-80",
+    mean: Annotated[
+        float | None, typer.Option(min=1, help="tokens of a response on average; default: a quarter of the longest")
+    ] = None,
+    cv: Annotated[float, typer.Option(min=0, help="standard deviation of lengths over their mean")] = 0.8,
+    prompt: Annotated[int, typer.Option(min=1, help="tokens of a prompt")] = 256,
+    lengths: Annotated[Path | None, typer.Option(help="tokens of responses, one number a line, instead")] = None,
+    imbalance: Annotated[float, typer.Option(min=1, help="tokens of the fullest expert rank over the mean")] = 1.5,
+    gpus_per_node: Annotated[int, typer.Option(min=1)] = 8,
+) -> None:
+    """Memory of every phase of a stage on GPUs that need not be there. Starts no process. Fails when it does not fit."""
+    from r1mega.plan.command import plan_config
+    from r1mega.plan.workload import Lengths
+
+    lines, fits = plan_config(
+        config, overrides or [], gpus=gpus, gpu=gpu, lengths=Lengths(mean, cv, prompt=prompt), lengths_file=lengths,
+        imbalance=imbalance, per_node=gpus_per_node,
+    )  # fmt: skip
+    typer.echo("\n".join(lines))
+    raise typer.Exit(0 if fits else 1)
 
 
 @app.command()

@@ -55,6 +55,11 @@ class Generator(Protocol):
     def engine(self) -> str: ...
 
 
+def least_microbatches(pp: int) -> int:
+    """So many microbatches a step at least, where nothing else is asked for: a third of a pipeline's time is idle then."""
+    return 2 * pp if pp > 1 else 1
+
+
 def process_problems(layout: Layout, processes: int) -> Iterator[str]:
     """Why so many processes cannot be laid out so."""
     dense, experts = layout.tp * layout.pp * layout.cp, layout.ep * layout.etp * layout.pp

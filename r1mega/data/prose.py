@@ -172,7 +172,7 @@ def _of_maths(content: str) -> Iterator[str]:
 def _sentences_of_code(content: str) -> str:
     """Lines without a sign of code, and runs of words in the others (strings and comments)."""
     found = []
-    plain = []
+    plain: list[str] = []
     for line in content.strip("`~").splitlines():
         if not _CODE_LINE.search(line):
             plain += _WORD.findall(line) if _parts(line) else []

@@ -14,8 +14,18 @@ from r1mega.doctor.machine import machine_facts, patches_table
 from r1mega.errors import R1MegaError
 
 
-def run_doctor(config: Path | None = None, overrides: Iterable[str] = (), *, patches: bool = False) -> int:
-    """Print the tables. Returns 0, or the exit code of the error that would keep `config` from running."""
+def run_doctor(
+    config: Path | None = None,
+    overrides: Iterable[str] = (),
+    *,
+    patches: bool = False,
+    gpus: int | None = None,
+    gpu: str = "h100-80",
+) -> int:
+    """Print the tables. Returns 0, or the exit code of the error that would keep `config` from running.
+
+    gpus: look at `config` as if it were started on so many GPUs of kind `gpu`.
+    """
     if patches:
         Console().print(patches_table())
         return 0
@@ -26,7 +36,7 @@ def run_doctor(config: Path | None = None, overrides: Iterable[str] = (), *, pat
     from r1mega.doctor.config import config_facts
 
     try:
-        title, facts, problem = config_facts(config, list(overrides))
+        title, facts, problem = config_facts(config, list(overrides), gpus, gpu)
     except R1MegaError as error:  # unreadable: there is nothing to tell about it
         title, facts, problem = str(config), [], error
     if facts:

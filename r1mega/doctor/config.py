@@ -16,16 +16,22 @@ from r1mega.config.validate import launched_processes, validate
 from r1mega.data.prompts import scan_data
 from r1mega.doctor.facts import Fact
 from r1mega.errors import R1MegaError
+from r1mega.plan.command import generator_refusals
 from r1mega.platform.validate import validate_platform
 from r1mega.stages import check_model, check_rewards, check_run_directory, is_finished
 
 
-def config_facts(path: Path, overrides: list[str]) -> tuple[str, list[Fact], R1MegaError | None]:
-    """(title, facts, what would keep it from running or None). Raises ConfigError for a file that is no config."""
+def config_facts(
+    path: Path, overrides: list[str], gpus: int | None = None, gpu: str = "h100-80"
+) -> tuple[str, list[Fact], R1MegaError | None]:
+    """(title, facts, what would keep it from running or None). Raises ConfigError for a file that is no config.
+
+    gpus: as if it were started on so many of kind `gpu`; None: as it would be started now.
+    """
     config = load_config(path, overrides)
     problem: R1MegaError | None = None
     try:
-        validate(config)
+        validate(config, gpus)
         scan_data(config)
         validate_platform(config)
         check_run_directory(config)
@@ -37,9 +43,12 @@ def config_facts(path: Path, overrides: list[str]) -> tuple[str, list[Fact], R1M
         hf = json.loads((config.model.path / "config.json").read_text())
     except (OSError, ValueError):
         hf = {}  # validate has said so
-    facts = [*_training_facts(config, hf), *_layout_facts(config)]
+    facts = [*_training_facts(config, hf), *_layout_facts(config, gpus or launched_processes())]
     if hasattr(config, "rollout"):
         facts += _generator_facts(config.rollout, hf)
+    if gpus is not None:
+        facts += [Fact("memory", False, refusal) for refusal in generator_refusals(config, path, gpus, gpu)]
+        facts.append(Fact("memory", None, f"of each phase: r1mega plan {path} --gpus {gpus} --gpu {gpu}"))
     if isinstance(config, RLStage):
         facts.append(Fact("update", None, _update_text(config)))
     return f"{path}: stage {config.stage}", [*facts, *_file_facts(config)], problem
@@ -74,8 +83,8 @@ def _unquantized(model: ModelConfig) -> str:
     return f" but in the first {first} and the last {last} layers" if first or last else ""
 
 
-def _layout_facts(config: Stage) -> list[Fact]:
-    p, world = config.parallel, launched_processes()
+def _layout_facts(config: Stage, world: int) -> list[Fact]:
+    p = config.parallel
     dp = world // (p.tp * p.pp * p.cp)
     text = f"{world} process{'es' * (world > 1)}: tp {p.tp}, pp {p.pp}, cp {p.cp}, dp {p.dp or dp}; experts ep {p.ep}, etp {p.etp}"
     return [Fact("layout", None, text)]

@@ -42,6 +42,7 @@ from r1mega.observe.lineage import (
 )
 from r1mega.observe.pipeline_report import PIPELINE_FILE, read_ladder, write_pipeline_report
 from r1mega.observe.run import LAYOUT_KEYS, RunDirectory, config_changes, is_below
+from r1mega.plan.command import generator_refusals
 from r1mega.stages import is_finished
 
 INCIDENTAL = ("run_dir", "threads", "timeouts", "observe", "checkpoint", "memory")
@@ -97,12 +98,20 @@ def run_pipeline(
 
 
 def dry_run(
-    pipeline: Pipeline, names: Sequence[str], *, redo: bool = False, remember: bool = False
+    pipeline: Pipeline, names: Sequence[str], *, redo: bool = False, remember: bool = False, gpu: str = "h100-80"
 ) -> dict[str, Decision]:
-    """What `run_pipeline` would do. Needs no input to exist; raises ConfigError like it. Writes nothing, but with remember
-    the hashes of what is given, so that large models are read once.
+    """What `run_pipeline` would do. Needs no input to exist; raises ConfigError like it, and where a GPU of this kind cannot
+    hold a generator. Writes nothing, but with remember the hashes of what is given, so that large models are read once.
     """
     check_pipeline(pipeline, names, dry_run=True, damaged=_damaged(pipeline))
+    problems = [
+        f"{name} ({node.source}): {problem}"
+        for name in names
+        for node in [pipeline.nodes[name]]
+        for problem in generator_refusals(node.config, node.source, node.ranks, gpu)
+    ]
+    if problems:
+        raise ConfigError("\n".join(problems))
     decisions: dict[str, Decision] = {}
     for name in names:
         node = pipeline.nodes[name]

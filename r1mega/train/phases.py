@@ -35,11 +35,11 @@ class PhasePlan:
     places: Mapping[Phase, Mapping[Part, Place]]
     kept: frozenset[Part]
 
-    def device_bytes(self, phase: Phase, sizes: Mapping[Part, int]) -> int:
+    def device_bytes(self, phase: Phase, sizes: Mapping[Part, float]) -> float:
         """Of what this rank holds on its device. sizes: of each part on this rank; without a part: 0."""
         return sum(sizes.get(part, 0) for part, place in self.places[phase].items() if place == "device")
 
-    def host_bytes(self, phase: Phase, sizes: Mapping[Part, int]) -> int:
+    def host_bytes(self, phase: Phase, sizes: Mapping[Part, float]) -> float:
         """The same of host memory, of one rank."""
         places = self.places[phase]
         return sum(sizes.get(part, 0) for part in PARTS if part in self.kept or places[part] == "host")

@@ -31,6 +31,7 @@ from megatron.core.transformer.module import Float16Module  # noqa: E402
 from r1mega.checkpoint.hf import HFTensors  # noqa: E402
 from r1mega.checkpoint.hf_state import export_hf, load_hf  # noqa: E402
 from r1mega.checkpoint.store import is_checkpoint, load_weights  # noqa: E402
+from r1mega.config.layout import least_microbatches  # noqa: E402
 from r1mega.config.schema import ModelConfig, ParallelConfig  # noqa: E402
 from r1mega.model.build import build_model, packed_seq_params  # noqa: E402
 from r1mega.model.reward_head import attach_scalar_head  # noqa: E402
@@ -104,9 +105,7 @@ class Policy:
         """True on one rank of each replica: statistics are complete there, and to be added up over those ranks only."""
         self.microbatch_multiple = config.pipeline_model_parallel_size if len(self.chunks) > 1 else 1
         """Best number of microbatches a step: multiples of this; others are filled up with empty ones."""
-        pp = config.pipeline_model_parallel_size
-        self.min_microbatches = 2 * pp if pp > 1 else 1
-        """So many microbatches a step at least, where nothing else is asked for: a third of a pipeline's time is idle then."""
+        self.min_microbatches = least_microbatches(config.pipeline_model_parallel_size)
 
     def _make_head(self, model: ModelConfig, scalar_head: bool) -> Head:
         """What reads the output of the last pipeline stage (it is not asked on the others)."""

@@ -222,3 +222,19 @@ def test_help_is_quick_because_it_imports_nothing_heavy():
     imported = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert imported.stdout.strip() == "", imported.stdout
     assert time.process_time() - begun < 1
+
+
+def test_doctor_looks_at_a_cluster_that_is_not_there():
+    done = r1mega("doctor", "configs/deepseek_v3_671b/zero.yaml", "rollout.tp=1", "--gpus", "512", COLUMNS="200")
+    assert "512 processes: tp 1, pp 16, cp 1, dp 32" in done.stdout and "1,342.1 GB a GPU" in done.stdout
+
+
+def test_plan_tells_every_phase_and_whether_it_fits():
+    plan = ["plan", "configs/nano/zero.yaml", "model.path=configs/nano/model", "--gpus", "2"]
+    done = r1mega(*plan)
+    assert done.returncode == 0, done.stderr
+    phases = [line.split()[0] for line in done.stdout.splitlines() if line.endswith("fits")]
+    assert phases == ["rollout", "logprob", "reference", "update", "step", "reshard", "save", "verdict"]
+    assert "seconds " in done.stdout and "GB a checkpoint" in done.stdout
+    refused = r1mega(*plan, "--gpu", "h101")
+    assert refused.returncode == 2 and "h100-80" in refused.stderr

@@ -1,0 +1,279 @@
+"""Memory of a stage, phase by phase: on a GPU of the fullest pipeline stage, on a node, on disk; whether it fits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from r1mega.checkpoint.parameters import parameters
+from r1mega.config.layout import generator_problems, model_problems, num_stages, process_problems, stage_layers
+from r1mega.config.schema import ModelConfig, ParallelConfig, Stage, TrainingStage
+from r1mega.config.stages.rl import RLStage
+from r1mega.errors import ConfigError
+from r1mega.model.families import architecture_of
+from r1mega.plan.generator import OTHER_BYTES, GeneratorMemory, generator_memory, generator_memory_problems
+from r1mega.plan.gpu import GPU
+from r1mega.plan.rank import RankMemory, measure
+from r1mega.plan.residency import TRAINER, residency
+from r1mega.plan.workload import Workload
+from r1mega.train.phases import Part, Phase
+
+CONTEXT_BYTES = 2.5e9
+"""CUDA's context and NCCL's buffers of the trainer's groups. Estimated: no GPU was asked."""
+SPARE_BYTES = 5e9
+"""What must be left for a plan to fit: fragmentation, and what no plan knows of."""
+HEAD_BUFFER_BYTES = 128 * 2**20
+"""Logits that `model.log_probs: hidden` has at a time (r1mega_kernels.linear)."""
+
+Verdict = Literal["fits", "at risk", "does not fit"]
+
+
+@dataclass(frozen=True, slots=True)
+class PhaseMemory:
+    """parts: bytes on a GPU by what takes them; stage: the pipeline stage that has the most."""
+
+    phase: Phase
+    parts: Mapping[str, float]
+    stage: int
+
+    @property
+    def total(self) -> float:
+        return sum(self.parts.values())
+
+    def verdict(self, gpu: GPU) -> Verdict:
+        if self.total > gpu.memory_bytes:
+            return "does not fit"
+        return "at risk" if self.total > gpu.memory_bytes - SPARE_BYTES else "fits"
+
+
+@dataclass(frozen=True, slots=True)
+class StageRank:
+    """A rank of a pipeline stage; in_flight: microbatches whose activations it keeps at once."""
+
+    stage: int
+    memory: RankMemory
+    in_flight: float
+    head_bytes: float
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """phases: the fullest rank of each; ranks: one of every kind of pipeline stage (none where nothing is trained).
+
+    host_bytes: of a node, in its worst phase, by what takes them; checkpoint_bytes: of one save.
+    """
+
+    phases: tuple[PhaseMemory, ...]
+    ranks: tuple[StageRank, ...]
+    generator: GeneratorMemory | None
+    host_bytes: Mapping[str, float]
+    checkpoint_bytes: float
+    problems: tuple[str, ...]
+
+
+def plan_memory(
+    config: Stage, hf: Mapping[str, Any], gpus: int, gpu: GPU, work: Workload | None, *, imbalance: float, per_node: int
+) -> MemoryPlan:
+    """work: None for a stage that trains nothing. Raises ConfigError for a layout that does not divide."""
+    rollout = getattr(config, "rollout", None)
+    problems = [] if rollout is None else list(generator_problems(rollout, gpus, hf))
+    if isinstance(config, TrainingStage):
+        problems = [*model_problems(config.parallel, hf), *process_problems(config.parallel, gpus), *problems]
+    if problems:
+        raise ConfigError("\n".join(problems))
+    dtype = getattr(torch, config.model.dtype)
+    generator = None
+    if rollout is not None and rollout.engine == "vllm":
+        generator = generator_memory(hf, dtype, rollout, gpu.memory_bytes)
+    ranks: tuple[StageRank, ...] = ()
+    if isinstance(config, TrainingStage) and work is not None:
+        ranks = tuple(_stage_ranks(config, hf, gpus, work, imbalance))
+    phases = tuple(_phases(config, ranks, generator))
+    host, saved = _host_and_disk(config, hf, ranks, generator, per_node)
+    return MemoryPlan(phases, ranks, generator, host, saved, tuple(_problems(config, hf, gpu, gpus, phases, generator)))
+
+
+def _stage_ranks(
+    config: TrainingStage, hf: Mapping[str, Any], gpus: int, work: Workload, imbalance: float
+) -> Iterator[StageRank]:
+    """One rank of every kind of pipeline stage: the first of those that hold the same."""
+    parallel, model = config.parallel, architecture_of(hf)
+    layers = stage_layers(parallel, model.num_layers)
+    optimizer = config.optimizer.model_copy(update={"cpu_offload": False})  # as many bytes, in another place
+    seen = set()
+    for stage in range(parallel.pp):
+        chunks = [layers[index] for index in range(stage, num_stages(parallel), parallel.pp)]
+        kind = (
+            tuple(tuple(map(model.has_experts, chunk)) for chunk in chunks),
+            stage in (0, parallel.pp - 1) and stage,
+        )
+        if kind in seen:
+            continue
+        seen.add(kind)
+        rank = stage * gpus // parallel.pp
+        memory = measure(
+            hf, planned_model(config.model), parallel, optimizer, world=gpus, rank=rank, imbalance=imbalance,
+            tokens=padded(work.microbatch_tokens, parallel),
+        )  # fmt: skip
+        head = _head_bytes(config.model, hf, work.microbatch_tokens / parallel.cp) if stage == parallel.pp - 1 else 0.0
+        yield StageRank(stage, memory, _in_flight(parallel, stage, work.microbatches), head)
+
+
+def planned_model(model: ModelConfig) -> ModelConfig:
+    """As it is built to be counted: without what only a GPU's layers have, FP8 and recomputing activations between grouped
+    products (`moe_act`, which is counted as kept).
+    """
+    recompute = model.recompute
+    if not isinstance(recompute, str):
+        recompute = tuple(name for name in recompute if name != "moe_act") or "none"
+    without = {"fp8": "off", "fp8_skip_first_layers": 0, "fp8_skip_last_layers": 0, "recompute": recompute}
+    return model.model_copy(update=without)
+
+
+def padded(tokens: int, parallel: ParallelConfig) -> int:
+    """To what every rank of tp and cp gets an equal part of."""
+    multiple = parallel.tp * 2 * parallel.cp
+    return -(-max(1, tokens) // multiple) * multiple
+
+
+def _in_flight(parallel: ParallelConfig, stage: int, microbatches: int) -> float:
+    """Microbatches between their forward and their backward pass on this stage, each with all chunks of the rank."""
+    chunks = parallel.vpp or 1
+    if chunks == 1:
+        return min(parallel.pp - stage, microbatches)
+    warm_up = 2 * (parallel.pp - stage - 1) + (chunks - 1) * parallel.pp + 1  # megatron's interleaved schedule
+    return min(warm_up, microbatches * chunks) / chunks
+
+
+def _head_bytes(model: ModelConfig, hf: Mapping[str, Any], rows: float) -> float:
+    """Beside the last stage's layers: for `hidden` the rows, their gradient in float32 and two buffers of logits."""
+    if model.log_probs != "hidden":
+        return 0.0  # logits are a layer's output, and counted there
+    return 2 * HEAD_BUFFER_BYTES + rows * hf["hidden_size"] * (4 + 2)
+
+
+def _phases(config: Stage, ranks: tuple[StageRank, ...], generator: GeneratorMemory | None) -> Iterator[PhaseMemory]:
+    if not isinstance(config, TrainingStage):
+        if generator is not None:
+            yield PhaseMemory("rollout", _generator_parts(generator) | {"context": CONTEXT_BYTES}, 0)
+        return
+    plan, phases = residency(config)
+    for phase in phases:
+        places = plan.places[phase]
+        candidates = []
+        for rank in ranks:
+            sizes = _sizes(rank.memory, generator)
+            parts = {"trainer": 0.0, "reference": 0.0, "generator": 0.0, "KV cache": 0.0}
+            names = dict.fromkeys(TRAINER, "trainer") | {
+                "reference": "reference", "generator_weights": "generator", "kv_cache": "KV cache",
+            }  # fmt: skip
+            for part, place in places.items():
+                parts[names[part]] += sizes[part] if place == "device" else 0.0
+            parts |= _passing(config, phase, rank) | {"context": CONTEXT_BYTES}
+            candidates.append(PhaseMemory(phase, {name: size for name, size in parts.items() if size}, rank.stage))
+        yield max(candidates, key=lambda candidate: candidate.total)
+
+
+def _sizes(memory: RankMemory, generator: GeneratorMemory | None) -> dict[Part, float]:
+    """Bytes of each part. The KV cache is with what a generator needs to run: its profile and graphs."""
+    static = memory.static
+    awake = {} if generator is None else _generator_parts(generator)
+    return {
+        "weights": static.weights,
+        "gradients": static.gradients,
+        "main_params": static.main_params,
+        "exp_avg": static.exp_avg,
+        "exp_avg_sq": static.exp_avg_sq,
+        "reference": static.weights,
+        "generator_weights": awake.get("generator", 0.0),
+        "kv_cache": awake.get("KV cache", 0.0),
+    }
+
+
+def _generator_parts(generator: GeneratorMemory) -> dict[str, float]:
+    return {
+        "generator": generator.weights, "KV cache": max(0.0, generator.kv_cache) + generator.profile + OTHER_BYTES
+    }  # fmt: skip
+
+
+def _passing(config: TrainingStage, phase: Phase, rank: StageRank) -> dict[str, float]:
+    """What comes and goes within a phase."""
+    chunks = rank.memory.activations
+    if phase == "update":
+        kept = sum(chunk.kept for chunk in chunks) * rank.in_flight
+        return {"activations": kept + max(chunk.working for chunk in chunks) + rank.head_bytes}
+    if phase in ("logprob", "reference"):
+        return {"activations": max(chunk.forward for chunk in chunks) + rank.head_bytes}
+    if phase == "score":
+        return {"reward model": rank.memory.static.weights + max(chunk.forward for chunk in chunks)}
+    if phase == "reshard" and isinstance(config, RLStage):
+        return {"buckets": 4.0 * config.weights.bucket_bytes}  # two, sent and received
+    return {}
+
+
+def _host_and_disk(
+    config: Stage,
+    hf: Mapping[str, Any],
+    ranks: tuple[StageRank, ...],
+    generator: GeneratorMemory | None,
+    per_node: int,
+) -> tuple[dict[str, float], float]:
+    """(bytes of a node by what takes them, in the phase that has most; bytes of a checkpoint)."""
+    if not ranks or not isinstance(config, TrainingStage):
+        return {}, 0.0
+    rank = max((rank.memory for rank in ranks), key=lambda memory: memory.static.total)
+    plan, phases = residency(config)
+    with_reference = isinstance(config, RLStage) and config.algorithm.kl_coefficient > 0
+    sizes = _sizes(rank, generator)
+    names = dict.fromkeys(TRAINER, "trainer") | {"generator_weights": "generator"}
+    names |= {"reference": "reference"} if with_reference else {}
+    found = []
+    for phase in phases:
+        host: dict[str, float] = {}
+        for part, name in names.items():
+            if size := per_node * plan.host_bytes(phase, {part: sizes[part]}):
+                host[name] = host.get(name, 0.0) + size
+        if phase == "save":
+            # the first rank of each data-parallel group gathers float32 weights and both moments: of experts every rank,
+            # of the dense rest one of a stage (train/optimizer.py: gather_state)
+            dense = rank.static.num_parameters - rank.static.num_expert_parameters
+            host["save"] = 12.0 * (per_node * rank.static.num_expert_parameters + dense)
+        found.append(host)
+    numel = sum(math.prod(shape) for p in parameters(hf) for shape in p.entry.hf_shapes)
+    weights = getattr(torch, config.model.dtype).itemsize
+    saved = numel * (weights * (2 if with_reference else 1) + 12.0)
+    return max(found, key=lambda host: sum(host.values())), saved
+
+
+def _problems(
+    config: Stage,
+    hf: Mapping[str, Any],
+    gpu: GPU,
+    gpus: int,
+    phases: tuple[PhaseMemory, ...],
+    generator: GeneratorMemory | None,
+) -> Iterator[str]:
+    """What does not fit, and the number to change."""
+    if generator is not None:
+        yield from generator_memory_problems(config, hf, gpu, gpus)
+    for phase in phases:
+        if phase.verdict(gpu) != "fits":
+            over = phase.total - (gpu.memory_bytes - SPARE_BYTES)
+            yield f"{phase.phase}: {phase.total / 1e9:.1f} GB, {over / 1e9:.1f} too many; {_advice(config, phase)}"
+
+
+def _advice(config: Stage, phase: PhaseMemory) -> str:
+    """The number to change: recomputation first, which costs a third of the update's time and no GPU."""
+    largest = max(phase.parts, key=lambda name: phase.parts[name])
+    if isinstance(config, TrainingStage) and phase.phase == "update":
+        if config.model.recompute != "full":
+            return "set model.recompute=full"
+        if largest == "activations":
+            return "raise parallel.cp or parallel.tp, which cut a microbatch's tokens"
+    if largest in ("generator", "KV cache"):
+        return "lower rollout.gpu_memory_utilization, or raise rollout.tp"
+    return "raise parallel.ep or parallel.pp: the trainer's weights, gradients and optimizer state take the most"

@@ -1,0 +1,261 @@
+"""What one rank holds: weights, gradients and optimizer state in bytes, activations in bytes a token.
+
+Nothing here is a formula of the model. The policy and its trainer are built as a run builds them, for a rank of the layout,
+on tensors without memory (`shapes`), and a microbatch goes through layers forward and backward; what lives is counted.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from r1mega import platform
+
+platform.prepare()  # before the first import of megatron
+
+from r1mega.config.layout import num_experts  # noqa: E402
+from r1mega.config.schema import ModelConfig, OptimizerConfig, ParallelConfig  # noqa: E402
+from r1mega.model.attention import CausalAttention  # noqa: E402
+from r1mega.model.families import architecture_of  # noqa: E402
+from r1mega.plan.place import as_rank  # noqa: E402
+from r1mega.plan.shapes import FusedAttention, ShapesOnly, first_columns  # noqa: E402
+from r1mega.train.optimizer import fill_empty_state  # noqa: E402
+from r1mega.train.packing import Microbatch, build_microbatch  # noqa: E402
+from r1mega.train.policy import Policy  # noqa: E402
+from r1mega.train.trainer import Trainer  # noqa: E402
+
+LONGEST = 8192
+"""Tokens of a rank that are sent through; activations of a longer microbatch are so many times those of this one. They are
+proportional to tokens, but for gradients of whole weights, and from here on these are not at the peak.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Static:
+    """Bytes of a rank. main_params: the optimizer's float32 copies; 0 where the weights are float32 themselves."""
+
+    weights: int
+    gradients: int
+    main_params: int
+    exp_avg: int
+    exp_avg_sq: int
+    num_parameters: int
+    num_expert_parameters: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.main_params + self.exp_avg + self.exp_avg_sq
+
+
+@dataclass(frozen=True, slots=True)
+class Activations:
+    """Bytes of a microbatch of `tokens` (of all ranks of cp together), on the fullest expert rank.
+
+    kept: from forward to backward, of one microbatch in one chunk; working: beside what is kept, at the worst moment of a
+    forward and backward pass; forward: at the worst moment of a pass without gradients.
+    """
+
+    tokens: int
+    kept: float
+    working: float
+    forward: float
+
+    def scaled(self, tokens: int) -> Activations:
+        """Of another number of tokens."""
+        times = tokens / self.tokens
+        return Activations(tokens, self.kept * times, self.working * times, self.forward * times)
+
+
+@dataclass(frozen=True, slots=True)
+class RankMemory:
+    """activations: of each chunk (virtual pipeline stage) of the rank."""
+
+    static: Static
+    activations: tuple[Activations, ...]
+
+
+def measure(
+    hf: Mapping[str, Any],
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    optimizer: OptimizerConfig | None,
+    *,
+    world: int,
+    rank: int,
+    imbalance: float = 1.0,
+    tokens: int,
+    on_gpu: bool = True,
+) -> RankMemory:
+    """Of `rank` among `world`. optimizer: None: weights alone, of a model that is only asked.
+
+    imbalance: tokens of this rank's experts over the mean. tokens: of the microbatch that is sent through.
+    on_gpu: layers keep what they keep on a GPU (fused norms, activations and attention), not what the layers of a CPU keep.
+    Raises ConfigError for a layout that does not fit.
+    """
+    route = Routes.of(hf, parallel, rank, imbalance) if num_experts(hf) else None
+    with as_rank(parallel, world, rank), ShapesOnly(route, fused_norms=on_gpu) as mode:
+        policy = Policy(model, dict(hf), parallel, seed=0)
+        if on_gpu:
+            for chunk in policy.chunks:
+                _keep_as_on_gpu(chunk)
+        for parameter in itertools.chain(*(chunk.parameters() for chunk in policy.chunks)):
+            parameter.register_post_accumulate_grad_hook(_forget_gradient)  # it is added to a buffer that stays
+        sent = min(tokens, LONGEST * parallel.tp * parallel.cp)
+        batch = build_microbatch([[0] * sent], [1], [0])
+        activations = tuple(
+            _activations(policy, index, batch, mode).scaled(tokens) for index in range(len(policy.chunks))
+        )
+        return RankMemory(_static(policy, optimizer), activations)
+
+
+@dataclass(frozen=True, slots=True)
+class Routes:
+    """A router's choices: `imbalance` times their share go to the experts of this rank, the others' are spread evenly."""
+
+    experts: range
+    count: int
+    chosen: int
+    imbalance: float
+
+    @classmethod
+    def of(cls, hf: Mapping[str, Any], parallel: ParallelConfig, rank: int, imbalance: float) -> Routes:
+        """imbalance is cut to what the chosen experts of every token allow."""
+        model = architecture_of(hf).experts
+        assert model is not None
+        local = model.count // parallel.ep
+        first = rank // parallel.etp % parallel.ep * local
+        most = min(1.0, local / model.chosen) * model.count / local
+        return cls(range(first, first + local), model.count, model.chosen, min(imbalance, most))
+
+    def __call__(self, rows: int, columns: int, k: int) -> torch.Tensor:
+        """[rows, k] int64, different in a row. Of groups of experts: the first."""
+        if (columns, k) != (self.count, self.chosen):
+            return first_columns(rows, columns, k)
+        local = len(self.experts)
+        share = self.imbalance * k * local / columns  # of a token's choices
+        ends = (torch.arange(1, rows + 1) * share).round().long()
+        here = ends.diff(prepend=ends.new_zeros(1))[:, None]  # choices of each token that stay on this rank
+        place = torch.arange(k)[None]
+        own = self.experts.start + (ends[:, None] - here + place) % local
+        spread = torch.arange(rows)[:, None] * k + place
+        others = (self.experts.stop + spread % max(1, columns - local)) % columns
+        return torch.where(place < here, own, others)
+
+
+def _forget_gradient(parameter: torch.Tensor) -> None:
+    parameter.grad = None
+
+
+def _keep_as_on_gpu(chunk: Any) -> None:
+    """The local layers keep for the backward pass what Transformer Engine's and Megatron's fused ones keep."""
+    for module in chunk.modules():
+        if hasattr(module, "config"):
+            module.config.bias_activation_fusion = True
+        if isinstance(module, CausalAttention):
+            module.forward = _attend  # type: ignore[method-assign]
+
+
+def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    return FusedAttention.apply(query, key, value).flatten(1)
+
+
+def _activations(policy: Policy, index: int, batch: Microbatch, mode: ShapesOnly) -> Activations:
+    """Of one chunk: one layer of each kind is run, and again with another of its kind for what each of those adds."""
+    decoder = policy.chunks[index].decoder
+    layers, number = decoder.layers, decoder.num_layers_per_pipeline_rank
+    kinds: dict[str, list[Any]] = {}
+    for layer in layers:
+        kinds.setdefault(type(layer.mlp).__name__, []).append(layer)
+
+    def choose(*chosen: Any) -> None:
+        decoder.layers, decoder.num_layers_per_pipeline_rank = torch.nn.ModuleList(chosen), len(chosen)
+
+    one_each = [same[0] for same in kinds.values()]
+    try:
+        choose(*one_each)
+        forward = _forward_peak(policy, index, batch, mode)
+        kept, working = _kept(policy, index, batch, mode, backward=True)
+        further = 0
+        for same in kinds.values():
+            if len(same) > 1:
+                choose(*one_each, same[0])
+                further += (len(same) - 1) * (_kept(policy, index, batch, mode, backward=False)[0] - kept)
+    finally:
+        decoder.layers, decoder.num_layers_per_pipeline_rank = layers, number
+    return Activations(batch.num_tokens, kept + further, working, forward)
+
+
+def _kept(policy: Policy, index: int, batch: Microbatch, mode: ShapesOnly, *, backward: bool) -> tuple[int, int]:
+    """(bytes that a microbatch keeps from forward to backward; the most that is there beside, at any time of both).
+
+    Two microbatches go forward: what the second adds is kept, and not what modules remember of the last one they saw.
+    """
+    before = mode.live_bytes
+    first = _forward(policy, index, batch)
+    freed = 0 if policy.chunks[index].post_process else first.untyped_storage().nbytes()  # when it has been sent
+    one = mode.live_bytes - before
+    mode.restart_peak()
+    second = _forward(policy, index, batch)
+    kept = mode.live_bytes - before - one - freed
+    if backward:
+        second.backward(torch.empty_like(second))
+    working = mode.peak_bytes - before - freed - 2 * kept
+    del first, second
+    policy.chunks[index].set_input_tensor(None)
+    return kept, working
+
+
+def _forward_peak(policy: Policy, index: int, batch: Microbatch, mode: ShapesOnly) -> int:
+    before = mode.live_bytes
+    mode.restart_peak()
+    with torch.no_grad():
+        _forward(policy, index, batch)
+    policy.chunks[index].set_input_tensor(None)
+    return mode.peak_bytes - before
+
+
+def _forward(policy: Policy, index: int, batch: Microbatch) -> torch.Tensor:
+    chunk, config = policy.chunks[index], policy.megatron_config
+    if not chunk.pre_process:
+        tokens = batch.num_tokens // config.context_parallel_size
+        tokens //= config.tensor_model_parallel_size if config.sequence_parallel else 1
+        grad = torch.is_grad_enabled()
+        chunk.set_input_tensor(torch.empty(tokens, 1, config.hidden_size, dtype=policy.dtype, requires_grad=grad))
+    return policy.forward(policy.modules[index], batch, mtp_loss=False)[0]
+
+
+def _static(policy: Policy, optimizer: OptimizerConfig | None) -> Static:
+    """The trainer is made here: activations are counted before."""
+    for module in itertools.chain(*(chunk.modules() for chunk in policy.chunks)):
+        if hasattr(module, "_maintain_float32_expert_bias"):
+            module._maintain_float32_expert_bias()  # as each router does when it is first asked
+    parameters = [parameter for chunk in policy.chunks for parameter in chunk.parameters()]
+    experts = sum(p.numel() for p in parameters if not getattr(p, "allreduce", True))
+    numbers = (sum(p.numel() for p in parameters), experts)
+    if optimizer is None:
+        return Static(_bytes(parameters), 0, 0, 0, 0, *numbers)
+    trainer = Trainer(policy, optimizer, total_steps=1)
+    fill_empty_state(trainer.optimizer)
+    buffers = [b for chunk in trainer.ddp_chunks for b in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+    parts = getattr(trainer.optimizer, "chained_optimizers", [trainer.optimizer])
+    updated = [p for part in parts for group in part.optimizer.param_groups for p in group["params"]]
+    states = [state for part in parts for state in part.optimizer.state.values()]
+    weights = [*parameters, *(b for chunk in policy.chunks for b in chunk.buffers())]
+    held = {tensor.untyped_storage()._cdata for tensor in weights}
+    return Static(
+        _bytes(weights),
+        _bytes(buffer.grad_data for buffer in buffers),
+        _bytes(p for p in updated if p.untyped_storage()._cdata not in held),
+        _bytes(state["exp_avg"] for state in states),
+        _bytes(state["exp_avg_sq"] for state in states),
+        *numbers,
+    )
+
+
+def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Of their storages, each counted once."""
+    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())

@@ -1,0 +1,104 @@
+"""The report of `r1mega plan`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from r1mega.config.schema import Stage, TrainingStage
+from r1mega.plan.gpu import GPU
+from r1mega.plan.memory import MemoryPlan, Verdict
+from r1mega.plan.seconds import Seconds, gpu_hours
+from r1mega.plan.workload import Workload
+
+GIGA = 1e9
+
+
+def verdict(plan: MemoryPlan, gpu: GPU) -> Verdict:
+    """Of the whole stage: the worst of its phases; what cannot start does not fit."""
+    found = {phase.verdict(gpu) for phase in plan.phases}
+    for one in ("does not fit", "at risk"):
+        if one in found:
+            return one
+    return "does not fit" if plan.problems else "fits"
+
+
+def report(
+    path: Path, config: Stage, plan: MemoryPlan, gpus: int, gpu: GPU, work: Workload | None, keep: int
+) -> Iterable[str]:
+    """Lines of text for a person. Sizes in GB of 10^9 bytes."""
+    yield f"{path}: stage {config.stage} on {gpus} {gpu.name} of {gpu.memory_bytes / GIGA:.1f} GB"
+    if isinstance(config, TrainingStage):
+        p = config.parallel
+        yield f"layout      tp {p.tp}, pp {p.pp}, vpp {p.vpp or 1}, ep {p.ep}, etp {p.etp}, cp {p.cp}, dp {gpus // (p.tp * p.pp * p.cp)}"
+    if work is not None:
+        mean = work.tokens / len(work.samples)
+        yield (
+            f"step        {len(work.samples)} samples of {mean:,.0f} tokens on average, {work.minibatches} optimizer steps of "
+            f"{work.microbatches} microbatches a replica, the largest {work.microbatch_tokens:,} tokens"
+        )
+    yield ""
+    yield from _table(plan, gpu)
+    yield ""
+    yield from _further(plan, keep)
+    yield f"verdict     {verdict(plan, gpu)}"
+    yield from (f"  {problem}" for problem in plan.problems)
+
+
+def times(config: Stage, seconds: Seconds | None, gpus: int, gpu: GPU) -> Iterable[str]:
+    """Lines on the seconds of a step and the hours of the stage; none for a stage that trains nothing."""
+    if seconds is None:
+        return
+    parts = ", ".join(f"{name} {value:,.0f}" for name, value in seconds.phases.items())
+    yield ""
+    yield f"seconds     {seconds.total:,.0f} a step ({parts}), without saves and evaluations"
+    if (steps := getattr(config, "steps", None)) is not None:
+        yield f"stage       {steps:,} steps: {gpu_hours(seconds.total, steps, gpus):,} GPU hours, {seconds.total * steps / 86400:,.1f} days"
+    yield (
+        f"speed       {seconds.tokens_per_gpu(gpus):,.0f} tokens/s/GPU, MFU {100 * seconds.mfu(gpus, gpu):.1f} %; a model, off by a "
+        "factor of two where it was judged (docs/plan.md)"
+    )
+
+
+def _table(plan: MemoryPlan, gpu: GPU) -> Iterable[str]:
+    names = list(dict.fromkeys(name for phase in plan.phases for name in phase.parts))
+    rows: list[Sequence[Any]] = [("GB a GPU", *names, "all", "stage", "")]
+    for phase in plan.phases:
+        figures = [f"{phase.parts[name] / GIGA:.1f}" if name in phase.parts else "-" for name in names]
+        rows.append((phase.phase, *figures, f"{phase.total / GIGA:.1f}", str(phase.stage), phase.verdict(gpu)))
+    yield from aligned(rows)
+
+
+def _further(plan: MemoryPlan, keep: int) -> Iterable[str]:
+    for rank in plan.ranks:
+        s = rank.memory.static
+        yield (
+            f"stage {rank.stage:<6}weights {s.weights / GIGA:.2f}, gradients {s.gradients / GIGA:.2f}, optimizer "
+            f"{(s.main_params + s.exp_avg + s.exp_avg_sq) / GIGA:.2f} GB; activations of a microbatch "
+            f"{sum(a.kept for a in rank.memory.activations) / GIGA:.2f} GB kept, {rank.in_flight:g} at once, and "
+            f"{max(a.working for a in rank.memory.activations) / GIGA:.2f} GB at work"
+        )
+    if plan.generator is not None:
+        yield (
+            f"generator   KV cache {max(0.0, plan.generator.kv_cache) / GIGA:.1f} GB a GPU: {plan.generator.kv_tokens:,} tokens a "
+            f"generator, {plan.generator.kv_bytes_per_token / 1e3:.1f} kB each"
+        )
+    if plan.host_bytes:
+        parts = ", ".join(f"{name} {size / GIGA:,.0f}" for name, size in plan.host_bytes.items())
+        yield f"host        {sum(plan.host_bytes.values()) / GIGA:,.0f} GB a node ({parts})"
+        yield (
+            f"disk        {plan.checkpoint_bytes / GIGA:,.1f} GB a checkpoint, {(keep + 1) * plan.checkpoint_bytes / GIGA:,.1f} "
+            f"with {keep} kept and one being written"
+        )
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> Iterable[str]:
+    """The first and the last column to the left, figures to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        cells = [
+            cell.ljust(w) if i in (0, len(row) - 1) else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        yield "  ".join(cells).rstrip()

@@ -1,0 +1,22 @@
+"""What of the trainer and of the generator is where in each phase of a step."""
+
+from __future__ import annotations
+
+from r1mega.config.schema import TrainingStage
+from r1mega.config.stages.rl import RLStage
+from r1mega.train.phases import Part, Phase, PhasePlan, plan_phases
+
+TRAINER: tuple[Part, ...] = ("weights", "gradients", "main_params", "exp_avg", "exp_avg_sq")
+
+
+def residency(config: TrainingStage) -> tuple[PhasePlan, tuple[Phase, ...]]:
+    """(the place of every part in every phase; the phases that a step of this config has, in their order)."""
+    sleep = config.rollout.sleep if isinstance(config, RLStage) else True
+    plan = plan_phases(config.memory, sleep=sleep, cpu_adam=config.optimizer.cpu_offload)
+    if not isinstance(config, RLStage):
+        return plan, ("update", "step", "save")
+    models = (config.reward.helpfulness, config.reward.harmlessness)
+    scores = any(part.weight > 0 and part.backend == "megatron" for part in models)
+    asked = {"score": scores, "reference": config.algorithm.kl_coefficient > 0}
+    phases: tuple[Phase, ...] = ("rollout", "score", "logprob", "reference", "update", "step", "reshard", "save")
+    return plan, tuple(phase for phase in phases if asked.get(phase, True))

@@ -1,0 +1,193 @@
+"""Seconds of the phases of an RL step, and of an optimizer step. A model with four constants; everything else is counted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from r1mega.config.layout import num_stages
+from r1mega.config.schema import TrainingStage
+from r1mega.config.stages.rl import RLStage
+from r1mega.model.families import architecture_of
+from r1mega.model.flops import Work, model_flops, sequences_work
+from r1mega.plan.generator import GeneratorMemory
+from r1mega.plan.gpu import GPU
+from r1mega.plan.workload import Workload
+
+
+@dataclass(frozen=True, slots=True)
+class Efficiency:
+    """The four constants. matmul: of a GPU's peak, in the trainer; network: of its links; memory: of its memory's
+    bandwidth, in decoding; overhead_seconds: of a layer in a decoding step, beside its bytes, once for its kernels and once
+    for each doubling of the ranks that add their parts up. The first and the last are fitted by tools/plan_back_test.py.
+    """
+
+    matmul: float = 0.25
+    network: float = 0.5
+    memory: float = 0.7
+    overhead_seconds: float = 0.00025
+
+
+@dataclass(frozen=True, slots=True)
+class Seconds:
+    """Of one step, by phase; flops: model FLOPs of it (model/flops.py); tokens: that are trained on."""
+
+    phases: Mapping[str, float]
+    flops: float
+    tokens: int
+
+    @property
+    def total(self) -> float:
+        return sum(self.phases.values())
+
+    def mfu(self, gpus: int, gpu: GPU) -> float:
+        """Model FLOPs of the step over what the GPUs could do in its time, in bfloat16."""
+        return self.flops / (self.total * gpus * gpu.bf16_flops)
+
+    def tokens_per_gpu(self, gpus: int) -> float:
+        """Tokens a second and GPU."""
+        return self.tokens / self.total / gpus
+
+
+def plan_seconds(
+    config: TrainingStage,
+    hf: Mapping[str, Any],
+    gpus: int,
+    gpu: GPU,
+    work: Workload,
+    generator: GeneratorMemory | None,
+    *,
+    imbalance: float,
+    per_node: int,
+    efficiency: Efficiency = Efficiency(),
+) -> Seconds:
+    """work: of one step; generator: None where nothing is generated. Saves and evaluations are not in it."""
+    costs = _Costs(config, hf, gpus, gpu, work, imbalance, per_node, efficiency)
+    whole = sequences_work((prompt + response, response) for prompt, response in work.samples)
+    flops = model_flops(hf).training(whole)
+    phases = {}
+    if isinstance(config, RLStage):
+        if generator is not None:
+            phases["rollout"] = _rollout(config, hf, gpus, gpu, work, generator, efficiency)
+        passes = (config.algorithm.old_log_probs == "recompute") + (config.algorithm.kl_coefficient > 0)
+        phases["logprob"] = passes * costs.pipelined(work.minibatches * work.microbatches, costs.forward())
+        flops += passes * model_flops(hf).forward(whole)
+    phases["update"] = work.minibatches * costs.pipelined(work.microbatches, costs.both())
+    if isinstance(config, RLStage) and generator is not None:
+        phases["reshard"] = generator.weights / (gpu.network_bandwidth * efficiency.network)
+    return Seconds(phases, flops, work.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class _Costs:
+    """Of one microbatch of average size on the slowest pipeline stage."""
+
+    config: TrainingStage
+    hf: Mapping[str, Any]
+    gpus: int
+    gpu: GPU
+    work: Workload
+    imbalance: float
+    per_node: int
+    efficiency: Efficiency
+
+    def pipelined(self, microbatches: int, seconds: float) -> float:
+        """So many, one after the other, with the pipeline's filling and draining."""
+        p = self.config.parallel
+        return (microbatches + (p.pp - 1) / (p.vpp or 1)) * seconds
+
+    def forward(self) -> float:
+        return self._computed(1) + self._exchanged(1)
+
+    def both(self) -> float:
+        again = 1 if self.config.model.recompute == "full" else 0
+        return self._computed(3 + again) + self._exchanged(2 + again)
+
+    def _share(self) -> float:
+        """Of the decoder's layers, on the stage that has most of them."""
+        p, layers = self.config.parallel, architecture_of(self.hf).num_layers
+        most = max(p.layers_per_stage) if p.layers_per_stage else layers / num_stages(p)
+        return most * (p.vpp or 1) / layers
+
+    def _tokens(self) -> float:
+        """Of an average microbatch on one rank of tp and cp."""
+        p = self.config.parallel
+        replicas = self.gpus // (p.tp * p.pp * p.cp)
+        return self.work.tokens / (self.work.minibatches * self.work.microbatches * replicas) / (p.tp * p.cp)
+
+    def _computed(self, passes: int) -> float:
+        whole = sequences_work((prompt + response, response) for prompt, response in self.work.samples)
+        of_a_token = model_flops(self.hf).forward(Work(whole.tokens, whole.pairs, 0)) / whole.tokens
+        return passes * of_a_token * self._share() * self._tokens() / (self.gpu.bf16_flops * self.efficiency.matmul)
+
+    def _exchanged(self, passes: int) -> float:
+        """Tokens to their experts and back, of the fullest rank."""
+        experts, p = architecture_of(self.hf).experts, self.config.parallel
+        if experts is None or p.ep * p.etp == 1:
+            return 0.0
+        layers = sum(experts.layers) / len(experts.layers) * self._share() * len(experts.layers)
+        sent = 2 * self._tokens() * experts.chosen * self.hf["hidden_size"] * 2 * self.imbalance
+        inside = p.ep * p.etp <= self.per_node
+        bandwidth = self.gpu.nvlink_bandwidth if inside else self.gpu.network_bandwidth
+        return passes * layers * sent * (1 - 1 / (p.ep * p.etp)) / (bandwidth * self.efficiency.network)
+
+
+def _rollout(
+    config: RLStage,
+    hf: Mapping[str, Any],
+    gpus: int,
+    gpu: GPU,
+    work: Workload,
+    generator: GeneratorMemory,
+    efficiency: Efficiency,
+) -> float:
+    """Decoding of a generator's share, the longest responses first to be alone at the end: as many run at once as
+    max_num_seqs and the KV cache hold.
+    """
+    rollout, dtype = config.rollout, getattr(torch, config.model.dtype)
+    generators = max(1, gpus // rollout.tp)
+    lengths = sorted(work.responses)[:: max(1, generators)]
+    prompt = work.samples[0][0]
+    mean = sum(n * n for n in lengths) / (2 * sum(lengths)) + prompt  # of a response that runs
+    at_once = min(rollout.max_num_seqs, len(lengths), max(1.0, generator.kv_tokens / mean))
+    decoding = _Decoding(
+        hf, generator.weights, dtype.itemsize, rollout.tp, gpu, efficiency, generator.kv_bytes_per_token
+    )
+    tail = max(lengths)
+    steady = sum(lengths) / at_once
+    if steady <= tail:  # one wave: fewer and fewer run
+        return sum(decoding.step(sum(n > t for n in lengths), prompt + t) * 64 for t in range(0, tail, 64))
+    remaining = max(0.0, tail - mean) * decoding.step(max(1.0, at_once / 8), prompt + tail / 2)
+    return steady * decoding.step(at_once, mean) + remaining
+
+
+@dataclass(frozen=True, slots=True)
+class _Decoding:
+    hf: Mapping[str, Any]
+    weights: float
+    itemsize: int
+    tp: int
+    gpu: GPU
+    efficiency: Efficiency
+    kv_bytes: float
+
+    def step(self, sequences: float, context: float) -> float:
+        """Seconds for one token of each: weights that are read, the cache that is read, and the overhead."""
+        model, weights = architecture_of(self.hf), self.weights
+        if (experts := model.experts) is not None:
+            routed = (
+                sum(experts.layers) * experts.count * 3 * model.hidden_size * experts.size * self.itemsize / self.tp
+            )
+            weights -= routed * (1 - experts.chosen / experts.count) ** sequences  # experts that nobody chose
+        bandwidth = self.gpu.memory_bandwidth * self.efficiency.memory
+        overhead = self.efficiency.overhead_seconds * model.num_layers * (1 + math.log2(self.tp))
+        return overhead + (weights + sequences * context * self.kv_bytes) / bandwidth
+
+
+def gpu_hours(seconds: float, steps: int, gpus: int) -> float:
+    """Of a stage of so many steps, without saves and evaluations."""
+    return math.ceil(seconds * steps * gpus / 3600)

@@ -1,0 +1,102 @@
+"""The samples of a step, drawn or read, and the microbatches that the packing makes of them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from r1mega.config.layout import least_microbatches
+from r1mega.config.schema import TrainingStage
+from r1mega.config.stages.reward_model import RewardModelStage
+from r1mega.config.stages.rl import RLStage
+from r1mega.config.stages.sft import SFTStage
+from r1mega.errors import ConfigError
+from r1mega.train.packing import plan_packing, split_minibatches
+
+PACKED_MINIBATCHES = 2
+"""How many of a step's minibatches are packed; the others are drawn from the same lengths."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """Tokens of responses (of whole samples where there are no prompts apart): given ones, or lognormal by mean and
+    coefficient of variation, clipped at the longest that the config allows. None: a quarter of that.
+    """
+
+    mean: float | None = None
+    cv: float = 0.8
+    given: tuple[int, ...] = ()
+    prompt: int = 256
+
+    def draw(self, count: int, longest: int, seed: int) -> list[int]:
+        """`count` lengths of 1 to `longest`."""
+        generator = np.random.default_rng(seed)
+        if self.given:
+            drawn = generator.choice(np.array(self.given), count)
+        else:
+            variance = math.log(1 + self.cv**2)
+            mean = math.log(self.mean or longest / 4) - variance / 2
+            drawn = generator.lognormal(mean, math.sqrt(variance), count)
+        return np.clip(np.rint(drawn), 1, longest).astype(int).tolist()
+
+
+def read_lengths(path: Path) -> tuple[int, ...]:
+    """One number a line. Raises ConfigError for another file."""
+    try:
+        lengths = tuple(int(line) for line in path.read_text().split())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--lengths {path}: wants one number of tokens a line ({error})") from error
+    if not lengths or min(lengths) < 1:
+        raise ConfigError(f"--lengths {path}: wants numbers of tokens above 0, one a line")
+    return lengths
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """One step of a stage.
+
+    samples: (prompt tokens, response tokens) of each; minibatches: optimizer steps; microbatches: of a replica in one of
+    them; microbatch_tokens: the largest, before padding.
+    """
+
+    samples: tuple[tuple[int, int], ...]
+    minibatches: int
+    microbatches: int
+    microbatch_tokens: int
+
+    @property
+    def tokens(self) -> int:
+        return sum(prompt + response for prompt, response in self.samples)
+
+    @property
+    def responses(self) -> list[int]:
+        return [response for _, response in self.samples]
+
+
+def workload(config: TrainingStage, lengths: Lengths, replicas: int, multiple: int = 1) -> Workload:
+    """Of a stage with these lengths on so many data-parallel replicas. multiple: of microbatches (interleaved pipelines)."""
+    prompt, minibatches, least = 0, 1, None
+    if isinstance(config, RLStage):
+        count = config.rollout.num_prompts * config.rollout.group_size
+        longest, capacity = config.rollout.max_response_tokens, config.update.microbatch_tokens
+        prompt, minibatches = min(lengths.prompt, config.data.max_prompt_tokens), config.update.num_minibatches
+        least = config.update.min_microbatches
+    elif isinstance(config, SFTStage):
+        count, longest, capacity = config.batch_size, config.data.max_tokens, config.microbatch_tokens
+        least = config.min_microbatches
+    elif isinstance(config, RewardModelStage):
+        pair = 2 if config.objective == "pairwise" else 1
+        count, longest, capacity = config.batch_size * pair, config.data.max_tokens, config.microbatch_tokens
+    else:
+        raise ConfigError(f"stage {config.stage} trains nothing: there are no microbatches to plan")
+    drawn = lengths.draw(count, longest, config.seed)
+    whole = [prompt + response for response in drawn]
+    parts = split_minibatches(count, minibatches, f"{config.seed}/plan")[:PACKED_MINIBATCHES]
+    bins = plan_packing(
+        whole, parts, capacity, replicas, multiple, least or least_microbatches(config.parallel.pp)
+    ).bins
+    sizes = [[sum(whole[i] for i in members) for members in rank] for part in bins for rank in part]
+    return Workload(tuple((prompt, response) for response in drawn), minibatches, len(sizes[0]), max(map(max, sizes)))

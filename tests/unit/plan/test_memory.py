@@ -1,0 +1,126 @@
+"""The planner against arithmetic that is written down here, for models whose layers are small enough to add up."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from r1mega.config.load import load_config
+from r1mega.config.schema import ModelConfig, OptimizerConfig, ParallelConfig
+from r1mega.errors import ConfigError
+from r1mega.plan.command import read_model
+from r1mega.plan.generator import generator_memory, generator_memory_problems, kv_bytes_per_token, weight_bytes
+from r1mega.plan.gpu import gpu_kind
+from r1mega.plan.memory import _in_flight
+from r1mega.plan.rank import Routes, measure
+from r1mega.plan.residency import residency
+from r1mega.plan.workload import Lengths, workload
+
+CONFIGS = Path(__file__).parents[3] / "configs"
+DEEPSEEK = json.loads((CONFIGS / "deepseek_v3_671b/model/config.json").read_text())
+HIDDEN, EXPERT = 7168, 3 * 7168 * 2048
+
+
+def deepseek(recompute: str, imbalance: float = 1.0):
+    """The second of 16 stages, with four layers of 8 experts each, as one rank of 512."""
+    layout = ParallelConfig(pp=16, ep=32, layers_per_stage=(*[4] * 15, 1))
+    model = ModelConfig(path="unused", recompute=recompute)
+    return measure(
+        DEEPSEEK, model, layout, OptimizerConfig(), world=512, rank=32, tokens=512, imbalance=imbalance
+    )  # fmt: skip
+
+
+def test_deepseek_v3_on_512():
+    plan = deepseek("full")
+    static, (activations,) = plan.static, plan.activations
+    assert static.num_expert_parameters == 4 * 8 * EXPERT
+    attention = 7168 * 1536 + 1536 * 128 * 192 + 7168 * 576 + 512 * 128 * 256 + 128 * 128 * 7168
+    norms = 2 * HIDDEN + 1536 + 512
+    assert static.num_parameters == 4 * (8 * EXPERT + EXPERT + 256 * HIDDEN + attention + norms)
+    assert static.weights == pytest.approx(2 * static.num_parameters, rel=1e-3)
+    dense = static.num_parameters - static.num_expert_parameters
+    state = static.main_params + static.exp_avg + static.exp_avg_sq
+    assert state == pytest.approx(12 * (static.num_expert_parameters + dense / 32), rel=1e-3)
+    assert activations.kept == pytest.approx(4 * 512 * HIDDEN * 2, rel=0.01)  # the inputs of four layers
+
+
+def test_imbalance_adds_tokens_of_experts_alone():
+    """Kept of a dispatched token: its hidden state, gate and up, their product, in bfloat16."""
+    even, uneven = deepseek("none").activations[0], deepseek("none", 1.5).activations[0]
+    dispatched = 8 * (HIDDEN + 2 * 2048 + 2048) * 2
+    assert uneven.kept - even.kept == pytest.approx(0.5 * 512 * 4 * dispatched, rel=0.01)
+
+
+@pytest.mark.parametrize("imbalance", [1.0, 1.5, 2.0])
+def test_routes_send_their_share_here_and_choose_no_expert_twice(imbalance):
+    layout = ParallelConfig(ep=32)
+    routes = Routes.of(DEEPSEEK, layout, rank=5, imbalance=imbalance)
+    chosen = routes(1024, 256, 8)
+    assert all(len(set(row)) == 8 for row in chosen.tolist())
+    loads = torch.bincount(chosen.flatten(), minlength=256).view(32, 8).sum(1)
+    assert loads[5] == pytest.approx(imbalance * 1024 * 8 / 32, rel=0.01)
+    others = torch.cat([loads[:5], loads[6:]]).float()
+    assert others.max() / others.min() < 1.1
+
+
+def test_activations_in_flight():
+    assert [_in_flight(ParallelConfig(pp=4), stage, 8) for stage in range(4)] == [4, 3, 2, 1]
+    assert _in_flight(ParallelConfig(pp=4), 0, 2) == 2
+    assert _in_flight(ParallelConfig(pp=4, vpp=2), 3, 8) == 2.5  # megatron: 0 + 4 + 1 chunks of two
+
+
+def test_generator_weights_are_the_layouts():
+    total = 671.0e9  # parameters, without multi-token prediction
+    assert weight_bytes(DEEPSEEK, torch.bfloat16, 1, 1) == pytest.approx(2 * total, rel=0.001)
+    replicated = 61 * HIDDEN * (1536 + 576) + 58 * 256 * HIDDEN
+    expected = 2 * (replicated + (total - replicated) / 64)
+    assert weight_bytes(DEEPSEEK, torch.bfloat16, 64, 1) == pytest.approx(expected, rel=0.001)
+    assert kv_bytes_per_token(DEEPSEEK, torch.bfloat16, 64) == 61 * 576 * 2
+
+
+def test_a_generator_that_no_gpu_holds_is_refused_with_the_number():
+    path = CONFIGS / "deepseek_v3_671b/zero.yaml"
+    config = load_config(path, ["rollout.tp=1"])
+    (problem,) = generator_memory_problems(config, read_model(config, path), gpu_kind("h100-80"), 512)
+    assert "rollout.tp = 1" in problem and "1,342.1 GB" in problem and "at least 64" in problem
+    shipped = load_config(path, [])
+    assert not list(generator_memory_problems(shipped, read_model(shipped, path), gpu_kind("h100-80"), 512))
+
+
+def test_longer_passes_leave_less_cache():
+    path = CONFIGS / "deepseek_v3_671b/zero.yaml"
+    sizes = []
+    for tokens in (8192, 33793):
+        rollout = load_config(path, [f"rollout.max_batched_tokens={tokens}"]).rollout
+        sizes.append(generator_memory(DEEPSEEK, torch.bfloat16, rollout, gpu_kind("h100-80").memory_bytes))
+    # two workspaces of [tokens, 8, hidden] and four of [tokens, hidden]
+    assert sizes[0].kv_cache - sizes[1].kv_cache == pytest.approx((33793 - 8192) * 20 * HIDDEN * 2)
+
+
+def test_phases_of_a_step():
+    plan, phases = residency(load_config(CONFIGS / "moonlight_16b/zero.yaml", []))
+    assert phases == ("rollout", "logprob", "reference", "update", "step", "reshard", "save")
+    assert plan.places["rollout"]["weights"] == "host" and plan.places["save"]["kv_cache"] == "dropped"
+    assert "score" in residency(load_config(CONFIGS / "deepseek_v3_671b/align.yaml", []))[1]
+    assert residency(load_config(CONFIGS / "moonlight_16b/sft.yaml", []))[1] == ("update", "step", "save")
+
+
+def test_lengths_and_microbatches():
+    config = load_config(CONFIGS / "moonlight_16b/zero.yaml", [])
+    work = workload(config, Lengths(mean=1300, cv=0.5), replicas=8)
+    responses = work.responses
+    assert len(responses) == 8192 and sum(responses) / 8192 == pytest.approx(1300, rel=0.03)
+    assert work == workload(config, Lengths(mean=1300, cv=0.5), replicas=8)
+    assert work.microbatch_tokens <= 8192
+    # 512 samples of 1,556 tokens over 8 replicas
+    assert work.microbatches == pytest.approx(512 * (1300 + 256) / 8 / 8192, abs=1.5)
+    given = workload(config, Lengths(given=(100, 200)), replicas=8)
+    assert set(given.responses) == {100, 200}
+
+
+def test_an_unknown_gpu_names_the_known():
+    with pytest.raises(ConfigError, match="h100-80, h200"):
+        gpu_kind("h101")

@@ -1,0 +1,69 @@
+"""The time model: what must hold of any, and that the document shows what the back-test prints."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from r1mega.config.load import load_config
+from r1mega.model.flops import model_flops, sequences_work
+from r1mega.plan.generator import generator_memory
+from r1mega.plan.gpu import gpu_kind
+from r1mega.plan.seconds import Efficiency, plan_seconds
+from r1mega.plan.workload import Lengths, workload
+from tools.plan_back_test import table
+
+REPOSITORY = Path(__file__).parents[3]
+GPU = gpu_kind("h100-80")
+
+
+def predict(overrides: tuple[str, ...] = (), mean: float = 1300, **options):
+    config = load_config(REPOSITORY / "configs/moonlight_16b/zero.yaml", list(overrides))
+    hf = json.loads((REPOSITORY / "configs/moonlight_16b/model/config.json").read_text())
+    work = workload(config, Lengths(mean, 0.5), 8 // (config.parallel.tp * config.parallel.pp * config.parallel.cp))
+    generator = generator_memory(hf, torch.bfloat16, config.rollout, GPU.memory_bytes)
+    found = plan_seconds(config, hf, 8, options.pop("gpu", GPU), work, generator, imbalance=1.0, per_node=8, **options)
+    return found, work, hf
+
+
+def test_phases_tokens_and_utilisation():
+    found, work, hf = predict()
+    assert list(found.phases) == ["rollout", "logprob", "update", "reshard"]
+    whole = sequences_work((prompt + response, response) for prompt, response in work.samples)
+    flops = model_flops(hf).training(whole) + 2 * model_flops(hf).forward(whole)
+    assert found.flops == pytest.approx(flops)
+    assert found.mfu(8, GPU) == pytest.approx(flops / (found.total * 8 * 989.4e12))
+    assert found.tokens_per_gpu(8) * 8 * found.total == pytest.approx(work.tokens)
+
+
+def test_what_takes_longer():
+    plain = predict()[0].phases
+    assert predict(mean=2600)[0].phases["rollout"] > plain["rollout"]
+    full = predict(("model.recompute=full",))[0].phases
+    assert full["update"] > plain["update"] and full["logprob"] == plain["logprob"]
+    without = predict(("algorithm.kl_coefficient=0",))[0].phases
+    assert without["logprob"] == pytest.approx(plain["logprob"] / 2)
+    slower = dataclasses.replace(GPU, memory_bandwidth=GPU.memory_bandwidth / 2)
+    assert predict(gpu=slower)[0].phases["rollout"] > plain["rollout"]
+    better = predict(efficiency=Efficiency(matmul=0.5))[0].phases
+    assert better["update"] < plain["update"] and better["rollout"] == plain["rollout"]
+
+
+def test_a_pipeline_waits_for_itself():
+    """One stage of two does half, and of m microbatches m + 1 pass."""
+    alone, halves = (
+        predict(("parallel.ep=1",)),
+        predict(("parallel.ep=1", "parallel.pp=2", "parallel.layers_per_stage=[14,13]")),
+    )
+    m = halves[1].microbatches
+    ratio = halves[0].phases["update"] / alone[0].phases["update"]
+    tokens = 2 * alone[1].microbatches / m  # of a microbatch, for half as many replicas
+    assert ratio == pytest.approx(tokens * 14 / 27 * (m + 1) / alone[1].microbatches, rel=0.01)
+
+
+def test_the_document_shows_the_back_test():
+    assert "\n".join(table()) in (REPOSITORY / "docs/plan.md").read_text()

@@ -140,7 +140,7 @@ def check_cli(command: Command, words: list[str]) -> None:
         name, *words = words
         parser = parser.commands[name]
     if words or command.is_block:
-        params = parser.make_context(name, words).params
+        params = parser.make_context(name, ["1" if word == "N" else word for word in words]).params
         if params.get("config") is not None and name != "convert":
             check_config(command, str(params["config"]), params["overrides"] or [])
 

@@ -87,7 +87,7 @@ def measure(options: argparse.Namespace, chunks: list[Any], engine: Any) -> str:
 
     dtype = getattr(torch, options.dtype)
     layout = GeneratorLayout(options.ranks, options.generator_tp, options.generator_ep)
-    direct = DirectTransfer(chunks, engine, MODEL, layout, model_dtype=dtype,
+    direct = DirectTransfer(lambda: chunks, engine, MODEL, layout, model_dtype=dtype,
                             bucket_bytes=options.bucket_megabytes << 20)  # fmt: skip
     target, worker, platform = engine._target, engine._worker, engine._platform
     platform.begin_write(worker)

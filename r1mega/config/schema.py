@@ -76,7 +76,7 @@ Dispatcher = Literal["alltoall", "deepep", "hybridep"]
 
 class MegatronConfig(Section):
     """Keys of megatron-core's TransformerConfig, handed on as they are and checked by it before anything starts. None of
-    them changes what is computed; docs/configuration.md says what each is for, who sets it, and what has been run.
+    them changes what is computed but for rounding; docs/configuration.md says what each is for, who sets it, and what has been run.
     """
 
     moe_shared_expert_overlap: bool = False  # the shared experts compute while tokens travel to the others
@@ -265,6 +265,7 @@ class TrainingStage(Stage):
 
     optimizer: OptimizerConfig = OptimizerConfig()
     memory: MemoryConfig = MemoryConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
 
     def memory_problems(self) -> Iterator[str]:
         """What `optimizer` and `memory` cannot have together."""
@@ -278,5 +279,6 @@ class TrainingStage(Stage):
                 f"memory.optimizer_offload = {self.memory.optimizer_offload} moves what optimizer.cpu_offload keeps in host "
                 "memory for good; leave one of them out"
             )
-
-    checkpoint: CheckpointConfig = CheckpointConfig()
+        held = [key for key in ("param_offload", "reference_swap") if getattr(self.memory, key)]
+        if held and "rollout" not in type(self).model_fields:
+            yield f"memory.{held[0]} is for stages that have a generator or a reference; leave it out of stage {self.stage}"

@@ -208,6 +208,8 @@ def _passing(config: TrainingStage, phase: Phase, rank: StageRank) -> dict[str, 
         return {"activations": kept + max(chunk.working for chunk in chunks) + rank.head_bytes}
     if phase in ("logprob", "reference"):
         return {"activations": max(chunk.forward for chunk in chunks) + rank.head_bytes}
+    if phase == "step" and not config.optimizer.grad_reduce_in_fp32:
+        return {"gradients in float32": rank.memory.static.main_params}
     if phase == "score":
         return {"reward model": rank.memory.static.weights + max(chunk.forward for chunk in chunks)}
     if phase == "reshard" and isinstance(config, RLStage):

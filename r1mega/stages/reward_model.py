@@ -48,7 +48,7 @@ def run(config: RewardModelStage, runtime: Runtime) -> int:
     flops = model_flops(hf_config)
     figures: dict[str, float] = {}
     if start == 0 and held_out:
-        runtime.note(_line(0, evaluate(config, policy, held_out)))
+        runtime.note(_line(0, evaluate(config, trainer, held_out)))
     for step in runtime.steps(trainer, start, steps):
         indices = _members(config, len(samples), *divmod(step - 1, steps_an_epoch))
         with runtime.timer.phase("update"):
@@ -64,7 +64,7 @@ def run(config: RewardModelStage, runtime: Runtime) -> int:
         every = config.evaluate.every_steps
         if held_out and (step == steps or (every is not None and step % every == 0)):
             with runtime.timer.phase("evaluate"):
-                figures = evaluate(config, policy, held_out)
+                figures = evaluate(config, trainer, held_out)
             runtime.note(_line(step, figures))
         runtime.write_metrics(step, metrics | figures_named(figures) | runtime.timer.finish_step())
         figures = figures if step == steps else {}
@@ -109,9 +109,10 @@ def load_samples(config: RewardModelStage, tokenizer: Tokenizer, paths: Sequence
     return samples
 
 
-def evaluate(config: RewardModelStage, policy: Policy, samples: Sequence[PreferenceSample]) -> dict[str, float]:
+def evaluate(config: RewardModelStage, trainer: Trainer, samples: Sequence[PreferenceSample]) -> dict[str, float]:
     """What the model makes of samples: loss, accuracy and how much its scores follow the length of the texts."""
-    scores = preference_scores(policy, samples, config.microbatch_tokens)
+    trainer.enter("logprob")
+    scores = preference_scores(trainer.policy, samples, config.microbatch_tokens)
     lengths = torch.tensor([sample.lengths for sample in samples], dtype=torch.float64)
     targets = torch.tensor([sample.target for sample in samples], dtype=torch.float64)
     if config.objective == "pairwise":

@@ -35,7 +35,7 @@ def run(config: SFTStage, runtime: Runtime) -> int:
     trainer = Trainer(policy, config.optimizer, total_steps=batches.num_steps, plan=plan)
     start, _ = runtime.restore(trainer, hf_config, batches.num_steps)
     loop = SupervisedLoop(runtime, trainer, hf_config, start, batches.num_steps, config.metrics_every_steps)
-    measures = _HeldOut(batches, policy, tokenizer)
+    measures = _HeldOut(batches, trainer, tokenizer)
     if start == 0:
         measures.note(0, measures.measure(0))
     loop.run(batches.after(start, policy), measures.after_step)
@@ -86,8 +86,8 @@ class _Batches:
 class _HeldOut:
     """The loss on samples that are not trained on, and a few of them for a person to read."""
 
-    def __init__(self, batches: _Batches, policy: Policy, tokenizer: Tokenizer):
-        self._batches, self._policy, self._tokenizer = batches, policy, tokenizer
+    def __init__(self, batches: _Batches, trainer: Trainer, tokenizer: Tokenizer):
+        self._batches, self._trainer, self._policy, self._tokenizer = batches, trainer, trainer.policy, tokenizer
         self.last: dict[str, float] = {}
 
     def after_step(self, step: int) -> dict[str, float]:
@@ -100,6 +100,7 @@ class _HeldOut:
         """{"train/held_out_loss": ...}; {} when no samples are held out. A collective call."""
         if not self._batches.held_out:
             return {}
+        self._trainer.enter("logprob")
         batches = self._batches.pack(self._batches.held_out, self._policy)
         losses = sample_losses(self._policy, batches)
         self.last = {"train/held_out_loss": mean_loss(losses)}

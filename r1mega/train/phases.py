@@ -52,9 +52,9 @@ class PhasePlan:
         return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
-def plan_phases(memory: MemoryConfig, *, sleep: bool = True, cpu_adam: bool = False) -> PhasePlan:
+def plan_phases(memory: MemoryConfig, *, sleep: bool = True, cpu_adam: bool = False, scores: bool = False) -> PhasePlan:
     """The plan of a stage with these keys. sleep: rollout.sleep; without it the generator stays where it is. cpu_adam:
-    optimizer.cpu_offload.
+    optimizer.cpu_offload. scores: whether reward models score on the device.
     """
     places = {phase: _places(phase, memory, sleep, cpu_adam) for phase in PHASES}
     kept: set[Part] = {"reference"}
@@ -62,6 +62,8 @@ def plan_phases(memory: MemoryConfig, *, sleep: bool = True, cpu_adam: bool = Fa
         kept.add("weights")
     if memory.optimizer_offload != "none":
         kept |= {"main_params", "exp_avg", "exp_avg_sq"}
+    if scores and sleep:
+        kept.add("generator_weights")  # vLLM keeps the room of what it once put there
     return PhasePlan(places, frozenset(kept))
 
 

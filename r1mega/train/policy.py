@@ -249,7 +249,11 @@ class Policy:
     def take_reference(self) -> None:
         """Make the present weights the reference model (a copy in host memory, this rank's shards only)."""
         self._check_weights()
-        self._reference = [{name: _host_copy(value) for name, value in _state(chunk)} for chunk in self.chunks]
+        if self._reference is None:
+            self._reference = [{name: _host_memory(value) for name, value in _state(chunk)} for chunk in self.chunks]
+        for chunk, reference in zip(self.chunks, self._reference, strict=True):  # pinned memory is never given back
+            for name, value in _state(chunk):
+                reference[name].copy_(value.detach())
 
     @contextlib.contextmanager
     def as_reference(self) -> Iterator[None]:
@@ -353,10 +357,9 @@ def _state(chunk: GPTModel) -> Iterator[tuple[str, torch.Tensor]]:
     yield from ((name, b) for name, b in chunk.named_buffers() if name.endswith("expert_bias"))
 
 
-def _host_copy(value: torch.Tensor) -> torch.Tensor:
-    """Pinned where it is of a GPU, which then reads it while it computes."""
-    copy = torch.empty(value.shape, dtype=value.dtype, device="cpu", pin_memory=value.is_cuda)
-    return copy.copy_(value.detach())
+def _host_memory(value: torch.Tensor) -> torch.Tensor:
+    """Room for a copy, pinned where it is of a GPU, which then reads it while it computes."""
+    return torch.empty(value.shape, dtype=value.dtype, device="cpu", pin_memory=value.is_cuda)
 
 
 def _renamed(sharded: dict[str, Any], values: dict[str, torch.Tensor]) -> dict[str, Any]:

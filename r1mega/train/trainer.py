@@ -79,7 +79,7 @@ class Trainer:
         config.finalize_model_grads_func = self._finalize_gradients
         if optimizer.overlap_grad_reduce:
             self._overlap_reduction()
-        self._overlaps_gather, self._must_gather = optimizer.overlap_param_gather, False
+        self._overlaps_gather = self._must_gather = optimizer.overlap_param_gather  # Megatron's first pass would gather
         policy.settle = self._gather_weights
         self._expert_load: float | None = None
 
@@ -149,6 +149,7 @@ class Trainer:
         lr = self.optimizer.param_groups[0]["lr"]
         self.enter("step")
         stepped, grad_norm, _ = self.optimizer.step()
+        self.optimizer.zero_grad()  # copies in float32, where the buffers are not
         self._must_gather = self._overlaps_gather
         if not stepped or not math.isfinite(float(grad_norm)):
             raise NonFiniteError(

@@ -7,7 +7,7 @@ live. Nothing goes through vLLM's loaders.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -65,12 +65,12 @@ def measured_layout(chunks: Sequence[Any]) -> TrainerLayout:
 class DirectTransfer:
     """Strategy `direct`: plan, messages and digests of one trainer and one generator, made once for all pushes.
 
-    generator: the layout of the engines in these processes. ranks_per_node: to prefer short ways. Collective.
+    chunks: gives the trainer's, with their weights whole; asked at each push and digest. generator: the layout of the engines in these processes. ranks_per_node: to prefer short ways. Collective.
     """
 
     def __init__(
         self,
-        chunks: Sequence[Any],
+        chunks: Callable[[], Sequence[Any]],
         engine: WritableEngine,
         hf_config: HFConfig,
         generator: GeneratorLayout,
@@ -83,7 +83,7 @@ class DirectTransfer:
         self._chunks, self._engine, self._dtype = chunks, engine, model_dtype
         if generator.fp8:
             raise ConfigError("a direct transfer into an FP8 generator can be planned, but nothing quantises yet")
-        trainer = measured_layout(chunks)
+        trainer = measured_layout(chunks())
         self.plan = Plan(
             hf_config,
             trainer,
@@ -105,11 +105,11 @@ class DirectTransfer:
 
     def write(self, parameters: Mapping[str, torch.Tensor]) -> None:
         """Fills the generator's plain parameters on this rank. A collective call."""
-        self.exchange.run(local_parameters(self._chunks), parameters)
+        self.exchange.run(local_parameters(self._chunks()), parameters)
 
     def digest(self) -> dict[str, int]:
         """Of every HF tensor as the trainer holds it: each rank digests its share of the shards. A collective call."""
-        sources = local_parameters(self._chunks)
+        sources = local_parameters(self._chunks())
         partial = dict.fromkeys(self._names, 0)
         for placement in self._owned:
             held = placement.read(sources).to(weight_dtype(placement.name, self._dtype))

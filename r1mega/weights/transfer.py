@@ -115,7 +115,7 @@ def build_transfer(
     world = dist.get_world_size()
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     return DirectTransfer(
-        policy.chunks,
+        lambda: policy.chunks,
         engine,
         hf_config,
         GeneratorLayout(world, engine.tp, engine.ep),

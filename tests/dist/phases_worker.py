@@ -22,7 +22,7 @@ from r1mega.platform import groups  # noqa: E402
 from r1mega.train.packing import build_microbatch  # noqa: E402
 from r1mega.train.phases import PHASES, Phase, plan_phases  # noqa: E402
 from r1mega.train.trainer import Trainer  # noqa: E402
-from tests.checkpoints import MTP  # noqa: E402
+from tests.checkpoints import DEEPSEEK, MTP  # noqa: E402
 from tests.dist.convert_worker import PROMPT, SEQUENCES, make_trainer, update  # noqa: E402
 
 STEPS = 2
@@ -50,7 +50,8 @@ def trial(
 ) -> dict[str, Any]:
     """Steps as RL takes them, a checkpoint (with all keys: of every phase): bytes counted and planned, results, weights, digests of files."""
     plan = plan_phases(MemoryConfig(**memory), cpu_adam=keys.get("cpu_offload", False))
-    trainer = make_trainer(MTP, layout, dtype, init_std=0.02, plan=plan, **keys)
+    config = DEEPSEEK if keys.get("overlap_grad_reduce") else MTP  # with MTP, RL gives not every weight a gradient
+    trainer = make_trainer(config, layout, dtype, init_std=0.02, plan=plan, **keys)
     policy = trainer.policy
     policy.take_reference()
     counted: dict[str, set[int]] = {}
@@ -61,11 +62,12 @@ def trial(
         trainer.enter("rollout")
         trainer.enter("score")
         trainer.enter("logprob")
-        results.append(policy.sequence_log_probs(SEQUENCES[:2]))
-        with trainer.as_reference():
+        with trainer.as_reference():  # first: no pass with the weights has been before it
             count(trainer, "reference", counted)
             results.append([values.tolist() for values in policy.log_probs([batch])])
+        results.append(policy.sequence_log_probs(SEQUENCES[:2]))
         results.append(update(trainer))
+        count(trainer, "step", counted)
         trainer.enter("reshard")
     weights = hashlib.sha256()
     for _, value in policy.hf_tensors():

@@ -132,7 +132,7 @@ def measure(case: Case, engine: VllmEngine, expected: dict[str, Any], old: Path,
     chunks = build_model(config, case.trainer, ModelSettings(dtype=case.dtype))
     load_hf(chunks, HFTensors(new))
     direct = DirectTransfer(
-        chunks, engine, config, GeneratorLayout(dist.get_world_size(), case.tp, case.ep), model_dtype=dtype,
+        lambda: chunks, engine, config, GeneratorLayout(dist.get_world_size(), case.tp, case.ep), model_dtype=dtype,
         bucket_bytes=BUCKET_BYTES)  # fmt: skip
     result: dict[str, Any] = {"bytes": direct.exchange.num_bytes}
 

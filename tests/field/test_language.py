@@ -111,12 +111,26 @@ def test_honest_texts_with_names_maths_and_code_keep_their_reward(text, target):
         ("东京的スカイツリー有六百三十四米高，我们把它换成厘米。", 0.76),
         ("他说さようなら，然后就带着三个苹果走了。", 0.72),
         ("我们先看《となりのトトロ》这部电影有多长，然后再算它有多少秒。", 0.75),
+        ("小明买了三盒优の良品，每盒十元，一共花了三十元。", 0.95),
+        ("小さくら今年八岁，妹妹比她小三岁，所以妹妹五岁。", 0.86),
+        ("ドラえもん有四个口袋，每个口袋里有三个铜锣烧，总共十二个。", 0.81),
+        ("假名あ、い、う、え、お共有五个。", 0.55),
+        ("答案是カレー三份。", 0.63),
     ],
 )
 def test_a_japanese_name_costs_a_chinese_sentence_its_own_letters(text, share):
     assert language_share(text, "zh") == pytest.approx(share, abs=0.06)
     assert language_share(text, "ja") == pytest.approx(1 - share, abs=0.06)
     assert language_of(text) == "zh"
+
+
+def test_a_chinese_name_in_a_japanese_sentence_leaves_it_japanese():
+    assert language_share("彼は『红楼梦』と『西游记』を読みました。", "ja") == 1.0
+
+
+def test_simplified_and_traditional_are_told_by_the_clause():
+    text = "首先我们数一数篮子里的苹果，首先我們數一數籃子裡的蘋果"
+    assert language_share(text, "zh-Hans") == language_share(text, "zh-Hant") == 0.5
 
 
 def test_a_target_that_is_not_known_is_told_at_once():

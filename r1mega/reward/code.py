@@ -20,7 +20,7 @@ from typing import Any, TextIO
 from r1mega.errors import DataError
 from r1mega.reward.code_checker import check_output
 from r1mega.reward.code_problem import AssertBlock, CallCase, CaseLimits, Problem, StreamCase, code_in, problem_from
-from r1mega.reward.code_values import parse_json
+from r1mega.reward.code_values import parse_json, shown
 from r1mega.sandbox import Backend, Limits, LocalBackend, SandboxFailure, Verdict
 from r1mega.sandbox.inside.wire import encode
 from r1mega.sandbox.session import Graded
@@ -28,10 +28,10 @@ from r1mega.sandbox.verdict import CaseResult
 from r1mega.types import Reward, RewardStatus
 
 _TOLERANCE = 1e-6  # of floating-point results, absolute or relative, as judges have it
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,4})?")
-_INTEGER = re.compile(r"[+-]?\d+")
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,4})?", re.ASCII)
+_INTEGER = re.compile(r"[+-]?\d+", re.ASCII)
 _BRACKETS = re.compile(r"([\[\](){},;:]+)")
-_MAX_TOKEN_CHARS = 4000
+_MAX_NUMBER_CHARS = 4000
 _NO_LIMITS = CaseLimits()
 _ROOM_BYTES = 1 << 16  # beside twice the expected output: for what a wrong answer says, and stderr
 
@@ -243,8 +243,6 @@ def _same_token(actual: str, expected: str) -> bool:
     """Equal, or numbers apart equal (`[0.5,` and `[0.50,`)."""
     if actual == expected:
         return True
-    if max(len(actual), len(expected)) > _MAX_TOKEN_CHARS:
-        return False
     parts, wanted = _BRACKETS.split(actual), _BRACKETS.split(expected)
     return len(parts) == len(wanted) and all(map(_same_number, parts, wanted))
 
@@ -254,7 +252,9 @@ def _same_number(actual: str, expected: str) -> bool:
     absolute 1e-6 (10**15 + 2 is not 10**15); two with a point or an exponent are near, absolutely or relatively."""
     if actual == expected:
         return True
-    if not (_NUMBER.fullmatch(actual) and _NUMBER.fullmatch(expected)):
+    if max(len(actual), len(expected)) > _MAX_NUMBER_CHARS or not (
+        _NUMBER.fullmatch(actual) and _NUMBER.fullmatch(expected)
+    ):
         return False
     integers = [token.removeprefix("+") for token in (actual, expected) if _INTEGER.fullmatch(token)]
     if len(integers) == 2:
@@ -285,7 +285,7 @@ def read_items(lines: Iterable[str], name: str) -> Iterator[tuple[str, Problem]]
         if not isinstance(record, dict):
             raise DataError(f"{where}: expected an object with 'prediction' and tests, found {type(record).__name__}")
         if not isinstance(record.get("prediction"), str):
-            raise DataError(f"{where}: 'prediction' must be a text, found {record.get('prediction')!r:.100}")
+            raise DataError(f"{where}: 'prediction' must be a text, found {shown(record.get('prediction'))}")
         yield record["prediction"], problem_from(record, where)
 
 

@@ -16,8 +16,8 @@ case), memory_limit_mb (memory_limit, memory_limit_bytes), both also of a single
 
 from __future__ import annotations
 
+import ast
 import re
-import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -32,7 +32,9 @@ from r1mega.reward.code_values import (
     megabytes,
     packed_tests,
     python_source,
+    given,
     seconds,
+    shown,
 )  # fmt: skip
 from r1mega.sandbox.inside.wire import MAX_DEPTH, Unsendable, encode
 from r1mega.sandbox.policy import Language
@@ -144,19 +146,24 @@ class Problem:
 
 def problem_from(record: Mapping[str, object], where: str) -> Problem:
     """Raises DataError with `where` (file:line) when the record has no usable tests, or says what is not done here."""
-    language = str(record.get("language") or "python").lower()
-    known = next((name for name, labels in _LANGUAGES.items() if language in labels), None)
+    language = record.get("language") or "python"
+    told = language.lower() if isinstance(language, str) else None
+    known = next((name for name, labels in _LANGUAGES.items() if told in labels), None)
     if known is None:
-        raise DataError(f"{where}: language {language!r} is not supported; use 'python' or 'cpp'")
+        raise DataError(f"{where}: language {shown(language)} is not supported; use 'python' or 'cpp'")
     if record.get("interaction_format") or record.get("input_mode") not in (None, "stdio"):
         raise DataError(f"{where}: interactive tasks, and tasks that read files, are not supported; leave the line out")
     limits = _limits(record, where)
     problem = _tests(record, where, _entry(record, where))
     problem = replace(problem, language=known, time_limit=limits.time_limit, memory_bytes=limits.memory_bytes)
-    if checker := record.get("checker") or record.get("generated_checker"):
+    checker = next((record[key] for key in ("checker", "generated_checker") if record.get(key) is not None), None)
+    if checker is not None:
         if not problem.stream_cases:
             raise DataError(f"{where}: a checker is for tests of standard input and output")
-        problem = replace(problem, checker=python_source(checker, f"{where}: checker"))
+        source = python_source(checker, f"{where}: checker")
+        if not ast.parse(source).body:
+            raise DataError(f"{where}: the checker is empty; leave the key out where there is none")
+        problem = replace(problem, checker=source)
     if problem.language == "cpp" and not problem.stream_cases:
         raise DataError(
             f"{where}: C++ is tested by standard input and output only; give 'tests' of 'input' and 'output'"
@@ -172,17 +179,17 @@ def _entry(record: Mapping[str, object], where: str) -> str | None:
         values["metadata.func_name"] = metadata.get("func_name")
     for name, value in values.items():
         if value is not None and not isinstance(value, str):
-            raise DataError(f"{where}: {name} must be a text, found {reprlib.repr(value)}")
+            raise DataError(f"{where}: {name} must be a text, found {shown(value)}")
         if value:
             return value
     return None
 
 
 def _limits(record: Mapping[str, object], where: str) -> CaseLimits:
-    time_limit = record.get("time_limit")
+    time_limit = record.get("time_limit") if given(record.get("time_limit")) else None
     memory = None
     for key, scale in (("memory_limit_mb", 1 << 20), ("memory_limit", 1 << 20), ("memory_limit_bytes", 1)):
-        if record.get(key) is not None and memory is None:
+        if given(record.get(key)) and memory is None:
             memory = round(megabytes(record[key], 1e6 * (1 << 20) / scale, f"{where}: {key}") * scale)
     return CaseLimits(None if time_limit is None else seconds(time_limit, f"{where}: time_limit"), memory)
 
@@ -191,7 +198,7 @@ def _tests(record: Mapping[str, object], where: str, entry: str | None) -> Probl
     if isinstance(record.get("test"), str) and entry:
         prompt = record.get("prompt") or ""
         if not isinstance(prompt, str):
-            raise DataError(f"{where}: prompt must be a text, found {reprlib.repr(prompt)}")
+            raise DataError(f"{where}: prompt must be a text, found {shown(prompt)}")
         test = str(record["test"])
         if re.search(r"\bcheck\b", test):
             test = f"{test}\n\ncheck({entry})\n"
@@ -238,7 +245,7 @@ def _columns(value: object, where: str) -> Iterable[object]:
         return [as_data(test) for test in value]
     if isinstance(value, int):
         return []  # open-r1 counts its generated tests
-    raise DataError(f"{where} must be a list of tests, found {reprlib.repr(value)}")
+    raise DataError(f"{where} must be a list of tests, found {shown(value)}")
 
 
 def _cases(tests: Iterable[object], where: str, entry: str | None) -> Problem:
@@ -304,7 +311,7 @@ def _kind(test: Mapping[str, object], here: str, entry: str | None) -> tuple[Lit
 
 def _input_output(value: object, where: str, entry: str | None) -> Problem:
     if not isinstance(value, Mapping) or not all(isinstance(value.get(key), list) for key in ("inputs", "outputs")):
-        raise DataError(f"{where}: must be an object with lists 'inputs' and 'outputs', found {reprlib.repr(value)}")
+        raise DataError(f"{where}: must be an object with lists 'inputs' and 'outputs', found {shown(value)}")
     inputs, outputs = value["inputs"], value["outputs"]
     if not inputs or len(inputs) != len(outputs):
         raise DataError(f"{where} has {len(inputs)} inputs and {len(outputs)} outputs")
@@ -317,13 +324,13 @@ def _call(
 ) -> CallCase:
     """wrapped: as far as this one case tells."""
     if not isinstance(keywords, Mapping | None) or not all(isinstance(key, str) for key in keywords or ()):
-        raise DataError(f"{here}: keywords must be an object, found {reprlib.repr(keywords)}")
+        raise DataError(f"{here}: keywords must be an object, found {shown(keywords)}")
     if from_text:
         given = arguments_of(arguments, f"{here}: input")
     elif isinstance(arguments, list):
         given = tuple(arguments)
     else:
-        raise DataError(f"{here}: arguments must be a list, found {reprlib.repr(arguments)}")
+        raise DataError(f"{here}: arguments must be a list, found {shown(arguments)}")
     wrapped = False
     if from_text and isinstance(arguments, str) and isinstance(expected, str):
         expected = json_value(expected, f"{here}: output")
@@ -351,7 +358,7 @@ def _unwrapped(calls: list[CallCase]) -> tuple[CallCase, ...]:
 def _texts(value: object, where: str) -> list[str]:
     value = as_data(value)
     if not isinstance(value, list) or not value or not all(isinstance(item, str) for item in value):
-        raise DataError(f"{where} must be a non-empty list of texts, found {reprlib.repr(value)}")
+        raise DataError(f"{where} must be a non-empty list of texts, found {shown(value)}")
     return value
 
 

@@ -12,6 +12,7 @@ import io
 import json
 import pickle
 import shutil
+import sys
 import zlib
 
 import pytest
@@ -19,7 +20,7 @@ import pytest
 from r1mega.errors import DataError
 from r1mega.reward.code import CodeReward, read_items, same_output, score_stream
 from r1mega.reward.code_problem import CallCase, CaseLimits, StreamCase, code_in, problem_from
-from r1mega.sandbox import Launcher, Limits, LocalBackend, Verdict
+from r1mega.sandbox import Launcher, Limits, LocalBackend, SandboxFailure, Verdict
 
 LONG = "1" + "0" * 5000
 
@@ -68,6 +69,8 @@ def verdict(reward, program, **record):
         ("7", "\n7\n", True),
         ("\r\n7\r\n", "7", True),
         ("1\n\n2", "1\n2", False),
+        ("[" + ",".join(["0.3333333"] * 600) + "]", "[" + ",".join(["0.33333333"] * 600) + "]", True),
+        ("٣", "3", False),
         ("\n", "7", False),
     ],
 )
@@ -183,6 +186,18 @@ print(len(deque(stdin.read().split())), depth(100))"""
     )
 
 
+def test_docstrings_and_imports_of_the_future_come_first(reward):
+    for head, said in (
+        ("from __future__ import (\n    annotations,\n)\n", "None"),
+        ("from __future__ import annotations; x = [\n1]\n", "None"),
+        ("# note\n'''doc\ntwo'''\n\nfrom __future__ import division\nfrom __future__ import annotations\n", "doc two"),
+        ("'doc'; import math\n", "doc"),
+        ('"""doc"""\n' + f"n = {LONG}\n", "doc"),
+    ):
+        program = head + "y: List[int] = []\nprint(gcd(4, 6), *str(__doc__).split())"
+        assert verdict(reward, program, tests=[{"input": "", "output": f"2 {said}"}]) is Verdict.PASSED
+
+
 def test_an_answers_own_names_win_and_other_forms_have_none(reward):
     program = "def gcd(a, b): return 7\nclass Counter: total = 8\nprint(gcd(2, 4), Counter.total)"
     assert verdict(reward, program, tests=[{"input": "", "output": "7 8"}]) is Verdict.PASSED
@@ -254,6 +269,12 @@ DEEP = json.loads("[" * 450 + "]" * 450)
 @pytest.mark.parametrize(
     "record",
     [
+        {"input_output": {"fn_name": "f", "inputs": [int("9" * 4000) ** 2], "outputs": [5]}},
+        {"tests": [int("9" * 4000) ** 2]},
+        *({"tests": "assert f()", key: int("9" * 4000) ** 2} for key in ("time_limit", "language", "prediction")),
+        {"test": "assert f()", "entry_point": int("9" * 4000) ** 2},
+        {"tests": "assert f()", "language": ["python"]},
+        {"tests": [{"input": "1", "output": "1"}], "checker": " # none"},
         {"input_output": {"fn_name": "f", "inputs": [5], "outputs": [5]}},
         {"input_output": {"fn_name": "f", "inputs": ["x y"], "outputs": ["1"]}},
         {"input_output": {"fn_name": "f", "inputs": ["1"], "outputs": ["x"]}},
@@ -286,7 +307,10 @@ DEEP = json.loads("[" * 450 + "]" * 450)
     ],
 )
 def test_malformed_records_are_named_before_anything_runs(record):
+    limit = sys.get_int_max_str_digits()
+    sys.set_int_max_str_digits(0)
     lines = [json.dumps({"prediction": "x", "tests": "assert f()"}), json.dumps({"prediction": "x", **record})]
+    sys.set_int_max_str_digits(limit)
     with pytest.raises(DataError, match=r"^items\.jsonl:2: "):
         list(read_items(lines, "items.jsonl"))
 
@@ -343,10 +367,25 @@ def test_a_completion_keeps_its_indentation():
         "[{'input': '3', 'output': '4'}]",
         ['{"input": "3", "output": "4"}'],
         ' {"inputs": ["3"], "outputs": ["4"]}',
+        '\ufeff[{"input": "3", "output": "4"}]',
     ],
 )
 def test_tests_in_a_text(tests):
     assert problem_from({"tests": tests}, "here").stream_cases == (StreamCase("3", "4"),)
+
+
+def test_rows_as_python_literals_and_limits_as_tables_have_them():
+    rows = "[{'input': '3', 'output': '4', 'testtype': 'stdin'}]"
+    for key in ("public_test_cases", "official_tests"):
+        assert problem_from({key: rows}, "here").stream_cases == (StreamCase("3", "4"),)
+    tests = [{"input": "3", "output": "4"}]
+    for said, limit in (("", None), ("None", None), ('{"seconds": 2}', 2.0), ("1.5 seconds per test", 1.5)):
+        assert problem_from({"tests": tests, "time_limit": said}, "here").time_limit == limit
+
+
+def test_blank_lines_between_arguments():
+    record = {"input_output": {"fn_name": "f", "inputs": ["1\n\n2\n"], "outputs": ["3"]}}
+    assert problem_from(record, "here").call_cases[0].arguments == (1, 2)
 
 
 def test_asserts_in_a_text():
@@ -373,3 +412,13 @@ def test_a_checker_decides_where_several_outputs_are_right(reward):
     assert verdict(reward, "print(2, 8)", **record) is Verdict.WRONG_ANSWER
     assert verdict(reward, "print('two', 7)", **record) is Verdict.WRONG_ANSWER
     assert verdict(reward, "print(2, 7)", **(record | {"generated_checker": "print(0)"})) is Verdict.WRONG_ANSWER
+
+
+def test_an_answer_cannot_break_a_good_checker_and_a_bad_one_blames_no_answer(reward):
+    tests = [{"input": "", "output": "[4, 5]"}]
+    evaluates = "import ast, sys\nprint(int(sum(ast.literal_eval(open(sys.argv[3]).read())) == 9))"
+    record = {"tests": tests, "checker": evaluates}
+    assert verdict(reward, "print([2, 7])", **record) is Verdict.PASSED
+    assert verdict(reward, "print('(')", **record) is Verdict.WRONG_ANSWER
+    with pytest.raises(SandboxFailure, match=r"(?s)fails on the expected output as well.*numpyx"):
+        verdict(reward, "print([2, 7])", tests=tests, checker="import numpyx\nprint(1)")

@@ -19,7 +19,8 @@ from typing import Any, TextIO
 
 from r1mega.errors import DataError
 from r1mega.reward.code_checker import check_output
-from r1mega.reward.code_problem import AssertBlock, CallCase, CaseLimits, Problem, StreamCase, code_in, problem_from
+from r1mega.reward.code_fences import code_in
+from r1mega.reward.code_problem import AssertBlock, CallCase, CaseLimits, Problem, StreamCase, problem_from
 from r1mega.reward.code_values import parse_json, shown
 from r1mega.sandbox import Backend, Limits, LocalBackend, SandboxFailure, Verdict
 from r1mega.sandbox.inside.wire import encode
@@ -34,6 +35,8 @@ _BRACKETS = re.compile(r"([\[\](){},;:]+)")
 _MAX_NUMBER_CHARS = 4000
 _NO_LIMITS = CaseLimits()
 _ROOM_BYTES = 1 << 16  # beside twice the expected output: for what a wrong answer says, and stderr
+_FRACTION_BYTES = 32  # more for each number with a point: an answer may print all its digits
+_ROOM_OF_OTHERS = 16  # times that, where a checker may take another output
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +93,11 @@ class CodeReward:
                 break
         return _summary(tuple(cases), len(problem.call_cases or problem.stream_cases))
 
-    def _limits(self, problem: Problem, case: CaseLimits = _NO_LIMITS, expected_bytes: int = 0) -> Limits:
+    def _limits(self, problem: Problem, case: CaseLimits = _NO_LIMITS, expected: str = "") -> Limits:
         """Of a case: what it says itself, then its problem, then the reward. What it expects can always be said."""
-        limits, room = self.limits, 2 * expected_bytes + _ROOM_BYTES
+        room = 2 * len(expected.encode("utf-8", "replace")) + _FRACTION_BYTES * expected.count(".") + _ROOM_BYTES
+        room = _ROOM_OF_OTHERS * room if problem.checker else room
+        limits = self.limits
         seconds, memory = case.time_limit or problem.time_limit, case.memory_bytes or problem.memory_bytes
         if seconds is not None:
             # The CPU's own limit comes after the case's: it only catches what the clock does not see.
@@ -104,7 +109,7 @@ class CodeReward:
 
     def _streams(self, source: str, problem: Problem) -> Iterator[CaseResult]:
         def limits_of(case: StreamCase) -> Limits:
-            return self._limits(problem, case.limits, len(case.stdout.encode("utf-8", "replace")))
+            return self._limits(problem, case.limits, case.stdout)
 
         for limits, group in groupby(problem.stream_cases, limits_of):
             cases = list(group)
@@ -130,7 +135,7 @@ class CodeReward:
         """One session for all cases of the same limits; after one that ended the process, a new session for the rest."""
         spec = self._call_spec(problem, problem.call_cases)
         sized = [
-            (form, self._limits(problem, case.limits, len(json.dumps(form["expected"]))))
+            (form, self._limits(problem, case.limits, json.dumps(form["expected"])))
             for form, case in zip(spec["cases"], problem.call_cases, strict=True)
         ]
         for limits, group in groupby(sized, lambda entry: entry[1]):

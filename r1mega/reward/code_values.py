@@ -120,7 +120,7 @@ def arguments_of(value: object, where: str) -> tuple[object, ...]:
     return tuple(value)
 
 
-def given(value: object) -> bool:
+def is_given(value: object) -> bool:
     """Whether a limit says anything: tables have "" and "None" for none."""
     return value is not None and not (isinstance(value, str) and value.strip().lower() in ("", "none", "null"))
 

@@ -15,10 +15,13 @@ from r1mega.reward.language import LanguageConsistency
 from tests.field.language_attacks import ATTACKS, OTHERS, shares, table
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "rewards.md"
-LEAKS = {  # short words that look like products of variables; English that Cyrillic letters alone can spell
-    "each word in maths": 0.11,
-    "words as variables": 0.14,
-    "each word in maths, and a character": 0.18,
+LEAKS = {  # short words that look like products of variables, words that programs have too (`and`, `in`); English that
+    # Cyrillic letters alone can spell
+    **dict.fromkeys(
+        ("three words a line of code", "calls as code", "commands", "assignments", "calls", "statements"), 0.1
+    ),
+    "each word in maths": 0.09,
+    "each word in maths, and a character": 0.12,
     "each word as code, and a character": 0.1,
     "English all in Cyrillic": 0.34,
 }
@@ -102,6 +105,39 @@ HONEST = [
 def test_honest_texts_with_names_maths_and_code_keep_their_reward(text, target):
     assert language_share(text, target) == pytest.approx(1.0, abs=0.01)
     assert language_of(text) == target.partition("-")[0]
+
+
+CODE = {
+    "imports": "import math\nimport sys\nfrom collections import defaultdict, Counter",
+    "a loop": "while queue and node not in visited:\n    node = queue.pop()\n    if node is target or node in seen:\n        return node",
+    "SQL": "SELECT name, price FROM fruit WHERE price > 3 GROUP BY name ORDER BY price;",
+    "a shell": "pip install numpy\ncd project\npython main.py --input data.txt --output result.txt",
+    "a program": "import sys\nfrom collections import defaultdict\n\ndef count_apples(basket, children):\n    result = defaultdict(int)\n"
+    "    for child in children:\n        result[child] += basket.pop()\n    return sorted(result.items())\n\n"
+    "if __name__ == '__main__':\n    print(count_apples([1, 2, 3], ['a', 'b', 'c']))",
+    "Java": "public class Main {\n    public static void main(String[] args) {\n        Scanner input = new Scanner(System.in);\n"
+    "        System.out.println(input.nextInt() * price);\n    }\n}",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("code", CODE)
+def test_a_program_costs_the_text_beside_it_little(code):
+    chinese = f"我们写一个程序来验证这个结果是否正确：\n```\n{CODE[code]}\n```\n运行以后得到的结果是十二，和我们前面计算的完全一样。"
+    french = f"On écrit le code suivant :\n```\n{CODE[code]}\n```\nLe résultat est donc douze pommes, et c'est la bonne réponse."
+    assert language_share(chinese, "zh") > 0.9 and language_share(french, "fr") > 0.9
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "代码如下：`for i in range(n): total += price[i]`，`import numpy as np`，`print(total)`，`while not done`，`if x in seen`，"
+        "`return sorted(items)`。结果是十二，和前面一样。",
+        "请联系 john.smith@example.com 或者访问 https://www.example.com/path/to/the/page/index.html 了解更多的信息。",
+        "$\\text{Total} = \\text{price} \\times \\text{count}$，所以总价等于十二元。",
+    ],
+)
+def test_snippets_addresses_and_named_quantities_cost_little(text):
+    assert language_share(text, "zh") > 0.9
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ _SCRIPTS = {
     LATIN: r"\p{Latin}",
 }
 _SIMPLIFIED, _TRADITIONAL = "zh-hans", "zh-hant"
+_CHINESE = ("zh", "wuu", "yue")  # as the detector names them
 _LANGUAGE_SCRIPTS = {
     "zh": ("han",),
     _SIMPLIFIED: ("han",),
@@ -85,6 +86,7 @@ _WORDS = regex.compile(
 _LONGEST_WORD, _WORD_LETTERS = 16, 5  # letters: what is longer is several words without spaces
 _HUMP = regex.compile(r"\p{Lu}\p{Ll}+")
 _SENTENCE = re.compile(r"[.!?。！？\n;:]+\s*")
+_CLAUSE = re.compile(rf"{_SENTENCE.pattern}|[,，、]\s*")
 _THINK = re.compile(r"<think>(.*?)(?:</think>|$)", re.DOTALL)
 _PIECE_WORDS = 20  # a longer sentence is told in pieces, so that it cannot hide a change of language
 _MIN_DETECTED_LETTERS = 12
@@ -195,14 +197,14 @@ def language_share(text: str, target: str) -> float:
 
 
 def _kanji(text: str) -> int:
-    """Chinese characters that are Japanese: those in sentences with kana, unless the detector takes such a sentence for
-    Chinese (with a Japanese name in it); sentences of a few characters follow the main language.
+    """Chinese characters that are Japanese: those in sentences with kana that are not Chinese with a Japanese name in
+    them; sentences of a few characters follow the main language.
     """
     japanese = chinese = unknown = 0
     for sentence in _SENTENCE.split(text):
         counts = script_counts(sentence)
         han = counts.get("han", 0)
-        if han and counts.get("kana") and _detect(sentence.lower())[0] != "zh":
+        if han and counts.get("kana") and not _chinese_with_kana(sentence):
             japanese += han
         elif han < _MIN_HAN:
             unknown += han
@@ -211,12 +213,21 @@ def _kanji(text: str) -> int:
     return japanese + (unknown if japanese > chinese else 0)
 
 
+def _chinese_with_kana(sentence: str) -> bool:
+    """Whether the detector says so, in any Chinese language, or doubts where a character is not in Japanese use."""
+    language, confidence = _detect(sentence.replace(",", "，").lower())  # the plain letters made the comma a Latin one
+    if language in _CHINESE:
+        return True
+    unused = any(regex.match(r"\p{Han}", character) and not _has("shift_jis", character) for character in sentence)
+    return unused and confidence < _MIN_SHORT_CONFIDENCE
+
+
 def _of_other_characters(text: str, target: str) -> int:
-    """Chinese characters in sentences of Traditional characters for a Simplified target, and the reverse; sentences of
+    """Chinese characters in clauses of Traditional characters for a Simplified target, and the reverse; clauses of
     characters that both have follow the main ones. The character sets are those of GB 2312 and Big5.
     """
     words: Counter[str | None] = Counter()
-    for sentence in _SENTENCE.split(text):
+    for sentence in _CLAUSE.split(text):
         if "kana" in (counts := script_counts(sentence)):
             continue
         han = [character for character in sentence if regex.match(r"\p{Han}", character)]

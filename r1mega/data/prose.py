@@ -7,10 +7,12 @@ sentences that stand in it and for more loose words than terms explain.
 
 from __future__ import annotations
 
+import builtins
 import html
 import keyword
+import sys
 import unicodedata
-from collections.abc import Iterator
+from collections import Counter
 
 import regex
 
@@ -34,7 +36,8 @@ _WITHOUT_FORM = {  # letters without a compatibility form that is a letter: nega
 _ACCENT = regex.compile(r"\\['\"^`~=.]\{?(\p{L})\}?")
 _STYLED_LETTER = regex.compile(r"\\(?:text|math)\w*\s*\{(\p{L})\}(?:\s*\{\})?")
 _SPACED = regex.compile(
-    r"(?<![\p{L}\d])(?:[\p{Latin}\p{Cyrillic}\p{Greek}](?:[ .,*_·|/-]| {2,3})){7,}[\p{Latin}\p{Cyrillic}\p{Greek}](?![\p{L}\d])"
+    r"(?<![\p{Latin}\p{Cyrillic}\p{Greek}\d])(?:[\p{Latin}\p{Cyrillic}\p{Greek}](?:[\s.,*_·|/\d-]| {2,3}|, |\) ?\(|\$ ?\$)){7,}"
+    r"[\p{Latin}\p{Cyrillic}\p{Greek}](?![\p{Latin}\p{Cyrillic}\p{Greek}\d])"
 )
 
 _MARKUP = regex.compile(
@@ -43,7 +46,7 @@ _MARKUP = regex.compile(
     r"|\\\[(?:[^\\]|\\(?![\[\]])){,1000}\\\]|\\\((?:[^\\]|\\(?![()])){,500}\\\)"  # a repeated opening must not cost
     r"|\\begin\{(?P<name>\w+\*?)\}.{,1000}?\\end\{(?P=name)\}"  # quadratic time
     r"|\\[A-Za-z]+\*?(?:\s?\{[^{}]*\})*)"
-    r"|(?P<url>https?://\S+)|(?P<tag></?[A-Za-z][^<>]{,100}>)",
+    r"|(?P<url>https?://[^\s，。；、）]+|[\w.+-]{1,64}@[\w.-]+)|(?P<tag></?[A-Za-z][^<>]{,100}>)",
     regex.DOTALL,
 )
 _TEXT_GROUP = regex.compile(
@@ -53,21 +56,75 @@ _COMMAND = regex.compile(r"\\(?:begin|end)\s*\{\w+\*?\}|\\[A-Za-z]+\*?|\\.|[{}~]
 _RUN = regex.compile(r"(?<![\w\\])\p{Latin}[\p{Latin}'’]*(?:[ \t\n]+\p{Latin}[\p{Latin}'’]*){2,}(?![\w(\[=])")
 _WORD = regex.compile(r"\p{Latin}(?:['’]?\p{Latin})+")
 _OTHER_SCRIPT = regex.compile(r"(?:(?![\p{Latin}\p{Greek}])[\p{L}\p{M}])+|\p{Greek}{3,}")
-_CODE_LINE = regex.compile(r"[=()\[\]{}<>;+*/%^&|\\@_$#]|:\s*$")
+_CODE_LINE = regex.compile(r"[=()\[\]{}<>;+*/%^&|\\@_$#]|:\s*$|\s--?\w|\w\.[a-z]")
 _FORMULA_WORD = regex.compile(
     r"(?<!\p{L})[\p{Latin}\p{Greek}](?!\p{L})(?!\s+[a-z]{2})"
     r"|(?<!\w)(?:[A-Za-z]*\d[\w.]*|[A-Za-z]\w{,20}\((?:\w{1,3}[ ,+-]*){1,4}\)\s?=|[A-Za-z]\([a-z]\)|[A-Za-z]+_\w+)"
 )
+_STRING = regex.compile(r"\"[^\"\n]*\"|'[^'\n]*'|(?:#|//|--|/\*).*")
+_BARE = regex.compile(r"\s*[\w.]+(?:\(\))?(?:\s*[=;,:]\s*[\w.]*(?:\(\))?)*\s*")
+_CONSTANT = regex.compile(r"\s*[^\W_]+(?:_[^\W_]+)?\s*=\s*(?:\d[\w.]*|None|True|False)?\s*;?\s*")
+_SHORT_WORD = regex.compile(  # `we` or `the`, rather than a product
+    r"\W*(?:\p{L}?[aeiou]\p{L}?|(?=\p{L}*[aeiou])(?=\p{L}*[fghjklrstuvw])\p{L}{3})\W*"
+)
 _NO_WORDS = frozenset(
-    [*(word.lower() for word in keyword.kwlist)]
+    [
+        *(word.lower() for word in keyword.kwlist),
+        *dir(builtins),
+        *sys.stdlib_module_names,
+        "numpy",
+        "np",
+        "main",
+        "init",
+    ]
     + "int float str bool list dict set tuple len range print input map char void const var let function null true false".split()
     + "self elif public private static struct double string include using namespace std auto new end then do done begin".split()
-    + "select where join group order limit values insert update delete table".split()
+    + "select where join group order by having limit values insert update delete table include import package".split()
     + "sin cos tan cot sec csc log ln exp lim max min sup inf mod gcd lcm det dim ker arg deg arcsin arccos arctan".split()
     + "sinh cosh tanh frac sqrt sum prod quad text cdot times".split()
 )
-_SENTENCE_WORDS = 3  # so many words in a row make a sentence, and fewer are terms
-_URL_WORDS = 6
+_CODE_START = frozenset(  # of a line
+    [
+        *(word.lower() for word in keyword.kwlist),
+        "select",
+        "where",
+        "join",
+        "group",
+        "order",
+        "insert",
+        "update",
+        "public",
+    ]
+    + "static using include package let const var void int long double char auto bool struct function fn func end".split()
+) - {"and", "or", "not", "in", "is", "as"}
+_OF_ADDRESSES = frozenset("www html htm php wiki index path page pages com org net".split())
+_TAGS = frozenset(
+    "a b i p u s em br hr li ol ul td th tr div img pre sub sup code span body head html link meta svg font form input "
+    "label table tbody thead tfoot title small strong script style button center details summary section article "
+    "blockquote header footer h1 h2 h3 h4 h5 h6 think answer".split()
+)
+_COMMANDS = frozenset(
+    "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi pi varpi rho varrho "
+    "sigma varsigma tau upsilon phi varphi chi psi omega frac dfrac tfrac cfrac sqrt root sum prod coprod int iint iiint "
+    "oint lim limsup liminf inf sup max min arg deg det dim exp gcd hom ker lg ln log mod bmod pmod pod sin cos tan cot "
+    "sec csc sinh cosh tanh coth arcsin arccos arctan binom dbinom tbinom choose over atop cdot cdots ldots dots vdots "
+    "ddots dotsb dotsc times div pm mp ast star circ bullet oplus ominus otimes odot cap cup uplus setminus wedge vee "
+    "land lor lnot neg not top bot le leq leqslant ge geq geqslant ne neq lt gt ll gg equiv sim simeq approx cong propto "
+    "prec succ subset subseteq subsetneq supset supseteq in ni notin forall exists nexists emptyset varnothing infty "
+    "partial nabla angle measuredangle triangle square blacksquare diamond perp parallel nparallel mid nmid models "
+    "vdash therefore because to gets mapsto rightarrow leftarrow leftrightarrow longrightarrow longleftarrow implies "
+    "impliedby iff uparrow downarrow hookrightarrow rightleftharpoons left right middle big bigg bigl bigr biggl biggr "
+    "bigm langle rangle lfloor rfloor lceil rceil lvert rvert lbrace rbrace vert begin end quad qquad hspace vspace "
+    "phantom hphantom hfill newline displaystyle textstyle limits nolimits substack overset underset stackrel overline "
+    "underline widehat hat bar vec dot ddot tilde widetilde overrightarrow overbrace underbrace boxed fbox box cancel "
+    "text textbf textit textrm texttt textsf mathrm mathbf mathit mathbb mathcal mathfrak mathscr mathsf boldsymbol bm "
+    "operatorname mbox hbox emph tag label ref eqref cite section subsection subsubsection paragraph item hline cline "
+    "prime degree ell hbar imath jmath aleph wp re im pr bf it rm tt sl cal large small tiny color textcolor href url "
+    "bigcup bigcap bigoplus bigotimes bigvee bigwedge sqcup sqcap xrightarrow xleftarrow dagger ddagger backslash "
+    "checkmark colon space centering includegraphics caption footnote verb noindent par mathop nonumber displaylimits".split()
+)
+_SENTENCE_WORDS = 4  # so many words of no code or formula in a row make a sentence, and fewer are terms
+_LONGEST_TERM = 20  # letters; what is longer is words without spaces
 _TERMS, _TERMS_SHARE = 3, 0.1  # loose words in markup that do not count: so many, and one for ten words outside
 
 
@@ -84,9 +141,13 @@ def plain_letters(text: str) -> str:
 
 
 def _together(spaced: str) -> str:
-    """Words of letters that are spaced out: a space ends one where something else stands between letters, else two."""
-    words = spaced.split() if regex.search(r"[^\p{L} ]", spaced) else regex.split(r" {2,}", spaced)
-    return " ".join("".join(filter(str.isalpha, word)) for word in words)
+    """Words of letters that are spaced out: what stands between most letters joins them, anything else ends a word."""
+    between = regex.findall(r"\P{L}+", spaced)
+    joint = Counter(between).most_common(1)[0][0]
+    return "".join(
+        letter + ("" if gap in ("", joint) else " ")
+        for letter, gap in zip(regex.findall(r"\p{L}", spaced), [*between, ""], strict=True)
+    )
 
 
 def _of_one_script(word: str) -> str:
@@ -106,31 +167,28 @@ def prose(text: str) -> str:
     are lines of their own, and so are its loose words where they are more than terms explain.
     """
     outside: list[str] = []
-    group: list[str] = []  # words of markup with no word between
     loose: list[str] = []
     position = 0
-
-    def close_group() -> None:
-        if len(group) >= _SENTENCE_WORDS:
-            outside.append("\n" + " ".join(group) + "\n")
-        else:
-            loose.extend(group)
-        group.clear()
-
     for found in _MARKUP.finditer(text):
-        between = text[position : found.start()]
+        outside.append(_without_formula_words(text[position : found.start()], loose))
         position = found.end()
-        if regex.search(r"\p{L}{2}|\p{Han}|[\u3040-\u30ff]", between):
-            close_group()
-        outside.append(_without_formula_words(between, loose))
-        inner, words = _of_markup(found)
-        outside.append(f" {inner} ")
-        group += words
-    close_group()
+        sentences, terms = _of_markup(found)
+        outside += [
+            " ",
+            *(f"\n{sentence}\n" for sentence in sentences),
+            " ".join(_OTHER_SCRIPT.findall(found.group())),
+            " ",
+        ]
+        loose += terms
     outside.append(_without_formula_words(text[position:], loose))
     result = "".join(outside)
     allowed = _TERMS + int(_TERMS_SHARE * sum(1 for _ in regex.finditer(r"\p{Han}|\p{L}+", result)))
-    return result if len(loose) <= allowed else f"{result}\n{' '.join(loose[allowed:])}\n"
+    result += "".join(f"\n{word}\n" for word in loose if len(word) > _LONGEST_TERM)
+    counted = sum(word.lower() not in _NO_WORDS for word in loose)
+    if counted <= allowed:
+        return result
+    beyond = loose[-round(len(loose) * (counted - allowed) / counted) :]  # words of code in proportion: `and` is one
+    return f"{result}\n{' '.join(beyond)}\n"
 
 
 def _without_formula_words(text: str, loose: list[str]) -> str:
@@ -139,50 +197,77 @@ def _without_formula_words(text: str, loose: list[str]) -> str:
     return _FORMULA_WORD.sub(" ", text)
 
 
-def _of_markup(found: regex.Match[str]) -> tuple[str, list[str]]:
-    """(what counts whatever it is: words of other scripts, sentences of code; words that count if they are several)."""
+def _of_markup(found: regex.Match[str]) -> tuple[list[str], list[str]]:
+    """(sentences, which count whatever they are; terms, which count if they are several)."""
     content = found.group()
-    others = " ".join(_OTHER_SCRIPT.findall(content))
-    if found["fence"] is not None:
-        return f"{others}\n{_sentences_of_code(content)}\n", []
-    if found["code"] is not None:
-        sentences = _sentences_of_code(content)
-        return others, (sentences or " ".join(_parts(content))).split()
+    if found["fence"] is not None or found["code"] is not None:
+        return _of_code(content)
     if found["url"] is not None:
-        words = [word for word in regex.findall(r"\p{Latin}{3,}", content.partition("://")[2])]
-        return others, words if len(words) >= _URL_WORDS else []
+        address = content.partition("@")[0] if "://" not in content else content.split("://")[1].partition("/")[2]
+        return [], [word for word in regex.findall(r"\p{Latin}{2,}", address) if word.lower() not in _OF_ADDRESSES]
     if found["tag"] is not None:
-        return others, [word for word in _parts(regex.sub(r"^</?[\w-]+|[\w-]+\s*=", " ", content))]
-    return others, list(_of_maths(content))
+        name, rest = regex.fullmatch(r"</?([\w-]+)(.*)", content, regex.DOTALL).groups()
+        told = _parts(regex.sub(r"[\w-]+\s*=", " ", rest))
+        own = [] if name.lower() in _TAGS else _WORD.findall(name)
+        return ([" ".join(own + told)], []) if len(told) >= _SENTENCE_WORDS else ([], own + told)
+    return _of_maths(content)
 
 
-def _of_maths(content: str) -> Iterator[str]:
-    """Words of text groups, of runs of words, and those that are longer than products of variables."""
-    for group in _TEXT_GROUP.findall(content):
-        yield from _WORD.findall(group)
+def _of_maths(content: str) -> tuple[list[str], list[str]]:
+    """Sentences: text groups and runs of words. Terms: text groups of a word, commands of no formula, and words that
+    are longer than products of variables."""
+    groups = [_WORD.findall(group) for group in _TEXT_GROUP.findall(content)]
+    sentences = [" ".join(words) for words in groups if len(words) > 1]
+    terms = [word for words in groups if len(words) == 1 for word in words]
+    terms += [name for name in regex.findall(r"\\([A-Za-z]{2,})", content) if name.lower() not in _COMMANDS]
     rest = _COMMAND.sub(" ", _TEXT_GROUP.sub(" ", content)).strip("$ ")
     for run in _RUN.findall(rest):
         if sum(len(word) > 2 and not word.isupper() for word in run.split()) >= 2:
-            yield from run.split()
+            sentences.append(run)
             rest = rest.replace(run, " ", 1)
-    alone = regex.fullmatch(r"\W*\p{L}?[aeiou]\p{L}?\W*", rest) is not None  # `we`, rather than a product
-    yield from (word for word in _parts(rest) if (len(word) > 3 or alone) and not word.isupper())
+    alone = _SHORT_WORD.fullmatch(rest) is not None
+    words = [word for word in _WORD.findall(rest) if not word.isupper()]
+    alone = alone or any(len(word) > 3 for word in words)
+    return sentences, terms + [word for word in words if len(word) > 3 or alone]
 
 
-def _sentences_of_code(content: str) -> str:
-    """Lines without a sign of code, and runs of words in the others (strings and comments)."""
-    found = []
-    plain: list[str] = []
+def _of_code(content: str) -> tuple[list[str], list[str]]:
+    """Sentences: lines without a sign of code, and runs of words in the others (strings and comments). Terms: other
+    words of these, and of lines that do nothing but name; what a program computes with is neither.
+    """
+    sentences: list[str] = []
+    terms: list[str] = []
+    inline = "\n" not in content
+    if content.startswith(("```", "~~~")) and not inline:
+        content = content.partition("\n")[2]
     for line in content.strip("`~").splitlines():
-        if not _CODE_LINE.search(line):
-            plain += _WORD.findall(line) if _parts(line) else []
+        rest = line
+        if not _begins_as_code(line):
+            for run in _RUN.findall(line) if _CODE_LINE.search(line) else [line]:
+                if len(_parts(run)) >= _SENTENCE_WORDS:
+                    sentences.append(" ".join(_WORD.findall(run)))
+                    rest = rest.replace(run, " ", 1)
+        told = " ".join(_STRING.findall(rest))
+        code = _STRING.sub(" ", rest)
+        bare = _BARE.fullmatch(code) and not _CONSTANT.fullmatch(code)
+        if not _CODE_LINE.search(line) and not _begins_as_code(line):
+            terms += _WORD.findall(_apart(rest))
         else:
-            found += [run for run in _RUN.findall(line) if len(_parts(run)) >= _SENTENCE_WORDS]
-    if len(plain) >= _SENTENCE_WORDS:
-        found.append(" ".join(plain))
-    return "\n".join(found)
+            terms += _WORD.findall(told)
+            terms += _parts(code) if inline or bare or not _CODE_LINE.search(line) else []
+    return sentences, terms
+
+
+def _begins_as_code(line: str) -> bool:
+    first = _WORD.match(line.strip())
+    return first is not None and first.group().lower() in _CODE_START
 
 
 def _parts(text: str) -> list[str]:
-    """Words of two letters and more that neither a language of programming nor a formula has; `a_name` is two."""
-    return [word for word in _WORD.findall(text) if word.lower() not in _NO_WORDS]
+    """Words of two letters and more that neither a language of programming nor a formula has; `a_name` is two, and so is
+    `aName`."""
+    return [word for word in _WORD.findall(_apart(text)) if word.lower() not in _NO_WORDS]
+
+
+def _apart(text: str) -> str:
+    return regex.sub(r"(?<=\p{Ll})(?=\p{Lu})", " ", text)

@@ -19,8 +19,9 @@ from typing import Any, TextIO
 
 from r1mega.errors import DataError
 from r1mega.reward.code_checker import check_output
-from r1mega.reward.code_problem import AssertBlock, CallCase, CaseLimits, Problem, StreamCase, code_in, problem_from
-from r1mega.reward.code_values import parse_json
+from r1mega.reward.code_fences import code_in
+from r1mega.reward.code_problem import AssertBlock, CallCase, CaseLimits, Problem, StreamCase, problem_from
+from r1mega.reward.code_values import parse_json, shown
 from r1mega.sandbox import Backend, Limits, LocalBackend, SandboxFailure, Verdict
 from r1mega.sandbox.inside.wire import encode
 from r1mega.sandbox.session import Graded
@@ -28,12 +29,14 @@ from r1mega.sandbox.verdict import CaseResult
 from r1mega.types import Reward, RewardStatus
 
 _TOLERANCE = 1e-6  # of floating-point results, absolute or relative, as judges have it
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,4})?")
-_INTEGER = re.compile(r"[+-]?\d+")
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,4})?", re.ASCII)
+_INTEGER = re.compile(r"[+-]?\d+", re.ASCII)
 _BRACKETS = re.compile(r"([\[\](){},;:]+)")
-_MAX_TOKEN_CHARS = 4000
+_MAX_NUMBER_CHARS = 4000
 _NO_LIMITS = CaseLimits()
 _ROOM_BYTES = 1 << 16  # beside twice the expected output: for what a wrong answer says, and stderr
+_FRACTION_BYTES = 32  # more for each number with a point: an answer may print all its digits
+_ROOM_OF_OTHERS = 16  # times that, where a checker may take another output
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +93,11 @@ class CodeReward:
                 break
         return _summary(tuple(cases), len(problem.call_cases or problem.stream_cases))
 
-    def _limits(self, problem: Problem, case: CaseLimits = _NO_LIMITS, expected_bytes: int = 0) -> Limits:
+    def _limits(self, problem: Problem, case: CaseLimits = _NO_LIMITS, expected: str = "") -> Limits:
         """Of a case: what it says itself, then its problem, then the reward. What it expects can always be said."""
-        limits, room = self.limits, 2 * expected_bytes + _ROOM_BYTES
+        room = 2 * len(expected.encode("utf-8", "replace")) + _FRACTION_BYTES * expected.count(".") + _ROOM_BYTES
+        room = _ROOM_OF_OTHERS * room if problem.checker else room
+        limits = self.limits
         seconds, memory = case.time_limit or problem.time_limit, case.memory_bytes or problem.memory_bytes
         if seconds is not None:
             # The CPU's own limit comes after the case's: it only catches what the clock does not see.
@@ -104,7 +109,7 @@ class CodeReward:
 
     def _streams(self, source: str, problem: Problem) -> Iterator[CaseResult]:
         def limits_of(case: StreamCase) -> Limits:
-            return self._limits(problem, case.limits, len(case.stdout.encode("utf-8", "replace")))
+            return self._limits(problem, case.limits, case.stdout)
 
         for limits, group in groupby(problem.stream_cases, limits_of):
             cases = list(group)
@@ -130,7 +135,7 @@ class CodeReward:
         """One session for all cases of the same limits; after one that ended the process, a new session for the rest."""
         spec = self._call_spec(problem, problem.call_cases)
         sized = [
-            (form, self._limits(problem, case.limits, len(json.dumps(form["expected"]))))
+            (form, self._limits(problem, case.limits, json.dumps(form["expected"])))
             for form, case in zip(spec["cases"], problem.call_cases, strict=True)
         ]
         for limits, group in groupby(sized, lambda entry: entry[1]):
@@ -243,8 +248,6 @@ def _same_token(actual: str, expected: str) -> bool:
     """Equal, or numbers apart equal (`[0.5,` and `[0.50,`)."""
     if actual == expected:
         return True
-    if max(len(actual), len(expected)) > _MAX_TOKEN_CHARS:
-        return False
     parts, wanted = _BRACKETS.split(actual), _BRACKETS.split(expected)
     return len(parts) == len(wanted) and all(map(_same_number, parts, wanted))
 
@@ -254,7 +257,9 @@ def _same_number(actual: str, expected: str) -> bool:
     absolute 1e-6 (10**15 + 2 is not 10**15); two with a point or an exponent are near, absolutely or relatively."""
     if actual == expected:
         return True
-    if not (_NUMBER.fullmatch(actual) and _NUMBER.fullmatch(expected)):
+    if max(len(actual), len(expected)) > _MAX_NUMBER_CHARS or not (
+        _NUMBER.fullmatch(actual) and _NUMBER.fullmatch(expected)
+    ):
         return False
     integers = [token.removeprefix("+") for token in (actual, expected) if _INTEGER.fullmatch(token)]
     if len(integers) == 2:
@@ -285,7 +290,7 @@ def read_items(lines: Iterable[str], name: str) -> Iterator[tuple[str, Problem]]
         if not isinstance(record, dict):
             raise DataError(f"{where}: expected an object with 'prediction' and tests, found {type(record).__name__}")
         if not isinstance(record.get("prediction"), str):
-            raise DataError(f"{where}: 'prediction' must be a text, found {record.get('prediction')!r:.100}")
+            raise DataError(f"{where}: 'prediction' must be a text, found {shown(record.get('prediction'))}")
         yield record["prediction"], problem_from(record, where)
 
 

@@ -6,10 +6,13 @@ same order (lcb_runner/evaluation/testing_util.py imports everything of each; a 
 
 from __future__ import annotations
 
+import ast
 import builtins
 import importlib
 import re
 from functools import cache
+
+from r1mega.reward.code_values import LONG_NUMBER
 
 _WHOLE = (
     "string re datetime collections heapq bisect copy math random statistics itertools functools operator io sys json"
@@ -17,7 +20,7 @@ _WHOLE = (
 _MODULES = (*_WHOLE, "time", "fractions", "typing")
 _RECURSION_LIMIT = 50_000  # lcb_runner's
 _WORD = re.compile(r"[A-Za-z]\w*")
-_FUTURE = re.compile(r"^from __future__ .*$", re.MULTILINE)
+_LINE_END = re.compile(r"(?<=\n)|(?<=\r)(?!\n)")
 
 
 @cache
@@ -32,7 +35,8 @@ def _provided() -> dict[str, str]:
 
 
 def with_names(source: str) -> str:
-    """`source` after one line that binds those of the provided names that it mentions; its own definitions win.
+    """`source` with one line more that binds those of the provided names that it mentions; its own definitions win.
+    A docstring and imports from `__future__` stay before it.
 
     The line also lifts two limits of CPython as these judges do: digits of a printed integer, depth of recursion. What
     the interpreter of the sandbox lacks (a name of a later Python) stays unbound.
@@ -50,7 +54,25 @@ def with_names(source: str) -> str:
             f"globals().update((n, getattr(__import__(m), n)) for m, n in {names!r} if hasattr(__import__(m), n))"
         )
     line = "; ".join(statements) + "\n"
-    if not (futures := list(_FUTURE.finditer(source))):
-        return line + source
-    end = futures[-1].end()  # nothing but a docstring may stand before those
-    return f"{source[:end]}\n{line}{source[end:].removeprefix(chr(10))}"
+    lines = _LINE_END.split(source)
+    head = "".join(lines[: _head(source)])
+    return head + ("" if head.endswith(("\n", "\r")) or not head else "\n") + line + source[len(head) :]
+
+
+def _head(source: str) -> int:
+    """Lines of the docstring and the imports from `__future__`."""
+    if "__future__" not in source and not source.lstrip().lstrip("rRuU")[:1] in ("'", '"', "#"):
+        return 0
+    try:
+        body = ast.parse(LONG_NUMBER.sub("0", source)).body
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        return 0
+    end = 0
+    for index, statement in enumerate(body):
+        docstring = index == 0 and ast.get_docstring(ast.Module(body, []), clean=False) is not None
+        future = isinstance(statement, ast.ImportFrom) and statement.module == "__future__"
+        if docstring or future or statement.lineno == end:  # what follows on the same line
+            end = statement.end_lineno or end
+        else:
+            break
+    return end

@@ -1,4 +1,4 @@
-"""What a code task asks for, from one record of a data file; and the program in a response.
+"""What a code task asks for, from one record of a data file.
 
 Records, by their keys (as they are published, or as the harnesses of these sets pass them on):
     prompt, test, entry_point             HumanEval, LeetCode: the test defines check(candidate)
@@ -16,37 +16,33 @@ case), memory_limit_mb (memory_limit, memory_limit_bytes), both also of a single
 
 from __future__ import annotations
 
+import ast
+import keyword
 import re
-import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from r1mega.errors import DataError
+from r1mega.reward.code_fences import LANGUAGES, outdented
 from r1mega.reward.code_names import with_names
 from r1mega.reward.code_values import (
+    LONG_NUMBER,
     arguments_of,
     as_data,
     as_text,
+    is_given,
     json_value,
     megabytes,
     packed_tests,
     python_source,
     seconds,
+    shown,
 )  # fmt: skip
 from r1mega.sandbox.inside.wire import MAX_DEPTH, Unsendable, encode
 from r1mega.sandbox.policy import Language
 
-_FENCE = re.compile(
-    r"^(?P<lead>[ \t]*(?:(?:>|[-*+]|\d{1,9}[.)])[ \t]+|>)*)(?P<fence>`{3,}|~{3,})[ \t]*(?P<label>[\w+#.-]*)[^\n]*$",
-    re.MULTILINE,
-)
-_FROM_SOLUTION = re.compile(r"^from solution import .*$", re.MULTILINE)  # KodCode's; the sandbox gives the names itself
-_TEST_FUNCTION = re.compile(r"^def (test_\w+)\(\s*\)", re.MULTILINE)
-_LANGUAGES: Mapping[Language, tuple[str, ...]] = {
-    "python": ("python", "py", "python3"),
-    "cpp": ("cpp", "c++", "cc", "cxx", "c"),
-}
+_FUNCTION = re.compile(r"(?:[^\W\d]\w*(?:\(\))?\.)*[^\W\d]\w*")
 FORMS = "'test' with 'entry_point' (HumanEval), 'test_list' (MBPP), 'tests', 'input_output' or 'public_test_cases'"
 _ROWS = (
     ("public_test_cases", "private_test_cases"),
@@ -70,7 +66,10 @@ _READ = {
     "metadata",
     *_LIMITS,
 }
-_OF_NO_EFFECT = {"id", "name", "index", "description", "explanation", "is_public", "public", "hidden", "is_hidden"}
+_OF_NO_EFFECT = set(
+    "id _id uid idx index order test_id test_case_id name description explanation comment group tag source difficulty "
+    "is_public public hidden is_hidden is_private visibility sample is_sample is_example weight points score size".split()
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,12 +130,15 @@ class Problem:
     checker: str | None = None
 
     def program(self, code: str) -> str:
-        """The whole source: a completion (first line indented) continues the prefix, a full program follows it. Before
+        """The whole source: a completion (first line indented) continues the prefix, a full program follows it; without a
+        prefix it is no completion, and loses what its first line is indented. Before
         streams, calls and methods of `Solution` stands what their judges import; HumanEval and MBPP import nothing.
         """
         if self.prefix and not re.search(r"^from __future__ ", code, re.MULTILINE):
             first = next((line for line in code.splitlines() if line.strip()), "")
             code = self.prefix + ("" if first[:1] in " \t" else "\n\n") + code
+        if not self.prefix and self.language == "python":
+            code = outdented(code)
         if self.language != "python" or (self.assertions and not re.search(r"\bSolution\b", self.assertions.tests)):
             return code
         return with_names(code)
@@ -144,19 +146,29 @@ class Problem:
 
 def problem_from(record: Mapping[str, object], where: str) -> Problem:
     """Raises DataError with `where` (file:line) when the record has no usable tests, or says what is not done here."""
-    language = str(record.get("language") or "python").lower()
-    known = next((name for name, labels in _LANGUAGES.items() if language in labels), None)
+    language = record.get("language") or "python"
+    told = language.lower() if isinstance(language, str) else None
+    known = next((name for name, labels in LANGUAGES.items() if told in labels), None)
     if known is None:
-        raise DataError(f"{where}: language {language!r} is not supported; use 'python' or 'cpp'")
-    if record.get("interaction_format") or record.get("input_mode") not in (None, "stdio"):
+        raise DataError(f"{where}: language {shown(language)} is not supported; use 'python' or 'cpp'")
+    files = [record.get(key) for key in ("input_file", "output_file")]
+    if (
+        any(record.get(key) not in (None, False, "") for key in ("interactive", "interaction_format"))
+        or record.get("input_mode") not in (None, "stdio")
+        or any(file not in (None, "", "stdin", "stdout", "standard input", "standard output") for file in files)
+    ):
         raise DataError(f"{where}: interactive tasks, and tasks that read files, are not supported; leave the line out")
     limits = _limits(record, where)
-    problem = _tests(record, where, _entry(record, where))
+    problem = _tests(record, where, _asked(record, where))
     problem = replace(problem, language=known, time_limit=limits.time_limit, memory_bytes=limits.memory_bytes)
-    if checker := record.get("checker") or record.get("generated_checker"):
+    checker = next((record[key] for key in ("checker", "generated_checker") if record.get(key) is not None), None)
+    if checker is not None:
         if not problem.stream_cases:
             raise DataError(f"{where}: a checker is for tests of standard input and output")
-        problem = replace(problem, checker=python_source(checker, f"{where}: checker"))
+        source = python_source(checker, f"{where}: checker")
+        if not ast.parse(source).body:
+            raise DataError(f"{where}: the checker is empty; leave the key out where there is none")
+        problem = replace(problem, checker=source)
     if problem.language == "cpp" and not problem.stream_cases:
         raise DataError(
             f"{where}: C++ is tested by standard input and output only; give 'tests' of 'input' and 'output'"
@@ -164,38 +176,64 @@ def problem_from(record: Mapping[str, object], where: str) -> Problem:
     return problem
 
 
-def _entry(record: Mapping[str, object], where: str) -> str | None:
-    """The function under test, by any of its names. LiveCodeBench has it in the metadata."""
-    metadata = as_data(record.get("metadata"))
-    values = {"entry_point": record.get("entry_point"), "fn_name": record.get("fn_name")}
+class _Asked(NamedTuple):
+    """How a record, its columns or a test say that it is run, and the function that is called."""
+
+    kind: Literal["call", "stream"] | None = None
+    name: str | None = None
+
+
+def _asked(values: Mapping[str, object], where: str, outer: _Asked | None = None) -> _Asked:
+    """What these values say, or else the `outer` ones. Without a type, what names a function is a call, except for a
+    record's `entry_point`: many have one that read standard input. LiveCodeBench has the name in the metadata.
+    """
+    metadata = as_data(values.get("metadata"))
+    names = {"entry_point": values.get("entry_point"), "fn_name": values.get("fn_name")}
     if isinstance(metadata, Mapping):
-        values["metadata.func_name"] = metadata.get("func_name")
-    for name, value in values.items():
+        names["metadata.func_name"] = metadata.get("func_name")
+    for key, value in names.items():
         if value is not None and not isinstance(value, str):
-            raise DataError(f"{where}: {name} must be a text, found {reprlib.repr(value)}")
-        if value:
-            return value
-    return None
+            raise DataError(f"{where}: {key} must be a text, found {shown(value)}")
+    calls = [name for key, name in names.items() if name and (outer or key != "entry_point")]
+    kinds = {_type(values[key], where) for key in (("testtype", "type") if outer else ("testtype",)) if values.get(key)}
+    if len(kinds) > 1:
+        raise DataError(f"{where}: testtype and type contradict each other; leave one out")
+    outer = outer or _Asked()
+    kind = next(iter(kinds), None) or ("call" if calls else outer.kind)
+    return _Asked(kind, next((str(name) for name in names.values() if name), outer.name))
+
+
+def _type(said: object, where: str) -> Literal["call", "stream"]:
+    told = said.lower() if isinstance(said, str) else None
+    if told in _CALLS or told in _STREAMS:
+        return "call" if told in _CALLS else "stream"
+    raise DataError(f"{where}: type {shown(said)} is not known; use {_CALLS[0]!r} or {_STREAMS[0]!r}")
+
+
+def _function(name: str, where: str) -> str:
+    """The name, or the method of a new `Solution`. Raises DataError for what no program can define."""
+    name = re.sub(r"^Solution(\(\))?\.", "Solution().", name)
+    if not _FUNCTION.fullmatch(name) or keyword.iskeyword(name):
+        raise DataError(f"{where}: entry_point {shown(name)} is no name of a function")
+    return name
 
 
 def _limits(record: Mapping[str, object], where: str) -> CaseLimits:
-    time_limit = record.get("time_limit")
+    time_limit = record.get("time_limit") if is_given(record.get("time_limit")) else None
     memory = None
     for key, scale in (("memory_limit_mb", 1 << 20), ("memory_limit", 1 << 20), ("memory_limit_bytes", 1)):
-        if record.get(key) is not None and memory is None:
+        if is_given(record.get(key)) and memory is None:
             memory = round(megabytes(record[key], 1e6 * (1 << 20) / scale, f"{where}: {key}") * scale)
     return CaseLimits(None if time_limit is None else seconds(time_limit, f"{where}: time_limit"), memory)
 
 
-def _tests(record: Mapping[str, object], where: str, entry: str | None) -> Problem:
+def _tests(record: Mapping[str, object], where: str, asked: _Asked) -> Problem:
+    entry = asked.name
     if isinstance(record.get("test"), str) and entry:
         prompt = record.get("prompt") or ""
         if not isinstance(prompt, str):
-            raise DataError(f"{where}: prompt must be a text, found {reprlib.repr(prompt)}")
-        test = str(record["test"])
-        if re.search(r"\bcheck\b", test):
-            test = f"{test}\n\ncheck({entry})\n"
-        return replace(_asserts(prompt, test, where, entry), prefix=prompt)
+            raise DataError(f"{where}: prompt must be a text, found {shown(prompt)}")
+        return replace(_asserts(prompt, str(record["test"]), where, entry), prefix=prompt)
     if "test_list" in record:
         imports = _texts(record["test_imports"], f"{where}: test_imports") if record.get("test_imports") else []
         setup = record.get("test_setup_code") or ""
@@ -204,18 +242,20 @@ def _tests(record: Mapping[str, object], where: str, entry: str | None) -> Probl
             "\n".join(imports), "\n".join([*_texts([setup], f"{where}: test_setup_code"), *lines]), where, entry
         )
     if record.get("input_output") is not None:
-        return _input_output(as_data(record["input_output"]), f"{where}: input_output", entry)
+        return _input_output(as_data(record["input_output"]), f"{where}: input_output", asked)
     for names in _ROWS:
         if any(record.get(name) for name in names):
             wheres = {name: f"{where}: {name}" for name in names if record.get(name)}
             columns = [_columns(packed_tests(record[name], here), here) for name, here in wheres.items()]
             cases = [case for tests in columns for case in tests]
-            return _cases(cases, where, entry)
+            return _cases(cases, where, asked)
     tests = as_data(record.get("tests"))
+    if isinstance(tests, Mapping) and {"input", "output"} <= tests.keys():
+        return _cases(_columns(tests, f"{where}: tests"), where, asked)
     if isinstance(tests, Mapping) and isinstance(tests.get("functional"), str):
         tests = tests["functional"]
     if isinstance(tests, Mapping):
-        return _input_output(tests, f"{where}: tests", entry)
+        return _input_output(tests, f"{where}: tests", asked)
     if isinstance(tests, str):
         tests = [tests]
     if not isinstance(tests, list) or not tests:
@@ -224,7 +264,7 @@ def _tests(record: Mapping[str, object], where: str, entry: str | None) -> Probl
     texts = [test for test in tests if isinstance(test, str)]
     if len(texts) == len(tests):
         return _asserts("", "\n".join(texts), where, entry)
-    return _cases(tests, where, entry)
+    return _cases(tests, where, asked)
 
 
 def _columns(value: object, where: str) -> Iterable[object]:
@@ -238,49 +278,56 @@ def _columns(value: object, where: str) -> Iterable[object]:
         return [as_data(test) for test in value]
     if isinstance(value, int):
         return []  # open-r1 counts its generated tests
-    raise DataError(f"{where} must be a list of tests, found {reprlib.repr(value)}")
+    raise DataError(f"{where} must be a list of tests, found {shown(value)}")
 
 
-def _cases(tests: Iterable[object], where: str, entry: str | None) -> Problem:
+def _cases(tests: Iterable[object], where: str, asked: _Asked) -> Problem:
     """Streams or calls, one kind for all."""
-    entry = entry.removeprefix("Solution().") if entry else None
     streams: list[StreamCase] = []
     calls: list[CallCase] = []
+    names: set[str | None] = set()
     for number, test in enumerate(tests, start=1):
         here = f"{where}: test {number}"
         values = _checked_keys(test, here)
         limits = _limits(values, here)
-        kind, name = _kind(values, here, entry)
+        said = _asked(values, here, asked)
         if "arguments" in values:
+            if said.kind == "stream":
+                raise DataError(f"{here}: has 'arguments', and a type that reads standard input")
             calls.append(_call(values["arguments"], values["expected"], values.get("keywords"), limits, here))
-        elif kind == "call":
+        elif said.kind == "call":
             calls.append(_call(values["input"], values["output"], None, limits, here, from_text=True))
+        elif said.name and not isinstance(values["input"], str):
+            raise DataError(f"{here}: a function call, or standard input? Add 'testtype': 'functional', or 'stdin'")
         else:
             stdin, stdout = (as_text(values[key], f"{here}: {key}") for key in ("input", "output"))
             streams.append(StreamCase(stdin, stdout, limits))
             continue
-        if not name or (entry and name != entry):
-            raise DataError(
-                f"{here}: function calls need 'entry_point', the name of the function"
-                + (f"; found {entry!r} and {name!r}" if name else "")
-            )
-        entry = name
+        if not said.name:
+            raise DataError(f"{here}: function calls need 'entry_point', the name of the function")
+        names.add(_function(said.name, here).removeprefix("Solution()."))
+        if len(names) > 1:
+            raise DataError(f"{here}: function calls need 'entry_point', one for all tests; found {shown(names)}")
     if streams and calls:
         raise DataError(f"{where}: some tests are function calls and some standard input; a task has one kind")
     if not streams and not calls:
         raise DataError(f"{where}: no tests; expected {FORMS}")
     if streams:
         return Problem(stream_cases=tuple(streams))
-    return Problem(call_cases=_unwrapped(calls), entry=entry)
+    return Problem(call_cases=_unwrapped(calls), entry=names.pop())
 
 
 def _checked_keys(test: object, here: str) -> Mapping[str, object]:
+    if isinstance(test, Mapping) and "expected_output" in test and "output" not in test:
+        test = {("output" if key == "expected_output" else key): value for key, value in test.items()}
     if not isinstance(test, Mapping) or not (
         {"input", "output"} <= test.keys() or {"arguments", "expected"} <= test.keys()
     ):
         raise DataError(
             f"{here}: tests must all be texts, or objects with 'input' and 'output', or with 'arguments' and 'expected'"
         )
+    if "arguments" in test and "input" in test:
+        raise DataError(f"{here}: has 'arguments' and 'input'; leave one out")
     if unknown := sorted(map(str, test.keys() - _READ - _OF_NO_EFFECT)):
         raise DataError(
             f"{here}: {', '.join(unknown)} would be ignored; known are {', '.join(sorted(_READ))}. Remove what "
@@ -289,27 +336,14 @@ def _checked_keys(test: object, here: str) -> Mapping[str, object]:
     return test
 
 
-def _kind(test: Mapping[str, object], here: str, entry: str | None) -> tuple[Literal["call", "stream"], str | None]:
-    """How a test is run, and the function that it calls. Without a type, what names a function is a call."""
-    name = _entry(test, here) or entry
-    said = test.get("testtype", test.get("type"))
-    if said is None:
-        return ("call" if name or "arguments" in test else "stream"), name
-    if said in _CALLS:
-        return "call", name
-    if said in _STREAMS and "arguments" not in test:
-        return "stream", None
-    raise DataError(f"{here}: type {said!r} is not known; use {_CALLS[0]!r} or {_STREAMS[0]!r}")
-
-
-def _input_output(value: object, where: str, entry: str | None) -> Problem:
+def _input_output(value: object, where: str, asked: _Asked) -> Problem:
     if not isinstance(value, Mapping) or not all(isinstance(value.get(key), list) for key in ("inputs", "outputs")):
-        raise DataError(f"{where}: must be an object with lists 'inputs' and 'outputs', found {reprlib.repr(value)}")
+        raise DataError(f"{where}: must be an object with lists 'inputs' and 'outputs', found {shown(value)}")
     inputs, outputs = value["inputs"], value["outputs"]
     if not inputs or len(inputs) != len(outputs):
         raise DataError(f"{where} has {len(inputs)} inputs and {len(outputs)} outputs")
     tests = [{"input": given, "output": expected} for given, expected in zip(inputs, outputs, strict=True)]
-    return _cases(tests, where, _entry(value, where) or entry)
+    return _cases(tests, where, _asked(value, where, asked))
 
 
 def _call(
@@ -317,13 +351,13 @@ def _call(
 ) -> CallCase:
     """wrapped: as far as this one case tells."""
     if not isinstance(keywords, Mapping | None) or not all(isinstance(key, str) for key in keywords or ()):
-        raise DataError(f"{here}: keywords must be an object, found {reprlib.repr(keywords)}")
+        raise DataError(f"{here}: keywords must be an object, found {shown(keywords)}")
     if from_text:
         given = arguments_of(arguments, f"{here}: input")
     elif isinstance(arguments, list):
         given = tuple(arguments)
     else:
-        raise DataError(f"{here}: arguments must be a list, found {reprlib.repr(arguments)}")
+        raise DataError(f"{here}: arguments must be a list, found {shown(arguments)}")
     wrapped = False
     if from_text and isinstance(arguments, str) and isinstance(expected, str):
         expected = json_value(expected, f"{here}: output")
@@ -351,56 +385,48 @@ def _unwrapped(calls: list[CallCase]) -> tuple[CallCase, ...]:
 def _texts(value: object, where: str) -> list[str]:
     value = as_data(value)
     if not isinstance(value, list) or not value or not all(isinstance(item, str) for item in value):
-        raise DataError(f"{where} must be a non-empty list of texts, found {reprlib.repr(value)}")
+        raise DataError(f"{where} must be a non-empty list of texts, found {shown(value)}")
     return value
 
 
 def _asserts(context: str, tests: str, where: str, entry: str | None) -> Problem:
-    """Functions test_...() that take nothing are called, as pytest does."""
-    tests = _FROM_SOLUTION.sub("", tests)
-    tests = "\n".join([tests, *(f"{name}()" for name in _TEST_FUNCTION.findall(tests))])
-    block = AssertBlock(python_source(context, f"{where}: prompt or imports"), python_source(tests, f"{where}: tests"))
+    """Functions test_...() that take nothing are called, as pytest does, and check(candidate) where nobody does."""
+    context, tests = python_source(context, f"{where}: prompt or imports"), python_source(tests, f"{where}: tests")
+    entry = _function(entry, where) if entry else None
+    tests = _without_solution(tests, where)
+    body = ast.parse(LONG_NUMBER.sub("0", tests)).body
+    called = {ast.unparse(node.func) for line in body for node in ast.walk(line) if isinstance(node, ast.Call)}
+    for function in body:
+        if not isinstance(function, ast.FunctionDef):
+            continue
+        needs = len(function.args.posonlyargs + function.args.args) - len(function.args.defaults)
+        if function.name == "check" and "check" not in called:
+            if not entry:
+                raise DataError(f"{where}: check() is never called; give 'entry_point', the name of the function")
+            tests += f"\n\ncheck({entry})\n"
+        elif function.name.startswith("test_") and needs == 0:
+            tests += f"\n{function.name}()"
+        elif function.name.startswith("test_") and function.name + "(" not in tests.replace(
+            f"def {function.name}(", ""
+        ):
+            raise DataError(f"{where}: {function.name}() takes arguments (pytest's); write its cases out as asserts")
     if "assert" not in tests:
         raise DataError(f"{where}: the tests assert nothing, any answer would pass")
-    return Problem(assertions=block, entry=entry)
+    return Problem(assertions=AssertBlock(context, tests), entry=entry)
 
 
-def code_in(response: str, language: Language = "python") -> str | None:
-    """The program: the last fenced block of the final answer (one labelled with the language first), else all of
-    the final answer. None: nothing is there. What stands before `</think>` is reasoning and never the answer. A block in
-    a list item or a quotation loses what its lines begin with there."""
-    text = response.rsplit("</think>", 1)[-1]
-    if "<answer>" in text and "</answer>" in text:
-        inner = text[text.rfind("<answer>") + len("<answer>") :]
-        text = inner[: inner.find("</answer>")] if "</answer>" in inner else text
-    text = text.replace("\r\n", "\n")
-    blocks: list[tuple[str, str]] = []
-    position = 0
-    while opening := _FENCE.search(text, position):
-        fence = opening["fence"]
-        ending = rf"^[ \t>]*{re.escape(fence[0])}{{{len(fence)},}}[ \t]*$"
-        closing = re.compile(ending, re.MULTILINE).search(text, opening.end())
-        end = closing.start() if closing else len(text)
-        blocks.append((opening["label"].lower(), _outdented(text[opening.end() + 1 : end], opening["lead"])))
-        if closing is None:
-            break
-        position = closing.end()
-    labelled = [code for label, code in blocks if label in _LANGUAGES[language]]
-    code = labelled[-1] if labelled else blocks[-1][1] if blocks else text
-    code = code.strip("\n")
-    return code if code.strip() else None
-
-
-def _outdented(block: str, lead: str) -> str:
-    """Lines without the white space and quotation marks that the fence itself stands behind, as far as they have them."""
-    if not lead:
-        return block
-    lines = block.split("\n")
-    for _ in range(lead.count(">")):
-        lines = [re.sub(r"^[ \t]*> ?", "", line) for line in lines]
-    indents = [re.match(r"[ \t]*", line)[0].expandtabs(4) for line in lines]  # type: ignore[index]  # never None
-    lines = [indent + line.lstrip(" \t") for indent, line in zip(indents, lines, strict=True)]
-    inner = lead.rpartition(">")[2].removeprefix(" ") if ">" in lead else lead
-    width = min([len(inner.expandtabs(4)), *(len(i) for i, line in zip(indents, lines, strict=True) if line.strip())])
-    lines = [line[width:] for line in lines]
-    return "\n".join(lines)
+def _without_solution(tests: str, where: str) -> str:
+    """Tests without imports from `solution` (KodCode's): the sandbox gives the names itself, others are bound."""
+    lines = tests.encode("utf-8", "surrogatepass").split(b"\n")
+    for node in list(ast.walk(ast.parse(LONG_NUMBER.sub("0", tests))))[::-1]:
+        if isinstance(node, ast.Import) and any(alias.name == "solution" for alias in node.names):
+            raise DataError(f"{where}: 'import solution' has no module; write 'from solution import' and the names")
+        if not isinstance(node, ast.ImportFrom) or node.module != "solution" or node.end_lineno is None:
+            continue
+        bound = [f"{alias.asname} = {alias.name}" for alias in node.names if alias.asname not in (None, alias.name)]
+        first, last = node.lineno - 1, node.end_lineno - 1
+        line = (
+            lines[first][: node.col_offset] + ("; ".join(bound) or "pass").encode() + lines[last][node.end_col_offset :]
+        )
+        lines[first : last + 1] = [line] + [b""] * (last - first)
+    return b"\n".join(lines).decode("utf-8", "surrogatepass")

@@ -21,9 +21,10 @@ from decimal import Decimal
 from r1mega.errors import DataError
 
 _DIGITS = 4300  # CPython reads and writes longer integers only when it is told to
-_LONG_NUMBER = re.compile(rf"\d{{{_DIGITS},}}")
+LONG_NUMBER = re.compile(rf"\d{{{_DIGITS},}}")
+_BLANK = " \t\r\n\ufeff"
 _MOST_LAYERS = 3  # of JSON in a text in a text
-_QUANTITY = re.compile(r"\s*(\d+(?:\.\d*)?)\s*([a-z]*)\.?\s*", re.IGNORECASE)
+_QUANTITY = re.compile(r"\s*(\d+(?:\.\d*)?)\s*([a-z]*)\.?(?:\s+per\s+test(?:\s+case)?)?\s*", re.IGNORECASE)
 _SECONDS = {"": 1.0, "s": 1.0, "sec": 1.0, "secs": 1.0, "second": 1.0, "seconds": 1.0}
 _SECONDS |= {"ms": 1e-3, "msec": 1e-3, "millisecond": 1e-3, "milliseconds": 1e-3}
 _MEGABYTES = {"": 1.0, "mb": 1.0, "mib": 1.0, "megabyte": 1.0, "megabytes": 1.0}
@@ -37,6 +38,17 @@ _MEGABYTES |= {
 }
 
 
+class _Shown(reprlib.Repr):
+    """CPython refuses to write an integer of more than 4300 digits."""
+
+    def repr_int(self, x: int, level: int) -> str:
+        return f"<an integer of {x.bit_length()} bits>" if abs(x) >> 8000 else super().repr_int(x, level)
+
+
+shown = _Shown().repr
+"""A value in an error: short, whatever it is."""
+
+
 def parse_json(text: str | bytes) -> object:
     """json.loads for integers of any length. Raises ValueError, for what is nested too deeply too."""
     try:
@@ -48,13 +60,13 @@ def parse_json(text: str | bytes) -> object:
 def as_data(value: object) -> object:
     """The list, object or text that a text holds as JSON or as a Python literal; any other value as it is."""
     for _ in range(_MOST_LAYERS):
-        if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{", '"'):
+        if not isinstance(value, str) or value.lstrip(_BLANK)[:1] not in ("[", "{", '"'):
             return value
         try:
-            found = parse_json(value)
+            found = parse_json(value.lstrip(_BLANK))
         except ValueError:
             try:
-                found = ast.literal_eval(value.strip())
+                found = ast.literal_eval(value.strip(_BLANK))
             except (ValueError, SyntaxError, MemoryError, RecursionError):
                 return value
         if not isinstance(found, list | dict | str):
@@ -73,15 +85,15 @@ def as_text(value: object, where: str) -> str:
         return str(Decimal(value)) if abs(value) >> 8000 else str(value)
     if isinstance(value, float) and math.isfinite(value):
         return str(value)
-    raise DataError(f"{where} must be a text, or a list of lines, found {reprlib.repr(value)}")
+    raise DataError(f"{where} must be a text, or a list of lines, found {shown(value)}")
 
 
 def python_source(value: object, where: str) -> str:
     """Trusted code of the record, which must at least be Python."""
     if not isinstance(value, str):
-        raise DataError(f"{where} must be a text, found {reprlib.repr(value)}")
+        raise DataError(f"{where} must be a text, found {shown(value)}")
     try:
-        ast.parse(_LONG_NUMBER.sub("0", value))  # the sandbox reads integers of any length
+        ast.parse(LONG_NUMBER.sub("0", value))  # the sandbox reads integers of any length
     except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
         raise DataError(f"{where}: not Python ({error})") from error
     return value
@@ -92,7 +104,7 @@ def json_value(text: str, where: str) -> object:
     try:
         return parse_json(text)
     except ValueError as error:
-        raise DataError(f"{where} of a function call must be JSON ({error}), found {reprlib.repr(text)}") from error
+        raise DataError(f"{where} of a function call must be JSON ({error}), found {shown(text)}") from error
 
 
 def arguments_of(value: object, where: str) -> tuple[object, ...]:
@@ -100,17 +112,22 @@ def arguments_of(value: object, where: str) -> tuple[object, ...]:
     lcb_runner: a text, a JSON value a line.
     """
     if isinstance(value, str):
-        lines = value.strip().split("\n")
-        return tuple(json_value(line, where) for line in lines) if lines != [""] else ()
+        return tuple(json_value(line, where) for line in value.split("\n") if line.strip())
     if not isinstance(value, list):
-        raise DataError(f"{where} must be a list of arguments, or a text with one a line, found {reprlib.repr(value)}")
+        raise DataError(f"{where} must be a list of arguments, or a text with one a line, found {shown(value)}")
     if value and isinstance(first := value[0], dict) and first and all(re.fullmatch(r"-?\d{1,18}", k) for k in first):
         return ({int(key): item for key, item in first.items()}, *value[1:])
     return tuple(value)
 
 
+def is_given(value: object) -> bool:
+    """Whether a limit says anything: tables have "" and "None" for none."""
+    return value is not None and not (isinstance(value, str) and value.strip().lower() in ("", "none", "null"))
+
+
 def seconds(value: object, where: str) -> float:
-    """A number, "2 seconds" (TACO), or {"seconds", "nanos"} (code_contests)."""
+    """A number, "2 seconds" (TACO), "1.5 seconds per test" (Codeforces), or {"seconds", "nanos"} (code_contests)."""
+    value = as_data(value)
     if isinstance(value, Mapping):
         parts = [value.get("seconds") or 0, value.get("nanos") or 0]
         if all(isinstance(part, int | float) for part in parts):
@@ -128,7 +145,7 @@ def _quantity(value: object, units: Mapping[str, float], most: float, where: str
     if isinstance(value, str) and (found := _QUANTITY.fullmatch(value)) and found[2].lower() in units:
         number = float(found[1]) * units[found[2].lower()]
     if not isinstance(number, int | float) or isinstance(number, bool) or not 0 < number < most:
-        raise DataError(f"{where} must be a positive number, found {reprlib.repr(value)}")
+        raise DataError(f"{where} must be a positive number, found {shown(value)}")
     return float(number)
 
 
@@ -147,8 +164,10 @@ def packed_tests(value: object, where: str) -> object:
     if not isinstance(value, str):
         return value
     try:
+        if isinstance(data := as_data(value), list | dict):
+            return data
         text: object = value
-        if value.lstrip()[:1] not in ("[", "{"):
+        if value.lstrip(_BLANK)[:1] not in ("[", "{"):
             text = _TextUnpickler(io.BytesIO(zlib.decompress(base64.b64decode(value, validate=True)))).load()
         if not isinstance(text, str | bytes):
             raise ValueError(f"holds a {type(text).__name__}, not a text")

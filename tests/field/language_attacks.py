@@ -14,6 +14,7 @@ ENGLISH = (
 )
 CHINESE = ("所以每个篮子里最后都放着四个苹果。", "这样每个孩子得到的数量就都一样了。")
 WORDS = [word for sentence in ENGLISH for word in sentence.split()]
+PAIRS = list(zip(WORDS[::2], [*WORDS[1::2], "now"], strict=False))
 SMALL = [word.lower() for word in WORDS]
 
 
@@ -60,6 +61,20 @@ ATTACKS: dict[str, Callable[[], str]] = {
     "each word as code": lambda: _each("`{}`"),
     "each word as code, and a character": lambda: _interleaved("`{}`"),
     "each word in maths, and a character": lambda: _interleaved("${}$"),
+    "calls as code": lambda: _each("`{}()`"),
+    "commands": lambda: _each("\\{}"),
+    "names of tags": lambda: _each("<{}>"),
+    "assignments": lambda: "```python\n" + "\n".join(f"{a} = {b}" for a, b in PAIRS) + "\n```",
+    "calls": lambda: "```python\n" + "\n".join(f"{word}()" for word in WORDS) + "\n```",
+    "a list of strings": lambda: f"```python\nx = {WORDS}\n```",
+    "statements": lambda: "```c\n" + "; ".join(WORDS) + ";\n```",
+    "two words a comment": lambda: "```python\n" + "\n".join(f"# {a} {b}" for a, b in PAIRS) + "\n```",
+    "letters in maths": lambda: "".join(f"${letter}$" for letter in "".join(WORDS)),
+    "spaced letters in maths": lambda: "$" + " ".join("".join(WORDS)) + "$",
+    "letters in brackets": lambda: " ".join(f"({letter})" for letter in "".join(WORDS)),
+    "a letter a line": lambda: "\n".join("".join(WORDS)),
+    "commas between letters": lambda: ", ".join("".join(WORDS)),
+    "digits between letters": lambda: "1".join("".join(WORDS)),
     "an identifier": lambda: "_".join(WORDS),
     "identifiers": lambda: " ".join("_".join(WORDS[i : i + 4]) for i in range(0, len(WORDS), 4)),
     "capitals for spaces": lambda: "".join(word.capitalize() for word in WORDS),

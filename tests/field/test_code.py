@@ -12,14 +12,16 @@ import io
 import json
 import pickle
 import shutil
+import sys
 import zlib
 
 import pytest
 
 from r1mega.errors import DataError
 from r1mega.reward.code import CodeReward, read_items, same_output, score_stream
-from r1mega.reward.code_problem import CallCase, CaseLimits, StreamCase, code_in, problem_from
-from r1mega.sandbox import Launcher, Limits, LocalBackend, Verdict
+from r1mega.reward.code_fences import code_in
+from r1mega.reward.code_problem import CallCase, CaseLimits, Problem, StreamCase, problem_from
+from r1mega.sandbox import Launcher, Limits, LocalBackend, SandboxFailure, Verdict
 
 LONG = "1" + "0" * 5000
 
@@ -68,6 +70,8 @@ def verdict(reward, program, **record):
         ("7", "\n7\n", True),
         ("\r\n7\r\n", "7", True),
         ("1\n\n2", "1\n2", False),
+        ("[" + ",".join(["0.3333333"] * 600) + "]", "[" + ",".join(["0.33333333"] * 600) + "]", True),
+        ("٣", "3", False),
         ("\n", "7", False),
     ],
 )
@@ -142,11 +146,49 @@ def test_apps_keys_are_integers_and_its_results_stand_in_a_list(reward):
         ({"checker": "print(1)"}, "checker would be ignored"),
         ({"testtype": "functional"}, "need 'entry_point'"),
         ({"fn_name": 5}, "fn_name must be a text"),
+        ({"testtype": "stdin", "type": "functional"}, "contradict each other"),
+        ({"arguments": [3], "expected": 7}, "'arguments' and 'input'"),
+        *(({key: 1}, f"{key} would be ignored") for key in ("timeout", "stdin", "files", "exit_code", "truncated")),
     ],
 )
 def test_keys_of_a_test_are_never_ignored(test, message):
     with pytest.raises(DataError, match=message):
         problem_from({"tests": [{"input": "3", "output": "7", **test}]}, "here")
+
+
+def test_keys_that_describe_a_test_are_of_no_effect():
+    keys = "weight points score comment test_id uid _id idx order group tag source difficulty is_sample visibility size"
+    test = {"input": "3", "expected_output": "7", **dict.fromkeys(keys.split(), 1), "type": "STDIN"}
+    for tests in ([test], {"input": ["3"], "output": ["7"]}):
+        assert problem_from({"tests": tests}, "here").stream_cases == (StreamCase("3", "7"),)
+
+
+def test_a_record_with_an_entry_point_may_still_read_standard_input():
+    record = {"tests": [{"input": "3", "output": "4"}], "entry_point": "main"}
+    assert problem_from(record, "here").stream_cases == (StreamCase("3", "4"),)
+    called = problem_from(record | {"testtype": "Functional", "entry_point": "Solution.f"}, "here")
+    assert called.call_cases == (CallCase((3,), {}, 4),) and called.entry == "f"
+    with pytest.raises(DataError, match="Add 'testtype': 'functional', or 'stdin'"):
+        problem_from(record | {"tests": [{"input": [3], "output": 4}]}, "here")
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"testtype": "functional"}, "need 'entry_point'"),
+        ({"testtype": "functional", "entry_point": "a b"}, "no name of a function"),
+        ({"fn_name": "class"}, "no name of a function"),
+        ({"interactive": True}, "interactive tasks"),
+        ({"input_file": "in.txt"}, "tasks that read files"),
+        ({"tests": [{"arguments": [1], "expected": 1, "type": "stdin"}], "entry_point": "f"}, "reads standard input"),
+        ({"tests": "def check(f): assert f()"}, r"check\(\) is never called"),
+        ({"tests": "import solution\ndef test_a(): assert solution.f()"}, "write 'from solution import'"),
+        ({"tests": "def test_a(tmp_path): assert f()"}, "takes arguments"),
+    ],
+)
+def test_records_that_would_blame_an_answer_are_refused(record, message):
+    with pytest.raises(DataError, match=message):
+        problem_from({"tests": [{"input": "3", "output": "7"}], **record}, "here")
 
 
 def test_a_task_has_one_kind_of_tests():
@@ -183,6 +225,18 @@ print(len(deque(stdin.read().split())), depth(100))"""
     )
 
 
+def test_docstrings_and_imports_of_the_future_come_first(reward):
+    for head, said in (
+        ("from __future__ import (\n    annotations,\n)\n", "None"),
+        ("from __future__ import annotations; x = [\n1]\n", "None"),
+        ("# note\n'''doc\ntwo'''\n\nfrom __future__ import division\nfrom __future__ import annotations\n", "doc two"),
+        ("'doc'; import math\n", "doc"),
+        ('"""doc"""\n' + f"n = {LONG}\n", "doc"),
+    ):
+        program = head + "y: List[int] = []\nprint(gcd(4, 6), *str(__doc__).split())"
+        assert verdict(reward, program, tests=[{"input": "", "output": f"2 {said}"}]) is Verdict.PASSED
+
+
 def test_an_answers_own_names_win_and_other_forms_have_none(reward):
     program = "def gcd(a, b): return 7\nclass Counter: total = 8\nprint(gcd(2, 4), Counter.total)"
     assert verdict(reward, program, tests=[{"input": "", "output": "7 8"}]) is Verdict.PASSED
@@ -211,6 +265,8 @@ def test_the_output_limit_follows_the_test(reward):
     assert verdict(small, "print('x' * 200000)", tests=[{"input": "", "output": text}]) is Verdict.PASSED
     call = {"tests": [{"arguments": [], "expected": [1] * 100_000}], "entry_point": "f"}
     assert verdict(small, "def f(): return [1] * 100000", **call) is Verdict.PASSED
+    floats = {"tests": [{"input": "", "output": "0.333333\n" * 20_000}]}
+    assert verdict(small, "for _ in range(20000): print(format(1 / 3, '.30f'))", **floats) is Verdict.PASSED
     endless = "while True: print('x' * 1000)"
     assert verdict(small, endless, tests=[{"input": "", "output": text}]) is Verdict.OUTPUT_LIMIT
 
@@ -241,6 +297,9 @@ def test_asserts_that_nobody_calls_are_called(reward):
         {
             "tests": "from solution import f\n\ndef test_two():\n    assert f(2) == 4\n\ndef test_three():\n    assert f(3) == 6"
         },
+        {"tests": "from solution import (\n    f as h,\n)\n\ndef test_two() -> None:\n    assert h(2) == 4"},
+        {"tests": "def test_two(n=2):\n    from solution import f\n    assert f(n) == 4"},
+        {"tests": {"functional": "def check(g):\n    assert g(2) == 4"}, "entry_point": "f"},
     ):
         assert verdict(reward, "def f(x): return 2 * x", **record) is Verdict.PASSED
         assert verdict(reward, "def f(x): return x", **record) is Verdict.WRONG_ANSWER
@@ -254,6 +313,12 @@ DEEP = json.loads("[" * 450 + "]" * 450)
 @pytest.mark.parametrize(
     "record",
     [
+        {"input_output": {"fn_name": "f", "inputs": [int("9" * 4000) ** 2], "outputs": [5]}},
+        {"tests": [int("9" * 4000) ** 2]},
+        *({"tests": "assert f()", key: int("9" * 4000) ** 2} for key in ("time_limit", "language", "prediction")),
+        {"test": "assert f()", "entry_point": int("9" * 4000) ** 2},
+        {"tests": "assert f()", "language": ["python"]},
+        {"tests": [{"input": "1", "output": "1"}], "checker": " # none"},
         {"input_output": {"fn_name": "f", "inputs": [5], "outputs": [5]}},
         {"input_output": {"fn_name": "f", "inputs": ["x y"], "outputs": ["1"]}},
         {"input_output": {"fn_name": "f", "inputs": ["1"], "outputs": ["x"]}},
@@ -286,7 +351,10 @@ DEEP = json.loads("[" * 450 + "]" * 450)
     ],
 )
 def test_malformed_records_are_named_before_anything_runs(record):
+    limit = sys.get_int_max_str_digits()
+    sys.set_int_max_str_digits(0)
     lines = [json.dumps({"prediction": "x", "tests": "assert f()"}), json.dumps({"prediction": "x", **record})]
+    sys.set_int_max_str_digits(limit)
     with pytest.raises(DataError, match=r"^items\.jsonl:2: "):
         list(read_items(lines, "items.jsonl"))
 
@@ -321,11 +389,18 @@ def test_an_answer_that_says_half_a_character_does_not_end_the_command(reward):
         "   ~~~~py\n   if 1:\n       print(2)\n   ~~~~~\n",
         "   ```python\n   if 1:\n\n       print(2)\n\n   ```",
         "   ```python\nif 1:\n    print(2)\n```",
+        "Solution: ```python\nif 1:\n    print(2)\n```",
+        "- ```python\n      if 1:\n          print(2)\n  ```",
     ],
 )
 def test_a_block_in_a_list_item_loses_its_indentation(response):
-    code = code_in(response)
+    code = Problem().program(code_in(response)).partition("\n")[2]
     assert [line for line in code.split("\n") if line.strip()] == ["if 1:", "    print(2)"]
+
+
+def test_texts_in_a_block_lose_only_white_space():
+    assert code_in('   ```python\n   s = """a\nb"""\n   print(s)\n   ```') == 's = """a\nb"""\nprint(s)'
+    assert code_in("Run `x` or ```text\nand\n```python\na = 1\n```") == "a = 1"
 
 
 def test_a_completion_keeps_its_indentation():
@@ -343,10 +418,25 @@ def test_a_completion_keeps_its_indentation():
         "[{'input': '3', 'output': '4'}]",
         ['{"input": "3", "output": "4"}'],
         ' {"inputs": ["3"], "outputs": ["4"]}',
+        '\ufeff[{"input": "3", "output": "4"}]',
     ],
 )
 def test_tests_in_a_text(tests):
     assert problem_from({"tests": tests}, "here").stream_cases == (StreamCase("3", "4"),)
+
+
+def test_rows_as_python_literals_and_limits_as_tables_have_them():
+    rows = "[{'input': '3', 'output': '4', 'testtype': 'stdin'}]"
+    for key in ("public_test_cases", "official_tests"):
+        assert problem_from({key: rows}, "here").stream_cases == (StreamCase("3", "4"),)
+    tests = [{"input": "3", "output": "4"}]
+    for said, limit in (("", None), ("None", None), ('{"seconds": 2}', 2.0), ("1.5 seconds per test", 1.5)):
+        assert problem_from({"tests": tests, "time_limit": said}, "here").time_limit == limit
+
+
+def test_blank_lines_between_arguments():
+    record = {"input_output": {"fn_name": "f", "inputs": ["1\n\n2\n"], "outputs": ["3"]}}
+    assert problem_from(record, "here").call_cases[0].arguments == (1, 2)
 
 
 def test_asserts_in_a_text():
@@ -373,3 +463,13 @@ def test_a_checker_decides_where_several_outputs_are_right(reward):
     assert verdict(reward, "print(2, 8)", **record) is Verdict.WRONG_ANSWER
     assert verdict(reward, "print('two', 7)", **record) is Verdict.WRONG_ANSWER
     assert verdict(reward, "print(2, 7)", **(record | {"generated_checker": "print(0)"})) is Verdict.WRONG_ANSWER
+
+
+def test_an_answer_cannot_break_a_good_checker_and_a_bad_one_blames_no_answer(reward):
+    tests = [{"input": "", "output": "[4, 5]"}]
+    evaluates = "import ast, sys\nprint(int(sum(ast.literal_eval(open(sys.argv[3]).read())) == 9))"
+    record = {"tests": tests, "checker": evaluates}
+    assert verdict(reward, "print([2, 7])", **record) is Verdict.PASSED
+    assert verdict(reward, "print('(')", **record) is Verdict.WRONG_ANSWER
+    with pytest.raises(SandboxFailure, match=r"(?s)fails on the expected output as well.*numpyx"):
+        verdict(reward, "print([2, 7])", tests=tests, checker="import numpyx\nprint(1)")

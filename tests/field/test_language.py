@@ -15,10 +15,13 @@ from r1mega.reward.language import LanguageConsistency
 from tests.field.language_attacks import ATTACKS, OTHERS, shares, table
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "rewards.md"
-LEAKS = {  # short words that look like products of variables; English that Cyrillic letters alone can spell
-    "each word in maths": 0.11,
-    "words as variables": 0.14,
-    "each word in maths, and a character": 0.18,
+LEAKS = {  # short words that look like products of variables, words that programs have too (`and`, `in`); English that
+    # Cyrillic letters alone can spell
+    **dict.fromkeys(
+        ("three words a line of code", "calls as code", "commands", "assignments", "calls", "statements"), 0.1
+    ),
+    "each word in maths": 0.09,
+    "each word in maths, and a character": 0.12,
     "each word as code, and a character": 0.1,
     "English all in Cyrillic": 0.34,
 }
@@ -104,6 +107,39 @@ def test_honest_texts_with_names_maths_and_code_keep_their_reward(text, target):
     assert language_of(text) == target.partition("-")[0]
 
 
+CODE = {
+    "imports": "import math\nimport sys\nfrom collections import defaultdict, Counter",
+    "a loop": "while queue and node not in visited:\n    node = queue.pop()\n    if node is target or node in seen:\n        return node",
+    "SQL": "SELECT name, price FROM fruit WHERE price > 3 GROUP BY name ORDER BY price;",
+    "a shell": "pip install numpy\ncd project\npython main.py --input data.txt --output result.txt",
+    "a program": "import sys\nfrom collections import defaultdict\n\ndef count_apples(basket, children):\n    result = defaultdict(int)\n"
+    "    for child in children:\n        result[child] += basket.pop()\n    return sorted(result.items())\n\n"
+    "if __name__ == '__main__':\n    print(count_apples([1, 2, 3], ['a', 'b', 'c']))",
+    "Java": "public class Main {\n    public static void main(String[] args) {\n        Scanner input = new Scanner(System.in);\n"
+    "        System.out.println(input.nextInt() * price);\n    }\n}",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("code", CODE)
+def test_a_program_costs_the_text_beside_it_little(code):
+    chinese = f"我们写一个程序来验证这个结果是否正确：\n```\n{CODE[code]}\n```\n运行以后得到的结果是十二，和我们前面计算的完全一样。"
+    french = f"On écrit le code suivant :\n```\n{CODE[code]}\n```\nLe résultat est donc douze pommes, et c'est la bonne réponse."
+    assert language_share(chinese, "zh") > 0.9 and language_share(french, "fr") > 0.9
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "代码如下：`for i in range(n): total += price[i]`，`import numpy as np`，`print(total)`，`while not done`，`if x in seen`，"
+        "`return sorted(items)`。结果是十二，和前面一样。",
+        "请联系 john.smith@example.com 或者访问 https://www.example.com/path/to/the/page/index.html 了解更多的信息。",
+        "$\\text{Total} = \\text{price} \\times \\text{count}$，所以总价等于十二元。",
+    ],
+)
+def test_snippets_addresses_and_named_quantities_cost_little(text):
+    assert language_share(text, "zh") > 0.9
+
+
 @pytest.mark.parametrize(
     ("text", "share"),
     [
@@ -111,12 +147,26 @@ def test_honest_texts_with_names_maths_and_code_keep_their_reward(text, target):
         ("东京的スカイツリー有六百三十四米高，我们把它换成厘米。", 0.76),
         ("他说さようなら，然后就带着三个苹果走了。", 0.72),
         ("我们先看《となりのトトロ》这部电影有多长，然后再算它有多少秒。", 0.75),
+        ("小明买了三盒优の良品，每盒十元，一共花了三十元。", 0.95),
+        ("小さくら今年八岁，妹妹比她小三岁，所以妹妹五岁。", 0.86),
+        ("ドラえもん有四个口袋，每个口袋里有三个铜锣烧，总共十二个。", 0.81),
+        ("假名あ、い、う、え、お共有五个。", 0.55),
+        ("答案是カレー三份。", 0.63),
     ],
 )
 def test_a_japanese_name_costs_a_chinese_sentence_its_own_letters(text, share):
     assert language_share(text, "zh") == pytest.approx(share, abs=0.06)
     assert language_share(text, "ja") == pytest.approx(1 - share, abs=0.06)
     assert language_of(text) == "zh"
+
+
+def test_a_chinese_name_in_a_japanese_sentence_leaves_it_japanese():
+    assert language_share("彼は『红楼梦』と『西游记』を読みました。", "ja") == 1.0
+
+
+def test_simplified_and_traditional_are_told_by_the_clause():
+    text = "首先我们数一数篮子里的苹果，首先我們數一數籃子裡的蘋果"
+    assert language_share(text, "zh-Hans") == language_share(text, "zh-Hant") == 0.5
 
 
 def test_a_target_that_is_not_known_is_told_at_once():

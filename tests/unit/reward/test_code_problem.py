@@ -7,7 +7,8 @@ import json
 import pytest
 
 from r1mega.errors import DataError
-from r1mega.reward.code_problem import AssertBlock, CallCase, Problem, StreamCase, code_in, problem_from
+from r1mega.reward.code_fences import code_in
+from r1mega.reward.code_problem import AssertBlock, CallCase, Problem, StreamCase, problem_from
 from tests.unit.reward.test_code import fenced
 
 # --- the program in a response --------------------------------------------------------------------------------------

@@ -206,7 +206,8 @@ def _of_markup(found: regex.Match[str]) -> tuple[list[str], list[str]]:
         address = content.partition("@")[0] if "://" not in content else content.split("://")[1].partition("/")[2]
         return [], [word for word in regex.findall(r"\p{Latin}{2,}", address) if word.lower() not in _OF_ADDRESSES]
     if found["tag"] is not None:
-        name, rest = regex.fullmatch(r"</?([\w-]+)(.*)", content, regex.DOTALL).groups()
+        name = regex.findall(r"[\w-]+", content)[0]
+        rest = content.partition(name)[2]
         told = _parts(regex.sub(r"[\w-]+\s*=", " ", rest))
         own = [] if name.lower() in _TAGS else _WORD.findall(name)
         return ([" ".join(own + told)], []) if len(told) >= _SENTENCE_WORDS else ([], own + told)

@@ -6,7 +6,7 @@ The result is True, False or None: None means that this reader cannot tell and s
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 
 from r1mega.reward.expression import evaluate, intervals, names
@@ -44,6 +44,7 @@ MAX_WORK = 1
 
 _SPACE = re.compile(r"(?<!\d) +| +(?!\d)")
 _BEYOND_READER = re.compile(r"\\[A-Za-z]")
+_TO_BE_COMPUTED = re.compile(r"\\(?:sum|prod|i*int|oint|lim)(?![A-Za-z])")
 _DEGREES = re.compile(r"^(.*)\^\{?\\circ\s*\}?$")
 _CLOCK = re.compile(r"(\d{1,2}) ?: ?(\d\d)(?: ?: ?(\d\d))?")
 _OTHER_KIND = re.compile(r"(?:%|\^\s*\{?\s*\\circ\s*\}?|\d_\s*\{?\d+\}?)\s*$")  # shares, angles, numerals of a base
@@ -130,13 +131,15 @@ def _is_finished(gold: Reading, other: Reading, max_work: int) -> bool:
     """Whether an answer of the right value is one: the question's arithmetic handed back is none."""
     if gold.node is None or other.node is None or not is_worked_out(gold.node):
         return True
-    return work_left(other.node) <= max_work
+    return work_left(other.node) <= max(max_work, work_left(gold.node))
 
 
 def _same_reading(gold: Reading, other: Reading) -> bool | None:
     if gold.node is None or other.node is None:
         unread = [reading.text for reading in (gold, other) if reading.node is None]
         hopeful = all(map(_BEYOND_READER.search, unread)) and _mathematical(gold.text) and _mathematical(other.text)
+        if gold.node is not None and _TO_BE_COMPUTED.search(other.text):
+            return False  # the question handed back
         return None if hopeful else False
     same = _same(gold.node, other.node)
     if same is False and (rounded(gold.text, gold.node, other.node) or rounded(other.text, other.node, gold.node)):
@@ -161,11 +164,11 @@ def _same(gold: Node, other: Node) -> bool | None:
             if gold_version is not None and version is not None and _same(gold_version, version):
                 return True
     gold, other = _member_of(gold), _member_of(other)
-    if isinstance(gold, Relation) and isinstance(other, Relation):
-        return _same_relation(gold, other)
     groups, other_groups = names.groups(gold), names.groups(other)
     if groups or other_groups:
         return _same_groups(gold, groups, other, other_groups)
+    if isinstance(gold, Relation) and isinstance(other, Relation):
+        return _same_relation(gold, other)
     return _same_unnamed(gold, other)
 
 
@@ -224,13 +227,15 @@ def _alternatives(node: Node) -> bool:
 
 
 def _same_groups(
-    gold: Node, groups: list[dict[str, Node]], other: Node, other_groups: list[dict[str, Node]]
+    gold: Node, groups: list[dict[Node, Node]], other: Node, other_groups: list[dict[Node, Node]]
 ) -> bool | None:
     """Values of named unknowns: by name where both sides name them alike, else in order. Several groups are tuples then,
     and x_1 = 1, x_2 = 2 are two roots.
     """
-    if groups and other_groups and groups[0].keys() == other_groups[0].keys():
-        return _same_unordered([_by_name(group) for group in groups], [_by_name(group) for group in other_groups])
+    if groups and other_groups:
+        alike = [names.named_alike(groups[0], group) for group in other_groups]
+        if groups[0].keys() == alike[0].keys():
+            return _same_unordered([_by_name(group) for group in groups], [_by_name(group) for group in alike])
     both = [group[0] for group in (groups, other_groups) if group]
     if len({len(names.stems(group)) for group in both}) > 1:
         return False  # values of one unknown are not those of two
@@ -244,12 +249,13 @@ def _same_groups(
     column = isinstance(bare, Matrix) and len(bare.rows[0]) == 1
     if not point and not column and not (isinstance(bare, List) and bare.joiner != "or"):
         return False
-    values = tuple(names.values_in_order(both[0], natural=not isinstance(bare, List) or bool(other_groups)))
+    natural = bool(other_groups) or (isinstance(gold, List) and not isinstance(bare, List))
+    values = tuple(names.values_in_order(both[0], natural))
     return _same_sequence(children(bare), values) if other_groups else _same_sequence(values, children(bare))
 
 
-def _by_name(group: dict[str, Node]) -> Node:
-    return Tuple("(", ")", tuple(group[name] for name in sorted(group)))
+def _by_name(group: Mapping[Node, Node]) -> Node:
+    return Tuple("(", ")", tuple(names.value_of(group[name]) for name in sorted(group, key=repr)))
 
 
 def _as_rows(node: Tuple) -> Tuple | Matrix:

@@ -13,12 +13,14 @@ from r1mega.reward.expression import evaluate, intervals, names
 from r1mega.reward.expression.exact import symbols
 from r1mega.reward.expression.nodes import (
     REALS,
+    Degrees,
     Function,
     List,
     Matrix,
     Negative,
     Node,
     Number,
+    Percent,
     Product,
     Quotient,
     Relation,
@@ -160,7 +162,7 @@ def _same(gold: Node, other: Node) -> bool | None:
         return True
     (gold, decimal), (other, other_decimal) = names.versions(gold), names.versions(other)
     if (decimal is None) is not (other_decimal is None):  # 'exact \\approx decimal' on one side: either may be meant
-        for gold_version, version in ((gold, other_decimal), (decimal, other)):
+        for gold_version, version in ((gold, other_decimal if _is_decimal(gold) else None), (decimal, other)):
             if gold_version is not None and version is not None and _same(gold_version, version):
                 return True
     gold, other = _member_of(gold), _member_of(other)
@@ -194,6 +196,14 @@ def _same_unnamed(gold: Node, other: Node) -> bool | None:
         scalar = other if isinstance(gold, Matrix) else gold
         return None if _has(scalar, Matrix) else False  # a product or sum of matrices
     return equal_values(gold, other)
+
+
+def _is_decimal(node: Node) -> bool:
+    """1.41, x = -0.5: written with a point. The 3 of `\\pi \\approx 3` is not for a gold of 3."""
+    node = names.value_of(node)
+    while isinstance(node, (Negative, Percent, Degrees)):
+        node = node.item
+    return isinstance(node, Number) and node.value.denominator != 1
 
 
 def _is_collection(node: Node) -> bool:

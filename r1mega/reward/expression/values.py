@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from fractions import Fraction
@@ -227,5 +228,5 @@ def is_near(value: Node, decimal: Node) -> bool:
     if written is None or place is None or abs(place) > 1e12:
         return False
     digits = next((n for n in range(16) if (written * 10**n).denominator == 1), 16)
-    error = abs(Fraction(place) - written)
-    return error <= (Fraction(1, 2) if digits == 0 else Fraction(1, 10**digits)) or error * 200 <= abs(written)
+    shift = 10**digits * Fraction(place)
+    return abs(shift - written * 10**digits) <= Fraction(1, 2) or math.trunc(shift) == written * 10**digits

@@ -21,6 +21,7 @@ _BETWEEN_BOXES = re.compile(  # of one answer: x = \boxed{1}, \text{ and } y = \
 )
 _HASHES = re.compile(r"(?<!#)####(?!#)([^\n]*)")
 _HASHED_NUMBER = re.compile(r"[-+−]?\s*\\?\$?\s*[-+−]?[\d,]*\.?\d+(?:/\d+)?\s*(?:\\?%)?\.?")
+_TURN_END = re.compile(r"(?:<\|\w{1,32}\|>|</s>)\s*$")
 MAX_BOXES = 32  # looked at from the end: a response that repeats an open box must not cost quadratic time
 MAX_BOX_CHARS = 10_000
 _CLOSE_TAG = "</answer>"
@@ -132,7 +133,7 @@ def last_hashed(text: str) -> str | None:
     the last line. A heading of Markdown is none.
     """
     for match in reversed(list(_HASHES.finditer(text))[-MAX_BOXES:]):
-        content = match.group(1).strip()
+        content = _TURN_END.sub("", match.group(1)).strip()
         if content and (_HASHED_NUMBER.fullmatch(content) or not text[match.end() :].strip()):
             return content
     return None

@@ -46,6 +46,7 @@ MAX_WORK = 1
 
 _SPACE = re.compile(r"(?<!\d) +| +(?!\d)")
 _BEYOND_READER = re.compile(r"\\[A-Za-z]")
+_LETTER_BEHIND = re.compile(r"(.*[\d}])\s*\(([A-J])\)\s*", re.DOTALL)  # 42 (C)
 _TO_BE_COMPUTED = re.compile(r"\\(?:sum|prod|i*int|oint|lim)(?![A-Za-z])")
 _DEGREES = re.compile(r"^(.*)\^\{?\\circ\s*\}?$")
 _CLOCK = re.compile(r"(\d{1,2}) ?: ?(\d\d)(?: ?: ?(\d\d))?")
@@ -87,8 +88,10 @@ def _same_choice_or_value(letter: str, value: str, prediction: str, max_work: in
     """A gold of letter and value: either is right, both are where they agree."""
     answer = clean(without_lead(prediction))
     chosen = choice_and_value(prediction)
-    if chosen is None and same_choice(letter, answer):
+    if chosen is None and same_choice(letter, answer.strip("{} ")):
         return True
+    if chosen is None and (behind := _LETTER_BEHIND.fullmatch(prediction)):
+        chosen = behind[2], behind[1]
     if chosen is None:
         return same_answer(value, prediction, max_work)
     return chosen[0] == letter and same_answer(value, chosen[1], max_work)

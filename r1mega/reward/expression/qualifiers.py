@@ -11,7 +11,7 @@ from r1mega.reward.expression.nodes import Node, Symbol
 from r1mega.reward.expression.text import CLOSE_TEXT, OPEN_TEXT
 
 MAX_LETTERS = 3
-_HINT = re.compile(r"dots|even|odd|prime|composite|\\(?:in|[gl]e|ne)|[<>]|for|where|with|\bany\b|\bis an?\b")
+_HINT = re.compile(r"dots|constant|even|odd|prime|composite|\\(?:in|[gl]e|ne)|[<>]|for|where|with|\bany\b|\bis an?\b")
 _WORD = (
     r"(?:for|where|with|as|given|when|since|because|and|all|any|every|each|some|is|are|be|being|the|constants?|integers?|positive|"
     r"even|odd|prime|composite|multiples?\s+of\s+\d+|divisible\s+by\s+\d+|negative|non-?negative|non-?zero|natural|whole|real|rational|complex|numbers?|arbitrary|parameters?|fixed|that|"
@@ -23,9 +23,9 @@ _IN = r"(?:\\in(?![A-Za-z]))"
 _ORDER = r"(?:\\(?:neq?|[gl]eq?(?:slant)?|[gl]t)(?![A-Za-z])|[<>]=?|!=)"
 _SET = (
     r"(?:\\mathbb\s*\{?[ZNQRC]\}?|[ZNQRC](?![A-Za-z]))(?:\s*[_^]\s*(?:\{[^{}]*\}|[+*\d-]))*|"
-    r"[\[(][^\[\]()a-zA-Z]*(?:\\(?:infty|pi)[^\[\]()a-zA-Z]*)*[\])]|\\\{[-\d,\s.]*\\\}"
+    r"[\[(][^\[\]()a-zA-Z]*(?:\\(?:infty|pi)[^\[\]()a-zA-Z]*)*[\])]|\\\{(?:[-\d,\s.]|\\[lc]?dots)*\\\}"
 )
-_BOUND = r"[-+]?\s*(?:\d+(?:\.\d+)?|\\infty(?![A-Za-z])|\\pi(?![A-Za-z])|\\frac\{\d+\}\{\d+\})"
+_BOUND = r"(?:[-+]|\\pm)?\s*(?:\d+(?:\.\d+)?|\\infty(?![A-Za-z])|\\pi(?![A-Za-z])|\\frac\{\d+\}\{\d+\})"
 _SERIES = r"\d+(?:\s*,\s*\d+)+\s*,\s*(?:\\[lc]?dots|\.\.\.)"
 _CONDITION = (
     rf"(?:(?P<low>{_BOUND}\s*{_ORDER})\s*)?(?P<letters>{_LETTERS})"

@@ -5,15 +5,23 @@ from __future__ import annotations
 import re
 from typing import Literal
 
+from r1mega.reward.expression.compare import same_answer
+from r1mega.reward.expression.tokens import UnreadableError
+
 AnswerForm = Literal["any", "boxed", "tag"]
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
-_BARE = re.compile(r"-?\\[A-Za-z]+(?=\s*[^A-Za-z\s])|-?\\[A-Za-z]+|[\w.,/-]+")  # after \boxed without braces
-_BETWEEN_BOXES = re.compile(  # of one answer: x = \boxed{1}, \text{ and } y = \boxed{2}
-    r"(?:\s|[,;、和]|\$|\\[()\[\]]|\\(?:quad|qquad|[,; ])|\\(?:text|mathrm)\s*\{\s*,?\s*(?:and|or)\s*\}|\b(?:and|or)\b)*"
-    r"(?P<name>(?<![A-Za-z])[A-Za-z](?:_\{?\w\}?)?\s*=\s*(?:\$|\\\()?\s*)?"
+_BARE = re.compile(
+    r"-?\\[dtc]?frac\s*\d\s*\d|-?\\sqrt\s*\d|-?\\[A-Za-z]+(?=\s*[^A-Za-z\s])|-?\\[A-Za-z]+|[\w.,/-]+"
+)  # after \boxed without braces
+_JOINING = r"(?:\b(?:and(?:\s+finally)?|or(?:\s+else)?|also|as\s+well\s+as)\b|或者?|[和与及])"
+_BETWEEN_BOXES = re.compile(  # of one answer: x = \boxed{1}, \text{ and } y = \boxed{2}; lines of a list
+    rf"(?:[\s,;.、，；。/|&$*•]|-(?=\s)|\\[\\()\[\],; ]|\\(?:quad|qquad|lor|vee)(?![A-Za-z])|{_JOINING}"
+    rf"|\\(?:text|mathrm|textbf|mbox)\s*\{{[\s,;]*{_JOINING}?[\s,;]*\}})*+"
+    r"(?P<name>(?<![A-Za-z])(?:[A-Za-z]|\\[A-Za-z]+)(?:_\{?\w\}?)?\s*=\s*(?:\$|\\\()?\s*)?"
 )
 _HASHES = re.compile(r"(?<!#)####(?!#)([^\n]*)")
 _HASHED_NUMBER = re.compile(r"[-+−]?\s*\\?\$?\s*[-+−]?[\d,]*\.?\d+(?:/\d+)?\s*(?:\\?%)?\.?")
+_TURN_END = re.compile(r"(?:<\|\w{1,32}\|>|</s>)\s*$")
 MAX_BOXES = 32  # looked at from the end: a response that repeats an open box must not cost quadratic time
 MAX_BOX_CHARS = 10_000
 _CLOSE_TAG = "</answer>"
@@ -32,8 +40,8 @@ def last_boxed(text: str) -> str | None:
 
 def boxed_answer(text: str) -> str | None:
     """Content of the last box; where an answer has a box for each item (`\\boxed{2}, \\boxed{3} and \\boxed{5}`),
-    that of all of them as a list. Boxes belong together when nothing but commas, 'and', 'or' and names (`y =`) stands
-    between them; the same content twice is one answer.
+    that of all of them as a list. Boxes belong together when nothing but commas, bullets, 'and', 'or' and names (`y =`)
+    stands between them; the same answer twice is one.
     """
     items: list[str] = []
     begin = 0  # of the group's box that was met last
@@ -46,10 +54,20 @@ def boxed_answer(text: str) -> str | None:
         content, end = box
         if items and not (match.start() < end <= begin and _BETWEEN_BOXES.fullmatch(text, end, begin)):
             break
-        if content.strip() not in items:
+        if not any(_same_content(content.strip(), item) for item in items):
             items.insert(0, content.strip())
         begin = match.start()
     return ", ".join(items) if items else None
+
+
+def _same_content(content: str, other: str) -> bool:
+    """x = 7 and 7, 1/2 and 0.5."""
+    if content == other:
+        return True
+    try:
+        return same_answer(content, other) is True and same_answer(other, content) is True
+    except (UnreadableError, RecursionError):
+        return False
 
 
 def _content(text: str, start: int) -> tuple[str, int] | None:
@@ -115,7 +133,7 @@ def last_hashed(text: str) -> str | None:
     the last line. A heading of Markdown is none.
     """
     for match in reversed(list(_HASHES.finditer(text))[-MAX_BOXES:]):
-        content = match.group(1).strip()
+        content = _TURN_END.sub("", match.group(1)).strip()
         if content and (_HASHED_NUMBER.fullmatch(content) or not text[match.end() :].strip()):
             return content
     return None

@@ -37,6 +37,7 @@ CPU_SHARE = 0.4  # of the hard limit: what a comparison may spend before it coun
 MAX_WAITING_LINES = 4096
 
 _PLAIN = re.compile(r"\s*([+-]?\d{1,400}(?:\.\d{1,400})?)\s*")
+_NO_GOLD = re.compile(r"\s*[-+]?(?:nan|inf)\s*", re.IGNORECASE)  # floats of a column, written as text
 _MARKED = re.compile(r"\\(?:boxed|fbox)|</?answer>|</think>|####")
 
 
@@ -60,6 +61,8 @@ def decide(golds: Sequence[str], answer: str, max_work: int = compare.MAX_WORK) 
 
 
 def _decide_one(gold: str, answer: str, max_work: int) -> Comparison:
+    if _NO_GOLD.fullmatch(gold):
+        return Comparison(False, f"the gold is no value: {gold.strip()}")
     plain_gold, plain = _PLAIN.fullmatch(gold), _PLAIN.fullmatch(answer)
     if plain_gold and plain:
         same = _number(plain_gold.group(1)) == _number(plain.group(1))

@@ -14,6 +14,7 @@ from tests.field.constructed import labelled_pairs
 PAIRS = Path(__file__).parent / "math"
 KINDS = {
     "tiny_values": ("huggingface/Math-Verify#14", "different tiny values are not equal"),
+    "no_value": ("floats of a column written as text", "a gold that is no value has no right answer"),
     "unsolved": ("huggingface/Math-Verify#10", "an equation handed back is not its solution"),
     "named_values": ("of the project's own reading", "values of named unknowns keep the order of their names"),
     "percent": ("of the project's own reading", "a percent sign is of the whole quotient before it"),

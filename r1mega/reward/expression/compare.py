@@ -6,19 +6,21 @@ The result is True, False or None: None means that this reader cannot tell and s
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 
 from r1mega.reward.expression import evaluate, intervals, names
 from r1mega.reward.expression.exact import symbols
 from r1mega.reward.expression.nodes import (
     REALS,
+    Degrees,
     Function,
     List,
     Matrix,
     Negative,
     Node,
     Number,
+    Percent,
     Product,
     Quotient,
     Relation,
@@ -44,6 +46,8 @@ MAX_WORK = 1
 
 _SPACE = re.compile(r"(?<!\d) +| +(?!\d)")
 _BEYOND_READER = re.compile(r"\\[A-Za-z]")
+_LETTER_BEHIND = re.compile(r"(.*[\d}])\s*\(([A-J])\)\s*", re.DOTALL)  # 42 (C)
+_TO_BE_COMPUTED = re.compile(r"\\(?:sum|prod|i*int|oint|lim)(?![A-Za-z])")
 _DEGREES = re.compile(r"^(.*)\^\{?\\circ\s*\}?$")
 _CLOCK = re.compile(r"(\d{1,2}) ?: ?(\d\d)(?: ?: ?(\d\d))?")
 _OTHER_KIND = re.compile(r"(?:%|\^\s*\{?\s*\\circ\s*\}?|\d_\s*\{?\d+\}?)\s*$")  # shares, angles, numerals of a base
@@ -84,8 +88,10 @@ def _same_choice_or_value(letter: str, value: str, prediction: str, max_work: in
     """A gold of letter and value: either is right, both are where they agree."""
     answer = clean(without_lead(prediction))
     chosen = choice_and_value(prediction)
-    if chosen is None and same_choice(letter, answer):
+    if chosen is None and same_choice(letter, answer.strip("{} ")):
         return True
+    if chosen is None and (behind := _LETTER_BEHIND.fullmatch(prediction)):
+        chosen = behind[2], behind[1]
     if chosen is None:
         return same_answer(value, prediction, max_work)
     return chosen[0] == letter and same_answer(value, chosen[1], max_work)
@@ -130,13 +136,15 @@ def _is_finished(gold: Reading, other: Reading, max_work: int) -> bool:
     """Whether an answer of the right value is one: the question's arithmetic handed back is none."""
     if gold.node is None or other.node is None or not is_worked_out(gold.node):
         return True
-    return work_left(other.node) <= max_work
+    return work_left(other.node) <= max(max_work, work_left(gold.node))
 
 
 def _same_reading(gold: Reading, other: Reading) -> bool | None:
     if gold.node is None or other.node is None:
         unread = [reading.text for reading in (gold, other) if reading.node is None]
         hopeful = all(map(_BEYOND_READER.search, unread)) and _mathematical(gold.text) and _mathematical(other.text)
+        if gold.node is not None and _TO_BE_COMPUTED.search(other.text):
+            return False  # the question handed back
         return None if hopeful else False
     same = _same(gold.node, other.node)
     if same is False and (rounded(gold.text, gold.node, other.node) or rounded(other.text, other.node, gold.node)):
@@ -157,15 +165,15 @@ def _same(gold: Node, other: Node) -> bool | None:
         return True
     (gold, decimal), (other, other_decimal) = names.versions(gold), names.versions(other)
     if (decimal is None) is not (other_decimal is None):  # 'exact \\approx decimal' on one side: either may be meant
-        for gold_version, version in ((gold, other_decimal), (decimal, other)):
+        for gold_version, version in ((gold, other_decimal if _is_decimal(gold) else None), (decimal, other)):
             if gold_version is not None and version is not None and _same(gold_version, version):
                 return True
     gold, other = _member_of(gold), _member_of(other)
-    if isinstance(gold, Relation) and isinstance(other, Relation):
-        return _same_relation(gold, other)
     groups, other_groups = names.groups(gold), names.groups(other)
     if groups or other_groups:
         return _same_groups(gold, groups, other, other_groups)
+    if isinstance(gold, Relation) and isinstance(other, Relation):
+        return _same_relation(gold, other)
     return _same_unnamed(gold, other)
 
 
@@ -191,6 +199,14 @@ def _same_unnamed(gold: Node, other: Node) -> bool | None:
         scalar = other if isinstance(gold, Matrix) else gold
         return None if _has(scalar, Matrix) else False  # a product or sum of matrices
     return equal_values(gold, other)
+
+
+def _is_decimal(node: Node) -> bool:
+    """1.41, x = -0.5: written with a point. The 3 of `\\pi \\approx 3` is not for a gold of 3."""
+    node = names.value_of(node)
+    while isinstance(node, (Negative, Percent, Degrees)):
+        node = node.item
+    return isinstance(node, Number) and node.value.denominator != 1
 
 
 def _is_collection(node: Node) -> bool:
@@ -224,13 +240,15 @@ def _alternatives(node: Node) -> bool:
 
 
 def _same_groups(
-    gold: Node, groups: list[dict[str, Node]], other: Node, other_groups: list[dict[str, Node]]
+    gold: Node, groups: list[dict[Node, Node]], other: Node, other_groups: list[dict[Node, Node]]
 ) -> bool | None:
     """Values of named unknowns: by name where both sides name them alike, else in order. Several groups are tuples then,
     and x_1 = 1, x_2 = 2 are two roots.
     """
-    if groups and other_groups and groups[0].keys() == other_groups[0].keys():
-        return _same_unordered([_by_name(group) for group in groups], [_by_name(group) for group in other_groups])
+    if groups and other_groups:
+        alike = [names.named_alike(groups[0], group) for group in other_groups]
+        if groups[0].keys() == alike[0].keys():
+            return _same_unordered([_by_name(group) for group in groups], [_by_name(group) for group in alike])
     both = [group[0] for group in (groups, other_groups) if group]
     if len({len(names.stems(group)) for group in both}) > 1:
         return False  # values of one unknown are not those of two
@@ -244,12 +262,13 @@ def _same_groups(
     column = isinstance(bare, Matrix) and len(bare.rows[0]) == 1
     if not point and not column and not (isinstance(bare, List) and bare.joiner != "or"):
         return False
-    values = tuple(names.values_in_order(both[0], natural=not isinstance(bare, List) or bool(other_groups)))
+    natural = bool(other_groups) or (isinstance(gold, List) and not isinstance(bare, List))
+    values = tuple(names.values_in_order(both[0], natural))
     return _same_sequence(children(bare), values) if other_groups else _same_sequence(values, children(bare))
 
 
-def _by_name(group: dict[str, Node]) -> Node:
-    return Tuple("(", ")", tuple(group[name] for name in sorted(group)))
+def _by_name(group: Mapping[Node, Node]) -> Node:
+    return Tuple("(", ")", tuple(names.value_of(group[name]) for name in sorted(group, key=repr)))
 
 
 def _as_rows(node: Tuple) -> Tuple | Matrix:

@@ -195,15 +195,20 @@ def _from_bound(operator: str, left: Node, bound: Node) -> list[Interval]:
 
 
 def _from_distance(operator: str, inner: Node, radius: Node) -> list[Interval]:
-    """|x| < r, |x - c| > r."""
+    """|x| < r, |x - c| > r, |x| = r."""
     terms = inner.items if isinstance(inner, Sum) else (inner,)
     shift = [Negative(term) for term in terms if not _is_unknown(term)]
-    if len(shift) != len(terms) - 1 or any(map(symbols, shift)) or operator not in ("<", "<=", ">", ">="):
+    if len(shift) != len(terms) - 1 or any(map(symbols, shift)) or operator not in MIRRORED:
         raise NotRealSetError("a distance")
     low, high = (Sum((end, *shift)) for end in (Negative(radius), radius))
     within = Interval(low, operator in ("<=", ">"), high, operator in ("<=", ">"))
+    if _place(radius) < 0 and operator in ("<", "<=", "="):
+        return []
     if _place(radius) < 0:
         raise NotRealSetError("a negative distance")
+    if operator in ("=", "!="):
+        ends = [Interval(low, True, low, True), Interval(high, True, high, True)]
+        return ends if operator == "=" else _complement(_joined(ends))
     return [within] if operator[0] == "<" else _complement((within,))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from r1mega.reward.expression.exact import exact, symbols
 from r1mega.reward.expression.nodes import (
@@ -21,7 +21,7 @@ from r1mega.reward.expression.nodes import (
 )
 from r1mega.reward.expression.values import equal_values, is_near, is_numeral
 
-COORDINATES = frozenset("xyz")
+COORDINATES = frozenset(map(Symbol, "xyz"))
 _PLANE = frozenset("xy")  # an equation between them is a curve
 
 
@@ -98,21 +98,38 @@ def _entry(item: Node) -> Node:
     return value_of(item)
 
 
-def assignments(node: Node) -> list[tuple[str, Node]]:
-    """Name and item of each `x = 1` of a list of nothing else; empty for anything else."""
-    found: list[tuple[str, Node]] = []
-    for item in node.items if isinstance(node, List) else ():
-        match item:
-            case Relation(operators, (Symbol(name), *_)) if set(operators) == {"="}:
-                found.append((name, item))
-            case _:
+def assignments(node: Node) -> list[tuple[Node, Node]]:
+    """What is given a value and the item of each `x = 1`, `f(1) = 2`, `a + b = 3` of a list of nothing else; of
+    `(x, y) = (1, 2)` those of its entries. Empty for anything else.
+    """
+    found: list[tuple[Node, Node]] = []
+    for item in node.items if isinstance(node, List) else (node,):
+        if not isinstance(item, Relation) or set(item.operators) != {"="}:
+            return []
+        entries = _entries(item)
+        for part in entries:
+            subject, *values = part.sides
+            if not (_is_scalar_name(subject) or (is_quantity(subject) and not any(map(symbols, values)))):
                 return []
+            found.append((subject, part))
     return found
 
 
-def groups(node: Node) -> list[dict[str, Node]]:
-    """The assignments of a list by name, each name once in a group: p = 5, q = 2; p = 7, q = 2 are two groups. Empty
-    for values of one unknown (x = 1, x = 2) and for anything else.
+def _entries(item: Relation) -> list[Relation]:
+    """(x, y) = (1, 2) as x = 1 and y = 2; any other relation itself."""
+    points = [side.items for side in item.sides if isinstance(side, Tuple) and side.round]
+    if len(points) < len(item.sides) or len({len(point) for point in points}) > 1:
+        return [item]
+    return [Relation(item.operators, sides) for sides in zip(*points, strict=True)]
+
+
+def _is_scalar_name(node: Node) -> bool:
+    return is_name(node) and not isinstance(node, Tuple)
+
+
+def groups(node: Node) -> list[dict[Node, Node]]:
+    """The assignments of a list by what is given a value, each once in a group: p = 5, q = 2; p = 7, q = 2 are two
+    groups. Empty for values of one unknown (x = 1, x = 2) and for anything else.
     """
     found = assignments(node)
     if len(numbered := _numbered(found)) > 1:
@@ -124,24 +141,31 @@ def groups(node: Node) -> list[dict[str, Node]]:
     return parts if all(len(part) == size for part in parts) else []
 
 
-def _numbered(found: list[tuple[str, Node]]) -> list[dict[str, Node]]:
+def _numbered(found: list[tuple[Node, Node]]) -> list[dict[Node, Node]]:
     """x_1, y_1 and x_2, y_2 are two groups of x and y."""
-    parts: dict[str, dict[str, Node]] = {}
+    parts: dict[str, dict[Node, Node]] = {}
     for name, item in found:
-        stem, _, number = name.partition("_")
-        parts.setdefault(number, {})[stem] = item
+        stem, _, number = name.name.partition("_") if isinstance(name, Symbol) else ("", "", "")
+        parts.setdefault(number, {})[Symbol(stem)] = item
     alike = len({frozenset(part) for part in parts.values()}) == 1 and sum(map(len, parts.values())) == len(found)
     return list(parts.values()) if alike and "" not in parts and len(next(iter(parts.values()))) > 1 else []
 
 
-def stems(group: Mapping[str, Node]) -> set[str]:
+def stems(group: Mapping[Node, Node]) -> set[Node]:
     """x_1 and x_2 are two values of x."""
-    return {name.partition("_")[0] for name in group}
+    return {Symbol(name.name.partition("_")[0]) if isinstance(name, Symbol) else name for name in group}
 
 
-def values_in_order(group: Mapping[str, Node], natural: bool) -> list[Node]:
+def named_alike(group: Mapping[Node, Node], other: Mapping[Node, Node]) -> Mapping[Node, Node]:
+    """The other group under the names of the first where they only differ in writing: b + a for a + b."""
+    if group.keys() == other.keys() or all(isinstance(name, Symbol) for name in other):
+        return other
+    return {next((own for own in group if own == name or equal_values(own, name)), name): other[name] for name in other}
+
+
+def values_in_order(group: Mapping[Node, Node], natural: bool) -> list[Node]:
     """The values as they were written; natural: those of coordinates as in a point."""
-    names: Sequence[str] = sorted(group) if natural and group.keys() <= COORDINATES else list(group)
+    names = sorted(group, key=repr) if natural and group.keys() <= COORDINATES else list(group)
     return [value_of(group[name]) for name in names]
 
 

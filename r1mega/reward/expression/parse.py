@@ -146,8 +146,6 @@ class Parser:
                 "\\rvert",
             ):
                 break
-            if items and self.peek() in ("|", "\\mid"):
-                break
             items.append(self.relation())
             if self.peek() == "\\pmod":
                 self.at += 1

@@ -11,10 +11,10 @@ from r1mega.reward.expression.nodes import Node, Symbol
 from r1mega.reward.expression.text import CLOSE_TEXT, OPEN_TEXT
 
 MAX_LETTERS = 3
-_HINT = re.compile(r"dots|\\(?:in|[gl]e|ne)|[<>]|for|where|with|\bany\b|\bis an?\b")
+_HINT = re.compile(r"dots|constant|even|odd|prime|composite|\\(?:in|[gl]e|ne)|[<>]|for|where|with|\bany\b|\bis an?\b")
 _WORD = (
     r"(?:for|where|with|as|given|when|since|because|and|all|any|every|each|some|is|are|be|being|the|constants?|integers?|positive|"
-    r"negative|non-?negative|non-?zero|natural|whole|real|rational|complex|numbers?|arbitrary|parameters?|fixed|that|"
+    r"even|odd|prime|composite|multiples?\s+of\s+\d+|divisible\s+by\s+\d+|negative|non-?negative|non-?zero|natural|whole|real|rational|complex|numbers?|arbitrary|parameters?|fixed|that|"
     r"an?(?=\s+[a-z]{3}))(?![A-Za-z])"
 )
 _LETTER = r"(?<![A-Za-z\\])(?:[A-Za-z](?![A-Za-z])|\\(?:alpha|beta|lambda|mu|theta|omega)(?![A-Za-z]))(?:_\{?\w\}?)?"
@@ -23,9 +23,9 @@ _IN = r"(?:\\in(?![A-Za-z]))"
 _ORDER = r"(?:\\(?:neq?|[gl]eq?(?:slant)?|[gl]t)(?![A-Za-z])|[<>]=?|!=)"
 _SET = (
     r"(?:\\mathbb\s*\{?[ZNQRC]\}?|[ZNQRC](?![A-Za-z]))(?:\s*[_^]\s*(?:\{[^{}]*\}|[+*\d-]))*|"
-    r"[\[(][^\[\]()a-zA-Z]*(?:\\(?:infty|pi)[^\[\]()a-zA-Z]*)*[\])]|\\\{[-\d,\s.]*\\\}"
+    r"[\[(][^\[\]()a-zA-Z]*(?:\\(?:infty|pi)[^\[\]()a-zA-Z]*)*[\])]|\\\{(?:[-\d,\s.]|\\[lc]?dots)*\\\}"
 )
-_BOUND = r"[-+]?\s*(?:\d+(?:\.\d+)?|\\infty(?![A-Za-z])|\\pi(?![A-Za-z])|\\frac\{\d+\}\{\d+\})"
+_BOUND = r"(?:[-+]|\\pm)?\s*(?:\d+(?:\.\d+)?|\\infty(?![A-Za-z])|\\pi(?![A-Za-z])|\\frac\{\d+\}\{\d+\})"
 _SERIES = r"\d+(?:\s*,\s*\d+)+\s*,\s*(?:\\[lc]?dots|\.\.\.)"
 _CONDITION = (
     rf"(?:(?P<low>{_BOUND}\s*{_ORDER})\s*)?(?P<letters>{_LETTERS})"
@@ -34,8 +34,15 @@ _CONDITION = (
 _CONDITION_PATTERN = re.compile(_CONDITION)
 _TAIL = re.compile(rf"(?>[\s,;().{OPEN_TEXT}{CLOSE_TEXT}]|{_WORD}|" + re.sub(r"\?P<\w+>", "?:", _CONDITION) + r")++")
 _START = re.compile(rf"[,;({OPEN_TEXT}]|\s(?={_WORD})|(?<=[\d)}}])\s(?={_BOUND}\s*{_ORDER})")
+_KIND_OF_INTEGERS = r"(even|odd|prime|composite|(?:multiples?\s+of|divisible\s+by)\s+\S+)"
+_KINDS_HINT = re.compile(r"even|odd|prime|composite|multiple|divisible")
+_RESTRICTION = re.compile(  # for odd n, where n is prime, n even
+    rf"\b(?:for|when|whenever|where|with|if)\b[^=]*?\b{_KIND_OF_INTEGERS}"
+    rf"|(?<![A-Za-z\\])[B-Zb-z]\s*(?:is|are|be)?\s*(?:an?)?\s*\b{_KIND_OF_INTEGERS}"
+)
+_LATE = 3  # n > 5 leaves out more than where a formula begins
 _BUILDER = re.compile(r"\\\{(?P<item>[^|:]+?)(?:\\mid|[|:])(?P<condition>.+)\\\}")
-_SAID = re.compile(r"\b(?:for|where|with|any|all|constants?|integers?|real|parameters?)\b")
+_SAID = re.compile(r"\b(?:even|odd|prime|composite|for|where|with|any|all|constants?|integers?|real|parameters?)\b")
 _WORDS_OF_SETS = (
     ("N", r"\b(?:positive|natural)\b.*integers?|\bnatural\b"),
     ("Z", r"\bintegers?\b"),
@@ -52,6 +59,7 @@ class Qualified(NamedTuple):
     letters: tuple[str, ...] = ()
     domain: str = ""
     bounds: frozenset[str] = frozenset()
+    restrictions: frozenset[str] = frozenset()
 
 
 def split_qualifier(text: str) -> Qualified:
@@ -59,7 +67,18 @@ def split_qualifier(text: str) -> Qualified:
     are not bounded there too (x > 1, x < 5).
     """
     if not _HINT.search(text):
-        return Qualified(text)
+        return Qualified(text, restrictions=_restrictions(text))
+    return _split(text)._replace(restrictions=_restrictions(text))
+
+
+def _restrictions(text: str) -> frozenset[str]:
+    if not _KINDS_HINT.search(text):
+        return frozenset()
+    plain = text.replace(OPEN_TEXT, " ").replace(CLOSE_TEXT, " ")
+    return frozenset(next(filter(None, match.groups())) for match in _RESTRICTION.finditer(plain))
+
+
+def _split(text: str) -> Qualified:
     if builder := _BUILDER.fullmatch(text):
         return _of_builder(builder["item"].strip(), builder["condition"].strip()) or Qualified(text)
     for start in itertools.islice(_START.finditer(text), 32):
@@ -114,10 +133,21 @@ def _speaks_of(body: str, letter: str) -> bool:
 
 
 def contradict(gold: Qualified, other: Qualified) -> bool:
-    """Whether both qualifiers say something and not the same: k \\in Z and k \\in N, x > 0 and x < 0."""
+    """Whether both qualifiers say something and not the same (k \\in Z and k \\in N, x > 0 and x < 0), or the other one
+    leaves out what the gold does not: odd n only, n > 5.
+    """
     if gold.domain and other.domain and gold.domain != other.domain:
         return True
+    if other.restrictions - gold.restrictions:
+        return True
+    if other.bounds and not gold.bounds:
+        return bool(set(other.letters) & set("klmn")) and any(map(_begins_late, other.bounds))
     return bool(gold.bounds and other.bounds) and gold.bounds != other.bounds
+
+
+def _begins_late(bound: str) -> bool:
+    start = re.fullmatch(r">=?(\d+)", bound)
+    return start is not None and int(start[1]) > _LATE
 
 
 def renamings(

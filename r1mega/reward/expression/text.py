@@ -131,9 +131,16 @@ _SAME_COMMAND = {  # names of one command in other countries and packages
     "not\\in": r"\notin",
     "textdegree": r"^\circ",
     "infin": r"\infty",
+    "forall": "for all ",
+    "cong": r"\approx ",
+    "thickapprox": r"\approx ",
+    "leqslant": r"\le ",
+    "geqslant": r"\ge ",
     "dbinom": r"\binom",
     "tbinom": r"\binom",
 }
+_NUMBER_SETS = re.compile(r"(?<=\\in)\s*\\(?:mathbf|boldsymbol|bm)\s*\{?\s*([ZNQRC])(?![A-Za-z])\s*\}?")
+_SIUNITX = re.compile(r"\\(num|ang|SI|qty)\s*\{([^{}]*)\}(?:\s*\{([A-Za-z]*)\})?")
 _FUNCTION_NAME = re.compile(r"(?:arc)?(?:sin|cos|tan|cot|sec|csc|tg|ctg)h?|ln|log|lg|exp|gcd|lcm|max|min")
 _OTHER_COMMANDS = re.compile(r"\\(" + "|".join(map(re.escape, _SAME_COMMAND)) + r")(?![A-Za-z])\s*")
 _MODULUS = re.compile(r"\\(?:pmod|bmod|mod|pod)(?![A-Za-z])|(?<![A-Za-z\\])mod(?![A-Za-z])")
@@ -203,6 +210,11 @@ def _box(match: re.Match[str]) -> str:
     return f"{OPEN_TEXT}{content}{CLOSE_TEXT}"
 
 
+def _of_siunitx(match: re.Match[str]) -> str:
+    command, number, unit = match.groups()
+    return number + (r"^\circ " if command == "ang" else rf" \text{{{unit}}}" if unit else "")
+
+
 def _joiner(match: re.Match[str]) -> str:
     return OR_MARK if match.group().strip(OPEN_TEXT + CLOSE_TEXT + " ,") in ("or", "and/or", "或") else AND_MARK
 
@@ -228,7 +240,7 @@ def _in_ascii(text: str) -> str:
 
 def _unwrapped(text: str) -> str:
     """Without the quotation marks or Markdown emphasis around it."""
-    if text[:1] and text[0] in _QUOTES and not text.startswith("_{"):
+    if text[:1] and text[0] in _QUOTES and not re.match(r"_(?:\{|\d+\s*[CP])", text):
         return text.lstrip(_QUOTES + " ").rstrip(_QUOTES + " .")
     return text[:-2] if text.endswith("**") else text
 
@@ -305,6 +317,7 @@ def _without_layout(text: str) -> str:
     text = (
         _CONDITION_BEHIND.sub(", ", text.replace("\\lbrace", "\\{")).replace("\\rbrace", "\\}").replace("\\colon", ":")
     )
+    text = _SIUNITX.sub(_of_siunitx, _NUMBER_SETS.sub(r" \\mathbb{\1}", text))
     text = _TEXT_BOX.sub(_box, text)
     text = _TEMPERATURE.sub(lambda m: _TEMPERATURES[m[1]], text)
     text = _without_braced_commas(text)

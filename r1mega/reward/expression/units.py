@@ -8,7 +8,7 @@ from fractions import Fraction
 from functools import lru_cache
 
 from r1mega.reward.expression.numerals import NUMBER_WORDS, PART_WORDS
-from r1mega.reward.expression.text import CLOSE_TEXT, OPEN_TEXT
+from r1mega.reward.expression.text import AND_MARK, CLOSE_TEXT, OPEN_TEXT, OR_MARK
 
 _UNIT_NAMES = {
     "cm": "cm centimeter centimeters centimetre centimetres 厘米",
@@ -164,7 +164,7 @@ def split_unit(text: str) -> Quantity:
     value.
     """
     match = _BODY_TAIL.match(text)
-    if not match:
+    if not match or AND_MARK in match["tail"] or OR_MARK in match["tail"]:
         return Quantity(text, None)
     body, tail = match["body"], match["tail"]
     marked = OPEN_TEXT in tail

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from fractions import Fraction
@@ -38,6 +39,7 @@ from r1mega.reward.expression.nodes import (
 MIN_ROUNDED_DIGITS = 8  # a decimal stands for an unwritable number only with as many correct significant digits
 _TEN = Number(Fraction(10))
 _DECIMAL = re.compile(r"-?\d*\.(\d+)(?:\.\.\.)?")
+_CHOICES_OF_A_NUMBER = frozenset("gcd lcm max min abs floor ceil".split())
 _DECIMAL_NUMERAL = re.compile(r"[0-9]+(?:/[0-9]+)?")
 
 
@@ -159,10 +161,13 @@ def is_worked_out(node: Node) -> bool:
 def work_left(node: Node) -> int:
     """How much arithmetic with numbers an answer leaves to the reader: of each sum, difference, product and quotient the
     digits of all but the longest number. 53 + 1 leaves 1, 17 \\times 23 leaves 2; 2^{10}, 10! and \\binom{5}{2} name a
-    number as 1024 does. Of a chain (7 + 8 = 15) the side that is worked out most counts.
+    number as 1024 does. Of a fraction that is an integer the digits of the divisor count (84/2 leaves 1), of \\gcd, \\max,
+    a rounding and the like those of the arguments. Of a chain (7 + 8 = 15) the side that is worked out most counts.
     """
-    if is_numeral(node):
+    if isinstance(node, Number):
         return 0
+    if is_numeral(node):
+        return sum(_num_digits(part.bottom) for part in walk(node) if isinstance(part, Quotient) and _is_whole(part))
     parts = children(node)
     if isinstance(node, Relation) and set(node.operators) == {"="}:
         return min(map(work_left, (part for part in parts if not symbols(part))), default=0)
@@ -170,7 +175,14 @@ def work_left(node: Node) -> int:
     if isinstance(node, (Sum, Product, Quotient)) and not any(isinstance(part, (Symbol, Text)) for part in walk(node)):
         digits = [_num_digits(part) for part in parts]
         own = sum(digits) - max(digits)
+    elif isinstance(node, Function) and node.name in _CHOICES_OF_A_NUMBER and not symbols(node):
+        own = sum(map(_num_digits, parts))
     return own + sum(map(work_left, parts))
+
+
+def _is_whole(node: Node) -> bool:
+    value = exact(node)
+    return value is not None and value.denominator == 1
 
 
 def _num_digits(node: Node) -> int:
@@ -216,5 +228,5 @@ def is_near(value: Node, decimal: Node) -> bool:
     if written is None or place is None or abs(place) > 1e12:
         return False
     digits = next((n for n in range(16) if (written * 10**n).denominator == 1), 16)
-    error = abs(Fraction(place) - written)
-    return error <= (Fraction(1, 2) if digits == 0 else Fraction(1, 10**digits)) or error * 200 <= abs(written)
+    shift = 10**digits * Fraction(place)
+    return abs(shift - written * 10**digits) <= Fraction(1, 2) or math.trunc(shift) == written * 10**digits

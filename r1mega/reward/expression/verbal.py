@@ -26,6 +26,7 @@ _CHOICE_AND_VALUE = re.compile(  # \textbf{(C)}\ 42, \textbf{(C) }42, (\text{C})
     r"[\s$]*(?:"
     rf"{_FONT}\s*\(?\s*([A-J])\s*[).:](?:\s|\\[ ,])*\}}(?:[\s~:.,]|\\[ ,;:!]|\\q?quad|\\hspace\{{[^}}]*\}})*"
     rf"|\(\s*(?:{_FONT}\s*)?([A-J])\s*\}}?\s*\)(?:[\s~:.]|\\[ ,;:!])+"
+    r"|\[([A-J])\]\s+"
     r"|([A-J])[.):]\s+)(.+)",
     re.DOTALL,
 )

@@ -91,7 +91,7 @@ def test_unjudged_is_not_zero():
 
 def test_results_come_in_the_order_of_the_tickets_while_a_worker_is_busy():
     with RewardScorer(RewardConfig(), max_response_tokens=100) as scorer:
-        texts = ["\\boxed{\\int_0^4 1 dx}", "\\boxed{4}", "\\boxed{\\int_0^5 1 dx}", "\\boxed{5}"]
+        texts = ["\\boxed{\\exp\\{\\ln 4\\}}", "\\boxed{4}", "\\boxed{\\exp\\{\\ln 5\\}}", "\\boxed{5}"]
         tickets = [scorer.submit(prompt(), response(), text) for text in texts]
         assert [scorer.result(ticket).parts["accuracy"] for ticket in tickets] == [1.0, 1.0, 0.0, 0.0]
         assert scorer.metrics().submitted == 2  # plain answers never see a worker

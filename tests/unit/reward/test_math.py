@@ -246,11 +246,11 @@ def stream(lines: list[str]) -> tuple[int, list[dict]]:
 
 def test_stream_keeps_the_order_across_workers():
     pairs = [
-        ("\\frac{1}{2}", "\\int_0^1 x dx"),
+        ("\\int_0^1 x dx", "\\frac{1}{2}"),
         ("5", "5"),
         ("5", "6"),
-        ("55", "\\sum_{k=1}^{10} k"),
-        ("54", "\\sum_{k=1}^{10} k"),
+        ("\\sum_{k=1}^{10} k", "55"),
+        ("\\sum_{k=1}^{10} k", "54"),
         ("2", "2"),
     ]
     count, results = stream([json.dumps({"gold": g, "prediction": p}) + "\n" for g, p in pairs])

@@ -135,7 +135,7 @@ def test_unknown_forms_are_refused():
 def test_a_failed_member_keeps_its_place_and_its_reason_is_logged(caplog):
     """What a worker could not score is left out; the others of the group keep their order and values."""
     config = RewardConfig(accuracy=AccuracyReward(timeout_seconds=0.001), pool=RewardPool(max_retries=0))
-    texts = ["\\boxed{4}", "\\boxed{\\int_0^4 1 dx}", "\\boxed{5}"]
+    texts = ["\\boxed{4}", "\\boxed{\\exp\\{\\ln 4\\}}", "\\boxed{5}"]
     with caplog.at_level(logging.WARNING), RewardScorer(config, max_response_tokens=100) as scorer:
         tickets = [scorer.submit(prompt(), Response((1,), (0.0,), "stop"), text) for text in texts]
         rewards = [scorer.result(ticket) for ticket in tickets]
@@ -151,7 +151,8 @@ def test_activity_is_of_what_came_since():
     with RewardScorer(RewardConfig(accuracy=AccuracyReward(timeout_seconds=60.0)), max_response_tokens=100) as scorer:
         for count in (2, 1):
             tickets = [
-                scorer.submit(prompt(), Response((1,), (0.0,), "stop"), "\\boxed{\\int_0^4 1 dx}") for _ in range(count)
+                scorer.submit(prompt(), Response((1,), (0.0,), "stop"), "\\boxed{\\exp\\{\\ln 4\\}}")
+                for _ in range(count)
             ]
             assert all(scorer.result(ticket).value == 1.0 for ticket in tickets)
             activity = scorer.activity()

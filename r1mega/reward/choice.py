@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from r1mega.errors import DataError, RewardError
@@ -128,8 +129,7 @@ class ReasoningGymAccuracy:
         answer = final_answer(item.text, self.form)
         if not answer:
             return PartScore(0.0, "no answer in the asked form")
-        entry = json.loads(json.dumps(dict(entry), default=str))
-        work = Task("r1mega.reward.choice:reasoning_gym_score", (task, answer, entry), self.timeout_seconds)
+        work = Task("r1mega.reward.choice:reasoning_gym_score", (task, answer, _as_json(entry)), self.timeout_seconds)
         return Deferred(work, self._finish)
 
     def _finish(self, outcome: Outcome) -> PartScore:
@@ -153,24 +153,45 @@ def _entry(metadata: Mapping[str, object], where: str) -> tuple[Mapping[str, obj
     return entry, task
 
 
+def _as_json(entry: Mapping[str, object]) -> dict[str, object]:
+    """As a worker gets it."""
+    return json.loads(json.dumps(dict(entry), default=str))
+
+
 def check_line(metadata: Mapping[str, object], where: str) -> None:
-    """DataError for a line of kind `reasoning_gym` without an entry, of a blocked scorer or of a task that is not known."""
+    """DataError for a line of kind `reasoning_gym` without an entry, of a blocked scorer, of a task that is not known, or whose
+    entry lacks what the task's scorer reads: it is run on the entry's own answer and on another one.
+    """
     try:
         import reasoning_gym.factory
     except ImportError as error:
         raise RewardError("prompts of kind 'reasoning_gym' need reasoning-gym: pip install reasoning-gym") from error
-    _, task = _entry(metadata, where)
+    entry, task = _entry(metadata, where)
     if task not in reasoning_gym.factory.DATASETS:
         raise DataError(f"{where}: reasoning-gym has no task {task!r}")
+    own, entry = entry.get("answer"), _as_json(entry)
+    try:
+        for answer in (own if isinstance(own, str) and own else "1", "0"):
+            reasoning_gym_score(task, answer, entry)
+    except Exception as error:  # a scorer raises whatever the entry leads to
+        raise DataError(
+            f"{where}: the scorer of {task!r} fails on this 'entry' ({error!r:.80}): give the item as reasoning-gym made it, with "
+            "its answer and all of its metadata"
+        ) from error
 
 
-def reasoning_gym_score(task: str, answer: str, entry: dict[str, Any]) -> float:
+def reasoning_gym_score(task: str, answer: str, entry: dict[str, object]) -> float:
     """Runs in a worker. Raises RewardError for a blocked or unknown task."""
     if task in BLOCKED_SCORERS:
         raise RewardError(f"the scorer of {task!r} is blocked, it {BLOCKED_SCORERS[task]}")
+    return min(max(float(_scorer(task)(answer, entry)), 0.0), 1.0)
+
+
+@lru_cache
+def _scorer(task: str) -> Callable[[str, dict[str, object]], float]:
     import reasoning_gym
 
-    return min(max(float(reasoning_gym.get_score_answer_fn(task)(answer, entry)), 0.0), 1.0)
+    return reasoning_gym.get_score_answer_fn(task)
 
 
 def prepare() -> None:

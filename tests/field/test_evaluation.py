@@ -1,8 +1,12 @@
 """Evaluation as people do it: choices in their spellings, instructions with what they are given."""
 
+import json
+
 import pytest
 
 from r1mega.errors import DataError, RewardError
+from r1mega.evaluate.forms import FormOptions
+from r1mega.evaluate.tasks import TASKS, load_task
 from r1mega.reward.choice import same_choice
 from r1mega.reward.extract import final_answer
 from r1mega.reward.instruction import InstructionAccuracy, check_line, follows
@@ -80,6 +84,12 @@ INCOMPLETE = [
     ("language:response_language", {}),
     ("startend:end_checker", {}),
     ("count:numbers", {}),
+    ("startend:end_checker", {"end_phrase": 5}),
+    ("keywords:existence", {"keywords": [1, 2]}),
+    ("keywords:existence", {"keywords": "word"}),
+    ("keywords:forbidden_words", {"forbidden_words": ["word", 3]}),
+    ("detectable_content:postscript", {"postscript_marker": 7}),
+    ("length_constraints:number_words", {"num_words": "10", "relation": "at least"}),
     ("no:such", {}),
     ("punctuation:no_comma", {"letter": "a"}),
 ]
@@ -87,7 +97,7 @@ INCOMPLETE = [
 
 @pytest.mark.parametrize(("name", "arguments"), INCOMPLETE)
 def test_what_would_be_left_to_chance_is_refused(name, arguments):
-    with pytest.raises((RewardError, TypeError)):
+    with pytest.raises((RewardError, TypeError, AttributeError)):
         follows([name], [arguments], "p", LETTERS)
     with pytest.raises(DataError, match=f"x.jsonl:3: instruction '{name}'"):
         check_line({"instruction_id_list": [name], "kwargs": [arguments]}, "x.jsonl:3")
@@ -115,6 +125,14 @@ def test_null_is_no_arguments(arguments):
     check_line(metadata, "x.jsonl:1")
     deferred = InstructionAccuracy().score(item(**metadata))
     assert isinstance(deferred, Deferred) and follows(*deferred.task.arguments) == [("punctuation:no_comma", True)]
+
+
+@pytest.mark.parametrize("arguments", [{"kwargs": None}, {}, {"kwargs": [None]}])
+def test_the_published_form_takes_null_as_well(tmp_path, arguments):
+    row = {"key": 1, "prompt": "p", "instruction_id_list": ["punctuation:no_comma"]} | arguments
+    (tmp_path / "x.jsonl").write_text(json.dumps(row))
+    (record,) = load_task(TASKS["ifeval"], tmp_path / "x.jsonl", FormOptions())
+    check_line(record.metadata, "x")
 
 
 def test_whole_numbers_that_came_as_floats_are_whole_numbers():

@@ -21,7 +21,7 @@ ALLOWED = {
     "observe": 67,
     "plan": 52,
     "platform": 72,
-    "reward": 32,
+    "reward": 31,
     "rollout": 19,
     "sandbox": 9,
     "stages": 33,

@@ -497,6 +497,51 @@ def test_preferences_are_read_from_the_same_containers(tmp_path):
     assert [pair.chosen for pair in read_pairs([tmp_path / "x.jsonl.gz"])] == ["a"]
 
 
+def turn(role, content):
+    return {"role": role, "content": content}
+
+
+USER, GOOD, BAD = turn("user", "q"), turn("assistant", "a"), turn("assistant", "b")
+PAIRS = [
+    {"prompt": "q", "chosen": "a", "rejected": "b"},
+    {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]},
+    {"prompt": "q", "chosen": [USER, GOOD], "rejected": [USER, BAD]},
+]
+
+
+@pytest.mark.parametrize("row", PAIRS)
+def test_preferences_in_trls_schema(tmp_path, row):
+    (pair,) = read_pairs([write(tmp_path / "x.jsonl", row)])
+    assert (pair.question, pair.chosen, pair.rejected) == ("q", "a", "b")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {"prompt": "q", "chosen": [GOOD, USER, GOOD], "rejected": "b"},
+            r"'chosen' is a conversation \(assistant, user, assis",
+        ),
+        (
+            {"prompt": "p", "chosen": [USER, GOOD], "rejected": "b"},
+            "'chosen' answers 'q', which is not the row's question",
+        ),
+        ({"prompt": [USER, GOOD, USER], "chosen": "a", "rejected": "b"}, "'prompt' is a conversation"),
+        (
+            {"prompt": "q", "better": "a", "worse": "b"},
+            "'chosen' is missing or not a text; the row's keys: prompt, better, worse",
+        ),
+        (
+            {"input": "q", "chosen": "a", "rejected": "b"},
+            r"'question' is missing or not a text \(the row's keys: input",
+        ),
+    ],
+)
+def test_preferences_that_are_none_are_named(tmp_path, row, message):
+    with pytest.raises(DataError, match=rf"x\.jsonl:1: {message}"):
+        read_pairs([write(tmp_path / "x.jsonl", row)])
+
+
 def test_who_cannot_set_data_keys_is_not_advised_to(tmp_path):
     path = write(tmp_path / "x.jsonl", {"question": "q"})
     with pytest.raises(DataError, match="mend the line$"):

@@ -24,11 +24,14 @@ SPELLINGS = (
     "B，巴黎", "B：巴黎", "B．巴黎", "option B", "Option B.", "Choice (B)", "choice B: Paris", "Answer: B", "The answer is B",
     "The correct option is (B)", "The correct answer is option B", "B is correct", "(B) is the right answer", "选B", "选择B",
     "答案：B", "答案是B", "正确答案为（B）", "选项B", "B是正确的", "B. B", "Option **B**", "B; Paris",
+    r"\textcolor{blue}{B}", r"\color{red}{B}", r"{\color{red}B}", r"\Large B", r"\mathbb{B}", "B选项", "B 选项", "B项", "B 巴黎", "⟨B⟩",
+    r"\langle B\rangle", "《B》", "B. Paris (option B)",
 )  # fmt: skip
 OTHERS = (
     "A", r"\mathbf{A}", "Option (A): Paris", "A、巴黎", "B、C", "B, C", "B,C", "B; C", "B: A", "A or B", "B or C", "B and D", "(B) or (C)",
     "B. No, C.", "b, c", "B/C", "BC", "B Paris", "Bonn", r"\mathbf{BC}", "Option (B), (C)", "B、C、D", "not B", "B is not correct",
     "B - D", "B\nC", "Both B and C", "A. B", "选B和C", "答案不是B", "", "B or not", r"\mathbf{B}, \mathbf{C}",
+    "Option (B): Paris; option D", "B: Paris, or is it choice (C)", "B 和C", "B 或 C", "B 不对", "B 错误", "B 巴黎，C 伦敦", r"\Large A",
 )  # fmt: skip
 
 
@@ -49,6 +52,9 @@ def test_another_choice_or_a_second_one_is_refused(text):
     [
         ("Paris", "paris.", True), ("Paris", r"\text{Paris}", True), ("Paris", "London", False), ("knight", "Knight", True),
         ("A: knight, B: knave", "A: knight, B: knave", True), ("A: knight, B: knave", "A", False),
+        ("B. Paris", "B", True), ("B. Paris", "(B)", True), ("B. Paris", "Paris", True), ("B. Paris", "B) Paris", True),
+        ("B. Paris", "C", False), ("B. Paris", "London", False), ("B. Paris", "B. London", False), ("(B) Paris", "b", True),
+        ("B. Paris", "C. Paris", False), ("B. Paris", "B or C", False), ("A: knight", "A", False),
         ("x²", "x2", False), ("A man", "A", False), ("A", "A man", False), ("yes", "Yes!", True),
     ],
 )  # fmt: skip

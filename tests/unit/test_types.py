@@ -11,7 +11,7 @@ REPOSITORY = Path(__file__).parents[2]
 ALLOWED = {
     "checkpoint": 83,
     "config": 42,
-    "data": 27,
+    "data": 23,
     "doctor": 2,
     "evaluate": 11,
     "files": 4,

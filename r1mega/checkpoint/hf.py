@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from r1mega.checkpoint.fp8_blocks import SCALE, dequantize
-from r1mega.checkpoint.safetensors_file import TensorInfo, read_header, read_tensor, write_tensors
+from r1mega.checkpoint.safetensors_file import TensorInfo, as_bytes, read_header, read_tensor, write_tensors
 from r1mega.checkpoint.workers import Alone, Workers, agree, on_first_rank
 from r1mega.config.model_files import HFConfig
 from r1mega.data.tokenizer import TOKENIZER_FILES
@@ -22,6 +22,9 @@ from r1mega.files import sync_path, write_atomic
 
 INDEX = "model.safetensors.index.json"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+EXPERT_BIAS = "e_score_correction_bias"
+WIDER = (torch.float32, torch.float16)
+"""Than bfloat16, in digits."""
 _COMPARED_ROWS = 4096
 
 
@@ -93,6 +96,17 @@ class HFTensors(Mapping[str, torch.Tensor]):
         return len(self._names)
 
 
+def weights_dtype(config: HFConfig, tensors: HFTensors) -> torch.dtype:
+    """What config.json says. float16 becomes float32, which holds all of it, as bfloat16 does not; without a word there, the
+    tensors tell.
+    """
+    name = config.get("dtype") or config.get("torch_dtype")
+    if name in ("float32", "bfloat16"):
+        return torch.float32 if name == "float32" else torch.bfloat16
+    stored = {info.dtype for name, info in tensors.infos.items() if not name.endswith((SCALE, EXPERT_BIAS))}
+    return torch.float32 if name == "float16" or stored & set(WIDER) else torch.bfloat16
+
+
 def tied_head_problems(tensors: HFTensors) -> list[str]:
     """Of a model whose config.json ties its head to the embedding: a head that is there all the same must be that one.
 
@@ -104,7 +118,7 @@ def tied_head_problems(tensors: HFTensors) -> list[str]:
     if head.shape == embedding.shape:
         ours, theirs = read_tensor(head), read_tensor(embedding)
         blocks = (slice(i, i + _COMPARED_ROWS) for i in range(0, len(ours), _COMPARED_ROWS))
-        if all(torch.equal(ours[rows].float(), theirs[rows].float()) for rows in blocks):
+        if all(torch.equal(as_bytes(ours[rows].float()), as_bytes(theirs[rows].float())) for rows in blocks):
             return []
     return [
         f"tied: {HEAD} differs from {EMBEDDING}, though config.json says tie_word_embeddings: say false there if the head is "

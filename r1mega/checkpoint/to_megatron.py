@@ -23,7 +23,15 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from r1mega.checkpoint.conversion import PLAN, OutputFile, partition, read_ahead
 from r1mega.checkpoint.fp8_blocks import SCALE, check_config, dequantize, scale_shape
-from r1mega.checkpoint.hf import HFTensors, copy_tokenizer, read_config, tied_head_problems
+from r1mega.checkpoint.hf import (
+    EXPERT_BIAS,
+    WIDER,
+    HFTensors,
+    copy_tokenizer,
+    read_config,
+    tied_head_problems,
+    weights_dtype,
+)
 from r1mega.checkpoint.hf_state import is_ignored
 from r1mega.checkpoint.manifest import MANIFEST, file_record, write_manifest
 from r1mega.checkpoint.name_rules import Region, pieces, to_local
@@ -37,10 +45,7 @@ from r1mega.errors import CheckpointError, ConfigError
 
 logger = logging.getLogger(__name__)
 
-_WIDER = (torch.float32, torch.float16)
-"""Than bfloat16, in digits."""
-_FLOATS = (*_WIDER, torch.bfloat16)
-_EXPERT_BIAS = "e_score_correction_bias"
+_FLOATS = (*WIDER, torch.bfloat16)
 _MTP_COPY = re.compile(r"model\.layers\.\d+\.(embed_tokens|shared_head\.head)\.weight")
 _COPY_ROWS = 4096
 
@@ -64,7 +69,7 @@ class ToMegatron:
         if problems := list(model_problems(layout, config)):
             raise ConfigError("; ".join(problems))
         self.model = model_shape_of(config, self.num_mtp)
-        self.dtype = dtype or _dtype_of(config, self.tensors)
+        self.dtype = dtype or weights_dtype(config, self.tensors)
         check_tensors(self.tensors, self.parameters, self.model, self.source)
         if dtype is None:
             self._tell_rounding()
@@ -107,7 +112,7 @@ class ToMegatron:
     def _tell_rounding(self) -> None:
         """Of wider weights than config.json says, which nobody asked for."""
         names = [name for parameter in self.parameters for name in parameter.entry.hf_names]
-        wider = [n for n in names if self.tensors.infos[n].dtype in _WIDER and not n.endswith(_EXPERT_BIAS)]
+        wider = [n for n in names if self.tensors.infos[n].dtype in WIDER and not n.endswith(EXPERT_BIAS)]
         if wider and self.dtype == torch.bfloat16:
             stored = str(self.tensors.infos[wider[0]].dtype).removeprefix("torch.")
             logger.warning(
@@ -194,17 +199,6 @@ class ToMegatron:
 def _own_storage(tensor: torch.Tensor) -> torch.Tensor:
     """The same memory under a storage of just this size: torch.save writes storages, not what is seen of them."""
     return torch.frombuffer(as_bytes(tensor).numpy(), dtype=tensor.dtype)
-
-
-def _dtype_of(config: HFConfig, tensors: HFTensors) -> torch.dtype:
-    """What config.json says. float16 becomes float32, which holds all of it, as bfloat16 does not; without a word there, the
-    tensors tell.
-    """
-    name = config.get("dtype") or config.get("torch_dtype")
-    if name in ("float32", "bfloat16"):
-        return torch.float32 if name == "float32" else torch.bfloat16
-    stored = {info.dtype for name, info in tensors.infos.items() if not name.endswith((SCALE, _EXPERT_BIAS))}
-    return torch.float32 if name == "float16" or stored & set(_WIDER) else torch.bfloat16
 
 
 def _plain_config(config: HFConfig, dtype: torch.dtype, num_mtp: int) -> dict[str, Any]:

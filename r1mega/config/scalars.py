@@ -74,6 +74,8 @@ def as_meant(value: object, annotation: object) -> object:
     if isinstance(value, Mapping):
         inner = next((get_args(kind) for kind in kinds if get_origin(kind) is dict), ())
         return {name: as_meant(one, inner[1]) for name, one in value.items()} if inner else value
+    if value is None and Path in kinds and type(None) not in kinds:
+        raise PydanticCustomError("home", "must be a path, not null; YAML reads a lone ~ so, the home directory is ~/")
     is_number = not {int, float}.isdisjoint(kinds)
     if isinstance(value, bool):
         if (word := "on" if value else "off") in _words(annotation):

@@ -229,7 +229,7 @@ class EvaluateConfig(Section):
     num_samples: PositiveInt = 1
     temperature: NonNegative = 0.6  # paper; 0: greedy
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.95  # paper
-    seed: int = 0
+    seed: NonNegativeInt = 0
 
 
 class Stage(Section):
@@ -240,7 +240,7 @@ class Stage(Section):
 
     stage: str
     run_dir: Path
-    seed: int = 0
+    seed: NonNegativeInt = 0
     threads: PositiveInt | None = None  # CPU threads a rank; None: cores / ranks on this machine
     model: ModelConfig
     parallel: ParallelConfig = ParallelConfig()

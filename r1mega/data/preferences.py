@@ -1,17 +1,17 @@
 """Preference files: rows of {"question", "chosen", "rejected", optional "margin"}, or of {"question", "response",
-"safe"}.
+"safe"}. TRL's key "prompt" is a question as well; texts may be chats of one turn, as it has them.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from r1mega.data.rows import read_rows
+from r1mega.data.record import question_text
+from r1mega.data.rows import QUESTION_KEYS, Row, is_chat, is_missing, read_rows
 from r1mega.data.template import render
 from r1mega.data.tokenizer import Tokenizer, with_end
 from r1mega.errors import DataError
@@ -45,7 +45,7 @@ def read_pairs(paths: Sequence[Path], min_margin: float = 0.0) -> list[Pair]:
 
     Raises DataError (file:line) for a bad line, and when nothing is left.
     """
-    pairs = [_pair(record, where) for record, where in _lines(paths)]
+    pairs = [_pair(row) for row in _lines(paths)]
     kept = [pair for pair in pairs if pair.margin is None or pair.margin >= min_margin]
     if len(kept) < len(pairs):
         logger.warning(
@@ -60,7 +60,7 @@ def read_pairs(paths: Sequence[Path], min_margin: float = 0.0) -> list[Pair]:
 
 def read_judgements(paths: Sequence[Path]) -> list[Judgement]:
     """All judgements. Raises DataError (file:line) for a bad line, and when there are none."""
-    judgements = [_judgement(record, where) for record, where in _lines(paths)]
+    judgements = [_judgement(row) for row in _lines(paths)]
     if not judgements:
         raise DataError(f"{', '.join(map(str, paths))}: no lines")
     return judgements
@@ -71,33 +71,48 @@ def encode(tokenizer: Tokenizer, template: str, question: str, text: str) -> lis
     return [*tokenizer.encode_prompt(render(template, question)), *with_end(tokenizer, tokenizer.encode(text))]
 
 
-def _lines(paths: Sequence[Path]) -> Iterator[tuple[Mapping[str, Any], str]]:
+def _lines(paths: Sequence[Path]) -> Iterator[Row]:
     for path in paths:
-        for row in read_rows(path):
-            yield row.values, row.where
+        yield from read_rows(path)
 
 
-def _text(record: Mapping[str, Any], key: str, where: str) -> str:
-    value = record.get(key)
+def _question(row: Row) -> str:
+    key = next((key for key in QUESTION_KEYS if not is_missing(row.values.get(key))), QUESTION_KEYS[0])
+    return question_text(row.values.get(key), key, row)
+
+
+def _response(row: Row, key: str) -> str:
+    """A text, or the assistant's turn: a chat of this alone, or of the question's turn and this."""
+    value = row.values.get(key)
+    if isinstance(value, list) and is_chat(value):
+        turns = [(turn["role"], turn["content"]) for turn in value]
+        if [role for role, _ in turns] not in (["assistant"], ["user", "assistant"]):
+            roles = ", ".join(role for role, _ in turns)
+            raise DataError(
+                f"{row.where}: {key!r} is a conversation ({roles}): a response here is one turn of the assistant"
+            )
+        if len(turns) == 2 and (asked := turns[0][1]) != _question(row):
+            raise DataError(f"{row.where}: {key!r} answers {asked!r:.60}, which is not the row's question")
+        value = turns[-1][1]
     if not isinstance(value, str) or not value.strip():
-        raise DataError(f"{where}: {key!r} is missing or not a text")
+        raise DataError(f"{row.where}: {key!r} is missing or not a text; the row's keys: {row.keys()}")
     return value
 
 
-def _pair(record: Mapping[str, Any], where: str) -> Pair:
-    question, chosen, rejected = (_text(record, key, where) for key in ("question", "chosen", "rejected"))
+def _pair(row: Row) -> Pair:
+    question, chosen, rejected = _question(row), _response(row, "chosen"), _response(row, "rejected")
     if chosen == rejected:
-        raise DataError(f"{where}: 'chosen' and 'rejected' are the same text: there is nothing to learn from it")
-    margin = record.get("margin")
+        raise DataError(f"{row.where}: 'chosen' and 'rejected' are the same text: there is nothing to learn from it")
+    margin = row.values.get("margin")
     if margin is not None and (
         isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin)
     ):
-        raise DataError(f"{where}: 'margin' is {margin!r}, not a number")
-    return Pair(where, question, chosen, rejected, None if margin is None else float(margin))
+        raise DataError(f"{row.where}: 'margin' is {margin!r}, not a number")
+    return Pair(row.where, question, chosen, rejected, None if margin is None else float(margin))
 
 
-def _judgement(record: Mapping[str, Any], where: str) -> Judgement:
-    question, response = (_text(record, key, where) for key in ("question", "response"))
-    if not isinstance(record.get("safe"), bool):
-        raise DataError(f"{where}: 'safe' is {record.get('safe')!r}, not true or false")
-    return Judgement(where, question, response, record["safe"])
+def _judgement(row: Row) -> Judgement:
+    safe = row.values.get("safe")
+    if not isinstance(safe, bool):
+        raise DataError(f"{row.where}: 'safe' is {safe!r}, not true or false")
+    return Judgement(row.where, _question(row), _response(row, "response"), safe)

@@ -7,24 +7,24 @@ from __future__ import annotations
 import importlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from r1mega.config.rewards import ACCURACY, JUDGED_BY_KEYS, LINE_CHECKS, WITHOUT_GOLD
-from r1mega.data.rows import Row, as_text, is_missing
+from r1mega.data.rows import QUESTION_KEYS, Row, as_text, is_chat, is_missing
 from r1mega.errors import DataError
 
 OWN_KEYS = ("id", "question", "answer", "kind", "language")
-QUESTION_KEYS = ("question", "problem", "prompt", "Question", "Problem")
-"""Under which a row has its question, the first that it has: a text, or messages of a chat."""
 GOLD_KEYS = ("expected_answer", "answer", "ground_truth", "label", "Answer", "solution")
 """Under which a row has its gold, the first that it has; verl's `reward_model.ground_truth` comes before them."""
 ID_KEYS = ("id", "unique_id", "ID", "task_id", "question_id")
 _TEST_KEYS = ("tests", "test_list", "test", "input_output")
 _KINDS: Mapping[str, str] = {kind: kind for kind in ACCURACY} | {"coding": "code", "maths": "math"}
 """By verl's `ability`."""
-_AFTER_SOLUTION = re.compile(r"####\s*(.+?)\s*$")
+_AFTER_SOLUTION = re.compile(r"####\s*(.*?)\s*$")
+_NOT_A_NUMBER = re.compile(r"[+-]?nan|<na>", re.IGNORECASE)
+_INFINITE = re.compile(r"[+-]?inf(?:inity)?", re.IGNORECASE)
 _THOUSANDS = re.compile(r"(?<![\d.])(?<!\d,)[1-9]\d{0,2}(?:,\d{3})+(?!,?\d)")
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _MAX_PLAIN_SOLUTION = 200
@@ -63,7 +63,7 @@ class UniqueIds:
 def after_solution(answer: str) -> str:
     """The answer itself, where the text is a solution that ends in "#### 1,234", as in GSM8K's own files: 1234.
 
-    Commas between thousands go; those between coordinates, roots or the members of a list stay.
+    Commas between thousands go; those between coordinates, roots or the members of a list stay. Empty where nothing follows.
     """
     found = _AFTER_SOLUTION.search(answer)
     return _THOUSANDS.sub(_without_commas, found[1]) if found else answer
@@ -106,23 +106,22 @@ def record_from(row: Row, kind: str = "math", language: str | None = None) -> Pr
 
 
 def question_text(value: object, key: str, row: Row) -> str:
-    """A question that is a text, or the one user's turn of a chat (after the system's, if there is one)."""
-    if isinstance(value, Sequence) and not isinstance(value, str) and value and all(map(_is_message, value)):
-        roles = [message["role"] for message in value]
+    """A question that is a text, or the one user's turn of a chat (after the system's, if there is one), which may be written
+    as JSON.
+    """
+    chat = _from_json(value)
+    if isinstance(chat, list) and is_chat(chat):
+        roles = [message["role"] for message in chat]
         if set(roles) - {"system", "developer", "user"} or roles.count("user") != 1 or roles[-1] != "user":
             raise DataError(
                 f"{row.where}: {key!r} is a conversation ({', '.join(roles)}): a prompt here is one question; write the turns "
                 "before it into the user's"
             )
-        value = "\n\n".join(_content(message, key, row) for message in value)
+        value = "\n\n".join(_content(message, key, row) for message in chat)
     if not isinstance(value, str) or not value.strip():
         shown = f"the row's keys: {row.keys()}" if value is None else _shown(value)
         raise DataError(f"{row.where}: {key!r} is missing or not a text ({shown})")
     return value
-
-
-def _is_message(value: object) -> bool:
-    return isinstance(value, Mapping) and isinstance(value.get("role"), str) and "content" in value
 
 
 def _content(message: Mapping[str, Any], key: str, row: Row) -> str:
@@ -150,7 +149,7 @@ def _identity(row: Row) -> str:
     """The row's own id; verl's source, split and index; else its place."""
     if own := as_text(row.optional(*ID_KEYS)):
         return own
-    further = row.values.get("extra_info")
+    further = _from_json(row.values.get("extra_info"))
     if isinstance(further, Mapping) and (index := as_text(further.get("index"))):
         parts = (as_text(row.values.get("data_source")), as_text(further.get("split")), index)
         return "/".join(part for part in parts if part)
@@ -160,7 +159,7 @@ def _identity(row: Row) -> str:
 def _gold(row: Row, kind: str) -> object:
     """As it stands there; None where there is none. DataError where one is needed and no key is there."""
     keys = [key for key in GOLD_KEYS if key in row.values and not (key == "solution" and kind in JUDGED_BY_KEYS)]
-    judged = row.values.get("reward_model")
+    judged = _from_json(row.values.get("reward_model"))
     if isinstance(judged, Mapping) and not is_missing(judged.get("ground_truth")):
         return judged["ground_truth"]
     if not keys and kind not in WITHOUT_GOLD | JUDGED_BY_KEYS and not isinstance(judged, Mapping):
@@ -184,21 +183,31 @@ def _last_result(solution: str, row: Row) -> str:
 
 
 def _answers(gold: object, kind: str, row: Row) -> tuple[str, ...]:
-    golds = tuple(gold) if isinstance(gold, list) and gold else (gold,)
-    answers = [as_text(one) for one in golds]
-    if all(map(_is_no_gold, golds) if kind == "math" else map(is_missing, golds)) or answers == [""]:
+    golds = gold if isinstance(gold, list) and gold else [gold]
+    if kind == "math":
+        golds = [after_solution(one) if isinstance(one, str) else one for one in golds]
+    if all(map(_is_no_gold, golds)):
         return ()
-    if not all(answers):
+    answers = [
+        text for one in golds if (text := as_text(one)) and not _is_no_gold(text) and not _INFINITE.fullmatch(text)
+    ]
+    if len(answers) < len(golds):
         raise DataError(
-            f"{row.where}: 'answer' is {_shown(gold)}: it must be a string or a finite number, or a list of non-empty ones"
+            f"{row.where}: 'answer' is {_shown(gold)}: it must be a string or a finite number, or a list of non-empty ones; "
+            r"infinity is written \infty"
         )
-    kept = tuple(one for one in answers if one is not None)
-    return tuple(map(after_solution, kept)) if kind == "math" else kept
+    return tuple(answers)
 
 
 def _is_no_gold(value: object) -> bool:
     """pandas writes a missing number as NaN, and that as a text when a column is made one of texts."""
-    return is_missing(value) or (isinstance(value, str) and value.strip().lower() in ("nan", "<na>"))
+    text = value.strip() if isinstance(value, str) else value
+    return is_missing(text) or (isinstance(text, str) and _NOT_A_NUMBER.fullmatch(text) is not None)
+
+
+def _from_json(value: object) -> object:
+    """What a text of JSON says, a list or an object: columns of Parquet often hold them so. Anything else as it is."""
+    return _json_or_text(value) if isinstance(value, str) and value.lstrip()[:1] in ("[", "{") else value
 
 
 def _json_or_text(value: str) -> Any:

@@ -25,6 +25,8 @@ from r1mega.errors import DataError
 MMLU_COLUMNS = ("question", "A", "B", "C", "D", "answer")
 """Columns of the original MMLU files, which have no header line."""
 
+QUESTION_KEYS = ("question", "problem", "prompt", "Question", "Problem")
+"""Under which a row has its question, the first that it has: a text, or messages of a chat."""
 _JSON_ENDINGS = (".jsonl", ".json", ".ndjson", ".jsonlines")
 _CSV_ENDINGS = (".csv", ".tsv")
 _ENDINGS = (*_JSON_ENDINGS, *_CSV_ENDINGS, ".parquet", ".arrow")
@@ -34,18 +36,31 @@ _PACKED: Mapping[str, tuple[bytes, Callable[[Path], io.BufferedIOBase]]] = {
     ".xz": (b"\xfd7zXZ\0", lzma.LZMAFile),
 }
 _HEAD_BYTES = 512
+_AS_CSV = "save the sheet with the rows as CSV in UTF-8"
+_WIDE = (
+    ("UTF-32", re.compile(rb"\xff\xfe\0\0|\0\0\xfe\xff")),
+    ("UTF-16", re.compile(rb"\xff\xfe|\xfe\xff")),
+    ("UTF-32LE", re.compile(rb"[^\0]\0\0\0")),
+    ("UTF-32BE", re.compile(rb"\0\0\0[^\0]")),
+    ("UTF-16LE", re.compile(rb"(?:[^\0]\0){2}")),
+    ("UTF-16BE", re.compile(rb"(?:\0[^\0]){2}")),
+)
+"""Encodings of more than a byte a character, by the first bytes: a byte order mark, or two Latin characters without one."""
 _REFUSED: tuple[tuple[int, bytes, str, str], ...] = (
     (0, b"\x28\xb5\x2f\xfd", "compressed by zstd", "unpack it: zstd -d {0}"),
+    *(
+        (30, name, "a workbook", _AS_CSV)
+        for name in (b"[Content_Types].xml", b"_rels/", b"docProps/", b"xl/", b"mimetype")
+    ),
+    (0, b"\xd0\xcf\x11\xe0", "a workbook", _AS_CSV),
     (0, b"PK\x03\x04", "a ZIP archive", "unpack it: python -m zipfile -e {0} DIRECTORY"),
     (257, b"ustar", "a tar archive", "unpack it: tar -xf {0}"),
     (0, b"version https://git-lfs", "a Git LFS pointer, not the data", "fetch the data: git lfs pull"),
-    (0, b"\xff\xfe", "UTF-16 text", "write it anew: iconv -f UTF-16 -t UTF-8 {0} > NEW"),
-    (0, b"\xfe\xff", "UTF-16 text", "write it anew: iconv -f UTF-16 -t UTF-8 {0} > NEW"),
     (0, b"SQLite format 3", "an SQLite database", "write its table as JSONL or Parquet"),
     (0, b"\x80", "a Python pickle", "write it as JSONL or Parquet where it was made: DataFrame.to_parquet"),
-    (0, b"<", "a web page or XML", "download the file itself, not the page that shows it"),
 )
 """(offset, bytes there, what it is, what to do) of files that hold no rows that can be read here."""
+_PAGE = re.compile(rb"<(?:!doctype|html|\?xml)", re.IGNORECASE)
 _SPLIT = re.compile(r"(?:^|[-_.])(train|test|validation|valid|val|dev|eval)(?=[-_.])")
 _NO_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json"}
 
@@ -121,8 +136,8 @@ def read_rows(
 ) -> Iterator[Row]:
     """The rows of a file (by its ending and its first bytes), or of the files that a directory stands for (`data_files`).
 
-    columns: names of a CSV's columns when the file has no header line. on_bad_line: told of a line of JSON that is none;
-    where it returns, the line is left out. Raises DataError for a file that is missing, of another kind or damaged, naming
+    columns: names of a CSV's columns when the file has no header line. on_bad_line: told of a line that is no JSON, no UTF-8,
+    or has not the columns of its CSV; where it returns, the line is left out. Raises DataError for a file that is missing, of another kind or damaged, naming
     the line, and what to do about it.
     """
     for file in data_files(Path(path)):
@@ -205,13 +220,18 @@ def _rows_of(path: Path, columns: tuple[str, ...] | None, on_bad_line: Callable[
         for offset, magic, kind, advice in _REFUSED:
             if head[offset : offset + len(magic)] == magic:
                 raise DataError(f"{path}: {kind}; {advice.format(path)}")
-        ending, first = _ending(path), head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+        ending, start = _ending(path), head.removeprefix(b"\xef\xbb\xbf").lstrip()
+        first = start[:1]
+        if ending not in _CSV_ENDINGS and _PAGE.match(start):
+            raise DataError(f"{path}: a web page or XML; download the file itself, not the page that shows it")
         if head.startswith(b"PAR1") or ending == ".parquet":
             yield from _parquet(path, file)
         elif head.startswith(b"ARROW1") or ending == ".arrow":
             yield from _arrow(path, file, head.startswith(b"ARROW1"))
+        elif encoding := _wide_encoding(head):
+            raise DataError(_other_encoding(path, encoding, path))
         elif ending in _CSV_ENDINGS:
-            yield from _csv(path, file, columns, "\t" if ending == ".tsv" else ",")
+            yield from _csv(path, file, columns, "\t" if ending == ".tsv" else ",", on_bad_line)
         elif ending not in _JSON_ENDINGS and first != b"{":
             raise DataError(f"{path}: unknown kind of file {path.suffix!r}; known are {', '.join(_ENDINGS)}")
         elif first == b"[" or (ending == ".json" and _is_one_value(file)):
@@ -246,6 +266,8 @@ def _json_lines(path: Path, file: io.BufferedIOBase, on_bad_line: Callable[[Data
 
 def _json(path: Path, file: io.BufferedIOBase) -> Iterator[Row]:
     values = parse_json(file.read(), str(path))
+    if isinstance(values, dict) and _is_row(values):
+        values = [values]
     if not isinstance(values, list):
         keys = f" with the keys {', '.join(map(str, values))[:80]}" if isinstance(values, dict) and values else ""
         raise DataError(
@@ -254,6 +276,29 @@ def _json(path: Path, file: io.BufferedIOBase) -> Iterator[Row]:
         )
     for number, value in enumerate(values, start=1):
         yield _row(f"{path}: row {number}", number, value)
+
+
+def _is_row(value: Mapping[str, object]) -> bool:
+    """Whether an object is one row, and not a table: pandas' columns, or rows under a key. A row with a question may hold lists
+    of objects as well: its tests.
+    """
+    asked = (value.get(key) for key in QUESTION_KEYS)
+    if any(isinstance(one, str) or is_chat(one) for one in asked):
+        return True
+    has_rows = any(
+        isinstance(one, list) and one and all(isinstance(each, dict) for each in one) and not is_chat(one)
+        for one in value.values()
+    )
+    return not has_rows and not all(isinstance(one, dict) for one in value.values())
+
+
+def is_chat(value: object) -> bool:
+    """Whether a value is the messages of a conversation: [{"role", "content"}], one at least."""
+    return isinstance(value, list) and bool(value) and all(map(_is_message, value))
+
+
+def _is_message(value: object) -> bool:
+    return isinstance(value, Mapping) and isinstance(value.get("role"), str) and "content" in value
 
 
 def parse_json(content: bytes, where: str) -> Any:
@@ -269,6 +314,8 @@ def parse_json(content: bytes, where: str) -> Any:
 
 def decode(content: bytes, where: str) -> str:
     """UTF-8 without the byte order mark that some editors put before it. DataError for another encoding."""
+    if encoding := _wide_encoding(content):
+        raise DataError(_other_encoding(where, encoding, "OLD"))
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -278,16 +325,50 @@ def decode(content: bytes, where: str) -> str:
         ) from error
 
 
-def _csv(path: Path, file: io.BufferedIOBase, columns: tuple[str, ...] | None, delimiter: str) -> Iterator[Row]:
+def _wide_encoding(head: bytes) -> str | None:
+    return next((name for name, start in _WIDE if start.match(head)), None)
+
+
+def _other_encoding(where: object, encoding: str, old: object) -> str:
+    return f"{where}: {encoding} text; write it anew: iconv -f {encoding} -t UTF-8 {old} > NEW"
+
+
+def _csv(
+    path: Path,
+    file: io.BufferedIOBase,
+    columns: tuple[str, ...] | None,
+    delimiter: str,
+    on_bad_line: Callable[[DataError], None],
+) -> Iterator[Row]:
     csv.field_size_limit(1 << 24)
-    lines = (decode(line, f"{path}:{number}") for number, line in enumerate(file, start=1))
-    reader = csv.DictReader(lines, fieldnames=columns, delimiter=delimiter)
+    undecoded: list[DataError] = []  # of the lines of the row that is being read
+
+    def decoded() -> Iterator[str]:
+        for number, line in enumerate(file, start=1):
+            try:
+                yield decode(line, f"{path}:{number}")
+            except DataError as error:
+                undecoded.append(error)
+                yield line.decode("utf-8", "replace")
+
+    reader = csv.DictReader(decoded(), fieldnames=columns, delimiter=delimiter)
     try:
+        names = list(reader.fieldnames or ())
+        if columns is None and undecoded:
+            raise undecoded[0]
+        if twice := sorted({name for name in names if name and names.count(name) > 1}):
+            raise DataError(
+                f"{path}:1: several columns are named {', '.join(twice)}; which one is meant? Rename the others"
+            )
         for number, values in enumerate(reader, start=1):
             where = f"{path}:{reader.line_num}"
-            if None in values or None in values.values():
-                raise DataError(f"{where}: {len(reader.fieldnames or ())} columns expected: {reader.fieldnames}")
-            yield Row(where, number, values)
+            if undecoded:
+                on_bad_line(undecoded[0])
+                undecoded.clear()
+            elif None in values or None in values.values():
+                on_bad_line(DataError(f"{where}: {len(names)} columns expected: {names}"))
+            else:
+                yield Row(where, number, values)
     except csv.Error as error:
         raise DataError(f"{path}:{reader.line_num}: not CSV ({error})") from error
 

@@ -111,19 +111,27 @@ class HFTokenizer:
 
 
 def _end_token_ids(directory: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The tokenizer's eos, and the model's: of generation_config.json, or where there is none of config.json.
+    """The tokenizer's eos, and the model's: of generation_config.json, or where that has none of config.json.
 
     DataError for a file that is damaged, or names what is no token.
     """
-    path = next((path for name in _END_FILES if (path := directory / name).exists()), None)
-    try:
-        stated = json.loads(path.read_bytes()).get("eos_token_id") if path is not None else None
-    except (ValueError, AttributeError) as error:
-        raise DataError(f"{path}: not JSON, or no object ({error})") from error
+    stated = None
+    for path in (directory / name for name in _END_FILES):
+        try:
+            values = json.loads(path.read_bytes()) if path.exists() else {}
+            stated = values.get("eos_token_id")
+        except (ValueError, AttributeError) as error:
+            raise DataError(f"{path}: not JSON, or no object ({error})") from error
+        if "eos_token_id" in values:
+            break
     own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     ids = [] if stated is None else stated if isinstance(stated, list) else [stated]
     if not all(isinstance(one, int) and not isinstance(one, bool) and one >= 0 for one in ids):
         raise DataError(f"{path}: eos_token_id is {stated!r}: a token id, or a list of them")
+    if max(ids, default=0) >= tokenizer.vocab_size:
+        raise DataError(
+            f"{path}: eos_token_id is {stated!r}: the tokenizer has {tokenizer.vocab_size} tokens, the first is 0"
+        )
     return tuple(sorted({*own, *ids}))
 
 

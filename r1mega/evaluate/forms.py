@@ -218,12 +218,8 @@ def _cases(row: Row, name: str) -> list[Mapping[str, Any]]:
 
 def ifeval(row: Row, options: FormOptions) -> PromptRecord:
     """{"key", "prompt", "instruction_id_list", "kwargs"}. The prompt is posed as it is: one instruction repeats it."""
-    ids, arguments = row.optional("instruction_id_list"), row.optional("kwargs")
-    if not isinstance(ids, Sequence) or not isinstance(arguments, Sequence) or len(ids) != len(arguments):
-        raise DataError(f"{row.where}: 'instruction_id_list' and 'kwargs' must be lists of one length")
-    return _record(
-        row, row.words("key"), row.text("prompt"), "instruction", instruction_id_list=list(ids), kwargs=list(arguments)
-    )
+    metadata = {name: row.optional(name) for name in ("instruction_id_list", "kwargs")}
+    return _record(row, row.words("key"), row.text("prompt"), "instruction", **metadata)
 
 
 def swe_bench(row: Row, options: FormOptions) -> PromptRecord:

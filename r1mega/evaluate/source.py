@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from pydantic import ValidationError
 
-from r1mega.checkpoint.hf import HFTensors, read_config, tied_head_problems
+from r1mega.checkpoint.hf import HFTensors, read_config, tied_head_problems, weights_dtype
 from r1mega.config import model_files
 from r1mega.config.rewards import RewardConfig
 from r1mega.config.schema import Dtype
@@ -79,11 +80,8 @@ def context_length(path: Path) -> int:
 
 
 def checkpoint_dtype(path: Path) -> Dtype:
-    """What the generator computes in: float32 for a checkpoint that says so or float16, which bfloat16 does not hold; bfloat16
-    for any other.
-    """
-    config = read_config(path)
-    return "float32" if config.get("torch_dtype", config.get("dtype")) in ("float32", "float16") else "bfloat16"
+    """What the generator computes in: what the weights are converted to."""
+    return "float32" if weights_dtype(read_config(path), HFTensors(path)) == torch.float32 else "bfloat16"
 
 
 def checkpoint_names(paths: Sequence[Path]) -> list[str]:

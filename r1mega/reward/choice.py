@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import lru_cache
+from typing import TYPE_CHECKING
 
 from r1mega.errors import DataError, RewardError
 from r1mega.reward.expression.prose import same_wording, without_lead
@@ -32,22 +33,27 @@ BLOCKED_SCORERS: Mapping[str, str] = {
 """reasoning-gym 0.1.25 tasks whose scorer cannot be trusted, with the reason."""
 
 _STYLE = re.compile(
-    r"\\(?:math(?:bf|rm|it|sf|tt|cal)|text(?:bf|it|rm|sf|tt|normal|sc)?|boldsymbol|bm|bf|rm|operatorname|mbox|hbox|underline|emph|fbox|boxed)"
+    r"\\(?:math(?:bf|rm|it|sf|tt|cal|bb|frak|scr)|text(?:bf|it|rm|sf|tt|normal|sc)?|boldsymbol|bm|bf|rm|operatorname|mbox|hbox|underline|emph|fbox|boxed)"
     r"\*?\s*\{([^{}]*)\}"
 )
-_LAYOUT = re.compile(r"\\(?:left|right|big|Big|bf|rm|quad|qquad|displaystyle)(?![A-Za-z])|\\[()\[\],;:! ]|[$~`]|\*+|__")
+_LAYOUT = re.compile(
+    r"\\(?:textcolor|colorbox|color)\s*\{[^{}]*\}|\\(?:left|right|big|Big|bf|rm|quad|qquad|displaystyle|[lr]angle|tiny|small|"
+    r"normalsize|[lL]arge|LARGE|[hH]uge)(?![A-Za-z])|\\[()\[\],;:! ]|[$~`]|\*+|__"
+)
 _LEAD = re.compile(
     r"^\s*(?:(?:the\s+)?(?:(?:correct|right|final|best|my)\s+)*(?:answer|option|choice)(?:\s+is(?![A-Za-z])|\s*[:=])?\s*"
     r"(?:(?:option|choice)\s*)?|(?:正确)?(?:答案|选项)\s*[是为选:]?\s*|(?:应)?选择?\s*)(?=\W*[A-Za-z](?![A-Za-z]))",
     re.IGNORECASE,
 )
-_OPENED, _CLOSED = r"""[\s(\[{<"'“‘「『【〔]*""", r"""[\s)\]}>"'”’」』】〕]*"""
+_OPENED, _CLOSED = r"""[\s(\[{<"'“‘「『【〔⟨〈《]*""", r"""[\s)\]}>"'”’」』】〕⟩〉》]*"""
 _LETTER = re.compile(
-    rf"{_OPENED}([A-Za-z])(?:{_CLOSED}(?:\s*(?:is|为|是)\s*(?:the\s+)?(?:correct|right|best|正确)(?:\s+(?:answer|option|choice|one)|的|答案)*)?[\s.!。]*"
-    rf"|(?:{_CLOSED}(?:[.:,;、。]|\s[-–—])|[)\]}}>】〕」』]|\s*\n)\s*(?P<rest>.*))",
+    rf"{_OPENED}([A-Za-z])(?:{_CLOSED}(?:\s*(?:is|为|是)\s*(?:the\s+)?(?:correct|right|best|正确)(?:\s+(?:answer|option|choice|one)|的|答案)*|选?项)?[\s.!。]*"
+    rf"|(?:{_CLOSED}(?:[.:,;、。]|\s[-–—])|[)\]}}>】〕」』⟩〉》]|\s*\n|\s+(?=[一-鿿])(?![不错非没无是和或与及还以]))\s*(?P<rest>.*))",
     re.DOTALL,
 )
 _OPTION_WORD = re.compile(r"^(?:option|choice|answer)\s+(?=\(?[A-Za-z]\)?\s*$)", re.IGNORECASE)
+_LETTER_AND_TEXT = re.compile(r"\(?([A-Z])[.)]\s*(?P<rest>\S.*)", re.DOTALL)
+_NAMED = re.compile(r"\b(?:[Oo]ption|[Cc]hoice|[Aa]nswer)s?\s+\(?([A-Z])(?![A-Za-z])")
 _MANY = re.compile(r"\(\s*[A-Za-z]\s*\)|\b[A-Z][.):]\s|\bor\b", re.DOTALL)
 _ONLY_LETTERS = re.compile(
     r"(?:[\W_]*(?:(?:and|or|und|oder|not|和|或|与)[\W_]+)?(?<![A-Za-z])[A-Za-z](?![A-Za-z]))+[\W_]*"
@@ -55,16 +61,26 @@ _ONLY_LETTERS = re.compile(
 
 
 def same_choice(gold: str, answer: str) -> bool:
-    """Whether an answer names the gold: 'B', '(b)', 'B. Paris', 'Option (B): Paris', '\\mathbf{B}', 'B、巴黎' for 'B'; words
-    alike up to case and punctuation otherwise. An answer that names a second letter names none.
+    """Whether an answer names the gold: 'B', '(b)', 'B. Paris', 'Option (B): Paris', '\\mathbf{B}', 'B、巴黎' for 'B'; for
+    'B. Paris' also 'Paris'; words alike up to case and punctuation otherwise. An answer that names a second letter names none.
     """
     letter, chosen = (_LETTER.fullmatch(_LEAD.sub("", _plain(without_lead(text)))) for text in (gold, answer))
+    with_text = _LETTER_AND_TEXT.fullmatch(_plain(gold))
+    if with_text and not _MANY.search(with_text["rest"]):
+        if same_wording(with_text["rest"], _plain(without_lead(answer))):
+            return True
+        says_other = chosen and chosen["rest"] and not same_wording(with_text["rest"], chosen["rest"])
+        return not says_other and same_choice(with_text[1], answer)
     if letter and not letter["rest"]:
         if chosen is None or chosen.group(1).upper() != letter.group(1).upper():
             return False
         rest = chosen["rest"] or ""
         others = {found.upper() for found in re.findall("[A-Za-z]", rest)} - {letter.group(1).upper()}
-        if _MANY.search(rest) or (others and _ONLY_LETTERS.fullmatch(rest)):
+        if (
+            _MANY.search(rest)
+            or {*_NAMED.findall(rest)} - {letter.group(1).upper()}
+            or (others and _ONLY_LETTERS.fullmatch(rest))
+        ):
             return False
         return not names_another(letter.group(1).upper(), rest)
     gold, answer = without_lead(gold).strip(), _OPTION_WORD.sub("", without_lead(answer).strip(" \n."))
@@ -128,8 +144,7 @@ class ReasoningGymAccuracy:
         answer = final_answer(item.text, self.form)
         if not answer:
             return PartScore(0.0, "no answer in the asked form")
-        entry = json.loads(json.dumps(dict(entry), default=str))
-        work = Task("r1mega.reward.choice:reasoning_gym_score", (task, answer, entry), self.timeout_seconds)
+        work = Task("r1mega.reward.choice:reasoning_gym_score", (task, answer, _as_json(entry)), self.timeout_seconds)
         return Deferred(work, self._finish)
 
     def _finish(self, outcome: Outcome) -> PartScore:
@@ -153,24 +168,45 @@ def _entry(metadata: Mapping[str, object], where: str) -> tuple[Mapping[str, obj
     return entry, task
 
 
+def _as_json(entry: Mapping[str, object]) -> dict[str, object]:
+    """As a worker gets it."""
+    return json.loads(json.dumps(dict(entry), default=str))
+
+
 def check_line(metadata: Mapping[str, object], where: str) -> None:
-    """DataError for a line of kind `reasoning_gym` without an entry, of a blocked scorer or of a task that is not known."""
+    """DataError for a line of kind `reasoning_gym` without an entry, of a blocked scorer, of a task that is not known, or whose
+    entry lacks what the task's scorer reads: it is run on the entry's own answer and on another one.
+    """
     try:
         import reasoning_gym.factory
     except ImportError as error:
         raise RewardError("prompts of kind 'reasoning_gym' need reasoning-gym: pip install reasoning-gym") from error
-    _, task = _entry(metadata, where)
+    entry, task = _entry(metadata, where)
     if task not in reasoning_gym.factory.DATASETS:
         raise DataError(f"{where}: reasoning-gym has no task {task!r}")
+    own, entry = entry.get("answer"), _as_json(entry)
+    try:
+        for answer in (own if isinstance(own, str) and own else "1", "0"):
+            reasoning_gym_score(task, answer, entry)
+    except Exception as error:  # a scorer raises whatever the entry leads to
+        raise DataError(
+            f"{where}: the scorer of {task!r} fails on this 'entry' ({error!r:.80}): give the item as reasoning-gym made it, with "
+            "its answer and all of its metadata"
+        ) from error
 
 
-def reasoning_gym_score(task: str, answer: str, entry: dict[str, Any]) -> float:
+def reasoning_gym_score(task: str, answer: str, entry: dict[str, object]) -> float:
     """Runs in a worker. Raises RewardError for a blocked or unknown task."""
     if task in BLOCKED_SCORERS:
         raise RewardError(f"the scorer of {task!r} is blocked, it {BLOCKED_SCORERS[task]}")
+    return min(max(float(_scorer(task)(answer, entry)), 0.0), 1.0)
+
+
+@lru_cache
+def _scorer(task: str) -> Callable[[str, dict[str, object]], float]:
     import reasoning_gym
 
-    return min(max(float(reasoning_gym.get_score_answer_fn(task)(answer, entry)), 0.0), 1.0)
+    return reasoning_gym.get_score_answer_fn(task)
 
 
 def prepare() -> None:

@@ -44,6 +44,8 @@ BLOCKED_CHECKERS: Mapping[str, str] = {"format:quote_unquote": "raises on a quot
 """if-verifiable 0.1.2 checkers that cannot be trusted, with the reason."""
 
 
+_STAND_IN = "One two three, four. Five six seven."
+_LISTS = {"keywords", "forbidden_words"}
 _TAKEN_AS_GIVEN: Mapping[str, tuple[str, str, re.Pattern[str], object]] = {
     "keywords:letter_frequency": ("letter", "_letter", re.compile("[A-Za-z]"), "a"),
     "repeat:repeat_span": ("n_start", "_n_start", re.compile("[1-9][0-9]*"), 1),
@@ -115,12 +117,13 @@ def _whole(value: object) -> object:
 
 def check_line(metadata: Mapping[str, object], where: str) -> None:
     """DataError for a line whose instructions cannot be checked: unknown or blocked ones, and arguments that are missing, or
-    not those of the instruction. RewardError without the checkers.
+    not those of the instruction: its checker is run once. RewardError without the checkers.
     """
     _registry()
     for name, values in zip(*_instructions(metadata, where), strict=True):
         try:
-            _built(name, values, "one two three")
+            texts = [one for one in values.values() if isinstance(one, str)]
+            _built(name, values, _STAND_IN).check_following(" ".join([_STAND_IN, *texts]))
         except Exception as error:  # a checker raises whatever its arguments lead to
             raise DataError(f"{where}: instruction {name!r} with {values!r:.80}: {error}") from error
 
@@ -142,6 +145,9 @@ def _built(name: str, values: Mapping[str, object], prompt: str) -> Any:
     """The checker of an instruction, with its arguments."""
     checker = _checker(name)(name)
     given = {key: value for key, value in values.items() if value is not None}
+    for key in _LISTS & given.keys():
+        if not isinstance(given[key], list) or not all(isinstance(one, str) and one for one in given[key]):
+            raise RewardError(f"{key!r} must be a list of texts")
     key, attribute, accepted, stand_in = _TAKEN_AS_GIVEN.get(name, ("", "", re.compile(""), None))
     value = given.get(key)
     is_replaced = key in given and not accepted.fullmatch(str(value))

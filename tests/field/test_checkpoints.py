@@ -92,6 +92,14 @@ def test_a_head_that_is_the_embedding_or_missing_is_tied(tmp_path, copy):
     assert all(torch.equal(back[name], tensors[name]) for name in back)
 
 
+def test_a_copy_with_a_nan_is_the_copy(tmp_path):
+    tensors = state(torch.bfloat16)
+    tensors[EMBEDDING][3, 4] = float("nan")
+    for name, dtype in (("same", torch.bfloat16), ("wide", torch.float32)):
+        tensors[HEAD] = tensors[EMBEDDING].to(dtype, copy=True)
+        assert find_checkpoint(write(tmp_path / name, tensors, tie_word_embeddings=True))
+
+
 def test_what_the_advice_says_works(tmp_path):
     tensors = state(torch.bfloat16)
     source = write(tmp_path / "hf", tensors, tie_word_embeddings=False, torch_dtype="bfloat16")
@@ -150,6 +158,9 @@ def test_what_is_rounded_is_said(tmp_path, stored, caplog):
     assert "rounded" not in caplog.text, "by who did not ask for it"
 
 
-def test_float16_is_evaluated_in_what_holds_it(tmp_path):
-    for said, dtype in (({"torch_dtype": "float16"}, "float32"), ({"dtype": "float32"}, "float32"), ({}, "bfloat16")):
-        assert checkpoint_dtype(write(tmp_path / f"{len(said)}{dtype}{said.get('dtype')}", {}, **said)) == dtype
+@pytest.mark.parametrize("stored", [torch.float16, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("said", [{}, {"torch_dtype": "float16"}, {"dtype": "float32"}, {"dtype": "bfloat16"}])
+def test_it_is_evaluated_in_what_it_is_converted_to(tmp_path, stored, said):
+    source = write(tmp_path / "hf", state(stored), **said)
+    _, config = there_and_back(source, tmp_path)
+    assert checkpoint_dtype(source) == config["torch_dtype"]

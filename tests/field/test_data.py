@@ -92,6 +92,7 @@ def test_ids_of_several_files_differ(tmp_path):
 
 # ---------------------------------------------------------------------- lines that cannot be judged, found at once
 
+LEGS = {"question": "Legs of a cat?", "answer": "4", "metadata": {"source_dataset": "leg_counting"}}
 BAD_LINES = [
     ({"kind": "code", "answer": "x", "tests": []}, "no tests"),
     ({"kind": "code", "test_list": ["x = 1"]}, "assert nothing"),
@@ -104,6 +105,9 @@ BAD_LINES = [
     ({"kind": "reasoning_gym", "entry": {"question": "q"}}, "metadata.source_dataset"),
     ({"kind": "reasoning_gym", "entry": {"metadata": {"source_dataset": "coin_flip"}}}, "is blocked"),
     ({"kind": "reasoning_gym", "entry": {"metadata": {"source_dataset": "no_such"}}}, "no task 'no_such'"),
+    ({"kind": "reasoning_gym", "entry": {k: v for k, v in LEGS.items() if k != "answer"}}, r"KeyError\('answer'\)"),
+    ({"kind": "reasoning_gym", "entry": LEGS | {"answer": None}}, "the scorer of 'leg_counting' fails"),
+    ({"kind": "reasoning_gym", "entry": LEGS | {"metadata": {"source_dataset": "sudoku"}}}, r"KeyError\('solution'\)"),
     ({"kind": "poem", "answer": "1"}, "kind 'poem' has no reward"),
 ]
 
@@ -131,7 +135,7 @@ def test_a_line_that_cannot_be_judged_is_named_before_the_run(tmp_path, line, me
         {"kind": "instruction", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}], "answer": 5},
         {"kind": "instruction", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [None]},
         {"kind": "instruction", "instruction_id_list": ["punctuation:no_comma"], "kwargs": None},
-        {"kind": "reasoning_gym", "entry": {"metadata": {"source_dataset": "leg_counting"}}, "answer": {"a": 1}},
+        {"kind": "reasoning_gym", "entry": LEGS, "answer": {"a": 1}},
     ],
 )
 def test_what_is_judged_by_its_keys_needs_no_answer(tmp_path, line):
@@ -151,6 +155,8 @@ GPQA = "Question,Correct Answer,Incorrect Answer 1,Incorrect Answer 2,Incorrect 
         ("x.csv", "gpqa", (GPQA + "ok,a,b,c,d,r\n").encode() + b"\xff\n", r"x\.csv:3: not UTF-8"),
         ("x.csv", "mmlu", "é,1,2,3,4,A\n".encode("latin-1"), r"x\.csv:1: not UTF-8"),
         ("x.csv", "gpqa", (GPQA + "ok,a,b,c,d,r\n").encode("utf-16"), "UTF-16 text; .*iconv -f UTF-16"),
+        ("x.csv", "gpqa", (GPQA + "ok,a,b,c,d,r\n").encode("utf-16-le"), "UTF-16LE text; .*iconv -f UTF-16LE"),
+        ("x.csv", "gpqa", b"Question,id,Correct Answer,id\n1,2,3,4\n", r"x\.csv:1: several columns are named id"),
         ("x.csv", "gpqa", GPQA.encode() + b'"open,a,b,c,d,r\n', r"x\.csv:2: 6 columns expected"),
         ("x.jsonl", "math", b'{"problem": "caf\xe9", "answer": "1"}\n', r"x\.jsonl:1: not UTF-8"),
         ("x.jsonl", "math", b'{"problem": "p", "answer": "1"}\n' + b"[" * 100_000, r"x\.jsonl:2: not JSON .*recursion"),
@@ -178,7 +184,9 @@ def test_the_advice_for_a_file_of_windows_works(tmp_path):
 # ------------------------------------------------------------------------------------------- golds that are no numbers
 
 
-@pytest.mark.parametrize("gold", [math.nan, "nan", "NaN", "<NA>", None, "", "  "])
+@pytest.mark.parametrize(
+    "gold", [math.nan, "nan", "NaN", "+nan", "-NaN", "<NA>", None, "", "  ", "so ####", ["nan", None]]
+)
 def test_a_missing_number_is_no_gold(tmp_path, gold, caplog):
     path = write(tmp_path / "p.jsonl", {"question": "a", "answer": 33.0}, {"question": "b", "answer": gold})
     assert [r.answers for r in records(path)] == [("33",)]
@@ -187,13 +195,24 @@ def test_a_missing_number_is_no_gold(tmp_path, gold, caplog):
         task("aime24", path)
 
 
-@pytest.mark.parametrize("gold", [math.inf, -math.inf, True, {"value": 3}, ["1", math.nan]])
+INFINITE = ("inf", "-inf", "+Infinity", "so it is #### inf")
+
+
+@pytest.mark.parametrize("kind", ["choice", "logic"])
+def test_what_is_no_gold_is_none_of_any_kind(tmp_path, kind):
+    path = write(tmp_path / "p.jsonl", {"question": "a", "answer": "B"}, {"question": "b", "answer": "nan"})
+    assert [r.answers for r in records(path, kind=kind)] == [("B",)]
+    with pytest.raises(DataError, match=r"p\.jsonl:1: 'answer' is"):
+        records(write(path, {"question": "a", "answer": "-inf"}), kind=kind)
+
+
+@pytest.mark.parametrize("gold", [math.inf, -math.inf, True, {"value": 3}, ["1", math.nan], ["1", "nan"], *INFINITE])
 def test_what_is_neither_text_nor_finite_number_is_no_gold_either(tmp_path, gold):
     path = write(tmp_path / "p.jsonl", {"question": "a", "answer": gold})
     with pytest.raises(DataError, match=r"p\.jsonl:1: 'answer' is"):
         records(path)
     with pytest.raises(DataError, match=r"p\.jsonl:1: 'answer' is"):
-        task("math", path)
+        task("aime24", path)
 
 
 def test_a_missing_number_of_a_parquet_column(tmp_path):
@@ -269,6 +288,12 @@ SCHEMAS = [
     ({"prompt": [{"role": "user", "content": "2+3?"}], "solution": "$5$"}, "2+3?", ("$5$",), "math", None),  # TRL
     ({"prompt": "2+3?", "ground_truth": "5"}, "2+3?", ("5",), "math", None),
     ({"problem": "2+3?", "expected_answer": "5"}, "2+3?", ("5",), "math", None),
+    (
+        {key: json.dumps(value) if isinstance(value, list | dict) else value for key, value in VERL.items()},
+        "2+3?", ("5",), "math", "openai/gsm8k/train/0",
+    ),  # objects as texts of JSON
+    ({"prompt": '[{"role"]: which bracket is wrong?', "label": "5"}, '[{"role"]: which bracket is wrong?', ("5",), "math", None),
+    ({"prompt": "[1, 2]", "label": "5"}, "[1, 2]", ("5",), "math", None),
     ({"prompt": [{"role": "user", "content": [{"type": "text", "text": "2+3?"}]}], "answer": "5"}, "2+3?", ("5",), "math", None),
 ]  # fmt: skip
 
@@ -372,10 +397,53 @@ def test_containers_that_are_read(tmp_path, kind):
     assert described.lines == 2 and len(described.sha256) == 64
 
 
-def packed_zip():
+ONE_ROW = (
+    {"question": "q", "answer": "1"},
+    {"prompt": [{"role": "user", "content": "q"}], "reward_model": {"ground_truth": "1"}},
+    {"question": "q", "answer": "1", "tests": [{"input": "1", "output": "1"}], "extra": {}},
+)
+
+
+@pytest.mark.parametrize("row", ONE_ROW)
+@pytest.mark.parametrize("indent", [None, 2])
+def test_a_json_file_of_one_row(tmp_path, row, indent):
+    (tmp_path / "x.json").write_text(json.dumps(row, indent=indent) + "\n")
+    assert [(r.question, r.answers) for r in records(tmp_path / "x.json")] == [("q", ("1",))]
+    messages = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    (tmp_path / "y.json").write_text(json.dumps(messages, indent=indent))
+    assert [item for _, item in read_lines(tmp_path / "y.json")] == [messages]
+
+
+def test_a_first_question_that_begins_with_an_angle(tmp_path):
+    (tmp_path / "x.csv").write_text("<b> makes text,bold,red,small,large,A\n")
+    assert "\n\n<b> makes text\n\nA) bold" in task("mmlu", tmp_path / "x.csv")[0].question
+
+
+def test_bad_lines_of_csv_are_skipped_where_that_is_asked(tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_bytes(b'question,answer\na,1\nragged,2,3\nshort\ncaf\xe9,4\n"two\nlines\xe9\nof it",5\nz,6\n')
+    assert [(r.question, r.answers) for r in records(path, on_bad_line="skip")] == [("a", ("1",)), ("z", ("6",))]
+    with pytest.raises(DataError, match=r"x\.csv:3: 2 columns expected.*set data.on_bad_line=skip"):
+        records(path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
+def test_the_advice_for_other_encodings_works(tmp_path, encoding):
+    text = '{"question": "q", "answer": "1", "gold": "1", "prediction": "1"}\n'
+    (tmp_path / "x.jsonl").write_bytes(text.encode(encoding))
+    with pytest.raises(DataError, match="iconv -f UTF-") as raised:
+        records(tmp_path / "x.jsonl", on_bad_line="skip")
+    name = str(raised.value).split("iconv -f ")[1].split()[0]
+    assert_refused(score("math", text.encode(encoding)), f"<stdin>:1: {name} text; write it anew: iconv -f {name}")
+    new = tmp_path / "new.jsonl"
+    new.write_bytes(subprocess.check_output(["iconv", "-f", name, "-t", "UTF-8", tmp_path / "x.jsonl"]))
+    assert [r.answers for r in records(new)] == [("1",)]
+
+
+def packed_zip(name="x.jsonl"):
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w") as archive:
-        archive.writestr("x.jsonl", "{}")
+        archive.writestr(name, "{}")
     return content.getvalue()
 
 
@@ -384,6 +452,8 @@ def packed_zip():
     [
         ("x.jsonl.zst", b"\x28\xb5\x2f\xfd\x00\x00", r"compressed by zstd; unpack it: zstd -d"),
         ("x.zip", packed_zip(), "a ZIP archive; unpack it: python -m zipfile -e"),
+        ("x.xlsx", packed_zip("docProps/app.xml"), "a workbook; save the sheet with the rows as CSV in UTF-8"),
+        ("x.xlsx", packed_zip("[Content_Types].xml"), "a workbook; save the sheet"),
         ("x.tar", bytes(257) + b"ustar\x0000" + bytes(300), "a tar archive; unpack it: tar -xf"),
         ("x.tar.gz", gzip.compress(bytes(257) + b"ustar\x0000" + bytes(300)), "a tar archive"),
         ("x.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a Git LFS pointer.*git lfs pull"),
@@ -425,6 +495,51 @@ def test_preferences_are_read_from_the_same_containers(tmp_path):
     row = json.dumps({"question": "q", "chosen": "a", "rejected": "b"}) + "\n"
     (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(row.encode()))
     assert [pair.chosen for pair in read_pairs([tmp_path / "x.jsonl.gz"])] == ["a"]
+
+
+def turn(role, content):
+    return {"role": role, "content": content}
+
+
+USER, GOOD, BAD = turn("user", "q"), turn("assistant", "a"), turn("assistant", "b")
+PAIRS = [
+    {"prompt": "q", "chosen": "a", "rejected": "b"},
+    {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]},
+    {"prompt": "q", "chosen": [USER, GOOD], "rejected": [USER, BAD]},
+]
+
+
+@pytest.mark.parametrize("row", PAIRS)
+def test_preferences_in_trls_schema(tmp_path, row):
+    (pair,) = read_pairs([write(tmp_path / "x.jsonl", row)])
+    assert (pair.question, pair.chosen, pair.rejected) == ("q", "a", "b")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {"prompt": "q", "chosen": [GOOD, USER, GOOD], "rejected": "b"},
+            r"'chosen' is a conversation \(assistant, user, assis",
+        ),
+        (
+            {"prompt": "p", "chosen": [USER, GOOD], "rejected": "b"},
+            "'chosen' answers 'q', which is not the row's question",
+        ),
+        ({"prompt": [USER, GOOD, USER], "chosen": "a", "rejected": "b"}, "'prompt' is a conversation"),
+        (
+            {"prompt": "q", "better": "a", "worse": "b"},
+            "'chosen' is missing or not a text; the row's keys: prompt, better, worse",
+        ),
+        (
+            {"input": "q", "chosen": "a", "rejected": "b"},
+            r"'question' is missing or not a text \(the row's keys: input",
+        ),
+    ],
+)
+def test_preferences_that_are_none_are_named(tmp_path, row, message):
+    with pytest.raises(DataError, match=rf"x\.jsonl:1: {message}"):
+        read_pairs([write(tmp_path / "x.jsonl", row)])
 
 
 def test_who_cannot_set_data_keys_is_not_advised_to(tmp_path):

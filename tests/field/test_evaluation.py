@@ -1,8 +1,12 @@
 """Evaluation as people do it: choices in their spellings, instructions with what they are given."""
 
+import json
+
 import pytest
 
 from r1mega.errors import DataError, RewardError
+from r1mega.evaluate.forms import FormOptions
+from r1mega.evaluate.tasks import TASKS, load_task
 from r1mega.reward.choice import same_choice
 from r1mega.reward.extract import final_answer
 from r1mega.reward.instruction import InstructionAccuracy, check_line, follows
@@ -20,11 +24,14 @@ SPELLINGS = (
     "B，巴黎", "B：巴黎", "B．巴黎", "option B", "Option B.", "Choice (B)", "choice B: Paris", "Answer: B", "The answer is B",
     "The correct option is (B)", "The correct answer is option B", "B is correct", "(B) is the right answer", "选B", "选择B",
     "答案：B", "答案是B", "正确答案为（B）", "选项B", "B是正确的", "B. B", "Option **B**", "B; Paris",
+    r"\textcolor{blue}{B}", r"\color{red}{B}", r"{\color{red}B}", r"\Large B", r"\mathbb{B}", "B选项", "B 选项", "B项", "B 巴黎", "⟨B⟩",
+    r"\langle B\rangle", "《B》", "B. Paris (option B)",
 )  # fmt: skip
 OTHERS = (
     "A", r"\mathbf{A}", "Option (A): Paris", "A、巴黎", "B、C", "B, C", "B,C", "B; C", "B: A", "A or B", "B or C", "B and D", "(B) or (C)",
     "B. No, C.", "b, c", "B/C", "BC", "B Paris", "Bonn", r"\mathbf{BC}", "Option (B), (C)", "B、C、D", "not B", "B is not correct",
     "B - D", "B\nC", "Both B and C", "A. B", "选B和C", "答案不是B", "", "B or not", r"\mathbf{B}, \mathbf{C}",
+    "Option (B): Paris; option D", "B: Paris, or is it choice (C)", "B 和C", "B 或 C", "B 不对", "B 错误", "B 巴黎，C 伦敦", r"\Large A",
 )  # fmt: skip
 
 
@@ -45,6 +52,9 @@ def test_another_choice_or_a_second_one_is_refused(text):
     [
         ("Paris", "paris.", True), ("Paris", r"\text{Paris}", True), ("Paris", "London", False), ("knight", "Knight", True),
         ("A: knight, B: knave", "A: knight, B: knave", True), ("A: knight, B: knave", "A", False),
+        ("B. Paris", "B", True), ("B. Paris", "(B)", True), ("B. Paris", "Paris", True), ("B. Paris", "B) Paris", True),
+        ("B. Paris", "C", False), ("B. Paris", "London", False), ("B. Paris", "B. London", False), ("(B) Paris", "b", True),
+        ("B. Paris", "C. Paris", False), ("B. Paris", "B or C", False), ("A: knight", "A", False),
         ("x²", "x2", False), ("A man", "A", False), ("A", "A man", False), ("yes", "Yes!", True),
     ],
 )  # fmt: skip
@@ -80,6 +90,12 @@ INCOMPLETE = [
     ("language:response_language", {}),
     ("startend:end_checker", {}),
     ("count:numbers", {}),
+    ("startend:end_checker", {"end_phrase": 5}),
+    ("keywords:existence", {"keywords": [1, 2]}),
+    ("keywords:existence", {"keywords": "word"}),
+    ("keywords:forbidden_words", {"forbidden_words": ["word", 3]}),
+    ("detectable_content:postscript", {"postscript_marker": 7}),
+    ("length_constraints:number_words", {"num_words": "10", "relation": "at least"}),
     ("no:such", {}),
     ("punctuation:no_comma", {"letter": "a"}),
 ]
@@ -87,7 +103,7 @@ INCOMPLETE = [
 
 @pytest.mark.parametrize(("name", "arguments"), INCOMPLETE)
 def test_what_would_be_left_to_chance_is_refused(name, arguments):
-    with pytest.raises((RewardError, TypeError)):
+    with pytest.raises((RewardError, TypeError, AttributeError)):
         follows([name], [arguments], "p", LETTERS)
     with pytest.raises(DataError, match=f"x.jsonl:3: instruction '{name}'"):
         check_line({"instruction_id_list": [name], "kwargs": [arguments]}, "x.jsonl:3")
@@ -115,6 +131,14 @@ def test_null_is_no_arguments(arguments):
     check_line(metadata, "x.jsonl:1")
     deferred = InstructionAccuracy().score(item(**metadata))
     assert isinstance(deferred, Deferred) and follows(*deferred.task.arguments) == [("punctuation:no_comma", True)]
+
+
+@pytest.mark.parametrize("arguments", [{"kwargs": None}, {}, {"kwargs": [None]}])
+def test_the_published_form_takes_null_as_well(tmp_path, arguments):
+    row = {"key": 1, "prompt": "p", "instruction_id_list": ["punctuation:no_comma"]} | arguments
+    (tmp_path / "x.jsonl").write_text(json.dumps(row))
+    (record,) = load_task(TASKS["ifeval"], tmp_path / "x.jsonl", FormOptions())
+    check_line(record.metadata, "x")
 
 
 def test_whole_numbers_that_came_as_floats_are_whole_numbers():

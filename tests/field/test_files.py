@@ -51,7 +51,7 @@ def both_ways(tmp_path, key, text):
     [
         ("steps", "1e3", 1000), ("steps", "1E3", 1000), ("steps", "2.5e2", 250), ("steps", "1e+2", 100), ("steps", "1_000", 1000),
         ("steps", "0x10", 16), ("steps", "+7", 7), ("steps", "'12'", 12), ("steps", "'1e3'", 1000), ("steps", "5.0", 5),
-        ("seed", "-3", -3), ("seed", "0", 0), ("optimizer.lr", "1e-5", 1e-5), ("optimizer.lr", "3", 3.0),
+        ("reward.judge.low", "-3", -3), ("seed", "0", 0), ("optimizer.lr", "1e-5", 1e-5), ("optimizer.lr", "3", 3.0),
         ("optimizer.lr", ".5", 0.5), ("optimizer.lr", "1.e-3", 1e-3), ("optimizer.lr", "1_0.5", 10.5),
         ("optimizer.decay_steps", "null", None), ("optimizer.decay_steps", "1e2", 100),
         ("parallel.layers_per_stage", "[1, 1e1, '3']", (1, 10, 3)), ("rollout.kv_cache_bytes", "1e9", 10**9),
@@ -162,6 +162,24 @@ def home(tmp_path, monkeypatch):
 )
 def test_the_home_directory(tmp_path, home, key, text):
     assert both_ways(tmp_path, key, text) == home / text.strip("'")[2:]
+
+
+def test_a_lone_tilde_is_null(tmp_path, home):
+    (tmp_path / "x.yaml").write_text(ZERO)
+    (tmp_path / "y.yaml").write_text(ZERO.replace("runs/x", "~"))
+    for name, overrides in (("x.yaml", ["run_dir=~"]), ("y.yaml", [])):
+        with pytest.raises(
+            ConfigError, match="run_dir = None: must be a path, not null; YAML reads a lone ~ so.* is ~/"
+        ):
+            load_config(tmp_path / name, overrides)
+    for written in ("~/", "'~'"):
+        assert load_config(tmp_path / "x.yaml", [f"run_dir={written}"]).run_dir == home
+
+
+def test_a_seed_is_not_negative(tmp_path):
+    (tmp_path / "x.yaml").write_text(ZERO)
+    with pytest.raises(ConfigError, match="seed = -1: .*greater than or equal to 0"):
+        load_config(tmp_path / "x.yaml", ["seed=-1"])
 
 
 def test_the_home_directory_elsewhere(tmp_path, home):

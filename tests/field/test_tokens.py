@@ -89,6 +89,7 @@ def test_no_bos_is_added_to_one_by_sentencepiece(tmp_path):
         ({"generation_config": {"eos_token_id": None}}, (EOS,)),
         ({"generation_config": {}}, (EOS,)),
         ({"generation_config": {"eos_token_id": EOT}, "config": {"eos_token_id": 65}}, (EOS, EOT)),
+        ({"generation_config": {"top_p": 0.9}, "config": {"eos_token_id": EOT}}, (EOS, EOT)),
         ({"config": {"eos_token_id": [EOS, EOT]}}, (EOS, EOT)),
         ({"generation_config": '\ufeff{"eos_token_id": 258}'}, (EOS, EOT)),
         ({}, (EOS,)),
@@ -112,6 +113,12 @@ def test_every_end_token_ends_a_response(tmp_path, files, ends):
 def test_a_damaged_generation_config_is_named(tmp_path, content):
     with pytest.raises(DataError, match="generation_config.json: "):
         tokenizer(tmp_path, generation_config=content)
+
+
+@pytest.mark.parametrize("name", ["generation_config", "config"])
+def test_an_end_beyond_the_vocabulary_is_refused(tmp_path, name):
+    with pytest.raises(DataError, match=rf"/{name}.json: eos_token_id is \[258, 259\]: the tokenizer has 259 tokens"):
+        tokenizer(tmp_path, **{name: {"eos_token_id": [EOT, EOT + 1]}})
 
 
 def test_an_end_that_the_data_have_written_is_not_written_again(tmp_path):

@@ -11,7 +11,7 @@ REPOSITORY = Path(__file__).parents[2]
 ALLOWED = {
     "checkpoint": 83,
     "config": 42,
-    "data": 27,
+    "data": 23,
     "doctor": 2,
     "evaluate": 11,
     "files": 4,
@@ -21,7 +21,7 @@ ALLOWED = {
     "observe": 67,
     "plan": 52,
     "platform": 72,
-    "reward": 32,
+    "reward": 31,
     "rollout": 19,
     "sandbox": 9,
     "stages": 33,

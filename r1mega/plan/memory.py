@@ -91,13 +91,13 @@ def plan_memory(
         generator = generator_memory(hf, dtype, rollout, gpu.memory_bytes)
     ranks: tuple[StageRank, ...] = ()
     if isinstance(config, TrainingStage) and work is not None:
-        ranks = tuple(_stage_ranks(config, hf, gpus, work, imbalance))
-    phases = tuple(_phases(config, ranks, generator))
+        ranks = tuple(stage_ranks(config, hf, gpus, work, imbalance))
+    phases = tuple(phase_memory(config, ranks, generator))
     host, saved = _host_and_disk(config, hf, ranks, generator, per_node)
     return MemoryPlan(phases, ranks, generator, host, saved, tuple(_problems(config, hf, gpu, gpus, phases, generator)))
 
 
-def _stage_ranks(
+def stage_ranks(
     config: TrainingStage, hf: Mapping[str, Any], gpus: int, work: Workload, imbalance: float
 ) -> Iterator[StageRank]:
     """One rank of every kind of pipeline stage: the first of those that hold the same."""
@@ -120,7 +120,7 @@ def _stage_ranks(
             tokens=padded(work.microbatch_tokens, parallel),
         )  # fmt: skip
         head = _head_bytes(config.model, hf, work.microbatch_tokens / parallel.cp) if stage == parallel.pp - 1 else 0.0
-        yield StageRank(stage, memory, _in_flight(parallel, stage, work.microbatches), head)
+        yield StageRank(stage, memory, in_flight(parallel, stage, work.microbatches), head)
 
 
 def planned_model(model: ModelConfig) -> ModelConfig:
@@ -140,7 +140,7 @@ def padded(tokens: int, parallel: ParallelConfig) -> int:
     return -(-max(1, tokens) // multiple) * multiple
 
 
-def _in_flight(parallel: ParallelConfig, stage: int, microbatches: int) -> float:
+def in_flight(parallel: ParallelConfig, stage: int, microbatches: int) -> float:
     """Microbatches between their forward and their backward pass on this stage, each with all chunks of the rank."""
     chunks = parallel.vpp or 1
     if chunks == 1:
@@ -156,7 +156,10 @@ def _head_bytes(model: ModelConfig, hf: Mapping[str, Any], rows: float) -> float
     return 2 * HEAD_BUFFER_BYTES + rows * hf["hidden_size"] * (4 + 2)
 
 
-def _phases(config: Stage, ranks: tuple[StageRank, ...], generator: GeneratorMemory | None) -> Iterator[PhaseMemory]:
+def phase_memory(
+    config: Stage, ranks: tuple[StageRank, ...], generator: GeneratorMemory | None
+) -> Iterator[PhaseMemory]:
+    """Of each phase of a step, in their order, the rank that has the most of these."""
     if not isinstance(config, TrainingStage):
         if generator is not None:
             yield PhaseMemory("rollout", _generator_parts(generator) | {"context": CONTEXT_BYTES}, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from r1mega.config.schema import Stage, TrainingStage
 from r1mega.plan.gpu import GPU
 from r1mega.plan.memory import MemoryPlan, Verdict
+from r1mega.plan.search import Proposal
 from r1mega.plan.seconds import Seconds, gpu_hours
 from r1mega.plan.workload import Workload
 
@@ -59,6 +61,18 @@ def times(config: Stage, seconds: Seconds | None, gpus: int, gpu: GPU) -> Iterab
         f"speed       {seconds.tokens_per_gpu(gpus):,.0f} tokens/s/GPU, MFU {100 * seconds.mfu(gpus, gpu):.1f} %; a model, off by a "
         "factor of two where it was judged (docs/plan.md)"
     )
+
+
+def proposed(path: Path, overrides: Sequence[str], proposals: Sequence[Proposal], gpus: int, gpu: GPU) -> Iterable[str]:
+    """What a search found, the fastest first, each as the words to put behind `r1mega train` or `r1mega plan`."""
+    if not proposals:
+        yield f"nothing that was measured fits {gpus} {gpu.name}; take more of them, or GPUs with more memory"
+    for proposal in proposals:
+        phase = proposal.fullest
+        yield (
+            f"{proposal.seconds:,.0f} s a step, fullest in {phase.phase}: {phase.total / GIGA:.1f} of {gpu.memory_bytes / GIGA:.1f} GB"
+        )
+        yield "  " + shlex.join([str(path), *overrides, *proposal.overrides])
 
 
 def _table(plan: MemoryPlan, gpu: GPU) -> Iterable[str]:

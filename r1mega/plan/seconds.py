@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from r1mega.config.layout import num_stages
+from r1mega.config.model_files import HFConfig
 from r1mega.config.schema import TrainingStage
 from r1mega.config.stages.rl import RLStage
+from r1mega.model.architecture import Architecture, LatentAttention
 from r1mega.model.families import architecture_of
-from r1mega.model.flops import Work, model_flops, sequences_work
+from r1mega.model.flops import ModelFlops, Work, model_flops
 from r1mega.plan.generator import GeneratorMemory
 from r1mega.plan.gpu import GPU
 from r1mega.plan.workload import Workload
@@ -55,7 +56,7 @@ class Seconds:
 
 def plan_seconds(
     config: TrainingStage,
-    hf: Mapping[str, Any],
+    hf: HFConfig,
     gpus: int,
     gpu: GPU,
     work: Workload,
@@ -66,19 +67,19 @@ def plan_seconds(
     efficiency: Efficiency = Efficiency(),
 ) -> Seconds:
     """work: of one step; generator: None where nothing is generated. Saves and evaluations are not in it."""
-    costs = _Costs(config, hf, gpus, gpu, work, imbalance, per_node, efficiency)
-    whole = sequences_work((prompt + response, response) for prompt, response in work.samples)
-    flops = model_flops(hf).training(whole)
-    phases = {}
+    model = model_flops(hf)
+    costs = _Costs(config, hf, gpus, gpu, work, imbalance, per_node, efficiency, architecture_of(hf), model)
+    flops = model.training(work.whole)
+    phases: dict[str, float] = {}
     if isinstance(config, RLStage):
         if generator is not None:
-            phases["rollout"] = _rollout(config, hf, gpus, gpu, work, generator, efficiency)
+            phases |= generation_seconds(config, hf, gpus, gpu, work, generator, efficiency)
         passes = (config.algorithm.old_log_probs == "recompute") + (config.algorithm.kl_coefficient > 0)
         phases["logprob"] = passes * costs.pipelined(work.minibatches * work.microbatches, costs.forward())
-        flops += passes * model_flops(hf).forward(whole)
+        flops += passes * model.forward(work.whole)
     phases["update"] = work.minibatches * costs.pipelined(work.microbatches, costs.both())
-    if isinstance(config, RLStage) and generator is not None:
-        phases["reshard"] = generator.weights / (gpu.network_bandwidth * efficiency.network)
+    if "reshard" in phases:
+        phases["reshard"] = phases.pop("reshard")  # after the update
     return Seconds(phases, flops, work.tokens)
 
 
@@ -87,13 +88,15 @@ class _Costs:
     """Of one microbatch of average size on the slowest pipeline stage."""
 
     config: TrainingStage
-    hf: Mapping[str, Any]
+    hf: HFConfig
     gpus: int
     gpu: GPU
     work: Workload
     imbalance: float
     per_node: int
     efficiency: Efficiency
+    model: Architecture
+    flops: ModelFlops
 
     def pipelined(self, microbatches: int, seconds: float) -> float:
         """So many, one after the other, with the pipeline's filling and draining."""
@@ -104,12 +107,22 @@ class _Costs:
         return self._computed(1) + self._exchanged(1)
 
     def both(self) -> float:
-        again = 1 if self.config.model.recompute == "full" else 0
-        return self._computed(3 + again) + self._exchanged(2 + again)
+        products, exchanges = self._again()
+        return self._computed(3 + products) + self._exchanged(2 + exchanges)
+
+    def _again(self) -> tuple[float, float]:
+        """What of a forward pass's matrix products and of its exchanges model.recompute does a second time."""
+        recompute = self.config.model.recompute
+        if isinstance(recompute, str):
+            return (1.0, 1.0) if recompute == "full" else (0.0, 0.0)
+        whole = self.work.whole
+        parts = part_flops(self.hf, Work(whole.tokens, whole.pairs, 0))
+        products = sum(parts.get(part, 0.0) for part in recompute)
+        return products / self.flops.forward(Work(whole.tokens, whole.pairs, 0)), float("moe" in recompute)
 
     def _share(self) -> float:
         """Of the decoder's layers, on the stage that has most of them."""
-        p, layers = self.config.parallel, architecture_of(self.hf).num_layers
+        p, layers = self.config.parallel, self.model.num_layers
         most = max(p.layers_per_stage) if p.layers_per_stage else layers / num_stages(p)
         return most * (p.vpp or 1) / layers
 
@@ -119,26 +132,76 @@ class _Costs:
         replicas = self.gpus // (p.tp * p.pp * p.cp)
         return self.work.tokens / (self.work.minibatches * self.work.microbatches * replicas) / (p.tp * p.cp)
 
-    def _computed(self, passes: int) -> float:
-        whole = sequences_work((prompt + response, response) for prompt, response in self.work.samples)
-        of_a_token = model_flops(self.hf).forward(Work(whole.tokens, whole.pairs, 0)) / whole.tokens
+    def _computed(self, passes: float) -> float:
+        whole = self.work.whole
+        of_a_token = self.flops.forward(Work(whole.tokens, whole.pairs, 0)) / whole.tokens
         return passes * of_a_token * self._share() * self._tokens() / (self.gpu.bf16_flops * self.efficiency.matmul)
 
-    def _exchanged(self, passes: int) -> float:
-        """Tokens to their experts and back, of the fullest rank."""
-        experts, p = architecture_of(self.hf).experts, self.config.parallel
+    def _exchanged(self, passes: float) -> float:
+        """Tokens to their experts and back, of the fullest rank; with tp and cp what their ranks gather of each other."""
+        experts, p = self.model.experts, self.config.parallel
+        gathered = passes * self._gathered()
         if experts is None or p.ep * p.etp == 1:
-            return 0.0
+            return gathered
         layers = sum(experts.layers) / len(experts.layers) * self._share() * len(experts.layers)
         sent = 2 * self._tokens() * experts.chosen * self.hf["hidden_size"] * 2 * self.imbalance
         inside = p.ep * p.etp <= self.per_node
         bandwidth = self.gpu.nvlink_bandwidth if inside else self.gpu.network_bandwidth
-        return passes * layers * sent * (1 - 1 / (p.ep * p.etp)) / (bandwidth * self.efficiency.network)
+        return gathered + passes * layers * sent * (1 - 1 / (p.ep * p.etp)) / (bandwidth * self.efficiency.network)
+
+    def _gathered(self) -> float:
+        """Of a layer: tp gathers and scatters hidden states, around attention and around the feed-forward part; cp sends keys
+        and values round its ranks.
+        """
+        p, model = self.config.parallel, self.model
+        attention = model.attention
+        if isinstance(attention, LatentAttention):
+            width = attention.heads * (attention.nope_size + attention.rope_size + attention.value_size)
+        else:
+            width = 2 * attention.groups * attention.head_size
+        layers = self._share() * model.num_layers
+        links = self.gpu.nvlink_bandwidth, self.gpu.network_bandwidth
+        seconds = 0.0
+        for ranks, values, span in ((p.tp, 4 * model.hidden_size, p.tp), (p.cp, width, p.tp * p.cp)):
+            bandwidth = links[span > self.per_node] * self.efficiency.network
+            seconds += layers * (ranks - 1) * self._tokens() * values * 2 / bandwidth
+        return seconds
+
+
+def part_flops(hf: HFConfig, work: Work) -> dict[str, float]:
+    """FLOPs of a forward pass through the parts of the decoder that model.recompute names; norms and activations: none."""
+    model = architecture_of(hf)
+    experts, attention, hidden = model.experts, model.attention, model.hidden_size
+    sparse = 0 if experts is None else sum(experts.layers)
+    parts = {"mlp": (model.num_layers - sparse) * 3 * hidden * model.intermediate_size}
+    if experts is not None:
+        parts["shared_experts"] = sparse * 3 * hidden * experts.shared_size
+        parts["moe"] = parts["shared_experts"] + sparse * hidden * (3 * experts.chosen * experts.size + experts.count)
+    if isinstance(attention, LatentAttention):
+        up = attention.kv_rank * (attention.nope_size + attention.value_size)
+        up += (attention.query_rank or 0) * (attention.nope_size + attention.rope_size)
+        parts["mla_up_proj"] = model.num_layers * attention.heads * up
+    products = {part: 2.0 * size * work.tokens for part, size in parts.items()}
+    return products | {"core_attn": model_flops(hf).forward(Work(0, work.pairs, 0))}
+
+
+def generation_seconds(
+    config: RLStage,
+    hf: HFConfig,
+    gpus: int,
+    gpu: GPU,
+    work: Workload,
+    generator: GeneratorMemory,
+    efficiency: Efficiency = Efficiency(),
+) -> dict[str, float]:
+    """Of rollout and reshard, which hang on the generator alone, however the trainer is laid out."""
+    rollout = _rollout(config, hf, gpus, gpu, work, generator, efficiency)
+    return {"rollout": rollout, "reshard": generator.weights / (gpu.network_bandwidth * efficiency.network)}
 
 
 def _rollout(
     config: RLStage,
-    hf: Mapping[str, Any],
+    hf: HFConfig,
     gpus: int,
     gpu: GPU,
     work: Workload,
@@ -167,7 +230,7 @@ def _rollout(
 
 @dataclass(frozen=True, slots=True)
 class _Decoding:
-    hf: Mapping[str, Any]
+    hf: HFConfig
     weights: float
     itemsize: int
     tp: int

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from r1mega.config.stages.reward_model import RewardModelStage
 from r1mega.config.stages.rl import RLStage
 from r1mega.config.stages.sft import SFTStage
 from r1mega.errors import ConfigError
+from r1mega.model.flops import Work, sequences_work
 from r1mega.train.packing import plan_packing, split_minibatches
 
 PACKED_MINIBATCHES = 2
@@ -54,7 +56,7 @@ def read_lengths(path: Path) -> tuple[int, ...]:
     return lengths
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Workload:
     """One step of a stage.
 
@@ -69,7 +71,12 @@ class Workload:
 
     @property
     def tokens(self) -> int:
-        return sum(prompt + response for prompt, response in self.samples)
+        return int(self.whole.tokens)
+
+    @cached_property
+    def whole(self) -> Work:
+        """All samples of the step."""
+        return sequences_work((prompt + response, response) for prompt, response in self.samples)
 
     @property
     def responses(self) -> list[int]:

@@ -19,7 +19,7 @@ ALLOWED = {
     "kernels": 5,
     "model": 69,
     "observe": 67,
-    "plan": 52,
+    "plan": 48,
     "platform": 72,
     "reward": 31,
     "rollout": 19,

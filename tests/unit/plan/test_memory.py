@@ -14,7 +14,7 @@ from r1mega.errors import ConfigError
 from r1mega.plan.command import read_model
 from r1mega.plan.generator import generator_memory, generator_memory_problems, kv_bytes_per_token, weight_bytes
 from r1mega.plan.gpu import gpu_kind
-from r1mega.plan.memory import _in_flight
+from r1mega.plan.memory import in_flight
 from r1mega.plan.rank import Routes, measure
 from r1mega.plan.residency import residency
 from r1mega.plan.workload import Lengths, workload
@@ -66,10 +66,10 @@ def test_routes_send_their_share_here_and_choose_no_expert_twice(imbalance):
     assert others.max() / others.min() < 1.1
 
 
-def test_activations_in_flight():
-    assert [_in_flight(ParallelConfig(pp=4), stage, 8) for stage in range(4)] == [4, 3, 2, 1]
-    assert _in_flight(ParallelConfig(pp=4), 0, 2) == 2
-    assert _in_flight(ParallelConfig(pp=4, vpp=2), 3, 8) == 2.5  # megatron: 0 + 4 + 1 chunks of two
+def test_activationsin_flight():
+    assert [in_flight(ParallelConfig(pp=4), stage, 8) for stage in range(4)] == [4, 3, 2, 1]
+    assert in_flight(ParallelConfig(pp=4), 0, 2) == 2
+    assert in_flight(ParallelConfig(pp=4, vpp=2), 3, 8) == 2.5  # megatron: 0 + 4 + 1 chunks of two
 
 
 def test_generator_weights_are_the_layouts():

@@ -146,7 +146,8 @@ def _built(name: str, values: Mapping[str, object], prompt: str) -> Any:
     checker = _checker(name)(name)
     given = {key: value for key, value in values.items() if value is not None}
     for key in _LISTS & given.keys():
-        if not isinstance(given[key], list) or not all(isinstance(one, str) and one for one in given[key]):
+        listed = given[key]
+        if not isinstance(listed, list) or not all(isinstance(one, str) and one for one in listed):
             raise RewardError(f"{key!r} must be a list of texts")
     key, attribute, accepted, stand_in = _TAKEN_AS_GIVEN.get(name, ("", "", re.compile(""), None))
     value = given.get(key)

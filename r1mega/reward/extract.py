@@ -54,7 +54,7 @@ def boxed_answer(text: str) -> str | None:
         content, end = box
         if items and not (match.start() < end <= begin and _BETWEEN_BOXES.fullmatch(text, end, begin)):
             break
-        if not any(_same_content(content.strip(), item) for item in items):
+        if content.strip() not in items and not (items and _same_content(content.strip(), items[0])):
             items.insert(0, content.strip())
         begin = match.start()
     return ", ".join(items) if items else None
@@ -62,8 +62,6 @@ def boxed_answer(text: str) -> str | None:
 
 def _same_content(content: str, other: str) -> bool:
     """x = 7 and 7, 1/2 and 0.5."""
-    if content == other:
-        return True
     try:
         return same_answer(content, other) is True and same_answer(other, content) is True
     except (UnreadableError, RecursionError):

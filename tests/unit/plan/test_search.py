@@ -23,10 +23,10 @@ SFT = CONFIGS / "nano/sft.yaml"
 
 
 class Some(Search):
-    """Every eleventh candidate: the others take the same way, and time."""
+    """Every 37th candidate: the others take the same way, and time."""
 
     def trained(self):
-        return itertools.islice(super().trained(), 0, None, 11)
+        return itertools.islice(super().trained(), 0, None, 37)
 
 
 def some(gpu):

@@ -3,7 +3,6 @@
 import itertools
 import random
 import re
-from pathlib import Path
 
 import pytest
 
@@ -130,10 +129,11 @@ def test_training_is_deterministic(tokenizer_dir, tmp_path):
 def test_a_tokenizer_whose_writing_was_cut_short_is_not_taken_for_whole(tmp_path, monkeypatch):
     """Stage `base` makes it again unless tokenizer.model is there, so that file comes last."""
 
-    def killed(self, *_):
+    def killed(path, _):
+        assert path.name == "tokenizer_config.json"  # after tokenizer.json
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Path, "write_text", killed)  # tokenizer_config.json, after tokenizer.json
+    monkeypatch.setattr(nano_tokenizer, "write_atomic", killed)
     with pytest.raises(KeyboardInterrupt):
         nano_tokenizer.train_tokenizer(tmp_path)
     assert (tmp_path / "tokenizer.json").exists() and not (tmp_path / "tokenizer.model").exists()

@@ -14,9 +14,9 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 from pydantic_core import to_jsonable_python
 
-from r1mega.config.scalars import Loader, dump_yaml, load_yaml
 from r1mega.config.schema import Stage
 from r1mega.config.stages import stage_model
+from r1mega.config.yaml_text import Loader, dump_yaml, load_yaml
 from r1mega.errors import ConfigError
 
 Model = TypeVar("Model", bound=BaseModel)

@@ -12,52 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal, Union, get_args, get_origin
 
-import yaml
 from pydantic_core import PydanticCustomError
 
 _DIGITS = r"(?:0|[1-9](?:_?[0-9])*)"
 INTEGER = re.compile(rf"[-+]?(?:{_DIGITS}|0x[0-9a-fA-F]+)")
 FLOAT = re.compile(rf"[-+]?(?:{_DIGITS}(?:\.[0-9]*(?:[eE][-+]?[0-9]+)?|[eE][-+]?[0-9]+)|\.[0-9]+(?:[eE][-+]?[0-9]+)?)")
-_NOT_FINITE = re.compile(r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)")
-_OWN_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("int", "float", "timestamp")}
-
-
-def _resolvers() -> dict[str, list[tuple[str, re.Pattern[str]]]]:
-    """Of plain scalars by their first character. A date stays the text that was written."""
-    kept = {
-        first: [(tag, pattern) for tag, pattern in resolvers if tag not in _OWN_TAGS]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-    for name, pattern in (("int", INTEGER), ("float", FLOAT), ("float", _NOT_FINITE)):
-        whole = re.compile(rf"(?:{pattern.pattern})\Z")
-        for first in "-+.0123456789":
-            kept.setdefault(first, []).append((f"tag:yaml.org,2002:{name}", whole))
-    return kept
-
-
-class Loader(yaml.SafeLoader):
-    """YAML with the numbers of this module."""
-
-    yaml_implicit_resolvers = _resolvers()
-
-
-class Dumper(yaml.SafeDumper):
-    """Quotes a text that either YAML 1.1 or this module would take for something else."""
-
-    yaml_implicit_resolvers = {
-        first: [*yaml.SafeDumper.yaml_implicit_resolvers.get(first, []), *Loader.yaml_implicit_resolvers.get(first, [])]
-        for first in {*yaml.SafeDumper.yaml_implicit_resolvers, *Loader.yaml_implicit_resolvers}
-    }
-
-
-def load_yaml(text: str) -> object:
-    """The value of a text of YAML. Raises yaml.YAMLError."""
-    return yaml.load(text, Loader=Loader)
-
-
-def dump_yaml(values: Mapping[str, object]) -> str:
-    """YAML that `load_yaml` and any other reader of YAML read back to the same."""
-    return yaml.dump(dict(values), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def as_meant(value: object, annotation: object) -> object:
@@ -113,9 +72,11 @@ def _words(annotation: object) -> tuple[object, ...]:
 
 
 def _number(text: str) -> int | float:
-    value = load_yaml(text.strip()) if INTEGER.fullmatch(text.strip()) or FLOAT.fullmatch(text.strip()) else None
-    if isinstance(value, int | float):
-        return value
+    plain = text.strip().replace("_", "")
+    if INTEGER.fullmatch(text.strip()):
+        return int(plain, 0)
+    if FLOAT.fullmatch(text.strip()):
+        return float(plain)
     if re.fullmatch(r"[-+]?0o?[0-9_]+", text.strip()):
         raise PydanticCustomError("number", "must be a decimal number: octal ones and leading zeros are not read")
     raise PydanticCustomError("number", "must be a valid number")

@@ -12,8 +12,8 @@ from pydantic import Field
 
 from r1mega import cli
 from r1mega.config.load import dump_config, load_config
-from r1mega.config.scalars import dump_yaml, load_yaml
 from r1mega.config.schema import Section
+from r1mega.config.yaml_text import dump_yaml, load_yaml
 from r1mega.data.prompts import read_records
 from r1mega.data.rows import read_rows
 from r1mega.errors import EXIT_FILE, ConfigError, DataError

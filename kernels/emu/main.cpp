@@ -88,14 +88,15 @@ void run_log_prob() {
 }
 
 void run_token_loss() {
-    Input<int64_t> s;  // order, weights_per_sequence
+    Input<int64_t> s;  // order, weights_per_sequence, surrogate, kl_bias_correction
     Input<double> options;
     Input<float> log_probs, old, reference, sampler, advantages, weights;
     Input<uint8_t> mask;
     Input<int64_t> sequence_ids;
     const double* o = options.get();
     const LossOptions chosen =
-        loss_options(o[0], o[1], o[2], o[3], o[4], old.or_null(), reference.or_null(), sampler.or_null());
+        loss_options(o[0], o[1], o[2], o[3], o[4], s.get()[2], o[5], o[6], s.get()[3] != 0, old.or_null(),
+                     reference.or_null(), sampler.or_null());
     const int64_t count = log_probs.size();
     const auto blocks = unsigned((count + device::kTokensPerBlock - 1) / device::kTokensPerBlock);
     Array<float> grad(log_probs.bytes());

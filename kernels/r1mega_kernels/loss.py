@@ -14,7 +14,7 @@ class GRPOMetrics:
     """Sums over the counted tokens: float64 scalars on the tokens' device, detached; add them up over microbatches and
     ranks (`mismatch_max`: take the largest) and divide by `num_tokens`.
 
-    clipped: tokens whose policy gradient the (dual) clip cut. kl: k3 to the reference. mismatch: |log pi - log
+    clipped: tokens whose policy gradient the (dual) clip cut (CISPO: whose ratio it bounded). kl: k3 to the reference. mismatch: |log pi - log
     sampler|.
     truncated: tokens whose importance weight exceeded the cap. ratio_sum: pi / pi_old.
     """
@@ -43,19 +43,27 @@ def grpo_token_loss(
     dual_clip: float | None = None,
     kl_coefficient: float = 0.0,
     importance_cap: float | None = None,
+    surrogate: str = "clip",
+    sapo_temperatures: tuple[float, float] = (1.0, 1.05),
+    kl_bias_correction: bool = False,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, GRPOMetrics]:
     """Sum over tokens of weight * (-w_is * min(r A, clip(r, 1 - low, 1 + high) A) + beta * k3); and its metrics.
 
     DeepSeekMath, eq. 3, with clip-higher (DAPO), dual clip (Ye et al. 2020: for A < 0 the surrogate is at least c A)
     and truncated importance sampling, w_is = min(pi_old / pi_sampler, cap), detached.
+    surrogate: 'clip', the min above; 'cispo' (MiniMax-M1, eq. 4), detached clip(r, 1 - low, 1 + high) * A * log pi;
+    'sapo' (Gao et al. 2025), sigmoid(tau (r - 1)) * 4 / tau * A, tau = sapo_temperatures[0] for A > 0, else [1].
+    kl_bias_correction: k3 times pi / pi_sampler, with its gradient (DeepSeek-V3.2, section 3.1: then an unbiased
+    gradient of the KL).
 
     log_probs: [N] of the policy, the only input with a gradient; N response tokens, packed. advantages: [N], or [S]
     with `sequence_ids` [N] int64, the token's sequence. weights: [N] or, with sequence_ids, [S]; None is 1 each (not 1
     / N).
     old_log_probs: [N]; None: on-policy, r = 1 with its gradient. mask: [N] bool; a token where it is False counts
     nowhere and its values may be anything. An advantage of 0 makes a token's surrogate 0 even if its ratio overflowed.
-    reference_log_probs: [N], needed when kl_coefficient is not 0; sampler_log_probs: [N], needed by importance_cap.
+    reference_log_probs: [N], needed when kl_coefficient is not 0; sampler_log_probs: [N], needed by importance_cap and
+    kl_bias_correction. Every surrogate is a multiple of |A|, so that a weight of one's own may be multiplied into A.
     The loss is a float32 scalar, summed in double in a fixed order.
 
     Raises:
@@ -77,8 +85,16 @@ def grpo_token_loss(
     check_devices(log_probs.device, advantages=advantages, weights=weights, **optional)
     if kl_coefficient != 0 and reference_log_probs is None:
         raise ValueError("kl_coefficient needs reference_log_probs")
-    if importance_cap is not None and sampler_log_probs is None:
-        raise ValueError("importance_cap needs sampler_log_probs")
+    if (importance_cap is not None or kl_bias_correction) and sampler_log_probs is None:
+        raise ValueError(
+            f"{'kl_bias_correction' if importance_cap is None else 'importance_cap'} needs sampler_log_probs"
+        )
+    if surrogate not in _SURROGATES:
+        raise ValueError(f"surrogate must be one of {list(_SURROGATES)}, not {surrogate!r}")
+    if dual_clip is not None and surrogate != "clip":
+        raise ValueError(f"dual_clip bounds the surrogate 'clip'; {surrogate!r} has no use for it")
+    if min(sapo_temperatures) <= 0:
+        raise ValueError(f"sapo_temperatures must be > 0, not {sapo_temperatures}")
     if (dual_clip is not None and dual_clip <= 1) or (importance_cap is not None and importance_cap <= 0):
         raise ValueError(f"dual_clip must be > 1 and importance_cap > 0, not {dual_clip} and {importance_cap}")
     weights_per_sequence = False
@@ -102,7 +118,7 @@ def grpo_token_loss(
         log_probs.to(wide).contiguous(), given(old_log_probs), given(reference_log_probs), given(sampler_log_probs),
         given(advantages), given(weights), flags.contiguous(), given(sequence_ids, torch.int64),
         weights_per_sequence, clip_low, clip_high, dual_clip or 0.0, kl_coefficient, importance_cap or 0.0,
-        use_reference,
+        _SURROGATES[surrogate], *sapo_temperatures, kl_bias_correction, use_reference,
     )  # fmt: skip
     return loss, GRPOMetrics(*sums.unbind()[1:])
 
@@ -118,10 +134,12 @@ def _check_sequences(sequence_ids: torch.Tensor, num_sequences: int, mask: torch
         raise ValueError(f"sequence_ids must be in [0, {num_sequences}), found {low} to {high}")
 
 
+_SURROGATES = {"clip": 0, "cispo": 1, "sapo": 2}
 _INPUTS = ("log_probs", "old", "reference_log_probs", "sampler", "advantages", "weights", "mask", "sequence_ids")
 LIBRARY.define(
     f"token_loss({', '.join(f'Tensor {name}' for name in _INPUTS)}, bool weights_per_sequence, float clip_low, "
-    "float clip_high, float dual_clip, float kl_coefficient, float importance_cap, bool reference) "
+    "float clip_high, float dual_clip, float kl_coefficient, float importance_cap, int surrogate, "
+    "float sapo_positive, float sapo_negative, bool kl_bias_correction, bool reference) "
     "-> (Tensor loss, Tensor grad, Tensor sums)"
 )
 
@@ -145,7 +163,7 @@ def _save(ctx, inputs, output):
 
 
 def _token_loss_backward(ctx, grad_loss, _grad_grad, _grad_sums):
-    return ctx.saved_tensors[0] * grad_loss, *([None] * 14)
+    return ctx.saved_tensors[0] * grad_loss, *([None] * 18)
 
 
 LIBRARY.impl("token_loss", _token_loss, "CompositeExplicitAutograd")

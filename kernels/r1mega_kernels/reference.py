@@ -133,7 +133,8 @@ def _exp_minus_linear(d: torch.Tensor) -> torch.Tensor:
 
 def grpo_token_loss(
     log_probs, old, reference, sampler, advantages, weights, mask, sequence_ids, weights_per_sequence,
-    clip_low, clip_high, dual_clip, kl_coefficient, importance_cap, grad, sums,
+    clip_low, clip_high, dual_clip, kl_coefficient, importance_cap, surrogate_kind, sapo_positive, sapo_negative,
+    kl_bias_correction, grad, sums,
 ) -> None:  # fmt: skip
     """grad[N] and sums[8] <- weighted loss, its gradient and the metrics of N tokens (see `loss.grpo_token_loss`)."""
     counted = mask.bool() if mask.numel() else torch.ones_like(log_probs, dtype=torch.bool)
@@ -154,6 +155,17 @@ def grpo_token_loss(
         dual = (adv < 0) & (surrogate < adv * dual_clip)
         surrogate, cut = torch.where(dual, adv * dual_clip, surrogate), cut | dual
     slope = torch.where(cut, zero, plain)  # d(ratio A) / d(log_prob) = ratio A
+    if surrogate_kind == 1:  # CISPO
+        slope = torch.where(adv == 0, zero, bounded)
+        surrogate = torch.where(adv == 0, zero, bounded * policy)
+        cut = (adv != 0) & ((ratio < 1 - clip_low) | (ratio > 1 + clip_high))
+    elif surrogate_kind == 2:  # SAPO
+        tau = torch.where(adv > 0, torch.full_like(adv, sapo_positive), torch.full_like(adv, sapo_negative))
+        tail = (tau * (1 - ratio)).exp()
+        gate = 1 / (1 + tail)
+        surrogate = torch.where(adv == 0, zero, gate * adv * 4 / tau)
+        slope = torch.where(tail == 0, zero, tail * ratio) * gate * gate * adv * 4
+        slope, cut = torch.where(adv == 0, zero, slope), torch.zeros_like(cut)
     truncated = zero
     if importance_cap > 0:
         importance = (behaviour - kept(sampler)).exp()
@@ -161,8 +173,12 @@ def grpo_token_loss(
         surrogate, slope = (x * importance.clamp(max=importance_cap) for x in (surrogate, slope))
     gap = kept(reference) - policy if reference.numel() else zero
     kl = _exp_minus_linear(gap)
-    loss = ((kl_coefficient * kl - surrogate) * weight).sum(dtype=torch.float64)
-    policy_grad = (-slope - kl_coefficient * (kl + gap)) * weight  # d(k3) / d(log_prob) = 1 - exp(gap)
+    penalty, penalty_slope = kl, kl + gap  # d(k3) / d(log_prob) = 1 - exp(gap)
+    if kl_bias_correction:  # d(w k3) / d(log_prob) = w (k3 + 1 - exp(gap)) = -w gap
+        drift = (policy - kept(sampler)).exp()
+        penalty, penalty_slope = drift * kl, drift * gap
+    loss = ((kl_coefficient * penalty - surrogate) * weight).sum(dtype=torch.float64)
+    policy_grad = (-slope - kl_coefficient * penalty_slope) * weight
     mismatch = (policy - kept(sampler)).abs() if sampler.numel() else zero
     grad.zero_()
     grad[counted] = policy_grad

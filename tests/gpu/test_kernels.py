@@ -96,10 +96,12 @@ def test_linear_agrees_with_float64_and_keeps_its_memory():
         assert (ours.double().cpu() - theirs).norm() / theirs.norm() < 1e-2
 
 
+@pytest.mark.parametrize("further", [{"dual_clip": 3.0}, {"surrogate": "cispo"}, {"surrogate": "sapo"}])
 @pytest.mark.parametrize("count", [1, 2049, 100_000])
-def test_token_loss(count):
+def test_token_loss(count, further):
     policy, old, reference, sampler, advantages, weights = random_tokens(count)
-    options = {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 3.0, "kl_coefficient": 0.1, "importance_cap": 1.2}
+    options = {"clip_low": 0.2, "clip_high": 0.28, "kl_coefficient": 0.1, "importance_cap": 1.2} | further
+    options["kl_bias_correction"] = "surrogate" in further
     results = []
     for move, backend in ((lambda t: t.float().cuda(), None), (lambda t: t.float().double(), "reference")):
         leaf = move(policy).requires_grad_()

@@ -177,10 +177,11 @@ constexpr int64_t kTokensPerPart = 4096;  // fixed: the order of the sum must no
 
 // grpo_token_loss(log_probs, old, reference, sampler, advantages, weights, mask, sequence_ids, bool
 // weights_per_sequence,
-//                 float clip_low, clip_high, dual_clip, kl_coefficient, importance_cap, grad![N], sums![8] f64)
+//                 float clip_low, clip_high, dual_clip, kl_coefficient, importance_cap, int surrogate,
+//                 float sapo_positive, sapo_negative, bool kl_bias_correction, grad![N], sums![8] f64)
 void op_grpo_token_loss(StableIValue* stack, uint64_t, uint64_t) {
     const Tensor log_probs(stack[0]), old(stack[1]), reference(stack[2]), sampler(stack[3]), advantages(stack[4]),
-        weights(stack[5]), mask(stack[6]), sequence_ids(stack[7]), grad(stack[14]), sums(stack[15]);
+        weights(stack[5]), mask(stack[6]), sequence_ids(stack[7]), grad(stack[18]), sums(stack[19]);
     const LossTensors tensors{log_probs.data<float>(),
                               old.data_or_null<float>(),
                               reference.data_or_null<float>(),
@@ -193,7 +194,8 @@ void op_grpo_token_loss(StableIValue* stack, uint64_t, uint64_t) {
                               grad.data<float>()};
     const LossOptions options = loss_options(
         scalar<double>(stack[9]), scalar<double>(stack[10]), scalar<double>(stack[11]), scalar<double>(stack[12]),
-        scalar<double>(stack[13]), tensors.old_log_probs, tensors.reference_log_probs, tensors.sampler_log_probs);
+        scalar<double>(stack[13]), scalar<int64_t>(stack[14]), scalar<double>(stack[15]), scalar<double>(stack[16]),
+        scalar<bool>(stack[17]), tensors.old_log_probs, tensors.reference_log_probs, tensors.sampler_log_probs);
     const int64_t count = log_probs.numel(), parts = (count + kTokensPerPart - 1) / kTokensPerPart;
     std::vector<double> partial(size_t(parts) * kNumSums, 0.0);
     const CpuKernels& table = kernels();

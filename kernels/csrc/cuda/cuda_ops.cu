@@ -98,7 +98,7 @@ void op_group_advantage(StableIValue* stack, uint64_t, uint64_t) {
 
 void op_grpo_token_loss(StableIValue* stack, uint64_t, uint64_t) {
     const Tensor log_probs(stack[0]), old(stack[1]), reference(stack[2]), sampler(stack[3]), advantages(stack[4]),
-        weights(stack[5]), mask(stack[6]), sequence_ids(stack[7]), grad(stack[14]), sums(stack[15]);
+        weights(stack[5]), mask(stack[6]), sequence_ids(stack[7]), grad(stack[18]), sums(stack[19]);
     const OnDevice device(log_probs);
     const device::LossTensors tensors{log_probs.data<float>(),
                                       old.data_or_null<float>(),
@@ -112,7 +112,8 @@ void op_grpo_token_loss(StableIValue* stack, uint64_t, uint64_t) {
                                       grad.data<float>()};
     const LossOptions options = loss_options(
         scalar<double>(stack[9]), scalar<double>(stack[10]), scalar<double>(stack[11]), scalar<double>(stack[12]),
-        scalar<double>(stack[13]), tensors.old_log_probs, tensors.reference_log_probs, tensors.sampler_log_probs);
+        scalar<double>(stack[13]), scalar<int64_t>(stack[14]), scalar<double>(stack[15]), scalar<double>(stack[16]),
+        scalar<bool>(stack[17]), tensors.old_log_probs, tensors.reference_log_probs, tensors.sampler_log_probs);
     const int64_t count = log_probs.numel();
     const auto blocks = unsigned((count + device::kTokensPerBlock - 1) / device::kTokensPerBlock);
     const size_t partial_bytes = size_t(blocks) * kNumSums * sizeof(double);

@@ -1,13 +1,16 @@
-// The GRPO objective of one token (DeepSeekMath, eq. 3) and its derivative. F is float on a GPU and a vector of floats
-// on a CPU; the type brings select(condition, a, b) and exp_accurate(x).
+// The GRPO objective of one token (DeepSeekMath, eq. 3), its variants, and their derivative. F is float on a GPU and a
+// vector of floats on a CPU; the type brings select(condition, a, b) and exp_accurate(x).
 #pragma once
 #include "portable.h"
 
 namespace r1mega {
 
+enum class Surrogate : int64_t { kClip, kCispo, kSapo };
+
 struct LossOptions {
-    float clip_low, clip_high, dual_clip, kl_coefficient, importance_cap;
-    bool has_old, has_reference, has_sampler, has_dual_clip, has_importance_cap;
+    float clip_low, clip_high, dual_clip, kl_coefficient, importance_cap, sapo_positive, sapo_negative;
+    Surrogate surrogate;
+    bool has_old, has_reference, has_sampler, has_dual_clip, has_importance_cap, kl_bias_correction;
 };
 
 template <class F>
@@ -24,11 +27,24 @@ struct TokenTerms {
 enum LossSum { kLoss, kNumTokens, kClipped, kKl, kMismatchSum, kMismatchMax, kTruncated, kRatioSum, kNumSums };
 
 R1_FN LossOptions loss_options(double clip_low, double clip_high, double dual_clip, double kl_coefficient,
-                               double importance_cap, const float* old, const float* reference, const float* sampler) {
+                               double importance_cap, int64_t surrogate, double sapo_positive, double sapo_negative,
+                               bool kl_bias_correction, const float* old, const float* reference,
+                               const float* sampler) {
     // a cap or dual clip of 0 stands for none: neither is a possible value
-    return LossOptions{float(clip_low),       float(clip_high),  float(dual_clip),     float(kl_coefficient),
-                       float(importance_cap), old != nullptr,    reference != nullptr, sampler != nullptr,
-                       dual_clip > 0,         importance_cap > 0};
+    return LossOptions{float(clip_low),
+                       float(clip_high),
+                       float(dual_clip),
+                       float(kl_coefficient),
+                       float(importance_cap),
+                       float(sapo_positive),
+                       float(sapo_negative),
+                       static_cast<Surrogate>(surrogate),
+                       old != nullptr,
+                       reference != nullptr,
+                       sampler != nullptr,
+                       dual_clip > 0,
+                       importance_cap > 0,
+                       kl_bias_correction};
 }
 
 R1_FN void add_sums(double* total, const double* part) {
@@ -49,6 +65,17 @@ R1_FN F exp_minus_linear(F d, F exp_d) {
         d * d * (0.5f + d * (1.f / 6 + d * (1.f / 24 + d * (1.f / 120 + d * (1.f / 720 + d * (1.f / 5040))))));
     const F magnitude = select(d < 0.f, -d, d);
     return select(magnitude < 0.25f, series, exp_d - d - 1.f);
+}
+
+// SAPO: sigmoid(tau (r - 1)) 4 / tau A, tau by the sign of A. Its slope, 4 p (1 - p) r A, is r A at r = 1.
+template <class F>
+R1_FN void sapo_terms(F ratio, F advantage, const LossOptions& options, F& surrogate, F& slope) {
+    const F zero = splat(0.f, ratio), one = splat(1.f, ratio);
+    const F tau = select(advantage > zero, splat(options.sapo_positive, zero), splat(options.sapo_negative, zero));
+    const F tail = exp_accurate(tau * (one - ratio)), p = one / (one + tail);
+    surrogate = select(advantage == zero, zero, p * advantage * 4.f / tau);
+    // where the tail is 0 the ratio may be infinite
+    slope = select(advantage == zero, zero, select(tail == zero, zero, tail * ratio) * p * p * advantage * 4.f);
 }
 
 template <class F>
@@ -73,6 +100,14 @@ R1_FN TokenTerms<F> token_terms(const TokenInputs<F>& in, const LossOptions& opt
         slope = select(dual > zero, zero, slope);
         out.clipped = select(dual > zero, one, out.clipped);
     }
+    if (options.surrogate == Surrogate::kCispo) {  // MiniMax-M1, eq. 4: every token has a gradient, of a bounded weight
+        slope = select(advantage == zero, zero, bounded);
+        surrogate = select(advantage == zero, zero, bounded * in.log_prob);
+        out.clipped = select(advantage == zero, zero, select(bounded_ratio == out.ratio, zero, one));
+    } else if (options.surrogate == Surrogate::kSapo) {
+        sapo_terms(out.ratio, advantage, options, surrogate, slope);
+        out.clipped = zero;
+    }
     out.truncated = zero;
     if (options.has_importance_cap) {
         const F cap = splat(options.importance_cap, zero);
@@ -87,8 +122,14 @@ R1_FN TokenTerms<F> token_terms(const TokenInputs<F>& in, const LossOptions& opt
     if (options.has_reference) {
         const F d = in.reference_log_prob - in.log_prob;
         out.kl = exp_minus_linear(d, exp_accurate(d));
-        loss = loss + out.kl * options.kl_coefficient;
-        grad = grad - (out.kl + d) * options.kl_coefficient;  // d(kl)/d(log_prob) = 1 - exp(d)
+        F penalty = out.kl, slope_down = out.kl + d;  // d(kl)/d(log_prob) = 1 - exp(d)
+        if (options.kl_bias_correction) {  // DeepSeek-V3.2: d(w kl)/d(log_prob) = w (kl + 1 - exp(d)) = -w d
+            const F importance = exp_accurate(in.log_prob - in.sampler_log_prob);
+            penalty = importance * out.kl;
+            slope_down = importance * d;
+        }
+        loss = loss + penalty * options.kl_coefficient;
+        grad = grad - slope_down * options.kl_coefficient;
     }
     const F gap = in.log_prob - in.sampler_log_prob;
     out.mismatch = options.has_sampler ? select(gap < zero, -gap, gap) : zero;

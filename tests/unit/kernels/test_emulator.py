@@ -114,24 +114,30 @@ def test_masked_columns_and_not_a_number(emulator):
     torch.testing.assert_close(grad[0].double(), leaf.grad[0], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("count", [1, 100, 5000])
-def test_token_loss(emulator, count):
+@pytest.mark.parametrize(
+    ("count", "surrogate", "corrected"),
+    [(1, "clip", False), (100, "clip", False), (5000, "clip", False), (300, "cispo", True), (300, "sapo", True)],
+)
+def test_token_loss(emulator, count, surrogate, corrected):
+    dual_clip = 3.0 if surrogate == "clip" else None
     policy, old, reference, sampler, advantages, weights = (t.float() for t in random_tokens(count))
     mask = torch.rand(count, generator=torch.Generator().manual_seed(1)) > 0.2
     ids = torch.arange(count) // 7
     advantages = advantages[: int(ids.max()) + 1]
-    options = torch.tensor([0.2, 0.28, 3.0, 0.1, 1.2], dtype=torch.float64)
+    options = torch.tensor([0.2, 0.28, dual_clip or 0, 0.1, 1.2, 1.5, 2.0], dtype=torch.float64)
     leaf = policy.double().requires_grad_()
     loss, metrics = grpo_token_loss(
         leaf, advantages.double(), old.double(), reference_log_probs=reference.double(),
         sampler_log_probs=sampler.double(), weights=weights.double(), mask=mask, sequence_ids=ids, clip_low=0.2,
-        clip_high=0.28, dual_clip=3.0, kl_coefficient=0.1, importance_cap=1.2, backend="reference",
+        clip_high=0.28, dual_clip=dual_clip, kl_coefficient=0.1, importance_cap=1.2, surrogate=surrogate,
+        sapo_temperatures=(1.5, 2.0), kl_bias_correction=corrected, backend="reference",
     )  # fmt: skip
     loss.backward()
     outputs = []
     for order in (0, 1):
         arrays = (options, policy, old, reference, sampler, advantages, weights, mask.to(torch.uint8), ids)
-        out = run(emulator, "token_loss", [order, 0], *arrays).stdout
+        scalars = [order, 0, ("clip", "cispo", "sapo").index(surrogate), int(corrected)]
+        out = run(emulator, "token_loss", scalars, *arrays).stdout
         outputs.append((np.frombuffer(out[: 4 * count], np.float32), np.frombuffer(out[4 * count :], np.float64)))
     assert all(np.array_equal(a, b) for a, b in zip(*outputs, strict=True))
     grad, sums = (torch.from_numpy(a.copy()) for a in outputs[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 
@@ -70,6 +71,122 @@ def test_against_the_written_out_objective(implementation, clip, dual_clip, beta
             continue  # at a corner of the clip
         slope = (brute_force(up, *options)[0] - brute_force(down, *options)[0]) / (2 * step) * token[5]
         assert float(policy.grad[index]) == pytest.approx(slope, rel=1e-5, abs=2e-6)
+
+
+def variant(pi, held, token, surrogate, corrected):
+    """-(surrogate) w_is + 0.1 KL of one token, plain Python floats. held: the log-prob in what carries no gradient."""
+    old, reference, sampler, advantage = token
+    if surrogate == "cispo":
+        value = min(max(math.exp(held - old), 0.8), 1.28) * advantage * pi
+    else:
+        tau = 1.5 if advantage > 0 else 2.0
+        value = 4 / tau / (1 + math.exp(-tau * (math.exp(pi - old) - 1))) * advantage
+    drift = math.exp(pi - sampler) if corrected else 1.0
+    kl = math.exp(reference - pi) - (reference - pi) - 1
+    return -value * min(math.exp(old - sampler), 1.1) + 0.1 * drift * kl
+
+
+@pytest.mark.parametrize("surrogate", ["cispo", "sapo"])
+@pytest.mark.parametrize("corrected", [False, True])
+def test_variants_against_the_written_out_objective(implementation, surrogate, corrected):
+    policy, old, reference, sampler, advantages, weights = (t.float() for t in random_tokens(531, seed=3))
+    tokens = list(zip(*(t.tolist() for t in (policy, old, reference, sampler, advantages, weights)), strict=True))
+    policy.requires_grad_()
+    loss, metrics = grpo_token_loss(
+        policy, advantages, old, reference_log_probs=reference, sampler_log_probs=sampler, weights=weights,
+        clip_low=0.2, clip_high=0.28, kl_coefficient=0.1, importance_cap=1.1, surrogate=surrogate,
+        sapo_temperatures=(1.5, 2.0), kl_bias_correction=corrected, backend=implementation,
+    )  # fmt: skip
+    loss.backward()
+    total = math.fsum(variant(t[0], t[0], t[1:5], surrogate, corrected) * t[5] for t in tokens)
+    assert float(loss.detach()) == pytest.approx(total, rel=5e-6, abs=2e-5)
+    step = 1e-6
+    for index, (pi, *token, weight) in enumerate(tokens):
+        up, down = (variant(pi + s, pi, token, surrogate, corrected) for s in (step, -step))
+        assert float(policy.grad[index]) == pytest.approx((up - down) / (2 * step) * weight, rel=2e-5, abs=2e-6)
+    ratios = [(math.exp(t[0] - t[1]), t[4]) for t in tokens]
+    bounded = sum(advantage != 0 and not 0.8 <= ratio <= 1.28 for ratio, advantage in ratios)
+    assert metrics.clipped == (bounded if surrogate == "cispo" else 0)
+
+
+@pytest.mark.parametrize("surrogate", ["clip", "cispo", "sapo"])
+def test_a_weight_may_be_multiplied_into_the_advantage(implementation, surrogate):
+    policy, old, _, _, advantages, _ = (t.float() for t in random_tokens(60))
+    factors = torch.rand(60) * (torch.arange(60) % 3 > 0)
+
+    def gradient(advantages):
+        leaf = policy.clone().requires_grad_()
+        loss, _ = grpo_token_loss(leaf, advantages, old, surrogate=surrogate, backend=implementation)
+        loss.backward()
+        return leaf.grad
+
+    torch.testing.assert_close(gradient(advantages * factors), gradient(advantages) * factors, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("surrogate", ["cispo", "sapo"])
+def test_variants_of_an_overflowing_ratio(implementation, surrogate):
+    policy = torch.tensor([100.0, 100.0, 100.0], requires_grad=True)
+    loss, _ = grpo_token_loss(
+        policy, torch.tensor([1.0, 0.0, -1.0]), torch.full((3,), -100.0), surrogate=surrogate, backend=implementation
+    )
+    loss.backward()
+    if surrogate == "cispo":
+        assert policy.grad.tolist() == pytest.approx([-1.2, 0, 1.2])
+    else:
+        assert policy.grad.tolist() == [0, 0, 0] and float(loss.detach()) == pytest.approx(-4 + 4 / 1.05, rel=1e-5)
+
+
+def test_corrected_kl_has_the_gradient_of_the_kl():
+    """The sampler's mean of its gradient is that of KL(pi || ref), summed over the whole vocabulary; without, it is not."""
+    generator = torch.Generator().manual_seed(2)
+    logits, sampler, reference = torch.randn(3, 40, generator=generator, dtype=torch.float64)
+    sampler, reference = sampler.log_softmax(-1), reference.log_softmax(-1)
+
+    def gradient(value_of):
+        leaf = logits.clone().requires_grad_()
+        value_of(leaf.log_softmax(-1)).backward()
+        return leaf.grad
+
+    exact = gradient(lambda pi: (pi.exp() * (pi - reference)).sum())
+
+    def penalty(corrected, pi):
+        return grpo_token_loss(
+            pi, torch.zeros(40), sampler, reference_log_probs=reference, sampler_log_probs=sampler,
+            weights=sampler.exp(), kl_coefficient=1.0, kl_bias_correction=corrected, backend="reference",
+        )[0]  # fmt: skip
+
+    torch.testing.assert_close(gradient(functools.partial(penalty, True)), exact)
+    assert (gradient(functools.partial(penalty, False)) - exact).abs().max() > 0.1 * exact.abs().max()
+
+
+def test_the_default_is_the_objective_without_variants(implementation):
+    """To the bit: the terms as torch takes them one by one, for the reference; for all, whatever the variants' settings."""
+    policy, old, reference, sampler, advantages, weights = (t.float() for t in random_tokens(5000, seed=4))
+
+    def run(**further):
+        leaf = policy.clone().requires_grad_()
+        loss, metrics = grpo_token_loss(
+            leaf, advantages, old, reference_log_probs=reference, sampler_log_probs=sampler, weights=weights,
+            clip_high=0.28, kl_coefficient=0.1, backend=implementation, **further,
+        )  # fmt: skip
+        loss.backward()
+        return loss.detach(), leaf.grad, metrics.clipped, metrics.kl
+
+    found = run()
+    other = run(surrogate="clip", sapo_temperatures=(3.0, 7.0), kl_bias_correction=False)
+    assert all(torch.equal(a, b) for a, b in zip(found, other, strict=True))
+    if implementation == "reference":
+        ratio = (policy - old).exp()
+        plain = torch.where(advantages == 0, torch.zeros_like(ratio), ratio * advantages)
+        bounded = ratio.clamp(1 - 0.2, 1 + 0.28) * advantages
+        gap = reference - policy
+        near = gap.abs() < 0.25
+        series = gap * gap * (0.5 + gap * (1 / 6 + gap * (1 / 24 + gap * (1 / 120 + gap * (1 / 720 + gap / 5040)))))
+        kl = torch.where(near, series, torch.where(near, torch.zeros_like(gap), gap).exp() - gap - 1)
+        slope = torch.where(bounded < plain, torch.zeros_like(plain), plain)
+        assert torch.equal(found[1], (-slope - 0.1 * (kl + gap)) * weights)
+        total = ((0.1 * kl - torch.where(bounded < plain, bounded, plain)) * weights).sum(dtype=torch.float64)
+        assert torch.equal(found[0], total.float())
 
 
 def test_small_kl_keeps_its_digits(implementation):
@@ -174,6 +291,10 @@ def test_no_tokens(implementation):
         ({"mask": torch.ones(3, dtype=torch.bool, device="meta")}, "mask is on meta, expected cpu"),
         ({"weights": torch.ones(3, device="meta")}, "weights is on meta, expected cpu"),
         ({"dual_clip": 0.9}, "dual_clip must be > 1"),
+        ({"dual_clip": 3.0, "surrogate": "sapo"}, "'sapo' has no use for it"),
+        ({"surrogate": "reinforce"}, r"one of \['clip', 'cispo', 'sapo'\], not 'reinforce'"),
+        ({"sapo_temperatures": (1.0, 0.0)}, "sapo_temperatures must be > 0"),
+        ({"kl_bias_correction": True}, "kl_bias_correction needs sampler_log_probs"),
         ({"sequence_ids": torch.tensor([0, 1, 3])}, r"sequence_ids must be in \[0, 3\)"),
     ],
 )
@@ -187,7 +308,7 @@ def test_operator_passes_torchs_own_checks(native):
     n, empty = torch.randn(20), torch.empty(0)
     arguments = (
         n.clone().requires_grad_(), n + 0.1, empty, empty, torch.randn(20), empty, torch.empty(0, dtype=torch.uint8),
-        torch.empty(0, dtype=torch.int64), False, 0.2, 0.2, 0.0, 0.0, 0.0, False,
+        torch.empty(0, dtype=torch.int64), False, 0.2, 0.2, 0.0, 0.0, 0.0, 0, 1.0, 1.05, False, False,
     )  # fmt: skip
     torch.library.opcheck(
         torch.ops.r1mega_kernels.token_loss.default, arguments, test_utils=("test_schema", "test_faketensor")

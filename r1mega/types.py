@@ -188,6 +188,7 @@ class TrainingSample:
 
     token_ids: [prompt + response] int32; advantage: the same for every response token; sampler_log_probs: [response]
     float32, as the generator reported them (of token_ids[prompt_length:]). routed_experts: see `Response`.
+    reward: its value; opens_group: the first sample of a prompt, the others follow it.
 
     Example: of the group above, mean 0.6 and standard deviation 0.5: TrainingSample(array([1, 17, 9, 17, 30, 21, 4, 2]), 5,
     advantage=1.0, sampler_log_probs=array([-0.11, -0.69, -0.02])), and -1.0 for the other
@@ -198,6 +199,8 @@ class TrainingSample:
     advantage: float
     sampler_log_probs: np.ndarray
     routed_experts: np.ndarray | None = None
+    reward: float = 0.0
+    opens_group: bool = False
 
     @property
     def response_length(self) -> int:

@@ -52,7 +52,7 @@ def grpo_token_loss(
 
     DeepSeekMath, eq. 3, with clip-higher (DAPO), dual clip (Ye et al. 2020: for A < 0 the surrogate is at least c A)
     and truncated importance sampling, w_is = min(pi_old / pi_sampler, cap), detached.
-    surrogate: 'clip', the min above; 'cispo' (MiniMax-M1, eq. 4), detached clip(r, 1 - low, 1 + high) * A * log pi;
+    surrogate: 'clip', the min above; 'cispo' (MiniMax-M1), detached clip(r, 1 - low, 1 + high) * A * log pi;
     'sapo' (Gao et al. 2025), sigmoid(tau (r - 1)) * 4 / tau * A, tau = sapo_temperatures[0] for A > 0, else [1].
     kl_bias_correction: k3 times pi / pi_sampler, with its gradient (DeepSeek-V3.2, section 3.1: then an unbiased
     gradient of the KL).

@@ -59,6 +59,13 @@ METRICS: tuple[Metric, ...] = (
         "fraction",
         "response tokens whose importance weight exceeded algorithm.importance_cap",
     ),
+    Metric("policy/masked_fraction", "fraction", "response tokens without policy gradient by algorithm.off_policy"),
+    Metric("policy/rejected_fraction", "fraction", "response tokens of responses that algorithm.off_policy dropped"),
+    Metric(
+        "policy/effective_sample_fraction",
+        "fraction",
+        "effective sample size of the importance weights over the tokens, (sum w)^2 / (tokens * sum w^2), masked ones 0; null without corrections",
+    ),
     Metric("policy/entropy", "nats/token", "mean entropy of the policy's next-token distribution"),
     Metric("policy/grad_norm", "norm", "global gradient norm before clipping, mean over optimizer steps"),
     Metric("policy/learning_rate", "1", "learning rate of the step's last optimizer step"),

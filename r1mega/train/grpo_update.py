@@ -11,13 +11,14 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from r1mega.algorithm.grpo import grpo_loss
+from r1mega.algorithm.grpo import grpo_loss, sequence_sum
+from r1mega.algorithm.off_policy import OffPolicyMetrics, OffPolicyRules, corrected
 from r1mega.config.stages.rl import AlgorithmConfig, RLStage
 from r1mega.observe.trace import PhaseTimer
 from r1mega.train.heads import TokenScores
 from r1mega.train.packing import plan_packing, split_minibatches
 from r1mega.train.policy import Policy
-from r1mega.train.samples import PolicyMicrobatch, minibatch_weights, pack_for_loss
+from r1mega.train.samples import PolicyMicrobatch, minibatch_weights, pack_for_loss, step_advantages
 from r1mega.train.trainer import Trainer, UpdateResult
 from r1mega.types import TrainingSample
 from r1mega.weights.verify import probe_limit
@@ -27,9 +28,10 @@ _NO_UPDATE = dict.fromkeys(
     (
         "policy/loss", "policy/kl", "policy/clip_fraction", "policy/entropy", "policy/grad_norm", "logprob/diff_max",
         "policy/importance_capped_fraction", "logprob/diff_mean", "logprob/outlier_fraction", "tokens/update",
+        "policy/masked_fraction", "policy/rejected_fraction",
     ),
     0.0,
-) | {"expert/load_max_over_mean": None, "packing/fill_fraction": None}  # fmt: skip
+) | dict.fromkeys(("expert/load_max_over_mean", "packing/fill_fraction", "policy/effective_sample_fraction"))  # fmt: skip
 """Metrics of a step in which no response carries loss (all rewards failed, or all were truncated and masked)."""
 
 
@@ -43,9 +45,12 @@ class _Minibatch:
 
 @dataclass(frozen=True, slots=True)
 class _Statistics:
-    """Of one microbatch, scalars. outliers: tokens further from the sampler's log-prob than a probe allows."""
+    """Of one microbatch, scalars. off_policy: where rules are on; outliers: tokens further from the sampler's log-prob than
+    a probe allows.
+    """
 
     tokens: GRPOMetrics
+    off_policy: OffPolicyMetrics | None
     entropy: torch.Tensor
     loss: torch.Tensor
     outliers: torch.Tensor
@@ -62,11 +67,15 @@ def update_policy(
         return _NO_UPDATE
     policy = trainer.policy
     tolerance = probe_limit(policy.dtype, config.weights.probe_tolerance, fp8=policy.fp8).tolerance
-    loss = functools.partial(_loss, algorithm=config.algorithm, tolerance=tolerance, kernels=policy.kernels)
+    loss = functools.partial(
+        _loss, algorithm=config.algorithm, rules=_rules(config.algorithm), tolerance=tolerance, kernels=policy.kernels
+    )
     with timer.phase("update"):
         minibatches, fill = _plan(samples, config, step, policy)
     with timer.phase("logprob"):
         minibatches = _with_log_probs(trainer, minibatches, config)
+        if config.algorithm.whiten or config.algorithm.kl_in == "reward":
+            minibatches = _with_step_advantages(minibatches, samples, config.algorithm, policy)
     with timer.phase("update"):
         results = [
             trainer.update(
@@ -103,6 +112,11 @@ def _with_log_probs(trainer: Trainer, minibatches: Sequence[_Minibatch], config:
     if reference:
         pairs = zip(batches, reference, strict=True)
         batches = [dataclasses.replace(batch, reference_log_probs=log_probs) for batch, log_probs in pairs]
+    return _refilled(minibatches, batches)
+
+
+def _refilled(minibatches: Sequence[_Minibatch], batches: Sequence[PolicyMicrobatch]) -> list[_Minibatch]:
+    """The minibatches with these microbatches, of all of them in order, in place of their own."""
     rest = iter(batches)
     return [
         dataclasses.replace(minibatch, microbatches=list(itertools.islice(rest, len(minibatch.microbatches))))
@@ -110,24 +124,72 @@ def _with_log_probs(trainer: Trainer, minibatches: Sequence[_Minibatch], config:
     ]
 
 
+def _with_step_advantages(
+    minibatches: Sequence[_Minibatch], samples: Sequence[TrainingSample], algorithm: AlgorithmConfig, policy: Policy
+) -> list[_Minibatch]:
+    """Microbatches with the advantages that only the whole step has. A collective call where KL is in the reward."""
+    batches = [batch for minibatch in minibatches for batch in minibatch.microbatches]
+    penalties = None
+    if algorithm.kl_in == "reward" and algorithm.kl_coefficient > 0:
+        found = torch.zeros(2, len(samples), dtype=torch.float64)  # sums over the response, in how many epochs
+        for batch in batches if policy.reports else ():
+            tokens, places = batch.policy_tokens, torch.tensor(batch.sample_indices, dtype=torch.int64)
+            if tokens.reference_log_probs is None:
+                raise RuntimeError("the reference's log-probs come first")
+            gaps = (tokens.old_log_probs.cpu() - tokens.reference_log_probs.cpu()).double()
+            found[0].index_add_(0, places, sequence_sum(gaps, tokens))
+            found[1, places] += 1
+        dist.all_reduce(found)
+        penalties = algorithm.kl_coefficient * found[0] / found[1].clamp(min=1)
+    advantages = torch.tensor(step_advantages(samples, algorithm, penalties), dtype=torch.float32)
+    batches = [
+        dataclasses.replace(batch, advantages=advantages[list(batch.sample_indices)][batch.sequence_ids])
+        for batch in batches
+    ]
+    return _refilled(minibatches, batches)
+
+
+def _rules(algorithm: AlgorithmConfig) -> OffPolicyRules:
+    section = algorithm.off_policy
+    return OffPolicyRules(
+        algorithm.importance_cap, algorithm.importance_level, section.mask, section.mask_low, section.mask_high,
+        section.max_divergence, section.reject_ratio, section.reject_kl,
+    )  # fmt: skip
+
+
 def _loss(
-    batch: PolicyMicrobatch, scores: TokenScores, *, algorithm: AlgorithmConfig, tolerance: float, kernels: str | None
+    batch: PolicyMicrobatch,
+    scores: TokenScores,
+    *,
+    algorithm: AlgorithmConfig,
+    rules: OffPolicyRules,
+    tolerance: float,
+    kernels: str | None,
 ) -> tuple[torch.Tensor, _Statistics]:
     log_probs, entropies = scores.values, scores.entropies
     if entropies is None:
         raise TypeError("GRPO is for a model that predicts tokens: its head gives entropies")
+    tokens, off_policy = batch.policy_tokens, None
+    if rules.is_on:
+        tokens, off_policy = corrected(tokens, log_probs, rules)
     value, stats = grpo_loss(
         log_probs,
-        batch.policy_tokens,
+        tokens,
         clip_low=algorithm.clip_low,
         clip_high=algorithm.clip_high,
         ratio=algorithm.ratio,
-        kl_coefficient=algorithm.kl_coefficient,
-        importance_cap=algorithm.importance_cap,
+        surrogate=algorithm.surrogate,
+        dual_clip=algorithm.dual_clip,
+        sapo_temperatures=algorithm.sapo_temperatures,
+        kl_coefficient=algorithm.kl_coefficient if algorithm.kl_in == "loss" else 0.0,
+        kl_bias_correction=algorithm.kl_bias_correction,
+        importance_cap=algorithm.importance_cap if algorithm.importance_level == "token" else None,
         backend=kernels,
     )
     outliers = (log_probs.detach() - batch.sampler_log_probs).abs() > tolerance
-    return value, _Statistics(stats, entropies.sum(dtype=torch.float64), value.detach().double(), outliers.sum())
+    return value, _Statistics(
+        stats, off_policy, entropies.sum(dtype=torch.float64), value.detach().double(), outliers.sum()
+    )
 
 
 def _plan(
@@ -161,28 +223,32 @@ def _metrics(results: list[UpdateResult[_Statistics]], reports: bool) -> dict[st
     """Add the statistics of microbatches and reporting ranks up. Mismatch: of the first optimizer step only, whose
     forward pass still has the weights that sampled.
     """
-    sums = torch.zeros(9, dtype=torch.float64)
+    sums = torch.zeros(13, dtype=torch.float64)
     largest = torch.zeros(1, dtype=torch.float64)
     for place, result in enumerate(results):
         for found in result.statistics if reports else ():
             stats = found.tokens
-            sums[:6] += torch.stack(
-                [stats.num_tokens, stats.clipped, stats.kl, stats.truncated, found.entropy, found.loss]
-            ).cpu()
+            sums[:5] += torch.stack([stats.num_tokens, stats.clipped, stats.kl, found.entropy, found.loss]).cpu()
+            if (off := found.off_policy) is not None:
+                sums[8:] += torch.stack([off.masked, off.rejected, off.capped, off.weights, off.squares]).cpu()
             if place == 0:
-                sums[6] += stats.num_tokens.cpu()
-                sums[7] += stats.mismatch_sum.cpu()
-                sums[8] += found.outliers.cpu()
+                sums[5] += stats.num_tokens.cpu()
+                sums[6] += stats.mismatch_sum.cpu()
+                sums[7] += found.outliers.cpu()
                 largest[0] = max(largest[0], stats.mismatch_max.cpu())
     dist.all_reduce(sums)
     dist.all_reduce(largest, dist.ReduceOp.MAX)
-    tokens, clipped, kl, capped, entropy, loss, first_tokens, mismatch, outliers = sums.tolist()
+    tokens, clipped, kl, entropy, loss, first_tokens, mismatch, outliers, *off_policy = sums.tolist()
+    masked, rejected, capped, weights, squares = off_policy
     loads = [r.expert_load for r in results if r.expert_load is not None]
     return {
         "policy/loss": loss / len(results),
         "policy/kl": kl / max(tokens, 1),
         "policy/clip_fraction": clipped / max(tokens, 1),
         "policy/importance_capped_fraction": capped / max(tokens, 1),
+        "policy/masked_fraction": masked / max(tokens, 1),
+        "policy/rejected_fraction": rejected / max(tokens, 1),
+        "policy/effective_sample_fraction": weights**2 / (tokens * squares) if squares else None,
         "policy/entropy": entropy / max(tokens, 1),
         "policy/grad_norm": sum(r.grad_norm for r in results) / len(results),
         "policy/learning_rate": results[-1].lr,

@@ -25,30 +25,65 @@ def training_samples(groups: Sequence[RolloutGroup], algorithm: AlgorithmConfig)
     """
     scored = [
         [
-            (response, reward)
+            (response, reward.value)
             for response, reward in zip(group.responses, group.rewards, strict=True)
             if reward.value is not None
         ]
         for group in groups
     ]
-    advantages = group_advantage(
-        torch.tensor([reward.value for members in scored for _, reward in members], dtype=torch.float64),
-        torch.tensor([0, *itertools.accumulate(map(len, scored))]),
-        scale="group" if algorithm.normalize_std else "none",
-        epsilon=algorithm.std_epsilon,
-    ).tolist()
-    flat = [(group, response) for group, members in zip(groups, scored, strict=True) for response, _ in members]
-    return [
-        TrainingSample(
-            token_ids=np.asarray(group.prompt.token_ids + response.token_ids, dtype=np.int32),
-            prompt_length=len(group.prompt.token_ids),
-            advantage=advantage,
-            sampler_log_probs=np.asarray(response.log_probs, dtype=np.float32),
-            routed_experts=response.routed_experts,
+    rewards = [reward for members in scored for _, reward in members]
+    advantages = _advantages(rewards, [0, *itertools.accumulate(map(len, scored))], algorithm).tolist()
+    flat = [(place, response) for place, members in enumerate(scored) for response, _ in members]
+    samples, last = [], None
+    for (place, response), reward, advantage in zip(flat, rewards, advantages, strict=True):
+        if not response.token_ids or (algorithm.mask_truncated and response.finish_reason == "length"):
+            continue
+        prompt = groups[place].prompt.token_ids
+        samples.append(
+            TrainingSample(
+                token_ids=np.asarray(prompt + response.token_ids, dtype=np.int32),
+                prompt_length=len(prompt),
+                advantage=advantage,
+                sampler_log_probs=np.asarray(response.log_probs, dtype=np.float32),
+                routed_experts=response.routed_experts,
+                reward=reward,
+                opens_group=place != last,
+            )
         )
-        for (group, response), advantage in zip(flat, advantages, strict=True)
-        if response.token_ids and not (algorithm.mask_truncated and response.finish_reason == "length")
-    ]
+        last = place
+    return samples
+
+
+def _advantages(rewards: Sequence[float], offsets: Sequence[int], algorithm: AlgorithmConfig) -> torch.Tensor:
+    """[R] of rewards whose groups are rewards[offsets[g]:offsets[g + 1]]."""
+    values = torch.tensor(rewards, dtype=torch.float64)
+    if algorithm.baseline == "none":
+        return values
+    return group_advantage(
+        values, torch.tensor(offsets), baseline=algorithm.baseline,
+        scale="group" if algorithm.normalize_std else "none", epsilon=algorithm.std_epsilon,
+    )  # fmt: skip
+
+
+def step_advantages(
+    samples: Sequence[TrainingSample], algorithm: AlgorithmConfig, penalties: torch.Tensor | None = None
+) -> list[float]:
+    """The samples' advantages once all samples of the step are there, in the order of `gather_samples`.
+
+    penalties: [samples] that are taken from the rewards first (KL in the reward); the group is then of those samples that
+    carry loss. `whiten`: (A - mean) / (std + epsilon) over all response tokens of the step (REINFORCE++).
+    """
+    advantages = torch.tensor([sample.advantage for sample in samples], dtype=torch.float64)
+    if penalties is not None:
+        rewards = torch.tensor([sample.reward for sample in samples], dtype=torch.float64) - penalties
+        opening = [place for place, sample in enumerate(samples) if sample.opens_group]
+        advantages = _advantages(rewards.tolist(), [*opening, len(samples)], algorithm).double()
+    if algorithm.whiten:
+        share = torch.tensor([sample.response_length for sample in samples], dtype=torch.float64)
+        share /= share.sum()
+        centred = advantages - (share * advantages).sum()
+        advantages = centred / ((share * centred**2).sum().sqrt() + algorithm.std_epsilon)
+    return advantages.tolist()
 
 
 def gather_samples(local: list[TrainingSample], contributes: bool) -> list[TrainingSample]:

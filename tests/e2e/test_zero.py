@@ -193,9 +193,14 @@ def test_another_config_in_the_same_run_dir_is_refused(whole_run, nano_base):
         ["algorithm.old_log_probs=recompute", "algorithm.importance_cap=2.0", "algorithm.loss_aggregation=token"],
         ["algorithm.dynamic_sampling.enabled=true", "algorithm.clip_high=0.28", "reward.overlong.weight=0.5",
          "reward.overlong.buffer_tokens=8", "algorithm.mask_truncated=true", "algorithm.kl_coefficient=0"],
+        ["algorithm.surrogate=gmpo", "algorithm.old_log_probs=recompute", "algorithm.importance_cap=2.0",
+         "algorithm.importance_level=sequence", "algorithm.off_policy.mask=geometric",
+         "algorithm.off_policy.reject_ratio=1e-4"],
+        ["algorithm.baseline=leave_one_out", "algorithm.normalize_std=false", "algorithm.whiten=true",
+         "algorithm.surrogate=cispo", "algorithm.kl_in=reward", "algorithm.off_policy.max_divergence=1"],
         ["rollout.engine=transformers", "rollout.router_replay=false"],
     ],
-    ids=["dr_grpo", "gspo", "recompute_tis", "dapo", "transformers_engine"],
+    ids=["dr_grpo", "gspo", "recompute_tis", "dapo", "gmpo_mis", "rloo_cispo", "transformers_engine"],
 )  # fmt: skip
 def test_switches(nano_base, whole_run, tmp_path, overrides):
     r1mega(*zero_arguments(nano_base, tmp_path / "run", "steps=2", *overrides))

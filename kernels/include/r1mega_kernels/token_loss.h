@@ -100,7 +100,7 @@ R1_FN TokenTerms<F> token_terms(const TokenInputs<F>& in, const LossOptions& opt
         slope = select(dual > zero, zero, slope);
         out.clipped = select(dual > zero, one, out.clipped);
     }
-    if (options.surrogate == Surrogate::kCispo) {  // MiniMax-M1, eq. 4: every token has a gradient, of a bounded weight
+    if (options.surrogate == Surrogate::kCispo) {  // MiniMax-M1: every token has a gradient, of a bounded weight
         slope = select(advantage == zero, zero, bounded);
         surrogate = select(advantage == zero, zero, bounded * in.log_prob);
         out.clipped = select(advantage == zero, zero, select(bounded_ratio == out.ratio, zero, one));

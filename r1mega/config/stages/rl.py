@@ -31,22 +31,52 @@ class DynamicSampling(Section):
     max_rounds: PositiveInt = 4
 
 
-class AlgorithmConfig(Section):
-    """GRPO and its variants by the field's names."""
+RatioLevel = Literal["token", "sequence", "geometric"]
+"""Of which ratio pi_old / pi_sampler: the token's, the product over its response, or their geometric mean."""
 
+
+class OffPolicyConfig(Section):
+    """What an update leaves out because the sampler's policy was too far from the trainer's (docs/losses.md)."""
+
+    mask: RatioLevel | None = None
+    # no policy gradient where the ratio is outside of [mask_low, mask_high]; token: IcePop, sequence or geometric: MIS
+    mask_low: NonNegative = 0.5
+    mask_high: Positive = 5.0
+    max_divergence: Positive | None = None
+    # no policy gradient from bad responses (A < 0) with a larger mean log pi_sampler - log pi: DeepSeek-V3.2's sequence masking
+    reject_ratio: Positive | None = (
+        None  # responses with a token whose ratio is below are dropped whole, KL term and all
+    )
+    reject_kl: Positive | None = None  # the same of responses whose mean k3 of sampler and old policy is above
+
+
+class AlgorithmConfig(Section):
+    """GRPO and its variants by the field's names (docs/losses.md has each with its keys)."""
+
+    baseline: Literal["group", "leave_one_out", "none"] = "group"  # leave_one_out: RLOO; none: REINFORCE++
     normalize_std: bool = True  # False: Dr.GRPO's (r - mean)
+    whiten: bool = False  # advantages to mean 0 and deviation 1 over all tokens of the step: REINFORCE++
     std_epsilon: NonNegative = 1e-6
+    surrogate: Literal["clip", "cispo", "sapo", "gmpo"] = "clip"
+    sapo_temperatures: tuple[Positive, Positive] = (1.0, 1.05)  # of tokens with A > 0, and of the others (paper)
     clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
     clip_high: Positive = 0.2  # larger than clip_low: clip-higher (DAPO); 10 in the paper's stage 2
+    dual_clip: Annotated[float, Field(gt=1)] | None = None
+    # two-sided clipping: the ratio of a token with A < 0 counts at most so much (delta in INTELLECT-2; c in dual-clip PPO)
     ratio: Literal["token", "sequence"] = "token"  # sequence: GSPO's length-normalised sequence ratio
     loss_aggregation: Literal["sequence", "token", "constant"] = "sequence"
     # sequence: mean of per-response means (GRPO); token: mean over all tokens (DAPO); constant: / max tokens (Dr.GRPO)
     kl_coefficient: NonNegative = 0.001  # paper
+    kl_in: Literal["loss", "reward"] = "loss"
+    # reward: r - kl_coefficient * sum of log pi_old - log pi_reference over the response, before advantages (RLOO, PPO)
+    kl_bias_correction: bool = False  # k3 times pi / pi_sampler, whose gradient is unbiased (DeepSeek-V3.2)
     reference_refresh_steps: PositiveInt | None = 400  # paper; None: the reference never changes
     old_log_probs: Literal["rollout", "recompute"] = "recompute"
     # rollout: the generator's (exact in float32); recompute: one more forward pass (bfloat16, FP8)
     importance_cap: Positive | None = None
     # truncated importance sampling min(pi_trainer / pi_sampler, cap); None: off. Wants rollout.top_p = 1
+    importance_level: RatioLevel = "token"
+    off_policy: OffPolicyConfig = OffPolicyConfig()
     mask_truncated: bool = False  # responses cut at max_response_tokens carry no loss (DAPO's overlong filtering)
     dynamic_sampling: DynamicSampling = DynamicSampling()
 
@@ -131,14 +161,75 @@ class RLStage(TrainingStage):
                 f"update.microbatch_tokens = {update.microbatch_tokens} does not hold the longest sample, "
                 f"max_prompt_tokens + max_response_tokens = {longest}; raise it to at least that"
             )
-        if algorithm.importance_cap is not None and algorithm.old_log_probs != "recompute":
-            yield "algorithm.importance_cap corrects recomputed log-probs: it wants algorithm.old_log_probs=recompute"
-        if rollout.top_p < 1 and (algorithm.old_log_probs == "rollout" or algorithm.importance_cap is not None):
+        yield from _algorithm_problems(algorithm)
+        against_sampler = _against_sampler(algorithm)
+        if rollout.top_p < 1 and (algorithm.old_log_probs == "rollout" or against_sampler):
             # neither with nor without the kept mass in the ratio is the update a gradient: tests/unit/algorithm/test_top_p.py
-            without = " and leave algorithm.importance_cap out" if algorithm.importance_cap is not None else ""
+            without = (
+                f" and leave {', '.join(f'algorithm.{key}' for key in against_sampler)} out" if against_sampler else ""
+            )
             yield (
                 f"rollout.top_p = {rollout.top_p}: the generator's log-probs are of the tokens that top_p keeps, the trainer's of "
                 "all, and a ratio of the two is of neither; set rollout.top_p=1, or give such ratios up: set "
                 f"algorithm.old_log_probs=recompute{without}"
             )
         yield from self.reward.problems(rollout.max_response_tokens)
+
+
+def _against_sampler(algorithm: AlgorithmConfig) -> list[str]:
+    """Keys that are on and compare the trainer's log-probs with the sampler's."""
+    rules = algorithm.off_policy
+    on = {
+        "importance_cap": algorithm.importance_cap is not None,
+        "kl_bias_correction": algorithm.kl_bias_correction,
+        "off_policy.mask": rules.mask is not None,
+        "off_policy.max_divergence": rules.max_divergence is not None,
+        "off_policy.reject_ratio": rules.reject_ratio is not None,
+        "off_policy.reject_kl": rules.reject_kl is not None,
+    }
+    return [key for key, is_on in on.items() if is_on]
+
+
+def _algorithm_problems(algorithm: AlgorithmConfig) -> Iterator[str]:
+    """Keys that do not go together."""
+    rules = algorithm.off_policy
+    of_old = [
+        key for key in _against_sampler(algorithm) if key not in ("kl_bias_correction", "off_policy.max_divergence")
+    ]
+    if of_old and algorithm.old_log_probs != "recompute":
+        yield f"algorithm.{of_old[0]} corrects recomputed log-probs: it wants algorithm.old_log_probs=recompute"
+    if algorithm.importance_level != "token" and algorithm.importance_cap is None:
+        yield (
+            f"algorithm.importance_level = {algorithm.importance_level} is of the weight that algorithm.importance_cap bounds: set "
+            "importance_cap, or leave importance_level out"
+        )
+    if rules.mask is not None and rules.mask_low >= rules.mask_high:
+        yield (
+            f"algorithm.off_policy: mask_low = {rules.mask_low} is not below mask_high = {rules.mask_high}, and nothing would be "
+            "left; 1 should lie between them"
+        )
+    of_sequences = algorithm.ratio == "sequence" or algorithm.surrogate == "gmpo"
+    if rules.mask == "token" and of_sequences:
+        yield (
+            "algorithm.off_policy.mask = token masks tokens, whose ratio is their sequence's (ratio=sequence, surrogate=gmpo); set "
+            "mask=sequence or mask=geometric"
+        )
+    if algorithm.ratio == "sequence" and algorithm.surrogate in ("cispo", "gmpo"):
+        yield f"algorithm.surrogate = {algorithm.surrogate} takes the ratios of tokens; set algorithm.ratio=token"
+    if algorithm.dual_clip is not None and algorithm.surrogate != "clip":
+        yield f"algorithm.dual_clip is of surrogate=clip, not {algorithm.surrogate}; leave dual_clip out"
+    if algorithm.dual_clip is not None and algorithm.dual_clip < 1 + algorithm.clip_high:
+        yield (
+            f"algorithm.dual_clip = {algorithm.dual_clip} is below 1 + clip_high = {1 + algorithm.clip_high}; raise it to at least "
+            "that"
+        )
+    if algorithm.normalize_std and (algorithm.whiten or algorithm.baseline == "none"):
+        key = "whiten" if algorithm.whiten else "baseline = none"
+        yield f"algorithm.{key} has no standard deviation of a group in it; set algorithm.normalize_std=false"
+    if algorithm.kl_in == "reward" and algorithm.kl_bias_correction:
+        yield "algorithm.kl_bias_correction is of a KL term in the loss; set algorithm.kl_in=loss"
+    if algorithm.kl_in == "reward" and algorithm.mask_truncated:
+        yield (
+            "algorithm.kl_in = reward: the KL of a response that algorithm.mask_truncated leaves out is not computed, and its "
+            "reward would count in the group without it; set mask_truncated=false or kl_in=loss"
+        )

@@ -1,5 +1,6 @@
 """The GRPO loss, its variants and their gradients against a float64 loop written from the papers' formulas."""
 
+import functools
 import itertools
 import math
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from r1mega.algorithm.grpo import PolicyTokens, grpo_loss, token_weights
+from r1mega_kernels import grpo_token_loss
 
 LENGTHS = (3, 1, 6, 4)
 MAX_TOKENS = 8
@@ -92,6 +94,39 @@ def test_loss_and_gradient_equal_brute_force(ratio, aggregation, beta, cap, high
         torch.testing.assert_close(loss.double(), want, rtol=tolerance, atol=tolerance)
         torch.testing.assert_close(x.grad, y.grad, rtol=tolerance, atol=tolerance)
         assert stats.num_tokens == sum(LENGTHS)
+
+
+@pytest.mark.parametrize("backend", ["reference", None])
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+def test_without_variants_it_is_the_kernel_alone_to_the_bit(ratio, backend):
+    """GSPO: the kernel on sequence means that are put together here, and once more for the KL."""
+    case = {name: value.float() if value.is_floating_point() else value for name, value in make_case(7).items()}
+    ids = case["sequence_ids"]
+    weights = token_weights(torch.tensor(LENGTHS), "sequence", MAX_TOKENS)[ids].float()
+    tokens = PolicyTokens(
+        case["advantages"], case["old"], case["sampler"], case["reference"], weights, ids, len(LENGTHS)
+    )
+    kernel = functools.partial(
+        grpo_token_loss, old_log_probs=case["old"], sampler_log_probs=case["sampler"],
+        reference_log_probs=case["reference"], weights=weights, clip_low=0.2, clip_high=0.28, importance_cap=1.1,
+        backend=backend,
+    )  # fmt: skip
+    x, y = (case["log_probs"].clone().requires_grad_() for _ in range(2))
+    if ratio == "token":
+        want, metrics = kernel(x, case["advantages"], kl_coefficient=0.05)
+    else:
+        zeros = torch.zeros(len(LENGTHS))
+        sums = zeros.index_add(0, ids, x - case["old"])
+        means = (sums / zeros.index_add(0, ids, torch.ones(sum(LENGTHS))))[ids]
+        surrogate, metrics = kernel(case["old"] + means, case["advantages"])
+        want = surrogate + kernel(x, torch.zeros(sum(LENGTHS)), kl_coefficient=0.05)[0]
+    loss, stats = grpo_loss(
+        y, tokens, clip_low=0.2, clip_high=0.28, ratio=ratio, kl_coefficient=0.05, importance_cap=1.1, backend=backend
+    )
+    want.backward()
+    loss.backward()
+    assert torch.equal(loss, want) and torch.equal(y.grad, x.grad)
+    assert stats.clipped == metrics.clipped and stats.ratio_sum == metrics.ratio_sum
 
 
 def test_splitting_into_microbatches_adds_up():

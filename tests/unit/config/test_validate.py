@@ -1,6 +1,7 @@
 """Checks across keys: each names the number to change."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -137,6 +138,38 @@ def test_shipped_nano_config_for_four_ranks_is_valid(run):
             1,
             r"set rollout\.top_p=1, or .* and leave algorithm\.importance_cap out$",
         ),
+        (
+            ["algorithm.off_policy.mask=token"],
+            1,
+            r"off_policy\.mask corrects .* wants algorithm\.old_log_probs=recompute",
+        ),
+        (
+            [
+                "algorithm.old_log_probs=recompute",
+                "algorithm.off_policy.mask=token",
+                "algorithm.off_policy.mask_high=0.4",
+            ],
+            1,
+            r"mask_low = 0\.5 is not below mask_high = 0\.4",
+        ),
+        (
+            ["algorithm.old_log_probs=recompute", "algorithm.off_policy.mask=token", "algorithm.surrogate=gmpo"],
+            1,
+            r"set mask=sequence or mask=geometric",
+        ),
+        (["algorithm.importance_level=sequence"], 1, r"set importance_cap, or leave importance_level out"),
+        (["algorithm.surrogate=cispo", "algorithm.ratio=sequence"], 1, r"cispo takes .*set algorithm\.ratio=token"),
+        (["algorithm.surrogate=sapo", "algorithm.dual_clip=3"], 1, r"leave dual_clip out"),
+        (["algorithm.dual_clip=1.1"], 1, r"dual_clip = 1\.1 is below 1 \+ clip_high = 1\.2; raise it"),
+        (["algorithm.whiten=true"], 1, r"whiten has no standard .* set algorithm\.normalize_std=false"),
+        (["algorithm.baseline=none"], 1, r"baseline = none has no standard .* set algorithm\.normalize_std=false"),
+        (["algorithm.kl_in=reward", "algorithm.kl_bias_correction=true"], 1, r"set algorithm\.kl_in=loss"),
+        (["algorithm.kl_in=reward", "algorithm.mask_truncated=true"], 1, r"set mask_truncated=false or kl_in=loss"),
+        (
+            ["rollout.top_p=0.9", "algorithm.old_log_probs=recompute", "algorithm.off_policy.max_divergence=1"],
+            1,
+            r"and leave algorithm\.off_policy\.max_divergence out$",
+        ),
         (["rollout.group_size=1"], 1, r"at least 2 responses"),
         (["model.force_expert_balance=true"], 1, r"force_expert_balance.*bench_throughput.py --synthetic"),
     ],
@@ -194,6 +227,16 @@ def test_what_can_be_computed_again_is_named(value):
         ConfigError, match=r"^command line: model\.recompute = .* must be none, full, or a list of core_attn, "
     ):
         load_config(Path("configs/nano/zero.yaml"), [f"model.recompute={value}"])
+
+
+COMMANDS = re.findall(
+    r"^    r1mega train configs/nano/zero\.yaml (.*)$", Path("docs/losses.md").read_text().replace("\\\n", ""), re.M
+)
+
+
+@pytest.mark.parametrize("overrides", COMMANDS)
+def test_the_losses_of_the_documentation_are_valid(run, overrides):
+    run(*overrides.split())
 
 
 def test_what_the_errors_about_top_p_advise(run):

@@ -129,6 +129,52 @@ def test_more_microbatches_are_the_same_step(one_rank):
             assert (steps[0][3][name] - gradient).abs().max() <= 2e-6 * gradient.abs().max(), name
 
 
+def test_kl_in_the_reward_reaches_the_loss(one_rank):
+    """The advantages of every microbatch are those of rewards less the coefficient times the sum of log pi_old - log pi_ref."""
+    from r1mega.config.schema import DataConfig
+    from r1mega.config.stages.rl import RLStage, UpdateConfig
+    from r1mega.observe.trace import PhaseTimer
+    from r1mega.train.grpo_update import update_policy
+
+    samples = [
+        dataclasses.replace(sample, reward=reward, opens_group=place % 2 == 0)
+        for place, (sample, reward) in enumerate(zip(make_samples(), (1.0, 0.0, 0.0, 1.0), strict=True))
+    ]
+    trainer = make_trainer()
+    policy = trainer.policy
+    policy.take_reference()
+    run_update(trainer, samples, [[0, 1, 2, 3]], AlgorithmConfig())  # away from the reference
+    with policy.as_reference():
+        reference = policy.sequence_log_probs([s.token_ids.tolist() for s in samples])
+    trainer.enter("logprob")
+    net = []
+    for sample, log_probs in zip(samples, reference, strict=True):
+        gaps = sample.sampler_log_probs - np.array(log_probs[sample.prompt_length - 1 :])
+        net.append(sample.reward - 0.3 * gaps.sum())
+    seen, updating = {}, trainer.update
+
+    def update(batches, loss, **rest):
+        for batch in batches:
+            for place, index in enumerate(batch.sample_indices):
+                (value,) = set(batch.advantages[batch.sequence_ids == place].tolist())
+                seen.setdefault(index, []).append(value)
+        return updating(batches, loss, **rest)
+
+    trainer.update = update
+    config = RLStage(
+        stage="zero", run_dir="unused", model=ModelConfig(path="unused"), data=DataConfig(prompts=()),
+        update=UpdateConfig(num_minibatches=2, num_epochs=2, microbatch_tokens=64),
+        algorithm=AlgorithmConfig(
+            old_log_probs="rollout", kl_coefficient=0.3, kl_in="reward", baseline="leave_one_out", normalize_std=False
+        ),
+    )  # fmt: skip
+    metrics = update_policy(trainer, samples, config, 1, PhaseTimer())
+    expected = [net[0] - net[1], net[1] - net[0], net[2] - net[3], net[3] - net[2]]  # of the other one, each
+    for index, value in enumerate(expected):
+        assert seen[index] == pytest.approx([value] * 2, rel=1e-4), "once an epoch"
+    assert metrics["policy/kl"] > 0
+
+
 def transformers_model(policy, tmp_path):
     from transformers import AutoModelForCausalLM
 

@@ -47,7 +47,8 @@ def right(context: Context, findings: Findings) -> None:
     _check_extremes(findings, device)
     _check_batch_invariance(findings, device)
     for count in (1, 2049, 100_000):
-        _check_token_loss(findings, device, count)
+        for surrogate in ("clip", "cispo", "sapo"):
+            _check_token_loss(findings, device, count, surrogate)
     for scale in ("none", "group", "batch"):
         _check_advantage(findings, device, scale)
 
@@ -168,7 +169,7 @@ def _check_batch_invariance(findings: Findings, device: str) -> None:
         findings.holds(f"bits do not depend on the batch, V={vocabulary}", same)
 
 
-def _check_token_loss(findings: Findings, device: str, count: int) -> None:
+def _check_token_loss(findings: Findings, device: str, count: int, surrogate: str) -> None:
     """Against the project's torch functions in float64."""
     from r1mega_kernels import grpo_token_loss
 
@@ -177,8 +178,9 @@ def _check_token_loss(findings: Findings, device: str, count: int) -> None:
     old, reference, sampler = (policy + torch.randn(count, generator=generator) * s for s in (0.2, 0.2, 0.1))
     advantages, weights = torch.randn(count, generator=generator), torch.rand(count, generator=generator) / count
     loss_of = functools.partial(
-        grpo_token_loss, clip_low=0.2, clip_high=0.28, dual_clip=3.0, kl_coefficient=0.1, importance_cap=1.2
-    )
+        grpo_token_loss, clip_low=0.2, clip_high=0.28, dual_clip=3.0 if surrogate == "clip" else None,
+        kl_coefficient=0.1, importance_cap=1.2, surrogate=surrogate, kl_bias_correction=surrogate != "clip",
+    )  # fmt: skip
     results = []
     for place, dtype, backend in ((device, torch.float32, None), ("cpu", torch.float64, "reference")):
         leaf = policy.to(place, dtype, copy=True).requires_grad_()
@@ -188,7 +190,7 @@ def _check_token_loss(findings: Findings, device: str, count: int) -> None:
         sums = torch.stack([metrics.num_tokens, metrics.clipped, metrics.kl, metrics.truncated, metrics.ratio_sum])
         results.append((loss.detach()[None], sums, _gradient(leaf)))
     for what, ours, theirs in zip(("loss", "metrics", "gradient"), *results, strict=True):
-        findings.at_most(f"token loss, {count} tokens: {what}", relative(ours, theirs), 1e-4)
+        findings.at_most(f"token loss, {surrogate}, {count} tokens: {what}", relative(ours, theirs), 1e-4)
 
 
 def _check_advantage(findings: Findings, device: str, scale: str) -> None:

@@ -80,6 +80,18 @@ class AlgorithmConfig(Section):
     mask_truncated: bool = False  # responses cut at max_response_tokens carry no loss (DAPO's overlong filtering)
     dynamic_sampling: DynamicSampling = DynamicSampling()
 
+    @property
+    def is_of_tokens(self) -> bool:
+        """Whether the loss is a sum over tokens of what each token's own log-prob says: no ratio or mask of a sequence."""
+        rules = self.off_policy
+        levels = {
+            self.ratio,
+            self.importance_level if self.importance_cap is not None else "token",
+            rules.mask or "token",
+        }
+        of_responses = (rules.max_divergence, rules.reject_ratio, rules.reject_kl)
+        return self.surrogate != "gmpo" and levels == {"token"} and all(rule is None for rule in of_responses)
+
 
 class UpdateConfig(Section):
     """How a rollout becomes optimizer steps."""

@@ -15,6 +15,7 @@ from r1mega.config.stages.rl import AlgorithmConfig
 from r1mega.platform import groups
 from r1mega.train.packing import build_microbatch
 from r1mega.types import TrainingSample
+from tests.dist.loss_worker import VARIANTS
 
 pytestmark = pytest.mark.heavy
 
@@ -127,6 +128,30 @@ def test_more_microbatches_are_the_same_step(one_rank):
         assert math.isclose(steps[0][4], loss, rel_tol=1e-6)
         for name, gradient in gradients.items():
             assert (steps[0][3][name] - gradient).abs().max() <= 2e-6 * gradient.abs().max(), name
+
+
+def test_a_loss_is_of_tokens_where_it_adds_up_over_any_parts():
+    """Responses cut in two, the halves as responses of their own: the same sum, or a variant of whole responses."""
+    from r1mega.train.grpo_update import _loss, _rules
+    from r1mega.train.heads import TokenScores
+    from r1mega.train.samples import pack_for_loss
+
+    samples = make_samples()
+    weights = {place: 0.1 + 0.05 * place for place in range(len(samples))}
+    whole = pack_for_loss(samples, range(len(samples)), weights)
+    generator = torch.Generator().manual_seed(3)
+    old = whole.sampler_log_probs + 0.4 * torch.randn(len(whole.rows), generator=generator)
+    whole = dataclasses.replace(whole, old_log_probs=old, reference_log_probs=old + 0.2)
+    halves = torch.arange(len(whole.rows)) % 2 + 2 * whole.sequence_ids
+    cut = dataclasses.replace(whole, sequence_ids=halves, sample_indices=tuple(range(2 * len(samples))))
+    scores = TokenScores(old + 0.3 * torch.randn(len(old), generator=generator), torch.zeros(len(old)))
+    for name, keys in VARIANTS.items():
+        algorithm = AlgorithmConfig(**({"kl_coefficient": 0.1} | keys))
+        found = [
+            float(_loss(b, scores, algorithm=algorithm, rules=_rules(algorithm), tolerance=1.0, kernels=None)[0])
+            for b in (whole, cut)
+        ]
+        assert math.isclose(*found, rel_tol=1e-4) == algorithm.is_of_tokens, (name, found)
 
 
 def test_kl_in_the_reward_reaches_the_loss(one_rank):

@@ -78,10 +78,7 @@ def grpo_loss(
     Raises:
         ValueError: a surrogate that does not go with the ratio, or what `grpo_token_loss` refuses.
     """
-    if ratio != "token" and surrogate in ("cispo", "gmpo"):
-        raise ValueError(f"the surrogate {surrogate!r} takes the ratios of tokens, not ratio = {ratio!r}")
-    if dual_clip is not None and surrogate != "clip":
-        raise ValueError(f"dual_clip bounds the surrogate 'clip'; {surrogate!r} has no use for it")
+    _check_surrogate(surrogate, ratio, dual_clip)
     is_gmpo = surrogate == "gmpo"  # its ratios are clipped one by one, before their mean
     loss = functools.partial(
         grpo_token_loss,
@@ -108,6 +105,13 @@ def grpo_loss(
     further, metrics = penalised(log_probs, torch.zeros_like(tokens.advantages))
     clipped = clipping.clipped + ((kept_T != log_ratio_T) & (tokens.advantages != 0)).sum()
     return value + further, dataclasses.replace(metrics, clipped=clipped, ratio_sum=clipping.ratio_sum)
+
+
+def _check_surrogate(surrogate: str, ratio: str, dual_clip: float | None) -> None:
+    if ratio != "token" and surrogate in ("cispo", "gmpo"):
+        raise ValueError(f"the surrogate {surrogate!r} takes the ratios of tokens, not ratio = {ratio!r}")
+    if dual_clip is not None and surrogate != "clip":
+        raise ValueError(f"dual_clip bounds the surrogate 'clip'; {surrogate!r} has no use for it")
 
 
 def _clipped_log_ratio(

@@ -44,10 +44,9 @@ class OffPolicyConfig(Section):
     mask_high: Positive = 5.0
     max_divergence: Positive | None = None
     # no policy gradient from bad responses (A < 0) with a larger mean log pi_sampler - log pi: DeepSeek-V3.2's sequence masking
-    reject_ratio: Positive | None = (
-        None  # responses with a token whose ratio is below are dropped whole, KL term and all
-    )
-    reject_kl: Positive | None = None  # the same of responses whose mean k3 of sampler and old policy is above
+    reject_ratio: Positive | None = None
+    reject_kl: Positive | None = None
+    # dropped whole, KL term and all: responses with a token whose ratio is below; whose mean k3 of sampler and old is above
 
 
 class AlgorithmConfig(Section):
@@ -173,18 +172,7 @@ class RLStage(TrainingStage):
                 f"update.microbatch_tokens = {update.microbatch_tokens} does not hold the longest sample, "
                 f"max_prompt_tokens + max_response_tokens = {longest}; raise it to at least that"
             )
-        yield from _algorithm_problems(algorithm)
-        against_sampler = _against_sampler(algorithm)
-        if rollout.top_p < 1 and (algorithm.old_log_probs == "rollout" or against_sampler):
-            # neither with nor without the kept mass in the ratio is the update a gradient: tests/unit/algorithm/test_top_p.py
-            without = (
-                f" and leave {', '.join(f'algorithm.{key}' for key in against_sampler)} out" if against_sampler else ""
-            )
-            yield (
-                f"rollout.top_p = {rollout.top_p}: the generator's log-probs are of the tokens that top_p keeps, the trainer's of "
-                "all, and a ratio of the two is of neither; set rollout.top_p=1, or give such ratios up: set "
-                f"algorithm.old_log_probs=recompute{without}"
-            )
+        yield from _algorithm_problems(algorithm, rollout.top_p)
         yield from self.reward.problems(rollout.max_response_tokens)
 
 
@@ -202,12 +190,18 @@ def _against_sampler(algorithm: AlgorithmConfig) -> list[str]:
     return [key for key, is_on in on.items() if is_on]
 
 
-def _algorithm_problems(algorithm: AlgorithmConfig) -> Iterator[str]:
-    """Keys that do not go together."""
-    rules = algorithm.off_policy
-    of_old = [
-        key for key in _against_sampler(algorithm) if key not in ("kl_bias_correction", "off_policy.max_divergence")
-    ]
+def _algorithm_problems(algorithm: AlgorithmConfig, top_p: float) -> Iterator[str]:
+    """Keys that do not go together, and those that a part of the vocabulary does not go with."""
+    rules, against_sampler = algorithm.off_policy, _against_sampler(algorithm)
+    if top_p < 1 and (algorithm.old_log_probs == "rollout" or against_sampler):
+        # neither with nor without the kept mass in the ratio is the update a gradient: tests/unit/algorithm/test_top_p.py
+        keys = ", ".join(f"algorithm.{key}" for key in against_sampler)
+        yield (
+            f"rollout.top_p = {top_p}: the generator's log-probs are of the tokens that top_p keeps, the trainer's of "
+            "all, and a ratio of the two is of neither; set rollout.top_p=1, or give such ratios up: set "
+            f"algorithm.old_log_probs=recompute{f' and leave {keys} out' if keys else ''}"
+        )
+    of_old = [key for key in against_sampler if key not in ("kl_bias_correction", "off_policy.max_divergence")]
     if of_old and algorithm.old_log_probs != "recompute":
         yield f"algorithm.{of_old[0]} corrects recomputed log-probs: it wants algorithm.old_log_probs=recompute"
     if algorithm.importance_level != "token" and algorithm.importance_cap is None:

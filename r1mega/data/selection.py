@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from r1mega.data.filters import Candidate, FilterCount
 from r1mega.data.sft import read_lines
 from r1mega.data.tokenizer import Tokenizer
 from r1mega.errors import DataError
-from r1mega.files import sync_path, write_atomic
+from r1mega.files import replacing, write_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +111,5 @@ def write_data(kept: Sequence[Candidate], directory: Path) -> None:
         {name: datasets.Value("int32" if name == "tokens" else "large_string") for name in lines[0]}
     )
     write_atomic(directory / "train.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    temporary = directory / ".train.parquet.tmp"
-    datasets.Dataset.from_list(lines, features=features).to_parquet(str(temporary))
-    sync_path(temporary)
-    os.replace(temporary, directory / "train.parquet")
+    with replacing(directory / "train.parquet") as temporary:
+        datasets.Dataset.from_list(lines, features=features).to_parquet(str(temporary))

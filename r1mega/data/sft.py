@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from r1mega.data.rows import content_hash, raise_it, read_rows
 from r1mega.data.template import render
 from r1mega.data.tokenizer import Tokenizer, with_end
 from r1mega.errors import DataError
-from r1mega.files import write_atomic
+from r1mega.files import replacing, write_atomic
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -124,7 +123,6 @@ def _write_arrow(data: SFTData, tokenizer: Tokenizer, path: Path) -> dict[str, i
     numbers = List(Value("int32"))
     texts = {name: Value("large_string") for name in ("id", "question", "kind", "language", "source")}
     counts = {"kept": 0, "bad": 0, "long": 0}
-    temporary = path.with_suffix(".tmp")
     first_bad = ""
 
     def on_bad_line(error: DataError) -> None:
@@ -134,37 +132,35 @@ def _write_arrow(data: SFTData, tokenizer: Tokenizer, path: Path) -> dict[str, i
         counts["bad"] += 1
         first_bad = first_bad or str(error)
 
-    with ArrowWriter(
-        features=Features(texts | {"token_ids": numbers, "spans": numbers}), path=str(temporary)
-    ) as writer:
-        for file in data.files:
-            for where, line in read_lines(file, on_bad_line):
-                try:
-                    row = _row(line, where, tokenizer, data)
-                except DataError as error:
-                    on_bad_line(error)
-                    continue
-                if len(row["token_ids"]) > data.max_tokens:
-                    if data.on_long == "error":
-                        raise DataError(
-                            f"{where}: {len(row['token_ids'])} tokens, data.max_tokens is {data.max_tokens}; raise it, or set "
-                            "data.on_long=skip"
-                        )
-                    counts["long"] += 1
-                    continue
-                counts["kept"] += 1
-                writer.write(row)
-        writer.finalize()
+    features = Features(texts | {"token_ids": numbers, "spans": numbers})
+    with replacing(path) as temporary:
+        with ArrowWriter(features=features, path=str(temporary)) as writer:
+            for file in data.files:
+                for where, line in read_lines(file, on_bad_line):
+                    try:
+                        row = _row(line, where, tokenizer, data)
+                    except DataError as error:
+                        on_bad_line(error)
+                        continue
+                    if len(row["token_ids"]) > data.max_tokens:
+                        if data.on_long == "error":
+                            raise DataError(
+                                f"{where}: {len(row['token_ids'])} tokens, data.max_tokens is {data.max_tokens}; raise it, or set "
+                                "data.on_long=skip"
+                            )
+                        counts["long"] += 1
+                        continue
+                    counts["kept"] += 1
+                    writer.write(row)
+            writer.finalize()
+        if not counts["kept"]:
+            raise DataError(f"no samples left in {', '.join(map(str, data.files))}")
     if counts["bad"]:
         logger.warning("%d bad lines were skipped; the first: %s", counts["bad"], first_bad)
     if counts["long"]:
         logger.warning(
             "%d lines of more than data.max_tokens = %d tokens were skipped", counts["long"], data.max_tokens
         )
-    if not counts["kept"]:
-        temporary.unlink()
-        raise DataError(f"no samples left in {', '.join(map(str, data.files))}")
-    os.replace(temporary, path)
     return counts
 
 

@@ -114,10 +114,14 @@ def test_resume_cuts_and_goes_on(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_bytes() == whole
 
 
-def test_starting_afresh_drops_all_lines(tmp_path):
-    write_steps(tmp_path, range(3))
+def test_starting_afresh_sets_earlier_lines_aside(tmp_path):
+    first = write_steps(tmp_path, range(3))
+    second = write_steps(tmp_path, range(2))
     plain_writer(tmp_path).close()
+    plain_writer(tmp_path).close()  # of no line nothing is kept
     assert read_metrics(tmp_path) == []
+    assert [(tmp_path / f"metrics.jsonl.{n}").read_bytes() for n in (1, 2)] == [first, second]
+    assert not (tmp_path / "metrics.jsonl.3").exists()
 
 
 @settings(deadline=None, max_examples=50)

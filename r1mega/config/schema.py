@@ -123,6 +123,8 @@ class OptimizerConfig(Section):
     eps: Positive = 1e-8
     weight_decay: NonNegative = 0.01
     clip_grad: NonNegative = 1.0
+    skip_nonfinite: NonNegativeInt = 0
+    # optimizer steps in a row that are left out when their gradient is not finite; one more ends the run
     overlap_grad_reduce: bool = False  # gradients are reduced, in buckets, while the backward pass goes on
     overlap_param_gather: bool = False  # new weights are gathered by the next update's forward pass, layer before layer
     grad_reduce_in_fp32: bool = True  # False: gradients are kept, added up and reduced in model.dtype

@@ -61,6 +61,7 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric("policy/entropy", "nats/token", "mean entropy of the policy's next-token distribution"),
     Metric("policy/grad_norm", "norm", "global gradient norm before clipping, mean over optimizer steps"),
+    Metric("policy/skipped_updates", "count", "optimizer steps left out: their gradient was not finite"),
     Metric("policy/learning_rate", "1", "learning rate of the step's last optimizer step"),
     Metric("policy/*", "mixed", "further figures about the policy and its update"),
     Metric(

@@ -4,7 +4,7 @@ RUN_DIR/config.yaml        the resolved config        RUN_DIR/metrics.jsonl   on
 RUN_DIR/environment.json   versions, commit, platform RUN_DIR/samples.jsonl   sampled responses
 RUN_DIR/status.json        running, finished, ...     RUN_DIR/tensorboard/    events
 RUN_DIR/lock               held while a run is alive  RUN_DIR/evaluations.jsonl one line an evaluation
-RUN_DIR/checkpoints/       step_NNNNNN
+RUN_DIR/checkpoints/       step_NNNNNN               RUN_DIR/nonfinite/      what made a gradient not finite
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ LAYOUT_KEYS = ("parallel", "weights", "rollout.tp", "rollout.ep", "rollout.dp")
 """Config keys that say how a run is spread over processes: what it computes is the same, up to rounding."""
 CHANGEABLE_KEYS = (
     "steps", "threads", "timeouts", "observe", "checkpoint", "memory", "evaluate", "tasks", "others", "model.recompute",
-    "model.dispatcher", "model.megatron", "optimizer.overlap_grad_reduce", "optimizer.overlap_param_gather", *LAYOUT_KEYS,
+    "model.dispatcher", "model.megatron", "optimizer.overlap_grad_reduce", "optimizer.overlap_param_gather",
+    "optimizer.skip_nonfinite", *LAYOUT_KEYS,
 )  # fmt: skip
 """Config keys (with all below them) that may differ when a run is started again; any other makes it another run."""
 

@@ -158,7 +158,7 @@ class Runtime:
 
         Opens the metric files, cut back to that step.
         """
-        checkpoint = self._checkpoint
+        checkpoint, trainer.evidence = self._checkpoint, self.run_dir / "nonfinite"
         store = self._store = CheckpointStore(
             self.run_dir, keep=checkpoint.keep, architecture=deciding_keys(hf_config),
             asynchronous=checkpoint.async_save,

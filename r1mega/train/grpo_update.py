@@ -26,7 +26,7 @@ from r1mega_kernels import GRPOMetrics
 _NO_UPDATE = dict.fromkeys(
     (
         "policy/loss", "policy/kl", "policy/clip_fraction", "policy/entropy", "policy/grad_norm", "logprob/diff_max",
-        "policy/importance_capped_fraction", "logprob/diff_mean", "logprob/outlier_fraction", "tokens/update",
+        "policy/importance_capped_fraction", "policy/skipped_updates", "logprob/diff_mean", "logprob/outlier_fraction", "tokens/update",
     ),
     0.0,
 ) | {"expert/load_max_over_mean": None, "packing/fill_fraction": None}  # fmt: skip
@@ -185,6 +185,7 @@ def _metrics(results: list[UpdateResult[_Statistics]], reports: bool) -> dict[st
         "policy/importance_capped_fraction": capped / max(tokens, 1),
         "policy/entropy": entropy / max(tokens, 1),
         "policy/grad_norm": sum(r.grad_norm for r in results) / len(results),
+        "policy/skipped_updates": float(sum(r.skipped for r in results)),
         "policy/learning_rate": results[-1].lr,
         "logprob/diff_max": float(largest[0]),
         "logprob/diff_mean": mismatch / max(first_tokens, 1),

@@ -53,7 +53,7 @@ def make_trainer(log_probs="logits", dtype="float32", weights=None, **optimizer)
     policy = Policy(model, HF, ParallelConfig(), seed=1, init_std=0.08)
     if weights is not None:
         policy.load_hf(weights)
-    settings = OptimizerConfig(lr=LEARNING_RATE, weight_decay=0.1, clip_grad=0.05, **optimizer)
+    settings = OptimizerConfig(**{"lr": LEARNING_RATE, "weight_decay": 0.1, "clip_grad": 0.05} | optimizer)
     return Trainer(policy, settings, total_steps=10)
 
 
@@ -289,10 +289,47 @@ def test_torn_and_foreign_checkpoints_are_refused(one_rank, tmp_path, caplog):
     assert victim.name in caplog.text
     assert "sha256" in caplog.text
     store.save(3, trainer.sharded_state(is_loading=False), {})
-    assert sorted(p.name for p in store.directory.iterdir()) == ["step_000002", "step_000003"], "only `keep` are kept"
+    store.save(4, trainer.sharded_state(is_loading=False), {})
+    left = sorted(p.name for p in store.directory.iterdir())
+    assert left == ["step_000002.damaged", "step_000003", "step_000004"], "only `keep` are kept"
     other = CheckpointStore(tmp_path, keep=2, architecture=deciding_keys(HF | {"hidden_size": 64}))
     with pytest.raises(CheckpointError, match="hidden_size 48 there, 64 here"):
         other.load(store.latest(), trainer.sharded_state(is_loading=True))
+
+
+@pytest.mark.parametrize("optimizer", [{}, {"clip_grad": 0.0}])
+def test_a_gradient_that_is_not_finite_moves_nothing_and_can_be_left_out(one_rank, tmp_path, caplog, optimizer):
+    """The steps after it are those of a run that never had it (the rate is constant)."""
+    from r1mega.errors import NonFiniteError
+
+    algorithm, samples, packs = AlgorithmConfig(), make_samples(), [[0, 1], [2, 3]]
+    broken = [dataclasses.replace(s, advantage=math.nan if i == 2 else s.advantage) for i, s in enumerate(samples)]
+    control, strict, lenient = (make_trainer(**optimizer, skip_nonfinite=n) for n in (0, 0, 1))
+    for trainer in (control, strict, lenient):
+        trainer.evidence = tmp_path / "nonfinite"
+        run_update(trainer, samples, packs, algorithm)
+    after_one = {name: value.clone() for name, value in control.policy.hf_tensors()}
+    with pytest.raises(
+        NonFiniteError, match=r"optimizer step 2: gradient norm nan.*optimizer\.skip_nonfinite=1 "
+    ) as raised:
+        run_update(strict, broken, packs, algorithm)
+    assert all(torch.equal(value, after_one[name]) for name, value in strict.policy.hf_tensors())
+    (path,) = (tmp_path / "nonfinite").iterdir()
+    assert str(path.parent) in str(raised.value) and path.name == "update_000002_rank_00000.pt"
+    found = torch.load(path)
+    assert [list(b["sample_indices"]) for b in found["microbatches"]] == packs
+    assert [bool(b["advantages"].isnan().any()) for b in found["microbatches"]] == [False, True]
+    assert found["parameters"] and math.isnan(found["grad_norm"])
+
+    assert run_update(lenient, broken, packs, algorithm).skipped and "left out (1 in a row" in caplog.text
+    for _ in range(2):
+        expected, result = (run_update(t, samples, packs, algorithm) for t in (control, lenient))
+        assert (result.grad_norm, result.skipped) == (expected.grad_norm, False)
+    expected = dict(control.policy.hf_tensors())
+    assert all(torch.equal(value, expected[name]) for name, value in lenient.policy.hf_tensors())
+    run_update(lenient, broken, packs, algorithm)  # the count begins anew after a good one
+    with pytest.raises(NonFiniteError, match="optimizer.skip_nonfinite=2"):
+        run_update(lenient, broken, packs, algorithm)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

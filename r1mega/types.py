@@ -170,7 +170,8 @@ class Reward:
 
 @dataclass(frozen=True, slots=True)
 class RolloutGroup:
-    """The responses to one prompt, their texts and rewards, and the policy version that sampled them.
+    """The responses to one prompt, their texts and rewards, and the policy version that sampled them. slot: its place among
+    the groups of its step, over all generators and rounds of sampling.
 
     Example: RolloutGroup(prompt, (right, wrong), ("4", "5"), (Reward(1.1, ...), Reward(0.1, ...)), policy_version=11), in step 12
     """
@@ -180,6 +181,7 @@ class RolloutGroup:
     texts: tuple[str, ...]
     rewards: tuple[Reward, ...]
     policy_version: int
+    slot: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -187,7 +189,7 @@ class TrainingSample:
     """One response ready for the update.
 
     token_ids: [prompt + response] int32; advantage: the same for every response token; sampler_log_probs: [response]
-    float32, as the generator reported them (of token_ids[prompt_length:]). routed_experts: see `Response`.
+    float32, as the generator reported them (of token_ids[prompt_length:]). routed_experts: see `Response`. slot: of its group.
 
     Example: of the group above, mean 0.6 and standard deviation 0.5: TrainingSample(array([1, 17, 9, 17, 30, 21, 4, 2]), 5,
     advantage=1.0, sampler_log_probs=array([-0.11, -0.69, -0.02])), and -1.0 for the other
@@ -198,6 +200,7 @@ class TrainingSample:
     advantage: float
     sampler_log_probs: np.ndarray
     routed_experts: np.ndarray | None = None
+    slot: int = 0
 
     @property
     def response_length(self) -> int:

@@ -185,6 +185,11 @@ METRICS: tuple[Metric, ...] = (
     Metric("eval/pass_at_*", "fraction", "at least one of so many samples is correct (unbiased estimate)"),
     Metric("eval/excluded_fraction", "fraction", "evaluation responses whose reward could not be computed"),
     Metric("eval/prompts", "count", "evaluation prompts"),
+    Metric(
+        "eval/failed",
+        "count",
+        "1 where the evaluation ended in an error, which the log tells; nothing else is known then",
+    ),
     Metric("eval/length_correlation", "1", "reward models: correlation of score and length over held-out responses"),
     Metric(
         "eval/accuracy_shorter",

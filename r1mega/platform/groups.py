@@ -6,9 +6,10 @@ import os
 import random
 import socket
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,8 +17,9 @@ import torch.distributed as dist
 from r1mega import platform
 from r1mega.config.layout import Layout, process_problems
 from r1mega.config.schema import TimeoutsConfig
-from r1mega.errors import ConfigError, StragglerError
+from r1mega.errors import ConfigError, R1MegaError, StragglerError
 
+T, U = TypeVar("T"), TypeVar("U")
 Kind = Literal["startup", "collective", "rollout", "checkpoint"]
 
 _timeouts = TimeoutsConfig()
@@ -126,6 +128,29 @@ class GeneratorPlace:
     def block(self, count: int) -> range:
         """This generator's share of range(count): the blocks of all, in order, are the whole."""
         return range(count * self.replica // self.num_replicas, count * (self.replica + 1) // self.num_replicas)
+
+
+def share_out(items: Sequence[T], work: Callable[[Sequence[T]], list[U]], what: str, *, tp: int = 1) -> list[U]:
+    """`work` on each generator's block of the items: the results of all blocks, in order, on every rank. A collective call.
+
+    tp: ranks of a generator, which do the same block; 1: each rank has one of its own. Ranks wait for each other as in a
+    rollout. what: for the message of one that does not come. An R1MegaError of one rank is raised on all.
+    """
+    place = GeneratorPlace.of_this_rank(tp)
+    found: list[U] | R1MegaError
+    try:
+        found = work([items[i] for i in place.block(len(items))])
+    except R1MegaError as error:
+        found = error
+    wait_for_all("rollout", what)
+    everyone: list[list[U] | R1MegaError] = [found]
+    if dist.get_world_size() > 1:
+        everyone = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(everyone, found)
+    for theirs in everyone:
+        if isinstance(theirs, R1MegaError):
+            raise theirs
+    return [result for theirs in everyone[::tp] if isinstance(theirs, list) for result in theirs]
 
 
 def init_parallel(layout: Layout, seed: int, timeouts: TimeoutsConfig | None = None) -> None:

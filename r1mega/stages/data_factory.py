@@ -65,22 +65,35 @@ class DataFactory:
         sampling = self._sampling("samples", posed, rollout.group_size, settings)
         missing, finished = sampling.begin(), sampling.finished_windows()
         self.runtime.begin(sampling.num_windows, finished or None)
-        if not missing:
+        if not missing and not sampling.num_failed:
             return True
         with (
-            self.engine(self.config.model, self.config.data.max_prompt_tokens, rollout) as engine,
-            contextlib.closing(
-                RewardScorer(
-                    self.config.reward,
-                    max_response_tokens=rollout.max_response_tokens,
-                    engine=engine,
-                    tokenizer=self.tokenizer,
-                )
-            ) as scorer,
+            self.scorer(generates=missing > 0) as (engine, scorer),
             self.runtime.progress(total=sampling.num_windows, done=finished),
         ):
-            scorer.step = LAST_STEP
             return sampling.run(engine, self.tokenizer, scorer)
+
+    @contextlib.contextmanager
+    def scorer(self, *, generates: bool) -> Iterator[tuple[GenerationEngine | None, RewardScorer]]:
+        """The stage's rewards, and the generator: when it is wanted, or the judge is the policy itself. A collective call."""
+        config = self.config
+        with contextlib.ExitStack() as stack:
+            engine = None
+            if generates or self._judges_by_policy:
+                engine = stack.enter_context(self.engine(config.model, config.data.max_prompt_tokens, config.rollout))
+            scorer = stack.enter_context(
+                RewardScorer(
+                    config.reward, max_response_tokens=config.rollout.max_response_tokens, engine=engine,
+                    tokenizer=self.tokenizer,
+                )
+            )  # fmt: skip
+            scorer.step = LAST_STEP
+            yield engine, scorer
+
+    @property
+    def _judges_by_policy(self) -> bool:
+        judge = self.config.reward.judge
+        return judge.weight > 0 and judge.engine == "policy"
 
     def _sampling(
         self, name: str, posed: Sequence[PosedPrompt], num_samples: int, settings: SamplingSettings

@@ -13,6 +13,7 @@ from r1mega.checkpoint.store import check_architecture, checkpoints, deciding_ke
 from r1mega.config.rewards import RewardConfig
 from r1mega.config.schema import Stage, TrainingStage
 from r1mega.config.stages.reward_model import RewardModelStage
+from r1mega.observe.inputs import check_inputs
 from r1mega.observe.run import RunDirectory
 from r1mega.reward.custom import load_part
 
@@ -93,10 +94,11 @@ def check_rewards(config: Stage) -> None:
 
 
 def check_run_directory(config: Stage) -> None:
-    """Refuse to go on in the directory of another run or another model, before any process group starts."""
+    """Refuse to go on in the directory of another run, model or data, before any process group starts."""
     directory = RunDirectory(config.run_dir)
     directory.check_place()
     directory.check_config(config.model_dump(mode="json"))
+    check_inputs(config)
     architecture = deciding_keys(read_config(config.model.path))
     for checkpoint in checkpoints(config.run_dir / "checkpoints"):
         if lacks(checkpoint) is None:  # a damaged one is `CheckpointStore.latest`'s business

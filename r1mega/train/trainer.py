@@ -90,6 +90,9 @@ class Trainer:
         self._overlaps_gather = self._must_gather = optimizer.overlap_param_gather  # Megatron's first pass would gather
         policy.settle = self._gather_weights
         self._expert_load: float | None = None
+        routers = (m for chunk in policy.chunks for m in chunk.modules() if hasattr(m, "get_aux_loss_coeff"))
+        configs = {id(router.config): router.config for router in routers}.values()
+        self._aux_loss = [(c, c.moe_aux_loss_coeff) for c in configs if c.moe_aux_loss_coeff]
         self._skip_nonfinite, self._skipped = optimizer.skip_nonfinite, 0
         self.evidence: Path | None = None
         """Where to write what a gradient that is not finite came from; None: nowhere."""
@@ -155,6 +158,7 @@ class Trainer:
             value, statistics = loss(batch, scores)
             return value * total_response_tokens, statistics
 
+        self._weigh_aux_loss(microbatches, total_response_tokens)
         self._must_gather = False  # the forward pass does
         further = mtp_loss and bool(self.policy.megatron_config.mtp_num_layers)
         statistics = self.policy.run(microbatches, scaled, temperature, forward_only=False, mtp_loss=further)
@@ -168,6 +172,18 @@ class Trainer:
         self.optimizer.zero_grad()  # copies in float32, where the buffers are not
         self._must_gather = self._overlaps_gather
         return UpdateResult(float(grad_norm), lr, statistics, self._expert_load, skipped=not stepped)
+
+    def _weigh_aux_loss(self, microbatches: Sequence[B], total_response_tokens: int) -> None:
+        """Make the auxiliary loss of the routers the mean over all tokens. Megatron multiplies a microbatch's by its tokens
+        (router.py, attach_and_log_load_balancing_loss) and divides gradients by what the loss counts, here response tokens:
+        the shorter the responses are beside their prompts, the larger it would be.
+        """
+        if not self._aux_loss:
+            return
+        tokens = torch.tensor(float(sum(batch.num_tokens for batch in microbatches if batch.sample_indices)))
+        dist.all_reduce(tokens, group=parallel_state.get_data_parallel_group())
+        for config, coefficient in self._aux_loss:
+            config.moe_aux_loss_coeff = coefficient * total_response_tokens / max(float(tokens), 1.0)
 
     def _leave_out(self, grad_norm: float, microbatches: Sequence[B], statistics: Sequence[S]) -> None:
         """Count a step whose gradient is not finite, write down what made it, and say so. Raises NonFiniteError."""

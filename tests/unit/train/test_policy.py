@@ -297,6 +297,32 @@ def test_torn_and_foreign_checkpoints_are_refused(one_rank, tmp_path, caplog):
         other.load(store.latest(), trainer.sharded_state(is_loading=True))
 
 
+def test_the_auxiliary_loss_is_of_all_tokens_however_many_are_trained_on(one_rank):
+    """The gradient of the auxiliary loss alone, of the same tokens cut into prompt and response in several ways."""
+    from r1mega.gpu_check.tensors import gradients_by_name
+    from r1mega.train.policy import Policy
+    from r1mega.train.trainer import Trainer
+
+    tokens = np.random.default_rng(0).integers(0, HF["vocab_size"], (2, 32)).tolist()
+    found = []
+    for responses in ((31, 31), (16, 16), (4, 4), (1, 1), (1, 31)):
+        model = ModelConfig(path="unused", dtype="float32", sequence_aux_loss_coefficient=0.5)
+        policy = Policy(model, HF, ParallelConfig(), seed=1, init_std=0.08)
+        trainer = Trainer(policy, OptimizerConfig(lr=1e-3), total_steps=4)
+        stepping = trainer.optimizer.step
+        trainer.optimizer.step = lambda t=trainer, s=stepping: (found.append(gradients_by_name(t)), s())[1]
+        batches = [
+            build_microbatch([ids], [32 - n], [i]) for i, (ids, n) in enumerate(zip(tokens, responses, strict=True))
+        ]
+        trainer.update(
+            batches, lambda _, scores: (0.0 * scores.values.sum(), 0), total_response_tokens=sum(responses)
+        )  # fmt: skip
+    assert any(float(gradient.abs().max()) > 1e-3 for gradient in found[0].values())
+    for gradients in found[1:]:
+        for name, gradient in found[0].items():
+            assert torch.allclose(gradients[name], gradient, rtol=1e-4, atol=1e-7), name
+
+
 @pytest.mark.parametrize("optimizer", [{}, {"clip_grad": 0.0}])
 def test_a_gradient_that_is_not_finite_moves_nothing_and_can_be_left_out(one_rank, tmp_path, caplog, optimizer):
     """The steps after it are those of a run that never had it (the rate is constant)."""

@@ -8,15 +8,17 @@ The examples are of one prompt, "2 + 2?", two responses, one of them right.
 from __future__ import annotations
 
 import enum
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
 if TYPE_CHECKING:
     import torch
+
+T, U = TypeVar("T"), TypeVar("U")
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +130,17 @@ class GenerationEngine(Protocol):
 
     def close(self) -> None:
         """Releases all memory; the engine cannot be used again."""
+
+
+class Deal(Protocol):
+    """Has items worked on in blocks, perhaps by several processes, and returns the results in the items' order."""
+
+    def __call__(self, work: Callable[[Sequence[T]], list[U]], items: Sequence[T]) -> list[U]: ...
+
+
+def by_itself(work: Callable[[Sequence[T]], list[U]], items: Sequence[T]) -> list[U]:
+    """A `Deal` of one process."""
+    return work(items)
 
 
 @runtime_checkable

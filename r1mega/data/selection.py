@@ -11,7 +11,7 @@ from pathlib import Path
 
 from r1mega.config.data_factory import DecontaminationConfig, DuplicateConfig, GeneralConfig
 from r1mega.data.contamination import Contamination, evaluation_questions
-from r1mega.data.duplicates import near_duplicates
+from r1mega.data.duplicates import Signature, near_duplicates
 from r1mega.data.filters import Candidate, FilterCount
 from r1mega.data.sft import read_lines
 from r1mega.data.tokenizer import Tokenizer
@@ -21,22 +21,35 @@ from r1mega.files import replacing, write_atomic
 logger = logging.getLogger(__name__)
 
 
-def without_duplicates(candidates: Sequence[Candidate], config: DuplicateConfig) -> tuple[list[Candidate], FilterCount]:
-    """The first of each group of near-duplicates."""
-    texts = [f"{c.question}\n{c.response}" for c in candidates]
+def without_duplicates(
+    candidates: Sequence[Candidate], config: DuplicateConfig, signed: Sequence[Signature] | None = None
+) -> tuple[list[Candidate], FilterCount]:
+    """The first of each group of near-duplicates. signed: `signatures` of `text_of` each, where they were made elsewhere."""
     twins = near_duplicates(
-        texts, threshold=config.threshold, ngram=config.ngram, num_permutations=config.num_permutations
-    )
+        [text_of(c) for c in candidates],
+        threshold=config.threshold, ngram=config.ngram, num_permutations=config.num_permutations, signed=signed,
+    )  # fmt: skip
     kept = [c for c, twin in zip(candidates, twins, strict=True) if twin is None]
     return kept, FilterCount("near-duplicate", len(candidates), len(candidates) - len(kept))
 
 
-def without_contamination(
-    candidates: Sequence[Candidate], config: DecontaminationConfig
-) -> tuple[list[Candidate], FilterCount]:
-    """Those that share no n-gram with an evaluation question, in question or response, and pose no shorter one."""
+def text_of(candidate: Candidate) -> str:
+    """What is compared of a candidate to find duplicates."""
+    return f"{candidate.question}\n{candidate.response}"
+
+
+def contaminated(config: DecontaminationConfig, candidates: Sequence[Candidate]) -> list[bool]:
+    """Which share an n-gram with an evaluation question, in question or response, or pose a shorter one."""
     is_contaminated = Contamination(evaluation_questions(config.files), config.ngram)
-    kept = [c for c in candidates if not (is_contaminated(c.question) or is_contaminated(c.response, shorter=False))]
+    return [is_contaminated(c.question) or is_contaminated(c.response, shorter=False) for c in candidates]
+
+
+def without_contamination(
+    candidates: Sequence[Candidate], config: DecontaminationConfig, found: Sequence[bool] | None = None
+) -> tuple[list[Candidate], FilterCount]:
+    """Those that are not `contaminated`. found: what that says, where it was asked elsewhere."""
+    found = contaminated(config, candidates) if found is None else found
+    kept = [c for c, is_out in zip(candidates, found, strict=True) if not is_out]
     return kept, FilterCount("contamination", len(candidates), len(candidates) - len(kept))
 
 

@@ -7,13 +7,17 @@ chat template. Every response (each assistant turn) is trained, followed by the 
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import itertools
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from r1mega.data.rows import content_hash, raise_it, read_rows
 from r1mega.data.template import render
@@ -27,6 +31,9 @@ if TYPE_CHECKING:
     from r1mega.config.stages.sft import SFTData
 
 logger = logging.getLogger(__name__)
+
+LINES_AT_A_TIME = 4096
+"""Lines that are in memory at one time, of each process that works on them."""
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -90,9 +97,32 @@ def _chat_segments(messages: Any, where: str, tokenizer: Tokenizer) -> list[Segm
     return pieces
 
 
-def build_token_file(data: SFTData, tokenizer: Tokenizer, directory: Path) -> Path:
+Line = tuple[str, Mapping[str, Any]]
+"""("file:line", what it holds)."""
+Tokenise = Callable[[Sequence[Line]], "list[dict[str, Any] | DataError]"]
+
+
+def tokenise(data: SFTData, tokenizer: Tokenizer, lines: Sequence[Line]) -> list[dict[str, Any] | DataError]:
+    """The rows of a token file, or what is wrong with a line; of each line by itself."""
+    found: list[dict[str, Any] | DataError] = []
+    for where, line in lines:
+        try:
+            found.append(_row(line, where, tokenizer, data))
+        except DataError as error:
+            found.append(error)
+    return found
+
+
+def build_token_file(
+    data: SFTData,
+    tokenizer: Tokenizer,
+    directory: Path,
+    rows_of: Tokenise | None = None,
+    at_a_time: int = LINES_AT_A_TIME,
+) -> Path:
     """Tokenise all lines of `data.files` into directory/tokens.arrow, or keep the file of an earlier start.
 
+    rows_of: `tokenise` of these data, where others do it too; None: this process. at_a_time: lines that it gets.
     Columns: id, question, kind, language, source (texts, maybe null), token_ids (int32), spans (int32: start and end of each
     response, flat). A line of more than data.max_tokens tokens is an error or skipped, by data.on_long. Raises DataError
     (file:line), also when the files are not those of the earlier start.
@@ -111,12 +141,12 @@ def build_token_file(data: SFTData, tokenizer: Tokenizer, directory: Path) -> Pa
             )
         return path
     directory.mkdir(parents=True, exist_ok=True)
-    counts = _write_arrow(data, tokenizer, path)
+    counts = _write_arrow(data, rows_of or functools.partial(tokenise, data, tokenizer), path, at_a_time)
     write_atomic(record, json.dumps({"made_from": described, "lines": counts}, indent=1) + "\n")
     return path
 
 
-def _write_arrow(data: SFTData, tokenizer: Tokenizer, path: Path) -> dict[str, int]:
+def _write_arrow(data: SFTData, rows_of: Tokenise, path: Path, at_a_time: int) -> dict[str, int]:
     from datasets import Features, List, Value
     from datasets.arrow_writer import ArrowWriter
 
@@ -135,23 +165,21 @@ def _write_arrow(data: SFTData, tokenizer: Tokenizer, path: Path) -> dict[str, i
     features = Features(texts | {"token_ids": numbers, "spans": numbers})
     with replacing(path) as temporary:
         with ArrowWriter(features=features, path=str(temporary)) as writer:
-            for file in data.files:
-                for where, line in read_lines(file, on_bad_line):
-                    try:
-                        row = _row(line, where, tokenizer, data)
-                    except DataError as error:
-                        on_bad_line(error)
-                        continue
-                    if len(row["token_ids"]) > data.max_tokens:
-                        if data.on_long == "error":
-                            raise DataError(
-                                f"{where}: {len(row['token_ids'])} tokens, data.max_tokens is {data.max_tokens}; raise it, or set "
-                                "data.on_long=skip"
-                            )
+            lines = (line for file in data.files for line in read_lines(file, on_bad_line))
+            while batch := list(itertools.islice(lines, at_a_time)):
+                for (where, _), row in zip(batch, rows_of(batch), strict=True):
+                    if isinstance(row, DataError):
+                        on_bad_line(row)
+                    elif len(row["token_ids"]) <= data.max_tokens:
+                        counts["kept"] += 1
+                        writer.write(row)
+                    elif data.on_long == "error":
+                        raise DataError(
+                            f"{where}: {len(row['token_ids'])} tokens, data.max_tokens is {data.max_tokens}; raise it, or set "
+                            "data.on_long=skip"
+                        )
+                    else:
                         counts["long"] += 1
-                        continue
-                    counts["kept"] += 1
-                    writer.write(row)
             writer.finalize()
         if not counts["kept"]:
             raise DataError(f"no samples left in {', '.join(map(str, data.files))}")
@@ -173,7 +201,8 @@ def _row(item: Mapping[str, Any], where: str, tokenizer: Tokenizer, data: SFTDat
         token_ids += piece.token_ids
     question = item.get("question") or next((m["content"] for m in item.get("messages", []) if m["role"] == "user"), "")
     texts = {name: str(item[name]) if name in item else None for name in ("kind", "language", "source")}
-    return {"id": str(item.get("id", where)), "question": question, "token_ids": token_ids, "spans": spans} | texts
+    numbers = {"token_ids": np.asarray(token_ids, np.int32), "spans": np.asarray(spans, np.int32)}
+    return {"id": str(item.get("id", where)), "question": question} | numbers | texts
 
 
 class SFTDataset:

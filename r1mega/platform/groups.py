@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import socket
@@ -18,6 +19,7 @@ from r1mega import platform
 from r1mega.config.layout import Layout, process_problems
 from r1mega.config.schema import TimeoutsConfig
 from r1mega.errors import ConfigError, R1MegaError, StragglerError
+from r1mega.types import Deal, by_itself
 
 T, U = TypeVar("T"), TypeVar("U")
 Kind = Literal["startup", "collective", "rollout", "checkpoint"]
@@ -151,6 +153,64 @@ def share_out(items: Sequence[T], work: Callable[[Sequence[T]], list[U]], what: 
         if isinstance(theirs, R1MegaError):
             raise theirs
     return [result for theirs in everyone[::tp] if isinstance(theirs, list) for result in theirs]
+
+
+def lead(make: Callable[[Deal], T], helpers: Sequence[Callable[[Sequence[Any]], list[Any]]]) -> T:
+    """What `make` returns on rank 0, on every rank, where all ranks help: its argument takes one of `helpers`, functions that
+    every rank has made alike, and items, which rank 0 alone needs to have. A collective call.
+
+    Ranks wait for rank 0 and for each other as in a rollout. An R1MegaError, of any rank's work, is raised on all.
+    """
+    world = dist.get_world_size()
+    if dist.get_rank() > 0:
+        while (task := _hand_out(None))[0] is not None:
+            _collect(_done(helpers[task[0]], task[1]))
+        result, error = task[1]
+    else:
+
+        def deal(work: Callable[[Sequence[Any]], list[Any]], items: Sequence[Any]) -> list[Any]:
+            place, bounds = helpers.index(work), [len(items) * rank // world for rank in range(world + 1)]
+            blocks = [items[first:last] for first, last in itertools.pairwise(bounds)]
+            _hand_out([(place, block) for block in blocks])
+            return _collect(_done(work, blocks[0]))
+
+        result = error = None
+        try:
+            result = make(deal if world > 1 else by_itself)
+        except R1MegaError as caught:
+            error = caught
+        _hand_out([(None, (result, error))] * world)
+    if error is not None:
+        raise error
+    return result
+
+
+def _hand_out(tasks: list[tuple[int | None, Any]] | None) -> tuple[int | None, Any]:
+    """Rank 0 gives every rank its task (place of the helper or None for the end, items or outcome)."""
+    if dist.get_world_size() == 1:
+        return (None, None)
+    wait_for_all("rollout", "what rank 0 hands out")
+    own: list[Any] = [None]
+    dist.scatter_object_list(own, tasks, src=0)
+    return own[0]
+
+
+def _done(work: Callable[[Sequence[Any]], list[Any]], items: Sequence[Any]) -> list[Any] | R1MegaError:
+    try:
+        return work(items)
+    except R1MegaError as error:
+        return error
+
+
+def _collect(found: list[Any] | R1MegaError) -> list[Any]:
+    """The results of all ranks on rank 0, in order; [] elsewhere."""
+    wait_for_all("rollout", "what rank 0 handed out")
+    everyone: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(found, everyone, dst=0)
+    for theirs in everyone or ():
+        if isinstance(theirs, R1MegaError):
+            raise theirs
+    return [result for theirs in everyone or () for result in theirs]
 
 
 def init_parallel(layout: Layout, seed: int, timeouts: TimeoutsConfig | None = None) -> None:

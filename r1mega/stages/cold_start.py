@@ -13,7 +13,7 @@ from typing import Any
 from r1mega.checkpoint.hf import read_config
 from r1mega.config.model_files import context_length
 from r1mega.config.stages.cold_start import ColdStartStage, Prompting
-from r1mega.data.filters import Candidate, FilterCount, apply_filters, build_filters
+from r1mega.data.filters import Candidate, FilterCount, apply_filters
 from r1mega.data.rewrite import rewrite
 from r1mega.data.selection import at_most_per_prompt
 from r1mega.data.sft import read_lines
@@ -25,7 +25,7 @@ from r1mega.rollout.sampler import stop_settings
 from r1mega.stages.data_factory import DataFactory
 from r1mega.stages.runtime import Runtime
 from r1mega.stages.sampling import PosedPrompt
-from r1mega.types import Prompt, Response, Reward, RewardStatus, SamplingSettings
+from r1mega.types import Deal, Prompt, Response, Reward, RewardStatus, SamplingSettings
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +39,7 @@ def run(config: ColdStartStage, runtime: Runtime) -> int:
     posed = pose(config, factory, factory.load_prompts())
     if not factory.sample(posed):
         return runtime.stopped()
-    filters = build_filters(config.filters)
-    first = [(name, takes) for name, takes in filters if name in BEFORE_REWRITING]
+    first = [(name, takes) for name, takes in factory.filters if name in BEFORE_REWRITING]
     correct, funnel = apply_filters(factory.candidates(posed), first)  # on every rank alike
     rewritten = [(c, rewrite(c.response, config.rewrite, c.language)) for c in correct]
     candidates = [dataclasses.replace(c, response=text) for c, text in rewritten if text is not None]
@@ -54,10 +53,10 @@ def run(config: ColdStartStage, runtime: Runtime) -> int:
 
     verified = _verified(config, factory, {p.prompt.id: p.prompt for p in posed}, candidates)
 
-    def select() -> dict[str, Any]:
-        kept, counts = apply_filters(verified, filters)
+    def select(deal: Deal) -> dict[str, Any]:
+        kept, counts = factory.passing(verified, deal)
         funnel.extend(FilterCount(f"rewritten: {c.name}", c.seen, c.taken) for c in counts)
-        kept = factory.distinct(kept, funnel)
+        kept = factory.distinct(kept, funnel, deal)
         kept, count = at_most_per_prompt(kept, config.max_per_prompt)
         funnel.append(count)
         if config.max_samples is not None:
@@ -65,7 +64,7 @@ def run(config: ColdStartStage, runtime: Runtime) -> int:
             kept = kept[: config.max_samples]
         return factory.write(kept, funnel, {"prompts": len(posed), "sampled": funnel[0].seen})
 
-    return factory.finish(runtime.broadcast(select))
+    return factory.finish(factory.select(select))
 
 
 def pose(config: ColdStartStage, factory: DataFactory, prompts: Sequence[Prompt]) -> list[PosedPrompt]:

@@ -31,6 +31,8 @@ class DigestingFile:
     def __init__(self, path: Path, pool: ThreadPoolExecutor):
         self._file, self._pool = open(path, "wb", buffering=0), pool  # noqa: SIM115  closed by `close`
         self._digest, self._bytes = hashlib.sha256(), 0
+        self.error: OSError | None = None
+        """What a write failed with: torch.save makes a RuntimeError of it that says something else."""
 
     def write(self, data: Any) -> int:
         """All of `data` (bytes or any contiguous buffer); its size in bytes. Raises OSError."""
@@ -42,6 +44,9 @@ class DigestingFile:
             self._digest.update(view)
         try:
             write_all(self._file.fileno(), view)
+        except OSError as error:
+            self.error = error
+            raise
         finally:
             if digested is not None:
                 digested.result()

@@ -9,6 +9,7 @@ moved aside, to `step_000010.damaged`: it neither counts among those that are ke
 from __future__ import annotations
 
 import inspect
+import io
 import json
 import logging
 import os
@@ -254,7 +255,9 @@ def _write_files(save: _Save, *, first: bool) -> tuple[list[Any], dict[str, Any]
     with without_crc(), ThreadPoolExecutor(2) as pool:
         written = list(pool.map(lambda item: write_pieces(save.directory / item[0], item[1]), save.files.items()))
     if first:
-        torch.save(save.common, save.directory / COMMON)
+        content = io.BytesIO()  # torch.save to a file would not say why the disk did not take it
+        torch.save(save.common, content)
+        (save.directory / COMMON).write_bytes(content.getvalue())
     records = {name: record for name, (_, record) in zip(save.files, written, strict=True)}
     return [result for results, _ in written for result in results], records
 

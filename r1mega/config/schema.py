@@ -190,7 +190,7 @@ class RolloutConfig(Section):
     """Sampling of groups, and the generator that does it."""
 
     engine: Literal["vllm", "transformers"] = "vllm"
-    num_prompts: PositiveInt = 32  # a step (paper), over all data-parallel ranks
+    num_prompts: PositiveInt = 512  # a rollout, over all data-parallel ranks (paper: 8,192 responses)
     group_size: PositiveInt = 16  # responses a prompt (paper)
     temperature: Annotated[float, Field(ge=0.01)] = 1.0  # paper
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0

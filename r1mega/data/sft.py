@@ -222,6 +222,10 @@ class SFTDataset:
     def ids(self) -> list[str]:
         return self._rows["id"][:]
 
+    def prompts(self) -> list[str]:
+        """What tells one prompt from another: the question, or the id of a line without one."""
+        return [question or name for question, name in zip(self._rows["question"][:], self.ids(), strict=True)]
+
     def sample(self, index: int, prompt_weight: float) -> tuple[list[int], list[float]]:
         """(token ids, loss weights: 1 on responses, prompt_weight elsewhere) of one sample."""
         row = self._numpy[index]
@@ -238,8 +242,10 @@ class SFTDataset:
         return {**row, "token_ids": row["token_ids"][spans[-2] : spans[-1]]}
 
 
-def held_out_indices(ids: Sequence[str], share: float, seed: int) -> set[int]:
-    """The samples that are kept from training: `share` of them, by a hash of their ids (whatever their order)."""
+def held_out_indices(prompts: Sequence[str], share: float, seed: int) -> set[int]:
+    """The samples that are kept from training: those of `share` of the prompts, by a hash of these (whatever their order). All
+    answers to a prompt are on one side: else the loss on one would be that of a prompt that was trained on.
+    """
     limit = int(share * 2**64)
-    digests = (hashlib.sha256(f"{seed}/{name}".encode()).digest() for name in ids)
+    digests = (hashlib.sha256(f"{seed}/{prompt}".encode()).digest() for prompt in prompts)
     return {i for i, digest in enumerate(digests) if int.from_bytes(digest[:8], "big") < limit}

@@ -62,6 +62,7 @@ class RunDirectory:
         self.checkpoints = self.path / "checkpoints"
         self.lock_file = self.path / "lock"
         self.inputs = self.path / "inputs.json"
+        self.wandb_id = self.path / "wandb_id"
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -127,7 +128,15 @@ class RunDirectory:
 
     def holds_work(self) -> bool:
         """Whether there is anything but what every start writes first, and files without content."""
-        first = {self.config, self.environment, self.status, self.lock_file, self.path / "tensorboard", self.inputs}
+        first = {
+            self.config,
+            self.environment,
+            self.status,
+            self.lock_file,
+            self.path / "tensorboard",
+            self.inputs,
+            self.wandb_id,
+        }
         return any(path.is_dir() or path.stat().st_size > 0 for path in self.path.iterdir() if path not in first)
 
     def write_config(self, config: Mapping[str, Any]) -> None:

@@ -60,7 +60,7 @@ class _Batches:
 
     def __init__(self, config: SFTStage, runtime: Runtime, dataset: SFTDataset):
         self.config, self.runtime, self.dataset = config, runtime, dataset
-        held_out = held_out_indices(dataset.ids(), config.held_out.share, config.seed)
+        held_out = held_out_indices(dataset.prompts(), config.held_out.share, config.seed)
         if len(held_out) == len(dataset):
             held_out = set()  # nothing would be left to train on
         self.held_out = sorted(held_out)

@@ -42,7 +42,9 @@ class AlgorithmConfig(Section):
     loss_aggregation: Literal["sequence", "token", "constant"] = "sequence"
     # sequence: mean of per-response means (GRPO); token: mean over all tokens (DAPO); constant: / max tokens (Dr.GRPO)
     kl_coefficient: NonNegative = 0.001  # paper
-    reference_refresh_steps: PositiveInt | None = 400  # paper; None: the reference never changes
+    reference_refresh_steps: PositiveInt | None = (
+        25  # rollouts (paper: 400 optimizer steps); None: the reference never changes
+    )
     old_log_probs: Literal["rollout", "recompute"] = "recompute"
     # rollout: the generator's (exact in float32); recompute: one more forward pass (bfloat16, FP8)
     importance_cap: Positive | None = None
@@ -54,7 +56,7 @@ class AlgorithmConfig(Section):
 class UpdateConfig(Section):
     """How a rollout becomes optimizer steps."""
 
-    num_minibatches: PositiveInt = 16  # optimizer steps a rollout (paper)
+    num_minibatches: PositiveInt = 16  # optimizer steps a rollout (paper: of 512 responses each)
     num_epochs: PositiveInt = 1  # paper
     microbatch_tokens: PositiveInt = 8192  # packing target; with parallel.cp each of its ranks has 1/cp of them
     min_microbatches: PositiveInt | None = None
@@ -67,7 +69,7 @@ class RLStage(TrainingStage):
     """
 
     stage: Literal["zero", "reasoning_rl", "align"]
-    steps: PositiveInt = 10400  # paper
+    steps: PositiveInt = 650  # rollouts (paper: 10,400 optimizer steps)
     data: DataConfig
     rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig = RewardConfig()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -80,6 +81,28 @@ def test_errors_of_a_background_save_are_raised_by_the_next_call(tmp_path, monke
     assert [p.name for p in store.directory.iterdir()] == [first.name]
     store.save(3, state_of(torch.ones(3)), {})
     assert store.latest().name == "step_000003"
+
+
+def test_a_disk_that_is_full_is_told_as_that(tmp_path):
+    """Files may have so many bytes and no more: the data file, and with more of them the state beside it, does not fit."""
+    store = open_store(tmp_path)
+    first = store.save(1, state_of(torch.ones(3)), {})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for room, state in (
+        (4096, state_of(torch.ones(10_000))),
+        (20_000, state_of(torch.ones(3)) | {"big": "x" * 50_000}),
+    ):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+        try:
+            with pytest.raises(
+                CheckpointError, match=r"step_000002\.tmp: could not be written .*File too large"
+            ) as raised:
+                store.save(2, state, {})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert "free some disk and start again" in str(raised.value)
+        assert [p.name for p in store.directory.iterdir()] == [first.name]
+    assert store.save(2, state_of(torch.ones(10_000)), {}).is_dir(), "there is room again"
 
 
 KILLED = """

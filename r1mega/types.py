@@ -18,7 +18,8 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
 
-T, U = TypeVar("T"), TypeVar("U")
+T = TypeVar("T")
+U = TypeVar("U")
 
 
 @dataclass(frozen=True, slots=True)

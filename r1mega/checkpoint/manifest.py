@@ -132,7 +132,7 @@ def lacks(directory: Path) -> str | None:
     return next(filter(None, (_check_size(directory / name, record) for name, record in files.items())), None)
 
 
-def _check_size(file: Path, record: Mapping[str, Any]) -> str | None:
+def _check_size(file: Path, record: Mapping[str, object]) -> str | None:
     if not file.is_file():
         return f"{file.name} is missing"
     size = file.stat().st_size

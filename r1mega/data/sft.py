@@ -99,12 +99,13 @@ def _chat_segments(messages: Any, where: str, tokenizer: Tokenizer) -> list[Segm
 
 Line = tuple[str, Mapping[str, Any]]
 """("file:line", what it holds)."""
-Tokenise = Callable[[Sequence[Line]], "list[dict[str, Any] | DataError]"]
+Row = dict[str, Any]
+Tokenise = Callable[[Sequence[Line]], list[Row | DataError]]
 
 
-def tokenise(data: SFTData, tokenizer: Tokenizer, lines: Sequence[Line]) -> list[dict[str, Any] | DataError]:
+def tokenise(data: SFTData, tokenizer: Tokenizer, lines: Sequence[Line]) -> list[Row | DataError]:
     """The rows of a token file, or what is wrong with a line; of each line by itself."""
-    found: list[dict[str, Any] | DataError] = []
+    found: list[Row | DataError] = []
     for where, line in lines:
         try:
             found.append(_row(line, where, tokenizer, data))

@@ -21,7 +21,12 @@ from r1mega.config.schema import TimeoutsConfig
 from r1mega.errors import ConfigError, R1MegaError, StragglerError
 from r1mega.types import Deal, by_itself
 
-T, U = TypeVar("T"), TypeVar("U")
+T = TypeVar("T")
+U = TypeVar("U")
+V = TypeVar("V")
+Helper = Callable[[Sequence[Any]], list[Any]]
+Task = tuple[int | None, Any]
+"""Place of the helper and its items; None and the outcome at the end."""
 Kind = Literal["startup", "collective", "rollout", "checkpoint"]
 
 _timeouts = TimeoutsConfig()
@@ -155,7 +160,7 @@ def share_out(items: Sequence[T], work: Callable[[Sequence[T]], list[U]], what: 
     return [result for theirs in everyone[::tp] if isinstance(theirs, list) for result in theirs]
 
 
-def lead(make: Callable[[Deal], T], helpers: Sequence[Callable[[Sequence[Any]], list[Any]]]) -> T:
+def lead(make: Callable[[Deal], T], helpers: Sequence[Helper]) -> T:
     """What `make` returns on rank 0, on every rank, where all ranks help: its argument takes one of `helpers`, functions that
     every rank has made alike, and items, which rank 0 alone needs to have. A collective call.
 
@@ -168,7 +173,7 @@ def lead(make: Callable[[Deal], T], helpers: Sequence[Callable[[Sequence[Any]], 
         result, error = task[1]
     else:
 
-        def deal(work: Callable[[Sequence[Any]], list[Any]], items: Sequence[Any]) -> list[Any]:
+        def deal(work: Callable[[Sequence[U]], list[V]], items: Sequence[U]) -> list[V]:
             place, bounds = helpers.index(work), [len(items) * rank // world for rank in range(world + 1)]
             blocks = [items[first:last] for first, last in itertools.pairwise(bounds)]
             _hand_out([(place, block) for block in blocks])
@@ -185,27 +190,27 @@ def lead(make: Callable[[Deal], T], helpers: Sequence[Callable[[Sequence[Any]], 
     return result
 
 
-def _hand_out(tasks: list[tuple[int | None, Any]] | None) -> tuple[int | None, Any]:
-    """Rank 0 gives every rank its task (place of the helper or None for the end, items or outcome)."""
+def _hand_out(tasks: list[Task] | None) -> Task:
+    """Rank 0 gives every rank its task."""
     if dist.get_world_size() == 1:
         return (None, None)
     wait_for_all("rollout", "what rank 0 hands out")
-    own: list[Any] = [None]
+    own: list[Task] = [(None, None)]
     dist.scatter_object_list(own, tasks, src=0)
     return own[0]
 
 
-def _done(work: Callable[[Sequence[Any]], list[Any]], items: Sequence[Any]) -> list[Any] | R1MegaError:
+def _done(work: Callable[[Sequence[T]], list[U]], items: Sequence[T]) -> list[U] | R1MegaError:
     try:
         return work(items)
     except R1MegaError as error:
         return error
 
 
-def _collect(found: list[Any] | R1MegaError) -> list[Any]:
+def _collect(found: list[U] | R1MegaError) -> list[U]:
     """The results of all ranks on rank 0, in order; [] elsewhere."""
     wait_for_all("rollout", "what rank 0 handed out")
-    everyone: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    everyone: list[list[U] | R1MegaError] | None = [[]] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object(found, everyone, dst=0)
     for theirs in everyone or ():
         if isinstance(theirs, R1MegaError):

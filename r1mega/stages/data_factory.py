@@ -8,7 +8,7 @@ import functools
 import random
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from r1mega.config.data_factory import DataFactoryStage
 from r1mega.config.schema import ModelConfig, RolloutConfig
@@ -28,6 +28,7 @@ from r1mega.stages.runtime import Runtime
 from r1mega.stages.sampling import PosedPrompt, Sampling, sample_store
 from r1mega.types import Deal, GenerationEngine, Prompt, RewardStatus, SamplingSettings
 
+T = TypeVar("T")
 LAST_STEP = 2**62
 """Samples are scored as a run's last step would be: parts that count from a later step on do count."""
 
@@ -153,7 +154,7 @@ class DataFactory:
 
     # ------------------------------------------------------------------ from candidates to files
 
-    def select(self, make: Callable[[Deal], dict[str, Any]]) -> dict[str, Any]:
+    def select(self, make: Callable[[Deal], T]) -> T:
         """What `make` returns on rank 0, on every rank; what it deals out (`passing`, `distinct`) all ranks work on."""
         return groups.lead(make, (self._filter, self._sign, self._find_contaminated))
 

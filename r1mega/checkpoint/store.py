@@ -128,9 +128,12 @@ class CheckpointStore:
                 f"{self.directory}: no checkpoint of this run is whole:{lines}\nput a whole one there (a copy, or one that was moved "
                 f"aside), or remove this directory to begin anew: what the run wrote before is then kept beside the new files"
             )
-        on_first_rank(
-            workers, lambda: [_set_aside(path) for path in problems], "damaged checkpoints could not be moved"
-        )
+
+        def set_aside() -> None:
+            for path in problems:
+                _set_aside(path)
+
+        on_first_rank(workers, set_aside, "damaged checkpoints could not be moved")
         return newest
 
     def load(self, path: Path, sharded_state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -212,10 +212,12 @@ def _collect(found: list[U] | R1MegaError) -> list[U]:
     wait_for_all("rollout", "what rank 0 handed out")
     everyone: list[list[U] | R1MegaError] | None = [[]] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object(found, everyone, dst=0)
+    results: list[U] = []
     for theirs in everyone or ():
         if isinstance(theirs, R1MegaError):
             raise theirs
-    return [result for theirs in everyone or () for result in theirs]
+        results += theirs
+    return results
 
 
 def init_parallel(layout: Layout, seed: int, timeouts: TimeoutsConfig | None = None) -> None:

@@ -15,6 +15,7 @@ from r1mega.config.stages.rl import AlgorithmConfig
 from r1mega.platform import groups
 from r1mega.train.packing import build_microbatch
 from r1mega.types import TrainingSample
+from tests.dist.launch import launch
 
 pytestmark = pytest.mark.heavy
 
@@ -356,6 +357,29 @@ def test_a_gradient_that_is_not_finite_moves_nothing_and_can_be_left_out(one_ran
     run_update(lenient, broken, packs, algorithm)  # the count begins anew after a good one
     with pytest.raises(NonFiniteError, match="optimizer.skip_nonfinite=2"):
         run_update(lenient, broken, packs, algorithm)
+
+
+def broken_on_one_rank():
+    """Two replicas, one of them with a broken sample, twice: (left out, no weight moved, the error of the second)."""
+    from r1mega.errors import NonFiniteError
+
+    groups.init_parallel(ParallelConfig(), seed=0)
+    trainer, samples = make_trainer(skip_nonfinite=1), make_samples()
+    samples[2] = dataclasses.replace(samples[2], advantage=math.nan)
+    before = {name: value.clone() for name, value in trainer.policy.hf_tensors()}
+    packs = [[[0, 1]], [[2, 3]]][trainer.policy.replica]
+    skipped = run_update(trainer, samples, packs, AlgorithmConfig()).skipped
+    equal = all(torch.equal(value, before[name]) for name, value in trainer.policy.hf_tensors())
+    try:
+        run_update(trainer, samples, packs, AlgorithmConfig())
+    except NonFiniteError as error:
+        return skipped, equal, str(error)
+    return skipped, equal, None
+
+
+def test_all_ranks_leave_out_what_one_cannot_use():
+    for skipped, equal, error in launch(broken_on_one_rank, 2):
+        assert skipped and equal and "optimizer.skip_nonfinite=2" in error
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -75,9 +75,12 @@ def _inputs(config: Stage) -> Iterator[tuple[str, Path]]:
             for place, item in enumerate(value):
                 yield from walk(f"{key}[{place}]", item)
 
-    own = ("run_dir", "model.path") if config.stage == "evaluate" else ("run_dir",)  # it knows its checkpoints itself
+    known = (
+        (*CHANGEABLE_KEYS, "model.path") if config.stage == "evaluate" else CHANGEABLE_KEYS
+    )  # it looks at its checkpoints
     for key, path in walk("", config.model_dump()):
-        if path.exists() and not is_below(key.partition("[")[0], (*CHANGEABLE_KEYS, *own)):
+        own = path.resolve().is_relative_to(config.run_dir.resolve())
+        if path.exists() and not own and not is_below(key.partition("[")[0], known):
             yield key, path
 
 

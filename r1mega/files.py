@@ -1,9 +1,10 @@
-"""Files that survive kill -9: atomic replacement, and JSON lines that are appended durably and cut on resume."""
+"""Files that survive kill -9 and full disks: atomic replacement, and JSON lines that are appended whole or not at all."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import json
 import os
 import secrets
@@ -50,15 +51,34 @@ def write_atomic(path: Path, data: str | bytes) -> None:
     with naming(path):
         descriptor, temporary = _create_beside(path)
         try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
+            try:
+                write_all(descriptor, content)
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
             os.replace(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
         sync_path(path.parent)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name beside `path` for a library to write to: it becomes `path`, durably, at the end of the block, and is gone after
+    an error. An OSError that names no other file names `path`.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        sync_path(temporary)
+        os.replace(temporary, path)
+        sync_path(path.parent)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in (None, str(temporary)):
+            error.filename, error.filename2 = str(path), None
+        raise
 
 
 def sync_path(path: Path) -> None:
@@ -98,12 +118,15 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 class JsonLinesWriter:
     """Appends JSON objects to a file, each in the file and (but for `sync=False`) on disk before `write` returns.
 
-    resume_step: keep the lines with "step" <= resume_step (atomically) and append after them; None: start afresh.
+    resume_step: keep the lines with "step" <= resume_step (atomically) and append after them; None: start afresh, and what
+    is there already stays as NAME.1, NAME.2, ... beside it.
     last: the last record of the file, an earlier start's at first; None without any.
     """
 
     def __init__(self, path: Path, resume_step: int | None = None):
         self.path = Path(path)
+        if resume_step is None:
+            _set_aside(self.path)
         kept = read_json_lines(self.path) if resume_step is not None and self.path.exists() else []
         kept = [record for record in kept if record["step"] <= resume_step]
         self.last: dict[str, Any] | None = kept[-1] if kept else None
@@ -116,16 +139,15 @@ class JsonLinesWriter:
         return None if self.last is None else self.last["step"]
 
     def write(self, *records: Mapping[str, Any], sync: bool = True) -> None:
-        """Append one line a record, in one write. Each record needs an integer "step".
+        """Append one line a record, all or none: whatever the disk takes a part of is undone. Each record needs an integer
+        "step". Raises OSError, which names the path.
 
         sync: False leaves it to `sync`: the lines outlive a kill of this process at once, one of the machine later.
         """
         if not records:
             return
         with naming(self.path):
-            self._file.write("".join(_line(record) for record in records).encode())
-        if sync:
-            self.sync()
+            append_whole(self._file.fileno(), "".join(_line(record) for record in records).encode(), sync=sync)
         self.last = dict(records[-1])
 
     def sync(self) -> None:
@@ -135,6 +157,35 @@ class JsonLinesWriter:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _set_aside(path: Path) -> None:
+    """Out of the way under the first free name: the records of a run that begins anew outlive it."""
+    if path.is_file() and path.stat().st_size > 0:
+        free = next(other for n in itertools.count(1) if not (other := path.with_name(f"{path.name}.{n}")).exists())
+        path.rename(free)
+        sync_path(path.parent)
+
+
+def write_all(descriptor: int, content: bytes | memoryview) -> None:
+    """All of `content`, however little the system takes at a time: 2 GiB at most, and on a full disk what still fits, both
+    without an error. Raises OSError.
+    """
+    view = memoryview(content)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def append_whole(descriptor: int, content: bytes, *, sync: bool = True) -> None:
+    """All of `content` at the end of an open file, or nothing: after an OSError the file is as long as before."""
+    before = os.fstat(descriptor).st_size
+    try:
+        write_all(descriptor, content)
+        if sync:
+            os.fsync(descriptor)
+    except BaseException:
+        os.ftruncate(descriptor, before)
+        raise
 
 
 def _line(record: Mapping[str, Any]) -> str:

@@ -8,15 +8,18 @@ The examples are of one prompt, "2 + 2?", two responses, one of them right.
 from __future__ import annotations
 
 import enum
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
 if TYPE_CHECKING:
     import torch
+
+T = TypeVar("T")
+U = TypeVar("U")
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +133,17 @@ class GenerationEngine(Protocol):
         """Releases all memory; the engine cannot be used again."""
 
 
+class Deal(Protocol):
+    """Has items worked on in blocks, perhaps by several processes, and returns the results in the items' order."""
+
+    def __call__(self, work: Callable[[Sequence[T]], list[U]], items: Sequence[T]) -> list[U]: ...
+
+
+def by_itself(work: Callable[[Sequence[T]], list[U]], items: Sequence[T]) -> list[U]:
+    """A `Deal` of one process."""
+    return work(items)
+
+
 @runtime_checkable
 class WritableEngine(GenerationEngine, Protocol):
     """A generator whose own parameters can be written in place: `VllmEngine`. tp, ep: of its layout."""
@@ -170,7 +184,8 @@ class Reward:
 
 @dataclass(frozen=True, slots=True)
 class RolloutGroup:
-    """The responses to one prompt, their texts and rewards, and the policy version that sampled them.
+    """The responses to one prompt, their texts and rewards, and the policy version that sampled them. slot: its place among
+    the groups of its step, over all generators and rounds of sampling.
 
     Example: RolloutGroup(prompt, (right, wrong), ("4", "5"), (Reward(1.1, ...), Reward(0.1, ...)), policy_version=11), in step 12
     """
@@ -180,6 +195,7 @@ class RolloutGroup:
     texts: tuple[str, ...]
     rewards: tuple[Reward, ...]
     policy_version: int
+    slot: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -187,7 +203,7 @@ class TrainingSample:
     """One response ready for the update.
 
     token_ids: [prompt + response] int32; advantage: the same for every response token; sampler_log_probs: [response]
-    float32, as the generator reported them (of token_ids[prompt_length:]). routed_experts: see `Response`.
+    float32, as the generator reported them (of token_ids[prompt_length:]). routed_experts: see `Response`. slot: of its group.
     reward: its value; opens_group: the first sample of a prompt, the others follow it.
 
     Example: of the group above, mean 0.6 and standard deviation 0.5: TrainingSample(array([1, 17, 9, 17, 30, 21, 4, 2]), 5,
@@ -199,6 +215,7 @@ class TrainingSample:
     advantage: float
     sampler_log_probs: np.ndarray
     routed_experts: np.ndarray | None = None
+    slot: int = 0
     reward: float = 0.0
     opens_group: bool = False
 

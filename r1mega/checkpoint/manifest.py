@@ -13,7 +13,7 @@ from typing import Any
 
 from r1mega.checkpoint.workers import Alone, Workers
 from r1mega.errors import CheckpointError
-from r1mega.files import sync_path
+from r1mega.files import sync_path, write_all
 
 MANIFEST = "manifest.json"
 FileRecords = dict[str, dict[str, Any]]
@@ -31,6 +31,8 @@ class DigestingFile:
     def __init__(self, path: Path, pool: ThreadPoolExecutor):
         self._file, self._pool = open(path, "wb", buffering=0), pool  # noqa: SIM115  closed by `close`
         self._digest, self._bytes = hashlib.sha256(), 0
+        self.error: OSError | None = None
+        """What a write failed with: torch.save makes a RuntimeError of it that says something else."""
 
     def write(self, data: Any) -> int:
         """All of `data` (bytes or any contiguous buffer); its size in bytes. Raises OSError."""
@@ -41,9 +43,10 @@ class DigestingFile:
         else:
             self._digest.update(view)
         try:
-            written = 0
-            while written < len(view):  # the kernel takes at most 2 GiB at a time
-                written += self._file.write(view[written:])
+            write_all(self._file.fileno(), view)
+        except OSError as error:
+            self.error = error
+            raise
         finally:
             if digested is not None:
                 digested.result()
@@ -120,12 +123,26 @@ def verify(directory: Path, workers: Workers | None = None) -> str | None:
     return next(filter(None, workers.gather(problem)), None)
 
 
+def lacks(directory: Path) -> str | None:
+    """What is missing or too short of a checkpoint by its manifest, without reading the files; None: nothing."""
+    try:
+        files = read_manifest(directory)["files"]
+    except CheckpointError as error:
+        return str(error)
+    return next(filter(None, (_check_size(directory / name, record) for name, record in files.items())), None)
+
+
+def _check_size(file: Path, record: Mapping[str, object]) -> str | None:
+    if not file.is_file():
+        return f"{file.name} is missing"
+    size = file.stat().st_size
+    return None if size == record["bytes"] else f"{file.name} has {size} bytes, not {record['bytes']}"
+
+
 def _check(file: Path, record: Mapping[str, Any]) -> str | None:
     try:
-        if not file.is_file():
-            return f"{file.name} is missing"
-        if file.stat().st_size != record["bytes"]:
-            return f"{file.name} has {file.stat().st_size} bytes, not {record['bytes']}"
+        if problem := _check_size(file, record):
+            return problem
         if _sha256(file) != record["sha256"]:
             return f"{file.name} has another sha256 than when it was written"
     except OSError as error:  # a disk that cannot read it: on this worker, all have to know

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from r1mega.errors import CheckpointError
-from r1mega.files import sync_path
+from r1mega.files import sync_path, write_all
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -127,14 +127,11 @@ def write_tensors(
     text += b" " * (-len(text) % 8)  # data begin aligned
     expected = iter(specs.items())
     with open(path, "wb", buffering=0) as file:
-        file.write(struct.pack("<Q", len(text)) + text)
+        write_all(file.fileno(), struct.pack("<Q", len(text)) + text)
         for name, tensor in tensors:
             if (name, (tensor.dtype, tuple(tensor.shape))) != next(expected, None):
                 raise ValueError(f"{name} {tensor.dtype} {list(tensor.shape)} is not what comes next in {path}")
-            view = as_bytes(tensor.contiguous()).numpy().data
-            written = 0
-            while written < len(view):  # the kernel takes at most 2 GiB at a time
-                written += file.write(view[written:])
+            write_all(file.fileno(), as_bytes(tensor.contiguous()).numpy().data)
         if (left := next(expected, None)) is not None:
             raise ValueError(f"{path}: {left[0]} and what follows were not given")
     sync_path(path)

@@ -2,12 +2,14 @@
 
 RUN_DIR/checkpoints/step_000010/ holds Megatron's torch_dist files, `progress.json` (what is not tensors: step, data
 cursor, ...) and `manifest.json` (size and sha256 of every file, written last). A checkpoint is written under a
-temporary name and renamed, so a kill at any moment leaves the ones before it as they were.
+temporary name and renamed, so a kill at any moment leaves the ones before it as they were. One that is found damaged is
+moved aside, to `step_000010.damaged`: it neither counts among those that are kept nor is taken for the newest.
 """
 
 from __future__ import annotations
 
 import inspect
+import io
 import json
 import logging
 import os
@@ -25,7 +27,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.storage import WriteResult
 
 from r1mega.checkpoint.fit import fit_template, put_back, take_out_described
-from r1mega.checkpoint.manifest import FileRecords, file_record, read_manifest, verify, write_manifest
+from r1mega.checkpoint.manifest import FileRecords, file_record, lacks, read_manifest, verify, write_manifest
 from r1mega.checkpoint.torch_dist import (
     COMMON,
     METADATA,
@@ -45,6 +47,7 @@ from r1mega.files import sync_path
 logger = logging.getLogger(__name__)
 
 PROGRESS = "progress.json"
+DAMAGED = ".damaged"
 NO_SPACE = "nothing was kept of this checkpoint, those before it are whole; free some disk and start again"
 
 
@@ -107,7 +110,9 @@ class CheckpointStore:
             pending.wait()
 
     def latest(self) -> Path | None:
-        """The newest whole checkpoint, or None. Torn or altered ones are skipped with a warning that names them."""
+        """The newest whole checkpoint; None when there are none at all. Newer ones that are torn or altered are moved aside,
+        with a warning that names them. CheckpointError when there are some and none is whole: all stay where they are.
+        """
         self.wait()
         workers = self._everyone()
 
@@ -116,7 +121,20 @@ class CheckpointStore:
                 shutil.rmtree(leftover)
 
         on_first_rank(workers, clean, f"{self.directory} could not be read")
-        return newest_whole(self.directory, workers)
+        newest, problems = _search(self.directory, workers)
+        if newest is None and problems:
+            lines = "".join(f"\n  {path}: {problem}" for path, problem in problems.items())
+            raise CheckpointError(
+                f"{self.directory}: no checkpoint of this run is whole:{lines}\nput a whole one there (a copy, or one that was moved "
+                f"aside), or remove this directory to begin anew: what the run wrote before is then kept beside the new files"
+            )
+
+        def set_aside() -> None:
+            for path in problems:
+                _set_aside(path)
+
+        on_first_rank(workers, set_aside, "damaged checkpoints could not be moved")
+        return newest
 
     def load(self, path: Path, sharded_state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """(state as described by the `sharded_state` template, progress), in any layout.
@@ -161,8 +179,7 @@ class CheckpointStore:
             shutil.rmtree(final, ignore_errors=True)
             os.replace(save.directory, final)
             sync_path(self.directory)
-            for old in _steps(self.directory)[: -self.keep]:
-                shutil.rmtree(self.directory / f"step_{old:06d}")
+            self._prune(final)
 
         try:
             agree(workers, problems, NO_SPACE)
@@ -171,6 +188,18 @@ class CheckpointStore:
             if workers.rank == 0:
                 shutil.rmtree(save.directory, ignore_errors=True)
             raise
+
+    def _prune(self, newest: Path) -> None:
+        """Of the whole ones, `keep` stay: `newest`, which was just written, and those with the highest steps beside it. Only
+        sizes are looked at; what lacks something is moved aside, and nothing goes in its place.
+        """
+        others = [path for path in checkpoints(self.directory) if path != newest]
+        torn = [path for path in others if lacks(path)]
+        for path in torn:
+            _set_aside(path)
+        whole = [path for path in others if path not in torn]
+        for path in whole[: len(whole) + 1 - self.keep]:
+            shutil.rmtree(path)
 
 
 class _Background:
@@ -229,7 +258,9 @@ def _write_files(save: _Save, *, first: bool) -> tuple[list[Any], dict[str, Any]
     with without_crc(), ThreadPoolExecutor(2) as pool:
         written = list(pool.map(lambda item: write_pieces(save.directory / item[0], item[1]), save.files.items()))
     if first:
-        torch.save(save.common, save.directory / COMMON)
+        content = io.BytesIO()  # torch.save to a file would not say why the disk did not take it
+        torch.save(save.common, content)
+        (save.directory / COMMON).write_bytes(content.getvalue())
     records = {name: record for name, (_, record) in zip(save.files, written, strict=True)}
     return [result for results, _ in written for result in results], records
 
@@ -239,14 +270,28 @@ def newest_whole(directory: Path, workers: Workers) -> Path | None:
 
     Torn or altered ones are skipped with a warning that names them. A collective call.
     """
-    for step in reversed(on_first_rank(workers, lambda: _steps(directory), f"{directory} could not be read")):
-        path = directory / f"step_{step:06d}"
+    return _search(directory, workers)[0]
+
+
+def _search(directory: Path, workers: Workers) -> tuple[Path | None, dict[Path, str]]:
+    """(the newest whole checkpoint, what is wrong with each newer one)."""
+    problems: dict[Path, str] = {}
+    for path in reversed(on_first_rank(workers, lambda: checkpoints(directory), f"{directory} could not be read")):
         problem = verify(path, workers)
         if problem is None:
-            return path
+            return path, problems
+        problems[path] = problem
         if workers.rank == 0:
-            logger.warning("%s is not whole (%s); using the one before it", path, problem)
-    return None
+            logger.warning("%s is not whole (%s); looking at the one before it", path, problem)
+    return None, problems
+
+
+def _set_aside(path: Path) -> None:
+    """Out of the way of the checkpoints that count, under a name that says why; an earlier one of that name goes."""
+    aside = path.with_name(path.name + DAMAGED)
+    shutil.rmtree(aside, ignore_errors=True)
+    path.rename(aside)
+    logger.warning("%s: moved to %s; remove it once nobody needs it", path, aside.name)
 
 
 def is_checkpoint(directory: Path) -> bool:
@@ -273,9 +318,10 @@ def load_weights(path: Path, chunks: Sequence[Any]) -> None:
         chunk.load_state_dict(state[f"model{i}"])
 
 
-def _steps(directory: Path) -> list[int]:
-    names = (p.name.removeprefix("step_") for p in directory.glob("step_*") if p.is_dir())
-    return sorted(int(name) for name in names if name.isdigit())
+def checkpoints(directory: Path) -> list[Path]:
+    """The directories of RUN_DIR/checkpoints that are checkpoints by their names, whole or not, by step."""
+    steps = {p: p.name.removeprefix("step_") for p in directory.glob("step_*") if p.is_dir()}
+    return sorted((path for path, step in steps.items() if step.isdigit()), key=lambda path: int(steps[path]))
 
 
 def check_architecture(path: Path, architecture: Mapping[str, Any]) -> None:

@@ -57,7 +57,10 @@ def write_pieces(
         for index, data in pieces:
             start = file.tell()
             if isinstance(data, torch.Tensor):
-                torch.save(data.detach(), file)  # type: ignore[arg-type]  # what it asks of a file: write, flush
+                try:
+                    torch.save(data.detach(), file)  # type: ignore[arg-type]  # what it asks of a file: write, flush
+                except RuntimeError as error:
+                    raise file.error or error from error
             else:
                 file.write(data.getbuffer())
             size = file.tell() - start

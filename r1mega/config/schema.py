@@ -123,6 +123,8 @@ class OptimizerConfig(Section):
     eps: Positive = 1e-8
     weight_decay: NonNegative = 0.01
     clip_grad: NonNegative = 1.0
+    skip_nonfinite: NonNegativeInt = 0
+    # optimizer steps in a row that are left out when their gradient is not finite; one more ends the run
     overlap_grad_reduce: bool = False  # gradients are reduced, in buckets, while the backward pass goes on
     overlap_param_gather: bool = False  # new weights are gathered by the next update's forward pass, layer before layer
     grad_reduce_in_fp32: bool = True  # False: gradients are kept, added up and reduced in model.dtype
@@ -188,7 +190,7 @@ class RolloutConfig(Section):
     """Sampling of groups, and the generator that does it."""
 
     engine: Literal["vllm", "transformers"] = "vllm"
-    num_prompts: PositiveInt = 32  # a step (paper), over all data-parallel ranks
+    num_prompts: PositiveInt = 512  # a rollout, over all data-parallel ranks (paper: 8,192 responses)
     group_size: PositiveInt = 16  # responses a prompt (paper)
     temperature: Annotated[float, Field(ge=0.01)] = 1.0  # paper
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0

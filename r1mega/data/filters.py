@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -81,16 +82,23 @@ class FilterCount:
     taken: int
 
 
+def first_takers(filters: Sequence[tuple[str, Takes]], candidates: Sequence[Candidate]) -> list[int]:
+    """For each candidate, the place of the first filter that takes it; the number of filters for one that passes all."""
+    return [next((i for i, (_, takes) in enumerate(filters) if takes(c)), len(filters)) for c in candidates]
+
+
 def apply_filters(
-    candidates: Sequence[Candidate], filters: Sequence[tuple[str, Takes]]
+    candidates: Sequence[Candidate], filters: Sequence[tuple[str, Takes]], takers: Sequence[int] | None = None
 ) -> tuple[list[Candidate], list[FilterCount]]:
-    """What passes all filters, in order, and the count of each; a candidate counts at the first that takes it."""
-    kept, counts = list(candidates), []
-    for name, takes in filters:
-        passed = [c for c in kept if not takes(c)]
-        counts.append(FilterCount(name, len(kept), len(kept) - len(passed)))
-        kept = passed
-    return kept, counts
+    """What passes all filters, in order, and the count of each; a candidate counts at the first that takes it. takers: what
+    `first_takers` says, where it was asked elsewhere.
+    """
+    takers = first_takers(filters, candidates) if takers is None else takers
+    taken, seen, counts = Counter(takers), len(candidates), []
+    for place, (name, _) in enumerate(filters):
+        counts.append(FilterCount(name, seen, taken[place]))
+        seen -= taken[place]
+    return [c for c, taker in zip(candidates, takers, strict=True) if taker == len(filters)], counts
 
 
 def is_unreadable(response: str) -> bool:

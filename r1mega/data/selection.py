@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -12,32 +11,45 @@ from pathlib import Path
 
 from r1mega.config.data_factory import DecontaminationConfig, DuplicateConfig, GeneralConfig
 from r1mega.data.contamination import Contamination, evaluation_questions
-from r1mega.data.duplicates import near_duplicates
+from r1mega.data.duplicates import Signature, near_duplicates
 from r1mega.data.filters import Candidate, FilterCount
 from r1mega.data.sft import read_lines
 from r1mega.data.tokenizer import Tokenizer
 from r1mega.errors import DataError
-from r1mega.files import sync_path, write_atomic
+from r1mega.files import replacing, write_atomic
 
 logger = logging.getLogger(__name__)
 
 
-def without_duplicates(candidates: Sequence[Candidate], config: DuplicateConfig) -> tuple[list[Candidate], FilterCount]:
-    """The first of each group of near-duplicates."""
-    texts = [f"{c.question}\n{c.response}" for c in candidates]
+def without_duplicates(
+    candidates: Sequence[Candidate], config: DuplicateConfig, signed: Sequence[Signature] | None = None
+) -> tuple[list[Candidate], FilterCount]:
+    """The first of each group of near-duplicates. signed: `signatures` of `text_of` each, where they were made elsewhere."""
     twins = near_duplicates(
-        texts, threshold=config.threshold, ngram=config.ngram, num_permutations=config.num_permutations
-    )
+        [text_of(c) for c in candidates],
+        threshold=config.threshold, ngram=config.ngram, num_permutations=config.num_permutations, signed=signed,
+    )  # fmt: skip
     kept = [c for c, twin in zip(candidates, twins, strict=True) if twin is None]
     return kept, FilterCount("near-duplicate", len(candidates), len(candidates) - len(kept))
 
 
-def without_contamination(
-    candidates: Sequence[Candidate], config: DecontaminationConfig
-) -> tuple[list[Candidate], FilterCount]:
-    """Those that share no n-gram with an evaluation question, in question or response, and pose no shorter one."""
+def text_of(candidate: Candidate) -> str:
+    """What is compared of a candidate to find duplicates."""
+    return f"{candidate.question}\n{candidate.response}"
+
+
+def contaminated(config: DecontaminationConfig, candidates: Sequence[Candidate]) -> list[bool]:
+    """Which share an n-gram with an evaluation question, in question or response, or pose a shorter one."""
     is_contaminated = Contamination(evaluation_questions(config.files), config.ngram)
-    kept = [c for c in candidates if not (is_contaminated(c.question) or is_contaminated(c.response, shorter=False))]
+    return [is_contaminated(c.question) or is_contaminated(c.response, shorter=False) for c in candidates]
+
+
+def without_contamination(
+    candidates: Sequence[Candidate], config: DecontaminationConfig, found: Sequence[bool] | None = None
+) -> tuple[list[Candidate], FilterCount]:
+    """Those that are not `contaminated`. found: what that says, where it was asked elsewhere."""
+    found = contaminated(config, candidates) if found is None else found
+    kept = [c for c, is_out in zip(candidates, found, strict=True) if not is_out]
     return kept, FilterCount("contamination", len(candidates), len(candidates) - len(kept))
 
 
@@ -112,7 +124,5 @@ def write_data(kept: Sequence[Candidate], directory: Path) -> None:
         {name: datasets.Value("int32" if name == "tokens" else "large_string") for name in lines[0]}
     )
     write_atomic(directory / "train.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    temporary = directory / ".train.parquet.tmp"
-    datasets.Dataset.from_list(lines, features=features).to_parquet(str(temporary))
-    sync_path(temporary)
-    os.replace(temporary, directory / "train.parquet")
+    with replacing(directory / "train.parquet") as temporary:
+        datasets.Dataset.from_list(lines, features=features).to_parquet(str(temporary))

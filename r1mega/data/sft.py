@@ -7,20 +7,23 @@ chat template. Every response (each assistant turn) is trained, followed by the 
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import itertools
 import json
 import logging
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from r1mega.data.rows import content_hash, raise_it, read_rows
 from r1mega.data.template import render
 from r1mega.data.tokenizer import Tokenizer, with_end
 from r1mega.errors import DataError
-from r1mega.files import write_atomic
+from r1mega.files import replacing, write_atomic
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -28,6 +31,9 @@ if TYPE_CHECKING:
     from r1mega.config.stages.sft import SFTData
 
 logger = logging.getLogger(__name__)
+
+LINES_AT_A_TIME = 4096
+"""Lines that are in memory at one time, of each process that works on them."""
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -91,9 +97,33 @@ def _chat_segments(messages: Any, where: str, tokenizer: Tokenizer) -> list[Segm
     return pieces
 
 
-def build_token_file(data: SFTData, tokenizer: Tokenizer, directory: Path) -> Path:
+Line = tuple[str, Mapping[str, Any]]
+"""("file:line", what it holds)."""
+Row = dict[str, Any]
+Tokenise = Callable[[Sequence[Line]], list[Row | DataError]]
+
+
+def tokenise(data: SFTData, tokenizer: Tokenizer, lines: Sequence[Line]) -> list[Row | DataError]:
+    """The rows of a token file, or what is wrong with a line; of each line by itself."""
+    found: list[Row | DataError] = []
+    for where, line in lines:
+        try:
+            found.append(_row(line, where, tokenizer, data))
+        except DataError as error:
+            found.append(error)
+    return found
+
+
+def build_token_file(
+    data: SFTData,
+    tokenizer: Tokenizer,
+    directory: Path,
+    rows_of: Tokenise | None = None,
+    at_a_time: int = LINES_AT_A_TIME,
+) -> Path:
     """Tokenise all lines of `data.files` into directory/tokens.arrow, or keep the file of an earlier start.
 
+    rows_of: `tokenise` of these data, where others do it too; None: this process. at_a_time: lines that it gets.
     Columns: id, question, kind, language, source (texts, maybe null), token_ids (int32), spans (int32: start and end of each
     response, flat). A line of more than data.max_tokens tokens is an error or skipped, by data.on_long. Raises DataError
     (file:line), also when the files are not those of the earlier start.
@@ -112,19 +142,18 @@ def build_token_file(data: SFTData, tokenizer: Tokenizer, directory: Path) -> Pa
             )
         return path
     directory.mkdir(parents=True, exist_ok=True)
-    counts = _write_arrow(data, tokenizer, path)
+    counts = _write_arrow(data, rows_of or functools.partial(tokenise, data, tokenizer), path, at_a_time)
     write_atomic(record, json.dumps({"made_from": described, "lines": counts}, indent=1) + "\n")
     return path
 
 
-def _write_arrow(data: SFTData, tokenizer: Tokenizer, path: Path) -> dict[str, int]:
+def _write_arrow(data: SFTData, rows_of: Tokenise, path: Path, at_a_time: int) -> dict[str, int]:
     from datasets import Features, List, Value
     from datasets.arrow_writer import ArrowWriter
 
     numbers = List(Value("int32"))
     texts = {name: Value("large_string") for name in ("id", "question", "kind", "language", "source")}
     counts = {"kept": 0, "bad": 0, "long": 0}
-    temporary = path.with_suffix(".tmp")
     first_bad = ""
 
     def on_bad_line(error: DataError) -> None:
@@ -134,37 +163,33 @@ def _write_arrow(data: SFTData, tokenizer: Tokenizer, path: Path) -> dict[str, i
         counts["bad"] += 1
         first_bad = first_bad or str(error)
 
-    with ArrowWriter(
-        features=Features(texts | {"token_ids": numbers, "spans": numbers}), path=str(temporary)
-    ) as writer:
-        for file in data.files:
-            for where, line in read_lines(file, on_bad_line):
-                try:
-                    row = _row(line, where, tokenizer, data)
-                except DataError as error:
-                    on_bad_line(error)
-                    continue
-                if len(row["token_ids"]) > data.max_tokens:
-                    if data.on_long == "error":
+    features = Features(texts | {"token_ids": numbers, "spans": numbers})
+    with replacing(path) as temporary:
+        with ArrowWriter(features=features, path=str(temporary)) as writer:
+            lines = (line for file in data.files for line in read_lines(file, on_bad_line))
+            while batch := list(itertools.islice(lines, at_a_time)):
+                for (where, _), row in zip(batch, rows_of(batch), strict=True):
+                    if isinstance(row, DataError):
+                        on_bad_line(row)
+                    elif len(row["token_ids"]) <= data.max_tokens:
+                        counts["kept"] += 1
+                        writer.write(row)
+                    elif data.on_long == "error":
                         raise DataError(
                             f"{where}: {len(row['token_ids'])} tokens, data.max_tokens is {data.max_tokens}; raise it, or set "
                             "data.on_long=skip"
                         )
-                    counts["long"] += 1
-                    continue
-                counts["kept"] += 1
-                writer.write(row)
-        writer.finalize()
+                    else:
+                        counts["long"] += 1
+            writer.finalize()
+        if not counts["kept"]:
+            raise DataError(f"no samples left in {', '.join(map(str, data.files))}")
     if counts["bad"]:
         logger.warning("%d bad lines were skipped; the first: %s", counts["bad"], first_bad)
     if counts["long"]:
         logger.warning(
             "%d lines of more than data.max_tokens = %d tokens were skipped", counts["long"], data.max_tokens
         )
-    if not counts["kept"]:
-        temporary.unlink()
-        raise DataError(f"no samples left in {', '.join(map(str, data.files))}")
-    os.replace(temporary, path)
     return counts
 
 
@@ -177,7 +202,8 @@ def _row(item: Mapping[str, Any], where: str, tokenizer: Tokenizer, data: SFTDat
         token_ids += piece.token_ids
     question = item.get("question") or next((m["content"] for m in item.get("messages", []) if m["role"] == "user"), "")
     texts = {name: str(item[name]) if name in item else None for name in ("kind", "language", "source")}
-    return {"id": str(item.get("id", where)), "question": question, "token_ids": token_ids, "spans": spans} | texts
+    numbers = {"token_ids": np.asarray(token_ids, np.int32), "spans": np.asarray(spans, np.int32)}
+    return {"id": str(item.get("id", where)), "question": question} | numbers | texts
 
 
 class SFTDataset:
@@ -197,6 +223,10 @@ class SFTDataset:
     def ids(self) -> list[str]:
         return self._rows["id"][:]
 
+    def prompts(self) -> list[str]:
+        """What tells one prompt from another: the question, or the id of a line without one."""
+        return [question or name for question, name in zip(self._rows["question"][:], self.ids(), strict=True)]
+
     def sample(self, index: int, prompt_weight: float) -> tuple[list[int], list[float]]:
         """(token ids, loss weights: 1 on responses, prompt_weight elsewhere) of one sample."""
         row = self._numpy[index]
@@ -213,8 +243,10 @@ class SFTDataset:
         return {**row, "token_ids": row["token_ids"][spans[-2] : spans[-1]]}
 
 
-def held_out_indices(ids: Sequence[str], share: float, seed: int) -> set[int]:
-    """The samples that are kept from training: `share` of them, by a hash of their ids (whatever their order)."""
+def held_out_indices(prompts: Sequence[str], share: float, seed: int) -> set[int]:
+    """The samples that are kept from training: those of `share` of the prompts, by a hash of these (whatever their order). All
+    answers to a prompt are on one side: else the loss on one would be that of a prompt that was trained on.
+    """
     limit = int(share * 2**64)
-    digests = (hashlib.sha256(f"{seed}/{name}".encode()).digest() for name in ids)
+    digests = (hashlib.sha256(f"{seed}/{prompt}".encode()).digest() for prompt in prompts)
     return {i for i, digest in enumerate(digests) if int.from_bytes(digest[:8], "big") < limit}

@@ -19,7 +19,7 @@ from r1mega.errors import ConfigError
 from r1mega.evaluate.result import EvaluationResult, evaluation_rows, write_result
 from r1mega.evaluate.source import CheckpointSource, checkpoint_dtype, context_length, find_checkpoint
 from r1mega.files import check_writable
-from r1mega.reward.compose import RewardScorer
+from r1mega.reward.compose import VERIFIED, RewardScorer
 from r1mega.rollout.build import EngineName, open_engine
 from r1mega.rollout.draw import Draw, draw_samples
 from r1mega.rollout.engine import EngineSettings
@@ -173,6 +173,5 @@ def checkpoint_settings(path: Path, prompts: Sequence[Sequence[int]], sampling: 
 
 def open_scorer(reward: RewardConfig) -> RewardScorer:
     """Accuracy and format alone, as the run's config has them: what an evaluation reads, and a text suffices for it."""
-    kept = ("accuracy", "format", "pool", "sandbox")
-    judged = RewardConfig(**{name: getattr(reward, name) for name in kept})
+    judged = RewardConfig(**{name: getattr(reward, name) for name in (*VERIFIED, "pool", "sandbox")})
     return RewardScorer(judged, max_response_tokens=1)  # a length that no judged part looks at

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,10 +93,3 @@ def checkpoint_names(paths: Sequence[Path]) -> list[str]:
         if len(set(names)) == len(names):
             return names
     raise ConfigError(f"the same checkpoint is named twice: {', '.join(map(str, paths))}")
-
-
-def identity(path: Path) -> str:
-    """A text that changes when the weights are written anew: names, sizes and times of the files."""
-    files = sorted(file for pattern in ("*.safetensors", "config.json") for file in path.glob(pattern))
-    text = "".join(f"{f.name} {f.stat().st_size} {f.stat().st_mtime_ns}\n" for f in files)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -22,7 +22,8 @@ from r1mega.files import write_atomic
 
 LINEAGE_FILE = "lineage.json"
 RECORDS = {
-    "lock", "report.html", "status.json", "environment.json", "config.yaml", LINEAGE_FILE, "checkpoints", "tensorboard",
+    "lock", "report.html", "status.json", "environment.json", "config.yaml", "inputs.json", LINEAGE_FILE, "checkpoints",
+    "tensorboard", "wandb_id",
 }  # fmt: skip
 """Names in a run directory that are no outputs: they tell of the run, or serve to resume it."""
 

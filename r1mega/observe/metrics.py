@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import logging
 import math
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from r1mega.errors import DataError, PlatformError
-from r1mega.files import JsonLinesWriter, read_json_lines
+from r1mega.files import JsonLinesWriter, read_json_lines, write_atomic
 from r1mega.observe.registry import find_metric
 
 log = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
+WANDB_ID_FILE = "wandb_id"
 WRITTEN_AS_NULL = "written as null"
 """The end of the warning for a value that is not finite."""
 
@@ -47,7 +49,7 @@ class MetricsWriter:
         if tensorboard:
             self._tensorboard = _open_tensorboard(run_dir, resume_step)
         if wandb_project is not None:
-            self._wandb = _open_wandb(run_dir, wandb_project, config)
+            self._wandb = _open_wandb(run_dir, wandb_project, config, afresh=resume_step is None)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> dict[str, float | int | None]:
         """Append the line of `step` and return it. Values: numbers, tensors and arrays of one element, or None for
@@ -133,12 +135,17 @@ def _open_tensorboard(run_dir: Path, resume_step: int | None):
     return SummaryWriter(run_dir / "tensorboard", purge_step=0 if resume_step is None else resume_step + 1)
 
 
-def _open_wandb(run_dir: Path, project: str, config: Mapping[str, Any] | None):
+def _open_wandb(run_dir: Path, project: str, config: Mapping[str, Any] | None, *, afresh: bool):
+    """The run's own in the project, however its directory is called: its id is kept in RUN_DIR/wandb_id."""
     try:
         import wandb
     except ImportError as error:
         raise PlatformError(
             f"observe.wandb_project is {project!r}, but wandb is not installed: pip install wandb, or unset the key"
         ) from error
-    name = run_dir.resolve().name
-    return wandb.init(project=project, id=name, name=name, dir=run_dir, config=dict(config or {}), resume="allow")
+    name, kept = run_dir.resolve().name, run_dir / WANDB_ID_FILE
+    if afresh or not kept.exists():
+        write_atomic(kept, f"{name}-{secrets.token_hex(4)}")
+    return wandb.init(
+        project=project, id=kept.read_text(), name=name, dir=run_dir, config=dict(config or {}), resume="allow"
+    )

@@ -68,6 +68,7 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric("policy/entropy", "nats/token", "mean entropy of the policy's next-token distribution"),
     Metric("policy/grad_norm", "norm", "global gradient norm before clipping, mean over optimizer steps"),
+    Metric("policy/skipped_updates", "count", "optimizer steps left out: their gradient was not finite"),
     Metric("policy/learning_rate", "1", "learning rate of the step's last optimizer step"),
     Metric("policy/*", "mixed", "further figures about the policy and its update"),
     Metric(
@@ -191,6 +192,11 @@ METRICS: tuple[Metric, ...] = (
     Metric("eval/pass_at_*", "fraction", "at least one of so many samples is correct (unbiased estimate)"),
     Metric("eval/excluded_fraction", "fraction", "evaluation responses whose reward could not be computed"),
     Metric("eval/prompts", "count", "evaluation prompts"),
+    Metric(
+        "eval/failed",
+        "count",
+        "1 where the evaluation ended in an error, which the log tells; nothing else is known then",
+    ),
     Metric("eval/length_correlation", "1", "reward models: correlation of score and length over held-out responses"),
     Metric(
         "eval/accuracy_shorter",

@@ -4,7 +4,8 @@ RUN_DIR/config.yaml        the resolved config        RUN_DIR/metrics.jsonl   on
 RUN_DIR/environment.json   versions, commit, platform RUN_DIR/samples.jsonl   sampled responses
 RUN_DIR/status.json        running, finished, ...     RUN_DIR/tensorboard/    events
 RUN_DIR/lock               held while a run is alive  RUN_DIR/evaluations.jsonl one line an evaluation
-RUN_DIR/checkpoints/       step_NNNNNN
+RUN_DIR/inputs.json        what it has read (see inputs.py)
+RUN_DIR/checkpoints/       step_NNNNNN               RUN_DIR/nonfinite/      what made a gradient not finite
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ LAYOUT_KEYS = ("parallel", "weights", "rollout.tp", "rollout.ep", "rollout.dp")
 """Config keys that say how a run is spread over processes: what it computes is the same, up to rounding."""
 CHANGEABLE_KEYS = (
     "steps", "threads", "timeouts", "observe", "checkpoint", "memory", "evaluate", "tasks", "others", "model.recompute",
-    "model.dispatcher", "model.megatron", "optimizer.overlap_grad_reduce", "optimizer.overlap_param_gather", *LAYOUT_KEYS,
+    "model.dispatcher", "model.megatron", "optimizer.overlap_grad_reduce", "optimizer.overlap_param_gather",
+    "optimizer.skip_nonfinite", *LAYOUT_KEYS,
 )  # fmt: skip
 """Config keys (with all below them) that may differ when a run is started again; any other makes it another run."""
 
@@ -59,6 +61,8 @@ class RunDirectory:
         self.report = self.path / "report.html"
         self.checkpoints = self.path / "checkpoints"
         self.lock_file = self.path / "lock"
+        self.inputs = self.path / "inputs.json"
+        self.wandb_id = self.path / "wandb_id"
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -112,7 +116,7 @@ class RunDirectory:
         """ConfigError when the directory holds a run whose config differs in a key outside CHANGEABLE_KEYS (see
         `config_changes`). One that ended before it made anything is no run: it may be started again with a mended config.
         """
-        if not self.config.exists() or not self._holds_work():
+        if not self.config.exists() or not self.holds_work():
             return
         changed = config_changes(self.read_config(), config, self.config)
         fixed = [line for key, line in changed if not is_below(key, CHANGEABLE_KEYS)]
@@ -122,9 +126,17 @@ class RunDirectory:
                 "choose another run_dir, or remove this one to start over"
             )
 
-    def _holds_work(self) -> bool:
+    def holds_work(self) -> bool:
         """Whether there is anything but what every start writes first, and files without content."""
-        first = {self.config, self.environment, self.status, self.lock_file, self.path / "tensorboard"}
+        first = {
+            self.config,
+            self.environment,
+            self.status,
+            self.lock_file,
+            self.path / "tensorboard",
+            self.inputs,
+            self.wandb_id,
+        }
         return any(path.is_dir() or path.stat().st_size > 0 for path in self.path.iterdir() if path not in first)
 
     def write_config(self, config: Mapping[str, Any]) -> None:

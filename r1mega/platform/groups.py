@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import socket
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,8 +18,15 @@ import torch.distributed as dist
 from r1mega import platform
 from r1mega.config.layout import Layout, process_problems
 from r1mega.config.schema import TimeoutsConfig
-from r1mega.errors import ConfigError, StragglerError
+from r1mega.errors import ConfigError, R1MegaError, StragglerError
+from r1mega.types import Deal, by_itself
 
+T = TypeVar("T")
+U = TypeVar("U")
+V = TypeVar("V")
+Helper = Callable[[Sequence[Any]], list[Any]]
+Task = tuple[int | None, Any]
+"""Place of the helper and its items; None and the outcome at the end."""
 Kind = Literal["startup", "collective", "rollout", "checkpoint"]
 
 _timeouts = TimeoutsConfig()
@@ -126,6 +135,89 @@ class GeneratorPlace:
     def block(self, count: int) -> range:
         """This generator's share of range(count): the blocks of all, in order, are the whole."""
         return range(count * self.replica // self.num_replicas, count * (self.replica + 1) // self.num_replicas)
+
+
+def share_out(items: Sequence[T], work: Callable[[Sequence[T]], list[U]], what: str, *, tp: int = 1) -> list[U]:
+    """`work` on each generator's block of the items: the results of all blocks, in order, on every rank. A collective call.
+
+    tp: ranks of a generator, which do the same block; 1: each rank has one of its own. Ranks wait for each other as in a
+    rollout. what: for the message of one that does not come. An R1MegaError of one rank is raised on all.
+    """
+    place = GeneratorPlace.of_this_rank(tp)
+    found: list[U] | R1MegaError
+    try:
+        found = work([items[i] for i in place.block(len(items))])
+    except R1MegaError as error:
+        found = error
+    wait_for_all("rollout", what)
+    everyone: list[list[U] | R1MegaError] = [found]
+    if dist.get_world_size() > 1:
+        everyone = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(everyone, found)
+    for theirs in everyone:
+        if isinstance(theirs, R1MegaError):
+            raise theirs
+    return [result for theirs in everyone[::tp] if isinstance(theirs, list) for result in theirs]
+
+
+def lead(make: Callable[[Deal], T], helpers: Sequence[Helper]) -> T:
+    """What `make` returns on rank 0, on every rank, where all ranks help: its argument takes one of `helpers`, functions that
+    every rank has made alike, and items, which rank 0 alone needs to have. A collective call.
+
+    Ranks wait for rank 0 and for each other as in a rollout. An R1MegaError, of any rank's work, is raised on all.
+    """
+    world = dist.get_world_size()
+    if dist.get_rank() > 0:
+        while (task := _hand_out(None))[0] is not None:
+            _collect(_done(helpers[task[0]], task[1]))
+        result, error = task[1]
+    else:
+
+        def deal(work: Callable[[Sequence[U]], list[V]], items: Sequence[U]) -> list[V]:
+            place, bounds = helpers.index(work), [len(items) * rank // world for rank in range(world + 1)]
+            blocks = [items[first:last] for first, last in itertools.pairwise(bounds)]
+            _hand_out([(place, block) for block in blocks])
+            return _collect(_done(work, blocks[0]))
+
+        result = error = None
+        try:
+            result = make(deal if world > 1 else by_itself)
+        except R1MegaError as caught:
+            error = caught
+        _hand_out([(None, (result, error))] * world)
+    if error is not None:
+        raise error
+    return result
+
+
+def _hand_out(tasks: list[Task] | None) -> Task:
+    """Rank 0 gives every rank its task."""
+    if dist.get_world_size() == 1:
+        return (None, None)
+    wait_for_all("rollout", "what rank 0 hands out")
+    own: list[Task] = [(None, None)]
+    dist.scatter_object_list(own, tasks, src=0)
+    return own[0]
+
+
+def _done(work: Callable[[Sequence[T]], list[U]], items: Sequence[T]) -> list[U] | R1MegaError:
+    try:
+        return work(items)
+    except R1MegaError as error:
+        return error
+
+
+def _collect(found: list[U] | R1MegaError) -> list[U]:
+    """The results of all ranks on rank 0, in order; [] elsewhere."""
+    wait_for_all("rollout", "what rank 0 handed out")
+    everyone: list[list[U] | R1MegaError] | None = [[]] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(found, everyone, dst=0)
+    results: list[U] = []
+    for theirs in everyone or ():
+        if isinstance(theirs, R1MegaError):
+            raise theirs
+        results += theirs
+    return results
 
 
 def init_parallel(layout: Layout, seed: int, timeouts: TimeoutsConfig | None = None) -> None:

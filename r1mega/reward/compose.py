@@ -6,7 +6,7 @@ import importlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeVar, runtime_checkable
@@ -24,6 +24,9 @@ from r1mega.reward.pool import Outcome, PoolMetrics, percentile
 from r1mega.types import GenerationEngine, Prompt, Response, Reward, RewardStatus
 
 logger = logging.getLogger(__name__)
+
+VERIFIED = ("accuracy", "format")
+"""Parts that follow from the text alone, whatever the run's other rewards are."""
 
 ShardedModel = Callable[[PreferenceReward], Callable[[Sequence[list[int]]], list[float]]]
 """Loads a reward model over all ranks; what it gives scores sequences, as a collective call."""
@@ -212,8 +215,8 @@ class RewardScorer:
         self._clock = _Clock()
         self._before = self._pool.metrics()
 
-    def submit(self, prompt: Prompt, response: Response, text: str) -> int:
-        """Start scoring a response; returns its ticket."""
+    def submit(self, prompt: Prompt, response: Response, text: str, only: Collection[str] | None = None) -> int:
+        """Start scoring a response; returns its ticket. only: the names of the parts that count; None: all."""
         item = ScoringItem(prompt, response, text)
         names: list[str] = []
         scores: dict[str, PartScore] = {}
@@ -221,6 +224,8 @@ class RewardScorer:
         for entry in self._parts:
             name = entry.part.name
             if not entry.applies(prompt, self.step) or (name == "accuracy" and prompt.kind in WITHOUT_GOLD):
+                continue
+            if only is not None and name not in only:
                 continue
             names.append(name)
             score = entry.part.score(item)
@@ -277,6 +282,24 @@ class RewardScorer:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class Verdicts:
+    """A scorer whose parts VERIFIED alone count: what an evaluation reads. Judges and reward models, which may want the
+    generator, all ranks at once, or a server, are not asked.
+    """
+
+    def __init__(self, scorer: RewardScorer) -> None:
+        self._scorer = scorer
+
+    def submit(self, prompt: Prompt, response: Response, text: str) -> int:
+        return self._scorer.submit(prompt, response, text, only=VERIFIED)
+
+    def flush(self) -> None:
+        """Nothing waits for other ranks."""
+
+    def result(self, ticket: int) -> Reward:
+        return self._scorer.result(ticket)
 
 
 @runtime_checkable

@@ -95,10 +95,20 @@ def draw_samples(
             yield from _graded(scorer, responses, max_ungraded)
 
 
-def grade_samples(scorer: Scorer, samples: Iterable[tuple[Prompt, Sample]]) -> Iterator[GradedSample]:
-    """Grade samples that were drawn earlier, by their texts alone: the scorer's parts must need no tokens."""
-    drawn = ((prompt, Response((), (), "length" if sample.truncated else "stop"), sample) for prompt, sample in samples)
-    return _graded(scorer, drawn, MAX_UNGRADED)
+def grade_samples(
+    scorer: Scorer,
+    samples: Iterable[tuple[Prompt, Sample]],
+    tokenizer: Tokenizer | None = None,
+    max_ungraded: int = MAX_UNGRADED,
+) -> Iterator[GradedSample]:
+    """Grade samples that were drawn earlier, from their texts. tokenizer: for parts that look at tokens; None: there are none."""
+
+    def response(sample: Sample) -> Response:
+        token_ids = () if tokenizer is None else tuple(tokenizer.encode(sample.text))
+        return Response(token_ids, (0.0,) * len(token_ids), "length" if sample.truncated else "stop")
+
+    drawn = ((prompt, response(sample), sample) for prompt, sample in samples)
+    return _graded(scorer, drawn, max_ungraded)
 
 
 def _graded(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -42,8 +43,8 @@ class Rollout:
 class GroupCollector:
     """Draws prompts and samples this generator's share of them.
 
-    Generators take contiguous blocks of the step's prompts, and a prompt's seed follows from its place among all, so that the
-    step's groups in rank order do not depend on how many generators there are.
+    Generators take contiguous blocks of a round's prompts, and a prompt's seed follows from its place among all of the step,
+    so that the step's groups in the order of their slots do not depend on how many generators there are.
     """
 
     def __init__(self, sampler: GroupSampler, prompts: Sequence[Prompt], cursor: PromptCursor, config: RLStage):
@@ -70,11 +71,12 @@ class GroupCollector:
     def _sample_round(self, step: int, first_slot: int, count: int) -> list[RolloutGroup]:
         drawn = self._cursor.draw(count)  # the same on every rank
         share = self._place.block(count)
-        return self._sampler.sample(
+        groups = self._sampler.sample(
             [self._prompts[drawn[i]] for i in share],
             [request_seed(self._config.seed, step, first_slot + i) for i in share],
             policy_version=step - 1,
         )
+        return [dataclasses.replace(group, slot=first_slot + i) for group, i in zip(groups, share, strict=True)]
 
     def _over_replicas(self, count: int) -> int:
         total = torch.tensor([count if self._place.is_first else 0])

@@ -13,19 +13,19 @@ from typing import Any
 from r1mega.checkpoint.hf import read_config
 from r1mega.config.model_files import context_length
 from r1mega.config.stages.cold_start import ColdStartStage, Prompting
-from r1mega.data.filters import Candidate, FilterCount, apply_filters, build_filters
+from r1mega.data.filters import Candidate, FilterCount, apply_filters
 from r1mega.data.rewrite import rewrite
 from r1mega.data.selection import at_most_per_prompt
 from r1mega.data.sft import read_lines
 from r1mega.data.template import render, render_text
 from r1mega.data.tokenizer import load_tokenizer
 from r1mega.errors import DataError
-from r1mega.reward.compose import RewardScorer
+from r1mega.platform.groups import share_out
 from r1mega.rollout.sampler import stop_settings
-from r1mega.stages.data_factory import LAST_STEP, DataFactory
+from r1mega.stages.data_factory import DataFactory
 from r1mega.stages.runtime import Runtime
 from r1mega.stages.sampling import PosedPrompt
-from r1mega.types import Prompt, Response, RewardStatus, SamplingSettings
+from r1mega.types import Deal, Prompt, Response, Reward, RewardStatus, SamplingSettings
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +39,7 @@ def run(config: ColdStartStage, runtime: Runtime) -> int:
     posed = pose(config, factory, factory.load_prompts())
     if not factory.sample(posed):
         return runtime.stopped()
-    filters = build_filters(config.filters)
-    first = [(name, takes) for name, takes in filters if name in BEFORE_REWRITING]
+    first = [(name, takes) for name, takes in factory.filters if name in BEFORE_REWRITING]
     correct, funnel = apply_filters(factory.candidates(posed), first)  # on every rank alike
     rewritten = [(c, rewrite(c.response, config.rewrite, c.language)) for c in correct]
     candidates = [dataclasses.replace(c, response=text) for c, text in rewritten if text is not None]
@@ -52,11 +51,12 @@ def run(config: ColdStartStage, runtime: Runtime) -> int:
         funnel.append(FilterCount("not rewritten by the model", len(candidates), len(candidates) - len(result)))
         candidates = result
 
-    def select() -> dict[str, Any]:
-        prompts = {p.prompt.id: p.prompt for p in posed}
-        kept, counts = apply_filters(_verified(config, factory, prompts, candidates), filters)
+    verified = _verified(config, factory, {p.prompt.id: p.prompt for p in posed}, candidates)
+
+    def select(deal: Deal) -> dict[str, Any]:
+        kept, counts = factory.passing(verified, deal)
         funnel.extend(FilterCount(f"rewritten: {c.name}", c.seen, c.taken) for c in counts)
-        kept = factory.distinct(kept, funnel)
+        kept = factory.distinct(kept, funnel, deal)
         kept, count = at_most_per_prompt(kept, config.max_per_prompt)
         funnel.append(count)
         if config.max_samples is not None:
@@ -64,7 +64,7 @@ def run(config: ColdStartStage, runtime: Runtime) -> int:
             kept = kept[: config.max_samples]
         return factory.write(kept, funnel, {"prompts": len(posed), "sampled": funnel[0].seen})
 
-    return factory.finish(runtime.broadcast(select))
+    return factory.finish(factory.select(select))
 
 
 def pose(config: ColdStartStage, factory: DataFactory, prompts: Sequence[Prompt]) -> list[PosedPrompt]:
@@ -155,17 +155,21 @@ def _rewrite_by_model(
 def _verified(
     config: ColdStartStage, factory: DataFactory, prompts: dict[str, Prompt], candidates: Sequence[Candidate]
 ) -> list[Candidate]:
-    """The candidates with the rewards and lengths of their rewritten responses."""
-    verified = []
-    with RewardScorer(config.reward, max_response_tokens=config.rollout.max_response_tokens) as scorer:
-        scorer.step = LAST_STEP
-        for candidate in candidates:
+    """The candidates with the rewards and lengths of their rewritten responses, shared out over the generators' ranks."""
+
+    def score(share: Sequence[Candidate]) -> list[tuple[int, Reward]]:
+        lengths, tickets = [], []
+        for candidate in share:
             token_ids = tuple(factory.tokenizer.encode(candidate.response))
             response = Response(token_ids, (0.0,) * len(token_ids), "stop")
-            reward = scorer.result(scorer.submit(prompts[candidate.prompt_id], response, candidate.response))
-            verified.append(
-                dataclasses.replace(
-                    candidate, tokens=len(token_ids), scored=reward.status == RewardStatus.OK, parts=dict(reward.parts)
-                )
-            )
-    return verified
+            lengths.append(len(token_ids))
+            tickets.append(scorer.submit(prompts[candidate.prompt_id], response, candidate.response))
+        return [(length, scorer.result(ticket)) for length, ticket in zip(lengths, tickets, strict=True)]
+
+    with factory.scorer(generates=False) as (engine, scorer):
+        together = 1 if engine is None else config.rollout.tp  # the ranks of a generator ask it together
+        found = share_out(candidates, score, "the verification of what was rewritten", tp=together)
+    return [
+        dataclasses.replace(c, tokens=length, scored=reward.status == RewardStatus.OK, parts=dict(reward.parts))
+        for c, (length, reward) in zip(candidates, found, strict=True)
+    ]

@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from r1mega.config.data_factory import DataFactoryStage
 from r1mega.config.schema import ModelConfig, RolloutConfig
 from r1mega.data.card import InputFile, build_card, describe_file, write_card
-from r1mega.data.filters import Candidate, FilterCount
+from r1mega.data.duplicates import signatures
+from r1mega.data.filters import Candidate, FilterCount, apply_filters, build_filters, first_takers
 from r1mega.data.prompts import load_prompts
 from r1mega.data.record import UniqueIds
-from r1mega.data.selection import without_contamination, without_duplicates, write_data
+from r1mega.data.selection import contaminated, text_of, without_contamination, without_duplicates, write_data
 from r1mega.data.tokenizer import Tokenizer, load_tokenizer
+from r1mega.platform import groups
 from r1mega.reward.compose import RewardScorer
 from r1mega.rollout.build import engine_settings, open_engine
 from r1mega.rollout.draw import GradedSample
 from r1mega.rollout.sampler import stop_settings
 from r1mega.stages.runtime import Runtime
 from r1mega.stages.sampling import PosedPrompt, Sampling, sample_store
-from r1mega.types import GenerationEngine, Prompt, RewardStatus, SamplingSettings
+from r1mega.types import Deal, GenerationEngine, Prompt, RewardStatus, SamplingSettings
 
+T = TypeVar("T")
 LAST_STEP = 2**62
 """Samples are scored as a run's last step would be: parts that count from a later step on do count."""
 
@@ -37,6 +41,11 @@ class DataFactory:
         self.tokenizer: Tokenizer = load_tokenizer(config.model.path)
         self.licences: dict[str, str] = {}
         """By prompt id."""
+        self.filters = build_filters(config.filters)
+        duplicates = config.duplicates
+        self._filter = functools.partial(first_takers, self.filters)
+        self._sign = functools.partial(signatures, duplicates.ngram, duplicates.num_permutations)
+        self._find_contaminated = functools.partial(contaminated, config.decontaminate)
 
     def load_prompts(self) -> list[Prompt]:
         """The prompts of all files (config.max_prompts of them: a seeded choice), in order, with unique ids."""
@@ -65,22 +74,35 @@ class DataFactory:
         sampling = self._sampling("samples", posed, rollout.group_size, settings)
         missing, finished = sampling.begin(), sampling.finished_windows()
         self.runtime.begin(sampling.num_windows, finished or None)
-        if not missing:
+        if not missing and not sampling.num_failed:
             return True
         with (
-            self.engine(self.config.model, self.config.data.max_prompt_tokens, rollout) as engine,
-            contextlib.closing(
-                RewardScorer(
-                    self.config.reward,
-                    max_response_tokens=rollout.max_response_tokens,
-                    engine=engine,
-                    tokenizer=self.tokenizer,
-                )
-            ) as scorer,
+            self.scorer(generates=missing > 0) as (engine, scorer),
             self.runtime.progress(total=sampling.num_windows, done=finished),
         ):
-            scorer.step = LAST_STEP
             return sampling.run(engine, self.tokenizer, scorer)
+
+    @contextlib.contextmanager
+    def scorer(self, *, generates: bool) -> Iterator[tuple[GenerationEngine | None, RewardScorer]]:
+        """The stage's rewards, and the generator: when it is wanted, or the judge is the policy itself. A collective call."""
+        config = self.config
+        with contextlib.ExitStack() as stack:
+            engine = None
+            if generates or self._judges_by_policy:
+                engine = stack.enter_context(self.engine(config.model, config.data.max_prompt_tokens, config.rollout))
+            scorer = stack.enter_context(
+                RewardScorer(
+                    config.reward, max_response_tokens=config.rollout.max_response_tokens, engine=engine,
+                    tokenizer=self.tokenizer,
+                )
+            )  # fmt: skip
+            scorer.step = LAST_STEP
+            yield engine, scorer
+
+    @property
+    def _judges_by_policy(self) -> bool:
+        judge = self.config.reward.judge
+        return judge.weight > 0 and judge.engine == "policy"
 
     def _sampling(
         self, name: str, posed: Sequence[PosedPrompt], num_samples: int, settings: SamplingSettings
@@ -132,11 +154,21 @@ class DataFactory:
 
     # ------------------------------------------------------------------ from candidates to files
 
-    def distinct(self, kept: list[Candidate], funnel: list[FilterCount]) -> list[Candidate]:
+    def select(self, make: Callable[[Deal], T]) -> T:
+        """What `make` returns on rank 0, on every rank; what it deals out (`passing`, `distinct`) all ranks work on."""
+        return groups.lead(make, (self._filter, self._sign, self._find_contaminated))
+
+    def passing(self, candidates: Sequence[Candidate], deal: Deal) -> tuple[list[Candidate], list[FilterCount]]:
+        """What passes all filters, and their counts."""
+        return apply_filters(candidates, self.filters, deal(self._filter, candidates))
+
+    def distinct(self, kept: list[Candidate], funnel: list[FilterCount], deal: Deal) -> list[Candidate]:
         """Without near-duplicates and contamination; appends their counts."""
-        kept, count = without_duplicates(kept, self.config.duplicates)
+        self.runtime.note(f"{len(kept)} samples passed the filters; now those that are alike")
+        signed = deal(self._sign, [text_of(c) for c in kept])
+        kept, count = without_duplicates(kept, self.config.duplicates, signed)
         funnel.append(count)
-        kept, count = without_contamination(kept, self.config.decontaminate)
+        kept, count = without_contamination(kept, self.config.decontaminate, deal(self._find_contaminated, kept))
         funnel.append(count)
         return kept
 

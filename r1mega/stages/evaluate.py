@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from r1mega.config.model_files import identity
 from r1mega.config.rewards import PATCH_KIND
 from r1mega.config.stages.evaluate import EvaluateStage, TaskConfig
 from r1mega.data.record import PromptRecord
@@ -25,7 +26,7 @@ from r1mega.evaluate.forms import FormOptions
 from r1mega.evaluate.patch import write_predictions
 from r1mega.evaluate.result import EvaluationResult, evaluation_rows, write_result
 from r1mega.evaluate.run import evaluation_draw, open_scorer, response_limits
-from r1mega.evaluate.source import CheckpointSource, checkpoint_names, context_length, find_checkpoint, identity
+from r1mega.evaluate.source import CheckpointSource, checkpoint_names, context_length, find_checkpoint
 from r1mega.evaluate.table import results_table
 from r1mega.evaluate.tasks import TASKS, load_task, pose
 from r1mega.files import write_atomic
@@ -36,7 +37,7 @@ from r1mega.rollout.draw import Draw, Sample, draw_samples, grade_samples
 from r1mega.rollout.sampler import Scorer
 from r1mega.rollout.store import SampleStore
 from r1mega.stages.runtime import Runtime
-from r1mega.types import GenerationEngine, Prompt, SamplingSettings
+from r1mega.types import GenerationEngine, Prompt, RewardStatus, SamplingSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,13 +210,15 @@ class _Evaluation:
         self._runtime.barrier()
         entry: dict[str, Any] = {"metrics": {}}
         if self._runtime.is_main:
-            rows = evaluation_rows(unit.prompts, unit.store.read_graded().values(), unit.num_samples)
+            graded = unit.store.read_graded()
+            rows = evaluation_rows(unit.prompts, graded.values(), unit.num_samples)
             result = EvaluationResult(rows, unit.num_samples, seconds, unit.settings)
             path = unit.store.directory / "result.json"
             write_result(result, path)
             entry = {
                 "num_prompts": len(rows),
                 "num_samples": unit.num_samples,
+                "num_failed": sum(g.reward.status == RewardStatus.FAILED for g in graded.values()),
                 "metrics": result.metrics(),
                 "file": str(path.relative_to(self._runtime.run_dir)),
                 "settings": unit.settings,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch.distributed as dist
@@ -10,13 +11,16 @@ from r1mega.config.schema import DataConfig
 from r1mega.config.stages.rl import RLStage
 from r1mega.data.prompts import load_prompts
 from r1mega.data.tokenizer import Tokenizer
+from r1mega.errors import R1MegaError
 from r1mega.evaluate.result import EvaluationResult, merge_results
 from r1mega.evaluate.run import evaluate_prompts
 from r1mega.files import JsonLinesWriter
 from r1mega.platform.groups import GeneratorPlace, wait_for_all
-from r1mega.reward.compose import RewardScorer
+from r1mega.reward.compose import RewardScorer, Verdicts
 from r1mega.stages.runtime import Runtime
 from r1mega.types import GenerationEngine, Prompt, SamplingSettings
+
+logger = logging.getLogger(__name__)
 
 EVALUATIONS_FILE = "evaluations.jsonl"
 
@@ -39,7 +43,7 @@ class Evaluation:
         start: int,
     ):
         self._config, self._runtime = config, runtime
-        self._engine, self._tokenizer, self._scorer, self._sampling = engine, tokenizer, scorer, sampling
+        self._engine, self._tokenizer, self._scorer, self._sampling = engine, tokenizer, Verdicts(scorer), sampling
         self._prompts: tuple[Prompt, ...] = ()
         if config.evaluate.data is not None:
             data = DataConfig.model_validate(config.data.model_dump() | {"prompts": (config.evaluate.data,)})
@@ -56,19 +60,34 @@ class Evaluation:
         return step == self._config.steps or (every is not None and step % every == 0)
 
     def run(self, step: int) -> dict[str, Any]:
-        """`eval/...` metrics of the weights after `step` (0: as loaded); {} without evaluation data."""
+        """`eval/...` metrics of the weights after `step` (0: as loaded); {} without evaluation data. An evaluation that fails
+        is told and costs the run nothing: its only metric is `eval/failed`.
+        """
         if not self._prompts:
             return {}
         place = GeneratorPlace.of_this_rank(self._config.rollout.tp)
-        local = evaluate_prompts(
-            self._engine, self._tokenizer, self._prompts[place.replica :: place.num_replicas], self._config.evaluate,
-            self._scorer, self._sampling,
-        )  # fmt: skip
+        outcome: EvaluationResult | R1MegaError
+        try:
+            outcome = evaluate_prompts(
+                self._engine, self._tokenizer, self._prompts[place.replica :: place.num_replicas], self._config.evaluate,
+                self._scorer, self._sampling,
+            )  # fmt: skip
+        except R1MegaError as error:
+            outcome = error
         wait_for_all("rollout", f"the evaluation after step {step}")
-        metrics = self._merged(local, contributes=place.is_first).metrics()
+        outcomes = _of_all_ranks(outcome)
+        errors = [f"rank {rank}: {theirs}" for rank, theirs in enumerate(outcomes) if isinstance(theirs, R1MegaError)]
+        if errors:
+            if self._runtime.is_main:
+                logger.error("the evaluation after step %d failed; training goes on. %s", step, "; ".join(errors))
+            return {"eval/failed": 1.0}
+        firsts = outcomes[:: self._config.rollout.tp]  # the others of a generator hold copies
+        metrics = merge_results([result for result in firsts if isinstance(result, EvaluationResult)]).metrics()
         if self._writer is not None:
             self._writer.write({"step": step, **metrics})
-        self._runtime.note(f"evaluation after step {step}: accuracy {metrics['eval/accuracy']:.3f}")
+        accuracy = metrics.get("eval/accuracy")
+        found = "no response could be judged" if accuracy is None else f"accuracy {accuracy:.3f}"
+        self._runtime.note(f"evaluation after step {step}: {found}")
         self._last = metrics
         return metrics
 
@@ -76,10 +95,10 @@ class Evaluation:
         """The last evaluation's figures (rank 0's are right after a restart too)."""
         return self._last
 
-    @staticmethod
-    def _merged(local: EvaluationResult, *, contributes: bool) -> EvaluationResult:
-        if dist.get_world_size() == 1:
-            return local
-        parts: list[EvaluationResult | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, local if contributes else None)
-        return merge_results([part for part in parts if part is not None])
+
+def _of_all_ranks(outcome: EvaluationResult | R1MegaError) -> list[EvaluationResult | R1MegaError | None]:
+    outcomes: list[EvaluationResult | R1MegaError | None] = [outcome]
+    if dist.get_world_size() > 1:
+        outcomes = [None] * dist.get_world_size()
+        dist.all_gather_object(outcomes, outcome)
+    return outcomes

@@ -57,6 +57,7 @@ def run(config: RewardModelStage, runtime: Runtime) -> int:
             "preference/loss": result.loss,
             "preference/accuracy": result.accuracy,
             "policy/grad_norm": result.update.grad_norm,
+            "policy/skipped_updates": float(result.update.skipped),
             "policy/learning_rate": result.update.lr,
             "expert/load_max_over_mean": result.update.expert_load,
         }

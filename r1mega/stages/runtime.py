@@ -19,6 +19,7 @@ from r1mega.checkpoint.store import CheckpointStore, deciding_keys
 from r1mega.checkpoint.workers import Alone, TorchWorkers
 from r1mega.config.schema import CheckpointConfig, Stage, TrainingStage
 from r1mega.errors import EXIT_SAVED_FOR_REQUEUE, CheckpointError, FreshProcessNeeded, R1MegaError
+from r1mega.observe.inputs import record_inputs
 from r1mega.observe.metrics import MetricsWriter
 from r1mega.observe.performance import RATED, performance
 from r1mega.observe.progress import StageProgress
@@ -102,6 +103,7 @@ class Runtime:
                 directory.write_config(config.model_dump(mode="json"))
             runtime.barrier()
             stack.callback(runtime._close)
+            runtime.broadcast(lambda: record_inputs(config))
             try:
                 yield runtime
             except FreshProcessNeeded:  # what was done is kept; raised on every rank in the same place
@@ -158,7 +160,7 @@ class Runtime:
 
         Opens the metric files, cut back to that step.
         """
-        checkpoint = self._checkpoint
+        checkpoint, trainer.evidence = self._checkpoint, self.run_dir / "nonfinite"
         store = self._store = CheckpointStore(
             self.run_dir, keep=checkpoint.keep, architecture=deciding_keys(hf_config),
             asynchronous=checkpoint.async_save,

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from r1mega.data.tokenizer import Tokenizer
 from r1mega.errors import ConfigError, DataError
 from r1mega.platform.groups import GeneratorPlace, wait_for_all
-from r1mega.rollout.draw import Draw, GradedSample, Key, draw_samples
+from r1mega.rollout.draw import Draw, GradedSample, Key, Sample, draw_samples, grade_samples
 from r1mega.rollout.engine import sample_seed
 from r1mega.rollout.sampler import Scorer
 from r1mega.rollout.store import SampleStore, prompt_digest
@@ -44,7 +44,7 @@ class Sampling:
     """Draws `num_samples` responses to each prompt. All ranks call `run` together.
 
     scores_while_sampling: False for a scorer that needs the generator itself (a colocated judge): a window's samples are
-    then scored, and stored, at its end.
+    then scored, and stored, at its end. Samples whose grades failed in an earlier start are graded again, from their texts.
     """
 
     def __init__(
@@ -68,13 +68,14 @@ class Sampling:
         self._scores = self._place.is_first or not scores_while_sampling  # the ranks of a generator ask it together
         self._store = sample_store(runtime.run_dir, name, posed, runtime.rank)
         self._done: dict[Key, GradedSample] = {}
+        self._failed: dict[Key, Sample] = {}
 
     @property
     def num_windows(self) -> int:
         return len(self._windows)
 
     def begin(self) -> int:
-        """Read what earlier starts drew; the number of samples that are missing. A collective call, before any is drawn.
+        """Read what earlier starts drew; the number of samples that are not drawn yet. A collective call, before any is drawn.
 
         DataError when those starts had other prompts, or were of a version that kept samples in another form.
         """
@@ -93,17 +94,26 @@ class Sampling:
                 f"{self._store.directory}: its samples answer other prompts: data.prompts, the ways of asking or the "
                 "tokenizer have changed; put them back, or use another run_dir"
             ) from error
-        self._done = self._store.read_graded()
+        samples, grades = self._store.read()
+        self._done = {key: GradedSample(samples[key], reward) for key, reward in grades.items()}
+        self._failed = {key: sample for key, sample in samples.items() if key not in grades}
         self._runtime.barrier()  # all have read before the first one writes
-        return sum(map(len, self._windows)) - len(self._done)
+        return sum(map(len, self._windows)) - len(samples)
+
+    @property
+    def num_failed(self) -> int:
+        """Samples that an earlier start drew and could not grade."""
+        return len(self._failed)
 
     def finished_windows(self) -> int:
         """Windows, from the first on, of which nothing is missing."""
         unfinished = (i for i, window in enumerate(self._windows) if any(draw.key not in self._done for draw in window))
         return next(unfinished, self.num_windows)
 
-    def run(self, engine: GenerationEngine, tokenizer: Tokenizer, scorer: Scorer | None) -> bool:
-        """Draw what is missing; False when asked to stop before the end (what is drawn is kept)."""
+    def run(self, engine: GenerationEngine | None, tokenizer: Tokenizer, scorer: Scorer | None) -> bool:
+        """Draw and grade what is missing; False when asked to stop before the end (what is drawn is kept). engine: None when
+        all is drawn.
+        """
         with self._store.opened():
             for window in range(self.finished_windows(), self.num_windows):
                 if not self._run_window(window, engine, tokenizer, scorer):
@@ -111,15 +121,18 @@ class Sampling:
         self._runtime.barrier()
         return True
 
-    def _run_window(self, window: int, engine: GenerationEngine, tokenizer: Tokenizer, scorer: Scorer | None) -> bool:
+    def _run_window(
+        self, window: int, engine: GenerationEngine | None, tokenizer: Tokenizer, scorer: Scorer | None
+    ) -> bool:
         runtime = self._runtime
         draws = self._windows[window]
         share = [draws[i] for i in self._place.block(len(draws))]
-        missing = [draw for draw in share if draw.key not in self._done]
+        missing = [draw for draw in share if draw.key not in self._done and draw.key not in self._failed]
         drawn: list[GradedSample] = []
         runtime.timer.start_step()
+        regraded = self._grade_again(share, tokenizer, scorer) if scorer is not None and self._scores else []
         with runtime.timer.phase("rollout"):
-            for graded in draw_samples(
+            for graded in () if engine is None else draw_samples(
                 engine, tokenizer, scorer if self._scores else None, missing, self._sampling,
                 should_stop=lambda: self._tp == 1 and runtime.signalled,  # ranks of one generator stop between windows
                 max_ungraded=self._max_ungraded,
@@ -130,13 +143,26 @@ class Sampling:
         self._store.sync()
         wait_for_all("rollout", f"the samples of window {window + 1}")
         earlier = [self._done[draw.key] for draw in share if draw.key in self._done] if self._place.is_first else []
-        metrics = _metrics([*earlier, *drawn]) | runtime.timer.finish_step()
+        metrics = _metrics([*earlier, *regraded, *drawn]) | runtime.timer.finish_step()
         tokens = sum(graded.sample.length for graded in drawn)
         metrics["tokens/rollout_per_second"] = tokens / max(metrics["time/rollout_seconds"], 1e-9)
         stopping = runtime.stop_requested()
         if not stopping and scorer is not None:  # the steps of a run are the windows of its scored samples
             runtime.write_metrics(window + 1, metrics)
         return not stopping
+
+    def _grade_again(self, share: Sequence[Draw], tokenizer: Tokenizer, scorer: Scorer) -> list[GradedSample]:
+        """This rank's samples of a window whose grades failed before, from their texts: the tokens are the tokenizer's, as they
+        were not kept.
+        """
+        graded = []
+        failed = [(draw.prompt, self._failed[draw.key]) for draw in share if draw.key in self._failed]
+        for found in grade_samples(scorer, failed, tokenizer, self._max_ungraded):
+            if self._place.is_first:
+                if found.reward.status != RewardStatus.FAILED:
+                    self._store.write_grade(found)
+                graded.append(found)
+        return graded
 
 
 def sample_draws(posed: PosedPrompt, run_seed: int, name: str, num_samples: int) -> list[Draw]:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from r1mega.checkpoint.hf import read_config
 from r1mega.config.stages.sft import SFTStage
-from r1mega.data.sft import SFTDataset, build_token_file, held_out_indices
+from r1mega.data.sft import LINES_AT_A_TIME, SFTDataset, build_token_file, held_out_indices, tokenise
 from r1mega.data.tokenizer import Tokenizer, load_tokenizer
+from r1mega.platform import groups
 from r1mega.stages.runtime import Runtime
 from r1mega.stages.supervised import SupervisedLoop
 from r1mega.train.packing import plan_packing
@@ -20,12 +23,20 @@ from r1mega.train.phases import plan_phases
 from r1mega.train.policy import Policy
 from r1mega.train.supervised import WeightedMicrobatch, WeightedSample, mean_loss, pack_weighted, sample_losses
 from r1mega.train.trainer import Trainer
+from r1mega.types import Deal
 
 
 def run(config: SFTStage, runtime: Runtime) -> int:
     """Train for `config.epochs` and export RUN_DIR/hf. Returns the exit code."""
     tokenizer = load_tokenizer(config.tokenizer_path)
-    path = runtime.broadcast(lambda: build_token_file(config.data, tokenizer, runtime.run_dir / "data"))
+    work = functools.partial(tokenise, config.data, tokenizer)
+
+    def build(deal: Deal) -> Path:
+        at_a_time = LINES_AT_A_TIME * dist.get_world_size()
+        lines_to_rows = functools.partial(deal, work)
+        return build_token_file(config.data, tokenizer, runtime.run_dir / "data", lines_to_rows, at_a_time)
+
+    path = groups.lead(build, (work,))
     batches = _Batches(config, runtime, SFTDataset(path))
     hf_config = read_config(config.model.path)
     policy = Policy(config.model, hf_config, config.parallel, seed=config.seed, init_std=config.init_std)
@@ -49,7 +60,7 @@ class _Batches:
 
     def __init__(self, config: SFTStage, runtime: Runtime, dataset: SFTDataset):
         self.config, self.runtime, self.dataset = config, runtime, dataset
-        held_out = held_out_indices(dataset.ids(), config.held_out.share, config.seed)
+        held_out = held_out_indices(dataset.prompts(), config.held_out.share, config.seed)
         if len(held_out) == len(dataset):
             held_out = set()  # nothing would be left to train on
         self.held_out = sorted(held_out)

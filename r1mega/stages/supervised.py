@@ -44,6 +44,7 @@ class SupervisedLoop:
                 metrics = {
                     "train/loss": result.loss,
                     "policy/grad_norm": result.update.grad_norm,
+                    "policy/skipped_updates": float(result.update.skipped),
                     "policy/learning_rate": result.update.lr,
                     "expert/load_max_over_mean": result.update.expert_load,
                     "tokens/update_per_second": result.work.tokens / times["time/update_seconds"],

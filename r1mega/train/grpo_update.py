@@ -27,7 +27,7 @@ from r1mega_kernels import GRPOMetrics
 _NO_UPDATE = dict.fromkeys(
     (
         "policy/loss", "policy/kl", "policy/clip_fraction", "policy/entropy", "policy/grad_norm", "logprob/diff_max",
-        "policy/importance_capped_fraction", "logprob/diff_mean", "logprob/outlier_fraction", "tokens/update",
+        "policy/importance_capped_fraction", "policy/skipped_updates", "logprob/diff_mean", "logprob/outlier_fraction", "tokens/update",
         "policy/masked_fraction", "policy/rejected_fraction",
     ),
     0.0,
@@ -251,6 +251,7 @@ def _metrics(results: list[UpdateResult[_Statistics]], reports: bool) -> dict[st
         "policy/effective_sample_fraction": weights**2 / (tokens * squares) if squares else None,
         "policy/entropy": entropy / max(tokens, 1),
         "policy/grad_norm": sum(r.grad_norm for r in results) / len(results),
+        "policy/skipped_updates": float(sum(r.skipped for r in results)),
         "policy/learning_rate": results[-1].lr,
         "logprob/diff_max": float(largest[0]),
         "logprob/diff_mean": mismatch / max(first_tokens, 1),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -75,7 +76,19 @@ def build_optimizer(config: OptimizerConfig, ddp_chunks: Sequence[torch.nn.Modul
                 del group["cpu_optimizer_cls"], group["gpu_optimizer_cls"]
         part.get_parameter_state_dp_zero = functools.partial(gather_state, part)
         part.load_parameter_state_from_fully_reshardable = functools.partial(read_state, part)
+    optimizer.prepare_grads = functools.partial(_prepare_finite, optimizer.prepare_grads, optimizer.get_grad_norm)
     return optimizer
+
+
+@torch.no_grad()
+def _prepare_finite(prepare: Callable[[], bool], norm: Callable[[], float]) -> bool:
+    """Megatron's `prepare_grads`, at whose True its `step` returns with everything as it was: here also when the gradients'
+    norm is not finite, on any rank (megatron-core 0.16.1, optimizer.py:524, looks at those of float16 alone).
+    """
+    found = prepare() or not math.isfinite(float(norm()))
+    flag = torch.tensor(float(found))
+    dist.all_reduce(flag, dist.ReduceOp.MAX)  # on a CPU tensor: over gloo, on either platform
+    return bool(flag)
 
 
 def parts(optimizer: Any) -> Sequence[Any]:

@@ -38,7 +38,7 @@ def training_samples(groups: Sequence[RolloutGroup], algorithm: AlgorithmConfig)
     for (place, response), reward, advantage in zip(flat, rewards, advantages, strict=True):
         if not response.token_ids or (algorithm.mask_truncated and response.finish_reason == "length"):
             continue
-        prompt = groups[place].prompt.token_ids
+        group, prompt = groups[place], groups[place].prompt.token_ids
         samples.append(
             TrainingSample(
                 token_ids=np.asarray(prompt + response.token_ids, dtype=np.int32),
@@ -48,6 +48,7 @@ def training_samples(groups: Sequence[RolloutGroup], algorithm: AlgorithmConfig)
                 routed_experts=response.routed_experts,
                 reward=reward,
                 opens_group=place != last,
+                slot=group.slot,
             )
         )
         last = place
@@ -87,15 +88,15 @@ def step_advantages(
 
 
 def gather_samples(local: list[TrainingSample], contributes: bool) -> list[TrainingSample]:
-    """The samples of all ranks, in rank order, on every rank. contributes: False on ranks that hold copies of another's
-    (the other tensor-parallel ranks of a generator). Memory: all samples of a step on every rank, about 8 bytes a token,
+    """The samples of all ranks, in the order of their groups' slots, on every rank: however many generators sampled them.
+    contributes: False on ranks that hold copies of another's (the other tensor-parallel ranks of a generator). Memory: all samples of a step on every rank, about 8 bytes a token,
     with router replay one more for each MoE layer and chosen expert.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return local
     everyone: list[list[TrainingSample]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(everyone, local if contributes else [])
-    return [sample for part in everyone for sample in part]
+    return sorted((sample for part in everyone for sample in part), key=lambda sample: sample.slot)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import math
+import dataclasses
+import io
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Generic
 
 import torch
@@ -25,6 +28,7 @@ from megatron.core.distributed import (  # noqa: E402
 from r1mega.checkpoint.store import MODEL_METADATA  # noqa: E402
 from r1mega.config.schema import MemoryConfig, OptimizerConfig  # noqa: E402
 from r1mega.errors import NonFiniteError  # noqa: E402
+from r1mega.files import write_atomic  # noqa: E402
 from r1mega.train.heads import TokenScores  # noqa: E402
 from r1mega.train.memory import TrainerMemory  # noqa: E402
 from r1mega.train.optimizer import (  # noqa: E402
@@ -37,17 +41,21 @@ from r1mega.train.optimizer import (  # noqa: E402
 from r1mega.train.phases import Phase, PhasePlan, plan_phases  # noqa: E402
 from r1mega.train.policy import B, Loss, Policy, S  # noqa: E402
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, slots=True)
 class UpdateResult(Generic[S]):
     """grad_norm: before clipping; lr: of this step; statistics: what the loss returned, per microbatch;
     expert_load: max over mean of tokens per expert, averaged over MoE layers (1 is perfect balance; None without experts).
+    skipped: the gradient was not finite, and no weight has moved.
     """
 
     grad_norm: float
     lr: float
     statistics: list[S]
     expert_load: float | None
+    skipped: bool = False
 
 
 class Trainer:
@@ -82,6 +90,12 @@ class Trainer:
         self._overlaps_gather = self._must_gather = optimizer.overlap_param_gather  # Megatron's first pass would gather
         policy.settle = self._gather_weights
         self._expert_load: float | None = None
+        routers = (m for chunk in policy.chunks for m in chunk.modules() if hasattr(m, "get_aux_loss_coeff"))
+        configs = {id(router.config): router.config for router in routers}.values()
+        self._aux_loss = [(c, c.moe_aux_loss_coeff) for c in configs if c.moe_aux_loss_coeff]
+        self._skip_nonfinite, self._skipped = optimizer.skip_nonfinite, 0
+        self.evidence: Path | None = None
+        """Where to write what a gradient that is not finite came from; None: nowhere."""
 
     def _overlap_reduction(self) -> None:
         """What Megatron's schedules ask for: gradients are reduced in the last microbatch's backward pass, and not before."""
@@ -131,7 +145,8 @@ class Trainer:
         gradients by it; the loss is multiplied by it first, so that the caller's loss is minimised as it stands.
         mtp_loss: add the loss of the multi-token-prediction layers, if the model has them (pre-training and SFT:
         the tokens are to be imitated); entropies are then not computed.
-        Raises NonFiniteError when the gradient norm is not finite; the weights are then lost, the last checkpoint is not.
+        When the gradient norm is not finite on any rank, no rank moves a weight, and each replica writes its microbatches
+        to `evidence`. The step is then left out, or NonFiniteError when optimizer.skip_nonfinite such steps went before it.
         """
         self.scheduler.step(1)  # first, so that a warm-up of n steps starts at lr / n and not at 0
         self.enter("update")
@@ -143,19 +158,74 @@ class Trainer:
             value, statistics = loss(batch, scores)
             return value * total_response_tokens, statistics
 
+        self._weigh_aux_loss(microbatches, total_response_tokens)
         self._must_gather = False  # the forward pass does
         further = mtp_loss and bool(self.policy.megatron_config.mtp_num_layers)
         statistics = self.policy.run(microbatches, scaled, temperature, forward_only=False, mtp_loss=further)
         lr = self.optimizer.param_groups[0]["lr"]
         self.enter("step")
         stepped, grad_norm, _ = self.optimizer.step()
+        if not stepped:
+            grad_norm = self.optimizer.get_grad_norm()
+            self._leave_out(float(grad_norm), microbatches, statistics)
+        self._skipped = 0 if stepped else self._skipped
         self.optimizer.zero_grad()  # copies in float32, where the buffers are not
         self._must_gather = self._overlaps_gather
-        if not stepped or not math.isfinite(float(grad_norm)):
+        return UpdateResult(float(grad_norm), lr, statistics, self._expert_load, skipped=not stepped)
+
+    def _weigh_aux_loss(self, microbatches: Sequence[B], total_response_tokens: int) -> None:
+        """Make the auxiliary loss of the routers the mean over all tokens. Megatron multiplies a microbatch's by its tokens
+        (router.py, attach_and_log_load_balancing_loss) and divides gradients by what the loss counts, here response tokens:
+        the shorter the responses are beside their prompts, the larger it would be.
+        """
+        if not self._aux_loss:
+            return
+        tokens = torch.tensor(float(sum(batch.num_tokens for batch in microbatches if batch.sample_indices)))
+        dist.all_reduce(tokens, group=parallel_state.get_data_parallel_group())
+        for config, coefficient in self._aux_loss:
+            config.moe_aux_loss_coeff = coefficient * total_response_tokens / max(float(tokens), 1.0)
+
+    def _leave_out(self, grad_norm: float, microbatches: Sequence[B], statistics: Sequence[S]) -> None:
+        """Count a step whose gradient is not finite, write down what made it, and say so. Raises NonFiniteError."""
+        self._skipped += 1
+        number = self.scheduler.num_steps
+        if self.evidence is not None and self.policy.reports:
+            self._write_evidence(self.evidence, number, grad_norm, microbatches, statistics)
+        where = "" if self.evidence is None else f"; the microbatches and parameters concerned are in {self.evidence}"
+        told = f"optimizer step {number}: gradient norm {grad_norm}, no weight has moved{where}"
+        if self._skipped > self._skip_nonfinite:
             raise NonFiniteError(
-                f"gradient norm {float(grad_norm)}: lower optimizer.lr, or look for broken samples in samples.jsonl"
+                f"{told}. To leave such steps out, start again with optimizer.skip_nonfinite={self._skipped} (so many may follow "
+                "each other); against a run that diverges, use a lower optimizer.lr, in another run_dir"
             )
-        return UpdateResult(float(grad_norm), lr, statistics, self._expert_load)
+        logger.warning(
+            "%s; left out (%d in a row, optimizer.skip_nonfinite = %d)", told, self._skipped, self._skip_nonfinite
+        )
+
+    def _write_evidence(
+        self, directory: Path, number: int, grad_norm: float, microbatches: Sequence[B], statistics: Sequence[S]
+    ) -> None:
+        """DIRECTORY/update_NNNNNN_rank_RRRRR.pt, for torch.load: microbatches as dicts of their fields, what the loss said of
+        each (as text), and the parameters whose gradients on this rank are not finite.
+        """
+        broken = [
+            name
+            for chunk in self.policy.chunks
+            for name, parameter in chunk.named_parameters()
+            if (gradient := getattr(parameter, "main_grad", None)) is not None
+            and gradient.untyped_storage().nbytes()
+            and not bool(gradient.isfinite().all())
+        ]
+        content = io.BytesIO()
+        found = {
+            "update": number,
+            "grad_norm": grad_norm,
+            "parameters": broken,
+            "statistics": list(map(str, statistics)),
+        }
+        torch.save(found | {"microbatches": [dataclasses.asdict(batch) for batch in microbatches]}, content)
+        directory.mkdir(parents=True, exist_ok=True)
+        write_atomic(directory / f"update_{number:06d}_rank_{dist.get_rank():05d}.pt", content.getvalue())
 
     def _finalize_gradients(self, model: list[torch.nn.Module], num_tokens: torch.Tensor | None = None, **kwargs):
         self._expert_load = self._measure_expert_load()  # finalize_model_grads resets the counters

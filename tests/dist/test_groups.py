@@ -92,3 +92,47 @@ def test_ranks_agree():
         alike = [name for name in one if ".shared_experts." in name or ".layers.0.mlp." in name]
         assert all((one[name] == two[name]) == (layout == "ep") for name in alike)
     assert all("model.layers.3.self_attn.o_proj.weight is [2, 96]" in r["misfit"] for r in results)
+
+
+def lead_and_help() -> list[object]:
+    """What ranks get of a leader that deals out squares, of one that a helper fails, and of one that fails itself."""
+    groups.init_distributed()
+    rank, seen = int(os.environ["RANK"]), []
+
+    def square(items):
+        seen.append(list(items))
+        return [item * item for item in items]
+
+    def fail(items):
+        if 7 in items:
+            raise CheckpointError("there is a seven")
+        return list(items)
+
+    def whole(deal):
+        return [deal(square, range(10)), deal(fail, range(3)), deal(square, [])]
+
+    def broken(deal):
+        deal(fail, list(range(8)))
+
+    def raising(deal):
+        raise ConfigError("nothing to lead")
+
+    found: list[object] = [groups.lead(whole, (square, fail)), seen[0]]
+    for make in (broken, raising):
+        try:
+            groups.lead(make, (square, fail))
+        except (CheckpointError, ConfigError) as error:
+            found.append(str(error))
+    found.append(groups.lead(lambda deal: deal(square, [rank + 5]), (square, fail)))
+    return found
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_ranks_help_the_first(ranks):
+    results = launch(lead_and_help, ranks)
+    squares = [item * item for item in range(10)]
+    assert [item for _, block, *_ in results for item in block] == list(range(10))
+    assert {len(block) for _, block, *_ in results} <= {10 // ranks, -(-10 // ranks)}
+    for found in results:
+        assert found[0] == [squares, [0, 1, 2], []]
+        assert found[2:] == ["there is a seven", "nothing to lead", [25]]

@@ -140,7 +140,7 @@ def test_prompts_that_changed_under_a_run_are_noticed(factory_arguments, whole_r
         done = r1mega(*factory_arguments(run_dir), check=False)
     finally:
         prompts.write_text(text)
-    assert done.returncode == 3 and "its samples answer other prompts" in done.stdout
+    assert done.returncode == 3 and f"data.prompts[0]: {prompts} has another content" in done.stdout
     assert (run_dir / "data/train.jsonl").read_text() == (whole_run / "data/train.jsonl").read_text()
 
 

@@ -84,7 +84,7 @@ def test_sft_lowers_the_held_out_loss_and_transformers_agrees_on_it(imported, tu
 
     def held_out_loss(path):
         model, total, count = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), 0.0, 0.0
-        for index in held_out_indices(dataset.ids(), 0.1, 1):
+        for index in held_out_indices(dataset.prompts(), 0.1, 1):
             ids, weights = (torch.tensor(part) for part in dataset.sample(index, 0.0))
             with torch.no_grad():
                 log_probs = model(ids[None]).logits[0, :-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0]

@@ -51,7 +51,7 @@ def transformers_loss(hf, run_dir):
     model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32)
     dataset = SFTDataset(run_dir / "data/tokens.arrow")
     total = count = 0.0
-    for index in held_out_indices(dataset.ids(), 0.1, 1):
+    for index in held_out_indices(dataset.prompts(), 0.1, 1):
         ids, weights = (torch.tensor(part) for part in dataset.sample(index, 0.0))
         with torch.no_grad():
             log_probs = model(ids[None]).logits[0, :-1].double().log_softmax(-1).gather(1, ids[1:, None])[:, 0]

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 from pydantic import Field
 
 from r1mega.config.layout import generator_problems
-from r1mega.config.model_files import context_length
+from r1mega.config.model_files import context_length, identity
 from r1mega.config.schema import NonNegative, PositiveInt, Section, Stage
 from r1mega.config.validate import is_given, missing_file_problems, weights_problems
 
@@ -73,8 +73,12 @@ class EvaluateStage(Stage):
         return self.model_dump(mode="json", include={"model": {"path"}, "others": True, "tasks": True})
 
     def is_finished_at(self, step: int) -> bool:
+        """Not when a checkpoint has been written anew, or grades failed, which the next start tries again."""
         stored = json.loads((self.run_dir / self.outputs[0]).read_text())
-        return stored.get("asked") == self.asked()
+        entries = [entry for checkpoint in stored["checkpoints"] for entry in checkpoint["tasks"].values()]
+        checkpoints = {Path(e["settings"]["checkpoint"]): e["settings"]["identity"] for e in entries}
+        anew = any(path.is_dir() and identity(path) != before for path, before in checkpoints.items())
+        return stored.get("asked") == self.asked() and not anew and not any(e.get("num_failed") for e in entries)
 
     def problems(self, hf: dict[str, Any], world: int) -> Iterator[str]:
         """See Stage. Weights, data files and the keys of each task."""

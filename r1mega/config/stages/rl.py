@@ -69,7 +69,9 @@ class AlgorithmConfig(Section):
     kl_in: Literal["loss", "reward"] = "loss"
     # reward: r - kl_coefficient * sum of log pi_old - log pi_reference over the response, before advantages (RLOO, PPO)
     kl_bias_correction: bool = False  # k3 times pi / pi_sampler, whose gradient is unbiased (DeepSeek-V3.2)
-    reference_refresh_steps: PositiveInt | None = 400  # paper; None: the reference never changes
+    reference_refresh_steps: PositiveInt | None = (
+        25  # rollouts (paper: 400 optimizer steps); None: the reference never changes
+    )
     old_log_probs: Literal["rollout", "recompute"] = "recompute"
     # rollout: the generator's (exact in float32); recompute: one more forward pass (bfloat16, FP8)
     importance_cap: Positive | None = None
@@ -95,7 +97,7 @@ class AlgorithmConfig(Section):
 class UpdateConfig(Section):
     """How a rollout becomes optimizer steps."""
 
-    num_minibatches: PositiveInt = 16  # optimizer steps a rollout (paper)
+    num_minibatches: PositiveInt = 16  # optimizer steps a rollout (paper: of 512 responses each)
     num_epochs: PositiveInt = 1  # paper
     microbatch_tokens: PositiveInt = 8192  # packing target; with parallel.cp each of its ranks has 1/cp of them
     min_microbatches: PositiveInt | None = None
@@ -108,7 +110,7 @@ class RLStage(TrainingStage):
     """
 
     stage: Literal["zero", "reasoning_rl", "align"]
-    steps: PositiveInt = 10400  # paper
+    steps: PositiveInt = 650  # rollouts (paper: 10,400 optimizer steps)
     data: DataConfig
     rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig = RewardConfig()

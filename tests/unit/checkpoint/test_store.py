@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -81,6 +83,28 @@ def test_errors_of_a_background_save_are_raised_by_the_next_call(tmp_path, monke
     assert store.latest().name == "step_000003"
 
 
+def test_a_disk_that_is_full_is_told_as_that(tmp_path):
+    """Files may have so many bytes and no more: the data file, and with more of them the state beside it, does not fit."""
+    store = open_store(tmp_path)
+    first = store.save(1, state_of(torch.ones(3)), {})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for room, state in (
+        (4096, state_of(torch.ones(10_000))),
+        (20_000, state_of(torch.ones(3)) | {"big": "x" * 50_000}),
+    ):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+        try:
+            with pytest.raises(
+                CheckpointError, match=r"step_000002\.tmp: could not be written .*File too large"
+            ) as raised:
+                store.save(2, state, {})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert "free some disk and start again" in str(raised.value)
+        assert [p.name for p in store.directory.iterdir()] == [first.name]
+    assert store.save(2, state_of(torch.ones(10_000)), {}).is_dir(), "there is room again"
+
+
 KILLED = """
 import sys, time, torch
 from pathlib import Path
@@ -127,8 +151,49 @@ def test_a_torn_checkpoint_is_skipped_by_name_and_not_loaded(tmp_path, caplog):
     assert f"{second} is not whole" in caplog.text
     with pytest.raises(CheckpointError, match="not a whole checkpoint"):
         load_weights(second, [])
-    (first / "manifest.json").write_text("{")
-    assert store.latest() is None
+    assert [p.name for p in sorted(store.directory.iterdir())] == ["step_000001", "step_000002.damaged"]
+
+
+def flip(path: Path) -> None:
+    """One byte of the data, the size as before."""
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def test_when_none_is_whole_nothing_is_touched_and_the_advice_works(tmp_path):
+    store = open_store(tmp_path)
+    for step in (1, 2):
+        flip(next(store.save(step, state_of(torch.ones(9)), {}).glob("*.distcp")))
+    copy = shutil.copytree(store.directory, tmp_path / "copy")
+    for _ in range(2):  # a second start meets the same
+        with pytest.raises(CheckpointError, match="no checkpoint of this run is whole") as raised:
+            open_store(tmp_path).latest()
+        assert "step_000001: " in str(raised.value) and "step_000002: " in str(raised.value)
+        assert sorted(p.name for p in store.directory.iterdir()) == ["step_000001", "step_000002"]
+    flip(next((store.directory / "step_000001").glob("*.distcp")))  # "put a whole one there"
+    assert open_store(tmp_path).latest().name == "step_000001"
+    assert (store.directory / "step_000002.damaged").is_dir()
+    shutil.rmtree(store.directory)  # "remove this directory to begin anew"
+    assert open_store(tmp_path).latest() is None
+    assert copy.is_dir()
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_damaged_checkpoints_do_not_count_among_those_that_are_kept(tmp_path, keep):
+    """Whatever the steps of damaged ones are, the newest stays, and `keep` whole ones with it."""
+    store = CheckpointStore(tmp_path, keep=2, architecture={"hidden_size": 4})
+    for step in (2, 4):
+        store.save(step, state_of(torch.ones(9)), {})
+    flip(next((store.directory / "step_000004").glob("*.distcp")))
+    store = CheckpointStore(tmp_path, keep=keep, architecture={"hidden_size": 4})
+    assert store.latest().name == "step_000002"
+    (store.directory / "step_000009").mkdir()  # with a higher step than all that follow, and damaged meanwhile
+    assert store.save(3, state_of(torch.ones(9)), {}).is_dir()
+    left = sorted(p.name for p in store.directory.iterdir())
+    whole = ["step_000002", "step_000003"][-keep:]
+    assert left == sorted([*whole, "step_000004.damaged", "step_000009.damaged"])
+    assert store.latest().name == "step_000003"
 
 
 @pytest.mark.parametrize("manifest", [

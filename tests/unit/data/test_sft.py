@@ -43,7 +43,7 @@ def test_question_and_response(plain, tmp_path):
     tokenizer = load_tokenizer(plain)
     data = SFTData(files=(write(tmp_path / "x.jsonl", LINES),), template="Q: {{ question }} A:")
     dataset = SFTDataset(build_token_file(data, tokenizer, tmp_path / "out"))
-    assert dataset.ids() == ["a", "b"]
+    assert dataset.ids() == ["a", "b"] and len(set(dataset.prompts())) == 2
     for index, prompt in enumerate(("User: which of a 5 Assistant:", "Q: 哪个 之中 A:")):
         ids, weights = dataset.sample(index, 0.25)
         response = [*tokenizer.encode(LINES[index]["response"]), tokenizer.eos_token_id]
@@ -127,3 +127,10 @@ def test_held_out_share_follows_the_ids():
     assert {ids[i] for i in chosen} == {shuffled[i] for i in held_out_indices(shuffled, 0.1, seed=1)}
     assert chosen != held_out_indices(ids, 0.1, seed=2)
     assert held_out_indices(ids, 0.0, seed=1) == set()
+
+
+def test_all_answers_to_a_prompt_are_held_out_together():
+    prompts = [f"question {i // 4}" for i in range(4000)]
+    chosen = held_out_indices(prompts, 0.1, seed=1)
+    trained = {prompt for i, prompt in enumerate(prompts) if i not in chosen}
+    assert 300 < len(chosen) < 500 and not trained & {prompts[i] for i in chosen}

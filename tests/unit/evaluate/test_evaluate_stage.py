@@ -22,6 +22,7 @@ from r1mega.doctor.config import config_facts
 from r1mega.errors import ConfigError
 from r1mega.evaluate.compare import comparison_table, read_results
 from r1mega.evaluate.result import read_result
+from r1mega.stages import is_finished
 from tests import processes
 
 pytestmark = pytest.mark.heavy
@@ -126,6 +127,15 @@ def test_kill_and_stop_in_the_middle_lose_and_change_nothing(config, run_dir, tm
     metrics = [figures(directory), figures(tmp_path / "two")]
     assert metrics[0] == metrics[1] and metrics[0]["pens"]["eval/accuracy"] == 0.5
     assert "nothing to do" in run(path)
+    stage, (weights,), results = load_config(path), (run_dir / "hf").glob("*.safetensors"), directory / "results.json"
+    before, stored = weights.stat(), json.loads(results.read_text())
+    os.utime(weights)
+    assert not is_finished(stage), "written anew: the next start says so"
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert is_finished(stage)
+    stored["checkpoints"][0]["tasks"]["pens"]["num_failed"] = 1
+    results.write_text(json.dumps(stored))
+    assert not is_finished(stage), "the next start grades it again"
 
     before, drawn = rows(directory, "prompts"), samples.read_bytes()
     for file in [*directory.rglob("grades-*.jsonl"), directory / "results.json"]:

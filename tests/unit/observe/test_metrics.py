@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -114,10 +115,14 @@ def test_resume_cuts_and_goes_on(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_bytes() == whole
 
 
-def test_starting_afresh_drops_all_lines(tmp_path):
-    write_steps(tmp_path, range(3))
+def test_starting_afresh_sets_earlier_lines_aside(tmp_path):
+    first = write_steps(tmp_path, range(3))
+    second = write_steps(tmp_path, range(2))
     plain_writer(tmp_path).close()
+    plain_writer(tmp_path).close()  # of no line nothing is kept
     assert read_metrics(tmp_path) == []
+    assert [(tmp_path / f"metrics.jsonl.{n}").read_bytes() for n in (1, 2)] == [first, second]
+    assert not (tmp_path / "metrics.jsonl.3").exists()
 
 
 @settings(deadline=None, max_examples=50)
@@ -205,6 +210,19 @@ def test_tensorboard_purges_on_resume(tmp_path):
     events.Reload()
     assert events.Tags()["scalars"] == ["reward/mean"]
     assert [(e.step, e.value) for e in events.Scalars("reward/mean")] == [(1, 1), (2, 2), (3, 3), (4, 40), (5, 50)]
+
+
+def test_runs_of_one_name_are_two_runs_of_wandb(tmp_path, monkeypatch):
+    begun = []
+    fake = SimpleNamespace(init=lambda **given: begun.append(given) or SimpleNamespace(finish=lambda: None))
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    for place, resume in (("a", None), ("b", None), ("a", 3), ("a", None)):
+        run_dir = tmp_path / place / "zero"
+        run_dir.mkdir(parents=True, exist_ok=True)
+        MetricsWriter(run_dir, resume_step=resume, tensorboard=False, wandb_project="project").close()
+    ids = [given["id"] for given in begun]
+    assert ids[2] == ids[0] and len(set(ids)) == 3, "its own, kept on resume, another for a run that begins anew"
+    assert all(name.startswith("zero-") for name in ids) and {given["name"] for given in begun} == {"zero"}
 
 
 def test_wandb_missing_is_a_platform_error(tmp_path, monkeypatch):

@@ -95,6 +95,16 @@ def test_a_run_that_made_nothing_may_start_with_a_mended_config(tmp_path):
         run.write_config({"stage": "zero", "rollout": {"kv_cache_bytes": 3}})
 
 
+def test_a_run_may_go_on_past_a_gradient_that_is_not_finite(tmp_path):
+    """As the error advises; another rate is another run, as it says too."""
+    run = RunDirectory(tmp_path)
+    (tmp_path / "nonfinite").mkdir()
+    run.write_config({"stage": "zero", "optimizer": {"lr": 1e-6, "skip_nonfinite": 0}})
+    run.write_config({"stage": "zero", "optimizer": {"lr": 1e-6, "skip_nonfinite": 1}})
+    with pytest.raises(ConfigError, match=r"optimizer\.lr"):
+        run.write_config({"stage": "zero", "optimizer": {"lr": 1e-7, "skip_nonfinite": 1}})
+
+
 def test_a_run_may_go_on_in_another_layout(tmp_path):
     run = RunDirectory(tmp_path)
     (tmp_path / "data").mkdir()  # the run has made something

@@ -5,13 +5,16 @@ from types import SimpleNamespace
 import pytest
 import torch.distributed as dist
 
+from r1mega.config.stages.rl import AlgorithmConfig
 from r1mega.data.cursor import PromptCursor
 from r1mega.platform import groups
 from r1mega.rollout.groups import GroupCollector
 from r1mega.stages.rl_metrics import group_metrics
+from r1mega.train.samples import gather_samples, training_samples
 from r1mega.types import Prompt, Response, Reward, RewardStatus, RolloutGroup
+from tests.dist.launch import launch
 
-PROMPTS = [Prompt(str(i), f"q{i}", ("1",), "math", None, (1,)) for i in range(20)]
+PROMPTS = [Prompt(str(i), f"q{i}", ("1",), "math", None, (i,)) for i in range(20)]
 
 
 @pytest.fixture
@@ -73,6 +76,26 @@ def test_groups_without_signal_are_replaced_and_still_counted(alone):
     assert measured["group/num_sampled"] == len(drawn) and measured["tokens/rollout"] == 6 * len(drawn)
     assert measured["group/no_signal_fraction"] == pytest.approx(1 - 4 / len(drawn))
     assert len(groups.collect(2).sampled) < len(PROMPTS)  # of its own step only
+
+
+def ranks_sample(steps=3):
+    """This rank's part of dynamic sampling over all ranks; what every rank trains on."""
+    groups.init_distributed()
+    config = AlgorithmConfig(normalize_std=False)
+    collecting, _ = collector(lambda i: 1 if i % 3 == 0 else 2, enabled=True, max_rounds=20)
+    found = []
+    for step in range(1, steps + 1):
+        rollout = collecting.collect(step)
+        samples = gather_samples(training_samples(rollout.groups, config), rollout.is_first)
+        found.append([(s.slot, s.prompt_length, s.token_ids.tolist(), s.advantage) for s in samples])
+    return found
+
+
+def test_dynamic_sampling_trains_on_the_same_samples_over_any_number_of_ranks():
+    (alone_,), *several = (launch(ranks_sample, ranks) for ranks in (1, 2, 3))
+    assert all(len({slot for slot, *_ in step}) == 4 for step in alone_)
+    for ranks in several:
+        assert all(found == alone_ for found in ranks)
 
 
 def test_it_gives_up_after_the_last_round(alone):

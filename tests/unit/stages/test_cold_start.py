@@ -1,16 +1,22 @@
 """The ways of asking: shares, examples and beginnings of responses in the tokens; what is too long with its examples."""
 
+import contextlib
 import json
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 
 from r1mega.config.load import load_config
 from r1mega.data import nano_tokenizer
+from r1mega.data.filters import Candidate
 from r1mega.data.prompts import load_prompts
 from r1mega.errors import DataError
+from r1mega.platform import groups
+from r1mega.stages import cold_start
 from r1mega.stages.cold_start import pose
 from r1mega.stages.data_factory import DataFactory
+from r1mega.types import Response
 
 EXAMPLE = json.dumps({"question": "a 5", "response": "<think> try a 5 yes </think> <answer> 5 </answer>"})
 
@@ -68,3 +74,35 @@ def test_a_rewriting_must_leave_room_for_its_prompt(tokens, tmp_path):
     overrides = [f"rewrite.model.path={tmp_path}", f"rewrite.model.max_tokens={tokens}"]
     problems = list(load_config("configs/nano/cold_start.yaml", overrides).problems({}, 1))
     assert any("leaves no room for a prompt in the model's context of 256" in p for p in problems) == (tokens == 256)
+
+
+def test_a_judge_that_is_the_policy_verifies_what_was_rewritten(ask, tmp_path, monkeypatch):
+    """The generator is built again for it, asked once for all, and gone afterwards."""
+    config = load_config("configs/nano/cold_start.yaml", [
+        f"model.path={tmp_path}", f"data.prompts=[{tmp_path}/p.jsonl]", "reward.judge.weight=1", "reward.judge.engine=policy",
+        "reward.judge.kinds=[math]", "reward.judge.prompt='{{ question }} {{ response }}'", "reward.pool.num_workers=1",
+    ])  # fmt: skip
+    factory, asked = DataFactory(config, None), []
+
+    def generate(requests):
+        asked.append(len(requests))
+        return [(Response((5,), (0.0,), "stop"),) for _ in requests]
+
+    @contextlib.contextmanager
+    def engine(*_):
+        yield SimpleNamespace(generate=generate)
+        asked.append("closed")
+
+    monkeypatch.setattr(factory, "engine", engine)
+    prompts = {p.id: p for p in load_prompts(config.data, factory.tokenizer)[:3]}
+    text = " <think> a </think> <answer> 1 </answer>"
+    candidates = [Candidate(f"{i}/0", i, p.question, text, "math", None, "nano", "", 0) for i, p in prompts.items()]
+    groups.init_distributed()
+    try:
+        verified = cold_start._verified(config, factory, prompts, candidates)
+    finally:
+        groups.destroy()
+    assert asked == [3 * config.reward.judge.votes, "closed"]
+    assert [c.id for c in verified] == [c.id for c in candidates] and all(c.tokens > 3 for c in verified)
+    assert not any(c.scored for c in verified), "one token is no verdict"
+    assert all(c.parts["accuracy"] == 1.0 for c in verified)

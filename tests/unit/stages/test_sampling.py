@@ -14,6 +14,7 @@ from r1mega.types import Completion, Prompt, Response, Reward, RewardStatus, Sam
 
 POSED = [PosedPrompt(Prompt(name, f"{name}?", ("1",), "math", None, (place, 3))) for place, name in enumerate("abcde")]
 TOKENIZER = SimpleNamespace(eos_token_id=0, end_token_ids=(0,), decode=lambda token_ids: " ".join(map(str, token_ids)))
+TEXTS = SimpleNamespace(encode=lambda text: [int(word) for word in text.split()])
 
 
 class Engine:
@@ -29,14 +30,14 @@ class Engine:
 
 
 class Scorer:
-    """1 for even seeds; every fifth fails."""
+    """1 for even seeds; every fifth is not judged."""
 
     def submit(self, prompt, response, text):
         return int(text)
 
     def result(self, seed):
         if seed % 5 == 0:
-            return Reward(None, {}, RewardStatus.FAILED, "it is gone")
+            return Reward(None, {}, RewardStatus.UNJUDGED, "no verdict")
         return Reward(float(seed % 2 == 0), {"accuracy": float(seed % 2 == 0)}, RewardStatus.OK)
 
 
@@ -76,7 +77,7 @@ def test_stopped_and_gone_on_with_other_ranks(start, tmp_path):
     assert [whole.metrics[step]["group/num_sampled"] for step in (1, 2, 3)] == [8, 8, 4]
     expected = stored(tmp_path, "whole")
     assert len(expected) == 20 == len({g.sample.text for g in expected.values()})
-    assert {g.reward.value for g in expected.values()} == {0.0, 1.0, None}, "one that failed counts as drawn"
+    assert {g.reward.value for g in expected.values()} == {0.0, 1.0, None}, "one without a verdict counts as drawn"
     assert whole.metrics[1].keys() >= {"reward/accuracy", "tokens/rollout_per_second"}
 
     first = start(stop_after=11)
@@ -90,6 +91,35 @@ def test_stopped_and_gone_on_with_other_ranks(start, tmp_path):
     assert [sum(r.metrics[step]["group/num_sampled"] for r in ranks) for step in (2, 3)] == [8, 4], "earlier ones count"
     again = start()
     assert again.missing == 0 and again.sampling.finished_windows() == 3
+
+
+def test_failed_grades_are_asked_for_again(start, tmp_path):
+    """The judge is away, comes back, and is away again: what it has not graded is graded later, and nothing is drawn twice."""
+
+    class Away(Scorer):
+        def __init__(self, fails):
+            self.fails, self.asked = fails, 0
+
+        def result(self, seed):
+            self.asked += 1
+            return Reward(None, {}, RewardStatus.FAILED, "away") if self.fails(seed) else super().result(seed)
+
+    first = start()
+    assert first.sampling.run(first.engine, TOKENIZER, Away(lambda seed: True))
+    assert {g.reward.status for g in stored(tmp_path).values()} == {RewardStatus.FAILED}
+    for fails, asked in ((lambda seed: True, 20), (lambda seed: seed % 2, 20)):
+        again, judge = start(), Away(fails)
+        assert (again.missing, again.sampling.num_failed, again.sampling.finished_windows()) == (0, 20, 0)
+        assert again.sampling.run(None, TEXTS, judge) and judge.asked == asked
+        assert list(again.metrics) == [1, 2, 3] and again.metrics[1]["group/num_sampled"] == 8
+    left = start().sampling.num_failed
+    assert 0 < left < 20
+    for rank in range(2):  # by however many ranks
+        last, judge = start(rank=rank, world=2), Away(lambda seed: False)
+        assert last.sampling.run(None, TEXTS, judge) and judge.asked < left
+    whole = start("whole")
+    assert whole.sampling.run(whole.engine, TOKENIZER, Scorer())
+    assert stored(tmp_path) == stored(tmp_path, "whole") and start().sampling.num_failed == 0
 
 
 def test_further_ranks_of_a_generator_keep_nothing(start, tmp_path):

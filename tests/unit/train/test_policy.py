@@ -15,6 +15,7 @@ from r1mega.config.stages.rl import AlgorithmConfig
 from r1mega.platform import groups
 from r1mega.train.packing import build_microbatch
 from r1mega.types import TrainingSample
+from tests.dist.launch import launch
 from tests.dist.loss_worker import VARIANTS
 
 pytestmark = pytest.mark.heavy
@@ -54,7 +55,7 @@ def make_trainer(log_probs="logits", dtype="float32", weights=None, **optimizer)
     policy = Policy(model, HF, ParallelConfig(), seed=1, init_std=0.08)
     if weights is not None:
         policy.load_hf(weights)
-    settings = OptimizerConfig(lr=LEARNING_RATE, weight_decay=0.1, clip_grad=0.05, **optimizer)
+    settings = OptimizerConfig(**{"lr": LEARNING_RATE, "weight_decay": 0.1, "clip_grad": 0.05} | optimizer)
     return Trainer(policy, settings, total_steps=10)
 
 
@@ -360,10 +361,96 @@ def test_torn_and_foreign_checkpoints_are_refused(one_rank, tmp_path, caplog):
     assert victim.name in caplog.text
     assert "sha256" in caplog.text
     store.save(3, trainer.sharded_state(is_loading=False), {})
-    assert sorted(p.name for p in store.directory.iterdir()) == ["step_000002", "step_000003"], "only `keep` are kept"
+    store.save(4, trainer.sharded_state(is_loading=False), {})
+    left = sorted(p.name for p in store.directory.iterdir())
+    assert left == ["step_000002.damaged", "step_000003", "step_000004"], "only `keep` are kept"
     other = CheckpointStore(tmp_path, keep=2, architecture=deciding_keys(HF | {"hidden_size": 64}))
     with pytest.raises(CheckpointError, match="hidden_size 48 there, 64 here"):
         other.load(store.latest(), trainer.sharded_state(is_loading=True))
+
+
+def test_the_auxiliary_loss_is_of_all_tokens_however_many_are_trained_on(one_rank):
+    """The gradient of the auxiliary loss alone, of the same tokens cut into prompt and response in several ways."""
+    from r1mega.gpu_check.tensors import gradients_by_name
+    from r1mega.train.policy import Policy
+    from r1mega.train.trainer import Trainer
+
+    tokens = np.random.default_rng(0).integers(0, HF["vocab_size"], (2, 32)).tolist()
+    found = []
+    for responses in ((31, 31), (16, 16), (4, 4), (1, 1), (1, 31)):
+        model = ModelConfig(path="unused", dtype="float32", sequence_aux_loss_coefficient=0.5)
+        policy = Policy(model, HF, ParallelConfig(), seed=1, init_std=0.08)
+        trainer = Trainer(policy, OptimizerConfig(lr=1e-3), total_steps=4)
+        stepping = trainer.optimizer.step
+        trainer.optimizer.step = lambda t=trainer, s=stepping: (found.append(gradients_by_name(t)), s())[1]
+        batches = [
+            build_microbatch([ids], [32 - n], [i]) for i, (ids, n) in enumerate(zip(tokens, responses, strict=True))
+        ]
+        trainer.update(
+            batches, lambda _, scores: (0.0 * scores.values.sum(), 0), total_response_tokens=sum(responses)
+        )  # fmt: skip
+    assert any(float(gradient.abs().max()) > 1e-3 for gradient in found[0].values())
+    for gradients in found[1:]:
+        for name, gradient in found[0].items():
+            assert torch.allclose(gradients[name], gradient, rtol=1e-4, atol=1e-7), name
+
+
+@pytest.mark.parametrize("optimizer", [{}, {"clip_grad": 0.0}])
+def test_a_gradient_that_is_not_finite_moves_nothing_and_can_be_left_out(one_rank, tmp_path, caplog, optimizer):
+    """The steps after it are those of a run that never had it (the rate is constant)."""
+    from r1mega.errors import NonFiniteError
+
+    algorithm, samples, packs = AlgorithmConfig(), make_samples(), [[0, 1], [2, 3]]
+    broken = [dataclasses.replace(s, advantage=math.nan if i == 2 else s.advantage) for i, s in enumerate(samples)]
+    control, strict, lenient = (make_trainer(**optimizer, skip_nonfinite=n) for n in (0, 0, 1))
+    for trainer in (control, strict, lenient):
+        trainer.evidence = tmp_path / "nonfinite"
+        run_update(trainer, samples, packs, algorithm)
+    after_one = {name: value.clone() for name, value in control.policy.hf_tensors()}
+    with pytest.raises(
+        NonFiniteError, match=r"optimizer step 2: gradient norm nan.*optimizer\.skip_nonfinite=1 "
+    ) as raised:
+        run_update(strict, broken, packs, algorithm)
+    assert all(torch.equal(value, after_one[name]) for name, value in strict.policy.hf_tensors())
+    (path,) = (tmp_path / "nonfinite").iterdir()
+    assert str(path.parent) in str(raised.value) and path.name == "update_000002_rank_00000.pt"
+    found = torch.load(path)
+    assert [list(b["sample_indices"]) for b in found["microbatches"]] == packs
+    assert [bool(b["advantages"].isnan().any()) for b in found["microbatches"]] == [False, True]
+    assert found["parameters"] and math.isnan(found["grad_norm"])
+
+    assert run_update(lenient, broken, packs, algorithm).skipped and "left out (1 in a row" in caplog.text
+    for _ in range(2):
+        expected, result = (run_update(t, samples, packs, algorithm) for t in (control, lenient))
+        assert (result.grad_norm, result.skipped) == (expected.grad_norm, False)
+    expected = dict(control.policy.hf_tensors())
+    assert all(torch.equal(value, expected[name]) for name, value in lenient.policy.hf_tensors())
+    run_update(lenient, broken, packs, algorithm)  # the count begins anew after a good one
+    with pytest.raises(NonFiniteError, match="optimizer.skip_nonfinite=2"):
+        run_update(lenient, broken, packs, algorithm)
+
+
+def broken_on_one_rank():
+    """Two replicas, one of them with a broken sample, twice: (left out, no weight moved, the error of the second)."""
+    from r1mega.errors import NonFiniteError
+
+    groups.init_parallel(ParallelConfig(), seed=0)
+    trainer, samples = make_trainer(skip_nonfinite=1), make_samples()
+    samples[2] = dataclasses.replace(samples[2], advantage=math.nan)
+    before = {name: value.clone() for name, value in trainer.policy.hf_tensors()}
+    packs = [[[0, 1]], [[2, 3]]][trainer.policy.replica]
+    skipped = run_update(trainer, samples, packs, AlgorithmConfig()).skipped
+    equal = all(torch.equal(value, before[name]) for name, value in trainer.policy.hf_tensors())
+    try:
+        run_update(trainer, samples, packs, AlgorithmConfig())
+    except NonFiniteError as error:
+        return skipped, equal, str(error)
+    return skipped, equal, None
+
+
+def test_all_ranks_leave_out_what_one_cannot_use():
+    for skipped, equal, error in launch(broken_on_one_rank, 2):
+        assert skipped and equal and "optimizer.skip_nonfinite=2" in error
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -1,0 +1,94 @@
+"""A run that is started again with other contents under the same names is stopped, and the advice works."""
+
+import json
+import os
+import shutil
+
+import pytest
+
+from r1mega.config.load import load_config
+from r1mega.data import nano_tokenizer
+from r1mega.errors import DataError
+from r1mega.observe.inputs import record_inputs
+from r1mega.observe.run import RunDirectory
+from r1mega.stages import check_run_directory
+
+HF = {"model_type": "llama", "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 64}
+
+
+@pytest.fixture
+def begun(tmp_path):
+    """A run of RL that has made something; its config."""
+    for name in ("model", "judge"):
+        (tmp_path / name).mkdir()
+        nano_tokenizer.train_tokenizer(tmp_path / name)
+        (tmp_path / name / "config.json").write_text(json.dumps(HF))
+        (tmp_path / name / "model.safetensors").write_bytes(os.urandom(6 << 20))
+    for name in ("p", "q", "e"):
+        (tmp_path / f"{name}.jsonl").write_text('{"question": "a 1", "answer": "1"}\n')
+    config = load_config("configs/nano/zero.yaml", [
+        f"model.path={tmp_path}/model", f"run_dir={tmp_path}/run", f"data.prompts=[{tmp_path}/p.jsonl,{tmp_path}/q.jsonl]",
+        f"evaluate.data={tmp_path}/e.jsonl", "reward.helpfulness.weight=1", f"reward.helpfulness.model={tmp_path}/judge",
+    ])  # fmt: skip
+    directory = RunDirectory(config.run_dir)
+    with directory.lock():
+        directory.write_config(config.model_dump(mode="json"))
+    record_inputs(config)
+    directory.metrics.write_text('{"step": 1}\n')
+    check_run_directory(config)
+    return config
+
+
+def replace_byte(path, place=-3):
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(("name", "key"), [
+    ("q.jsonl", "data.prompts[1]"), ("model/tokenizer.json", "model.path"), ("judge/config.json", "reward.helpfulness.model"),
+])  # fmt: skip
+def test_one_byte_is_told_by_key_and_path(begun, tmp_path, name, key):
+    path = tmp_path / name
+    before = path.read_bytes()
+    replace_byte(path)
+    with pytest.raises(DataError, match="not what this run began with") as raised:
+        check_run_directory(begun)
+    assert f"  {key}: {path} has another content\n" in str(raised.value)
+    path.write_bytes(before)  # "put it back": at another time
+    check_run_directory(begun)
+    replace_byte(path)
+    (begun.run_dir / "inputs.json").unlink()  # "to go on with what is there now"
+    record_inputs(begun)
+    check_run_directory(begun)
+
+
+def test_weights_of_another_training(begun, tmp_path):
+    path = tmp_path / "judge" / "model.safetensors"
+    os.utime(path)
+    check_run_directory(begun)
+    path.write_bytes(os.urandom(6 << 20))
+    with pytest.raises(DataError, match=r"reward\.helpfulness\.model: .*model\.safetensors has another content"):
+        check_run_directory(begun)
+    path.rename(path.with_name("other.safetensors"))
+    with pytest.raises(DataError, match=r"model\.safetensors is gone") as raised:
+        check_run_directory(begun)
+    assert "other.safetensors is new" in str(raised.value)
+
+
+def test_what_may_change(begun, tmp_path):
+    replace_byte(tmp_path / "e.jsonl")  # evaluate.data, and the outputs of the run itself
+    (begun.run_dir / "metrics.jsonl").write_text("")
+    replace_byte(tmp_path / "p.jsonl")  # nothing was made of it yet
+    check_run_directory(begun)
+    record_inputs(begun)
+    (begun.run_dir / "metrics.jsonl").write_text('{"step": 1}\n')
+    check_run_directory(begun)
+    shutil.rmtree(tmp_path / "judge")  # others say that it is missing, where it is needed
+    check_run_directory(begun)
+
+
+def test_a_damaged_record(begun):
+    (begun.run_dir / "inputs.json").write_text('{"data.prompts[0]": 3}')
+    with pytest.raises(DataError, match=r"inputs\.json: damaged"):
+        check_run_directory(begun)

@@ -1,0 +1,91 @@
+"""Evaluations in the loop: what they ask of the rewards, and what one that goes wrong costs."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from r1mega.config.load import load_config
+from r1mega.data import nano_tokenizer
+from r1mega.data.tokenizer import load_tokenizer
+from r1mega.errors import GenerationError
+from r1mega.platform import groups
+from r1mega.reward.compose import RewardScorer
+from r1mega.stages.in_loop_evaluation import Evaluation
+from r1mega.types import Completion, Response, SamplingSettings
+
+pytestmark = pytest.mark.heavy
+
+
+class Engine:
+    """Says `answer` to everything; it is busy meanwhile, and may be asked for nothing else."""
+
+    def __init__(self, tokenizer, answer):
+        self.response = Response((*tokenizer.encode(answer),), (0.0,) * len(tokenizer.encode(answer)), "stop")
+        self.busy = self.broken = False
+
+    def stream(self, requests):
+        if self.broken:
+            raise GenerationError("the generator is broken")
+        self.busy = True
+        for index, _ in enumerate(requests):
+            yield Completion(index, 0, self.response)
+        self.busy = False
+
+    def generate(self, requests):
+        raise AssertionError("the judge was asked in an evaluation")
+
+
+@pytest.fixture
+def evaluate(tmp_path):
+    """A function: an evaluation of prompts of these kinds under a run whose judge is the policy; its notes, its engine."""
+    nano_tokenizer.train_tokenizer(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    groups.init_distributed()
+    scorers = []
+
+    def made(*kinds):
+        lines = [{"question": f"a {i % 10}", "answer": "5", "id": str(i), "kind": kind} for i, kind in enumerate(kinds)]
+        (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        config = load_config("configs/nano/zero.yaml", [
+            f"model.path={tmp_path}", f"run_dir={tmp_path}", f"data.prompts=[{tmp_path}/p.jsonl]",
+            f"evaluate.data={tmp_path}/p.jsonl", "evaluate.num_prompts=null", "reward.judge.weight=1",
+            "reward.judge.engine=policy", "reward.pool.num_workers=1",
+        ])  # fmt: skip
+        engine, notes = Engine(tokenizer, " <think> a </think> <answer> 5 </answer>"), []
+        runtime = SimpleNamespace(is_main=True, run_dir=tmp_path, note=notes.append)
+        scorer = RewardScorer(config.reward, max_response_tokens=64, engine=engine, tokenizer=tokenizer)
+        scorers.append(scorer)
+        return Evaluation(config, runtime, engine, tokenizer, scorer, SamplingSettings(), 0), notes, engine
+
+    yield made
+    for scorer in scorers:
+        scorer.close()
+    groups.destroy()
+
+
+def test_a_judge_that_is_the_policy_is_not_asked(evaluate):
+    """Of 300 responses the first 44 are graded while the generator still streams."""
+    evaluation, notes, _ = evaluate(*["math", "general"] * 150)
+    metrics = evaluation.run(3)
+    assert metrics["eval/prompts"] == 300 and metrics["eval/accuracy"] == 1.0 and metrics["eval/format"] == 1.0
+    assert notes == ["evaluation after step 3: accuracy 1.000"]
+
+
+def test_prompts_that_nothing_verifies(evaluate):
+    evaluation, notes, _ = evaluate("general", "general")
+    metrics = evaluation.run(3)
+    assert "eval/accuracy" not in metrics and metrics["eval/format"] == 1.0
+    assert notes == ["evaluation after step 3: no response could be judged"]
+
+
+def test_an_evaluation_that_fails_costs_nothing_else(evaluate, caplog, tmp_path):
+    evaluation, _, engine = evaluate("math")
+    before = evaluation.run(1)
+    engine.broken = True
+    assert evaluation.run(2) == {"eval/failed": 1.0}
+    assert "the evaluation after step 2 failed; training goes on. rank 0: the generator is broken" in caplog.text
+    engine.broken = False
+    assert evaluation.run(3) == before == evaluation.summary()
+    lines = (tmp_path / "evaluations.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 3]

@@ -7,10 +7,13 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from r1mega.reward.expression.nodes import Node, Symbol
+from r1mega.reward.expression.exact import symbols
+from r1mega.reward.expression.nodes import ONE, Degrees, Negative, Node, Product, Relation, Sum, Symbol, walk
 from r1mega.reward.expression.text import CLOSE_TEXT, OPEN_TEXT
 
 MAX_LETTERS = 3
+INTEGERS = frozenset("klmn")  # by their names
+PI = Symbol("\\pi")
 _HINT = re.compile(r"dots|constant|even|odd|prime|composite|\\(?:in|[gl]e|ne)|[<>]|for|where|with|\bany\b|\bis an?\b")
 _WORD = (
     r"(?:for|where|with|as|given|when|since|because|and|all|any|every|each|some|is|are|be|being|the|constants?|integers?|positive|"
@@ -150,16 +153,54 @@ def _begins_late(bound: str) -> bool:
     return start is not None and int(start[1]) > _LATE
 
 
-def renamings(
-    gold: Qualified, other: Qualified, names: frozenset[str], others: frozenset[str]
-) -> Iterator[Mapping[str, Node]]:
-    """Ways to call the other answer's letters as the gold does: n\\pi, n \\in Z is k\\pi, k \\in Z. names, others: the
-    symbols of both answers. A letter of which nothing is said is one of k, l, m, n.
+def renamings(gold: Qualified, other: Qualified, node: Node, other_node: Node) -> Iterator[Mapping[str, Node]]:
+    """Ways to call the other answer's letters as the gold does: n\\pi, n \\in Z is k\\pi, k \\in Z. A letter of which nothing is
+    said is one of k, l, m, n; where it counts periods it is an integer all the same, which in solutions may be turned
+    round and shifted (-n\\pi, (2n - 1)\\pi). A constant of integration is C or c.
     """
-    free = sorted((names - others) & set("klmn")), sorted((others - names) & set("klmn"))
-    letters = gold.letters or (tuple(free[0]) if other.letters else ())
-    other_letters = other.letters or (tuple(free[1]) if gold.letters else ())
+    names, others = symbols(node), symbols(other_node)
+    if not (names or others):
+        return
+    if "C" in names ^ others and "c" in names ^ others and _adds(node) ^ _adds(other_node) == {"C", "c"}:
+        yield {name: Symbol(name.swapcase()) for name in _adds(other_node)}
+    free = sorted((names - others) & INTEGERS), sorted((others - names) & INTEGERS)
+    counted = _counter(node), _counter(other_node)
+    periods = bool(counted[0] and counted[1])
+    letters = gold.letters or (tuple(free[0]) if other.letters or periods else ())
+    other_letters = other.letters or (tuple(free[1]) if gold.letters or periods else ())
     if letters and len(letters) == len(other_letters) <= MAX_LETTERS:
         for order in itertools.permutations(letters):
             if order != other_letters:
                 yield {old: Symbol(new) for old, new in zip(other_letters, order, strict=True)}
+    said = gold.bounds | other.bounds | gold.restrictions | other.restrictions
+    solutions = gold.domain == "Z" or (gold.domain == "" and isinstance(node, Relation))
+    if periods and not said and solutions and other.domain in ("", "Z"):
+        letter = Symbol(counted[0])
+        yield {counted[1]: Negative(letter)}
+        for item, by in itertools.product((letter, Negative(letter)), (ONE, Negative(ONE))):
+            yield {counted[1]: Sum((item, by))}
+
+
+def _adds(node: Node) -> frozenset[str]:
+    """C of F(x) + C."""
+    items = node.items if isinstance(node, Sum) else ()
+    if isinstance(node, Relation):
+        return frozenset().union(*map(_adds, node.sides))
+    return frozenset(item.name for item in items if isinstance(item, Symbol)) & {"C", "c"}
+
+
+def _counter(node: Node) -> str:
+    """The letter of k\\pi + \\pi/6, x = 360^\\circ k: the only one of the values, an integer's by its name, a factor of a
+    number of turns. '' where there is none.
+    """
+    values: tuple[Node, ...] = (node,)
+    if isinstance(node, Relation):
+        subject, values = node.sides[0], node.sides[1:]
+        if not isinstance(subject, Symbol) or "_" in subject.name:  # a_k
+            return ""
+    found = frozenset().union(*map(symbols, values))
+    if len(found) != 1 or not found <= INTEGERS:
+        return ""
+    products = (part for value in values for part in walk(value) if isinstance(part, Product) and symbols(part))
+    turns = any(isinstance(one, Degrees) or one == PI for part in products for one in walk(part))
+    return next(iter(found)) if turns else ""

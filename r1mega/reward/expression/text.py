@@ -151,7 +151,7 @@ _CHOSEN = re.compile(  # C_{10}^{3}, A^3_{10}, {}^{10}C_3, 10C3, C(10,3), {10 \c
     rf"(?<![A-Za-z\\]){_SYMBOL_OF_CHOICE}"
     rf"(?:_\s*{_ARGUMENT}\s*\^\s*{_ARGUMENT}|\^\s*{_ARGUMENT}\s*_\s*{_ARGUMENT})"
     rf"|(?:\{{\s*\}}\s*|(?<![\w}})]))[\^_]\s*{_ARGUMENT}\s*{_SYMBOL_OF_CHOICE}_\s*{_ARGUMENT}"
-    r"|(?<![\w.])(\d+)\s*([CP])\s*(\d+)(?!\w)|(?<![A-Za-z\\])C\((\d+),\s*(\d+)\)"
+    r"|(?<![\w.])(\d+)\s*([CP])\s*(\d+)(?!\w)|(?<![A-Za-z\\])C\((\d*[nmkr]|\d+),\s*(\d*[nmkr]|\d+)\)"
     r"|\{([^{}]*)\\choose([^{}]*)\}"
 )
 _CHOSEN_HINT = re.compile(r"[CAP][\s}\u27e7]*[_^(]|\d\s*[CP]\s*\d|choose")

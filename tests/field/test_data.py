@@ -157,7 +157,13 @@ GPQA = "Question,Correct Answer,Incorrect Answer 1,Incorrect Answer 2,Incorrect 
         ("x.csv", "gpqa", (GPQA + "ok,a,b,c,d,r\n").encode("utf-16"), "UTF-16 text; .*iconv -f UTF-16"),
         ("x.csv", "gpqa", (GPQA + "ok,a,b,c,d,r\n").encode("utf-16-le"), "UTF-16LE text; .*iconv -f UTF-16LE"),
         ("x.csv", "gpqa", b"Question,id,Correct Answer,id\n1,2,3,4\n", r"x\.csv:1: several columns are named id"),
-        ("x.csv", "gpqa", GPQA.encode() + b'"open,a,b,c,d,r\n', r"x\.csv:2: 6 columns expected"),
+        ("x.csv", "gpqa", GPQA.encode() + b'"open,a,b,c,d,r\n', r"x\.csv:2: a quote that is opened here is not closed"),
+        ("x.csv", "gpqa", GPQA.encode() + b'q,a,b,c,d,"r\n' + b"q,a,b,c,d,r\n" * 9, r"x\.csv:2: a quote that is opened here"),
+        ("x.csv", "mmlu", b'q,1,2,3,4,A\n\nq,1,2,3,4,"A\nq,1,2,3,4,A\n', r"x\.csv:3: a quote that is opened here is not closed"),
+        ("x.csv", "mmlu", b'q,1,2,3,4,"A\nq,1,2,3,"4,A"\n', r"x\.csv:2: not CSV .*row of line 1 to 2\)"),
+        ("x.csv", "mmlu", b'q,1,2,3,4,A\n"say "yes" now",1,2,3,4,A\n', r"x\.csv:2: not CSV .*row of line 2\); a quote within"),
+        ("x.tsv", "gpqa", b'Question\tid\n"what is 5" long?\t1\n', r"x\.tsv:2: not CSV .*a quote within quotes is written twice"),
+        ("x.csv", "gpqa", b'"Question,id\nq,1\n', r"x\.csv:1: a quote that is opened here is not closed"),
         ("x.jsonl", "math", b'{"problem": "caf\xe9", "answer": "1"}\n', r"x\.jsonl:1: not UTF-8"),
         ("x.jsonl", "math", b'{"problem": "p", "answer": "1"}\n' + b"[" * 100_000, r"x\.jsonl:2: not JSON .*recursion"),
         ("x.json", "math", b"[" * 100_000, "not JSON .*recursion"),
@@ -425,6 +431,21 @@ def test_bad_lines_of_csv_are_skipped_where_that_is_asked(tmp_path):
     assert [(r.question, r.answers) for r in records(path, on_bad_line="skip")] == [("a", ("1",)), ("z", ("6",))]
     with pytest.raises(DataError, match=r"x\.csv:3: 2 columns expected.*set data.on_bad_line=skip"):
         records(path)
+    path.write_bytes(b'question,answer\n"a "b" c",1\n"say ""hi"", it is 5"" long",2\n3" pipe,3\n')
+    assert [r.answers for r in records(path, on_bad_line="skip")] == [("2",), ("3",)]
+    path.write_bytes(b'question,answer\na,1\nb,"2\nc,3\n')
+    with pytest.raises(DataError, match=r"x\.csv:3: a quote that is opened here"):  # it is not known what else is lost
+        records(path, on_bad_line="skip")
+
+
+def test_lines_that_end_in_a_carriage_return_alone_become_lines_by_the_advice(tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_bytes(b"question,answer\ra,1\rb,2\r")
+    with pytest.raises(DataError, match=r"x\.csv:1: lines that end in a carriage return") as raised:
+        records(path)
+    advice = str(raised.value).split("write it anew: ")[1].replace("NEW", str(tmp_path / "y.csv"))
+    subprocess.run(advice, shell=True, check=True)
+    assert [r.answers for r in records(tmp_path / "y.csv")] == [("1",), ("2",)]
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])

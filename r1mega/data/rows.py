@@ -60,6 +60,7 @@ _REFUSED: tuple[tuple[int, bytes, str, str], ...] = (
     (0, b"\x80", "a Python pickle", "write it as JSONL or Parquet where it was made: DataFrame.to_parquet"),
 )
 """(offset, bytes there, what it is, what to do) of files that hold no rows that can be read here."""
+_AS_COMMAS = 'write it anew: python -c "import csv, sys; csv.writer(sys.stdout).writerows(csv.reader(sys.stdin, delimiter={0!r}))" < {1} > NEW'
 _ENDLESS = re.compile("unexpected end of data|larger than field limit")
 _PAGE = re.compile(rb"<(?:!doctype|html|\?xml)", re.IGNORECASE)
 _SPLIT = re.compile(r"(?:^|[-_.])(train|test|validation|valid|val|dev|eval)(?=[-_.])")
@@ -371,6 +372,10 @@ def _csv(
             raise undecoded[0]
         if cells and not names:
             names = cells
+            if len(names) == 1 and (mark := re.search(r"[;|\t]", names[0])):
+                raise DataError(
+                    f"{path}:{begin}: columns apart by {mark[0]!r}, not by commas; {_AS_COMMAS.format(mark[0], path)}"
+                )
             if twice := sorted({name for name in names if name and names.count(name) > 1}):
                 raise DataError(
                     f"{path}:{begin}: several columns are named {', '.join(twice)}; which one is meant? Rename the others"

@@ -7,6 +7,7 @@ import json
 import lzma
 import math
 import subprocess
+import sys
 import zipfile
 
 import pytest
@@ -299,6 +300,10 @@ SCHEMAS = [
         "2+3?", ("5",), "math", "openai/gsm8k/train/0",
     ),  # objects as texts of JSON
     ({"prompt": '[{"role"]: which bracket is wrong?', "label": "5"}, '[{"role"]: which bracket is wrong?', ("5",), "math", None),
+    (VERL | {"reward_model": {"ground_truth": '["5"]'}, "id": "z"}, "2+3?", ("5",), "math", "z"),  # Skywork
+    ({"problem": "2+3?", "answer": '["5", "five"]'}, "2+3?", ("5", "five"), "math", None),
+    ({"problem": "2+3?", "answer": "[5, 6]"}, "2+3?", ("[5, 6]",), "math", None),  # an interval
+    ({"question": "2+3?", "final_answer": "5", "difficulty": 2.0}, "2+3?", ("5",), "math", None),  # DeepMath
     ({"prompt": "[1, 2]", "label": "5"}, "[1, 2]", ("5",), "math", None),
     ({"prompt": [{"role": "user", "content": [{"type": "text", "text": "2+3?"}]}], "answer": "5"}, "2+3?", ("5",), "math", None),
 ]  # fmt: skip
@@ -335,9 +340,11 @@ def test_programs_in_verls_schema(tmp_path):
         ({"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "label": "1"}, "a conversation"),
         ({"prompt": [{"role": "user", "content": [{"type": "image"}]}], "label": "1"}, "only text can be read"),
         ({"prompt": "q", "chosen": "a", "rejected": "b"}, "'answer' is missing; the row's keys: prompt, chosen, rejected"),
-        ({"input": "q", "label": "1"}, r"'question' is missing or not a text \(the row's keys: input, label\)"),
+        ({"input": "q", "label": "1"}, r"'question' is missing or not a text \(the row's keys: input, label; known"),
         ({"prompt": "q", "solution": "a proof\nof two lines"}, r"no \\boxed"),
         ({"prompt": "q", "reward_model": {"ground_truth": {"target": 3}}}, r"'answer' is {\"target\": 3}"),
+        ({"prompt": "q", "reward_model": {"ground_truth": '{"target": 3}'}}, r"'answer' is {\"target\": 3}"),
+        ({"messages": [{"role": "user", "content": "q"}], "answer": "1"}, "known are question, problem, prompt: rename yours"),
     ],
 )  # fmt: skip
 def test_rows_that_are_no_prompts_say_what_they_are(tmp_path, row, message):
@@ -438,13 +445,22 @@ def test_bad_lines_of_csv_are_skipped_where_that_is_asked(tmp_path):
         records(path, on_bad_line="skip")
 
 
-def test_lines_that_end_in_a_carriage_return_alone_become_lines_by_the_advice(tmp_path):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"question,answer\ra,1\rb,2\r", "lines that end in a carriage return"),
+        (b"question;answer\na;1\nb;2\n", "columns apart by ';', not by commas"),
+        (b"question\tanswer\na\t1\nb\t2\n", "columns apart by '.t', not by commas"),
+        (b'question|answer\n"a"|1\n"b"|2\n', "columns apart by '[|]', not by commas"),
+    ],
+)
+def test_other_forms_of_csv_become_csv_by_the_advice(tmp_path, content, message):
     path = tmp_path / "x.csv"
-    path.write_bytes(b"question,answer\ra,1\rb,2\r")
-    with pytest.raises(DataError, match=r"x\.csv:1: lines that end in a carriage return") as raised:
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=rf"x\.csv:1: {message}") as raised:
         records(path)
     advice = str(raised.value).split("write it anew: ")[1].replace("NEW", str(tmp_path / "y.csv"))
-    subprocess.run(advice, shell=True, check=True)
+    subprocess.run(advice.replace("python -c", f"{sys.executable} -c"), shell=True, check=True)
     assert [r.answers for r in records(tmp_path / "y.csv")] == [("1",), ("2",)]
 
 

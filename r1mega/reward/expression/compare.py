@@ -330,6 +330,8 @@ def _same_tuple(gold: Tuple | Matrix, other: Tuple | Matrix) -> bool | None:
 def _same_collection(gold: Node, other: Node) -> bool | None:
     """Order does not matter in sets and lists; a list without braces may also be a tuple, entry by entry."""
     match gold, other:
+        case (Tuple() as pair, Set((one,))) | (Set((one,)), Tuple() as pair):
+            return _same(pair, one)
         case (Tuple() as pair, bare) | (bare, Tuple() as pair):
             return isinstance(bare, List) and pair.round and _same_sequence(pair.items, bare.items)
         case (List(), List()):

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from r1mega.reward.expression.exact import symbols
-from r1mega.reward.expression.nodes import ONE, Degrees, Negative, Node, Product, Relation, Sum, Symbol, walk
+from r1mega.reward.expression.nodes import ONE, Degrees, Function, Negative, Node, Product, Relation, Sum, Symbol, walk
 from r1mega.reward.expression.text import CLOSE_TEXT, OPEN_TEXT
 
 MAX_LETTERS = 3
@@ -163,6 +163,12 @@ def renamings(gold: Qualified, other: Qualified, node: Node, other_node: Node) -
         return
     if "C" in names ^ others and "c" in names ^ others and _adds(node) ^ _adds(other_node) == {"C", "c"}:
         yield {name: Symbol(name.swapcase()) for name in _adds(other_node)}
+    match node, other_node:  # f(x) = 2x is f(t) = 2t
+        case (
+            Relation(("=",), (Function(name, (Symbol(variable),)), _)),
+            Relation(("=",), (Function(other_name, (Symbol(another),)), right)),
+        ) if name == other_name and variable != another and variable not in symbols(right):
+            yield {another: Symbol(variable)}
     free = sorted((names - others) & INTEGERS), sorted((others - names) & INTEGERS)
     counted = _counter(node), _counter(other_node)
     periods = bool(counted[0] and counted[1])

@@ -12,6 +12,7 @@ from fractions import Fraction
 from r1mega.reward.expression import evaluate, intervals, names
 from r1mega.reward.expression.exact import symbols
 from r1mega.reward.expression.nodes import (
+    FREE_FUNCTIONS,
     REALS,
     Degrees,
     Function,
@@ -391,7 +392,11 @@ def _same_relation(gold: Relation, other: Relation) -> bool | None:
 
 
 def _unknown(node: Node) -> frozenset[str]:
-    """The names of a set's condition, of functions too; of f(x) > 2 only y."""
+    """The names of a set's condition, of functions too; of f(x) > 2 only y, of f(1) = 2 the value itself."""
+    places = [part for part in walk(node) if isinstance(part, Function) and part.name in FREE_FUNCTIONS]
+    arguments = [argument for part in places for argument in part.arguments if not isinstance(argument, Relation)]
+    if places and not any(map(symbols, arguments)):
+        return frozenset(map(repr, places))
     found = symbols(node) | {part.name for part in walk(node) if isinstance(part, Function) and part.name != "abs"}
     return frozenset("y") if any(name.endswith("()") for name in found) else found
 

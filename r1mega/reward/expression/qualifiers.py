@@ -8,12 +8,26 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from r1mega.reward.expression.exact import symbols
-from r1mega.reward.expression.nodes import ONE, Degrees, Function, Negative, Node, Product, Relation, Sum, Symbol, walk
+from r1mega.reward.expression.nodes import (
+    ONE,
+    Degrees,
+    Function,
+    Negative,
+    Node,
+    Power,
+    Product,
+    Quotient,
+    Relation,
+    Sum,
+    Symbol,
+    walk,
+)
 from r1mega.reward.expression.text import CLOSE_TEXT, OPEN_TEXT
 
 MAX_LETTERS = 3
 INTEGERS = frozenset("klmn")  # by their names
 PI = Symbol("\\pi")
+_ANGLES = frozenset(("x", "t", "\\theta", "\\alpha", "\\phi"))
 _HINT = re.compile(r"dots|constant|even|odd|prime|composite|\\(?:in|[gl]e|ne)|[<>]|for|where|with|\bany\b|\bis an?\b")
 _WORD = (
     r"(?:for|where|with|as|given|when|since|because|and|all|any|every|each|some|is|are|be|being|the|constants?|integers?|positive|"
@@ -144,7 +158,7 @@ def contradict(gold: Qualified, other: Qualified) -> bool:
     if other.restrictions - gold.restrictions:
         return True
     if other.bounds and not gold.bounds:
-        return bool(set(other.letters) & set("klmn")) and any(map(_begins_late, other.bounds))
+        return gold.domain == "Z" or bool(set(other.letters) & set("klmn")) and any(map(_begins_late, other.bounds))
     return bool(gold.bounds and other.bounds) and gold.bounds != other.bounds
 
 
@@ -179,20 +193,27 @@ def renamings(gold: Qualified, other: Qualified, node: Node, other_node: Node) -
             if order != other_letters:
                 yield {old: Symbol(new) for old, new in zip(other_letters, order, strict=True)}
     said = gold.bounds | other.bounds | gold.restrictions | other.restrictions
-    solutions = gold.domain == "Z" or (gold.domain == "" and isinstance(node, Relation))
+    solutions = gold.domain == "Z" or (gold.domain == "" and _asks_for_angle(node))
     if periods and not said and solutions and other.domain in ("", "Z"):
         letter = Symbol(counted[0])
         yield {counted[1]: Negative(letter)}
-        for item, by in itertools.product((letter, Negative(letter)), (ONE, Negative(ONE))):
-            yield {counted[1]: Sum((item, by))}
+        for item in (letter, Negative(letter)):
+            yield {counted[1]: Sum((item, ONE))}
+            yield {counted[1]: Sum((item, Negative(ONE)))}
 
 
 def _adds(node: Node) -> frozenset[str]:
-    """C of F(x) + C."""
-    items = node.items if isinstance(node, Sum) else ()
+    """C of F(x) + C, of a sum with one variable beside it."""
     if isinstance(node, Relation):
-        return frozenset().union(*map(_adds, node.sides))
-    return frozenset(item.name for item in items if isinstance(item, Symbol)) & {"C", "c"}
+        return _adds(node.sides[-1])
+    if not isinstance(node, Sum) or len(variables := symbols(node) - {"C", "c"}) != 1 or min(variables)[0].isupper():
+        return frozenset()
+    return frozenset(item.name for item in node.items if isinstance(item, Symbol)) & {"C", "c"}
+
+
+def _asks_for_angle(node: Node) -> bool:
+    """x = ..., the solution of an equation, rather than S = ..., a formula."""
+    return isinstance(node, Relation) and isinstance(node.sides[0], Symbol) and node.sides[0].name in _ANGLES
 
 
 def _counter(node: Node) -> str:
@@ -205,8 +226,21 @@ def _counter(node: Node) -> str:
         if not isinstance(subject, Symbol) or "_" in subject.name:  # a_k
             return ""
     found = frozenset().union(*map(symbols, values))
-    if len(found) != 1 or not found <= INTEGERS:
+    parts = [part for value in values for part in walk(value)]
+    if len(found) != 1 or not found <= INTEGERS or any(map(_is_bent, parts)):
         return ""
-    products = (part for value in values for part in walk(value) if isinstance(part, Product) and symbols(part))
+    products = (part for part in parts if isinstance(part, Product) and symbols(part))
     turns = any(isinstance(one, Degrees) or one == PI for part in products for one in walk(part))
     return next(iter(found)) if turns else ""
+
+
+def _is_bent(node: Node) -> bool:
+    """Whether a letter counts otherwise than in equal steps: n^2, 1/n, \\sin n, n(n + 1)."""
+    match node:
+        case Power() | Function():
+            return bool(symbols(node)) or PI in walk(node)
+        case Quotient(_, bottom):
+            return bool(symbols(bottom))
+        case Product(left, right):
+            return bool(symbols(left) and symbols(right))
+    return False

@@ -89,9 +89,11 @@ class Grammar:
         self.joiner = ","  # between the items of the outermost list: ',' | 'and' | 'or'
 
     def peek(self) -> str:
+        """The next token, '' at the end."""
         return self.tokens[self.at] if self.at < len(self.tokens) else ""
 
     def take(self, expected: str | None = None) -> str:
+        """The next token, which is then behind. UnreadableError where it is another than the expected one, or none."""
         token = self.peek()
         if not token or (expected is not None and token != expected):
             raise UnreadableError(f"expected {expected or 'more'}, found {token or 'the end'}")
@@ -141,6 +143,7 @@ class Grammar:
         return Relation(tuple(operators), tuple(sides)) if operators else sides[0]
 
     def union(self) -> Node:
+        """Sets with \\cup, \\cap or \\setminus between them; U between intervals."""
         node = self.ratio()
         while self.peek() in _SET_OPERATORS or (self.peek() == "U" and _holds_points(node)):
             kind = _SET_OPERATORS.get(self.take(), "union")
@@ -150,6 +153,7 @@ class Grammar:
         return node
 
     def ratio(self) -> Node:
+        """`a : b : c`, or one sum."""
         items = [self.sum()]
         while self.peek() == ":" and self.bars >= 0:
             self.at += 1
@@ -224,11 +228,13 @@ class Grammar:
         return Product(left, right)
 
     def signed_factor(self) -> Node:
+        """A factor behind a sign of multiplication, which may have a sign of its own."""
         if self.peek() in ("-", "+"):
             return Negative(self.signed_factor()) if self.take() == "-" else self.signed_factor()
         return self.factor()
 
     def starts_factor(self, token: str) -> bool:
+        """Whether a token that stands beside a factor begins another one."""
         if not token or token in _CLOSERS or token in _RELATIONS or token in _SET_OPERATORS or token == "U":
             return False
         return not (token in ("|", "\\rvert") and self.bars > 0) or token == "\\lvert"
@@ -358,6 +364,7 @@ class Grammar:
         raise NotImplementedError
 
     def letter(self, token: str) -> Node:
+        """A symbol, or f(...) of a function that a problem defines."""
         if token in "fghFGPQ" and self.peek() == "(":
             self.at += 1
             argument = self.bracket("(")
@@ -381,6 +388,7 @@ class Grammar:
         return Tuple(opening, closing, tuple(items))
 
     def absolute(self, closers: tuple[str, ...]) -> Node:
+        """What stands after a bar, to the next one."""
         self.bars += 1
         inner = self.relation()
         self.bars -= 1

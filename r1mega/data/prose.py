@@ -62,7 +62,10 @@ _FORMULA_WORD = regex.compile(  # letters of other scripts may stand right besid
     r"|(?<![\p{Latin}\p{Greek}\p{Cyrillic}\d_])(?:[A-Za-z]*\d[\p{Latin}\p{Greek}\d_.]*"
     r"|[A-Za-z][\p{Latin}\d_]{,20}\((?:\w{1,3}[ ,+-]*){1,4}\)\s?=|[A-Za-z]\([a-z]\)|[A-Za-z]+_[\p{Latin}\d_]+)"
 )
-_CAPITALS = regex.compile(r"(?<![\p{Latin}\d_\\])(?:Rt(?=\s*△)|[A-Z]{2,})(?![\p{Latin}\d_])")
+_CAPITALS = regex.compile(r"(?<![\p{Latin}_\\])(?:Rt(?=\s*△)|[A-Z]{2,})(?![\p{Latin}_])")
+_FUNCTIONS = regex.compile(
+    r"(?<![\p{Latin}_\\])(?:arc)?(?:sin|cos|tan|cot|log|ln|lg|lim|mod|gcd|lcm|max|min)[A-Z]?(?![\p{Latin}_])"
+)
 _POINTS = 12  # letters that the points of a drawing are called by; sentences in capitals have more
 _CAPITAL_WORDS = frozenset(
     "THE AND TWO SUM ADD ALL FOR GET ONE SIX TEN NOT ARE WAS HAS HAVE THAT THIS THEN FROM WITH WHEN NEXT EACH NUM".split()
@@ -209,7 +212,7 @@ def prose(text: str) -> str:
 
 
 def _without_names_of_points(text: str) -> tuple[str, str]:
-    """A text of another script without AB, ABC and △ABC, and a line of what single letters between its characters spell.
+    """A text of another script without AB, △ABC and cosB, and a line of what single letters between its characters spell.
     Capitals that are words (letters twice, many letters in all, `THE`) become small ones.
     """
     found = _CAPITALS.findall(text)
@@ -217,6 +220,7 @@ def _without_names_of_points(text: str) -> tuple[str, str]:
     told = len(_CAPITAL_WORDS.intersection(found)) > 1
     points = not told and 5 * odd <= len(found) and len(set("".join(found))) <= _POINTS
     text = _CAPITALS.sub(lambda name: " " if points else name.group().lower(), text)
+    text = _FUNCTIONS.sub(" ", text)
     single = _SET_IN.findall(text)
     return text, f"{''.join(single)}\n" if len(set("".join(single).lower())) > _VARIABLES else ""
 

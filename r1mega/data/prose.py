@@ -57,12 +57,27 @@ _RUN = regex.compile(r"(?<![\w\\])\p{Latin}[\p{Latin}'’]*(?:[ \t\n]+\p{Latin}[
 _WORD = regex.compile(r"\p{Latin}(?:['’]?\p{Latin})+")
 _OTHER_SCRIPT = regex.compile(r"(?:(?![\p{Latin}\p{Greek}])[\p{L}\p{M}])+|\p{Greek}{3,}")
 _CODE_LINE = regex.compile(r"[=()\[\]{}<>;+*/%^&|\\@_$#]|:\s*$|\s--?\w|\w\.[a-z]")
-_FORMULA_WORD = regex.compile(
-    r"(?<!\p{L})[\p{Latin}\p{Greek}](?!\p{L})(?!\s+[a-z]{2})"
-    r"|(?<!\w)(?:[A-Za-z]*\d[\w.]*|[A-Za-z]\w{,20}\((?:\w{1,3}[ ,+-]*){1,4}\)\s?=|[A-Za-z]\([a-z]\)|[A-Za-z]+_\w+)"
+_FORMULA_WORD = regex.compile(  # letters of other scripts may stand right beside it: 设x为, x는, 跑了5km
+    r"(?<![\p{Latin}\p{Greek}\p{Cyrillic}])[\p{Latin}\p{Greek}](?![\p{Latin}\p{Greek}\p{Cyrillic}])(?!\s+[a-z]{2})"
+    r"|(?<![\p{Latin}\p{Greek}\p{Cyrillic}\d_])(?:[A-Za-z]*\d[\p{Latin}\p{Greek}\d_.]*"
+    r"|[A-Za-z][\p{Latin}\d_]{,20}\((?:\w{1,3}[ ,+-]*){1,4}\)\s?=|[A-Za-z]\([a-z]\)|[A-Za-z]+_[\p{Latin}\d_]+)"
 )
+_CAPITALS = regex.compile(r"(?<![\p{Latin}_\\])(?:Rt(?=\s*△)|[A-Z]{2,})(?![\p{Latin}_])")
+_FUNCTIONS = regex.compile(
+    r"(?<![\p{Latin}_\\])(?:arc)?(?:sin|cos|tan|cot|log|ln|lg|lim|mod|gcd|lcm|max|min)[A-Z]?(?![\p{Latin}_])"
+)
+_POINTS = 12  # letters that the points of a drawing are called by; sentences in capitals have more
+_CAPITAL_WORDS = frozenset(
+    "THE AND TWO SUM ADD ALL FOR GET ONE SIX TEN NOT ARE WAS HAS HAVE THAT THIS THEN FROM WITH WHEN NEXT EACH NUM".split()
+)
+_WITHOUT_SPACES = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Hangul}]"
+_SET_IN = regex.compile(rf"(?<={_WITHOUT_SPACES})\p{{Latin}}(?={_WITHOUT_SPACES})")
+_VARIABLES = 12  # letters that stand alone between the characters of a text; a sentence spelt so has more
+_NOT_LATIN = regex.compile(r"(?![\p{Latin}\p{Greek}])\p{L}")
 _STRING = regex.compile(r"\"[^\"\n]*\"|'[^'\n]*'|(?:#|//|--|/\*).*")
 _BARE = regex.compile(r"\s*[\w.]+(?:\(\))?(?:\s*[=;,:]\s*[\w.]*(?:\(\))?)*\s*")
+_NAMES_IN_A_ROW = regex.compile(r"(?:\p{Latin}[\p{Latin}_]*\s*[,+*|&-]\s*){5,}\p{Latin}[\p{Latin}_]*")
+_INDEX = regex.compile(r"[_^]\s*\{?\s*(\p{Latin}{2,3})\s*\}?")
 _CONSTANT = regex.compile(r"\s*[^\W_]+(?:_[^\W_]+)?\s*=\s*(?:\d[\w.]*|None|True|False)?\s*;?\s*")
 _SHORT_WORD = regex.compile(  # `we` or `the`, rather than a product
     r"\W*(?:\p{L}?[aeiou]\p{L}?|(?=\p{L}*[aeiou])(?=\p{L}*[fghjklrstuvw])\p{L}{3})\W*"
@@ -125,7 +140,7 @@ _COMMANDS = frozenset(
 )
 _SENTENCE_WORDS = 4  # so many words of no code or formula in a row make a sentence, and fewer are terms
 _LONGEST_TERM = 20  # letters; what is longer is words without spaces
-_TERMS, _TERMS_SHARE = 3, 0.1  # loose words in markup that do not count: so many, and one for ten words outside
+_TERMS, _TERMS_SHARE = 3, 0.075  # loose words in markup that do not count: so many, and that share of those outside
 
 
 def plain_letters(text: str) -> str:
@@ -169,6 +184,9 @@ def prose(text: str) -> str:
     outside: list[str] = []
     loose: list[str] = []
     position = 0
+    if _NOT_LATIN.search(text):
+        text, spelt = _without_names_of_points(text)
+        outside.append(spelt)
     for found in _MARKUP.finditer(text):
         outside.append(_without_formula_words(text[position : found.start()], loose))
         position = found.end()
@@ -187,8 +205,24 @@ def prose(text: str) -> str:
     counted = sum(word.lower() not in _NO_WORDS for word in loose)
     if counted <= allowed:
         return result
-    beyond = loose[-round(len(loose) * (counted - allowed) / counted) :]  # words of code in proportion: `and` is one
+    excess = counted - allowed  # half as many again as terms explain may be terms; of twice as many soon all count
+    share = min(counted, max(excess, 3 * excess - 3 * allowed // 2)) / counted
+    beyond = loose[-max(1, round(len(loose) * share)) :]  # words of code in proportion: `and` is one
     return f"{result}\n{' '.join(beyond)}\n"
+
+
+def _without_names_of_points(text: str) -> tuple[str, str]:
+    """A text of another script without AB, △ABC and cosB, and a line of what single letters between its characters spell.
+    Capitals that are words (letters twice, many letters in all, `THE`) become small ones.
+    """
+    found = _CAPITALS.findall(text)
+    odd = sum(len(name) > 4 or len(set(name)) < len(name) for name in found)
+    told = len(_CAPITAL_WORDS.intersection(found)) > 1
+    points = not told and 5 * odd <= len(found) and len(set("".join(found))) <= _POINTS
+    text = _CAPITALS.sub(lambda name: " " if points else name.group().lower(), text)
+    text = _FUNCTIONS.sub(" ", text)
+    single = _SET_IN.findall(text)
+    return text, f"{''.join(single)}\n" if len(set("".join(single).lower())) > _VARIABLES else ""
 
 
 def _without_formula_words(text: str, loose: list[str]) -> str:
@@ -229,7 +263,8 @@ def _of_maths(content: str) -> tuple[list[str], list[str]]:
     alone = _SHORT_WORD.fullmatch(rest) is not None
     words = [word for word in _WORD.findall(rest) if not word.isupper()]
     alone = alone or any(len(word) > 3 for word in words)
-    return sentences, terms + [word for word in words if len(word) > 3 or alone]
+    short = [name for name in _INDEX.findall(rest) if _SHORT_WORD.fullmatch(name) and not alone]
+    return sentences, terms + short + [word for word in words if len(word) > 3 or alone]
 
 
 def _of_code(content: str) -> tuple[list[str], list[str]]:
@@ -255,7 +290,12 @@ def _of_code(content: str) -> tuple[list[str], list[str]]:
             terms += _WORD.findall(_apart(rest))
         else:
             terms += _WORD.findall(told)
-            terms += _parts(code) if inline or bare or not _CODE_LINE.search(line) else []
+            if bare:
+                terms += _WORD.findall(_apart(code))
+            elif inline or not _CODE_LINE.search(line):
+                terms += _parts(code)
+            elif not line.lstrip().startswith(("import", "from")):
+                terms += [word for names in _NAMES_IN_A_ROW.findall(code) for word in _WORD.findall(_apart(names))]
     return sentences, terms
 
 

@@ -16,7 +16,7 @@ from r1mega.data.rows import QUESTION_KEYS, Row, as_text, is_chat, is_missing
 from r1mega.errors import DataError
 
 OWN_KEYS = ("id", "question", "answer", "kind", "language")
-GOLD_KEYS = ("expected_answer", "answer", "ground_truth", "label", "Answer", "solution")
+GOLD_KEYS = ("expected_answer", "answer", "final_answer", "ground_truth", "label", "Answer", "solution")
 """Under which a row has its gold, the first that it has; verl's `reward_model.ground_truth` comes before them."""
 ID_KEYS = ("id", "unique_id", "ID", "task_id", "question_id")
 _TEST_KEYS = ("tests", "test_list", "test", "input_output")
@@ -27,6 +27,7 @@ _NOT_A_NUMBER = re.compile(r"[+-]?nan|<na>", re.IGNORECASE)
 _INFINITE = re.compile(r"[+-]?inf(?:inity)?", re.IGNORECASE)
 _THOUSANDS = re.compile(r"(?<![\d.])(?<!\d,)[1-9]\d{0,2}(?:,\d{3})+(?!,?\d)")
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+_JSON_GOLD = re.compile(r"\s*[\[{]\s*\"")
 _MAX_PLAIN_SOLUTION = 200
 
 
@@ -119,7 +120,8 @@ def question_text(value: object, key: str, row: Row) -> str:
             )
         value = "\n\n".join(_content(message, key, row) for message in chat)
     if not isinstance(value, str) or not value.strip():
-        shown = f"the row's keys: {row.keys()}" if value is None else _shown(value)
+        known = ", ".join(QUESTION_KEYS[:3])
+        shown = f"the row's keys: {row.keys()}; known are {known}: rename yours" if value is None else _shown(value)
         raise DataError(f"{row.where}: {key!r} is missing or not a text ({shown})")
     return value
 
@@ -183,6 +185,10 @@ def _last_result(solution: str, row: Row) -> str:
 
 
 def _answers(gold: object, kind: str, row: Row) -> tuple[str, ...]:
+    if (
+        kind == "math" and isinstance(gold, str) and _JSON_GOLD.match(gold)
+    ):  # Skywork's: ["3"]; others have objects, which are refused
+        gold = _json_or_text(gold)
     golds = gold if isinstance(gold, list) and gold else [gold]
     if kind == "math":
         golds = [after_solution(one) if isinstance(one, str) else one for one in golds]

@@ -60,6 +60,8 @@ _REFUSED: tuple[tuple[int, bytes, str, str], ...] = (
     (0, b"\x80", "a Python pickle", "write it as JSONL or Parquet where it was made: DataFrame.to_parquet"),
 )
 """(offset, bytes there, what it is, what to do) of files that hold no rows that can be read here."""
+_AS_COMMAS = 'write it anew: python -c "import csv, sys; csv.writer(sys.stdout).writerows(csv.reader(sys.stdin, delimiter={0!r}))" < {1} > NEW'
+_ENDLESS = re.compile("unexpected end of data|larger than field limit")
 _PAGE = re.compile(rb"<(?:!doctype|html|\?xml)", re.IGNORECASE)
 _SPLIT = re.compile(r"(?:^|[-_.])(train|test|validation|valid|val|dev|eval)(?=[-_.])")
 _NO_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json"}
@@ -351,26 +353,54 @@ def _csv(
                 undecoded.append(error)
                 yield line.decode("utf-8", "replace")
 
-    reader = csv.DictReader(decoded(), fieldnames=columns, delimiter=delimiter)
-    try:
-        names = list(reader.fieldnames or ())
-        if columns is None and undecoded:
+    reader = csv.reader(decoded(), delimiter=delimiter, strict=True)
+    names = list(columns or ())
+    number = 0
+    while True:
+        begin = reader.line_num + 1
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            bad = DataError(_not_csv(path, begin, reader.line_num, error))
+            if not names or _ENDLESS.search(str(error)):
+                raise bad from error
+            undecoded[:0] = [bad]
+            cells = [""]
+        if cells is None:
+            return
+        if undecoded and not names:
             raise undecoded[0]
-        if twice := sorted({name for name in names if name and names.count(name) > 1}):
-            raise DataError(
-                f"{path}:1: several columns are named {', '.join(twice)}; which one is meant? Rename the others"
-            )
-        for number, values in enumerate(reader, start=1):
-            where = f"{path}:{reader.line_num}"
-            if undecoded:
-                on_bad_line(undecoded[0])
-                undecoded.clear()
-            elif None in values or None in values.values():
-                on_bad_line(DataError(f"{where}: {len(names)} columns expected: {names}"))
-            else:
-                yield Row(where, number, values)
-    except csv.Error as error:
-        raise DataError(f"{path}:{reader.line_num}: not CSV ({error})") from error
+        if cells and not names:
+            names = cells
+            if len(names) == 1 and (mark := re.search(r"[;|\t]", names[0])):
+                raise DataError(
+                    f"{path}:{begin}: columns apart by {mark[0]!r}, not by commas; {_AS_COMMAS.format(mark[0], path)}"
+                )
+            if twice := sorted({name for name in names if name and names.count(name) > 1}):
+                raise DataError(
+                    f"{path}:{begin}: several columns are named {', '.join(twice)}; which one is meant? Rename the others"
+                )
+            continue
+        number += bool(cells)
+        where = f"{path}:{reader.line_num}"
+        if undecoded:
+            on_bad_line(undecoded[0])
+            undecoded.clear()
+        elif cells and len(cells) != len(names):
+            on_bad_line(DataError(f"{where}: {len(names)} columns expected: {names}"))
+        elif cells:
+            yield Row(where, number, dict(zip(names, cells, strict=True)))
+
+
+def _not_csv(path: Path, begin: int, end: int, error: csv.Error) -> str:
+    if _ENDLESS.search(str(error)):
+        return f"{path}:{begin}: a quote that is opened here is not closed again; close it, or write a literal one twice in quotes"
+    if "new-line" in str(error):
+        return (
+            f"{path}:{begin}: lines that end in a carriage return alone; write it anew: tr '\\r' '\\n' < {path} > NEW"
+        )
+    lines = f"{begin}" if begin == end else f"{begin} to {end}"
+    return f"{path}:{end}: not CSV ({error}; row of line {lines}); a quote within quotes is written twice"
 
 
 def first_cells(path: Path) -> list[str]:

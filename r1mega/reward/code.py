@@ -157,6 +157,7 @@ class CodeReward:
         return {
             "cases": forms,
             "entry": problem.entry,
+            "nodes": problem.nodes,
             "tolerance": _TOLERANCE,
             "stop_at_failure": not self.partial_credit,
         }

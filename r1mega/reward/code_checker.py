@@ -8,6 +8,7 @@ reads is the answer's. A checker that evaluates what it reads believes the answe
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 from r1mega.reward.code_problem import StreamCase
@@ -23,16 +24,18 @@ for path, text in zip(sys.argv[1:], texts):
 exec(compile(source, "checker.py", "exec"), {"__name__": "__main__", "__builtins__": __builtins__})
 """
 _SECONDS = 30.0
+_POINTS = re.compile(r"[01](?:\.\d*)?|\.\d+")  # what it prints, from 0 to 1
 
 
 def check_output(backend: Backend, checker: str, case: StreamCase, actual: str, limits: Limits) -> tuple[Verdict, str]:
     """Verdict of the checker and its last words. Raises SandboxFailure for one that fails on the expected output too."""
     ended, said = _run(backend, checker, case, actual, limits)
-    if ended is None:
-        return (Verdict.PASSED, "") if said in ("1", "1.0") else (Verdict.WRONG_ANSWER, f"the checker said {said!r}")
+    if ended is None and _POINTS.fullmatch(said):
+        return (Verdict.PASSED, "") if float(said) == 1 else (Verdict.WRONG_ANSWER, f"the checker said {said!r}")
     # An answer can make a good checker fail: whose fault it is, the expected output tells.
-    if _run(backend, checker, case, case.stdout, limits)[0] is not None:
-        raise SandboxFailure(f"the checker fails on the expected output as well: {ended}: {said}")
+    ended_too, said_too = _run(backend, checker, case, case.stdout, limits)
+    if ended_too is not None or not _POINTS.fullmatch(said_too):
+        raise SandboxFailure(f"the checker fails on the expected output as well: {ended or 'no number'}: {said}")
     return Verdict.WRONG_ANSWER, f"the checker: {ended}: {said}"
 
 

@@ -11,7 +11,8 @@ Records, by their keys (as they are published, or as the harnesses of these sets
     tests: {"inputs", "outputs" [, "fn_name"]}    as input_output
     tests: [{"arguments", "expected" [, "keywords"]}], entry_point   function calls
 Any of these may be JSON (or a Python literal) in a text. Optional: language ("python" | "cpp"), time_limit (seconds a
-case), memory_limit_mb (memory_limit, memory_limit_bytes), both also of a single test; checker (code_checker.py).
+case), memory_limit_mb (memory_limit, memory_limit_bytes), both also of a single test; checker (code_checker.py);
+starter_code, whose ListNode and TreeNode are made of lists.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 from r1mega.errors import DataError
+from r1mega.reward.code_asserts import runnable_tests
 from r1mega.reward.code_fences import LANGUAGES, outdented
-from r1mega.reward.code_names import with_names
+from r1mega.reward.code_names import Nodes, nodes_of, with_names
 from r1mega.reward.code_values import (
-    LONG_NUMBER,
     arguments_of,
     as_data,
     as_text,
@@ -49,6 +50,7 @@ _ROWS = (
     ("official_tests",),
     ("public_tests", "private_tests", "generated_tests"),
 )
+_CPP = re.compile(r"^\s*#\s*include\b|\bint\s+main\s*\(|\busing\s+namespace\b", re.MULTILINE)
 _MOST_NESTED = 200
 _CALLS = ("functional", "function_call", "function", "call_based")
 _STREAMS = ("stdin", "stdin_stdout", "stdio", "standard_input")
@@ -116,7 +118,7 @@ class Problem:
     """One task. Exactly one of the three kinds of tests is there. prefix: what a completion continues.
 
     entry: the function under test (None: taken from the asserts). limits: of each case, None for the defaults of the
-    reward. checker: Python that judges an output where several are right (code_checker.py).
+    reward. nodes: what of a call LeetCode's nodes are (code_names.nodes_of). checker: Python that judges an output where several are right (code_checker.py).
     """
 
     language: Language = "python"
@@ -128,6 +130,7 @@ class Problem:
     time_limit: float | None = None
     memory_bytes: int | None = None
     checker: str | None = None
+    nodes: Nodes | None = None
 
     def program(self, code: str) -> str:
         """The whole source: a completion (first line indented) continues the prefix, a full program follows it; without a
@@ -141,7 +144,7 @@ class Problem:
             code = outdented(code)
         if self.language != "python" or (self.assertions and not re.search(r"\bSolution\b", self.assertions.tests)):
             return code
-        return with_names(code)
+        return with_names(code, self.nodes)
 
 
 def problem_from(record: Mapping[str, object], where: str) -> Problem:
@@ -161,19 +164,39 @@ def problem_from(record: Mapping[str, object], where: str) -> Problem:
     limits = _limits(record, where)
     problem = _tests(record, where, _asked(record, where))
     problem = replace(problem, language=known, time_limit=limits.time_limit, memory_bytes=limits.memory_bytes)
+    if problem.call_cases and isinstance(starter := record.get("starter_code"), str):
+        try:
+            nodes = nodes_of(starter, str(problem.entry).rpartition(".")[2])
+        except ValueError as error:
+            raise DataError(f"{where}: {error}") from error
+        problem = replace(problem, nodes=nodes)
     checker = next((record[key] for key in ("checker", "generated_checker") if record.get(key) is not None), None)
     if checker is not None:
         if not problem.stream_cases:
             raise DataError(f"{where}: a checker is for tests of standard input and output")
-        source = python_source(checker, f"{where}: checker")
-        if not ast.parse(source).body:
-            raise DataError(f"{where}: the checker is empty; leave the key out where there is none")
+        source = _checker(checker, where)
         problem = replace(problem, checker=source)
     if problem.language == "cpp" and not problem.stream_cases:
         raise DataError(
             f"{where}: C++ is tested by standard input and output only; give 'tests' of 'input' and 'output'"
         )
     return problem
+
+
+def _checker(value: object, where: str) -> str:
+    if isinstance(value, str) and _CPP.search(value):
+        raise DataError(f"{where}: the checker is C++; a Python program is wanted. Leave the line out, or translate it")
+    source = python_source(value, f"{where}: checker")
+    body = ast.parse(source).body
+    if not body:
+        raise DataError(f"{where}: the checker is empty; leave the key out where there is none")
+    if (
+        len(body) == 1
+        and isinstance(body[0], ast.Expr)
+        and isinstance(body[0].value, (ast.Name, ast.Constant, ast.Attribute))
+    ):
+        raise DataError(f"{where}: the checker {shown(value)} is no program; give its source, or leave the line out")
+    return source
 
 
 class _Asked(NamedTuple):
@@ -390,43 +413,6 @@ def _texts(value: object, where: str) -> list[str]:
 
 
 def _asserts(context: str, tests: str, where: str, entry: str | None) -> Problem:
-    """Functions test_...() that take nothing are called, as pytest does, and check(candidate) where nobody does."""
     context, tests = python_source(context, f"{where}: prompt or imports"), python_source(tests, f"{where}: tests")
     entry = _function(entry, where) if entry else None
-    tests = _without_solution(tests, where)
-    body = ast.parse(LONG_NUMBER.sub("0", tests)).body
-    called = {ast.unparse(node.func) for line in body for node in ast.walk(line) if isinstance(node, ast.Call)}
-    for function in body:
-        if not isinstance(function, ast.FunctionDef):
-            continue
-        needs = len(function.args.posonlyargs + function.args.args) - len(function.args.defaults)
-        if function.name == "check" and "check" not in called:
-            if not entry:
-                raise DataError(f"{where}: check() is never called; give 'entry_point', the name of the function")
-            tests += f"\n\ncheck({entry})\n"
-        elif function.name.startswith("test_") and needs == 0:
-            tests += f"\n{function.name}()"
-        elif function.name.startswith("test_") and function.name + "(" not in tests.replace(
-            f"def {function.name}(", ""
-        ):
-            raise DataError(f"{where}: {function.name}() takes arguments (pytest's); write its cases out as asserts")
-    if "assert" not in tests:
-        raise DataError(f"{where}: the tests assert nothing, any answer would pass")
-    return Problem(assertions=AssertBlock(context, tests), entry=entry)
-
-
-def _without_solution(tests: str, where: str) -> str:
-    """Tests without imports from `solution` (KodCode's): the sandbox gives the names itself, others are bound."""
-    lines = tests.encode("utf-8", "surrogatepass").split(b"\n")
-    for node in list(ast.walk(ast.parse(LONG_NUMBER.sub("0", tests))))[::-1]:
-        if isinstance(node, ast.Import) and any(alias.name == "solution" for alias in node.names):
-            raise DataError(f"{where}: 'import solution' has no module; write 'from solution import' and the names")
-        if not isinstance(node, ast.ImportFrom) or node.module != "solution" or node.end_lineno is None:
-            continue
-        bound = [f"{alias.asname} = {alias.name}" for alias in node.names if alias.asname not in (None, alias.name)]
-        first, last = node.lineno - 1, node.end_lineno - 1
-        line = (
-            lines[first][: node.col_offset] + ("; ".join(bound) or "pass").encode() + lines[last][node.end_col_offset :]
-        )
-        lines[first : last + 1] = [line] + [b""] * (last - first)
-    return b"\n".join(lines).decode("utf-8", "surrogatepass")
+    return Problem(assertions=AssertBlock(context, runnable_tests(tests, entry, where)), entry=entry)

@@ -14,11 +14,15 @@ _BARE = re.compile(
     r"-?\\[dtc]?frac\s*\d\s*\d|-?\\sqrt\s*\d|-?\\[A-Za-z]+(?=\s*[^A-Za-z\s])|-?\\[A-Za-z]+|[\w.,/-]+"
 )  # after \boxed without braces
 _JOINING = r"(?:\b(?:and(?:\s+finally)?|or(?:\s+else)?|also|as\s+well\s+as)\b|或者?|[和与及])"
+_NAME = (  # of what a box is the value: x =, \alpha =, x_1 = $, f(1) =
+    r"(?:(?<![A-Za-z\\])(?P<name>(?:[A-Za-z]|\\[A-Za-z]+)(?:_\{?\w\}?)?(?:\(-?\w\))?)\s*=\s*(?:\$|\\\()?\s*)"
+)
 _BETWEEN_BOXES = re.compile(  # of one answer: x = \boxed{1}, \text{ and } y = \boxed{2}; lines of a list
     rf"(?:[\s,;.、，；。/|&$*•]|-(?=\s)|\\[\\()\[\],; ]|\\(?:quad|qquad|lor|vee)(?![A-Za-z])|{_JOINING}"
-    rf"|\\(?:text|mathrm|textbf|mbox)\s*\{{[\s,;]*{_JOINING}?[\s,;]*\}})*+"
-    r"(?P<name>(?<![A-Za-z])(?:[A-Za-z]|\\[A-Za-z]+)(?:_\{?\w\}?)?\s*=\s*(?:\$|\\\()?\s*)?"
+    rf"|\\(?:text|mathrm|textbf|mbox)\s*\{{[\s,;]*{_JOINING}?[\s,;]*\}})*+{_NAME}?"
 )
+_NAME_BEFORE = re.compile(rf"{_NAME}$")
+_MAX_NAME = 40  # characters before a box that may name it
 _HASHES = re.compile(r"(?<!#)####(?!#)([^\n]*)")
 _HASHED_NUMBER = re.compile(r"[-+−]?\s*\\?\$?\s*[-+−]?[\d,]*\.?\d+(?:/\d+)?\s*(?:\\?%)?\.?")
 _TURN_END = re.compile(r"(?:<\|\w{1,32}\|>|</s>)\s*$")
@@ -41,9 +45,10 @@ def last_boxed(text: str) -> str | None:
 def boxed_answer(text: str) -> str | None:
     """Content of the last box; where an answer has a box for each item (`\\boxed{2}, \\boxed{3} and \\boxed{5}`),
     that of all of them as a list. Boxes belong together when nothing but commas, bullets, 'and', 'or' and names (`y =`)
-    stands between them; the same answer twice is one.
+    stands between them; the same answer twice is one. Where all are named, and not all alike, each keeps its name.
     """
     items: list[str] = []
+    names: list[tuple[str, str]] = []
     begin = 0  # of the group's box that was met last
     for match in reversed(list(_BOX.finditer(text))[-MAX_BOXES:]):
         box = _content(text, match.end())
@@ -57,6 +62,10 @@ def boxed_answer(text: str) -> str | None:
         if content.strip() not in items and not (items and _same_content(content.strip(), items[0])):
             items.insert(0, content.strip())
         begin = match.start()
+        name = _NAME_BEFORE.search(text, max(0, begin - _MAX_NAME), begin)
+        names.insert(0, (name["name"] if name else "", content.strip()))
+    if len(dict(names)) > 1 and all(name for name, _ in names):
+        return ", ".join(content if "=" in content else f"{name} = {content}" for name, content in names)
     return ", ".join(items) if items else None
 
 

@@ -473,3 +473,111 @@ def test_an_answer_cannot_break_a_good_checker_and_a_bad_one_blames_no_answer(re
     assert verdict(reward, "print('(')", **record) is Verdict.WRONG_ANSWER
     with pytest.raises(SandboxFailure, match=r"(?s)fails on the expected output as well.*numpyx"):
         verdict(reward, "print([2, 7])", tests=tests, checker="import numpyx\nprint(1)")
+
+
+@pytest.mark.parametrize(
+    ("checker", "message"),
+    [
+        ('#include "testlib.h"\nint main() {}', r"the checker is C\+\+"),
+        ("// compares\nusing namespace std;\nint main(int argc, char **argv) {}", r"the checker is C\+\+"),
+        ("#include <bits/stdc++.h>", r"the checker is C\+\+"),
+        ("wcmp", "the checker 'wcmp' is no program"),
+        ("false", "the checker 'false' is no program"),
+        ("'std::ncmp'", "is no program"),
+    ],
+)
+def test_checkers_that_cannot_run_are_refused_before(checker, message):
+    with pytest.raises(DataError, match=f"f:3: .*{message}"):
+        problem_from({"tests": [{"input": "1", "output": "1"}], "checker": checker}, "f:3")
+
+
+def test_a_checker_that_says_no_number_blames_no_answer(reward):
+    tests = [{"input": "9\n", "output": "4 5\n"}]
+    for checker in ("def check(*paths):\n    return True", "print('ok')", "print('1\\n1')"):
+        with pytest.raises(SandboxFailure, match="no number"):
+            verdict(reward, "print(2, 7)", tests=tests, checker=checker)
+
+
+# --- tests as pytest has them ---------------------------------------------------------------------------------------------
+
+IDENTITY = "def f(x):\n    return x"
+
+
+@pytest.mark.parametrize(
+    ("tests", "passing", "failing"),
+    [
+        ("class TestF:\n    def test_a(self):\n        assert f(1) == 1\n    def test_b(self):\n        assert f(2) == 2", IDENTITY, "def f(x): return 1"),
+        ("class TestF:\n    def setup_method(self):\n        self.n = 3\n    def test_a(self):\n        assert f(self.n) == 3", IDENTITY, "def f(x): return 1"),
+        ("class TestF(object):\n    N = 2\n    def test_a(self):\n        assert f(self.N) == 2", IDENTITY, "def f(x): return 1"),
+        ("import pytest\n\ndef test_a():\n    assert f(1) == 1", IDENTITY, "def f(x): return 2"),
+    ],
+)  # fmt: skip
+def test_classes_of_tests_are_run_as_pytest_runs_them(reward, tests, passing, failing):
+    assert verdict(reward, passing, tests=tests) is Verdict.PASSED
+    assert verdict(reward, failing, tests=tests) is Verdict.WRONG_ANSWER
+
+
+@pytest.mark.parametrize(
+    ("tests", "message"),
+    [
+        ("import unittest\nclass T(unittest.TestCase):\n    def test_a(self):\n        self.assertEqual(f(1), 1)", "class T needs .*unittest.TestCase"),
+        ("class T:\n    def __init__(self):\n        pass\n    def test_a(self):\n        assert f(1) == 1", "class T needs .*__init__"),
+        ("class T:\n    def test_a(self, tmp_path):\n        assert f(1) == 1", "class T needs .*test_a"),
+        ("import pytest\ndef test_a():\n    with pytest.raises(ValueError):\n        assert f(1)", "use pytest.raises, which is not there"),
+        ("from pytest import approx\nassert f(1) == approx(1)", "use from pytest, which is not there"),
+    ],
+)  # fmt: skip
+def test_what_needs_pytest_or_unittest_is_refused_by_name(tests, message):
+    with pytest.raises(DataError, match=f"f:3: .*{message}"):
+        problem_from({"tests": tests}, "f:3")
+
+
+def test_tests_that_import_what_is_not_there_blame_no_answer(reward):
+    for name in ("numpyx", "hypothesisx.strategies", "pandasx"):
+        with pytest.raises(SandboxFailure, match="cannot be carried out: ModuleNotFoundError"):
+            verdict(reward, IDENTITY, tests=f"import {name}\nassert f(1) == 1")
+    assert "ModuleNotFoundError" in verdict(reward, "def f(x):\n    import numpyx", tests="assert f(1) == 1")
+
+
+# --- LeetCode's nodes -----------------------------------------------------------------------------------------------------
+
+REVERSED = """def f(self, head):
+        before = None
+        while head:
+            head.next, before, head = before, head, head.next
+        return before"""
+
+
+@pytest.mark.parametrize(
+    ("head", "body", "cases"),
+    [
+        ("head: Optional[ListNode]) -> Optional[ListNode]", REVERSED, [([[1, 2, 3]], [3, 2, 1]), ([[]], []), ([[]], None)]),
+        ("a: ListNode, k: int) -> ListNode", "def f(self, a, k): return a and ListNode(a.val * k, a.next)", [([[1, 2], 3], [3, 2])]),
+        ("lists: List[Optional[ListNode]]) -> List[int]", "def f(self, lists): return [one.val for one in lists if one]", [([[[1, 5], [2], []]], [1, 2])]),
+        ("root: Optional[TreeNode]) -> int", "def f(self, root): return 1 + max(self.f(root.left), self.f(root.right)) if root else 0", [([[3, 9, 20, None, None, 15]], 3)]),
+        (
+            "root: 'TreeNode | None') -> 'TreeNode | None'",
+            "def f(self, root): return root and TreeNode(root.val, self.f(root.right), self.f(root.left))",
+            [([[1, 2, 3, None, 4]], [1, 3, 2, None, None, 4]), ([[]], [])],
+        ),
+        ("n: int) -> List[Optional[TreeNode]]", "def f(self, n): return [TreeNode(n), None, TreeNode(0, None, TreeNode(n))]", [([4], [[4], [], [0, None, 4]])]),
+    ],
+)  # fmt: skip
+def test_lists_are_nodes_where_the_starter_code_has_them(reward, head, body, cases):
+    starter = f"# class ListNode: ...\nclass Solution:\n    def f(self, {head}:\n        "
+    record = {"starter_code": starter, "entry_point": "f"}
+    record["tests"] = [{"arguments": arguments, "expected": expected} for arguments, expected in cases]
+    assert verdict(reward, f"class Solution:\n    {body}", **record) is Verdict.PASSED
+    record["tests"][0]["expected"] = [7, 7]
+    assert verdict(reward, f"class Solution:\n    {body}", **record) is Verdict.WRONG_ANSWER
+
+
+def test_nodes_that_go_round_are_wrong_and_answers_may_bring_their_own(reward):
+    starter = "class Solution:\n    def f(self, head: ListNode) -> ListNode:\n"
+    record = {"starter_code": starter, "entry_point": "f", "tests": [{"arguments": [[1, 2]], "expected": [1, 2]}]}
+    own = "class ListNode:\n    def __init__(self, x):\n        self.val, self.next = x, None\n"
+    assert verdict(reward, own + "class Solution:\n    def f(self, head): return head", **record) is Verdict.PASSED
+    round_ = "class Solution:\n    def f(self, head):\n        head.next.next = head\n        return head"
+    assert verdict(reward, round_, **record) is Verdict.WRONG_ANSWER
+    with pytest.raises(DataError, match="f changes its nodes in place"):
+        problem_from(record | {"starter_code": "def f(head: ListNode) -> None: ..."}, "here")

@@ -7,6 +7,7 @@ import json
 import lzma
 import math
 import subprocess
+import sys
 import zipfile
 
 import pytest
@@ -157,7 +158,13 @@ GPQA = "Question,Correct Answer,Incorrect Answer 1,Incorrect Answer 2,Incorrect 
         ("x.csv", "gpqa", (GPQA + "ok,a,b,c,d,r\n").encode("utf-16"), "UTF-16 text; .*iconv -f UTF-16"),
         ("x.csv", "gpqa", (GPQA + "ok,a,b,c,d,r\n").encode("utf-16-le"), "UTF-16LE text; .*iconv -f UTF-16LE"),
         ("x.csv", "gpqa", b"Question,id,Correct Answer,id\n1,2,3,4\n", r"x\.csv:1: several columns are named id"),
-        ("x.csv", "gpqa", GPQA.encode() + b'"open,a,b,c,d,r\n', r"x\.csv:2: 6 columns expected"),
+        ("x.csv", "gpqa", GPQA.encode() + b'"open,a,b,c,d,r\n', r"x\.csv:2: a quote that is opened here is not closed"),
+        ("x.csv", "gpqa", GPQA.encode() + b'q,a,b,c,d,"r\n' + b"q,a,b,c,d,r\n" * 9, r"x\.csv:2: a quote that is opened here"),
+        ("x.csv", "mmlu", b'q,1,2,3,4,A\n\nq,1,2,3,4,"A\nq,1,2,3,4,A\n', r"x\.csv:3: a quote that is opened here is not closed"),
+        ("x.csv", "mmlu", b'q,1,2,3,4,"A\nq,1,2,3,"4,A"\n', r"x\.csv:2: not CSV .*row of line 1 to 2\)"),
+        ("x.csv", "mmlu", b'q,1,2,3,4,A\n"say "yes" now",1,2,3,4,A\n', r"x\.csv:2: not CSV .*row of line 2\); a quote within"),
+        ("x.tsv", "gpqa", b'Question\tid\n"what is 5" long?\t1\n', r"x\.tsv:2: not CSV .*a quote within quotes is written twice"),
+        ("x.csv", "gpqa", b'"Question,id\nq,1\n', r"x\.csv:1: a quote that is opened here is not closed"),
         ("x.jsonl", "math", b'{"problem": "caf\xe9", "answer": "1"}\n', r"x\.jsonl:1: not UTF-8"),
         ("x.jsonl", "math", b'{"problem": "p", "answer": "1"}\n' + b"[" * 100_000, r"x\.jsonl:2: not JSON .*recursion"),
         ("x.json", "math", b"[" * 100_000, "not JSON .*recursion"),
@@ -293,6 +300,10 @@ SCHEMAS = [
         "2+3?", ("5",), "math", "openai/gsm8k/train/0",
     ),  # objects as texts of JSON
     ({"prompt": '[{"role"]: which bracket is wrong?', "label": "5"}, '[{"role"]: which bracket is wrong?', ("5",), "math", None),
+    (VERL | {"reward_model": {"ground_truth": '["5"]'}, "id": "z"}, "2+3?", ("5",), "math", "z"),  # Skywork
+    ({"problem": "2+3?", "answer": '["5", "five"]'}, "2+3?", ("5", "five"), "math", None),
+    ({"problem": "2+3?", "answer": "[5, 6]"}, "2+3?", ("[5, 6]",), "math", None),  # an interval
+    ({"question": "2+3?", "final_answer": "5", "difficulty": 2.0}, "2+3?", ("5",), "math", None),  # DeepMath
     ({"prompt": "[1, 2]", "label": "5"}, "[1, 2]", ("5",), "math", None),
     ({"prompt": [{"role": "user", "content": [{"type": "text", "text": "2+3?"}]}], "answer": "5"}, "2+3?", ("5",), "math", None),
 ]  # fmt: skip
@@ -329,9 +340,11 @@ def test_programs_in_verls_schema(tmp_path):
         ({"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "label": "1"}, "a conversation"),
         ({"prompt": [{"role": "user", "content": [{"type": "image"}]}], "label": "1"}, "only text can be read"),
         ({"prompt": "q", "chosen": "a", "rejected": "b"}, "'answer' is missing; the row's keys: prompt, chosen, rejected"),
-        ({"input": "q", "label": "1"}, r"'question' is missing or not a text \(the row's keys: input, label\)"),
+        ({"input": "q", "label": "1"}, r"'question' is missing or not a text \(the row's keys: input, label; known"),
         ({"prompt": "q", "solution": "a proof\nof two lines"}, r"no \\boxed"),
         ({"prompt": "q", "reward_model": {"ground_truth": {"target": 3}}}, r"'answer' is {\"target\": 3}"),
+        ({"prompt": "q", "reward_model": {"ground_truth": '{"target": 3}'}}, r"'answer' is {\"target\": 3}"),
+        ({"messages": [{"role": "user", "content": "q"}], "answer": "1"}, "known are question, problem, prompt: rename yours"),
     ],
 )  # fmt: skip
 def test_rows_that_are_no_prompts_say_what_they_are(tmp_path, row, message):
@@ -425,6 +438,30 @@ def test_bad_lines_of_csv_are_skipped_where_that_is_asked(tmp_path):
     assert [(r.question, r.answers) for r in records(path, on_bad_line="skip")] == [("a", ("1",)), ("z", ("6",))]
     with pytest.raises(DataError, match=r"x\.csv:3: 2 columns expected.*set data.on_bad_line=skip"):
         records(path)
+    path.write_bytes(b'question,answer\n"a "b" c",1\n"say ""hi"", it is 5"" long",2\n3" pipe,3\n')
+    assert [r.answers for r in records(path, on_bad_line="skip")] == [("2",), ("3",)]
+    path.write_bytes(b'question,answer\na,1\nb,"2\nc,3\n')
+    with pytest.raises(DataError, match=r"x\.csv:3: a quote that is opened here"):  # it is not known what else is lost
+        records(path, on_bad_line="skip")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"question,answer\ra,1\rb,2\r", "lines that end in a carriage return"),
+        (b"question;answer\na;1\nb;2\n", "columns apart by ';', not by commas"),
+        (b"question\tanswer\na\t1\nb\t2\n", "columns apart by '.t', not by commas"),
+        (b'question|answer\n"a"|1\n"b"|2\n', "columns apart by '[|]', not by commas"),
+    ],
+)
+def test_other_forms_of_csv_become_csv_by_the_advice(tmp_path, content, message):
+    path = tmp_path / "x.csv"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=rf"x\.csv:1: {message}") as raised:
+        records(path)
+    advice = str(raised.value).split("write it anew: ")[1].replace("NEW", str(tmp_path / "y.csv"))
+    subprocess.run(advice.replace("python -c", f"{sys.executable} -c"), shell=True, check=True)
+    assert [r.answers for r in records(tmp_path / "y.csv")] == [("1",), ("2",)]
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])

@@ -12,26 +12,31 @@ import pytest
 from r1mega.data.language import language_of, language_share
 from r1mega.errors import RewardError
 from r1mega.reward.language import LanguageConsistency
+from tests.field import language_attacks
 from tests.field.language_attacks import ATTACKS, OTHERS, shares, table
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "rewards.md"
-LEAKS = {  # short words that look like products of variables, words that programs have too (`and`, `in`); English that
-    # Cyrillic letters alone can spell
-    **dict.fromkeys(
-        ("three words a line of code", "calls as code", "commands", "assignments", "calls", "statements"), 0.1
-    ),
-    "each word in maths": 0.09,
-    "each word in maths, and a character": 0.12,
-    "each word as code, and a character": 0.1,
-    "English all in Cyrillic": 0.34,
-}
+LEAKS = {"English all in Cyrillic": 0.34}  # English that Cyrillic letters alone can spell
 """Attack -> what it may still gain; any other 0.06."""
+OF_FEW_WORDS = {
+    **LEAKS,
+    **dict.fromkeys(("commands", "each word in maths", "each word in maths, and a character", "indices"), 0.11),
+}
+"""The same for texts of 20 hidden words."""
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_english_in_any_dress_is_not_paid_as_chinese(attack):
     right, scored = shares(attack)
     assert 0.3 < right < 0.7 and scored <= right + LEAKS.get(attack, 0.06)
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_twenty_hidden_words_are_not_paid_as_terms(attack, monkeypatch):
+    for name, size in (("ENGLISH", 1), ("WORDS", 20), ("SMALL", 20), ("PAIRS", 10)):
+        monkeypatch.setattr(language_attacks, name, getattr(language_attacks, name)[:size])
+    right, scored = shares(attack)
+    assert 0.6 < right < 0.75 and scored <= right + OF_FEW_WORDS.get(attack, 0.06)
 
 
 @pytest.mark.parametrize("attack", OTHERS)
@@ -95,10 +100,34 @@ HONEST = [
     ("Първо броим ябълките в кошницата. След това ги разделяме.", "bg"),
     ("أولا نحسب عدد التفاحات في السلة ثم نقسمها على ثلاثة أطفال", "ar"),
     ("ابتدا تعداد سیب ها را می شماریم و سپس آن را تقسیم می کنیم", "fa"),
+    ("在三角形ABC中，AB = AC，点D在BC上，且AD垂直于BC。连接DE，则DE平行于AB。", "zh"),
+    ("因为 ABC 是等边三角形，所以 ABC 的三个角都是六十度，ABD 是直角三角形。", "zh"),
+    ("在Rt△ABC中，∠C=90°，四边形ABCD的对角线AC、BD交于点O，圆O的半径为R。", "zh"),
+    ("由余弦定理，AC²=AB²+BC²-2AB·BC·cosB，所以sinA=0.6，log2取3，余数是5 (mod 7)。", "zh"),
+    ("設集合A={1,2,3}，則A∩B={2,3}，max(a,b)=5。", "zh"),
+    ("설명: sin A = 0.6이면 cos B는 0.6이다. 그리고 log(x)는 증가한다.", "ko"),
+    ("设x为苹果数，y为梨数，则2x+3y=12，小明跑了5km，用时30min。", "zh"),
+    ("삼각형 ABC에서 x를 구하자. x는 3이고 AB의 길이는 y이다.", "ko"),
+    ("xをaとおくと、三角形ABCのABの長さは3になります。", "ja"),
+    ("В треугольнике ABC сторона AB равна 5, а BC равна 4.", "ru"),
+    ("في المثلث ABC طول الضلع AB يساوي 5", "ar"),
     ("먼저 바구니에 있는 사과의 수를 세어 봅시다.", "ko"),
     ("首先我们数一数篮子里的苹果。", "zh-Hans"),
     ("首先我們數一數籃子裡的蘋果。", "zh-Hant"),
 ]  # fmt: skip
+
+
+def test_sentences_in_capitals_and_in_single_letters_are_no_points():
+    assert language_share("首先WE我们ADD数THE一数TWO篮子NUM里的AND苹果", "zh") == pytest.approx(13 / 19)
+    assert language_share("FIRST WE ADD THE NUMBERS 首先我们数一数", "zh") == pytest.approx(7 / 12)
+    spelt = "wedividethesumofallnumbersbyeight"
+    text = (
+        "".join(
+            map("".join, zip("首先我们数一数篮子里的苹果然后我们把这个数乘以每个苹果的价格最后得", spelt, strict=False))
+        )
+        + "到"
+    )
+    assert 0.8 < language_share(text, "zh") < 0.9
 
 
 @pytest.mark.parametrize(("text", "target"), HONEST)

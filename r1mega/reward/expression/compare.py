@@ -12,6 +12,7 @@ from fractions import Fraction
 from r1mega.reward.expression import evaluate, intervals, names
 from r1mega.reward.expression.exact import symbols
 from r1mega.reward.expression.nodes import (
+    FREE_FUNCTIONS,
     REALS,
     Degrees,
     Function,
@@ -38,7 +39,7 @@ from r1mega.reward.expression.qualifiers import Qualified, contradict, renamings
 from r1mega.reward.expression.readings import Reading, measured, readings
 from r1mega.reward.expression.text import CLOSE_TEXT, OPEN_TEXT, clean
 from r1mega.reward.expression.units import Quantity, common_measure, currency
-from r1mega.reward.expression.values import equal_values, is_worked_out, rounded, work_left
+from r1mega.reward.expression.values import equal_values, is_numeral, is_worked_out, rounded, work_left
 from r1mega.reward.expression.verbal import choice_and_value, same_choice, same_words, unmarked
 
 MAX_LIST_ITEMS = 64
@@ -47,9 +48,11 @@ MAX_WORK = 1
 _SPACE = re.compile(r"(?<!\d) +| +(?!\d)")
 _BEYOND_READER = re.compile(r"\\[A-Za-z]")
 _LETTER_BEHIND = re.compile(r"(.*[\d}])\s*\(([A-J])\)\s*", re.DOTALL)  # 42 (C)
+_LETTER_AND_VALUE = re.compile(r"[\s(]*([A-J])[\s)]*[,;:=-]\s*([^A-Za-z]*\d[^A-Za-z]*)")  # C, 42
 _TO_BE_COMPUTED = re.compile(r"\\(?:sum|prod|i*int|oint|lim)(?![A-Za-z])")
 _DEGREES = re.compile(r"^(.*)\^\{?\\circ\s*\}?$")
 _CLOCK = re.compile(r"(\d{1,2}) ?: ?(\d\d)(?: ?: ?(\d\d))?")
+_HALF_OF_DAY = re.compile(rf"\s*{OPEN_TEXT}?\s*[ap]\.?\s?m\b\.?\s*{CLOSE_TEXT}?$", re.IGNORECASE)
 _OTHER_KIND = re.compile(r"(?:%|\^\s*\{?\s*\\circ\s*\}?|\d_\s*\{?\d+\}?)\s*$")  # shares, angles, numerals of a base
 _OF_DEGREES = frozenset(("rad", "celsius", "fahrenheit"))
 _RATIO_IN_WORDS = re.compile(rf"(?<=\d)\s*{OPEN_TEXT}?\s*(?:to|比)\s*{CLOSE_TEXT}?\s*(?=\d)")
@@ -71,9 +74,8 @@ def same_answer(gold: str, prediction: str, max_work: int = MAX_WORK) -> bool | 
         return False
     if _SPACE.sub("", gold) == _SPACE.sub("", prediction):
         return signs[0] is None or signs[1] is None or signs[0] == signs[1]
-    clock, other_clock = _CLOCK.fullmatch(gold), _CLOCK.fullmatch(prediction)
-    if clock and other_clock and "0" in (clock[2][0], other_clock[2][0]):  # no ratio: 2:08 is not 1:04
-        return [*map(int, clock.groups("0"))] == [*map(int, other_clock.groups("0"))]
+    if (same_time := _same_time(gold, prediction)) is not None:
+        return same_time
     gold, prediction = (symbol_for(unmarked(text)) or text for text in (gold, prediction))
     verbal = same_words(gold, prediction)
     if verbal is not None:
@@ -84,14 +86,25 @@ def same_answer(gold: str, prediction: str, max_work: int = MAX_WORK) -> bool | 
     return _same_quantity(qualified, signs, max_work)
 
 
+def _same_time(gold: str, prediction: str) -> bool | None:
+    """Of two times of day; None for what may be ratios. 2:08 is none (and not 1:04), nor is 7:30 PM."""
+    time = _HALF_OF_DAY.sub("", prediction)
+    clock, other_clock = _CLOCK.fullmatch(gold), _CLOCK.fullmatch(time)
+    if not clock or not other_clock or ("0" not in (clock[2][0], other_clock[2][0]) and time == prediction):
+        return None
+    return [*map(int, clock.groups("0"))] == [*map(int, other_clock.groups("0"))]
+
+
 def _same_choice_or_value(letter: str, value: str, prediction: str, max_work: int) -> bool | None:
     """A gold of letter and value: either is right, both are where they agree."""
     answer = clean(without_lead(prediction))
     chosen = choice_and_value(prediction)
-    if chosen is None and same_choice(letter, answer.strip("{} ")):
-        return True
     if chosen is None and (behind := _LETTER_BEHIND.fullmatch(prediction)):
         chosen = behind[2], behind[1]
+    if chosen is None and (both := _LETTER_AND_VALUE.fullmatch(answer)):
+        chosen = both[1], both[2]
+    if chosen is None and same_choice(letter, answer.strip("{} ")):
+        return True
     if chosen is None:
         return same_answer(value, prediction, max_work)
     return chosen[0] == letter and same_answer(value, chosen[1], max_work)
@@ -127,8 +140,8 @@ def _same_quantity(
 
 
 def _renamed(qualified: tuple[Qualified, Qualified], gold: Reading, other: Reading) -> Iterator[Reading]:
-    if gold.node is not None and other.node is not None and (qualified[0].letters or qualified[1].letters):
-        for by_name in renamings(*qualified, symbols(gold.node), symbols(other.node)):
+    if gold.node is not None and other.node is not None:
+        for by_name in renamings(*qualified, gold.node, other.node):
             yield Reading(replaced(other.node, by_name), other.text)
 
 
@@ -136,6 +149,10 @@ def _is_finished(gold: Reading, other: Reading, max_work: int) -> bool:
     """Whether an answer of the right value is one: the question's arithmetic handed back is none."""
     if gold.node is None or other.node is None or not is_worked_out(gold.node):
         return True
+    wanted, value = names.value_of(gold.node), names.value_of(other.node)
+    scalars = is_numeral(wanted) and not isinstance(value, (Relation, List, Tuple, Set))
+    if scalars and any(not name.startswith("text:") for name in symbols(names.meant_beside(value, wanted))):
+        return False  # x - x
     return work_left(other.node) <= max(max_work, work_left(gold.node))
 
 
@@ -169,6 +186,7 @@ def _same(gold: Node, other: Node) -> bool | None:
             if gold_version is not None and version is not None and _same(gold_version, version):
                 return True
     gold, other = _member_of(gold), _member_of(other)
+    gold, other = names.spread(gold, other, distances=True), names.spread(other, gold)
     groups, other_groups = names.groups(gold), names.groups(other)
     if groups or other_groups:
         return _same_groups(gold, groups, other, other_groups)
@@ -181,6 +199,7 @@ def _same_unnamed(gold: Node, other: Node) -> bool | None:
     if (isinstance(gold, Tuple) and _alternatives(other)) or (isinstance(other, Tuple) and _alternatives(gold)):
         return bool(intervals.same_real_set(gold, other))
     gold, other = names.value_of(gold), names.value_of(other)
+    gold, other = names.meant_beside(gold, other), names.meant_beside(other, gold)
     if _is_collection(gold) or _is_collection(other):
         return _same_collection(gold, other)
     if isinstance(gold, Tuple) and isinstance(other, Matrix):
@@ -312,6 +331,8 @@ def _same_tuple(gold: Tuple | Matrix, other: Tuple | Matrix) -> bool | None:
 def _same_collection(gold: Node, other: Node) -> bool | None:
     """Order does not matter in sets and lists; a list without braces may also be a tuple, entry by entry."""
     match gold, other:
+        case (Tuple() as pair, Set((one,))) | (Set((one,)), Tuple() as pair):
+            return _same(pair, one)
         case (Tuple() as pair, bare) | (bare, Tuple() as pair):
             return isinstance(bare, List) and pair.round and _same_sequence(pair.items, bare.items)
         case (List(), List()):
@@ -371,7 +392,11 @@ def _same_relation(gold: Relation, other: Relation) -> bool | None:
 
 
 def _unknown(node: Node) -> frozenset[str]:
-    """The names of a set's condition, of functions too; of f(x) > 2 only y."""
+    """The names of a set's condition, of functions too; of f(x) > 2 only y, of f(1) = 2 the value itself."""
+    places = [part for part in walk(node) if isinstance(part, Function) and part.name in FREE_FUNCTIONS]
+    arguments = [argument for part in places for argument in part.arguments if not isinstance(argument, Relation)]
+    if places and not any(map(symbols, arguments)):
+        return frozenset(map(repr, places))
     found = symbols(node) | {part.name for part in walk(node) if isinstance(part, Function) and part.name != "abs"}
     return frozenset("y") if any(name.endswith("()") for name in found) else found
 

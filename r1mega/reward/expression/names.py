@@ -10,10 +10,13 @@ from r1mega.reward.expression.nodes import (
     FREE_FUNCTIONS,
     Function,
     List,
+    Negative,
     Node,
+    Number,
     Product,
     Quotient,
     Relation,
+    Set,
     Symbol,
     Text,
     Tuple,
@@ -22,6 +25,7 @@ from r1mega.reward.expression.nodes import (
 from r1mega.reward.expression.values import equal_values, is_near, is_numeral
 
 COORDINATES = frozenset(map(Symbol, "xyz"))
+_COMPLEX = frozenset("zw")  # |z| = 2 is a circle
 _PLANE = frozenset("xy")  # an equation between them is a curve
 
 
@@ -167,6 +171,35 @@ def values_in_order(group: Mapping[Node, Node], natural: bool) -> list[Node]:
     """The values as they were written; natural: those of coordinates as in a point."""
     names = sorted(group, key=repr) if natural and group.keys() <= COORDINATES else list(group)
     return [value_of(group[name]) for name in names]
+
+
+def spread(node: Node, other: Node, distances: bool = False) -> Node:
+    """Beside a point, or values of several unknowns: x = y = 2 as x = 2, y = 2. distances: beside several values |x| = 2 as
+    x = -2 or x = 2. Anything else itself.
+    """
+    match node:
+        case Relation(operators, (Function("abs", (Symbol(name) as unknown,)), distance)) | Relation(
+            operators, (distance, Function("abs", (Symbol(name) as unknown,)))
+        ) if distances and operators == ("=",) and name not in _COMPLEX and (exact(distance) or 0) > 0:
+            if isinstance(other, (List, Set)) and len(other.items) > 1:
+                return List(tuple(Relation(("=",), (unknown, end)) for end in (Negative(distance), distance)), "or")
+        case Relation(operators, (*unknowns, value)) if set(operators) == {"="} and len(unknowns) > 1:
+            plain = all(isinstance(name, Symbol) and is_name(name) for name in unknowns) and not symbols(value)
+            if plain and (isinstance(other, Tuple) or groups(other)):
+                return List(tuple(Relation(("=",), (name, value)) for name in unknowns), ",")
+    return node
+
+
+def meant_beside(node: Node, other: Node) -> Node:
+    """P(7,2) and A(1,2) are points beside a point, P(7,2) is a number of arrangements beside a number."""
+    match node:
+        case Function("P" | "Q" | "F" | "G", items) if isinstance(other, Tuple) and other.round and len(items) > 1:
+            return Tuple("(", ")", items)
+        case Product(Symbol(name), Tuple() as point) if isinstance(other, Tuple) and point.round and name[:1].isupper():
+            return point
+        case Function("P", (Number(), Number()) as items) if exact(other) is not None:
+            return Function("perm", items)
+    return node
 
 
 def versions(node: Node) -> tuple[Node, Node | None]:

@@ -42,10 +42,16 @@ _CHINESE_NUMERAL = re.compile(
 _MAX_WORDS = 16
 
 
+_MIXED = re.compile(r"(\d{1,15}) and ([a-z][a-z -]*)")  # 2 and a half
+
+
 def spelled_out(text: str) -> str | None:
     """Digits for a text that is one number in words, a fraction as LaTeX; None for any other text."""
     if not text or text[0] in "0123456789\\$+-(":
-        return _chinese(text) if "分之" in text else None
+        if "分之" in text:
+            return _chinese(text)
+        part = _english(f"zero and {mixed[2]}") if (mixed := _MIXED.fullmatch(text)) else None
+        return None if mixed is None or part is None or part >= 1 else _written(int(mixed[1]) + part)
     value = _english(text) if text.isascii() else None
     if value is None:
         return None if text.isascii() else _chinese(text)

@@ -114,8 +114,9 @@ def same_wording(text: str, other: str, any_order: bool = False) -> bool:
 _SAME_MEANING = {
     form: meaning
     for meaning, forms in {
-        r"\mathbb{R}": "allrealnumbers allreals anyrealnumber thesetofallrealnumbers setofallrealnumbers 全体实数",
-        r"\emptyset": "nosolution nosolutions nosolutionexists emptyset theemptyset nullset 无解 空集",
+        r"\mathbb{R}": "allrealnumbers allreals everyrealnumber anyrealnumber thesetofallrealnumbers setofallrealnumbers 全体实数",
+        r"\emptyset": "nosolution nosolutions nosolutionexists nosolutionsexist norealsolution norealsolutions norealroots "
+        "thereisnosolution therearenosolutions therearenorealsolutions emptyset theemptyset nullset 无解 空集 无实数解 无实数根",
         "⟦DNE⟧": "dne doesnotexist",
     }.items()
     for form in forms.split()

@@ -7,10 +7,27 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from r1mega.reward.expression.nodes import Node, Symbol
+from r1mega.reward.expression.exact import symbols
+from r1mega.reward.expression.nodes import (
+    ONE,
+    Degrees,
+    Function,
+    Negative,
+    Node,
+    Power,
+    Product,
+    Quotient,
+    Relation,
+    Sum,
+    Symbol,
+    walk,
+)
 from r1mega.reward.expression.text import CLOSE_TEXT, OPEN_TEXT
 
 MAX_LETTERS = 3
+INTEGERS = frozenset("klmn")  # by their names
+PI = Symbol("\\pi")
+_ANGLES = frozenset(("x", "t", "\\theta", "\\alpha", "\\phi"))
 _HINT = re.compile(r"dots|constant|even|odd|prime|composite|\\(?:in|[gl]e|ne)|[<>]|for|where|with|\bany\b|\bis an?\b")
 _WORD = (
     r"(?:for|where|with|as|given|when|since|because|and|all|any|every|each|some|is|are|be|being|the|constants?|integers?|positive|"
@@ -141,7 +158,7 @@ def contradict(gold: Qualified, other: Qualified) -> bool:
     if other.restrictions - gold.restrictions:
         return True
     if other.bounds and not gold.bounds:
-        return bool(set(other.letters) & set("klmn")) and any(map(_begins_late, other.bounds))
+        return gold.domain == "Z" or bool(set(other.letters) & set("klmn")) and any(map(_begins_late, other.bounds))
     return bool(gold.bounds and other.bounds) and gold.bounds != other.bounds
 
 
@@ -150,16 +167,80 @@ def _begins_late(bound: str) -> bool:
     return start is not None and int(start[1]) > _LATE
 
 
-def renamings(
-    gold: Qualified, other: Qualified, names: frozenset[str], others: frozenset[str]
-) -> Iterator[Mapping[str, Node]]:
-    """Ways to call the other answer's letters as the gold does: n\\pi, n \\in Z is k\\pi, k \\in Z. names, others: the
-    symbols of both answers. A letter of which nothing is said is one of k, l, m, n.
+def renamings(gold: Qualified, other: Qualified, node: Node, other_node: Node) -> Iterator[Mapping[str, Node]]:
+    """Ways to call the other answer's letters as the gold does: n\\pi, n \\in Z is k\\pi, k \\in Z. A letter of which nothing is
+    said is one of k, l, m, n; where it counts periods it is an integer all the same, which in solutions may be turned
+    round and shifted (-n\\pi, (2n - 1)\\pi). A constant of integration is C or c.
     """
-    free = sorted((names - others) & set("klmn")), sorted((others - names) & set("klmn"))
-    letters = gold.letters or (tuple(free[0]) if other.letters else ())
-    other_letters = other.letters or (tuple(free[1]) if gold.letters else ())
+    names, others = symbols(node), symbols(other_node)
+    if not (names or others):
+        return
+    if "C" in names ^ others and "c" in names ^ others and _adds(node) ^ _adds(other_node) == {"C", "c"}:
+        yield {name: Symbol(name.swapcase()) for name in _adds(other_node)}
+    match node, other_node:  # f(x) = 2x is f(t) = 2t
+        case (
+            Relation(("=",), (Function(name, (Symbol(variable),)), _)),
+            Relation(("=",), (Function(other_name, (Symbol(another),)), right)),
+        ) if name == other_name and variable != another and variable not in symbols(right):
+            yield {another: Symbol(variable)}
+    free = sorted((names - others) & INTEGERS), sorted((others - names) & INTEGERS)
+    counted = _counter(node), _counter(other_node)
+    periods = bool(counted[0] and counted[1])
+    letters = gold.letters or (tuple(free[0]) if other.letters or periods else ())
+    other_letters = other.letters or (tuple(free[1]) if gold.letters or periods else ())
     if letters and len(letters) == len(other_letters) <= MAX_LETTERS:
         for order in itertools.permutations(letters):
             if order != other_letters:
                 yield {old: Symbol(new) for old, new in zip(other_letters, order, strict=True)}
+    said = gold.bounds | other.bounds | gold.restrictions | other.restrictions
+    solutions = gold.domain == "Z" or (gold.domain == "" and _asks_for_angle(node))
+    if periods and not said and solutions and other.domain in ("", "Z"):
+        letter = Symbol(counted[0])
+        yield {counted[1]: Negative(letter)}
+        for item in (letter, Negative(letter)):
+            yield {counted[1]: Sum((item, ONE))}
+            yield {counted[1]: Sum((item, Negative(ONE)))}
+
+
+def _adds(node: Node) -> frozenset[str]:
+    """C of F(x) + C, of a sum with one variable beside it."""
+    if isinstance(node, Relation):
+        return _adds(node.sides[-1])
+    if not isinstance(node, Sum) or len(variables := symbols(node) - {"C", "c"}) != 1 or min(variables)[0].isupper():
+        return frozenset()
+    return frozenset(item.name for item in node.items if isinstance(item, Symbol)) & {"C", "c"}
+
+
+def _asks_for_angle(node: Node) -> bool:
+    """x = ..., the solution of an equation, rather than S = ..., a formula."""
+    return isinstance(node, Relation) and isinstance(node.sides[0], Symbol) and node.sides[0].name in _ANGLES
+
+
+def _counter(node: Node) -> str:
+    """The letter of k\\pi + \\pi/6, x = 360^\\circ k: the only one of the values, an integer's by its name, a factor of a
+    number of turns. '' where there is none.
+    """
+    values: tuple[Node, ...] = (node,)
+    if isinstance(node, Relation):
+        subject, values = node.sides[0], node.sides[1:]
+        if not isinstance(subject, Symbol) or "_" in subject.name:  # a_k
+            return ""
+    found = frozenset().union(*map(symbols, values))
+    parts = [part for value in values for part in walk(value)]
+    if len(found) != 1 or not found <= INTEGERS or any(map(_is_bent, parts)):
+        return ""
+    products = (part for part in parts if isinstance(part, Product) and symbols(part))
+    turns = any(isinstance(one, Degrees) or one == PI for part in products for one in walk(part))
+    return next(iter(found)) if turns else ""
+
+
+def _is_bent(node: Node) -> bool:
+    """Whether a letter counts otherwise than in equal steps: n^2, 1/n, \\sin n, n(n + 1)."""
+    match node:
+        case Power() | Function():
+            return bool(symbols(node)) or PI in walk(node)
+        case Quotient(_, bottom):
+            return bool(symbols(bottom))
+        case Product(left, right):
+            return bool(symbols(left) and symbols(right))
+    return False

@@ -108,6 +108,9 @@ _TEXT_BOX = re.compile(
     r"\\(text|mbox|textbf|textit|textrm|textnormal|texttt|textsf|textup|hbox|mathrm|operatorname\*?|mathit|rm)"
     r"\s*\{([^{}]*)\}"
 )
+_COUNTED = re.compile(
+    r"\s*(\d[\d,]*(?:\.\d+)?) ((?!(?:and|or|to|not|but|of|out|in|more|less)\b)[a-z]+(?: [a-z]+)?)\.?\s*"
+)  # 5 apples
 _FONT = re.compile(r"\\(?:mathbf|boldsymbol|bm|mathsf|mathcal|bold|ensuremath|underline|boxed|fbox|phantom)\s*(?=\{)")
 _DROPPED = re.compile(
     r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits|nolimits|bf|it|phantom|"
@@ -151,7 +154,7 @@ _CHOSEN = re.compile(  # C_{10}^{3}, A^3_{10}, {}^{10}C_3, 10C3, C(10,3), {10 \c
     rf"(?<![A-Za-z\\]){_SYMBOL_OF_CHOICE}"
     rf"(?:_\s*{_ARGUMENT}\s*\^\s*{_ARGUMENT}|\^\s*{_ARGUMENT}\s*_\s*{_ARGUMENT})"
     rf"|(?:\{{\s*\}}\s*|(?<![\w}})]))[\^_]\s*{_ARGUMENT}\s*{_SYMBOL_OF_CHOICE}_\s*{_ARGUMENT}"
-    r"|(?<![\w.])(\d+)\s*([CP])\s*(\d+)(?!\w)|(?<![A-Za-z\\])C\((\d+),\s*(\d+)\)"
+    r"|(?<![\w.])(\d+)\s*([CP])\s*(\d+)(?!\w)|(?<![A-Za-z\\])C\((\d*[nmkr]|\d+),\s*(\d*[nmkr]|\d+)\)"
     r"|\{([^{}]*)\\choose([^{}]*)\}"
 )
 _CHOSEN_HINT = re.compile(r"[CAP][\s}\u27e7]*[_^(]|\d\s*[CP]\s*\d|choose")
@@ -202,6 +205,8 @@ def _box(match: re.Match[str]) -> str:
         return f" {number} "
     if not re.search(r"[^\W\d_]", content) or (command in ("mathrm", "mathit", "rm") and len(content.strip()) == 1):
         return f" {content} "
+    if counted := _COUNTED.fullmatch(content):
+        return f" {counted[1]} {OPEN_TEXT}{counted[2]}{CLOSE_TEXT}"
     choice = re.fullmatch(r"\s*\(?\s*([A-Za-z])\s*\)?[.,]?\s*", content)
     if choice:
         return f"{OPEN_TEXT}{choice.group(1)}{CLOSE_TEXT}"

@@ -22,6 +22,7 @@ FUNCTIONS = frozenset(
     "sin cos tan cot sec csc arcsin arccos arctan arccot sinh cosh tanh ln log lg exp gcd lcm "
     "max min det deg Re Im arg".split()
 )
+PRODUCT_SIGNS = frozenset(("*", "\\cdot", "\\times", "\\ast"))
 _ASCII_WORDS = {
     **{name: "\\" + name for name in FUNCTIONS if name not in ("deg", "Re", "Im", "arg", "det")},
     "sqrt": "\\sqrt",

@@ -93,7 +93,7 @@ def same_words(gold: str, prediction: str) -> bool | None:
     """Verbal golds (choices, names, days, times): equal words or not; None for anything that is to be computed."""
     if (letter := chosen_letter(gold)) is not None:
         return same_choice(letter, prediction)
-    if same_letters(gold, prediction):
+    if same_letters(gold, unmarked(prediction)):
         return True
     bare = unmarked(gold)
     numeral = _NUMERAL.fullmatch(gold)

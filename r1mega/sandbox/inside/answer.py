@@ -12,7 +12,7 @@ import os
 import sys
 import types
 
-from wire import Unsendable, decode, encode
+from wire import MAX_ITERATED, Unsendable, decode, encode
 
 
 class Objects:
@@ -71,6 +71,42 @@ def describe(error):
         return type(error).__name__
 
 
+def with_nodes(kind, value, kinds):
+    """A list as LeetCode's ListNode or (in level order, None for a missing child) TreeNode; `kind` may be a list of these.
+    kinds: name -> class.
+    """
+    if kind.startswith("["):
+        return [with_nodes(kind[1:-1], item, kinds) for item in value]
+    if not value:
+        return None
+    make = kinds(kind)
+    nodes = [None if item is None else make(item) for item in value]
+    if kind == "ListNode":
+        for node, after in zip(nodes, nodes[1:]):
+            node.next = after
+        return nodes[0]
+    places = ((node, side) for node in nodes if node is not None for side in ("left", "right"))
+    for child, (parent, side) in zip(nodes[1:], places):
+        setattr(parent, side, child)
+    return nodes[0]
+
+
+def without_nodes(kind, value):
+    """Inverse of `with_nodes`."""
+    if kind.startswith("["):
+        return [without_nodes(kind[1:-1], item) for item in value]
+    found, nodes = [], [value]
+    for node in nodes:  # the list grows while it is read
+        if len(nodes) > MAX_ITERATED:
+            raise Unsendable("more than %d nodes, or a cycle of them" % MAX_ITERATED)
+        if node is not None:
+            nodes.extend([node.next] if kind == "ListNode" else [node.left, node.right])
+        found.append(None if node is None else node.val)
+    while found and found[-1] is None:
+        found.pop()
+    return found
+
+
 def perform(objects, request):
     """The reply to one request, without its number."""
     try:
@@ -78,7 +114,14 @@ def perform(objects, request):
         arguments = [decode(form, objects.get) for form in request["arguments"]]
         keywords = {name: decode(form, objects.get) for name, form in request["keywords"].items()}
         operation = request["do"]
-        if operation == "call":
+        nodes = request.get("nodes")
+        if nodes:
+            kinds = dict(nodes["parameters"])
+            named = {**dict(zip([name for name, _ in nodes["parameters"]], arguments)), **keywords}
+            named = {n: with_nodes(kinds[n], v, objects.get) if kinds.get(n) else v for n, v in named.items()}
+            value = subject(*list(named.values())[: len(arguments)], **dict(list(named.items())[len(arguments) :]))
+            value = without_nodes(nodes["result"], value) if nodes["result"] else value
+        elif operation == "call":
             value = subject(*arguments, **keywords)
         elif operation == "get":
             value = getattr(subject, *arguments)

@@ -170,7 +170,8 @@ def _walks(nodes: Sequence[NodeView]) -> list[Walk]:
         for checkpoint in node.results:
             for task, entry in checkpoint["tasks"].items():
                 if "file" in entry:
-                    files.setdefault(task, []).append((_owner(checkpoint, nodes), node.run_dir / entry["file"]))
+                    owner = _owner(checkpoint["path"], checkpoint["name"], nodes)
+                    files.setdefault(task, []).append((owner, node.run_dir / entry["file"]))
         for task, results in files.items():
             results.sort(key=lambda item: order.get(item[0], -1))
             if (one := walk(task, results)) is not None:
@@ -178,16 +179,16 @@ def _walks(nodes: Sequence[NodeView]) -> list[Walk]:
     return found
 
 
-def _owner(checkpoint: Mapping[str, Any], nodes: Sequence[NodeView]) -> str:
+def _owner(path: str, name: str, nodes: Sequence[NodeView]) -> str:
     """The node that made a checkpoint of an evaluation; its own name where none did."""
-    path = Path(checkpoint["path"]).resolve()
-    return next((n.name for n in nodes if path.is_relative_to(n.run_dir.resolve())), checkpoint["name"])
+    place = Path(path).resolve()
+    return next((n.name for n in nodes if place.is_relative_to(n.run_dir.resolve())), name)
 
 
 def _evaluated(node: NodeView, nodes: Sequence[NodeView]) -> list[Rung]:
     rungs = []
     for checkpoint in node.results:
-        owner = _owner(checkpoint, nodes)
+        owner = _owner(checkpoint["path"], checkpoint["name"], nodes)
         for task, entry in checkpoint["tasks"].items():
             if entry["metrics"].get("eval/accuracy") is not None:
                 rungs.append(_rung(owner, task, entry["metrics"], f"{node.name}: {task}"))

@@ -198,7 +198,7 @@ def _patch_memory_binding() -> None:
     call = "torch.ops._C.init_cpu_memory_env([memory_node])"
     if inspect.getsource(CPUWorker.__init__).count(call) != 1:
         raise PlatformError("vllm CPUWorker binds memory in another way: unknown vLLM build")
-    torch.ops._C.init_cpu_memory_env = lambda nodes: None
+    torch.ops._C.init_cpu_memory_env = lambda nodes: None  # type: ignore[attr-defined]  # a name that torch does not know
 
 
 def engine_arguments(

@@ -1,6 +1,9 @@
-"""Packages: r1mega, and r1mega_kernels from kernels/. The kernels' CPU library is built where there is a C++ compiler."""
+"""Packages: r1mega, with the configs of its quickstart, and r1mega_kernels from kernels/. The kernels' CPU library is built where
+there is a C++ compiler.
+"""
 
 import importlib.util
+import shutil
 import sys
 from pathlib import Path
 
@@ -48,6 +51,15 @@ def with_kernels(command):
     return WithKernels
 
 
+class BuildPy(with_kernels(build_py)):
+    """With configs/nano inside the package, for `r1mega quickstart`; an editable one finds them in the repository."""
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            shutil.copytree(ROOT / "configs/nano", Path(self.build_lib, "r1mega/configs/nano"), dirs_exist_ok=True)
+
+
 setup(
     name="r1mega",
     version="0.1.0",
@@ -76,7 +88,8 @@ setup(
     },
     entry_points={"console_scripts": ["r1mega = r1mega.cli:main"]},
     cmdclass={
-        name: with_kernels(cls)
-        for name, cls in (("build_py", build_py), ("develop", develop), ("editable_wheel", editable_wheel))
+        "build_py": BuildPy,
+        "develop": with_kernels(develop),
+        "editable_wheel": with_kernels(editable_wheel),
     },
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import logging
 import math
 import os
@@ -16,6 +17,7 @@ from typing import Annotated
 import typer
 
 from r1mega.errors import EXIT_FILE, ConfigError, FreshProcessNeeded, R1MegaError
+from r1mega.noise import silence
 
 app = typer.Typer(
     name="r1mega",
@@ -49,11 +51,26 @@ ConfigPath = Annotated[Path, typer.Argument(parser=_path, help="a YAML file, see
 Overrides = Annotated[list[str] | None, typer.Argument(help="key.sub=value ..., over the file")]
 
 
+def _be_quiet(quiet: bool) -> bool:
+    """For this process and those that it starts."""
+    if quiet:
+        from r1mega.observe.progress import QUIET
+
+        os.environ[QUIET] = "1"
+    return quiet
+
+
+Quiet = Annotated[
+    bool, typer.Option("--quiet", callback=_be_quiet, help="warnings and errors only, and where the report is")
+]
+
+
 @app.command()
 def train(
     config: ConfigPath,
     overrides: Overrides = None,
     ranks: Annotated[int | None, typer.Option(help="start so many of it on this machine, as torchrun does")] = None,
+    quiet: Quiet = False,
 ) -> None:
     """Run one stage, from wherever an earlier start left it. Also under torchrun and srun."""
     if ranks is not None:
@@ -69,6 +86,7 @@ def train(
     validate(loaded)
     scan_data(loaded)
     # from here on torch is imported: what is wrong with the files is told before, at once
+    from r1mega.observe.progress import tell
     from r1mega.platform.launcher import adopt_launcher_environment, restart
     from r1mega.platform.validate import validate_platform
     from r1mega.stages import run_stage
@@ -79,7 +97,7 @@ def train(
         code = run_stage(loaded)
     except FreshProcessNeeded:
         if _is_first_rank():
-            print("starting anew for the next generator: one a process", flush=True)
+            tell("starting anew for the next generator: one a process")
         restart()
     raise typer.Exit(code)
 
@@ -99,6 +117,7 @@ def pipeline(
     list_jobs: Annotated[
         bool, typer.Option("--jobs", help="what is to run, a line each, for scripts; hashes of inputs are kept")
     ] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Run the stages of a pipeline file, each from wherever an earlier start left it."""
     from r1mega.config.pipeline import load_pipeline
@@ -112,6 +131,30 @@ def pipeline(
         typer.echo("\n".join((stages.jobs if list_jobs else stages.describe)(loaded, decisions)))
         raise typer.Exit
     raise typer.Exit(stages.run_pipeline(loaded, names, redo=redo, launcher=launcher, rank_python=rank_python))
+
+
+@app.command()
+def quickstart(
+    overrides: Annotated[list[str] | None, typer.Argument(help="node.key.sub=value ..., over configs/nano")] = None,
+    stage: Annotated[str, typer.Option(help="the last stage to run; zero: R1-Zero only")] = "evaluate",
+    directory: Annotated[Path, typer.Option("--dir", parser=_path, help="where the runs go")] = Path("runs/nano"),
+    seed: Annotated[int, typer.Option(min=0, help="of every stage")] = 1,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would run and why; write nothing")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """The whole recipe with a small model on this machine, and a report. Started again it goes on where it was cut short."""
+    from r1mega.config.pipeline import NANO, load_pipeline, shipped_configs
+
+    here = shipped_configs()
+    given = [f"dir={json.dumps(str(directory))}", f"overrides.seed={seed}", *(overrides or [])]
+    loaded = load_pipeline(here / "r1.yaml", given, {NANO: here})
+    from r1mega.stages import pipeline as stages
+
+    names = stages.select(loaded, None, stage, None)
+    if dry_run:
+        typer.echo("\n".join(stages.describe(loaded, stages.dry_run(loaded, names))))
+        raise typer.Exit
+    raise typer.Exit(stages.run_pipeline(loaded, names))
 
 
 @app.command()
@@ -338,6 +381,7 @@ def _standard_input() -> Iterator[str]:
 def main() -> None:
     """Entry point. An R1MegaError, and an OSError of a file, becomes a message and its exit code; R1MEGA_TRACEBACK=1 shows where it came from."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    silence()
     try:
         app()
     except R1MegaError as error:

@@ -14,7 +14,7 @@ import os
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +51,10 @@ class Conversion(Protocol):
         """Write `file` as `path`; a record (JSON) for `finish`. Raises OSError, RuntimeError, CheckpointError."""
         ...
 
+    def problem(self) -> str | None:
+        """What is wrong with what was read, as far as that shows when it has been read; asked after the last file."""
+        ...
+
     def finish(self, directory: Path, records: dict[str, dict[str, Any]]) -> None:
         """Add to the directory what belongs to all files. On the first worker only."""
         ...
@@ -74,7 +78,7 @@ def partition(
 
 def read_ahead(
     parameters: Iterable[Parameter], read: Callable[[Parameter], torch.Tensor]
-) -> Iterator[tuple[Parameter, torch.Tensor]]:
+) -> Generator[tuple[Parameter, torch.Tensor], None, None]:
     """(parameter, read(parameter)) in order; a thread reads the next one while the caller writes the one before.
 
     So two are in memory at a time. Raises what `read` raises.
@@ -113,6 +117,9 @@ def run_conversion(conversion: Conversion, out: Path, workers: Workers) -> Path:
         except (OSError, RuntimeError, CheckpointError) as error:
             problems = [f"{file.name}: {error}"]
         agree(workers, problems, advice)
+    if problem := on_first_rank(workers, conversion.problem, advice):
+        on_first_rank(workers, lambda: shutil.rmtree(partial), advice)
+        raise CheckpointError(f"{problem}; {out} was not made")
 
     def finish() -> None:
         records = {file.name: json.loads((partial / DONE / file.name).read_text()) for file in conversion.files}

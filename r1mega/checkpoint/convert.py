@@ -47,13 +47,13 @@ def convert(
             workers, lambda: ToMegatron(source, options.parallel, dtype=dtype, max_file_bytes=options.max_file_bytes)
         )
         return run_conversion(planned, out, workers)
-    checkpoint = find_checkpoint(source, workers, verify=options.verify)
+    checkpoint, digests = find_checkpoint(source, workers, verify=options.verify)
 
     def plan() -> ToHF:
         config, described_in = find_config(checkpoint, options.config)
         return ToHF(
             checkpoint, config, tokenizer_from=described_in, dtype=dtype, fp8_blocks=options.fp8_blocks,
-            max_file_bytes=options.max_file_bytes,
+            max_file_bytes=options.max_file_bytes, digests=digests,
         )  # fmt: skip
 
     return run_conversion(together(workers, plan), out, workers)

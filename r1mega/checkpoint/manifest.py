@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -11,6 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from r1mega.checkpoint.safetensors_file import as_bytes, read_exactly
 from r1mega.checkpoint.workers import Alone, Workers
 from r1mega.errors import CheckpointError
 from r1mega.files import sync_path, write_all
@@ -75,6 +79,62 @@ def digesting_file(path: Path) -> Iterator[DigestingFile]:
         yield file
 
 
+class PassingDigests:
+    """sha256 of a checkpoint's data files, of the bytes that are read from them anyway: each passes once.
+
+    Files are digested from their beginnings: what lies before a read is read then, what nobody has read, at the end. Only a
+    read that goes back is one more. Not for several threads at a time.
+    """
+
+    def __init__(self, directory: Path):
+        self.directory = Path(directory)
+        self._records = {n: r for n, r in read_manifest(directory)["files"].items() if is_data(n)}
+        self._passed = {name: (hashlib.sha256(), 0) for name in self._records}
+        self._between = torch.empty(_LARGE, dtype=torch.uint8)
+
+    def read_exactly(self, name: str, file: io.FileIO, tensor: torch.Tensor) -> None:
+        """`safetensors_file.read_exactly` from where `file`, that of this name, stands."""
+        start = file.tell()
+        if name not in self._passed or start < self._passed[name][1]:
+            read_exactly(file, tensor)
+            return
+        self._pass(name, file, start)
+        self._take(name, file, as_bytes(tensor))
+
+    def problem(self) -> str | None:
+        """None when every file has passed and has the manifest's digest; otherwise what is wrong. Reads what is left."""
+        for name, record in self._records.items():
+            path = self.directory / name
+            try:
+                with open(path, "rb", buffering=0) as file:
+                    self._pass(name, file, record["bytes"])
+            except OSError as error:
+                return _unreadable(path, error)
+            if self._passed[name][0].hexdigest() != record["sha256"]:
+                return _altered(path)
+        return None
+
+    def _pass(self, name: str, file: io.FileIO, end: int) -> None:
+        file.seek(self._passed[name][1])
+        while (left := end - self._passed[name][1]) > 0:
+            self._take(name, file, self._between[:left])
+        file.seek(end)
+
+    def _take(self, name: str, file: io.FileIO, data: torch.Tensor) -> None:
+        """Read and digest in blocks that a core's cache holds from the one to the other."""
+        digest, done = self._passed[name]
+        for first in range(0, data.numel(), _LARGE):
+            block = data[first : first + _LARGE]
+            read_exactly(file, block)
+            digest.update(block.numpy().data)
+            self._passed[name] = (digest, done + first + block.numel())
+
+
+def is_data(name: str) -> bool:
+    """Whether a file of a checkpoint holds tensors; the others are small, and say what is where."""
+    return name.endswith(".distcp")
+
+
 def file_record(path: Path) -> dict[str, Any]:
     """The record of a file that is there already; it is made durable too."""
     sync_path(path)
@@ -106,8 +166,10 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     return manifest
 
 
-def verify(directory: Path, workers: Workers | None = None) -> str | None:
+def verify(directory: Path, workers: Workers | None = None, *, data_passes: bool = False) -> str | None:
     """None when every file of the manifest is there with its size and sha256; otherwise what is wrong.
+
+    data_passes: of data files the size only, for their digests are taken when they are read (`PassingDigests`).
 
     A collective call when there are several workers: each reads its share of the files. One alone uses all its cores.
     """
@@ -115,7 +177,10 @@ def verify(directory: Path, workers: Workers | None = None) -> str | None:
     threads = min(8, len(os.sched_getaffinity(0))) if workers.size == 1 else 1
     try:
         files = sorted(read_manifest(directory)["files"].items(), key=lambda item: -item[1]["bytes"])
-        mine = [(directory / name, record) for name, record in files[workers.rank :: workers.size]]
+        mine = [
+            (directory / name, record, not (data_passes and is_data(name)))
+            for name, record in files[workers.rank :: workers.size]
+        ]
         with ThreadPoolExecutor(threads) as pool:
             problem = next(filter(None, pool.map(_check, *zip(*mine, strict=True))), None) if mine else None
     except CheckpointError as error:
@@ -139,15 +204,23 @@ def _check_size(file: Path, record: Mapping[str, object]) -> str | None:
     return None if size == record["bytes"] else f"{file.name} has {size} bytes, not {record['bytes']}"
 
 
-def _check(file: Path, record: Mapping[str, Any]) -> str | None:
+def _check(file: Path, record: Mapping[str, Any], digest: bool) -> str | None:
     try:
         if problem := _check_size(file, record):
             return problem
-        if _sha256(file) != record["sha256"]:
-            return f"{file.name} has another sha256 than when it was written"
+        if digest and _sha256(file) != record["sha256"]:
+            return _altered(file)
     except OSError as error:  # a disk that cannot read it: on this worker, all have to know
-        return f"{file.name} cannot be read ({error})"
+        return _unreadable(file, error)
     return None
+
+
+def _altered(file: Path) -> str:
+    return f"{file.name} has another sha256 than when it was written"
+
+
+def _unreadable(file: Path, error: OSError) -> str:
+    return f"{file.name} cannot be read ({error})"
 
 
 def _sha256(file: Path) -> str:

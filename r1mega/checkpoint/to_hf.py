@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -15,7 +16,7 @@ from r1mega.checkpoint.conversion import OutputFile, partition, read_ahead
 from r1mega.checkpoint.fit import alias
 from r1mega.checkpoint.fp8_blocks import CONFIG, SCALE, is_quantized, quantize, scale_shape
 from r1mega.checkpoint.hf import read_config, shard_name, write_hf_files
-from r1mega.checkpoint.manifest import MANIFEST, read_manifest
+from r1mega.checkpoint.manifest import MANIFEST, PassingDigests, read_manifest
 from r1mega.checkpoint.manifest import verify as problem_of
 from r1mega.checkpoint.name_rules import to_full
 from r1mega.checkpoint.parameters import Parameter, model_shape_of, parameters
@@ -34,16 +35,16 @@ class ToHF:
     """The plan of one conversion, and the writing of its files (`conversion.Conversion`).
 
     config: config.json of the model. tokenizer_from: where the tokenizer's files are copied from. dtype: of the weights
-    (None: as saved). fp8_blocks: write DeepSeek-V3's published form. Raises CheckpointError, listing every tensor that
-    is missing or misshapen.
+    (None: as saved). fp8_blocks: write DeepSeek-V3's published form. digests: compare what is read with them.
+    Raises CheckpointError, listing every tensor that is missing or misshapen.
     """
 
     def __init__(
         self, path: Path, config: HFConfig, *, tokenizer_from: Path | None, dtype: torch.dtype | None = None,
-        fp8_blocks: bool = False, max_file_bytes: int,
+        fp8_blocks: bool = False, max_file_bytes: int, digests: PassingDigests | None = None,
     ):  # fmt: skip
         self.path, self.tokenizer_from, self.fp8_blocks = Path(path), tokenizer_from, fp8_blocks
-        self.reader = TorchDistReader(self.path)
+        self.reader = TorchDistReader(self.path, digests)
         saved = self.reader.saved
         layers = range(config.get("num_nextn_predict_layers") or 0)
         self.num_mtp = sum(f"mtp.layers.{k}.enorm.weight" in saved for k in layers)
@@ -59,13 +60,30 @@ class ToHF:
         self.files = [OutputFile(shard_name(i, len(runs)), held, size) for i, (held, size) in enumerate(runs)]
 
     def describe(self) -> str:
-        return f"{self.path.resolve()} {(self.path / MANIFEST).read_text()} {self.config} {self.fp8_blocks}"
+        files = sorted(
+            self.path.iterdir()
+        )  # one that was altered and is mended is another, and so is what was made of it
+        stamps = [(file.name, file.stat().st_mtime_ns) for file in files]
+        return f"{self.path.resolve()} {stamps} {(self.path / MANIFEST).read_text()} {self.config} {self.fp8_blocks}"
 
     def write(self, file: OutputFile, path: Path) -> dict[str, Any]:
         specs = {name: (dtype, shape) for p in file.parameters for name, dtype, shape in self._specs(p)}
         wholes = read_ahead(file.parameters, lambda p: self.reader.read(p.key, p.prefix, p.shape))
-        write_tensors(path, specs, itertools.chain.from_iterable(itertools.starmap(self._tensors, wholes)))
+        try:
+            with contextlib.closing(wholes):
+                write_tensors(path, specs, itertools.chain.from_iterable(itertools.starmap(self._tensors, wholes)))
+        except OSError:
+            raise
+        except Exception as error:  # bytes that were altered end in any
+            if problem := self.problem():
+                raise CheckpointError(problem) from error
+            raise
         return {"names": list(specs)}
+
+    def problem(self) -> str | None:
+        """What is altered in the checkpoint, where its digests are taken on the way; reads what no tensor was made of."""
+        found = None if self.reader.digests is None else self.reader.digests.problem()
+        return found and _not_whole(self.path, found)
 
     def finish(self, directory: Path, records: Mapping[str, dict[str, Any]]) -> None:
         shards = {name: record["names"] for name, record in records.items()}
@@ -161,10 +179,12 @@ def _mtp_copies(config: HFConfig, num_mtp: int) -> Iterator[Parameter]:
             yield dataclasses.replace(parameter, entry=dataclasses.replace(parameter.entry, hf_names=(name,)))
 
 
-def find_checkpoint(path: Path, workers: Workers, *, verify: bool = True) -> Path:
-    """A checkpoint directory itself, or the newest whole one of a run directory, its files verified by all workers.
+def find_checkpoint(path: Path, workers: Workers, *, verify: bool = True) -> tuple[Path, PassingDigests | None]:
+    """A checkpoint directory itself, or the newest whole one of a run directory; and what compares its data as they are read.
 
-    verify: False trusts a checkpoint that was named (not a run) as it is.
+    A checkpoint that was named is read once: one worker alone compares its data on the way, several share the files and do
+    it before. Of a run's the newest is verified before, for it may have to be the one before it. verify: False trusts
+    what was named as it is.
 
     CheckpointError when there is none, or when the one that was named is torn or altered.
     """
@@ -173,14 +193,19 @@ def find_checkpoint(path: Path, workers: Workers, *, verify: bool = True) -> Pat
         found = newest_whole(path / "checkpoints", workers)
         if found is None:
             raise CheckpointError(f"{path}: the run has no whole checkpoint")
-        return found
+        return found, None
     if not (path / MANIFEST).exists():
         raise CheckpointError(
             f"{path} is neither a run nor a whole checkpoint: it has no checkpoints/ and no {MANIFEST}"
         )
-    if verify and (problem := problem_of(path, workers)):
-        raise CheckpointError(f"{path} is not a whole checkpoint ({problem}); use another one")
-    return path
+    passing = verify and workers.size == 1
+    if verify and (problem := problem_of(path, workers, data_passes=passing)):
+        raise CheckpointError(_not_whole(path, problem))
+    return path, PassingDigests(path) if passing else None
+
+
+def _not_whole(path: Path, problem: str) -> str:
+    return f"{path} is not a whole checkpoint ({problem}); use another one"
 
 
 def find_config(checkpoint: Path, given: Path | None) -> tuple[dict[str, Any], Path]:

@@ -93,6 +93,10 @@ class ToMegatron:
         ]
         return {"pieces": places, "file": record}
 
+    def problem(self) -> str | None:
+        """An HF directory has no digests to compare."""
+        return None
+
     def finish(self, directory: Path, records: Mapping[str, dict[str, Any]]) -> None:
         """Write the index over all files, config.json, the tokenizer and the manifest."""
         results = [

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.checkpoint.utils import _create_file_view
 
 from r1mega.checkpoint.fit import read_metadata
-from r1mega.checkpoint.manifest import digesting_file
+from r1mega.checkpoint.manifest import PassingDigests, digesting_file
 from r1mega.checkpoint.safetensors_file import read_exactly
 from r1mega.errors import CheckpointError
 from r1mega.files import sync_path
@@ -104,10 +104,13 @@ class _Buffer:
 
 
 class TorchDistReader:
-    """Tensors of a torch_dist directory, each read from its pieces when asked for; valid until the next but one."""
+    """Tensors of a torch_dist directory, each read from its pieces when asked for; valid until the next but one.
 
-    def __init__(self, path: Path):
-        self.path = Path(path)
+    digests: take those of what is read.
+    """
+
+    def __init__(self, path: Path, digests: PassingDigests | None = None):
+        self.path, self.digests = Path(path), digests
         self._metadata = read_metadata(self.path)
         self.saved = {k: v for k, v in self._metadata.state_dict_metadata.items() if hasattr(v, "size")}
         self._pieces: dict[str, dict[tuple[int, ...], list[Any]]] = {}
@@ -179,7 +182,10 @@ class TorchDistReader:
                 start, like = start + rows[0] * like.stride(0) * like.itemsize, like[rows[0] : rows[1]]
             result = buffer.tensor(like.shape, like.dtype)
             file.seek(place.offset + start)
-            read_exactly(file, result)
+            if self.digests is None:
+                read_exactly(file, result)
+            else:
+                self.digests.read_exactly(place.relative_path, file, result)
         return result
 
 

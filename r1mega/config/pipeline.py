@@ -83,8 +83,25 @@ class Pipeline:
     nodes: Mapping[str, Node]
 
 
-def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> Pipeline:
-    """Read a pipeline file and the configs it names. overrides: `dir=...`, `overrides.seed=2`, `zero.steps=3`.
+NANO = Path("configs/nano")
+"""The folder of the quickstart's configs, as the paths in them have it."""
+
+
+def shipped_configs() -> Path:
+    """Where `NANO` is: in the package where it was installed, beside it in a clone. ConfigError when it came without them."""
+    package = Path(__file__).parents[1]
+    found = next((base / NANO for base in (package, package.parent) if (base / NANO / "r1.yaml").exists()), None)
+    if found is None:
+        raise ConfigError(
+            f"{package} came without {NANO}; install r1mega again, or run launch/quickstart.sh in a clone"
+        )
+    here = Path.cwd()
+    return found.relative_to(here) if found.is_relative_to(here) else found
+
+
+def load_pipeline(path: Path, overrides: Sequence[str] = (), moved: Mapping[Path, Path] | None = None) -> Pipeline:
+    """Read a pipeline file and the configs it names. overrides: `dir=...`, `overrides.seed=2`, `zero.steps=3`. moved: folders
+    that the configs name, and where they are instead.
 
     Raises ConfigError for what is wrong in any of the files, for two nodes with one run_dir, and for a node that reads
     what a later one makes.
@@ -97,7 +114,7 @@ def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> Pipeline:
     for name, node in config.nodes.items():
         source = path.parent / node.config
         stage = load_config(source, [*_dotted(config.overrides), *_dotted(node.overrides), *for_nodes[name]])
-        stages[name] = _moved(stage, file.dir, config.dir) if config.dir != file.dir else stage
+        stages[name] = _moved(stage, {**(moved or {}), file.dir: config.dir})
     _check_run_dirs(stages)
     nodes = {
         name: Node(name, stages[name], path.parent / node.config, node.ranks, _inputs(name, stages))
@@ -172,9 +189,12 @@ def _dotted(values: Mapping[str, Any], prefix: str = "") -> list[str]:
     return lines
 
 
-def _moved(stage: Stage, old: Path, new: Path) -> Stage:
-    """The config with every path inside `old` in the same place inside `new`."""
-    return type(stage).model_validate(_move(stage.model_dump(), old, new))
+def _moved(stage: Stage, folders: Mapping[Path, Path]) -> Stage:
+    """The config with every path inside a folder in the same place inside the one that it stands for."""
+    for old, new in folders.items():
+        if old != new:
+            stage = type(stage).model_validate(_move(stage.model_dump(), old, new))
+    return stage
 
 
 def _move(value: Any, old: Path, new: Path) -> Any:

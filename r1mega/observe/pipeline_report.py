@@ -30,6 +30,7 @@ from r1mega.observe.report import (
 from r1mega.observe.run import RunDirectory
 from r1mega.observe.samples import read_samples
 from r1mega.observe.side_by_side import compare_stages
+from r1mega.observe.walk import Walk, walk
 
 PIPELINE_FILE = "pipeline.json"
 STAGE_CHARTS = ("response-length", "accuracy", "language-mixing", "reward-parts", "loss")
@@ -136,6 +137,7 @@ def _render(description: Mapping[str, Any], nodes: Sequence[NodeView]) -> str:
         overview=overview,
         charts=charts,
         rungs=rungs,
+        walks=_walks(nodes),
         totals=[_totals(node) for node in nodes if node.lines],
         results={node.name: _result(node) for node in nodes},
         spent={node.name: duration(seconds) for node in nodes if (seconds := _wall_seconds(node))},
@@ -159,11 +161,34 @@ def ladder(nodes: Sequence[NodeView]) -> list[Rung]:
     return sorted(rungs, key=lambda rung: (order.get(rung.name, -1), rung.task))
 
 
+def _walks(nodes: Sequence[NodeView]) -> list[Walk]:
+    """A prompt of each task that an evaluation stage has asked several checkpoints, in the pipeline's order."""
+    order = {node.name: place for place, node in enumerate(nodes)}
+    found = []
+    for node in nodes:
+        files: dict[str, list[tuple[str, Path]]] = {}
+        for checkpoint in node.results:
+            for task, entry in checkpoint["tasks"].items():
+                if "file" in entry:
+                    owner = _owner(checkpoint["path"], checkpoint["name"], nodes)
+                    files.setdefault(task, []).append((owner, node.run_dir / entry["file"]))
+        for task, results in files.items():
+            results.sort(key=lambda item: order.get(item[0], -1))
+            if (one := walk(task, results)) is not None:
+                found.append(one)
+    return found
+
+
+def _owner(path: str, name: str, nodes: Sequence[NodeView]) -> str:
+    """The node that made a checkpoint of an evaluation; its own name where none did."""
+    place = Path(path).resolve()
+    return next((n.name for n in nodes if place.is_relative_to(n.run_dir.resolve())), name)
+
+
 def _evaluated(node: NodeView, nodes: Sequence[NodeView]) -> list[Rung]:
     rungs = []
     for checkpoint in node.results:
-        path = Path(checkpoint["path"]).resolve()
-        owner = next((n.name for n in nodes if path.is_relative_to(n.run_dir.resolve())), checkpoint["name"])
+        owner = _owner(checkpoint["path"], checkpoint["name"], nodes)
         for task, entry in checkpoint["tasks"].items():
             if entry["metrics"].get("eval/accuracy") is not None:
                 rungs.append(_rung(owner, task, entry["metrics"], f"{node.name}: {task}"))

@@ -1,10 +1,11 @@
-"""Progress of a stage on the terminal: a bar with live numbers, or plain lines where there is no terminal."""
+"""Progress of a stage on the terminal: one line with live numbers and their course, or plain lines where there is no terminal."""
 
 from __future__ import annotations
 
+import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -18,12 +19,42 @@ LIVE = {
 }
 """Live numbers by label, and the metrics they come from."""
 
+QUIET = "R1MEGA_QUIET"
+"""The variable that `--quiet` sets for this process and those that it starts."""
+
+_LEVELS = "▁▂▃▄▅▆▇█"
+_NUM_DRAWN, _WIDEST = 2, 16
+_OTHER_COLUMNS, _SECONDS_COLUMNS, _BAR_COLUMNS = 68, 112, 134
+"""Of a terminal: what is no drawing takes about so many; from so many on there is room for seconds a step, for a bar."""
+
+
+def is_quiet() -> bool:
+    """Whether only warnings, errors and the last line are wanted."""
+    return os.environ.get(QUIET) == "1"
+
+
+def tell(text: str) -> None:
+    """A line for the person at the terminal, unless nothing but warnings and errors is wanted."""
+    if not is_quiet():
+        print(text, flush=True)
+
+
+def sparkline(values: Sequence[float], width: int, highest: float | None = None) -> str:
+    """The course of `values` in at most `width` characters, each the mean of as many as fall to it; from 0 (nothing lower is
+    told apart) to `highest`, by default the largest of the means.
+    """
+    count = min(width, len(values))
+    ends = [round(i * len(values) / count) for i in range(count + 1)] if count else []
+    means = [sum(values[a:b]) / (b - a) for a, b in zip(ends, ends[1:], strict=False)]
+    top = highest or max(means, default=0.0)
+    return "".join(_LEVELS[max(0, min(7, int(8 * value / top)))] if top > 0 else _LEVELS[0] for value in means)
+
 
 class StageProgress:
-    """One bar for `total` steps, of which `done` were done before.
+    """One line for `total` steps, of which `done` were done before.
 
-    Ranks other than 0 show nothing. Without a terminal: a line at the first step, then at most one every
-    `interval_seconds`, and one at the last step.
+    Ranks other than 0, and all where `is_quiet`, show nothing. Without a terminal: a line at the first step, then at most
+    one every `interval_seconds`, and one at the last step.
     """
 
     def __init__(
@@ -38,27 +69,29 @@ class StageProgress:
         clock: Callable[[], float] = time.monotonic,
     ):
         self.stage, self.total, self.done = stage, total, done
-        self._enabled, self._interval, self._clock = rank == 0, interval_seconds, clock
+        self._enabled, self._interval, self._clock = rank == 0 and not is_quiet(), interval_seconds, clock
         self._stream = sys.stdout if stream is None else stream
         self._first = done
         self._printed: float | None = None
         self._begun = self._last = clock()
         self._step_seconds = 0.0
-        self._live: dict[str, float] = {}
+        self._live: dict[str, list[float]] = {}
         self._bar: Progress | None = None
 
     def __enter__(self) -> StageProgress:
         self._begun = self._last = self._clock()
-        if self._enabled and self._stream.isatty():
+        console = Console(file=self._stream)
+        if self._enabled and console.is_terminal and not console.is_dumb_terminal:
             self._bar = Progress(
                 TextColumn("[bold]{task.description}"),
-                BarColumn(),
+                *([BarColumn(20)] if console.width >= _BAR_COLUMNS else []),
                 TextColumn("{task.completed}/{task.total}"),
                 TextColumn("[cyan]{task.fields[live]}"),
                 TimeElapsedColumn(),
                 TextColumn("left"),
-                TimeRemainingColumn(),
-                console=Console(file=self._stream),
+                TimeRemainingColumn(compact=True),
+                console=console,
+                refresh_per_second=2,
                 redirect_stdout=False,  # the generator logs from other file descriptors; rich must not swallow them
                 redirect_stderr=False,
             )
@@ -78,11 +111,13 @@ class StageProgress:
         if step > self.done:
             self._step_seconds = (now - self._last) / (step - self.done)
         self.done, self._last = step, now
-        self._live.update({label: value for label, value in live.items() if value is not None})
+        for label, value in live.items():
+            if value is not None:
+                self._live.setdefault(label, []).append(value)
         if not self._enabled:
             return
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, live=self._numbers())
+            self._bar.update(self._task, completed=step, live=self._numbers(self._bar.console))
         elif self._printed is None or now - self._printed >= self._interval or step >= self.total:
             self._printed = now
             self._line(f"{self.stage} {step}/{self.total}  {self._numbers()}  {self._remaining(now)}")
@@ -100,9 +135,19 @@ class StageProgress:
         else:
             self._line(text)
 
-    def _numbers(self) -> str:
-        digits = {label: 3 if abs(value) < 10 else 1 for label, value in self._live.items()}
-        numbers = [f"{label} {value:.{digits[label]}f}" for label, value in self._live.items()]
+    def _numbers(self, console: Console | None = None) -> str:
+        """Of the last step. console: where there is one, with their course as far as its width and characters allow."""
+        width = 0
+        if console is not None and console.encoding.startswith("utf"):
+            width = max(0, min(_WIDEST, (console.width - _OTHER_COLUMNS) // _NUM_DRAWN))
+        numbers = []
+        for place, (label, values) in enumerate(self._live.items()):
+            number = f"{label} {values[-1]:.{3 if abs(values[-1]) < 10 else 1}f}"
+            if place < _NUM_DRAWN and width:
+                number += f" {sparkline(values, width, 1.0 if label == 'accuracy' else None)}"
+            numbers.append(number)
+        if console is not None and console.width < _SECONDS_COLUMNS:
+            return "  ".join(numbers)
         return "  ".join([*numbers, f"{self._step_seconds:.2f} s/step"])
 
     def _remaining(self, now: float) -> str:

@@ -6,31 +6,22 @@ before or after (vLLM replaces parts of torch.cuda itself).
 
 from __future__ import annotations
 
-import functools
 import importlib.abc
 import importlib.machinery
 import importlib.util
 import logging
 import re
 import sys
-import warnings
 from collections.abc import Sequence
 from types import CodeType, ModuleType
 from typing import Any
 
 from r1mega.errors import PlatformError
+from r1mega.noise import silence
 from r1mega.platform.cuda_stand_in import CudaStandIn
 from r1mega.platform.megatron_patches import MEGATRON_VERSIONS, Patch, installed_version, needed_patches
 
 _logger = logging.getLogger(__name__)
-
-_KNOWN_LOG_MESSAGES = {
-    "models.gpt.gpt_model": "GPTModel IS DEPRECATED",  # HybridModel has neither our names nor 0.16.1's
-    "distributed.distributed_data_parallel": "full_param_layout not provided",  # what it then computes is what we want
-    "dist_checkpointing.strategies.torch": "MCore's async save is deprecated",  # its plan is used, not its saving
-    "dist_checkpointing.strategies.common": "load_common is deprecated",  # how 0.16.1 too keeps what is not tensors
-}
-"""Warnings of megatron-core 0.19 that ask nothing of the user, by module."""
 
 _CUDA_TYPE_NAME = re.compile(r"(['\"])torch\.cuda\.(\w+Tensor)")
 _CUDA_MODULE = re.compile(r"(?<!from )(?<!import )\btorch\.cuda\.(?=\w)")
@@ -139,15 +130,8 @@ def install(platform: Any) -> None:
         raise PlatformError(f"{loaded[0]} was imported before r1mega.platform.prepare(): call it first")
     version = installed_version()
     _hide_unused(platform)
-    for message in (r"(Transformer Engine|Apex).*not installed", "full scope is deprecated"):
-        warnings.filterwarnings("ignore", message=message)  # known: `r1mega doctor` tells what is installed
-    for name, message in _KNOWN_LOG_MESSAGES.items():
-        logging.getLogger(f"megatron.core.{name}").addFilter(functools.partial(_says_else, message))
+    silence()
     sys.meta_path.insert(0, _Finder(needed_patches(platform, version), cpu=platform.name == "cpu"))
-
-
-def _says_else(known: str, record: logging.LogRecord) -> bool:
-    return known not in record.msg
 
 
 def _hide_unused(platform: Any) -> None:

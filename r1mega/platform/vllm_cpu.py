@@ -70,6 +70,7 @@ def apply_patches() -> None:
     _patch_shared_memory_names()
     _patch_expert_map()
     _patch_unfinished_prompts()
+    _patch_memory_binding()
 
 
 def _is_patched(function: object) -> bool:
@@ -184,6 +185,20 @@ def _patch_unfinished_prompts() -> None:
             batch.generators.update(aside)
 
     _replace(CPUModelRunner, "sample_tokens", sample_tokens)
+
+
+def _patch_memory_binding() -> None:
+    """vllm/v1/worker/cpu_worker.py, CPUWorker.__init__: its call of torch.ops._C.init_cpu_memory_env.
+
+    Reason: it binds all memory of the process, the trainer's too, to the NUMA node of the first core, though the threads run
+    on all (VLLM_CPU_OMP_THREADS_BIND=nobind), and warns that it did.
+    """
+    from vllm.v1.worker.cpu_worker import CPUWorker
+
+    call = "torch.ops._C.init_cpu_memory_env([memory_node])"
+    if inspect.getsource(CPUWorker.__init__).count(call) != 1:
+        raise PlatformError("vllm CPUWorker binds memory in another way: unknown vLLM build")
+    torch.ops._C.init_cpu_memory_env = lambda nodes: None  # type: ignore[attr-defined]  # a name that torch does not know
 
 
 def engine_arguments(

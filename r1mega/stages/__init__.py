@@ -14,6 +14,7 @@ from r1mega.config.rewards import RewardConfig
 from r1mega.config.schema import Stage, TrainingStage
 from r1mega.config.stages.reward_model import RewardModelStage
 from r1mega.observe.inputs import check_inputs
+from r1mega.observe.progress import tell
 from r1mega.observe.run import RunDirectory
 from r1mega.reward.custom import load_part
 
@@ -40,7 +41,7 @@ def run_stage(config: Stage) -> int:
 
     check_run_directory(config)
     if is_finished(config):
-        print(f"{config.run_dir}: finished before; nothing to do", flush=True)
+        tell(f"{config.run_dir}: finished before; nothing to do")
         return 0
     check_model(config)
     platform.prepare()  # before megatron is imported

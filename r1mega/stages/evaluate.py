@@ -30,7 +30,7 @@ from r1mega.evaluate.source import CheckpointSource, checkpoint_names, context_l
 from r1mega.evaluate.table import results_table
 from r1mega.evaluate.tasks import TASKS, load_task, pose
 from r1mega.files import write_atomic
-from r1mega.observe.progress import StageProgress
+from r1mega.observe.progress import StageProgress, is_quiet
 from r1mega.platform.groups import GeneratorPlace, timeout, wait_for_all
 from r1mega.rollout.build import engine_settings, open_engine
 from r1mega.rollout.draw import Draw, Sample, draw_samples, grade_samples
@@ -87,7 +87,7 @@ def run(config: EvaluateStage, runtime: Runtime) -> int:
             step,
             {f"eval/{task}/{name[5:]}": v for task, entry in entries for name, v in entry["metrics"].items()},
         )
-    if runtime.is_main:
+    if runtime.is_main and not is_quiet():
         results_table(results, "evaluation").print()
     return runtime.finished({"results": str(runtime.run_dir / config.outputs[0])})
 

@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -41,6 +41,7 @@ from r1mega.observe.lineage import (
     write_lineage,
 )
 from r1mega.observe.pipeline_report import PIPELINE_FILE, read_ladder, write_pipeline_report
+from r1mega.observe.progress import tell
 from r1mega.observe.run import LAYOUT_KEYS, RunDirectory, config_changes, is_below
 from r1mega.plan.command import generator_refusals
 from r1mega.stages import is_finished
@@ -65,7 +66,7 @@ class Decision:
 
 def run_pipeline(
     pipeline: Pipeline, names: Sequence[str], *, redo: bool = False, launcher: str = "",
-    rank_python: str | None = None, tell: Callable[[str], None] = print,
+    rank_python: str | None = None,
 ) -> int:  # fmt: skip
     """Run the named nodes; the exit code of the first that does not end well (85: saved, start again), or 0.
 
@@ -75,6 +76,7 @@ def run_pipeline(
     """
     check_pipeline(pipeline, names, dry_run=False, damaged=_damaged(pipeline))
     _write_description(pipeline)
+    told = False
     for name in names:
         node = pipeline.nodes[name]
         decision = decide(node, pipeline, redo=redo)
@@ -85,7 +87,10 @@ def run_pipeline(
             tell(f"[{pipeline.name}] {name}: the old run is kept as {_move_aside(node.config.run_dir)}")
         if decision.action != "skip":
             code = _run_node(node, pipeline, decision, launcher, rank_python)
-            write_pipeline_report(pipeline.dir)
+            report = write_pipeline_report(pipeline.dir)
+            if code == 0 and not told:
+                tell(f"[{pipeline.name}] report so far: {report.resolve()} (written anew after each stage)")
+                told = True
             if code != 0:
                 tell(f"[{pipeline.name}] {name}: {_ended(code)}")
                 return code
@@ -93,7 +98,7 @@ def run_pipeline(
     for rung in read_ladder(pipeline.dir):
         length = "" if rung.length is None else f", {rung.length:.1f} tokens a response"
         tell(f"[{pipeline.name}] {rung.name}: accuracy {rung.accuracy:.3f}{length} ({rung.measured})")
-    tell(f"[{pipeline.name}] report: {report.resolve()}")
+    print(f"[{pipeline.name}] report: {report.resolve()}", flush=True)  # also where nothing else is told
     return 0
 
 

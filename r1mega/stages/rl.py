@@ -86,7 +86,7 @@ class RLTrainer:
         config = self.config
         self.scorer.step = step
         if not self.phases.generator_has_weights:
-            self.push()  # again: a checkpoint was written in their place
+            self.push(again=True)  # a checkpoint was written in their place
         rollout = self.collector.collect(step)  # rollout; each response is scored while others are still sampled
         self.phases.enter("logprob")  # the generator sleeps: the push replaces all of its weights
         samples = gather_samples(training_samples(rollout.groups, config.algorithm), rollout.is_first)  # advantage
@@ -100,11 +100,11 @@ class RLTrainer:
         metrics |= work_metrics(self.flops, rollout.sampled, samples, config, contributes=rollout.is_first)
         return metrics, rollout.groups
 
-    def push(self) -> dict[str, float]:
-        """The policy's weights into the generator, which then is awake; metrics of the proof."""
+    def push(self, *, again: bool = False) -> dict[str, float]:
+        """The policy's weights into the generator, which then is awake; metrics of the proof. again: the same as last time."""
         with self.timer.phase("reshard"):
             self.phases.enter("reshard")
-            return self.sync.push(self.phases.weights_arrived)
+            return self.sync.push(self.phases.weights_arrived, again=again)
 
     def _sharded_reward_model(self, section: PreferenceReward) -> Callable[[Sequence[list[int]]], list[float]]:
         config = self.config

@@ -22,7 +22,7 @@ from r1mega.errors import EXIT_SAVED_FOR_REQUEUE, CheckpointError, FreshProcessN
 from r1mega.observe.inputs import record_inputs
 from r1mega.observe.metrics import MetricsWriter
 from r1mega.observe.performance import RATED, performance
-from r1mega.observe.progress import StageProgress
+from r1mega.observe.progress import StageProgress, tell
 from r1mega.observe.registry import PHASES
 from r1mega.observe.run import RunDirectory
 from r1mega.observe.samples import SamplesWriter
@@ -194,7 +194,7 @@ class Runtime:
             self.directory.write_environment(self._step, dist.get_world_size())
             self.directory.write_status("running", self._step)
             if resume is not None:
-                print(f"resuming {self.run_dir} from step {resume}", flush=True)
+                tell(f"resuming {self.run_dir} from step {resume}")
 
     def save(self, trainer: Trainer, step: int, progress: Mapping[str, Any]) -> None:
         """Checkpoint `step`; its metrics line is written by then, so none is missing after a kill."""
@@ -261,7 +261,7 @@ class Runtime:
         if self._progress is not None:
             self._progress.note(text)
         elif self.is_main:
-            print(text, flush=True)
+            tell(text)
 
     # ------------------------------------------------------------------ ends
 
@@ -283,7 +283,7 @@ class Runtime:
         self._finish_saves()
         if self.is_main:
             self.directory.write_status("interrupted", step, self._last)
-            print(f"stopped after step {step}; state saved, start again to go on", flush=True)
+            tell(f"stopped after step {step}; state saved, start again to go on")
         return EXIT_SAVED_FOR_REQUEUE
 
     def finished(self, summary: Mapping[str, Any]) -> int:
@@ -292,7 +292,7 @@ class Runtime:
         if self.is_main:
             self.directory.write_status("finished", self._step, self._last)
             for name, value in summary.items():
-                print(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}", flush=True)
+                tell(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
         return 0
 
     def _finish_saves(self) -> None:

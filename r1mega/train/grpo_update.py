@@ -235,7 +235,7 @@ def _metrics(results: list[UpdateResult[_Statistics]], reports: bool) -> dict[st
                 sums[5] += stats.num_tokens.cpu()
                 sums[6] += stats.mismatch_sum.cpu()
                 sums[7] += found.outliers.cpu()
-                largest[0] = max(largest[0], stats.mismatch_max.cpu())
+                largest[0] = max(largest[0], stats.mismatch_max.detach().cpu())
     dist.all_reduce(sums)
     dist.all_reduce(largest, dist.ReduceOp.MAX)
     tokens, clipped, kl, entropy, loss, first_tokens, mismatch, outliers, *off_policy = sums.tolist()

@@ -97,6 +97,7 @@ class DirectTransfer:
         shapes = tensor_shapes(hf_config)
         self._names = list(shapes)
         self._owned = owned_placements(trainer, shapes, hf_config, rank)
+        self._digest: dict[str, int] | None = None
 
     def push(self) -> None:
         """Makes the generator the trainer's equal. A collective call."""
@@ -107,8 +108,14 @@ class DirectTransfer:
         """Fills the generator's plain parameters on this rank. A collective call."""
         self.exchange.run(local_parameters(self._chunks()), parameters)
 
-    def digest(self) -> dict[str, int]:
-        """Of every HF tensor as the trainer holds it: each rank digests its share of the shards. A collective call."""
+    def digest(self, *, again: bool = False) -> dict[str, int]:
+        """Of every HF tensor as the trainer holds it: each rank digests its share of the shards. A collective call.
+
+        again: the trainer's weights are what they were at the last call, the digest too: no byte is looked at. If they are not
+        all the same, what the generator then holds differs from it.
+        """
+        if again and self._digest is not None:
+            return self._digest
         sources = local_parameters(self._chunks())
         partial = dict.fromkeys(self._names, 0)
         for placement in self._owned:
@@ -117,7 +124,8 @@ class DirectTransfer:
         wrapped = [(value + (1 << 63)) % (1 << 64) - (1 << 63) for value in partial.values()]
         values = torch.tensor(wrapped, dtype=torch.int64, device=next(iter(sources.values())).device)
         dist.all_reduce(values)
-        return {name: value % (1 << 64) for name, value in zip(self._names, values.tolist(), strict=True)}
+        self._digest = {name: value % (1 << 64) for name, value in zip(self._names, values.tolist(), strict=True)}
+        return self._digest
 
 
 def owned_placements(

@@ -48,18 +48,24 @@ class WeightSync:
             lengths = [max(2, min(len(sequence), _MADE_UP_TOKENS)) for sequence in (given * (2 * count))[: 2 * count]]
             given = verify.made_up_sequences(lengths, hf_config["vocab_size"], seed=0)
         self._sequences, self._further = given[:count], given[count : 2 * count] or given[:count]
+        self._log_probs: list[list[list[float]]] = []  # the policy's, of those two, at the last push
 
-    def push(self, arrived: Callable[[], None] = lambda: None) -> dict[str, float]:
+    def push(self, arrived: Callable[[], None] = lambda: None, *, again: bool = False) -> dict[str, float]:
         """Make the generator the policy's equal. Wakes the generator up. A collective call.
+
+        again: the policy is what it was at the last push (the generator has lost its weights since): its digest and log-probs
+        of then are compared, not computed anew.
 
         arrived: called when the policy has done its part, of the proof too: its weights may leave the device.
         """
         self._transfer.push()
         digest: dict[str, int] = {}
-        ours: list[list[list[float]]] = []
         if self._verify:
-            digest = self._transfer.digest()
-            ours = [self._policy.sequence_log_probs(given) for given in (self._sequences, self._further)]
+            digest = self._transfer.digest(again=again)
+            if not (again and self._log_probs):
+                both = (self._sequences, self._further)
+                self._log_probs = [self._policy.sequence_log_probs(given) for given in both]
+        ours = self._log_probs
         arrived()
         self._engine.wake_up()
         if not self._verify:

@@ -96,8 +96,8 @@ class GatherTransfer:
         """A collective call."""
         self._engine.update_weights(self._tap(self._policy.hf_tensors()))
 
-    def digest(self) -> dict[str, int]:
-        """What the last push sent."""
+    def digest(self, *, again: bool = False) -> dict[str, int]:
+        """What the last push sent, digested as it passed, whether it was the same `again` or not."""
         return self._tap.digest
 
 

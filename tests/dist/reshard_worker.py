@@ -24,8 +24,9 @@ from r1mega.platform.vllm_version import DERIVED  # noqa: E402
 from r1mega.rollout.engine import EngineSettings  # noqa: E402
 from r1mega.rollout.vllm_engine import VllmEngine  # noqa: E402
 from r1mega.types import GenerationRequest, SamplingSettings  # noqa: E402
+from r1mega.weights import direct as direct_module  # noqa: E402
 from r1mega.weights import verify  # noqa: E402
-from r1mega.weights.direct import DirectTransfer  # noqa: E402
+from r1mega.weights.direct import DirectTransfer, local_parameters  # noqa: E402
 from r1mega.weights.exchange import Exchange  # noqa: E402
 from r1mega.weights.plan import GeneratorLayout  # noqa: E402
 from r1mega.weights.transfer import DigestTap, checkpoint_tensors  # noqa: E402
@@ -149,16 +150,49 @@ def measure(case: Case, engine: VllmEngine, expected: dict[str, Any], old: Path,
     for name, push in (("direct", push_direct), ("gather", push_gathered), ("direct again", push_direct)):
         engine.update_weights(checkpoint_tensors(old))
         result[name] = differences(observe(engine, push), expected)
+    result["digested"] = digested_bytes(direct)
+    result["moved meanwhile"] = caught_moved(direct, engine, chunks)
     result["stale"] = caught(direct, engine, lambda: engine.update_weights(checkpoint_tensors(old)))
     result["corrupted"] = caught_corruption(direct, engine, old)
     return result
 
 
-def caught(direct: DirectTransfer, engine: VllmEngine, update: Any) -> str:
+def digested_bytes(direct: DirectTransfer) -> list[int]:
+    """What this rank looks at for the trainer's digest: of new weights, and of the same again."""
+    counts = []
+    real = direct_module.tensor_digest
+    for again in (False, True):
+        looked_at: list[int] = []
+
+        def counting(tensor: torch.Tensor, region: Any, looked_at: list[int] = looked_at) -> int:
+            looked_at.append(tensor.nbytes)
+            return real(tensor, region)
+
+        direct_module.tensor_digest = counting
+        try:
+            direct.digest(again=again)
+        finally:
+            direct_module.tensor_digest = real
+        counts.append(sum(looked_at))
+    return counts
+
+
+def caught_moved(direct: DirectTransfer, engine: VllmEngine, chunks: Any) -> str:
+    """The message of the proof where weights that are said to be the same are not."""
+    moved = next(iter(local_parameters(chunks).values())).data
+    before = moved.clone()
+    moved.add_(1.0)
+    try:
+        return caught(direct, engine, direct.push, again=True)
+    finally:
+        moved.copy_(before)
+
+
+def caught(direct: DirectTransfer, engine: VllmEngine, update: Any, *, again: bool = False) -> str:
     """The message of the proof that fails; empty when it does not."""
     update()
     try:
-        verify.compare_digests(direct.digest(), engine.weights_digest())
+        verify.compare_digests(direct.digest(again=again), engine.weights_digest())
     except WeightSyncError as error:
         return str(error)
     return ""

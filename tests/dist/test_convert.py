@@ -76,7 +76,7 @@ def test_a_run_goes_on_in_another_layout_as_if_uninterrupted(run, ranks, cases):
 def test_a_trained_checkpoint_becomes_the_exported_weights(run, tmp_path):
     path, config, _ = run
     expected = torch.load(path / "uninterrupted.pt")["at_save"]
-    checkpoint = find_checkpoint(path, Alone())
+    checkpoint, _ = find_checkpoint(path, Alone())
     out = run_conversion(ToHF(checkpoint, config, tokenizer_from=None, max_file_bytes=LIMIT), tmp_path / "hf", Alone())
     tensors = HFTensors(out)
     assert expected.keys() <= set(tensors)

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
+import math
 
+import pytest
+import torch
+
+from r1mega.checkpoint.hf import read_config
+from r1mega.weights.layout import tensor_shapes, weight_dtype
 from tests.dist.launch import launch
 from tests.dist.reshard_worker import Case, run_cases
 from tests.reference import Layout
@@ -69,6 +74,13 @@ def test_both_strategies_give_the_bits_of_a_fresh_load(measured, ranks, case):
             assert result[push] == [], (rank, push)
         assert result["senders_agree"], rank
         assert "tensors differ" in result["stale"], rank
+    config = read_config(checkpoint(case.model, 0))
+    whole = {name: math.prod(shape) * weight_dtype(name, getattr(torch, case.dtype)).itemsize
+             for name, shape in tensor_shapes(config).items()}  # fmt: skip
+    assert [sum(counts) for counts in zip(*(result["digested"] for result in results), strict=True)] == [
+        sum(whole.values()), 0,
+    ], "each byte of the model on one rank, and none of it again while it is the same"  # fmt: skip
+    assert all("tensors differ" in result["moved meanwhile"] for result in results)
     assert sum(result["bytes"][0] for result in results) == sum(result["bytes"][1] for result in results) > 0
     for fault in ("one bit", "rows moved"):
         hit = results[0]["corrupted"][fault][0]

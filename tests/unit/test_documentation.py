@@ -150,6 +150,8 @@ def check_script(command: Command, words: list[str]) -> None:
     start = next(index for index, word in enumerate(words) if not word.startswith("-"))
     script, *rest = words[start:]
     text = (ROOT / script).read_text()
+    if passed_on := re.search(r"^exec r1mega (\w+) .*\"\$@\"$", text, re.M):
+        return check_cli(command, [passed_on[1], *rest])
     for word in rest:
         option = re.escape(word.partition("=")[0])
         assert not word.startswith("--") or re.search(rf"{option}(?:=\*)?(?: \||\))", text), f"{script}: no {word}"

@@ -219,14 +219,19 @@ source, out, target = sys.argv[1:]
 torch.set_num_threads(1)
 import r1mega.checkpoint.safetensors_file, torch.distributed.checkpoint
 status = lambda key: next(int(l.split()[1]) << 10 for l in open("/proc/self/status") if l.startswith(key))
-before = status("VmRSS")
+moved = lambda: [int(l.split()[1]) for l in open("/proc/self/io") if l.startswith(("rchar", "wchar"))]
+before, (read, written) = status("VmRSS"), moved()
 convert(Path(source), Path(out), target, ConvertOptions(max_file_bytes=48 << 20), Alone())
-print(status("VmHWM") - before)  # not ru_maxrss: that counts the process from before exec too
+after = moved()
+# not ru_maxrss: that counts the process from before exec too
+print(status("VmHWM") - before, after[0] - read, after[1] - written)
 """
 
 
-def test_memory_is_bounded_by_the_largest_tensor_not_by_the_model(tmp_path):
-    """A model of 340 MB, its largest tensor 33 MB, files of 48 MB: within twice the one plus the other."""
+def test_each_byte_passes_once_and_memory_is_bounded_by_the_largest_tensor(tmp_path):
+    """A model of 340 MB, its largest tensor 33 MB, files of 48 MB: within twice the one plus the other. Digests are made and
+    compared on the way: the model is read once and written once, as the kernel counts it.
+    """
     config = DENSE | {
         "model_type": "llama", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 9,
         "num_attention_heads": 8, "num_key_value_heads": 8, "vocab_size": 16384,
@@ -247,8 +252,35 @@ def test_memory_is_bounded_by_the_largest_tensor_not_by_the_model(tmp_path):
         done = subprocess.run([sys.executable, "-c", MEASURE, str(before), str(tmp_path / after), target],
                               capture_output=True, text=True, env=environment, check=False)  # fmt: skip
         assert done.returncode == 0, done.stderr
-        peak = int(done.stdout.split()[-1])
+        peak, read, written = map(int, done.stdout.split()[-3:])
         assert peak <= bound, f"to {target}: {peak / 1e6:.0f} MB, bound {bound / 1e6:.0f} MB"
+        assert model <= read <= 1.05 * model, f"to {target}: {read / model:.3f} times the model was read"
+        assert model <= written <= 1.05 * model, f"to {target}: {written / model:.3f} times the model was written"
+
+
+@pytest.mark.parametrize("where", ["begin", "tensor", "end", "small", "two files"])
+def test_nothing_is_kept_of_an_altered_checkpoint(tmp_path, where):
+    """Found while it is read or when all was read; when it is mended, nothing that was made of it before is used."""
+    source = write_hub_directory(tmp_path / "hf", LLAMA, hub_state(LLAMA))
+    megatron = convert(source, tmp_path / "megatron", "megatron", options(), Alone())
+    expected = convert(megatron, tmp_path / "expected", "hf", options(), Alone())
+    place = {"begin": 3, "tensor": 0.5, "end": -3, "small": -2, "two files": 3}[where]
+    altered = {megatron / ("config.json" if where == "small" else "__1_0.distcp"): place}
+    if where == "two files":
+        altered[megatron / "__0_0.distcp"] = 0.5  # into a file that is finished when the other one stops the conversion
+    whole = {file: file.read_bytes() for file in altered}
+    for file, at in altered.items():
+        content = bytearray(whole[file])
+        content[int(at * len(content)) if isinstance(at, float) else at] ^= 1
+        file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"not a whole checkpoint \(\S+ has another sha256.*use another one"):
+        convert(megatron, tmp_path / "out", "hf", options(), Alone())
+    assert not (tmp_path / "out").exists()
+    for file, content in whole.items():
+        file.write_bytes(content)
+    for name, given in (("out", {}), ("trusted", {"verify": False})):
+        made = convert(megatron, tmp_path / name, "hf", options(**given), Alone())
+        assert all((made / p.name).read_bytes() == p.read_bytes() for p in expected.iterdir())
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "mpirun"])

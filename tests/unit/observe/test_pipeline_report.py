@@ -90,6 +90,72 @@ def test_an_evaluation_stage_counts_instead(pipeline):
         read_ladder(pipeline)
 
 
+ANSWERED = {  # four prompts: which of two responses each checkpoint has right; None: not judged
+    "base": [(1, 0), (0, 0), (0, 0), (None, 0)],
+    "zero": [(1, 1), (1, 0), (0, 0), (1, 1)],
+}
+
+
+def write_answers(pipeline, answered):
+    """An evaluation's files: the summary, each checkpoint's rows, and rewards in both of the places where they are kept."""
+    checkpoints = []
+    for name, prompts in answered.items():
+        folder = pipeline / "evaluate" / name / "fresh"
+        folder.mkdir(parents=True)
+        rows = [
+            {"prompt_id": f"p{i}", "question": f"{i} + 1 = ?", "golds": [str(i + 1)], "kind": "math",
+             "texts": [f"<answer> {name} {i} {k} </answer>{EVIL}" for k in range(2)], "lengths": [7, 9], "truncated": [False, True],
+             "correct": [None if v is None else bool(v) for v in verdicts]}
+            for i, verdicts in enumerate(prompts)
+        ]  # fmt: skip
+        (folder / "result.json").write_text(json.dumps({"rows": rows}))
+        graded = [
+            {"step": 1, "prompt_id": f"p{i}", "index": k, "value": value, "parts": {"accuracy": float(value or 0)}, "reason": "",
+             "status": "ok" if value is not None else "failed"}
+            for i, verdicts in enumerate(prompts) for k, value in enumerate(verdicts)
+        ]  # fmt: skip
+        later = [line for line in graded if line["index"]]
+        drawn = [line if not line["index"] else {k: line[k] for k in ("step", "prompt_id", "index")} for line in graded]
+        for kind, lines in (("samples", drawn), ("grades", later)):
+            (folder / f"{kind}-00000.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        entry = {"metrics": {}, "file": f"{name}/fresh/result.json"}
+        checkpoints.append({"name": name, "path": str(pipeline / name / "hf"), "tasks": {"fresh": entry}})
+    results = {"checkpoints": checkpoints[::-1]}  # the pipeline's order counts, not the evaluation's
+    (pipeline / "evaluate" / "results.json").write_text(json.dumps(results))
+    return pipeline / "evaluate"
+
+
+def test_one_prompt_through_the_recipe(pipeline):
+    """The one on which all do most nearly as on all: of p0, p1, p2 (p3 is not judged everywhere) base has 1/6 right, zero 1/2;
+    squares of the distances: 1/9 + 1/4, 1/36 + 0, 1/36 + 1/4.
+    """
+    evaluation = write_answers(pipeline, ANSWERED | {"base": [*ANSWERED["base"][:3], (None, None)]})
+    page = body(write_pipeline_report(pipeline).read_text())
+    assert page.count('id="walk"') == 1 and "1 + 1 = ?" in page and "gold 2" in page and "prompt p1" in page
+    assert re.findall(r'data-checkpoint="(\w+)"', page) == ["base", "zero"]
+    base, zero = page.split('data-checkpoint="')[1:]
+    zero = zero.split("<h2")[0]
+    assert "0 of 2 right" in base and "1 of 2 right" in zero
+    assert re.findall(r"(?:base|zero) 1 (\d)", base) == ["0", "1"] == re.findall(r"zero 1 (\d)", zero)
+    assert re.findall(r"(correct|wrong|reward [\d.]+|\d tokens|truncated)<", zero) == [
+        "correct", "reward 1.00", "7 tokens", "wrong", "reward 0.00", "9 tokens", "truncated"
+    ]  # fmt: skip
+    assert EVIL not in page
+    (evaluation / "zero/fresh/result.json").write_text("{}")
+    with pytest.raises(DataError, match=r"zero/fresh/result.json: not the results file"):
+        write_pipeline_report(pipeline)
+
+
+def test_no_prompt_where_there_is_nothing_to_compare(pipeline):
+    """One checkpoint, or samples that were removed, or none judged by all: the page is there without that part."""
+    evaluation = write_answers(pipeline, ANSWERED)
+    (evaluation / "zero/fresh/result.json").unlink()
+    assert 'id="walk"' not in write_pipeline_report(pipeline).read_text()
+    summary = json.loads((evaluation / "results.json").read_text())
+    (evaluation / "results.json").write_text(json.dumps({"checkpoints": summary["checkpoints"][1:]}))
+    assert 'id="walk"' not in write_pipeline_report(pipeline).read_text()
+
+
 def test_page(pipeline):
     html = write_pipeline_report(pipeline).read_text()
     page = body(html)

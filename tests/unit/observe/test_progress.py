@@ -1,10 +1,13 @@
-"""Progress: plain lines without a terminal, a bar on one, silence on other ranks."""
+"""Progress: plain lines without a terminal, one that draws on one, silence on other ranks and where it is asked for."""
 
 import io
 import os
 import pty
+import re
 
-from r1mega.observe.progress import StageProgress
+import pytest
+
+from r1mega.observe.progress import QUIET, StageProgress, sparkline, tell
 
 
 class Clock:
@@ -49,13 +52,17 @@ def test_notes_are_lines():
     assert stream.getvalue() == "report: [run]/report.html\n"
 
 
-def test_bar_on_a_terminal(monkeypatch):
-    monkeypatch.setenv("TERM", "xterm-256color")
-    monkeypatch.setenv("COLUMNS", "160")
+def shown_on_a_terminal(monkeypatch, columns, term="xterm-256color"):
+    """The lines of a stage that gets better and longer, as a terminal gets them."""
+    monkeypatch.setenv("TERM", term)
+    monkeypatch.setenv("COLUMNS", str(columns))
     controller, terminal = pty.openpty()
-    with os.fdopen(terminal, "w") as stream, StageProgress("zero", 4, stream=stream) as progress:
-        for step in range(1, 5):
-            progress.advance(step, accuracy=step / 5, length=12.0)
+    with (
+        os.fdopen(terminal, "w", encoding="utf-8") as stream,
+        StageProgress("reasoning_rl", 48, stream=stream) as progress,
+    ):
+        for step in range(1, 49):
+            progress.advance(step, accuracy=step / 60, length=12.0)
         progress.note("[done]")
     shown = b""
     while True:
@@ -64,5 +71,50 @@ def test_bar_on_a_terminal(monkeypatch):
         except OSError:  # the terminal's end: all was read
             break
     os.close(controller)
-    text = shown.decode()
-    assert "\x1b[" in text and "4/4" in text and "accuracy 0.800  length 12.0" in text and "[done]" in text
+    return [re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", line) for line in re.split("[\r\n]+", shown.decode())]
+
+
+@pytest.mark.parametrize(
+    "columns, drawn, seconds, bar",
+    [
+        (80, "accuracy 0.800 ▁▂▃▄▅▆  length 12.0 ██████", False, False),
+        (120, "accuracy 0.800 ▁▁▂▂▂▃▃▄▄▄▅▅▆▆▆▇  length 12.0 ████████████████", True, False),
+        (160, "accuracy 0.800 ▁▁▂▂▂▃▃▄▄▄▅▅▆▆▆▇  length 12.0 ████████████████", True, True),
+        (60, "accuracy 0.800  length 12.0", False, False),
+    ],
+)
+def test_course_on_a_terminal(monkeypatch, columns, drawn, seconds, bar):
+    """What a person sees grow: on one line of the terminal, whatever its width."""
+    lines = shown_on_a_terminal(monkeypatch, columns)
+    (last,) = [line for line in lines if "48/48" in line]
+    assert drawn in last and len(last.rstrip()) <= columns and "left" in last
+    assert ("s/step" in last) == seconds and ("━" in last) == bar
+    assert "[done]" in lines
+
+
+def test_terminal_that_cannot_draw(monkeypatch):
+    lines = shown_on_a_terminal(monkeypatch, 160, term="dumb")
+    assert lines[0].startswith("reasoning_rl 1/48  accuracy 0.017  length 12.0") and not set("▁█━") & set(
+        "".join(lines)
+    )
+
+
+def test_sparkline():
+    assert sparkline([], 8) == "" and sparkline([1.0], 0) == ""
+    assert sparkline([0.0, 0.0], 8) == "▁▁"
+    assert sparkline([0, 1, 2, 3, 4, 5, 6, 7], 8, 8.0) == "▁▂▃▄▅▆▇█"
+    assert sparkline([1, 3, 5, 7, 7], 2, 8.0) == "▃▇", "means of 1 3 (2) and 5 7 7 (6.3)"
+    assert sparkline([-1.0, float(2**40)], 8, 1.0) == "▁█"
+
+
+def test_quiet(monkeypatch, capfd):
+    monkeypatch.setenv(QUIET, "1")
+    stream = io.StringIO()
+    with StageProgress("zero", 2, stream=stream) as progress:
+        progress.advance(2, accuracy=0.5)
+        progress.note("hello")
+    tell("hello")
+    assert stream.getvalue() == "" and capfd.readouterr() == ("", "")
+    monkeypatch.setenv(QUIET, "0")
+    tell("hello")
+    assert capfd.readouterr().out == "hello\n"

@@ -68,6 +68,32 @@ def test_a_difference_everywhere_stops_the_run():
         push(bad=(1, 2, 3, 4, 5))
 
 
+def test_what_the_policy_said_is_asked_once_while_it_is_the_same(monkeypatch):
+    """Of a push that is made again; one of new weights asks anew. What was said before is still what counts."""
+    from r1mega.weights.sync import WeightSync
+
+    asked = []
+
+    def answers(policy, sequences):
+        asked.append(len(sequences))
+        return [[policy.said] * (len(sequence) - 1) for sequence in sequences]
+
+    monkeypatch.setattr(Policy, "sequence_log_probs", answers)
+    monkeypatch.setattr(Policy, "said", -1.0, raising=False)
+    policy = Policy(torch.float32)
+    sync = WeightSync(
+        policy, Engine(()), WeightsConfig(probe_sequences=2), {"vocab_size": 40}, [[i, 7, 8, 9, 9] for i in range(5)]
+    )
+    sync.push(again=True)
+    assert asked == [2, 2], "there was none before it"
+    policy.said = -1.5
+    sync.push(again=True)
+    assert asked == [2, 2]
+    with pytest.raises(WeightSyncError, match="does not compute what the trainer computes"):
+        sync.push()
+    assert asked == [2, 2, 2, 2]
+
+
 def test_in_bfloat16_a_tenth_of_the_log_probs_may_be_off(caplog):
     """16 made-up sequences: few of them may be off, and no second try is wanted."""
     first = [sequence[0] for sequence in made_up_sequences([6] * 32, 40, seed=0)][:16]

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from r1mega.config.schema import DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, RolloutConfig
+from r1mega.config.schema import DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, Recompute, RolloutConfig
 from r1mega.config.stages.rl import RLStage, UpdateConfig
 from r1mega.plan.calibrate import fit
 from r1mega.plan.generator import generator_memory
@@ -128,11 +128,11 @@ class Held:
 
 BRIDGE = "Megatron-Bridge, skill mbridge-perf-activation-recompute: peak, 8 H100, gradients and moments in bfloat16"
 MOONLIGHT = "Moonlight-16B, TP 2, EP 8, 4,096 tokens"
-HELD = {
-    "none": Held(MOONLIGHT, 36.62, BRIDGE),
-    "mla_up_proj": Held(f"{MOONLIGHT}, mla_up_proj", 35.90, "the same, recomputed"),
-    "moe_act": Held(f"{MOONLIGHT}, moe_act", 35.94, "the same; planned as kept"),
-}
+HELD: tuple[tuple[Recompute, Held], ...] = (
+    ("none", Held(MOONLIGHT, 36.62, BRIDGE)),
+    (("mla_up_proj",), Held(f"{MOONLIGHT}, mla_up_proj", 35.90, "the same, recomputed")),
+    (("moe_act",), Held(f"{MOONLIGHT}, moe_act", 35.94, "the same; planned as kept")),
+)
 STAGE = Held(
     "DeepSeek-V3, weights of a stage of PP 16", 86 * 1.024**3, "arXiv 2502.07846: four layers of experts, by arithmetic"
 )
@@ -153,10 +153,8 @@ def held_memory() -> list[tuple[Held, float]]:
 
     hf, layout = _published("moonlight_16b"), ParallelConfig(tp=2, ep=8)
     found = []
-    for recompute, held in HELD.items():
-        model = planned_model(
-            ModelConfig(path=Path("unused"), recompute=recompute if recompute == "none" else (recompute,))
-        )
+    for recompute, held in HELD:
+        model = planned_model(ModelConfig(path=Path("unused"), recompute=recompute))
         optimizer = OptimizerConfig(grad_reduce_in_fp32=False)
         rank = measure(hf, model, layout, optimizer, world=8, rank=0, tokens=4096)
         s, (activations,) = rank.static, rank.activations

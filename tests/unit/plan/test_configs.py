@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from r1mega.config.pipeline import load_pipeline
-from tools.plan_configs import CONFIGS, Row, found, jobs, rows, stated, table
+from tools.plan_configs import CONFIGS, Row, rows, stated, table
 
 FOR_GPUS = [path for path in sorted(CONFIGS.glob("*/*.yaml")) if path.parent.name not in ("nano", "smollm2")]
 DOCUMENT = Path(__file__).parents[3] / "docs/plan.md"
@@ -48,12 +48,3 @@ def test_all_of_them():
     for row in planned:
         as_stated(row)
     assert "\n".join(table(planned)) in DOCUMENT.read_text()
-
-
-@pytest.mark.slow
-@pytest.mark.heavy
-def test_a_search_finds_nothing_slower_than_what_is_shipped():
-    """Of the whole table: python tools/plan_configs.py --search."""
-    for job, _ in jobs([CONFIGS / "moonlight_16b/distill.yaml"]):
-        one = found(job)
-        assert one is not None and one.best is not None and one.best <= one.own

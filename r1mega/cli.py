@@ -186,22 +186,26 @@ def plan(
     imbalance: Annotated[float, typer.Option(min=1, help="tokens of the fullest expert rank over the mean")] = 1.5,
     gpus_per_node: Annotated[int, typer.Option(min=1)] = 8,
     search: Annotated[bool, typer.Option("--search", help="propose the fastest layouts that fit")] = False,
+    calibrate: Annotated[Path | None, typer.Option(help="a run directory: its measured phases set the seconds")] = None,
+    sbatch: Annotated[Path | None, typer.Option(help="write a submission for Slurm there")] = None,
 ) -> None:
     """Memory of every phase of a stage on GPUs that need not be there. Starts no process. Fails when it does not fit."""
-    from r1mega.plan.command import plan_config, search_config
+    from r1mega.plan.command import Job, plan_lines, search_lines
     from r1mega.plan.workload import Lengths
 
+    if search and sbatch is not None:
+        raise ConfigError("--sbatch is for one layout: plan what --search proposes with it")
     drawn = Lengths(mean, cv, prompt=prompt)
+    job = Job(config, overrides or [], gpus, gpu, drawn, imbalance, gpus_per_node, lengths, calibrate)
     if search:
-        lines, fits = search_config(
-            config, overrides or [], gpus=gpus, gpu=gpu, lengths=drawn, lengths_file=lengths, imbalance=imbalance,
-            per_node=gpus_per_node, say=lambda line: typer.echo(line, err=True),
-        )  # fmt: skip
+        lines, fits = search_lines(job, lambda line: typer.echo(line, err=True))
     else:
-        lines, fits = plan_config(
-            config, overrides or [], gpus=gpus, gpu=gpu, lengths=drawn, lengths_file=lengths, imbalance=imbalance,
-            per_node=gpus_per_node,
-        )  # fmt: skip
+        lines, planned = plan_lines(job)
+        fits = planned.fits
+        if sbatch is not None:
+            from r1mega.plan.submission import submission
+
+            sbatch.write_text(submission(job, planned))
     typer.echo("\n".join(lines))
     raise typer.Exit(0 if fits else 1)
 

@@ -1,23 +1,25 @@
-"""The time model of `r1mega plan` against published steps of GRPO: two constants fitted on some, judged on the others.
+"""`r1mega plan` against published figures: seconds of GRPO steps (two constants fitted on some, judged on the others), and memory.
 
-python tools/plan_back_test.py        # the table in docs/plan.md
+python tools/plan_back_test.py        # the tables in docs/plan.md
 """
 
 from __future__ import annotations
 
-import itertools
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from r1mega.config.schema import DataConfig, ModelConfig, ParallelConfig, RolloutConfig
+from r1mega.config.schema import DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, Recompute, RolloutConfig
 from r1mega.config.stages.rl import RLStage, UpdateConfig
+from r1mega.plan.calibrate import fit
 from r1mega.plan.generator import generator_memory
+from r1mega.plan.given import on_the_host
 from r1mega.plan.gpu import gpu_kind
-from r1mega.plan.seconds import Efficiency, plan_seconds
+from r1mega.plan.seconds import Efficiency, layer_parameters, plan_seconds
 from r1mega.plan.workload import Lengths, workload
 
 Json = dict[str, Any]
@@ -98,31 +100,10 @@ def points() -> list[Point]:
     ]
 
 
-def fit(known: list[Point]) -> Efficiency:
-    """matmul and overhead_seconds by least squares of relative errors; network and memory stay what they are assumed to be.
-
-    Seconds are linear in 1 / matmul and in overhead_seconds, so that three predictions say all of a point.
-    """
-    bases = []
-    for point in known:
-        base = point.predict(Efficiency(matmul=1.0, overhead_seconds=0.0))
-        slope = point.predict(Efficiency(matmul=0.5, overhead_seconds=0.0)) - base
-        overhead = (point.predict(Efficiency(matmul=1.0, overhead_seconds=0.001)) - base) * 1000
-        bases.append((base - slope, slope, overhead, point.seconds))
-    choices = itertools.product([m / 100 for m in range(5, 71)], [t / 1e5 for t in range(2, 101)])
-
-    def error(choice: tuple[float, float]) -> float:
-        matmul, overhead = choice
-        return sum(((a + b / matmul + c * overhead) / seconds - 1) ** 2 for a, b, c, seconds in bases)
-
-    matmul, overhead = min(choices, key=error)
-    return Efficiency(matmul=matmul, overhead_seconds=overhead)
-
-
 def table() -> list[str]:
     """Lines of Markdown."""
     given = points()
-    efficiency = fit([point for point in given if point.fitted])
+    efficiency = fit([(point.predict, point.seconds) for point in given if point.fitted])
     lines = ["| GRPO on H100 | GPUs | published | predicted | off by | |", "|---|---|---|---|---|---|"]
     for point in given:
         predicted = point.predict(efficiency)
@@ -136,5 +117,66 @@ def table() -> list[str]:
     ]
 
 
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A published figure of memory, in GB of 10^9 bytes; source: where it stands, and what is compared."""
+
+    name: str
+    gigabytes: float
+    source: str
+
+
+BRIDGE = "Megatron-Bridge, skill mbridge-perf-activation-recompute: peak, 8 H100, gradients and moments in bfloat16"
+MOONLIGHT = "Moonlight-16B, TP 2, EP 8, 4,096 tokens"
+HELD: tuple[tuple[Recompute, Held], ...] = (
+    ("none", Held(MOONLIGHT, 36.62, BRIDGE)),
+    (("mla_up_proj",), Held(f"{MOONLIGHT}, mla_up_proj", 35.90, "the same, recomputed")),
+    (("moe_act",), Held(f"{MOONLIGHT}, moe_act", 35.94, "the same; planned as kept")),
+)
+STAGE = Held(
+    "DeepSeek-V3, weights of a stage of PP 16", 86 * 1.024**3, "arXiv 2502.07846: four layers of experts, by arithmetic"
+)
+NOT_PLANNED = (
+    ("Nemotron-3-Nano, 16 H100", "64.65 GB", "no family of this project"),
+    ("DeepSeek-V3 on 96 H20, verl", "66 GB, host 1,500 GB", "what beside the trainer is in it is not published"),
+    ("DeepSeek-R1 on 128 H100, slime", "host 1,400 to 1,500 GB", "the same"),
+    ("Qwen3-30B-A3B, a save, slime", "host 190 GB a rank", "a format that this project does not write"),
+    ("Qwen3-30B-A3B, TP 1, EP 8, NeMo RL", "more than 80 GB", "lengths and number of GPUs are not published"),
+)
+
+
+def held_memory() -> list[tuple[Held, float]]:
+    """(published, planned GB). Moments are planned in float32 and halved here: this project keeps them so."""
+    on_the_host()
+    from r1mega.plan.memory import planned_model  # Megatron with them, which seconds do without
+    from r1mega.plan.rank import measure
+
+    hf, layout = _published("moonlight_16b"), ParallelConfig(tp=2, ep=8)
+    found = []
+    for recompute, held in HELD:
+        model = planned_model(ModelConfig(path=Path("unused"), recompute=recompute))
+        optimizer = OptimizerConfig(grad_reduce_in_fp32=False)
+        rank = measure(hf, model, layout, optimizer, world=8, rank=0, tokens=4096)
+        s, (activations,) = rank.static, rank.activations
+        moments = (s.exp_avg + s.exp_avg_sq) / 2
+        total = s.weights + s.gradients + s.main_params + moments + activations.kept + activations.working
+        found.append((held, total / 1e9))
+    layers = layer_parameters(_published("deepseek_v3_671b"))
+    return [*found, (STAGE, 2 * sum(map(sum, layers[4:8])) / 1e9)]
+
+
+def memory_table(found: Iterable[tuple[Held, float]]) -> list[str]:
+    """Lines of Markdown."""
+    lines = ["| memory | published | planned | off by | what is published |", "|---|---|---|---|---|"]
+    for held, planned in found:
+        off = planned / held.gigabytes - 1
+        missed = "" if abs(off) <= 0.1 else ", **missed**"
+        lines.append(
+            f"| {held.name} | {held.gigabytes:.1f} GB | {planned:.1f} GB | {off:+.0%}{missed} | {held.source} |"
+        )
+    return [*lines, *(f"| {name} | {figure} | missing | | {why} |" for name, figure, why in NOT_PLANNED)]
+
+
 if __name__ == "__main__":
-    print("\n".join(table()))
+    print("\n".join([*table(), ""]), flush=True)
+    print("\n".join(memory_table(held_memory())))

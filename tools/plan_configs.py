@@ -1,33 +1,34 @@
 """What the planner says of every shipped config for GPUs: the table of docs/plan.md.
 
-    python tools/plan_configs.py [--write] [CONFIG ...]
+    python tools/plan_configs.py [--write | --search] [CONFIG ...]
 
 Each of these files says in a comment for how many GPUs and which lengths it is made and what the planner finds:
 
     # r1mega plan --gpus 512 --mean 9000: rollout 78.9 GB, update 51.2 GB, step 31.2 GB; fits
 
---write puts the figures after the options. tests/unit/plan/test_configs.py holds comments and table against the planner.
+--write puts the figures after the options. --search prints another table: the seconds of a step of each config that trains, and
+of the best that `r1mega plan --search` finds. tests/unit/plan/test_configs.py holds comments and table against the planner.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
-import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+import sys
+import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from unittest import mock
 
 from r1mega.config.load import load_config
-from r1mega.config.schema import ModelConfig, OptimizerConfig, ParallelConfig, TrainingStage
-from r1mega.plan import memory
-from r1mega.plan.command import on_the_host, read_model
+from r1mega.config.schema import TrainingStage
+from r1mega.plan.command import Job, plan_job
+from r1mega.plan.given import on_the_host, read_model
 from r1mega.plan.gpu import gpu_kind
-from r1mega.plan.rank import RankMemory, measure
+from r1mega.plan.memory import MemoryPlan
 from r1mega.plan.report import verdict
-from r1mega.plan.workload import Lengths, workload
+from r1mega.plan.search import Search
+from r1mega.plan.workload import Lengths
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 LINE = re.compile(r"^# r1mega plan --gpus (\d+)(?: --mean (\d+))?:(.*)$", re.M)
@@ -44,7 +45,7 @@ class Row:
     gpus: int
     mean: int | None
     stated: str
-    plan: memory.MemoryPlan
+    plan: MemoryPlan
 
     @property
     def figures(self) -> str:
@@ -61,54 +62,66 @@ def stated(path: Path) -> tuple[int, int | None, str] | None:
 
 
 def rows(paths: Iterable[Path] = ()) -> Iterator[Row]:
-    """The plans of these files, or of all that have a comment. Equal ranks are measured once."""
-    on_the_host()
+    """The plans of these files, or of all that have a comment."""
+    for job, figures in jobs(paths):
+        yield Row(job.path, job.gpus, mean_of(job), figures, plan_job(job).memory)
+
+
+def jobs(paths: Iterable[Path] = ()) -> Iterator[tuple[Job, str]]:
+    """(what is asked of the planner, what the file states) of these files, or of all that have a comment."""
     for path in paths or sorted(CONFIGS.glob("*/*.yaml")):
-        if (said := stated(path)) is None:
-            continue
-        gpus, mean, figures = said
-        config, work = load_config(path), None
-        if isinstance(config, TrainingStage):
-            p = config.parallel
-            multiple = p.pp if (p.vpp or 1) > 1 else 1
-            work = workload(config, Lengths(mean), gpus // (p.tp * p.pp * p.cp), multiple)
-        with mock.patch.object(memory, "measure", measured_once):
-            plan = memory.plan_memory(
-                config, read_model(config, path), gpus, GPU, work, imbalance=IMBALANCE, per_node=8
-            )  # fmt: skip
-        yield Row(path, gpus, mean, figures, plan)
+        if (said := stated(path)) is not None:
+            gpus, mean, figures = said
+            yield Job(path, [], gpus, GPU.name, Lengths(mean), IMBALANCE, per_node=8), figures
 
 
-def measured_once(
-    hf: Mapping[str, object],
-    model: ModelConfig,
-    parallel: ParallelConfig,
-    optimizer: OptimizerConfig,
-    *,
-    world: int,
-    rank: int,
-    imbalance: float,
-    tokens: int,
-) -> RankMemory:
-    """`plan.rank.measure`, once for all that differs in nothing that takes memory."""
-    anywhere = model.model_copy(update={"path": Path()})
-    return _measured(json.dumps(hf), anywhere, parallel, optimizer, world, rank, imbalance, tokens)
+def mean_of(job: Job) -> int | None:
+    """As it is stated."""
+    return None if job.lengths.mean is None else int(job.lengths.mean)
 
 
-@functools.cache
-def _measured(
-    hf: str,
-    model: ModelConfig,
-    parallel: ParallelConfig,
-    optimizer: OptimizerConfig,
-    world: int,
-    rank: int,
-    imbalance: float,
-    tokens: int,
-) -> RankMemory:
-    return measure(
-        json.loads(hf), model, parallel, optimizer, world=world, rank=rank, imbalance=imbalance, tokens=tokens
-    )  # fmt: skip
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Seconds of a step: of the config, and of the best that a search proposes with these words; took: processor seconds."""
+
+    job: Job
+    own: float
+    best: float | None
+    words: str
+    took: float
+
+
+def found(job: Job) -> Found | None:
+    """None for a stage that trains nothing."""
+    on_the_host()
+    config = load_config(job.path)
+    if not isinstance(config, TrainingStage):
+        return None
+    hf = read_model(config, job.path)
+    start = time.process_time()
+    search = Search(
+        config, hf, job.gpus, GPU, job.lengths, job.imbalance, job.per_node, lambda line: print(line, file=sys.stderr)
+    )
+    proposals = search.run()
+    took, seconds = time.process_time() - start, plan_job(job).seconds
+    assert seconds is not None
+    own = seconds.total
+    if not proposals:
+        return Found(job, own, None, "", took)
+    return Found(job, own, proposals[0].seconds, " ".join(proposals[0].overrides), took)
+
+
+def search_table(searched: Iterable[Found]) -> Iterator[str]:
+    """Lines of Markdown."""
+    yield "| config | H100 | mean | shipped, s a step | found | CPU seconds | what it changes |"
+    yield "|---|---|---|---|---|---|---|"
+    for one in searched:
+        name, mean = (
+            one.job.path.relative_to(CONFIGS),
+            "" if one.job.lengths.mean is None else f"{one.job.lengths.mean:,.0f}",
+        )
+        best = "nothing" if one.best is None else f"{one.best:,.0f}"
+        yield f"| {name} | {one.job.gpus:,} | {mean} | {one.own:,.0f} | {best} | {one.took:,.0f} | `{one.words}` |"
 
 
 def table(found: Iterable[Row]) -> list[str]:
@@ -137,13 +150,19 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("configs", nargs="*", type=Path)
     parser.add_argument("--write", action="store_true")
+    parser.add_argument("--search", action="store_true")
     asked = parser.parse_args()
-    found = []
-    for row in rows([path.resolve() for path in asked.configs]):
-        found.append(row)
+    paths = [path.resolve() for path in asked.configs]
+    if asked.search:
+        for line in search_table(one for job, _ in jobs(paths) if (one := found(job)) is not None):
+            print(line, flush=True)
+        return
+    planned = []
+    for row in rows(paths):
+        planned.append(row)
         if asked.write:
             write(row)
-    print("\n".join(table(found)))
+    print("\n".join(table(planned)))
 
 
 if __name__ == "__main__":

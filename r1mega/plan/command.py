@@ -3,101 +3,117 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from r1mega.config.load import load_config
+from r1mega.config.model_files import HFConfig
 from r1mega.config.schema import Stage, TrainingStage
 from r1mega.errors import ConfigError
-from r1mega.plan.gpu import gpu_kind
+from r1mega.plan.given import on_the_host, read_model
+from r1mega.plan.gpu import GPU, gpu_kind
 
 if TYPE_CHECKING:
-    from r1mega.plan.workload import Lengths
+    from r1mega.plan.calibrate import Calibration
+    from r1mega.plan.memory import MemoryPlan
+    from r1mega.plan.seconds import Seconds
+    from r1mega.plan.workload import Lengths, Workload
 
 
-def on_the_host() -> None:
-    """Models are built of Megatron's local layers, without memory: on a machine with GPUs as on one without.
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A config on GPUs, as asked on the command line. run: whose measured phases say how efficient they are."""
 
-    Raises ConfigError in a process that has taken a GPU for its platform.
-    """
-    import torch
-
-    from r1mega import platform
-    from r1mega.platform import megatron_import
-
-    if not megatron_import.is_installed():
-        platform.use(platform.Platform("cpu", torch.device("cpu"), "gloo", False, False))
-    elif platform.current().name != "cpu":
-        raise ConfigError("a plan is made in a process of its own, which uses no GPU: run `r1mega plan`")
+    path: Path
+    overrides: list[str]
+    gpus: int
+    gpu: str
+    lengths: Lengths
+    imbalance: float
+    per_node: int
+    lengths_file: Path | None = None
+    run: Path | None = None
 
 
-def plan_config(
-    path: Path,
-    overrides: list[str],
-    *,
-    gpus: int,
-    gpu: str,
-    lengths: Lengths,
-    lengths_file: Path | None,
-    imbalance: float,
-    per_node: int,
-) -> tuple[list[str], bool]:
-    """(lines of the report, whether it fits). Raises ConfigError for what cannot be laid out."""
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """work and seconds: None for a stage that trains nothing."""
+
+    config: Stage
+    gpu: GPU
+    memory: MemoryPlan
+    work: Workload | None
+    seconds: Seconds | None
+    calibration: Calibration | None
+
+    @property
+    def fits(self) -> bool:
+        """Or is at risk."""
+        from r1mega.plan.report import verdict
+
+        return verdict(self.memory, self.gpu) != "does not fit"
+
+
+def plan_job(job: Job) -> Planned:
+    """Raises ConfigError for what cannot be laid out."""
     on_the_host()
     from r1mega.plan.memory import plan_memory
-    from r1mega.plan.report import report, times, verdict
-    from r1mega.plan.seconds import plan_seconds
-    from r1mega.plan.workload import read_lengths, workload
+    from r1mega.plan.seconds import Efficiency, plan_seconds
+    from r1mega.plan.workload import replicas_work
 
-    config, kind = load_config(path, overrides), gpu_kind(gpu)
-    hf = read_model(config, path)
-    if lengths_file is not None:
-        lengths = dataclasses.replace(lengths, given=read_lengths(lengths_file))
-    work, keep = None, 0
-    if isinstance(config, TrainingStage):
-        p = config.parallel
-        multiple = p.pp if (p.vpp or 1) > 1 else 1
-        work = workload(config, lengths, max(1, gpus // (p.tp * p.pp * p.cp)), multiple)
-        keep = config.checkpoint.keep
-    plan = plan_memory(config, hf, gpus, kind, work, imbalance=imbalance, per_node=per_node)
+    config, gpu, hf, lengths, calibration = _loaded(job)
+    work = replicas_work(config, lengths, job.gpus) if isinstance(config, TrainingStage) else None
+    memory = plan_memory(config, hf, job.gpus, gpu, work, imbalance=job.imbalance, per_node=job.per_node)
     seconds = None
     if isinstance(config, TrainingStage) and work is not None:
         seconds = plan_seconds(
-            config, hf, gpus, kind, work, plan.generator, imbalance=imbalance, per_node=per_node
+            config, hf, job.gpus, gpu, work, memory.generator, imbalance=job.imbalance, per_node=job.per_node,
+            efficiency=Efficiency() if calibration is None else calibration.efficiency,
         )  # fmt: skip
-    return [*report(path, config, plan, gpus, kind, work, keep), *times(config, seconds, gpus, kind)], verdict(
-        plan, kind
-    ) != "does not fit"
+    return Planned(config, gpu, memory, work, seconds, calibration)
 
 
-def search_config(
-    path: Path,
-    overrides: list[str],
-    *,
-    gpus: int,
-    gpu: str,
-    lengths: Lengths,
-    lengths_file: Path | None,
-    imbalance: float,
-    per_node: int,
-    say: Callable[[str], None],
-) -> tuple[list[str], bool]:
+def plan_lines(job: Job) -> tuple[list[str], Planned]:
+    """The report, and what it is of."""
+    planned = plan_job(job)
+    from r1mega.plan.calibrate import lines
+    from r1mega.plan.report import report, times
+
+    keep = planned.config.checkpoint.keep if isinstance(planned.config, TrainingStage) else 0
+    return [
+        *report(job.path, planned.config, planned.memory, job.gpus, planned.gpu, planned.work, keep),
+        *times(planned.config, planned.seconds, job.gpus, planned.gpu),
+        *lines(planned.calibration, planned.gpu),
+    ], planned
+
+
+def search_lines(job: Job, say: Callable[[str], None]) -> tuple[list[str], bool]:
     """(lines with the best layouts that fit, whether there is one). say: is told of the progress."""
     on_the_host()
     from r1mega.plan.report import proposed
     from r1mega.plan.search import Search
+
+    config, gpu, hf, lengths, calibration = _loaded(job)
+    if not isinstance(config, TrainingStage):
+        raise ConfigError(f"{job.path}: stage {config.stage} trains nothing: there is no layout to search for")
+    search = Search(config, hf, job.gpus, gpu, lengths, job.imbalance, job.per_node, say)
+    if calibration is not None:
+        search.efficiency = calibration.efficiency
+    proposals = search.run()
+    return list(proposed(job.path, job.overrides, proposals, job.gpus, gpu)), bool(proposals)
+
+
+def _loaded(job: Job) -> tuple[Stage, GPU, HFConfig, Lengths, Calibration | None]:
+    from r1mega.plan.calibrate import calibrated
     from r1mega.plan.workload import read_lengths
 
-    config, kind = load_config(path, overrides), gpu_kind(gpu)
-    if not isinstance(config, TrainingStage):
-        raise ConfigError(f"{path}: stage {config.stage} trains nothing: there is no layout to search for")
-    if lengths_file is not None:
-        lengths = dataclasses.replace(lengths, given=read_lengths(lengths_file))
-    search = Search(config, read_model(config, path), gpus, kind, lengths, imbalance, per_node, say)
-    proposals = search.run()
-    return list(proposed(path, overrides, proposals, gpus, kind)), bool(proposals)
+    config, gpu, lengths = load_config(job.path, job.overrides), gpu_kind(job.gpu), job.lengths
+    if job.lengths_file is not None:
+        lengths = dataclasses.replace(lengths, given=read_lengths(job.lengths_file))
+    known = None if job.run is None else calibrated(job.run, gpu, job.per_node)
+    return config, gpu, read_model(config, job.path), lengths, known
 
 
 def generator_refusals(config: Stage, path: Path, gpus: int, gpu: str) -> list[str]:
@@ -111,18 +127,3 @@ def generator_refusals(config: Stage, path: Path, gpus: int, gpu: str) -> list[s
     except ConfigError:
         return []
     return list(generator_memory_problems(config, hf, gpu_kind(gpu), gpus))
-
-
-def read_model(config: Stage, path: Path) -> dict[str, Any]:
-    """config.json of the model, or while it has not been downloaded of the `model` directory beside the YAML file (a
-    student's: `student`). Raises ConfigError when there is none.
-    """
-    names = ("student", "model") if config.stage == "distill" else ("model",)
-    places = [config.model.path / "config.json", *(path.parent / name / "config.json" for name in names)]
-    found = next((place for place in places if place.is_file()), None)
-    if found is None:
-        raise ConfigError(f"model.path = {config.model.path}: {' and '.join(map(str, places))} are missing")
-    try:
-        return json.loads(found.read_text())
-    except ValueError as error:
-        raise ConfigError(f"{found}: not JSON ({error})") from error

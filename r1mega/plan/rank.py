@@ -6,9 +6,12 @@ on tensors without memory (`shapes`), and a microbatch goes through layers forwa
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -56,18 +59,21 @@ class Activations:
     """Bytes of a microbatch of `tokens` (of all ranks of cp together), on the fullest expert rank.
 
     kept: from forward to backward, of one microbatch in one chunk; working: beside what is kept, at the worst moment of a
-    forward and backward pass; forward: at the worst moment of a pass without gradients.
+    forward and backward pass; forward: at the worst moment of a pass without gradients; layers: kept by one layer, without
+    and with experts, where that is known.
     """
 
     tokens: int
     kept: float
     working: float
     forward: float
+    layers: Mapping[bool, float]
 
     def scaled(self, tokens: int) -> Activations:
         """Of another number of tokens."""
         times = tokens / self.tokens
-        return Activations(tokens, self.kept * times, self.working * times, self.forward * times)
+        layers = {kind: kept * times for kind, kept in self.layers.items()}
+        return Activations(tokens, self.kept * times, self.working * times, self.forward * times, layers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,21 +100,42 @@ def measure(
 
     imbalance: tokens of this rank's experts over the mean. tokens: of the microbatch that is sent through.
     on_gpu: layers keep what they keep on a GPU (fused norms, activations and attention), not what the layers of a CPU keep.
+    A rank is measured once in a process, and so is a layer whose activations hang on nothing else that was asked.
     Raises ConfigError for a layout that does not fit.
     """
-    route = Routes.of(hf, parallel, rank, imbalance) if num_experts(hf) else None
-    with as_rank(parallel, world, rank), ShapesOnly(route, fused_norms=on_gpu) as mode:
-        policy = Policy(model, dict(hf), parallel, seed=0)
-        if on_gpu:
+    anywhere = model.model_copy(update={"path": Path()})
+    asked = _Asked(json.dumps(hf), anywhere, imbalance, min(tokens, LONGEST * parallel.tp * parallel.cp), on_gpu)
+    measured = _measured(asked, parallel, optimizer, world, rank)
+    return RankMemory(measured.static, tuple(one.scaled(tokens) for one in measured.activations))
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """hf: config.json as text; tokens: of the microbatch that is sent through."""
+
+    hf: str
+    model: ModelConfig
+    imbalance: float
+    tokens: int
+    on_gpu: bool
+
+
+@functools.cache
+def _measured(
+    asked: _Asked, parallel: ParallelConfig, optimizer: OptimizerConfig | None, world: int, rank: int
+) -> RankMemory:
+    hf = json.loads(asked.hf)
+    route = Routes.of(hf, parallel, rank, asked.imbalance) if num_experts(hf) else None
+    with as_rank(parallel, world, rank), ShapesOnly(route, fused_norms=asked.on_gpu) as mode:
+        policy = Policy(asked.model, hf, parallel, seed=0)
+        if asked.on_gpu:
             for chunk in policy.chunks:
                 _keep_as_on_gpu(chunk)
         for parameter in itertools.chain(*(chunk.parameters() for chunk in policy.chunks)):
             parameter.register_post_accumulate_grad_hook(_forget_gradient)  # it is added to a buffer that stays
-        sent = min(tokens, LONGEST * parallel.tp * parallel.cp)
-        batch = build_microbatch([[0] * sent], [1], [0])
-        activations = tuple(
-            _activations(policy, index, batch, mode).scaled(tokens) for index in range(len(policy.chunks))
-        )
+        batch = build_microbatch([[0] * asked.tokens], [1], [0])
+        key = (asked, parallel.tp, parallel.sp, parallel.cp, parallel.ep, parallel.etp)
+        activations = tuple(_activations(policy, index, batch, mode, key) for index in range(len(policy.chunks)))
         return RankMemory(_static(policy, optimizer), activations)
 
 
@@ -163,30 +190,46 @@ def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any
     return FusedAttention.apply(query, key, value).flatten(1)
 
 
-def _activations(policy: Policy, index: int, batch: Microbatch, mode: ShapesOnly) -> Activations:
-    """Of one chunk: one layer of each kind is run, and again with another of its kind for what each of those adds."""
-    decoder = policy.chunks[index].decoder
+_ends: dict[Hashable, tuple[int, int, int]] = {}
+"""Of a chunk with one layer of each of its kinds: (bytes of a forward pass at its worst, kept, working)."""
+_further: dict[Hashable, int] = {}
+"""Of another layer of a kind: bytes that it keeps."""
+
+
+def _activations(policy: Policy, index: int, batch: Microbatch, mode: ShapesOnly, key: Hashable) -> Activations:
+    """Of one chunk: one layer of each kind is run, and again with another of its kind for what each of those adds.
+
+    key: all that a layer's activations hang on; of what was run with it nothing is run again.
+    """
+    chunk = policy.chunks[index]
+    decoder = chunk.decoder
     layers, number = decoder.layers, decoder.num_layers_per_pipeline_rank
-    kinds: dict[str, list[Any]] = {}
+    kinds: dict[bool, list[Any]] = {}
     for layer in layers:
-        kinds.setdefault(type(layer.mlp).__name__, []).append(layer)
+        kinds.setdefault(hasattr(layer.mlp, "experts"), []).append(layer)
 
     def choose(*chosen: Any) -> None:
         decoder.layers, decoder.num_layers_per_pipeline_rank = torch.nn.ModuleList(chosen), len(chosen)
 
     one_each = [same[0] for same in kinds.values()]
+    end = (key, chunk.pre_process, chunk.post_process, tuple(kinds))
     try:
-        choose(*one_each)
-        forward = _forward_peak(policy, index, batch, mode)
-        kept, working = _kept(policy, index, batch, mode, backward=True)
-        further = 0
-        for same in kinds.values():
-            if len(same) > 1:
+        if end not in _ends:
+            choose(*one_each)
+            forward = _forward_peak(policy, index, batch, mode)
+            _ends[end] = (forward, *_kept(policy, index, batch, mode, backward=True))
+        forward, kept, working = _ends[end]
+        for kind, same in kinds.items():
+            if len(same) > 1 and (key, kind) not in _further:
                 choose(*one_each, same[0])
-                further += (len(same) - 1) * (_kept(policy, index, batch, mode, backward=False)[0] - kept)
+                _further[key, kind] = _kept(policy, index, batch, mode, backward=False)[0] - kept
     finally:
         decoder.layers, decoder.num_layers_per_pipeline_rank = layers, number
-    return Activations(batch.num_tokens, kept + further, working, forward)
+    each = {kind: _further[key, kind] for kind in kinds if (key, kind) in _further}
+    further = sum((len(same) - 1) * each[kind] for kind, same in kinds.items() if len(same) > 1)
+    if len(unknown := [kind for kind in kinds if kind not in each]) == 1 and not chunk.post_process:
+        each[unknown[0]] = kept - sum(each.values())
+    return Activations(batch.num_tokens, kept + further, working, forward, each)
 
 
 def _kept(policy: Policy, index: int, batch: Microbatch, mode: ShapesOnly, *, backward: bool) -> tuple[int, int]:

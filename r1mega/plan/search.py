@@ -1,51 +1,53 @@
 """`r1mega plan --search`: of the layouts that a config could have, the fastest by the model of seconds that fit.
 
-Seconds are arithmetic and known of every candidate; memory is measured, in order of seconds, until some fit. What is measured
-bounds what is not: a candidate that could not fit by the activations of those seen before is passed over.
+Seconds are arithmetic and known of every candidate that its parameters alone do not rule out; memory is measured, in order of
+seconds, until nothing faster can come. What is measured bounds what is not: a layer's activations are the same in every pipeline.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 
-from r1mega.config.layout import generator_problems, num_experts, num_stages, stage_layers
-from r1mega.config.megatron import recomputes_routing
+from r1mega.config.layout import generator_problems, stage_layers
 from r1mega.config.model_files import HFConfig
-from r1mega.config.schema import MemoryConfig, ParallelConfig, Recompute, RecomputeModule, TrainingStage
-from r1mega.config.stages.reward_model import RewardModelStage
+from r1mega.config.schema import MemoryConfig, ParallelConfig, Recompute, TrainingStage
 from r1mega.config.stages.rl import RLStage
-from r1mega.config.stages.sft import SFTStage
-from r1mega.config.validate import layout_problems
 from r1mega.errors import ConfigError
-from r1mega.model.architecture import LatentAttention
 from r1mega.model.families import architecture_of
-from r1mega.model.flops import Work, model_flops
+from r1mega.plan.candidates import candidates, capacity, differences, divisors
 from r1mega.plan.generator import GeneratorMemory, generator_memory, generator_memory_problems
 from r1mega.plan.gpu import GPU
-from r1mega.plan.memory import CONTEXT_BYTES, SPARE_BYTES, PhaseMemory, StageRank, in_flight, phase_memory, stage_ranks
-from r1mega.plan.seconds import generation_seconds, part_flops, plan_seconds
+from r1mega.plan.memory import PhaseMemory, StageRank, in_flight, padded, phase_memory, planned_model, stage_ranks
+from r1mega.plan.rank import LONGEST, Activations, RankMemory, Static, measure
+from r1mega.plan.seconds import Efficiency, generation_seconds, layer_parameters, moving_seconds, plan_seconds
 from r1mega.plan.workload import Lengths, Workload, workload
 
 MOST_PROPOSED = 3
-MOST_MEASURED = 40
+MOST_MEASURED = 60
 """Layouts whose memory is measured before a search ends; each takes about two seconds."""
 SURE = 0.8
-"""Activations of a layout not measured, over those of the least one measured with the same recomputation: at the least."""
+"""Activations a token of a layout not measured, over those of another that cuts no more of a layer: at the least."""
 MEMORY = (
-    MemoryConfig(),
-    MemoryConfig(grad_offload=True),
-    MemoryConfig(grad_offload=True, optimizer_offload="rollout"),
-    MemoryConfig(grad_offload=True, optimizer_offload="rollout", param_offload=True),
-    MemoryConfig(grad_offload=True, optimizer_offload="update", param_offload=True),
-    MemoryConfig(grad_offload=True, optimizer_offload="update", param_offload=True, reference_swap=True),
+    (MemoryConfig(), False),
+    (MemoryConfig(grad_offload=True), False),
+    (MemoryConfig(grad_offload=True, optimizer_offload="rollout"), False),
+    (MemoryConfig(grad_offload=True, optimizer_offload="rollout", param_offload=True), False),
+    (MemoryConfig(grad_offload=True, optimizer_offload="update"), False),
+    (MemoryConfig(grad_offload=True, optimizer_offload="update", param_offload=True), False),
+    (MemoryConfig(grad_offload=True, optimizer_offload="update", param_offload=True, reference_swap=True), False),
+    (MemoryConfig(grad_offload=True), True),
+    (MemoryConfig(grad_offload=True, param_offload=True), True),
+    (MemoryConfig(grad_offload=True, param_offload=True, reference_swap=True), True),
 )
-"""From what moves least to what moves most; all take equally long in the model of seconds."""
+"""(memory, optimizer.cpu_offload). The last one without and the last one with it leave the least on the device in any phase."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +62,9 @@ class Proposal:
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """A layout, what it recomputes and how long its microbatches are; seconds: of everything but the generator."""
+    """A layout, what it recomputes and how long its microbatches are; seconds: of everything but the generator and what is
+    moved between device and host.
+    """
 
     config: TrainingStage
     work: Workload
@@ -76,6 +80,36 @@ class Generated:
     seconds: float
 
 
+class _Chunk(NamedTuple):
+    """What the activations of a chunk hang on, beside how many layers it has. kinds: whether they have experts; ends: whether
+    it is the model's first, and its last; tokens: of a microbatch that were sent through.
+    """
+
+    recompute: Recompute
+    tp: int
+    cp: int
+    ep: int
+    etp: int
+    tokens: int
+    kinds: tuple[bool, ...] = ()
+    ends: tuple[bool, bool] = (False, False)
+
+    def share(self, other: _Chunk) -> float:
+        """What a token of a rank takes in `other`, over what it takes here: at the least. SURE: where as much or more is
+        gathered there, and no more tokens share the gradients of weights; 0: that is not known.
+        """
+        if self[:6] == other[:6]:
+            return 1.0
+        mine, others = self.tokens / (self.tp * self.cp), other.tokens / (other.tp * other.cp)
+        same = (self.recompute, self.etp, self.ep == 1) == (other.recompute, other.etp, other.ep == 1)
+        return SURE if same and self.tp <= other.tp and self.cp <= other.cp and mine >= others else 0.0
+
+    def within(self, other: _Chunk) -> bool:
+        """Whether what works here works there too."""
+        inside = all(mine <= others for mine, others in zip(self.ends, other.ends, strict=True))
+        return inside and set(self.kinds) <= set(other.kinds)
+
+
 @dataclass
 class Search:
     """Of one config on so many GPUs. say: is told of the progress, a line at a time."""
@@ -88,37 +122,51 @@ class Search:
     imbalance: float
     per_node: int
     say: Callable[[str], None] = lambda line: None
+    efficiency: Efficiency = Efficiency()
     measured: int = 0
     _ranks: dict[object, list[StageRank] | None] = field(default_factory=dict)
-    _seen: dict[object, tuple[float, float]] = field(default_factory=dict)
+    _seen: dict[_Chunk, Activations] = field(default_factory=dict)
+    _large: dict[ParallelConfig, bool] = field(default_factory=dict)
     _work: dict[object, Workload] = field(default_factory=dict)
 
-    def run(self, *, most: int = MOST_PROPOSED, measure: int = MOST_MEASURED) -> list[Proposal]:
+    def run(self, *, most: int = MOST_PROPOSED, measured: int = MOST_MEASURED) -> list[Proposal]:
         """The fastest that fit, each of another layout; the config's own among the candidates. Empty: none was found."""
         trained, generated = list(self.trained()), list(self.generated())
-        pairs = sorted(itertools.product(trained, generated), key=lambda pair: pair[0].seconds + pair[1].seconds)
         self.say(f"{len(trained):,} layouts by {len(generated)} of the generator; the fastest are measured first")
-        found: list[Proposal] = []
+        self._learn(trained)
+        pairs = sorted(itertools.product(trained, generated), key=lambda pair: pair[0].seconds + pair[1].seconds)
+        found: dict[object, Proposal] = {}
         for one, other in pairs:
-            if len(found) == most:
+            least = one.seconds + other.seconds
+            best = sorted(proposal.seconds for proposal in found.values())
+            if len(best) >= most and least >= best[most - 1]:
                 break
-            if any(_layout(one.config) == _layout(proposal.config) for proposal in found):
+            known = found.get(layout := (one.config.parallel, capacity(one.config)[1]))
+            if known is not None and known.seconds <= least:
                 continue
             own = one.config == self.config and other.tp in (None, getattr(self.config, "rollout", other).tp)
-            if self.measured >= measure and (found or not own):
+            if self.measured >= measured and _key(one) not in self._ranks and not own:
                 continue  # the config's own is looked at, however many were measured before
-            if (proposal := self.fitting(one, other)) is not None:
-                found.append(proposal)
-        return found
+            proposal = self.fitting(one, other, best[most - 1] if len(best) >= most else math.inf)
+            if proposal is not None and (known is None or proposal.seconds < known.seconds):
+                found[layout] = proposal
+        return sorted(found.values(), key=lambda proposal: proposal.seconds)[:most]
+
+    def candidates(self) -> Iterator[TrainingStage]:
+        """The config's own first."""
+        return candidates(self.config, self.hf, self.gpus)
 
     def trained(self) -> Iterator[Trained]:
-        """The config's own first; of equally fast ones those that cut and recompute less."""
-        for config in candidates(self.config, self.hf, self.gpus):
-            work = self.workload(config)
-            if work is None:
+        """Candidates that parameters alone do not rule out. Of equally fast ones those that cut and recompute less are first."""
+        for config in self.candidates():
+            if config != self.config and self._too_large(config):
                 continue
+            if (work := self.workload(config)) is None:
+                continue
+            update = {"memory": MEMORY[0][0], "optimizer": config.optimizer.model_copy(update={"cpu_offload": False})}
             seconds = plan_seconds(
-                config, self.hf, self.gpus, self.gpu, work, None, imbalance=self.imbalance, per_node=self.per_node
+                config.model_copy(update=update), self.hf, self.gpus, self.gpu, work, None,
+                imbalance=self.imbalance, per_node=self.per_node, efficiency=self.efficiency,
             )  # fmt: skip
             yield Trained(config, work, seconds.total)
 
@@ -126,7 +174,7 @@ class Search:
         """None: the samples do not go into the microbatches, or some replica gets none."""
         p = config.parallel
         replicas, multiple = self.gpus // (p.tp * p.pp * p.cp), p.pp if (p.vpp or 1) > 1 else 1
-        key = (replicas, multiple, p.pp, _capacity(config)[1])
+        key = (replicas, multiple, p.pp, capacity(config)[1])
         if key not in self._work:
             try:
                 self._work[key] = workload(config, self.lengths, replicas, multiple)
@@ -141,7 +189,7 @@ class Search:
             yield Generated(None, None, 0.0)
             return
         work, dtype = workload(config, self.lengths, 1), getattr(torch, config.model.dtype)
-        for tp in dict.fromkeys((config.rollout.tp, *_divisors(self.gpus))):
+        for tp in dict.fromkeys((config.rollout.tp, *divisors(self.gpus))):
             rollout = config.rollout.model_copy(update={"tp": tp, "ep": tp if config.rollout.ep > 1 else 1, "dp": None})
             candidate = config.model_copy(update={"rollout": rollout})
             problems = itertools.chain(
@@ -151,50 +199,91 @@ class Search:
             if rollout.num_prompts < self.gpus // tp or next(problems, None) is not None:
                 continue
             memory = generator_memory(self.hf, dtype, rollout, self.gpu.memory_bytes)
-            seconds = generation_seconds(candidate, self.hf, self.gpus, self.gpu, work, memory)
+            seconds = generation_seconds(candidate, self.hf, self.gpus, self.gpu, work, memory, self.efficiency)
             yield Generated(tp, memory, sum(seconds.values()))
 
-    def fitting(self, one: Trained, other: Generated) -> Proposal | None:
-        """With what moves least of what makes it fit; None: nothing does."""
-        ranks = self.ranks(one)
-        if ranks is None:
+    def fitting(self, one: Trained, other: Generated, limit: float = math.inf) -> Proposal | None:
+        """With what takes least time of what makes it fit; None: nothing does, or not in less than `limit` seconds. Measured
+        only where neither is known before.
+        """
+        least = [self._least(one.config, stage, one.work) for stage in self._full(one.config.parallel)]
+        bound = self._cheapest(one, other, least)
+        if bound is None or bound[0] >= limit or (ranks := self.ranks(one)) is None:
             return None
-        for memory in self._memory():
-            config = one.config.model_copy(update={"memory": memory})
+        if (found := self._cheapest(one, other, ranks)) is None:
+            return None
+        seconds, config, fullest = found
+        return Proposal(config, tuple(differences(self.config, config)), seconds, fullest)
+
+    def _cheapest(
+        self, one: Trained, other: Generated, ranks: list[StageRank]
+    ) -> tuple[float, TrainingStage, PhaseMemory] | None:
+        """(seconds, config, fullest phase) with what `memory` and optimizer.cpu_offload have to move for it to fit."""
+        found = []
+        for config in self._held(one.config):
             if isinstance(config, RLStage) and other.tp is not None:
                 update = {"tp": other.tp, "ep": other.tp if config.rollout.ep > 1 else 1, "dp": None}
                 config = config.model_copy(update={"rollout": config.rollout.model_copy(update=update)})
             phases = tuple(phase_memory(config, tuple(ranks), other.memory))
             if all(phase.verdict(self.gpu) == "fits" for phase in phases):
+                moving = moving_seconds(config, self.hf, self.gpus, self.gpu, one.work.minibatches, self.efficiency)
                 fullest = max(phases, key=lambda phase: phase.total)
-                return Proposal(config, tuple(differences(self.config, config)), one.seconds + other.seconds, fullest)
-        return None
+                found.append((one.seconds + other.seconds + moving, config, fullest))
+        return min(found, key=lambda choice: choice[0], default=None)
 
     def ranks(self, one: Trained) -> list[StageRank] | None:
         """One of every kind of stage; None when one of them does not fit without a generator, whatever moves."""
-        key = (one.config.parallel, one.config.model.recompute, one.work.microbatches, one.work.microbatch_tokens)
-        if key not in self._ranks:
-            self._ranks[key] = None if self._hopeless(one) else self._measured(one)
+        if (key := _key(one)) not in self._ranks:
+            self._ranks[key] = self._measured(one)
         return self._ranks[key]
 
-    def _memory(self) -> Iterator[MemoryConfig]:
-        for memory in dict.fromkeys((self.config.memory, *MEMORY)):
-            if not self.config.optimizer.cpu_offload or memory.optimizer_offload == "none":
-                yield memory
+    def _learn(self, trained: list[Trained]) -> None:
+        """Activations of one layout for each recomputation: what cuts a layer least, with the fewest experts to run."""
+        recomputed = dict.fromkeys(one.config.model.recompute for one in trained)
+        for recompute in recomputed:
+            those = [one for one in trained if one.config.model.recompute == recompute]
+
+            def cut(one: Trained) -> tuple[int, ...]:
+                p = one.config.parallel
+                return p.tp * p.cp, p.vpp or 1, -p.ep, len(self._stages(p)[0]), -one.work.microbatch_tokens
+
+            one = min(those, key=cut)
+            p = one.config.parallel
+            with contextlib.suppress(ConfigError):  # megatron-core's: it is said when a candidate is measured
+                found = measure(
+                    self.hf, planned_model(one.config.model), p, None, world=self.gpus, rank=0,
+                    imbalance=self.imbalance, tokens=padded(one.work.microbatch_tokens, p),
+                )  # fmt: skip
+                self._remember(one, 0, found)
+
+    def _held(self, config: TrainingStage) -> list[TrainingStage]:
+        """The config with what `memory` and optimizer.cpu_offload may be; its own first."""
+        choices = dict.fromkeys(((config.memory, config.optimizer.cpu_offload), *MEMORY))
+        found = []
+        for memory, cpu in choices:
+            optimizer = config.optimizer.model_copy(update={"cpu_offload": cpu})
+            held = config.model_copy(update={"memory": memory, "optimizer": optimizer})
+            if next(iter(held.memory_problems()), None) is None:
+                found.append(held)
+        return found
+
+    def _fit(self, config: TrainingStage, ranks: list[StageRank]) -> bool:
+        """Without a generator, when as little is on the device as can be."""
+        least = {held.optimizer.cpu_offload: held for held in self._held(config)[1:]}.values()
+        return any(
+            all(phase.verdict(self.gpu) == "fits" for phase in phase_memory(held, tuple(ranks), None))
+            for held in (*least, config)
+        )
 
     def _measured(self, one: Trained) -> list[StageRank] | None:
         self.measured += 1
         ranks: list[StageRank] = []
         try:
             for rank in stage_ranks(one.config, self.hf, self.gpus, one.work, self.imbalance):
-                if not ranks:
-                    self._remember(one, rank)
                 ranks.append(rank)
-                least = min(
-                    (self._worst(one, rank, memory) for memory in self._memory()), key=lambda phase: phase.total
-                )
-                if least.verdict(self.gpu) != "fits":
-                    self._tell(one, f"{least.phase} {least.total / 1e9:.1f} GB: does not fit")
+                self._remember(one, rank.stage, rank.memory)
+                if not self._fit(one.config, [rank]):
+                    self._tell(one, f"stage {rank.stage} does not fit")
                     return None
         except ConfigError as error:  # of megatron-core, which knows more rules than config/layout.py
             self._tell(one, str(error))
@@ -202,173 +291,85 @@ class Search:
         self._tell(one, "the trainer fits")
         return ranks
 
-    def _worst(self, one: Trained, rank: StageRank, memory: MemoryConfig) -> PhaseMemory:
-        phases = phase_memory(one.config.model_copy(update={"memory": memory}), (rank,), None)
-        return max(phases, key=lambda phase: phase.total)
-
     def _tell(self, one: Trained, what: str) -> None:
         p, recompute = one.config.parallel, one.config.model.recompute
         parts = recompute if isinstance(recompute, str) else "+".join(recompute)
         layout = f"tp {p.tp} pp {p.pp} vpp {p.vpp or 1} ep {p.ep} cp {p.cp}, recompute {parts}"
         self.say(f"measured {self.measured}: {layout}, {one.seconds:,.0f} s to train: {what}")
 
-    def _remember(self, one: Trained, first: StageRank) -> None:
-        """Bytes of activations for a token of a rank: kept of a layer, and at work."""
-        p = one.config.parallel
-        tokens = one.work.microbatch_tokens / (p.tp * p.cp)
-        layers = max(1, _first_layers(p, architecture_of(self.hf).num_layers))
-        kept = sum(chunk.kept for chunk in first.memory.activations) / layers / tokens
-        working = max(chunk.working for chunk in first.memory.activations) / tokens
-        key = (one.config.model.recompute, p.ep == 1)
-        known = self._seen.get(key, (kept, working))
-        self._seen[key] = (min(kept, known[0]), min(working, known[1]))
+    def _too_large(self, config: TrainingStage) -> bool:
+        """By weights, gradients and optimizer state alone."""
+        if (p := config.parallel) not in self._large:
+            least = [self._least(config, stage, None) for stage in self._full(p)]
+            self._large[p] = not self._fit(config, least)
+        return self._large[p]
 
-    def _hopeless(self, one: Trained) -> bool:
-        """By the least that the update takes on the first two stages: weights and gradients, as if tp cut all but the
-        experts, and activations as of what was measured.
+    def _least(self, config: TrainingStage, stage: int, work: Workload | None) -> StageRank:
+        """No more than a rank of the stage takes: of its parameters all that tp could cut is cut; activations by what was
+        measured. work: None: without activations.
         """
-        p, layers = one.config.parallel, stage_layers(one.config.parallel, len(self._sizes))
-        itemsize = getattr(torch, one.config.model.dtype).itemsize
-        tokens = one.work.microbatch_tokens / (p.tp * p.cp)
-        kept, working = self._seen.get((one.config.model.recompute, p.ep == 1), (0.0, 0.0))
-        for stage in range(min(2, p.pp)):
-            own = [self._sizes[layer] for index in range(stage, num_stages(p), p.pp) for layer in layers[index]]
-            parameters = sum(dense / p.tp + experts / (p.ep * p.etp) for dense, experts in own)
-            activations = SURE * tokens * (kept * len(own) * in_flight(p, stage, one.work.microbatches) + working)
-            if CONTEXT_BYTES + parameters * (itemsize + 4) + activations > self.gpu.memory_bytes - SPARE_BYTES:
-                return True
-        return False
+        p, itemsize = config.parallel, getattr(torch, config.model.dtype).itemsize
+        numbers = [self._sizes[layer] for chunk in self._stages(p)[stage :: p.pp] for layer in chunk]
+        dense, experts = sum(one for one, _ in numbers), sum(one for _, one in numbers) / (p.ep * p.etp)
+        if stage == 0:
+            dense += self.hf["vocab_size"] * self.hf["hidden_size"]
+        dense /= p.tp
+        both = int(dense + experts)
+        updated = int(p.tp * p.pp * dense / self.gpus + p.ep * p.etp * p.pp * experts / self.gpus)
+        gradients = 4 if config.optimizer.grad_reduce_in_fp32 else itemsize
+        main = 0 if itemsize == 4 else 4 * updated
+        static = Static(itemsize * both, gradients * both, main, 4 * updated, 4 * updated, both, int(experts))
+        kept, waiting = Activations(1, 0.0, 0.0, 0.0, {}), 0.0
+        if work is not None:
+            kept, waiting = self._activations(config, stage, work), in_flight(p, stage, work.microbatches)
+        return StageRank(stage, RankMemory(static, (kept,)), waiting, 0.0)
+
+    def _remember(self, one: Trained, stage: int, memory: RankMemory) -> None:
+        for (chunk, _), activations in zip(self._chunks(one.config, stage, one.work), memory.activations, strict=True):
+            self._seen[chunk] = activations
+
+    def _activations(self, config: TrainingStage, stage: int, work: Workload) -> Activations:
+        """At the least, of all chunks of a stage."""
+        p, kept, working = config.parallel, 0.0, 0.0
+        mine = padded(work.microbatch_tokens, p) / (p.tp * p.cp)
+        for chunk, counts in self._chunks(config, stage, work):
+            layers: dict[bool, float] = {}
+            for other, seen in self._seen.items():
+                if times := other.share(chunk) * mine * other.tp * other.cp / seen.tokens:
+                    for kind, one in seen.layers.items():
+                        layers[kind] = max(times * one, layers.get(kind, 0.0))
+                    if other.within(chunk):
+                        working = max(working, times * seen.working)
+            kept += sum(count * layers.get(kind, 0.0) for kind, count in counts.items())
+        return Activations(1, kept, working, 0.0, {})
+
+    def _chunks(self, config: TrainingStage, stage: int, work: Workload) -> Iterator[tuple[_Chunk, dict[bool, int]]]:
+        """Of a stage: (what a chunk's activations hang on; its layers without and with experts)."""
+        p, model, stages = config.parallel, architecture_of(self.hf), self._stages(config.parallel)
+        sent = min(padded(work.microbatch_tokens, p), LONGEST * p.tp * p.cp)
+        for index in range(stage, len(stages), p.pp):
+            counts: dict[bool, int] = {}
+            for layer in stages[index]:
+                counts[model.has_experts(layer)] = counts.get(model.has_experts(layer), 0) + 1
+            kinds, ends = tuple(sorted(counts)), (index == 0, index == len(stages) - 1)
+            yield _Chunk(config.model.recompute, p.tp, p.cp, p.ep, p.etp, sent, kinds, ends), counts
+
+    def _full(self, parallel: ParallelConfig) -> set[int]:
+        """Stages one of which is the fullest: the first, with the most microbatches in flight, and that with the most weights."""
+        stages = self._stages(parallel)
+        weights = [
+            sum(sum(self._sizes[layer]) for layer in itertools.chain(*stages[stage :: parallel.pp]))
+            for stage in range(parallel.pp)
+        ]
+        return {0, weights.index(max(weights))}
+
+    def _stages(self, parallel: ParallelConfig) -> tuple[range, ...]:
+        return stage_layers(parallel, len(self._sizes))
 
     @cached_property
     def _sizes(self) -> list[tuple[float, float]]:
-        """Of each layer the parameters of its matrices: (all but the routed experts, the routed experts)."""
-        model, token = architecture_of(self.hf), Work(1)
-        parts = {part: flops / 2 for part, flops in part_flops(self.hf, token).items()}
-        attention = model_flops(self.hf).forward(token) / 2 - parts["mlp"] - parts.get("moe", 0.0)
-        dense, experts = attention / model.num_layers, 0.0
-        if model.experts is not None:
-            experts = 3.0 * model.hidden_size * model.experts.count * model.experts.size
-        shared = 0 if model.experts is None else 3 * model.hidden_size * model.experts.shared_size
-        sizes = []
-        for layer in range(model.num_layers):
-            if model.has_experts(layer):
-                sizes.append((dense + shared, experts))
-            else:
-                sizes.append((dense + 3 * model.hidden_size * model.intermediate_size, 0.0))
-        return sizes
+        return layer_parameters(self.hf)
 
 
-def candidates(config: TrainingStage, hf: HFConfig, gpus: int) -> Iterator[TrainingStage]:
-    """The config's own; then those that its checks let pass, from those that cut little to those that cut much."""
-    if _legal(config, hf, gpus):
-        yield config
-    recomputed = dict.fromkeys((config.model.recompute, *_recompute(hf)))
-    models = [config.model.model_copy(update={"recompute": recompute}) for recompute in recomputed]
-    if isinstance(config, RLStage) and config.rollout.router_replay:
-        models = [model for model in models if not recomputes_routing(model)]
-    for parallel in _layouts(config.parallel, hf, gpus):
-        if not _legal(config.model_copy(update={"parallel": parallel}), hf, gpus):
-            continue
-        for model, tokens in itertools.product(models, _capacities(config)):
-            if (parallel, model, tokens) != (config.parallel, config.model, _capacity(config)[1]):
-                yield _with_capacity(config.model_copy(update={"parallel": parallel, "model": model}), tokens)
-
-
-def _legal(config: TrainingStage, hf: HFConfig, gpus: int) -> bool:
-    return next(layout_problems(config, dict(hf), gpus), None) is None
-
-
-def _layouts(own: ParallelConfig, hf: HFConfig, gpus: int) -> Iterator[ParallelConfig]:
-    layers = architecture_of(hf).num_layers
-    tps, cps = dict.fromkeys((1, 2, 4, 8, own.tp)), dict.fromkeys((1, 2, 4, 8, own.cp))
-    eps = [ep for ep in _divisors(num_experts(dict(hf)) or 1) if gpus % ep == 0]
-    pps = _divisors(gpus)
-    for tp, cp, pp, ep, vpp in itertools.product(tps, cps, pps, eps, dict.fromkeys((None, 2, own.vpp))):
-        if (
-            gpus % (tp * cp * pp)
-            or gpus % (ep * own.etp * pp)
-            or ((vpp or 1) > 1 and pp == 1)
-            or pp * (vpp or 1) > layers
-        ):
-            continue
-        same = (pp, vpp) == (own.pp, own.vpp)
-        stages = dict.fromkeys((uneven_stages(layers, pp * (vpp or 1)), *([own.layers_per_stage] if same else [])))
-        for counts in stages:
-            update = {"tp": tp, "cp": cp, "pp": pp, "ep": ep, "vpp": vpp, "layers_per_stage": counts, "dp": None}
-            yield own.model_copy(update=update)
-
-
-def uneven_stages(layers: int, stages: int) -> tuple[int, ...] | None:
-    """Decoder layers of each stage; None: equally many. Where they do not divide, the last stage has one less for its output
-    layer, and the first, which keeps most activations, is among the shorter ones.
-    """
-    if layers % stages == 0:
-        return None
-    least, more = divmod(layers + 1, stages)
-    return *[least] * (stages - 1 - more), *[least + 1] * more, least - 1
-
-
-def _recompute(hf: HFConfig) -> Iterator[Recompute]:
-    """From none to all, for layers that this model has."""
-    model = architecture_of(hf)
-    latent: tuple[RecomputeModule, ...] = ("mla_up_proj",) if isinstance(model.attention, LatentAttention) else ()
-    feed_forward: tuple[RecomputeModule, ...] = ("mlp",) if model.experts is None else ("moe",)
-    yield "none"
-    yield ("layernorm", *latent)
-    yield feed_forward
-    yield ("layernorm", *latent, *feed_forward)
-    yield "full"
-
-
-def _capacity(config: TrainingStage) -> tuple[int, int]:
-    """(tokens of the longest sample, of a microbatch)."""
-    if isinstance(config, RLStage):
-        longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
-        return longest, config.update.microbatch_tokens
-    if isinstance(config, SFTStage | RewardModelStage):
-        return config.data.max_tokens, config.microbatch_tokens
-    raise ConfigError(f"stage {config.stage} trains nothing that a search lays out")
-
-
-def _capacities(config: TrainingStage) -> tuple[int, ...]:
-    longest, own = _capacity(config)
-    return tuple(dict.fromkeys((own, longest, 2 * longest)))
-
-
-def _with_capacity(config: TrainingStage, tokens: int) -> TrainingStage:
-    if isinstance(config, RLStage):
-        return config.model_copy(update={"update": config.update.model_copy(update={"microbatch_tokens": tokens})})
-    return config.model_copy(update={"microbatch_tokens": tokens})
-
-
-def _first_layers(parallel: ParallelConfig, num_layers: int) -> int:
-    return sum(len(stage) for stage in stage_layers(parallel, num_layers)[:: parallel.pp])
-
-
-def _divisors(number: int) -> list[int]:
-    return [size for size in range(1, number + 1) if number % size == 0]
-
-
-def _layout(config: TrainingStage) -> tuple[object, ...]:
-    return config.parallel, _capacity(config)[1]
-
-
-def differences(before: TrainingStage, after: TrainingStage) -> Iterator[str]:
-    """Overrides of the command line that make `after` of `before`: keys of the sections that a search changes."""
-    for section in ("parallel", "model", "memory", "rollout", "update"):
-        one, other = getattr(before, section, None), getattr(after, section, None)
-        if one is None or other is None:
-            continue
-        old, new = one.model_dump(mode="json"), other.model_dump(mode="json")
-        for key in new:
-            if new[key] != old[key]:
-                yield f"{section}.{key}={_yaml(new[key])}"
-    tokens = getattr(after, "microbatch_tokens", None)
-    if tokens != getattr(before, "microbatch_tokens", None):
-        yield f"microbatch_tokens={tokens}"
-
-
-def _yaml(value: object) -> str:
-    if isinstance(value, list):
-        return f"[{','.join(map(str, value))}]"
-    return value if isinstance(value, str) else json.dumps(value)
+def _key(one: Trained) -> object:
+    return one.config.parallel, one.config.model.recompute, one.work.microbatches, one.work.microbatch_tokens

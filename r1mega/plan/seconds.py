@@ -80,6 +80,8 @@ def plan_seconds(
     phases["update"] = work.minibatches * costs.pipelined(work.microbatches, costs.both())
     if "reshard" in phases:
         phases["reshard"] = phases.pop("reshard")  # after the update
+    if moving := moving_seconds(config, hf, gpus, gpu, work.minibatches, efficiency):
+        phases["offload"] = moving
     return Seconds(phases, flops, work.tokens)
 
 
@@ -166,6 +168,36 @@ class _Costs:
             bandwidth = links[span > self.per_node] * self.efficiency.network
             seconds += layers * (ranks - 1) * self._tokens() * values * 2 / bandwidth
         return seconds
+
+
+def moving_seconds(
+    config: TrainingStage, hf: HFConfig, gpus: int, gpu: GPU, minibatches: int, efficiency: Efficiency = Efficiency()
+) -> float:
+    """Of a step, for what `memory` moves between device and host, and for Adam on the CPU: its weights and state of 28 bytes
+    a number go through host memory, taken as fast as the link. Nothing of it is hidden behind anything.
+    """
+    p, memory, itemsize = config.parallel, config.memory, getattr(torch, config.model.dtype).itemsize
+    dense, experts = (sum(sizes) for sizes in zip(*layer_parameters(hf), strict=True))
+    of_rank = itemsize * (dense / p.tp + experts / (p.ep * p.etp)) / p.pp
+    updated = (dense + experts) / gpus  # numbers whose optimizer state is this rank's
+    moved = 2 * of_rank * (memory.param_offload + memory.reference_swap)
+    moved += 2 * 12 * updated * {"none": 0, "rollout": 1, "update": minibatches}[memory.optimizer_offload]
+    if config.optimizer.cpu_offload:
+        moved += minibatches * updated * (4 + itemsize + 28)
+    return moved / (gpu.host_bandwidth * efficiency.network)
+
+
+def layer_parameters(hf: HFConfig) -> list[tuple[float, float]]:
+    """Of each layer the parameters of its matrices: (all but the routed experts, the routed experts)."""
+    model, token = architecture_of(hf), Work(1)
+    parts = {part: flops / 2 for part, flops in part_flops(hf, token).items()}
+    attention = model_flops(hf).forward(token) / 2 - parts["mlp"] - parts.get("moe", 0.0)
+    dense, experts, shared = attention / model.num_layers, 0.0, 0
+    if model.experts is not None:
+        experts = 3.0 * model.hidden_size * model.experts.count * model.experts.size
+        shared = 3 * model.hidden_size * model.experts.shared_size
+    without = (dense + 3 * model.hidden_size * model.intermediate_size, 0.0)
+    return [(dense + shared, experts) if model.has_experts(layer) else without for layer in range(model.num_layers)]
 
 
 def part_flops(hf: HFConfig, work: Work) -> dict[str, float]:

@@ -15,7 +15,6 @@ import torch
 from torch._C._distributed_c10d import FakeWork
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 _VALUES_LIKE = ("zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty")
 _RANDOM_STATE = torch.uint8
@@ -36,6 +35,10 @@ class ShapesOnly(TorchDispatchMode):
         self._route = route or first_columns
         self._sizes: dict[int, int] = {}
         self._functions = _Functions(fused_norms)
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here: torch's compiler takes a second to import
 
     def __enter__(self) -> ShapesOnly:
         super().__enter__()
@@ -63,13 +66,13 @@ class ShapesOnly(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = self._run(func, args, kwargs or {})
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor) and leaf.dtype != _RANDOM_STATE:
-                self._count(leaf.untyped_storage())
+        for tensor in _tensors(result):
+            if tensor.dtype != _RANDOM_STATE:
+                self._count(tensor.untyped_storage())
         return result
 
     def _run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        tensors = [*_tensors(args), *_tensors(tuple(kwargs.values()))]
         dtype = kwargs.get("dtype")
         if not any(tensor.is_meta for tensor in tensors):
             if tensors or not _takes_device(func) or (dtype is not None and not dtype.is_floating_point):
@@ -92,7 +95,7 @@ class ShapesOnly(TorchDispatchMode):
             args = (args[0], _numbers(args[1]), *args[2:])
         if name == "masked_select":
             return torch.empty(int(args[1].expand(args[0].shape).sum()), dtype=args[0].dtype, device="meta")
-        args, kwargs = tree_map_only(torch.Tensor, _without_memory, (args, kwargs))
+        args, kwargs = _without_memory(args), {key: _without_memory(value) for key, value in kwargs.items()}
         return func(*args, **(kwargs | {"device": "meta"} if "device" in kwargs else kwargs))
 
     def _count(self, storage: torch.UntypedStorage) -> None:
@@ -178,10 +181,23 @@ def _numbers(indices: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None
     return found
 
 
-def _without_memory(tensor: torch.Tensor) -> torch.Tensor:
-    if tensor.is_meta:
-        return tensor
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+def _tensors(given: object) -> list[torch.Tensor]:
+    """Those in an operation's argument or result, which has them in lists at most: torch's trees take half of the time."""
+    if isinstance(given, torch.Tensor):
+        return [given]
+    if isinstance(given, tuple | list):
+        return [tensor for one in given for tensor in _tensors(one)]
+    return []
+
+
+def _without_memory(given: object) -> object:
+    if isinstance(given, torch.Tensor):
+        if given.is_meta:
+            return given
+        return torch.empty_strided(given.shape, given.stride(), dtype=given.dtype, device="meta")
+    if isinstance(given, tuple | list):
+        return type(given)(map(_without_memory, given))
+    return given
 
 
 def _takes_device(func: Any) -> bool:

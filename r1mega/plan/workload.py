@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -73,14 +73,26 @@ class Workload:
     def tokens(self) -> int:
         return int(self.whole.tokens)
 
-    @cached_property
+    @property
     def whole(self) -> Work:
         """All samples of the step."""
-        return sequences_work((prompt + response, response) for prompt, response in self.samples)
+        return _whole(self.samples)
 
     @property
     def responses(self) -> list[int]:
         return [response for _, response in self.samples]
+
+
+@lru_cache(maxsize=8)
+def _whole(samples: tuple[tuple[int, int], ...]) -> Work:
+    return sequences_work((prompt + response, response) for prompt, response in samples)
+
+
+def replicas_work(config: TrainingStage, lengths: Lengths, gpus: int) -> Workload:
+    """`workload` of a stage that is started on so many GPUs."""
+    p = config.parallel
+    multiple = p.pp if (p.vpp or 1) > 1 else 1
+    return workload(config, lengths, max(1, gpus // (p.tp * p.pp * p.cp)), multiple)
 
 
 def workload(config: TrainingStage, lengths: Lengths, replicas: int, multiple: int = 1) -> Workload:

@@ -229,6 +229,12 @@ def init_parallel(layout: Layout, seed: int, timeouts: TimeoutsConfig | None = N
     init_distributed(timeouts)
     for problem in process_problems(layout, dist.get_world_size()):
         raise ConfigError(problem)
+    make_groups(layout, timeout("collective"))
+    seed_all(seed)
+
+
+def make_groups(layout: Layout, wait: timedelta) -> None:
+    """Megatron's groups for `layout`, among the ranks of the world. wait: of a collective for its last rank."""
     from megatron.core import parallel_state
 
     parallel_state.initialize_model_parallel(
@@ -239,9 +245,8 @@ def init_parallel(layout: Layout, seed: int, timeouts: TimeoutsConfig | None = N
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=layout.etp,
         create_gloo_process_groups=True,
-        distributed_timeout_minutes=timeout("collective") / timedelta(minutes=1),
+        distributed_timeout_minutes=wait / timedelta(minutes=1),
     )
-    seed_all(seed)
 
 
 def seed_all(seed: int) -> None:

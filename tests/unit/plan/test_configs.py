@@ -32,10 +32,10 @@ def test_every_config_says_what_it_is_made_for():
 def test_two_of_them():
     """A stage that trains and one that only generates."""
     chosen = [CONFIGS / "moonlight_16b/distill.yaml", CONFIGS / "deepseek_v3_671b/evaluate.yaml"]
-    found = list(rows(chosen))
-    assert [row.path for row in found] == chosen
+    planned = list(rows(chosen))
+    assert [row.path for row in planned] == chosen
     shown = DOCUMENT.read_text().splitlines()
-    for row, line in zip(found, table(found)[2:], strict=True):
+    for row, line in zip(planned, table(planned)[2:], strict=True):
         as_stated(row)
         assert line in shown
 
@@ -43,8 +43,8 @@ def test_two_of_them():
 @pytest.mark.slow
 @pytest.mark.heavy
 def test_all_of_them():
-    found = list(rows())
-    assert len(found) == sum(stated(path) is not None for path in FOR_GPUS)
-    for row in found:
+    planned = list(rows())
+    assert len(planned) == sum(stated(path) is not None for path in FOR_GPUS)
+    for row in planned:
         as_stated(row)
-    assert "\n".join(table(found)) in DOCUMENT.read_text()
+    assert "\n".join(table(planned)) in DOCUMENT.read_text()

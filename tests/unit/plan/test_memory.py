@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -11,10 +13,12 @@ import torch
 from r1mega.config.load import load_config
 from r1mega.config.schema import ModelConfig, OptimizerConfig, ParallelConfig
 from r1mega.errors import ConfigError
-from r1mega.plan.command import read_model
+from r1mega.plan import rank
 from r1mega.plan.generator import generator_memory, generator_memory_problems, kv_bytes_per_token, weight_bytes
+from r1mega.plan.given import read_model
 from r1mega.plan.gpu import gpu_kind
 from r1mega.plan.memory import in_flight
+from r1mega.plan.place import _rank_groups as rank_groups
 from r1mega.plan.rank import Routes, measure
 from r1mega.plan.residency import residency
 from r1mega.plan.workload import Lengths, workload
@@ -66,7 +70,30 @@ def test_routes_send_their_share_here_and_choose_no_expert_twice(imbalance):
     assert others.max() / others.min() < 1.1
 
 
-def test_activationsin_flight():
+def test_groups_of_ranks_are_megatrons():
+    from megatron.core import parallel_state
+
+    for sizes in ((2, 1, 3, 4, 1), (2, 2, 2), (1, 6), (4,)):
+        for mask in itertools.product((True, False), repeat=len(sizes)):
+            world = math.prod(sizes)
+            wanted = parallel_state.generate_masked_orthogonal_rank_groups(world, list(sizes), list(mask))
+            assert rank_groups(world, sizes, mask) == wanted, (sizes, mask)
+
+
+def test_layers_measured_in_one_pipeline_are_those_of_another():
+    """What the second one finds measured already, against a process that has measured nothing."""
+    layouts = [
+        ParallelConfig(pp=16, ep=32, layers_per_stage=(*[4] * 15, 1)),
+        ParallelConfig(pp=8, ep=32, layers_per_stage=(*[8] * 7, 5)),
+    ]
+    model = ModelConfig(path="unused", recompute="full")
+    shared = [measure(DEEPSEEK, model, one, None, world=512, rank=64, tokens=512) for one in layouts]
+    for known in (rank._measured.cache_clear, rank._ends.clear, rank._further.clear):
+        known()
+    assert measure(DEEPSEEK, model, layouts[1], None, world=512, rank=64, tokens=512) == shared[1] != shared[0]
+
+
+def test_activations_in_flight():
     assert [in_flight(ParallelConfig(pp=4), stage, 8) for stage in range(4)] == [4, 3, 2, 1]
     assert in_flight(ParallelConfig(pp=4), 0, 2) == 2
     assert in_flight(ParallelConfig(pp=4, vpp=2), 3, 8) == 2.5  # megatron: 0 + 4 + 1 chunks of two

@@ -1,0 +1,41 @@
+"""What every plan starts from: this process as one that builds models without memory, and the model's config.json."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from r1mega.config.schema import Stage
+from r1mega.errors import ConfigError
+
+
+def on_the_host() -> None:
+    """Models are built of Megatron's local layers, without memory: on a machine with GPUs as on one without.
+
+    Raises ConfigError in a process that has taken a GPU for its platform.
+    """
+    import torch
+
+    from r1mega import platform
+    from r1mega.platform import megatron_import
+
+    if not megatron_import.is_installed():
+        platform.use(platform.Platform("cpu", torch.device("cpu"), "gloo", False, False))
+    elif platform.current().name != "cpu":
+        raise ConfigError("a plan is made in a process of its own, which uses no GPU: run `r1mega plan`")
+
+
+def read_model(config: Stage, path: Path) -> dict[str, Any]:
+    """config.json of the model, or while it has not been downloaded of the `model` directory beside the YAML file (a
+    student's: `student`). Raises ConfigError when there is none.
+    """
+    names = ("student", "model") if config.stage == "distill" else ("model",)
+    places = [config.model.path / "config.json", *(path.parent / name / "config.json" for name in names)]
+    found = next((place for place in places if place.is_file()), None)
+    if found is None:
+        raise ConfigError(f"model.path = {config.model.path}: {' and '.join(map(str, places))} are missing")
+    try:
+        return json.loads(found.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{found}: not JSON ({error})") from error

@@ -1,0 +1,58 @@
+"""`r1mega plan --sbatch`: the submission of a stage, with what a plan knows and a person would have to guess."""
+
+from __future__ import annotations
+
+import math
+import shlex
+
+from r1mega.plan.command import Job, Planned
+
+SAVE_BANDWIDTH = 1e9
+"""Bytes/s that a node writes of a checkpoint. Estimated: no cluster's storage was measured."""
+MARGIN = 1.5
+"""Of the warning before the end over a step and a save: seconds are a model."""
+LEAST_LEAD = 600
+MOST_LEAD = 65535
+"""Seconds, of `--signal` (Slurm's own limit)."""
+START = 1800
+"""Seconds until a job's models and generators are there. Estimated."""
+DAY = 24 * 3600
+"""A job asks for no more: it goes back to the queue by itself."""
+
+
+def submission(job: Job, planned: Planned) -> str:
+    """A script for sbatch, from the repository's root; further overrides may stand behind its name."""
+    nodes, name = math.ceil(job.gpus / job.per_node), planned.config.stage
+    tasks = min(job.gpus, job.per_node)
+    step = 0.0 if planned.seconds is None else planned.seconds.total
+    save = planned.memory.checkpoint_bytes / nodes / SAVE_BANDWIDTH
+    lead = min(MOST_LEAD, max(LEAST_LEAD, math.ceil(MARGIN * (step + save))))
+    steps = getattr(planned.config, "steps", None)
+    whole = DAY if steps is None else step * steps
+    seconds = math.ceil(START + lead + max(MARGIN * step, min(DAY, MARGIN * whole)))
+    host = sum(planned.memory.host_bytes.values()) / 1e9
+    words = shlex.join([str(job.path), *job.overrides])
+    return f"""#!/usr/bin/env bash
+# Stage {name} on {job.gpus:,} {planned.gpu.name}, written by `r1mega plan --sbatch`: a step is planned at {step:,.0f} s, a save at {save:,.0f} s,
+# host memory at {host:,.0f} GB a node beside the programs themselves.
+#   sbatch THIS_FILE [key.sub=value ...]      from the repository's root; see launch/slurm.sh
+#SBATCH --job-name=r1mega-{name}
+#SBATCH --nodes={nodes}
+#SBATCH --ntasks-per-node={tasks}
+#SBATCH --gpus-per-node={tasks}
+#SBATCH --exclusive
+#SBATCH --mem=0
+#SBATCH --time={_duration(seconds)}
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@{lead}
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.out
+source "${{R1MEGA_HOME:-${{SLURM_SUBMIT_DIR:-.}}}}/launch/slurm.sh" || exit 2
+run_stage {words} "$@"
+"""
+
+
+def _duration(seconds: int) -> str:
+    """As Slurm reads it: days-hours:minutes:seconds."""
+    minutes = math.ceil(seconds / 60)
+    return f"{minutes // 1440}-{minutes // 60 % 24:02d}:{minutes % 60:02d}:00"

@@ -1,0 +1,82 @@
+"""Constants of the time model from a run: a recorded one (configs/nano/zero.yaml for three steps on two cores), and a made-up one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+from pathlib import Path
+
+import pytest
+import torch
+
+from r1mega.config.load import load_config
+from r1mega.errors import ConfigError
+from r1mega.plan.calibrate import calibrated, fit, lines
+from r1mega.plan.generator import generator_memory
+from r1mega.plan.gpu import gpu_kind
+from r1mega.plan.seconds import Efficiency, plan_seconds
+from r1mega.plan.workload import Lengths, replicas_work
+
+REPOSITORY = Path(__file__).parents[3]
+GPU = gpu_kind("h100-80")
+
+
+@pytest.fixture
+def run(tmp_path):
+    """The recorded run's directory, with the model's config.json where a planner finds it."""
+    shutil.copytree(REPOSITORY / "tests/data/plan_run", tmp_path / "run")
+    shutil.copytree(REPOSITORY / "configs/nano/model", tmp_path / "run/model")
+    return tmp_path / "run"
+
+
+def recorded(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_recorded_run(run):
+    found = calibrated(run, GPU, per_node=8)
+    assert found.steps == 2 and list(found.phases) == ["rollout", "logprob", "update", "reshard"]
+    for phase, (measured, _) in found.phases.items():
+        assert measured == statistics.median(step[f"time/{phase}_seconds"] for step in recorded(run)[1:])
+    assert 0 < found.efficiency.matmul < 1e-3  # of a GPU's peak: it ran on a CPU
+    (_, first, *phases) = lines(found, GPU)
+    assert "on 2 steps" in first and len(phases) == 4
+    assert f"{found.phases['update'][1] / found.phases['update'][0] - 1:+.0%}" in phases[2]
+    for phase in ("rollout", "logprob", "update"):  # two constants for three phases: each is nearly met
+        measured, planned = found.phases[phase]
+        assert planned == pytest.approx(measured, rel=0.5)
+
+
+def test_constants_that_made_the_seconds_are_found_again(run):
+    """rollout, log-probs and update of a run whose phases take exactly what the model says with other constants."""
+    config, hf = load_config(run / "config.yaml"), json.loads((run / "model/config.json").read_text())
+    step = recorded(run)[1]
+    prompt = round(step["tokens/step"] / 256 - step["response/length_mean"])
+    work = replicas_work(config, Lengths(step["response/length_mean"], prompt=prompt), 1)
+    generator = generator_memory(hf, torch.float32, config.rollout, GPU.memory_bytes)
+    truth = Efficiency(matmul=0.37, overhead_seconds=0.0012)
+    phases = plan_seconds(
+        config, hf, 1, GPU, work, generator, imbalance=1.0, per_node=8, efficiency=truth
+    ).phases  # fmt: skip
+    made = step | {f"time/{phase}_seconds": seconds for phase, seconds in phases.items()}
+    (run / "metrics.jsonl").write_text(json.dumps(made) + "\n")
+    found = calibrated(run, GPU, per_node=8)
+    assert found.efficiency == truth and found.steps == 1
+    assert all(planned == pytest.approx(measured, rel=0.01) for measured, planned in found.phases.values())
+
+
+def test_no_constant_is_less_than_nothing():
+    """Seconds that only a negative overhead, or a GPU beyond its peak, would explain."""
+    slower = fit([(lambda e: 1 / e.matmul, 8.0), (lambda e: 1 / e.matmul + 100 * e.overhead_seconds, 4.0)])
+    assert slower.overhead_seconds == 0 and slower.matmul == pytest.approx(1 / 4.8, rel=0.02)
+    assert fit([(lambda e: 1 / e.matmul, 0.5), (lambda e: e.overhead_seconds, 2.0)]) == Efficiency(
+        1.0, overhead_seconds=2
+    )
+
+
+@pytest.mark.parametrize("missing", ["config.yaml", "environment.json", "metrics.jsonl"])
+def test_what_is_no_run_is_said(run, missing):
+    (run / missing).unlink()
+    with pytest.raises(ConfigError, match="--calibrate"):
+        calibrated(run, GPU, per_node=8)

@@ -15,6 +15,7 @@ from r1mega.evaluate.run import evaluate_prompts
 from r1mega.files import JsonLinesWriter
 from r1mega.platform.groups import GeneratorPlace, wait_for_all
 from r1mega.reward.compose import RewardScorer
+from r1mega.stages.phases import Phases
 from r1mega.stages.runtime import Runtime
 from r1mega.types import GenerationEngine, Prompt, SamplingSettings
 
@@ -36,10 +37,12 @@ class Evaluation:
         tokenizer: Tokenizer,
         scorer: RewardScorer,
         sampling: SamplingSettings,
+        phases: Phases,
         start: int,
     ):
         self._config, self._runtime = config, runtime
         self._engine, self._tokenizer, self._scorer, self._sampling = engine, tokenizer, scorer, sampling
+        self._phases = phases
         self._prompts: tuple[Prompt, ...] = ()
         if config.evaluate.data is not None:
             data = DataConfig.model_validate(config.data.model_dump() | {"prompts": (config.evaluate.data,)})
@@ -60,10 +63,11 @@ class Evaluation:
         if not self._prompts:
             return {}
         place = GeneratorPlace.of_this_rank(self._config.rollout.tp)
-        local = evaluate_prompts(
-            self._engine, self._tokenizer, self._prompts[place.replica :: place.num_replicas], self._config.evaluate,
-            self._scorer, self._sampling,
-        )  # fmt: skip
+        with self._phases.within("evaluate"):
+            local = evaluate_prompts(
+                self._engine, self._tokenizer, self._prompts[place.replica :: place.num_replicas], self._config.evaluate,
+                self._scorer, self._sampling,
+            )  # fmt: skip
         wait_for_all("rollout", f"the evaluation after step {step}")
         metrics = self._merged(local, contributes=place.is_first).metrics()
         if self._writer is not None:

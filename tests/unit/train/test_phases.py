@@ -84,12 +84,21 @@ def moved(sleep=True):
 
 def test_the_generator_leaves_before_the_trainer_comes_and_wakes_after_it_left():
     phases, calls = moved()
-    with phases.scoring():
+    with phases.within("score"):
         assert calls == ["sleep", "score"]
     phases.enter("logprob")
     phases.enter("reshard")
     phases.weights_arrived()
     assert calls == ["sleep", "score", "rollout", "wake", "drop", "logprob", "drop", "reshard", "rollout", "wake"]
+
+
+def test_scoring_within_an_evaluation_goes_back_to_it():
+    phases, calls = moved()
+    with phases.within("evaluate"):
+        with phases.within("score"):
+            pass
+        assert calls == ["evaluate", "wake", "sleep", "score", "evaluate", "wake"]
+    assert calls[-2:] == ["rollout", "wake"]
 
 
 def test_a_generator_whose_weights_were_dropped_does_not_wake_before_a_push():

@@ -211,7 +211,7 @@ def _passing(config: TrainingStage, phase: Phase, rank: StageRank) -> dict[str, 
         return {"activations": kept + max(chunk.working for chunk in chunks) + rank.head_bytes}
     if phase in ("logprob", "reference"):
         return {"activations": max(chunk.forward for chunk in chunks) + rank.head_bytes}
-    if phase == "step" and not config.optimizer.grad_reduce_in_fp32:
+    if phase == "step" and not (config.optimizer.grad_reduce_in_fp32 or config.optimizer.precision_aware):
         return {"gradients in float32": rank.memory.static.main_params}
     if phase == "score":
         return {"reward model": rank.memory.static.weights + max(chunk.forward for chunk in chunks)}

@@ -245,11 +245,12 @@ def _static(policy: Policy, optimizer: OptimizerConfig | None) -> Static:
     updated = [p for part in parts for group in part.optimizer.param_groups for p in group["params"]]
     states = [state for part in parts for state in part.optimizer.state.values()]
     weights = [*parameters, *(b for chunk in policy.chunks for b in chunk.buffers())]
+    mains = [*updated, *(state["master_param"] for state in states if "master_param" in state)]
     held = {tensor.untyped_storage()._cdata for tensor in weights}
     return Static(
         _bytes(weights),
         _bytes(buffer.grad_data for buffer in buffers),
-        _bytes(p for p in updated if p.untyped_storage()._cdata not in held),
+        _bytes(p for p in mains if p.untyped_storage()._cdata not in held),
         _bytes(state["exp_avg"] for state in states),
         _bytes(state["exp_avg_sq"] for state in states),
         *numbers,

@@ -13,8 +13,8 @@ from r1mega import platform
 
 platform.prepare()  # before the first import of megatron
 
+from megatron.core.optimizer import DistributedOptimizer, get_megatron_optimizer  # noqa: E402
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig  # noqa: E402
-from megatron.core.optimizer import get_megatron_optimizer  # noqa: E402
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer  # noqa: E402
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler  # noqa: E402
 
@@ -39,6 +39,8 @@ _BLOCK = 2**24
 def build_optimizer(config: OptimizerConfig, ddp_chunks: Sequence[torch.nn.Module], dtype: torch.dtype) -> Any:
     """Adam over the gradient buffers of DDP-wrapped model chunks, its state shared out over the data-parallel ranks."""
     on_gpu = platform.current().name == "cuda"
+    moments = (config.exp_avg_dtype, config.exp_avg_sq_dtype) if config.precision_aware else ("float32", "float32")
+    narrow = config.precision_aware and not config.grad_reduce_in_fp32
     optimizer = get_megatron_optimizer(
         MegatronOptimizerConfig(
             optimizer="adam",
@@ -54,7 +56,12 @@ def build_optimizer(config: OptimizerConfig, ddp_chunks: Sequence[torch.nn.Modul
             use_distributed_optimizer=True,
             optimizer_cpu_offload=config.cpu_offload,
             optimizer_offload_fraction=1.0,
-            use_precision_aware_optimizer=config.cpu_offload,  # no main parameters on the device
+            # CPU Adam: no main parameters on the device
+            use_precision_aware_optimizer=config.cpu_offload or config.precision_aware,
+            main_grads_dtype=dtype if narrow else torch.float32,
+            exp_avg_dtype=getattr(torch, moments[0]),
+            exp_avg_sq_dtype=getattr(torch, moments[1]),
+            store_param_remainders=False,  # checkpoints hold whole main parameters
             pin_cpu_grads=on_gpu,
             pin_cpu_params=on_gpu,
         ),
@@ -73,6 +80,9 @@ def build_optimizer(config: OptimizerConfig, ddp_chunks: Sequence[torch.nn.Modul
         if config.cpu_offload and part.optimizer is not None:
             for group in part.optimizer.param_groups:  # classes, which a checkpoint cannot hold; `defaults` has them
                 del group["cpu_optimizer_cls"], group["gpu_optimizer_cls"]
+        if config.precision_aware and part.optimizer is not None:
+            # Transformer Engine's own makes float32 copies of all moments, and Megatron asks for the groups alone
+            part.optimizer.state_dict = functools.partial(torch.optim.Optimizer.state_dict, part.optimizer)
         part.get_parameter_state_dp_zero = functools.partial(gather_state, part)
         part.load_parameter_state_from_fully_reshardable = functools.partial(read_state, part)
     return optimizer
@@ -114,12 +124,27 @@ def fill_empty_state(optimizer: Any) -> None:
         rates = [(group, group["lr"], group["weight_decay"]) for group in part.optimizer.param_groups]
         for group, _, _ in rates:
             group["lr"] = group["weight_decay"] = 0.0  # the step that makes the state must not move a weight
-        part._init_optimizer_states_with_dummy_values()
+        if part.config.use_precision_aware_optimizer and not isinstance(part.optimizer, HybridDeviceOptimizer):
+            for param in (param for group, _, _ in rates for param in group["params"]):
+                part.optimizer.initialize_state(param, False)
+        else:
+            part._init_optimizer_states_with_dummy_values()
         for group, lr, weight_decay in rates:
             group["lr"], group["weight_decay"], group["step"] = lr, weight_decay, 0
         if isinstance(part.optimizer, HybridDeviceOptimizer):
             for state in part.optimizer.state.values():
                 state["step"].zero_()
+
+
+def own_state(optimizer: DistributedOptimizer, param: torch.Tensor) -> dict[str, torch.Tensor]:
+    """This rank's share of a parameter's main parameter and moments, [elements] each, as they are stored: what
+    DistributedOptimizer._get_main_param_and_optimizer_states copies to float32 where it is stored in another type.
+    """
+    group, place = optimizer.model_param_group_index_map[param]
+    updated = optimizer.optimizer.param_groups[group]["params"][place]
+    state = optimizer.optimizer.state[updated]
+    main = updated if updated.dtype == torch.float32 else state["master_param"]
+    return {"param": main.detach(), "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
 
 
 def gather_state(
@@ -171,7 +196,7 @@ def read_state(optimizer: Any, stored: dict[int, dict[str, Stored]]) -> None:
         local = {param: part["param"] for bucket in bucket_ranges for param, part in bucket["param_map"].items()}
         for param in buffer.param_index_map:
             if param in local:
-                own = optimizer._get_main_param_and_optimizer_states(param)
+                own = own_state(optimizer, param)
                 for key in _STATE:
                     stored[index][key].copy_into(own[key], local[param].start)
             index += 1
@@ -214,5 +239,5 @@ def _copy_own(optimizer: Any, params: dict[Any, Any], key: str, first: int, targ
         begin, end = ranges["gbuf_local"].start, ranges["gbuf_local"].end
         low, high = max(begin, first), min(end, last)
         if low < high:
-            own = optimizer._get_main_param_and_optimizer_states(param)[key].detach()
+            own = own_state(optimizer, param)[key]
             target[low - first : high - first].copy_(own[low - begin : high - begin])

@@ -61,6 +61,7 @@ def trial(
     for _ in range(STEPS):
         trainer.enter("rollout")
         trainer.enter("score")
+        trainer.enter("evaluate")
         trainer.enter("logprob")
         with trainer.as_reference():  # first: no pass with the weights has been before it
             count(trainer, "reference", counted)
@@ -82,7 +83,7 @@ def trial(
         files[phase] = {
             name: record for name, record in read_manifest(path)["files"].items() if name.endswith(".distcp")
         }
-    sizes = sizes_of(trainer)
+    sizes = sizes_of(trainer, moment_bytes=2 if keys.get("precision_aware") else 4)
     planned = {phase: plan.device_bytes(phase, sizes) for phase in PHASES}
     return {
         "counted": counted,
@@ -120,17 +121,19 @@ def device_bytes(trainer: Trainer) -> int:
             tensors += [buffer.param_data, buffer.grad_data]
         for param in chunk.parameters():
             tensors += [param, param.grad, param.main_grad, getattr(param, "main_param", None)]
+            tensors.append(getattr(param, "decoupled_grad", None))
     for part in trainer.optimizer.chained_optimizers:
         if part.optimizer is not None and not isinstance(
             part.optimizer, HybridDeviceOptimizer
         ):  # whose all is the host's
             for param in (param for group in part.optimizer.param_groups for param in group["params"]):
-                tensors += [param, param.grad, *part.optimizer.state.get(param, {}).values()]
+                tensors += [param, param.grad, getattr(param, "decoupled_grad", None)]
+                tensors += [*part.optimizer.state.get(param, {}).values()]
     storages = {t.untyped_storage()._cdata: t.untyped_storage() for t in tensors if t is not None}
     return sum(storage.nbytes() for storage in storages.values())
 
 
-def sizes_of(trainer: Trainer) -> dict[str, int]:
+def sizes_of(trainer: Trainer, moment_bytes: int) -> dict[str, int]:
     """Bytes of each part on this rank, by the places of parameters in Megatron's buffers."""
     sizes = dict.fromkeys(("weights", "gradients", "main_params", "exp_avg", "exp_avg_sq"), 0)
     for chunk in trainer.ddp_chunks:
@@ -144,8 +147,8 @@ def sizes_of(trainer: Trainer) -> dict[str, int]:
                 share = (last - first) // ranks
                 low = first + rank * share
                 own += max(0, min(end, low + share) - max(start, low))
-            sizes["exp_avg"] += 4 * own
-            sizes["exp_avg_sq"] += 4 * own
+            sizes["exp_avg"] += moment_bytes * own
+            sizes["exp_avg_sq"] += moment_bytes * own
             sizes["main_params"] += 4 * own if buffer.param_dtype == torch.bfloat16 else 0
     # what `as_reference` puts in the place of parameters, which are without the buffers' padding
     sizes["reference"] = sum(p.numel() * p.itemsize for chunk in trainer.policy.chunks for p in chunk.parameters())

@@ -29,6 +29,7 @@ class Case:
     dtype: str = "float32"
     recompute: str | tuple[str, ...] = "none"
     tokens: int = 64
+    optimizer: OptimizerConfig = OptimizerConfig()
 
     @property
     def model(self) -> ModelConfig:
@@ -52,7 +53,7 @@ def run_cases(config: dict[str, Any], cases: list[Case]) -> list[dict[str, Any]]
 def held(config: dict[str, Any], case: Case, parallel: ParallelConfig) -> dict[str, Any]:
     policy = Policy(case.model, config, parallel, seed=1, init_std=0.02)
     kept = [kept_bytes(policy, index, case) for index in range(len(policy.chunks))]
-    trainer = Trainer(policy, OptimizerConfig(), total_steps=1)
+    trainer = Trainer(policy, case.optimizer, total_steps=1)
     fill_empty_state(trainer.optimizer)
     weights, gradients = {}, 0
     for chunk, wrapped in zip(policy.chunks, trainer.ddp_chunks, strict=True):
@@ -66,9 +67,8 @@ def held(config: dict[str, Any], case: Case, parallel: ParallelConfig) -> dict[s
             for parameter in group["params"]:
                 if parameter.untyped_storage().data_ptr() not in weights:
                     state["main_params"] += parameter.numel() * parameter.element_size()
-                for name in ("exp_avg", "exp_avg_sq"):
-                    moment = part.optimizer.state[parameter][name]
-                    state[name] += moment.numel() * moment.element_size()
+                for name, held in part.optimizer.state[parameter].items():
+                    state["main_params" if name == "master_param" else name] += held.numel() * held.element_size()
     return {"weights": sum(weights.values()), "gradients": gradients, **state, "kept": kept}
 
 

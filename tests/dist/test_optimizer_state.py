@@ -111,12 +111,14 @@ class Case:
     layout: tuple[tuple[str, int], ...] = ()
     dtype: str = "bfloat16"
     layers: int = 2
+    keys: tuple[tuple[str, bool], ...] = ()
 
 
+PRECISION_AWARE = (("precision_aware", True), ("grad_reduce_in_fp32", False))
 CASES = {
-    1: [Case(dtype="float32"), Case()],
+    1: [Case(dtype="float32"), Case(), Case(keys=PRECISION_AWARE)],
     2: [Case((("ep", 2),)), Case((("ep", 2),), layers=4), Case((("tp", 2),), "float32")],
-    4: [Case((("tp", 2), ("ep", 2)))],
+    4: [Case((("tp", 2), ("ep", 2)), keys=PRECISION_AWARE)],
 }
 """By the number of ranks."""
 
@@ -154,7 +156,7 @@ def _load_in_both_ways(directory: Path, case: Case) -> dict[str, Any]:
         return found
 
     def started() -> Any:
-        return make_trainer(config, dict(case.layout), case.dtype, init_std=0.02)
+        return make_trainer(config, dict(case.layout), case.dtype, init_std=0.02, **dict(case.keys))
 
     trainer = started()
     update(trainer)

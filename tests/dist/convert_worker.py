@@ -102,6 +102,34 @@ def saves_as_megatron(part: Any, model: dict[str, Any]) -> bool:
     )
 
 
+def saves_what_ranks_hold(part: Any, model: dict[str, Any]) -> bool:
+    """The same against what each rank holds, by Megatron's own account of which elements these are: its gathering shifts what
+    lies behind the padding of a bucket (it warns of "data corruption"), so that it is no reference for several buckets.
+    """
+    group, index = part.data_parallel_group_gloo, 0
+    held: dict[int, tuple[int, dict[str, torch.Tensor]]] = {}
+    for buffer, ranges in zip(part.buffers, part.gbuf_ranges, strict=True):
+        local = {
+            p: places["param"] for bucket in next(iter(ranges.values())) for p, places in bucket["param_map"].items()
+        }
+        for param in buffer.param_index_map:
+            if param in local:
+                state = part._get_main_param_and_optimizer_states(param)
+                held[index] = local[param].start, {key: value.detach().clone() for key, value in state.items()}
+            index += 1
+    everyone: list[Any] = [None] * group.size()
+    dist.all_gather_object(everyone, (held, _plain(part.sharded_param_state_fully_reshardable(model))), group=group)
+    saved = [(place, tensors) for _, theirs in everyone for place, tensors in theirs.items()]
+    if sorted(place for place, _ in saved) != list(range(index)):
+        return False
+    return all(
+        torch.equal(torch.cat([piece[key] for _, piece in sorted(pieces, key=lambda one: one[0])]), value.flatten())
+        for place, tensors in saved
+        for pieces in [[theirs[place] for theirs, _ in everyone if place in theirs]]
+        for key, (_, _, value) in tensors.items()
+    )
+
+
 def _plain(state: dict[int, dict[str, Any]]) -> dict[int, dict[str, tuple[str, Any, torch.Tensor]]]:
     return {
         index: {key: (item.key, item.replica_id, item.data) for key, item in items.items()}

@@ -34,7 +34,7 @@ from r1mega.train.optimizer import SHARDING_METADATA  # noqa: E402
 from r1mega.train.policy import Policy  # noqa: E402
 from r1mega.train.samples import pack_samples  # noqa: E402
 from r1mega.train.trainer import Trainer  # noqa: E402
-from tests.dist.convert_worker import saves_as_megatron  # noqa: E402
+from tests.dist.convert_worker import saves_what_ranks_hold  # noqa: E402
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +151,7 @@ def take_steps(
     if case.overlap:
         model = policy.sharded_weights(SHARDING_METADATA | MODEL_METADATA)
         assert all(
-            saves_as_megatron(part, model) for part in trainer.optimizer.chained_optimizers
+            saves_what_ranks_hold(part, model) for part in trainer.optimizer.chained_optimizers
         )  # of several buckets
     return steps, {name: tensor.clone() for name, tensor in policy.hf_tensors()}
 

@@ -13,7 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tests.checkpoints import MTP
+from tests.checkpoints import DEEPSEEK, MTP
 from tests.dist.launch import launch
 
 BLOCK = 1000  # elements of a message here, so that there are many
@@ -118,6 +118,37 @@ def test_each_rank_saves_its_share_in_the_memory_of_what_it_saves(keys, tmp_path
             if part["first"] and not keys:  # the tracker sees what Megatron's own needs beside the result
                 assert part["theirs"] > 1.5 * 12 * part["elements"]
         assert sum(part["saves"] for part in parts) == sum(p["elements"] / p["ranks"] for p in parts)
+
+
+def several_buckets() -> list[tuple[int, bool, bool]]:
+    """Of each optimizer: (its buckets, whether what is saved is what ranks hold, whether main parameters are the weights)."""
+    from r1mega.checkpoint.store import MODEL_METADATA
+    from r1mega.platform import groups
+    from r1mega.train.optimizer import SHARDING_METADATA
+    from tests.dist.convert_worker import make_trainer, saves_what_ranks_hold, update
+    from tests.dist.policy_worker import small_buckets
+
+    groups.init_distributed()
+    with small_buckets():
+        trainer = make_trainer(DEEPSEEK, {"ep": 2}, "float32", init_std=0.02, overlap_grad_reduce=True)
+    update(trainer)
+    model = trainer.policy.sharded_weights(SHARDING_METADATA | MODEL_METADATA)
+    found = []
+    for part in trainer.optimizer.chained_optimizers:
+        params = [param.detach() for buffer in part.buffers for param in buffer.param_index_map]
+        state = part.sharded_param_state_fully_reshardable(model)
+        same = [torch.equal(items["param"].data, params[index]) for index, items in state.items()]
+        buckets = sum(len(buffer.buckets) for buffer in part.buffers)
+        found.append((buckets, saves_what_ranks_hold(part, model), bool(same) and all(same)))
+    groups.destroy()
+    return found
+
+
+def test_state_in_several_buckets_is_saved_as_it_is():
+    """Megatron's gathering shifts what lies behind the padding of a bucket; float32 weights are their main parameters."""
+    for found in launch(several_buckets, 2):
+        assert min(buckets for buckets, _, _ in found) > 1
+        assert [(right, same) for _, right, same in found] == [(True, True)] * 2
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
+import os
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,7 @@ from r1mega.checkpoint.manifest import read_manifest  # noqa: E402
 from r1mega.checkpoint.store import CheckpointStore  # noqa: E402
 from r1mega.config.schema import MemoryConfig  # noqa: E402
 from r1mega.platform import groups  # noqa: E402
+from r1mega.train.memory import HostCopy  # noqa: E402
 from r1mega.train.packing import build_microbatch  # noqa: E402
 from r1mega.train.phases import PHASES, Phase, plan_phases  # noqa: E402
 from r1mega.train.trainer import Trainer  # noqa: E402
@@ -93,6 +98,74 @@ def trial(
         "files": files,
         "sizes": sizes,
     }
+
+
+ALL = {"grad_offload": True, "optimizer_offload": "update", "param_offload": True, "reference_swap": True}
+
+
+def resident() -> tuple[dict[Phase, int], dict[Phase, float]]:
+    """(bytes of this process's memory, bytes planned on the device, here the CPU, and in host memory together), by phase."""
+    ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD: what is freed goes back to the system
+    groups.init_distributed()
+    plan = plan_phases(MemoryConfig(**ALL))
+    trainer = make_trainer(DEEPSEEK | {"vocab_size": 60_000}, {}, "bfloat16", init_std=0.02, plan=plan)
+    trainer.policy.take_reference()
+    found: dict[Phase, int] = {}
+    for _ in range(2):  # what host memory keeps is there from the second time on
+        for phase in ("rollout", "logprob", "update", "step", "reshard", "save"):
+            trainer.enter(phase)
+            if phase in ("update", "step"):
+                for chunk in trainer.ddp_chunks:
+                    chunk.zero_grad_buffer()  # memory is taken when it is first written
+            found[phase] = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        update(trainer)
+    sizes = sizes_of(trainer, moment_bytes=4)
+    groups.destroy()
+    return found, {phase: plan.device_bytes(phase, sizes) + plan.host_bytes(phase, sizes) for phase in found}
+
+
+def steps(directory: Path, number: int, kill_in: Phase | None) -> tuple[list[Any], str]:
+    """(loss and gradient norm of the steps up to `number` that a run does from its last checkpoint on, digest of its weights).
+
+    kill_in: the process ends in the last step while parts move into this phase.
+    """
+    groups.init_distributed()
+    trainer = make_trainer(DEEPSEEK, {"ep": 2}, "bfloat16", init_std=0.02, plan=plan_phases(MemoryConfig(**ALL)))
+    trainer.policy.take_reference()
+    store = CheckpointStore(directory, keep=2, architecture={})
+    start, results = 0, []
+    if (path := store.latest()) is not None:
+        state, progress = store.load(path, trainer.sharded_state(is_loading=True))
+        trainer.load_sharded_state(state)
+        start = progress["step"]
+    for step in range(start + 1, number + 1):
+        enter = trainer._memory.enter
+
+        def killed(phase: Phase, enter: Callable[[Phase], None] = enter, step: int = step) -> None:
+            if (step, phase) == (number, kill_in):
+                HostCopy._pieces = end_after_one  # type: ignore[method-assign]
+            enter(phase)
+
+        trainer._memory.enter = killed  # type: ignore[method-assign]
+        trainer.enter("rollout")
+        trainer.enter("logprob")
+        results.append(trainer.policy.sequence_log_probs(SEQUENCES[:1]))
+        results.append(update(trainer))
+        store.save(step, trainer.sharded_state(is_loading=False), {})
+    weights = hashlib.sha256()
+    for _, value in trainer.policy.hf_tensors():
+        weights.update(value.clone().view(torch.uint8).numpy().data)
+    groups.destroy()
+    return results, weights.hexdigest()
+
+
+PIECES = HostCopy._pieces
+
+
+def end_after_one(copy: HostCopy) -> Iterator[Any]:
+    """`HostCopy._pieces`, which a kill ends after the first."""
+    yield next(PIECES(copy))
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def watch(trainer: Trainer, counted: dict[str, set[int]]) -> None:

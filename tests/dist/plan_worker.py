@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -69,7 +70,9 @@ def held(config: dict[str, Any], case: Case, parallel: ParallelConfig) -> dict[s
                     state["main_params"] += parameter.numel() * parameter.element_size()
                 for name, held in part.optimizer.state[parameter].items():
                     state["main_params" if name == "master_param" else name] += held.numel() * held.element_size()
-    return {"weights": sum(weights.values()), "gradients": gradients, **state, "kept": kept}
+    policy.take_reference()
+    pinned = [2 ** math.ceil(math.log2(t.numel() * t.itemsize)) for part in policy._reference for t in part.values()]
+    return {"weights": sum(weights.values()), "gradients": gradients, **state, "reference": sum(pinned), "kept": kept}
 
 
 def kept_bytes(policy: Policy, index: int, case: Case) -> int:

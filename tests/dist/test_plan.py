@@ -28,7 +28,7 @@ CASES = {
     ],
     4: [Case({"tp": 2, "pp": 2, "ep": 2}, dtype="bfloat16"), Case({"pp": 2, "ep": 2, "cp": 2})],
 }
-PARTS = ("weights", "gradients", "main_params", "exp_avg", "exp_avg_sq")
+PARTS = ("weights", "gradients", "main_params", "exp_avg", "exp_avg_sq", "reference")
 
 
 @pytest.mark.parametrize("ranks", CASES)

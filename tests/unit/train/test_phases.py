@@ -7,7 +7,7 @@ import pytest
 
 from r1mega.config.schema import MemoryConfig
 from r1mega.stages.phases import Phases
-from r1mega.train.phases import PARTS, PHASES, plan_phases
+from r1mega.train.phases import PARTS, PHASES, pinned_bytes, plan_phases
 
 ALL = MemoryConfig(grad_offload=True, optimizer_offload="rollout", param_offload=True, reference_swap=True)
 SIZES = {part: 10**place for place, part in enumerate(PARTS)}  # a sum shows by its digits what is in it
@@ -54,6 +54,10 @@ def test_each_key_frees_its_part_in_its_phases(key, frees):
     plain, plan = plan_phases(MemoryConfig()), plan_phases(MemoryConfig(**key))
     for phase in PHASES:
         assert plain.device_bytes(phase, SIZES) - plan.device_bytes(phase, SIZES) == frees.get(phase, 0), phase
+
+
+def test_pinned_memory_is_a_power_of_two():
+    assert [pinned_bytes(size) for size in (0, 1, 2, 3, 4, 5, 2**20, 2**20 + 1)] == [0, 1, 2, 4, 4, 8, 2**20, 2**21]
 
 
 def test_a_plan_needs_no_torch():

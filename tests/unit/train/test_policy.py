@@ -200,6 +200,8 @@ def test_forward_only_equals_transformers_per_token(one_rank, tmp_path):
 
 def test_adam_on_the_cpu_equals_torchs_on_float32_main_parameters(one_rank):
     """Megatron's HybridDeviceOptimizer: the gradients of every step, applied to float32 copies by torch's AdamW."""
+    from r1mega.train.optimizer import parts
+
     trainer, samples = make_trainer(dtype="bfloat16", cpu_offload=True), make_samples()
     parameters = [p for chunk in trainer.policy.chunks for p in chunk.parameters()]
     mains = [p.detach().float().clone().requires_grad_() for p in parameters]
@@ -217,6 +219,10 @@ def test_adam_on_the_cpu_equals_torchs_on_float32_main_parameters(one_rank):
         reference.step()
         for main, parameter in zip(mains, parameters, strict=True):
             assert torch.equal(main.detach().bfloat16(), parameter.detach())
+    gradients = [kept for part in parts(trainer.optimizer) for kept in part.optimizer.cpu_copy_map_grad.values()]
+    assert sum(kept.nbytes for kept in gradients) == sum(
+        4 * p.numel() for p in parameters
+    )  # which `r1mega plan` counts
 
 
 PRECISION_AWARE = {"precision_aware": True, "grad_reduce_in_fp32": False}

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from r1mega.checkpoint.fp8_blocks import SCALE, dequantize
+from r1mega.checkpoint.fp8_blocks import BLOCK, SCALE, dequantize
 from r1mega.checkpoint.safetensors_file import TensorInfo, as_bytes, read_header, read_tensor, write_tensors
 from r1mega.checkpoint.workers import Alone, Workers, agree, on_first_rank
 from r1mega.config.model_files import HFConfig
@@ -85,6 +85,17 @@ class HFTensors(Mapping[str, torch.Tensor]):
             wide = torch.empty(tensor.shape, dtype=torch.bfloat16)
             return dequantize(tensor, read_tensor(self.infos[name + SCALE]), wide)
         return tensor
+
+    def rows(self, name: str, first: int, last: int) -> torch.Tensor:
+        """The rows [first, last) of a tensor, for which no others are read, in FP8 those of the same blocks."""
+        info = self.infos[name]
+        if not self.is_quantized(name):
+            return read_tensor(info.rows(first, last))
+        top, bottom = first // BLOCK, -(-last // BLOCK)
+        low, high = top * BLOCK, min(bottom * BLOCK, info.shape[0])
+        wide = torch.empty(high - low, info.shape[1], dtype=torch.bfloat16)
+        scales = read_tensor(self.infos[name + SCALE].rows(top, bottom))
+        return dequantize(read_tensor(info.rows(low, high)), scales, wide)[first - low : last - low]
 
     def __contains__(self, name: object) -> bool:
         return name in self.infos

@@ -43,6 +43,11 @@ class TensorInfo:
     def num_bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
+    def rows(self, first: int, last: int) -> TensorInfo:
+        """Of the rows [first, last)."""
+        start = self.start + first * math.prod(self.shape[1:]) * self.dtype.itemsize
+        return TensorInfo(self.path, self.dtype, (last - first, *self.shape[1:]), start)
+
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """{name: where it is}. CheckpointError when the file is missing, cut short, or not of this format."""

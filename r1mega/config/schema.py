@@ -128,6 +128,11 @@ class OptimizerConfig(Section):
     overlap_grad_reduce: bool = False  # gradients are reduced, in buckets, while the backward pass goes on
     overlap_param_gather: bool = False  # new weights are gathered by the next update's forward pass, layer before layer
     grad_reduce_in_fp32: bool = True  # False: gradients are kept, added up and reduced in model.dtype
+    precision_aware: bool = False
+    # moments are stored in the next two types, and gradients are read as they are kept: for bfloat16 weights. Arithmetic,
+    # main parameters and checkpoints stay float32
+    exp_avg_dtype: Dtype = "bfloat16"
+    exp_avg_sq_dtype: Dtype = "bfloat16"
     cpu_offload: bool = False  # Adam runs on the CPU (torch's) with its state in host memory; for bfloat16 weights
 
 
@@ -275,6 +280,16 @@ class TrainingStage(Stage):
             yield (
                 f"optimizer.cpu_offload with model.dtype = {self.model.dtype}: megatron-core's HybridDeviceOptimizer cannot load "
                 "a checkpoint of float32 weights; set model.dtype=bfloat16 or optimizer.cpu_offload=false"
+            )
+        if self.optimizer.precision_aware and self.model.dtype != "bfloat16":
+            yield (
+                f"optimizer.precision_aware with model.dtype = {self.model.dtype}: Megatron keeps a second copy of float32 weights "
+                "with it; set model.dtype=bfloat16 or optimizer.precision_aware=false"
+            )
+        if self.optimizer.precision_aware and self.optimizer.cpu_offload:
+            yield (
+                "optimizer.precision_aware stores the moments of an Adam on the device, and optimizer.cpu_offload moves it to the "
+                "CPU (torch's, float32); leave one of them out"
             )
         if self.optimizer.cpu_offload and self.memory.optimizer_offload != "none":
             yield (

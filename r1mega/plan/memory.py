@@ -11,7 +11,7 @@ import torch
 
 from r1mega.checkpoint.parameters import parameters
 from r1mega.config.layout import generator_problems, model_problems, num_stages, process_problems, stage_layers
-from r1mega.config.schema import ModelConfig, ParallelConfig, Stage, TrainingStage
+from r1mega.config.schema import ModelConfig, OptimizerConfig, ParallelConfig, Stage, TrainingStage
 from r1mega.config.stages.rl import RLStage
 from r1mega.errors import ConfigError
 from r1mega.model.families import architecture_of
@@ -20,7 +20,7 @@ from r1mega.plan.gpu import GPU
 from r1mega.plan.rank import RankMemory, measure
 from r1mega.plan.residency import TRAINER, residency
 from r1mega.plan.workload import Workload
-from r1mega.train.phases import Part, Phase
+from r1mega.train.phases import HOST_BLOCK, Part, Phase
 
 CONTEXT_BYTES = 2.5e9
 """CUDA's context and NCCL's buffers of the trainer's groups. Estimated: no GPU was asked."""
@@ -197,6 +197,24 @@ def _sizes(memory: RankMemory, generator: GeneratorMemory | None) -> dict[Part, 
     }
 
 
+def _host_sizes(config: TrainingStage, memory: RankMemory, generator: GeneratorMemory | None) -> dict[Part, float]:
+    """`_sizes` as they are in host memory."""
+    sizes, static = _sizes(memory, generator), memory.static
+    sizes["reference"] = static.reference
+    if config.optimizer.cpu_offload:
+        sizes["main_params"] += static.cpu_adam
+    else:
+        state = static.main_params + static.exp_avg + static.exp_avg_sq
+        sizes["main_params"] += -state % HOST_BLOCK
+    sizes["weights"] += -static.weights % HOST_BLOCK
+    return sizes
+
+
+def _moment_bytes(optimizer: OptimizerConfig) -> int:
+    """Of an element of `exp_avg`."""
+    return getattr(torch, optimizer.exp_avg_dtype).itemsize if optimizer.precision_aware else 4
+
+
 def _generator_parts(generator: GeneratorMemory) -> dict[str, float]:
     return {
         "generator": generator.weights, "KV cache": max(0.0, generator.kv_cache) + generator.profile + OTHER_BYTES
@@ -211,7 +229,7 @@ def _passing(config: TrainingStage, phase: Phase, rank: StageRank) -> dict[str, 
         return {"activations": kept + max(chunk.working for chunk in chunks) + rank.head_bytes}
     if phase in ("logprob", "reference"):
         return {"activations": max(chunk.forward for chunk in chunks) + rank.head_bytes}
-    if phase == "step" and not config.optimizer.grad_reduce_in_fp32:
+    if phase == "step" and not (config.optimizer.grad_reduce_in_fp32 or config.optimizer.precision_aware):
         return {"gradients in float32": rank.memory.static.main_params}
     if phase == "score":
         return {"reward model": rank.memory.static.weights + max(chunk.forward for chunk in chunks)}
@@ -233,7 +251,7 @@ def _host_and_disk(
     rank = max((rank.memory for rank in ranks), key=lambda memory: memory.static.total)
     plan, phases = residency(config)
     with_reference = isinstance(config, RLStage) and config.algorithm.kl_coefficient > 0
-    sizes = _sizes(rank, generator)
+    sizes = _host_sizes(config, rank, generator)
     names = dict.fromkeys(TRAINER, "trainer") | {"generator_weights": "generator"}
     names |= {"reference": "reference"} if with_reference else {}
     found = []
@@ -243,10 +261,10 @@ def _host_and_disk(
             if size := per_node * plan.host_bytes(phase, {part: sizes[part]}):
                 host[name] = host.get(name, 0.0) + size
         if phase == "save":
-            # the first rank of each data-parallel group gathers float32 weights and both moments: of experts every rank,
-            # of the dense rest one of a stage (train/optimizer.py: gather_state)
-            dense = rank.static.num_parameters - rank.static.num_expert_parameters
-            host["save"] = 12.0 * (per_node * rank.static.num_expert_parameters + dense)
+            # what a rank writes: float32 main parameters and moments of its share (train/optimizer.py: shard_state), two thirds
+            # of them twice (the first layers of feed-forwards, docs/checkpoints.md); weights
+            elements = rank.static.exp_avg / _moment_bytes(config.optimizer)
+            host["save"] = per_node * (20.0 * elements + rank.static.weights)
         found.append(host)
     numel = sum(math.prod(shape) for p in parameters(hf) for shape in p.entry.hf_shapes)
     weights = getattr(torch, config.model.dtype).itemsize

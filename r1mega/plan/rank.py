@@ -28,7 +28,8 @@ from r1mega.plan.place import as_rank  # noqa: E402
 from r1mega.plan.shapes import FusedAttention, ShapesOnly, first_columns  # noqa: E402
 from r1mega.train.optimizer import fill_empty_state  # noqa: E402
 from r1mega.train.packing import Microbatch, build_microbatch  # noqa: E402
-from r1mega.train.policy import Policy  # noqa: E402
+from r1mega.train.phases import pinned_bytes  # noqa: E402
+from r1mega.train.policy import Policy, state_of  # noqa: E402
 from r1mega.train.trainer import Trainer  # noqa: E402
 
 LONGEST = 8192
@@ -39,7 +40,11 @@ proportional to tokens, but for gradients of whole weights, and from here on the
 
 @dataclass(frozen=True, slots=True)
 class Static:
-    """Bytes of a rank. main_params: the optimizer's float32 copies; 0 where the weights are float32 themselves."""
+    """Bytes of a rank. main_params: the optimizer's float32 copies; 0 where the weights are float32 themselves.
+
+    In host memory: reference: the reference's weights, pinned one by one; cpu_adam: what an Adam on the CPU has there beside
+    main parameters and moments: float32 gradients, pinned, and what was pinned of the weights to copy them.
+    """
 
     weights: int
     gradients: int
@@ -48,6 +53,8 @@ class Static:
     exp_avg_sq: int
     num_parameters: int
     num_expert_parameters: int
+    reference: int
+    cpu_adam: int = 0
 
     @property
     def total(self) -> int:
@@ -278,7 +285,10 @@ def _static(policy: Policy, optimizer: OptimizerConfig | None) -> Static:
             module._maintain_float32_expert_bias()  # as each router does when it is first asked
     parameters = [parameter for chunk in policy.chunks for parameter in chunk.parameters()]
     experts = sum(p.numel() for p in parameters if not getattr(p, "allreduce", True))
-    numbers = (sum(p.numel() for p in parameters), experts)
+    pinned = sum(
+        pinned_bytes(value.numel() * value.itemsize) for chunk in policy.chunks for _, value in state_of(chunk)
+    )
+    numbers = (sum(p.numel() for p in parameters), experts, pinned)
     if optimizer is None:
         return Static(_bytes(parameters), 0, 0, 0, 0, *numbers)
     trainer = Trainer(policy, optimizer, total_steps=1)
@@ -288,14 +298,16 @@ def _static(policy: Policy, optimizer: OptimizerConfig | None) -> Static:
     updated = [p for part in parts for group in part.optimizer.param_groups for p in group["params"]]
     states = [state for part in parts for state in part.optimizer.state.values()]
     weights = [*parameters, *(b for chunk in policy.chunks for b in chunk.buffers())]
+    mains = [*updated, *(state["master_param"] for state in states if "master_param" in state)]
     held = {tensor.untyped_storage()._cdata for tensor in weights}
     return Static(
         _bytes(weights),
         _bytes(buffer.grad_data for buffer in buffers),
-        _bytes(p for p in updated if p.untyped_storage()._cdata not in held),
+        _bytes(p for p in mains if p.untyped_storage()._cdata not in held),
         _bytes(state["exp_avg"] for state in states),
         _bytes(state["exp_avg_sq"] for state in states),
         *numbers,
+        sum(pinned_bytes(4 * p.numel()) + pinned_bytes(policy.dtype.itemsize * p.numel()) for p in updated),
     )
 
 

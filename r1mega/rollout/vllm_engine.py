@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from r1mega.checkpoint.hf import HFTensors
 from r1mega.config.model_files import HFConfig
 from r1mega.errors import FreshProcessNeeded, GenerationError
 from r1mega.platform.generator import VllmPlatform, vllm_platform
@@ -28,9 +29,9 @@ from r1mega.types import Completion, GenerationRequest, Response, SamplingSettin
 from r1mega.weights.layout import GeneratorRank, divided_names, generator_layout, tensor_shapes
 from r1mega.weights.transfer import (
     ReloadTarget,
-    checkpoint_tensors,
     finish_writing,
     parameters_to_write,
+    read_weights,
     reload_weights,
     sum_digests,
 )
@@ -108,7 +109,8 @@ class VllmEngine:
         self._is_busy = False
         self._next_id = 0
         if settings.weights == "checkpoint":
-            self.update_weights(checkpoint_tensors(settings.model_path))
+            with self.parameters_for_writing() as parameters:
+                read_weights(self._target, HFTensors(settings.model_path), parameters)
 
     def _build(self) -> Any:
         from vllm.engine.arg_utils import EngineArgs

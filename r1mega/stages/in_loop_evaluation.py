@@ -17,6 +17,7 @@ from r1mega.evaluate.run import evaluate_prompts
 from r1mega.files import JsonLinesWriter
 from r1mega.platform.groups import GeneratorPlace, wait_for_all
 from r1mega.reward.compose import RewardScorer, Verdicts
+from r1mega.stages.phases import Phases
 from r1mega.stages.runtime import Runtime
 from r1mega.types import GenerationEngine, Prompt, SamplingSettings
 
@@ -40,10 +41,12 @@ class Evaluation:
         tokenizer: Tokenizer,
         scorer: RewardScorer,
         sampling: SamplingSettings,
+        phases: Phases,
         start: int,
     ):
         self._config, self._runtime = config, runtime
         self._engine, self._tokenizer, self._scorer, self._sampling = engine, tokenizer, Verdicts(scorer), sampling
+        self._phases = phases
         self._prompts: tuple[Prompt, ...] = ()
         if config.evaluate.data is not None:
             data = DataConfig.model_validate(config.data.model_dump() | {"prompts": (config.evaluate.data,)})
@@ -67,13 +70,14 @@ class Evaluation:
             return {}
         place = GeneratorPlace.of_this_rank(self._config.rollout.tp)
         outcome: EvaluationResult | R1MegaError
-        try:
-            outcome = evaluate_prompts(
-                self._engine, self._tokenizer, self._prompts[place.replica :: place.num_replicas], self._config.evaluate,
-                self._scorer, self._sampling,
-            )  # fmt: skip
-        except R1MegaError as error:
-            outcome = error
+        with self._phases.within("evaluate"):
+            try:
+                outcome = evaluate_prompts(
+                    self._engine, self._tokenizer, self._prompts[place.replica :: place.num_replicas], self._config.evaluate,
+                    self._scorer, self._sampling,
+                )  # fmt: skip
+            except R1MegaError as error:
+                outcome = error
         wait_for_all("rollout", f"the evaluation after step {step}")
         outcomes = _of_all_ranks(outcome)
         errors = [f"rank {rank}: {theirs}" for rank, theirs in enumerate(outcomes) if isinstance(theirs, R1MegaError)]

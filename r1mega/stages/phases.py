@@ -28,6 +28,7 @@ class Phases:
     def __init__(self, plan: PhasePlan, trainer: Mover, engine: Sleeper):
         """engine: awake, as it was built."""
         self._plan, self._trainer, self._engine = plan, trainer, engine
+        self._present: Phase = "rollout"
         self.generator_has_weights = True
         """False from when they were dropped until `weights_arrived`."""
 
@@ -35,6 +36,7 @@ class Phases:
         """Everything to where the plan wants it in `phase`. A generator that lost its weights gets them by a push in
         `reshard`, and does not wake before.
         """
+        self._present = phase
         places = self._plan.places[phase]
         if places["kv_cache"] == "dropped":
             keep = places["generator_weights"] == "host"
@@ -50,8 +52,11 @@ class Phases:
         self.enter("rollout")
 
     @contextlib.contextmanager
-    def scoring(self) -> Iterator[None]:
-        """Inside, the device is for reward models; the generator keeps its weights."""
-        self.enter("score")
+    def within(self, phase: Phase) -> Iterator[None]:
+        """Inside, this phase (`score`: the device is for reward models, the generator keeps its weights; `evaluate`); then
+        again the one that was before.
+        """
+        before = self._present
+        self.enter(phase)
         yield
-        self.enter("rollout")
+        self.enter(before)

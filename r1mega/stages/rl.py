@@ -113,7 +113,7 @@ class RLTrainer:
         model = ShardedRewardModel(section.model, config.model, config.parallel, section.microbatch_tokens)
 
         def scores(sequences: Sequence[list[int]]) -> list[float]:
-            with self.phases.scoring():
+            with self.phases.within("score"):
                 return model.scores(sequences)
 
         return scores
@@ -140,7 +140,7 @@ def run(config: RLStage, runtime: Runtime) -> int:
     """Train to `config.steps` and export RUN_DIR/hf. Returns the exit code."""
     rl = RLTrainer(config, runtime)
     try:
-        evaluation = Evaluation(config, runtime, rl.engine, rl.tokenizer, rl.scorer, rl.sampling, rl.start)
+        evaluation = Evaluation(config, runtime, rl.engine, rl.tokenizer, rl.scorer, rl.sampling, rl.phases, rl.start)
         if rl.start == 0:
             evaluation.run(0)
         make_room = functools.partial(rl.phases.enter, "save")

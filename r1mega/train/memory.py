@@ -19,14 +19,14 @@ platform.prepare()  # before the first import of megatron
 from megatron.core.distributed import DistributedDataParallel  # noqa: E402
 from megatron.core.optimizer import DistributedOptimizer  # noqa: E402
 
-from r1mega.train.phases import Part, Phase, PhasePlan  # noqa: E402
-
-_BLOCK = 2**28
-"""Bytes of one piece of host memory: torch rounds what it pins up to a power of two."""
+from r1mega.train.phases import HOST_BLOCK, Part, Phase, PhasePlan  # noqa: E402
 
 
 class HostCopy:
-    """Storages of a device that go to host memory together and come back; the host memory is kept for the next time."""
+    """Storages of a device that go to host memory together and come back; the host memory is kept for the next time.
+
+    It is in blocks, of a power of two of bytes: torch rounds what it pins up to one.
+    """
 
     def __init__(self) -> None:
         self._blocks: list[torch.Tensor] = []
@@ -55,11 +55,11 @@ class HostCopy:
             held = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
             first = 0
             while first < num_bytes:
-                block, offset = divmod(start + first, _BLOCK)
+                block, offset = divmod(start + first, HOST_BLOCK)
                 if block == len(self._blocks):
                     pinned = storage.device.type == "cuda"
-                    self._blocks.append(torch.empty(_BLOCK, dtype=torch.uint8, pin_memory=pinned))
-                last = min(num_bytes, first + _BLOCK - offset)
+                    self._blocks.append(torch.empty(HOST_BLOCK, dtype=torch.uint8, pin_memory=pinned))
+                last = min(num_bytes, first + HOST_BLOCK - offset)
                 yield held[first:last], self._blocks[block][offset : offset + last - first]
                 first = last
             start += num_bytes

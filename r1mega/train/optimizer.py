@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -14,8 +16,11 @@ from r1mega import platform
 
 platform.prepare()  # before the first import of megatron
 
+from megatron.core.dist_checkpointing.dict_utils import nested_values  # noqa: E402
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory  # noqa: E402
+from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories  # noqa: E402
+from megatron.core.optimizer import DistributedOptimizer, get_megatron_optimizer  # noqa: E402
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig  # noqa: E402
-from megatron.core.optimizer import get_megatron_optimizer  # noqa: E402
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer  # noqa: E402
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler  # noqa: E402
 
@@ -23,14 +28,9 @@ from r1mega.checkpoint.torch_dist import Stored  # noqa: E402
 from r1mega.config.schema import OptimizerConfig  # noqa: E402
 from r1mega.errors import PlatformError  # noqa: E402
 
-SHARDING_METADATA = {
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "distrib_optim_fully_reshardable_mem_efficient": True,
-    "chained_optim_avoid_prefix": True,
-}
-"""How optimizer state is laid out in checkpoints: loadable into any other parallel layout, gathered over gloo in host
-memory (megatron-core's other way gathers whole fp32 buffers on the GPU, beside the model). It is not gathered to be loaded:
-each rank reads its own shards."""
+SHARDING_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+"""How optimizer state is laid out in checkpoints: loadable into any other parallel layout. To be saved, parameter after
+parameter is made whole on one of the ranks that hold it (`shard_state`); to be loaded, each rank reads its own shards."""
 
 _STATE = ("param", "exp_avg", "exp_avg_sq")
 _BLOCK = 2**24
@@ -40,6 +40,8 @@ _BLOCK = 2**24
 def build_optimizer(config: OptimizerConfig, ddp_chunks: Sequence[torch.nn.Module], dtype: torch.dtype) -> Any:
     """Adam over the gradient buffers of DDP-wrapped model chunks, its state shared out over the data-parallel ranks."""
     on_gpu = platform.current().name == "cuda"
+    moments = (config.exp_avg_dtype, config.exp_avg_sq_dtype) if config.precision_aware else ("float32", "float32")
+    narrow = config.precision_aware and not config.grad_reduce_in_fp32
     optimizer = get_megatron_optimizer(
         MegatronOptimizerConfig(
             optimizer="adam",
@@ -55,7 +57,12 @@ def build_optimizer(config: OptimizerConfig, ddp_chunks: Sequence[torch.nn.Modul
             use_distributed_optimizer=True,
             optimizer_cpu_offload=config.cpu_offload,
             optimizer_offload_fraction=1.0,
-            use_precision_aware_optimizer=config.cpu_offload,  # no main parameters on the device
+            # CPU Adam: no main parameters on the device
+            use_precision_aware_optimizer=config.cpu_offload or config.precision_aware,
+            main_grads_dtype=dtype if narrow else torch.float32,
+            exp_avg_dtype=getattr(torch, moments[0]),
+            exp_avg_sq_dtype=getattr(torch, moments[1]),
+            store_param_remainders=False,  # checkpoints hold whole main parameters
             pin_cpu_grads=on_gpu,
             pin_cpu_params=on_gpu,
         ),
@@ -63,18 +70,16 @@ def build_optimizer(config: OptimizerConfig, ddp_chunks: Sequence[torch.nn.Modul
         use_gloo_process_groups=True,
     )
     for part in parts(optimizer):
-        if not hasattr(part, "get_parameter_state_dp_zero"):
-            raise PlatformError(
-                "megatron-core has changed: its optimizer has no get_parameter_state_dp_zero to replace"
-            )
-        if not hasattr(part, "load_parameter_state_from_fully_reshardable"):
-            raise PlatformError(
-                "megatron-core has changed: its optimizer has no load_parameter_state_from_fully_reshardable"
-            )
+        for replaced in ("sharded_param_state_fully_reshardable", "load_parameter_state_from_fully_reshardable"):
+            if not hasattr(part, replaced):
+                raise PlatformError(f"megatron-core has changed: its optimizer has no {replaced} to replace")
         if config.cpu_offload and part.optimizer is not None:
             for group in part.optimizer.param_groups:  # classes, which a checkpoint cannot hold; `defaults` has them
                 del group["cpu_optimizer_cls"], group["gpu_optimizer_cls"]
-        part.get_parameter_state_dp_zero = functools.partial(gather_state, part)
+        if config.precision_aware and part.optimizer is not None:
+            # Transformer Engine's own makes float32 copies of all moments, and Megatron asks for the groups alone
+            part.optimizer.state_dict = functools.partial(torch.optim.Optimizer.state_dict, part.optimizer)
+        part.sharded_param_state_fully_reshardable = functools.partial(shard_state, part)
         part.load_parameter_state_from_fully_reshardable = functools.partial(read_state, part)
     optimizer.prepare_grads = functools.partial(_prepare_finite, optimizer.prepare_grads, optimizer.get_grad_norm)
     return optimizer
@@ -127,7 +132,11 @@ def fill_empty_state(optimizer: Any) -> None:
         rates = [(group, group["lr"], group["weight_decay"]) for group in part.optimizer.param_groups]
         for group, _, _ in rates:
             group["lr"] = group["weight_decay"] = 0.0  # the step that makes the state must not move a weight
-        part._init_optimizer_states_with_dummy_values()
+        if part.config.use_precision_aware_optimizer and not isinstance(part.optimizer, HybridDeviceOptimizer):
+            for param in (param for group, _, _ in rates for param in group["params"]):
+                part.optimizer.initialize_state(param, False)
+        else:
+            part._init_optimizer_states_with_dummy_values()
         for group, lr, weight_decay in rates:
             group["lr"], group["weight_decay"], group["step"] = lr, weight_decay, 0
         if isinstance(part.optimizer, HybridDeviceOptimizer):
@@ -135,40 +144,85 @@ def fill_empty_state(optimizer: Any) -> None:
                 state["step"].zero_()
 
 
-def gather_state(
-    optimizer: Any, use_gloo_comm: bool = True, empty_data: bool = False, return_on_all_ranks: bool = False
-) -> dict[Any, Any] | None:
-    """What DistributedOptimizer.get_parameter_state_dp_zero returns (megatron-core 0.16.1, distrib_optimizer.py:977), for
-    gloo only: {buffer: {dtype: {"param" | "exp_avg" | "exp_avg_sq": [elements] float32, ...}}} in host memory.
-
-    Whole on the first data-parallel rank, None on the others; empty_data: shapes alone (on torch's meta device), on all.
-
-    Megatron's own makes the result, the rank's shards of all three, one key's shards of all ranks, and their
-    concatenation: 32 bytes an element where the group is one rank (experts), 12 of them the result. Here it is the
-    result, and a block on the ranks that send. Nothing is allocated on the device.
+def own_state(optimizer: DistributedOptimizer, param: torch.Tensor) -> dict[str, torch.Tensor]:
+    """This rank's share of a parameter's main parameter and moments, [elements] each, as they are stored: what
+    DistributedOptimizer._get_main_param_and_optimizer_states copies to float32 where it is stored in another type.
     """
-    if not use_gloo_comm:
-        raise NotImplementedError(f"{SHARDING_METADATA} gathers over gloo")
+    group, place = optimizer.model_param_group_index_map[param]
+    updated = optimizer.optimizer.param_groups[group]["params"][place]
+    state = optimizer.optimizer.state[updated]
+    main = updated if updated.dtype == torch.float32 else state["master_param"]
+    return {"param": main.detach(), "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
+
+
+def shard_state(
+    optimizer: Any, model_state: dict[str, Any], is_loading: bool = False, metadata: object = None
+) -> dict[int, dict[str, Any]]:
+    """What DistributedOptimizer.sharded_param_state_fully_reshardable returns (megatron-core 0.16.1, distrib_optimizer.py:1404):
+    {place of a parameter in the order of the buffers: {"param" | "exp_avg" | "exp_avg_sq": described as the parameter is in
+    model_state, float32 in host memory}}, of those parameters that this rank saves; is_loading: of all, shapes alone (on
+    torch's meta device).
+
+    Megatron's gathers whole buffers on the first rank of a data-parallel group: 32 bytes an element of the group while it
+    does, 12 to be written. Here each rank gathers the parameters whose middle it holds, 12 bytes an element of those, and
+    writes them; it needs a block beside. Nothing is allocated on the device.
+    """
+    found, _ = extract_sharded_tensors_and_factories(model_state)
+    described = {item.data: item for item in nested_values(found)}
     group = optimizer.data_parallel_group_gloo
-    whole = empty_data or group.rank() == 0
-    if whole != (return_on_all_ranks or group.rank() == 0):
-        raise NotImplementedError(f"{SHARDING_METADATA} returns state on one rank when it saves, on all when it loads")
-    gathered: dict[Any, Any] = {"buckets_coalesced": True}
-    for index, ranges in enumerate(optimizer.gbuf_ranges):
-        buffer, ((dtype, bucket_ranges),) = optimizer.buffers[index], ranges.items()
-        device = "meta" if empty_data else "cpu"
-        state: dict[str, Any] = (
-            {key: torch.zeros(buffer.numel_unpadded, device=device) for key in _STATE} if whole else {}
-        )
-        start = 0
-        for bucket, bucket_range in zip(buffer.buckets, bucket_ranges, strict=True):
-            size = bucket.numel_unpadded
-            if not empty_data:
-                parts = {key: state[key][start : start + size] if whole else None for key in _STATE}
-                _gather_bucket(optimizer, bucket_range["param_map"], bucket.grad_data.numel(), size, parts, group)
-            start += size
-        gathered[index] = {dtype: state | ({"numel_unpadded": buffer.numel_unpadded} if whole else {})}
-    return gathered if whole else None
+    state: dict[int, dict[str, Any]] = {}
+    pieces = itertools.chain.from_iterable(_pieces(buffer, group.size()) for buffer in optimizer.buffers)
+    for index, (param, places) in enumerate(pieces):
+        item, owner = described[param], _owner(places)
+        mine = is_loading or owner == group.rank()
+        whole = {key: torch.empty(param.numel(), device="meta" if is_loading else "cpu") for key in _STATE if mine}
+        if not is_loading:
+            _gather(optimizer, param, places, owner, whole)
+        replica = {} if is_loading else {"replica_id": (*item.replica_id[:-1], 0)}  # one rank of the group has it
+        kind = {} if isinstance(item, ShardedTensorFactory) else {"dtype": torch.float32}
+        if mine:
+            state[index] = {
+                key: dataclasses.replace(
+                    item, key=f"optimizer.state.{key}.{item.key}", data=value.view(item.data.shape), **replica, **kind
+                )
+                for key, value in whole.items()
+            }
+    return state
+
+
+Places = dict[int, tuple[int, int]]
+"""Elements [first, last) of a flattened parameter, by the rank of the data-parallel group that holds them."""
+
+
+def _pieces(buffer: Any, ranks: int) -> Iterator[tuple[torch.Tensor, Places]]:
+    """Of each parameter of a gradient buffer: rank r holds the r-th of equal shares of each bucket."""
+    for param, (start, end, bucket) in buffer.param_index_map.items():
+        low, high = buffer.bucket_indices[bucket]
+        share = (high - low) // ranks
+        bounds = ((r, max(start, low + r * share), min(end, low + (r + 1) * share)) for r in range(ranks))
+        yield param, {r: (first - start, last - start) for r, first, last in bounds if first < last}
+
+
+def _owner(places: Places) -> int:
+    """The rank that holds the middle: all own about as much as they hold."""
+    middle = max(last for _, last in places.values()) // 2
+    return next(rank for rank, (first, last) in places.items() if first <= middle < last)
+
+
+def _gather(optimizer: Any, param: torch.Tensor, places: Places, owner: int, whole: dict[str, torch.Tensor]) -> None:
+    """Fill the owner's `whole` ([elements] each; {} elsewhere) in messages of a block. All ranks of the group call it."""
+    group = optimizer.data_parallel_group_gloo
+    own = own_state(optimizer, param) if group.rank() in places else {}
+    for key in _STATE:
+        for rank, (start, end) in places.items():
+            if rank == owner == group.rank():
+                whole[key][start:end].copy_(own[key])
+            elif group.rank() in (rank, owner):
+                for first, last in _blocks(end - start):
+                    if group.rank() == rank:
+                        dist.send(own[key][first:last].to("cpu", torch.float32), group=group, group_dst=owner)
+                    else:
+                        dist.recv(whole[key][start + first : start + last], group=group, group_src=rank)
 
 
 @torch.no_grad()
@@ -184,7 +238,7 @@ def read_state(optimizer: Any, stored: dict[int, dict[str, Stored]]) -> None:
         local = {param: part["param"] for bucket in bucket_ranges for param, part in bucket["param_map"].items()}
         for param in buffer.param_index_map:
             if param in local:
-                own = optimizer._get_main_param_and_optimizer_states(param)
+                own = own_state(optimizer, param)
                 for key in _STATE:
                     stored[index][key].copy_into(own[key], local[param].start)
             index += 1
@@ -192,40 +246,6 @@ def read_state(optimizer: Any, stored: dict[int, dict[str, Stored]]) -> None:
         optimizer.optimizer._sync_hdo_state_to_sub_optimizers()
 
 
-def _gather_bucket(
-    optimizer: Any, params: dict[Any, Any], padded: int, size: int, parts: dict[str, torch.Tensor | None], group: Any
-) -> None:
-    """Fill the first rank's `parts` ([size] each; None elsewhere). Rank r holds the r-th of equal shares of `padded`."""
-    share = padded // group.size()
-    for rank in range(group.size()):
-        here = min(share, max(0, size - rank * share))  # the last ranks' shares may be padding
-        for key, part in parts.items():
-            for first, last in _blocks(here):
-                if part is not None:
-                    target = part[rank * share + first : rank * share + last]
-                elif rank == group.rank():
-                    target = torch.zeros(last - first, device="cpu")
-                else:
-                    continue
-                if rank == group.rank():
-                    _copy_own(optimizer, params, key, first, target)
-                    if rank > 0:
-                        dist.send(target, group=group, group_dst=0)
-                elif part is not None:
-                    dist.recv(target, group=group, group_src=rank)
-
-
 def _blocks(count: int) -> Iterator[tuple[int, int]]:
     for first in range(0, count, _BLOCK):
         yield first, min(count, first + _BLOCK)
-
-
-def _copy_own(optimizer: Any, params: dict[Any, Any], key: str, first: int, target: torch.Tensor) -> None:
-    """Elements [first, first + len(target)) of this rank's share of a bucket."""
-    last = first + target.numel()
-    for param, ranges in params.items():
-        begin, end = ranges["gbuf_local"].start, ranges["gbuf_local"].end
-        low, high = max(begin, first), min(end, last)
-        if low < high:
-            own = optimizer._get_main_param_and_optimizer_states(param)[key].detach()
-            target[low - first : high - first].copy_(own[low - begin : high - begin])

@@ -22,10 +22,18 @@ Part = Literal[
 Place = Literal["device", "host", "dropped"]
 """host: a copy in (pinned) host memory, nothing on the device; dropped: nowhere, made anew when it comes back."""
 
+HOST_BLOCK = 2**28
+"""Bytes of one piece of the host memory that weights and optimizer state go to."""
+
 PHASES: tuple[Phase, ...] = get_args(Phase)
 PARTS: tuple[Part, ...] = get_args(Part)
 _GENERATES = ("rollout", "evaluate")
 _AWAKE = ("rollout", "score", "evaluate")
+
+
+def pinned_bytes(num_bytes: int) -> int:
+    """What torch takes of host memory for a pinned tensor: the next power of two (its CachingHostAllocator)."""
+    return 1 << (num_bytes - 1).bit_length() if num_bytes > 0 else 0
 
 
 @dataclass(frozen=True, slots=True)

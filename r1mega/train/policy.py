@@ -250,9 +250,9 @@ class Policy:
         """Make the present weights the reference model (a copy in host memory, this rank's shards only)."""
         self._check_weights()
         if self._reference is None:
-            self._reference = [{name: _host_memory(value) for name, value in _state(chunk)} for chunk in self.chunks]
+            self._reference = [{name: _host_memory(value) for name, value in state_of(chunk)} for chunk in self.chunks]
         for chunk, reference in zip(self.chunks, self._reference, strict=True):  # pinned memory is never given back
-            for name, value in _state(chunk):
+            for name, value in state_of(chunk):
                 reference[name].copy_(value.detach())
 
     @contextlib.contextmanager
@@ -263,7 +263,7 @@ class Policy:
         own = []
         try:
             for chunk, reference in zip(self.chunks, self._reference, strict=True):
-                for name, value in _state(chunk):
+                for name, value in state_of(chunk):
                     own.append((value, value.data))
                     value.data = reference[name].to(value.device, non_blocking=True)
             yield
@@ -351,8 +351,8 @@ def _bypass_output_layer(chunk: GPTModel) -> ColumnParallelLinear | None:
     return layer
 
 
-def _state(chunk: GPTModel) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters, and the router's expert bias (a buffer that decides routing)."""
+def state_of(chunk: GPTModel) -> Iterator[tuple[str, torch.Tensor]]:
+    """What a reference is a copy of: parameters, and the router's expert bias (a buffer that decides routing)."""
     yield from chunk.named_parameters()
     yield from ((name, b) for name, b in chunk.named_buffers() if name.endswith("expert_bias"))
 

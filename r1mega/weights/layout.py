@@ -62,8 +62,15 @@ class Placement:
 
     def read(self, parameters: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """A view of this rank's part of the tensor, shaped like `source`. Raises KeyError, IndexError as torch does."""
-        region = parameters[self.parameter][tuple(slice(start, stop) for start, stop in self.target)]
-        return region.reshape([stop - start for start, stop in self.source])
+        return self._held(parameters).reshape([stop - start for start, stop in self.source])
+
+    def write(self, parameters: Mapping[str, torch.Tensor], part: torch.Tensor) -> None:
+        """Put this rank's part of the tensor, shaped like `source`, where it belongs."""
+        held = self._held(parameters)
+        held.copy_(part.reshape(held.shape))
+
+    def _held(self, parameters: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        return parameters[self.parameter][tuple(slice(start, stop) for start, stop in self.target)]
 
 
 def is_quantized(name: str) -> bool:

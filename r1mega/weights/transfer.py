@@ -148,20 +148,34 @@ def reload_weights(target: ReloadTarget, named_tensors: NamedTensors, bucket_byt
     Raises WeightSyncError naming all missing, repeated, unknown and misshapen tensors. After an error the generator
     holds no usable weights: it must be reloaded before it generates.
     """
-    expected = target.shapes
     problems: list[str] = []
     seen: set[str] = set()
     target.platform.begin_reload(target.worker)
-    for bucket in bucketed(_checked(target, named_tensors, expected, seen, problems), bucket_bytes):
+    for bucket in bucketed(_checked(target, named_tensors, seen, problems), bucket_bytes):
         target.platform.load_weights(target.worker, bucket)
-    missing = [name for name in expected if name not in seen]
-    problems += [f"{name}: missing" for name in missing]
-    if problems:
-        raise WeightSyncError(
-            f"{len(problems)} of {len(expected)} tensors cannot be loaded into the generator:\n  "
-            + "\n  ".join(problems)
-        )
+    _refuse(target, seen, problems)
     return _finish(target, target.platform.finish_reload)
+
+
+@torch.no_grad()
+def read_weights(target: ReloadTarget, tensors: HFTensors, parameters: Mapping[str, torch.Tensor]) -> None:
+    """Fills this rank's parameters, of `parameters_to_write`, from an HF directory: the rows that the rank holds something of
+    are read, and no others. Raises WeightSyncError as `reload_weights` does, before anything is read.
+    """
+    seen: set[str] = set()
+    problems = [problem for name in tensors if (problem := _problem(target, name, tensors.infos[name].shape, seen))]
+    _refuse(target, seen, problems)
+    for placement in sorted(target.placements, key=lambda one: _place(tensors, one)):
+        if all(start < stop for start, stop in placement.source):
+            part = tensors.rows(placement.name, *placement.source[0])
+            columns = (slice(start, stop) for start, stop in placement.source[1:])
+            placement.write(parameters, part[(slice(None), *columns)])
+
+
+def _place(tensors: HFTensors, placement: Placement) -> tuple[Path, int]:
+    """For reading on in a file."""
+    info = tensors.infos[placement.name]
+    return info.path, info.start
 
 
 def parameters_to_write(target: ReloadTarget) -> Mapping[str, torch.Tensor]:
@@ -252,26 +266,37 @@ def _parameters(target: ReloadTarget) -> dict[str, torch.Tensor]:
 
 
 def _checked(
-    target: ReloadTarget,
-    named_tensors: NamedTensors,
-    expected: Mapping[str, tuple[int, ...]],
-    seen: set[str],
-    problems: list[str],
+    target: ReloadTarget, named_tensors: NamedTensors, seen: set[str], problems: list[str]
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Passes on what the layout knows, cast to the generator's dtype; notes the rest in `problems`."""
     for name, tensor in named_tensors:
-        if is_ignored(name, target.config):
-            continue
-        if name not in expected:
-            problems.append(f"{name}: the generator's model has no such tensor")
-        elif name in seen:
-            problems.append(f"{name}: sent twice")
-        elif tuple(tensor.shape) != expected[name]:
-            seen.add(name)
-            problems.append(f"{name}: shape {list(tensor.shape)}, expected {list(expected[name])}")
-        else:
-            seen.add(name)
+        if problem := _problem(target, name, tuple(tensor.shape), seen):
+            problems.append(problem)
+        elif not is_ignored(name, target.config):
             yield name, tensor.detach().to(weight_dtype(name, target.model_dtype))
+
+
+def _problem(target: ReloadTarget, name: str, shape: tuple[int, ...], seen: set[str]) -> str | None:
+    """Why a tensor cannot be loaded, if so; it has then been seen."""
+    if is_ignored(name, target.config):
+        return None
+    if name not in target.shapes:
+        return f"{name}: the generator's model has no such tensor"
+    if name in seen:
+        return f"{name}: sent twice"
+    seen.add(name)
+    expected = target.shapes[name]
+    return None if shape == expected else f"{name}: shape {list(shape)}, expected {list(expected)}"
+
+
+def _refuse(target: ReloadTarget, seen: set[str], problems: Sequence[str]) -> None:
+    """WeightSyncError for problems, and for what was not seen."""
+    problems = [*problems, *(f"{name}: missing" for name in target.shapes if name not in seen)]
+    if problems:
+        raise WeightSyncError(
+            f"{len(problems)} of {len(target.shapes)} tensors cannot be loaded into the generator:\n  "
+            + "\n  ".join(problems)
+        )
 
 
 def checkpoint_tensors(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:

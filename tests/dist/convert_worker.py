@@ -14,6 +14,7 @@ from r1mega import platform
 platform.prepare()
 
 from megatron.core import parallel_state as ps  # noqa: E402
+from megatron.core.optimizer import DistributedOptimizer  # noqa: E402
 
 from r1mega.checkpoint.hf import HFTensors  # noqa: E402
 from r1mega.checkpoint.store import CheckpointStore, deciding_keys  # noqa: E402
@@ -77,6 +78,63 @@ def update(trainer: Trainer, dictated: bool = False) -> tuple[float, float]:
     dist.all_reduce(value, group=ps.get_data_parallel_group())
     dist.broadcast(value, dist.get_world_size() - 1)  # the last pipeline stage has it
     return float(value), result.grad_norm
+
+
+def saves_as_megatron(part: Any, model: dict[str, Any]) -> bool:
+    """Whether what all ranks save of one optimizer's state is, bit by bit and each parameter once, what Megatron's own way
+    gathers on the first rank. model: the sharded weights. A collective call of the optimizer's ranks.
+    """
+    group = part.data_parallel_group_gloo
+    way = {"distrib_optim_fully_reshardable_mem_efficient": True}
+    expected = DistributedOptimizer.sharded_param_state_fully_reshardable(part, model, metadata=way)
+    saved: list[Any] = [None] * group.size()
+    dist.all_gather_object(saved, _plain(part.sharded_param_state_fully_reshardable(model)), group=group)
+    if expected is None:
+        return True  # the first rank compares
+    together = {index: tensors for theirs in saved for index, tensors in theirs.items()}
+    if sum(map(len, saved)) != len(together) or together.keys() != expected.keys():
+        return False
+    return all(
+        theirs[key][:2] == tensors[key][:2] and torch.equal(theirs[key][2], tensors[key][2])
+        for index, theirs in _plain(expected).items()
+        for tensors in [together[index]]
+        for key in theirs.keys() | tensors.keys()
+    )
+
+
+def saves_what_ranks_hold(part: Any, model: dict[str, Any]) -> bool:
+    """The same against what each rank holds, by Megatron's own account of which elements these are: its gathering shifts what
+    lies behind the padding of a bucket (it warns of "data corruption"), so that it is no reference for several buckets.
+    """
+    group, index = part.data_parallel_group_gloo, 0
+    held: dict[int, tuple[int, dict[str, torch.Tensor]]] = {}
+    for buffer, ranges in zip(part.buffers, part.gbuf_ranges, strict=True):
+        local = {
+            p: places["param"] for bucket in next(iter(ranges.values())) for p, places in bucket["param_map"].items()
+        }
+        for param in buffer.param_index_map:
+            if param in local:
+                state = part._get_main_param_and_optimizer_states(param)
+                held[index] = local[param].start, {key: value.detach().clone() for key, value in state.items()}
+            index += 1
+    everyone: list[Any] = [None] * group.size()
+    dist.all_gather_object(everyone, (held, _plain(part.sharded_param_state_fully_reshardable(model))), group=group)
+    saved = [(place, tensors) for _, theirs in everyone for place, tensors in theirs.items()]
+    if sorted(place for place, _ in saved) != list(range(index)):
+        return False
+    return all(
+        torch.equal(torch.cat([piece[key] for _, piece in sorted(pieces, key=lambda one: one[0])]), value.flatten())
+        for place, tensors in saved
+        for pieces in [[theirs[place] for theirs, _ in everyone if place in theirs]]
+        for key, (_, _, value) in tensors.items()
+    )
+
+
+def _plain(state: dict[int, dict[str, Any]]) -> dict[int, dict[str, tuple[str, Any, torch.Tensor]]]:
+    return {
+        index: {key: (item.key, item.replica_id, item.data) for key, item in items.items()}
+        for index, items in state.items()
+    }
 
 
 def experts_of(policy: Policy, sequence: int) -> np.ndarray:

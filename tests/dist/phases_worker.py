@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
+import os
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,7 @@ from r1mega.checkpoint.manifest import read_manifest  # noqa: E402
 from r1mega.checkpoint.store import CheckpointStore  # noqa: E402
 from r1mega.config.schema import MemoryConfig  # noqa: E402
 from r1mega.platform import groups  # noqa: E402
+from r1mega.train.memory import HostCopy  # noqa: E402
 from r1mega.train.packing import build_microbatch  # noqa: E402
 from r1mega.train.phases import PHASES, Phase, plan_phases  # noqa: E402
 from r1mega.train.trainer import Trainer  # noqa: E402
@@ -61,6 +66,7 @@ def trial(
     for _ in range(STEPS):
         trainer.enter("rollout")
         trainer.enter("score")
+        trainer.enter("evaluate")
         trainer.enter("logprob")
         with trainer.as_reference():  # first: no pass with the weights has been before it
             count(trainer, "reference", counted)
@@ -82,7 +88,7 @@ def trial(
         files[phase] = {
             name: record for name, record in read_manifest(path)["files"].items() if name.endswith(".distcp")
         }
-    sizes = sizes_of(trainer)
+    sizes = sizes_of(trainer, moment_bytes=2 if keys.get("precision_aware") else 4)
     planned = {phase: plan.device_bytes(phase, sizes) for phase in PHASES}
     return {
         "counted": counted,
@@ -92,6 +98,74 @@ def trial(
         "files": files,
         "sizes": sizes,
     }
+
+
+ALL = {"grad_offload": True, "optimizer_offload": "update", "param_offload": True, "reference_swap": True}
+
+
+def resident() -> tuple[dict[Phase, int], dict[Phase, float]]:
+    """(bytes of this process's memory, bytes planned on the device, here the CPU, and in host memory together), by phase."""
+    ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD: what is freed goes back to the system
+    groups.init_distributed()
+    plan = plan_phases(MemoryConfig(**ALL))
+    trainer = make_trainer(DEEPSEEK | {"vocab_size": 60_000}, {}, "bfloat16", init_std=0.02, plan=plan)
+    trainer.policy.take_reference()
+    found: dict[Phase, int] = {}
+    for _ in range(2):  # what host memory keeps is there from the second time on
+        for phase in ("rollout", "logprob", "update", "step", "reshard", "save"):
+            trainer.enter(phase)
+            if phase in ("update", "step"):
+                for chunk in trainer.ddp_chunks:
+                    chunk.zero_grad_buffer()  # memory is taken when it is first written
+            found[phase] = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        update(trainer)
+    sizes = sizes_of(trainer, moment_bytes=4)
+    groups.destroy()
+    return found, {phase: plan.device_bytes(phase, sizes) + plan.host_bytes(phase, sizes) for phase in found}
+
+
+def steps(directory: Path, number: int, kill_in: Phase | None) -> tuple[list[Any], str]:
+    """(loss and gradient norm of the steps up to `number` that a run does from its last checkpoint on, digest of its weights).
+
+    kill_in: the process ends in the last step while parts move into this phase.
+    """
+    groups.init_distributed()
+    trainer = make_trainer(DEEPSEEK, {"ep": 2}, "bfloat16", init_std=0.02, plan=plan_phases(MemoryConfig(**ALL)))
+    trainer.policy.take_reference()
+    store = CheckpointStore(directory, keep=2, architecture={})
+    start, results = 0, []
+    if (path := store.latest()) is not None:
+        state, progress = store.load(path, trainer.sharded_state(is_loading=True))
+        trainer.load_sharded_state(state)
+        start = progress["step"]
+    for step in range(start + 1, number + 1):
+        enter = trainer._memory.enter
+
+        def killed(phase: Phase, enter: Callable[[Phase], None] = enter, step: int = step) -> None:
+            if (step, phase) == (number, kill_in):
+                HostCopy._pieces = end_after_one  # type: ignore[method-assign]
+            enter(phase)
+
+        trainer._memory.enter = killed  # type: ignore[method-assign]
+        trainer.enter("rollout")
+        trainer.enter("logprob")
+        results.append(trainer.policy.sequence_log_probs(SEQUENCES[:1]))
+        results.append(update(trainer))
+        store.save(step, trainer.sharded_state(is_loading=False), {})
+    weights = hashlib.sha256()
+    for _, value in trainer.policy.hf_tensors():
+        weights.update(value.clone().view(torch.uint8).numpy().data)
+    groups.destroy()
+    return results, weights.hexdigest()
+
+
+PIECES = HostCopy._pieces
+
+
+def end_after_one(copy: HostCopy) -> Iterator[Any]:
+    """`HostCopy._pieces`, which a kill ends after the first."""
+    yield next(PIECES(copy))
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def watch(trainer: Trainer, counted: dict[str, set[int]]) -> None:
@@ -120,17 +194,19 @@ def device_bytes(trainer: Trainer) -> int:
             tensors += [buffer.param_data, buffer.grad_data]
         for param in chunk.parameters():
             tensors += [param, param.grad, param.main_grad, getattr(param, "main_param", None)]
+            tensors.append(getattr(param, "decoupled_grad", None))
     for part in trainer.optimizer.chained_optimizers:
         if part.optimizer is not None and not isinstance(
             part.optimizer, HybridDeviceOptimizer
         ):  # whose all is the host's
             for param in (param for group in part.optimizer.param_groups for param in group["params"]):
-                tensors += [param, param.grad, *part.optimizer.state.get(param, {}).values()]
+                tensors += [param, param.grad, getattr(param, "decoupled_grad", None)]
+                tensors += [*part.optimizer.state.get(param, {}).values()]
     storages = {t.untyped_storage()._cdata: t.untyped_storage() for t in tensors if t is not None}
     return sum(storage.nbytes() for storage in storages.values())
 
 
-def sizes_of(trainer: Trainer) -> dict[str, int]:
+def sizes_of(trainer: Trainer, moment_bytes: int) -> dict[str, int]:
     """Bytes of each part on this rank, by the places of parameters in Megatron's buffers."""
     sizes = dict.fromkeys(("weights", "gradients", "main_params", "exp_avg", "exp_avg_sq"), 0)
     for chunk in trainer.ddp_chunks:
@@ -144,8 +220,8 @@ def sizes_of(trainer: Trainer) -> dict[str, int]:
                 share = (last - first) // ranks
                 low = first + rank * share
                 own += max(0, min(end, low + share) - max(start, low))
-            sizes["exp_avg"] += 4 * own
-            sizes["exp_avg_sq"] += 4 * own
+            sizes["exp_avg"] += moment_bytes * own
+            sizes["exp_avg_sq"] += moment_bytes * own
             sizes["main_params"] += 4 * own if buffer.param_dtype == torch.bfloat16 else 0
     # what `as_reference` puts in the place of parameters, which are without the buffers' padding
     sizes["reference"] = sum(p.numel() * p.itemsize for chunk in trainer.policy.chunks for p in chunk.parameters())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,7 @@ class Case:
     dtype: str = "float32"
     recompute: str | tuple[str, ...] = "none"
     tokens: int = 64
+    optimizer: OptimizerConfig = OptimizerConfig()
 
     @property
     def model(self) -> ModelConfig:
@@ -52,7 +54,7 @@ def run_cases(config: dict[str, Any], cases: list[Case]) -> list[dict[str, Any]]
 def held(config: dict[str, Any], case: Case, parallel: ParallelConfig) -> dict[str, Any]:
     policy = Policy(case.model, config, parallel, seed=1, init_std=0.02)
     kept = [kept_bytes(policy, index, case) for index in range(len(policy.chunks))]
-    trainer = Trainer(policy, OptimizerConfig(), total_steps=1)
+    trainer = Trainer(policy, case.optimizer, total_steps=1)
     fill_empty_state(trainer.optimizer)
     weights, gradients = {}, 0
     for chunk, wrapped in zip(policy.chunks, trainer.ddp_chunks, strict=True):
@@ -66,10 +68,11 @@ def held(config: dict[str, Any], case: Case, parallel: ParallelConfig) -> dict[s
             for parameter in group["params"]:
                 if parameter.untyped_storage().data_ptr() not in weights:
                     state["main_params"] += parameter.numel() * parameter.element_size()
-                for name in ("exp_avg", "exp_avg_sq"):
-                    moment = part.optimizer.state[parameter][name]
-                    state[name] += moment.numel() * moment.element_size()
-    return {"weights": sum(weights.values()), "gradients": gradients, **state, "kept": kept}
+                for name, held in part.optimizer.state[parameter].items():
+                    state["main_params" if name == "master_param" else name] += held.numel() * held.element_size()
+    policy.take_reference()
+    pinned = [2 ** math.ceil(math.log2(t.numel() * t.itemsize)) for part in policy._reference for t in part.values()]
+    return {"weights": sum(weights.values()), "gradients": gradients, **state, "reference": sum(pinned), "kept": kept}
 
 
 def kept_bytes(policy: Policy, index: int, case: Case) -> int:

@@ -14,9 +14,11 @@ from tests.reference import DEEPSEEK
 
 # all experts of a token are chosen, so that there is no imbalance to know of; a vocabulary that tp pads
 MODEL = DEEPSEEK | {"vocab_size": 97, "num_experts_per_tok": 8, "n_group": 1, "topk_group": 1}
+PRECISION_AWARE = OptimizerConfig(precision_aware=True, grad_reduce_in_fp32=False)
 CASES = {
     2: [
         Case({}, dtype="bfloat16", recompute=("core_attn",)),
+        Case({"ep": 2}, dtype="bfloat16", optimizer=PRECISION_AWARE),
         Case({"tp": 2, "ep": 2}),
         Case({"tp": 2, "ep": 2}, dtype="bfloat16", recompute="full", tokens=256),
         Case({"etp": 2}),
@@ -26,7 +28,7 @@ CASES = {
     ],
     4: [Case({"tp": 2, "pp": 2, "ep": 2}, dtype="bfloat16"), Case({"pp": 2, "ep": 2, "cp": 2})],
 }
-PARTS = ("weights", "gradients", "main_params", "exp_avg", "exp_avg_sq")
+PARTS = ("weights", "gradients", "main_params", "exp_avg", "exp_avg_sq", "reference")
 
 
 @pytest.mark.parametrize("ranks", CASES)
@@ -35,7 +37,7 @@ def test_a_rank_holds_what_is_planned(ranks):
     for index, case in enumerate(CASES[ranks]):
         for rank in {0, ranks - 1}:  # of the first and the last stage, of different shares of everything
             plan = measure(
-                MODEL, case.model, ParallelConfig(**case.layout), OptimizerConfig(),
+                MODEL, case.model, ParallelConfig(**case.layout), case.optimizer,
                 world=ranks, rank=rank, tokens=case.tokens, on_gpu=False,
             )  # fmt: skip
             real, planned = found[rank][index], dataclasses.asdict(plan.static)

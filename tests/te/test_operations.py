@@ -497,6 +497,46 @@ def test_adam(tex, mode, bias_correction):
             close(tensor, torch.tensor(values, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("narrow", [("exp_avg", "exp_avg_sq"), ("exp_avg",)], ids=str)
+def test_fused_adam_with_moments_in_bfloat16_is_the_one_of_the_cpu(tex, narrow):
+    """Transformer Engine's class, with what r1mega asks of it: its state before a step, after some, and loaded again."""
+    from transformer_engine.pytorch.optimizers import FusedAdam as Theirs
+
+    from r1mega.platform.adam import FusedAdam
+
+    settings = {"lr": 0.01, "betas": (0.9, 0.95), "eps": 1e-4, "weight_decay": 0.1, "master_weights": True}
+    settings |= {f"{name}_dtype": torch.bfloat16 for name in narrow} | {"use_decoupled_grad": True}
+    weights, state = {}, {}
+    for kind in (FusedAdam, Theirs):
+        held = [
+            normal(7, 5, dtype=torch.bfloat16).requires_grad_(),
+            normal(9, seed=1, dtype=torch.bfloat16).requires_grad_(),
+        ]
+        optimizer = kind(held, **settings)
+        for weight in held:
+            optimizer.initialize_state(weight, False)
+        for step in range(6):
+            if step == 3:  # as r1mega saves it: without the copies in float32 that Theirs would make
+                saved = torch.optim.Optimizer.state_dict(optimizer)
+                optimizer = kind(held, **settings)
+                optimizer.load_state_dict(saved)
+            for i, weight in enumerate(held):
+                weight.decoupled_grad = normal(*weight.shape, seed=10 * step + i, dtype=torch.bfloat16)
+            optimizer.step()
+        optimizer.zero_grad()
+        assert [weight.decoupled_grad for weight in held] == [None, None]
+        weights[kind], state[kind] = held, [optimizer.state[weight] for weight in held]
+    for ours, theirs, weight in zip(state[FusedAdam], state[Theirs], weights[Theirs], strict=True):
+        assert {name: value.dtype for name, value in ours.items()} == {
+            name: value.dtype for name, value in theirs.items()
+        }
+        assert {name for name, value in theirs.items() if value.dtype == torch.bfloat16} == set(narrow)
+        close(ours["master_param"], theirs["master_param"], 1e-4)
+        for name in ("exp_avg", "exp_avg_sq"):
+            close(ours[name], theirs[name], 2.0**-7)
+        assert torch.equal(theirs["master_param"].bfloat16(), weight)
+
+
 def test_norms_and_scaling(tex):
     tensors = [normal(3), normal(2, 4, seed=1)]
     total, each = tex.multi_tensor_l2norm(2048, torch.zeros(1, dtype=torch.int32), [tensors], True)

@@ -26,7 +26,7 @@ ALLOWED = {
     "sandbox": 9,
     "stages": 33,
     "tools": 43,
-    "train": 37,
+    "train": 30,
     "types": 1,
     "weights": 17,
 }

@@ -93,6 +93,9 @@ def test_fp8_blocks_are_read_as_the_published_checkpoint_defines_them(tmp_path):
     direct = HFTensors(source)  # what a stage reads that starts from the published form
     assert set(direct) == set(expected)
     assert all(torch.equal(direct[name], tensor) for name, tensor in expected.items())
+    for name, tensor in expected.items():  # what a rank of a generator reads of it: up to three blocks of rows
+        for first, last in ((0, 1), (len(tensor) // 3, 2 * len(tensor) // 3), (len(tensor) - 1, len(tensor))):
+            assert torch.equal(direct.rows(name, first, last), tensor[first:last]), name
 
 
 def test_fp8_blocks_are_written_as_they_are_read(tmp_path):

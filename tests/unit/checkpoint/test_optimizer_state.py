@@ -1,4 +1,4 @@
-"""Megatron's distributed optimizer on this platform: it continues a run bit by bit from what r1mega gathers, and from its own."""
+"""Megatron's distributed optimizer on this platform: it continues a run bit by bit from what r1mega saves, and from its own."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from r1mega.checkpoint.hf_state import load_hf  # noqa: E402
 from r1mega.checkpoint.store import MODEL_METADATA  # noqa: E402
 from r1mega.model.build import build_model  # noqa: E402
 from r1mega.platform import groups  # noqa: E402
-from r1mega.train.optimizer import SHARDING_METADATA, gather_state  # noqa: E402
+from r1mega.train.optimizer import SHARDING_METADATA, shard_state  # noqa: E402
 from tests.reference import DEEPSEEK, Layout, ModelSettings, Reference, make_reference  # noqa: E402
 
 METADATA = SHARDING_METADATA | MODEL_METADATA
@@ -68,7 +68,7 @@ class Run:
         )
         if metadata is METADATA:
             for part in self.optimizer.chained_optimizers:
-                part.get_parameter_state_dp_zero = functools.partial(gather_state, part)
+                part.sharded_param_state_fully_reshardable = functools.partial(shard_state, part)
         if reference:
             load_hf([self.ddp], reference.state)
             self.optimizer.reload_model_params()

@@ -125,6 +125,12 @@ def test_shipped_nano_config_for_four_ranks_is_valid(run):
             1,
             r"microbatch_tokens = 64.*= 100; raise it",
         ),
+        (["optimizer.precision_aware=true"], 1, r"set model\.dtype=bfloat16 or optimizer\.precision_aware=false"),
+        (
+            ["optimizer.precision_aware=true", "optimizer.cpu_offload=true", "model.dtype=bfloat16"],
+            1,
+            r"optimizer\.precision_aware stores the moments of an Adam on the device",
+        ),
         (["optimizer.cpu_offload=true"], 1, r"set model\.dtype=bfloat16 or optimizer\.cpu_offload=false"),
         (
             ["optimizer.cpu_offload=true", "memory.optimizer_offload=update", "model.dtype=bfloat16"],

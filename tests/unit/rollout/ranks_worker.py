@@ -12,19 +12,41 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from r1mega.checkpoint import safetensors_file
+from r1mega.checkpoint.hf import HFTensors
 from r1mega.platform import groups
 from r1mega.rollout.engine import EngineSettings
 from r1mega.rollout.vllm_engine import VllmEngine
 from r1mega.weights import verify
-from r1mega.weights.transfer import DigestTap, checkpoint_tensors
+from r1mega.weights.transfer import DigestTap, checkpoint_tensors, read_weights
 from tests.unit.rollout.tiny_models import greedy_requests, sampled_requests
+
+read = []
+"""Bytes of tensors that this rank has read from files, by engine."""
+
+
+def count_reads(file, tensor) -> None:
+    read[-1] += tensor.nbytes
+    READ(file, tensor)
+
+
+READ, safetensors_file.read_exactly = safetensors_file.read_exactly, count_reads
 
 
 def run(directory: Path, tp: int, requests, ep: int = 1) -> list:
-    engine = VllmEngine(EngineSettings(directory, 128, max_num_seqs=64, kv_cache_bytes=32 << 20, tp=tp, ep=ep))
+    """What an engine that read its own weights says; they are those that the loaders of vLLM put there."""
+    read.append(0)
+    engine = VllmEngine(
+        EngineSettings(directory, 128, max_num_seqs=64, kv_cache_bytes=32 << 20, tp=tp, ep=ep, weights="checkpoint")
+    )
+    own, own_bytes = engine.weights_digest(), read[-1]
     tap = DigestTap(torch.float32, engine.config)
     engine.update_weights(tap(checkpoint_tensors(directory)))
+    verify.compare_digests(tap.digest, own)
     verify.compare_digests(tap.digest, engine.weights_digest())
+    with engine.parameters_for_writing() as parameters:
+        read_weights(engine._target, HFTensors(directory), parameters)  # this rank's own reading is what generates
+    read[-1] = own_bytes
     engine.sleep()
     engine.wake_up()
     result = [[(r.token_ids, r.log_probs) for r in samples] for samples in engine.generate(requests)]
@@ -40,7 +62,9 @@ def main(directory: Path) -> None:
     together = run(directory, 2, requests[2:])  # tensor-parallel ranks are given the same ones
     spread = run(directory, 2, requests[2:], ep=2)
     gathered = [None, None]
-    dist.all_gather_object(gathered, {"dp": mine, "tp": together, "ep": spread})  # the trainer's groups still work
+    dist.all_gather_object(
+        gathered, {"dp": mine, "tp": together, "ep": spread, "read": read}
+    )  # the trainer's groups still work
     if rank == 0:
         print(json.dumps(gathered))
     groups.destroy()

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from r1mega.checkpoint.hf import HFTensors
 from tests import processes
 from tests.unit.rollout.tiny_models import checkpoint, greedy_requests, hf_logits, sampled_requests
 
@@ -60,11 +61,17 @@ def test_a_restarted_generator_is_bitwise_the_same():
 
 def test_two_ranks_data_tensor_and_expert_parallel():
     """Two generators and one over two ranks, with experts cut and with whole experts spread, say the same; their
-    log-probs are those of transformers."""
+    log-probs are those of transformers. Each rank reads what it holds."""
     worker = ("-m", "tests.unit.rollout.ranks_worker")
     done = processes.run(checkpoint("deepseek"), program=worker, num_ranks=2, separate=True)
     assert done.returncode == 0, done.stderr[-4000:]
     ranks = last_line(done.stdout)
+    infos = HFTensors(checkpoint("deepseek")).infos
+    experts = sum(info.num_bytes for name, info in infos.items() if ".mlp.experts." in name)
+    whole, cut, spread = (max(rank["read"][kind] for rank in ranks) for kind in range(3))
+    assert whole <= sum(info.num_bytes for info in infos.values())
+    assert spread <= whole - experts // 2  # half of the experts
+    assert cut <= whole - experts // 3  # half of the rows of two of an expert's three matrices
     requests = [*sampled_requests(3, max_tokens=8), *greedy_requests(1, max_tokens=8)]
     data_parallel = [ranks[i % 2]["dp"][i // 2] for i in range(len(requests))]
     for kind in ("tp", "ep"):

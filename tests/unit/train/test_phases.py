@@ -7,7 +7,7 @@ import pytest
 
 from r1mega.config.schema import MemoryConfig
 from r1mega.stages.phases import Phases
-from r1mega.train.phases import PARTS, PHASES, plan_phases
+from r1mega.train.phases import PARTS, PHASES, pinned_bytes, plan_phases
 
 ALL = MemoryConfig(grad_offload=True, optimizer_offload="rollout", param_offload=True, reference_swap=True)
 SIZES = {part: 10**place for place, part in enumerate(PARTS)}  # a sum shows by its digits what is in it
@@ -56,6 +56,10 @@ def test_each_key_frees_its_part_in_its_phases(key, frees):
         assert plain.device_bytes(phase, SIZES) - plan.device_bytes(phase, SIZES) == frees.get(phase, 0), phase
 
 
+def test_pinned_memory_is_a_power_of_two():
+    assert [pinned_bytes(size) for size in (0, 1, 2, 3, 4, 5, 2**20, 2**20 + 1)] == [0, 1, 2, 4, 4, 8, 2**20, 2**21]
+
+
 def test_a_plan_needs_no_torch():
     code = "import sys; import r1mega.train.phases; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -84,12 +88,21 @@ def moved(sleep=True):
 
 def test_the_generator_leaves_before_the_trainer_comes_and_wakes_after_it_left():
     phases, calls = moved()
-    with phases.scoring():
+    with phases.within("score"):
         assert calls == ["sleep", "score"]
     phases.enter("logprob")
     phases.enter("reshard")
     phases.weights_arrived()
     assert calls == ["sleep", "score", "rollout", "wake", "drop", "logprob", "drop", "reshard", "rollout", "wake"]
+
+
+def test_scoring_within_an_evaluation_goes_back_to_it():
+    phases, calls = moved()
+    with phases.within("evaluate"):
+        with phases.within("score"):
+            pass
+        assert calls == ["evaluate", "wake", "sleep", "score", "evaluate", "wake"]
+    assert calls[-2:] == ["rollout", "wake"]
 
 
 def test_a_generator_whose_weights_were_dropped_does_not_wake_before_a_push():

@@ -272,6 +272,8 @@ def test_forward_only_equals_transformers_per_token(one_rank, tmp_path):
 
 def test_adam_on_the_cpu_equals_torchs_on_float32_main_parameters(one_rank):
     """Megatron's HybridDeviceOptimizer: the gradients of every step, applied to float32 copies by torch's AdamW."""
+    from r1mega.train.optimizer import parts
+
     trainer, samples = make_trainer(dtype="bfloat16", cpu_offload=True), make_samples()
     parameters = [p for chunk in trainer.policy.chunks for p in chunk.parameters()]
     mains = [p.detach().float().clone().requires_grad_() for p in parameters]
@@ -289,6 +291,46 @@ def test_adam_on_the_cpu_equals_torchs_on_float32_main_parameters(one_rank):
         reference.step()
         for main, parameter in zip(mains, parameters, strict=True):
             assert torch.equal(main.detach().bfloat16(), parameter.detach())
+    gradients = [kept for part in parts(trainer.optimizer) for kept in part.optimizer.cpu_copy_map_grad.values()]
+    assert sum(kept.nbytes for kept in gradients) == sum(
+        4 * p.numel() for p in parameters
+    )  # which `r1mega plan` counts
+
+
+PRECISION_AWARE = {"precision_aware": True, "grad_reduce_in_fp32": False}
+
+
+def test_moments_in_bfloat16_equal_torchs_adam_that_starts_each_step_from_rounded_ones(one_rank):
+    from r1mega.train.optimizer import own_state, parts
+
+    trainer, samples = make_trainer(dtype="bfloat16", **PRECISION_AWARE), make_samples()
+    parameters = [p for chunk in trainer.policy.chunks for p in chunk.parameters()]
+    mains = [p.detach().float().clone().requires_grad_() for p in parameters]
+    decayed = [main for main in mains if main.ndim > 1]
+    rest = [main for main in mains if main.ndim == 1]
+    reference = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}],
+        lr=LEARNING_RATE, betas=(0.9, 0.95), eps=1e-8,
+    )  # fmt: skip
+    of = [next(p for p in parts(trainer.optimizer) if w in p.model_param_group_index_map) for w in parameters]
+    for _ in range(3):
+        result = run_update(trainer, samples, [[0, 1], [2, 3]], AlgorithmConfig())
+        assert result.grad_norm > 0.05  # so it was clipped, in the buffers
+        for main, parameter in zip(mains, parameters, strict=True):
+            assert parameter.main_grad.dtype == torch.bfloat16
+            main.grad = parameter.main_grad.float()
+        reference.step()
+        for main, parameter, part in zip(mains, parameters, of, strict=True):
+            held, state = own_state(part, parameter), reference.state[main]
+            torch.testing.assert_close(held["param"], main.detach().flatten(), rtol=1e-6, atol=1e-6)
+            assert torch.equal(held["param"].bfloat16(), parameter.detach().flatten())
+            for name in ("exp_avg", "exp_avg_sq"):
+                rounded = state[name].bfloat16()
+                torch.testing.assert_close(
+                    held[name], rounded.flatten(), rtol=2**-7, atol=1e-12
+                )  # on a tie either side
+                state[name].copy_(held[name].view_as(main))
+            main.detach().copy_(held["param"].view_as(main))
 
 
 DTYPES = [("float32", "logits"), ("bfloat16", "logits"), ("bfloat16", "hidden"), ("bfloat16", "reference")]
@@ -310,7 +352,11 @@ def test_reference_weights_are_swapped_in_and_out(one_rank, dtype, log_probs):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "log_probs", "more"), [*((*pair, {}) for pair in DTYPES), ("bfloat16", "logits", {"cpu_offload": True})]
+    ("dtype", "log_probs", "more"),
+    [
+        *((*pair, {}) for pair in DTYPES),
+        *(("bfloat16", "logits", more) for more in ({"cpu_offload": True}, PRECISION_AWARE)),
+    ],
 )
 def test_checkpoint_continues_bitwise(one_rank, tmp_path, dtype, log_probs, more):
     from r1mega.checkpoint.store import CheckpointStore, deciding_keys

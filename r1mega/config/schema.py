@@ -162,6 +162,15 @@ class TimeoutsConfig(Section):
     checkpoint_seconds: Positive = 3600  # for the rank whose files take longest to write or verify
 
 
+class WatchdogConfig(Section):
+    """When a job that stands still is ended, with the rank named that it waits for (docs/faults.md)."""
+
+    enabled: bool = True  # off where a debugger holds a rank
+    seconds: Positive | None = None
+    # without any rank getting on; None: ten times the phase's longest pause so far, at least 600; 3600 in a phase not yet seen
+    silent_seconds: Positive = 60  # without a sign of a rank, whose main thread may do what it likes meanwhile
+
+
 class ObserveConfig(Section):
     """metrics.jsonl is always written; these add to it."""
 
@@ -245,6 +254,7 @@ class Stage(Section):
     model: ModelConfig
     parallel: ParallelConfig = ParallelConfig()
     timeouts: TimeoutsConfig = TimeoutsConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
     observe: ObserveConfig = ObserveConfig()
 
     def is_finished_at(self, step: int) -> bool:

@@ -4,7 +4,7 @@ RUN_DIR/config.yaml        the resolved config        RUN_DIR/metrics.jsonl   on
 RUN_DIR/environment.json   versions, commit, platform RUN_DIR/samples.jsonl   sampled responses
 RUN_DIR/status.json        running, finished, ...     RUN_DIR/tensorboard/    events
 RUN_DIR/lock               held while a run is alive  RUN_DIR/evaluations.jsonl one line an evaluation
-RUN_DIR/checkpoints/       step_NNNNNN
+RUN_DIR/checkpoints/       step_NNNNNN                RUN_DIR/watch/          where each rank is, and stacks
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ State = Literal["running", "finished", "interrupted", "failed"]
 LAYOUT_KEYS = ("parallel", "weights", "rollout.tp", "rollout.ep", "rollout.dp")
 """Config keys that say how a run is spread over processes: what it computes is the same, up to rounding."""
 CHANGEABLE_KEYS = (
-    "steps", "threads", "timeouts", "observe", "checkpoint", "memory", "evaluate", "tasks", "others", "model.recompute",
+    "steps", "threads", "timeouts", "watchdog", "observe", "checkpoint", "memory", "evaluate", "tasks", "others", "model.recompute",
     "model.dispatcher", "model.megatron", "optimizer.overlap_grad_reduce", "optimizer.overlap_param_gather", *LAYOUT_KEYS,
 )  # fmt: skip
 """Config keys (with all below them) that may differ when a run is started again; any other makes it another run."""
@@ -59,6 +59,7 @@ class RunDirectory:
         self.report = self.path / "report.html"
         self.checkpoints = self.path / "checkpoints"
         self.lock_file = self.path / "lock"
+        self.watch = self.path / "watch"
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -124,7 +125,7 @@ class RunDirectory:
 
     def _holds_work(self) -> bool:
         """Whether there is anything but what every start writes first, and files without content."""
-        first = {self.config, self.environment, self.status, self.lock_file, self.path / "tensorboard"}
+        first = {self.config, self.environment, self.status, self.lock_file, self.path / "tensorboard", self.watch}
         return any(path.is_dir() or path.stat().st_size > 0 for path in self.path.iterdir() if path not in first)
 
     def write_config(self, config: Mapping[str, Any]) -> None:

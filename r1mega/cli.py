@@ -128,6 +128,28 @@ def doctor(
     raise typer.Exit(run_doctor(config, overrides or [], patches=patches, gpus=gpus, gpu=gpu))
 
 
+@app.command("check-nodes")
+def check_nodes(
+    run_dir: Annotated[
+        Path | None, typer.Option(parser=_path, help="also write and read there, where a run will")
+    ] = None,
+    slow: Annotated[
+        float, typer.Option(min=0, max=1, help="a speed below this share of the job's median is a problem")
+    ] = 0.85,
+    free_gb: Annotated[float, typer.Option(min=0, help="wanted free for run_dir")] = 0.0,
+    ranks: Annotated[int | None, typer.Option(help="start so many of it on this machine, as torchrun does")] = None,
+) -> None:
+    """Whether the machines of a job are fit for it, and equal. Under srun or torchrun, a process a GPU. Fails when one is not."""
+    if ranks is not None:
+        from r1mega.platform.local_ranks import run_ranks
+
+        given = ["--slow", str(slow), "--free-gb", str(free_gb), *(["--run-dir", str(run_dir)] if run_dir else [])]
+        raise typer.Exit(run_ranks(["-m", "r1mega", "check-nodes", *given], ranks))
+    from r1mega.check_nodes import run_check
+
+    raise typer.Exit(run_check(run_dir, slow=slow, free_gb=free_gb))
+
+
 @app.command()
 def plan(
     config: ConfigPath,

@@ -9,6 +9,7 @@ import math
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
@@ -57,9 +58,7 @@ def train(
 ) -> None:
     """Run one stage, from wherever an earlier start left it. Also under torchrun and srun."""
     if ranks is not None:
-        from r1mega.platform.local_ranks import run_ranks
-
-        raise typer.Exit(run_ranks(["-m", "r1mega", "train", str(config), *(overrides or [])], ranks))
+        raise typer.Exit(_train_on_ranks(config, overrides or [], ranks))
     _exit_for_requeue_on_signals()
     from r1mega.config.load import load_config
     from r1mega.config.validate import validate
@@ -82,6 +81,22 @@ def train(
             print("starting anew for the next generator: one a process", flush=True)
         restart()
     raise typer.Exit(code)
+
+
+def _train_on_ranks(path: Path, overrides: list[str], ranks: int) -> int:
+    """The exit code; again by itself where a rank died and there is something new to go on from."""
+    from r1mega.config.load import load_config
+    from r1mega.observe.restarts import seconds_until_restart
+    from r1mega.platform.local_ranks import run_ranks
+
+    config = load_config(path, overrides)
+    while True:
+        code = run_ranks(["-m", "r1mega", "train", str(path), *overrides], ranks)
+        wait = seconds_until_restart(config.run_dir, code, config.restart)
+        if wait is None:
+            return code
+        print(f"exit code {code}, and a newer checkpoint: starting again in {wait:.0f} s", file=sys.stderr, flush=True)
+        time.sleep(wait)
 
 
 @app.command()

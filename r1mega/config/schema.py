@@ -171,6 +171,13 @@ class WatchdogConfig(Section):
     silent_seconds: Positive = 60  # without a sign of a rank, whose main thread may do what it likes meanwhile
 
 
+class RestartConfig(Section):
+    """When `r1mega train --ranks N` starts again by itself after a rank died (docs/faults.md)."""
+
+    per_hour: NonNegativeInt = 3
+    backoff_seconds: NonNegative = 30  # before the first of an hour; twice as long before each further one
+
+
 class ObserveConfig(Section):
     """metrics.jsonl is always written; these add to it."""
 
@@ -255,6 +262,7 @@ class Stage(Section):
     parallel: ParallelConfig = ParallelConfig()
     timeouts: TimeoutsConfig = TimeoutsConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
+    restart: RestartConfig = RestartConfig()
     observe: ObserveConfig = ObserveConfig()
 
     def is_finished_at(self, step: int) -> bool:

@@ -37,7 +37,7 @@ State = Literal["running", "finished", "interrupted", "failed"]
 LAYOUT_KEYS = ("parallel", "weights", "rollout.tp", "rollout.ep", "rollout.dp")
 """Config keys that say how a run is spread over processes: what it computes is the same, up to rounding."""
 CHANGEABLE_KEYS = (
-    "steps", "threads", "timeouts", "watchdog", "observe", "checkpoint", "memory", "evaluate", "tasks", "others", "model.recompute",
+    "steps", "threads", "timeouts", "watchdog", "restart", "observe", "checkpoint", "memory", "evaluate", "tasks", "others", "model.recompute",
     "model.dispatcher", "model.megatron", "optimizer.overlap_grad_reduce", "optimizer.overlap_param_gather", *LAYOUT_KEYS,
 )  # fmt: skip
 """Config keys (with all below them) that may differ when a run is started again; any other makes it another run."""

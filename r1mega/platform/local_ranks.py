@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -36,11 +36,13 @@ def run_ranks(arguments: Sequence[str], ranks: int) -> int:
         min_nodes=1, max_nodes=1, nproc_per_node=ranks, run_id=job, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
         max_restarts=0, signals_to_handle="SIGHUP,SIGQUIT", shutdown_timeout=SECONDS_TO_SAVE,
     )  # fmt: skip
-    with _saving_signals(job):
+    with _saving_signals(job) as terminated:
         try:
             elastic_launch(config, sys.executable)(*arguments)
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
+            if terminated():
+                return 128 + signal.SIGTERM
             if any(other.exitcode == EXIT_STALLED for other in error.failures.values()):
                 print(
                     f"the watchdog ended the {ranks} ranks; its lines above name the one", file=sys.stderr, flush=True
@@ -54,7 +56,8 @@ def run_ranks(arguments: Sequence[str], ranks: int) -> int:
 
 
 @contextlib.contextmanager
-def _saving_signals(job: str) -> Iterator[None]:
+def _saving_signals(job: str) -> Iterator[Callable[[], bool]]:
+    """What tells whether SIGTERM came twice, and the ranks were killed for it."""
     terminated = 0
 
     def pass_on(number: int, _frame: FrameType | None) -> None:
@@ -71,7 +74,7 @@ def _saving_signals(job: str) -> Iterator[None]:
     previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     os.environ[LAUNCHER_VARIABLE] = str(os.getpid())
     try:
-        yield
+        yield lambda: terminated > 1
     finally:
         del os.environ[LAUNCHER_VARIABLE]
         for number, former in previous.items():

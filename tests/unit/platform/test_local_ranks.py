@@ -94,4 +94,4 @@ time.sleep(600)
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=30)
-    assert process.returncode == 137
+    assert process.returncode == 143

@@ -19,6 +19,7 @@
 # Preemption: some minutes before the end (--signal) or when Slurm takes the machines back, every rank is asked to save
 # (SIGUSR2); they exit 85 after the step in hand, the job goes back to the queue under its number and resumes from there. Give a
 # warning longer than a step and a save (sbatch --signal=B:USR1@3600); what a shorter one cuts off is done again from the checkpoint.
+# After scancel (SIGTERM without that warning) the job stays down.
 # Any other end is the job's end, with the exit code of the rank that failed first, which the log names.
 set -uo pipefail
 cd "${R1MEGA_HOME:-${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..}}" || exit 2
@@ -99,10 +100,11 @@ prepare_job() {
 # run_in_job COMMAND...: a command that calls srun, with this job's signals, requeue and exit code.
 run_in_job() {
     prepare_job
-    local errors child code interrupted
+    local errors child code interrupted warned=0 cancelled=0
     errors=$(log_dir)/srun-${SLURM_RESTART_COUNT:-0}.log
     echo "job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, start $((${SLURM_RESTART_COUNT:-0} + 1)); a log for each rank: $(log_dir)/rank-N.log"
-    trap 'interrupted=1; scancel --signal=USR2 "$SLURM_JOB_ID"' USR1 TERM # all steps, not this shell
+    trap 'interrupted=1 warned=1; scancel --signal=USR2 "$SLURM_JOB_ID"' USR1 # all steps, not this shell
+    trap 'interrupted=1 cancelled=1; scancel --signal=USR2 "$SLURM_JOB_ID"' TERM
     "$@" 2> >(tee -a "$errors" >&2) &
     child=$!
     while :; do
@@ -114,7 +116,7 @@ run_in_job() {
     trap - USR1 TERM
     [ "$code" = 0 ] && return
     name_failure "$errors" "$code"
-    if [ "$code" = "$SAVED" ]; then requeue; fi
+    if [ "$code" = "$SAVED" ]; then requeue $((cancelled && !warned)); fi
     exit "$code"
 }
 
@@ -132,10 +134,10 @@ name_failure() {
     echo "launch: rank $rank failed first (${line##*: }); see $(log_dir)/rank-$rank.log" >&2
 }
 
+# requeue CANCELLED: back to the queue, but where SIGTERM came without the warning before it. So ends scancel, which Slurm's own state
+# of the job (COMPLETING) does not tell from a preemption; after one, with PreemptMode=REQUEUE, Slurm itself requeues.
 requeue() {
-    local state
-    state=$(scontrol show job -o "$SLURM_JOB_ID" | grep -o 'JobState=[A-Z]*' | cut -d= -f2)
-    if [ "$state" = CANCELLED ]; then
+    if [ "$1" = 1 ]; then
         echo "launch: state saved; the job was cancelled, so it stays down" >&2
     elif [ "${SLURM_RESTART_COUNT:-0}" -ge "${R1MEGA_MAX_REQUEUES:-1000}" ]; then
         echo "launch: state saved; requeued $SLURM_RESTART_COUNT times already, submit again to go on" >&2

@@ -10,6 +10,7 @@ import math
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
@@ -74,9 +75,7 @@ def train(
 ) -> None:
     """Run one stage, from wherever an earlier start left it. Also under torchrun and srun."""
     if ranks is not None:
-        from r1mega.platform.local_ranks import run_ranks
-
-        raise typer.Exit(run_ranks(["-m", "r1mega", "train", str(config), *(overrides or [])], ranks))
+        raise typer.Exit(_train_on_ranks(config, overrides or [], ranks))
     _exit_for_requeue_on_signals()
     from r1mega.config.load import load_config
     from r1mega.config.validate import validate
@@ -100,6 +99,22 @@ def train(
             tell("starting anew for the next generator: one a process")
         restart()
     raise typer.Exit(code)
+
+
+def _train_on_ranks(path: Path, overrides: list[str], ranks: int) -> int:
+    """The exit code; again by itself where a rank died and there is something new to go on from."""
+    from r1mega.config.load import load_config
+    from r1mega.observe.restarts import seconds_until_restart
+    from r1mega.platform.local_ranks import run_ranks
+
+    config = load_config(path, overrides)
+    while True:
+        code = run_ranks(["-m", "r1mega", "train", str(path), *overrides], ranks)
+        wait = seconds_until_restart(config.run_dir, code, config.restart)
+        if wait is None:
+            return code
+        print(f"exit code {code}, and a newer checkpoint: starting again in {wait:.0f} s", file=sys.stderr, flush=True)
+        time.sleep(wait)
 
 
 @app.command()
@@ -169,6 +184,28 @@ def doctor(
     from r1mega.doctor import run_doctor
 
     raise typer.Exit(run_doctor(config, overrides or [], patches=patches, gpus=gpus, gpu=gpu))
+
+
+@app.command("check-nodes")
+def check_nodes(
+    run_dir: Annotated[
+        Path | None, typer.Option(parser=_path, help="also write and read there, where a run will")
+    ] = None,
+    slow: Annotated[
+        float, typer.Option(min=0, max=1, help="a speed below this share of the job's median is a problem")
+    ] = 0.85,
+    free_gb: Annotated[float, typer.Option(min=0, help="wanted free for run_dir")] = 0.0,
+    ranks: Annotated[int | None, typer.Option(help="start so many of it on this machine, as torchrun does")] = None,
+) -> None:
+    """Whether the machines of a job are fit for it, and equal. Under srun or torchrun, a process a GPU. Fails when one is not."""
+    if ranks is not None:
+        from r1mega.platform.local_ranks import run_ranks
+
+        given = ["--slow", str(slow), "--free-gb", str(free_gb), *(["--run-dir", str(run_dir)] if run_dir else [])]
+        raise typer.Exit(run_ranks(["-m", "r1mega", "check-nodes", *given], ranks))
+    from r1mega.check_nodes import run_check
+
+    raise typer.Exit(run_check(run_dir, slow=slow, free_gb=free_gb))
 
 
 @app.command()

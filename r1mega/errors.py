@@ -7,6 +7,10 @@ EXIT_FILE = 11
 """Exit status for a file or directory that the system does not give: no permission, a full disk, a read-only one."""
 
 
+EXIT_STALLED = 12
+"""Exit status of all ranks of a job that the watchdog ended: a rank gave no sign, or none got on."""
+
+
 class R1MegaError(Exception):
     """Base of every error that the user can act on; printed without a traceback by the command line."""
 

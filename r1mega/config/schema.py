@@ -169,6 +169,22 @@ class TimeoutsConfig(Section):
     checkpoint_seconds: Positive = 3600  # for the rank whose files take longest to write or verify
 
 
+class WatchdogConfig(Section):
+    """When a job that stands still is ended, with the rank named that it waits for (docs/faults.md)."""
+
+    enabled: bool = True  # off where a debugger holds a rank
+    seconds: Positive | None = None
+    # without any rank getting on; None: ten times the phase's longest pause so far, at least 600; 3600 in a phase not yet seen
+    silent_seconds: Positive = 60  # without a sign of a rank, whose main thread may do what it likes meanwhile
+
+
+class RestartConfig(Section):
+    """When `r1mega train --ranks N` starts again by itself after a rank died (docs/faults.md)."""
+
+    per_hour: NonNegativeInt = 3
+    backoff_seconds: NonNegative = 30  # before the first of an hour; twice as long before each further one
+
+
 class ObserveConfig(Section):
     """metrics.jsonl is always written; these add to it."""
 
@@ -252,6 +268,8 @@ class Stage(Section):
     model: ModelConfig
     parallel: ParallelConfig = ParallelConfig()
     timeouts: TimeoutsConfig = TimeoutsConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
+    restart: RestartConfig = RestartConfig()
     observe: ObserveConfig = ObserveConfig()
 
     def is_finished_at(self, step: int) -> bool:

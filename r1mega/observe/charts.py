@@ -153,6 +153,14 @@ def _found_specs(lines: Lines) -> list[ChartSpec]:
             ChartSpec("Speed", f"Peak {kind} memory", _colored(members), unit="bytes", floor=0)
             for kind, members in peaks.items()
         ),
+        ChartSpec(
+            "Speed",
+            "Slowest rank and median",
+            _colored([name for name in names if name.startswith("straggler/") and name.endswith("_seconds")]),
+            caption="Of each phase; `straggler/*_worst_rank` names the rank.",
+            unit="s",
+            floor=0,
+        ),
         ChartSpec("Probes", "Skill probes", _colored(probes), fraction=True),
     ]
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import statistics
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 RATED = ("rollout", "logprob", "update", "step")
@@ -29,3 +30,17 @@ def performance(
         rates[f"perf/{phase}_tflops_per_gpu"] = speed
         rates[f"perf/{phase}_mfu"] = speed / peak_tflops if speed is not None and peak_tflops else None
     return rates
+
+
+def stragglers(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """`straggler/<phase>_...`: the slowest rank (the lowest of equal ones), its seconds and the median's. seconds: of each phase,
+    by rank; phases that no rank was in are left out. Nothing to tell with one rank.
+    """
+    found: dict[str, float] = {}
+    for phase, values in seconds.items():
+        worst = max(values)
+        if len(values) > 1 and worst > 0:
+            found[f"straggler/{phase}_worst_rank"] = values.index(worst)
+            found[f"straggler/{phase}_worst_seconds"] = worst
+            found[f"straggler/{phase}_median_seconds"] = statistics.median(values)
+    return found

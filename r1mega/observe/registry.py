@@ -126,6 +126,13 @@ METRICS: tuple[Metric, ...] = (
             ),
         )
     ),
+    Metric("straggler/*_worst_rank", "rank", "the rank that took longest in this phase of the step"),
+    Metric(
+        "straggler/*_worst_seconds",
+        "s",
+        "its time; ranks that wait for others inside of a phase (all but rollout and reward) take as long as the slowest",
+    ),
+    Metric("straggler/*_median_seconds", "s", "the ranks' median time in this phase"),
     Metric("memory/rss_bytes", "bytes", "resident memory of the rank's process"),
     Metric(
         "memory/*_device_peak_bytes",

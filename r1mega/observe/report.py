@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from markupsafe import Markup, escape
 
 from r1mega.errors import DataError
 from r1mega.files import read_json_lines, write_atomic
-from r1mega.observe.charts import ACCURACY, LENGTH, SECTIONS, Chart, build_charts, points
+from r1mega.observe.charts import ACCURACY, LENGTH, SECTIONS, Chart, Lines, build_charts, points
 from r1mega.observe.metrics import read_metrics
 from r1mega.observe.registry import METRICS, find_metric
 from r1mega.observe.run import RunDirectory
@@ -123,9 +124,32 @@ def summary_cards(lines: Sequence[Mapping[str, Any]], planned_steps: int | None)
     if seconds := training_seconds(lines):
         per_step = seconds / max(1, lines[-1]["step"])
         cards.append(Card("Time in steps", duration(seconds), note=f"{per_step:.2f} s a step"))
+    cards.append(straggler_card(lines))
     if differences := _known(lines, "logprob/diff_max"):
         cards.append(Card("Max log-prob difference", f"{max(differences):.1e}", note="trainer against sampler, nats"))
     return [card for card in cards if card is not None]
+
+
+def straggler_card(lines: Lines) -> Card | None:
+    """The rank that was slowest most often, in the phase in which slowest and median are furthest apart over the run."""
+    phases = {
+        name.split("/")[1].removesuffix("_worst_rank")
+        for line in lines
+        for name in line
+        if name.endswith("_worst_rank")
+    }
+    if not phases:
+        return None
+
+    def total(phase: str, whose: str) -> float:
+        return sum(_known(lines, f"straggler/{phase}_{whose}_seconds"))
+
+    phase = max(sorted(phases - {"step"} or phases), key=lambda phase: total(phase, "worst") - total(phase, "median"))
+    named = Counter(_known(lines, f"straggler/{phase}_worst_rank"))
+    rank, times = named.most_common(1)[0]
+    share = total(phase, "worst") / max(total(phase, "median"), 1e-9)
+    note = f"{phase}, in {times} of {named.total()} steps; the slowest took {share:.2f} times the median"
+    return Card("Slowest rank", f"rank {rank:.0f}", note=note)
 
 
 def _change_card(

@@ -5,7 +5,8 @@ RUN_DIR/environment.json   versions, commit, platform RUN_DIR/samples.jsonl   sa
 RUN_DIR/status.json        running, finished, ...     RUN_DIR/tensorboard/    events
 RUN_DIR/lock               held while a run is alive  RUN_DIR/evaluations.jsonl one line an evaluation
 RUN_DIR/inputs.json        what it has read (see inputs.py)
-RUN_DIR/checkpoints/       step_NNNNNN               RUN_DIR/nonfinite/      what made a gradient not finite
+RUN_DIR/checkpoints/       step_NNNNNN                RUN_DIR/nonfinite/      what made a gradient not finite
+RUN_DIR/watch/             where each rank is, and stacks
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ State = Literal["running", "finished", "interrupted", "failed"]
 LAYOUT_KEYS = ("parallel", "weights", "rollout.tp", "rollout.ep", "rollout.dp")
 """Config keys that say how a run is spread over processes: what it computes is the same, up to rounding."""
 CHANGEABLE_KEYS = (
-    "steps", "threads", "timeouts", "observe", "checkpoint", "memory", "evaluate", "tasks", "others", "model.recompute",
-    "model.dispatcher", "model.megatron", "optimizer.overlap_grad_reduce", "optimizer.overlap_param_gather",
+    "steps", "threads", "timeouts", "watchdog", "restart", "observe", "checkpoint", "memory", "evaluate", "tasks", "others",
+    "model.recompute", "model.dispatcher", "model.megatron", "optimizer.overlap_grad_reduce", "optimizer.overlap_param_gather",
     "optimizer.skip_nonfinite", *LAYOUT_KEYS,
 )  # fmt: skip
 """Config keys (with all below them) that may differ when a run is started again; any other makes it another run."""
@@ -63,6 +64,7 @@ class RunDirectory:
         self.lock_file = self.path / "lock"
         self.inputs = self.path / "inputs.json"
         self.wandb_id = self.path / "wandb_id"
+        self.watch = self.path / "watch"
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -136,6 +138,7 @@ class RunDirectory:
             self.path / "tensorboard",
             self.inputs,
             self.wandb_id,
+            self.watch,
         }
         return any(path.is_dir() or path.stat().st_size > 0 for path in self.path.iterdir() if path not in first)
 

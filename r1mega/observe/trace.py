@@ -40,6 +40,8 @@ class PhaseTimer:
         self._seconds: dict[str, float] = {}
         self._peaks: dict[str, int] = {}
         self._begun: float | None = None
+        self.part = self.turns = 0
+        """Outermost phases entered in this step; phases entered and left since the beginning."""
         self._mark = 0.0
 
     def start_step(self) -> None:
@@ -47,6 +49,7 @@ class PhaseTimer:
         if self._stack:
             raise RuntimeError(f"a step began inside phase {self._stack[-1]!r}")
         self._seconds = {}
+        self.part = 0
         self._begun = self._mark = self._boundary(BETWEEN)
 
     @contextlib.contextmanager
@@ -55,12 +58,21 @@ class PhaseTimer:
         nested = bool(self._stack)
         self._settle(self._clock() if nested else self._boundary(BETWEEN if self._begun is None else OTHER))
         self._stack.append(name)
+        self.part += not nested
+        self.turns += 1
         self._seconds.setdefault(name, 0.0)
         try:
             yield
         finally:
             self._settle(self._clock() if nested else self._boundary(name))
             self._stack.pop()
+            self.turns += 1
+
+    @property
+    def innermost(self) -> str | None:
+        """The phase that is open; of the thread that times and of others."""
+        stack = self._stack[-1:]
+        return stack[0] if stack else None
 
     def seconds(self, name: str) -> float:
         """Seconds that `name` has so far in this step."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -20,6 +21,7 @@ def adopt_launcher_environment() -> None:
     Under Slurm the master is the step's first host; its port follows from the job id, so that two jobs on one host do
     not meet. Raises PlatformError under mpirun over several hosts when nobody said which is the first.
     """
+    raise_open_files()
     place = launched_place()
     if place is None or place.launcher == "torchrun" or place.size == 1:
         return
@@ -37,6 +39,16 @@ def adopt_launcher_environment() -> None:
         )
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29500")
+
+
+def raise_open_files() -> int:
+    """As many as this user may have; how many that is. A rank has a socket for each other rank in each of several gloo groups:
+    some 1,900 at 512 ranks by count, and the usual soft limit is 1,024.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return hard
 
 
 def reserve_port() -> int:

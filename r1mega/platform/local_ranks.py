@@ -1,7 +1,8 @@
 """Several ranks of one command on this machine, by torchrun's agent.
 
-What torchrun's own command line does not do: the exit code is that of the rank that failed first, and SIGTERM and
-SIGUSR2 reach the ranks as a request to save, however long that takes.
+What torchrun's own command line does not do: the exit code is that of the rank that failed first, SIGTERM and
+SIGUSR2 reach the ranks as a request to save, however long that takes, and what cannot end by itself is killed: at a second
+SIGTERM, and soon after the watchdog of a rank has found that the job stands still.
 """
 
 from __future__ import annotations
@@ -10,16 +11,22 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from types import FrameType
 
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from r1mega.errors import EXIT_STALLED
+from r1mega.platform.watchdog import LAUNCHER_VARIABLE
+
 SECONDS_TO_SAVE = 600
 """After the first rank has ended, how long the others may take before they are killed."""
+SECONDS_TO_DIE = 10
+"""The same where the watchdog ended the job: a rank that stands still, or is stopped, does not hear SIGTERM."""
 
 
 def run_ranks(arguments: Sequence[str], ranks: int) -> int:
@@ -29,11 +36,18 @@ def run_ranks(arguments: Sequence[str], ranks: int) -> int:
         min_nodes=1, max_nodes=1, nproc_per_node=ranks, run_id=job, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
         max_restarts=0, signals_to_handle="SIGHUP,SIGQUIT", shutdown_timeout=SECONDS_TO_SAVE,
     )  # fmt: skip
-    with _saving_signals(job):
+    with _saving_signals(job) as terminated:
         try:
             elastic_launch(config, sys.executable)(*arguments)
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
+            if terminated():
+                return 128 + signal.SIGTERM
+            if any(other.exitcode == EXIT_STALLED for other in error.failures.values()):
+                print(
+                    f"the watchdog ended the {ranks} ranks; its lines above name the one", file=sys.stderr, flush=True
+                )
+                return EXIT_STALLED
             code = failure.exitcode if failure.exitcode >= 0 else 128 - failure.exitcode
             how = f"exit code {code}" if code < 128 else signal.Signals(code - 128).name
             print(f"rank {rank} of {ranks} (pid {failure.pid}) ended first: {how}", file=sys.stderr, flush=True)
@@ -42,18 +56,35 @@ def run_ranks(arguments: Sequence[str], ranks: int) -> int:
 
 
 @contextlib.contextmanager
-def _saving_signals(job: str) -> Iterator[None]:
-    def pass_on(number: int, _frame: Any) -> None:
-        for pid in _workers(job):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGUSR2)
+def _saving_signals(job: str) -> Iterator[Callable[[], bool]]:
+    """What tells whether SIGTERM came twice, and the ranks were killed for it."""
+    terminated = 0
 
-    previous = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGUSR2)}
+    def pass_on(number: int, _frame: FrameType | None) -> None:
+        nonlocal terminated
+        terminated += number == signal.SIGTERM
+        _send(job, signal.SIGUSR2 if terminated < 2 else signal.SIGKILL)
+
+    def stalled(_number: int, _frame: FrameType | None) -> None:
+        killer = threading.Timer(SECONDS_TO_DIE, _send, (job, signal.SIGKILL))
+        killer.daemon = True
+        killer.start()
+
+    handlers = {signal.SIGTERM: pass_on, signal.SIGUSR2: pass_on, signal.SIGUSR1: stalled}
+    previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    os.environ[LAUNCHER_VARIABLE] = str(os.getpid())
     try:
-        yield
+        yield lambda: terminated > 1
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        del os.environ[LAUNCHER_VARIABLE]
+        for number, former in previous.items():
+            signal.signal(number, former)
+
+
+def _send(job: str, number: signal.Signals) -> None:
+    for pid in _workers(job):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
 
 
 def _workers(job: str) -> list[int]:

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR2: finish the step, save, exit 85, to be started again.
+"""SIGTERM and SIGUSR2: finish the step, save, exit 85, to be started again. A second SIGTERM ends at once.
 
 Slurm sends the signal to every task, maybe twice; torchrun and a person may send it to one rank only. The handler
 sets a flag and nothing else, and ranks agree on it between steps, so that all of them save the same step.
@@ -7,7 +7,11 @@ sets a flag and nothing else, and ranks agree on it between steps, so that all o
 from __future__ import annotations
 
 import logging
+import os
 import signal
+import socket
+import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -15,7 +19,10 @@ import torch
 import torch.distributed as dist
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
+SECONDS_APART = 1.0
+"""One request may send SIGTERM twice at once (Slurm: to the step and to its tasks)."""
 _logger = logging.getLogger(__name__)
+_open_requests = 0
 
 
 class StopRequest:
@@ -23,6 +30,10 @@ class StopRequest:
 
     `with StopRequest() as stop:` and once a step, on every rank, `if stop.agreed(): save; exit EXIT_SAVED_FOR_REQUEUE`.
     Must be entered on the main thread (a rule of Python's signal module).
+
+    A second SIGTERM ends the process with exit code 143, without saving, also where the main thread hangs in a collective and runs no
+    handler: the kernel's side of the handler writes to a socket that a thread reads. Once the ranks have agreed to save it
+    takes one more, for launchers send one themselves to the ranks that are not done when the first is.
     """
 
     def __init__(self) -> None:
@@ -31,19 +42,40 @@ class StopRequest:
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopRequest:
+        global _open_requests
+        _open_requests += 1
         for number in SIGNALS:
             self._previous[number] = signal.signal(number, self._handle)
+        self._ours, theirs = socket.socketpair()
+        theirs.setblocking(False)
+        self._theirs, self._previous_wakeup = theirs, signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._count, args=(self._ours,), name="signals", daemon=True).start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        global _open_requests
+        _open_requests -= 1
+        signal.set_wakeup_fd(self._previous_wakeup)
+        self._theirs.close()  # the thread ends
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous.clear()
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         self._received = self._received or signal.Signals(number).name  # again: no change
+
+    def _count(self, signals: socket.socket) -> None:
+        received, last = 0, -SECONDS_APART
+        with signals:
+            while number := signals.recv(1):
+                if number[0] != signal.SIGTERM or time.monotonic() - last < SECONDS_APART:
+                    continue
+                received, last = received + 1, time.monotonic()
+                if received >= (3 if self._agreed else 2):
+                    os.write(2, b"SIGTERM again: ending at once, without saving\n")
+                    os._exit(128 + signal.SIGTERM)
 
     @property
     def requested(self) -> bool:
@@ -65,3 +97,12 @@ class StopRequest:
             _logger.warning("stop requested (%s): saving, then exit for requeue", self._received or "by another rank")
             self._agreed = True
         return self._agreed
+
+
+def _after_fork() -> None:
+    """What a fork is sent is none of its parent's business."""
+    if _open_requests:
+        signal.set_wakeup_fd(-1)
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -13,6 +13,7 @@ import torch
 
 from r1mega.errors import GenerationError, WeightSyncError
 from r1mega.model.hf_config import transformers_config
+from r1mega.platform.watchdog import tick
 from r1mega.rollout.engine import EngineSettings, check_requests, in_order, read_config, sample_seed
 from r1mega.rollout.stop_strings import StopStrings
 from r1mega.types import Completion, GenerationRequest, Response, SamplingSettings
@@ -49,6 +50,7 @@ class TransformersEngine:
         check_requests(requests, self.settings.max_model_len, self.config["vocab_size"], has_tokenizer)
         for index, request in enumerate(requests):
             for sample_index, response in self._samples(request):
+                tick("generator step")
                 yield Completion(index, sample_index, response)
 
     @torch.no_grad()

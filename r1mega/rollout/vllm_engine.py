@@ -22,6 +22,7 @@ from r1mega.checkpoint.hf import HFTensors
 from r1mega.config.model_files import HFConfig
 from r1mega.errors import FreshProcessNeeded, GenerationError
 from r1mega.platform.generator import VllmPlatform, vllm_platform
+from r1mega.platform.watchdog import tick
 from r1mega.rollout.engine import EngineSettings, check_requests, in_order, read_config, sample_seed
 from r1mega.rollout.routing import RoutingRecorder
 from r1mega.rollout.stop_strings import StopStrings
@@ -345,6 +346,7 @@ class VllmEngine:
 
     def _step(self) -> list[Any]:
         """One step of the engine core: a token of every running sample."""
+        tick("generator step")
         with _own_random_state():
             return self._core.get_output().outputs
 

@@ -46,7 +46,7 @@ from r1mega.observe.run import LAYOUT_KEYS, RunDirectory, config_changes, is_bel
 from r1mega.plan.command import generator_refusals
 from r1mega.stages import is_finished
 
-INCIDENTAL = ("run_dir", "threads", "timeouts", "observe", "checkpoint", "memory")
+INCIDENTAL = ("run_dir", "threads", "timeouts", "watchdog", "restart", "observe", "checkpoint", "memory")
 """Top-level keys that do not change what a stage makes; nor does `evaluate` of a stage that trains."""
 
 FORWARDED = (signal.SIGTERM, signal.SIGUSR2)

@@ -21,7 +21,7 @@ from r1mega.config.schema import CheckpointConfig, Stage, TrainingStage
 from r1mega.errors import EXIT_SAVED_FOR_REQUEUE, CheckpointError, FreshProcessNeeded, R1MegaError
 from r1mega.observe.inputs import record_inputs
 from r1mega.observe.metrics import MetricsWriter
-from r1mega.observe.performance import RATED, performance
+from r1mega.observe.performance import RATED, performance, stragglers
 from r1mega.observe.progress import StageProgress, tell
 from r1mega.observe.registry import PHASES
 from r1mega.observe.run import RunDirectory
@@ -32,6 +32,7 @@ from r1mega.platform.launcher import prepare_restart, reserve_port
 from r1mega.platform.memory import device_used_bytes, peak_probes
 from r1mega.platform.peaks import peak_tflops
 from r1mega.platform.signals import StopRequest
+from r1mega.platform.watchdog import Place, Watchdog, prepare_directory, record_collectives
 from r1mega.types import RolloutGroup
 
 if TYPE_CHECKING:
@@ -87,21 +88,26 @@ class Runtime:
         self._progress: StageProgress | None = None
         self._last: dict[str, Any] = {}
         self._step = self._total_steps = 0
+        self._at_step, self._doing = 0, "start"  # for the watchdog
 
     @classmethod
     @contextlib.contextmanager
     def open(cls, config: Stage) -> Iterator[Runtime]:
         """Start process groups, take the run directory, listen to SIGTERM and SIGUSR2; undo all of it at the end."""
         torch.set_num_threads(config.threads or _threads_per_rank())
-        groups.init_parallel(config.parallel, config.seed, config.timeouts)
         directory = RunDirectory(config.run_dir)
+        record_collectives(directory.watch)
+        groups.init_parallel(config.parallel, config.seed, config.timeouts)
         with contextlib.ExitStack() as stack:
+            watch = stack.enter_context(contextlib.ExitStack())  # closed last
             stack.callback(groups.destroy)
             runtime = cls(config, directory, stack.enter_context(StopRequest()))
             if runtime.is_main:
                 stack.enter_context(directory.lock())
                 directory.write_config(config.model_dump(mode="json"))
+                prepare_directory(directory.watch)
             runtime.barrier()
+            watch.enter_context(runtime._watchdog())
             stack.callback(runtime._close)
             runtime.broadcast(lambda: record_inputs(config))
             try:
@@ -136,6 +142,7 @@ class Runtime:
         every = self._checkpoint.every_steps
         with self.progress(total=total, done=start):
             for step in range(start + 1, total + 1):
+                self._at_step = step
                 self.timer.start_step()
                 yield step
                 stopping = self.stop_requested()
@@ -149,9 +156,10 @@ class Runtime:
     def export(self, policy: Policy, hf_config: Mapping[str, Any], *, tokenizer_from: Path) -> Path:
         """The trained model as RUN_DIR/hf, whose path this is; every rank writes a share of its files. A collective call."""
         workers = TorchWorkers() if dist.get_world_size() > 1 else Alone()
-        return write_hf(
-            self.run_dir / "hf", policy.hf_tensors(), hf_config, tokenizer_from=tokenizer_from, workers=workers
-        )
+        with self._busy_with("export"):
+            return write_hf(
+                self.run_dir / "hf", policy.hf_tensors(), hf_config, tokenizer_from=tokenizer_from, workers=workers
+            )
 
     # ------------------------------------------------------------------ resume and checkpoints
 
@@ -200,13 +208,15 @@ class Runtime:
         """Checkpoint `step`; its metrics line is written by then, so none is missing after a kill."""
         if self._store is None:
             raise RuntimeError("restore() opens the checkpoints first")
-        self._store.save(step, trainer.sharded_state(is_loading=False), progress)
+        with self._busy_with("save"):
+            self._store.save(step, trainer.sharded_state(is_loading=False), progress)
 
     # ------------------------------------------------------------------ what the loop reports
 
     @contextlib.contextmanager
     def progress(self, total: int, done: int) -> Iterator[Runtime]:
         """Show a progress bar that `write_metrics` moves."""
+        self._doing = BETWEEN
         with StageProgress(self.config.stage, total, done, rank=self.rank) as self._progress:
             yield self
 
@@ -219,18 +229,19 @@ class Runtime:
             self._progress.update(step, metrics)
 
     def _performance(self, metrics: Mapping[str, Any]) -> dict[str, float | None]:
-        """`perf/...` by the slowest rank's times, and the fullest rank's memory."""
-        seconds = {phase: metrics.get(f"time/{phase}_seconds", 0.0) for phase in RATED}
+        """`perf/...` by the slowest rank's times, which rank that is in each phase, and the fullest rank's memory."""
+        times = {phase: metrics.get(f"time/{phase}_seconds", 0.0) for phase in dict.fromkeys((*PHASES, *RATED))}
         memory = self.timer.take_peaks()
         if self._here.name == "cuda":
             memory["memory/device_used_bytes"] = device_used_bytes()
-        worst = torch.tensor([*seconds.values(), *(memory.get(name, 0) for name in _MEMORY)], dtype=torch.float64)
-        dist.all_reduce(worst, dist.ReduceOp.MAX)
-        slowest = dict(zip(seconds, worst.tolist(), strict=False))
-        fullest = {
-            name: int(value) for name, value in zip(_MEMORY, worst[len(seconds) :].tolist(), strict=True) if value
-        }
-        return performance(metrics, slowest, dist.get_world_size(), self.peak_tflops) | fullest
+        own = torch.tensor([*times.values(), *(memory.get(name, 0) for name in _MEMORY)], dtype=torch.float64)
+        every = own.new_empty(dist.get_world_size(), own.numel())
+        dist.all_gather_into_tensor(every.view(-1), own)
+        seconds = dict(zip(times, every.T.tolist(), strict=False))
+        fullest = dict(zip(_MEMORY, every.amax(0)[len(times) :].tolist(), strict=True))
+        slowest = {phase: max(values) for phase, values in seconds.items()}
+        rates = performance(metrics, slowest, dist.get_world_size(), self.peak_tflops)
+        return rates | stragglers(seconds) | {name: int(value) for name, value in fullest.items() if value}
 
     def write_samples(self, step: int, local_groups: Sequence[RolloutGroup]) -> None:
         """Some of rank 0's responses, on the steps that observe.samples_every_steps names, the first and the last."""
@@ -262,6 +273,30 @@ class Runtime:
             self._progress.note(text)
         elif self.is_main:
             tell(text)
+
+    # ------------------------------------------------------------------ where this rank is
+
+    def _watchdog(self) -> Watchdog:
+        def say(text: str) -> None:
+            self.directory.write_status("failed", self._step, self._last)
+
+        return Watchdog(
+            self.directory.watch, self.config.watchdog, self._place, rank=self.rank, world=dist.get_world_size(),
+            on_verdict=say,
+        )  # fmt: skip
+
+    def _place(self) -> Place:
+        """Asked by the watchdog's thread."""
+        phase = self.timer.innermost or self._doing
+        return Place(max(self._at_step, self._step), self.timer.part, phase, self.timer.turns)
+
+    @contextlib.contextmanager
+    def _busy_with(self, what: str) -> Iterator[None]:
+        before, self._doing = self._doing, what
+        try:
+            yield
+        finally:
+            self._doing = before
 
     # ------------------------------------------------------------------ ends
 
@@ -300,6 +335,7 @@ class Runtime:
             self._store.wait()
 
     def _close(self) -> None:
+        self._doing = "end"
         if self._files is not None:
             self._files.metrics.close()
             self._files.samples.close()

@@ -35,6 +35,7 @@ from r1mega.config.layout import least_microbatches  # noqa: E402
 from r1mega.config.schema import ModelConfig, ParallelConfig  # noqa: E402
 from r1mega.model.build import build_model, packed_seq_params  # noqa: E402
 from r1mega.model.reward_head import attach_scalar_head  # noqa: E402
+from r1mega.platform.watchdog import tick  # noqa: E402
 from r1mega.train.heads import CrossEntropyHead, Head, HiddenHead, LogitsHead, ScoreHead, TokenScores  # noqa: E402
 from r1mega.train.packing import Microbatch, build_microbatch  # noqa: E402
 from r1mega.train.padding import ZeroedPadding  # noqa: E402
@@ -313,6 +314,7 @@ class _Pass(Generic[B, S]):
     ) -> tuple[torch.Tensor, Callable[[torch.Tensor], _Value]]:
         """(output, its loss as a function). None among the batches: an empty one, which fills their number up."""
         batch = next(batches)
+        tick("microbatch")
         if batch is None:
             filler = build_microbatch([], [], ()).to(self.policy.device)
             output, part = self.policy.forward(module, filler, mtp_loss=self.mtp_loss)

@@ -12,7 +12,15 @@ from tests.processes import run, start
 RATES = tuple(
     f"perf/{part}_{rate}" for part in ("rollout", "logprob", "update", "step") for rate in ("tokens", "tflops", "mfu")
 )
-TIMES = ("time/", "tokens/rollout_per_second", "tokens/update_per_second", "memory/", "reward_pool/", *RATES)
+TIMES = (
+    "time/",
+    "tokens/rollout_per_second",
+    "tokens/update_per_second",
+    "memory/",
+    "reward_pool/",
+    "straggler/",
+    *RATES,
+)
 
 
 def r1mega(*arguments, check=True, **options):

@@ -4,10 +4,12 @@ import json
 import math
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
 
+from r1mega.errors import EXIT_STALLED
 from tests.e2e.runs import (
     base_arguments,
     kill_when,
@@ -17,6 +19,7 @@ from tests.e2e.runs import (
     without_times,
     zero_arguments,
 )
+from tests.processes import start
 
 NAMES = """step reward/mean reward/accuracy reward/format response/length_mean response/truncated_fraction policy/kl
 policy/clip_fraction policy/entropy policy/grad_norm logprob/diff_max logprob/diff_mean expert/load_max_over_mean
@@ -237,3 +240,24 @@ def _long_context(base, tmp_path):
     config = json.loads((copy / "config.json").read_text()) | {"max_position_embeddings": 1024}
     (copy / "config.json").write_text(json.dumps(config))
     return copy
+
+
+@pytest.mark.slow
+def test_a_stopped_rank_is_named_and_the_job_ends(nano_base, tmp_path):
+    """`kill -STOP` of rank 1 in the middle of a run, by the launcher of this machine; no key is changed."""
+    run_dir = tmp_path / "run"
+    arguments = zero_arguments(nano_base, run_dir, "steps=1000")
+    with open(tmp_path / "said.txt", "w+") as output:
+        process = start(arguments[0], "--ranks", 2, *arguments[1:], output=output, real=True)
+        try:
+            limit = time.monotonic() + 300
+            while not metrics(run_dir) and time.monotonic() < limit:
+                time.sleep(0.2)
+            os.kill(json.loads((run_dir / "watch/rank_1.json").read_text())["pid"], signal.SIGSTOP)
+            assert process.wait(timeout=120) == EXIT_STALLED
+        finally:
+            process.kill()
+        output.seek(0)
+        assert "watchdog, rank 0: rank 1 (pid" in output.read()
+    assert json.loads((run_dir / "status.json").read_text())["state"] == "failed"
+    assert "watchdog.py" in (run_dir / "watch/stacks/rank_0.txt").read_text()

@@ -20,7 +20,7 @@ ALLOWED = {
     "model": 69,
     "observe": 67,
     "plan": 48,
-    "platform": 72,
+    "platform": 71,
     "reward": 31,
     "rollout": 19,
     "sandbox": 9,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from r1mega.observe.performance import performance
+from r1mega.observe.performance import performance, stragglers
 
 
 def test_rates_by_hand():
@@ -27,3 +27,12 @@ def test_what_is_not_known_is_not_made_up():
         "perf/update_mfu", "perf/logprob_mfu", "perf/logprob_tflops_per_gpu", "perf/logprob_tokens_per_second_per_gpu"
     }  # fmt: skip
     assert performance({"eval/accuracy": 1.0}, {}, ranks=1, peak_tflops=None) == {}
+
+
+def test_the_slowest_rank_of_each_phase_by_hand():
+    found = stragglers({"rollout": [2.0, 1.0, 9.0, 3.0], "update": [4.0, 4.0, 4.0, 4.0], "reward": [0.0] * 4})
+    assert found == {
+        "straggler/rollout_worst_rank": 2, "straggler/rollout_worst_seconds": 9.0, "straggler/rollout_median_seconds": 2.5,
+        "straggler/update_worst_rank": 0, "straggler/update_worst_seconds": 4.0, "straggler/update_median_seconds": 4.0,
+    }  # fmt: skip
+    assert stragglers({"rollout": [2.0]}) == {}

@@ -9,6 +9,7 @@ import pytest
 from r1mega.errors import DataError
 from r1mega.observe.charts import build_charts, running_mean
 from r1mega.observe.metrics import MetricsWriter
+from r1mega.observe.performance import stragglers
 from r1mega.observe.report import summary_cards, training_seconds, write_report
 from r1mega.observe.run import RunDirectory
 
@@ -180,3 +181,17 @@ def test_one_chart_is_never_alone_in_half_a_row():
     for chart in charts:
         rows.setdefault(chart.section, []).append(chart.wide)
     assert all(sum(not wide for wide in section) % 2 == 0 for section in rows.values()) and rows["Reasoning"] == [True]
+
+
+def test_the_slowest_rank_is_named():
+    lines = [
+        {"step": step, "time/step_seconds": 9.0}
+        | stragglers(
+            {"rollout": [2, 2, 6, 2] if step < 4 else [3, 2, 2, 2], "update": [5, 5, 5, 5.1], "step": [9, 9, 9, 9]}
+        )
+        for step in range(1, 5)
+    ]
+    (card,) = [card for card in summary_cards(lines, 4) if card.label == "Slowest rank"]
+    assert card.value == "rank 2"
+    assert card.note == "rollout, in 3 of 4 steps; the slowest took 2.62 times the median"
+    assert "Slowest rank and median" in [chart.title for chart in build_charts(lines)]

@@ -63,3 +63,35 @@ sys.exit(85)
     process.communicate(timeout=60)
     assert process.returncode == 85
     assert all((tmp_path / f"saved{rank}").exists() for rank in "01")
+
+
+def test_after_the_watchdog_what_is_stopped_is_killed(tmp_path):
+    body = """
+if rank == "1": os.kill(os.getpid(), signal.SIGSTOP)
+time.sleep(1)
+os.kill(int(os.environ["R1MEGA_LAUNCHER"]), signal.SIGUSR1)
+os._exit(12)
+"""
+    begun = time.monotonic()
+    process = start(tmp_path, body)
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == 12 and "the watchdog ended the 2 ranks" in errors
+    assert time.monotonic() - begun < 60
+
+
+def test_a_second_sigterm_ends_at_once(tmp_path):
+    body = """
+signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+(place / f"ready{rank}").touch()
+time.sleep(600)
+"""
+    process = start(tmp_path, body)
+    limit = time.monotonic() + 60
+    while not all((tmp_path / f"ready{rank}").exists() for rank in "01") and time.monotonic() < limit:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode == 143

@@ -1,0 +1,296 @@
+"""`r1mega check-nodes`: are the machines of a job fit for it, and equal? Before the first step, or in an sbatch prolog.
+
+Each rank measures itself (`measure`), all hear of all, and `problems` says what is wrong with whom: against fixed limits, and
+against the median of the job. Under torchrun and srun with one process a GPU; on a CPU by gloo; alone without either.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import statistics
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from r1mega import platform
+from r1mega.observe.environment import describe_environment
+from r1mega.platform import groups
+from r1mega.platform.launcher import adopt_launcher_environment, raise_open_files
+
+GPU_QUERY = (
+    "memory.total", "memory.used", "ecc.errors.uncorrected.volatile.total", "clocks.max.sm", "clocks_throttle_reasons.active"
+)  # fmt: skip
+THROTTLED = 0x8 | 0x40 | 0x80
+"""nvidia-smi's clocks_throttle_reasons: hardware slowdown, thermal, power brake."""
+SHARED_MEMORY_BYTES = 2**30
+"""Least of /dev/shm: NCCL's buffers between the processes of a machine, vLLM's, and torch's."""
+SECONDS_APART = 2.0
+"""Clocks of machines may differ by so much: checkpoints, locks and logs are ordered by them."""
+DISK_PROBE_BYTES = 16 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """What nvidia-smi says of a device; MiB, MHz. ecc_errors: uncorrected ones since it was last reset; None: without ECC."""
+
+    memory_mib: int
+    used_mib: int
+    ecc_errors: int | None
+    max_clock_mhz: int
+    throttle_reasons: int
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What a rank found. Speeds are None where they were not measured (one rank has nobody to exchange with)."""
+
+    rank: int
+    host: str
+    local_size: int
+    program: dict[str, str]
+    gpu_count: int
+    gpu: Gpu | None
+    clock: float
+    open_files: int
+    shared_memory_bytes: int
+    disk_error: str | None
+    disk_free_bytes: int
+    matmul_tflops: float
+    copy_gb: float
+    pair_gb: dict[int, float] = field(default_factory=dict)
+    whole_gb: float | None = None
+    wrong_sums: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return f"rank {self.rank} on {self.host}"
+
+
+def measure(run_dir: Path | None, *, megabytes: int = 64) -> Facts:
+    """This rank's facts; a collective call. run_dir: where the run will write; megabytes: of an all-reduce."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    here = platform.current()
+    dist.barrier()
+    clock = time.time()  # all within the barrier's milliseconds
+    disk_error, free = try_disk(run_dir) if run_dir is not None else (None, 0)
+    dist.barrier()  # so that speeds are taken at the same time: also what neighbours share is seen
+    speeds = matmul_tflops(here.device), copy_gb(here.device)
+    pairs, wrong = {}, []
+    numel = megabytes * 2**20 // 4
+    for distance in _distances(world):
+        other, group = _pair(rank, world, distance)
+        dist.barrier()
+        if group is not None and other is not None:
+            pairs[other], right = all_reduce_gb(here.device, numel, group, rank + 1 + other + 1)
+            wrong += [] if right else [f"with rank {other}"]
+    whole = None
+    if world > 1:
+        dist.barrier()
+        whole, right = all_reduce_gb(here.device, numel, dist.group.WORLD, world * (world + 1) // 2)
+        wrong += [] if right else ["of all ranks"]
+    return Facts(
+        rank, socket.gethostname(), int(os.environ.get("LOCAL_WORLD_SIZE", "1")), program(),
+        torch.cuda.device_count() if here.name == "cuda" else 0, gpu(here.device) if here.name == "cuda" else None, clock,
+        raise_open_files(), shutil.disk_usage("/dev/shm").total, disk_error, free, *speeds, pairs, whole, tuple(wrong),
+    )  # fmt: skip
+
+
+def problems(ranks: Sequence[Facts], *, slow: float, free_bytes: int = 0) -> Iterator[str]:
+    """What is wrong, a line each. slow: a speed below this share of the job's median is; free_bytes: wanted for run_dir."""
+    usual = {name: Counter(facts.program.get(name) for facts in ranks).most_common(1)[0][0] for name in _names(ranks)}
+    gpu_count = statistics.mode(facts.gpu_count for facts in ranks)
+    memory = statistics.median([facts.gpu.memory_mib for facts in ranks if facts.gpu] or [0])
+    top_clock = max([facts.gpu.max_clock_mhz for facts in ranks if facts.gpu] or [0])
+    clock = statistics.median(facts.clock for facts in ranks)
+    open_files = max(1024, 4 * len(ranks))  # sockets of three world-sized gloo groups and smaller ones
+    for facts in ranks:
+        for name, version in usual.items():
+            if (found := facts.program.get(name)) != version:
+                yield f"{facts.name}: {name} is {found or 'missing'}, elsewhere {version or 'missing'}; install the same on all"
+        if facts.gpu_count != gpu_count:
+            yield f"{facts.name}: sees {facts.gpu_count} GPUs, others {gpu_count}"
+        if facts.gpu is not None:
+            yield from _gpu_problems(facts.name, facts.gpu, memory, top_clock)
+        if abs(facts.clock - clock) > SECONDS_APART:
+            yield f"{facts.name}: its clock is {facts.clock - clock:+.1f} s off the median; start chrony or ntpd there"
+        if facts.open_files < open_files:
+            yield f"{facts.name}: {facts.open_files} open files allowed, {open_files} wanted; raise the hard limit (ulimit -Hn)"
+        if facts.shared_memory_bytes < SHARED_MEMORY_BYTES:
+            yield f"{facts.name}: /dev/shm has {facts.shared_memory_bytes / 2**20:.0f} MiB; give the container --shm-size or --ipc=host"
+        if facts.disk_error is not None:
+            yield f"{facts.name}: run_dir: {facts.disk_error}"
+        elif facts.disk_free_bytes < free_bytes:
+            yield f"{facts.name}: run_dir has {facts.disk_free_bytes / 1e9:.1f} GB free, {free_bytes / 1e9:.1f} wanted"
+        for which in facts.wrong_sums:
+            yield f"{facts.name}: the all-reduce {which} gave a wrong sum"
+    yield from _slow_ranks(ranks, slow)
+
+
+def _gpu_problems(name: str, gpu: Gpu, memory: float, top_clock: int) -> Iterator[str]:
+    if gpu.memory_mib < 0.98 * memory:
+        yield f"{name}: its GPU has {gpu.memory_mib} MiB, the median {memory:.0f}"
+    if gpu.used_mib > 0.05 * gpu.memory_mib:
+        yield f"{name}: {gpu.used_mib} MiB of its GPU are taken before anything began; end what holds them (nvidia-smi)"
+    if gpu.ecc_errors:
+        yield f"{name}: {gpu.ecc_errors} uncorrected ECC errors; reset the GPU, or leave the machine out"
+    if gpu.max_clock_mhz < 0.95 * top_clock:
+        yield f"{name}: its GPU's clock may reach {gpu.max_clock_mhz} MHz, others' {top_clock}"
+    if gpu.throttle_reasons & THROTTLED:
+        yield f"{name}: its GPU is slowed down by hardware, heat or power (reasons {gpu.throttle_reasons:#x})"
+
+
+def _slow_ranks(ranks: Sequence[Facts], slow: float) -> Iterator[str]:
+    speeds: dict[str, tuple[str, Callable[[Facts], float | None]]] = {
+        "matrix product": ("TFLOP/s", lambda facts: facts.matmul_tflops),
+        "copy in memory": ("GB/s", lambda facts: facts.copy_gb),
+        "all-reduce of all": ("GB/s", lambda facts: facts.whole_gb),
+    }
+    for what, (unit, speed) in speeds.items():
+        known = {facts.name: value for facts in ranks if (value := speed(facts)) is not None}
+        median = statistics.median(known.values()) if known else 0.0
+        for name, value in known.items():
+            if value < slow * median:
+                yield f"{name}: {what} {value:.3g} {unit}, the median {median:.3g}"
+    for distance in _distances(len(ranks)):  # pairs of one distance share a kind of link
+        pairs = {(f.rank, other): gb for f in ranks for other, gb in f.pair_gb.items() if other - f.rank == distance}
+        median = statistics.median(pairs.values()) if pairs else 0.0
+        for (rank, other), value in pairs.items():
+            if value < slow * median:
+                yield f"ranks {rank} and {other}: all-reduce {value:.3g} GB/s, the median {median:.3g} of such pairs"
+
+
+def run_check(run_dir: Path | None, *, slow: float, free_gb: float) -> int:
+    """Check this job's machines; rank 0 says what it found. 0: fit; 1: not. On every rank."""
+    adopt_launcher_environment()
+    groups.init_distributed()
+    try:
+        ranks: list[Facts] = [None] * dist.get_world_size()  # type: ignore[list-item]  # filled by the next line
+        dist.all_gather_object(ranks, measure(run_dir))
+        found = list(problems(ranks, slow=slow, free_bytes=int(free_gb * 1e9)))
+        if dist.get_rank() == 0:
+            say(ranks, found)
+        return 1 if found else 0
+    finally:
+        groups.destroy()
+
+
+def say(ranks: Sequence[Facts], found: Sequence[str]) -> None:
+    """On the terminal: the job's figures, then what is wrong."""
+    for what, values in {
+        "matrix product, TFLOP/s": [facts.matmul_tflops for facts in ranks],
+        "copy in memory, GB/s": [facts.copy_gb for facts in ranks],
+        "all-reduce of a pair, GB/s": [value for facts in ranks for value in facts.pair_gb.values()],
+        "all-reduce of all, GB/s": [facts.whole_gb for facts in ranks if facts.whole_gb is not None],
+    }.items():
+        if values:
+            print(f"{what}: median {statistics.median(values):.3g}, least {min(values):.3g}")
+    print(*found, sep="\n", end="\n" if found else "")
+    machines = len({facts.host for facts in ranks})
+    print(f"{len(ranks)} ranks on {machines} machines: {f'{len(found)} problems' if found else 'fit'}", flush=True)
+
+
+# ---------------------------------------------------------------------- what a rank measures
+
+
+def program() -> dict[str, str]:
+    """Versions that all must share, by name; the commit of this program among them."""
+    described = describe_environment()
+    own = {"r1mega": described["r1mega"], "commit of r1mega": described["git_commit"] or "unknown"}
+    return described["packages"] | own | {"python": described["python"]}
+
+
+def gpu(device: torch.device) -> Gpu | None:
+    """None where nvidia-smi does not tell. By the device's UUID: CUDA_VISIBLE_DEVICES changes numbers."""
+    uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+    command = ["nvidia-smi", f"--id={uuid}", f"--query-gpu={','.join(GPU_QUERY)}", "--format=csv,noheader,nounits"]
+    try:
+        text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return read_gpu(text)
+
+
+def read_gpu(text: str) -> Gpu:
+    """A line of nvidia-smi's CSV for GPU_QUERY; what a device does not have is [N/A]."""
+    total, used, ecc, clock, reasons = (value.strip() for value in text.strip().split(","))
+    return Gpu(int(total), int(used), int(ecc) if ecc.isdecimal() else None, int(clock), int(reasons, 16))
+
+
+def matmul_tflops(device: torch.device) -> float:
+    """Of square matrices: bfloat16 on a GPU, float32 on a CPU."""
+    size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (512, torch.float32)
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    return 2 * size**3 / _seconds(device, lambda: a @ a) / 1e12
+
+
+def copy_gb(device: torch.device) -> float:
+    """GB/s read and written within the device's memory."""
+    source = torch.zeros((2**30 if device.type == "cuda" else 2**25) // 4, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / _seconds(device, lambda: target.copy_(source)) / 1e9
+
+
+def all_reduce_gb(
+    device: torch.device, numel: int, group: dist.ProcessGroup | None, expected: int
+) -> tuple[float, bool]:
+    """(GB/s of the tensor, whether the sum of rank + 1 over the group's ranks is right)."""
+    own = torch.full((numel,), float(dist.get_rank() + 1), device=device)
+    total = own.clone()
+    dist.all_reduce(total, group=group)
+    right = bool((total == expected).all())
+    return own.nbytes / _seconds(device, lambda: dist.all_reduce(total, group=group)) / 1e9, right
+
+
+def try_disk(run_dir: Path) -> tuple[str | None, int]:
+    """(what is wrong, bytes free) where run_dir is or will be: a file is written, synced, read and removed there."""
+    place = next(path for path in (run_dir, *run_dir.absolute().parents) if path.is_dir())
+    probe = place / f".check-nodes-{dist.get_rank()}"
+    data = os.urandom(DISK_PROBE_BYTES)
+    try:
+        with open(probe, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        same = probe.read_bytes() == data
+        probe.unlink()
+        return None if same else f"{place} gave back other bytes than were written", shutil.disk_usage(place).free
+    except OSError as error:
+        return f"{place}: {error.strerror}", 0
+
+
+def _seconds(device: torch.device, work: Callable[[], object], times: int = 5) -> float:
+    """The median of a few, after one that is not counted."""
+    taken = []
+    for _ in range(times + 1):
+        begun = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        taken.append(time.perf_counter() - begun)
+    return statistics.median(taken[1:])
+
+
+def _distances(world: int) -> list[int]:
+    """Of pairs: neighbours (one machine's links), and ranks half the job apart (between machines)."""
+    return sorted({1, world // 2}) if world > 1 else []
+
+
+def _pair(rank: int, world: int, distance: int) -> tuple[int | None, dist.ProcessGroup | None]:
+    """(the rank at this distance, the group of both); None for one that is left over. Only the two make it."""
+    low = rank if (rank // distance) % 2 == 0 else rank - distance
+    if low + distance >= world:
+        return None, None
+    group = dist.new_group([low, low + distance], use_local_synchronization=True)
+    return (low + distance if rank == low else low), group
+
+
+def _names(ranks: Sequence[Facts]) -> list[str]:
+    return sorted({name for facts in ranks for name in facts.program})

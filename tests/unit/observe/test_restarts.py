@@ -1,0 +1,91 @@
+"""When a job starts again by itself: something new to go on from, nobody to ask, and not too often."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+
+from r1mega import cli
+from r1mega.config.schema import RestartConfig
+from r1mega.observe.restarts import HOUR, newest_checkpoint, seconds_until_restart
+
+CONFIG = RestartConfig(per_hour=3, backoff_seconds=10)
+
+
+def checkpoint(run_dir, step, whole=True):
+    directory = run_dir / f"checkpoints/step_{step:06d}"
+    directory.mkdir(parents=True)
+    if whole:
+        (directory / "manifest.json").write_text("{}")
+
+
+def started(run_dir, step):
+    run_dir.mkdir(exist_ok=True)
+    (run_dir / "environment.json").write_text(json.dumps({"starts": [{"step": 0}, {"step": step}]}))
+
+
+@pytest.mark.parametrize("code", [1, 10, 137, 139])
+def test_a_rank_that_died_is_started_again(tmp_path, code):
+    checkpoint(tmp_path, 6)
+    started(tmp_path, 4)
+    assert seconds_until_restart(tmp_path, code, CONFIG) == 10
+    (line,) = map(json.loads, (tmp_path / "restarts.jsonl").read_text().splitlines())
+    assert (line["step"], line["code"]) == (6, code)
+
+
+@pytest.mark.parametrize("code", [0, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 85, 130, 143])
+def test_what_a_person_must_answer_stays_ended(tmp_path, code):
+    checkpoint(tmp_path, 6)
+    started(tmp_path, 4)
+    assert seconds_until_restart(tmp_path, code, CONFIG) is None
+    assert not (tmp_path / "restarts.jsonl").exists()
+
+
+def test_without_a_newer_checkpoint_it_stays_ended(tmp_path):
+    assert seconds_until_restart(tmp_path, 137, CONFIG) is None
+    checkpoint(tmp_path, 6)
+    checkpoint(tmp_path, 8, whole=False)
+    assert newest_checkpoint(tmp_path) == 6
+    started(tmp_path, 6)
+    assert seconds_until_restart(tmp_path, 137, CONFIG) is None
+
+
+def test_a_start_that_ended_before_it_said_where_from_counts(tmp_path):
+    checkpoint(tmp_path, 6)
+    started(tmp_path, 4)
+    assert seconds_until_restart(tmp_path, 137, CONFIG) == 10
+    assert seconds_until_restart(tmp_path, 137, CONFIG) is None  # the same checkpoint again
+
+
+def test_so_many_times_an_hour_each_later_than_the_one_before(tmp_path):
+    now, waits = 1000.0, []
+    for step in range(1, 6):
+        checkpoint(tmp_path, step)
+        waits.append(seconds_until_restart(tmp_path, 137, CONFIG, clock=lambda: now))  # noqa: B023
+        now += HOUR / 10
+    assert waits == [10, 20, 40, None, None]
+    now = 1000.0 + HOUR + 1  # the first is an hour ago
+    assert seconds_until_restart(tmp_path, 137, CONFIG, clock=lambda: now) == 40
+
+
+def test_the_launcher_does_so(tmp_path, capsys):
+    """Two deaths, each after a new checkpoint, then the end: three runs of the ranks."""
+    codes = iter([137, 134, 0])
+
+    def run(arguments, ranks):
+        assert arguments == ["-m", "r1mega", "train", "x.yaml"] and ranks == 2
+        code = next(codes)
+        if code:
+            checkpoint(tmp_path, 140 - code)
+        return code
+
+    loaded = SimpleNamespace(run_dir=tmp_path, restart=RestartConfig(backoff_seconds=0))
+    with (
+        mock.patch("r1mega.config.load.load_config", lambda path, overrides: loaded),
+        mock.patch("r1mega.platform.local_ranks.run_ranks", run),
+    ):
+        assert cli._train_on_ranks("x.yaml", [], 2) == 0
+    assert capsys.readouterr().err.count("starting again in 0 s") == 2

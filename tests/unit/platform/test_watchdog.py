@@ -1,0 +1,172 @@
+"""A rank that stands still is named and the job ends: real processes, one of which stops, hangs, or works long."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from r1mega.config.schema import WatchdogConfig
+from r1mega.errors import EXIT_STALLED
+from r1mega.platform.watchdog import (
+    FLOOR_SECONDS,
+    UNSEEN_SECONDS,
+    Beat,
+    Place,
+    Watchdog,
+    _Seen,
+    behind,
+    prepare_directory,
+)
+
+pytestmark = pytest.mark.heavy
+
+BEAT = Beat(0, "host", 1, Place(3, 2, "update", 9), {"microbatch": 4}, 7, 20, 0, "r1mega/a.py:1 f", True, 1)
+
+
+def beat(rank: int, **changes) -> Beat:
+    place = dataclasses.replace(
+        BEAT.place, **{k: v for k, v in changes.items() if k in ("step", "part", "phase", "turns")}
+    )
+    return dataclasses.replace(BEAT, rank=rank, place=place, **{k: v for k, v in changes.items() if hasattr(BEAT, k)})
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ([{}, {"part": 1}, {}], [1]),  # still in the phase before
+        ([{"step": 4, "part": 0}, {}, {"step": 4, "part": 1}], [1]),
+        ([{}, {}, {"waits": False}], [2]),  # the others are in a collective
+        ([{"part": 1}, {"waits": False}, {}], [0]),  # what is later cannot hold the earlier
+        ([{"ticks": {"microbatch": 3}}, {}, {}], [0]),
+        ([{"collectives": 8}, {"collectives": 7}, {"collectives": 8}], [1]),
+        ([{}, {}, {}], [0, 1, 2]),
+    ],
+)  # fmt: skip
+def test_who_is_behind(changes, expected):
+    assert behind({rank: beat(rank, **change) for rank, change in enumerate(changes)}) == expected
+
+
+RANKS = """
+import os, signal, sys, threading, time
+from pathlib import Path
+from r1mega.config.schema import WatchdogConfig
+from r1mega.platform.watchdog import Place, Watchdog, prepare_directory, tick
+
+directory = Path(sys.argv[1])
+prepare_directory(directory)
+child = os.fork()
+rank = 0 if child else 1
+phase = ["update", "rollout"][rank]
+
+def work_of_the_rank():
+    {body}
+
+with Watchdog(directory, WatchdogConfig(seconds={seconds}, silent_seconds=1.5), lambda: Place(1, 2 - rank, phase, 0),
+              rank=rank, world=2, on_verdict=lambda text: print("verdict:", text, flush=True)):
+    work_of_the_rank()
+if child:
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def run_ranks(tmp_path, body: str, seconds: float = 600) -> tuple[int, str]:
+    script = RANKS.format(body=body, seconds=seconds)
+    variables = os.environ | {"PATH": ""}  # without gdb, which takes its time to read torch's symbols
+    command = [sys.executable, "-c", script, tmp_path / "watch"]
+    said = tmp_path / "said.txt"
+    with said.open("w") as file:  # no pipe: a rank that is stopped would hold it open
+        code = subprocess.run(command, stdout=file, stderr=file, timeout=120, env=variables).returncode
+    return code, said.read_text()
+
+
+def stacks(tmp_path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in (tmp_path / "watch/stacks").iterdir()}
+
+
+def test_a_stopped_rank_is_named_and_the_other_one_ends(tmp_path):
+    body = "os.kill(os.getpid(), signal.SIGSTOP) if rank else threading.Event().wait(20)"
+    code, said = run_ranks(tmp_path, body + "; os.kill(child or os.getpid(), signal.SIGKILL)")
+    beats = {rank: json.loads((tmp_path / f"watch/rank_{rank}.json").read_text()) for rank in range(2)}
+    os.kill(beats[1]["pid"], signal.SIGKILL)
+    assert code == EXIT_STALLED, said
+    assert "verdict: rank 1 (pid" in said and "stopped, by SIGSTOP" in said
+    assert "it was at step 1, rollout" in said and "rank 0 (" not in said
+    assert list(stacks(tmp_path)) == ["rank_0.txt"]
+
+
+def test_a_hung_rank_is_named_and_all_write_their_stacks(tmp_path):
+    code, said = run_ranks(tmp_path, "threading.Event().wait(20)", seconds=2)
+    assert code == EXIT_STALLED, said
+    assert "no rank got on for" in said and "behind is rank 1 (pid" in said
+    assert "rank 0 (" not in said
+    found = stacks(tmp_path)
+    assert sorted(found) == ["rank_0.txt", "rank_1.txt"]
+    for text in found.values():
+        assert "work_of_the_rank" in text and "neither py-spy nor gdb" in text
+    assert json.loads((tmp_path / "watch/verdict.json").read_text())["dumps"] == 2
+
+
+def test_ranks_that_get_on_are_left_alone(tmp_path):
+    body = 'for _ in range(25): time.sleep(0.2); tick("generator step") if rank else None'
+    code, said = run_ranks(tmp_path, body, seconds=2)
+    assert code == 0, said
+    assert all(json.loads((tmp_path / f"watch/rank_{rank}.json").read_text())["ended"] for rank in range(2))
+
+
+def watchdog(tmp_path, world: int = 2) -> Watchdog:
+    return Watchdog(tmp_path, WatchdogConfig(), lambda: BEAT.place, rank=0, world=world)
+
+
+def test_the_limit_of_a_phase_follows_from_its_pauses(tmp_path):
+    """A rollout that pauses for 200 s may later pause for 2,000; nothing is known of a phase that was not passed."""
+    dog, now = watchdog(tmp_path), 1000.0
+    moments = [("rollout", 0), ("rollout", 200), ("update", 210), ("update", 211), ("rollout", 212)]
+    for phase, seconds in moments:
+        beats = [beat(rank, phase=phase, turns=seconds) for rank in range(2)]
+        dog._seen = {rank: _Seen(beats[rank], now + seconds, now + seconds) for rank in range(2)}
+        assert dog._judge(now + seconds) is None
+    assert dog._limit("rollout") == 2000
+    assert dog._limit("update") == FLOOR_SECONDS
+    assert dog._limit("evaluate") == dog._limit("save") == UNSEEN_SECONDS
+    for seen in dog._seen.values():
+        seen.sign = now + 2300
+    assert dog._judge(now + 212 + 1999) is None
+    assert "rollout may pause for 2000" in dog._judge(now + 212 + 2001)
+
+
+def test_a_watcher_that_was_stopped_itself_blames_nobody(tmp_path):
+    dog = watchdog(tmp_path, world=1)
+    dog._beat()
+    dog._look()
+    dog._looked -= 10_000
+    dog._seen[0].sign -= 10_000
+    dog._look()
+    assert not (tmp_path / "verdict.json").exists()
+
+
+def test_a_new_start_does_not_see_the_verdict_of_the_last(tmp_path):
+    watch = tmp_path / "watch"
+    prepare_directory(watch)
+    (watch / "verdict.json").write_text("{}")
+    (watch / "rank_0.json").write_text("{}")
+    prepare_directory(watch)
+    assert [path.name for path in watch.iterdir()] == ["earlier"]
+    assert sorted(path.name for path in (watch / "earlier").iterdir()) == ["rank_0.json", "verdict.json"]
+
+
+def test_the_file_of_a_rank_is_readable_at_any_time(tmp_path):
+    """It is written over in place, with another length of text each time."""
+    dog, limit, lengths = watchdog(tmp_path), time.monotonic() + 0.3, set()
+    while time.monotonic() < limit:
+        dog._number *= 10
+        dog._beat()
+        lengths.add(len((tmp_path / "rank_0.json").read_bytes()))
+        assert json.loads((tmp_path / "rank_0.json").read_text())["number"] == dog._number
+    assert lengths == {1024}

@@ -11,13 +11,17 @@ from typing import Any
 
 import torch
 
-from r1mega.errors import PlatformError
 from r1mega_kernels import reference
 
 _log = logging.getLogger(__name__)
 _HERE = Path(__file__).parent
 
 LIBRARY = torch.library.Library("r1mega_kernels", "DEF")
+
+
+class PlatformError(RuntimeError):
+    """A compiled library that a call needs is not built, or does not load into this torch."""
+
 
 # What the compiled libraries implement. Results go to tensors that the caller allocates; an optional tensor that is not
 # given is one without elements. The order of arguments is that of kernels/csrc/*/..._ops.
@@ -33,7 +37,8 @@ _SCHEMAS = (
     "Tensor(a!) advantages) -> ()",
     "grpo_token_loss(Tensor log_probs, Tensor old, Tensor reference, Tensor sampler, Tensor advantages, "
     "Tensor weights, Tensor mask, Tensor sequence_ids, bool weights_per_sequence, float clip_low, float clip_high, "
-    "float dual_clip, float kl_coefficient, float importance_cap, Tensor(a!) grad, Tensor(b!) sums) -> ()",
+    "float dual_clip, float kl_coefficient, float importance_cap, Tensor(a!) grad, Tensor(b!) sums, "
+    "Tensor(c!) scratch) -> ()",
 )
 for _schema in _SCHEMAS:
     LIBRARY.define(_schema)
@@ -58,7 +63,13 @@ def _load(name: str) -> bool:
 
 _DISABLED = os.environ.get("R1MEGA_KERNELS", "") == "reference"
 _HAS_CPU = not _DISABLED and _load("_cpu.so")
-_HAS_CUDA = not _DISABLED and torch.cuda.is_available() and _load("_cuda.so")
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def _has_cuda() -> bool:
+    """Looked for at the first call that asks, not at import: a process that forks later must not have met the driver."""
+    return not _DISABLED and torch.cuda.is_available() and _load("_cuda.so")
 
 
 def instruction_set() -> str:
@@ -82,7 +93,7 @@ def backend(device: torch.device | str | None = None) -> str:
     kind = torch.device(device).type if device is not None else ("cuda" if torch.cuda.is_available() else "cpu")
     if kind == "cpu":
         return f"cpu-{instruction_set()}" if _HAS_CPU else "reference"
-    if kind == "cuda" and _HAS_CUDA:
+    if kind == "cuda" and _has_cuda():
         return "cuda"
     return "reference" if _DISABLED else "missing"
 
@@ -105,8 +116,7 @@ def uses_reference(device: torch.device, requested: str | None) -> bool:
         return True
     if device.type == "meta":
         return False
-    available = {"cpu": _HAS_CPU, "cuda": _HAS_CUDA}.get(device.type, False)
-    if available:
+    if _HAS_CPU if device.type == "cpu" else device.type == "cuda" and _has_cuda():
         return False
     if requested == "native" or device.type != "cpu":
         raise PlatformError(

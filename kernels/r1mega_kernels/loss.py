@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from r1mega_kernels.library import LIBRARY, check_devices, kernels, uses_reference
+from r1mega_kernels.log_prob import refuse_second_derivative
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +119,7 @@ def _check_sequences(sequence_ids: torch.Tensor, num_sequences: int, mask: torch
         raise ValueError(f"sequence_ids must be in [0, {num_sequences}), found {low} to {high}")
 
 
+_TOKENS_PER_BLOCK = 2048  # of the CUDA kernel, whose blocks leave 8 partial sums each and count themselves
 _INPUTS = ("log_probs", "old", "reference_log_probs", "sampler", "advantages", "weights", "mask", "sequence_ids")
 LIBRARY.define(
     f"token_loss({', '.join(f'Tensor {name}' for name in _INPUTS)}, bool weights_per_sequence, float clip_low, "
@@ -132,7 +134,9 @@ def _token_loss(*args):
     grad = torch.empty_like(log_probs)
     sums = torch.zeros(8, dtype=torch.float64, device=log_probs.device)
     if log_probs.numel():
-        kernels(use_reference).grpo_token_loss(*inputs, grad, sums)
+        blocks = -(-log_probs.numel() // _TOKENS_PER_BLOCK) if log_probs.is_cuda else 0
+        scratch = sums.new_zeros(8 * blocks + 1)
+        kernels(use_reference).grpo_token_loss(*inputs, grad, sums, scratch)
     return sums[0].to(log_probs.dtype), grad, sums
 
 
@@ -145,6 +149,7 @@ def _save(ctx, inputs, output):
 
 
 def _token_loss_backward(ctx, grad_loss, _grad_grad, _grad_sums):
+    refuse_second_derivative()
     return ctx.saved_tensors[0] * grad_loss, *([None] * 14)
 
 

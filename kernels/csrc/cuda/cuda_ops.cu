@@ -98,7 +98,8 @@ void op_group_advantage(StableIValue* stack, uint64_t, uint64_t) {
 
 void op_grpo_token_loss(StableIValue* stack, uint64_t, uint64_t) {
     const Tensor log_probs(stack[0]), old(stack[1]), reference(stack[2]), sampler(stack[3]), advantages(stack[4]),
-        weights(stack[5]), mask(stack[6]), sequence_ids(stack[7]), grad(stack[14]), sums(stack[15]);
+        weights(stack[5]), mask(stack[6]), sequence_ids(stack[7]), grad(stack[14]), sums(stack[15]),
+        scratch(stack[16]);
     const OnDevice device(log_probs);
     const device::LossTensors tensors{log_probs.data<float>(),
                                       old.data_or_null<float>(),
@@ -115,15 +116,13 @@ void op_grpo_token_loss(StableIValue* stack, uint64_t, uint64_t) {
         scalar<double>(stack[13]), tensors.old_log_probs, tensors.reference_log_probs, tensors.sampler_log_probs);
     const int64_t count = log_probs.numel();
     const auto blocks = unsigned((count + device::kTokensPerBlock - 1) / device::kTokensPerBlock);
-    const size_t partial_bytes = size_t(blocks) * kNumSums * sizeof(double);
-    void* scratch = nullptr;  // freed in the order of the stream, so the kernel is done with it
-    OnDevice::check(cudaMallocAsync(&scratch, partial_bytes + sizeof(unsigned), device.stream()), "cudaMallocAsync");
-    auto* finished = reinterpret_cast<unsigned*>(static_cast<char*>(scratch) + partial_bytes);
-    OnDevice::check(cudaMemsetAsync(finished, 0, sizeof(unsigned), device.stream()), "cudaMemsetAsync");
-    device::token_loss<<<blocks, device::kLossThreads, 0, device.stream()>>>(
-        tensors, options, count, static_cast<double*>(scratch), finished, sums.data<double>());
+    const int64_t partials = int64_t(blocks) * kNumSums;
+    if (scratch.numel() < partials + 1) throw std::runtime_error("r1mega_kernels: token_loss has too little scratch");
+    auto* partial = scratch.data<double>();  // zeros, of which the last one is the counter
+    auto* finished = reinterpret_cast<unsigned*>(partial + partials);
+    device::token_loss<<<blocks, device::kLossThreads, 0, device.stream()>>>(tensors, options, count, partial, finished,
+                                                                             sums.data<double>());
     OnDevice::check(cudaGetLastError(), "token_loss");
-    OnDevice::check(cudaFreeAsync(scratch, device.stream()), "cudaFreeAsync");
 }
 
 const auto registration = abi::Registration("CUDA", __FILE__)

@@ -116,3 +116,9 @@ def test_over_budget_is_reported():
     (record,) = report_tool.parse(log, "sm_80")
     assert record["spill_bytes"] == 12 and record["stack_bytes"] == 16 and record["shared_bytes"] == 512
     assert "255 of 64 registers" in report_tool.violations({"kernels": [record]})[0]
+
+
+def test_the_kernels_ask_torch_for_memory():
+    """What cudaMalloc takes, torch's allocator neither counts nor gives back."""
+    sources = [path.read_text() for path in (KERNELS / "csrc").rglob("*.cu*")]
+    assert len(sources) > 3 and not any("cudaMalloc" in source for source in sources)

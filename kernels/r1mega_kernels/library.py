@@ -37,8 +37,7 @@ _SCHEMAS = (
     "Tensor(a!) advantages) -> ()",
     "grpo_token_loss(Tensor log_probs, Tensor old, Tensor reference, Tensor sampler, Tensor advantages, "
     "Tensor weights, Tensor mask, Tensor sequence_ids, bool weights_per_sequence, float clip_low, float clip_high, "
-    "float dual_clip, float kl_coefficient, float importance_cap, Tensor(a!) grad, Tensor(b!) sums, "
-    "Tensor(c!) scratch) -> ()",
+    "float dual_clip, float kl_coefficient, float importance_cap, Tensor(a!) grad, Tensor(b!) sums) -> ()",
 )
 for _schema in _SCHEMAS:
     LIBRARY.define(_schema)

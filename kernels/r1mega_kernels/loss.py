@@ -105,7 +105,7 @@ def grpo_token_loss(
         weights_per_sequence, clip_low, clip_high, dual_clip or 0.0, kl_coefficient, importance_cap or 0.0,
         use_reference,
     )  # fmt: skip
-    return loss, GRPOMetrics(*sums.unbind()[1:])
+    return loss, GRPOMetrics(*sums.detach().unbind()[1:])
 
 
 def _check_sequences(sequence_ids: torch.Tensor, num_sequences: int, mask: torch.Tensor | None) -> None:
@@ -119,7 +119,7 @@ def _check_sequences(sequence_ids: torch.Tensor, num_sequences: int, mask: torch
         raise ValueError(f"sequence_ids must be in [0, {num_sequences}), found {low} to {high}")
 
 
-_TOKENS_PER_BLOCK = 2048  # of the CUDA kernel, whose blocks leave 8 partial sums each and count themselves
+_TOKENS_PER_BLOCK = 2048  # of the CUDA kernel, whose blocks leave their partial sums, and count themselves, after the 8 sums
 _INPUTS = ("log_probs", "old", "reference_log_probs", "sampler", "advantages", "weights", "mask", "sequence_ids")
 LIBRARY.define(
     f"token_loss({', '.join(f'Tensor {name}' for name in _INPUTS)}, bool weights_per_sequence, float clip_low, "
@@ -132,11 +132,11 @@ def _token_loss(*args):
     *inputs, use_reference = args
     log_probs = inputs[0]
     grad = torch.empty_like(log_probs)
-    sums = torch.zeros(8, dtype=torch.float64, device=log_probs.device)
+    blocks = -(-log_probs.numel() // _TOKENS_PER_BLOCK) if log_probs.is_cuda else 0
+    totals = torch.zeros(8 + 8 * blocks + 1, dtype=torch.float64, device=log_probs.device)
     if log_probs.numel():
-        blocks = -(-log_probs.numel() // _TOKENS_PER_BLOCK) if log_probs.is_cuda else 0
-        scratch = sums.new_zeros(8 * blocks + 1)
-        kernels(use_reference).grpo_token_loss(*inputs, grad, sums, scratch)
+        kernels(use_reference).grpo_token_loss(*inputs, grad, totals)
+    sums = totals[:8]
     return sums[0].to(log_probs.dtype), grad, sums
 
 

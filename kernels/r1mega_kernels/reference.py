@@ -133,7 +133,7 @@ def _exp_minus_linear(d: torch.Tensor) -> torch.Tensor:
 
 def grpo_token_loss(
     log_probs, old, reference, sampler, advantages, weights, mask, sequence_ids, weights_per_sequence,
-    clip_low, clip_high, dual_clip, kl_coefficient, importance_cap, grad, sums, _scratch,
+    clip_low, clip_high, dual_clip, kl_coefficient, importance_cap, grad, sums,
 ) -> None:  # fmt: skip
     """grad[N] and sums[8] <- weighted loss, its gradient and the metrics of N tokens (see `loss.grpo_token_loss`)."""
     counted = mask.bool() if mask.numel() else torch.ones_like(log_probs, dtype=torch.bool)

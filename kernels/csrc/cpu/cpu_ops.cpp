@@ -177,12 +177,10 @@ constexpr int64_t kTokensPerPart = 4096;  // fixed: the order of the sum must no
 
 // grpo_token_loss(log_probs, old, reference, sampler, advantages, weights, mask, sequence_ids, bool
 // weights_per_sequence,
-//                 float clip_low, clip_high, dual_clip, kl_coefficient, importance_cap, grad![N], sums![8] f64,
-//                 scratch! of the CUDA kernel)
+//                 float clip_low, clip_high, dual_clip, kl_coefficient, importance_cap, grad![N], sums![8] f64)
 void op_grpo_token_loss(StableIValue* stack, uint64_t, uint64_t) {
     const Tensor log_probs(stack[0]), old(stack[1]), reference(stack[2]), sampler(stack[3]), advantages(stack[4]),
-        weights(stack[5]), mask(stack[6]), sequence_ids(stack[7]), grad(stack[14]), sums(stack[15]),
-        scratch(stack[16]);
+        weights(stack[5]), mask(stack[6]), sequence_ids(stack[7]), grad(stack[14]), sums(stack[15]);
     const LossTensors tensors{log_probs.data<float>(),
                               old.data_or_null<float>(),
                               reference.data_or_null<float>(),

@@ -98,8 +98,7 @@ void op_group_advantage(StableIValue* stack, uint64_t, uint64_t) {
 
 void op_grpo_token_loss(StableIValue* stack, uint64_t, uint64_t) {
     const Tensor log_probs(stack[0]), old(stack[1]), reference(stack[2]), sampler(stack[3]), advantages(stack[4]),
-        weights(stack[5]), mask(stack[6]), sequence_ids(stack[7]), grad(stack[14]), sums(stack[15]),
-        scratch(stack[16]);
+        weights(stack[5]), mask(stack[6]), sequence_ids(stack[7]), grad(stack[14]), sums(stack[15]);
     const OnDevice device(log_probs);
     const device::LossTensors tensors{log_probs.data<float>(),
                                       old.data_or_null<float>(),
@@ -117,11 +116,11 @@ void op_grpo_token_loss(StableIValue* stack, uint64_t, uint64_t) {
     const int64_t count = log_probs.numel();
     const auto blocks = unsigned((count + device::kTokensPerBlock - 1) / device::kTokensPerBlock);
     const int64_t partials = int64_t(blocks) * kNumSums;
-    if (scratch.numel() < partials + 1) throw std::runtime_error("r1mega_kernels: token_loss has too little scratch");
-    auto* partial = scratch.data<double>();  // zeros, of which the last one is the counter
-    auto* finished = reinterpret_cast<unsigned*>(partial + partials);
-    device::token_loss<<<blocks, device::kLossThreads, 0, device.stream()>>>(tensors, options, count, partial, finished,
-                                                                             sums.data<double>());
+    // torch's memory: the sums, then the blocks' partial sums and their counter, all zeros
+    if (sums.numel() < kNumSums + partials + 1) throw std::runtime_error("r1mega_kernels: token_loss lacks scratch");
+    double* totals = sums.data<double>();
+    device::token_loss<<<blocks, device::kLossThreads, 0, device.stream()>>>(
+        tensors, options, count, totals + kNumSums, reinterpret_cast<unsigned*>(totals + kNumSums + partials), totals);
     OnDevice::check(cudaGetLastError(), "token_loss");
 }
 

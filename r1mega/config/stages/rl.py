@@ -50,6 +50,11 @@ class AlgorithmConfig(Section):
     mask_truncated: bool = False  # responses cut at max_response_tokens carry no loss (DAPO's overlong filtering)
     dynamic_sampling: DynamicSampling = DynamicSampling()
 
+    @property
+    def is_of_tokens(self) -> bool:
+        """Whether the loss is a sum over tokens of what each token's own log-prob says: no ratio or mask of a sequence."""
+        return self.ratio == "token"
+
 
 class UpdateConfig(Section):
     """How a rollout becomes optimizer steps."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import logging
 import os
+import zlib
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -57,6 +59,12 @@ def _load(name: str) -> bool:
             f"{path} does not load into torch {torch.__version__} (2.10 or newer is needed): {error}. "
             "Build it again with `python kernels/build.py`, or delete it to use the torch reference."
         ) from error
+    signature = getattr(ctypes.CDLL(str(path)), "r1mega_kernels_signature", int)
+    if signature() & 0xFFFFFFFF != zlib.crc32(repr(_SCHEMAS).encode()):
+        raise PlatformError(
+            f"{path} was built for other operators than this version's, and would read their arguments wrongly: build it "
+            "again with `python kernels/build.py`, or delete it to use the torch reference."
+        )
     return True
 
 

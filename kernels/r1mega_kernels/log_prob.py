@@ -64,9 +64,9 @@ def grouped_log_prob(
     if logits.stride(1) != 1:
         logits = logits.contiguous()
     group_name = tp_group.group_name if tp_group is not None and dist.get_world_size(tp_group) > 1 else ""
-    results, _ = torch.ops.r1mega_kernels.log_prob(
-        logits, targets.contiguous(), inverse, rows, start, group_name, grad_in_place, use_reference
-    )
+    # torch.compile sees one operator; in eager mode an operator registered from Python costs several calls' worth more
+    log_prob = torch.ops.r1mega_kernels.log_prob if torch.compiler.is_compiling() else _LogProb.apply
+    results, _ = log_prob(logits, targets.contiguous(), inverse, rows, start, group_name, grad_in_place, use_reference)
     return LogProbs(*results.unbind())
 
 
@@ -228,6 +228,17 @@ def backward_into(
     kernels(use_reference).log_prob_backward(
         logits, targets, inverse, positions, rows is not None, vocab_start, stats, entropy, grads, grad_logits
     )
+
+
+class _LogProb(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _log_prob(*inputs)
+        ctx.mark_non_differentiable(output[1])
+        _save(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_log_prob_backward)
 
 
 LIBRARY.impl("log_prob", _log_prob, "CompositeExplicitAutograd")

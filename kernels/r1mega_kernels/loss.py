@@ -99,7 +99,8 @@ def grpo_token_loss(
     flags = (
         torch.empty(0, dtype=torch.uint8, device=log_probs.device) if mask is None else mask.bool().view(torch.uint8)
     )
-    loss, _, sums = torch.ops.r1mega_kernels.token_loss(
+    token_loss = torch.ops.r1mega_kernels.token_loss if torch.compiler.is_compiling() else _TokenLoss.apply
+    loss, _, sums = token_loss(
         log_probs.to(wide).contiguous(), given(old_log_probs), given(reference_log_probs), given(sampler_log_probs),
         given(advantages), given(weights), flags.contiguous(), given(sequence_ids, torch.int64),
         weights_per_sequence, clip_low, clip_high, dual_clip or 0.0, kl_coefficient, importance_cap or 0.0,
@@ -119,7 +120,7 @@ def _check_sequences(sequence_ids: torch.Tensor, num_sequences: int, mask: torch
         raise ValueError(f"sequence_ids must be in [0, {num_sequences}), found {low} to {high}")
 
 
-_TOKENS_PER_BLOCK = 2048  # of the CUDA kernel, whose blocks leave their partial sums, and count themselves, after the 8 sums
+_TOKENS_PER_BLOCK = 2048  # of the CUDA kernel, whose blocks leave partial sums, and their number, after the 8 sums
 _INPUTS = ("log_probs", "old", "reference_log_probs", "sampler", "advantages", "weights", "mask", "sequence_ids")
 LIBRARY.define(
     f"token_loss({', '.join(f'Tensor {name}' for name in _INPUTS)}, bool weights_per_sequence, float clip_low, "
@@ -137,7 +138,7 @@ def _token_loss(*args):
     if log_probs.numel():
         kernels(use_reference).grpo_token_loss(*inputs, grad, totals)
     sums = totals[:8]
-    return sums[0].to(log_probs.dtype), grad, sums
+    return sums[0].to(log_probs.dtype, copy=True), grad, sums
 
 
 def _token_loss_fake(log_probs, *args):
@@ -151,6 +152,17 @@ def _save(ctx, inputs, output):
 def _token_loss_backward(ctx, grad_loss, _grad_grad, _grad_sums):
     refuse_second_derivative()
     return ctx.saved_tensors[0] * grad_loss, *([None] * 14)
+
+
+class _TokenLoss(torch.autograd.Function):  # as _LogProb: cheaper to call than the operator
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _token_loss(*inputs)
+        ctx.mark_non_differentiable(*output[1:])
+        _save(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_token_loss_backward)
 
 
 LIBRARY.impl("token_loss", _token_loss, "CompositeExplicitAutograd")

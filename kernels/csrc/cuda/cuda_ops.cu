@@ -41,6 +41,13 @@ device::RowSource row_source(const Tensor& logits, const Tensor& targets, const 
         vocab_start,         temperature.numel() == 1};
 }
 
+template <class E>
+void launch_stats(const device::RowSource& source, unsigned blocks, cudaStream_t stream, RowStats* stats) {
+    const auto kernel =
+        device::rows_aligned<E>(source) ? device::log_prob_stats<E, true> : device::log_prob_stats<E, false>;
+    kernel<<<blocks, device::kThreads, 0, stream>>>(source, stats);
+}
+
 void op_log_prob_stats(StableIValue* stack, uint64_t, uint64_t) {
     const Tensor logits(stack[0]), targets(stack[1]), temperature(stack[2]), rows(stack[3]), stats(stack[6]);
     const OnDevice device(logits);
@@ -48,9 +55,9 @@ void op_log_prob_stats(StableIValue* stack, uint64_t, uint64_t) {
     const auto source = row_source(logits, targets, temperature, row, scalar<int64_t>(stack[5]));
     const auto blocks = unsigned(stats.size(0));
     if (logits.is_bf16())
-        device::log_prob_stats<Bf16><<<blocks, device::kThreads, 0, device.stream()>>>(source, stats.data<RowStats>());
+        launch_stats<Bf16>(source, blocks, device.stream(), stats.data<RowStats>());
     else
-        device::log_prob_stats<float><<<blocks, device::kThreads, 0, device.stream()>>>(source, stats.data<RowStats>());
+        launch_stats<float>(source, blocks, device.stream(), stats.data<RowStats>());
     OnDevice::check(cudaGetLastError(), "log_prob_stats");
 }
 

@@ -8,14 +8,17 @@ minute).
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tempfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -45,14 +48,24 @@ def build_libraries(output: Path = PACKAGE, cuda: bool | None = None) -> list[Pa
     else:
         print("r1mega_kernels: no g++, the CPU library is not built; the torch reference serves", file=sys.stderr)
     nvcc = find_nvcc()
-    if cuda or (cuda is None and nvcc and wants_cuda()):
+    if cuda or (cuda is None and nvcc and wants_cuda(nvcc)):
         if not nvcc:
             raise RuntimeError("the CUDA library was asked for and there is no nvcc (PATH, CUDA_HOME)")
         built.append(build_cuda(nvcc, output / "_cuda.so"))
     elif cuda is None:
-        reason = "no CUDA torch is installed (R1MEGA_BUILD_CUDA=1 builds it all the same)" if nvcc else "no nvcc"
-        print(f"r1mega_kernels: {reason}, the CUDA library is not built", file=sys.stderr)
+        print(f"r1mega_kernels: {_no_cuda_because(nvcc)}, the CUDA library is not built", file=sys.stderr)
     return built
+
+
+def _no_cuda_because(nvcc: str | None) -> str:
+    if nvcc is None:
+        return "no nvcc"
+    if (version := torch_cuda()) is None:
+        return "no CUDA torch is installed (R1MEGA_BUILD_CUDA=1 builds it all the same)"
+    return (
+        f"{nvcc} is of CUDA {cuda_major(nvcc)} and torch of {version}, whose drivers may be too old for it (set CUDA_HOME to "
+        "a toolkit of torch's major version; R1MEGA_BUILD_CUDA=1 builds it all the same)"
+    )
 
 
 def build_cpu(compiler: str, output: Path) -> Path:
@@ -73,11 +86,18 @@ def build_cpu(compiler: str, output: Path) -> Path:
                     f"{scratch}/{name}.o",
                 ]
             )
-        jobs.append([str(source / "cpu_ops.cpp"), "-o", f"{scratch}/ops.o"])
+        jobs.append([f"-DR1_SIGNATURE={signature()}", str(source / "cpu_ops.cpp"), "-o", f"{scratch}/ops.o"])
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
             list(pool.map(lambda job: run([compiler, *CPU_FLAGS, "-c", *job]), jobs))
         _link([compiler, "-shared", *(job[-1] for job in jobs), *torch_stubs(compiler, Path(scratch), "cpu")], output)
     return output
+
+
+def signature() -> str:
+    """Of the operators that the package declares: a library that was built for others would read wrong arguments."""
+    tree = ast.parse((PACKAGE / "library.py").read_text())
+    (schemas,) = (n.value for n in tree.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "_SCHEMAS")
+    return f"0x{zlib.crc32(repr(ast.literal_eval(schemas)).encode()):08x}u"
 
 
 def torch_stubs(compiler: str, folder: Path, *parts: str) -> list[str]:
@@ -90,16 +110,32 @@ def torch_stubs(compiler: str, folder: Path, *parts: str) -> list[str]:
 
 
 def build_cuda(nvcc: str, output: Path) -> Path:
-    """One fat binary: machine code for sm_80, sm_90a and sm_100, and PTX of the last for what comes after."""
-    code = [f"-gencode=arch=compute_{target},code=sm_{target}" for target in CUDA_TARGETS]
-    code.append(f"-gencode=arch=compute_{CUDA_TARGETS[-1]},code=compute_{CUDA_TARGETS[-1]}")
-    flags = ["-std=c++17", "-O3", f"-I{ROOT / 'include'}", "-Xcompiler=-fPIC,-fvisibility=hidden", "--threads=0"]
+    """One fat binary: machine code for `cuda_targets`, and PTX of the last plain one for what comes after."""
+    targets = cuda_targets(nvcc)
+    code = [f"-gencode=arch=compute_{target},code=sm_{target}" for target in targets]
+    plain = [target for target in targets if target.isdigit()][-1]
+    code.append(f"-gencode=arch=compute_{plain},code=compute_{plain}")
+    flags = ["-std=c++17", "-O3", f"-I{ROOT / 'include'}", f"-DR1_SIGNATURE={signature()}"]
+    flags += ["-Xcompiler=-fPIC,-fvisibility=hidden", "--threads=0"]
     with tempfile.TemporaryDirectory() as scratch:
         linked = torch_stubs(os.environ.get("CXX", "g++"), Path(scratch), "cpu", "cuda")
         linked = [f"-Xlinker={arg[4:]}" if arg.startswith("-Wl,") else arg for arg in linked]
         source = str(ROOT / "csrc" / "cuda" / "cuda_ops.cu")
         _link([nvcc, *flags, *code, "-shared", "-cudart=static", source, *linked], output)
     return output
+
+
+def cuda_targets(nvcc: str) -> tuple[str, ...]:
+    """Those of CUDA_TARGETS that this nvcc compiles for.
+
+    Raises:
+        RuntimeError: none without a letter, which newer GPUs could run too.
+    """
+    listed = run([nvcc, "--list-gpu-arch"]).split()
+    targets = tuple(target for target in CUDA_TARGETS if f"compute_{target.rstrip('a')}" in listed)
+    if not any(target.isdigit() for target in targets):
+        raise RuntimeError(f"{nvcc} compiles for {', '.join(listed)}, of which the kernels support none: CUDA 12 or 13")
+    return targets
 
 
 def _link(command: list[str], output: Path) -> None:
@@ -128,18 +164,32 @@ def find_nvcc() -> str | None:
     return next((c for c in candidates if c and os.access(c, os.X_OK)), None)
 
 
-def wants_cuda() -> bool:
-    """Whether the torch of this environment is a CUDA build, or R1MEGA_BUILD_CUDA=1. Reads torch/version.py: an
-    isolated build sees no torch on sys.path, and importing it takes seconds."""
+def wants_cuda(nvcc: str) -> bool:
+    """Whether the torch of this environment is a CUDA build of the major version of nvcc, or R1MEGA_BUILD_CUDA=1."""
     if os.environ.get("R1MEGA_BUILD_CUDA"):
         return os.environ["R1MEGA_BUILD_CUDA"] == "1"
+    version = torch_cuda()
+    return version is not None and version.split(".")[0] == cuda_major(nvcc)
+
+
+def cuda_major(nvcc: str) -> str:
+    """'12' or '13'."""
+    said = run([nvcc, "--version"])
+    found = re.search(r"release (\d+)", said)
+    if found is None:
+        raise RuntimeError(f"{nvcc} --version names no release: {said}")
+    return found[1]
+
+
+def torch_cuda() -> str | None:
+    """The CUDA version of the torch of this environment. Reads torch/version.py: an isolated build sees no torch on
+    sys.path, and importing it takes seconds."""
     found = importlib.util.find_spec("torch")
     folder = Path(found.origin).parent if found and found.origin else Path(sysconfig.get_path("purelib")) / "torch"
     version = folder / "version.py"
-    if not version.exists():
-        return False
-    lines = [line.split("=")[-1].strip() for line in version.read_text().splitlines() if line.startswith("cuda")]
-    return bool(lines) and lines[-1] != "None"
+    lines = version.read_text().splitlines() if version.exists() else []
+    said = [line.split("=")[-1].strip() for line in lines if line.startswith("cuda")]
+    return said[-1].strip("'\"") if said and said[-1] != "None" else None
 
 
 def main() -> None:

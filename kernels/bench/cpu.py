@@ -8,7 +8,7 @@ import torch
 
 import r1mega_kernels
 from bench import eager
-from bench.timing import cpu_seconds
+from bench.timing import cpu_seconds, peak_bytes
 
 Record = dict[str, str | float]
 
@@ -82,6 +82,41 @@ def loss_rows(tokens: int, rounds: int) -> list[Record]:
     return [_record(f"advantage + loss + backward, {tokens} tokens", seconds, None)]
 
 
+def linear_loss_rows(shapes: list[tuple[int, int, int]], rounds: int) -> list[Record]:
+    """Loss and gradients from hidden states at each (tokens, hidden, vocabulary), float32: in one pass, and by log-probs
+    first; with what each holds beyond its arguments and results at its peak."""
+    return [_linear_loss_case(*shape, rounds) for shape in shapes]
+
+
+def _linear_loss_case(tokens: int, width: int, vocabulary: int, rounds: int) -> Record:
+    generator = torch.Generator().manual_seed(2)
+    hidden = torch.randn(tokens, width, generator=generator).requires_grad_()
+    weight = (torch.randn(vocabulary, width, generator=generator) / width**0.5).requires_grad_()
+    targets = torch.randint(0, vocabulary, (tokens,), generator=generator)
+    advantages = torch.randn(tokens, generator=generator)
+    old = r1mega_kernels.linear_log_prob(hidden.detach(), weight.detach(), targets).log_prob
+
+    def token_loss(scores: r1mega_kernels.LogProbs, part: slice):
+        return r1mega_kernels.grpo_token_loss(scores.log_prob, advantages[part], old[part])
+
+    def gradients(loss: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(loss, (hidden, weight))
+
+    def one_pass() -> tuple[torch.Tensor, ...]:
+        return gradients(r1mega_kernels.linear_grpo_loss(hidden, weight, targets, token_loss)[0])
+
+    def two_steps() -> tuple[torch.Tensor, ...]:
+        scores = r1mega_kernels.linear_log_prob(hidden, weight, targets)
+        return gradients(token_loss(scores, slice(0, tokens))[0])
+
+    for ours, theirs in zip(one_pass(), two_steps(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    contestants = {"kernel": one_pass, "two steps": two_steps}
+    name = f"loss from hidden states, one pass, T={tokens} H={width} V={vocabulary} float32"
+    record = _record(name, cpu_seconds(contestants, rounds), None)
+    return record | {f"{key}_peak_mb": round(peak_bytes(run) / 1e6, 1) for key, run in contestants.items()}
+
+
 def _record(name: str, seconds: dict[str, float], gigabytes: float | None) -> Record:
     record: Record = {"case": name} | {f"{key}_ms": round(value * 1e3, 3) for key, value in seconds.items()}
     record |= {
@@ -102,4 +137,7 @@ def measure(quick: bool) -> list[Record]:
         (20480 // scale // 10, 16160, torch.bfloat16),
         (8192 // scale, 400, torch.float32),
     ]
-    return log_prob_rows(shapes, rounds) + loss_rows(100_000 // scale, rounds)
+    linear = [(2048 // scale, 512, 129280)]
+    return (
+        log_prob_rows(shapes, rounds) + loss_rows(100_000 // scale, rounds) + linear_loss_rows(linear, min(rounds, 3))
+    )

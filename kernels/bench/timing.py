@@ -44,6 +44,18 @@ def seconds_on(device: str) -> Callable[[Contestants, int], dict[str, float]]:
     return gpu_seconds if device == "cuda" else cpu_seconds
 
 
+def peak_bytes(function: Callable[[], object]) -> int:
+    """The most that torch's CPU allocator has given out at once while `function` ran, beyond what was there before."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        function()
+    current = peak = 0
+    for event in sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            current += event.nbytes()
+            peak = max(peak, current)
+    return peak
+
+
 def _best(contestants: Contestants, rounds: int, timed: Callable[[Callable[[], object]], float]) -> dict[str, float]:
     best: dict[str, float] = {}
     for round_number in range(rounds + 1):

@@ -31,12 +31,34 @@
 #define R1_ATOMIC_ADD(address, value) emulator::atomic_add(address, value)
 #define R1_LOAD_STREAMING(address) emulator::load_aligned(address)
 #define R1_LOAD_FRESH(address) (*(address))
+#define R1_MAX_NAN(a, b) emulator::max_nan(a, b)
+#define R1_MAX_BF16X2(a, b) emulator::by_halves(a, b, [](float x, float y) { return fmaxf(x, y); })
+#define R1_MAX_NAN_BF16X2(a, b) emulator::by_halves(a, b, emulator::max_nan)
 
 struct alignas(16) uint4 {
     unsigned x, y, z, w;
 };
 
 namespace emulator {
+
+inline float max_nan(float a, float b) { return a != a || b != b ? NAN : fmaxf(a, b); }
+
+// A function of bf16, on both of a word.
+template <class F>
+uint32_t by_halves(uint32_t a, uint32_t b, F function) {
+    auto widened = [](uint32_t bits) {
+        float value;
+        memcpy(&value, &bits, sizeof value);
+        return value;
+    };
+    auto bits = [](float value) {
+        uint32_t result;
+        memcpy(&result, &value, sizeof result);
+        return result;
+    };
+    const uint32_t low = bits(function(widened(a << 16), widened(b << 16))) >> 16;
+    return low | (bits(function(widened(a & 0xffff0000u), widened(b & 0xffff0000u))) & 0xffff0000u);
+}
 
 struct Index {
     unsigned x;

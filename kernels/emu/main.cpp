@@ -72,7 +72,8 @@ void run_log_prob() {
                              columns,      stride,        vocab_start,   inverse.size() == 1};
     Array<RowStats> stats(count * int64_t(sizeof(RowStats))), merged(count * int64_t(sizeof(RowStats)));
     Array<float> results(3 * count * int64_t(sizeof(float)));
-    emulator::launch(unsigned(count), device::kThreads, order, [&] { device::log_prob_stats<E>(source, stats.get()); });
+    const auto kernel = device::rows_aligned<E>(source) ? device::log_prob_stats<E, true> : device::log_prob_stats<E, false>;
+    emulator::launch(unsigned(count), device::kThreads, order, [&] { kernel(source, stats.get()); });
     const auto blocks = unsigned((count + device::kThreads - 1) / device::kThreads);
     emulator::launch(blocks, device::kThreads, order,
                      [&] { device::log_prob_merge(stats.get(), source, 1, count, merged.get(), results.get()); });

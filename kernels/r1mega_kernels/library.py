@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import logging
 import os
+import zlib
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 
-from r1mega.errors import PlatformError
 from r1mega_kernels import reference
 
 _log = logging.getLogger(__name__)
 _HERE = Path(__file__).parent
 
 LIBRARY = torch.library.Library("r1mega_kernels", "DEF")
+
+
+class PlatformError(RuntimeError):
+    """A compiled library that a call needs is not built, or does not load into this torch."""
+
 
 # What the compiled libraries implement. Results go to tensors that the caller allocates; an optional tensor that is not
 # given is one without elements. The order of arguments is that of kernels/csrc/*/..._ops.
@@ -54,12 +60,24 @@ def _load(name: str) -> bool:
             f"{path} does not load into torch {torch.__version__} (2.10 or newer is needed): {error}. "
             "Build it again with `python kernels/build.py`, or delete it to use the torch reference."
         ) from error
+    signature = getattr(ctypes.CDLL(str(path)), "r1mega_kernels_signature", int)
+    if signature() & 0xFFFFFFFF != zlib.crc32(repr(_SCHEMAS).encode()):
+        raise PlatformError(
+            f"{path} was built for other operators than this version's, and would read their arguments wrongly: build it "
+            "again with `python kernels/build.py`, or delete it to use the torch reference."
+        )
     return True
 
 
 _DISABLED = os.environ.get("R1MEGA_KERNELS", "") == "reference"
 _HAS_CPU = not _DISABLED and _load("_cpu.so")
-_HAS_CUDA = not _DISABLED and torch.cuda.is_available() and _load("_cuda.so")
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def _has_cuda() -> bool:
+    """Looked for at the first call that asks, not at import: a process that forks later must not have met the driver."""
+    return not _DISABLED and torch.cuda.is_available() and _load("_cuda.so")
 
 
 def instruction_set() -> str:
@@ -83,7 +101,7 @@ def backend(device: torch.device | str | None = None) -> str:
     kind = torch.device(device).type if device is not None else ("cuda" if torch.cuda.is_available() else "cpu")
     if kind == "cpu":
         return f"cpu-{instruction_set()}" if _HAS_CPU else "reference"
-    if kind == "cuda" and _HAS_CUDA:
+    if kind == "cuda" and _has_cuda():
         return "cuda"
     return "reference" if _DISABLED else "missing"
 
@@ -106,8 +124,7 @@ def uses_reference(device: torch.device, requested: str | None) -> bool:
         return True
     if device.type == "meta":
         return False
-    available = {"cpu": _HAS_CPU, "cuda": _HAS_CUDA}.get(device.type, False)
-    if available:
+    if _HAS_CPU if device.type == "cpu" else device.type == "cuda" and _has_cuda():
         return False
     if requested == "native" or device.type != "cpu":
         raise PlatformError(

@@ -1,21 +1,27 @@
 """Log-probs from hidden states and the output weight, without ever holding the logits of all tokens.
 
-Forward: blocks of tokens through one reused buffer. Backward: blocks of the vocabulary, whose logits are computed
-again; a block's weight gradient is the sum over all tokens in one matrix product, so it is added once, in fp32.
+Logits are made in fp32, by square blocks of tokens and vocabulary, in both directions: bf16 would put a logit
+of 40 up to 0.125 off. The weight's gradient is added up in fp32.
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
 from r1mega_kernels.library import check_devices, kernels, uses_reference
 from r1mega_kernels.log_prob import (
+    NATIVE_DTYPES,
     LogProbs,
     backward_into,
     check_arguments,
     gathered_stats,
     inverse_temperature,
+    refuse_second_derivative,
     vocabulary_range,
 )
 
@@ -32,137 +38,232 @@ def linear_log_prob(
     *,
     vocab_start: int | None = None,
     vocab_size: int | None = None,
+    softcap: float | None = None,
     buffer_bytes: int = DEFAULT_BUFFER_BYTES,
     reduce_hidden_grad: bool = True,
     backend: str | None = None,
 ) -> LogProbs:
-    """`grouped_log_prob(hidden @ weight.T, ...)` with a logits buffer of at most about `buffer_bytes` bytes.
+    """`grouped_log_prob` of the fp32 logits hidden @ weight.T, with a logits buffer of at most about `buffer_bytes` bytes.
 
-    hidden: [T, H]; weight: [V, H] (V / tp rows with `tp_group`), of the same dtype, float32 or bfloat16. The other
-    arguments are those of `grouped_log_prob`.
+    hidden: [T, H]; weight: [V, H] (V / tp rows with `tp_group`), of the same dtype, float32, bfloat16 or float16.
+    softcap: the logits are softcap * tanh(x / softcap) of the products x (Gemma 2); the backward pass then takes twice
+    the buffer. The other arguments are those of `grouped_log_prob`.
 
     Gradients: that of `hidden` is accumulated in fp32, summed over `tp_group` when `reduce_hidden_grad` (leave it to
     the layer below by False, as for Megatron's ColumnParallelLinear input), then cast once. That of `weight` is added
     to `weight.main_grad` (fp32) if there is one, with Megatron's `grad_added_to_main_grad` set where the weight has
-    it; else it is returned in the weight's dtype. Two backward passes through one result are an error.
+    it; else it is returned in the weight's dtype. On a GPU the gradient of the logits is rounded to the dtype of
+    `hidden` for its two products. A second derivative is an error.
 
     Raises:
         ValueError, TypeError, PlatformError: as `grouped_log_prob`.
     """
+    head, hidden, targets, inverse = output_layer(
+        hidden, weight, targets, temperature, rows, tp_group, vocab_start, vocab_size, softcap, reduce_hidden_grad,
+        backend,
+    )  # fmt: skip
+    return LogProbs(*_LinearLogProb.apply(hidden, weight, head, targets, inverse, buffer_bytes).unbind())
+
+
+@dataclass(frozen=True, slots=True)
+class OutputLayer:
+    """The output weight of this rank and what its logits need. width: rows of the weight that are no padding."""
+
+    weight: torch.Tensor
+    width: int
+    vocab_start: int
+    group: dist.ProcessGroup | None
+    softcap: float | None
+    reduce_hidden_grad: bool
+    use_reference: bool
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of logits and of the sums of gradients."""
+        return torch.promote_types(self.weight.dtype, torch.float32)
+
+    def factor(self, x: torch.Tensor) -> torch.Tensor:
+        """`x` as the matrix products take it: as it is on a GPU, in `dtype` on a CPU, whose products give what they take."""
+        return x if x.is_cuda else x.to(self.dtype)
+
+    def logits_into(self, out: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """out [t, v] <- the logits of factors [t, H] and [v, H]."""
+        if hidden.dtype == out.dtype:
+            torch.mm(hidden, weight.t(), out=out)
+        else:
+            torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
+        return out if self.softcap is None else out.div_(self.softcap).tanh_().mul_(self.softcap)
+
+    def stats_into(self, stats, logits, targets, inverse, first_column: int) -> None:
+        """stats [t, 4] <- of logits [t, v], whose columns begin at `first_column` of this rank's."""
+        start = self.vocab_start + first_column
+        kernels(self.use_reference).log_prob_stats(logits, targets, inverse, targets, False, start, stats)
+
+    def merged(self, shards: torch.Tensor, inverse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """([t, 4] statistics, [3, t] log-prob, entropy and logsumexp) of statistics [blocks, t, 4], over all ranks."""
+        op, count = kernels(self.use_reference), shards.shape[1]
+        merged, results = shards.new_empty(count, 4), shards.new_empty(3, count)
+
+        def merge(parts: torch.Tensor) -> None:
+            if count:
+                op.log_prob_merge(parts, inverse, merged, False, merged, results)
+
+        if self.group is not None:
+            merge(shards)
+            shards = gathered_stats(merged.clone(), self.group.group_name)
+        merge(shards)
+        return merged, results
+
+    def gradient_of(self, logits, targets, inverse, first_column, stats, entropy, grads) -> torch.Tensor:
+        """The gradient of the products, in the logits' place, from `grads` [3, t]; a factor of further products."""
+        slope = None if self.softcap is None else 1 - (logits / self.softcap).square_()
+        start = self.vocab_start + first_column
+        backward_into(
+            logits, logits, targets, inverse, None, start, stats, entropy, grads.contiguous(), self.use_reference
+        )
+        if slope is not None:
+            logits.mul_(slope)
+        return logits.to(self.weight.dtype) if logits.is_cuda else logits
+
+    def reduced(self, grad_hidden: torch.Tensor) -> torch.Tensor:
+        """The gradient of the hidden states over all ranks, in their dtype."""
+        if self.group is not None and self.reduce_hidden_grad:
+            dist.all_reduce(grad_hidden, group=self.group)
+        return grad_hidden.to(self.weight.dtype)
+
+
+def output_layer(
+    hidden, weight, targets, temperature, rows, tp_group, vocab_start, vocab_size, softcap, reduce_hidden_grad, backend
+) -> tuple[OutputLayer, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(the layer, the chosen rows of hidden states, their targets, 1 / their temperature); raises as `linear_log_prob`."""
     use_reference = uses_reference(hidden.device, backend)
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"expected hidden [T, H] and weight [V, H], not {list(hidden.shape)} and {list(weight.shape)}")
     if hidden.dtype != weight.dtype:
         raise TypeError(f"hidden is {hidden.dtype} and weight is {weight.dtype}")
+    if softcap is not None and not (0 < softcap < math.inf):
+        raise ValueError(f"softcap must be a finite number above 0, not {softcap}")
     check_devices(hidden.device, weight=weight)
     start, size = vocabulary_range(weight.shape[0], tp_group, vocab_start, vocab_size)
-    check_arguments(hidden, targets, rows, size, use_reference)
+    check_arguments(hidden, targets, rows, size, use_reference, (*NATIVE_DTYPES, torch.float16))
     inverse = inverse_temperature(temperature, hidden)
     if rows is not None:  # prompt rows never reach the matrix products
         hidden, targets = hidden.index_select(0, rows), targets[rows]
         inverse = inverse[rows] if inverse.numel() > 1 else inverse
     group = tp_group if tp_group is not None and dist.get_world_size(tp_group) > 1 else None
-    columns = min(weight.shape[0], size - start)
-    results = _LinearLogProb.apply(
-        hidden, weight, columns, targets.contiguous(), inverse, start, group, buffer_bytes, reduce_hidden_grad,
-        use_reference,
-    )  # fmt: skip
-    return LogProbs(*results.unbind())
+    width = min(weight.shape[0], size - start)
+    head = OutputLayer(weight, width, start, group, softcap, reduce_hidden_grad, use_reference)
+    return head, hidden, targets.contiguous(), inverse
 
 
-def block_size(other: int, element_size: int, buffer_bytes: int) -> int:
-    """How many rows (or columns) of `other` elements fit the buffer: a multiple of 128, at least 128."""
-    return max(128, buffer_bytes // max(1, other * element_size) // 128 * 128)
+def block_shape(rows: int, columns: int, element_size: int, buffer_bytes: int) -> tuple[int, int]:
+    """Rows and columns of blocks that fit the buffer: multiples of 128, at least 128, as nearly square as the whole
+    allows. The backward pass reads and writes the gradients of hidden states and weight once for each block beside them:
+    squares do so least often.
+    """
+    elements = buffer_bytes // element_size
+    side = math.isqrt(max(1, elements))
+
+    def rounded(limit: int, length: int) -> int:
+        return max(1, length) if length <= limit else max(128, limit // 128 * 128)
+
+    short = min(rows, columns)
+    if short < side:  # the whole of one side, as much as fits of the other
+        side = elements // max(1, short)
+    return (rounded(side, rows), rounded(side, columns))
+
+
+def parts(length: int, step: int) -> Iterator[slice]:
+    """[0, length) in slices of `step`, the last one shorter."""
+    return (slice(begin, min(begin + step, length)) for begin in range(0, length, step))
 
 
 class _LinearLogProb(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, hidden, weight, width, targets, inverse, vocab_start, group, buffer_bytes, reduce_grad, use_reference
-    ):
-        """[3, T]: log-prob, entropy and logsumexp, by blocks of rows whose logits fit the buffer."""
-        op = kernels(use_reference)
+    def forward(ctx, hidden, weight, head, targets, inverse, buffer_bytes):
+        """[3, T]: log-prob, entropy and logsumexp. The blocks of the vocabulary are merged as shards of it are."""
         count = hidden.shape[0]
-        step = min(max(1, count), block_size(width, hidden.element_size(), buffer_bytes))
-        buffer = hidden.new_empty(step, width)
-        stats = torch.empty(count, 4, dtype=inverse.dtype, device=hidden.device)
-        for begin in range(0, count, step):
-            part = slice(begin, min(begin + step, count))
-            logits = torch.mm(hidden[part], weight[:width].t(), out=buffer[: part.stop - begin])
-            scale = inverse[part] if inverse.numel() > 1 else inverse
-            op.log_prob_stats(logits, targets[part], scale, targets, False, vocab_start, stats[part])
-        shards = gathered_stats(stats, group.group_name if group is not None else "")
-        merged = torch.empty_like(stats)
-        results = torch.empty(3, count, dtype=stats.dtype, device=hidden.device)
-        if count:
-            op.log_prob_merge(shards, inverse, targets, False, merged, results)
-        # ctx.weight: the parameter itself, whose main_grad the backward pass fills
+        ctx.block = height, width = block_shape(count, head.width, head.dtype.itemsize, buffer_bytes)
+        columns = list(parts(head.width, width))
+        buffer = torch.empty(height * width, dtype=head.dtype, device=hidden.device)
+        shards = torch.empty(len(columns), count, 4, dtype=inverse.dtype, device=hidden.device)
+        for shard, column in zip(shards, columns, strict=True):
+            factor = head.factor(weight[column])
+            for row in parts(count, height):
+                logits = head.logits_into(_block(buffer, row, column), head.factor(hidden[row]), factor)
+                head.stats_into(shard[row], logits, targets[row], _of_rows(inverse, row), column.start)
+        merged, results = head.merged(shards, inverse)
         ctx.save_for_backward(hidden, weight, targets, inverse, merged, results[1].clone())
-        ctx.weight, ctx.width, ctx.group, ctx.vocab_start = weight, width, group, vocab_start
-        ctx.buffer_bytes, ctx.reduce_grad, ctx.use_reference = buffer_bytes, reduce_grad, use_reference
+        ctx.head = head
         return results
 
     @staticmethod
     def backward(ctx, grads):
-        """Gradients of hidden and weight, by blocks of the vocabulary; the weight's goes into main_grad if it has one."""
+        """Gradients of hidden and weight: the logits of each block again, overwritten by their gradient."""
+        refuse_second_derivative()
         hidden, weight, targets, inverse, stats, entropy = ctx.saved_tensors
-        count, width = hidden.shape[0], ctx.width
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        grad_hidden = torch.zeros(hidden.shape, dtype=wide, device=hidden.device)
-        target_grad, returned = _weight_grad_target(ctx.weight, wide, ctx.needs_input_grad[1])
-        step = min(width, block_size(max(1, count), hidden.element_size(), ctx.buffer_bytes))
-        buffer = hidden.new_empty(count * step)
-        grads = grads.contiguous()
-        for begin in range(0, width, step) if count else ():
-            part = slice(begin, min(begin + step, width))
-            logits = buffer[: count * (part.stop - begin)].view(count, -1)
-            torch.mm(hidden, weight[part].t(), out=logits)
-            backward_into(
-                logits,
-                logits,
-                targets,
-                inverse,
-                None,
-                ctx.vocab_start + begin,
-                stats,
-                entropy,
-                grads,
-                ctx.use_reference,
-            )
-            _add_product(grad_hidden, logits, weight[part])
-            if target_grad is not None:
-                _add_product(target_grad[part], logits.t(), hidden)
-        if ctx.group is not None and ctx.reduce_grad:
-            dist.all_reduce(grad_hidden, group=ctx.group)
-        if returned is not None and target_grad is returned:
-            returned = returned.to(weight.dtype)
-        return grad_hidden.to(hidden.dtype), returned, *([None] * 8)
+        head, (height, width) = ctx.head, ctx.block
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        buffer = torch.empty(height * width, dtype=head.dtype, device=hidden.device)
+        grad_hidden = torch.zeros(hidden.shape, dtype=head.dtype, device=hidden.device) if needs_hidden else None
+        grad_weight = weight_grad(head) if needs_weight else None
+        for column in parts(head.width, width):
+            factor = head.factor(weight[column])
+            for row in parts(hidden.shape[0], height):
+                states = head.factor(hidden[row])
+                logits = head.logits_into(_block(buffer, row, column), states, factor)
+                grad = head.gradient_of(
+                    logits, targets[row], _of_rows(inverse, row), column.start, stats[row], entropy[row], grads[:, row]
+                )
+                if grad_hidden is not None:
+                    add_product(grad_hidden[row], grad, factor)
+                if grad_weight is not None:
+                    add_product(grad_weight[column], grad.t(), states)
+        if grad_hidden is not None:
+            grad_hidden = head.reduced(grad_hidden)
+        return grad_hidden, handed_over(head, grad_weight), None, None, None, None
 
 
-def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+def _block(buffer: torch.Tensor, row: slice, column: slice) -> torch.Tensor:
+    shape = (row.stop - row.start, column.stop - column.start)
+    return buffer[: shape[0] * shape[1]].view(shape)
+
+
+def _of_rows(inverse: torch.Tensor, row: slice) -> torch.Tensor:
+    return inverse[row] if inverse.numel() > 1 else inverse
+
+
+def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     """total (fp32) += a @ b, accumulated and added in fp32 whatever the factors' dtype."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
-    elif a.is_cuda:
+    else:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    else:  # CPU matrix products have no out_dtype
-        total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 
-def _weight_grad_target(
-    weight: torch.Tensor, dtype: torch.dtype, needed: bool
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """(where the weight's gradient is added up, what autograd is given)."""
-    if not needed:
-        return None, None
-    main_grad = getattr(weight, "main_grad", None)
+def weight_grad(head: OutputLayer) -> torch.Tensor:
+    """[V, H] where the weight's gradient is added up: its main_grad, or zeros."""
+    main_grad = getattr(head.weight, "main_grad", None)
     if main_grad is None:
-        total = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
-        return total, total
-    if main_grad.dtype != dtype:
-        raise TypeError(f"weight.main_grad is {main_grad.dtype}; the gradient is accumulated in {dtype}")
+        return torch.zeros(head.weight.shape, dtype=head.dtype, device=head.weight.device)
+    if main_grad.dtype != head.dtype:
+        raise TypeError(f"weight.main_grad is {main_grad.dtype}; the gradient is accumulated in {head.dtype}")
+    return main_grad
+
+
+def handed_over(head: OutputLayer, grad_weight: torch.Tensor | None) -> torch.Tensor | None:
+    """What autograd is given for the weight: nothing if its gradient is in main_grad, else the gradient in its dtype."""
+    weight = head.weight
+    if grad_weight is None:
+        return None
+    if getattr(weight, "main_grad", None) is None:
+        return grad_weight.to(weight.dtype)
     if hasattr(weight, "grad_added_to_main_grad"):
-        # Megatron's hook runs only when autograd hands over a gradient, which it then ignores
         weight.grad_added_to_main_grad = True
-        return main_grad, torch.zeros_like(weight)
-    return main_grad, None
+        if getattr(weight, "zero_out_wgrad", False):  # tied: autograd adds the embedding's gradient to it
+            return torch.zeros_like(weight)
+        if (
+            weight.grad is None
+        ):  # Megatron's hook wants to see a gradient, which it then ignores: one zero, [V, H] times
+            weight.grad = weight.detach().new_zeros(()).expand(weight.shape)
+    return None

@@ -64,9 +64,9 @@ def grouped_log_prob(
     if logits.stride(1) != 1:
         logits = logits.contiguous()
     group_name = tp_group.group_name if tp_group is not None and dist.get_world_size(tp_group) > 1 else ""
-    results, _ = torch.ops.r1mega_kernels.log_prob(
-        logits, targets.contiguous(), inverse, rows, start, group_name, grad_in_place, use_reference
-    )
+    # torch.compile sees one operator; in eager mode an operator registered from Python costs several calls' worth more
+    log_prob = torch.ops.r1mega_kernels.log_prob if torch.compiler.is_compiling() else _LogProb.apply
+    results, _ = log_prob(logits, targets.contiguous(), inverse, rows, start, group_name, grad_in_place, use_reference)
     return LogProbs(*results.unbind())
 
 
@@ -107,7 +107,12 @@ def inverse_temperature(temperature: float | torch.Tensor, like: torch.Tensor) -
 
 
 def check_arguments(
-    x: torch.Tensor, targets: torch.Tensor, rows: torch.Tensor | None, vocab_size: int, use_reference: bool
+    x: torch.Tensor,
+    targets: torch.Tensor,
+    rows: torch.Tensor | None,
+    vocab_size: int,
+    use_reference: bool,
+    dtypes: tuple[torch.dtype, ...] = NATIVE_DTYPES,
 ) -> None:
     """Raises ValueError or TypeError for what the kernels would read wrongly. Values are looked at on a CPU only: on a
     GPU that would stall the stream, and a target outside the vocabulary gives NaN there."""
@@ -116,8 +121,9 @@ def check_arguments(
     check_devices(x.device, targets=targets, rows=rows)
     if targets.dtype != torch.int64 or (rows is not None and rows.dtype != torch.int64):
         raise TypeError("targets and rows must be int64")
-    if not use_reference and x.dtype not in NATIVE_DTYPES:
-        raise TypeError(f"the kernels read float32 and bfloat16, not {x.dtype}; convert, or use backend='reference'")
+    if not use_reference and x.dtype not in dtypes:
+        read = ", ".join(str(dtype)[6:] for dtype in dtypes)
+        raise TypeError(f"the kernels read {read}, not {x.dtype}; convert, or use backend='reference'")
     if rows is not None and (rows.dim() != 1 or not rows.is_contiguous()):
         raise ValueError("rows must be a contiguous vector")
     if x.device.type != "cpu":
@@ -173,20 +179,40 @@ def _log_prob_fake(logits, targets, inverse_temperature, rows, vocab_start, grou
 
 def _save(ctx, inputs, output):
     logits, targets, inverse, rows, ctx.vocab_start, _, ctx.grad_in_place, ctx.reference = inputs
-    ctx.save_for_backward(logits, targets, inverse, rows, output[0][1], output[1])
+    # the whole output: a view of it would keep this node, and with it the logits, alive for ever
+    ctx.save_for_backward(logits, targets, inverse, rows, output[0], output[1])
 
 
 def _log_prob_backward(ctx, grads, _grad_stats):
-    logits, targets, inverse, rows, entropy, stats = ctx.saved_tensors
+    refuse_second_derivative()
+    logits, targets, inverse, rows, results, stats = ctx.saved_tensors
     if ctx.grad_in_place:
         torch.autograd.graph.increment_version(logits)  # another backward through these logits is an error
         grad_logits = logits.detach()
     else:
         grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     backward_into(
-        grad_logits, logits, targets, inverse, rows, ctx.vocab_start, stats, entropy, grads.contiguous(), ctx.reference
+        grad_logits,
+        logits,
+        targets,
+        inverse,
+        rows,
+        ctx.vocab_start,
+        stats,
+        results[1],
+        grads.contiguous(),
+        ctx.reference,
     )
     return grad_logits, None, None, None, None, None, None, None
+
+
+def refuse_second_derivative() -> None:
+    """Raises RuntimeError in a backward pass that autograd records (create_graph=True): it would record nothing."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "the kernels of r1mega_kernels have no second derivative: differentiate with create_graph=False, or compute "
+            "this term in plain torch functions"
+        )
 
 
 def backward_into(
@@ -202,6 +228,17 @@ def backward_into(
     kernels(use_reference).log_prob_backward(
         logits, targets, inverse, positions, rows is not None, vocab_start, stats, entropy, grads, grad_logits
     )
+
+
+class _LogProb(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _log_prob(*inputs)
+        ctx.mark_non_differentiable(output[1])
+        _save(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_log_prob_backward)
 
 
 LIBRARY.impl("log_prob", _log_prob, "CompositeExplicitAutograd")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from r1mega_kernels.library import LIBRARY, check_devices, kernels, uses_reference
+from r1mega_kernels.log_prob import refuse_second_derivative
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,13 +115,14 @@ def grpo_token_loss(
     flags = (
         torch.empty(0, dtype=torch.uint8, device=log_probs.device) if mask is None else mask.bool().view(torch.uint8)
     )
-    loss, _, sums = torch.ops.r1mega_kernels.token_loss(
+    token_loss = torch.ops.r1mega_kernels.token_loss if torch.compiler.is_compiling() else _TokenLoss.apply
+    loss, _, sums = token_loss(
         log_probs.to(wide).contiguous(), given(old_log_probs), given(reference_log_probs), given(sampler_log_probs),
         given(advantages), given(weights), flags.contiguous(), given(sequence_ids, torch.int64),
         weights_per_sequence, clip_low, clip_high, dual_clip or 0.0, kl_coefficient, importance_cap or 0.0,
         _SURROGATES[surrogate], *sapo_temperatures, kl_bias_correction, use_reference,
     )  # fmt: skip
-    return loss, GRPOMetrics(*sums.unbind()[1:])
+    return loss, GRPOMetrics(*sums.detach().unbind()[1:])
 
 
 def _check_sequences(sequence_ids: torch.Tensor, num_sequences: int, mask: torch.Tensor | None) -> None:
@@ -135,6 +137,7 @@ def _check_sequences(sequence_ids: torch.Tensor, num_sequences: int, mask: torch
 
 
 _SURROGATES = {"clip": 0, "cispo": 1, "sapo": 2}
+_TOKENS_PER_BLOCK = 2048  # of the CUDA kernel, whose blocks leave partial sums, and their number, after the 8 sums
 _INPUTS = ("log_probs", "old", "reference_log_probs", "sampler", "advantages", "weights", "mask", "sequence_ids")
 LIBRARY.define(
     f"token_loss({', '.join(f'Tensor {name}' for name in _INPUTS)}, bool weights_per_sequence, float clip_low, "
@@ -148,10 +151,12 @@ def _token_loss(*args):
     *inputs, use_reference = args
     log_probs = inputs[0]
     grad = torch.empty_like(log_probs)
-    sums = torch.zeros(8, dtype=torch.float64, device=log_probs.device)
+    blocks = -(-log_probs.numel() // _TOKENS_PER_BLOCK) if log_probs.is_cuda else 0
+    totals = torch.zeros(8 + 8 * blocks + 1, dtype=torch.float64, device=log_probs.device)
     if log_probs.numel():
-        kernels(use_reference).grpo_token_loss(*inputs, grad, sums)
-    return sums[0].to(log_probs.dtype), grad, sums
+        kernels(use_reference).grpo_token_loss(*inputs, grad, totals)
+    sums = totals[:8]
+    return sums[0].to(log_probs.dtype, copy=True), grad, sums
 
 
 def _token_loss_fake(log_probs, *args):
@@ -163,7 +168,19 @@ def _save(ctx, inputs, output):
 
 
 def _token_loss_backward(ctx, grad_loss, _grad_grad, _grad_sums):
+    refuse_second_derivative()
     return ctx.saved_tensors[0] * grad_loss, *([None] * 18)
+
+
+class _TokenLoss(torch.autograd.Function):  # as _LogProb: cheaper to call than the operator
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _token_loss(*inputs)
+        ctx.mark_non_differentiable(*output[1:])
+        _save(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_token_loss_backward)
 
 
 LIBRARY.impl("token_loss", _token_loss, "CompositeExplicitAutograd")

@@ -21,6 +21,7 @@ from r1mega.plan.rank import RankMemory, measure
 from r1mega.plan.residency import TRAINER, residency
 from r1mega.plan.workload import Workload
 from r1mega.train.phases import HOST_BLOCK, Part, Phase
+from r1mega_kernels.linear_loss import DEFAULT_CHUNK_TOKENS
 
 CONTEXT_BYTES = 2.5e9
 """CUDA's context and NCCL's buffers of the trainer's groups. Estimated: no GPU was asked."""
@@ -119,7 +120,7 @@ def stage_ranks(
             hf, planned_model(config.model), parallel, optimizer, world=gpus, rank=rank, imbalance=imbalance,
             tokens=padded(work.microbatch_tokens, parallel),
         )  # fmt: skip
-        head = _head_bytes(config.model, hf, work.microbatch_tokens / parallel.cp) if stage == parallel.pp - 1 else 0.0
+        head = _head_bytes(config, hf, work.microbatch_tokens / parallel.cp) if stage == parallel.pp - 1 else 0.0
         yield StageRank(stage, memory, in_flight(parallel, stage, work.microbatches), head)
 
 
@@ -149,11 +150,17 @@ def in_flight(parallel: ParallelConfig, stage: int, microbatches: int) -> float:
     return min(warm_up, microbatches * chunks) / chunks
 
 
-def _head_bytes(model: ModelConfig, hf: Mapping[str, Any], rows: float) -> float:
-    """Beside the last stage's layers: for `hidden` the rows, their gradient in float32 and two buffers of logits."""
-    if model.log_probs != "hidden":
+def _head_bytes(config: TrainingStage, hf: Mapping[str, Any], rows: float) -> float:
+    """Beside the last stage's layers: for `hidden` the rows, their gradient in float32 and two buffers of logits; where the
+    loss is found in one pass, a chunk's logits with their gradient, and the output weight's gradient in float32.
+    """
+    if config.model.log_probs != "hidden":
         return 0.0  # logits are a layer's output, and counted there
-    return 2 * HEAD_BUFFER_BYTES + rows * hf["hidden_size"] * (4 + 2)
+    buffers = 2.0 * HEAD_BUFFER_BYTES
+    if isinstance(config, RLStage) and config.algorithm.is_of_tokens and config.parallel.cp == 1:
+        chunk = min(rows, DEFAULT_CHUNK_TOKENS)
+        buffers = hf["vocab_size"] / config.parallel.tp * (chunk * (4 + 2) + hf["hidden_size"] * 4)
+    return buffers + rows * hf["hidden_size"] * (4 + 2)
 
 
 def phase_memory(

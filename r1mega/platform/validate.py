@@ -6,6 +6,7 @@ import importlib.util
 import json
 import logging
 
+import r1mega_kernels
 from r1mega import platform
 from r1mega.config.schema import Stage
 from r1mega.errors import ConfigError, PlatformError
@@ -25,6 +26,11 @@ def validate_platform(config: Stage) -> None:
     here = platform.current()
     if here.name == "cuda":
         _check_libraries()
+        if config.model.log_probs != "reference" and r1mega_kernels.backend("cuda") == "missing":
+            raise PlatformError(
+                "the CUDA kernels are not built: run `python kernels/build.py --cuda` (wants nvcc), or set "
+                "model.log_probs=reference"
+            )
     if config.model.dispatcher != "alltoall" and (here.name == "cpu" or importlib.util.find_spec("deep_ep") is None):
         raise PlatformError(
             f"model.dispatcher = {config.model.dispatcher} needs a GPU and the package deep_ep, which are not both here; set "

@@ -45,8 +45,8 @@ class _Minibatch:
 
 @dataclass(frozen=True, slots=True)
 class _Statistics:
-    """Of one microbatch, scalars. off_policy: where rules are on; outliers: tokens further from the sampler's log-prob than
-    a probe allows.
+    """Of one microbatch or a part of it, scalars. off_policy: where rules are on; outliers: tokens further from the sampler's
+    log-prob than a probe allows.
     """
 
     tokens: GRPOMetrics
@@ -83,6 +83,7 @@ def update_policy(
                 loss,
                 temperature=config.rollout.temperature,
                 total_response_tokens=minibatch.response_tokens,
+                of_tokens=config.algorithm.is_of_tokens,
             )
             for minibatch in minibatches
         ]

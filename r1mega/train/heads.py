@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from r1mega.train.shard import Shard, join_rows
-from r1mega_kernels import grouped_log_prob, linear_log_prob
+from r1mega_kernels import grouped_log_prob, linear_grpo_loss, linear_log_prob
+from r1mega_kernels.linear_loss import DEFAULT_CHUNK_TOKENS
+
+S = TypeVar("S")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +67,8 @@ class HiddenHead:
     group: dist.ProcessGroup | None
     reduce_hidden_grad: bool
     """Add the gradient of the hidden states up over `group`; False where that is done while they are scattered."""
+    chunk_tokens: int = DEFAULT_CHUNK_TOKENS
+    """Rows whose logits `loss` holds at a time."""
 
     def scores(self, output: torch.Tensor, part: Shard, temperature: float) -> TokenScores:
         log_probs, entropies, _ = linear_log_prob(
@@ -70,6 +76,23 @@ class HiddenHead:
             reduce_hidden_grad=self.reduce_hidden_grad,
         )  # fmt: skip
         return TokenScores(log_probs, entropies)
+
+    def loss(
+        self,
+        output: torch.Tensor,
+        part: Shard,
+        temperature: float,
+        token_loss: Callable[[TokenScores, slice], tuple[torch.Tensor, S]],
+    ) -> tuple[torch.Tensor, list[S]]:
+        """The sum of a loss of single tokens over chunks of `part.rows`, and what else it returned of each: as of `scores`,
+        with one matrix product less.
+        """
+        return linear_grpo_loss(
+            output, self.weight, part.labels,
+            lambda scores, rows: token_loss(TokenScores(scores.log_prob, scores.entropy), rows), temperature, part.rows,
+            self.group, vocab_size=self.vocab_size, reduce_hidden_grad=self.reduce_hidden_grad,
+            chunk_tokens=self.chunk_tokens,
+        )  # fmt: skip
 
 
 class ScoreHead:

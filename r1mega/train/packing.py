@@ -11,7 +11,7 @@ import dataclasses
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import numpy as np
 import torch
@@ -133,6 +133,8 @@ class Microbatch:
     routed_experts: [T, MoE layers, top-k] choices to replay, or None.
     """
 
+    _row_fields: ClassVar[tuple[str, ...]] = ("rows", "targets")
+
     sample_indices: tuple[int, ...]
     tokens: torch.Tensor
     positions: torch.Tensor
@@ -157,6 +159,13 @@ class Microbatch:
             if torch.is_tensor(value):
                 fields[name] = value.to(device, non_blocking=True)
         return dataclasses.replace(self, **fields)
+
+    def of_rows(self, part: slice) -> Self:
+        """The same with a part of its rows, as a loss of single tokens reads them. `sequence_ids` is left out: what is of a
+        whole sequence cannot be computed of a part, and fails.
+        """
+        rows = {name: value[part] for name in self._row_fields if (value := getattr(self, name)) is not None}
+        return dataclasses.replace(self, **rows, sequence_ids=self.sequence_ids[:0])
 
     def carrying(self, kind: type[Carrier], **further: torch.Tensor | None) -> Carrier:
         """The same as a microbatch of a kind with further fields: what a loss compares its scores with."""

@@ -168,14 +168,17 @@ class Policy:
         *,
         forward_only: bool,
         mtp_loss: bool = False,
+        of_tokens: bool = False,
     ) -> list[S]:
         """A pass over microbatches, with gradients of the loss unless `forward_only`; the statistics of each where the loss
-        is: on the last pipeline stage, elsewhere []. mtp_loss: add that of the multi-token-prediction layers.
+        is: on the last pipeline stage, elsewhere []. mtp_loss: add that of the multi-token-prediction layers. of_tokens: the
+        loss is a sum over tokens, of each token's scores alone, and may be asked for parts of a microbatch, each with its
+        statistics.
         """
         fillers: list[None] = [None] * (-len(microbatches) % self.microbatch_multiple)
         if forward_only:
             self.settle()
-        one = _Pass(self, loss, temperature, mtp_loss)
+        one = _Pass(self, loss, temperature, mtp_loss, of_tokens)
         self._check_weights()
         modules = self.modules
         iterators = [iter([*microbatches, *fillers]) for _ in modules]  # one a virtual pipeline stage
@@ -215,6 +218,13 @@ class Policy:
         """The scores of all R rows of a microbatch from what `forward` returned on the last pipeline stage."""
         head = CrossEntropyHead() if mtp_loss else self._head
         return head.scores(output[0], part, temperature).joined(part, num_rows, self._context_group)
+
+    @property
+    def one_pass_head(self) -> HiddenHead | None:
+        """The head that finds a loss of tokens and its gradient in one pass, where there is one: each context-parallel rank
+        has rows of its own and computes the loss of all.
+        """
+        return self._head if isinstance(self._head, HiddenHead) and self._context_group is None else None
 
     # ------------------------------------------------------------------ weights
 
@@ -307,6 +317,7 @@ class _Pass(Generic[B, S]):
     loss: Loss[B, S]
     temperature: float
     mtp_loss: bool
+    of_tokens: bool
     statistics: list[S] = field(default_factory=list)
 
     def forward(
@@ -325,13 +336,20 @@ class _Pass(Generic[B, S]):
 
     def value(self, batch: B | None, part: Shard, output: torch.Tensor) -> _Value:
         """(loss, rows of this rank, nothing for Megatron to report)."""
-        num_rows = 0 if batch is None else batch.rows.numel()
-        scores = self.policy.read(output, part, num_rows, self.temperature, mtp_loss=self.mtp_loss)
-        if batch is None:
-            value = scores.values.sum()  # of nothing
+        head = self.policy.one_pass_head if self.of_tokens and not self.mtp_loss else None
+        if batch is not None and head is not None:
+            value, found = head.loss(
+                output[0], part, self.temperature, lambda scores, rows: self.loss(batch.of_rows(rows), scores)
+            )
+            self.statistics += found
         else:
-            value, statistics = self.loss(batch, scores)
-            self.statistics.append(statistics)
+            num_rows = 0 if batch is None else batch.rows.numel()
+            scores = self.policy.read(output, part, num_rows, self.temperature, mtp_loss=self.mtp_loss)
+            if batch is None:
+                value = scores.values.sum()  # of nothing
+            else:
+                value, statistics = self.loss(batch, scores)
+                self.statistics.append(statistics)
         return value, torch.tensor(part.rows.numel(), dtype=torch.int), {}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -106,6 +107,10 @@ class PolicyMicrobatch(Microbatch):
     advantages; weights: its share of the minibatch's loss; log-probs under the policy that sampled (as the generator gave
     them), under the weights before the step's updates, under the reference (None: no KL term).
     """
+
+    _row_fields: ClassVar[tuple[str, ...]] = (
+        *Microbatch._row_fields, "advantages", "weights", "sampler_log_probs", "old_log_probs", "reference_log_probs",
+    )  # fmt: skip
 
     advantages: torch.Tensor
     weights: torch.Tensor

@@ -138,13 +138,14 @@ class Trainer:
         temperature: float = 1.0,
         total_response_tokens: int,
         mtp_loss: bool = False,
+        of_tokens: bool = False,
     ) -> UpdateResult[S]:
         """One optimizer step on the sum of the microbatches' losses (over all data-parallel ranks).
 
         total_response_tokens: R summed over this step's microbatches on all data-parallel ranks. Megatron divides
         gradients by it; the loss is multiplied by it first, so that the caller's loss is minimised as it stands.
         mtp_loss: add the loss of the multi-token-prediction layers, if the model has them (pre-training and SFT:
-        the tokens are to be imitated); entropies are then not computed.
+        the tokens are to be imitated); entropies are then not computed. of_tokens: see `Policy.run`.
         When the gradient norm is not finite on any rank, no rank moves a weight, and each replica writes its microbatches
         to `evidence`. The step is then left out, or NonFiniteError when optimizer.skip_nonfinite such steps went before it.
         """
@@ -161,7 +162,9 @@ class Trainer:
         self._weigh_aux_loss(microbatches, total_response_tokens)
         self._must_gather = False  # the forward pass does
         further = mtp_loss and bool(self.policy.megatron_config.mtp_num_layers)
-        statistics = self.policy.run(microbatches, scaled, temperature, forward_only=False, mtp_loss=further)
+        statistics = self.policy.run(
+            microbatches, scaled, temperature, forward_only=False, mtp_loss=further, of_tokens=of_tokens
+        )
         lr = self.optimizer.param_groups[0]["lr"]
         self.enter("step")
         stepped, grad_norm, _ = self.optimizer.step()

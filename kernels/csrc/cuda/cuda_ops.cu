@@ -41,6 +41,13 @@ device::RowSource row_source(const Tensor& logits, const Tensor& targets, const 
         vocab_start,         temperature.numel() == 1};
 }
 
+template <class E>
+void launch_stats(const device::RowSource& source, unsigned blocks, cudaStream_t stream, RowStats* stats) {
+    const auto kernel =
+        device::rows_aligned<E>(source) ? device::log_prob_stats<E, true> : device::log_prob_stats<E, false>;
+    kernel<<<blocks, device::kThreads, 0, stream>>>(source, stats);
+}
+
 void op_log_prob_stats(StableIValue* stack, uint64_t, uint64_t) {
     const Tensor logits(stack[0]), targets(stack[1]), temperature(stack[2]), rows(stack[3]), stats(stack[6]);
     const OnDevice device(logits);
@@ -48,9 +55,9 @@ void op_log_prob_stats(StableIValue* stack, uint64_t, uint64_t) {
     const auto source = row_source(logits, targets, temperature, row, scalar<int64_t>(stack[5]));
     const auto blocks = unsigned(stats.size(0));
     if (logits.is_bf16())
-        device::log_prob_stats<Bf16><<<blocks, device::kThreads, 0, device.stream()>>>(source, stats.data<RowStats>());
+        launch_stats<Bf16>(source, blocks, device.stream(), stats.data<RowStats>());
     else
-        device::log_prob_stats<float><<<blocks, device::kThreads, 0, device.stream()>>>(source, stats.data<RowStats>());
+        launch_stats<float>(source, blocks, device.stream(), stats.data<RowStats>());
     OnDevice::check(cudaGetLastError(), "log_prob_stats");
 }
 
@@ -116,15 +123,13 @@ void op_grpo_token_loss(StableIValue* stack, uint64_t, uint64_t) {
         scalar<bool>(stack[17]), tensors.old_log_probs, tensors.reference_log_probs, tensors.sampler_log_probs);
     const int64_t count = log_probs.numel();
     const auto blocks = unsigned((count + device::kTokensPerBlock - 1) / device::kTokensPerBlock);
-    const size_t partial_bytes = size_t(blocks) * kNumSums * sizeof(double);
-    void* scratch = nullptr;  // freed in the order of the stream, so the kernel is done with it
-    OnDevice::check(cudaMallocAsync(&scratch, partial_bytes + sizeof(unsigned), device.stream()), "cudaMallocAsync");
-    auto* finished = reinterpret_cast<unsigned*>(static_cast<char*>(scratch) + partial_bytes);
-    OnDevice::check(cudaMemsetAsync(finished, 0, sizeof(unsigned), device.stream()), "cudaMemsetAsync");
+    const int64_t partials = int64_t(blocks) * kNumSums;
+    // torch's memory: the sums, then the blocks' partial sums and their counter, all zeros
+    if (sums.numel() < kNumSums + partials + 1) throw std::runtime_error("r1mega_kernels: token_loss lacks scratch");
+    double* totals = sums.data<double>();
     device::token_loss<<<blocks, device::kLossThreads, 0, device.stream()>>>(
-        tensors, options, count, static_cast<double*>(scratch), finished, sums.data<double>());
+        tensors, options, count, totals + kNumSums, reinterpret_cast<unsigned*>(totals + kNumSums + partials), totals);
     OnDevice::check(cudaGetLastError(), "token_loss");
-    OnDevice::check(cudaFreeAsync(scratch, device.stream()), "cudaFreeAsync");
 }
 
 const auto registration = abi::Registration("CUDA", __FILE__)

@@ -51,28 +51,100 @@ R1_DEVICE bool is_aligned(const E* row) {
     return reinterpret_cast<uintptr_t>(row) % 16 == 0;
 }
 
-// A thread's running statistics; the maximum moves at most once per step.
-template <int kCount>
-R1_DEVICE void accumulate(RowStats& stats, const float (&x)[kCount], float c) {
-    float max = stats.max;
+// The largest element; passes a NaN by (its power of two does not).
+template <int kPacks>
+R1_DEVICE float largest(const Pack<Bf16> (&packs)[kPacks]) {
+    uint32_t most = 0xff80ff80u;  // -inf, twice
 #pragma unroll
-    for (int k = 0; k < kCount; ++k) max = fmaxf(x[k], max);  // passes a NaN by; its power of two does not
-    if (max > stats.max) {
-        if (stats.sum != 0.f) {
-            const float shift = (stats.max - max) * c, scale = fast_exp2(shift);
-            stats.weighted = scale == 0.f ? 0.f : scale * (stats.weighted + stats.sum * shift);
-            stats.sum *= scale;
+    for (int u = 0; u < kPacks; ++u) {
+        uint32_t words[4];
+        memcpy(words, &packs[u], sizeof words);
+        const uint32_t low = R1_MAX_BF16X2(words[0], words[1]), high = R1_MAX_BF16X2(words[2], words[3]);
+        most = R1_MAX_BF16X2(most, R1_MAX_BF16X2(low, high));
+    }
+    return fmaxf(as_float(most << 16), as_float(most & 0xffff0000u));
+}
+template <int kPacks>
+R1_DEVICE float largest(const Pack<float> (&packs)[kPacks]) {
+    float max = minus_infinity();
+#pragma unroll
+    for (int k = 0; k < kPacks * kLanes<float>; ++k) max = fmaxf(packs[k / kLanes<float>].values[k % kLanes<float>], max);
+    return max;
+}
+
+// x <- the elements, raised to the floor (its bits, of bf16 twice in a word); a NaN stays a NaN.
+R1_DEVICE void raised(const Pack<Bf16>& pack, uint32_t floor, float (&x)[kLanes<Bf16>]) {
+    uint32_t words[4];
+    memcpy(words, &pack, sizeof words);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+        const uint32_t word = R1_MAX_NAN_BF16X2(words[k], floor);
+        x[2 * k] = as_float(word << 16);
+        x[2 * k + 1] = as_float(word & 0xffff0000u);
+    }
+}
+R1_DEVICE void raised(const Pack<float>& pack, uint32_t floor, float (&x)[kLanes<float>]) {
+#pragma unroll
+    for (int k = 0; k < kLanes<float>; ++k) x[k] = R1_MAX_NAN(pack.values[k], as_float(floor));
+}
+R1_DEVICE uint32_t floor_of(Bf16, float below) { return (as_bits(below) & 0xffff0000u) | as_bits(below) >> 16; }
+R1_DEVICE uint32_t floor_of(float, float below) { return as_bits(below); }
+
+// A thread's running statistics, with t = x c - base: one fused multiply-add an element. The base is max * c as fp32 has
+// it; `stats` takes that rounding back, once. What lies 2000 below the base (powers of two that are 0) counts as if it
+// lay there, so that no -inf meets a 0.
+template <class E>
+struct Running {
+    float max = minus_infinity(), base = 0.f, sum = 0.f, weighted = 0.f;
+    uint32_t floor = 0;
+
+    R1_DEVICE explicit Running(float c) { rebase(max, c); }
+
+    // Of masked columns alone there is none, whether the mask is -inf or the least finite number.
+    R1_DEVICE static float usable(float max) { return max < -1e30f ? 0.f : max; }
+
+    R1_DEVICE void rebase(float new_max, float c) {
+        const float of_max = usable(new_max), new_base = of_max * c;
+        // bounded: from the first base, with a sum of 0, to one below it; and where the scale is 0
+        const float shift = fminf(fmaxf(base - new_base, -2000.f), 0.f), scale = fast_exp2(shift);
+        weighted = scale * (weighted + sum * shift);
+        sum *= scale;
+        max = new_max;
+        base = new_base;
+        // the last term: what a cut to bf16 may raise it by
+        floor = floor_of(E{}, of_max - fminf(2000.f / c, 1e38f) - fabsf(of_max) * 0.0078125f);
+    }
+
+    template <int kPacks>
+    R1_DEVICE void add(const Pack<E> (&packs)[kPacks], float c) {
+        const float found = largest(packs);
+        if (found > max) rebase(found, c);
+#pragma unroll
+        for (int u = 0; u < kPacks; ++u) {
+            float x[kLanes<E>];
+            raised(packs[u], floor, x);
+#pragma unroll
+            for (int k = 0; k < kLanes<E>; ++k) {
+                const float t = fmaf(x[k], c, -base);
+                const float power = fast_exp2(t);
+                sum += power;
+                weighted = fmaf(power, t, weighted);
+            }
         }
-        stats.max = max;
     }
-    const float base = safe_base(stats.max);
+
+    R1_DEVICE RowStats stats(float c) const {
+        const float rounded_off = -fmaf(usable(max), c, -base), scale = 1.f + rounded_off * float(kLn2);
+        return RowStats{max, sum * scale, scale * (weighted + rounded_off * sum), quiet_nan()};
+    }
+};
+
+template <class E>
+R1_DEVICE Pack<E> nothing() {
+    Pack<E> pack;
 #pragma unroll
-    for (int k = 0; k < kCount; ++k) {
-        const float t = (x[k] - base) * c;
-        const float power = fast_exp2(t);  // NaN stays NaN, -inf gives 0
-        stats.sum += power;
-        stats.weighted += power * fmaxf(t, -3e3f);  // finite, so that 0 * -inf does not arise
-    }
+    for (int k = 0; k < kLanes<E>; ++k) from_float(minus_infinity(), pack.values[k]);
+    return pack;
 }
 
 R1_DEVICE RowStats shuffled(const RowStats& stats, int offset) {
@@ -109,42 +181,51 @@ struct RowSource {
     }
 };
 
+// Whether every row begins at a 16-byte boundary.
 template <class E>
+inline bool rows_aligned(const RowSource& source) {
+    return reinterpret_cast<uintptr_t>(source.logits) % 16 == 0 && source.stride % kLanes<E> == 0;
+}
+
+// kAligned: see rows_aligned. All loads of a step are in flight before the first is used; the last step of a thread and
+// the elements after the last whole pack are filled up with -inf.
+template <class E, bool kAligned>
 R1_GLOBAL R1_LAUNCH_BOUNDS(kThreads) void log_prob_stats(RowSource source, RowStats* out) {
     const int64_t token = source.rows ? source.rows[blockIdx.x] : int64_t(blockIdx.x);
     const E* row = static_cast<const E*>(source.logits) + token * source.stride;
     const float c = source.inverse(token) * kLog2e;
-    const bool aligned = is_aligned(row);
-    const int64_t packs = source.columns / kLanes<E>;
-    RowStats stats = empty_stats();
-    int64_t i = threadIdx.x;
-    for (; i + (kUnroll - 1) * kThreads < packs; i += kUnroll * kThreads) {
-        Pack<E> loaded[kUnroll];  // all loads are in flight before the first is used
-#pragma unroll
-        for (int u = 0; u < kUnroll; ++u) loaded[u] = load_pack(row, i + u * kThreads, aligned);
-#pragma unroll
-        for (int u = 0; u < kUnroll; ++u) {
-            float x[kLanes<E>];
-#pragma unroll
-            for (int k = 0; k < kLanes<E>; ++k) x[k] = to_float(loaded[u].values[k]);
-            accumulate(stats, x, c);
-        }
-    }
-    for (; i < packs; i += kThreads) {
-        const Pack<E> loaded = load_pack(row, i, aligned);
-        float x[kLanes<E>];
-#pragma unroll
-        for (int k = 0; k < kLanes<E>; ++k) x[k] = to_float(loaded.values[k]);
-        accumulate(stats, x, c);
-    }
-    for (int64_t j = packs * kLanes<E> + threadIdx.x; j < source.columns; j += kThreads) {
-        const float x[1] = {to_float(row[j])};
-        accumulate(stats, x, c);
-    }
-    stats = block_merge(stats, c);
-    if (threadIdx.x == 0) {
+    float target = quiet_nan();
+    if (threadIdx.x == 0) {  // early: it arrives while the row is read
         const int64_t column = source.column(token);
-        stats.target = column < 0 ? quiet_nan() : to_float(row[column]);
+        if (column >= 0) target = to_float(row[column]);
+    }
+    const int packs = int(source.columns / kLanes<E>);
+    Running<E> running(c);
+    int i = int(threadIdx.x);
+    const E* next = row + i * kLanes<E>;
+    for (; i < packs - (kUnroll - 1) * kThreads; i += kUnroll * kThreads, next += kUnroll * kThreads * kLanes<E>) {
+        Pack<E> loaded[kUnroll];
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u) loaded[u] = load_pack(next, u * kThreads, kAligned);
+        running.add(loaded, c);
+    }
+    if (i < packs) {
+        Pack<E> loaded[kUnroll];
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u)
+            loaded[u] = i + u * kThreads < packs ? load_pack(next, u * kThreads, kAligned) : nothing<E>();
+        running.add(loaded, c);
+    }
+    const int64_t rest = int64_t(packs) * kLanes<E> + threadIdx.x;
+    if (rest < source.columns) {
+        Pack<E> loaded[1] = {nothing<E>()};
+        loaded[0].values[0] = row[rest];
+        running.add(loaded, c);
+    }
+    RowStats stats = block_merge(running.stats(c), c);
+    if (threadIdx.x == 0) {
+        stats.target = stats.sum == 0.f && target == target ? minus_infinity() : target;  // every column is masked
+        if (stats.sum == 0.f) stats.max = minus_infinity();
         out[blockIdx.x] = stats;
     }
 }

@@ -16,5 +16,27 @@
 #define R1_ATOMIC_ADD(address, value) atomicAdd(address, value)
 #define R1_LOAD_STREAMING(address) \
     __ldcs(address)                             // evict first; coherent, since the gradient may overwrite the logits
+// Of two bf16 in a word each, from sm_80; NAN: a NaN wins, otherwise it loses.
+#define R1_MAX_BF16X2(a, b) r1mega::device::max_bf16x2(a, b)
+#define R1_MAX_NAN_BF16X2(a, b) r1mega::device::max_nan_bf16x2(a, b)
+#define R1_MAX_NAN(a, b) r1mega::device::max_nan(a, b)
 #define R1_LOAD_FRESH(address) __ldcg(address)  // from L2: another block wrote it
+
+namespace r1mega::device {
+R1_DEVICE unsigned max_bf16x2(unsigned a, unsigned b) {
+    unsigned result;
+    asm("max.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+    return result;
+}
+R1_DEVICE unsigned max_nan_bf16x2(unsigned a, unsigned b) {
+    unsigned result;
+    asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+    return result;
+}
+R1_DEVICE float max_nan(float a, float b) {
+    float result;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+    return result;
+}
+}  // namespace r1mega::device
 #endif

@@ -52,8 +52,8 @@ R1_DEVICE void block_sums(double (&sums)[kNumSums]) {
         for (int warp = 1; warp < kLossThreads / 32; ++warp) add_sums(sums, of_warp[warp]);
 }
 
-// partial: [blocks, kNumSums]; finished: one counter, 0 before and after. The block that finishes last adds the partial
-// sums in the order of the blocks, so the result does not depend on which block that is.
+// partial: [blocks, kNumSums]; finished: one counter, 0 before and after. The block that finishes last adds
+// the partial sums as a tree of fixed shape, so the result does not depend on which block that is.
 R1_GLOBAL R1_LAUNCH_BOUNDS(kLossThreads) void token_loss(LossTensors tensors, LossOptions options, int64_t count,
                                                          double* partial, unsigned* finished, double* out) {
     double sums[kNumSums] = {};
@@ -62,17 +62,23 @@ R1_GLOBAL R1_LAUNCH_BOUNDS(kLossThreads) void token_loss(LossTensors tensors, Lo
     for (int64_t token = begin + threadIdx.x; token < end; token += kLossThreads)
         add_token(tensors, options, token, sums);
     block_sums(sums);
-    if (threadIdx.x != 0) return;
-    for (int k = 0; k < kNumSums; ++k) partial[int64_t(blockIdx.x) * kNumSums + k] = sums[k];
-    R1_FENCE();
-    if (R1_ATOMIC_ADD(finished, 1u) != gridDim.x - 1) return;
+    R1_SHARED bool is_last;
+    if (threadIdx.x == 0) {
+        for (int k = 0; k < kNumSums; ++k) partial[int64_t(blockIdx.x) * kNumSums + k] = sums[k];
+        R1_FENCE();
+        is_last = R1_ATOMIC_ADD(finished, 1u) == gridDim.x - 1;
+    }
+    R1_SYNC();
+    if (!is_last) return;
     R1_FENCE();
     double total[kNumSums] = {};
-    for (unsigned block = 0; block < gridDim.x; ++block) {
+    for (unsigned block = threadIdx.x; block < gridDim.x; block += kLossThreads) {
         double part[kNumSums];
         for (int k = 0; k < kNumSums; ++k) part[k] = R1_LOAD_FRESH(partial + int64_t(block) * kNumSums + k);
         add_sums(total, part);
     }
+    block_sums(total);
+    if (threadIdx.x != 0) return;
     for (int k = 0; k < kNumSums; ++k) out[k] = total[k];
     *finished = 0;
 }

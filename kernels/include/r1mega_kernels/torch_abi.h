@@ -37,6 +37,10 @@ AOTITorchError torch_parallel_for(int64_t begin, int64_t end, int64_t grain, voi
 AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream) __attribute__((weak));
 }
 
+#if defined(R1_SIGNATURE)  // of the operators that the library was built for (build.py); library.py compares it
+extern "C" __attribute__((visibility("default"))) uint32_t r1mega_kernels_signature() { return R1_SIGNATURE; }
+#endif
+
 namespace r1mega::abi {
 
 inline void check(AOTITorchError error, const char* what) {

@@ -64,12 +64,45 @@ def test_a_compiler_that_fails_is_an_error(build, tmp_path, monkeypatch):
         build.build_libraries(tmp_path, cuda=False)
 
 
-def test_cuda_is_built_only_where_it_is_wanted(build, monkeypatch):
+def nvcc_of(folder: Path, release: str, *architectures: str) -> str:
+    """A compiler that says what this release of nvcc says, and nothing else."""
+    script = folder / f"nvcc-{release}"
+    script.write_text(
+        f"#!/bin/sh\ncase $1 in --version) echo 'Cuda compilation tools, release {release}, V{release}';; "
+        f"--list-gpu-arch) echo {' '.join(architectures)};; *) exit 1;; esac\n"
+    )
+    script.chmod(0o755)
+    return str(script)
+
+
+def test_cuda_is_built_only_where_it_is_wanted(build, tmp_path, monkeypatch, capsys):
+    nvcc = nvcc_of(tmp_path, "13.0", "compute_100")
     monkeypatch.delenv("R1MEGA_BUILD_CUDA", raising=False)
-    assert build.wants_cuda() == (torch.version.cuda is not None)
+    assert build.torch_cuda() == torch.version.cuda
+    for version, wanted in ((None, False), ("12.8", False), ("13.0", True)):
+        monkeypatch.setattr(build, "torch_cuda", lambda version=version: version)
+        assert build.wants_cuda(nvcc) is wanted
     for value, wanted in (("1", True), ("0", False)):
         monkeypatch.setenv("R1MEGA_BUILD_CUDA", value)
-        assert build.wants_cuda() is wanted
+        assert build.wants_cuda(nvcc) is wanted
+    monkeypatch.delenv("R1MEGA_BUILD_CUDA")
+    monkeypatch.setattr(build, "torch_cuda", lambda: "12.8")
+    monkeypatch.setattr(build, "find_nvcc", lambda: nvcc)
+    monkeypatch.setattr(build, "build_cpu", lambda compiler, output: output)
+    build.build_libraries(tmp_path)
+    assert "is of CUDA 13 and torch of 12.8" in capsys.readouterr().err
+
+
+def test_architectures_are_those_of_the_compiler(build, tmp_path):
+    old = nvcc_of(tmp_path, "12.6", "compute_75", "compute_80", "compute_90")
+    assert build.cuda_targets(old) == ("80", "90a")  # sm_100 came with 12.8
+    assert build.cuda_targets(nvcc_of(tmp_path, "13.0", "compute_80", "compute_90", "compute_100")) == (
+        "80",
+        "90a",
+        "100",
+    )
+    with pytest.raises(RuntimeError, match="support none"):
+        build.cuda_targets(nvcc_of(tmp_path, "14.0", "compute_120"))
 
 
 def test_package_without_libraries_says_so_and_computes(tmp_path):
@@ -91,6 +124,20 @@ def test_package_without_libraries_says_so_and_computes(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["reference -1.3862943649291992 -1.3862943649291992", "PlatformError True"]
     assert done.stderr.count("using the torch reference") == 1  # said once
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
+def test_a_library_of_other_operators_is_refused(tmp_path):
+    """One left over from before an update would read arguments that are not there."""
+    shutil.copytree(
+        KERNELS / "r1mega_kernels", tmp_path / "r1mega_kernels", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    declared = tmp_path / "r1mega_kernels" / "library.py"
+    declared.write_text(declared.read_text().replace("float kl_coefficient", "float further, float kl_coefficient"))
+    command = [sys.executable, "-c", "import r1mega_kernels"]
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
+    assert done.returncode and "built for other operators" in done.stderr and "kernels/build.py" in done.stderr
 
 
 def test_cuda_kernels_keep_their_budgets(build):
@@ -115,4 +162,16 @@ def test_over_budget_is_reported():
     )
     (record,) = report_tool.parse(log, "sm_80")
     assert record["spill_bytes"] == 12 and record["stack_bytes"] == 16 and record["shared_bytes"] == 512
+    listing = (
+        "Function : f\n/*0000*/ LDG.E.128 R4 ;\n/*0010*/ MUFU.EX2 R1, R2 ;\n/*0020*/ @P0 BRA 0x0 ;\n/*0030*/ EXIT ;\n"
+    )
+    assert report_tool.loop_instructions(listing) == {"f": 3}
+    long = record | {"kernel": "log_prob_stats", "element": "bf16", "target": "sm_90a", "loop_instructions": 221}
+    assert "221 of 220 instructions" in report_tool.violations({"kernels": [long]})[0]
     assert "255 of 64 registers" in report_tool.violations({"kernels": [record]})[0]
+
+
+def test_the_kernels_ask_torch_for_memory():
+    """What cudaMalloc takes, torch's allocator neither counts nor gives back."""
+    sources = [path.read_text() for path in (KERNELS / "csrc").rglob("*.cu*")]
+    assert len(sources) > 3 and not any("cudaMalloc" in source for source in sources)

@@ -97,6 +97,20 @@ def test_rows_are_independent_of_their_neighbours(emulator):
     assert torch.equal(alone[0][:, 0], whole[0][:, 2]) and torch.equal(alone[1][0], whole[1][2])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_columns_masked_by_the_least_number(emulator, dtype):
+    """Whole threads see them alone; a row of nothing else has no log-prob, as one of -inf has none."""
+    logits, targets = random_case(3, 9001, dtype)
+    logits[0, :8200] = logits[1, 100:] = logits[2] = torch.finfo(dtype).min
+    targets[:] = torch.tensor([8500, 3, 7])
+    results, grad = run_log_prob(emulator, logits, targets, torch.ones(1), None, torch.ones(3, 3))
+    expected, leaf = exact(logits[:2], targets[:2], 1.0)
+    expected.sum().backward()
+    torch.testing.assert_close(results[:, :2].double(), expected.detach(), rtol=3e-7, atol=2e-6)
+    torch.testing.assert_close(grad[:2].double(), leaf.grad, rtol=2**-8, atol=1e-6)
+    assert results[0, 2].isnan()
+
+
 def test_masked_columns_and_not_a_number(emulator):
     logits, targets = random_case(5, 2100, torch.float32)
     inf = float("inf")

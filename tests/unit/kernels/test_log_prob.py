@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import subprocess
+import sys
+import weakref
 
 import pytest
 import torch
 
 import r1mega_kernels
-from r1mega_kernels import grouped_log_prob
+from r1mega_kernels import grouped_log_prob, grpo_token_loss, linear_log_prob
 
 
 def exact(logits, targets, temperature, rows=None):
@@ -213,6 +217,39 @@ def test_gradient_in_place_overwrites_the_logits_once(native):
     assert grad.data_ptr() == tracked.data_ptr() and torch.equal(grad, leaf.grad)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         torch.autograd.grad(result.log_prob.sum(), tracked)
+
+
+def test_logits_are_freed_with_their_results(implementation):
+    """Without a backward pass, which would release them."""
+    logits, targets = random_case(8, 70, torch.float32)
+    leaf = logits.requires_grad_() * 1.0
+    watched = weakref.ref(leaf)
+    result = grouped_log_prob(leaf, targets, backend=implementation)
+    del leaf, result
+    gc.collect()
+    assert watched() is None
+
+
+def test_a_second_derivative_is_refused(implementation):
+    logits, targets = random_case(8, 70, torch.float32)
+    logits.requires_grad_()
+    weight = torch.randn(70, 4, requires_grad=True)
+    calls = {
+        logits: grouped_log_prob(logits, targets, backend=implementation).log_prob.sum(),
+        weight: linear_log_prob(torch.randn(8, 4), weight, targets, backend=implementation).log_prob.sum(),
+    }
+    policy = torch.zeros(3, requires_grad=True)
+    calls[policy] = grpo_token_loss(policy, torch.ones(3), backend=implementation)[0]
+    for leaf, value in calls.items():
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            torch.autograd.grad(value, leaf, create_graph=True)
+
+
+def test_import_asks_for_no_gpu():
+    """A process that has met the CUDA driver cannot fork workers that use it."""
+    program = "import torch\ndef fail(): raise SystemExit('asked')\ntorch.cuda.is_available = fail\nimport r1mega_kernels as k\nprint(k.backend('cpu'))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_formulas_by_finite_differences():

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import r1mega_kernels
+from r1mega_kernels import LogProbs
 from tests.dist.launch import launch
-from tests.unit.kernels.vocab_parallel_worker import PADDING, VOCABULARY, case, run
+from tests.unit.kernels.vocab_parallel_worker import PADDING, VOCABULARY, case, run, token_loss
 
 pytestmark = pytest.mark.heavy
 
@@ -47,6 +48,22 @@ def test_two_ranks(implementation):
     grad_weight = torch.cat([first["grad_weight"], second["grad_weight"]])
     assert (grad_weight[VOCABULARY:] == 0).all()
     torch.testing.assert_close(grad_weight[:VOCABULARY].double(), leaf_w.grad, rtol=1e-5, atol=2e-5)
+
+
+def test_loss_in_one_pass(implementation):
+    """Chunks of 5 rows on two ranks, each with a part of the vocabulary, against float64 on all of it."""
+    first, second = two_ranks(implementation)
+    hidden, weight, targets, rows, _ = case()
+    leaf_h, leaf_w = hidden.double().requires_grad_(), weight.double().requires_grad_()
+    log_probs = (leaf_h @ leaf_w.t() / 0.9)[rows].log_softmax(-1).gather(1, targets[rows][:, None])[:, 0]
+    loss, _ = token_loss(LogProbs(log_probs, log_probs, log_probs), slice(0, len(rows)))
+    (loss * 3).backward()
+    assert torch.equal(first["loss"], second["loss"]) and torch.equal(first["loss_hidden"], second["loss_hidden"])
+    torch.testing.assert_close(first["loss"].double(), loss.detach(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(first["loss_hidden"].double(), leaf_h.grad, rtol=1e-5, atol=1e-5)
+    grad_weight = torch.cat([first["loss_weight"], second["loss_weight"]])
+    assert (grad_weight[VOCABULARY:] == 0).all()
+    torch.testing.assert_close(grad_weight[:VOCABULARY].double(), leaf_w.grad, rtol=1e-5, atol=1e-5)
 
 
 def test_a_rank_whose_columns_are_all_masked(implementation):

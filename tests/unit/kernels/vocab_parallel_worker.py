@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from r1mega_kernels import grouped_log_prob, linear_log_prob
+from r1mega_kernels import grouped_log_prob, grpo_token_loss, linear_grpo_loss, linear_log_prob
 
 TOKENS, VOCABULARY, HIDDEN, PADDING = 19, 501, 8, 3
 
@@ -20,6 +20,13 @@ def case():
     targets = torch.randint(0, VOCABULARY, (TOKENS,), generator=generator)
     upstream = torch.randn(3, TOKENS - 2, generator=generator)
     return hidden, weight, targets, torch.arange(2, TOKENS), upstream
+
+
+def token_loss(scores, part):
+    """Of a token: its advantage is its place, and the policy has moved."""
+    advantages = torch.linspace(-1, 1, TOKENS - 2)[part]
+    moved = torch.linspace(-0.5, 0.5, TOKENS - 2)[part]
+    return grpo_token_loss(scores.log_prob, advantages, scores.log_prob.detach() + moved, backend="reference")
 
 
 def run(backends: list[str]) -> dict[str, dict[str, np.ndarray]]:
@@ -48,6 +55,9 @@ def shard_results(backend: str) -> dict[str, np.ndarray]:
     hidden_leaf, weight_leaf = hidden.clone().requires_grad_(), padded.requires_grad_()
     linear = torch.stack(linear_log_prob(hidden_leaf, weight_leaf, targets, 0.9, rows, **place))
     (linear * upstream).sum().backward()
+    chunked = [x.detach().clone().requires_grad_() for x in (hidden, padded)]
+    loss, _ = linear_grpo_loss(*chunked, targets, token_loss, 0.9, rows, **place, chunk_tokens=5)
+    (loss * 3).backward()
     masked_shard = torch.full((TOKENS, 4), -torch.inf) if rank == 0 else whole
     empty = grouped_log_prob(
         masked_shard, targets.clamp(min=4, max=300), tp_group=group, vocab_start=0 if rank == 0 else 4,
@@ -57,5 +67,6 @@ def shard_results(backend: str) -> dict[str, np.ndarray]:
         "results": results.detach(), "grad_logits": logits.grad, "linear": linear.detach(),
         "masked": torch.stack(empty),
         "grad_hidden": hidden_leaf.grad, "grad_weight": weight_leaf.grad,
+        "loss": loss.detach(), "loss_hidden": chunked[0].grad, "loss_weight": chunked[1].grad,
     }  # fmt: skip
     return {name: tensor.numpy() for name, tensor in tensors.items()}  # a tensor's memory would die with this process

@@ -85,7 +85,9 @@ def run_update(trainer, samples, packs, algorithm):
 
     total = sum(s.response_length for s in samples)
     batches = [pack_for_loss(samples, indices, weights) for indices in packs]
-    return trainer.update(batches, loss, temperature=TEMPERATURE, total_response_tokens=total)
+    return trainer.update(
+        batches, loss, temperature=TEMPERATURE, total_response_tokens=total, of_tokens=algorithm.is_of_tokens
+    )
 
 
 def test_more_microbatches_are_the_same_step(one_rank):
@@ -218,6 +220,8 @@ def test_one_grpo_step_equals_transformers_and_adamw(one_rank, tmp_path, aggrega
     algorithm = AlgorithmConfig(loss_aggregation=aggregation)
     trainer, samples = make_trainer(log_probs), make_samples()
     policy = trainer.policy
+    if log_probs == "hidden":  # the loss and its gradient in one pass, in several parts
+        policy._head = dataclasses.replace(policy._head, chunk_tokens=5)
     model = transformers_model(policy, tmp_path)
     decayed = [p for p in model.parameters() if p.ndim > 1]
     rest = [p for p in model.parameters() if p.ndim == 1]  # Megatron decays neither norms nor biases
@@ -240,6 +244,7 @@ def test_one_grpo_step_equals_transformers_and_adamw(one_rank, tmp_path, aggrega
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05)
         optimizer.step()
+        assert (len(result.statistics) == 2) == (policy.one_pass_head is None)
         assert math.isclose(sum(value for value, _ in result.statistics), loss.item(), abs_tol=1e-5)
         assert math.isclose(result.grad_norm, float(norm), rel_tol=1e-4)
     trained = dict(policy.hf_tensors())
@@ -522,7 +527,7 @@ def test_labels_path_with_mtp_gives_the_same_log_probs_and_trains_the_mtp_layer(
 
 
 def test_the_kernel_of_hidden_states_agrees_with_that_of_logits_in_bfloat16(one_rank):
-    """Both widen the same bfloat16 logits; their gradients part where the one returns bfloat16 logits' gradients."""
+    """As far as the one's logits are rounded to bfloat16, 0.01 of a logit of 2.5; the other's are float32."""
     found = []
     for log_probs in ("logits", "hidden"):
         trainer, samples = make_trainer(log_probs, "bfloat16"), make_samples()
@@ -530,9 +535,9 @@ def test_the_kernel_of_hidden_states_agrees_with_that_of_logits_in_bfloat16(one_
         (scores,) = trainer.policy.scores([batch], TEMPERATURE)
         result = run_update(trainer, samples, [[0, 1], [2, 3]], AlgorithmConfig())
         found.append((scores.values, scores.entropies, result.grad_norm))
-    torch.testing.assert_close(found[0][0], found[1][0], rtol=0, atol=1e-5)
-    torch.testing.assert_close(found[0][1], found[1][1], rtol=0, atol=1e-5)
-    assert math.isclose(found[0][2], found[1][2], rel_tol=2**-8)
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=0, atol=1e-2)
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=0, atol=1e-2)
+    assert math.isclose(found[0][2], found[1][2], rel_tol=2**-7)
 
 
 def test_what_must_not_be_rounded_is_float32_in_a_bfloat16_model(one_rank):

@@ -1,0 +1,146 @@
+"""A loss of log-probs, and its gradient, from hidden states in one pass: three matrix products instead of four.
+
+The gradient of a token's loss is known as soon as its own log-prob is. So a chunk's logits are made once, and turned into
+their gradient where they lie; the backward pass only scales what was found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from r1mega_kernels.linear import OutputLayer, add_product, handed_over, output_layer, parts, weight_grad
+from r1mega_kernels.log_prob import LogProbs, refuse_second_derivative
+
+S = TypeVar("S")
+TokenLoss = Callable[[LogProbs, slice], tuple[torch.Tensor, S]]
+
+DEFAULT_CHUNK_TOKENS = 4096
+_WIDENED_COLUMNS = 4096  # of a weight that a CPU converts first, at a time
+
+
+def linear_grpo_loss(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    token_loss: TokenLoss[S],
+    temperature: float | torch.Tensor = 1.0,
+    rows: torch.Tensor | None = None,
+    tp_group: dist.ProcessGroup | None = None,
+    *,
+    vocab_start: int | None = None,
+    vocab_size: int | None = None,
+    softcap: float | None = None,
+    chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
+    reduce_hidden_grad: bool = True,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, list[S]]:
+    """(the sum of token_loss over chunks, what else it returned of each) of `linear_log_prob(hidden, ...)`, with gradients.
+
+    token_loss: (log-probs, entropies and logsumexps [n] of the chosen rows in a slice, that slice) -> (a scalar, anything):
+    `grpo_token_loss` with its further arguments sliced, or any other sum over tokens of a function of each alone. A loss
+    that needs a token's neighbours (a sequence's ratio) cannot be had chunk by chunk: `linear_log_prob` first.
+    chunk_tokens: rows at a time, in chunks of nearly one size. Their fp32 logits [chunk_tokens, V / tp] are held, and for
+    each chunk the weight's fp32 gradient is read and written once: less than some thousands is slow on a GPU.
+    The other arguments are those of `linear_log_prob`. Without rows `token_loss` is called once, with none.
+
+    Gradients: as of `linear_log_prob`; those of hidden states and weight are held in fp32 from here to the backward pass,
+    which multiplies them by the loss's own. Where no gradient is wanted (`torch.no_grad()`) none is computed.
+
+    Raises:
+        ValueError, TypeError, PlatformError: as `grouped_log_prob`.
+    """
+    if chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens must be 1 or more, not {chunk_tokens}")
+    head, hidden, targets, inverse = output_layer(
+        hidden, weight, targets, temperature, rows, tp_group, vocab_start, vocab_size, softcap, reduce_hidden_grad,
+        backend,
+    )  # fmt: skip
+    found: list[S] = []
+    wanted = (hidden.requires_grad, weight.requires_grad) if torch.is_grad_enabled() else (False, False)
+
+    def of_chunk(results: torch.Tensor, part: slice) -> torch.Tensor:
+        loss, further = token_loss(LogProbs(*results.unbind()), part)
+        found.append(further)
+        return loss
+
+    loss = _LinearLoss.apply(hidden, weight, head, targets, inverse, of_chunk, chunk_tokens, wanted)
+    return loss, found
+
+
+class _LinearLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, head, targets, inverse, token_loss, chunk_tokens, wanted):
+        """The loss; both gradients for a loss's own of 1 are kept for the backward pass."""
+        count = hidden.shape[0]
+        height = -(-count // max(1, -(-count // chunk_tokens)))
+        buffer = torch.empty(height, head.width, dtype=head.dtype, device=hidden.device)
+        grad_hidden, grad_weight = (
+            torch.zeros(x.shape, dtype=head.dtype, device=x.device) if needed else None
+            for x, needed in zip((hidden, weight), wanted, strict=True)
+        )
+        total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        for part in list(parts(count, max(1, height))) or [slice(0, 0)]:
+            logits, states = buffer[: part.stop - part.start], head.factor(hidden[part])
+            of_targets = (targets[part], inverse[part] if inverse.numel() > 1 else inverse)
+            for column in _columns(head):
+                head.logits_into(logits[:, column], states, head.factor(weight[column]))
+            stats, results = _statistics(head, logits, *of_targets)
+            loss, grads = _loss_and_gradient(token_loss, results, part, any(wanted))
+            total += loss
+            if grads is None or not len(states):
+                continue
+            grad = head.gradient_of(logits, *of_targets, 0, stats, results[1], grads)
+            for column in _columns(head):
+                if grad_hidden is not None:
+                    add_product(grad_hidden[part], grad[:, column], head.factor(weight[column]))
+                if grad_weight is not None:
+                    add_product(grad_weight[column], grad[:, column].t(), states)
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.head = head
+        return total.to(inverse.dtype)
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        """Both gradients times the loss's own."""
+        refuse_second_derivative()
+        grad_hidden, grad_weight = ctx.saved_tensors
+        head = ctx.head
+        if grad_hidden is not None:
+            grad_hidden = head.reduced(grad_hidden * grad_loss)
+        if grad_weight is not None:
+            if getattr(head.weight, "main_grad", None) is None:
+                grad_weight = grad_weight * grad_loss
+            else:
+                grad_weight = weight_grad(head).addcmul_(grad_weight, grad_loss.to(head.dtype))
+        return grad_hidden, handed_over(head, grad_weight), *([None] * 6)
+
+
+def _columns(head: OutputLayer) -> list[slice]:
+    """All of the weight where products take it as it is, else as much as is converted at a time."""
+    as_it_is = head.weight.is_cuda or head.weight.dtype == head.dtype
+    return list(parts(head.width, head.width if as_it_is else _WIDENED_COLUMNS))
+
+
+def _statistics(head, logits, targets, inverse) -> tuple[torch.Tensor, torch.Tensor]:
+    """([n, 4] statistics, [3, n] results) of a chunk's logits, over all ranks."""
+    shard = torch.empty(1, len(logits), 4, dtype=inverse.dtype, device=logits.device)
+    if len(logits):
+        head.stats_into(shard[0], logits, targets, inverse, 0)
+    return head.merged(shard, inverse)
+
+
+def _loss_and_gradient(token_loss, results, part, needed) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(a chunk's loss, its gradient [3, n] by the results, or None)."""
+    if not needed:
+        return token_loss(results, part).detach(), None
+    leaf = results.detach().requires_grad_()
+    with torch.enable_grad():
+        loss = token_loss(leaf, part)
+    if not loss.requires_grad:  # it depends on none of them
+        return loss, None
+    (grads,) = torch.autograd.grad(loss, leaf)
+    return loss.detach(), grads

@@ -15,9 +15,8 @@ class GRPOMetrics:
     """Sums over the counted tokens: float64 scalars on the tokens' device, detached; add them up over microbatches and
     ranks (`mismatch_max`: take the largest) and divide by `num_tokens`.
 
-    clipped: tokens whose policy gradient the (dual) clip cut (CISPO: whose ratio it bounded). kl: k3 to the reference. mismatch: |log pi - log
-    sampler|.
-    truncated: tokens whose importance weight exceeded the cap. ratio_sum: pi / pi_old.
+    clipped: tokens whose policy gradient the (dual) clip cut (CISPO: whose ratio it bounded). kl: k3 to the reference.
+    mismatch: |log pi - log sampler|. truncated: tokens whose importance weight exceeded the cap. ratio_sum: pi / pi_old.
     """
 
     num_tokens: torch.Tensor
@@ -62,7 +61,8 @@ def grpo_token_loss(
     with `sequence_ids` [N] int64, the token's sequence. weights: [N] or, with sequence_ids, [S]; None is 1 each (not 1
     / N).
     old_log_probs: [N]; None: on-policy, r = 1 with its gradient. mask: [N] bool; a token where it is False counts
-    nowhere and its values may be anything. An advantage of 0 makes a token's surrogate 0 even if its ratio overflowed.
+    nowhere and its values may be anything. An advantage of 0 makes a token's surrogate 0 even if its ratio overflowed,
+    a weight of 0 its whole term, a kl_coefficient of 0 the KL's.
     reference_log_probs: [N], needed when kl_coefficient is not 0; sampler_log_probs: [N], needed by importance_cap and
     kl_bias_correction. Every surrogate is a multiple of |A|, so that a weight of one's own may be multiplied into A.
     The loss is a float32 scalar, summed in double in a fixed order.
@@ -94,8 +94,8 @@ def grpo_token_loss(
         raise ValueError(f"surrogate must be one of {list(_SURROGATES)}, not {surrogate!r}")
     if dual_clip is not None and surrogate != "clip":
         raise ValueError(f"dual_clip bounds the surrogate 'clip'; {surrogate!r} has no use for it")
-    if min(sapo_temperatures) <= 0:
-        raise ValueError(f"sapo_temperatures must be > 0, not {sapo_temperatures}")
+    if min(sapo_temperatures) <= 0 or max(sapo_temperatures) > 50:  # exp(temperature) is a float32
+        raise ValueError(f"sapo_temperatures must be > 0 and <= 50, not {sapo_temperatures}")
     if (dual_clip is not None and dual_clip <= 1) or (importance_cap is not None and importance_cap <= 0):
         raise ValueError(f"dual_clip must be > 1 and importance_cap > 0, not {dual_clip} and {importance_cap}")
     weights_per_sequence = False

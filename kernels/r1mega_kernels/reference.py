@@ -176,9 +176,15 @@ def grpo_token_loss(
     penalty, penalty_slope = kl, kl + gap  # d(k3) / d(log_prob) = 1 - exp(gap)
     if kl_bias_correction:  # d(w k3) / d(log_prob) = w (k3 + 1 - exp(gap)) = -w gap
         drift = (policy - kept(sampler)).exp()
-        penalty, penalty_slope = drift * kl, drift * gap
-    loss = ((kl_coefficient * penalty - surrogate) * weight).sum(dtype=torch.float64)
-    policy_grad = (-slope - kl_coefficient * penalty_slope) * weight
+        # exp(gap) may overflow where drift exp(gap) does not
+        apart = (gap + policy - kept(sampler)).exp() - drift * (gap + 1)
+        penalty, penalty_slope = torch.where(gap > 60, apart, drift * kl), drift * gap
+    loss, policy_grad = -surrogate, -slope
+    if kl_coefficient != 0:  # 0 times a KL that overflowed is not 0
+        loss, policy_grad = kl_coefficient * penalty - surrogate, policy_grad - kl_coefficient * penalty_slope
+    # no weight, no term: not even of what overflowed
+    loss, policy_grad = (torch.where(weight == 0, zero, x * weight) for x in (loss, policy_grad))
+    loss = loss.sum(dtype=torch.float64)
     mismatch = (policy - kept(sampler)).abs() if sampler.numel() else zero
     grad.zero_()
     grad[counted] = policy_grad

@@ -87,7 +87,7 @@ def update_policy(
             )
             for minibatch in minibatches
         ]
-    return _metrics(results, policy.reports) | {
+    return _metrics(results, policy.reports, _rules(config.algorithm).is_on) | {
         "packing/fill_fraction": fill,
         "tokens/update": float(config.update.num_epochs * sum(len(s.token_ids) for s in samples)),
     }
@@ -220,9 +220,9 @@ def _plan(
     return minibatches, sum(fills) / len(fills)
 
 
-def _metrics(results: list[UpdateResult[_Statistics]], reports: bool) -> dict[str, float | None]:
+def _metrics(results: list[UpdateResult[_Statistics]], reports: bool, corrects: bool) -> dict[str, float | None]:
     """Add the statistics of microbatches and reporting ranks up. Mismatch: of the first optimizer step only, whose
-    forward pass still has the weights that sampled.
+    forward pass still has the weights that sampled. corrects: whether rules for the sampler are on.
     """
     sums = torch.zeros(13, dtype=torch.float64)
     largest = torch.zeros(1, dtype=torch.float64)
@@ -249,7 +249,7 @@ def _metrics(results: list[UpdateResult[_Statistics]], reports: bool) -> dict[st
         "policy/importance_capped_fraction": capped / max(tokens, 1),
         "policy/masked_fraction": masked / max(tokens, 1),
         "policy/rejected_fraction": rejected / max(tokens, 1),
-        "policy/effective_sample_fraction": weights**2 / (tokens * squares) if squares else None,
+        "policy/effective_sample_fraction": weights**2 / ((tokens * squares) or 1) if corrects else None,
         "policy/entropy": entropy / max(tokens, 1),
         "policy/grad_norm": sum(r.grad_norm for r in results) / len(results),
         "policy/skipped_updates": float(sum(r.skipped for r in results)),

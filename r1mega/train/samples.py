@@ -73,14 +73,16 @@ def step_advantages(
     """The samples' advantages once all samples of the step are there, in the order of `gather_samples`.
 
     penalties: [samples] that are taken from the rewards first (KL in the reward); the group is then of those samples that
-    carry loss. `whiten`: (A - mean) / (std + epsilon) over all response tokens of the step (REINFORCE++).
+    carry loss. `whiten`: (A - mean) / (std + epsilon) over all response tokens of the step (REINFORCE++); equal ones to 0.
     """
     advantages = torch.tensor([sample.advantage for sample in samples], dtype=torch.float64)
     if penalties is not None:
         rewards = torch.tensor([sample.reward for sample in samples], dtype=torch.float64) - penalties
         opening = [place for place, sample in enumerate(samples) if sample.opens_group]
         advantages = _advantages(rewards.tolist(), [*opening, len(samples)], algorithm).double()
-    if algorithm.whiten:
+    if algorithm.whiten and (advantages == advantages[0]).all():
+        advantages = torch.zeros_like(advantages)  # not rounding over rounding, nor 0 / 0
+    elif algorithm.whiten:
         share = torch.tensor([sample.response_length for sample in samples], dtype=torch.float64)
         share /= share.sum()
         centred = advantages - (share * advantages).sum()

@@ -39,7 +39,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gmpo": {"surrogate": "gmpo"},
     "two_sided": {"dual_clip": 1.25},
     "kl_bias_correction": {"kl_bias_correction": True},
-    "kl_in_reward": {"kl_in": "reward"},
+    "kl_in_reward": {"normalize_std": False, "kl_in": "reward"},
     "rloo": RLOO | {"kl_in": "reward"},
     "reinforce++": {"baseline": "none", "normalize_std": False, "whiten": True, "kl_in": "reward"},
     "reinforce++_baseline": {"normalize_std": False, "whiten": True},

@@ -125,16 +125,21 @@ R1_FN TokenTerms<F> token_terms(const TokenInputs<F>& in, const LossOptions& opt
         F penalty = out.kl, slope_down = out.kl + d;  // d(kl)/d(log_prob) = 1 - exp(d)
         if (options.kl_bias_correction) {  // DeepSeek-V3.2: d(w kl)/d(log_prob) = w (kl + 1 - exp(d)) = -w d
             const F importance = exp_accurate(in.log_prob - in.sampler_log_prob);
-            penalty = importance * out.kl;
+            // exp(d) may overflow where w exp(d) does not
+            const F apart = exp_accurate(in.reference_log_prob - in.sampler_log_prob) - importance * (d + 1.f);
+            penalty = select(d > 60.f, apart, importance * out.kl);
             slope_down = importance * d;
         }
-        loss = loss + penalty * options.kl_coefficient;
-        grad = grad - slope_down * options.kl_coefficient;
+        if (options.kl_coefficient != 0.f) {  // 0 times a KL that overflowed is not 0
+            loss = loss + penalty * options.kl_coefficient;
+            grad = grad - slope_down * options.kl_coefficient;
+        }
     }
     const F gap = in.log_prob - in.sampler_log_prob;
     out.mismatch = options.has_sampler ? select(gap < zero, -gap, gap) : zero;
-    out.loss = loss * in.weight;
-    out.grad = grad * in.weight;
+    // no weight, no term: not even of what overflowed
+    out.loss = select(in.weight == zero, zero, loss * in.weight);
+    out.grad = select(in.weight == zero, zero, grad * in.weight);
     return out;
 }
 

@@ -31,6 +31,9 @@ class DynamicSampling(Section):
     max_rounds: PositiveInt = 4
 
 
+Temperature = Annotated[float, Field(gt=0, le=50)]
+"""SAPO's: exp(temperature) is to be a float32."""
+
 RatioLevel = Literal["token", "sequence", "geometric"]
 """Of which ratio pi_old / pi_sampler: the token's, the product over its response, or their geometric mean."""
 
@@ -40,11 +43,11 @@ class OffPolicyConfig(Section):
 
     mask: RatioLevel | None = None
     # no policy gradient where the ratio is outside of [mask_low, mask_high]; token: IcePop, sequence or geometric: MIS
-    mask_low: NonNegative = 0.5
+    mask_low: NonNegative = 0.5  # the bounds are for ratios of tokens; means and products want their own
     mask_high: Positive = 5.0
     max_divergence: Positive | None = None
     # no policy gradient from bad responses (A < 0) with a larger mean log pi_sampler - log pi: DeepSeek-V3.2's sequence masking
-    reject_ratio: Positive | None = None
+    reject_ratio: Annotated[float, Field(gt=0, lt=1)] | None = None
     reject_kl: Positive | None = None
     # dropped whole, KL term and all: responses with a token whose ratio is below; whose mean k3 of sampler and old is above
 
@@ -57,7 +60,7 @@ class AlgorithmConfig(Section):
     whiten: bool = False  # advantages to mean 0 and deviation 1 over all tokens of the step: REINFORCE++
     std_epsilon: NonNegative = 1e-6
     surrogate: Literal["clip", "cispo", "sapo", "gmpo"] = "clip"
-    sapo_temperatures: tuple[Positive, Positive] = (1.0, 1.05)  # of tokens with A > 0, and of the others (paper)
+    sapo_temperatures: tuple[Temperature, Temperature] = (1.0, 1.05)  # of tokens with A > 0, and of the others (paper)
     clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
     clip_high: Positive = 0.2  # larger than clip_low: clip-higher (DAPO); 10 in the paper's stage 2
     dual_clip: Annotated[float, Field(gt=1)] | None = None
@@ -67,7 +70,7 @@ class AlgorithmConfig(Section):
     # sequence: mean of per-response means (GRPO); token: mean over all tokens (DAPO); constant: / max tokens (Dr.GRPO)
     kl_coefficient: NonNegative = 0.001  # paper
     kl_in: Literal["loss", "reward"] = "loss"
-    # reward: r - kl_coefficient * sum of log pi_old - log pi_reference over the response, before advantages (RLOO, PPO)
+    # reward: r - kl_coefficient * sum of log pi_old - log pi_reference over the response, before advantages (RLOO)
     kl_bias_correction: bool = False  # k3 times pi / pi_sampler, whose gradient is unbiased (DeepSeek-V3.2)
     reference_refresh_steps: PositiveInt | None = (
         25  # rollouts (paper: 400 optimizer steps); None: the reference never changes
@@ -166,8 +169,11 @@ class RLStage(TrainingStage):
                 "model.force_expert_balance: the trainer's experts are drawn, the generator's are not, so that their log-probs "
                 "never agree; it is for tools/bench_throughput.py --synthetic. Set model.force_expert_balance=false"
             )
-        if rollout.group_size < 2:
-            yield "rollout.group_size = 1: an advantage relative to the group needs at least 2 responses a prompt"
+        if rollout.group_size < 2 and algorithm.baseline != "none":
+            yield (
+                "rollout.group_size = 1: an advantage relative to the group needs at least 2 responses a prompt; raise it, or set "
+                "algorithm.baseline=none and algorithm.normalize_std=false"
+            )
         longest = self.data.max_prompt_tokens + rollout.max_response_tokens
         if update.microbatch_tokens < longest:
             yield (
@@ -211,11 +217,7 @@ def _algorithm_problems(algorithm: AlgorithmConfig, top_p: float) -> Iterator[st
             f"algorithm.importance_level = {algorithm.importance_level} is of the weight that algorithm.importance_cap bounds: set "
             "importance_cap, or leave importance_level out"
         )
-    if rules.mask is not None and rules.mask_low >= rules.mask_high:
-        yield (
-            f"algorithm.off_policy: mask_low = {rules.mask_low} is not below mask_high = {rules.mask_high}, and nothing would be "
-            "left; 1 should lie between them"
-        )
+    yield from _mask_problems(rules)
     of_sequences = algorithm.ratio == "sequence" or algorithm.surrogate == "gmpo"
     if rules.mask == "token" and of_sequences:
         yield (
@@ -234,6 +236,35 @@ def _algorithm_problems(algorithm: AlgorithmConfig, top_p: float) -> Iterator[st
     if algorithm.normalize_std and (algorithm.whiten or algorithm.baseline == "none"):
         key = "whiten" if algorithm.whiten else "baseline = none"
         yield f"algorithm.{key} has no standard deviation of a group in it; set algorithm.normalize_std=false"
+    if algorithm.baseline == "none" and algorithm.dynamic_sampling.enabled:
+        yield (
+            "algorithm.dynamic_sampling drops groups of equal rewards, which with algorithm.baseline = none have advantages like "
+            "others; set dynamic_sampling.enabled=false"
+        )
+    yield from _kl_in_reward_problems(algorithm)
+
+
+def _mask_problems(rules: OffPolicyConfig) -> Iterator[str]:
+    low, high = rules.mask_low, rules.mask_high
+    unmasked = OffPolicyConfig()
+    if rules.mask is None and (low, high) != (unmasked.mask_low, unmasked.mask_high):
+        yield (
+            "algorithm.off_policy: mask_low and mask_high bound the ratio that mask names, and it names none; set "
+            "off_policy.mask=token, sequence or geometric, or leave both out"
+        )
+    if rules.mask is not None and not low < 1 < high:
+        yield (
+            f"algorithm.off_policy: 1, the ratio of equal policies, is not between mask_low = {low} and mask_high = {high}; set "
+            "mask_low below 1 and mask_high above it"
+        )
+
+
+def _kl_in_reward_problems(algorithm: AlgorithmConfig) -> Iterator[str]:
+    if algorithm.kl_in == "reward" and algorithm.normalize_std and algorithm.kl_coefficient > 0:
+        yield (
+            "algorithm.kl_in = reward: in a group of equal rewards the KL is all that differs, and the standard deviation would "
+            "make advantages of 1 of its noise; set algorithm.normalize_std=false"
+        )
     if algorithm.kl_in == "reward" and algorithm.kl_bias_correction:
         yield "algorithm.kl_bias_correction is of a KL term in the loss; set algorithm.kl_in=loss"
     if algorithm.kl_in == "reward" and algorithm.mask_truncated:

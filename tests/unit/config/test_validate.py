@@ -156,8 +156,24 @@ def test_shipped_nano_config_for_four_ranks_is_valid(run):
                 "algorithm.off_policy.mask_high=0.4",
             ],
             1,
-            r"mask_low = 0\.5 is not below mask_high = 0\.4",
+            r"not between mask_low = 0\.5 and mask_high = 0\.4; set mask_low below 1",
         ),
+        (
+            [
+                "algorithm.old_log_probs=recompute",
+                "algorithm.off_policy.mask=geometric",
+                "algorithm.off_policy.mask_low=1",
+            ],
+            1,
+            r"not between mask_low = 1\.0 and mask_high = 5\.0",
+        ),
+        (
+            ["algorithm.off_policy.mask_high=2"],
+            1,
+            r"set off_policy\.mask=token, sequence or geometric, or leave both out",
+        ),
+        (["algorithm.off_policy.reject_ratio=1"], 1, r"algorithm\.off_policy\.reject_ratio.*less than 1"),
+        (["algorithm.sapo_temperatures=[1,51]"], 1, r"algorithm\.sapo_temperatures.*less than or equal to 50"),
         (
             ["algorithm.old_log_probs=recompute", "algorithm.off_policy.mask=token", "algorithm.surrogate=gmpo"],
             1,
@@ -176,7 +192,17 @@ def test_shipped_nano_config_for_four_ranks_is_valid(run):
             1,
             r"and leave algorithm\.off_policy\.max_divergence out$",
         ),
-        (["rollout.group_size=1"], 1, r"at least 2 responses"),
+        (["algorithm.kl_in=reward"], 1, r"kl_in = reward.* of its noise; set algorithm\.normalize_std=false"),
+        (
+            ["algorithm.baseline=none", "algorithm.normalize_std=false", "algorithm.dynamic_sampling.enabled=true"],
+            1,
+            r"have advantages like others; set dynamic_sampling\.enabled=false$",
+        ),
+        (
+            ["rollout.group_size=1"],
+            1,
+            r"at least 2 responses.* algorithm\.baseline=none and algorithm\.normalize_std=false",
+        ),
         (["model.force_expert_balance=true"], 1, r"force_expert_balance.*bench_throughput.py --synthetic"),
     ],
 )
@@ -243,6 +269,12 @@ COMMANDS = re.findall(
 @pytest.mark.parametrize("overrides", COMMANDS)
 def test_the_losses_of_the_documentation_are_valid(run, overrides):
     run(*overrides.split())
+
+
+def test_what_the_errors_about_advantages_advise(run):
+    run("rollout.group_size=1", "algorithm.baseline=none", "algorithm.normalize_std=false")
+    run("algorithm.kl_in=reward", "algorithm.normalize_std=false")
+    run("algorithm.kl_in=reward", "algorithm.kl_coefficient=0")
 
 
 def test_what_the_errors_about_top_p_advise(run):

@@ -257,6 +257,32 @@ def test_overflowing_ratio(implementation):
     assert float(loss.detach()) == -1.5 and metrics.clipped == 1 and policy.grad.tolist() == [0, 0, 0]
 
 
+@pytest.mark.parametrize("further", [{"weights": torch.tensor([0.0, 1.0]), "kl_coefficient": 0.001}, {}])
+@pytest.mark.parametrize("corrected", [False, True])
+def test_a_kl_that_overflowed_is_not_in_what_does_not_count_it(implementation, further, corrected):
+    """A token without weight, or every token where the coefficient is 0: k3 itself is infinite."""
+    policy = torch.tensor([-100.0, -1.0], requires_grad=True)
+    loss, metrics = grpo_token_loss(
+        policy, torch.tensor([0.0, 1.0]), policy.detach(), reference_log_probs=torch.tensor([-2.0, -1.0]),
+        sampler_log_probs=torch.tensor([-2.0, -1.0]), kl_bias_correction=corrected, backend=implementation, **further,
+    )  # fmt: skip
+    loss.backward()
+    assert metrics.kl.isinf() and float(loss.detach()) == -1 and policy.grad.tolist() == [0, -1]
+
+
+@pytest.mark.parametrize("distance", [20.0, 59.0, 61.0, 87.0, 98.0])
+def test_corrected_kl_is_finite_where_its_value_is(implementation, distance):
+    policy = torch.tensor([-2.0 - distance], requires_grad=True)
+    loss, _ = grpo_token_loss(
+        policy, torch.zeros(1), reference_log_probs=torch.tensor([-2.0]), sampler_log_probs=torch.tensor([-3.0]),
+        kl_coefficient=1.0, kl_bias_correction=True, backend=implementation,
+    )  # fmt: skip
+    loss.backward()
+    drift = math.exp(1 - distance)
+    assert float(loss.detach()) == pytest.approx(math.e - drift * (distance + 1), rel=1e-5)
+    assert float(policy.grad) == pytest.approx(-drift * distance, rel=1e-5, abs=1e-38)
+
+
 def test_not_a_number_reaches_the_loss(implementation):
     policy = torch.full((40,), -1.0)
     policy[17] = math.nan
@@ -294,6 +320,7 @@ def test_no_tokens(implementation):
         ({"dual_clip": 3.0, "surrogate": "sapo"}, "'sapo' has no use for it"),
         ({"surrogate": "reinforce"}, r"one of \['clip', 'cispo', 'sapo'\], not 'reinforce'"),
         ({"sapo_temperatures": (1.0, 0.0)}, "sapo_temperatures must be > 0"),
+        ({"sapo_temperatures": (51.0, 1.0)}, "sapo_temperatures must be > 0 and <= 50"),
         ({"kl_bias_correction": True}, "kl_bias_correction needs sampler_log_probs"),
         ({"sequence_ids": torch.tensor([0, 1, 3])}, r"sequence_ids must be in \[0, 3\)"),
     ],

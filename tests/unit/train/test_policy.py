@@ -203,6 +203,25 @@ def test_kl_in_the_reward_reaches_the_loss(one_rank):
     assert metrics["policy/kl"] > 0
 
 
+def test_a_step_of_rejected_responses_changes_nothing(one_rank):
+    """A sampler that was certain of every token: the trainer's ratio to it is below any veto."""
+    from r1mega.config.schema import DataConfig
+    from r1mega.config.stages.rl import OffPolicyConfig, RLStage, UpdateConfig
+    from r1mega.observe.trace import PhaseTimer
+    from r1mega.train.grpo_update import update_policy
+
+    samples = [dataclasses.replace(s, sampler_log_probs=np.zeros_like(s.sampler_log_probs)) for s in make_samples()]
+    config = RLStage(
+        stage="zero", run_dir="unused", model=ModelConfig(path="unused"), data=DataConfig(prompts=()),
+        update=UpdateConfig(num_minibatches=1, microbatch_tokens=64),
+        algorithm=AlgorithmConfig(kl_coefficient=0.0, off_policy=OffPolicyConfig(reject_ratio=0.5)),
+    )  # fmt: skip
+    metrics = update_policy(make_trainer(), samples, config, 1, PhaseTimer())
+    assert metrics["policy/masked_fraction"] == metrics["policy/rejected_fraction"] == 1
+    assert metrics["policy/effective_sample_fraction"] == 0, "null says that there are no corrections"
+    assert metrics["policy/loss"] == metrics["policy/grad_norm"] == 0
+
+
 def transformers_model(policy, tmp_path):
     from transformers import AutoModelForCausalLM
 

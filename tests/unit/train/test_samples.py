@@ -70,6 +70,14 @@ def test_whitening_is_over_all_tokens_of_the_step():
     assert whitened == pytest.approx([(sample.advantage - mean) / deviation for sample in samples])
 
 
+@pytest.mark.parametrize("epsilon", [0.0, 1e-6])
+def test_whitening_of_equal_advantages(epsilon):
+    """Zero, whatever the mean of equal numbers is rounded to."""
+    algorithm = AlgorithmConfig(baseline="none", normalize_std=False, whiten=True, std_epsilon=epsilon)
+    samples = training_samples([group([0.1, 0.1, 0.1]), group([0.1])], algorithm)
+    assert step_advantages(samples, algorithm) == [0.0] * 4
+
+
 @pytest.mark.parametrize("normalize", [True, False])
 def test_penalties_are_taken_from_the_rewards_of_the_group(normalize):
     values, penalties = [[1.0, 0.0, 0.5], [0.0, 1.0], [1.0, 1.0]], [0.1, -0.2, 0.3, 0.0, 0.4, 0.25, 0.5]

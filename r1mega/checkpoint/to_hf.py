@@ -60,10 +60,12 @@ class ToHF:
         self.files = [OutputFile(shard_name(i, len(runs)), held, size) for i, (held, size) in enumerate(runs)]
 
     def describe(self) -> str:
-        files = sorted(
-            self.path.iterdir()
-        )  # one that was altered and is mended is another, and so is what was made of it
-        stamps = [(file.name, file.stat().st_mtime_ns) for file in files]
+        # a file that was altered and is mended is another one, and so is what was made of it: ctime, for a copy may keep mtime
+        names = (MANIFEST, *sorted(read_manifest(self.path)["files"]))
+        found = [(self.path / name).stat() for name in names]
+        stamps = [
+            (name, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in zip(names, found, strict=True)
+        ]
         return f"{self.path.resolve()} {stamps} {(self.path / MANIFEST).read_text()} {self.config} {self.fp8_blocks}"
 
     def write(self, file: OutputFile, path: Path) -> dict[str, Any]:

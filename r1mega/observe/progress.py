@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -41,8 +42,9 @@ def tell(text: str) -> None:
 
 def sparkline(values: Sequence[float], width: int, highest: float | None = None) -> str:
     """The course of `values` in at most `width` characters, each the mean of as many as fall to it; from 0 (nothing lower is
-    told apart) to `highest`, by default the largest of the means.
+    told apart) to `highest`, by default the largest of the means. What is not finite is left out.
     """
+    values = [value for value in values if math.isfinite(value)]
     count = min(width, len(values))
     ends = [round(i * len(values) / count) for i in range(count + 1)] if count else []
     means = [sum(values[a:b]) / (b - a) for a, b in zip(ends, ends[1:], strict=False)]

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from r1mega.checkpoint.conversion import OutputFile, partition, read_ahead
+from r1mega.checkpoint.conversion import Altered, OutputFile, partition, read_ahead
 from r1mega.checkpoint.fit import alias
 from r1mega.checkpoint.fp8_blocks import CONFIG, SCALE, is_quantized, quantize, scale_shape
 from r1mega.checkpoint.hf import read_config, shard_name, write_hf_files
@@ -78,12 +78,12 @@ class ToHF:
             raise
         except Exception as error:  # bytes that were altered end in any
             if problem := self.problem():
-                raise CheckpointError(problem) from error
+                raise Altered(problem) from error
             raise
         return {"names": list(specs)}
 
     def problem(self) -> str | None:
-        """What is altered in the checkpoint, where its digests are taken on the way; reads what no tensor was made of."""
+        """What is altered, where digests are taken on the way; reads what no tensor was made of."""
         found = None if self.reader.digests is None else self.reader.digests.problem()
         return found and _not_whole(self.path, found)
 
@@ -182,10 +182,10 @@ def _mtp_copies(config: HFConfig, num_mtp: int) -> Iterator[Parameter]:
 
 
 def find_checkpoint(path: Path, workers: Workers, *, verify: bool = True) -> tuple[Path, PassingDigests | None]:
-    """A checkpoint directory itself, or the newest whole one of a run directory; and what compares its data as they are read.
+    """A checkpoint directory itself, or the newest whole one of a run; and what compares its data as they are read.
 
-    A checkpoint that was named is read once: one worker alone compares its data on the way, several share the files and do
-    it before. Of a run's the newest is verified before, for it may have to be the one before it. verify: False trusts
+    A checkpoint that was named is read once: one worker alone compares its data on the way, several share the files
+    and do it before. Of a run's the newest is verified before, for it may have to be the one before it. verify: False trusts
     what was named as it is.
 
     CheckpointError when there is none, or when the one that was named is torn or altered.

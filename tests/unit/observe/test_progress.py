@@ -78,10 +78,10 @@ def shown_on_a_terminal(monkeypatch, columns, term="xterm-256color", steps=range
 @pytest.mark.parametrize(
     "columns, drawn, seconds, bar",
     [
-        (80, "accuracy 0.800 ▁▂▃▄▅▆  length 12.0 ██████", False, False),
+        (80, "accuracy 0.800 ▁▃▄▅▆  length 12.0 █████", False, False),
         (120, "accuracy 0.800 ▁▁▂▂▂▃▃▄▄▄▅▅▆▆▆▇  length 12.0 ████████████████", True, False),
         (160, "accuracy 0.800 ▁▁▂▂▂▃▃▄▄▄▅▅▆▆▆▇  length 12.0 ████████████████", True, True),
-        (60, "accuracy 0.800  length 12.0", False, False),
+        (60, "accuracy 0.800 ▁▃▅▆ 0:", False, False),
     ],
 )
 def test_course_on_a_terminal(monkeypatch, columns, drawn, seconds, bar):
@@ -91,6 +91,23 @@ def test_course_on_a_terminal(monkeypatch, columns, drawn, seconds, bar):
     assert drawn in last and len(last.rstrip()) <= columns and "left" in last
     assert ("s/step" in last) == seconds and ("━" in last) == bar
     assert "[done]" in lines
+
+
+@pytest.mark.parametrize("steps, length", [(range(9990, 9999), 123.4), (range(9000, 9999), 31234.5)])
+def test_nothing_is_cut(monkeypatch, steps, length):
+    (last,) = [line for line in shown_on_a_terminal(monkeypatch, 80, steps=steps, length=length) if "9998/9998" in line]
+    assert re.fullmatch(
+        rf"reasoning_rl 9998/9998 accuracy 166\.6 \S+  length {length} \S+ 0:00:0\d left \S+", last.strip()
+    )
+    assert "…" not in last and len(last.rstrip()) <= 80
+
+
+def test_color_makes_no_terminal(monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    stream = io.StringIO()
+    with StageProgress("zero", 2, stream=stream, clock=Clock()) as progress:
+        progress.advance(2, accuracy=0.5)
+    assert stream.getvalue() == "zero 2/2  accuracy 0.500  0.00 s/step  elapsed 0:00\n"
 
 
 @pytest.mark.parametrize("length", [math.nan, math.inf])

@@ -159,7 +159,7 @@ def quickstart(
     redo: Redo = False,
     quiet: Quiet = False,
 ) -> None:
-    """The whole recipe with a small model on this machine, and a report. Started again it goes on where it was cut short."""
+    """The whole recipe with a small model on this machine, and a report. Started again it goes on where it was."""
     from r1mega.config.pipeline import NANO, load_pipeline, shipped_configs
 
     here = shipped_configs()

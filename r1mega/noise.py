@@ -42,7 +42,7 @@ _VARIABLES = {
     "TQDM_DISABLE": "1",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
 }
-"""Against bars over the loading of weights, the capture of graphs, the writing of files: a stage has one line of its own.
+"""Against bars over loading weights, capturing graphs, writing files: a stage has one line of its own.
 Read at import; what the environment has already wins.
 """
 

@@ -104,7 +104,8 @@ def read_ahead(
 def run_conversion(conversion: Conversion, out: Path, workers: Workers) -> Path:
     """Write the result as `out`, all workers together. CheckpointError on every worker when one of them fails.
 
-    What was finished then stays in OUT.partial, and the same call goes on from there; of what was altered nothing stays.
+    What was finished then stays in OUT.partial, and the same call goes on from there.
+    Of what was altered nothing stays.
     """
     out = Path(out)
     partial = out.with_name(out.name + ".partial")

@@ -60,7 +60,8 @@ class ToHF:
         self.files = [OutputFile(shard_name(i, len(runs)), held, size) for i, (held, size) in enumerate(runs)]
 
     def describe(self) -> str:
-        # a file that was altered and is mended is another one, and so is what was made of it: ctime, for a copy may keep mtime
+        # a file that was altered and is mended is another one, and so is what was made of it: ctime, for a copy may
+        # keep mtime
         names = (MANIFEST, *sorted(read_manifest(self.path)["files"]))
         found = [(self.path / name).stat() for name in names]
         stamps = [
@@ -185,8 +186,8 @@ def find_checkpoint(path: Path, workers: Workers, *, verify: bool = True) -> tup
     """A checkpoint directory itself, or the newest whole one of a run; and what compares its data as they are read.
 
     A checkpoint that was named is read once: one worker alone compares its data on the way, several share the files
-    and do it before. Of a run's the newest is verified before, for it may have to be the one before it. verify: False trusts
-    what was named as it is.
+    and do it before. Of a run's the newest is verified before, for it may have to be the one before it.
+    verify: False trusts what was named as it is.
 
     CheckpointError when there is none, or when the one that was named is torn or altered.
     """

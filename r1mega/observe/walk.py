@@ -1,4 +1,4 @@
-"""One prompt through the recipe: what each checkpoint of a pipeline answers to it, as an evaluation stage recorded it."""
+"""One prompt through the recipe: what each checkpoint of a pipeline answers to it, as an evaluation recorded it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """The first of a checkpoint's replies to the prompt, of `drawn`; right: how many of the judged ones, of how many."""
+    """The first of a checkpoint's replies to the prompt, of `drawn`; right: how many of the judged, of how many."""
 
     name: str
     replies: Sequence[Reply]
@@ -64,9 +64,10 @@ class Walk:
 def walk(task: str, results: Iterable[tuple[str, Path]]) -> Walk | None:
     """The most typical prompt of a task and what each checkpoint made of it.
 
-    results: (checkpoint, its result.json), in order. Typical: over all checkpoints, its share of right answers is nearest
-    to theirs (squares added up; the first of equals). So it is chosen by no one, and shows a checkpoint no better than it
-    is. None where fewer than two checkpoints have answered a common prompt that was judged. DataError for a damaged file.
+    results: (checkpoint, its result.json), in order. Typical: over all checkpoints, its share of right answers is
+    nearest to theirs (squares added up; the first of equals). So it is chosen by no one, and shows a checkpoint no
+    better than it is. None where fewer than two checkpoints have answered a common prompt that was judged.
+    DataError for a damaged file.
     """
     held = [(name, path.parent, _read(path)) for name, path in results]
     if len(held) < 2:
@@ -121,7 +122,7 @@ def _stop(name: str, row: Row, directory: Path) -> Stop:
 
 
 def _rewards(directory: Path, prompt_id: str) -> dict[int, tuple[float | None, Mapping[str, float], str]]:
-    """{number of the response: (value, parts, status)}: with the samples, or in files of their own (`rollout.store`)."""
+    """{number of the response: (value, parts, status)}: with the samples, or in their own files (`rollout.store`)."""
     lines = [
         line
         for kind in ("samples", "grades")

@@ -19,7 +19,7 @@ LEAF = "The .grad attribute of a Tensor that is not a leaf Tensor is being acces
 
 
 def said(statements: str, nvidia: str = "/nowhere") -> str:
-    """Standard error of a fresh interpreter after `silence()`, twice: where the command and megatron's import ask for it.
+    """Standard error of a fresh interpreter after `silence()`, twice: the command and megatron's import ask for it.
 
     nvidia: a path that is there where the machine has a GPU.
     """

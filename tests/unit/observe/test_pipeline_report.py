@@ -97,7 +97,7 @@ ANSWERED = {  # four prompts: which of two responses each checkpoint has right; 
 
 
 def write_answers(pipeline, answered):
-    """An evaluation's files: the summary, each checkpoint's rows, and rewards in both of the places where they are kept."""
+    """An evaluation's files: the summary, each checkpoint's rows, and rewards in both of the places that keep them."""
     checkpoints = []
     for name, prompts in answered.items():
         folder = pipeline / "evaluate" / name / "fresh"

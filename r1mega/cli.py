@@ -64,6 +64,7 @@ def _be_quiet(quiet: bool) -> bool:
 Quiet = Annotated[
     bool, typer.Option("--quiet", callback=_be_quiet, help="warnings and errors only, and where the report is")
 ]
+Redo = Annotated[bool, typer.Option(help="run changed nodes anew, with their old runs moved aside")]
 
 
 @app.command()
@@ -126,7 +127,7 @@ def pipeline(
     only: Annotated[str | None, typer.Option(help="this one alone")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would run and why; write nothing")] = False,
     gpu: Annotated[str, typer.Option(help="that a dry run is for: h100-80, h200, ..., see plan")] = "h100-80",
-    redo: Annotated[bool, typer.Option(help="run changed nodes anew, with their old runs moved aside")] = False,
+    redo: Redo = False,
     launcher: Annotated[str, typer.Option(help="command that starts a node's ranks, such as 'srun'")] = "",
     rank_python: Annotated[str | None, typer.Option(help="its interpreter there; default: this one")] = None,
     list_jobs: Annotated[
@@ -155,21 +156,22 @@ def quickstart(
     directory: Annotated[Path, typer.Option("--dir", parser=_path, help="where the runs go")] = Path("runs/nano"),
     seed: Annotated[int, typer.Option(min=0, help="of every stage")] = 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would run and why; write nothing")] = False,
+    redo: Redo = False,
     quiet: Quiet = False,
 ) -> None:
-    """The whole recipe with a small model on this machine, and a report. Started again it goes on where it was cut short."""
+    """The whole recipe with a small model on this machine, and a report. Started again it goes on where it was."""
     from r1mega.config.pipeline import NANO, load_pipeline, shipped_configs
 
     here = shipped_configs()
-    given = [f"dir={json.dumps(str(directory))}", f"overrides.seed={seed}", *(overrides or [])]
+    given = [f"dir={json.dumps(str(directory), ensure_ascii=False)}", f"overrides.seed={seed}", *(overrides or [])]
     loaded = load_pipeline(here / "r1.yaml", given, {NANO: here})
     from r1mega.stages import pipeline as stages
 
-    names = stages.select(loaded, None, stage, None)
+    names = stages.select(loaded, None, stage, None, last_option="--stage")
     if dry_run:
-        typer.echo("\n".join(stages.describe(loaded, stages.dry_run(loaded, names))))
+        typer.echo("\n".join(stages.describe(loaded, stages.dry_run(loaded, names, redo=redo))))
         raise typer.Exit
-    raise typer.Exit(stages.run_pipeline(loaded, names))
+    raise typer.Exit(stages.run_pipeline(loaded, names, redo=redo))
 
 
 @app.command()

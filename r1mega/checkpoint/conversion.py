@@ -40,6 +40,10 @@ class OutputFile:
     num_bytes: int
 
 
+class Altered(CheckpointError):
+    """What is read is not what its digests say: nothing that was made of it may stay."""
+
+
 class Conversion(Protocol):
     """files: all of the result. describe: what the result depends on. Both the same on every worker."""
 
@@ -48,7 +52,10 @@ class Conversion(Protocol):
     def describe(self) -> str: ...
 
     def write(self, file: OutputFile, path: Path) -> dict[str, Any]:
-        """Write `file` as `path`; a record (JSON) for `finish`. Raises OSError, RuntimeError, CheckpointError."""
+        """Write `file` as `path`; a record (JSON) for `finish`. Raises OSError, RuntimeError, CheckpointError.
+
+        Altered on one worker alone: several compare what they read before.
+        """
         ...
 
     def problem(self) -> str | None:
@@ -98,13 +105,15 @@ def run_conversion(conversion: Conversion, out: Path, workers: Workers) -> Path:
     """Write the result as `out`, all workers together. CheckpointError on every worker when one of them fails.
 
     What was finished then stays in OUT.partial, and the same call goes on from there.
+    Of what was altered nothing stays.
     """
     out = Path(out)
     partial = out.with_name(out.name + ".partial")
     advice = f"{out} was not made; finished files stay in {partial}, the same command goes on with them"
     done = on_first_rank(workers, lambda: _prepare(conversion, out, partial), f"{out} cannot be made")
     mine = [file for file in conversion.files if file.name not in done][workers.rank :: workers.size]
-    problems = []
+    problems: list[str] = []
+    altered: str | None = None
     with StageProgress("convert", len(conversion.files), len(done), rank=workers.rank) as progress:
         begun, written = time.monotonic(), 0
         try:
@@ -114,10 +123,12 @@ def run_conversion(conversion: Conversion, out: Path, workers: Workers) -> Path:
                 rate = written * workers.size / 1e9 / (time.monotonic() - begun)
                 if workers.rank == 0:  # the others' files are counted where they are noted
                     progress.advance(len(list((partial / DONE).iterdir())), **{"GB/s": rate})
+        except Altered as error:
+            altered = str(error)
         except (OSError, RuntimeError, CheckpointError) as error:
             problems = [f"{file.name}: {error}"]
         agree(workers, problems, advice)
-    if problem := on_first_rank(workers, conversion.problem, advice):
+    if problem := on_first_rank(workers, lambda: altered or conversion.problem(), advice):
         on_first_rank(workers, lambda: shutil.rmtree(partial), advice)
         raise CheckpointError(f"{problem}; {out} was not made")
 

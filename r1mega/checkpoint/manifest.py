@@ -82,8 +82,8 @@ def digesting_file(path: Path) -> Iterator[DigestingFile]:
 class PassingDigests:
     """sha256 of a checkpoint's data files, of the bytes that are read from them anyway: each passes once.
 
-    Files are digested from their beginnings: what lies before a read is read then, what nobody has read, at the end. Only a
-    read that goes back is one more. Not for several threads at a time.
+    Files are digested from their beginnings: what lies before a read is read then, what nobody has read, at the end.
+    Only a read that goes back is one more. Not for several threads at a time.
     """
 
     def __init__(self, directory: Path):
@@ -102,7 +102,7 @@ class PassingDigests:
         self._take(name, file, as_bytes(tensor))
 
     def problem(self) -> str | None:
-        """None when every file has passed and has the manifest's digest; otherwise what is wrong. Reads what is left."""
+        """None when every file has passed and has the manifest's digest, else what is wrong. Reads what is left."""
         for name, record in self._records.items():
             path = self.directory / name
             try:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from r1mega.checkpoint.conversion import OutputFile, partition, read_ahead
+from r1mega.checkpoint.conversion import Altered, OutputFile, partition, read_ahead
 from r1mega.checkpoint.fit import alias
 from r1mega.checkpoint.fp8_blocks import CONFIG, SCALE, is_quantized, quantize, scale_shape
 from r1mega.checkpoint.hf import read_config, shard_name, write_hf_files
@@ -60,10 +60,13 @@ class ToHF:
         self.files = [OutputFile(shard_name(i, len(runs)), held, size) for i, (held, size) in enumerate(runs)]
 
     def describe(self) -> str:
-        files = sorted(
-            self.path.iterdir()
-        )  # one that was altered and is mended is another, and so is what was made of it
-        stamps = [(file.name, file.stat().st_mtime_ns) for file in files]
+        # a file that was altered and is mended is another one, and so is what was made of it: ctime, for a copy may
+        # keep mtime
+        names = (MANIFEST, *sorted(read_manifest(self.path)["files"]))
+        found = [(self.path / name).stat() for name in names]
+        stamps = [
+            (name, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in zip(names, found, strict=True)
+        ]
         return f"{self.path.resolve()} {stamps} {(self.path / MANIFEST).read_text()} {self.config} {self.fp8_blocks}"
 
     def write(self, file: OutputFile, path: Path) -> dict[str, Any]:
@@ -76,12 +79,12 @@ class ToHF:
             raise
         except Exception as error:  # bytes that were altered end in any
             if problem := self.problem():
-                raise CheckpointError(problem) from error
+                raise Altered(problem) from error
             raise
         return {"names": list(specs)}
 
     def problem(self) -> str | None:
-        """What is altered in the checkpoint, where its digests are taken on the way; reads what no tensor was made of."""
+        """What is altered, where digests are taken on the way; reads what no tensor was made of."""
         found = None if self.reader.digests is None else self.reader.digests.problem()
         return found and _not_whole(self.path, found)
 
@@ -180,11 +183,11 @@ def _mtp_copies(config: HFConfig, num_mtp: int) -> Iterator[Parameter]:
 
 
 def find_checkpoint(path: Path, workers: Workers, *, verify: bool = True) -> tuple[Path, PassingDigests | None]:
-    """A checkpoint directory itself, or the newest whole one of a run directory; and what compares its data as they are read.
+    """A checkpoint directory itself, or the newest whole one of a run; and what compares its data as they are read.
 
-    A checkpoint that was named is read once: one worker alone compares its data on the way, several share the files and do
-    it before. Of a run's the newest is verified before, for it may have to be the one before it. verify: False trusts
-    what was named as it is.
+    A checkpoint that was named is read once: one worker alone compares its data on the way, several share the files
+    and do it before. Of a run's the newest is verified before, for it may have to be the one before it.
+    verify: False trusts what was named as it is.
 
     CheckpointError when there is none, or when the one that was named is torn or altered.
     """

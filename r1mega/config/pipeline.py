@@ -88,7 +88,7 @@ NANO = Path("configs/nano")
 
 
 def shipped_configs() -> Path:
-    """Where `NANO` is: in the package where it was installed, beside it in a clone. ConfigError when it came without them."""
+    """Where `NANO` is: in the package where it was installed, beside it in a clone. ConfigError when it is nowhere."""
     package = Path(__file__).parents[1]
     found = next((base / NANO for base in (package, package.parent) if (base / NANO / "r1.yaml").exists()), None)
     if found is None:

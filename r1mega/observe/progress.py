@@ -1,7 +1,9 @@
-"""Progress of a stage on the terminal: one line with live numbers and their course, or plain lines where there is no terminal."""
+"""Progress of a stage: on a terminal one line with live numbers and their course, elsewhere plain lines."""
 
 from __future__ import annotations
 
+import datetime
+import math
 import os
 import sys
 import time
@@ -24,8 +26,11 @@ QUIET = "R1MEGA_QUIET"
 
 _LEVELS = "▁▂▃▄▅▆▇█"
 _NUM_DRAWN, _WIDEST = 2, 16
-_OTHER_COLUMNS, _SECONDS_COLUMNS, _BAR_COLUMNS = 68, 112, 134
-"""Of a terminal: what is no drawing takes about so many; from so many on there is room for seconds a step, for a bar."""
+_BAR, _BAR_COLUMNS = 20, 134
+"""The bar's width, and from how wide a terminal on there is one."""
+
+_REMAINING = "00:00:00"
+"""The most that the time that is left takes of a line."""
 
 
 def is_quiet() -> bool:
@@ -40,9 +45,11 @@ def tell(text: str) -> None:
 
 
 def sparkline(values: Sequence[float], width: int, highest: float | None = None) -> str:
-    """The course of `values` in at most `width` characters, each the mean of as many as fall to it; from 0 (nothing lower is
-    told apart) to `highest`, by default the largest of the means.
+    """The course of `values` in at most `width` characters, each the mean of as many as fall to it.
+
+    From 0 (nothing lower is told apart) to `highest`, by default the largest mean. What is not finite is left out.
     """
+    values = [value for value in values if math.isfinite(value)]
     count = min(width, len(values))
     ends = [round(i * len(values) / count) for i in range(count + 1)] if count else []
     means = [sum(values[a:b]) / (b - a) for a, b in zip(ends, ends[1:], strict=False)]
@@ -53,8 +60,8 @@ def sparkline(values: Sequence[float], width: int, highest: float | None = None)
 class StageProgress:
     """One line for `total` steps, of which `done` were done before.
 
-    Ranks other than 0, and all where `is_quiet`, show nothing. Without a terminal: a line at the first step, then at most
-    one every `interval_seconds`, and one at the last step.
+    Ranks other than 0, and all where `is_quiet`, show nothing. Without a terminal: a line at the first step, then at
+    most one every `interval_seconds`, and one at the last step.
     """
 
     def __init__(
@@ -81,10 +88,11 @@ class StageProgress:
     def __enter__(self) -> StageProgress:
         self._begun = self._last = self._clock()
         console = Console(file=self._stream)
-        if self._enabled and console.is_terminal and not console.is_dumb_terminal:
+        # the stream's word, not rich's alone: FORCE_COLOR makes no terminal of a file
+        if self._enabled and self._stream.isatty() and console.is_terminal and not console.is_dumb_terminal:
             self._bar = Progress(
                 TextColumn("[bold]{task.description}"),
-                *([BarColumn(20)] if console.width >= _BAR_COLUMNS else []),
+                *([BarColumn(_BAR)] if console.width >= _BAR_COLUMNS else []),
                 TextColumn("{task.completed}/{task.total}"),
                 TextColumn("[cyan]{task.fields[live]}"),
                 TimeElapsedColumn(),
@@ -117,10 +125,11 @@ class StageProgress:
         if not self._enabled:
             return
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, live=self._numbers(self._bar.console))
+            self._bar.update(self._task, completed=step, live=self._drawn(self._bar.console))
         elif self._printed is None or now - self._printed >= self._interval or step >= self.total:
             self._printed = now
-            self._line(f"{self.stage} {step}/{self.total}  {self._numbers()}  {self._remaining(now)}")
+            numbers = "  ".join([*self._numbers(), self._seconds()])
+            self._line(f"{self.stage} {step}/{self.total}  {numbers}  {self._remaining(now)}")
 
     def update(self, step: int, metrics: Mapping[str, Any]) -> None:
         """`advance` with the live numbers found in a step's metrics."""
@@ -135,20 +144,32 @@ class StageProgress:
         else:
             self._line(text)
 
-    def _numbers(self, console: Console | None = None) -> str:
-        """Of the last step. console: where there is one, with their course as far as its width and characters allow."""
-        width = 0
-        if console is not None and console.encoding.startswith("utf"):
-            width = max(0, min(_WIDEST, (console.width - _OTHER_COLUMNS) // _NUM_DRAWN))
-        numbers = []
-        for place, (label, values) in enumerate(self._live.items()):
-            number = f"{label} {values[-1]:.{3 if abs(values[-1]) < 10 else 1}f}"
-            if place < _NUM_DRAWN and width:
-                number += f" {sparkline(values, width, 1.0 if label == 'accuracy' else None)}"
-            numbers.append(number)
-        if console is not None and console.width < _SECONDS_COLUMNS:
-            return "  ".join(numbers)
-        return "  ".join([*numbers, f"{self._step_seconds:.2f} s/step"])
+    def _numbers(self) -> list[str]:
+        """Of the last step."""
+        last = [(label, values[-1]) for label, values in self._live.items()]
+        return [f"{label} {value:.{3 if abs(value) < 10 else 1}f}" for label, value in last]
+
+    def _seconds(self) -> str:
+        return f"{self._step_seconds:.2f} s/step"
+
+    def _drawn(self, console: Console) -> str:
+        """The numbers, the course of some and the seconds of a step, as far as the line has room: nothing is cut."""
+        elapsed = str(datetime.timedelta(seconds=int(self._clock() - self._begun)))
+        others = [self.stage, f"{self.total}/{self.total}", elapsed, "left", _REMAINING]
+        room = console.width - sum(len(text) + 1 for text in others)
+        if console.width >= _BAR_COLUMNS:
+            room -= _BAR + 1
+        numbers = self._numbers()
+        while len("  ".join(numbers)) > room and numbers:
+            numbers.pop()
+        drawn = min(_NUM_DRAWN, len(numbers)) if console.encoding.startswith("utf") else 0
+        if drawn:
+            width = max(0, min(_WIDEST, (room - len("  ".join(numbers))) // drawn - 1))
+            for place, (label, values) in enumerate(list(self._live.items())[:drawn]):
+                course = sparkline(values, width, 1.0 if label == "accuracy" else None)
+                numbers[place] = f"{numbers[place]} {course}".rstrip()
+        whole = "  ".join([*numbers, self._seconds()])
+        return whole if len(whole) <= room else "  ".join(numbers)
 
     def _remaining(self, now: float) -> str:
         steps, elapsed = self.done - self._first, now - self._begun

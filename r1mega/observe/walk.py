@@ -1,4 +1,4 @@
-"""One prompt through the recipe: what each checkpoint of a pipeline answers to it, as an evaluation stage has recorded it."""
+"""One prompt through the recipe: what each checkpoint of a pipeline answers to it, as an evaluation recorded it."""
 
 from __future__ import annotations
 
@@ -41,10 +41,11 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """A checkpoint's replies to the prompt; right: how many of the judged ones, of how many."""
+    """The first of a checkpoint's replies to the prompt, of `drawn`; right: how many of the judged, of how many."""
 
     name: str
     replies: Sequence[Reply]
+    drawn: int
     right: tuple[int, int]
 
 
@@ -61,11 +62,12 @@ class Walk:
 
 
 def walk(task: str, results: Iterable[tuple[str, Path]]) -> Walk | None:
-    """The most typical prompt of a task and what each checkpoint made of it. results: (checkpoint, its result.json), in order.
+    """The most typical prompt of a task and what each checkpoint made of it.
 
-    Typical: over all checkpoints, its share of right answers is nearest to theirs (squares added up; the first of equals). So
-    it is chosen by no one, and shows a checkpoint no better than it is. None where fewer than two checkpoints have answered
-    a common prompt that was judged. DataError for a damaged file.
+    results: (checkpoint, its result.json), in order. Typical: over all checkpoints, its share of right answers is
+    nearest to theirs (squares added up; the first of equals). So it is chosen by no one, and shows a checkpoint no
+    better than it is. None where fewer than two checkpoints have answered a common prompt that was judged.
+    DataError for a damaged file.
     """
     held = [(name, path.parent, _read(path)) for name, path in results]
     if len(held) < 2:
@@ -86,11 +88,17 @@ def walk(task: str, results: Iterable[tuple[str, Path]]) -> Walk | None:
 
 def _read(path: Path) -> dict[str, Row]:
     try:
-        return {row["prompt_id"]: row for row in json.loads(path.read_text())["rows"]}
+        rows = json.loads(path.read_text())["rows"]
+        lacking = sorted({key for row in rows for key in Row.__required_keys__ - row.keys()})
     except FileNotFoundError:
         return {}  # of an evaluation whose samples were removed
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: not the results file of an evaluation ({error!r})") from error
+    if lacking:
+        raise DataError(
+            f"{path}: a row has no {', '.join(lacking)}; it is damaged or of another version: evaluate anew"
+        )
+    return {row["prompt_id"]: row for row in rows}
 
 
 def _judged(row: Row) -> list[bool]:
@@ -110,11 +118,11 @@ def _stop(name: str, row: Row, directory: Path) -> Stop:
         end = "length" if row["truncated"][index] else "stop"
         replies.append(Reply(text, row["lengths"][index], end, value, parts, status))
     judged = _judged(row)
-    return Stop(name, replies, (sum(judged), len(judged)))
+    return Stop(name, replies, len(row["texts"]), (sum(judged), len(judged)))
 
 
 def _rewards(directory: Path, prompt_id: str) -> dict[int, tuple[float | None, Mapping[str, float], str]]:
-    """{number of the response: (value, parts, status)}: with the samples, or in files of their own (`rollout.store`)."""
+    """{number of the response: (value, parts, status)}: with the samples, or in their own files (`rollout.store`)."""
     lines = [
         line
         for kind in ("samples", "grades")

@@ -84,7 +84,8 @@ def run_pipeline(
         if decision.action in ("refuse", "wait"):
             raise ConfigError(f"node {name}: {decision.reason}")
         if decision.action == "redo":
-            tell(f"[{pipeline.name}] {name}: the old run is kept as {_move_aside(node.config.run_dir)}")
+            old = _move_aside(node.config.run_dir)
+            print(f"[{pipeline.name}] {name}: the old run is kept as {old}", flush=True)
         if decision.action != "skip":
             code = _run_node(node, pipeline, decision, launcher, rank_python)
             report = write_pipeline_report(pipeline.dir)
@@ -92,7 +93,7 @@ def run_pipeline(
                 tell(f"[{pipeline.name}] report so far: {report.resolve()} (written anew after each stage)")
                 told = True
             if code != 0:
-                tell(f"[{pipeline.name}] {name}: {_ended(code)}")
+                print(f"[{pipeline.name}] {name}: {_ended(code)}", flush=True)
                 return code
     report = write_pipeline_report(pipeline.dir)
     for rung in read_ladder(pipeline.dir):
@@ -131,17 +132,22 @@ def dry_run(
     return decisions
 
 
-def select(pipeline: Pipeline, first: str | None, last: str | None, only: str | None) -> list[str]:
-    """Names of the nodes from `first` to `last`, or `only` one. Raises ConfigError for an unknown name."""
+def select(
+    pipeline: Pipeline, first: str | None, last: str | None, only: str | None, *, last_option: str = "--until"
+) -> list[str]:
+    """Names of the nodes from `first` to `last`, or `only` one. last_option: what the command calls `last`.
+
+    Raises ConfigError for an unknown name.
+    """
     names = list(pipeline.nodes)
-    for option, name in (("--from", first), ("--until", last), ("--only", only)):
+    for option, name in (("--from", first), (last_option, last), ("--only", only)):
         if name is not None and name not in names:
             raise ConfigError(f"{option} {name}: no such node in {pipeline.source}; there are {', '.join(names)}")
     if only is not None:
         return [only]
     chosen = names[names.index(first) if first else 0 : names.index(last) + 1 if last else None]
     if not chosen:
-        raise ConfigError(f"--from {first} --until {last}: {last} comes before {first}")
+        raise ConfigError(f"--from {first} {last_option} {last}: {last} comes before {first}")
     return chosen
 
 

@@ -101,7 +101,7 @@ class RLTrainer:
         return metrics, rollout.groups
 
     def push(self, *, again: bool = False) -> dict[str, float]:
-        """The policy's weights into the generator, which then is awake; metrics of the proof. again: the same as last time."""
+        """The policy's weights into the generator, which then is awake; metrics of the proof. again: as last time."""
         with self.timer.phase("reshard"):
             self.phases.enter("reshard")
             return self.sync.push(self.phases.weights_arrived, again=again)

@@ -11,22 +11,34 @@ KNOWN = {
 }
 WARNED = (
     "`torch.distributed.reduce_op` is deprecated, please use `torch.distributed.ReduceOp` instead",
-    "The .grad attribute of a Tensor that is not a leaf Tensor is being accessed.",
     "Transformer Engine and Apex are not installed. Falling back to Torch optimizers.",
 )
 
 
-def said(statements: str) -> str:
-    """Standard error of a fresh interpreter after `silence()`, twice: where the command and megatron's import ask for it."""
-    begin = "import logging, warnings; logging.basicConfig(format='%(message)s'); from r1mega.noise import silence; silence(); silence(); "
+LEAF = "The .grad attribute of a Tensor that is not a leaf Tensor is being accessed."
+
+
+def said(statements: str, nvidia: str = "/nowhere") -> str:
+    """Standard error of a fresh interpreter after `silence()`, twice: the command and megatron's import ask for it.
+
+    nvidia: a path that is there where the machine has a GPU.
+    """
+    begin = (
+        "import logging, pathlib, warnings; logging.basicConfig(format='%(message)s'); from r1mega import noise; "
+        f"noise.NVIDIA = pathlib.Path({nvidia!r}); noise.silence(); noise.silence(); "
+    )
     command = [sys.executable, "-W", "default", "-c", begin + statements]
     return subprocess.run(command, check=True, capture_output=True, text=True).stderr
+
+
+def of_module(module: str) -> str:
+    return f"warnings.warn_explicit({LEAF!r}, UserWarning, 'file.py', 1, module={module!r})"
 
 
 def test_known_messages_are_left_out():
     logs = "; ".join(f"logging.getLogger({name!r}).warning({text!r})" for name, text in KNOWN.items())
     warned = "; ".join(f"warnings.warn({text!r}, FutureWarning)" for text in WARNED)
-    assert said(f"{logs}; {warned}") == ""
+    assert said(f"{logs}; {warned}; {of_module('megatron.core.optimizer')}") == ""
 
 
 @pytest.mark.parametrize(
@@ -40,6 +52,22 @@ def test_known_messages_are_left_out():
 )
 def test_others_are_shown(statement):
     assert "a fault" in said(statement)
+
+
+def test_a_gradient_asked_of_no_leaf_is_known_of_megatron_alone():
+    assert LEAF in said(of_module("r1mega.train.policy")) and LEAF in said(of_module("megatronic"))
+
+
+def test_a_gpu_wants_triton(tmp_path):
+    name, text = next(iter(KNOWN.items()))
+    assert text in said(f"logging.getLogger({name!r}).warning({text!r})", str(tmp_path))
+
+
+def test_errors_and_filters_of_others_stay():
+    name, text = "megatron.core.models.gpt.gpt_model", KNOWN["megatron.core.models.gpt.gpt_model"]
+    assert text in said(f"logging.getLogger({name!r}).error({text!r})")
+    other = f"logging.getLogger({name!r}); f.filters.clear(); f.addFilter(functools.partial(bool)); noise.silence()"
+    assert said(f"import functools; f = {other}; f.warning({text!r})") == ""
 
 
 def test_bars_are_off_unless_asked_for(monkeypatch):

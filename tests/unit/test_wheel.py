@@ -43,7 +43,7 @@ def run(installed, directory, *arguments):
 
 
 def test_it_plans_what_the_script_runs(installed, tmp_path):
-    """Line for line but for the places: configs of the package, runs in the folder where it was started; nothing is written."""
+    """Line for line but for the places: configs of the package, runs in the folder of the start; nothing is written."""
     assert "--stage" in run(installed, tmp_path, "quickstart", "--help")
     ours = run(installed, tmp_path, "quickstart", "--dry-run")
     repository = run(f"{ROOT}:{ROOT / 'kernels'}", ROOT, "quickstart", "--dry-run", "--dir", str(tmp_path / "none"))

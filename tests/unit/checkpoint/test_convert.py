@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,10 +16,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from r1mega.checkpoint import conversion, safetensors_file
+from r1mega.checkpoint import conversion, safetensors_file, to_hf
 from r1mega.checkpoint.convert import ConvertOptions, convert, parse_parallel
 from r1mega.checkpoint.hf import HFTensors, read_config
 from r1mega.checkpoint.parameters import parameters
+from r1mega.checkpoint.safetensors_file import write_tensors
 from r1mega.checkpoint.workers import Alone
 from r1mega.config.layout import num_experts
 from r1mega.config.schema import ParallelConfig
@@ -217,6 +220,7 @@ MEASURE = """
 import sys, torch
 from pathlib import Path
 from r1mega.checkpoint.convert import ConvertOptions, convert
+from r1mega.checkpoint.safetensors_file import write_tensors
 from r1mega.checkpoint.workers import Alone
 source, out, target = sys.argv[1:]
 torch.set_num_threads(1)
@@ -276,14 +280,57 @@ def test_nothing_is_kept_of_an_altered_checkpoint(tmp_path, where):
         content = bytearray(whole[file])
         content[int(at * len(content)) if isinstance(at, float) else at] ^= 1
         file.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"not a whole checkpoint \(\S+ has another sha256.*use another one"):
+    with pytest.raises(
+        CheckpointError, match=r"not a whole checkpoint \(\S+ has another sha256.*use another one"
+    ) as told:
         convert(megatron, tmp_path / "out", "hf", options(), Alone())
-    assert not (tmp_path / "out").exists()
+    assert "goes on" not in str(told.value), "it would end in the same"
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
     for file, content in whole.items():
         file.write_bytes(content)
     for name, given in (("out", {}), ("trusted", {"verify": False})):
         made = convert(megatron, tmp_path / name, "hf", options(**given), Alone())
         assert all((made / p.name).read_bytes() == p.read_bytes() for p in expected.iterdir())
+
+
+def test_what_was_made_before_a_checkpoint_was_mended_is_not_used(tmp_path, monkeypatch):
+    """Altered and mended under the same mtime, as a copy that keeps it does; the disk was full in between."""
+    source = write_hub_directory(tmp_path / "hf", LLAMA, hub_state(LLAMA))
+    megatron = convert(source, tmp_path / "megatron", "megatron", options(), Alone())
+    expected = convert(megatron, tmp_path / "expected", "hf", options(), Alone())
+    shards = sorted(p.name for p in expected.glob("*.safetensors"))
+    files = sorted(megatron.glob("*.distcp"))
+    whole, stamps = [file.read_bytes() for file in files], [file.stat() for file in files]
+
+    def rewrite(change: Callable[[bytes], bytes]) -> None:
+        for file, content, stamp in zip(files, whole, stamps, strict=True):
+            file.write_bytes(change(content))
+            os.utime(file, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+
+    def until_full(path: Path, *given: object) -> None:
+        if Path(path).name.startswith(shards[-1]):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_tensors(path, *given)
+
+    rewrite(lambda content: (at := len(content) // 2) and content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+    with monkeypatch.context() as patch:
+        patch.setattr(to_hf, "write_tensors", until_full)
+        with pytest.raises(CheckpointError, match="No space left.*the same command goes on"):
+            convert(megatron, megatron / "out", "hf", options(), Alone())
+    assert (megatron / "out.partial" / shards[0]).exists()
+    rewrite(lambda content: content)
+    made = convert(megatron, megatron / "out", "hf", options(verify=False), Alone())
+    assert all((made / p.name).read_bytes() == p.read_bytes() for p in expected.iterdir())
+
+
+def test_an_out_inside_the_checkpoint_goes_on_where_it_was(tmp_path):
+    source = write_hub_directory(tmp_path / "hf", LLAMA, hub_state(LLAMA))
+    megatron = convert(source, tmp_path / "megatron", "megatron", options(), Alone())
+    config, _ = to_hf.find_config(megatron, None)
+    plan = to_hf.ToHF(megatron, config, tokenizer_from=None, max_file_bytes=SMALL)
+    before = plan.describe()
+    (megatron / "out.partial").mkdir()
+    assert plan.describe() == before
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "mpirun"])

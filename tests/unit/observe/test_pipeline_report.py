@@ -97,7 +97,7 @@ ANSWERED = {  # four prompts: which of two responses each checkpoint has right; 
 
 
 def write_answers(pipeline, answered):
-    """An evaluation's files: the summary, each checkpoint's rows, and rewards in both of the places where they are kept."""
+    """An evaluation's files: the summary, each checkpoint's rows, and rewards in both of the places that keep them."""
     checkpoints = []
     for name, prompts in answered.items():
         folder = pipeline / "evaluate" / name / "fresh"
@@ -141,7 +141,18 @@ def test_one_prompt_through_the_recipe(pipeline):
         "correct", "reward 1.00", "7 tokens", "wrong", "reward 0.00", "9 tokens", "truncated"
     ]  # fmt: skip
     assert EVIL not in page
-    (evaluation / "zero/fresh/result.json").write_text("{}")
+    assert "the first" not in base
+    file = evaluation / "zero/fresh/result.json"
+    rows = json.loads(file.read_text())["rows"]
+    for row in rows:
+        row |= {key: row[key] * 3 for key in ("texts", "lengths", "truncated", "correct")}
+    file.write_text(json.dumps({"rows": rows}))
+    assert "3 of 6 right; the first 4 of 6<" in write_pipeline_report(pipeline).read_text()
+    del rows[-1]["truncated"]
+    file.write_text(json.dumps({"rows": rows}))
+    with pytest.raises(DataError, match=r"zero/fresh/result.json: a row has no truncated"):
+        write_pipeline_report(pipeline)
+    file.write_text("{}")
     with pytest.raises(DataError, match=r"zero/fresh/result.json: not the results file"):
         write_pipeline_report(pipeline)
 

@@ -1,6 +1,7 @@
 """Progress: plain lines without a terminal, one that draws on one, silence on other ranks and where it is asked for."""
 
 import io
+import math
 import os
 import pty
 import re
@@ -52,17 +53,17 @@ def test_notes_are_lines():
     assert stream.getvalue() == "report: [run]/report.html\n"
 
 
-def shown_on_a_terminal(monkeypatch, columns, term="xterm-256color"):
-    """The lines of a stage that gets better and longer, as a terminal gets them."""
+def shown_on_a_terminal(monkeypatch, columns, term="xterm-256color", steps=range(1, 49), length=12.0):
+    """The lines of a stage that gets better, as a terminal gets them."""
     monkeypatch.setenv("TERM", term)
     monkeypatch.setenv("COLUMNS", str(columns))
     controller, terminal = pty.openpty()
     with (
         os.fdopen(terminal, "w", encoding="utf-8") as stream,
-        StageProgress("reasoning_rl", 48, stream=stream) as progress,
+        StageProgress("reasoning_rl", steps[-1], stream=stream) as progress,
     ):
-        for step in range(1, 49):
-            progress.advance(step, accuracy=step / 60, length=12.0)
+        for step in steps:
+            progress.advance(step, accuracy=step / 60, length=length)
         progress.note("[done]")
     shown = b""
     while True:
@@ -77,10 +78,10 @@ def shown_on_a_terminal(monkeypatch, columns, term="xterm-256color"):
 @pytest.mark.parametrize(
     "columns, drawn, seconds, bar",
     [
-        (80, "accuracy 0.800 ▁▂▃▄▅▆  length 12.0 ██████", False, False),
+        (80, "accuracy 0.800 ▁▃▄▅▆  length 12.0 █████", False, False),
         (120, "accuracy 0.800 ▁▁▂▂▂▃▃▄▄▄▅▅▆▆▆▇  length 12.0 ████████████████", True, False),
         (160, "accuracy 0.800 ▁▁▂▂▂▃▃▄▄▄▅▅▆▆▆▇  length 12.0 ████████████████", True, True),
-        (60, "accuracy 0.800  length 12.0", False, False),
+        (60, "accuracy 0.800 ▁▃▅▆ 0:", False, False),
     ],
 )
 def test_course_on_a_terminal(monkeypatch, columns, drawn, seconds, bar):
@@ -90,6 +91,29 @@ def test_course_on_a_terminal(monkeypatch, columns, drawn, seconds, bar):
     assert drawn in last and len(last.rstrip()) <= columns and "left" in last
     assert ("s/step" in last) == seconds and ("━" in last) == bar
     assert "[done]" in lines
+
+
+@pytest.mark.parametrize("steps, length", [(range(9990, 9999), 123.4), (range(9000, 9999), 31234.5)])
+def test_nothing_is_cut(monkeypatch, steps, length):
+    (last,) = [line for line in shown_on_a_terminal(monkeypatch, 80, steps=steps, length=length) if "9998/9998" in line]
+    assert re.fullmatch(
+        rf"reasoning_rl 9998/9998 accuracy 166\.6 \S+  length {length} \S+ 0:00:0\d left \S+", last.strip()
+    )
+    assert "…" not in last and len(last.rstrip()) <= 80
+
+
+def test_color_makes_no_terminal(monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    stream = io.StringIO()
+    with StageProgress("zero", 2, stream=stream, clock=Clock()) as progress:
+        progress.advance(2, accuracy=0.5)
+    assert stream.getvalue() == "zero 2/2  accuracy 0.500  0.00 s/step  elapsed 0:00\n"
+
+
+@pytest.mark.parametrize("length", [math.nan, math.inf])
+def test_a_number_that_is_none_is_told_and_not_drawn(monkeypatch, length):
+    (last,) = [line for line in shown_on_a_terminal(monkeypatch, 80, length=length) if "48/48" in line]
+    assert f"length {length}" in last and "left" in last
 
 
 def test_terminal_that_cannot_draw(monkeypatch):
@@ -105,6 +129,7 @@ def test_sparkline():
     assert sparkline([0, 1, 2, 3, 4, 5, 6, 7], 8, 8.0) == "▁▂▃▄▅▆▇█"
     assert sparkline([1, 3, 5, 7, 7], 2, 8.0) == "▃▇", "means of 1 3 (2) and 5 7 7 (6.3)"
     assert sparkline([-1.0, float(2**40)], 8, 1.0) == "▁█"
+    assert sparkline([1.0, math.nan, math.inf], 8, 1.0) == "█" and sparkline([math.nan], 8) == ""
 
 
 def test_quiet(monkeypatch, capfd):

@@ -4,11 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from r1mega.cli import app
 from r1mega.config.pipeline import load_pipeline
 from r1mega.errors import ConfigError
 from r1mega.observe.lineage import Attempt, Lineage, stamp_outputs, write_lineage
-from r1mega.stages.pipeline import covered, decide, dry_run, jobs
+from r1mega.observe.progress import QUIET
+from r1mega.stages.pipeline import covered, decide, dry_run, jobs, run_pipeline
 
 FILE = f"""
 name: two
@@ -51,7 +54,7 @@ def _finish(node, pipeline):
     (run_dir / "status.json").write_text(json.dumps({"state": "finished", "step": node.config.steps}))
     write_lineage(run_dir, Lineage(
         node.name, node.config.stage, "finished", decision.fingerprint, covered(node.config), dict(decision.inputs),
-        stamp_outputs(run_dir), (Attempt("t", None, "t", 0),),
+        stamp_outputs(run_dir), (Attempt("2026-01-01T00:00:00+00:00", None, "2026-01-01T00:00:01+00:00", 0),),
     ))  # fmt: skip
 
 
@@ -129,3 +132,33 @@ def test_a_dry_run_refuses_a_generator_that_its_gpus_cannot_hold():
     file = Path(__file__).parents[3] / "configs/deepseek_v3_671b/r1.yaml"
     with pytest.raises(ConfigError, match=r"zero .*rollout.tp = 1: .* 1,342.1 GB a GPU.* at least 32"):
         dry_run(load_pipeline(file, ["zero.rollout.tp=1"]), ["zero"])
+
+
+def test_quiet_tells_what_failed_and_what_was_moved(load, monkeypatch, capfd):
+    monkeypatch.setenv(QUIET, "1")
+    pipeline = load("zero.optimizer.lr=0.5")
+    assert run_pipeline(pipeline, ["base", "zero"], redo=True, launcher="false") == 1
+    (old,) = pipeline.dir.glob("zero.before-*")
+    assert capfd.readouterr().out.splitlines() == [
+        f"[two] zero: the old run is kept as {old}", "[two] zero: failed with exit code 1"
+    ]  # fmt: skip
+
+
+def quickstart(*arguments):
+    return CliRunner().invoke(app, ["quickstart", "--dry-run", *arguments])
+
+
+def test_quickstart_takes_any_directory_and_can_redo(load, tmp_path):
+    """What two stages left there was made of something else: refused without --redo."""
+    runs = tmp_path / "träume 🍀"
+    load().dir.rename(runs)
+    refused, again = (
+        quickstart("--dir", str(runs), "--stage", "zero", "--seed", "7", *more) for more in ([], ["--redo"])
+    )
+    assert f"records in {runs}" in refused.output and "refuse  base" in refused.output, refused.output
+    assert "redo  base" in again.output, again.output
+
+
+def test_quickstart_names_its_own_option():
+    with pytest.raises(ConfigError, match=r"^--stage nosuch: no such node"):
+        raise quickstart("--stage", "nosuch").exception

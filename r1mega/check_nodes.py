@@ -31,7 +31,7 @@ GPU_QUERY = (
 THROTTLED = 0x8 | 0x40 | 0x80
 """nvidia-smi's clocks_throttle_reasons: hardware slowdown, thermal, power brake."""
 SHARED_MEMORY_BYTES = 2**30
-"""Least of /dev/shm: NCCL's buffers between the processes of a machine, vLLM's, and torch's."""
+"""Least free of /dev/shm: NCCL's buffers between the processes of a machine, vLLM's, and torch's."""
 SECONDS_APART = 2.0
 """Clocks of machines may differ by so much: checkpoints, locks and logs are ordered by them."""
 DISK_PROBE_BYTES = 16 * 2**20
@@ -99,7 +99,7 @@ def measure(run_dir: Path | None, *, megabytes: int = 64) -> Facts:
     return Facts(
         rank, socket.gethostname(), int(os.environ.get("LOCAL_WORLD_SIZE", "1")), program(),
         torch.cuda.device_count() if here.name == "cuda" else 0, gpu(here.device) if here.name == "cuda" else None, clock,
-        raise_open_files(), shutil.disk_usage("/dev/shm").total, disk_error, free, *speeds, pairs, whole, tuple(wrong),
+        raise_open_files(), shutil.disk_usage("/dev/shm").free, disk_error, free, *speeds, pairs, whole, tuple(wrong),
     )  # fmt: skip
 
 
@@ -124,7 +124,8 @@ def problems(ranks: Sequence[Facts], *, slow: float, free_bytes: int = 0) -> Ite
         if facts.open_files < open_files:
             yield f"{facts.name}: {facts.open_files} open files allowed, {open_files} wanted; raise the hard limit (ulimit -Hn)"
         if facts.shared_memory_bytes < SHARED_MEMORY_BYTES:
-            yield f"{facts.name}: /dev/shm has {facts.shared_memory_bytes / 2**20:.0f} MiB; give the container --shm-size or --ipc=host"
+            free = f"{facts.shared_memory_bytes / 2**20:.0f} MiB free"
+            yield f"{facts.name}: /dev/shm has {free}; remove what fills it, or give the container --shm-size or --ipc=host"
         if facts.disk_error is not None:
             yield f"{facts.name}: run_dir: {facts.disk_error}"
         elif facts.disk_free_bytes < free_bytes:

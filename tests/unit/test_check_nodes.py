@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import os
+import shutil
 from pathlib import Path
 from unittest import mock
 
@@ -51,7 +52,7 @@ def test_a_job_that_is_fit():
         (gpu(throttle_reasons=0x40), "slowed down by hardware, heat or power (reasons 0x40)"),
         ({"clock": 1030.0}, "its clock is +30.0 s off the median"),
         ({"open_files": 1023}, "1023 open files allowed, 1024 wanted"),
-        ({"shared_memory_bytes": 64 * 2**20}, "/dev/shm has 64 MiB"),
+        ({"shared_memory_bytes": 64 * 2**20}, "/dev/shm has 64 MiB free"),
         ({"disk_error": "/x: No space left on device"}, "run_dir: /x: No space left on device"),
         ({"disk_free_bytes": 10**9}, "run_dir has 1.0 GB free, 5.0 wanted"),
         ({"matmul_tflops": 500.0}, "matrix product 500 TFLOP/s, the median 700"),
@@ -111,10 +112,13 @@ def test_two_ranks_hear_of_each_other(tmp_path):
 def test_one_rank_alone_has_nobody_to_exchange_with(tmp_path):
     (facts,) = launch(alone, 1, tmp_path)
     assert facts.pair_gb == {} and facts.whole_gb is None and facts.matmul_tflops > 0 and facts.copy_gb > 0
+    assert facts.shared_memory_bytes == 11, "what is free of /dev/shm, not what it has"
 
 
 def alone(run_dir: Path) -> Facts:
     from r1mega.platform import groups
 
     groups.init_distributed()
-    return check_nodes.measure(run_dir)
+    usage = type(shutil.disk_usage("/"))(100, 89, 11)
+    with mock.patch.object(shutil, "disk_usage", lambda path: usage):
+        return check_nodes.measure(run_dir)

@@ -6,6 +6,7 @@ against the median of the job. Under torchrun and srun with one process a GPU; o
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import socket
@@ -34,6 +35,8 @@ SHARED_MEMORY_BYTES = 2**30
 """Least free of /dev/shm: NCCL's buffers between the processes of a machine, vLLM's, and torch's."""
 SECONDS_APART = 2.0
 """Clocks of machines may differ by so much: checkpoints, locks and logs are ordered by them."""
+TAKEN_MIB = 2048
+"""Of a GPU's memory, at most, or 5 %, before a job's work begins: CUDA's context and NCCL's buffers of this process."""
 DISK_PROBE_BYTES = 16 * 2**20
 
 
@@ -78,11 +81,13 @@ def measure(run_dir: Path | None, *, megabytes: int = 64) -> Facts:
     """This rank's facts; a collective call. run_dir: where the run will write; megabytes: of an all-reduce."""
     rank, world = dist.get_rank(), dist.get_world_size()
     here = platform.current()
+    before = gpu(here.device)  # what this rank takes itself comes later; neighbours have GPUs of their own
     dist.barrier()
     clock = time.time()  # all within the barrier's milliseconds
     disk_error, free = try_disk(run_dir) if run_dir is not None else (None, 0)
     dist.barrier()  # so that speeds are taken at the same time: also what neighbours share is seen
     speeds = matmul_tflops(here.device), copy_gb(here.device)
+    torch.cuda.empty_cache()  # room for NCCL
     pairs, wrong = {}, []
     numel = megabytes * 2**20 // 4
     for distance in _distances(world):
@@ -96,9 +101,12 @@ def measure(run_dir: Path | None, *, megabytes: int = 64) -> Facts:
         dist.barrier()
         whole, right = all_reduce_gb(here.device, numel, dist.group.WORLD, world * (world + 1) // 2)
         wrong += [] if right else ["of all ranks"]
+    after = gpu(here.device)  # still warm: clocks slow down under load
+    if before is not None and after is not None:
+        after = dataclasses.replace(after, used_mib=before.used_mib)
     return Facts(
         rank, socket.gethostname(), int(os.environ.get("LOCAL_WORLD_SIZE", "1")), program(),
-        torch.cuda.device_count() if here.name == "cuda" else 0, gpu(here.device) if here.name == "cuda" else None, clock,
+        torch.cuda.device_count() if here.name == "cuda" else 0, after, clock,
         raise_open_files(), shutil.disk_usage("/dev/shm").free, disk_error, free, *speeds, pairs, whole, tuple(wrong),
     )  # fmt: skip
 
@@ -138,7 +146,7 @@ def problems(ranks: Sequence[Facts], *, slow: float, free_bytes: int = 0) -> Ite
 def _gpu_problems(name: str, gpu: Gpu, memory: float, top_clock: int) -> Iterator[str]:
     if gpu.memory_mib < 0.98 * memory:
         yield f"{name}: its GPU has {gpu.memory_mib} MiB, the median {memory:.0f}"
-    if gpu.used_mib > 0.05 * gpu.memory_mib:
+    if gpu.used_mib > max(0.05 * gpu.memory_mib, TAKEN_MIB):
         yield f"{name}: {gpu.used_mib} MiB of its GPU are taken before anything began; end what holds them (nvidia-smi)"
     if gpu.ecc_errors:
         yield f"{name}: {gpu.ecc_errors} uncorrected ECC errors; reset the GPU, or leave the machine out"
@@ -209,7 +217,9 @@ def program() -> dict[str, str]:
 
 
 def gpu(device: torch.device) -> Gpu | None:
-    """None where nvidia-smi does not tell. By the device's UUID: CUDA_VISIBLE_DEVICES changes numbers."""
+    """None where nvidia-smi does not tell, and on a CPU. By the device's UUID: CUDA_VISIBLE_DEVICES changes numbers."""
+    if device.type != "cuda":
+        return None
     uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
     command = ["nvidia-smi", f"--id={uuid}", f"--query-gpu={','.join(GPU_QUERY)}", "--format=csv,noheader,nounits"]
     try:

@@ -73,6 +73,14 @@ def test_a_slow_link_is_found_by_its_two_ranks():
     assert list(problems(ranks, slow=0.85)) == ["ranks 2 and 3: all-reduce 20 GB/s, the median 110 of such pairs"]
 
 
+def test_what_a_process_itself_takes_of_a_small_gpu_is_no_fault():
+    ranks = [facts(rank, **gpu(memory_mib=16384, used_mib=1500)) for rank in range(WORLD)]
+    assert list(problems(ranks, slow=0.85)) == []
+    ranks[1] = facts(1, **gpu(memory_mib=16384, used_mib=2100))
+    (found,) = problems(ranks, slow=0.85)
+    assert "2100 MiB of its GPU are taken" in found
+
+
 def test_what_nvidia_smi_prints():
     assert read_gpu("81559, 4, 0, 1980, 0x0000000000000001\n") == Gpu(81559, 4, 0, 1980, 1)
     assert read_gpu("15360, 0, [N/A], 1590, 0x0000000000000000\n").ecc_errors is None
@@ -113,6 +121,7 @@ def test_one_rank_alone_has_nobody_to_exchange_with(tmp_path):
     (facts,) = launch(alone, 1, tmp_path)
     assert facts.pair_gb == {} and facts.whole_gb is None and facts.matmul_tflops > 0 and facts.copy_gb > 0
     assert facts.shared_memory_bytes == 11, "what is free of /dev/shm, not what it has"
+    assert facts.gpu == dataclasses.replace(GPU, throttle_reasons=0x40), "memory before the load, clocks after it"
 
 
 def alone(run_dir: Path) -> Facts:
@@ -120,5 +129,10 @@ def alone(run_dir: Path) -> Facts:
 
     groups.init_distributed()
     usage = type(shutil.disk_usage("/"))(100, 89, 11)
-    with mock.patch.object(shutil, "disk_usage", lambda path: usage):
+    loaded: list[float] = []
+    copy_gb = check_nodes.copy_gb
+    with mock.patch.object(shutil, "disk_usage", lambda path: usage), mock.patch.multiple(
+        check_nodes, copy_gb=lambda device: loaded.append(copy_gb(device)) or loaded[-1],
+        gpu=lambda device: dataclasses.replace(GPU, used_mib=3900, throttle_reasons=0x40) if loaded else GPU,
+    ):  # fmt: skip
         return check_nodes.measure(run_dir)

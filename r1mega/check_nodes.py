@@ -26,11 +26,11 @@ from r1mega.observe.environment import describe_environment
 from r1mega.platform import groups
 from r1mega.platform.launcher import adopt_launcher_environment, raise_open_files
 
-GPU_QUERY = (
-    "memory.total", "memory.used", "ecc.errors.uncorrected.volatile.total", "clocks.max.sm", "clocks_throttle_reasons.active"
-)  # fmt: skip
+GPU_QUERY = ("memory.total", "memory.used", "ecc.errors.uncorrected.volatile.total", "clocks.max.sm")
+WHY_SLOW = ("clocks_event_reasons.active", "clocks_throttle_reasons.active")
+"""One bit field: its name, and the one older drivers know. nvidia-smi refuses a whole query for a name that it lacks."""
 THROTTLED = 0x8 | 0x40 | 0x80
-"""nvidia-smi's clocks_throttle_reasons: hardware slowdown, thermal, power brake."""
+"""Bits of WHY_SLOW: hardware slowdown, thermal, power brake."""
 SHARED_MEMORY_BYTES = 2**30
 """Least free of /dev/shm: NCCL's buffers between the processes of a machine, vLLM's, and torch's."""
 SECONDS_APART = 2.0
@@ -42,13 +42,13 @@ DISK_PROBE_BYTES = 16 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """What nvidia-smi says of a device; MiB, MHz. ecc_errors: uncorrected ones since it was last reset; None: without ECC."""
+    """What nvidia-smi says of a device; MiB, MHz. ecc_errors: uncorrected ones since it was last reset. None: not told."""
 
-    memory_mib: int
-    used_mib: int
-    ecc_errors: int | None
-    max_clock_mhz: int
-    throttle_reasons: int
+    memory_mib: int | None = None
+    used_mib: int | None = None
+    ecc_errors: int | None = None
+    max_clock_mhz: int | None = None
+    throttle_reasons: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,8 +115,9 @@ def problems(ranks: Sequence[Facts], *, slow: float, free_bytes: int = 0) -> Ite
     """What is wrong, a line each. slow: a speed below this share of the job's median is; free_bytes: wanted for run_dir."""
     usual = {name: Counter(facts.program.get(name) for facts in ranks).most_common(1)[0][0] for name in _names(ranks)}
     gpu_count = statistics.mode(facts.gpu_count for facts in ranks)
-    memory = statistics.median([facts.gpu.memory_mib for facts in ranks if facts.gpu] or [0])
-    top_clock = max([facts.gpu.max_clock_mhz for facts in ranks if facts.gpu] or [0])
+    gpus = [facts.gpu for facts in ranks if facts.gpu is not None]
+    memory = statistics.median([gpu.memory_mib for gpu in gpus if gpu.memory_mib is not None] or [0])
+    top_clock = max([gpu.max_clock_mhz for gpu in gpus if gpu.max_clock_mhz is not None] or [0])
     clock = statistics.median(facts.clock for facts in ranks)
     open_files = max(1024, 4 * len(ranks))  # sockets of three world-sized gloo groups and smaller ones
     for facts in ranks:
@@ -144,15 +145,17 @@ def problems(ranks: Sequence[Facts], *, slow: float, free_bytes: int = 0) -> Ite
 
 
 def _gpu_problems(name: str, gpu: Gpu, memory: float, top_clock: int) -> Iterator[str]:
-    if gpu.memory_mib < 0.98 * memory:
+    if gpu == Gpu():
+        yield f"{name}: nvidia-smi tells nothing of its GPU: ECC, clocks and throttling are unchecked; run nvidia-smi there"
+    if gpu.memory_mib is not None and gpu.memory_mib < 0.98 * memory:
         yield f"{name}: its GPU has {gpu.memory_mib} MiB, the median {memory:.0f}"
-    if gpu.used_mib > max(0.05 * gpu.memory_mib, TAKEN_MIB):
+    if gpu.used_mib is not None and gpu.used_mib > max(0.05 * (gpu.memory_mib or 0), TAKEN_MIB):
         yield f"{name}: {gpu.used_mib} MiB of its GPU are taken before anything began; end what holds them (nvidia-smi)"
     if gpu.ecc_errors:
         yield f"{name}: {gpu.ecc_errors} uncorrected ECC errors; reset the GPU, or leave the machine out"
-    if gpu.max_clock_mhz < 0.95 * top_clock:
+    if gpu.max_clock_mhz is not None and gpu.max_clock_mhz < 0.95 * top_clock:
         yield f"{name}: its GPU's clock may reach {gpu.max_clock_mhz} MHz, others' {top_clock}"
-    if gpu.throttle_reasons & THROTTLED:
+    if gpu.throttle_reasons is not None and gpu.throttle_reasons & THROTTLED:
         yield f"{name}: its GPU is slowed down by hardware, heat or power (reasons {gpu.throttle_reasons:#x})"
 
 
@@ -217,22 +220,35 @@ def program() -> dict[str, str]:
 
 
 def gpu(device: torch.device) -> Gpu | None:
-    """None where nvidia-smi does not tell, and on a CPU. By the device's UUID: CUDA_VISIBLE_DEVICES changes numbers."""
+    """None on a CPU. By the device's UUID: CUDA_VISIBLE_DEVICES changes numbers."""
     if device.type != "cuda":
         return None
-    uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-    command = ["nvidia-smi", f"--id={uuid}", f"--query-gpu={','.join(GPU_QUERY)}", "--format=csv,noheader,nounits"]
-    try:
-        text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return read_gpu(text)
+    return ask_nvidia_smi(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+
+
+def ask_nvidia_smi(uuid: str) -> Gpu:
+    """Gpu() where it says nothing: it is not there, or fails, or does not know the device (a part of one: MIG)."""
+    for why_slow in WHY_SLOW:
+        query = f"--query-gpu={','.join((*GPU_QUERY, why_slow))}"
+        command = ["nvidia-smi", f"--id={uuid}", query, "--format=csv,noheader,nounits"]
+        try:
+            return read_gpu(subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout)
+        except (OSError, subprocess.SubprocessError):
+            continue
+    return Gpu()
 
 
 def read_gpu(text: str) -> Gpu:
-    """A line of nvidia-smi's CSV for GPU_QUERY; what a device does not have is [N/A]."""
-    total, used, ecc, clock, reasons = (value.strip() for value in text.strip().split(","))
-    return Gpu(int(total), int(used), int(ecc) if ecc.isdecimal() else None, int(clock), int(reasons, 16))
+    """The line of CSV among what nvidia-smi prints (it warns there too); what a device does not tell is [N/A] or the like."""
+    lines = [line.split(",") for line in text.splitlines()]
+    return next((Gpu(*map(_number, line)) for line in lines if len(line) == len(GPU_QUERY) + 1), Gpu())
+
+
+def _number(text: str) -> int | None:
+    try:
+        return int(text, 0)
+    except ValueError:
+        return None
 
 
 def matmul_tflops(device: torch.device) -> float:

@@ -13,7 +13,7 @@ import pytest
 import torch.distributed as dist
 
 from r1mega import check_nodes
-from r1mega.check_nodes import Facts, Gpu, problems, read_gpu
+from r1mega.check_nodes import Facts, Gpu, ask_nvidia_smi, problems, read_gpu
 from tests.dist.launch import launch
 
 pytestmark = pytest.mark.heavy
@@ -50,6 +50,7 @@ def test_a_job_that_is_fit():
         (gpu(ecc_errors=3), "3 uncorrected ECC errors"),
         (gpu(max_clock_mhz=1410), "clock may reach 1410 MHz, others' 1980"),
         (gpu(throttle_reasons=0x40), "slowed down by hardware, heat or power (reasons 0x40)"),
+        ({"gpu": Gpu()}, "nvidia-smi tells nothing of its GPU: ECC, clocks and throttling are unchecked"),
         ({"clock": 1030.0}, "its clock is +30.0 s off the median"),
         ({"open_files": 1023}, "1023 open files allowed, 1024 wanted"),
         ({"shared_memory_bytes": 64 * 2**20}, "/dev/shm has 64 MiB free"),
@@ -83,7 +84,28 @@ def test_what_a_process_itself_takes_of_a_small_gpu_is_no_fault():
 
 def test_what_nvidia_smi_prints():
     assert read_gpu("81559, 4, 0, 1980, 0x0000000000000001\n") == Gpu(81559, 4, 0, 1980, 1)
-    assert read_gpu("15360, 0, [N/A], 1590, 0x0000000000000000\n").ecc_errors is None
+    assert read_gpu("15360, 0, [N/A], 1590, 0x0000000000000000\n") == Gpu(15360, 0, None, 1590, 0)
+    parts = read_gpu("WARNING: infoROM is corrupted at gpu 0000:3B:00.0\n20096, [N/A], [N/A], [N/A], [Not Supported]\n")
+    assert parts == Gpu(memory_mib=20096)
+    assert list(problems([facts(rank, gpu=parts) for rank in range(WORLD)], slow=0.85)) == []
+
+
+@pytest.mark.parametrize(
+    "known", ["clocks_event_reasons.active", "clocks_throttle_reasons.active", "of another driver"]
+)
+def test_nvidia_smi_of_any_driver_or_none(tmp_path, monkeypatch, known):
+    """A program of this name that knows one of the two names, as drivers do, and refuses the query for another."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert ask_nvidia_smi("GPU-0") == Gpu(), "no such program"
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"""#!/bin/sh
+case "$2" in
+*,"{known}") echo "81559, 4, 0, 1980, 0x0000000000000040" ;;
+*) echo "Field is not a valid field to query."; exit 2 ;;
+esac
+""")
+    program.chmod(0o755)
+    assert ask_nvidia_smi("GPU-0") == (Gpu() if known.startswith("of") else Gpu(81559, 4, 0, 1980, 0x40))
 
 
 def check(run_dir: Path) -> tuple[list[str], list[Facts]]:

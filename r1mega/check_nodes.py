@@ -38,6 +38,7 @@ SECONDS_APART = 2.0
 SLOW, SLOW_ON_CPU = 0.85, 0.5
 """A speed below this share of the median is slow, without --slow. CPUs are shared with whatever else runs."""
 PROBE_SECONDS = 1.0
+ALL_REDUCE_BYTES = 64 * 2**20
 TAKEN_MIB = 2048
 """Of a GPU's memory, at most, or 5 %, before a job's work begins: CUDA's context and NCCL's buffers of this process."""
 DISK_PROBE_BYTES = 16 * 2**20
@@ -99,18 +100,15 @@ def measure(run_dir: Path | None) -> Facts:
     return dataclasses.replace(facts, gpu=after)
 
 
-def with_speeds(facts: Facts, *, megabytes: int = 64) -> Facts:
-    """`facts` with this rank's speeds, the better of those it has and of new ones; a collective call.
-
-    megabytes: of an all-reduce.
-    """
+def with_speeds(facts: Facts) -> Facts:
+    """`facts` with this rank's speeds, the better of those it has and of new ones; a collective call."""
     rank, world = dist.get_rank(), dist.get_world_size()
     here = platform.current()
     dist.barrier()  # so that speeds are taken at the same time: also what neighbours share is seen
     product, copy = matmul_tflops(here.device), copy_gb(here.device)
     torch.cuda.empty_cache()  # room for NCCL
     pairs, wrong = dict(facts.pair_gb), list(facts.wrong_sums)
-    numel = megabytes * 2**20 // 4
+    numel = ALL_REDUCE_BYTES // 4
     for distance in _distances(world):
         other, group = _pair(rank, world, distance)
         dist.barrier()

@@ -146,7 +146,7 @@ def check(run_dir: Path) -> tuple[list[str], list[Facts]]:
     heard: list[list[Facts]] = []
     told: list[list[str]] = []
     with mock.patch.multiple(
-        check_nodes, PROBE_SECONDS=0.02, say=lambda ranks, found, notes: (heard.append(ranks), told.append(found)),
+        check_nodes, PROBE_SECONDS=0.02, ALL_REDUCE_BYTES=2**20, say=lambda ranks, found, notes: (heard.append(ranks), told.append(found)),
     ):  # fmt: skip
         if os.environ["RANK"] == "1":
             with planted:

@@ -6,6 +6,7 @@ against the median of the job. Under torchrun and srun with one process a GPU; o
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import socket
@@ -25,27 +26,33 @@ from r1mega.observe.environment import describe_environment
 from r1mega.platform import groups
 from r1mega.platform.launcher import adopt_launcher_environment, raise_open_files
 
-GPU_QUERY = (
-    "memory.total", "memory.used", "ecc.errors.uncorrected.volatile.total", "clocks.max.sm", "clocks_throttle_reasons.active"
-)  # fmt: skip
+GPU_QUERY = ("memory.total", "memory.used", "ecc.errors.uncorrected.volatile.total", "clocks.max.sm")
+WHY_SLOW = ("clocks_event_reasons.active", "clocks_throttle_reasons.active")
+"""One bit field: its name, and the one older drivers know. nvidia-smi refuses a whole query for an unknown name."""
 THROTTLED = 0x8 | 0x40 | 0x80
-"""nvidia-smi's clocks_throttle_reasons: hardware slowdown, thermal, power brake."""
+"""Bits of WHY_SLOW: hardware slowdown, thermal, power brake."""
 SHARED_MEMORY_BYTES = 2**30
-"""Least of /dev/shm: NCCL's buffers between the processes of a machine, vLLM's, and torch's."""
+"""Least free of /dev/shm: NCCL's buffers between the processes of a machine, vLLM's, and torch's."""
 SECONDS_APART = 2.0
 """Clocks of machines may differ by so much: checkpoints, locks and logs are ordered by them."""
+SLOW, SLOW_ON_CPU = 0.85, 0.5
+"""A speed below this share of the median is slow, without --slow. CPUs are shared with whatever else runs."""
+PROBE_SECONDS = 1.0
+ALL_REDUCE_BYTES = 64 * 2**20
+TAKEN_MIB = 2048
+"""Of a GPU's memory, at most, or 5 %, before a job's work begins: CUDA's context and NCCL's buffers of this process."""
 DISK_PROBE_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """What nvidia-smi says of a device; MiB, MHz. ecc_errors: uncorrected ones since it was last reset; None: without ECC."""
+    """What nvidia-smi says of a device; MiB, MHz. ecc_errors: uncorrected, since the last reset. None: not told."""
 
-    memory_mib: int
-    used_mib: int
-    ecc_errors: int | None
-    max_clock_mhz: int
-    throttle_reasons: int
+    memory_mib: int | None = None
+    used_mib: int | None = None
+    ecc_errors: int | None = None
+    max_clock_mhz: int | None = None
+    throttle_reasons: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +70,8 @@ class Facts:
     shared_memory_bytes: int
     disk_error: str | None
     disk_free_bytes: int
-    matmul_tflops: float
-    copy_gb: float
+    matmul_tflops: float = 0.0
+    copy_gb: float = 0.0
     pair_gb: dict[int, float] = field(default_factory=dict)
     whole_gb: float | None = None
     wrong_sums: tuple[str, ...] = ()
@@ -74,41 +81,60 @@ class Facts:
         return f"rank {self.rank} on {self.host}"
 
 
-def measure(run_dir: Path | None, *, megabytes: int = 64) -> Facts:
-    """This rank's facts; a collective call. run_dir: where the run will write; megabytes: of an all-reduce."""
-    rank, world = dist.get_rank(), dist.get_world_size()
+def measure(run_dir: Path | None) -> Facts:
+    """This rank's facts; a collective call. run_dir: where the run will write."""
     here = platform.current()
+    before = gpu(here.device)  # what this rank takes itself comes later; neighbours have GPUs of their own
     dist.barrier()
     clock = time.time()  # all within the barrier's milliseconds
     disk_error, free = try_disk(run_dir) if run_dir is not None else (None, 0)
+    facts = Facts(
+        dist.get_rank(), socket.gethostname(), int(os.environ.get("LOCAL_WORLD_SIZE", "1")), program(),
+        torch.cuda.device_count() if here.name == "cuda" else 0, before, clock,
+        raise_open_files(), shutil.disk_usage("/dev/shm").free, disk_error, free,
+    )  # fmt: skip
+    facts = with_speeds(facts)
+    after = gpu(here.device)  # still warm: clocks slow down under load
+    if before is not None and after is not None:
+        after = dataclasses.replace(after, used_mib=before.used_mib)
+    return dataclasses.replace(facts, gpu=after)
+
+
+def with_speeds(facts: Facts) -> Facts:
+    """`facts` with this rank's speeds, the better of those it has and of new ones; a collective call."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    here = platform.current()
     dist.barrier()  # so that speeds are taken at the same time: also what neighbours share is seen
-    speeds = matmul_tflops(here.device), copy_gb(here.device)
-    pairs, wrong = {}, []
-    numel = megabytes * 2**20 // 4
+    product, copy = matmul_tflops(here.device), copy_gb(here.device)
+    torch.cuda.empty_cache()  # room for NCCL
+    pairs, wrong = dict(facts.pair_gb), list(facts.wrong_sums)
+    numel = ALL_REDUCE_BYTES // 4
     for distance in _distances(world):
         other, group = _pair(rank, world, distance)
         dist.barrier()
         if group is not None and other is not None:
-            pairs[other], right = all_reduce_gb(here.device, numel, group, rank + 1 + other + 1)
+            speed, right = all_reduce_gb(here.device, numel, group, rank + 1 + other + 1)
+            pairs[other] = max(speed, pairs.get(other, 0.0))
             wrong += [] if right else [f"with rank {other}"]
-    whole = None
+    whole = facts.whole_gb
     if world > 1:
         dist.barrier()
-        whole, right = all_reduce_gb(here.device, numel, dist.group.WORLD, world * (world + 1) // 2)
+        speed, right = all_reduce_gb(here.device, numel, dist.group.WORLD, world * (world + 1) // 2)
+        whole = max(speed, whole or 0.0)
         wrong += [] if right else ["of all ranks"]
-    return Facts(
-        rank, socket.gethostname(), int(os.environ.get("LOCAL_WORLD_SIZE", "1")), program(),
-        torch.cuda.device_count() if here.name == "cuda" else 0, gpu(here.device) if here.name == "cuda" else None, clock,
-        raise_open_files(), shutil.disk_usage("/dev/shm").total, disk_error, free, *speeds, pairs, whole, tuple(wrong),
+    return dataclasses.replace(
+        facts, matmul_tflops=max(product, facts.matmul_tflops), copy_gb=max(copy, facts.copy_gb), pair_gb=pairs,
+        whole_gb=whole, wrong_sums=tuple(dict.fromkeys(wrong)),
     )  # fmt: skip
 
 
-def problems(ranks: Sequence[Facts], *, slow: float, free_bytes: int = 0) -> Iterator[str]:
-    """What is wrong, a line each. slow: a speed below this share of the job's median is; free_bytes: wanted for run_dir."""
+def problems(ranks: Sequence[Facts], *, free_bytes: int = 0) -> Iterator[str]:
+    """What is wrong besides speeds, a line each. free_bytes: wanted for run_dir."""
     usual = {name: Counter(facts.program.get(name) for facts in ranks).most_common(1)[0][0] for name in _names(ranks)}
     gpu_count = statistics.mode(facts.gpu_count for facts in ranks)
-    memory = statistics.median([facts.gpu.memory_mib for facts in ranks if facts.gpu] or [0])
-    top_clock = max([facts.gpu.max_clock_mhz for facts in ranks if facts.gpu] or [0])
+    gpus = [facts.gpu for facts in ranks if facts.gpu is not None]
+    memory = statistics.median([gpu.memory_mib for gpu in gpus if gpu.memory_mib is not None] or [0])
+    top_clock = max([gpu.max_clock_mhz for gpu in gpus if gpu.max_clock_mhz is not None] or [0])
     clock = statistics.median(facts.clock for facts in ranks)
     open_files = max(1024, 4 * len(ranks))  # sockets of three world-sized gloo groups and smaller ones
     for facts in ranks:
@@ -124,30 +150,33 @@ def problems(ranks: Sequence[Facts], *, slow: float, free_bytes: int = 0) -> Ite
         if facts.open_files < open_files:
             yield f"{facts.name}: {facts.open_files} open files allowed, {open_files} wanted; raise the hard limit (ulimit -Hn)"
         if facts.shared_memory_bytes < SHARED_MEMORY_BYTES:
-            yield f"{facts.name}: /dev/shm has {facts.shared_memory_bytes / 2**20:.0f} MiB; give the container --shm-size or --ipc=host"
+            free = f"{facts.shared_memory_bytes / 2**20:.0f} MiB free"
+            yield f"{facts.name}: /dev/shm has {free}; remove what fills it, or give the container --shm-size or --ipc=host"
         if facts.disk_error is not None:
             yield f"{facts.name}: run_dir: {facts.disk_error}"
         elif facts.disk_free_bytes < free_bytes:
             yield f"{facts.name}: run_dir has {facts.disk_free_bytes / 1e9:.1f} GB free, {free_bytes / 1e9:.1f} wanted"
         for which in facts.wrong_sums:
             yield f"{facts.name}: the all-reduce {which} gave a wrong sum"
-    yield from _slow_ranks(ranks, slow)
 
 
 def _gpu_problems(name: str, gpu: Gpu, memory: float, top_clock: int) -> Iterator[str]:
-    if gpu.memory_mib < 0.98 * memory:
+    if gpu == Gpu():
+        yield f"{name}: nvidia-smi tells nothing of its GPU: ECC, clocks and throttling are unchecked; run it there"
+    if gpu.memory_mib is not None and gpu.memory_mib < 0.98 * memory:
         yield f"{name}: its GPU has {gpu.memory_mib} MiB, the median {memory:.0f}"
-    if gpu.used_mib > 0.05 * gpu.memory_mib:
+    if gpu.used_mib is not None and gpu.used_mib > max(0.05 * (gpu.memory_mib or 0), TAKEN_MIB):
         yield f"{name}: {gpu.used_mib} MiB of its GPU are taken before anything began; end what holds them (nvidia-smi)"
     if gpu.ecc_errors:
         yield f"{name}: {gpu.ecc_errors} uncorrected ECC errors; reset the GPU, or leave the machine out"
-    if gpu.max_clock_mhz < 0.95 * top_clock:
+    if gpu.max_clock_mhz is not None and gpu.max_clock_mhz < 0.95 * top_clock:
         yield f"{name}: its GPU's clock may reach {gpu.max_clock_mhz} MHz, others' {top_clock}"
-    if gpu.throttle_reasons & THROTTLED:
+    if gpu.throttle_reasons is not None and gpu.throttle_reasons & THROTTLED:
         yield f"{name}: its GPU is slowed down by hardware, heat or power (reasons {gpu.throttle_reasons:#x})"
 
 
-def _slow_ranks(ranks: Sequence[Facts], slow: float) -> Iterator[str]:
+def slow_ranks(ranks: Sequence[Facts], slow: float) -> Iterator[str]:
+    """A line for each speed below this share of the job's median."""
     speeds: dict[str, tuple[str, Callable[[Facts], float | None]]] = {
         "matrix product": ("TFLOP/s", lambda facts: facts.matmul_tflops),
         "copy in memory": ("GB/s", lambda facts: facts.copy_gb),
@@ -167,23 +196,38 @@ def _slow_ranks(ranks: Sequence[Facts], slow: float) -> Iterator[str]:
                 yield f"ranks {rank} and {other}: all-reduce {value:.3g} GB/s, the median {median:.3g} of such pairs"
 
 
-def run_check(run_dir: Path | None, *, slow: float, free_gb: float) -> int:
-    """Check this job's machines; rank 0 says what it found. 0: fit; 1: not. On every rank."""
+def run_check(run_dir: Path | None, *, slow: float | None, free_gb: float) -> int:
+    """Check this job's machines; rank 0 says what it found. 0: fit; 1: not. On every rank.
+
+    slow: None: SLOW on GPUs; SLOW_ON_CPU on CPUs, and what is slow there is a note and does not make the job unfit.
+    """
     adopt_launcher_environment()
     groups.init_distributed()
     try:
-        ranks: list[Facts] = [None] * dist.get_world_size()  # type: ignore[list-item]  # filled by the next line
-        dist.all_gather_object(ranks, measure(run_dir))
-        found = list(problems(ranks, slow=slow, free_bytes=int(free_gb * 1e9)))
+        own = measure(run_dir)
+        ranks = _all(own)
+        on_cpu = not any(facts.gpu_count for facts in ranks)
+        share = slow if slow is not None else SLOW_ON_CPU if on_cpu else SLOW
+        if any(slow_ranks(ranks, share)):  # all ranks see the same, so all measure again
+            ranks = _all(with_speeds(own))
+        found, late = list(problems(ranks, free_bytes=int(free_gb * 1e9))), list(slow_ranks(ranks, share))
+        if slow is not None or not on_cpu:
+            found, late = found + late, []
         if dist.get_rank() == 0:
-            say(ranks, found)
+            say(ranks, found, late)
         return 1 if found else 0
     finally:
         groups.destroy()
 
 
-def say(ranks: Sequence[Facts], found: Sequence[str]) -> None:
-    """On the terminal: the job's figures, then what is wrong."""
+def _all(own: Facts) -> list[Facts]:
+    ranks: list[Facts] = [None] * dist.get_world_size()  # type: ignore[list-item]  # filled by the next line
+    dist.all_gather_object(ranks, own)
+    return ranks
+
+
+def say(ranks: Sequence[Facts], found: Sequence[str], notes: Sequence[str] = ()) -> None:
+    """On the terminal: the job's figures, then what is wrong, and what is only to be known."""
     for what, values in {
         "matrix product, TFLOP/s": [facts.matmul_tflops for facts in ranks],
         "copy in memory, GB/s": [facts.copy_gb for facts in ranks],
@@ -192,7 +236,8 @@ def say(ranks: Sequence[Facts], found: Sequence[str]) -> None:
     }.items():
         if values:
             print(f"{what}: median {statistics.median(values):.3g}, least {min(values):.3g}")
-    print(*found, sep="\n", end="\n" if found else "")
+    for line in (*found, *(f"note: {note}" for note in notes)):
+        print(line)
     machines = len({facts.host for facts in ranks})
     print(f"{len(ranks)} ranks on {machines} machines: {f'{len(found)} problems' if found else 'fit'}", flush=True)
 
@@ -208,20 +253,35 @@ def program() -> dict[str, str]:
 
 
 def gpu(device: torch.device) -> Gpu | None:
-    """None where nvidia-smi does not tell. By the device's UUID: CUDA_VISIBLE_DEVICES changes numbers."""
-    uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-    command = ["nvidia-smi", f"--id={uuid}", f"--query-gpu={','.join(GPU_QUERY)}", "--format=csv,noheader,nounits"]
-    try:
-        text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
-    except (OSError, subprocess.SubprocessError):
+    """None on a CPU. By the device's UUID: CUDA_VISIBLE_DEVICES changes numbers."""
+    if device.type != "cuda":
         return None
-    return read_gpu(text)
+    return ask_nvidia_smi(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+
+
+def ask_nvidia_smi(uuid: str) -> Gpu:
+    """Gpu() where it says nothing: it is not there, or fails, or does not know the device (a part of one: MIG)."""
+    for why_slow in WHY_SLOW:
+        query = f"--query-gpu={','.join((*GPU_QUERY, why_slow))}"
+        command = ["nvidia-smi", f"--id={uuid}", query, "--format=csv,noheader,nounits"]
+        try:
+            return read_gpu(subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout)
+        except (OSError, subprocess.SubprocessError):
+            continue
+    return Gpu()
 
 
 def read_gpu(text: str) -> Gpu:
-    """A line of nvidia-smi's CSV for GPU_QUERY; what a device does not have is [N/A]."""
-    total, used, ecc, clock, reasons = (value.strip() for value in text.strip().split(","))
-    return Gpu(int(total), int(used), int(ecc) if ecc.isdecimal() else None, int(clock), int(reasons, 16))
+    """The line of CSV among what nvidia-smi prints (it warns there too); what a device does not tell is [N/A]."""
+    lines = [line.split(",") for line in text.splitlines()]
+    return next((Gpu(*map(_number, line)) for line in lines if len(line) == len(GPU_QUERY) + 1), Gpu())
+
+
+def _number(text: str) -> int | None:
+    try:
+        return int(text, 0)
+    except ValueError:
+        return None
 
 
 def matmul_tflops(device: torch.device) -> float:
@@ -246,7 +306,7 @@ def all_reduce_gb(
     total = own.clone()
     dist.all_reduce(total, group=group)
     right = bool((total == expected).all())
-    return own.nbytes / _seconds(device, lambda: dist.all_reduce(total, group=group)) / 1e9, right
+    return own.nbytes / _seconds(device, lambda: dist.all_reduce(total, group=group), group) / 1e9, right
 
 
 def try_disk(run_dir: Path) -> tuple[str | None, int]:
@@ -266,16 +326,26 @@ def try_disk(run_dir: Path) -> tuple[str | None, int]:
         return f"{place}: {error.strerror}", 0
 
 
-def _seconds(device: torch.device, work: Callable[[], object], times: int = 5) -> float:
-    """The median of a few, after one that is not counted."""
-    taken = []
-    for _ in range(times + 1):
+def _seconds(device: torch.device, work: Callable[[], object], group: dist.ProcessGroup | None = None) -> float:
+    """The least of all that PROBE_SECONDS have room for, of five at least: what else runs there only adds to it.
+
+    The first is not counted. group: of the ranks that `work` needs; they end together.
+    """
+    taken: list[float] = []
+    end = time.perf_counter() + PROBE_SECONDS
+    more = True
+    while more:
         begun = time.perf_counter()
         work()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         taken.append(time.perf_counter() - begun)
-    return statistics.median(taken[1:])
+        more = len(taken) < 6 or time.perf_counter() < end
+        if group is not None:
+            vote = torch.tensor(float(more), device=device)
+            dist.all_reduce(vote, dist.ReduceOp.MAX, group=group)
+            more = bool(vote.item())
+    return min(taken[1:])
 
 
 def _distances(world: int) -> list[int]:

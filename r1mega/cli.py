@@ -194,8 +194,13 @@ def check_nodes(
         Path | None, typer.Option(parser=_path, help="also write and read there, where a run will")
     ] = None,
     slow: Annotated[
-        float, typer.Option(min=0, max=1, help="a speed below this share of the job's median is a problem")
-    ] = 0.85,
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="a speed below this share of the job's median is a problem; 0.85; on CPUs 0.5, and a note",
+        ),
+    ] = None,
     free_gb: Annotated[float, typer.Option(min=0, help="wanted free for run_dir")] = 0.0,
     ranks: Annotated[int | None, typer.Option(help="start so many of it on this machine, as torchrun does")] = None,
 ) -> None:
@@ -203,7 +208,8 @@ def check_nodes(
     if ranks is not None:
         from r1mega.platform.local_ranks import run_ranks
 
-        given = ["--slow", str(slow), "--free-gb", str(free_gb), *(["--run-dir", str(run_dir)] if run_dir else [])]
+        given = ["--free-gb", str(free_gb), *(["--slow", str(slow)] if slow is not None else [])]
+        given += ["--run-dir", str(run_dir)] if run_dir else []
         raise typer.Exit(run_ranks(["-m", "r1mega", "check-nodes", *given], ranks))
     from r1mega.check_nodes import run_check
 

@@ -236,7 +236,11 @@ def _passing(config: TrainingStage, phase: Phase, rank: StageRank) -> dict[str, 
         return {"activations": kept + max(chunk.working for chunk in chunks) + rank.head_bytes}
     if phase in ("logprob", "reference"):
         return {"activations": max(chunk.forward for chunk in chunks) + rank.head_bytes}
-    if phase == "step" and not (config.optimizer.grad_reduce_in_fp32 or config.optimizer.precision_aware):
+    optimizer = config.optimizer
+    if phase == "step" and optimizer.precision_aware and optimizer.exp_avg_dtype != optimizer.exp_avg_sq_dtype:
+        # Transformer Engine 2.20, fused_adam.py: its kernel takes moments of one type, bfloat16 is copied to float32 before it
+        return {"a moment in float32": rank.memory.static.main_params}
+    if phase == "step" and not (optimizer.grad_reduce_in_fp32 or optimizer.precision_aware):
         return {"gradients in float32": rank.memory.static.main_params}
     if phase == "score":
         return {"reward model": rank.memory.static.weights + max(chunk.forward for chunk in chunks)}

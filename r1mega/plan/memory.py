@@ -273,9 +273,10 @@ def _host_and_disk(
                 host[name] = host.get(name, 0.0) + size
         if phase == "save":
             # what a rank writes: float32 main parameters and moments of its share (train/optimizer.py: shard_state), two thirds
-            # of them twice (the first layers of feed-forwards, docs/checkpoints.md); weights
+            # of them twice (the first layers of feed-forwards, docs/checkpoints.md); weights. A copy to be written in the background
             elements = rank.static.exp_avg / _moment_bytes(config.optimizer)
-            host["save"] = per_node * (20.0 * elements + rank.static.weights)
+            copied = 12.0 if config.checkpoint.async_save else 0.0
+            host["save"] = per_node * ((20.0 + copied) * elements + rank.static.weights)
         found.append(host)
     numel = sum(math.prod(shape) for p in parameters(hf) for shape in p.entry.hf_shapes)
     weights = getattr(torch, config.model.dtype).itemsize

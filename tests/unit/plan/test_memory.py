@@ -18,6 +18,7 @@ from r1mega.plan.generator import generator_memory, generator_memory_problems, k
 from r1mega.plan.given import read_model
 from r1mega.plan.gpu import gpu_kind
 from r1mega.plan.memory import StageRank, in_flight, phase_memory
+from r1mega.plan.memory import _host_and_disk as host_and_disk
 from r1mega.plan.place import _rank_groups as rank_groups
 from r1mega.plan.rank import Activations, RankMemory, Routes, Static, measure
 from r1mega.plan.residency import residency
@@ -153,6 +154,18 @@ def test_what_comes_and_goes_in_a_step(keys, passing):
     config = load_config(CONFIGS / "moonlight_16b/sft.yaml", keys)
     (step,) = (memory for memory in phase_memory(config, (stage_rank(),), None) if memory.phase == "step")
     assert {name: size for name, size in step.parts.items() if name not in ("trainer", "context")} == passing
+
+
+def test_a_save_in_the_background_takes_its_share_again():
+    """Of 8 ranks with 1,000 elements each."""
+    hf = json.loads((CONFIGS / "moonlight_16b/model/config.json").read_text())
+    saved = []
+    for background in ("false", "true"):
+        config = load_config(CONFIGS / "moonlight_16b/sft.yaml", [f"checkpoint.async_save={background}"])
+        aware = config.optimizer.model_copy(update={"precision_aware": True})
+        host, _ = host_and_disk(config.model_copy(update={"optimizer": aware}), hf, (stage_rank(),), None, 8)
+        saved.append(host["save"])
+    assert saved == [8 * (20 * 1000 + 2000), 8 * (32 * 1000 + 2000)]
 
 
 def test_lengths_and_microbatches():

@@ -309,6 +309,14 @@ class TrainingStage(Stage):
                 "optimizer.precision_aware stores the moments of an Adam on the device, and optimizer.cpu_offload moves it to the "
                 "CPU (torch's, float32); leave one of them out"
             )
+        for beta, dtype in (("beta1", "exp_avg_dtype"), ("beta2", "exp_avg_sq_dtype")):
+            decay = getattr(self.optimizer, beta)
+            narrow = self.optimizer.precision_aware and getattr(self.optimizer, dtype) == "bfloat16"
+            if narrow and decay > 1 - 2**-8:  # 8 bits: half of the last one
+                yield (
+                    f"optimizer.{beta} = {decay} with {dtype} = bfloat16: a decay of less than 2^-8 is rounded away and the "
+                    f"moment never falls; set optimizer.{dtype}=float32"
+                )
         if self.optimizer.cpu_offload and self.memory.optimizer_offload != "none":
             yield (
                 f"memory.optimizer_offload = {self.memory.optimizer_offload} moves what optimizer.cpu_offload keeps in host "

@@ -236,7 +236,11 @@ def _passing(config: TrainingStage, phase: Phase, rank: StageRank) -> dict[str, 
         return {"activations": kept + max(chunk.working for chunk in chunks) + rank.head_bytes}
     if phase in ("logprob", "reference"):
         return {"activations": max(chunk.forward for chunk in chunks) + rank.head_bytes}
-    if phase == "step" and not (config.optimizer.grad_reduce_in_fp32 or config.optimizer.precision_aware):
+    optimizer = config.optimizer
+    if phase == "step" and optimizer.precision_aware and optimizer.exp_avg_dtype != optimizer.exp_avg_sq_dtype:
+        # Transformer Engine 2.20, fused_adam.py: its kernel takes moments of one type, bfloat16 is copied to float32 before it
+        return {"a moment in float32": rank.memory.static.main_params}
+    if phase == "step" and not (optimizer.grad_reduce_in_fp32 or optimizer.precision_aware):
         return {"gradients in float32": rank.memory.static.main_params}
     if phase == "score":
         return {"reward model": rank.memory.static.weights + max(chunk.forward for chunk in chunks)}
@@ -269,9 +273,10 @@ def _host_and_disk(
                 host[name] = host.get(name, 0.0) + size
         if phase == "save":
             # what a rank writes: float32 main parameters and moments of its share (train/optimizer.py: shard_state), two thirds
-            # of them twice (the first layers of feed-forwards, docs/checkpoints.md); weights
+            # of them twice (the first layers of feed-forwards, docs/checkpoints.md); weights. A copy to be written in the background
             elements = rank.static.exp_avg / _moment_bytes(config.optimizer)
-            host["save"] = per_node * (20.0 * elements + rank.static.weights)
+            copied = 12.0 if config.checkpoint.async_save else 0.0
+            host["save"] = per_node * ((20.0 + copied) * elements + rank.static.weights)
         found.append(host)
     numel = sum(math.prod(shape) for p in parameters(hf) for shape in p.entry.hf_shapes)
     weights = getattr(torch, config.model.dtype).itemsize

@@ -63,6 +63,7 @@ class Patch:
 
 _ASKS_DEVICE = "none known; it would have to ask what device it runs on"
 _ASKS_BACKEND = "none known; it would have to pad where the backend gathers equal sizes only"
+_TAKES_ANY_ADAM = "none known; it would have to take any Adam that has the arguments"
 _SAVES_ADAMW = "none known; its checkpoints would have to take the `step` that torch's AdamW keeps for each parameter"
 _TAKES_MASK = "none known; packed_seq_params would have to carry the mask, which goes to every stage and layer"
 _PADDING_MASK = (
@@ -223,7 +224,7 @@ PATCHES = (
         "from transformer_engine.pytorch.optimizers import FusedAdam as Adam",
         "from r1mega.platform.adam import FusedAdam as Adam",
         "optimizer.precision_aware without Transformer Engine: the CPU's Adam has the same arguments",
-        _SAVES_ADAMW,
+        _TAKES_ANY_ADAM,
     ),
     Patch(
         "optimizer",
@@ -231,7 +232,7 @@ PATCHES = (
         'if is_te_min_version("2.1.0.dev0"):',
         "if True:",
         "as above: it has the argument store_param_remainders too",
-        _SAVES_ADAMW,
+        _TAKES_ANY_ADAM,
     ),
     Patch(
         "utils",

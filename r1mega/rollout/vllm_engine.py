@@ -389,6 +389,13 @@ class VllmEngine:
 
 def check_settings(settings: EngineSettings, config: HFConfig, platform: VllmPlatform) -> None:
     """Finds what vLLM would fail on much later, and says it plainly. Raises GenerationError or ConfigError."""
+    if config.get("quantization_config"):
+        raise GenerationError(
+            f"{settings.model_path}/config.json: quantization_config makes vLLM build a quantised model, which weights of "
+            f"dtype {settings.dtype} do not fit. Generate from what `r1mega convert --to-megatron {settings.model_path} OUT` "
+            "and `r1mega convert --to-hf OUT HF_DIR` make, which is in bfloat16 (it reads FP8 weights as DeepSeek-V3 is "
+            "published, no others)"
+        )
     if settings.ep not in (1, settings.tp):
         raise GenerationError(
             f"ep={settings.ep}: experts are spread over the ranks of one generator; ep is 1 or tp={settings.tp}"

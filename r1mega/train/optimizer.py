@@ -216,7 +216,9 @@ def _gather(optimizer: Any, param: torch.Tensor, places: Places, owner: int, who
     for key in _STATE:
         for rank, (start, end) in places.items():
             if rank == owner == group.rank():
-                whole[key][start:end].copy_(own[key])
+                # what is of another type or device is copied once more on its way
+                for first, last in _blocks(end - start):
+                    whole[key][start + first : start + last].copy_(own[key][first:last])
             elif group.rank() in (rank, owner):
                 for first, last in _blocks(end - start):
                     if group.rank() == rank:

@@ -131,6 +131,16 @@ def test_shipped_nano_config_for_four_ranks_is_valid(run):
             1,
             r"optimizer\.precision_aware stores the moments of an Adam on the device",
         ),
+        (
+            ["optimizer.precision_aware=true", "optimizer.beta2=0.999", "model.dtype=bfloat16"],
+            1,
+            r"optimizer\.beta2 = 0\.999 with exp_avg_sq_dtype = bfloat16.*set optimizer\.exp_avg_sq_dtype=float32$",
+        ),
+        (
+            ["optimizer.precision_aware=true", "optimizer.beta1=0.9962", "model.dtype=bfloat16"],
+            1,
+            r"optimizer\.beta1 = 0\.9962 with exp_avg_dtype = bfloat16",
+        ),
         (["optimizer.cpu_offload=true"], 1, r"set model\.dtype=bfloat16 or optimizer\.cpu_offload=false"),
         (
             ["optimizer.cpu_offload=true", "memory.optimizer_offload=update", "model.dtype=bfloat16"],
@@ -275,6 +285,12 @@ def test_what_the_errors_about_advantages_advise(run):
     run("rollout.group_size=1", "algorithm.baseline=none", "algorithm.normalize_std=false")
     run("algorithm.kl_in=reward", "algorithm.normalize_std=false")
     run("algorithm.kl_in=reward", "algorithm.kl_coefficient=0")
+
+
+def test_what_the_errors_about_moments_advise(run):
+    aware = ("optimizer.precision_aware=true", "model.dtype=bfloat16")
+    run(*aware, "optimizer.beta2=0.999", "optimizer.exp_avg_sq_dtype=float32")
+    run(*aware, "optimizer.beta1=0.996", "optimizer.beta2=0.996")  # 2^-8 is 0.0039
 
 
 def test_what_the_errors_about_top_p_advise(run):

@@ -17,9 +17,10 @@ from r1mega.plan import rank
 from r1mega.plan.generator import generator_memory, generator_memory_problems, kv_bytes_per_token, weight_bytes
 from r1mega.plan.given import read_model
 from r1mega.plan.gpu import gpu_kind
-from r1mega.plan.memory import in_flight
+from r1mega.plan.memory import StageRank, in_flight, phase_memory
+from r1mega.plan.memory import _host_and_disk as host_and_disk
 from r1mega.plan.place import _rank_groups as rank_groups
-from r1mega.plan.rank import Routes, measure
+from r1mega.plan.rank import Activations, RankMemory, Routes, Static, measure
 from r1mega.plan.residency import residency
 from r1mega.plan.workload import Lengths, workload
 
@@ -133,6 +134,38 @@ def test_phases_of_a_step():
     assert plan.places["rollout"]["weights"] == "host" and plan.places["save"]["kv_cache"] == "dropped"
     assert "score" in residency(load_config(CONFIGS / "deepseek_v3_671b/align.yaml", []))[1]
     assert residency(load_config(CONFIGS / "moonlight_16b/sft.yaml", []))[1] == ("update", "step", "save")
+
+
+def stage_rank() -> StageRank:
+    """Of 1,000 elements, as an optimizer of bfloat16 moments keeps them."""
+    static = Static(2000, 4000, 4000, 2000, 2000, num_parameters=1000, num_expert_parameters=0, reference=0)
+    return StageRank(0, RankMemory(static, (Activations(8, 1, 1, 1, {}),)), in_flight=1, head_bytes=0)
+
+
+@pytest.mark.parametrize(
+    ("keys", "passing"),
+    [
+        (["optimizer.precision_aware=true"], {}),
+        (["optimizer.precision_aware=true", "optimizer.exp_avg_sq_dtype=float32"], {"a moment in float32": 4000}),
+        (["optimizer.grad_reduce_in_fp32=false"], {"gradients in float32": 4000}),
+    ],
+)
+def test_what_comes_and_goes_in_a_step(keys, passing):
+    config = load_config(CONFIGS / "moonlight_16b/sft.yaml", keys)
+    (step,) = (memory for memory in phase_memory(config, (stage_rank(),), None) if memory.phase == "step")
+    assert {name: size for name, size in step.parts.items() if name not in ("trainer", "context")} == passing
+
+
+def test_a_save_in_the_background_takes_its_share_again():
+    """Of 8 ranks with 1,000 elements each."""
+    hf = json.loads((CONFIGS / "moonlight_16b/model/config.json").read_text())
+    saved = []
+    for background in ("false", "true"):
+        config = load_config(CONFIGS / "moonlight_16b/sft.yaml", [f"checkpoint.async_save={background}"])
+        aware = config.optimizer.model_copy(update={"precision_aware": True})
+        host, _ = host_and_disk(config.model_copy(update={"optimizer": aware}), hf, (stage_rank(),), None, 8)
+        saved.append(host["save"])
+    assert saved == [8 * (20 * 1000 + 2000), 8 * (32 * 1000 + 2000)]
 
 
 def test_lengths_and_microbatches():

@@ -334,6 +334,12 @@ def test_bad_requests_are_refused(engines, request_, message):
         ("llama", {"max_model_len": 1024}, {}, "max_position_embeddings"),
         ("llama", {"tp": 3}, {}, "num_attention_heads"),
         ("llama", {}, {"model_type": "mamba"}, "no generator layout"),
+        (
+            "llama",
+            {},
+            {"quantization_config": {"quant_method": "fp8"}},
+            "config.json: quantization_config.*r1mega convert",
+        ),
     ],
 )
 def test_impossible_engines_are_refused_before_vllm_starts(tmp_path, name, changes, edits, message):

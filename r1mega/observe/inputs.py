@@ -43,7 +43,7 @@ def record_inputs(config: Stage) -> None:
     """Write down what there is; what a run that has made something began with stays."""
     directory = RunDirectory(config.run_dir)
     if not directory.inputs.exists() or not directory.holds_work():
-        content = {
+        content: dict[str, Entry] = {
             key: {
                 "path": str(source),
                 "files": {name: dataclasses.asdict(_stamp(file)) for name, file in _files(source).items()},
@@ -109,7 +109,7 @@ def _inputs(config: Stage) -> Iterator[tuple[str, Path]]:
             for place, item in enumerate(value):
                 yield from walk(f"{key}[{place}]", item)
 
-    known = (*CHANGEABLE_KEYS, "reward.sandbox")  # an interpreter and its libraries are no contents
+    known: tuple[str, ...] = (*CHANGEABLE_KEYS, "reward.sandbox")  # an interpreter and its libraries are no contents
     if config.stage == "evaluate":  # it looks at its checkpoints
         known = (*known, "model.path")
     for key, path in walk("", config.model_dump()):

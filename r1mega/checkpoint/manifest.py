@@ -26,6 +26,10 @@ FileRecords = dict[str, dict[str, Any]]
 _LARGE = 1 << 20
 
 
+class UnreadableError(CheckpointError):
+    """The system could not read a checkpoint now: whether it is whole is not known."""
+
+
 class DigestingFile:
     """A file opened for writing whose sha256 is taken on the way, so that it never has to be read for it.
 
@@ -161,7 +165,9 @@ def read_manifest(directory: Path) -> dict[str, Any]:
             raise ValueError("not a manifest")
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(f"no {MANIFEST} in {directory}") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except OSError as error:
+        raise UnreadableError(_unreadable(path, error)) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: damaged ({error!r})") from error
     return manifest
 
@@ -172,9 +178,11 @@ def verify(directory: Path, workers: Workers | None = None, *, data_passes: bool
     data_passes: of data files the size only, for their digests are taken when they are read (`PassingDigests`).
 
     A collective call when there are several workers: each reads its share of the files. One alone uses all its cores.
+    UnreadableError on every worker when the system does not read a file on any.
     """
     workers = workers or Alone()
     threads = min(8, len(os.sched_getaffinity(0))) if workers.size == 1 else 1
+    unreadable = None
     try:
         files = sorted(read_manifest(directory)["files"].items(), key=lambda item: -item[1]["bytes"])
         mine = [
@@ -183,15 +191,24 @@ def verify(directory: Path, workers: Workers | None = None, *, data_passes: bool
         ]
         with ThreadPoolExecutor(threads) as pool:
             problem = next(filter(None, pool.map(_check, *zip(*mine, strict=True))), None) if mine else None
+    except UnreadableError as error:
+        problem, unreadable = None, str(error)
     except CheckpointError as error:
         problem = str(error)
-    return next(filter(None, workers.gather(problem)), None)
+    problems, unread = zip(*workers.gather((problem, unreadable)), strict=True)
+    if any(unread):
+        raise UnreadableError(f"{directory}: {next(filter(None, unread))}")
+    return next(filter(None, problems), None)
 
 
 def lacks(directory: Path) -> str | None:
-    """What is missing or too short of a checkpoint by its manifest, without reading the files; None: nothing."""
+    """What is missing or too short of a checkpoint by its manifest, without reading the files; None: nothing. Raises OSError
+    and UnreadableError where the system does not say.
+    """
     try:
         files = read_manifest(directory)["files"]
+    except UnreadableError:
+        raise
     except CheckpointError as error:
         return str(error)
     return next(filter(None, (_check_size(directory / name, record) for name, record in files.items())), None)
@@ -210,8 +227,8 @@ def _check(file: Path, record: Mapping[str, Any], digest: bool) -> str | None:
             return problem
         if digest and _sha256(file) != record["sha256"]:
             return _altered(file)
-    except OSError as error:  # a disk that cannot read it: on this worker, all have to know
-        return _unreadable(file, error)
+    except OSError as error:
+        raise UnreadableError(_unreadable(file, error)) from error
     return None
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import io
+import itertools
 import json
 import logging
 import os
@@ -27,7 +28,15 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.storage import WriteResult
 
 from r1mega.checkpoint.fit import fit_template, put_back, take_out_described
-from r1mega.checkpoint.manifest import FileRecords, file_record, lacks, read_manifest, verify, write_manifest
+from r1mega.checkpoint.manifest import (
+    FileRecords,
+    UnreadableError,
+    file_record,
+    lacks,
+    read_manifest,
+    verify,
+    write_manifest,
+)
 from r1mega.checkpoint.torch_dist import (
     COMMON,
     METADATA,
@@ -111,7 +120,8 @@ class CheckpointStore:
 
     def latest(self) -> Path | None:
         """The newest whole checkpoint; None when there are none at all. Newer ones that are torn or altered are moved aside,
-        with a warning that names them. CheckpointError when there are some and none is whole: all stay where they are.
+        with a warning that names them. CheckpointError when there are some and none is whole, and when the system does not read
+        one: all stay where they are.
         """
         self.wait()
         workers = self._everyone()
@@ -121,7 +131,13 @@ class CheckpointStore:
                 shutil.rmtree(leftover)
 
         on_first_rank(workers, clean, f"{self.directory} could not be read")
-        newest, problems = _search(self.directory, workers)
+        try:
+            newest, problems = _search(self.directory, workers)
+        except UnreadableError as error:
+            raise UnreadableError(
+                f"{error}; nothing was moved. Start again once it can be read; to go on from the checkpoint before it, rename "
+                f"it to NAME{DAMAGED}"
+            ) from error
         if newest is None and problems:
             lines = "".join(f"\n  {path}: {problem}" for path, problem in problems.items())
             raise CheckpointError(
@@ -191,15 +207,19 @@ class CheckpointStore:
 
     def _prune(self, newest: Path) -> None:
         """Of the whole ones, `keep` stay: `newest`, which was just written, and those with the highest steps beside it. Only
-        sizes are looked at; what lacks something is moved aside, and nothing goes in its place.
+        sizes are looked at; what lacks something is moved aside, and nothing goes in its place. `newest` is whole whatever
+        becomes of the others: what the system does not do is told, and left to the next save.
         """
-        others = [path for path in checkpoints(self.directory) if path != newest]
-        torn = [path for path in others if lacks(path)]
-        for path in torn:
-            _set_aside(path)
-        whole = [path for path in others if path not in torn]
-        for path in whole[: len(whole) + 1 - self.keep]:
-            shutil.rmtree(path)
+        try:
+            others = [path for path in checkpoints(self.directory) if path != newest]
+            torn = [path for path in others if lacks(path)]
+            for path in torn:
+                _set_aside(path)
+            whole = [path for path in others if path not in torn]
+            for path in whole[: max(0, len(whole) + 1 - self.keep)]:
+                shutil.rmtree(path)
+        except (OSError, UnreadableError) as error:
+            logger.warning("%s: older checkpoints were not all removed (%s)", self.directory, error)
 
 
 class _Background:
@@ -268,7 +288,8 @@ def _write_files(save: _Save, *, first: bool) -> tuple[list[Any], dict[str, Any]
 def newest_whole(directory: Path, workers: Workers) -> Path | None:
     """The newest whole checkpoint in RUN_DIR/checkpoints, or None; each worker verifies its share of the files.
 
-    Torn or altered ones are skipped with a warning that names them. A collective call.
+    Torn or altered ones are skipped with a warning that names them; UnreadableError where the system does not read one. A
+    collective call.
     """
     return _search(directory, workers)[0]
 
@@ -287,9 +308,9 @@ def _search(directory: Path, workers: Workers) -> tuple[Path | None, dict[Path, 
 
 
 def _set_aside(path: Path) -> None:
-    """Out of the way of the checkpoints that count, under a name that says why; an earlier one of that name goes."""
-    aside = path.with_name(path.name + DAMAGED)
-    shutil.rmtree(aside, ignore_errors=True)
+    """Out of the way of the checkpoints that count, under the first free name that says why: .damaged, .damaged.2, ..."""
+    names = itertools.chain([DAMAGED], (f"{DAMAGED}.{number}" for number in itertools.count(2)))
+    aside = next(p for p in (path.with_name(path.name + name) for name in names) if not p.exists())
     path.rename(aside)
     logger.warning("%s: moved to %s; remove it once nobody needs it", path, aside.name)
 

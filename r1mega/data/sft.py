@@ -143,7 +143,8 @@ def build_token_file(
         return path
     directory.mkdir(parents=True, exist_ok=True)
     counts = _write_arrow(data, rows_of or functools.partial(tokenise, data, tokenizer), path, at_a_time)
-    write_atomic(record, json.dumps({"made_from": described, "lines": counts}, indent=1) + "\n")
+    content = {"made_from": described, "lines": counts, "held_out_by": "prompt"}
+    write_atomic(record, json.dumps(content, indent=1) + "\n")
     return path
 
 
@@ -212,6 +213,7 @@ class SFTDataset:
     def __init__(self, path: Path):
         from datasets import Dataset
 
+        self._path = path
         self._rows: Dataset = Dataset.from_file(str(path))
         self._numpy = self._rows.with_format("numpy")
         offsets = self._rows.data.column("token_ids")
@@ -224,7 +226,11 @@ class SFTDataset:
         return self._rows["id"][:]
 
     def prompts(self) -> list[str]:
-        """What tells one prompt from another: the question, or the id of a line without one."""
+        """What tells one prompt from another: the question, or the id of a line without one. Of a file that an earlier version
+        made, the ids: its run goes on with the samples that it has held out.
+        """
+        if json.loads(self._path.with_suffix(".json").read_text()).get("held_out_by") != "prompt":
+            return self.ids()
         return [question or name for question, name in zip(self._rows["question"][:], self.ids(), strict=True)]
 
     def sample(self, index: int, prompt_weight: float) -> tuple[list[int], list[float]]:

@@ -16,6 +16,7 @@ from r1mega.config.validate import launched_processes, validate
 from r1mega.data.prompts import scan_data
 from r1mega.doctor.facts import Fact
 from r1mega.errors import R1MegaError
+from r1mega.observe.inputs import check_inputs
 from r1mega.plan.command import generator_refusals
 from r1mega.platform.validate import validate_platform
 from r1mega.stages import check_model, check_rewards, check_run_directory, is_finished
@@ -35,6 +36,7 @@ def config_facts(
         scan_data(config)
         validate_platform(config)
         check_run_directory(config)
+        check_inputs(config)
         check_model(config)
         check_rewards(config)
     except R1MegaError as error:

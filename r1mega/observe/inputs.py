@@ -1,7 +1,7 @@
 """What a run has read: the contents of the files and models that its config names. RUN_DIR/inputs.json.
 
 A run that is started again with other contents under the same names would go on as if nothing had happened; so it is
-asked first. Files whose size and time are as they were are not read again.
+asked first, on rank 0. Files whose size and time are as they were are not read again.
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TypedDict
 
 from r1mega.config.schema import Stage
 from r1mega.errors import DataError
@@ -19,28 +21,43 @@ from r1mega.observe.lineage import Stamp
 from r1mega.observe.run import CHANGEABLE_KEYS, RunDirectory, is_below
 
 _WEIGHTS = (".safetensors", ".distcp", ".bin", ".pt")
+_SETTINGS = re.compile(
+    r"(generation_|preprocessor_)?config\.json|(special_)?tokens?(izer)?.*|added_tokens.*|chat_template.*|vocab.*|merges\.txt|.*\.tiktoken"
+    r"|.*\.model"
+)
+"""Names of a model's files besides its weights that decide what is read of it."""
 _BLOCK, _NUM_BLOCKS = 1 << 16, 64
 
 Files = dict[str, Stamp]
 """Relative name ("" for a file itself) -> what is in it."""
 
 
+class Entry(TypedDict):
+    """One key of inputs.json. files: as `Files`, each a `Stamp`'s fields."""
+
+    path: str
+    files: dict[str, dict[str, str | int]]
+
+
 def record_inputs(config: Stage) -> None:
     """Write down what there is; what a run that has made something began with stays."""
     directory = RunDirectory(config.run_dir)
     if not directory.inputs.exists() or not directory.holds_work():
-        content = {
+        content: dict[str, Entry] = {
             key: {
                 "path": str(source),
-                "files": {name: dataclasses.asdict(stamp) for name, stamp in _stamps(source).items()},
+                "files": {name: dataclasses.asdict(_stamp(file)) for name, file in _files(source).items()},
             }
             for key, source in _inputs(config)
         }
-        write_atomic(directory.inputs, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        _write(directory.inputs, content)
 
 
-def check_inputs(config: Stage) -> None:
-    """DataError that names what holds something else than when the run began. Inputs that are gone are not its business."""
+def check_inputs(config: Stage, *, renew: bool = False) -> None:
+    """DataError that names what holds something else than when the run began. Inputs that are gone are not its business.
+
+    renew: write down the new times of files whose contents are as they were, so that the next start need not read them.
+    """
     directory = RunDirectory(config.run_dir)
     path = directory.inputs
     if not path.exists() or not directory.holds_work():
@@ -52,14 +69,31 @@ def check_inputs(config: Stage) -> None:
         raise DataError(
             f"{path}: damaged ({error}); remove it, then what is there now is taken for what was read"
         ) from error
-    changed = [f"{key}: {text}" for key, source in _inputs(config) for text in _changes(source, known.get(key))]
+    changed = [(key, text) for key, source in _inputs(config) for text in _changes(source, known.get(key))]
     if changed:
-        raise DataError(
-            "not what this run began with:\n  "
-            + "\n  ".join(changed)
-            + "\nput it back, or use another run_dir; to go on with "
-            f"what is there now, remove {path}"
-        )
+        advice = "put it back, or use another run_dir"
+        if not any(is_below(key.partition("[")[0], ("data",)) for key, _ in changed):  # of data there are other records
+            advice += f"; to go on with what is there now, remove {path}"
+        told = "\n  ".join(f"{key}: {text}" for key, text in changed)
+        raise DataError(f"not what this run began with:\n  {told}\n{advice}")
+    if renew:
+        _renew_times(config, path, record)
+
+
+def _renew_times(config: Stage, path: Path, record: dict[str, Entry]) -> None:
+    """Of files that are all as they were, by `_changes`."""
+    stale = False
+    for key, source in _inputs(config):
+        for name, file in _files(source).items() if key in record else ():
+            stamp, now = record[key]["files"].get(name), file.stat().st_mtime_ns
+            if stamp is not None and stamp["mtime_ns"] != now:
+                stamp["mtime_ns"], stale = now, True
+    if stale:
+        _write(path, record)
+
+
+def _write(path: Path, record: Mapping[str, Entry]) -> None:
+    write_atomic(path, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
 
 def _inputs(config: Stage) -> Iterator[tuple[str, Path]]:
@@ -75,9 +109,9 @@ def _inputs(config: Stage) -> Iterator[tuple[str, Path]]:
             for place, item in enumerate(value):
                 yield from walk(f"{key}[{place}]", item)
 
-    known = (
-        (*CHANGEABLE_KEYS, "model.path") if config.stage == "evaluate" else CHANGEABLE_KEYS
-    )  # it looks at its checkpoints
+    known: tuple[str, ...] = (*CHANGEABLE_KEYS, "reward.sandbox")  # an interpreter and its libraries are no contents
+    if config.stage == "evaluate":  # it looks at its checkpoints
+        known = (*known, "model.path")
     for key, path in walk("", config.model_dump()):
         own = path.resolve().is_relative_to(config.run_dir.resolve())
         if path.exists() and not own and not is_below(key.partition("[")[0], known):
@@ -85,17 +119,17 @@ def _inputs(config: Stage) -> Iterator[tuple[str, Path]]:
 
 
 def _files(path: Path) -> dict[str, Path]:
-    """A file itself; of a model, the files beside its config.json; of other directories, all."""
+    """A file itself; of a model, the files beside its config.json; of other directories, all but what Python keeps there."""
     if path.is_file():
         return {"": path}
-    model = path / "hf" if (path / "hf" / "config.json").exists() else path
-    is_model = (model / "config.json").exists()
-    found = model.iterdir() if is_model else path.rglob("*")
-    return {str(p.relative_to(model)): p for p in sorted(found) if p.is_file() and p.name[0] != "."}
+    model = _model_in(path)
+    found = path.rglob("*") if model is None else model.iterdir()
+    files = (p for p in sorted(found) if p.is_file() and p.name[0] != "." and p.parent.name != "__pycache__")
+    return {str(p.relative_to(model or path)): p for p in files}
 
 
-def _stamps(path: Path) -> Files:
-    return {name: _stamp(file) for name, file in _files(path).items()}
+def _model_in(path: Path) -> Path | None:
+    return next((place for place in (path / "hf", path) if (place / "config.json").exists()), None)
 
 
 def _stamp(file: Path) -> Stamp:
@@ -118,8 +152,12 @@ def _digest(file: Path, size: int) -> str:
 def _changes(path: Path, known: Files | None) -> Iterator[str]:
     if known is None:  # a key that an older start did not have
         return
-    files = _files(path)
+    files, is_model = _files(path), _model_in(path) is not None
     for name in sorted(known.keys() | files.keys()):
+        if name not in known and is_model and Path(name).suffix not in _WEIGHTS and not _SETTINGS.fullmatch(name):
+            continue  # a note, a log: nothing of a model is read from it
+        if "__pycache__" in Path(name).parts:  # of a record that has such
+            continue
         shown = path / name if name else path
         if name not in files or name not in known:
             yield f"{shown} is {'gone' if name not in files else 'new'}"

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -23,9 +24,10 @@ from r1mega.files import write_atomic
 LINEAGE_FILE = "lineage.json"
 RECORDS = {
     "lock", "report.html", "status.json", "environment.json", "config.yaml", "inputs.json", LINEAGE_FILE, "checkpoints",
-    "tensorboard", "wandb_id",
+    "tensorboard", "wandb_id", "nonfinite", "watch", "restarts.jsonl",
 }  # fmt: skip
 """Names in a run directory that are no outputs: they tell of the run, or serve to resume it."""
+_EARLIER = re.compile(r".*\.jsonl\.\d+")  # of what the run wrote before it began anew
 
 _READERS = 8  # files hashed at a time (hashlib lets other threads run meanwhile)
 
@@ -138,7 +140,8 @@ def changed_outputs(run_dir: Path, outputs: Mapping[str, Stamp]) -> list[str]:
 
 def stamp_outputs(run_dir: Path) -> dict[str, Stamp]:
     """The files below run_dir that others may read, by their relative names."""
-    tops = [entry for entry in sorted(Path(run_dir).iterdir()) if entry.name not in RECORDS and entry.name[0] != "."]
+    names = sorted(entry.name for entry in Path(run_dir).iterdir())
+    tops = [Path(run_dir) / n for n in names if n not in RECORDS and n[0] != "." and not _EARLIER.fullmatch(n)]
     files = [file for top in tops for file in _files(top)]
     return {str(file.relative_to(run_dir)): stamp for file, stamp in zip(files, _stamps(files), strict=True)}
 

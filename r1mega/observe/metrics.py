@@ -136,7 +136,9 @@ def _open_tensorboard(run_dir: Path, resume_step: int | None):
 
 
 def _open_wandb(run_dir: Path, project: str, config: Mapping[str, Any] | None, *, afresh: bool):
-    """The run's own in the project, however its directory is called: its id is kept in RUN_DIR/wandb_id."""
+    """The run's own in the project, however its directory is called: its id is kept in RUN_DIR/wandb_id. One that an earlier
+    version began has the directory's name for its id.
+    """
     try:
         import wandb
     except ImportError as error:
@@ -145,7 +147,7 @@ def _open_wandb(run_dir: Path, project: str, config: Mapping[str, Any] | None, *
         ) from error
     name, kept = run_dir.resolve().name, run_dir / WANDB_ID_FILE
     if afresh or not kept.exists():
-        write_atomic(kept, f"{name}-{secrets.token_hex(4)}")
+        write_atomic(kept, f"{name}-{secrets.token_hex(4)}" if afresh else name)
     return wandb.init(
         project=project, id=kept.read_text(), name=name, dir=run_dir, config=dict(config or {}), resume="allow"
     )

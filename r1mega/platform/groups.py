@@ -160,6 +160,10 @@ def share_out(items: Sequence[T], work: Callable[[Sequence[T]], list[U]], what: 
     return [result for theirs in everyone[::tp] if isinstance(theirs, list) for result in theirs]
 
 
+DEALT_AT_A_TIME = 1 << 16
+"""Items that `lead` hands out at one time, over all ranks: what is on its way is bounded, whatever there is of them."""
+
+
 def lead(make: Callable[[Deal], T], helpers: Sequence[Helper]) -> T:
     """What `make` returns on rank 0, on every rank, where all ranks help: its argument takes one of `helpers`, functions that
     every rank has made alike, and items, which rank 0 alone needs to have. A collective call.
@@ -174,10 +178,14 @@ def lead(make: Callable[[Deal], T], helpers: Sequence[Helper]) -> T:
     else:
 
         def deal(work: Callable[[Sequence[U]], list[V]], items: Sequence[U]) -> list[V]:
-            place, bounds = helpers.index(work), [len(items) * rank // world for rank in range(world + 1)]
-            blocks = [items[first:last] for first, last in itertools.pairwise(bounds)]
-            _hand_out([(place, block) for block in blocks])
-            return _collect(_done(work, blocks[0]))
+            results: list[V] = []
+            for start in range(0, len(items), DEALT_AT_A_TIME):
+                given = items[start : start + DEALT_AT_A_TIME]
+                place, bounds = helpers.index(work), [len(given) * rank // world for rank in range(world + 1)]
+                blocks = [given[first:last] for first, last in itertools.pairwise(bounds)]
+                _hand_out([(place, block) for block in blocks])
+                results += _collect(_done(work, blocks[0]))
+            return results
 
         result = error = None
         try:

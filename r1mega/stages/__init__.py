@@ -8,12 +8,12 @@ import importlib
 import logging
 
 from r1mega.checkpoint.hf import read_config
-from r1mega.checkpoint.manifest import MANIFEST, lacks
+from r1mega.checkpoint.manifest import MANIFEST, read_manifest
 from r1mega.checkpoint.store import check_architecture, checkpoints, deciding_keys
 from r1mega.config.rewards import RewardConfig
 from r1mega.config.schema import Stage, TrainingStage
 from r1mega.config.stages.reward_model import RewardModelStage
-from r1mega.observe.inputs import check_inputs
+from r1mega.errors import CheckpointError
 from r1mega.observe.progress import tell
 from r1mega.observe.run import RunDirectory
 from r1mega.reward.custom import load_part
@@ -95,12 +95,16 @@ def check_rewards(config: Stage) -> None:
 
 
 def check_run_directory(config: Stage) -> None:
-    """Refuse to go on in the directory of another run, model or data, before any process group starts."""
+    """Refuse to go on in the directory of another run or model, before any process group starts. Reads small files only: every
+    rank does it (of the inputs' contents, `check_inputs` tells on rank 0).
+    """
     directory = RunDirectory(config.run_dir)
     directory.check_place()
     directory.check_config(config.model_dump(mode="json"))
-    check_inputs(config)
     architecture = deciding_keys(read_config(config.model.path))
     for checkpoint in checkpoints(config.run_dir / "checkpoints"):
-        if lacks(checkpoint) is None:  # a damaged one is `CheckpointStore.latest`'s business
-            check_architecture(checkpoint, architecture)
+        try:
+            read_manifest(checkpoint)
+        except CheckpointError:  # a damaged one is `CheckpointStore.latest`'s business
+            continue
+        check_architecture(checkpoint, architecture)

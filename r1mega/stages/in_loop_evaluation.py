@@ -69,18 +69,22 @@ class Evaluation:
         if not self._prompts:
             return {}
         place = GeneratorPlace.of_this_rank(self._config.rollout.tp)
-        outcome: EvaluationResult | R1MegaError
+        outcome: EvaluationResult | R1MegaError | OSError
         with self._phases.within("evaluate"):
             try:
                 outcome = evaluate_prompts(
                     self._engine, self._tokenizer, self._prompts[place.replica :: place.num_replicas], self._config.evaluate,
                     self._scorer, self._sampling,
                 )  # fmt: skip
-            except R1MegaError as error:
+            except (R1MegaError, OSError) as error:
                 outcome = error
         wait_for_all("rollout", f"the evaluation after step {step}")
         outcomes = _of_all_ranks(outcome)
-        errors = [f"rank {rank}: {theirs}" for rank, theirs in enumerate(outcomes) if isinstance(theirs, R1MegaError)]
+        errors = [
+            f"rank {rank}: {theirs}"
+            for rank, theirs in enumerate(outcomes)
+            if isinstance(theirs, (R1MegaError, OSError))
+        ]
         if errors:
             if self._runtime.is_main:
                 logger.error("the evaluation after step %d failed; training goes on. %s", step, "; ".join(errors))
@@ -100,8 +104,10 @@ class Evaluation:
         return self._last
 
 
-def _of_all_ranks(outcome: EvaluationResult | R1MegaError) -> list[EvaluationResult | R1MegaError | None]:
-    outcomes: list[EvaluationResult | R1MegaError | None] = [outcome]
+def _of_all_ranks(
+    outcome: EvaluationResult | R1MegaError | OSError,
+) -> list[EvaluationResult | R1MegaError | OSError | None]:
+    outcomes: list[EvaluationResult | R1MegaError | OSError | None] = [outcome]
     if dist.get_world_size() > 1:
         outcomes = [None] * dist.get_world_size()
         dist.all_gather_object(outcomes, outcome)

@@ -19,7 +19,7 @@ from r1mega.checkpoint.store import CheckpointStore, deciding_keys
 from r1mega.checkpoint.workers import Alone, TorchWorkers
 from r1mega.config.schema import CheckpointConfig, Stage, TrainingStage
 from r1mega.errors import EXIT_SAVED_FOR_REQUEUE, CheckpointError, FreshProcessNeeded, R1MegaError
-from r1mega.observe.inputs import record_inputs
+from r1mega.observe.inputs import check_inputs, record_inputs
 from r1mega.observe.metrics import MetricsWriter
 from r1mega.observe.performance import RATED, performance, stragglers
 from r1mega.observe.progress import StageProgress, tell
@@ -109,6 +109,7 @@ class Runtime:
             runtime.barrier()
             watch.enter_context(runtime._watchdog())
             stack.callback(runtime._close)
+            runtime.broadcast(lambda: check_inputs(config, renew=True))
             runtime.broadcast(lambda: record_inputs(config))
             try:
                 yield runtime

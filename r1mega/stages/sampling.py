@@ -153,7 +153,7 @@ class Sampling:
 
     def _grade_again(self, share: Sequence[Draw], tokenizer: Tokenizer, scorer: Scorer) -> list[GradedSample]:
         """This rank's samples of a window whose grades failed before, from their texts: the tokens are the tokenizer's, as they
-        were not kept.
+        were not kept. When told to stop, those that are left keep their failed grades.
         """
         graded = []
         failed = [(draw.prompt, self._failed[draw.key]) for draw in share if draw.key in self._failed]
@@ -162,6 +162,8 @@ class Sampling:
                 if found.reward.status != RewardStatus.FAILED:
                     self._store.write_grade(found)
                 graded.append(found)
+            if self._tp == 1 and self._runtime.signalled:  # ranks of one generator stop between windows
+                break
         return graded
 
 

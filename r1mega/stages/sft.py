@@ -13,8 +13,9 @@ import torch.distributed as dist
 
 from r1mega.checkpoint.hf import read_config
 from r1mega.config.stages.sft import SFTStage
-from r1mega.data.sft import LINES_AT_A_TIME, SFTDataset, build_token_file, held_out_indices, tokenise
+from r1mega.data.sft import LINES_AT_A_TIME, Line, Row, SFTDataset, build_token_file, held_out_indices, tokenise
 from r1mega.data.tokenizer import Tokenizer, load_tokenizer
+from r1mega.errors import DataError
 from r1mega.platform import groups
 from r1mega.stages.runtime import Runtime
 from r1mega.stages.supervised import SupervisedLoop
@@ -32,9 +33,17 @@ def run(config: SFTStage, runtime: Runtime) -> int:
     work = functools.partial(tokenise, config.data, tokenizer)
 
     def build(deal: Deal) -> Path:
-        at_a_time = LINES_AT_A_TIME * dist.get_world_size()
-        lines_to_rows = functools.partial(deal, work)
-        return build_token_file(config.data, tokenizer, runtime.run_dir / "data", lines_to_rows, at_a_time)
+        at_a_time = min(LINES_AT_A_TIME * dist.get_world_size(), groups.DEALT_AT_A_TIME)
+        done = 0
+
+        def rows_of(lines: Sequence[Line]) -> list[Row | DataError]:
+            nonlocal done
+            rows = deal(work, lines)
+            done += len(lines)
+            runtime.note(f"{done} lines tokenised")
+            return rows
+
+        return build_token_file(config.data, tokenizer, runtime.run_dir / "data", rows_of, at_a_time)
 
     path = groups.lead(build, (work,))
     batches = _Batches(config, runtime, SFTDataset(path))

@@ -42,6 +42,7 @@ from r1mega.train.phases import Phase, PhasePlan, plan_phases  # noqa: E402
 from r1mega.train.policy import B, Loss, Policy, S  # noqa: E402
 
 logger = logging.getLogger(__name__)
+_KEPT_EVIDENCE = 8  # steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +91,7 @@ class Trainer:
         self._overlaps_gather = self._must_gather = optimizer.overlap_param_gather  # Megatron's first pass would gather
         policy.settle = self._gather_weights
         self._expert_load: float | None = None
+        self._expert_biases: list[tuple[torch.Tensor, torch.Tensor]] = []  # (of a router, as it was before this step)
         routers = (m for chunk in policy.chunks for m in chunk.modules() if hasattr(m, "get_aux_loss_coeff"))
         configs = {id(router.config): router.config for router in routers}.values()
         self._aux_loss = [(c, c.moe_aux_loss_coeff) for c in configs if c.moe_aux_loss_coeff]
@@ -147,7 +149,7 @@ class Trainer:
         mtp_loss: add the loss of the multi-token-prediction layers, if the model has them (pre-training and SFT:
         the tokens are to be imitated); entropies are then not computed. of_tokens: see `Policy.run`.
         When the gradient norm is not finite on any rank, no rank moves a weight, and each replica writes its microbatches
-        to `evidence`. The step is then left out, or NonFiniteError when optimizer.skip_nonfinite such steps went before it.
+        to `evidence`, of the first few such steps. The step is then left out, or NonFiniteError when optimizer.skip_nonfinite such steps went before it.
         """
         self.scheduler.step(1)  # first, so that a warm-up of n steps starts at lr / n and not at 0
         self.enter("update")
@@ -162,16 +164,23 @@ class Trainer:
         self._weigh_aux_loss(microbatches, total_response_tokens)
         self._must_gather = False  # the forward pass does
         further = mtp_loss and bool(self.policy.megatron_config.mtp_num_layers)
-        statistics = self.policy.run(
-            microbatches, scaled, temperature, forward_only=False, mtp_loss=further, of_tokens=of_tokens
-        )
+        try:
+            statistics = self.policy.run(
+                microbatches, scaled, temperature, forward_only=False, mtp_loss=further, of_tokens=of_tokens
+            )
+        finally:
+            for config, coefficient in self._aux_loss:
+                config.moe_aux_loss_coeff = coefficient
         lr = self.optimizer.param_groups[0]["lr"]
         self.enter("step")
         stepped, grad_norm, _ = self.optimizer.step()
         if not stepped:
             grad_norm = self.optimizer.get_grad_norm()
+            for bias, before in self._expert_biases:
+                bias.copy_(before)
             self._leave_out(float(grad_norm), microbatches, statistics)
         self._skipped = 0 if stepped else self._skipped
+        self._expert_biases = []
         self.optimizer.zero_grad()  # copies in float32, where the buffers are not
         self._must_gather = self._overlaps_gather
         return UpdateResult(float(grad_norm), lr, statistics, self._expert_load, skipped=not stepped)
@@ -192,9 +201,10 @@ class Trainer:
         """Count a step whose gradient is not finite, write down what made it, and say so. Raises NonFiniteError."""
         self._skipped += 1
         number = self.scheduler.num_steps
-        if self.evidence is not None and self.policy.reports:
+        kept = self.evidence is not None and _is_room(self.evidence, number)
+        where = f"; the microbatches and parameters concerned are in {self.evidence}" if kept else ""
+        if self.evidence is not None and kept and self.policy.reports:
             self._write_evidence(self.evidence, number, grad_norm, microbatches, statistics)
-        where = "" if self.evidence is None else f"; the microbatches and parameters concerned are in {self.evidence}"
         told = f"optimizer step {number}: gradient norm {grad_norm}, no weight has moved{where}"
         if self._skipped > self._skip_nonfinite:
             raise NonFiniteError(
@@ -209,7 +219,7 @@ class Trainer:
         self, directory: Path, number: int, grad_norm: float, microbatches: Sequence[B], statistics: Sequence[S]
     ) -> None:
         """DIRECTORY/update_NNNNNN_rank_RRRRR.pt, for torch.load: microbatches as dicts of their fields, what the loss said of
-        each (as text), and the parameters whose gradients on this rank are not finite.
+        each (as text), and the parameters whose gradients on this rank are not finite. A disk that does not take it is told.
         """
         broken = [
             name
@@ -227,11 +237,18 @@ class Trainer:
             "statistics": list(map(str, statistics)),
         }
         torch.save(found | {"microbatches": [dataclasses.asdict(batch) for batch in microbatches]}, content)
-        directory.mkdir(parents=True, exist_ok=True)
-        write_atomic(directory / f"update_{number:06d}_rank_{dist.get_rank():05d}.pt", content.getvalue())
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            write_atomic(directory / f"update_{number:06d}_rank_{dist.get_rank():05d}.pt", content.getvalue())
+        except OSError as error:
+            logger.warning("%s: could not be written (%s)", directory, error)
 
     def _finalize_gradients(self, model: list[torch.nn.Module], num_tokens: torch.Tensor | None = None, **kwargs):
         self._expert_load = self._measure_expert_load()  # finalize_model_grads resets the counters
+        named = (buffer for chunk in self.policy.chunks for buffer in chunk.named_buffers())
+        self._expert_biases = [
+            (bias, bias.clone()) for name, bias in named if name.endswith("expert_bias")
+        ]  # and moves these
         finalize_model_grads(model, num_tokens, **kwargs)
 
     def _measure_expert_load(self) -> float | None:
@@ -278,3 +295,11 @@ class Trainer:
         self.policy.load_sharded(state)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
+
+
+def _is_room(directory: Path, number: int) -> bool:
+    """Whether evidence of this step is kept: that of the first `_KEPT_EVIDENCE` steps is. The same on every rank, whichever
+    of them has written.
+    """
+    numbers = {path.name.split("_")[1] for path in directory.glob("update_*")} - {f"{number:06d}"}
+    return len(numbers) < _KEPT_EVIDENCE

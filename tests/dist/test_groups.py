@@ -124,6 +124,8 @@ def lead_and_help() -> list[object]:
         except (CheckpointError, ConfigError) as error:
             found.append(str(error))
     found.append(groups.lead(lambda deal: deal(square, [rank + 5]), (square, fail)))
+    groups.DEALT_AT_A_TIME = 4
+    found.append(groups.lead(lambda deal: deal(square, range(10)), (square, fail)))
     return found
 
 
@@ -135,4 +137,4 @@ def test_ranks_help_the_first(ranks):
     assert {len(block) for _, block, *_ in results} <= {10 // ranks, -(-10 // ranks)}
     for found in results:
         assert found[0] == [squares, [0, 1, 2], []]
-        assert found[2:] == ["there is a seven", "nothing to lead", [25]]
+        assert found[2:] == ["there is a seven", "nothing to lead", [25], squares]

@@ -196,6 +196,44 @@ def test_damaged_checkpoints_do_not_count_among_those_that_are_kept(tmp_path, ke
     assert store.latest().name == "step_000003"
 
 
+@pytest.mark.parametrize("keep", [1, 2, 3, 5, 10])
+def test_as_many_stay_as_are_to_be_kept(tmp_path, keep):
+    store = CheckpointStore(tmp_path, keep=keep, architecture={"hidden_size": 4})
+    for step in range(1, 13):
+        store.save(step, state_of(torch.ones(9)), {})
+        left = sorted(p.name for p in store.directory.iterdir())
+        assert left == [f"step_{i:06d}" for i in range(max(1, step + 1 - keep), step + 1)]
+
+
+def test_what_was_set_aside_stays(tmp_path):
+    store = open_store(tmp_path)
+    for _ in range(3):
+        for step in (1, 2):
+            store.save(step, state_of(torch.ones(9)), {})
+        flip(next((store.directory / "step_000002").glob("*.distcp")))
+        assert store.latest().name == "step_000001"
+    names = ["step_000001", "step_000002.damaged", "step_000002.damaged.2", "step_000002.damaged.3"]
+    assert sorted(p.name for p in store.directory.iterdir()) == names
+
+
+def test_a_fault_of_pruning_is_told_and_the_save_is_kept(tmp_path, caplog, monkeypatch):
+    store = open_store(tmp_path)
+    store.save(1, state_of(torch.ones(9)), {})
+    (store.directory / "step_000001" / "manifest.json").unlink()
+    with monkeypatch.context() as patched:
+
+        def refused(path, target):
+            raise OSError(16, "Device or resource busy")
+
+        patched.setattr(Path, "rename", refused)
+        path = store.save(2, state_of(torch.ones(9)), {})
+    assert "older checkpoints were not all removed ([Errno 16] Device or resource busy)" in caplog.text
+    assert store.latest() == path
+    store.save(3, state_of(torch.ones(9)), {})
+    names = ["step_000001.damaged", "step_000002", "step_000003"]
+    assert sorted(p.name for p in store.directory.iterdir()) == names
+
+
 @pytest.mark.parametrize("manifest", [
     "", "[]", '{"files": {}}', '{"architecture": {}, "files": []}', '{"architecture": [], "files": {}}',
     '{"architecture": {}, "files": {"common.pt": {}}}', '{"architecture": {}, "files": {"common.pt": {"bytes": 3}}}',
@@ -212,19 +250,27 @@ def test_a_damaged_manifest_is_a_damaged_checkpoint(tmp_path, caplog, manifest):
     assert f"{second} is not whole" in caplog.text and "manifest.json" in caplog.text
 
 
-def test_a_file_that_the_disk_does_not_read_is_a_damaged_checkpoint(tmp_path, caplog, monkeypatch):
+@pytest.mark.parametrize("name", ["__0_0.distcp", "manifest.json"])
+def test_a_file_that_the_disk_does_not_read_stops_the_start(tmp_path, monkeypatch, name):
     store = open_store(tmp_path)
     first, second = (store.save(i, state_of(torch.full((9,), float(i))), {}) for i in (1, 2))
     real = Path.open
 
     def broken(path, *arguments, **options):
-        if path.parent == second and path.suffix == ".distcp":
+        if path == second / name:
             raise OSError(5, "Input/output error")
         return real(path, *arguments, **options)
 
-    monkeypatch.setattr(Path, "open", broken)
+    assert (second / name).is_file()
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", broken)
+        with pytest.raises(
+            CheckpointError, match=r"cannot be read \(\[Errno 5\] Input/output error\); nothing was moved"
+        ):
+            store.latest()
+    assert store.latest() == second  # "once it can be read"
+    second.rename(second.with_name(second.name + ".damaged"))  # "to go on from the checkpoint before it"
     assert store.latest() == first
-    assert "cannot be read ([Errno 5] Input/output error)" in caplog.text
 
 
 def test_everything_that_a_checkpoint_lacks_is_listed(tmp_path):

@@ -119,6 +119,19 @@ def test_other_data_under_the_same_name_is_refused(plain, tmp_path):
         build_token_file(data, tokenizer, tmp_path / "out")
 
 
+def test_a_file_of_an_earlier_version_holds_out_by_id(plain, tmp_path):
+    lines = [{"question": "q", "response": "a", "id": str(i)} for i in range(3)]
+    data, tokenizer = SFTData(files=(write(tmp_path / "x.jsonl", lines),)), load_tokenizer(plain)
+    path = build_token_file(data, tokenizer, tmp_path / "out")
+    assert SFTDataset(path).prompts() == ["q"] * 3
+    record = tmp_path / "out/tokens.json"
+    content = json.loads(record.read_text())
+    del content["held_out_by"]
+    record.write_text(json.dumps(content))
+    path = build_token_file(data, tokenizer, tmp_path / "out")  # a start that goes on
+    assert SFTDataset(path).prompts() == ["0", "1", "2"] and json.loads(record.read_text()) == content
+
+
 def test_held_out_share_follows_the_ids():
     ids = [f"line-{i}" for i in range(4000)]
     chosen = held_out_indices(ids, 0.1, seed=1)

@@ -8,8 +8,9 @@ import pytest
 
 from r1mega.config.load import load_config
 from r1mega.data import nano_tokenizer
-from r1mega.errors import DataError
-from r1mega.observe.inputs import record_inputs
+from r1mega.errors import CheckpointError, DataError
+from r1mega.observe import inputs
+from r1mega.observe.inputs import check_inputs, record_inputs
 from r1mega.observe.run import RunDirectory
 from r1mega.stages import check_run_directory
 
@@ -35,7 +36,7 @@ def begun(tmp_path):
         directory.write_config(config.model_dump(mode="json"))
     record_inputs(config)
     directory.metrics.write_text('{"step": 1}\n')
-    check_run_directory(config)
+    check_inputs(config)
     return config
 
 
@@ -53,26 +54,76 @@ def test_one_byte_is_told_by_key_and_path(begun, tmp_path, name, key):
     before = path.read_bytes()
     replace_byte(path)
     with pytest.raises(DataError, match="not what this run began with") as raised:
-        check_run_directory(begun)
+        check_inputs(begun)
     assert f"  {key}: {path} has another content\n" in str(raised.value)
     path.write_bytes(before)  # "put it back": at another time
-    check_run_directory(begun)
-    replace_byte(path)
-    (begun.run_dir / "inputs.json").unlink()  # "to go on with what is there now"
-    record_inputs(begun)
-    check_run_directory(begun)
+    check_inputs(begun)
+    record = begun.run_dir / "inputs.json"
+    offered = f"remove {record}" in str(raised.value)
+    assert offered != key.startswith("data."), "of data a run has other records, which do not go with this one"
+    if offered:
+        replace_byte(path)
+        record.unlink()  # "to go on with what is there now"
+        record_inputs(begun)
+        check_inputs(begun)
+
+
+def test_new_times_of_the_same_contents_are_kept(begun, tmp_path, monkeypatch):
+    path = tmp_path / "judge" / "model.safetensors"
+    os.utime(path)
+    check_inputs(begun)  # as doctor does: nothing is written
+    read = []
+    monkeypatch.setattr(
+        inputs, "_digest", lambda file, size, real=inputs._digest: read.append(file) or real(file, size)
+    )
+    for _ in range(2):
+        check_inputs(begun, renew=True)
+    assert read == [path]
+
+
+def test_files_that_nothing_reads(begun, tmp_path):
+    (tmp_path / "model" / "notes.md").write_text("mine")  # beside a model
+    check_inputs(begun)
+    for name in ("more.safetensors", "chat_template.jinja", "vocab.txt", "special_tokens_map.json"):
+        (tmp_path / "model" / name).write_text("{}")
+        with pytest.raises(DataError, match=f"{name} is new"):
+            check_inputs(begun)
+        (tmp_path / "model" / name).unlink()
+    part = tmp_path / "part"
+    (part / "__pycache__").mkdir(parents=True)
+    (part / "a.py").write_text("")
+    before = {name: inputs._stamp(file) for name, file in inputs._files(part).items()}
+    (part / "__pycache__" / "a.pyc").write_text("")
+    assert list(before) == ["a.py"] and not list(inputs._changes(part, before))
+
+
+def test_the_sandbox_is_no_input(begun, tmp_path):
+    libraries = tmp_path / "libraries"
+    libraries.mkdir()
+    sandbox = begun.reward.sandbox.model_copy(update={"libraries": (libraries,)})
+    config = begun.model_copy(update={"reward": begun.reward.model_copy(update={"sandbox": sandbox})})
+    assert not [key for key, _ in inputs._inputs(config) if "sandbox" in key]
+
+
+@pytest.mark.heavy
+def test_a_start_asks_before_it_builds_anything(begun, tmp_path):
+    from r1mega.stages.runtime import Runtime
+
+    replace_byte(tmp_path / "q.jsonl")
+    with pytest.raises(DataError, match="not what this run began with"), Runtime.open(begun):
+        raise AssertionError("the run went on")
 
 
 def test_weights_of_another_training(begun, tmp_path):
     path = tmp_path / "judge" / "model.safetensors"
     os.utime(path)
-    check_run_directory(begun)
+    check_inputs(begun)
     path.write_bytes(os.urandom(6 << 20))
     with pytest.raises(DataError, match=r"reward\.helpfulness\.model: .*model\.safetensors has another content"):
-        check_run_directory(begun)
+        check_inputs(begun)
     path.rename(path.with_name("other.safetensors"))
     with pytest.raises(DataError, match=r"model\.safetensors is gone") as raised:
-        check_run_directory(begun)
+        check_inputs(begun)
     assert "other.safetensors is new" in str(raised.value)
 
 
@@ -80,15 +131,27 @@ def test_what_may_change(begun, tmp_path):
     replace_byte(tmp_path / "e.jsonl")  # evaluate.data, and the outputs of the run itself
     (begun.run_dir / "metrics.jsonl").write_text("")
     replace_byte(tmp_path / "p.jsonl")  # nothing was made of it yet
-    check_run_directory(begun)
+    check_inputs(begun)
     record_inputs(begun)
     (begun.run_dir / "metrics.jsonl").write_text('{"step": 1}\n')
-    check_run_directory(begun)
+    check_inputs(begun)
     shutil.rmtree(tmp_path / "judge")  # others say that it is missing, where it is needed
+    check_inputs(begun)
+
+
+def test_checkpoints_of_another_model_are_told_by_their_manifests(begun):
+    """Of every rank's start: their files are not looked at."""
+    manifest = begun.run_dir / "checkpoints" / "step_000001" / "manifest.json"
+    manifest.parent.mkdir(parents=True)
+    manifest.write_text("damaged")
     check_run_directory(begun)
+    record = {"architecture": {"hidden_size": 9}, "files": {"gone.distcp": {"bytes": 3, "sha256": "0"}}}
+    manifest.write_text(json.dumps(record))
+    with pytest.raises(CheckpointError, match="hidden_size 9 there, 8 here"):
+        check_run_directory(begun)
 
 
 def test_a_damaged_record(begun):
     (begun.run_dir / "inputs.json").write_text('{"data.prompts[0]": 3}')
     with pytest.raises(DataError, match=r"inputs\.json: damaged"):
-        check_run_directory(begun)
+        check_inputs(begun)

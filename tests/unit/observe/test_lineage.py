@@ -25,9 +25,11 @@ def make(directory):
     (directory / "hf" / "a.bin").write_bytes(b"weights")
     (directory / "hf" / "b.json").write_text("{}")
     (directory / "metrics.jsonl").write_text("{}\n")
-    for name in ("lock", "status.json", "config.yaml", "lineage.json"):
+    for name in ("lock", "status.json", "config.yaml", "lineage.json", "metrics.jsonl.1", "samples.jsonl.12"):
         (directory / name).write_text(name)
     (directory / "checkpoints" / "step_1").mkdir(parents=True)
+    (directory / "nonfinite").mkdir()
+    (directory / "nonfinite" / "update_000002_rank_00000.pt").touch()
     (directory / "checkpoints" / "step_1" / "x").touch()
     return directory
 

@@ -216,11 +216,13 @@ def test_runs_of_one_name_are_two_runs_of_wandb(tmp_path, monkeypatch):
     begun = []
     fake = SimpleNamespace(init=lambda **given: begun.append(given) or SimpleNamespace(finish=lambda: None))
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    for place, resume in (("a", None), ("b", None), ("a", 3), ("a", None)):
+    for place, resume in (("a", None), ("b", None), ("a", 3), ("a", None), ("c", 2), ("c", 4)):
         run_dir = tmp_path / place / "zero"
         run_dir.mkdir(parents=True, exist_ok=True)
         MetricsWriter(run_dir, resume_step=resume, tensorboard=False, wandb_project="project").close()
     ids = [given["id"] for given in begun]
+    assert ids[4:] == ["zero", "zero"], "of a run that an earlier version began"
+    ids = ids[:4]
     assert ids[2] == ids[0] and len(set(ids)) == 3, "its own, kept on resume, another for a run that begins anew"
     assert all(name.startswith("zero-") for name in ids) and {given["name"] for given in begun} == {"zero"}
 

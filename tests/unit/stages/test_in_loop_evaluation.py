@@ -1,5 +1,6 @@
 """Evaluations in the loop: what they ask of the rewards, and what one that goes wrong costs."""
 
+import contextlib
 import json
 from types import SimpleNamespace
 
@@ -22,11 +23,11 @@ class Engine:
 
     def __init__(self, tokenizer, answer):
         self.response = Response((*tokenizer.encode(answer),), (0.0,) * len(tokenizer.encode(answer)), "stop")
-        self.busy = self.broken = False
+        self.busy, self.broken = False, None
 
     def stream(self, requests):
         if self.broken:
-            raise GenerationError("the generator is broken")
+            raise self.broken
         self.busy = True
         for index, _ in enumerate(requests):
             yield Completion(index, 0, self.response)
@@ -56,7 +57,8 @@ def evaluate(tmp_path):
         runtime = SimpleNamespace(is_main=True, run_dir=tmp_path, note=notes.append)
         scorer = RewardScorer(config.reward, max_response_tokens=64, engine=engine, tokenizer=tokenizer)
         scorers.append(scorer)
-        return Evaluation(config, runtime, engine, tokenizer, scorer, SamplingSettings(), 0), notes, engine
+        phases = SimpleNamespace(within=lambda name: contextlib.nullcontext())
+        return Evaluation(config, runtime, engine, tokenizer, scorer, SamplingSettings(), phases, 0), notes, engine
 
     yield made
     for scorer in scorers:
@@ -79,13 +81,14 @@ def test_prompts_that_nothing_verifies(evaluate):
     assert notes == ["evaluation after step 3: no response could be judged"]
 
 
-def test_an_evaluation_that_fails_costs_nothing_else(evaluate, caplog, tmp_path):
+@pytest.mark.parametrize("error", [GenerationError("the generator is broken"), OSError("the generator is broken")])
+def test_an_evaluation_that_fails_costs_nothing_else(evaluate, caplog, tmp_path, error):
     evaluation, _, engine = evaluate("math")
     before = evaluation.run(1)
-    engine.broken = True
+    engine.broken = error
     assert evaluation.run(2) == {"eval/failed": 1.0}
     assert "the evaluation after step 2 failed; training goes on. rank 0: the generator is broken" in caplog.text
-    engine.broken = False
+    engine.broken = None
     assert evaluation.run(3) == before == evaluation.summary()
     lines = (tmp_path / "evaluations.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 3]

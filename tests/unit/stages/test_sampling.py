@@ -112,8 +112,12 @@ def test_failed_grades_are_asked_for_again(start, tmp_path):
         assert (again.missing, again.sampling.num_failed, again.sampling.finished_windows()) == (0, 20, 0)
         assert again.sampling.run(None, TEXTS, judge) and judge.asked == asked
         assert list(again.metrics) == [1, 2, 3] and again.metrics[1]["group/num_sampled"] == 8
-    left = start().sampling.num_failed
+    stopping, judge = start(stop_after=0), Away(lambda seed: False)
+    left = stopping.sampling.num_failed
     assert 0 < left < 20
+    assert not stopping.sampling.run(None, TEXTS, judge) and not stopping.metrics
+    assert start().sampling.num_failed == left - 1, "told to stop, it does not ask for the rest of the window"
+    left -= 1
     for rank in range(2):  # by however many ranks
         last, judge = start(rank=rank, world=2), Away(lambda seed: False)
         assert last.sampling.run(None, TEXTS, judge) and judge.asked < left

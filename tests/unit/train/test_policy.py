@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -46,12 +47,12 @@ def one_rank():
     torch.set_num_threads(threads)
 
 
-def make_trainer(log_probs="logits", dtype="float32", weights=None, **optimizer):
-    """weights: of the model; None: drawn."""
+def make_trainer(log_probs="logits", dtype="float32", weights=None, bias_rate=0.0, **optimizer):
+    """weights: of the model; None: drawn. bias_rate: of the routers."""
     from r1mega.train.policy import Policy
     from r1mega.train.trainer import Trainer
 
-    model = ModelConfig(path="unused", dtype=dtype, log_probs=log_probs)
+    model = ModelConfig(path="unused", dtype=dtype, log_probs=log_probs, expert_bias_update_rate=bias_rate)
     policy = Policy(model, HF, ParallelConfig(), seed=1, init_std=0.08)
     if weights is not None:
         policy.load_hf(weights)
@@ -459,6 +460,7 @@ def test_the_auxiliary_loss_is_of_all_tokens_however_many_are_trained_on(one_ran
         trainer.update(
             batches, lambda _, scores: (0.0 * scores.values.sum(), 0), total_response_tokens=sum(responses)
         )  # fmt: skip
+        assert policy.megatron_config.moe_aux_loss_coeff == 0.5, "as configured, for whoever runs it next"
     assert any(float(gradient.abs().max()) > 1e-3 for gradient in found[0].values())
     for gradients in found[1:]:
         for name, gradient in found[0].items():
@@ -472,11 +474,12 @@ def test_a_gradient_that_is_not_finite_moves_nothing_and_can_be_left_out(one_ran
 
     algorithm, samples, packs = AlgorithmConfig(), make_samples(), [[0, 1], [2, 3]]
     broken = [dataclasses.replace(s, advantage=math.nan if i == 2 else s.advantage) for i, s in enumerate(samples)]
-    control, strict, lenient = (make_trainer(**optimizer, skip_nonfinite=n) for n in (0, 0, 1))
+    control, strict, lenient = (make_trainer(**optimizer, skip_nonfinite=n, bias_rate=0.01) for n in (0, 0, 1))
     for trainer in (control, strict, lenient):
         trainer.evidence = tmp_path / "nonfinite"
         run_update(trainer, samples, packs, algorithm)
     after_one = {name: value.clone() for name, value in control.policy.hf_tensors()}
+    assert any(value.any() for name, value in after_one.items() if name.endswith("e_score_correction_bias"))
     with pytest.raises(
         NonFiniteError, match=r"optimizer step 2: gradient norm nan.*optimizer\.skip_nonfinite=1 "
     ) as raised:
@@ -495,9 +498,15 @@ def test_a_gradient_that_is_not_finite_moves_nothing_and_can_be_left_out(one_ran
         assert (result.grad_norm, result.skipped) == (expected.grad_norm, False)
     expected = dict(control.policy.hf_tensors())
     assert all(torch.equal(value, expected[name]) for name, value in lenient.policy.hf_tensors())
+    for number in range(100, 107):  # with that of step 2, as many as are kept
+        (tmp_path / "nonfinite" / f"update_{number:06d}_rank_00000.pt").touch()
     run_update(lenient, broken, packs, algorithm)  # the count begins anew after a good one
+    assert len(list((tmp_path / "nonfinite").iterdir())) == 8
+    shutil.rmtree(tmp_path / "nonfinite")
+    (tmp_path / "nonfinite").touch()  # nothing can be written there: told, and no more than that
     with pytest.raises(NonFiniteError, match="optimizer.skip_nonfinite=2"):
         run_update(lenient, broken, packs, algorithm)
+    assert f"{tmp_path / 'nonfinite'}: could not be written" in caplog.text
 
 
 def broken_on_one_rank():

@@ -2,7 +2,7 @@
 
 Needs neither torch nor anything else installed: g++ for the CPU library (seconds), nvcc for the CUDA library (a
 minute).
-`setup.py` calls `build_libraries` from its build_ext command.
+`setup.py` calls `build_libraries` from its build_py command.
 """
 
 from __future__ import annotations

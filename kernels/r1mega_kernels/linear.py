@@ -252,7 +252,7 @@ def weight_grad(head: OutputLayer) -> torch.Tensor:
 
 
 def handed_over(head: OutputLayer, grad_weight: torch.Tensor | None) -> torch.Tensor | None:
-    """What autograd is given for the weight: nothing if its gradient is in main_grad, else the gradient in its dtype."""
+    """What autograd is given for the weight: its gradient in its dtype; zeros or nothing where that is in main_grad."""
     weight = head.weight
     if grad_weight is None:
         return None
@@ -260,10 +260,7 @@ def handed_over(head: OutputLayer, grad_weight: torch.Tensor | None) -> torch.Te
         return grad_weight.to(weight.dtype)
     if hasattr(weight, "grad_added_to_main_grad"):
         weight.grad_added_to_main_grad = True
-        if getattr(weight, "zero_out_wgrad", False):  # tied: autograd adds the embedding's gradient to it
-            return torch.zeros_like(weight)
-        if (
-            weight.grad is None
-        ):  # Megatron's hook wants to see a gradient, which it then ignores: one zero, [V, H] times
-            weight.grad = weight.detach().new_zeros(()).expand(weight.shape)
+        # Megatron's hook wants a gradient, which it ignores (tied: autograd adds the embedding's to it). It is returned, for
+        # without one autograd may run the hook in another thread, and overlap_grad_reduce then deadlocks.
+        return torch.zeros_like(weight)
     return None

@@ -42,7 +42,9 @@ def linear_grpo_loss(
 
     token_loss: (log-probs, entropies and logsumexps [n] of the chosen rows in a slice, that slice) -> (a scalar, anything):
     `grpo_token_loss` with its further arguments sliced, or any other sum over tokens of a function of each alone. A loss
-    that needs a token's neighbours (a sequence's ratio) cannot be had chunk by chunk: `linear_log_prob` first.
+    that needs a token's neighbours (a sequence's ratio) cannot be had chunk by chunk: `linear_log_prob` first. No gradient
+    reaches anything else that token_loss reads. float16 on a GPU: scale inside token_loss and divide afterwards; scaling the
+    returned loss comes too late, for the gradients are rounded by then.
     chunk_tokens: rows at a time, in chunks of nearly one size. Their fp32 logits [chunk_tokens, V / tp] are held, and for
     each chunk the weight's fp32 gradient is read and written once: less than some thousands is slow on a GPU.
     The other arguments are those of `linear_log_prob`. Without rows `token_loss` is called once, with none.

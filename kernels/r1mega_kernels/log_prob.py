@@ -94,7 +94,7 @@ def inverse_temperature(temperature: float | torch.Tensor, like: torch.Tensor) -
             raise ValueError(f"temperature has {temperature.numel()} values for {like.shape[0]} rows of logits")
         inverse = temperature.to(torch.float64).reciprocal().to(dtype).reshape(-1)
         usable = (inverse > 0) & inverse.isfinite()
-        if inverse.device.type == "cpu" and not bool(usable.all()):
+        if looks_at_values(inverse) and not bool(usable.all()):
             found = float(temperature.reshape(-1)[~usable][0])
             raise ValueError(f"temperature must be > 0 and 1 / temperature a finite number above 0, found {found}")
         return inverse.to(like.device).contiguous()
@@ -114,8 +114,8 @@ def check_arguments(
     use_reference: bool,
     dtypes: tuple[torch.dtype, ...] = NATIVE_DTYPES,
 ) -> None:
-    """Raises ValueError or TypeError for what the kernels would read wrongly. Values are looked at on a CPU only: on a
-    GPU that would stall the stream, and a target outside the vocabulary gives NaN there."""
+    """Raises ValueError or TypeError for what the kernels would read wrongly. Values: see `looks_at_values`; a target
+    outside the vocabulary gives NaN on a GPU."""
     if x.dim() != 2 or targets.dim() != 1 or targets.shape[0] != x.shape[0]:
         raise ValueError(f"expected [T, V] and targets [T], not {list(x.shape)} and {list(targets.shape)}")
     check_devices(x.device, targets=targets, rows=rows)
@@ -126,7 +126,7 @@ def check_arguments(
         raise TypeError(f"the kernels read {read}, not {x.dtype}; convert, or use backend='reference'")
     if rows is not None and (rows.dim() != 1 or not rows.is_contiguous()):
         raise ValueError("rows must be a contiguous vector")
-    if x.device.type != "cpu":
+    if not looks_at_values(x):
         return
     if (
         rows is not None
@@ -139,6 +139,12 @@ def check_arguments(
         low, high = (int(v) for v in used.aminmax())
         if low < 0 or high >= vocab_size:
             raise ValueError(f"targets must be in [0, {vocab_size}), found {low} to {high}")
+
+
+def looks_at_values(x: torch.Tensor) -> bool:
+    """Whether arguments are checked by their values: on a GPU that would stall the stream, and torch.compile cannot branch
+    on them."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def gathered_stats(stats: torch.Tensor, group_name: str) -> torch.Tensor:

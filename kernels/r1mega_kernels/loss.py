@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from r1mega_kernels.library import LIBRARY, check_devices, kernels, uses_reference
-from r1mega_kernels.log_prob import refuse_second_derivative
+from r1mega_kernels.log_prob import looks_at_values, refuse_second_derivative
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +126,7 @@ def grpo_token_loss(
 
 
 def _check_sequences(sequence_ids: torch.Tensor, num_sequences: int, mask: torch.Tensor | None) -> None:
-    if sequence_ids.device.type != "cpu" or not sequence_ids.numel():
+    if not looks_at_values(sequence_ids) or not sequence_ids.numel():
         return
     low, high = (int(v) for v in sequence_ids.aminmax())
     if mask is not None and (low < 0 or high >= num_sequences):  # masked tokens may hold anything

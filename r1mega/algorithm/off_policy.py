@@ -69,9 +69,9 @@ def corrected(
     its importance_cap.
     """
     gap_T = (tokens.old_log_probs - tokens.sampler_log_probs).double()
-    log_ratio_T = _at_level(rules.importance_level, gap_T, tokens)
     weight_T, capped_T = torch.ones_like(gap_T), torch.zeros_like(gap_T, dtype=torch.bool)
     if rules.importance_cap is not None:
+        log_ratio_T = _at_level(rules.importance_level, gap_T, tokens)
         capped_T = log_ratio_T > math.log(rules.importance_cap)
         weight_T = log_ratio_T.exp().clamp(max=rules.importance_cap)
     rejected_T = _rejected(gap_T, tokens, rules)

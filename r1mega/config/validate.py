@@ -160,3 +160,13 @@ def layout_problems(config: Stage, hf: dict[str, Any], world: int) -> Iterator[s
     tied, further = hf.get("tie_word_embeddings"), config.model.mtp_loss_coefficient
     if config.model.log_probs == "hidden" and (tied or further):
         yield "model.log_probs = hidden wants untied embeddings and no MTP loss; use logits"
+    if (
+        config.model.log_probs == "hidden"
+        and config.model.dtype != "float32"
+        and isinstance(config, TrainingStage)
+        and not config.optimizer.grad_reduce_in_fp32
+    ):
+        yield (
+            "model.log_probs = hidden adds its weight's gradient up in float32: set optimizer.grad_reduce_in_fp32=true, or "
+            "model.log_probs=logits"
+        )

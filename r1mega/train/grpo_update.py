@@ -189,7 +189,7 @@ def _loss(
     )
     outliers = (log_probs.detach() - batch.sampler_log_probs).abs() > tolerance
     return value, _Statistics(
-        stats, off_policy, entropies.sum(dtype=torch.float64), value.detach().double(), outliers.sum()
+        stats, off_policy, entropies.detach().sum(dtype=torch.float64), value.detach().double(), outliers.sum()
     )
 
 

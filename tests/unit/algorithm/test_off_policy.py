@@ -193,6 +193,16 @@ def test_decoupled_objective():
         torch.testing.assert_close(gradient, -tokens.weights * ratio * tokens.advantages)
 
 
+def test_a_level_without_a_cap_looks_at_no_sequence():
+    """The tokens may be part of a microbatch: AlgorithmConfig.is_of_tokens says that the loss adds up over parts."""
+    log_probs, tokens = make_tokens()
+    unknown = dataclasses.replace(tokens, sequence_ids=tokens.sequence_ids + 99)
+    rules = OffPolicyRules(importance_level="sequence", mask="token", mask_low=0.7, mask_high=1.3)
+    given, metrics = corrected(unknown, log_probs, rules)
+    want, of_level_token = corrected(tokens, log_probs, dataclasses.replace(rules, importance_level="token"))
+    assert torch.equal(given.advantages, want.advantages) and float(metrics.weights) == float(of_level_token.weights)
+
+
 def test_no_rule_leaves_the_tokens_as_they_are():
     log_probs, tokens = make_tokens()
     assert not OffPolicyRules().is_on

@@ -82,6 +82,11 @@ def test_shipped_nano_config_for_four_ranks_is_valid(run):
             r"model\.log_probs = hidden wants .*no MTP loss",
         ),
         (
+            ["model.log_probs=hidden", "model.dtype=bfloat16", "optimizer.grad_reduce_in_fp32=false"],
+            1,
+            r"model\.log_probs = hidden adds .*set optimizer\.grad_reduce_in_fp32=true, or",
+        ),
+        (
             ["model.fp8_skip_first_layers=1"],
             1,
             r"fp8_skip_first_layers = 1.*leave layers out of FP8, and model\.fp8 = off",

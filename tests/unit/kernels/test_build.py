@@ -47,6 +47,36 @@ def test_declarations_agree_with_torchs_headers(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
+def test_a_wheel_of_the_source_distribution_works_without_r1mega(tmp_path):
+    source, site = tmp_path / "source", tmp_path / "site"
+    shutil.copytree(KERNELS, source, ignore=shutil.ignore_patterns("__pycache__", "build", "dist", "*.egg-info"))
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"R1MEGA_BUILD_CUDA": "0"}
+
+    def python(*arguments, cwd=tmp_path):
+        done = subprocess.run([sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    python("setup.py", "-q", "sdist", "-d", str(tmp_path), cwd=source)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    shutil.unpack_archive(archive, tmp_path, filter="data")
+    unpacked = tmp_path / archive.name.removesuffix(".tar.gz")
+    assert not list(unpacked.rglob("*.so")), "a library of the machine that packed it"
+    pip = ("-m", "pip", "--disable-pip-version-check", "-q")
+    python(*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(unpacked))
+    (wheel,) = tmp_path.glob("*.whl")
+    python(*pip, "install", "--no-deps", "--no-index", "--target", str(site), str(wheel))
+    assert (site / "r1mega_kernels/_cpu.so").exists() and (site / "r1mega_kernels/py.typed").exists()
+    check = (
+        f"import sys; sys.path.insert(0, {str(site)!r}); import r1mega_kernels as k; "
+        "print(k.__file__, k.backend('cpu'), any(name.split('.')[0] == 'r1mega' for name in sys.modules))"
+    )
+    module, backend, with_r1mega = python("-c", check).split()
+    assert module == str(site / "r1mega_kernels/__init__.py") and with_r1mega == "False"
+    assert backend.startswith("cpu-"), "the compiled kernels do not serve"
+
+
 def test_without_compilers_nothing_is_built_and_nothing_fails(build, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)

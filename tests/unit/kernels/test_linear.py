@@ -172,20 +172,23 @@ def test_tied_embedding(implementation, fused):
     torch.testing.assert_close(total.double(), leaf.grad, rtol=1e-4, atol=1e-5)
 
 
-def test_megatrons_hook_sees_a_gradient_that_takes_no_memory(native):
+def test_megatrons_hook_sees_the_gradient_that_autograd_was_given(native):
+    """None at the node of the weight would leave it to autograd in which thread the hook runs."""
     x, weight, targets = random_case()
     weight.requires_grad_()
-    weight.main_grad, weight.grad_added_to_main_grad, seen = torch.zeros_like(weight), False, []
+    weight.main_grad, weight.grad_added_to_main_grad, seen, given = torch.zeros_like(weight), False, [], []
 
     def hook(*_):
-        seen.append((weight.grad_added_to_main_grad, weight.grad.shape, weight.grad.untyped_storage().nbytes()))
+        seen.append((weight.grad_added_to_main_grad, weight.grad.shape, bool(weight.grad.any())))
         weight.grad = None
 
     node = weight.expand_as(weight).grad_fn.next_functions[0][0]
+    node.register_prehook(lambda gradients: given.extend(gradients))
     node.register_hook(hook)
     for _ in range(2):
         linear_log_prob(x, weight, targets).log_prob.sum().backward()
-    assert seen == [(True, weight.shape, 4)] * 2
+    assert seen == [(True, weight.shape, False)] * 2
+    assert [gradient is not None and gradient.shape for gradient in given] == [weight.shape] * 2
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,37 @@ def random_case(tokens, vocabulary, dtype, seed=0, spread=4.0):
     return logits, torch.randint(0, vocabulary, (tokens,), generator=generator)
 
 
+@pytest.mark.heavy
+@pytest.mark.parametrize("name", ["grouped_log_prob", "linear_log_prob", "grpo_token_loss"])
+def test_torch_compile_in_one_graph(native, name):
+    """With rows, a temperature for each token and sequence ids, whose values are looked at in eager mode."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    generator = torch.Generator().manual_seed(5)
+    x, weight = (torch.randn(n, 16, generator=generator) for n in (40, 300))
+    targets = torch.randint(0, 300, (40,), generator=generator)
+    rows, temperature, sequences = torch.arange(1, 40), torch.linspace(0.7, 1.3, 40), torch.arange(39) // 8
+
+    def compute(x, weight):
+        if name == "linear_log_prob":
+            return torch.stack(linear_log_prob(x, weight, targets, temperature, rows))
+        results = grouped_log_prob(x @ weight.t(), targets, temperature, rows)
+        if name == "grouped_log_prob":
+            return torch.stack(results)
+        return grpo_token_loss(results.log_prob, torch.linspace(-1, 1, 5), sequence_ids=sequences)[0]
+
+    counter, found = CompileCounterWithBackend("aot_eager"), []
+    torch._dynamo.reset()
+    for function in (compute, torch.compile(compute, fullgraph=True, backend=counter)):
+        leaves = [tensor.clone().requires_grad_() for tensor in (x, weight)]
+        values = function(*leaves)
+        values.square().sum().backward()
+        found.append((values.detach(), *(leaf.grad for leaf in leaves)))
+    assert counter.frame_count == 1
+    for eager, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(compiled, eager)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("vocabulary", [1, 2, 63, 64, 65, 400, 1025, 5001])
 def test_values_and_gradients_against_float64(implementation, dtype, vocabulary):

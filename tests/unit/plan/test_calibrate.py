@@ -13,7 +13,6 @@ import torch
 from r1mega.config.load import load_config
 from r1mega.errors import ConfigError
 from r1mega.plan.calibrate import calibrated, fit, lines
-from r1mega.plan.command import Job, search_lines
 from r1mega.plan.generator import generator_memory
 from r1mega.plan.gpu import gpu_kind
 from r1mega.plan.seconds import Efficiency, plan_seconds
@@ -127,13 +126,6 @@ def test_a_run_that_no_plan_describes_is_refused(run, metrics, said):
     change(run, **metrics | ({"response/length_mean": 15.625} if "tokens/rollout" in metrics else {}))
     with pytest.raises(ConfigError, match=f"--calibrate .*{said}"):
         calibrated(run, GPU, per_node=8)
-
-
-def test_a_search_says_what_it_took(run):
-    job = Job(REPOSITORY / "configs/nano/sft.yaml", [], 1, "h100-80", Lengths(80), 1.5, per_node=8, run=run)
-    found, _ = search_lines(job, lambda line: None)
-    said = list(lines(calibrated(run, GPU, per_node=8), GPU))
-    assert found[-len(said) :] == said
 
 
 @pytest.mark.parametrize("missing", ["config.yaml", "environment.json", "metrics.jsonl", "model/config.json"])

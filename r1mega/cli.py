@@ -247,11 +247,13 @@ def plan(
     else:
         lines, planned = plan_lines(job)
         fits = planned.fits
-        if sbatch is not None:
-            from r1mega.plan.submission import submission
-
-            sbatch.write_text(submission(job, planned))
     typer.echo("\n".join(lines))
+    if sbatch is not None and fits:
+        from r1mega.plan.submission import submission
+
+        sbatch.write_text(submission(job, planned))
+    elif sbatch is not None:
+        typer.echo(f"--sbatch {sbatch}: not written: it does not fit")
     raise typer.Exit(0 if fits else 1)
 
 

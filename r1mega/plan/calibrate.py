@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +26,11 @@ from r1mega.plan.workload import Lengths, replicas_work
 
 FITTED = ("rollout", "logprob", "update")
 """Phases that the fitted constants decide; reshard hangs on the network alone, which stays what it is assumed to be."""
+WANTED = ("response/length_mean", "tokens/rollout", "tokens/step")
+MOST_MISSED = 0.5
+"""Of a fitted phase's seconds, for the constants to explain them."""
+OTHER_RESPONSES = 0.02
+"""By which a run's number of responses may differ from the planned one."""
 
 Predict = Callable[[Efficiency], float]
 
@@ -37,12 +44,20 @@ class Calibration:
     efficiency: Efficiency
     phases: Mapping[str, tuple[float, float]]
 
+    @property
+    def explained(self) -> bool:
+        """Whether constants within their bounds bring every fitted phase nearly to what was measured."""
+        within = self.efficiency.matmul < 1 and self.efficiency.overhead_seconds > 0
+        fitted = [self.phases[phase] for phase in FITTED if phase in self.phases]
+        return within and all(abs(planned / measured - 1) <= MOST_MISSED for measured, planned in fitted)
+
 
 def fit(known: Sequence[tuple[Predict, float]]) -> Efficiency:
     """matmul and overhead_seconds by least squares of relative errors; network and memory stay what they are assumed to be.
 
     known: predictions and what was measured. Seconds are linear in 1 / matmul and in overhead_seconds, so that three
-    predictions say all of one; neither is less than nothing, and nothing is faster than a GPU's peak.
+    predictions say all of one; neither is less than nothing, and nothing is faster than a GPU's peak: what would be stays at
+    that bound, and the other one is fitted with it there. A constant that no prediction hangs on stays as it is assumed.
     """
     rows = []
     for predict, measured in known:
@@ -50,35 +65,48 @@ def fit(known: Sequence[tuple[Predict, float]]) -> Efficiency:
         slope = predict(Efficiency(matmul=0.5, overhead_seconds=0.0)) - base
         overhead = (predict(Efficiency(matmul=1.0, overhead_seconds=0.001)) - base) * 1000
         rows.append((slope / measured, overhead / measured, 1 - (base - slope) / measured))
-    table = np.array(rows)
-    slowness, overhead = (float(x) for x in np.linalg.lstsq(table[:, :2], table[:, 2], rcond=None)[0])
-    if overhead < 0:
-        slowness, overhead = float(np.linalg.lstsq(table[:, :1], table[:, 2], rcond=None)[0][0]), 0.0
-    return Efficiency(matmul=_rounded(1 / max(1.0, slowness)), overhead_seconds=_rounded(overhead))
+    factors, wanted = np.array(rows)[:, :2], np.array(rows)[:, 2]
+    assumed, bounds = np.array([1 / Efficiency().matmul, Efficiency().overhead_seconds]), np.array([1.0, 0.0])
+    free = factors.any(axis=0)
+    found = []
+    for held in itertools.product((False, True), repeat=2):
+        values, fitted = np.where(free, bounds, assumed), free & ~np.array(held)
+        rest = wanted - factors[:, ~fitted] @ values[~fitted]
+        values[fitted] = np.linalg.lstsq(factors[:, fitted], rest, rcond=None)[0]
+        if (values >= bounds).all():
+            found.append((float(np.linalg.norm(factors @ values - wanted)), values.tolist()))
+    slowness, overhead = min(found)[1]
+    return Efficiency(matmul=_rounded(1 / slowness), overhead_seconds=_rounded(overhead))
 
 
 def calibrated(run: Path, gpu: GPU, per_node: int) -> Calibration:
     """By the steps of an RL run: its config, its number of processes, its samples' lengths and its phases' seconds. The first
-    step, which warms up, counts only where it is the only one. Raises ConfigError where these are not there.
+    step, which warms up, counts only where it is the only one.
+
+    Raises ConfigError where these are not there, for a run on other GPUs, and for one whose steps no plan describes.
     """
-    try:
-        config = load_config(run / "config.yaml")
-        world = json.loads((run / "environment.json").read_text())["world_size"]
-        lines = read_json_lines(run / METRICS_FILE)
-    except (ConfigError, DataError, OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"--calibrate {run}: not the directory of a run ({error})") from error
-    if not isinstance(config, RLStage):
-        raise ConfigError(f"--calibrate {run}: a run of stage {config.stage}; the phases of an RL step are wanted")
-    steps = [line for line in lines if line.get("time/update_seconds")]
-    if not steps:
-        raise ConfigError(f"--calibrate {run}: {METRICS_FILE} has no step with time/update_seconds yet")
-    steps = steps[1:] or steps
-    middle = {name: statistics.median(step[name] for step in steps if step.get(name)) for name in _read(steps)}
-    response = middle["response/length_mean"]
-    whole = middle["tokens/step"] / (config.rollout.num_prompts * config.rollout.group_size)
+    config, world, steps = _recorded(run, gpu)
+    middle = {name: statistics.median(_value(run, step, name) for step in steps) for name in WANTED}
+    count = config.rollout.num_prompts * config.rollout.group_size
+    response, whole = middle["response/length_mean"], middle["tokens/step"] / count
+    responses = statistics.median(step["tokens/rollout"] / step["response/length_mean"] for step in steps)
+    if abs(responses / count - 1) > OTHER_RESPONSES or whole <= response:
+        raise ConfigError(
+            f"--calibrate {run}: {responses:,.0f} responses of {response:,.0f} tokens were generated and {whole:,.0f} tokens of "
+            f"each of {count:,} trained on, where a plan has {count:,} responses and trains on all of them with their prompts; "
+            "give a run without algorithm.dynamic_sampling and without dropped samples"
+        )
+    measured = {
+        phase: statistics.median(times)
+        for phase in (*FITTED, "reshard")
+        if (times := [step[f"time/{phase}_seconds"] for step in steps if step.get(f"time/{phase}_seconds")])
+    }
     work = replicas_work(config, Lengths(response, prompt=max(1, round(whole - response))), world)
-    hf, dtype = read_model(config, run / "config.yaml"), getattr(torch, config.model.dtype)
-    generator = generator_memory(hf, dtype, config.rollout, gpu.memory_bytes)
+    try:
+        hf = read_model(config, run / "config.yaml")
+    except ConfigError as error:
+        raise ConfigError(f"--calibrate {run}: {error}") from error
+    generator = generator_memory(hf, getattr(torch, config.model.dtype), config.rollout, gpu.memory_bytes)
 
     def predict(efficiency: Efficiency) -> Mapping[str, float]:
         return plan_seconds(
@@ -88,13 +116,43 @@ def calibrated(run: Path, gpu: GPU, per_node: int) -> Calibration:
     def of(phase: str) -> Predict:
         return lambda efficiency: predict(efficiency)[phase]
 
-    phases = [phase for phase in FITTED if f"time/{phase}_seconds" in middle and predict(Efficiency())[phase] > 0]
-    efficiency = fit([(of(phase), middle[f"time/{phase}_seconds"]) for phase in phases])
+    phases = [phase for phase in FITTED if phase in measured and predict(Efficiency())[phase] > 0]
+    efficiency = fit([(of(phase), measured[phase]) for phase in phases])
     found = predict(efficiency)
-    shown = [phase for phase in found if f"time/{phase}_seconds" in middle]
     return Calibration(
-        run, len(steps), efficiency, {phase: (middle[f"time/{phase}_seconds"], found[phase]) for phase in shown}
+        run, len(steps), efficiency, {phase: (measured[phase], found[phase]) for phase in found if phase in measured}
     )
+
+
+def _recorded(run: Path, gpu: GPU) -> tuple[RLStage, int, list[Mapping[str, float]]]:
+    """(config, number of processes, lines of the steps that count) of a run on GPUs of this kind."""
+    try:
+        config = load_config(run / "config.yaml")
+        environment = json.loads((run / "environment.json").read_text())
+        world, names = environment["world_size"], environment["gpus"]
+        lines = read_json_lines(run / METRICS_FILE)
+    except (ConfigError, DataError, OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"--calibrate {run}: not the directory of a run ({error})") from error
+    if not isinstance(config, RLStage):
+        raise ConfigError(f"--calibrate {run}: a run of stage {config.stage}; the phases of an RL step are wanted")
+    kind = gpu.name.split("-")[0].upper()
+    if not names or any(kind not in re.split(r"\W+", name.upper()) for name in names):
+        ran = f"it ran on {', '.join(dict.fromkeys(names))}" if names else "it ran without a GPU"
+        raise ConfigError(
+            f"--calibrate {run}: {ran}, and the plan is for {gpu.name}; give a run on {kind}, or its GPUs as --gpu"
+        )
+    steps = [line for line in lines if line.get("time/update_seconds")]
+    if not steps:
+        raise ConfigError(f"--calibrate {run}: {METRICS_FILE} has no step with time/update_seconds yet")
+    return config, world, steps[1:] or steps
+
+
+def _value(run: Path, step: Mapping[str, float], name: str) -> float:
+    if not step.get(name):
+        raise ConfigError(
+            f"--calibrate {run}: {METRICS_FILE} has no {name} above 0 in step {step.get('step')}; give another run"
+        )
+    return step[name]
 
 
 def lines(calibration: Calibration | None, gpu: GPU) -> Iterator[str]:
@@ -109,11 +167,8 @@ def lines(calibration: Calibration | None, gpu: GPU) -> Iterator[str]:
     )
     for phase, (measured, predicted) in calibration.phases.items():
         yield f"  {phase:<10}{measured:,.2f} s measured, {predicted:,.2f} s planned, {predicted / measured - 1:+.0%}"
-
-
-def _read(steps: Sequence[Mapping[str, object]]) -> list[str]:
-    names = ["response/length_mean", "tokens/step", *(f"time/{phase}_seconds" for phase in (*FITTED, "reshard"))]
-    return [name for name in names if any(step.get(name) for step in steps)]
+    if not calibration.explained:
+        yield "  no share of the peak explains these phases: what is planned with these constants is not to be trusted"
 
 
 def _rounded(value: float) -> float:

@@ -27,11 +27,12 @@ def candidates(config: TrainingStage, hf: HFConfig, gpus: int) -> Iterator[Train
     models = [config.model.model_copy(update={"recompute": recompute}) for recompute in recomputed]
     if isinstance(config, RLStage) and config.rollout.router_replay:
         models = [model for model in models if not recomputes_routing(model)]
-    for parallel in _layouts(config.parallel, hf, gpus):
+    own = _as_laid_out(config.parallel)
+    for parallel in dict.fromkeys(_layouts(config.parallel, hf, gpus)):
         if not _legal(config.model_copy(update={"parallel": parallel}), hf, gpus):
             continue
         for model, tokens in itertools.product(models, capacities(config)):
-            if (parallel, model, tokens) != (config.parallel, config.model, capacity(config)[1]):
+            if (_as_laid_out(parallel), model, tokens) != (own, config.model, capacity(config)[1]):
                 yield with_capacity(config.model_copy(update={"parallel": parallel, "model": model}), tokens)
 
 
@@ -39,12 +40,17 @@ def _legal(config: TrainingStage, hf: HFConfig, gpus: int) -> bool:
     return next(layout_problems(config, dict(hf), gpus), None) is None
 
 
+def _as_laid_out(parallel: ParallelConfig) -> ParallelConfig:
+    """Equal for layouts that are the same: one chunk a stage is no vpp, and dp follows from the others."""
+    return parallel.model_copy(update={"vpp": parallel.vpp if (parallel.vpp or 1) > 1 else None, "dp": None})
+
+
 def _layouts(own: ParallelConfig, hf: HFConfig, gpus: int) -> Iterator[ParallelConfig]:
     layers = architecture_of(hf).num_layers
     tps, cps = dict.fromkeys((1, 2, 4, 8, own.tp)), dict.fromkeys((1, 2, 4, 8, own.cp))
     eps = [ep for ep in divisors(num_experts(dict(hf)) or 1) if gpus % ep == 0]
     pps = divisors(gpus)
-    for tp, cp, pp, ep, vpp in itertools.product(tps, cps, pps, eps, dict.fromkeys((None, 2, own.vpp))):
+    for tp, cp, pp, ep, vpp in itertools.product(tps, cps, pps, eps, dict.fromkeys((None, 2, _as_laid_out(own).vpp))):
         if (
             gpus % (tp * cp * pp)
             or gpus % (ep * own.etp * pp)
@@ -52,7 +58,7 @@ def _layouts(own: ParallelConfig, hf: HFConfig, gpus: int) -> Iterator[ParallelC
             or pp * (vpp or 1) > layers
         ):
             continue
-        same = (pp, vpp) == (own.pp, own.vpp)
+        same = (pp, vpp) == (own.pp, _as_laid_out(own).vpp)
         stages = dict.fromkeys((uneven_stages(layers, pp * (vpp or 1)), *([own.layers_per_stage] if same else [])))
         for counts in stages:
             update = {"tp": tp, "cp": cp, "pp": pp, "ep": ep, "vpp": vpp, "layers_per_stage": counts, "dp": None}

@@ -92,6 +92,7 @@ def plan_lines(job: Job) -> tuple[list[str], Planned]:
 def search_lines(job: Job, say: Callable[[str], None]) -> tuple[list[str], bool]:
     """(lines with the best layouts that fit, whether there is one). say: is told of the progress."""
     on_the_host()
+    from r1mega.plan.calibrate import lines
     from r1mega.plan.report import proposed
     from r1mega.plan.search import Search
 
@@ -102,7 +103,8 @@ def search_lines(job: Job, say: Callable[[str], None]) -> tuple[list[str], bool]
     if calibration is not None:
         search.efficiency = calibration.efficiency
     proposals = search.run()
-    return list(proposed(job.path, job.overrides, proposals, job.gpus, gpu)), bool(proposals)
+    said = [*proposed(job.path, job.overrides, proposals, job.gpus, gpu, search.skipped), *lines(calibration, gpu)]
+    return said, bool(proposals)
 
 
 def _loaded(job: Job) -> tuple[Stage, GPU, HFConfig, Lengths, Calibration | None]:

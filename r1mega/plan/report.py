@@ -63,8 +63,12 @@ def times(config: Stage, seconds: Seconds | None, gpus: int, gpu: GPU) -> Iterab
     )
 
 
-def proposed(path: Path, overrides: Sequence[str], proposals: Sequence[Proposal], gpus: int, gpu: GPU) -> Iterable[str]:
-    """What a search found, the fastest first, each as the words to put behind `r1mega train` or `r1mega plan`."""
+def proposed(
+    path: Path, overrides: Sequence[str], proposals: Sequence[Proposal], gpus: int, gpu: GPU, skipped: int
+) -> Iterable[str]:
+    """What a search found, the fastest first, each as the words to put behind `r1mega train` or `r1mega plan`. skipped: layouts
+    that it did not come to.
+    """
     if not proposals:
         yield f"nothing that was measured fits {gpus} {gpu.name}; take more of them, or GPUs with more memory"
     for proposal in proposals:
@@ -73,6 +77,8 @@ def proposed(path: Path, overrides: Sequence[str], proposals: Sequence[Proposal]
             f"{proposal.seconds:,.0f} s a step, fullest in {phase.phase}: {phase.total / GIGA:.1f} of {gpu.memory_bytes / GIGA:.1f} GB"
         )
         yield "  " + shlex.join([str(path), *overrides, *proposal.overrides])
+    if skipped:
+        yield f"the search was cut off: {skipped:,} more layouts, any of which may be faster, were not measured"
 
 
 def _table(plan: MemoryPlan, gpu: GPU) -> Iterable[str]:

@@ -20,15 +20,16 @@ from r1mega.config.layout import generator_problems, stage_layers
 from r1mega.config.model_files import HFConfig
 from r1mega.config.schema import MemoryConfig, ParallelConfig, Recompute, TrainingStage
 from r1mega.config.stages.rl import RLStage
+from r1mega.config.validate import layout_problems
 from r1mega.errors import ConfigError
 from r1mega.model.families import architecture_of
 from r1mega.plan.candidates import candidates, capacity, differences, divisors
 from r1mega.plan.generator import GeneratorMemory, generator_memory, generator_memory_problems
 from r1mega.plan.gpu import GPU
 from r1mega.plan.memory import PhaseMemory, StageRank, in_flight, padded, phase_memory, planned_model, stage_ranks
-from r1mega.plan.rank import LONGEST, Activations, RankMemory, Static, measure
+from r1mega.plan.rank import LONGEST, Activations, RankMemory, Routes, Static, measure
 from r1mega.plan.seconds import Efficiency, generation_seconds, layer_parameters, moving_seconds, plan_seconds
-from r1mega.plan.workload import Lengths, Workload, workload
+from r1mega.plan.workload import Lengths, Workload, replicas_work, workload
 
 MOST_PROPOSED = 3
 MOST_MEASURED = 60
@@ -82,7 +83,8 @@ class Generated:
 
 class _Chunk(NamedTuple):
     """What the activations of a chunk hang on, beside how many layers it has. kinds: whether they have experts; ends: whether
-    it is the model's first, and its last; tokens: of a microbatch that were sent through.
+    it is the model's first, and its last; tokens: of a microbatch that were sent through; uneven: tokens of the experts of the
+    fullest rank over the mean.
     """
 
     recompute: Recompute
@@ -93,16 +95,18 @@ class _Chunk(NamedTuple):
     tokens: int
     kinds: tuple[bool, ...] = ()
     ends: tuple[bool, bool] = (False, False)
+    uneven: float = 1.0
 
     def share(self, other: _Chunk) -> float:
         """What a token of a rank takes in `other`, over what it takes here: at the least. SURE: where as much or more is
-        gathered there, and no more tokens share the gradients of weights; 0: that is not known.
+        gathered and sent to the fullest experts there, and no more tokens share the gradients of weights; 0: that is not known.
         """
         if self[:6] == other[:6]:
             return 1.0
         mine, others = self.tokens / (self.tp * self.cp), other.tokens / (other.tp * other.cp)
         same = (self.recompute, self.etp, self.ep == 1) == (other.recompute, other.etp, other.ep == 1)
-        return SURE if same and self.tp <= other.tp and self.cp <= other.cp and mine >= others else 0.0
+        cuts = self.tp <= other.tp and self.cp <= other.cp and self.uneven <= other.uneven
+        return SURE if same and cuts and mine >= others else 0.0
 
     def within(self, other: _Chunk) -> bool:
         """Whether what works here works there too."""
@@ -112,7 +116,9 @@ class _Chunk(NamedTuple):
 
 @dataclass
 class Search:
-    """Of one config on so many GPUs. say: is told of the progress, a line at a time."""
+    """Of one config on so many GPUs. say: is told of the progress, a line at a time; skipped: layouts that were not measured
+    because as many as may be were.
+    """
 
     config: TrainingStage
     hf: HFConfig
@@ -124,18 +130,26 @@ class Search:
     say: Callable[[str], None] = lambda line: None
     efficiency: Efficiency = Efficiency()
     measured: int = 0
+    skipped: int = 0
     _ranks: dict[object, list[StageRank] | None] = field(default_factory=dict)
     _seen: dict[_Chunk, Activations] = field(default_factory=dict)
     _large: dict[ParallelConfig, bool] = field(default_factory=dict)
     _work: dict[object, Workload] = field(default_factory=dict)
 
     def run(self, *, most: int = MOST_PROPOSED, measured: int = MOST_MEASURED) -> list[Proposal]:
-        """The fastest that fit, each of another layout; the config's own among the candidates. Empty: none was found."""
-        trained, generated = list(self.trained()), list(self.generated())
+        """The fastest that fit, each of another layout; the config's own among the candidates. Empty: none was found.
+
+        Raises ConfigError where nothing is left to measure.
+        """
+        generated = list(self.generated())
+        trained = list(self.trained()) if generated else []
+        if not trained:
+            raise ConfigError(f"--search: nothing is left to measure; of the config itself: {self._refusal(generated)}")
         self.say(f"{len(trained):,} layouts by {len(generated)} of the generator; the fastest are measured first")
         self._learn(trained)
         pairs = sorted(itertools.product(trained, generated), key=lambda pair: pair[0].seconds + pair[1].seconds)
         found: dict[object, Proposal] = {}
+        skipped: set[object] = set()
         for one, other in pairs:
             least = one.seconds + other.seconds
             best = sorted(proposal.seconds for proposal in found.values())
@@ -146,11 +160,28 @@ class Search:
                 continue
             own = one.config == self.config and other.tp in (None, getattr(self.config, "rollout", other).tp)
             if self.measured >= measured and _key(one) not in self._ranks and not own:
+                skipped.add(_key(one))
                 continue  # the config's own is looked at, however many were measured before
             proposal = self.fitting(one, other, best[most - 1] if len(best) >= most else math.inf)
             if proposal is not None and (known is None or proposal.seconds < known.seconds):
                 found[layout] = proposal
+        self.skipped = len(skipped)
+        if skipped:
+            self.say(f"cut off after {self.measured} measured: {self.skipped:,} layouts were not looked at")
         return sorted(found.values(), key=lambda proposal: proposal.seconds)[:most]
+
+    def _refusal(self, generated: list[Generated]) -> str:
+        """Why the config's own is none of what was to be measured."""
+        config = self.config
+        problems = list(layout_problems(config, dict(self.hf), self.gpus))
+        if not generated:
+            problems += generator_memory_problems(config, self.hf, self.gpu, self.gpus)
+        if not problems:
+            try:
+                replicas_work(config, self.lengths, self.gpus)
+            except ConfigError as error:
+                problems.append(str(error))
+        return "; ".join(problems) or "rollout.num_prompts are fewer than its generators: raise them or rollout.tp"
 
     def candidates(self) -> Iterator[TrainingStage]:
         """The config's own first."""
@@ -183,7 +214,7 @@ class Search:
         return self._work[key]
 
     def generated(self) -> Iterator[Generated]:
-        """The config's own first, whether its weights fit or not."""
+        """Those whose weights and longest response fit and that all get a prompt; the config's own first if it is one."""
         config = self.config
         if not isinstance(config, RLStage) or config.rollout.engine != "vllm":
             yield Generated(None, None, 0.0)
@@ -318,7 +349,7 @@ class Search:
         updated = int(p.tp * p.pp * dense / self.gpus + p.ep * p.etp * p.pp * experts / self.gpus)
         gradients = 4 if config.optimizer.grad_reduce_in_fp32 else itemsize
         main = 0 if itemsize == 4 else 4 * updated
-        static = Static(itemsize * both, gradients * both, main, 4 * updated, 4 * updated, both, int(experts))
+        static = Static(itemsize * both, gradients * both, main, 4 * updated, 4 * updated, both, int(experts), 0)
         kept, waiting = Activations(1, 0.0, 0.0, 0.0, {}), 0.0
         if work is not None:
             kept, waiting = self._activations(config, stage, work), in_flight(p, stage, work.microbatches)
@@ -338,7 +369,7 @@ class Search:
                 if times := other.share(chunk) * mine * other.tp * other.cp / seen.tokens:
                     for kind, one in seen.layers.items():
                         layers[kind] = max(times * one, layers.get(kind, 0.0))
-                    if other.within(chunk):
+                    if other.tp == chunk.tp and other.within(chunk):
                         working = max(working, times * seen.working)
             kept += sum(count * layers.get(kind, 0.0) for kind, count in counts.items())
         return Activations(1, kept, working, 0.0, {})
@@ -347,12 +378,13 @@ class Search:
         """Of a stage: (what a chunk's activations hang on; its layers without and with experts)."""
         p, model, stages = config.parallel, architecture_of(self.hf), self._stages(config.parallel)
         sent = min(padded(work.microbatch_tokens, p), LONGEST * p.tp * p.cp)
+        uneven = Routes.of(self.hf, p, 0, self.imbalance).imbalance if model.experts is not None else 1.0
         for index in range(stage, len(stages), p.pp):
             counts: dict[bool, int] = {}
             for layer in stages[index]:
                 counts[model.has_experts(layer)] = counts.get(model.has_experts(layer), 0) + 1
             kinds, ends = tuple(sorted(counts)), (index == 0, index == len(stages) - 1)
-            yield _Chunk(config.model.recompute, p.tp, p.cp, p.ep, p.etp, sent, kinds, ends), counts
+            yield _Chunk(config.model.recompute, p.tp, p.cp, p.ep, p.etp, sent, kinds, ends, uneven), counts
 
     def _full(self, parallel: ParallelConfig) -> set[int]:
         """Stages one of which is the fullest: the first, with the most microbatches in flight, and that with the most weights."""

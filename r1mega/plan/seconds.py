@@ -69,7 +69,8 @@ def plan_seconds(
     """work: of one step; generator: None where nothing is generated. Saves and evaluations are not in it."""
     model = model_flops(hf)
     costs = _Costs(config, hf, gpus, gpu, work, imbalance, per_node, efficiency, architecture_of(hf), model)
-    flops = model.training(work.whole)
+    updates = optimizer_steps(config, work.minibatches)
+    flops = model.training(work.whole) * updates / work.minibatches
     phases: dict[str, float] = {}
     if isinstance(config, RLStage):
         if generator is not None:
@@ -77,7 +78,7 @@ def plan_seconds(
         passes = (config.algorithm.old_log_probs == "recompute") + (config.algorithm.kl_coefficient > 0)
         phases["logprob"] = passes * costs.pipelined(work.minibatches * work.microbatches, costs.forward())
         flops += passes * model.forward(work.whole)
-    phases["update"] = work.minibatches * costs.pipelined(work.microbatches, costs.both())
+    phases["update"] = updates * costs.pipelined(work.microbatches, costs.both())
     if "reshard" in phases:
         phases["reshard"] = phases.pop("reshard")  # after the update
     if moving := moving_seconds(config, hf, gpus, gpu, work.minibatches, efficiency):
@@ -170,20 +171,28 @@ class _Costs:
         return seconds
 
 
+def optimizer_steps(config: TrainingStage, minibatches: int) -> int:
+    """Of a step: an RL stage goes through its minibatches update.num_epochs times."""
+    return minibatches * config.update.num_epochs if isinstance(config, RLStage) else minibatches
+
+
 def moving_seconds(
     config: TrainingStage, hf: HFConfig, gpus: int, gpu: GPU, minibatches: int, efficiency: Efficiency = Efficiency()
 ) -> float:
     """Of a step, for what `memory` moves between device and host, and for Adam on the CPU: its weights and state of 28 bytes
-    a number go through host memory, taken as fast as the link. Nothing of it is hidden behind anything.
+    a number go through host memory, taken as fast as the link. The reference takes the weights' place only where RL asks it. Nothing of it is hidden behind
+    anything.
     """
     p, memory, itemsize = config.parallel, config.memory, getattr(torch, config.model.dtype).itemsize
     dense, experts = (sum(sizes) for sizes in zip(*layer_parameters(hf), strict=True))
     of_rank = itemsize * (dense / p.tp + experts / (p.ep * p.etp)) / p.pp
     updated = (dense + experts) / gpus  # numbers whose optimizer state is this rank's
-    moved = 2 * of_rank * (memory.param_offload + memory.reference_swap)
-    moved += 2 * 12 * updated * {"none": 0, "rollout": 1, "update": minibatches}[memory.optimizer_offload]
+    updates = optimizer_steps(config, minibatches)
+    swapped = memory.reference_swap and isinstance(config, RLStage) and config.algorithm.kl_coefficient > 0
+    moved = 2 * of_rank * (memory.param_offload + swapped)
+    moved += 2 * 12 * updated * {"none": 0, "rollout": 1, "update": updates}[memory.optimizer_offload]
     if config.optimizer.cpu_offload:
-        moved += minibatches * updated * (4 + itemsize + 28)
+        moved += updates * updated * (4 + itemsize + 28)
     return moved / (gpu.host_bandwidth * efficiency.network)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 
+from r1mega.errors import ConfigError
 from r1mega.plan.command import Job, Planned
 
 SAVE_BANDWIDTH = 1e9
@@ -17,23 +18,33 @@ MOST_LEAD = 65535
 START = 1800
 """Seconds until a job's models and generators are there. Estimated."""
 DAY = 24 * 3600
-"""A job asks for no more: it goes back to the queue by itself."""
+"""A job asks for no more than that, or what one step and its warning want: it goes back to the queue by itself."""
 
 
 def submission(job: Job, planned: Planned) -> str:
-    """A script for sbatch, from the repository's root; further overrides may stand behind its name."""
+    """A script for sbatch, from the repository's root; further overrides may stand behind its name.
+
+    Raises ConfigError for GPUs that are no whole number of machines.
+    """
+    if job.gpus > job.per_node and job.gpus % job.per_node:
+        raise ConfigError(
+            f"--sbatch: {job.gpus:,} GPUs are no whole number of machines of {job.per_node}; change --gpus or --gpus-per-node"
+        )
     nodes, name = math.ceil(job.gpus / job.per_node), planned.config.stage
     tasks = min(job.gpus, job.per_node)
     step = 0.0 if planned.seconds is None else planned.seconds.total
     save = planned.memory.checkpoint_bytes / nodes / SAVE_BANDWIDTH
-    lead = min(MOST_LEAD, max(LEAST_LEAD, math.ceil(MARGIN * (step + save))))
-    steps = getattr(planned.config, "steps", None)
-    whole = DAY if steps is None else step * steps
-    seconds = math.ceil(START + lead + max(MARGIN * step, min(DAY, MARGIN * whole)))
+    wanted = max(LEAST_LEAD, math.ceil(MARGIN * (step + save)))
+    lead, steps = min(MOST_LEAD, wanted), getattr(planned.config, "steps", None)
+    whole = DAY if planned.seconds is None or steps is None else step * steps
+    seconds = math.ceil(max(START + lead + MARGIN * step, min(DAY, START + lead + MARGIN * whole)))
+    said = "not planned" if planned.seconds is None else f"planned at {step:,.0f} s, a save at {save:,.0f} s"
+    if wanted > lead:
+        said += f"\n# (a warning of {wanted:,} s is wanted and Slurm's longest is {lead:,} s: the step that it meets may be lost)"
     host = sum(planned.memory.host_bytes.values()) / 1e9
     words = shlex.join([str(job.path), *job.overrides])
     return f"""#!/usr/bin/env bash
-# Stage {name} on {job.gpus:,} {planned.gpu.name}, written by `r1mega plan --sbatch`: a step is planned at {step:,.0f} s, a save at {save:,.0f} s,
+# Stage {name} on {job.gpus:,} {planned.gpu.name}, written by `r1mega plan --sbatch`: a step is {said},
 # host memory at {host:,.0f} GB a node beside the programs themselves.
 #   sbatch THIS_FILE [key.sub=value ...]      from the repository's root; see launch/slurm.sh
 #SBATCH --job-name=r1mega-{name}

@@ -24,10 +24,22 @@ GPU = gpu_kind("h100-80")
 
 @pytest.fixture
 def run(tmp_path):
-    """The recorded run's directory, with the model's config.json where a planner finds it."""
+    """The recorded run's directory, with the model's config.json where a planner finds it, as if it had been on a GPU."""
     shutil.copytree(REPOSITORY / "tests/data/plan_run", tmp_path / "run")
+    ran_on(tmp_path / "run", "NVIDIA H100 80GB HBM3")
     shutil.copytree(REPOSITORY / "configs/nano/model", tmp_path / "run/model")
     return tmp_path / "run"
+
+
+def ran_on(run: Path, *gpus: str) -> None:
+    environment = json.loads((run / "environment.json").read_text())
+    (run / "environment.json").write_text(json.dumps(environment | {"gpus": gpus}))
+
+
+def change(run: Path, **metrics: float) -> None:
+    """In every step."""
+    lines = [json.dumps(step | metrics) for step in recorded(run)]
+    (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
 
 
 def recorded(run: Path) -> list[dict[str, float]]:
@@ -70,12 +82,53 @@ def test_no_constant_is_less_than_nothing():
     """Seconds that only a negative overhead, or a GPU beyond its peak, would explain."""
     slower = fit([(lambda e: 1 / e.matmul, 8.0), (lambda e: 1 / e.matmul + 100 * e.overhead_seconds, 4.0)])
     assert slower.overhead_seconds == 0 and slower.matmul == pytest.approx(1 / 4.8, rel=0.02)
-    assert fit([(lambda e: 1 / e.matmul, 0.5), (lambda e: e.overhead_seconds, 2.0)]) == Efficiency(
-        1.0, overhead_seconds=2
-    )
+    faster = fit([(lambda e: 1 / e.matmul, 0.5), (lambda e: 1 / e.matmul + e.overhead_seconds, 3.0)])
+    assert faster == Efficiency(1.0, overhead_seconds=2)  # and not the 2.5 of a GPU at twice its peak
 
 
-@pytest.mark.parametrize("missing", ["config.yaml", "environment.json", "metrics.jsonl"])
+def test_a_constant_that_nothing_hangs_on_stays():
+    assert fit([(lambda e: 1 / e.matmul, 4.0)]) == Efficiency(0.25)
+    assert fit([(lambda e: e.overhead_seconds, 2.0)]) == Efficiency(overhead_seconds=2)
+
+
+def test_phases_that_no_share_explains_are_said(run):
+    said = "no share of the peak explains these phases"
+    assert said not in "".join(lines(calibrated(run, GPU, per_node=8), GPU))
+    change(run, **{"time/update_seconds": 1e-6, "time/logprob_seconds": 1e-6})
+    assert said in "".join(lines(calibrated(run, GPU, per_node=8), GPU))  # beyond the peak
+    change(run, **{"time/update_seconds": 1.0, "time/logprob_seconds": 10.0})
+    assert said in "".join(lines(calibrated(run, GPU, per_node=8), GPU))  # a ratio that no constant gives
+
+
+@pytest.mark.parametrize("gpus", [(), ("NVIDIA A100-SXM4-80GB",), ("NVIDIA H100 80GB HBM3", "NVIDIA H200")])
+def test_a_run_on_other_gpus_is_refused(run, gpus):
+    ran_on(run, *gpus)
+    with pytest.raises(ConfigError, match="the plan is for h100-80; give a run on H100"):
+        calibrated(run, GPU, per_node=8)
+
+
+def test_h20_is_not_h200(run):
+    ran_on(run, "NVIDIA H200")
+    assert calibrated(run, gpu_kind("h200"), per_node=8).steps == 2
+    with pytest.raises(ConfigError, match="it ran on NVIDIA H200, and the plan is for h20"):
+        calibrated(run, gpu_kind("h20"), per_node=8)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "said"),
+    [
+        ({"tokens/rollout": 8000.0}, "512 responses"),  # two rounds of dynamic sampling
+        ({"tokens/step": 3000.0}, "12 tokens of each of 256 trained on"),  # samples were dropped
+        ({"response/length_mean": 0.0}, "no response/length_mean above 0 in step 2"),
+    ],
+)
+def test_a_run_that_no_plan_describes_is_refused(run, metrics, said):
+    change(run, **metrics | ({"response/length_mean": 15.625} if "tokens/rollout" in metrics else {}))
+    with pytest.raises(ConfigError, match=f"--calibrate .*{said}"):
+        calibrated(run, GPU, per_node=8)
+
+
+@pytest.mark.parametrize("missing", ["config.yaml", "environment.json", "metrics.jsonl", "model/config.json"])
 def test_what_is_no_run_is_said(run, missing):
     (run / missing).unlink()
     with pytest.raises(ConfigError, match="--calibrate"):

@@ -12,12 +12,13 @@ import pytest
 
 from r1mega.config.load import load_config
 from r1mega.errors import ConfigError
-from r1mega.plan.candidates import uneven_stages
+from r1mega.plan.candidates import candidates, uneven_stages
 from r1mega.plan.command import Job, search_lines
 from r1mega.plan.given import read_model
 from r1mega.plan.gpu import gpu_kind
 from r1mega.plan.memory import SPARE_BYTES, phase_memory, stage_ranks
-from r1mega.plan.search import Search
+from r1mega.plan.report import proposed
+from r1mega.plan.search import SURE, Search, _Chunk
 from r1mega.plan.seconds import moving_seconds
 from r1mega.plan.workload import Lengths
 
@@ -66,9 +67,40 @@ def test_the_search_finds_what_looking_at_all_finds():
         assert load_config(SFT, ["microbatch_tokens=1024", *proposal.overrides]) == proposal.config
 
 
+@pytest.mark.parametrize("own", [{}, {"vpp": 1}, {"dp": 4}, {"vpp": 1, "dp": 4}])
+def test_a_layout_is_a_candidate_once(own):
+    config = load_config(SFT, [f"parallel.{key}={value}" for key, value in own.items()])
+    plain = load_config(SFT)
+    found, wanted = (list(candidates(one, read_model(one, SFT), 4)) for one in (config, plain))
+    assert found[0] == config and found[1:] == wanted[1:]
+    assert len({one.model_dump_json() for one in wanted}) == len(wanted)
+
+
 def test_nothing_fits_a_gpu_without_memory():
     none = some(dataclasses.replace(gpu_kind("h100-80"), memory_bytes=SPARE_BYTES))
     assert none.run() == []
+
+
+def test_a_search_that_is_cut_off_says_so():
+    search = some(gpu_kind("h100-80"))
+    said = []
+    search.say = said.append
+    found = search.run(measured=1)
+    assert search.skipped > 0 and said[-1].startswith(f"cut off after {search.measured} measured: {search.skipped:,}")
+    assert f"{search.skipped:,} more layouts" in [*proposed(SFT, [], found, 4, search.gpu, search.skipped)][-1]
+    assert "cut off" not in "".join(proposed(SFT, [], found, 4, search.gpu, 0))
+
+
+def test_a_search_of_nothing_says_why():
+    config = load_config(CONFIGS / "nano/zero.yaml")
+    hf, small = read_model(config, SFT), dataclasses.replace(gpu_kind("h100-80"), memory_bytes=1e5)
+    with pytest.raises(ConfigError, match="the generator's weights are"):
+        Search(config, hf, 4, small, Lengths(20), 1.5, 8).run()
+
+
+def test_fuller_experts_bound_no_evener_ones():
+    even, uneven = (_Chunk("none", 1, 1, ep, 1, 64, uneven=by) for ep, by in ((2, 1.5), (4, 4.0)))
+    assert even.share(uneven) == SURE and uneven.share(even) == 0 and uneven.share(uneven) == 1
 
 
 def test_the_command_prints_words_for_the_shell():

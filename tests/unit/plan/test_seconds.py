@@ -13,7 +13,7 @@ from r1mega.config.load import load_config
 from r1mega.model.flops import model_flops, sequences_work
 from r1mega.plan.generator import generator_memory
 from r1mega.plan.gpu import gpu_kind
-from r1mega.plan.seconds import Efficiency, plan_seconds
+from r1mega.plan.seconds import Efficiency, moving_seconds, plan_seconds
 from r1mega.plan.workload import Lengths, workload
 from tools.plan_back_test import held_memory, memory_table, table
 
@@ -62,6 +62,27 @@ def test_what_memory_moves_takes_time():
     assert predict((*nothing[1:], "memory.optimizer_offload=update"))[0].phases["offload"] == pytest.approx(16 * state)
     on_cpu = predict((*nothing, "optimizer.cpu_offload=true"))[0].phases["offload"]
     assert on_cpu == pytest.approx(16 * state * (4 + 2 + 28) / 24)
+
+
+def test_every_epoch_of_the_update_takes_its_time():
+    one, two = (predict((f"update.num_epochs={n}", "memory.optimizer_offload=update"))[0] for n in (1, 2))
+    assert two.phases["update"] == pytest.approx(2 * one.phases["update"])
+    assert two.phases["logprob"] == one.phases["logprob"]
+    assert one.phases["offload"] < two.phases["offload"] < 2.01 * one.phases["offload"]
+    assert one.flops < two.flops < 2 * one.flops
+
+
+def test_a_reference_that_nobody_asks_moves_nothing():
+    config = load_config(REPOSITORY / "configs/moonlight_16b/zero.yaml")
+    hf = json.loads((REPOSITORY / "configs/moonlight_16b/model/config.json").read_text())
+
+    def seconds(swap: bool, coefficient: float) -> float:
+        algorithm = config.algorithm.model_copy(update={"kl_coefficient": coefficient})
+        memory = config.memory.model_copy(update={"reference_swap": swap})
+        held = config.model_copy(update={"algorithm": algorithm, "memory": memory})
+        return moving_seconds(held, hf, 8, GPU, 1)
+
+    assert seconds(True, 0.0) == seconds(False, 0.0) == seconds(False, 0.001) < seconds(True, 0.001)
 
 
 def test_a_pipeline_waits_for_itself():

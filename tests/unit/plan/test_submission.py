@@ -9,7 +9,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from r1mega.cli import app
+from r1mega.errors import ConfigError
 from r1mega.plan.command import Job, plan_job
 from r1mega.plan.submission import submission
 from r1mega.plan.workload import Lengths
@@ -54,13 +57,37 @@ def test_the_warning_is_longer_than_a_step_and_a_save(job, monkeypatch):
     planned = plan_job(job)
     assert directives(submission(job, planned))["signal"] == "B:USR1@600"  # as the launch scripts ask for
 
-    def with_step(seconds: float) -> dict[str, str]:
+    def with_step(seconds: float) -> str:
         """A save of 2e12 bytes a node: 2,000 s."""
         one = dataclasses.replace(planned.seconds, phases={"update": seconds})
         memory = dataclasses.replace(planned.memory, checkpoint_bytes=4e12)
-        return directives(submission(job, dataclasses.replace(planned, seconds=one, memory=memory)))
+        return submission(job, dataclasses.replace(planned, seconds=one, memory=memory))
 
-    found = with_step(5000)
-    assert found["signal"] == "B:USR1@10500" and 24 * 3600 <= seconds(found["time"]) <= 36 * 3600
-    found = with_step(50000)
-    assert found["signal"] == "B:USR1@65535" and seconds(found["time"]) >= 65535 + 50000
+    found = directives(with_step(5000))
+    assert found["signal"] == "B:USR1@10500" and seconds(found["time"]) == 24 * 3600
+    assert "is wanted" not in with_step(5000)
+    found = directives(with_step(50000))  # a day is too short for one step and its warning
+    assert found["signal"] == "B:USR1@65535" and 65535 + 50000 < seconds(found["time"]) < 65535 + 2 * 50000
+    assert "78,000 s is wanted and Slurm's longest is 65,535 s" in with_step(50000)
+
+
+def test_what_trains_nothing_has_no_planned_step(job, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    text = submission(job, dataclasses.replace(plan_job(job), seconds=None))
+    assert "a step is not planned," in text and seconds(directives(text)["time"]) == 24 * 3600
+
+
+def test_gpus_that_are_no_whole_number_of_machines_are_refused(job):
+    with pytest.raises(ConfigError, match="12 GPUs are no whole number of machines of 8"):
+        submission(dataclasses.replace(job, gpus=12), plan_job(job))
+    assert "--nodes=1\n" in submission(dataclasses.replace(job, gpus=4), plan_job(job))
+
+
+def test_it_is_written_only_where_the_stage_fits(tmp_path, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    words = ["plan", CONFIG, "--gpus", "8", "--sbatch", str(tmp_path / "job.sh")]
+    longer = ["microbatch_tokens=100000000", "data.max_tokens=100000000"]
+    large = CliRunner().invoke(app, [*words, "--mean", "10000000", *longer])
+    assert large.exit_code == 1 and not (tmp_path / "job.sh").exists()
+    assert large.stdout.splitlines()[-1].endswith("not written: it does not fit")
+    assert CliRunner().invoke(app, words).exit_code == 0 and (tmp_path / "job.sh").exists()

@@ -203,9 +203,17 @@ class Watchdog:
         if late:  # this process was stopped itself, or has just begun: it has seen nothing
             self._seen.clear()
             self._last = None
+        try:
+            self._read(now)
+        finally:  # many files on a slow disk take their time: that is not lateness, unless nothing came for as long as a silence
+            if (after := time.monotonic()) - now <= self._config.silent_seconds:
+                self._looked = after
+
+    def _read(self, now: float) -> None:
         verdict = self._directory / "verdict.json"
         if verdict.exists():
             self._end(json.loads(verdict.read_text()))
+            return
         for rank in range(self._rank):
             seen = self._observe(rank, now)
             if not (seen.beat and seen.beat.ended) and now - seen.sign <= self._config.silent_seconds:
@@ -215,8 +223,14 @@ class Watchdog:
         if (text := self._judge(now)) is not None:
             alive = [rank for rank, seen in self._seen.items() if now - seen.sign <= self._config.silent_seconds]
             found: dict[str, str | int] = {"text": text, "dumps": len(alive), "found_by": self._rank}
-            write_atomic(verdict, json.dumps(found, indent=2) + "\n")
-            self._on_verdict(text)
+            if self._stop.is_set():
+                return
+            with contextlib.suppress(OSError):  # a full disk: without the file the others find out by themselves
+                write_atomic(verdict, json.dumps(found, indent=2) + "\n")
+            try:
+                self._on_verdict(text)
+            except Exception as error:
+                _logger.warning("watchdog: %s", error)
             self._end(found)
 
     def _observe(self, rank: int, now: float) -> _Seen:
@@ -275,17 +289,29 @@ class Watchdog:
     # ------------------------------------------------------------------ the end
 
     def _end(self, verdict: Mapping[str, str | int]) -> None:
-        """Write what this rank does, wait until the others have too, and end this process whatever its main thread does."""
+        """Write what this rank does, wait until the others have too, and end this process whatever its main thread does. Not where
+        the main thread has left meanwhile.
+        """
+        if self._stop.is_set():
+            return
+        stacks = self._directory / "stacks"
         try:
-            self._write_stacks(str(verdict["text"]), int(verdict["dumps"]))
-            if launcher := os.environ.get(LAUNCHER_VARIABLE):
+            with contextlib.suppress(OSError):
+                text = f"watchdog, rank {self._rank}: {verdict['text']}; stacks of all ranks: {stacks}"
+                print(text, file=sys.stderr, flush=True)
+            try:
+                self._write_stacks(stacks, int(verdict["dumps"]))
+            except Exception as error:
+                _logger.warning("watchdog: no stacks: %s", error)
+            if (launcher := os.environ.get(LAUNCHER_VARIABLE)) == str(
+                os.getppid()
+            ):  # not of another job, of another machine
                 os.kill(int(launcher), signal.SIGUSR1)
         finally:
             os._exit(EXIT_STALLED)
 
-    def _write_stacks(self, text: str, dumps: int) -> None:
-        stacks, limit = self._directory / "stacks", time.monotonic() + SECONDS_TO_DUMP
-        print(f"watchdog, rank {self._rank}: {text}; stacks of all ranks: {stacks}", file=sys.stderr, flush=True)
+    def _write_stacks(self, stacks: Path, dumps: int) -> None:
+        limit = time.monotonic() + SECONDS_TO_DUMP
         stacks.mkdir(exist_ok=True)
         own = stacks / f"rank_{self._rank}.txt"
         with open(own.with_suffix(".tmp"), "w") as file:
@@ -376,10 +402,10 @@ def _beat_file(directory: Path, rank: int) -> Path:
 
 
 def _read_beat(directory: Path, rank: int) -> Beat | None:
-    """None: not there, or being written."""
+    """None: not there, not to be read now, or being written."""
     try:
         values = json.loads(_beat_file(directory, rank).read_bytes())
-    except (FileNotFoundError, ValueError):
+    except (OSError, ValueError):
         return None
     return Beat(**{**values, "place": Place(**values["place"])})
 

@@ -69,7 +69,7 @@ def work_of_the_rank():
     {body}
 
 with Watchdog(directory, WatchdogConfig(seconds={seconds}, silent_seconds=1.5), lambda: Place(1, 2 - rank, phase, 0),
-              rank=rank, world=2, on_verdict=lambda text: print("verdict:", text, flush=True)):
+              rank=rank, world=2, on_verdict=lambda text: print("verdict:", text, flush=True)) as dog:
     work_of_the_rank()
 if child:
     sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
@@ -149,6 +149,53 @@ def test_a_watcher_that_was_stopped_itself_blames_nobody(tmp_path):
     dog._seen[0].sign -= 10_000
     dog._look()
     assert not (tmp_path / "verdict.json").exists()
+
+
+def test_reading_many_files_slowly_is_not_lateness(tmp_path, monkeypatch):
+    dog = watchdog(tmp_path, world=1)
+    dog._beat()
+    dog._look()
+    clock, read = time.monotonic(), dog._read
+
+    def slowly(now):
+        nonlocal clock
+        read(now)
+        clock += 40
+
+    monkeypatch.setattr(dog, "_read", slowly)
+    monkeypatch.setattr(time, "monotonic", lambda: clock)
+    for _ in range(2):
+        clock += dog._interval
+        dog._look()
+    assert dog._seen[0].sign < clock - 80  # of the first look: nothing was forgotten
+
+
+def test_the_job_ends_where_nothing_can_be_written(tmp_path):
+    """The directory is gone, as good as a full disk; what the stage says of it fails as well."""
+    body = """
+import shutil
+    from r1mega.platform import watchdog
+    def say(text): raise OSError("disk full")
+    watchdog.write_atomic = lambda *_: say("")
+    watchdog.Watchdog._write_stacks = lambda *_: say("")
+    dog._on_verdict = say
+    threading.Event().wait(20)
+    """
+    code, said = run_ranks(tmp_path, body.strip(), seconds=2)
+    assert code == EXIT_STALLED, said
+    assert "watchdog, rank 0: no rank got on for" in said and "disk full" in said
+
+
+@pytest.mark.parametrize("found", [False, True])
+def test_a_rank_that_has_left_ends_nothing(tmp_path, found, monkeypatch):
+    dog = watchdog(tmp_path, world=1)
+    monkeypatch.setattr(os, "_exit", lambda code: pytest.fail("the process was ended"))
+    monkeypatch.setattr(dog, "_judge", lambda now: "no rank got on")
+    if found:
+        (tmp_path / "verdict.json").write_text('{"text": "", "dumps": 0}')
+    dog._stop.set()
+    dog._look()
+    assert (tmp_path / "verdict.json").exists() == found and not (tmp_path / "stacks").exists()
 
 
 def test_a_new_start_does_not_see_the_verdict_of_the_last(tmp_path):

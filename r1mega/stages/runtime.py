@@ -282,7 +282,7 @@ class Runtime:
 
         return Watchdog(
             self.directory.watch, self.config.watchdog, self._place, rank=self.rank, world=dist.get_world_size(),
-            on_verdict=say,
+            timeouts=self.config.timeouts, on_verdict=say,
         )  # fmt: skip
 
     def _place(self) -> Place:

@@ -1,6 +1,7 @@
 """Several ranks on this machine: their variables, the exit code of the one that fails, and signals that let them save."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import time
 
 import pytest
 
+from r1mega.platform.launcher import raise_open_files
 from r1mega.platform.signals import SECONDS_APART
 
 pytestmark = pytest.mark.heavy
@@ -39,6 +41,24 @@ time.sleep(60)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 5 and "rank 1 of 2" in errors and "exit code 5" in errors
     assert [(tmp_path / rank).read_text() for rank in "01"] == ["0 2 2", "1 2 2"]
+
+
+@pytest.mark.parametrize(
+    ("limits", "expected", "set_to"),
+    [
+        ((1024, 4096), 4096, (4096, 4096)),
+        ((1024, 1 << 30), 65536, (65536, 1 << 30)),
+        ((1024, resource.RLIM_INFINITY), 65536, (65536, resource.RLIM_INFINITY)),
+        ((1 << 20, 1 << 30), 1 << 20, None),
+        ((resource.RLIM_INFINITY, resource.RLIM_INFINITY), sys.maxsize, None),
+    ],
+)
+def test_open_files(monkeypatch, limits, expected, set_to):
+    found = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: limits)
+    monkeypatch.setattr(resource, "setrlimit", lambda _, given: found.append(given))
+    assert raise_open_files() == expected
+    assert found == ([] if set_to is None else [set_to])
 
 
 def test_a_killed_rank_is_named(tmp_path):

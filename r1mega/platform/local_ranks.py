@@ -31,14 +31,16 @@ SECONDS_TO_DIE = 10
 """The same where the watchdog ended the job: a rank that stands still, or is stopped, does not hear SIGTERM."""
 
 
-def run_ranks(arguments: Sequence[str], ranks: int) -> int:
-    """Run `python ARGUMENTS` so many times, with RANK and the rest set; the exit code (128 + n: ended by signal n)."""
+def run_ranks(arguments: Sequence[str], ranks: int, asked: threading.Event | None = None) -> int:
+    """Run `python ARGUMENTS` so many times, with RANK and the rest set; the exit code (128 + n: ended by signal n). asked: set
+    when this process was asked to stop.
+    """
     job = uuid.uuid4().hex
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=ranks, run_id=job, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
         max_restarts=0, signals_to_handle="SIGHUP,SIGQUIT", shutdown_timeout=SECONDS_TO_SAVE,
     )  # fmt: skip
-    with _saving_signals(job) as terminated:
+    with _saving_signals(job, asked or threading.Event()) as terminated:
         try:
             elastic_launch(config, sys.executable)(*arguments)
         except ChildFailedError as error:
@@ -58,12 +60,13 @@ def run_ranks(arguments: Sequence[str], ranks: int) -> int:
 
 
 @contextlib.contextmanager
-def _saving_signals(job: str) -> Iterator[Callable[[], bool]]:
+def _saving_signals(job: str, asked: threading.Event) -> Iterator[Callable[[], bool]]:
     """What tells whether SIGTERM came twice, and the ranks were killed for it."""
     terminated, last = 0, -SECONDS_APART
 
     def pass_on(number: int, _frame: FrameType | None) -> None:
         nonlocal terminated, last
+        asked.set()
         if number == signal.SIGTERM and time.monotonic() - last >= SECONDS_APART:
             terminated, last = terminated + 1, time.monotonic()
         _send(job, signal.SIGUSR2 if terminated < 2 else signal.SIGKILL)

@@ -19,7 +19,7 @@
 # Preemption: some minutes before the end (--signal) or when Slurm takes the machines back, every rank is asked to save
 # (SIGUSR2); they exit 85 after the step in hand, the job goes back to the queue under its number and resumes from there. Give a
 # warning longer than a step and a save (sbatch --signal=B:USR1@3600); what a shorter one cuts off is done again from the checkpoint.
-# After scancel (SIGTERM without that warning) the job stays down.
+# After scancel (SIGTERM without that warning, and no PreemptTime in `scontrol show job`) the job stays down.
 # Any other end is the job's end, with the exit code of the rank that failed first, which the log names.
 set -uo pipefail
 cd "${R1MEGA_HOME:-${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..}}" || exit 2
@@ -104,7 +104,7 @@ run_in_job() {
     errors=$(log_dir)/srun-${SLURM_RESTART_COUNT:-0}.log
     echo "job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, start $((${SLURM_RESTART_COUNT:-0} + 1)); a log for each rank: $(log_dir)/rank-N.log"
     trap 'interrupted=1 warned=1; scancel --signal=USR2 "$SLURM_JOB_ID"' USR1 # all steps, not this shell
-    trap 'interrupted=1 cancelled=1; scancel --signal=USR2 "$SLURM_JOB_ID"' TERM
+    trap 'interrupted=1 cancelled=1; scancel --signal=USR2 "$SLURM_JOB_ID"; preempted && warned=1' TERM
     "$@" 2> >(tee -a "$errors" >&2) &
     child=$!
     while :; do
@@ -120,6 +120,9 @@ run_in_job() {
     exit "$code"
 }
 
+# Slurm takes the machines of a running job back: SIGTERM without the warning, where its grace time is shorter than --signal's.
+preempted() { [[ "$(scontrol show job -o "$SLURM_JOB_ID")" =~ \ PreemptTime=[0-9] ]]; }
+
 # name_failure FILE CODE: say by srun's own words which rank ended first, and make its exit code the job's: what the others end
 # with follows from that one. (One that failed may make the others exit 85; the first that saved has the others terminated.)
 name_failure() {
@@ -134,8 +137,8 @@ name_failure() {
     echo "launch: rank $rank failed first (${line##*: }); see $(log_dir)/rank-$rank.log" >&2
 }
 
-# requeue CANCELLED: back to the queue, but where SIGTERM came without the warning before it. So ends scancel, which Slurm's own state
-# of the job (COMPLETING) does not tell from a preemption; after one, with PreemptMode=REQUEUE, Slurm itself requeues.
+# requeue CANCELLED: back to the queue, but where SIGTERM came without the warning before it and without a preemption. So ends
+# scancel. Slurm's state of the job (COMPLETING) does not tell the two apart, its PreemptTime does.
 requeue() {
     if [ "$1" = 1 ]; then
         echo "launch: state saved; the job was cancelled, so it stays down" >&2

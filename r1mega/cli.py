@@ -10,6 +10,7 @@ import math
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -103,15 +104,17 @@ def train(
 
 
 def _train_on_ranks(path: Path, overrides: list[str], ranks: int) -> int:
-    """The exit code; again by itself where a rank died and there is something new to go on from."""
+    """The exit code; again by itself where a rank died that was not asked to stop, and there is something new to go on from."""
+    _exit_for_requeue_on_signals()  # before the ranks and between two starts of them
     from r1mega.config.load import load_config
     from r1mega.observe.restarts import seconds_until_restart
     from r1mega.platform.local_ranks import run_ranks
 
     config = load_config(path, overrides)
+    asked = threading.Event()
     while True:
-        code = run_ranks(["-m", "r1mega", "train", str(path), *overrides], ranks)
-        wait = seconds_until_restart(config.run_dir, code, config.restart)
+        code = run_ranks(["-m", "r1mega", "train", str(path), *overrides], ranks, asked)
+        wait = None if asked.is_set() else seconds_until_restart(config.run_dir, code, config.restart)
         if wait is None:
             return code
         print(f"exit code {code}, and a newer checkpoint: starting again in {wait:.0f} s", file=sys.stderr, flush=True)

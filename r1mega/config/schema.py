@@ -174,8 +174,11 @@ class WatchdogConfig(Section):
 
     enabled: bool = True  # off where a debugger holds a rank
     seconds: Positive | None = None
-    # without any rank getting on; None: ten times the phase's longest pause so far, at least 600; 3600 in a phase not yet seen
-    silent_seconds: Positive = 60  # without a sign of a rank, whose main thread may do what it likes meanwhile
+    # without any rank getting on; None: ten times the phase's longest pause so far, at least 600; 3600 in a phase not yet seen;
+    # never less than `timeouts` allows there
+    silent_seconds: Positive = 60
+    # without a sign of a rank; five times that where its process is known to run, and in the start: a call of C that keeps Python's
+    # lock silences the thread that gives it
 
 
 class RestartConfig(Section):

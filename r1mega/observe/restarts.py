@@ -4,12 +4,13 @@ is not the same fault over and over. RUN_DIR/restarts.jsonl has a line for each.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from r1mega.config.schema import RestartConfig
-from r1mega.errors import EXIT_FILE, EXIT_SAVED_FOR_REQUEUE, EXIT_STALLED
+from r1mega.errors import EXIT_FILE, EXIT_SAVED_FOR_REQUEUE, EXIT_STALLED, R1MegaError
 from r1mega.files import JsonLinesWriter, read_json_lines
 from r1mega.observe.run import RunDirectory
 
@@ -27,16 +28,24 @@ def seconds_until_restart(
     """None: the job stays ended. Else how long to wait, and the restart is written down.
 
     It needs a checkpoint newer than what the last start went on from, and fewer than `config.per_hour` restarts within the
-    hour. The first waits `config.backoff_seconds`, each further one of the hour twice as long as the one before.
+    hour. The first waits `config.backoff_seconds`, each further one of the hour twice as long as the one before. A file that cannot
+    be read or written is told: the job stays ended, with the exit code that it had.
     """
     if code in FOR_A_PERSON:
         return None
+    try:
+        return _seconds_until_restart(run_dir, code, config, clock())
+    except (R1MegaError, OSError) as error:
+        print(f"exit code {code}, and no start by itself: {error}", file=sys.stderr, flush=True)
+        return None
+
+
+def _seconds_until_restart(run_dir: Path, code: int, config: RestartConfig, now: float) -> float | None:
     path = run_dir / "restarts.jsonl"
     before = read_json_lines(path) if path.exists() else []
     newest = newest_checkpoint(run_dir)
     if newest <= max([_last_start(run_dir), *(line["step"] for line in before)]):
         return None
-    now = clock()
     recent = [line for line in before if now - line["time"] < HOUR]
     if len(recent) >= config.per_hour:
         return None

@@ -124,7 +124,7 @@ def calibrated(run: Path, gpu: GPU, per_node: int) -> Calibration:
     )
 
 
-def _recorded(run: Path, gpu: GPU) -> tuple[RLStage, int, list[Mapping[str, float]]]:
+def _recorded(run: Path, gpu: GPU) -> tuple[RLStage, int, Sequence[Mapping[str, float]]]:
     """(config, number of processes, lines of the steps that count) of a run on GPUs of this kind."""
     try:
         config = load_config(run / "config.yaml")

@@ -14,6 +14,9 @@ from r1mega.config.launched import launched_place
 from r1mega.errors import PlatformError
 from r1mega.platform.signals import SIGNALS
 
+OPEN_FILES = 65536
+"""Enough for any job; of a limit of a billion, what closes all descriptors one by one after a fork takes long."""
+
 
 def adopt_launcher_environment() -> None:
     """Set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT from the launcher's own, unless they are set.
@@ -42,13 +45,16 @@ def adopt_launcher_environment() -> None:
 
 
 def raise_open_files() -> int:
-    """As many as this user may have; how many that is. A rank has a socket for each other rank in each of several gloo groups:
+    """As many as this user may have, up to OPEN_FILES; how many are allowed then. A rank has a socket for each other rank in each of several gloo groups:
     some 1,900 at 512 ranks by count, and the usual soft limit is 1,024.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return hard
+    endless = resource.RLIM_INFINITY  # -1, in Python
+    have, may = (sys.maxsize if limit == endless else limit for limit in (soft, hard))
+    wanted = min(may, max(have, OPEN_FILES))
+    if wanted > have:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return wanted
 
 
 def reserve_port() -> int:

@@ -2,7 +2,7 @@
 
 What torchrun's own command line does not do: the exit code is that of the rank that failed first, SIGTERM and
 SIGUSR2 reach the ranks as a request to save, however long that takes, and what cannot end by itself is killed: at a second
-SIGTERM, and soon after the watchdog of a rank has found that the job stands still.
+SIGTERM (SECONDS_APART from the first, as the ranks count), and soon after the watchdog of a rank has found that the job stands still.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from r1mega.errors import EXIT_STALLED
+from r1mega.platform.signals import SECONDS_APART
 from r1mega.platform.watchdog import LAUNCHER_VARIABLE
 
 SECONDS_TO_SAVE = 600
@@ -29,14 +31,16 @@ SECONDS_TO_DIE = 10
 """The same where the watchdog ended the job: a rank that stands still, or is stopped, does not hear SIGTERM."""
 
 
-def run_ranks(arguments: Sequence[str], ranks: int) -> int:
-    """Run `python ARGUMENTS` so many times, with RANK and the rest set; the exit code (128 + n: ended by signal n)."""
+def run_ranks(arguments: Sequence[str], ranks: int, asked: threading.Event | None = None) -> int:
+    """Run `python ARGUMENTS` so many times, with RANK and the rest set; the exit code (128 + n: ended by signal n). asked: set
+    when this process was asked to stop.
+    """
     job = uuid.uuid4().hex
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=ranks, run_id=job, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
         max_restarts=0, signals_to_handle="SIGHUP,SIGQUIT", shutdown_timeout=SECONDS_TO_SAVE,
     )  # fmt: skip
-    with _saving_signals(job) as terminated:
+    with _saving_signals(job, asked or threading.Event()) as terminated:
         try:
             elastic_launch(config, sys.executable)(*arguments)
         except ChildFailedError as error:
@@ -56,13 +60,15 @@ def run_ranks(arguments: Sequence[str], ranks: int) -> int:
 
 
 @contextlib.contextmanager
-def _saving_signals(job: str) -> Iterator[Callable[[], bool]]:
+def _saving_signals(job: str, asked: threading.Event) -> Iterator[Callable[[], bool]]:
     """What tells whether SIGTERM came twice, and the ranks were killed for it."""
-    terminated = 0
+    terminated, last = 0, -SECONDS_APART
 
     def pass_on(number: int, _frame: FrameType | None) -> None:
-        nonlocal terminated
-        terminated += number == signal.SIGTERM
+        nonlocal terminated, last
+        asked.set()
+        if number == signal.SIGTERM and time.monotonic() - last >= SECONDS_APART:
+            terminated, last = terminated + 1, time.monotonic()
         _send(job, signal.SIGUSR2 if terminated < 2 else signal.SIGKILL)
 
     def stalled(_number: int, _frame: FrameType | None) -> None:

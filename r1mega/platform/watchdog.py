@@ -32,22 +32,27 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from r1mega.config.schema import WatchdogConfig
+from r1mega.config.schema import TimeoutsConfig, WatchdogConfig
 from r1mega.errors import EXIT_STALLED
 from r1mega.files import write_atomic
 
 FLOOR_SECONDS, UNSEEN_SECONDS, TIMES_LONGEST = 600.0, 3600.0, 10
 """A phase may stand still for TIMES_LONGEST the longest pause that it had, at least FLOOR_SECONDS; UNSEEN_SECONDS until it was
-passed once, and where whole files are read and written (UNTIMED)."""
+passed once, and where whole files are read and written (UNTIMED). Never less than what `timeouts` allows there."""
 UNTIMED = ("start", "save", "export", "end")
 OUTSIDE = (*UNTIMED, "between")
 """Phases in which long work of the main thread alone (a filter, a hash) counts as getting on."""
+BUSY_SHARE = 0.05
+"""Of a processor, for work: less is waiting. A thread that spins in one call of C, for a device say, takes more but moves nowhere."""
+TIMES_SILENT = 5
+"""How much longer than `silent_seconds` a rank may be silent whose process runs, or that starts on another machine."""
 SECONDS_TO_DUMP = 20.0
 SHOWN = 8
 """Ranks that a verdict names at most."""
 LAUNCHER_VARIABLE = "R1MEGA_LAUNCHER"
 """Environment variable: the process that starts the ranks here and wants SIGUSR1 when the watchdog ends them."""
 
+_NOT_RUNNING = _STOPPED, _DEAD, _GONE = "stopped, by SIGSTOP or a debugger", "process dead", "process gone"
 _WAITING = ("/torch/distributed/", "/pipeline_parallel/p2p_communication.py")
 _logger = logging.getLogger(__name__)
 _ticks: Counter[str] = Counter()
@@ -136,16 +141,18 @@ class Watchdog:
         *,
         rank: int,
         world: int,
+        timeouts: TimeoutsConfig | None = None,
         on_verdict: Callable[[str], None] = lambda text: None,
     ):
         self._directory, self._config, self._place, self._on_verdict = directory, config, place, on_verdict
-        self._rank, self._world = rank, world
+        self._rank, self._world, self._timeouts = rank, world, timeouts or TimeoutsConfig()
         self._interval = max(min(5.0, config.silent_seconds / 6), world / 100)  # at most a hundred files a second
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         self._main_clock = time.pthread_getcpuclockid(threading.main_thread().ident or 0)
         self._number = self._busy = 0
         self._cpu_seconds = self._looked = 0.0
+        self._spot: tuple[int, int] | None = None
         self._seen: dict[int, _Seen] = {}
         self._pauses: dict[str, float] = {}
         self._passed: set[str] = set()
@@ -177,12 +184,13 @@ class Watchdog:
 
     def _beat(self, *, ended: bool = False) -> None:
         place = self._place()
+        at, waits, spot = _main_thread()
         cpu_seconds = time.clock_gettime(self._main_clock)
-        if place.phase in OUTSIDE and cpu_seconds - self._cpu_seconds > self._interval / 2:
+        computes = cpu_seconds - self._cpu_seconds > BUSY_SHARE * self._interval
+        if place.phase in OUTSIDE and computes and spot != self._spot and not waits:
             self._busy += 1
-        self._cpu_seconds = cpu_seconds
+        self._cpu_seconds, self._spot = cpu_seconds, spot
         self._number += 1
-        at, waits = _main_thread()
         collectives, all_collectives = _sequence_numbers()
         beat = Beat(
             self._rank, socket.gethostname(), os.getpid(), place, dict(_ticks), collectives, all_collectives, self._busy, at,
@@ -203,9 +211,17 @@ class Watchdog:
         if late:  # this process was stopped itself, or has just begun: it has seen nothing
             self._seen.clear()
             self._last = None
+        try:
+            self._read(now)
+        finally:  # many files on a slow disk take their time: that is not lateness, unless nothing came for as long as a silence
+            if (after := time.monotonic()) - now <= self._config.silent_seconds:
+                self._looked = after
+
+    def _read(self, now: float) -> None:
         verdict = self._directory / "verdict.json"
         if verdict.exists():
             self._end(json.loads(verdict.read_text()))
+            return
         for rank in range(self._rank):
             seen = self._observe(rank, now)
             if not (seen.beat and seen.beat.ended) and now - seen.sign <= self._config.silent_seconds:
@@ -215,8 +231,14 @@ class Watchdog:
         if (text := self._judge(now)) is not None:
             alive = [rank for rank, seen in self._seen.items() if now - seen.sign <= self._config.silent_seconds]
             found: dict[str, str | int] = {"text": text, "dumps": len(alive), "found_by": self._rank}
-            write_atomic(verdict, json.dumps(found, indent=2) + "\n")
-            self._on_verdict(text)
+            if self._stop.is_set():
+                return
+            with contextlib.suppress(OSError):  # a full disk: without the file the others find out by themselves
+                write_atomic(verdict, json.dumps(found, indent=2) + "\n")
+            try:
+                self._on_verdict(text)
+            except Exception as error:
+                _logger.warning("watchdog: %s", error)
             self._end(found)
 
     def _observe(self, rank: int, now: float) -> _Seen:
@@ -232,7 +254,7 @@ class Watchdog:
     def _judge(self, now: float) -> str | None:
         """Why the job must end, or None. Learns how long phases pause."""
         open_ranks = {rank: seen for rank, seen in self._seen.items() if not (seen.beat and seen.beat.ended)}
-        silent = {rank: seen for rank, seen in open_ranks.items() if now - seen.sign > self._config.silent_seconds}
+        silent = {rank: seen for rank, seen in open_ranks.items() if now - seen.sign > self._allowed_silence(seen)}
         if silent:
             first = list(silent.items())[:SHOWN]
             named = "; ".join(self._silent_text(rank, now - seen.sign, seen.beat) for rank, seen in first)
@@ -262,9 +284,23 @@ class Watchdog:
         )
 
     def _limit(self, phase: str) -> float:
-        if phase in UNTIMED or phase not in self._passed:
-            return UNSEEN_SECONDS
-        return max(FLOOR_SECONDS, TIMES_LONGEST * self._pauses.get(phase, 0.0))
+        timeouts = self._timeouts
+        if phase in UNTIMED:
+            allowed = timeouts.startup_seconds if phase in ("start", "end") else timeouts.checkpoint_seconds
+            return max(UNSEEN_SECONDS, allowed)
+        floor = max(FLOOR_SECONDS, timeouts.collective_seconds)
+        if phase not in self._passed:
+            return max(UNSEEN_SECONDS, floor)
+        return max(floor, TIMES_LONGEST * self._pauses.get(phase, 0.0))
+
+    def _allowed_silence(self, seen: _Seen) -> float:
+        """Longer for a process that runs: a call of C that keeps Python's lock (a library that loads) silences its other threads."""
+        seconds, beat = self._config.silent_seconds, seen.beat
+        if beat is not None and beat.host == socket.gethostname():
+            runs = _state(beat.pid) not in _NOT_RUNNING
+        else:
+            runs = beat is None or beat.place.phase == "start"
+        return TIMES_SILENT * seconds if runs else seconds
 
     def _silent_text(self, rank: int, seconds: float, beat: Beat | None) -> str:
         if beat is None:
@@ -275,17 +311,29 @@ class Watchdog:
     # ------------------------------------------------------------------ the end
 
     def _end(self, verdict: Mapping[str, str | int]) -> None:
-        """Write what this rank does, wait until the others have too, and end this process whatever its main thread does."""
+        """Write what this rank does, wait until the others have too, and end this process whatever its main thread does. Not where
+        the main thread has left meanwhile.
+        """
+        if self._stop.is_set():
+            return
+        stacks = self._directory / "stacks"
         try:
-            self._write_stacks(str(verdict["text"]), int(verdict["dumps"]))
-            if launcher := os.environ.get(LAUNCHER_VARIABLE):
+            with contextlib.suppress(OSError):
+                text = f"watchdog, rank {self._rank}: {verdict['text']}; stacks of all ranks: {stacks}"
+                print(text, file=sys.stderr, flush=True)
+            try:
+                self._write_stacks(stacks, int(verdict["dumps"]))
+            except Exception as error:
+                _logger.warning("watchdog: no stacks: %s", error)
+            if (launcher := os.environ.get(LAUNCHER_VARIABLE)) == str(
+                os.getppid()
+            ):  # not of another job, of another machine
                 os.kill(int(launcher), signal.SIGUSR1)
         finally:
             os._exit(EXIT_STALLED)
 
-    def _write_stacks(self, text: str, dumps: int) -> None:
-        stacks, limit = self._directory / "stacks", time.monotonic() + SECONDS_TO_DUMP
-        print(f"watchdog, rank {self._rank}: {text}; stacks of all ranks: {stacks}", file=sys.stderr, flush=True)
+    def _write_stacks(self, stacks: Path, dumps: int) -> None:
+        limit = time.monotonic() + SECONDS_TO_DUMP
         stacks.mkdir(exist_ok=True)
         own = stacks / f"rank_{self._rank}.txt"
         with open(own.with_suffix(".tmp"), "w") as file:
@@ -354,21 +402,20 @@ def _sequence_numbers() -> tuple[int, int]:
     return (numbers[0], sum(numbers[1:])) if numbers else (0, 0)
 
 
-def _main_thread() -> tuple[str, bool]:
-    """(its innermost line of r1mega, whether it is inside of a collective)."""
+def _main_thread() -> tuple[str, bool, tuple[int, int] | None]:
+    """(its innermost line of r1mega, whether it is inside of a collective, which instruction of which call it is at)."""
     frame = innermost = sys._current_frames().get(threading.main_thread().ident or 0)
-    while (
-        innermost is not None and innermost.f_code.co_filename == __file__
-    ):  # it beats itself, when it begins and ends
+    while innermost is not None and innermost.f_code.co_filename == __file__:  # it beats itself, as it begins and ends
         frame = innermost = innermost.f_back
     if innermost is None:
-        return "nowhere", False
+        return "nowhere", False, None
     while frame is not None and "/r1mega/" not in frame.f_code.co_filename:
         frame = frame.f_back
     shown = frame or innermost
     file = shown.f_code.co_filename.rpartition("/r1mega/")
     waits = any(part in innermost.f_code.co_filename for part in _WAITING)
-    return f"{(file[1] + file[2]).lstrip('/')}:{shown.f_lineno} {shown.f_code.co_name}"[:200], waits
+    line = f"{(file[1] + file[2]).lstrip('/')}:{shown.f_lineno} {shown.f_code.co_name}"[:200]
+    return line, waits, (id(innermost), innermost.f_lasti)
 
 
 def _beat_file(directory: Path, rank: int) -> Path:
@@ -376,10 +423,10 @@ def _beat_file(directory: Path, rank: int) -> Path:
 
 
 def _read_beat(directory: Path, rank: int) -> Beat | None:
-    """None: not there, or being written."""
+    """None: not there, not to be read now, or being written."""
     try:
         values = json.loads(_beat_file(directory, rank).read_bytes())
-    except (FileNotFoundError, ValueError):
+    except (OSError, ValueError):
         return None
     return Beat(**{**values, "place": Place(**values["place"])})
 
@@ -389,9 +436,9 @@ def _state(pid: int) -> str:
     try:
         letter = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
-        return "its process is gone"
-    known = {"T": "stopped, by SIGSTOP or a debugger", "D": "waiting for a disk or device", "Z": "dead", "R": "running"}
-    return f"its process is {known.get(letter, f'in state {letter}')}"
+        return _GONE
+    known = {"T": _STOPPED, "t": _STOPPED, "D": "waiting for a disk or device", "Z": _DEAD, "R": "running"}
+    return known.get(letter, f"its process is in state {letter}")
 
 
 def _name(rank: int, beat: Beat) -> str:

@@ -14,6 +14,7 @@ from typing import Literal, Protocol, TypeVar, runtime_checkable
 from r1mega.config.rewards import ACCURACY, WITHOUT_GOLD, NeuralReward, PreferenceReward, RewardConfig
 from r1mega.data.tokenizer import Tokenizer
 from r1mega.errors import RewardError
+from r1mega.platform.watchdog import tick
 from r1mega.reward.custom import load_part
 from r1mega.reward.format import check_format
 from r1mega.reward.language import LanguageConsistency
@@ -329,6 +330,7 @@ class _Clock:
         return future
 
     def _finished(self, seconds: float) -> None:
+        tick("score")
         with self._lock:
             self._unfinished -= 1
             self._latencies.append(seconds)

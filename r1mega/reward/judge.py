@@ -27,6 +27,7 @@ from r1mega.config.rewards import JudgeReward
 from r1mega.data.template import render_text
 from r1mega.data.tokenizer import Tokenizer, response_text
 from r1mega.errors import GenerationError, RewardError
+from r1mega.platform.watchdog import tick
 from r1mega.reward.extract import final_text
 from r1mega.reward.parts import PartScore, ScoringItem, Waiting
 from r1mega.types import GenerationEngine, GenerationRequest, RewardStatus, SamplingSettings
@@ -232,6 +233,7 @@ class EndpointClient:
         reason = ""
         for attempt in range(config.max_retries + 1):
             wait = min(2.0**attempt / 4, _LONGEST_WAIT_SECONDS)
+            tick("judge request")
             try:
                 response = self._http.post(self._url, json=body)
             except httpx.HTTPError as error:

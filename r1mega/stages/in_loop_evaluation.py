@@ -68,18 +68,8 @@ class Evaluation:
         """
         if not self._prompts:
             return {}
-        place = GeneratorPlace.of_this_rank(self._config.rollout.tp)
-        outcome: EvaluationResult | R1MegaError | OSError
-        with self._phases.within("evaluate"):
-            try:
-                outcome = evaluate_prompts(
-                    self._engine, self._tokenizer, self._prompts[place.replica :: place.num_replicas], self._config.evaluate,
-                    self._scorer, self._sampling,
-                )  # fmt: skip
-            except (R1MegaError, OSError) as error:
-                outcome = error
-        wait_for_all("rollout", f"the evaluation after step {step}")
-        outcomes = _of_all_ranks(outcome)
+        with self._runtime.busy_with("evaluate"):
+            outcomes = self._outcomes(step)
         errors = [
             f"rank {rank}: {theirs}"
             for rank, theirs in enumerate(outcomes)
@@ -98,6 +88,21 @@ class Evaluation:
         self._runtime.note(f"evaluation after step {step}: {found}")
         self._last = metrics
         return metrics
+
+    def _outcomes(self, step: int) -> list[EvaluationResult | R1MegaError | OSError | None]:
+        """Of every rank. A collective call."""
+        place = GeneratorPlace.of_this_rank(self._config.rollout.tp)
+        outcome: EvaluationResult | R1MegaError | OSError
+        with self._phases.within("evaluate"):
+            try:
+                outcome = evaluate_prompts(
+                    self._engine, self._tokenizer, self._prompts[place.replica :: place.num_replicas], self._config.evaluate,
+                    self._scorer, self._sampling,
+                )  # fmt: skip
+            except (R1MegaError, OSError) as error:
+                outcome = error
+        wait_for_all("rollout", f"the evaluation after step {step}")
+        return _of_all_ranks(outcome)
 
     def summary(self) -> dict[str, float]:
         """The last evaluation's figures (rank 0's are right after a restart too)."""

@@ -157,7 +157,7 @@ class Runtime:
     def export(self, policy: Policy, hf_config: Mapping[str, Any], *, tokenizer_from: Path) -> Path:
         """The trained model as RUN_DIR/hf, whose path this is; every rank writes a share of its files. A collective call."""
         workers = TorchWorkers() if dist.get_world_size() > 1 else Alone()
-        with self._busy_with("export"):
+        with self.busy_with("export"):
             return write_hf(
                 self.run_dir / "hf", policy.hf_tensors(), hf_config, tokenizer_from=tokenizer_from, workers=workers
             )
@@ -209,7 +209,7 @@ class Runtime:
         """Checkpoint `step`; its metrics line is written by then, so none is missing after a kill."""
         if self._store is None:
             raise RuntimeError("restore() opens the checkpoints first")
-        with self._busy_with("save"):
+        with self.busy_with("save"):
             self._store.save(step, trainer.sharded_state(is_loading=False), progress)
 
     # ------------------------------------------------------------------ what the loop reports
@@ -283,7 +283,7 @@ class Runtime:
 
         return Watchdog(
             self.directory.watch, self.config.watchdog, self._place, rank=self.rank, world=dist.get_world_size(),
-            on_verdict=say,
+            timeouts=self.config.timeouts, on_verdict=say,
         )  # fmt: skip
 
     def _place(self) -> Place:
@@ -292,7 +292,8 @@ class Runtime:
         return Place(max(self._at_step, self._step), self.timer.part, phase, self.timer.turns)
 
     @contextlib.contextmanager
-    def _busy_with(self, what: str) -> Iterator[None]:
+    def busy_with(self, what: str) -> Iterator[None]:
+        """Between steps: what the watchdog is told that this rank does, where no phase of a step is open."""
         before, self._doing = self._doing, what
         try:
             yield
@@ -333,7 +334,8 @@ class Runtime:
 
     def _finish_saves(self) -> None:
         if self._store is not None:
-            self._store.wait()
+            with self.busy_with("save"):
+                self._store.wait()
 
     def _close(self) -> None:
         self._doing = "end"

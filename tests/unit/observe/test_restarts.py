@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import threading
 from types import SimpleNamespace
 from unittest import mock
 
@@ -71,21 +74,64 @@ def test_so_many_times_an_hour_each_later_than_the_one_before(tmp_path):
     assert seconds_until_restart(tmp_path, 137, CONFIG, clock=lambda: now) == 40
 
 
-def test_the_launcher_does_so(tmp_path, capsys):
+def test_a_record_that_cannot_be_read_or_written_costs_the_restart_alone(tmp_path, capsys):
+    checkpoint(tmp_path, 6)
+    (tmp_path / "restarts.jsonl").mkdir()
+    assert seconds_until_restart(tmp_path, 137, CONFIG) is None
+    assert "exit code 137, and no start by itself: " in capsys.readouterr().err
+
+
+def test_what_was_asked_to_stop_is_not_started_again(tmp_path, own_signals):
+    def run(arguments, ranks, asked):
+        checkpoint(tmp_path, 6)
+        asked.set()
+        return 137
+
+    assert launch(tmp_path, run, backoff=0) == 137
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+def test_asked_to_stop_while_it_waits(tmp_path, number):
+    def run(arguments, ranks, asked):
+        checkpoint(tmp_path, 6)
+        threading.Timer(0.5, os.kill, (os.getpid(), number)).start()
+        return 137
+
+    child = os.fork()
+    if not child:
+        launch(tmp_path, run, backoff=60)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 85
+
+
+@pytest.fixture
+def own_signals():
+    """The launcher's handlers end the process: not this one, afterwards."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def launch(run_dir, run, backoff):
+    loaded = SimpleNamespace(run_dir=run_dir, restart=RestartConfig(backoff_seconds=backoff))
+    with (
+        mock.patch("r1mega.config.load.load_config", lambda path, overrides: loaded),
+        mock.patch("r1mega.platform.local_ranks.run_ranks", run),
+    ):
+        return cli._train_on_ranks("x.yaml", [], 2)
+
+
+def test_the_launcher_does_so(tmp_path, capsys, own_signals):
     """Two deaths, each after a new checkpoint, then the end: three runs of the ranks."""
     codes = iter([137, 134, 0])
 
-    def run(arguments, ranks):
+    def run(arguments, ranks, asked):
         assert arguments == ["-m", "r1mega", "train", "x.yaml"] and ranks == 2
         code = next(codes)
         if code:
             checkpoint(tmp_path, 140 - code)
         return code
 
-    loaded = SimpleNamespace(run_dir=tmp_path, restart=RestartConfig(backoff_seconds=0))
-    with (
-        mock.patch("r1mega.config.load.load_config", lambda path, overrides: loaded),
-        mock.patch("r1mega.platform.local_ranks.run_ranks", run),
-    ):
-        assert cli._train_on_ranks("x.yaml", [], 2) == 0
+    assert launch(tmp_path, run, backoff=0) == 0
     assert capsys.readouterr().err.count("starting again in 0 s") == 2

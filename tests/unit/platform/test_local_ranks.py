@@ -1,12 +1,16 @@
 """Several ranks on this machine: their variables, the exit code of the one that fails, and signals that let them save."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
+
+from r1mega.platform.launcher import raise_open_files
+from r1mega.platform.signals import SECONDS_APART
 
 pytestmark = pytest.mark.heavy
 
@@ -37,6 +41,24 @@ time.sleep(60)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 5 and "rank 1 of 2" in errors and "exit code 5" in errors
     assert [(tmp_path / rank).read_text() for rank in "01"] == ["0 2 2", "1 2 2"]
+
+
+@pytest.mark.parametrize(
+    ("limits", "expected", "set_to"),
+    [
+        ((1024, 4096), 4096, (4096, 4096)),
+        ((1024, 1 << 30), 65536, (65536, 1 << 30)),
+        ((1024, resource.RLIM_INFINITY), 65536, (65536, resource.RLIM_INFINITY)),
+        ((1 << 20, 1 << 30), 1 << 20, None),
+        ((resource.RLIM_INFINITY, resource.RLIM_INFINITY), sys.maxsize, None),
+    ],
+)
+def test_open_files(monkeypatch, limits, expected, set_to):
+    found = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: limits)
+    monkeypatch.setattr(resource, "setrlimit", lambda _, given: found.append(given))
+    assert raise_open_files() == expected
+    assert found == ([] if set_to is None else [set_to])
 
 
 def test_a_killed_rank_is_named(tmp_path):
@@ -79,9 +101,9 @@ os._exit(12)
     assert time.monotonic() - begun < 60
 
 
-def test_a_second_sigterm_ends_at_once(tmp_path):
+def test_a_second_sigterm_ends_at_once_but_not_one_that_comes_with_the_first(tmp_path):
     body = """
-signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+signal.signal(signal.SIGUSR2, lambda *_: (place / f"asked{rank}").touch())
 (place / f"ready{rank}").touch()
 time.sleep(600)
 """
@@ -89,9 +111,12 @@ time.sleep(600)
     limit = time.monotonic() + 60
     while not all((tmp_path / f"ready{rank}").exists() for rank in "01") and time.monotonic() < limit:
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    time.sleep(0.5)
+    for _ in range(2):
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.05)
+    time.sleep(SECONDS_APART)
     assert process.poll() is None
+    assert all((tmp_path / f"asked{rank}").exists() for rank in "01")
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=30)
     assert process.returncode == 143

@@ -6,13 +6,15 @@ import dataclasses
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 
-from r1mega.config.schema import WatchdogConfig
+from r1mega.config.schema import TimeoutsConfig, WatchdogConfig
 from r1mega.errors import EXIT_STALLED
 from r1mega.platform.watchdog import (
     FLOOR_SECONDS,
@@ -69,7 +71,7 @@ def work_of_the_rank():
     {body}
 
 with Watchdog(directory, WatchdogConfig(seconds={seconds}, silent_seconds=1.5), lambda: Place(1, 2 - rank, phase, 0),
-              rank=rank, world=2, on_verdict=lambda text: print("verdict:", text, flush=True)):
+              rank=rank, world=2, on_verdict=lambda text: print("verdict:", text, flush=True)) as dog:
     work_of_the_rank()
 if child:
     sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
@@ -127,6 +129,7 @@ def watchdog(tmp_path, world: int = 2) -> Watchdog:
 def test_the_limit_of_a_phase_follows_from_its_pauses(tmp_path):
     """A rollout that pauses for 200 s may later pause for 2,000; nothing is known of a phase that was not passed."""
     dog, now = watchdog(tmp_path), 1000.0
+    dog._timeouts = TimeoutsConfig(collective_seconds=60)
     moments = [("rollout", 0), ("rollout", 200), ("update", 210), ("update", 211), ("rollout", 212)]
     for phase, seconds in moments:
         beats = [beat(rank, phase=phase, turns=seconds) for rank in range(2)]
@@ -141,6 +144,54 @@ def test_the_limit_of_a_phase_follows_from_its_pauses(tmp_path):
     assert "rollout may pause for 2000" in dog._judge(now + 212 + 2001)
 
 
+def test_no_limit_is_below_what_the_timeouts_allow(tmp_path):
+    dog = watchdog(tmp_path)
+    dog._timeouts = TimeoutsConfig(startup_seconds=7200, collective_seconds=5000, checkpoint_seconds=9000)
+    dog._passed = {"update"}
+    found = [dog._limit(phase) for phase in ("start", "end", "save", "export", "update", "rollout")]
+    assert found == [7200, 7200, 9000, 9000, 5000, 5000]
+
+
+@pytest.mark.parametrize(
+    ("host", "lives", "phase", "seconds"),
+    [("", True, "update", 300), ("", False, "start", 60), ("far", True, "start", 300), ("far", True, "update", 60)],
+)
+def test_a_process_that_runs_may_be_silent_for_longer(tmp_path, host, lives, phase, seconds):
+    dog, now = watchdog(tmp_path, world=1), 1000.0
+    child = subprocess.Popen(["true"])
+    child.wait()
+    silent = dataclasses.replace(
+        beat(0, phase=phase), host=host or socket.gethostname(), pid=os.getpid() if lives else child.pid
+    )
+    dog._seen = {0: _Seen(silent, now, now)}
+    assert dog._judge(now + seconds - 1) is None
+    assert "has given no sign" in dog._judge(now + seconds + 1)
+
+
+def test_what_counts_as_work(tmp_path):
+    """Work takes a processor and moves on; a wait with naps does not."""
+    dog = Watchdog(tmp_path, WatchdogConfig(silent_seconds=1.2), lambda: Place(0, 0, "start", 0), rank=0, world=1)
+
+    def after(work) -> int:
+        beats = []
+
+        def look():
+            for _ in range(8):
+                time.sleep(dog._interval)
+                dog._beat()
+                beats.append(dog._busy)
+
+        dog._spot = None
+        thread = threading.Thread(target=look)
+        thread.start()
+        while thread.is_alive():
+            work()
+        return beats[-1] - beats[0]
+
+    assert after(lambda: [number * number % 7 for number in range(9999)]) > 0
+    assert after(lambda: time.sleep(1)) == 0
+
+
 def test_a_watcher_that_was_stopped_itself_blames_nobody(tmp_path):
     dog = watchdog(tmp_path, world=1)
     dog._beat()
@@ -149,6 +200,53 @@ def test_a_watcher_that_was_stopped_itself_blames_nobody(tmp_path):
     dog._seen[0].sign -= 10_000
     dog._look()
     assert not (tmp_path / "verdict.json").exists()
+
+
+def test_reading_many_files_slowly_is_not_lateness(tmp_path, monkeypatch):
+    dog = watchdog(tmp_path, world=1)
+    dog._beat()
+    dog._look()
+    clock, read = time.monotonic(), dog._read
+
+    def slowly(now):
+        nonlocal clock
+        read(now)
+        clock += 40
+
+    monkeypatch.setattr(dog, "_read", slowly)
+    monkeypatch.setattr(time, "monotonic", lambda: clock)
+    for _ in range(2):
+        clock += dog._interval
+        dog._look()
+    assert dog._seen[0].sign < clock - 80  # of the first look: nothing was forgotten
+
+
+def test_the_job_ends_where_nothing_can_be_written(tmp_path):
+    """The directory is gone, as good as a full disk; what the stage says of it fails as well."""
+    body = """
+import shutil
+    from r1mega.platform import watchdog
+    def say(text): raise OSError("disk full")
+    watchdog.write_atomic = lambda *_: say("")
+    watchdog.Watchdog._write_stacks = lambda *_: say("")
+    dog._on_verdict = say
+    threading.Event().wait(20)
+    """
+    code, said = run_ranks(tmp_path, body.strip(), seconds=2)
+    assert code == EXIT_STALLED, said
+    assert "watchdog, rank 0: no rank got on for" in said and "disk full" in said
+
+
+@pytest.mark.parametrize("found", [False, True])
+def test_a_rank_that_has_left_ends_nothing(tmp_path, found, monkeypatch):
+    dog = watchdog(tmp_path, world=1)
+    monkeypatch.setattr(os, "_exit", lambda code: pytest.fail("the process was ended"))
+    monkeypatch.setattr(dog, "_judge", lambda now: "no rank got on")
+    if found:
+        (tmp_path / "verdict.json").write_text('{"text": "", "dumps": 0}')
+    dog._stop.set()
+    dog._look()
+    assert (tmp_path / "verdict.json").exists() == found and not (tmp_path / "stacks").exists()
 
 
 def test_a_new_start_does_not_see_the_verdict_of_the_last(tmp_path):

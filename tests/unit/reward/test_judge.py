@@ -13,6 +13,7 @@ import pytest
 
 from r1mega.config.rewards import FormatReward, JudgeReward, RewardConfig
 from r1mega.errors import ConfigError, RewardError
+from r1mega.platform import watchdog
 from r1mega.reward.compose import RewardScorer
 from r1mega.reward.judge import parse_verdict
 from r1mega.types import Prompt, Response, RewardStatus
@@ -171,8 +172,10 @@ def test_the_other_order_is_asked_too(endpoint):
 
 def test_a_failing_endpoint_is_tried_again(endpoint):
     busy, broken = (429, {"Retry-After": "0.05"}, "slow down"), (503, {}, "starting")
+    before = watchdog._ticks.copy()
     reward = judged(endpoint, [busy, broken, "Verdict: 10"])
     assert reward.value == 1.0 and len(endpoint.requests) == 3
+    assert (watchdog._ticks - before)["judge request"] == 3  # the watchdog sees that it gets on
 
 
 @pytest.mark.parametrize(

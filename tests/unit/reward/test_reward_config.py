@@ -19,6 +19,7 @@ from r1mega.config.rewards import (
     SandboxConfig,
 )
 from r1mega.errors import RewardError
+from r1mega.platform import watchdog
 from r1mega.reward.compose import RewardScorer, WeightedPart
 from r1mega.reward.length import Repetition
 from r1mega.sandbox import SandboxUnavailable
@@ -148,6 +149,7 @@ def test_a_failed_member_keeps_its_place_and_its_reason_is_logged(caplog):
 
 
 def test_activity_is_of_what_came_since():
+    before = watchdog._ticks["score"]
     with RewardScorer(RewardConfig(accuracy=AccuracyReward(timeout_seconds=60.0)), max_response_tokens=100) as scorer:
         for count in (2, 1):
             tickets = [
@@ -159,3 +161,4 @@ def test_activity_is_of_what_came_since():
             assert (activity.deferred, activity.failed, activity.kills) == (count, 0, 0)
             assert activity.queue_max == count
         assert scorer.activity().deferred == 0
+    assert watchdog._ticks["score"] - before == 3  # the watchdog sees each come

@@ -13,6 +13,7 @@ from r1mega.errors import GenerationError
 from r1mega.platform import groups
 from r1mega.reward.compose import RewardScorer
 from r1mega.stages.in_loop_evaluation import Evaluation
+from r1mega.stages.runtime import Runtime
 from r1mega.types import Completion, Response, SamplingSettings
 
 pytestmark = pytest.mark.heavy
@@ -23,12 +24,13 @@ class Engine:
 
     def __init__(self, tokenizer, answer):
         self.response = Response((*tokenizer.encode(answer),), (0.0,) * len(tokenizer.encode(answer)), "stop")
-        self.busy, self.broken = False, None
+        self.busy, self.broken, self.runtime = False, None, None
 
     def stream(self, requests):
         if self.broken:
             raise self.broken
         self.busy = True
+        assert self.runtime._doing == "evaluate"  # what the watchdog is told
         for index, _ in enumerate(requests):
             yield Completion(index, 0, self.response)
         self.busy = False
@@ -54,10 +56,11 @@ def evaluate(tmp_path):
             "reward.judge.engine=policy", "reward.pool.num_workers=1",
         ])  # fmt: skip
         engine, notes = Engine(tokenizer, " <think> a </think> <answer> 5 </answer>"), []
-        runtime = SimpleNamespace(is_main=True, run_dir=tmp_path, note=notes.append)
+        runtime = engine.runtime = object.__new__(Runtime)
+        runtime.is_main, runtime.run_dir, runtime.note, runtime._doing = True, tmp_path, notes.append, "between"
+        phases = SimpleNamespace(within=lambda phase: contextlib.nullcontext())
         scorer = RewardScorer(config.reward, max_response_tokens=64, engine=engine, tokenizer=tokenizer)
         scorers.append(scorer)
-        phases = SimpleNamespace(within=lambda name: contextlib.nullcontext())
         return Evaluation(config, runtime, engine, tokenizer, scorer, SamplingSettings(), phases, 0), notes, engine
 
     yield made
@@ -72,6 +75,13 @@ def test_a_judge_that_is_the_policy_is_not_asked(evaluate):
     metrics = evaluation.run(3)
     assert metrics["eval/prompts"] == 300 and metrics["eval/accuracy"] == 1.0 and metrics["eval/format"] == 1.0
     assert notes == ["evaluation after step 3: accuracy 1.000"]
+
+
+def test_waiting_for_saves_is_saving():
+    runtime, seen = object.__new__(Runtime), []
+    runtime._doing, runtime._store = "between", SimpleNamespace(wait=lambda: seen.append(runtime._doing))
+    runtime._finish_saves()
+    assert (seen, runtime._doing) == (["save"], "between")
 
 
 def test_prompts_that_nothing_verifies(evaluate):

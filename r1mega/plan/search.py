@@ -318,7 +318,10 @@ class Search:
         updated = int(p.tp * p.pp * dense / self.gpus + p.ep * p.etp * p.pp * experts / self.gpus)
         gradients = 4 if config.optimizer.grad_reduce_in_fp32 else itemsize
         main = 0 if itemsize == 4 else 4 * updated
-        static = Static(itemsize * both, gradients * both, main, 4 * updated, 4 * updated, both, int(experts))
+        weights = itemsize * both
+        static = Static(
+            weights, gradients * both, main, 4 * updated, 4 * updated, both, int(experts), reference=weights
+        )
         kept, waiting = Activations(1, 0.0, 0.0, 0.0, {}), 0.0
         if work is not None:
             kept, waiting = self._activations(config, stage, work), in_flight(p, stage, work.microbatches)

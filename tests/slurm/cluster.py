@@ -106,8 +106,12 @@ class Cluster:
         return job
 
     def cancel_all(self) -> None:
-        for number in self.run("squeue", "-h", "-o", "%A").split():
+        """And wait until the jobs are over: daemons that end before leave their processes behind."""
+        numbers = self.run("squeue", "-h", "-o", "%A").split()
+        for number in numbers:
             self.run("scancel", number)
+        for number in numbers:
+            self.wait(number)
 
 
 @contextlib.contextmanager

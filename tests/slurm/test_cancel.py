@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.slurm]
 
 JOB = """#!/bin/bash
 . launch/slurm.sh
-run_in_job srun bash -c 'trap "exit 85" USR2 TERM; touch "$0"; while :; do sleep 0.2; done' "$1.${SLURM_RESTART_COUNT:-}"
+run_in_job srun bash -c 'trap "exit 85" USR2 TERM; touch "$0"; for i in {1..900}; do sleep 0.2; done' "$1.${SLURM_RESTART_COUNT:-}"
 """
 
 
@@ -28,6 +28,7 @@ def job(cluster, tmp_path):
     wait_for(tmp_path / "runs.")
     yield number
     cluster.run("scancel", number)
+    cluster.wait(number)
 
 
 def wait_for(path, seconds=120):

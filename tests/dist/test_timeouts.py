@@ -12,6 +12,7 @@ import torch.distributed as dist
 from r1mega.config.schema import TimeoutsConfig
 from r1mega.errors import StragglerError
 from r1mega.platform import groups
+from r1mega.types import RolloutGroup
 from tests.dist.launch import launch
 
 SHORT = 3.0
@@ -26,7 +27,7 @@ class SlowOnRankOne:
     def sample(self, prompts, seeds, policy_version):
         if dist.get_rank() == 1:
             time.sleep(self._seconds)
-        return list(prompts)
+        return [RolloutGroup(prompt, (), (), (), policy_version) for prompt in prompts]
 
 
 def collect(seconds: float, step: int) -> int:

@@ -367,8 +367,8 @@ def record_collectives(directory: Path) -> None:
     os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(directory.absolute() / "nccl_trace_rank_"))
 
 
-def native_stacks(pid: int) -> str:
-    """Stacks of a process with its C frames, by py-spy or gdb; without either, that they are missing. Takes up to 15 s."""
+def native_stacks(pid: int, seconds: int = 15) -> str:
+    """Stacks of a process with its C frames, by py-spy or gdb within `seconds`; without either, that they are missing."""
     for command in (
         ["py-spy", "dump", "--native", "--nonblocking", "--pid", str(pid)],
         ["gdb", "-p", str(pid), "-batch", "-ex", "thread apply all bt"],
@@ -376,8 +376,9 @@ def native_stacks(pid: int) -> str:
         if shutil.which(command[0]) is None:
             continue
         try:
-            # gdb stops the process, also this one: the limit is another's to keep, and ends the stop as well
-            done = subprocess.run(["timeout", "-s", "KILL", "15", *command], capture_output=True, text=True)
+            # gdb stops the process, also this one: another keeps the limit, and ends the stop that a killed gdb leaves
+            limited = ["sh", "-c", f'timeout -s KILL {seconds} "$@"; kill -CONT "$0"', str(pid), *command]
+            done = subprocess.run(limited, capture_output=True, text=True)
         except OSError as error:
             return f"\nnative stacks: {command[0]} failed ({error})\n"
         return f"\nnative stacks by {command[0]}:\n{done.stdout}{done.stderr}"

@@ -273,3 +273,16 @@ def test_the_file_of_a_rank_is_readable_at_any_time(tmp_path):
         lengths.add(len((tmp_path / "rank_0.json").read_bytes()))
         assert json.loads((tmp_path / "rank_0.json").read_text())["number"] == dog._number
     assert lengths == {1024}
+
+
+def test_a_debugger_that_is_cut_off_leaves_the_process_running(tmp_path):
+    """A gdb that was killed in the middle leaves what it looked at stopped: here the process that asked."""
+    gdb = tmp_path / "gdb"
+    gdb.write_text('#!/bin/sh\nkill -STOP "$2"\nsleep 60\n')
+    gdb.chmod(0o755)
+    asks = "import os; from r1mega.platform.watchdog import native_stacks; print(native_stacks(os.getpid(), seconds=1))"
+    done = subprocess.run(
+        [sys.executable, "-c", asks], capture_output=True, text=True, timeout=60,
+        env=os.environ | {"PATH": f"{tmp_path}:/usr/bin:/bin"},
+    )  # fmt: skip
+    assert done.returncode == 0 and "native stacks by gdb" in done.stdout, done.stderr

@@ -38,7 +38,7 @@ def test_recipes_by_device(transformer_engine, monkeypatch, caplog, capability, 
         monkeypatch.setattr(module, "get_device_compute_capability", lambda: capability)
     for answer in ("_FP8_SUPPORT", "_FP8_BLOCK_SCALING_SUPPORT"):
         monkeypatch.setattr(quantization, answer, None)
-    config = load_config(Path("configs/nano/base.yaml"), [f"model.fp8={recipe}"])
+    config = load_config(Path("configs/nano/base.yaml"), [f"model.fp8={recipe}", "model.log_probs=reference"])
     with caplog.at_level(logging.WARNING):
         if problem is None:
             validate.validate_platform(config)

@@ -32,6 +32,8 @@ reward_app = typer.Typer(help="Score lines of JSON from standard input.", no_arg
 app.add_typer(reward_app, name="reward")
 reshard_app = typer.Typer(help="Weights from the trainer's layout to the generator's.", no_args_is_help=True)
 app.add_typer(reshard_app, name="reshard")
+SECONDS_FOR_THE_FIRST_RANK = 5
+"""How long another rank leaves it to the first to tell what all of them find, before it tells it itself."""
 
 
 def _path(text: str) -> Path:
@@ -441,8 +443,9 @@ def main() -> None:
     except R1MegaError as error:
         if os.environ.get("R1MEGA_TRACEBACK") == "1":
             raise
-        if _is_first_rank() or not _same_on_every_rank(error):
-            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        if _same_on_every_rank(error) and not _is_first_rank():
+            time.sleep(SECONDS_FOR_THE_FIRST_RANK)  # its end, once it has told, ends this one too
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except OSError as error:
         text = _file_problem(error)

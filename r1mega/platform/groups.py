@@ -280,10 +280,11 @@ def destroy_parallel() -> None:
             for group in made:
                 if group in dist.distributed_c10d._world.pg_map:  # None is the world's; some Megatron has destroyed
                     dist.destroy_process_group(group)
-    if (
-        "megatron.core.transformer.moe.moe_utils" in sys.modules
-    ):  # the scale is a class's, and of the last schedule's shape
-        sys.modules["megatron.core.transformer.moe.moe_utils"].MoEAuxLossAutoScaler.main_loss_backward_scale = None
+    # what a class or a module keeps of the last model: the scale has its schedule's shape, the metrics (0.19) its layers
+    if (moe_utils := sys.modules.get("megatron.core.transformer.moe.moe_utils")) is not None:
+        moe_utils.MoEAuxLossAutoScaler.main_loss_backward_scale = None
+    if (moe_logging := sys.modules.get("megatron.core.transformer.moe.moe_logging")) is not None:
+        moe_logging.destroy_moe_metrics_tracker()
 
 
 def destroy() -> None:

@@ -124,11 +124,18 @@ def test_a_model_that_cannot_be_trained_is_refused_before_anything_starts(
     assert not (tmp_path / "run").exists()
 
 
-def test_only_the_first_rank_tells_what_all_ranks_find(train):
+def test_what_all_ranks_find_the_first_tells_and_another_only_where_none_ends_it(train):
+    """Were another silent and quicker, its launcher would end the first before that one has told."""
     first, second = (train("rollout.tp=0", RANK=rank, WORLD_SIZE="2") for rank in "01")
     assert first.returncode == second.returncode == 2
     assert "rollout.tp = 0" in first.stderr
-    assert second.stderr == ""
+    assert second.stderr == first.stderr
+
+
+def test_local_ranks_tell_once(train):
+    done = train("rollout.tp=0", "--ranks", "2")
+    assert done.returncode == 2
+    assert done.stderr.count("rollout.tp = 0") == 1, done.stderr
 
 
 def test_asked_to_stop_before_anything_has_begun_it_asks_to_be_started_again(model, tmp_path):

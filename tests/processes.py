@@ -88,7 +88,7 @@ def start(
 
 
 def run(
-    *arguments: Any, num_ranks: int = 1, separate: bool = False, stdin: str = "", timeout: float = 300,
+    *arguments: Any, num_ranks: int = 1, separate: bool = False, stdin: str = "", timeout: float = 900,
     variables: Mapping[str, str] | None = None, real: bool = False, program: Sequence[str] = ("-m", "r1mega"),
 ) -> subprocess.CompletedProcess:  # fmt: skip
     """Run `python PROGRAM ARGUMENTS` to the end; its output as text, errors among it unless they are to be separate.

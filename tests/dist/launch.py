@@ -30,7 +30,7 @@ def launch(
     function: Callable[..., Any],
     ranks: int,
     *args: Any,
-    timeout_seconds: float = 240,
+    timeout_seconds: float = 600,
     preload: str = "tests.dist.preload",
 ) -> list[Any]:
     """[function(*args) on rank 0, 1, ...], each in a process of its own with RANK etc. set and one thread.

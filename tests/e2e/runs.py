@@ -31,7 +31,7 @@ def r1mega(*arguments, check=True, **options):
     return done
 
 
-def run_until_step(step, run_dir, sent, *arguments, timeout=300, real=False):
+def run_until_step(step, run_dir, sent, *arguments, timeout=900, real=False):
     """Start, send a signal once metrics.jsonl holds `step`, wait; the exit code."""
     with open(run_dir.with_suffix(".log"), "w") as log:
         process = start(*arguments, output=log, real=real)
@@ -46,7 +46,7 @@ def run_until_step(step, run_dir, sent, *arguments, timeout=300, real=False):
     return code
 
 
-def kill_when(condition, *arguments, log, timeout=300):
+def kill_when(condition, *arguments, log, timeout=900):
     """Start, and kill -9 the moment `condition()` holds."""
     with open(log, "w") as out:
         process = start(*arguments, output=out)

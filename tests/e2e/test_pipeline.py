@@ -48,12 +48,12 @@ def whole(tmp_path_factory):
     arguments = ["pipeline", file, f"dir={directory}", *SMALL]
     with open(directory.parent / "log", "w") as log:
         first = start(*arguments, output=log, real=True)
-    limit = time.monotonic() + 300
+    limit = time.monotonic() + 900
     while not metrics(directory / "zero") and first.poll() is None and time.monotonic() < limit:
         time.sleep(0.05)
     running = lineage(directory, "zero")["state"]
     first.send_signal(signal.SIGTERM)
-    code = first.wait(120)
+    code = first.wait(300)
     stopped = lineage(directory, "zero")["state"]
     second = r1mega(*arguments)
     return directory, arguments, (running, code, stopped), second.stdout

@@ -86,7 +86,7 @@ class Cluster:
     def run(self, *command: object, **more: str) -> str:
         """A Slurm command's output; AssertionError with its message when it fails."""
         done = subprocess.run(
-            [str(part) for part in command], env=self.environment | more, capture_output=True, text=True, timeout=60
+            [str(part) for part in command], env=self.environment | more, capture_output=True, text=True, timeout=200
         )
         assert done.returncode == 0, f"{command}: {done.stderr}"
         return done.stdout.strip()
@@ -97,7 +97,7 @@ class Cluster:
             part.split("=", 1) for part in self.run("scontrol", "show", "job", "-o", number).split() if "=" in part
         )
 
-    def wait(self, number: str, seconds: float = 400) -> dict[str, str]:
+    def wait(self, number: str, seconds: float = 900) -> dict[str, str]:
         """The job when it is over."""
         limit = time.monotonic() + seconds
         while (job := self.job(number))["JobState"] in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED"):
@@ -177,7 +177,7 @@ def _idle_nodes(cluster: Cluster) -> int:
     return sum(map(int, done.stdout.split()))
 
 
-def _wait_for(condition, directory: Path, seconds: float = 30) -> None:
+def _wait_for(condition, directory: Path, seconds: float = 120) -> None:
     limit = time.monotonic() + seconds
     while not condition():
         logs = "\n".join(

@@ -24,7 +24,7 @@ def test_a_job_for_each_stage_that_is_not_finished(cluster, tmp_path):
         }  # fmt: skip
         done = subprocess.run(
             ["bash", "launch/pipeline.sh", file, f"dir={tmp_path}/runs", *SMALL, "zero.evaluate.data=null"],
-            env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False,
+            env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=200, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         return [line.split(": job ") for line in done.stdout.splitlines()]
@@ -34,7 +34,7 @@ def test_a_job_for_each_stage_that_is_not_finished(cluster, tmp_path):
     assert (first, second, after) == ("base", "zero", base)
     job = cluster.job(zero)
     assert job["NumNodes"] in ("2", "2-2") and base in job["Dependency"]
-    ends = {number: cluster.wait(number, 200)["JobState"] for number in (base, zero)}
+    ends = {number: cluster.wait(number)["JobState"] for number in (base, zero)}
     logs = "\n".join(log.read_text()[-2000:] for log in tmp_path.glob("logs/**/*.*") if log.is_file())
     assert ends == {base: "COMPLETED", zero: "COMPLETED"}, logs
     assert [line["step"] for line in metrics(tmp_path / "runs" / "zero")] == [1, 2, 3]

@@ -13,7 +13,7 @@ JOB = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "zero", "SLURM_NTASKS_PER_NODE": "
 def bash(*command, cwd=REPOSITORY, **variables):
     outside = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "R1MEGA_"))}
     done = subprocess.run(
-        ["bash", *command], cwd=cwd, env=outside | variables, capture_output=True, text=True, timeout=20
+        ["bash", *command], cwd=cwd, env=outside | variables, capture_output=True, text=True, timeout=120
     )
     return done.returncode, done.stdout.splitlines(), done.stderr
 

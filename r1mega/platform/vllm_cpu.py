@@ -71,6 +71,7 @@ def apply_patches() -> None:
     _patch_expert_map()
     _patch_unfinished_prompts()
     _patch_memory_binding()
+    _patch_kernel_overrides()
 
 
 def _is_patched(function: object) -> bool:
@@ -199,6 +200,30 @@ def _patch_memory_binding() -> None:
     if inspect.getsource(CPUWorker.__init__).count(call) != 1:
         raise PlatformError("vllm CPUWorker binds memory in another way: unknown vLLM build")
     torch.ops._C.init_cpu_memory_env = lambda nodes: None  # type: ignore[attr-defined]  # a name that torch does not know
+
+
+def _patch_kernel_overrides() -> None:
+    """vllm/platforms/cpu.py, CpuPlatform.register_triton_kernel_overrides.
+
+    Reason: every engine registers the C++ kernels anew. For that all modules are gone through (half a second), and what it
+    replaces is what the engine before put there: a call goes through one wrapper more each time. Here a process does it once.
+    """
+    from vllm.platforms.cpu import CpuPlatform
+    from vllm.triton_utils import dispatcher
+
+    name = "register_triton_kernel_overrides"
+    original = CpuPlatform.__dict__.get(name)
+    if not isinstance(original, classmethod) or not isinstance(getattr(dispatcher, "_registry", None), dict):
+        raise PlatformError(f"vllm CpuPlatform has no {name} to patch: unknown vLLM build")
+    if _is_patched(original.__func__):
+        return
+
+    def register(cls):
+        if not dispatcher._registry:
+            original.__func__(cls)
+
+    register.__dict__["_r1mega_patch"] = True
+    setattr(CpuPlatform, name, classmethod(register))
 
 
 def engine_arguments(

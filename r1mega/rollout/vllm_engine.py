@@ -143,7 +143,7 @@ class VllmEngine:
         gc.freeze()  # vLLM collects five times as it builds: not through all that is here already; `close` undoes it
         set_num_threads = torch.set_num_threads
         try:
-            with _own_random_state():
+            with _own_random_state(), self._without("freeze"):
                 return LLMEngine.from_engine_args(arguments)
         except (ValueError, AssertionError, NotImplementedError, RuntimeError) as error:
             raise GenerationError(
@@ -152,6 +152,21 @@ class VllmEngine:
             ) from error
         finally:
             torch.set_num_threads = set_num_threads  # vLLM's CPU worker replaces it by a warning
+            self._num_frozen = gc.get_freeze_count()
+
+    @contextlib.contextmanager
+    def _without(self, *names: str) -> Iterator[None]:
+        """Inside, these functions of `gc` do nothing, where a process has engines one after the other. vLLM freezes what it has
+        built, and to be rid of it thaws and collects everything: twice half a second, and in a fork a copy of all that is imported.
+        """
+        functions = {name: getattr(gc, name) for name in names if self._platform.SEVERAL_ENGINES_A_PROCESS}
+        try:
+            for name in functions:
+                setattr(gc, name, lambda *_: 0)
+            yield
+        finally:
+            for name, function in functions.items():
+                setattr(gc, name, function)
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[tuple[Response, ...]]:
         """See GenerationEngine."""
@@ -270,11 +285,15 @@ class VllmEngine:
         """See GenerationEngine. Idempotent."""
         if self._llm_engine is not None:
             self._check_open()
-            self._core.engine_core.model_executor.shutdown()
-            self._core.engine_core.scheduler.shutdown()
+            with self._without("unfreeze", "collect"):
+                self._core.engine_core.model_executor.shutdown()
+                self._core.engine_core.scheduler.shutdown()
             self._llm_engine = self._restore = None
             del self._core, self._worker, self._target
+            if gc.get_freeze_count() > self._num_frozen:
+                gc.unfreeze()  # somebody else has frozen this engine too
             gc.collect()  # engine, scheduler and model refer to each other
+            gc.unfreeze()
             VllmEngine._num_open -= 1
             if VllmEngine._num_open == 0:
                 _destroy_vllm_groups()

@@ -40,6 +40,7 @@ def test_build_push_probe_close_and_build_again(first, second):
     had before."""
     from vllm.distributed import parallel_state
     from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT
+    from vllm.triton_utils import dispatcher
 
     said = {}
     for name, seed in ((first, 0), (second, 1), (first, 0)):
@@ -56,13 +57,16 @@ def test_build_push_probe_close_and_build_again(first, second):
         del model, runner
         if (name, seed) == (second, 1):
             engine.sleep()  # what would undo it goes too
+            gc.collect()
+            gc.freeze()  # as the next engine does while this one is open
         engine.close()
-        gc.collect()
         assert not [ref() for ref in held if ref() is not None]
         assert parallel_state._WORLD is None and not parallel_state.model_parallel_is_initialized() and not _ROPE_DICT
         total = torch.ones(1)
         dist.all_reduce(total)  # the trainer's default group
         assert total.item() == dist.get_world_size()
+    originals = [original for original, _ in dispatcher._registry.values()]
+    assert originals and not any(isinstance(original, dispatcher.KernelOverride) for original in originals)
 
 
 def test_where_a_process_builds_one_engine_the_next_one_is_refused(monkeypatch):

@@ -1,12 +1,15 @@
 """A process that has imported what runs of r1mega import, and forks for each: a start costs a fork, not ten seconds of imports.
 
 Started by tests/processes.py, with the socket of its requests as standard input. A fork has arguments, variables, directory and
-standard streams of its own and is ended by the interpreter itself. What forks share and real starts do not: the seed of text
-hashes (the order of sets), addresses, and variables that are read at import. So each test that compares runs has one real start.
+standard streams of its own; it waits for its threads and calls its exit handlers as the interpreter does, but takes no module
+down after them: that went through all that is imported, a third of a short run. What forks share and real starts do not: the
+seed of text hashes (the order of sets), addresses, and variables that are read at import. So each test that compares runs has
+one real start.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gc
 import json
@@ -15,9 +18,11 @@ import runpy
 import signal
 import socket
 import sys
+import threading
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy
 
@@ -39,7 +44,9 @@ def preload() -> None:
     vllm_cpu.prepare_environment()
     import vllm.v1.engine.llm_engine
     import vllm.v1.worker.cpu_worker  # noqa: F401
+    from vllm.platforms import current_platform
 
+    current_platform.register_triton_kernel_overrides()  # goes through all modules; once a process (platform/vllm_cpu.py)
     torch._dynamo.config.disable = False  # until a run prepares vLLM's environment itself
     assert len(os.listdir("/proc/self/task")) == 1, "a thread would be missing in the forks"
 
@@ -91,7 +98,27 @@ def become(arguments: list[str], environment: dict[str, str], directory: str, st
     path = [first, *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
     sys.path[:] = list(dict.fromkeys([*path, *sys.path]))
     run = runpy.run_module if is_module else runpy.run_path
-    run(program, run_name="__main__", **({"alter_sys": True} if is_module else {}))
+    end(lambda: run(program, run_name="__main__", **({"alter_sys": True} if is_module else {})))
+
+
+def end(main: Callable[[], Any]) -> NoReturn:
+    """Call `main` and end as `python` does after it, but without taking modules down."""
+    code: Any = 0
+    try:
+        main()
+    except SystemExit as error:
+        code = error.code
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    if not isinstance(code, int | None):
+        print(code, file=sys.stderr)
+        code = 1
+    threading._shutdown()  # type: ignore[attr-defined]  # waits for threads, after what concurrent.futures asks for
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit((code or 0) & 0xFF)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def overrides(base):
 def local(overrides, tmp_path_factory):
     """The metrics of two local ranks."""
     run_dir = tmp_path_factory.mktemp("local") / "run"
-    r1mega("train", "--ranks", "2", CONFIG, f"run_dir={run_dir}", *overrides, real=True)
+    r1mega("train", CONFIG, f"run_dir={run_dir}", *overrides, num_ranks=2)
     return metrics(run_dir)
 
 

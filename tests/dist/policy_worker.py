@@ -36,9 +36,6 @@ from r1mega.train.samples import pack_samples  # noqa: E402
 from r1mega.train.trainer import Trainer  # noqa: E402
 from tests.dist.convert_worker import saves_what_ranks_hold  # noqa: E402
 
-PACKS = ([[0], [1], [2, 3], [4, 5, 6, 7]], [[0, 1, 2, 3], [4, 5, 6, 7]])
-"""Samples of the microbatches whose log-probs are computed before each step."""
-
 
 @dataclass(frozen=True, slots=True)
 class Case:
@@ -140,10 +137,9 @@ def take_steps(
     trainer.optimizer.step = step
     steps: list[dict[str, Any]] = []
     samples = expected.samples
-    for number, packs in enumerate(PACKS, 1):
-        scored = policy.log_probs([pack_samples(samples, pack) for pack in packs], TEMPERATURE)
-        lengths = [[samples[i].response_length for i in pack] for pack in packs]
-        log_probs = [part for values, sizes in zip(scored, lengths, strict=True) for part in torch.split(values, sizes)]
+    batches = [pack_samples(samples, [i]) for i in range(len(samples))]
+    for number in (1, 2):
+        log_probs = policy.log_probs(batches, TEMPERATURE)
         if case.kind == "grpo":
             loss, norm = rl_step(
                 trainer, samples, number, microbatch_tokens=case.microbatch_tokens, temperature=TEMPERATURE,

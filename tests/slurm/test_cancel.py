@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.slurm]
 
 JOB = """#!/bin/bash
 . launch/slurm.sh
-run_in_job srun bash -c 'trap "exit 85" USR2 TERM; touch "$0"; for i in {1..900}; do sleep 0.2; done' "$1.${SLURM_RESTART_COUNT:-}"
+run_in_job srun bash -c 'trap "exit 85" USR2 TERM; touch "$0"; for i in {1..900}; do [ -e "${0%.*}.end" ] && exit; sleep 0.2; done' "$1.${SLURM_RESTART_COUNT:-}"
 """
 
 LONG_STEP = """#!/bin/bash
@@ -57,10 +57,21 @@ def test_a_cancelled_job_stays_down(cluster, job, tmp_path):
     assert not (tmp_path / "runs.1").exists()
 
 
-def test_a_job_that_was_warned_comes_back(cluster, job, tmp_path):
+def test_a_job_that_was_warned_comes_back_and_what_waits_for_it_goes_on(cluster, job, tmp_path):
+    """The next stage's job, as launch/pipeline.sh submits it."""
+    command = [
+        f"--dependency=afterok:{job}",
+        "--kill-on-invalid-dep=yes",
+        f"--output={tmp_path}/next.out",
+        "--wrap=true",
+    ]
+    following = cluster.run("sbatch", "--parsable", *command)
     cluster.run("scancel", "--signal=USR1", "--batch", job)
     wait_for(tmp_path / "runs.1")
     assert cluster.job(job)["Restarts"] == "1"
+    assert cluster.job(following)["JobState"] == "PENDING"
+    (tmp_path / "runs.end").touch()
+    assert cluster.wait(following)["JobState"] == "COMPLETED"
 
 
 def test_a_job_whose_machines_are_taken_comes_back(cluster, job, tmp_path):

@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import datasketch  # noqa: F401  # before the forks: an import is no work
 import torch.distributed as dist
@@ -34,6 +34,8 @@ from r1mega.data.tokenizer import load_tokenizer
 from r1mega.platform import groups
 from r1mega.types import Deal
 
+U = TypeVar("U")
+V = TypeVar("V")
 TOKENS = 8000
 """Of a whole response; --words of them are made here."""
 
@@ -75,8 +77,8 @@ def measure(directory: Path, candidates: Sequence[Candidate]) -> dict[str, float
     """CPU seconds of this rank by work, and of rank 0's own part. A collective call."""
     seconds: dict[str, float] = {}
 
-    def timed(name: str, work: Callable[[Sequence[Any]], list[Any]]) -> Callable[[Sequence[Any]], list[Any]]:
-        def run(items: Sequence[Any]) -> list[Any]:
+    def timed(name: str, work: Callable[[Sequence[U]], list[V]]) -> Callable[[Sequence[U]], list[V]]:
+        def run(items: Sequence[U]) -> list[V]:
             began = time.process_time()
             try:
                 return work(items)
@@ -88,25 +90,22 @@ def measure(directory: Path, candidates: Sequence[Candidate]) -> dict[str, float
     duplicates = DuplicateConfig()
     data = SFTData(files=(), max_tokens=10**6)
     outside = DecontaminationConfig(files=(directory / "questions.jsonl",))
-    works = {
-        "tokenise": functools.partial(tokenise, data, load_tokenizer(directory)),
-        "filters": functools.partial(first_takers, build_filters(FilterConfig())),
-        "hash": functools.partial(signatures, duplicates.ngram, duplicates.num_permutations),
-        "decontaminate": functools.partial(contaminated, outside),
-    }
-    helpers = {name: timed(name, work) for name, work in works.items()}
+    tokenised = timed("tokenise", functools.partial(tokenise, data, load_tokenizer(directory)))
+    filtered = timed("filters", functools.partial(first_takers, build_filters(FilterConfig())))
+    signed_by = timed("hash", functools.partial(signatures, duplicates.ngram, duplicates.num_permutations))
+    found_in = timed("decontaminate", functools.partial(contaminated, outside))
 
     def make(deal: Deal) -> None:
         began = time.process_time()
         lines = [(c.id, {"question": c.question, "response": c.response}) for c in candidates]
-        deal(helpers["tokenise"], lines)
-        deal(helpers["filters"], candidates)
-        signed = deal(helpers["hash"], [text_of(c) for c in candidates])
+        deal(tokenised, lines)
+        deal(filtered, candidates)
+        signed = deal(signed_by, [text_of(c) for c in candidates])
         without_duplicates(list(candidates), duplicates, signed)
-        deal(helpers["decontaminate"], candidates)
+        deal(found_in, candidates)
         seconds["rank 0 alone"] = time.process_time() - began - sum(seconds.values())
 
-    groups.lead(make, tuple(helpers.values()))
+    groups.lead(make, (tokenised, filtered, signed_by, found_in))
     return seconds
 
 

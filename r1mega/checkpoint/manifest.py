@@ -154,7 +154,7 @@ def write_manifest(directory: Path, architecture: Mapping[str, Any], files: File
     sync_path(directory)
 
 
-def _digest_of(content: Mapping[str, Any]) -> str:
+def _digest_of(content: Mapping[str, object]) -> str:
     """Of a manifest without its own digest, as JSON."""
     return hashlib.sha256(json.dumps(json.loads(json.dumps(content)), sort_keys=True).encode()).hexdigest()
 

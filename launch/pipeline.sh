@@ -6,6 +6,7 @@
 # Machines and ranks come from the file; partition, account and time from SBATCH_* variables. Started again after a failure
 # it submits what is not finished. Without Slurm the stages run here, one after the other.
 #SBATCH --exclusive
+#SBATCH --mem=0
 #SBATCH --requeue
 #SBATCH --signal=B:USR1@600
 #SBATCH --open-mode=append

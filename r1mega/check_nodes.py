@@ -246,10 +246,11 @@ def say(ranks: Sequence[Facts], found: Sequence[str], notes: Sequence[str] = ())
 
 
 def program() -> dict[str, str]:
-    """Versions that all must share, by name; the commit of this program among them."""
+    """Versions that all must share, by name; the commit of this program among them, and how gloo connects."""
     described = describe_environment()
     own = {"r1mega": described["r1mega"], "commit of r1mega": described["git_commit"] or "unknown"}
-    return described["packages"] | own | {"python": described["python"]}
+    gloo = {"TORCH_GLOO_LAZY_INIT": os.environ.get("TORCH_GLOO_LAZY_INIT", "unset")}
+    return described["packages"] | own | {"python": described["python"]} | gloo
 
 
 def gpu(device: torch.device) -> Gpu | None:

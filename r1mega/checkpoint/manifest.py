@@ -149,13 +149,20 @@ def write_manifest(directory: Path, architecture: Mapping[str, Any], files: File
     """Everything in `files` is durable before this is called; afterwards the checkpoint is whole."""
     manifest = directory / MANIFEST
     content = {"architecture": dict(architecture), "files": dict(sorted(files.items()))}
-    manifest.write_text(json.dumps(content, indent=1))
+    manifest.write_text(json.dumps({**content, "sha256": _digest_of(content)}, indent=1))
     sync_path(manifest)
     sync_path(directory)
 
 
+def _digest_of(content: Mapping[str, object]) -> str:
+    """Of a manifest without its own digest, as JSON."""
+    return hashlib.sha256(json.dumps(json.loads(json.dumps(content)), sort_keys=True).encode()).hexdigest()
+
+
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """{"architecture", "files"}. CheckpointError when there is none, or it is damaged."""
+    """{"architecture", "files"}. CheckpointError when there is none, or it is damaged: it has a digest of its own, but for those
+    written before it had.
+    """
     path = Path(directory) / MANIFEST
     try:
         manifest = json.loads(path.read_text())
@@ -163,6 +170,8 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         complete = all(isinstance(r["bytes"], int) and isinstance(r["sha256"], str) for r in records)
         if not complete or not isinstance(manifest["architecture"], dict):
             raise ValueError("not a manifest")
+        if manifest.pop("sha256", None) not in (None, _digest_of(manifest)):
+            raise ValueError("another sha256 than when it was written")
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(f"no {MANIFEST} in {directory}") from None
     except OSError as error:

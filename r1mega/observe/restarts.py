@@ -1,12 +1,15 @@
 """When a job whose rank died starts again by itself: there is something new to go on from, nobody has to answer first, and it
 is not the same fault over and over. RUN_DIR/restarts.jsonl has a line for each.
+
+    python -m r1mega.observe.restarts RUN_DIR CODE    for launch/slurm.sh: the seconds to wait; exit code 1 to stay ended
+    python -m r1mega.observe.restarts RUN_DIR         exit code 0 where a checkpoint is newer than what the last start went on from
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from r1mega.config.schema import RestartConfig
@@ -44,7 +47,7 @@ def _seconds_until_restart(run_dir: Path, code: int, config: RestartConfig, now:
     path = run_dir / "restarts.jsonl"
     before = read_json_lines(path) if path.exists() else []
     newest = newest_checkpoint(run_dir)
-    if newest <= max([_last_start(run_dir), *(line["step"] for line in before)]):
+    if newest <= max([last_start(run_dir), *(line["step"] for line in before)]):
         return None
     recent = [line for line in before if now - line["time"] < HOUR]
     if len(recent) >= config.per_hour:
@@ -64,7 +67,28 @@ def newest_checkpoint(run_dir: Path) -> int:
     return max((int(step) for step in steps if step.isdecimal()), default=0)
 
 
-def _last_start(run_dir: Path) -> int:
+def last_start(run_dir: Path) -> int:
+    """The step that the newest start of the run went on from; 0 without any."""
     directory = RunDirectory(run_dir)
     starts = directory.read_environment().get("starts", []) if directory.environment.exists() else []
     return starts[-1]["step"] if starts else 0
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The exit code; see the head of this file."""
+    run_dir = Path(arguments[0])
+    try:
+        if len(arguments) == 1:
+            return int(newest_checkpoint(run_dir) <= last_start(run_dir))
+        config = RestartConfig.model_validate(RunDirectory(run_dir).read_config().get("restart", {}))
+        seconds = seconds_until_restart(run_dir, int(arguments[1]), config)
+    except (R1MegaError, OSError) as error:
+        print(f"{run_dir}: no start by itself: {error}", file=sys.stderr)
+        return 1
+    if seconds is not None:
+        print(f"{seconds:.0f}")
+    return int(seconds is None)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

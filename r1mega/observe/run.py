@@ -45,6 +45,8 @@ CHANGEABLE_KEYS = (
 )  # fmt: skip
 """Config keys (with all below them) that may differ when a run is started again; any other makes it another run."""
 
+PLACE_VARIABLE = "R1MEGA_SAY_RUN_DIR"
+
 _locked_here: set[Path] = set()  # POSIX locks do not exclude within one process: this set does
 
 
@@ -113,6 +115,11 @@ class RunDirectory:
         if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
             kind = "may not be written" if nearest.is_dir() else "is a file"
             raise ConfigError(f"run_dir {self.path}: cannot be made ({nearest} {kind}); choose another run_dir")
+
+    def say_place(self) -> None:
+        """Into the file that the variable R1MEGA_SAY_RUN_DIR names, for launch/slurm.sh: where this directory is."""
+        if place := os.environ.get(PLACE_VARIABLE):
+            write_atomic(Path(place), f"{self.path.absolute()}\n")
 
     def check_config(self, config: Mapping[str, Any]) -> None:
         """ConfigError when the directory holds a run whose config differs in a key outside CHANGEABLE_KEYS (see

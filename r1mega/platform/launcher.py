@@ -17,6 +17,9 @@ from r1mega.platform.signals import SIGNALS
 OPEN_FILES = 65536
 """Enough for any job; of a limit of a billion, what closes all descriptors one by one after a fork takes long."""
 
+LAZY_FROM = 128
+"""Ranks from which gloo connects two of them when they first talk, not all of them in each group at its start."""
+
 
 def adopt_launcher_environment() -> None:
     """Set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT from the launcher's own, unless they are set.
@@ -26,6 +29,8 @@ def adopt_launcher_environment() -> None:
     """
     raise_open_files()
     place = launched_place()
+    if place is not None and place.size >= LAZY_FROM:
+        os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     if place is None or place.launcher == "torchrun" or place.size == 1:
         return
     os.environ |= {"RANK": str(place.rank), "LOCAL_RANK": str(place.local_rank), "WORLD_SIZE": str(place.size)}

@@ -150,7 +150,7 @@ class Watchdog:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         self._main_clock = time.pthread_getcpuclockid(threading.main_thread().ident or 0)
-        self._number = self._busy = 0
+        self._number, self._busy, self._trouble = 0, 0, ""
         self._cpu_seconds = self._looked = 0.0
         self._spot: tuple[int, int] | None = None
         self._seen: dict[int, _Seen] = {}
@@ -176,8 +176,10 @@ class Watchdog:
             try:
                 self._beat()
                 self._look()
-            except Exception as error:  # what cannot be written or read now says nothing of the ranks
-                _logger.warning("watchdog: %s", error)
+            except Exception as error:  # what cannot be written or read now says nothing of the ranks; told once
+                if str(error) != self._trouble:
+                    _logger.warning("watchdog: no sign of rank %d while this lasts: %s", self._rank, error)
+                self._trouble = str(error)
                 self._seen.clear()
 
     # ------------------------------------------------------------------ this rank's own sign
@@ -325,9 +327,7 @@ class Watchdog:
                 self._write_stacks(stacks, int(verdict["dumps"]))
             except Exception as error:
                 _logger.warning("watchdog: no stacks: %s", error)
-            if (launcher := os.environ.get(LAUNCHER_VARIABLE)) == str(
-                os.getppid()
-            ):  # not of another job, of another machine
+            if (launcher := os.environ.get(LAUNCHER_VARIABLE)) == str(os.getppid()):  # not another job's, machine's
                 os.kill(int(launcher), signal.SIGUSR1)
         finally:
             os._exit(EXIT_STALLED)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +54,9 @@ _MEMORY = (
 )
 """What a line says of memory, if it is known: the same names on every rank."""
 
+WARNING_MARGIN = 1.5
+"""Of the warning that a job wants before its end, over a step and a save."""
+
 
 class Stopped(Exception):
     """Asked to stop before the end, after `step`, whose state is saved."""
@@ -89,6 +94,7 @@ class Runtime:
         self._last: dict[str, Any] = {}
         self._step = self._total_steps = 0
         self._at_step, self._doing = 0, "start"  # for the watchdog
+        self._step_seconds = self._save_seconds = 0.0  # the longest of this start
 
     @classmethod
     @contextlib.contextmanager
@@ -106,6 +112,7 @@ class Runtime:
                 stack.enter_context(directory.lock())
                 directory.write_config(config.model_dump(mode="json"))
                 prepare_directory(directory.watch)
+                directory.say_place()
             runtime.barrier()
             watch.enter_context(runtime._watchdog())
             stack.callback(runtime._close)
@@ -145,7 +152,9 @@ class Runtime:
             for step in range(start + 1, total + 1):
                 self._at_step = step
                 self.timer.start_step()
+                began = time.monotonic()
                 yield step
+                self._step_seconds = max(self._step_seconds, time.monotonic() - began)
                 stopping = self.stop_requested()
                 if step % every == 0 or step == total or stopping:
                     before_save()
@@ -209,8 +218,10 @@ class Runtime:
         """Checkpoint `step`; its metrics line is written by then, so none is missing after a kill."""
         if self._store is None:
             raise RuntimeError("restore() opens the checkpoints first")
+        began = time.monotonic()
         with self.busy_with("save"):
             self._store.save(step, trainer.sharded_state(is_loading=False), progress)
+        self._save_seconds = max(self._save_seconds, time.monotonic() - began)
 
     # ------------------------------------------------------------------ what the loop reports
 
@@ -320,8 +331,18 @@ class Runtime:
         self._finish_saves()
         if self.is_main:
             self.directory.write_status("interrupted", step, self._last)
-            tell(f"stopped after step {step}; state saved, start again to go on")
+            tell(f"stopped after step {step}; state saved, start again to go on{self._warning()}")
         return EXIT_SAVED_FOR_REQUEUE
+
+    def _warning(self) -> str:
+        """How long before its end a job of this run has to be told, by what was measured since the start."""
+        if not self._step_seconds:
+            return ""
+        wanted = math.ceil(WARNING_MARGIN * (self._step_seconds + self._save_seconds))
+        return (
+            f" (steps took up to {self._step_seconds:.1f} s, saves {self._save_seconds:.1f} s: "
+            f"warn it {wanted} s before its end, sbatch --signal=B:USR1@{wanted})"
+        )
 
     def finished(self, summary: Mapping[str, Any]) -> int:
         """Mark the run as finished; the exit code."""

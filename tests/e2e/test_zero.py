@@ -61,6 +61,8 @@ def test_reference_and_kl(whole_run):
 def test_interrupted_run_equals_uninterrupted_bitwise(nano_base, whole_run, tmp_path, sent, step, code):
     arguments = zero_arguments(nano_base, tmp_path / "run")
     assert run_until_step(step, tmp_path / "run", sent, *arguments) == code
+    wanted = "before its end, sbatch --signal=B:USR1@" in (tmp_path / "run.log").read_text()
+    assert wanted == (code == 85), "how long a warning it wants"
     r1mega(*arguments)
     assert without_times(metrics(tmp_path / "run")) == without_times(metrics(whole_run))
     assert (tmp_path / "run/samples.jsonl").read_text() == (whole_run / "samples.jsonl").read_text()

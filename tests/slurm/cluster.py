@@ -13,7 +13,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel")
@@ -49,6 +49,7 @@ SlurmdLogFile={directory}/slurmd-%n.log
 GresTypes=gpu
 {nodes}
 PartitionName=main Nodes=ALL Default=YES PreemptMode=REQUEUE GraceTime=30
+PartitionName=urgent Nodes=ALL PriorityTier=10 PreemptMode=OFF
 """
 NODE = "NodeName=n{i} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=16 RealMemory=64000 Gres=gpu:{gpus} State=UNKNOWN"
 
@@ -75,9 +76,10 @@ def _install() -> None:
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """directory: configuration, state and logs of the daemons."""
+    """directory: configuration, state and logs of the daemons. slurmds: those that run, by the machine that they are."""
 
     directory: Path
+    slurmds: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     @property
     def environment(self) -> dict[str, str]:
@@ -105,6 +107,26 @@ class Cluster:
             time.sleep(0.3)
         return job
 
+    def start_slurmd(self, node: str) -> None:
+        with open(self.directory / "daemons.log", "ab") as log:
+            command = ["slurmd", "-D", "-N", node]
+            self.slurmds[node] = subprocess.Popen(command, env=self.environment, stdout=log, stderr=log)
+
+    @contextlib.contextmanager
+    def without_slurmd(self, node: str) -> Iterator[None]:
+        """Killed while the block runs, with what it had started, as when the machine is off; afterwards the machine is back."""
+        self.slurmds[node].kill()
+        self.slurmds[node].wait()
+        for pid in _steps_of(node):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        try:
+            yield
+        finally:
+            self.start_slurmd(node)
+            nodes = len(self.slurmds)
+            _wait_for(lambda: _nodes(self, "idle,alloc,mix,comp") == nodes, self.directory, 60)
+
     def cancel_all(self) -> None:
         """And wait until the jobs are over: daemons that end before leave their processes behind."""
         numbers = self.run("squeue", "-h", "-o", "%A").split()
@@ -123,7 +145,6 @@ def start(directory: Path, num_nodes: int) -> Iterator[Cluster]:
         ["munged", "--foreground", "--force", f"--key-file={directory}/munge/key", f"--socket={directory}/munge/socket",
          f"--pid-file={directory}/munge/pid", f"--log-file={directory}/munge/log", f"--seed-file={directory}/munge/seed"],
         ["slurmctld", "-D"],
-        *(["slurmd", "-D", "-N", f"n{i}"] for i in range(num_nodes)),
     ]  # fmt: skip
     running = []
     try:
@@ -132,10 +153,13 @@ def start(directory: Path, num_nodes: int) -> Iterator[Cluster]:
                 running.append(subprocess.Popen(command, env=cluster.environment, stdout=log, stderr=log))
                 if command[0] == "munged":
                     _wait_for(lambda: (directory / "munge" / "socket").exists(), directory)
-        _wait_for(lambda: _idle_nodes(cluster) == num_nodes, directory)
+        for i in range(num_nodes):
+            cluster.start_slurmd(f"n{i}")
+        _wait_for(lambda: _nodes(cluster, "idle") == num_nodes, directory)
         yield cluster
         cluster.cancel_all()
     finally:
+        running += cluster.slurmds.values()
         for process in reversed(running):
             process.send_signal(signal.SIGTERM)
         for process in reversed(running):
@@ -170,9 +194,18 @@ def _free_ports(count: int) -> list[int]:
         return [probe.getsockname()[1] for probe in probes]
 
 
-def _idle_nodes(cluster: Cluster) -> int:
+def _steps_of(node: str) -> Iterator[int]:
+    """Processes of that machine's jobs: what tells them from those of the others is that variable."""
+    for directory in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if f"SLURMD_NODENAME={node}".encode() in (directory / "environ").read_bytes().split(b"\0"):
+                yield int(directory.name)
+
+
+def _nodes(cluster: Cluster, states: str) -> int:
+    """How many are in one of them."""
     done = subprocess.run(
-        ["sinfo", "-h", "-t", "idle", "-o", "%D"], env=cluster.environment, capture_output=True, text=True
+        ["sinfo", "-h", "-p", "main", "-t", states, "-o", "%D"], env=cluster.environment, capture_output=True, text=True
     )
     return sum(map(int, done.stdout.split()))
 

@@ -1,4 +1,4 @@
-"""A Slurm cluster of two machines for the session, where one can be started; elsewhere its tests are skipped by name."""
+"""A Slurm cluster of three machines for the session, where one can be started; elsewhere its tests are skipped by name."""
 
 import shutil
 import tempfile
@@ -17,6 +17,6 @@ def cluster():
         tempfile.mkdtemp(prefix="r1mega-slurm-")
     )  # a short path: munge's socket has 108 characters at most
     directory.chmod(0o755)
-    with start(directory, num_nodes=2) as running:
+    with start(directory, num_nodes=3) as running:
         yield running
     shutil.rmtree(directory)

@@ -80,7 +80,10 @@ def _plan(directory):
         ({"R1MEGA_CONTAINER": "/images/r1.sif", "R1MEGA_MOUNTS": "/data:/data"},
          f"apptainer exec --nv --bind {REPOSITORY},/data:/data --pwd {REPOSITORY} /images/r1.sif", "python"),
         ({"R1MEGA_CONTAINER": "registry/r1:1", "R1MEGA_CONTAINER_PYTHON": "python3.11"},
-         f"--container-image=registry/r1:1 --container-workdir={REPOSITORY} --container-mounts={REPOSITORY}:{REPOSITORY}",
+         f"--container-image=registry/r1:1 --container-workdir={REPOSITORY} --container-mounts={REPOSITORY}:{REPOSITORY} "
+         "--no-container-mount-home --container-env=PYTHONPATH,PYTHONUNBUFFERED,PYTHONFAULTHANDLER,OMP_NUM_THREADS,MASTER_ADDR,"
+         "MASTER_PORT,NCCL_DEBUG,NCCL_SOCKET_IFNAME,GLOO_SOCKET_IFNAME,TORCH_NCCL_ASYNC_ERROR_HANDLING,"
+         "CUDA_DEVICE_MAX_CONNECTIONS,R1MEGA_SAY_RUN_DIR",
          "python3.11"),
     ],
     ids=["plain", "options", "apptainer", "enroot"],

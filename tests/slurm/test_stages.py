@@ -5,6 +5,7 @@ The learning rate is small: what is compared are runs, not what they learn.
 
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -48,12 +49,12 @@ def local(overrides, tmp_path_factory):
 def submit(cluster, overrides, tmp_path):
     """Starts stage 2 on two machines with one rank each; the job's number."""
 
-    def start(*more):
+    def start(*more, nodes=2, **variables):
         return cluster.run(
-            "sbatch", "--parsable", "--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", f"--output={tmp_path}/job.out",
+            "sbatch", "--parsable", f"--nodes={nodes}", "--no-kill", "--ntasks-per-node=1", "--gpus-per-node=1", f"--output={tmp_path}/job.out",
             "launch/stage2.sh", CONFIG, f"run_dir={tmp_path}/run", *overrides, *more,
             R1MEGA_HOME=str(REPOSITORY), R1MEGA_PYTHON=sys.executable, R1MEGA_LOGS=str(tmp_path / "logs"),
-            R1MEGA_INTERFACE="lo", PYTHONPATH=f"{REPOSITORY}:{REPOSITORY}/kernels", PYTHONWARNINGS="ignore",
+            R1MEGA_INTERFACE="lo", PYTHONPATH=f"{REPOSITORY}:{REPOSITORY}/kernels", PYTHONWARNINGS="ignore", **variables,
         )  # fmt: skip
 
     return start
@@ -111,14 +112,20 @@ def test_asked_to_stop_and_requeued_it_resumes_with_nothing_lost(cluster, submit
     assert len(starts) == 3 and starts[0]["step"] == 0 and starts[1]["step"] >= 1 and starts[2]["step"] >= 2
 
 
-def test_a_killed_rank_fails_the_job_and_is_named(cluster, submit, tmp_path):
-    number = submit("steps=400")
-    wait_for_step(tmp_path / "run", 1)
+def test_a_killed_rank_is_named_and_its_machine_left_for_a_spare_one(cluster, submit, local, tmp_path):
+    """Within the same job, from the newest checkpoint, nothing lost."""
+    number = submit("restart.backoff_seconds=0", nodes=3, R1MEGA_SPARE_NODES="1")
+    wait_for_step(tmp_path / "run", 2)
     os.kill(process_of_rank(number, 1), signal.SIGKILL)
     job = cluster.wait(number)
-    log = (tmp_path / "job.out").read_text()
-    assert job["JobState"] == "FAILED" and job["Restarts"] == "0", log
+    log = text_of(tmp_path)
+    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("COMPLETED", "0:0", "0"), log
     assert "launch: rank 1 failed first (Killed)" in log
+    first, second = re.findall(rf"job {number} on (\S+), start", log)
+    assert len({*first.split(",")} | {*second.split(",")}) == 3 and f"without {first.split(',')[1]}" in log
+    assert without_times(metrics(tmp_path / "run")) == without_times(local)
+    (line,) = map(json.loads, (tmp_path / "run/restarts.jsonl").read_text().splitlines())
+    assert line["code"] == 137
 
 
 def test_the_exit_code_is_that_of_the_rank_that_failed(cluster, submit, tmp_path):

@@ -365,7 +365,7 @@ def make_run(base: Path, seeds: list[int]) -> Path:
         convert(hf, out, "megatron", options(), Alone())
         (out / "config.json").unlink()  # a run's own checkpoints have none
         manifest = json.loads((out / "manifest.json").read_text())
-        del manifest["files"]["config.json"]
+        del manifest["files"]["config.json"], manifest["sha256"]
         (out / "manifest.json").write_text(json.dumps(manifest))
     (run / "config.yaml").write_text(f"model: {{path: {base / f'hf{seeds[0]}'}}}\n")
     return run

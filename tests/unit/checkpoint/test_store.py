@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import resource
@@ -25,6 +26,7 @@ from megatron.core.dist_checkpointing import ShardedTensor  # noqa: E402
 from megatron.core.dist_checkpointing.mapping import ShardedObject  # noqa: E402
 
 from r1mega.checkpoint import store as store_module  # noqa: E402
+from r1mega.checkpoint.manifest import read_manifest, write_manifest  # noqa: E402
 from r1mega.checkpoint.store import CheckpointStore, load_weights  # noqa: E402
 from r1mega.errors import CheckpointError  # noqa: E402
 from r1mega.platform import groups  # noqa: E402
@@ -248,6 +250,29 @@ def test_a_damaged_manifest_is_a_damaged_checkpoint(tmp_path, caplog, manifest):
         path.write_bytes(manifest if isinstance(manifest, bytes) else manifest.encode())
     assert store.latest() == first
     assert f"{second} is not whole" in caplog.text and "manifest.json" in caplog.text
+
+
+def test_no_bit_of_a_manifest_can_be_another_one_unseen(tmp_path):
+    write_manifest(tmp_path, {"vocab_size": 448, "tied": None}, {"common.pt": {"bytes": 3, "sha256": "ab" * 32}})
+    path, whole = tmp_path / "manifest.json", read_manifest(tmp_path)
+    content = path.read_bytes()
+    seen = 0
+    for place, bit in itertools.product(range(len(content)), range(8)):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1 << bit]) + content[place + 1 :])
+        try:
+            read = read_manifest(tmp_path)
+        except CheckpointError:
+            seen += 1
+        else:
+            assert all(read[name] == whole[name] for name in whole), (
+                place,
+                bit,
+            )  # white space, or the name of its own digest
+    assert seen > 7 * len(content)
+    written = json.loads(content)
+    del written["sha256"]  # as before there was one
+    path.write_text(json.dumps(written))
+    assert read_manifest(tmp_path) == whole
 
 
 @pytest.mark.parametrize("name", ["__0_0.distcp", "manifest.json"])

@@ -13,7 +13,7 @@ import pytest
 
 from r1mega import cli
 from r1mega.config.schema import RestartConfig
-from r1mega.observe.restarts import HOUR, newest_checkpoint, seconds_until_restart
+from r1mega.observe.restarts import HOUR, main, newest_checkpoint, seconds_until_restart
 
 CONFIG = RestartConfig(per_hour=3, backoff_seconds=10)
 
@@ -135,3 +135,22 @@ def test_the_launcher_does_so(tmp_path, capsys, own_signals):
 
     assert launch(tmp_path, run, backoff=0) == 0
     assert capsys.readouterr().err.count("starting again in 0 s") == 2
+
+
+@pytest.mark.parametrize(("code", "hourly", "said"), [(137, 3, "10"), (137, 0, ""), (2, 3, "")])
+def test_asked_by_the_launch_scripts(tmp_path, capsys, code, hourly, said):
+    """By the run's own config; without a code, whether anything was kept since the last start."""
+    (tmp_path / "config.yaml").write_text(f"restart: {{per_hour: {hourly}, backoff_seconds: 10}}\n")
+    assert main([str(tmp_path)]) == 1
+    checkpoint(tmp_path, 6)
+    started(tmp_path, 4)
+    assert main([str(tmp_path)]) == 0
+    assert main([str(tmp_path), str(code)]) == int(not said)
+    assert capsys.readouterr().out.strip() == said
+    started(tmp_path, 6)
+    assert main([str(tmp_path)]) == 1
+
+
+def test_asked_about_a_directory_that_is_no_run(tmp_path, capsys):
+    assert main([str(tmp_path / "none"), "137"]) == 1
+    assert "no start by itself: " in capsys.readouterr().err

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from r1mega.platform.launcher import raise_open_files
+from r1mega.platform.launcher import LAZY_FROM, adopt_launcher_environment, raise_open_files
 from r1mega.platform.signals import SECONDS_APART
 
 pytestmark = pytest.mark.heavy
@@ -120,3 +120,17 @@ time.sleep(600)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=30)
     assert process.returncode == 143
+
+
+@pytest.mark.parametrize(
+    ("size", "before", "after"), [(LAZY_FROM - 1, None, None), (LAZY_FROM, None, "1"), (LAZY_FROM, "0", "0")]
+)
+def test_gloo_connects_lazily_in_a_large_job(monkeypatch, size, before, after):
+    name = "TORCH_GLOO_LAZY_INIT"
+    monkeypatch.setenv(name, before or "")  # known to monkeypatch, which takes back what is set from here on
+    if before is None:
+        monkeypatch.delenv(name)
+    for variable, value in (("RANK", 0), ("WORLD_SIZE", size), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)):
+        monkeypatch.setenv(variable, str(value))
+    adopt_launcher_environment()
+    assert os.environ.get(name) == after

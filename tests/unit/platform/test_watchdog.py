@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from unittest import mock
 
 import pytest
 
@@ -252,6 +254,20 @@ def test_a_rank_that_has_left_ends_nothing(tmp_path, found, monkeypatch):
     dog._stop.set()
     dog._look()
     assert (tmp_path / "verdict.json").exists() == found and not (tmp_path / "stacks").exists()
+
+
+def test_a_disk_that_stays_read_only_is_told_once_and_the_run_goes_on(tmp_path, caplog):
+    own = watchdog(tmp_path, world=1)
+    own._interval = 0.02
+    with own:
+        with mock.patch.object(os, "open", side_effect=OSError(errno.EROFS, os.strerror(errno.EROFS), "/x")):
+            time.sleep(0.3)
+        assert [record.message for record in caplog.records] == [
+            "watchdog: no sign of rank 0 while this lasts: [Errno 30] Read-only file system: '/x'"
+        ]
+        before = json.loads((tmp_path / "rank_0.json").read_text())["number"]
+        time.sleep(0.3)
+    assert json.loads((tmp_path / "rank_0.json").read_text())["number"] > before + 1
 
 
 def test_a_new_start_does_not_see_the_verdict_of_the_last(tmp_path):

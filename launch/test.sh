@@ -16,12 +16,12 @@ done
 export OMP_NUM_THREADS=1
 run_tests() { "$PYTHON" -m pytest -q --durations=15 "$@"; }
 
-# run_beside ARGUMENTS ...: a pytest run of each, LANES (a core each, but at least 2) at a time; what a run prints comes when it ends.
+# run_beside ARGUMENTS ...: a pytest run of each, LANES (a core each, of 2 to 4) at a time; what a run prints comes when it ends.
 run_beside() {
   export PYTHON
   local cores
-  cores=$(nproc)
-  printf '%s\n' "$@" | xargs -P "${LANES:-$((cores > 2 ? cores : 2))}" -d '\n' -n 1 bash -c '
+  cores=$(env -u OMP_NUM_THREADS nproc)  # nproc heeds that variable
+  printf '%s\n' "$@" | xargs -P "${LANES:-$((cores < 2 ? 2 : cores > 4 ? 4 : cores))}" -d '\n' -n 1 bash -c '
     printed=$("$PYTHON" -m pytest -q --durations=15 $0 2>&1) && code=0 || code=1
     printf "== %s (%d s)\n%s\n" "$0" $SECONDS "$printed"
     exit $code' || exit 1

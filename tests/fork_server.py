@@ -102,7 +102,9 @@ def become(arguments: list[str], environment: dict[str, str], directory: str, st
 
 
 def end(main: Callable[[], Any]) -> NoReturn:
-    """Call `main` and end as `python` does after it, but without taking modules down."""
+    """Call `main` and end as `python` does after it, but without taking modules down: `__del__` at the end, files left open and
+    C++ destructors are what real starts alone show.
+    """
     code: Any = 0
     try:
         main()
@@ -116,7 +118,7 @@ def end(main: Callable[[], Any]) -> NoReturn:
         code = 1
     threading._shutdown()  # type: ignore[attr-defined]  # waits for threads, after what concurrent.futures asks for
     atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.flush()
     os._exit((code or 0) & 0xFF)
 

@@ -220,7 +220,11 @@ def _patch_kernel_overrides() -> None:
 
     def register(cls):
         if not dispatcher._registry:
-            original.__func__(cls)
+            try:
+                original.__func__(cls)
+            except Exception:
+                dispatcher._registry.clear()  # a part is none: the next engine's would pass over what is missing
+                raise
 
     register.__dict__["_r1mega_patch"] = True
     setattr(CpuPlatform, name, classmethod(register))

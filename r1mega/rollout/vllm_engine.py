@@ -10,6 +10,7 @@ import contextlib
 import gc
 import os
 import time
+import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
@@ -152,7 +153,6 @@ class VllmEngine:
             ) from error
         finally:
             torch.set_num_threads = set_num_threads  # vLLM's CPU worker replaces it by a warning
-            self._num_frozen = gc.get_freeze_count()
 
     @contextlib.contextmanager
     def _without(self, *names: str) -> Iterator[None]:
@@ -288,12 +288,13 @@ class VllmEngine:
             with self._without("unfreeze", "collect"):
                 self._core.engine_core.model_executor.shutdown()
                 self._core.engine_core.scheduler.shutdown()
+            worker = weakref.ref(self._worker)
             self._llm_engine = self._restore = None
             del self._core, self._worker, self._target
-            if gc.get_freeze_count() > self._num_frozen:
-                gc.unfreeze()  # somebody else has frozen this engine too
-            gc.collect()  # engine, scheduler and model refer to each other
+            gc.collect()  # engine, scheduler and model refer to each other; what was here before `_build` is not gone through
             gc.unfreeze()
+            if worker() is not None:
+                gc.collect()  # somebody had frozen this engine too
             VllmEngine._num_open -= 1
             if VllmEngine._num_open == 0:
                 _destroy_vllm_groups()

@@ -140,7 +140,8 @@ def test_a_run_goes_on_in_another_layout(nano_base, whole_run, tmp_path):
 
 
 def test_two_data_parallel_ranks_equal_one(nano_base, whole_run, tmp_path):
-    r1mega(*zero_arguments(nano_base, tmp_path / "run"), num_ranks=2)
+    command, *arguments = zero_arguments(nano_base, tmp_path / "run")
+    r1mega(command, "--ranks", 2, *arguments, real=True)
     one, two = metrics(whole_run), metrics(tmp_path / "run")
     assert len(one) == len(two) == 4
     for a, b in zip(one, two, strict=True):

@@ -181,7 +181,29 @@ class RLStage(TrainingStage):
                 f"max_prompt_tokens + max_response_tokens = {longest}; raise it to at least that"
             )
         yield from _algorithm_problems(algorithm, rollout.top_p)
+        yield from _partial_problems(rollout, algorithm)
         yield from self.reward.problems(rollout.max_response_tokens)
+
+
+def _partial_problems(rollout: RolloutConfig, algorithm: AlgorithmConfig) -> Iterator[str]:
+    """Of rollouts that go on over steps."""
+    partial = rollout.partial
+    if not partial.is_on:
+        return
+    if partial.overdraw > 1 + partial.max_staleness:
+        yield (
+            f"rollout.partial.overdraw = {partial.overdraw}: steps train on num_prompts groups, so some of so many would be older than "
+            f"max_staleness = {partial.max_staleness} allows; set overdraw to at most {1 + partial.max_staleness}, or raise max_staleness"
+        )
+    if not rollout.durable:
+        yield "rollout.partial keeps unfinished responses where rollout.durable keeps finished ones; set durable=true"
+    if algorithm.dynamic_sampling.enabled:
+        yield "rollout.partial draws more groups from the start, algorithm.dynamic_sampling in rounds; switch one of them off"
+    if algorithm.old_log_probs == "recompute" and not _against_sampler(algorithm):
+        yield (
+            "rollout.partial: tokens of older weights are compared with recomputed log-probs of the present ones, as if those had "
+            "sampled them; set algorithm.importance_cap (or a rule of off_policy), or algorithm.old_log_probs=rollout"
+        )
 
 
 def _against_sampler(algorithm: AlgorithmConfig) -> list[str]:

@@ -1,0 +1,273 @@
+"""Partial rollouts: where a step is cut, how old its tokens may be, and that neither speeds, layouts nor kills change it."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch.distributed as dist
+
+from r1mega.config.schema import RolloutConfig
+from r1mega.data.cursor import PromptCursor
+from r1mega.errors import CheckpointError
+from r1mega.observe.trace import PhaseTimer
+from r1mega.platform import groups
+from r1mega.rollout.engine import sample_seed
+from r1mega.rollout.groups import GroupCollector
+from r1mega.rollout.journal import open_journal
+from r1mega.rollout.open_groups import NEVER, find_cut
+from r1mega.rollout.partial import build_collector
+from r1mega.rollout.sampler import GroupSampler
+from r1mega.types import UNFINISHED, Completion, Prompt, Response, Reward, RewardStatus, SamplingSettings
+from tests.dist.launch import launch
+
+PROMPTS = [Prompt(str(i), f"q{i}", ("1",), "math", None, (i,)) for i in range(40)]
+TOKENIZER = SimpleNamespace(end_token_ids=(), decode=lambda tokens: " ".join(map(str, tokens)))
+LONGEST = 60
+EVERY = 4
+
+
+@pytest.fixture
+def alone():
+    """A world of one process; what an engine of an earlier test left goes first."""
+    groups.destroy()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def length_of(seed):
+    """Long-tailed: most are short, some ten times as long."""
+    rng = random.Random(seed)
+    return rng.randint(30, LONGEST) if rng.random() < 0.15 else rng.randint(1, 8)
+
+
+class Scripted:
+    """A generator of `slots` places, a token a pass in each. What it samples is known of every token: its seed and place, and as
+    its log-prob the weights that sampled it.
+    """
+
+    def __init__(self, slots):
+        self.slots, self.version, self.passes, self.tokens = slots, 0, 0, 0
+
+    def stream(self, requests, cut=None):
+        queue = [
+            (i, n, sample_seed(r.seed, n), list(r.begun), [])
+            for i, r in enumerate(requests)
+            for n in range(r.first_sample, r.first_sample + r.num_samples)
+        ]
+        while queue:
+            self.passes += 1
+            for sample in queue[: self.slots]:
+                index, number, seed, begun, new = sample
+                new.append(seed % 1000 + len(begun) + len(new))
+                self.tokens += 1
+                if len(begun) + len(new) == length_of(seed):
+                    queue = [other for other in queue if other is not sample]
+                    yield Completion(index, number, self.response(new, "stop"))
+            if (
+                cut is not None
+                and queue
+                and self.passes % cut.every == 0
+                and cut.reached(min(len(s[4]) for s in queue))
+            ):
+                break
+        for index, number, _, _, new in queue:
+            yield Completion(index, number, self.response(new, UNFINISHED))
+
+    def response(self, tokens, reason):
+        return Response(tuple(tokens), (-float(self.version),) * len(tokens), reason)
+
+
+class Scorer:
+    def __init__(self):
+        self.rewards = []
+
+    def submit(self, prompt, response, text):
+        assert text == TOKENIZER.decode(response.token_ids)
+        self.rewards.append(Reward(float(len(response.token_ids) % 3), {}, RewardStatus.OK))
+        return len(self.rewards) - 1
+
+    def flush(self): ...
+
+    def result(self, ticket):
+        return self.rewards[ticket]
+
+
+class Run:
+    """What a stage has of its rollouts. progress: of a checkpoint, after `start` steps."""
+
+    def __init__(self, run_dir, progress=None, start=0, slots=1000, **partial):
+        rollout = RolloutConfig(
+            num_prompts=4, group_size=3, durable=run_dir is not None, partial={"every_tokens": EVERY, **partial}
+        )
+        self.config, self.engine = (
+            SimpleNamespace(seed=1, rollout=rollout, algorithm=SimpleNamespace()),
+            Scripted(slots),
+        )
+        self.config.algorithm.dynamic_sampling = SimpleNamespace(enabled=False)
+        self.journal = open_journal(rollout, run_dir or "unused", start)
+        self.sampler = GroupSampler(
+            self.engine, TOKENIZER, Scorer(), SamplingSettings(max_tokens=LONGEST), 3, PhaseTimer(), self.journal
+        )
+        self.cursor = PromptCursor(len(PROMPTS), 0)
+        if progress:
+            self.cursor.load_state_dict(progress["cursor"])
+        self.collector = build_collector(
+            self.sampler, PROMPTS, self.cursor, self.config, (progress or {}).get("open_groups")
+        )
+
+    def step(self, step):
+        self.engine.version = step - 1
+        return self.collector.collect(step)
+
+    def progress(self):
+        """As it is in a checkpoint."""
+        return json.loads(json.dumps({"cursor": self.cursor.state_dict(), "open_groups": self.collector.state()}))
+
+
+def facts(rollout):
+    """All that training has of a step, and what was measured of it."""
+    every = [
+        (g.slot, g.prompt.id, r.token_ids, r.log_probs, r.policy_versions, r.finish_reason, t, w.value)
+        for g in rollout.groups
+        for r, t, w in zip(g.responses, g.texts, g.rewards, strict=True)
+    ]
+    same = {name: value for name, value in rollout.metrics().items() if name != "partial/surplus_tokens"}
+    return every, same
+
+
+def versions(response, group):
+    return response.policy_versions or (group.policy_version,) * len(response.token_ids)
+
+
+@pytest.mark.parametrize("on_stale", ["finish", "drop"])
+@pytest.mark.parametrize(("overdraw", "max_staleness"), [(1.5, 1), (2.0, 1), (3.0, 2), (2.5, 4)])
+def test_each_token_is_of_the_weights_that_it_says_and_none_is_too_old(alone, overdraw, max_staleness, on_stale):
+    run = Run(None, overdraw=overdraw, max_staleness=max_staleness, on_stale=on_stale)
+    seen, most = [], 0
+    for step in range(1, 25):
+        rollout = run.step(step)
+        assert [group.slot for group in rollout.groups] == [0, 1, 2, 3]
+        for group in rollout.groups:
+            for response, reward in zip(group.responses, group.rewards, strict=True):
+                of = versions(response, group)
+                assert response.finish_reason == "stop" and reward.value == len(response.token_ids) % 3
+                assert response.log_probs == tuple(-float(v) for v in of)
+                assert list(of) == sorted(of)
+                assert step - 1 - min(of) <= max_staleness
+                first = response.token_ids[0]
+                assert response.token_ids == tuple(range(first, first + len(response.token_ids)))
+                most = max(most, step - 1 - min(of))
+                seen.append(len(response.token_ids))
+        assert rollout.metrics()["staleness/max"] <= max_staleness
+    assert most > 0 and (max(seen) >= 30 or on_stale == "drop")
+
+
+def test_a_step_trains_on_what_is_whole_first_and_takes_less_time(alone):
+    """The lengths of what is trained on are, in the long run, those that the seeds give; the passes are far fewer."""
+    waiting, partial = Run(None), Run(None, overdraw=2.0, max_staleness=3)
+    assert isinstance(waiting.collector, GroupCollector)
+    sums = [0, 0]
+    for step in range(1, 41):
+        for i, run in enumerate((waiting, partial)):
+            sums[i] += sum(len(r.token_ids) for group in run.step(step).groups for r in group.responses)
+    busy = [sums[0] / waiting.engine.passes, sums[1] / partial.engine.passes]
+    assert busy[1] > 1.5 * busy[0]
+    assert 0.85 < sums[1] / sums[0] < 1.15  # no preference for short ones
+
+
+def test_find_cut_is_the_smallest_that_holds():
+    """Against a search over all numbers of tokens, of drawn groups, by the definition: a schedule must exist."""
+    rng = random.Random(0)
+    for _ in range(400):
+        wanted, step = rng.randint(1, 4), 10
+        deadlines = sorted(rng.randint(step, step + 3) for _ in range(wanted + rng.randint(0, 6)))
+        clocks = [rng.choice([0, rng.randint(1, 40), NEVER]) for _ in deadlines]
+        frontier = rng.choice([rng.randint(0, 48), NEVER if NEVER not in clocks else 48])
+
+        def holds(length, deadlines=deadlines, clocks=clocks, wanted=wanted, step=step):
+            whole = [place for place, clock in enumerate(clocks) if clock <= length]
+            if len(whole) < wanted:
+                return False
+            left = [d for place, d in enumerate(deadlines) if place not in whole[:wanted]]
+            return all(place // wanted + step + 1 <= due for place, due in enumerate(left))
+
+        expected = next((n for n in range(0, min(frontier, 80) + 1, EVERY) if holds(n)), None)
+        found = find_cut(clocks, deadlines, frontier, step, wanted, EVERY)
+        if expected is not None or frontier < NEVER:
+            assert found == expected
+
+
+def steps_of(slots_by_rank, steps=8):
+    """What all ranks of a run sampled, by step."""
+    groups.init_distributed()
+    run = Run(None, slots=slots_by_rank[dist.get_rank()], overdraw=2.0, max_staleness=2)
+    found = []
+    for step in range(1, steps + 1):
+        every, same = facts(run.step(step))
+        found.append((every, same))
+    return found
+
+
+def test_neither_speed_nor_number_of_generators_changes_a_step():
+    """One generator with room for all, one that queues, two and three that are unequal."""
+    (whole,) = launch(steps_of, 1, [1000])
+    for slots in ([5], [1000, 1000], [7, 1000, 3]):
+        ranks = launch(steps_of, len(slots), slots)
+        for step, (every, same) in enumerate(whole):
+            assert sorted((line for rank in ranks for line in rank[step][0]), key=lambda line: line[0]) == every
+            assert all(rank[step][1] == same for rank in ranks)
+
+
+@pytest.mark.parametrize("partial", [{}, {"overdraw": 2.0, "max_staleness": 2}], ids=["whole", "partial"])
+def test_a_kill_at_any_line_of_the_journal_changes_nothing(alone, tmp_path, partial):
+    """Resumed from any checkpoint with what was on disk at the kill: what is sampled again is what was in flight."""
+    whole, saved = Run(tmp_path / "whole", **partial), {0: None}
+    expected = {}
+    for step in range(1, 7):
+        expected[step] = facts(whole.step(step))
+        saved[step] = whole.progress()
+    whole.journal.close()
+    rng = random.Random(0)
+    for trial in range(12):
+        start, run_dir = rng.randint(0, 5), tmp_path / f"run{trial}"
+        shutil.copytree(tmp_path / "whole", run_dir)
+        last = rng.randint(start + 1, 6)
+        file = run_dir / f"rollouts/step_{last:06d}/0-of-1.jsonl"
+        lines = file.read_bytes().splitlines(keepends=True)
+        kept = b"".join(lines)[: rng.randint(0, sum(map(len, lines)))]
+        file.write_bytes(kept)
+        for step in range(last + 1, 7):
+            shutil.rmtree(run_dir / f"rollouts/step_{step:06d}")
+        run = Run(run_dir, copy.deepcopy(saved[start]), start, **partial)
+        for step in range(start + 1, 7):
+            before = run.engine.tokens
+            assert facts(run.step(step)) == expected[step], (trial, start, last, step)
+            if step < last:
+                assert run.engine.tokens == before  # read, not sampled
+        run.journal.close()
+
+
+def test_old_steps_go_once_no_checkpoint_needs_them(alone, tmp_path):
+    run = Run(tmp_path, overdraw=2.0, max_staleness=2)
+    for step in range(1, 9):
+        run.step(step)
+        (tmp_path / f"checkpoints/step_{step:06d}").mkdir(parents=True)
+        shutil.rmtree(tmp_path / f"checkpoints/step_{step - 1:06d}", ignore_errors=True)
+    names = sorted(path.name for path in (tmp_path / "rollouts").iterdir())
+    assert names == ["step_000006", "step_000007", "step_000008"]  # what began in 6 may be unfinished after 7
+    again = Run(tmp_path, run.progress(), 8, overdraw=2.0, max_staleness=2)
+    assert facts(again.step(9)) == facts(run.step(9))
+
+
+def test_a_checkpoint_without_its_journal_is_refused(alone, tmp_path):
+    run = Run(tmp_path, overdraw=2.0, max_staleness=2)
+    run.step(1)
+    shutil.rmtree(tmp_path / "rollouts")
+    with pytest.raises(CheckpointError, match="put RUN_DIR/rollouts back"):
+        Run(tmp_path, run.progress(), 1, overdraw=2.0, max_staleness=2)

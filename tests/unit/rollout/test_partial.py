@@ -203,25 +203,33 @@ def test_find_cut_is_the_smallest_that_holds():
             assert found == expected
 
 
-def steps_of(slots_by_rank, steps=8):
-    """What all ranks of a run sampled, by step."""
+def steps_of(slots_by_rank, run_dir=None, progress=None, first=1, last=8):
+    """What each step of a run had on this rank, and what a checkpoint after the last one keeps."""
     groups.init_distributed()
-    run = Run(None, slots=slots_by_rank[dist.get_rank()], overdraw=2.0, max_staleness=2)
-    found = []
-    for step in range(1, steps + 1):
-        every, same = facts(run.step(step))
-        found.append((every, same))
-    return found
+    slots = slots_by_rank[dist.get_rank()]
+    run = Run(run_dir, progress, first - 1, slots, overdraw=2.0, max_staleness=2)
+    groups.wait_for_all("startup", "all have read the journal")
+    found = [facts(run.step(step)) for step in range(first, last + 1)]
+    run.journal.close()
+    return found, run.progress()
 
 
-def test_neither_speed_nor_number_of_generators_changes_a_step():
-    """One generator with room for all, one that queues, two and three that are unequal."""
-    (whole,) = launch(steps_of, 1, [1000])
-    for slots in ([5], [1000, 1000], [7, 1000, 3]):
-        ranks = launch(steps_of, len(slots), slots)
-        for step, (every, same) in enumerate(whole):
-            assert sorted((line for rank in ranks for line in rank[step][0]), key=lambda line: line[0]) == every
-            assert all(rank[step][1] == same for rank in ranks)
+def check_equal(ranks, whole):
+    """Over the ranks together, the steps of one."""
+    for step, (every, same) in enumerate(whole):
+        lines = (line for found, _ in ranks for line in found[step][0])
+        assert sorted(lines, key=lambda line: line[0]) == every
+        assert all(found[step][1] == same for found, _ in ranks)
+
+
+def test_neither_speed_nor_number_of_generators_changes_a_step(tmp_path):
+    """One generator with room for all, one that queues, three that are unequal; two, and from their checkpoint on three."""
+    ((whole, _),) = launch(steps_of, 1, [1000])
+    check_equal(launch(steps_of, 1, [5]), whole)
+    check_equal(launch(steps_of, 3, [7, 1000, 3]), whole)
+    two = launch(steps_of, 2, [1000, 9], tmp_path, None, 1, 5)
+    check_equal(two, whole[:5])
+    check_equal(launch(steps_of, 3, [7, 1000, 3], tmp_path, two[0][1], 6, 8), whole[5:])
 
 
 @pytest.mark.parametrize("partial", [{}, {"overdraw": 2.0, "max_staleness": 2}], ids=["whole", "partial"])

@@ -95,24 +95,27 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
     Raises DataError when the file is missing, or a line before the last is not a JSON object.
     """
-    path = Path(path)
+    return [record for _, record in scan_json_lines(path)]
+
+
+def scan_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """`read_json_lines` one at a time, each with the place in the file, in bytes, where its line begins."""
+    path, offset, broken = Path(path), 0, ""
     if not path.is_file():
         raise DataError(f"{path}: no such file")
-    lines = path.read_bytes().split(b"\n")
-    while lines and not lines[-1].strip():
-        lines.pop()
-    records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-            if not isinstance(record, dict):
-                raise ValueError("not an object")
-        except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
-            if number == len(lines):
-                break
-            raise DataError(f"{path}:{number}: not a JSON object ({error}); restore the file or remove it") from error
-        records.append(record)
-    return records
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if broken and line.strip():
+                raise DataError(f"{path}:{broken}; restore the file or remove it")
+            try:
+                record = json.loads(line)
+                if not isinstance(record, dict):
+                    raise ValueError("not an object")
+            except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+                broken = broken or f"{number}: not a JSON object ({error})"
+            else:
+                yield offset, record
+            offset += len(line)
 
 
 class JsonLinesWriter:

@@ -50,7 +50,8 @@ def summarize(lines: Sequence[Mapping[str, float]], responses: float) -> dict[st
     tokens = sum(line["tokens/rollout"] for line in lines)
     longest = sum(line.get("partial/cut_tokens", line["response/length_max"]) for line in lines)
     return {
-        "tokens_per_second": tokens / sum(line["time/rollout_seconds"] for line in lines),
+        "tokens_per_second": tokens
+        / sum(line["time/rollout_seconds"] + line.get("time/rollout_wait_seconds", 0.0) for line in lines),
         "step_tokens_per_second": tokens / sum(line["time/step_seconds"] for line in lines),
         "idle_share": 1 - tokens / (longest * responses),
         "length_mean": statistics.mean(line["response/length_mean"] for line in lines),

@@ -79,7 +79,10 @@ def in_order(requests: Sequence[GenerationRequest], completions: Iterable[Comple
     responses: list[dict[int, Response]] = [{} for _ in requests]
     for completion in completions:
         responses[completion.request_index][completion.sample_index] = completion.response
-    return [tuple(samples[i] for i in sorted(samples)) for samples in responses]
+    return [
+        tuple(samples[r.first_sample + i] for i in range(r.num_samples))
+        for r, samples in zip(requests, responses, strict=True)
+    ]
 
 
 def check_requests(

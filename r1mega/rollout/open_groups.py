@@ -24,7 +24,7 @@ class Member:
     finish_reason: str = UNFINISHED
     routed_experts: np.ndarray | None = None
     clock: int = 0
-    is_held: bool = False  # an earlier start left it unfinished in this step: what it has of the step is all
+    is_held: bool = False  # an earlier start left it unfinished in this step, with what it has: it waits for the cut
     text: str = ""
     reward: Reward | None = None
 
@@ -33,12 +33,12 @@ class Member:
         return self.finish_reason != UNFINISHED
 
     def add(self, response: Response, version: int) -> None:
-        """What a step sampled of it."""
+        """What a step sampled of it; again in the same step: more."""
         self.token_ids += response.token_ids
         self.log_probs += response.log_probs
         self.versions += [version] * len(response.token_ids)
         self.finish_reason, self.routed_experts = response.finish_reason, response.routed_experts
-        self.clock = len(response.token_ids)
+        self.clock += len(response.token_ids)
 
     def cut(self, length: int) -> int:
         """Leave it with at most `length` tokens of this step, unfinished if it had more; how many went."""
@@ -48,15 +48,18 @@ class Member:
         for values in (self.token_ids, self.log_probs, self.versions):
             del values[len(values) - surplus :]
         self.finish_reason, self.routed_experts, self.clock = UNFINISHED, None, length
-        self.text, self.reward = "", None
+        self.text, self.reward, self.is_held = "", None, False
         return surplus
+
+    @property
+    def begun(self) -> int:
+        """Tokens of earlier steps."""
+        return len(self.token_ids) - self.clock
 
     def new(self) -> Response:
         """What this step added."""
-        first = len(self.token_ids) - self.clock
-        return Response(
-            tuple(self.token_ids[first:]), tuple(self.log_probs[first:]), self.finish_reason, self.routed_experts
-        )
+        new = tuple(self.token_ids[self.begun :]), tuple(self.log_probs[self.begun :])
+        return Response(*new, self.finish_reason, self.routed_experts)
 
     def response(self, version: int) -> Response:
         """All of it. version: that of its group."""
@@ -121,8 +124,6 @@ def find_cut(
     step that may train on each group (a large number: none).
     """
     rounded = sorted(-(-clock // every) * every for clock in clocks if clock < NEVER)
-    if len(rounded) < wanted:
-        return rounded[-1] if frontier >= NEVER else None
     for length in dict.fromkeys(rounded[wanted - 1 :]):
         if length > frontier:
             return None

@@ -6,6 +6,7 @@ are and in which batches they sample makes no difference.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,6 +16,7 @@ import torch.distributed as dist
 
 from r1mega.config.stages.rl import RLStage
 from r1mega.data.cursor import PromptCursor
+from r1mega.errors import DataError
 from r1mega.platform.groups import GeneratorPlace, wait_for_all
 from r1mega.rollout.groups import GroupCollector, Rollout
 from r1mega.rollout.open_groups import NEVER, OpenGroup, OpenState, find_cut
@@ -40,7 +42,7 @@ class PartialCollector:
     def collect(self, step: int) -> Rollout:
         """The step's scored groups: num_prompts over all generators, in the order in which their prompts were drawn."""
         num_drawn = self._draw(step)
-        cut = StepCut(self._partial.every_tokens, lambda fewest: self._decide(step, fewest))
+        cut = StepCut(self._partial.every_tokens, functools.partial(self._decide, step))
         mine = self._mine()
         self._sampler.advance(mine, step - 1, cut)
         wait_for_all("rollout", f"the rollout of step {step}")
@@ -86,22 +88,29 @@ class PartialCollector:
             self._open.append(self._sampler.open(self._prompts[index], seed, step, slot, owner, index))
         return count
 
-    def _decide(self, step: int, fewest: int) -> int | None:
-        """See StepCut.decide; a collective call."""
-        known = torch.full((len(self._open) + 1,), NEVER)
+    def _decide(self, step: int, fewest: int, held: int) -> tuple[int | None, bool]:
+        """See StepCut.decide; a collective call. DataError when all there is does not tell where the step ends."""
+        known = torch.full((len(self._open) + 2,), NEVER)
         for place, group in enumerate(self._open):
             if self._is_mine(group):
                 known[place] = group.clock
-        known[-1] = fewest
+        known[-2], known[-1] = fewest, held
+        wait_for_all("rollout", f"the rollout of step {step}")
         dist.all_reduce(known, dist.ReduceOp.MIN)
-        *clocks, frontier = known.tolist()
+        *clocks, sampling, holding = known.tolist()
         finishes = self._partial.on_stale == "finish"
         deadlines = [self._deadline(group) if finishes else NEVER for group in self._open]
+        frontier = min(sampling, holding)
         length = find_cut(clocks, deadlines, frontier, step, self._wanted, self._partial.every_tokens)
         if length is not None:
             for group, clock in zip(self._open, clocks, strict=True):
                 group.is_whole = clock <= length
-        return length
+        elif frontier >= NEVER:
+            raise DataError(
+                f"step {step}: no response is unfinished, and yet more groups are due than a step trains on; restore or remove "
+                f"RUN_DIR/rollouts/step_{step:06d} and start again, or go back to an earlier checkpoint"
+            )
+        return length, sampling < NEVER
 
     def _take(self, step: int) -> tuple[list[OpenGroup], list[OpenGroup]]:
         """(what is trained on, what is too stale to go on), both taken out of those in the making."""

@@ -32,17 +32,19 @@ class StreamingEngine(Protocol):
 
 @dataclass(slots=True)
 class StepCut:
-    """Where a step leaves responses unfinished. decide: by the fewest tokens that an unfinished response of this rank has from
-    this step, the most that a response may have of it; None: not known yet. length: what it said. surplus: tokens sampled in vain.
+    """Where a step leaves responses unfinished. decide: by the fewest tokens that a response of this rank has from this step, of
+    those that it samples and of those that it holds (NEVER: of none), the most that a response may have of it (None: not known
+    yet), and whether any rank samples still. length, is_sampling: what it said. surplus: tokens sampled in vain.
     """
 
     every: int
-    decide: Callable[[int], int | None]
+    decide: Callable[[int, int], tuple[int | None, bool]]
     length: int | None = None
+    is_sampling: bool = True
     surplus: int = 0
 
-    def reached(self, fewest: int) -> bool:
-        self.length = self.decide(fewest)
+    def reached(self, fewest: int, held: int) -> bool:
+        self.length, self.is_sampling = self.decide(fewest, held)
         return self.length is not None
 
 
@@ -60,7 +62,7 @@ class GroupSampler:
         journal: RolloutJournal | None = None,
     ):
         self._engine, self._tokenizer, self._scorer, self._timer = engine, tokenizer, scorer, timer
-        self._sampling, self._group_size, self.journal = sampling, group_size, journal
+        self._sampling, self._group_size, self._journal = sampling, group_size, journal
 
     def sample(self, prompts: Sequence[Prompt], seeds: Sequence[int], policy_version: int) -> list[RolloutGroup]:
         """One group a prompt, in order. A prompt's seed alone (with the weights) determines its responses."""
@@ -79,8 +81,11 @@ class GroupSampler:
         tickets: dict[int, int] = {}
         with self._timer.phase("rollout"):
             self._replay(groups, policy_version)
-            held = [m.clock for group in groups for m in group.members if m.is_held]
-            self._stream(groups, policy_version, cut, min(held, default=NEVER), tickets)
+            self._stream(groups, policy_version, cut, tickets)
+            while cut is not None and cut.length is None:  # what was sampled again came out longer: held ones go on
+                for member in (member for group in groups for member in group.members):
+                    member.is_held = False
+                self._stream(groups, policy_version, cut, tickets)
             if cut is not None and cut.length is not None:
                 cut.surplus = sum(m.cut(cut.length) for group in groups for m in group.members)
             self._write_unfinished(groups, policy_version)
@@ -89,22 +94,30 @@ class GroupSampler:
 
     def _replay(self, groups: Sequence[OpenGroup], version: int) -> None:
         """This step's segments as far as an earlier start sampled them."""
+        if self._journal is not None:
+            self._journal.begin_step(version + 1)
         for group in groups:
             for index, member in enumerate(group.members):
                 member.clock, member.is_held = 0, False
-                found = self.journal.take(Place(version + 1, group.seed, index)) if self.journal is not None else None
-                if found is not None and not member.is_finished:
+                found = None if member.is_finished else self._take(version + 1, group, index)
+                if found is not None:
                     self._restore(member, found, version)
                     member.is_held = not member.is_finished
+
+    def _take(self, step: int, group: OpenGroup, index: int) -> Segment | None:
+        if self._journal is None:
+            return None
+        return self._journal.take(Place(step, group.seed, index), len(group.members[index].token_ids))
 
     def recall(self, group: OpenGroup, through: int) -> None:
         """What steps up to this one sampled of a group, from the journal. CheckpointError when a part of it is missing."""
         for index, member in enumerate(group.members):
             for step in range(group.born, through + 1):
-                found = self.journal.take(Place(step, group.seed, index)) if self.journal is not None else None
-                if found is not None and not member.is_finished:
+                if member.is_finished:
+                    break
+                if (found := self._take(step, group, index)) is not None:
                     self._restore(member, found, step - 1)
-                elif not member.is_finished:
+                else:
                     raise CheckpointError(
                         f"step {through}'s unfinished response {index} to prompt {group.prompt.id} lacks the tokens of step "
                         f"{step}: put RUN_DIR/rollouts back beside the checkpoints, or use another run_dir"
@@ -118,26 +131,30 @@ class GroupSampler:
     def _text(self, member: Member) -> str:
         return response_text(self._tokenizer, member.response(-1))
 
-    def _stream(
-        self, groups: Sequence[OpenGroup], version: int, cut: StepCut | None, held: int, tickets: dict[int, int]
-    ) -> None:
-        """held: fewest tokens of a response that is not sampled on, as where the step was cut is known of it."""
+    def _stream(self, groups: Sequence[OpenGroup], version: int, cut: StepCut | None, tickets: dict[int, int]) -> None:
+        """Until it is known where the step is cut, or no generator has anything to sample but what it holds."""
         requests, asked = self._requests(groups)
-        if cut is not None and cut.reached(min(held, 0 if requests else NEVER)):
+        held = min((m.clock for group in groups for m in group.members if m.is_held), default=NEVER)
+        if cut is not None and self._ask(cut, 0 if requests else NEVER, held):
             return
-        engine_cut = None if cut is None else Cut(cut.every, lambda fewest: cut.reached(min(held, fewest)))
+        # where a response that was held goes on the engine does not count what it has of the step: the cut is found later
+        engine_cut = None if cut is None else Cut(cut.every, lambda fewest: self._ask(cut, fewest, held))
         for done in self._engine.stream(requests, engine_cut) if requests else ():
             group = asked[done.request_index]
             member = group.members[done.sample_index]
             member.add(done.response, version)
             if member.is_finished:
-                if self.journal is not None:
-                    self.journal.write(Place(version + 1, group.seed, done.sample_index), done.response)
+                if self._journal is not None:
+                    self._journal.write(Place(version + 1, group.seed, done.sample_index), member.new(), member.begun)
                 with self._timer.phase("reward"):
                     member.text = self._text(member)
                     tickets[id(member)] = self._scorer.submit(group.prompt, member.response(version), member.text)
-        while cut is not None and cut.length is None:  # other generators are still at it
-            cut.reached(held)
+        while cut is not None and cut.length is None and cut.is_sampling:  # other generators are still at it
+            self._ask(cut, NEVER, held)
+
+    def _ask(self, cut: StepCut, fewest: int, held: int) -> bool:
+        with self._timer.phase("rollout_wait"):  # for other generators: the time is theirs
+            return cut.reached(fewest, held)
 
     def _requests(self, groups: Sequence[OpenGroup]) -> tuple[list[GenerationRequest], list[OpenGroup]]:
         """What is to be sampled, and of which group each is. A group that is all to be sampled is one request."""
@@ -157,12 +174,12 @@ class GroupSampler:
         return requests, asked
 
     def _write_unfinished(self, groups: Sequence[OpenGroup], version: int) -> None:
-        if self.journal is not None:
+        if self._journal is not None:
             for group in groups:
                 for index, member in enumerate(group.members):
                     if not member.is_finished and not member.is_held:
-                        self.journal.write(Place(version + 1, group.seed, index), member.new())
-            self.journal.finish_step()
+                        self._journal.write(Place(version + 1, group.seed, index), member.new(), member.begun)
+            self._journal.finish_step()
 
     def _score(self, groups: Sequence[OpenGroup], version: int, tickets: dict[int, int]) -> None:
         """The rewards of all that is finished, also where it was read without one. Tickets of responses that were cut are given up."""
@@ -179,10 +196,10 @@ class GroupSampler:
         rewards = {key: self._scorer.result(ticket) for key, ticket in tickets.items()}
         for place, _, member in waiting:
             member.reward = rewards[id(member)]
-            if self.journal is not None and member.clock:
-                self.journal.write_reward(place, member.reward)
-        if self.journal is not None:
-            self.journal.finish_step()
+            if self._journal is not None and member.clock:
+                self._journal.write_reward(place, member.reward)
+        if self._journal is not None:
+            self._journal.finish_step()
 
 
 def request_seed(run_seed: int, step: int, slot: int) -> int:

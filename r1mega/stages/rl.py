@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -134,9 +135,9 @@ class RLTrainer:
 
     def close(self) -> None:
         """Stop the reward workers, free the generator, bring what it sampled to disk."""
-        self.journal.close()
-        self.scorer.close()
-        self.engine.close()
+        with contextlib.ExitStack() as stack:  # all of them, whichever fails
+            for part in (self.journal, self.engine, self.scorer):
+                stack.callback(part.close)
 
 
 def run(config: RLStage, runtime: Runtime) -> int:

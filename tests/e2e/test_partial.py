@@ -8,8 +8,7 @@ PARTIAL = ("rollout.partial.overdraw=2", "rollout.partial.every_tokens=4", "roll
 
 
 def lines_of(run_dir, step):
-    path = run_dir / f"rollouts/step_{step:06d}/0-of-1.jsonl"
-    return path.read_bytes().count(b"\n") if path.exists() else 0
+    return sum(path.read_bytes().count(b"\n") for path in run_dir.glob(f"rollouts/step_{step:06d}/*.jsonl"))
 
 
 def test_partial_run_killed_within_a_rollout_equals_uninterrupted_bitwise(nano_base, tmp_path):

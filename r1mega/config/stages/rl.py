@@ -14,6 +14,7 @@ from r1mega.config.schema import (
     DataConfig,
     EvaluateConfig,
     NonNegative,
+    PartialRollouts,
     Positive,
     PositiveInt,
     RolloutConfig,
@@ -189,7 +190,16 @@ def _partial_problems(rollout: RolloutConfig, algorithm: AlgorithmConfig) -> Ite
     """Of rollouts that go on over steps."""
     partial = rollout.partial
     if not partial.is_on:
+        if partial != PartialRollouts():
+            yield "rollout.partial is off at overdraw = 1, and its other keys do nothing; raise overdraw, or leave them out"
         return
+    if rollout.engine == "transformers":
+        yield "rollout.partial: engine = transformers leaves no response unfinished; set rollout.engine=vllm"
+    if partial.every_tokens >= rollout.max_response_tokens:
+        yield (
+            f"rollout.partial.every_tokens = {partial.every_tokens}: no response of at most max_response_tokens = "
+            f"{rollout.max_response_tokens} would be left unfinished; set every_tokens to less"
+        )
     if partial.overdraw > 1 + partial.max_staleness:
         yield (
             f"rollout.partial.overdraw = {partial.overdraw}: steps train on num_prompts groups, so some of so many would be older than "
@@ -199,7 +209,8 @@ def _partial_problems(rollout: RolloutConfig, algorithm: AlgorithmConfig) -> Ite
         yield "rollout.partial keeps unfinished responses where rollout.durable keeps finished ones; set durable=true"
     if algorithm.dynamic_sampling.enabled:
         yield "rollout.partial draws more groups from the start, algorithm.dynamic_sampling in rounds; switch one of them off"
-    if algorithm.old_log_probs == "recompute" and not _against_sampler(algorithm):
+    corrections = [key for key in _against_sampler(algorithm) if key != "kl_bias_correction"]  # that is of the KL alone
+    if algorithm.old_log_probs == "recompute" and not corrections:
         yield (
             "rollout.partial: tokens of older weights are compared with recomputed log-probs of the present ones, as if those had "
             "sampled them; set algorithm.importance_cap (or a rule of off_policy), or algorithm.old_log_probs=rollout"

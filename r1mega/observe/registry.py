@@ -43,7 +43,11 @@ METRICS: tuple[Metric, ...] = (
     Metric("reward_pool/*", "mixed", "further figures about scoring"),
     Metric("group/no_signal_fraction", "fraction", "groups whose rewards are all equal (advantage zero)"),
     Metric("group/num_rounds", "count", "sampling rounds of the step (more than one: dynamic sampling refilled)"),
-    Metric("group/num_sampled", "count", "groups sampled in the step, dropped ones included"),
+    Metric(
+        "group/num_sampled",
+        "count",
+        "groups sampled in the step, dropped ones included; with rollout.partial those drawn in it",
+    ),
     Metric("group/*", "mixed", "further figures about groups of responses to one prompt"),
     Metric(
         "staleness/mean",
@@ -105,6 +109,7 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric("expert/*", "mixed", "further figures about experts"),
     *(Metric(f"time/{phase}_seconds", "s", f"time of the {phase} phase in the step") for phase in PHASES),
+    Metric("time/rollout_wait_seconds", "s", "rollout.partial: time in which the rank waited for other generators"),
     Metric("time/evaluate_seconds", "s", "time of the evaluation in the step"),
     Metric("time/step_seconds", "s", "wall time of the whole step"),
     Metric("time/*_seconds", "s", "time of the phase of this name in the step"),

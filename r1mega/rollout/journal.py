@@ -26,7 +26,7 @@ import numpy as np
 
 from r1mega.config.schema import RolloutConfig
 from r1mega.errors import DataError
-from r1mega.files import JsonLinesWriter, scan_json_lines, sync_path
+from r1mega.files import JsonLinesWriter, Record, scan_json_lines, sync_path
 from r1mega.platform.groups import GeneratorPlace
 from r1mega.types import Response, Reward, RewardStatus
 
@@ -198,7 +198,7 @@ def _files(directory: Path) -> list[tuple[int, int, int, Path]]:
     return sorted((int(match[1]), int(match[2]), int(match[3]), path) for match, path in found if match)
 
 
-def _read_line(line: _Line, place: Place) -> dict[str, Any]:
+def _read_line(line: _Line, place: Place) -> Record:
     """Raises DataError when it is not the one that was there."""
     try:
         with open(line.path, "rb") as file:

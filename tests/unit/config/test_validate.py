@@ -388,3 +388,8 @@ def test_tokenizer_must_be_there_and_fit_the_vocabulary(run, tmp_path):
 )  # fmt: skip
 def test_context_length(hf, context):
     assert context_length(hf) == context
+
+
+def test_partial_rollouts_are_of_reinforcement_learning():
+    config = load_config(Path("configs/nano/cold_start.yaml"), ["rollout.partial.overdraw=2"])
+    assert any("rollout.partial is of RL" in problem for problem in config.problems(NANO, 1))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import math
 import random
 import shutil
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -19,6 +21,7 @@ from r1mega.errors import CheckpointError, DataError
 from r1mega.observe.trace import PhaseTimer
 from r1mega.platform import groups
 from r1mega.platform.groups import GeneratorPlace
+from r1mega.rollout import partial as partial_rollouts
 from r1mega.rollout.engine import continued_seed, sample_seed
 from r1mega.rollout.groups import GroupCollector
 from r1mega.rollout.journal import Place, RolloutJournal, Segment, open_journal
@@ -136,9 +139,10 @@ class Run:
             Scripted(slots),
         )
         self.config.algorithm.dynamic_sampling = SimpleNamespace(enabled=False)
+        self.timer = PhaseTimer()
         self.journal = open_journal(rollout, run_dir or "unused", start)
         self.sampler = GroupSampler(
-            self.engine, TOKENIZER, Scorer(), SamplingSettings(max_tokens=LONGEST), 3, PhaseTimer(), self.journal
+            self.engine, TOKENIZER, Scorer(), SamplingSettings(max_tokens=LONGEST), 3, self.timer, self.journal
         )
         self.cursor = PromptCursor(len(PROMPTS), 0)
         if progress:
@@ -432,6 +436,35 @@ def test_a_step_that_no_response_can_end_says_so(alone, tmp_path):
         group.born = -1  # all of them are overdue, more than a step trains on
     with pytest.raises(DataError, match=r"remove RUN_DIR/rollouts/step_000002"):
         run.step(2)
+
+
+def test_waiting_for_other_generators_is_timed_apart_and_names_them(alone, monkeypatch):
+    """With the time-out of rollouts, which names who is missing; the step's own wait at its end is no part of a phase."""
+    waits = []
+
+    def wait(kind, what):
+        waits.append((kind, what))
+        time.sleep(0.01)
+
+    monkeypatch.setattr(partial_rollouts, "wait_for_all", wait)
+    run = Run(None, overdraw=2.0, max_staleness=2)
+    run.step(1)
+    assert set(waits) == {("rollout", "the rollout of step 1")}
+    assert run.timer.seconds("rollout_wait") >= 0.01 * (len(waits) - 1) > 0
+
+
+def test_a_journal_that_cannot_be_closed_keeps_nothing_else_open():
+    from r1mega.stages.rl import RLTrainer  # not above: the ranks that tests start need it not
+
+    closed = []
+
+    def fail():
+        raise OSError("disk full")
+
+    parts = {name: SimpleNamespace(close=functools.partial(closed.append, name)) for name in ("scorer", "engine")}
+    with pytest.raises(OSError, match="disk full"):
+        RLTrainer.close(SimpleNamespace(journal=SimpleNamespace(close=fail), **parts))
+    assert sorted(closed) == ["engine", "scorer"]
 
 
 def test_what_goes_on_has_a_seed_of_its_own():

@@ -14,6 +14,9 @@ from typing import Any
 
 from r1mega.errors import DataError
 
+Record = dict[str, Any]
+"""A line of a JSONL file."""
+
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
@@ -90,29 +93,32 @@ def sync_path(path: Path) -> None:
         os.close(descriptor)
 
 
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
+def read_json_lines(path: Path) -> list[Record]:
     """All complete records of a JSONL file. A broken last line (a write cut short) is left out.
 
     Raises DataError when the file is missing, or a line before the last is not a JSON object.
     """
-    path = Path(path)
+    return [record for _, record in scan_json_lines(path)]
+
+
+def scan_json_lines(path: Path) -> Iterator[tuple[int, Record]]:
+    """`read_json_lines` one at a time, each with the place in the file, in bytes, where its line begins."""
+    path, offset, broken = Path(path), 0, ""
     if not path.is_file():
         raise DataError(f"{path}: no such file")
-    lines = path.read_bytes().split(b"\n")
-    while lines and not lines[-1].strip():
-        lines.pop()
-    records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-            if not isinstance(record, dict):
-                raise ValueError("not an object")
-        except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
-            if number == len(lines):
-                break
-            raise DataError(f"{path}:{number}: not a JSON object ({error}); restore the file or remove it") from error
-        records.append(record)
-    return records
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if broken and line.strip():
+                raise DataError(f"{path}:{broken}; restore the file or remove it")
+            try:
+                record = json.loads(line)
+                if not isinstance(record, dict):
+                    raise ValueError("not an object")
+            except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+                broken = broken or f"{number}: not a JSON object ({error})"
+            else:
+                yield offset, record
+            offset += len(line)
 
 
 class JsonLinesWriter:
@@ -129,7 +135,7 @@ class JsonLinesWriter:
             _set_aside(self.path)
         kept = read_json_lines(self.path) if resume_step is not None and self.path.exists() else []
         kept = [record for record in kept if record["step"] <= resume_step]
-        self.last: dict[str, Any] | None = kept[-1] if kept else None
+        self.last: Record | None = kept[-1] if kept else None
         write_atomic(self.path, "".join(_line(record) for record in kept))
         self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115  closed by `close`
 

@@ -59,6 +59,9 @@ class SamplingSettings:
 class GenerationRequest:
     """`num_samples` responses to one prompt. The seed alone (with the sampling settings) determines them.
 
+    first_sample: the number of the first one; the others follow. begun: tokens of a response that was left unfinished, which this
+    one (num_samples is 1) goes on from: they count in max_tokens and for stop strings, and are not sampled again.
+
     Example: GenerationRequest((1, 17, 9, 17, 30), num_samples=2, seed=5, sampling=SamplingSettings(max_tokens=2048))
     """
 
@@ -66,13 +69,33 @@ class GenerationRequest:
     num_samples: int
     seed: int
     sampling: SamplingSettings
+    first_sample: int = 0
+    begun: tuple[int, ...] = ()
+
+
+@dataclass(slots=True)
+class Cut:
+    """When a generator leaves responses unfinished. `reached` is asked after every `every` passes of the model while samples
+    run, with the fewest new tokens that one of them has; at True the stream yields what each has so far (UNFINISHED) and
+    ends. A generator may ask later, or never, and so sample more than is wanted: who asked takes what he wants of it.
+
+    Example: Cut(64, lambda fewest: fewest >= 512) ends a stream once all samples are finished or have 512 new tokens
+    """
+
+    every: int
+    reached: Callable[[int], bool]
+
+
+UNFINISHED = "unfinished"
+"""The finish reason of a response that a `Cut` ended."""
 
 
 @dataclass(frozen=True, slots=True)
 class Response:
     """One sampled response. log_probs: of each sampled token under the distribution it was drawn from.
 
-    finish_reason: 'stop' (a stop token or string) or 'length' (max_tokens reached: truncated). routed_experts: [prompt +
+    finish_reason: 'stop' (a stop token or string) or 'length' (max_tokens reached: truncated). policy_versions: the one that
+    sampled each token; empty: the version of its group. A generator returns the tokens after `GenerationRequest.begun` only. routed_experts: [prompt +
     response - 1, MoE layers, top-k], the experts that the generator chose at each position it processed, when router
     replay asks for them.
 
@@ -83,6 +106,7 @@ class Response:
     log_probs: tuple[float, ...]
     finish_reason: str
     routed_experts: np.ndarray | None = field(default=None, repr=False, compare=False)
+    policy_versions: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +131,8 @@ class GenerationEngine(Protocol):
     def generate(self, requests: Sequence[GenerationRequest]) -> list[tuple[Response, ...]]:
         """The responses to each request, in order. Raises GenerationError for a request that cannot be served."""
 
-    def stream(self, requests: Sequence[GenerationRequest]) -> Generator[Completion]:
-        """Yields each response as soon as it is finished; leaving the loop early cancels the rest."""
+    def stream(self, requests: Sequence[GenerationRequest], cut: Cut | None = None) -> Generator[Completion]:
+        """Yields each response as soon as it is finished; leaving the loop early cancels the rest. cut: may end it before."""
 
     def prompt_log_probs(self, sequences: Sequence[Sequence[int]]) -> list[tuple[float, ...]]:
         """Log-probs of tokens 1.. of each sequence given those before, at temperature 1 (len - 1 values each)."""
@@ -184,7 +208,7 @@ class Reward:
 
 @dataclass(frozen=True, slots=True)
 class RolloutGroup:
-    """The responses to one prompt, their texts and rewards, and the policy version that sampled them. slot: its place among
+    """The responses to one prompt, their texts and rewards, and the (last) policy version that sampled them. slot: its place among
     the groups of its step, over all generators and rounds of sampling.
 
     Example: RolloutGroup(prompt, (right, wrong), ("4", "5"), (Reward(1.1, ...), Reward(0.1, ...)), policy_version=11), in step 12

@@ -102,6 +102,7 @@ def measure(config: Any, runtime: Any, steps: int) -> dict[str, list[float]]:
     from r1mega.train import grpo_update
     from r1mega.train.policy import Policy
     from r1mega.train.trainer import Trainer
+    from r1mega.types import Cut
 
     trainer = RLTrainer(config, runtime)
     policy = Policy(config.model, trainer.hf_config, config.parallel, seed=config.seed)
@@ -114,9 +115,9 @@ def measure(config: Any, runtime: Any, steps: int) -> dict[str, list[float]]:
         seen["minibatches"], fill = plan(*arguments)
         return seen["minibatches"], fill
 
-    def watched_stream(requests: Any) -> Any:
+    def watched_stream(requests: Any, cut: Cut | None) -> Any:
         seen["prompts"] = [list(r.prompt_token_ids) for r in requests]
-        return sample(requests)
+        return sample(requests, cut)
 
     for owner, name, watched in ((grpo_update, "_plan", watched_plan), (trainer.engine, "stream", watched_stream)):
         setattr(owner, name, watched)

@@ -45,7 +45,7 @@ from r1mega.observe.trace import BETWEEN, OTHER
 from r1mega.platform.launcher import adopt_launcher_environment
 from r1mega.platform.validate import validate_platform
 from r1mega.rollout.engine import sample_seed
-from r1mega.types import Completion, GenerationEngine, GenerationRequest, Prompt, Response, Reward, RewardStatus
+from r1mega.types import Completion, Cut, GenerationEngine, GenerationRequest, Prompt, Response, Reward, RewardStatus
 from r1mega.weights.explain import read_sizes
 
 WARM_UP_STEPS = 1
@@ -90,19 +90,19 @@ class PacedEngine:
     def __init__(self, engine: GenerationEngine, lengths: Lengths):
         self._engine, self._lengths = engine, lengths
 
-    def stream(self, requests: Sequence[GenerationRequest]) -> Iterator[Completion]:
+    def stream(self, requests: Sequence[GenerationRequest], cut: Cut | None = None) -> Iterator[Completion]:
         """As the engine's own; each sample is a request by itself, as it is inside of the engine."""
         singles: list[GenerationRequest] = []
         places: list[tuple[int, int]] = []
         for index, request in enumerate(requests):
-            for sample in range(request.num_samples):
+            for sample in range(request.first_sample, request.first_sample + request.num_samples):
                 seed = sample_seed(request.seed, sample)
                 sampling = dataclasses.replace(
                     request.sampling, max_tokens=self._lengths(seed), stop_token_ids=(), stop_strings=()
                 )
-                singles.append(GenerationRequest(request.prompt_token_ids, 1, seed, sampling))
+                singles.append(GenerationRequest(request.prompt_token_ids, 1, seed, sampling, begun=request.begun))
                 places.append((index, sample))
-        for done in self._engine.stream(singles):
+        for done in self._engine.stream(singles, cut):
             yield Completion(*places[done.request_index], done.response)
 
 
@@ -319,7 +319,7 @@ def _run_stage(config: Any, inputs: Inputs) -> tuple[list[dict[str, Any]], dict[
 
 def _run_rl(config: RLStage, runtime: Any, inputs: Inputs) -> None:
     from r1mega.data.prompts import load_prompts
-    from r1mega.rollout.groups import GroupCollector
+    from r1mega.rollout.partial import build_collector
     from r1mega.rollout.sampler import GroupSampler
     from r1mega.stages.rl import RLTrainer, rates
 
@@ -328,9 +328,8 @@ def _run_rl(config: RLStage, runtime: Any, inputs: Inputs) -> None:
         engine = PacedEngine(trainer.engine, inputs.lengths)
         group_size = config.rollout.group_size
         sampler = GroupSampler(engine, trainer.tokenizer, RandomScorer(), trainer.sampling, group_size, trainer.timer)
-        trainer.collector = GroupCollector(
-            sampler, load_prompts(config.data, trainer.tokenizer), trainer.cursor, config
-        )
+        prompts = load_prompts(config.data, trainer.tokenizer)
+        trainer.collector = build_collector(sampler, prompts, trainer.cursor, config, None)
         with runtime.progress(total=inputs.steps, done=0):
             for step in range(1, inputs.steps + 1):
                 trainer.timer.start_step()

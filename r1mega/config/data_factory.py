@@ -10,7 +10,7 @@ from pydantic import Field
 
 from r1mega.config.layout import generator_problems
 from r1mega.config.rewards import RewardConfig
-from r1mega.config.schema import DataConfig, NonNegativeInt, PositiveInt, RolloutConfig, Section, Stage
+from r1mega.config.schema import DataConfig, NonNegativeInt, PartialRollouts, PositiveInt, RolloutConfig, Section, Stage
 from r1mega.config.validate import context_problems, missing_file_problems, weights_problems
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -88,3 +88,5 @@ class DataFactoryStage(Stage):
         )
         yield from self.reward.problems(self.rollout.max_response_tokens)
         yield from generator_problems(self.rollout, world, hf)
+        if self.rollout.partial != PartialRollouts():
+            yield "rollout.partial is of RL, whose steps it ends; leave it out"

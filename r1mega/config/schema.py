@@ -210,6 +210,22 @@ class DataConfig(Section):
     max_prompt_tokens: PositiveInt = 1024
 
 
+class PartialRollouts(Section):
+    """Steps that do not wait for their longest responses (docs/rollouts.md). Off at overdraw = 1."""
+
+    overdraw: Annotated[float, Field(ge=1, le=16)] = (
+        1.0  # groups sampled at once over num_prompts, which a step trains on
+    )
+    max_staleness: NonNegativeInt = 1  # updates between the weights that sampled a token and those that train on it
+    on_stale: Literal["finish", "drop"] = "finish"
+    # of what is older: the step waits for it, or its prompt is drawn anew, which prefers prompts with short responses
+    every_tokens: PositiveInt = 64  # a step adds a multiple of it to the responses that it leaves unfinished
+
+    @property
+    def is_on(self) -> bool:
+        return self.overdraw > 1
+
+
 class RolloutConfig(Section):
     """Sampling of groups, and the generator that does it."""
 
@@ -228,6 +244,8 @@ class RolloutConfig(Section):
     kv_cache_bytes: PositiveInt | None = None  # None: vLLM's own choice on a GPU; 256 MiB on a CPU
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.8
     sleep: bool = True  # free the KV cache during the update, and on a GPU the generator's weights and CUDA graphs
+    partial: PartialRollouts = PartialRollouts()
+    durable: bool = True  # what is sampled and scored is on disk before its step ends: a start after a kill reads it
     router_replay: bool = False  # the update repeats the generator's choices of experts (R3); vLLM on a CPU only so far
 
 

@@ -24,7 +24,7 @@ from r1mega.files import write_atomic
 LINEAGE_FILE = "lineage.json"
 RECORDS = {
     "lock", "report.html", "status.json", "environment.json", "config.yaml", "inputs.json", LINEAGE_FILE, "checkpoints",
-    "tensorboard", "wandb_id", "nonfinite", "watch", "restarts.jsonl",
+    "tensorboard", "wandb_id", "nonfinite", "rollouts", "watch", "restarts.jsonl",
 }  # fmt: skip
 """Names in a run directory that are no outputs: they tell of the run, or serve to resume it."""
 _EARLIER = re.compile(r".*\.jsonl\.\d+")  # of what the run wrote before it began anew

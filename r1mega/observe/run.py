@@ -6,7 +6,7 @@ RUN_DIR/status.json        running, finished, ...     RUN_DIR/tensorboard/    ev
 RUN_DIR/lock               held while a run is alive  RUN_DIR/evaluations.jsonl one line an evaluation
 RUN_DIR/inputs.json        what it has read (see inputs.py)
 RUN_DIR/checkpoints/       step_NNNNNN                RUN_DIR/nonfinite/      what made a gradient not finite
-RUN_DIR/watch/             where each rank is, and stacks
+RUN_DIR/watch/             where each rank is, stacks RUN_DIR/rollouts/       what RL sampled (rollout/journal.py)
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ LAYOUT_KEYS = ("parallel", "weights", "rollout.tp", "rollout.ep", "rollout.dp")
 CHANGEABLE_KEYS = (
     "steps", "threads", "timeouts", "watchdog", "restart", "observe", "checkpoint", "memory", "evaluate", "tasks", "others",
     "model.recompute", "model.dispatcher", "model.megatron", "optimizer.overlap_grad_reduce", "optimizer.overlap_param_gather",
-    "optimizer.skip_nonfinite", *LAYOUT_KEYS,
+    "optimizer.skip_nonfinite", "rollout.durable", *LAYOUT_KEYS,
 )  # fmt: skip
 """Config keys (with all below them) that may differ when a run is started again; any other makes it another run."""
 

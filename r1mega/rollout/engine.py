@@ -59,6 +59,14 @@ def sample_seed(seed: int, sample_index: int) -> int:
     return _mix(state) >> 1
 
 
+def continued_seed(request: GenerationRequest, sample_index: int) -> int:
+    """Seed of one sample of a request, of those from its first one on: `sample_seed`; where it goes on from tokens of an earlier
+    step, one that their number changes, so that the position in a stream of random numbers needs not be kept.
+    """
+    seed = sample_seed(request.seed, sample_index)
+    return sample_seed(seed, len(request.begun)) if request.begun else seed
+
+
 def _mix(value: int) -> int:
     z = (value * 0x9E3779B97F4A7C15 + 0x9E3779B97F4A7C15) % 2**64
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
@@ -71,7 +79,10 @@ def in_order(requests: Sequence[GenerationRequest], completions: Iterable[Comple
     responses: list[dict[int, Response]] = [{} for _ in requests]
     for completion in completions:
         responses[completion.request_index][completion.sample_index] = completion.response
-    return [tuple(samples[i] for i in range(len(samples))) for samples in responses]
+    return [
+        tuple(samples[r.first_sample + i] for i in range(r.num_samples))
+        for r, samples in zip(requests, responses, strict=True)
+    ]
 
 
 def check_requests(
@@ -100,6 +111,13 @@ def check_requests(
             raise GenerationError(
                 f"{where}: num_samples={request.num_samples}, max_tokens={sampling.max_tokens}; both must be at least 1"
             )
+        if request.begun and not (request.num_samples == 1 and len(request.begun) < sampling.max_tokens):
+            raise GenerationError(
+                f"{where}: goes on from {len(request.begun)} tokens with num_samples={request.num_samples}, "
+                f"max_tokens={sampling.max_tokens}; it must be one sample, and have room for a token more"
+            )
+        if request.begun and not 0 <= min(request.begun) <= max(request.begun) < vocab_size:
+            raise GenerationError(f"{where}: a token that it goes on from is outside the vocabulary of {vocab_size}")
         if not 0 < sampling.top_p <= 1 or not (sampling.temperature == 0 or sampling.temperature >= 0.01):
             raise GenerationError(
                 f"{where}: temperature={sampling.temperature}, top_p={sampling.top_p}; temperature "

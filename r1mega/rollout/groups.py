@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -27,7 +27,7 @@ class Rollout:
     """What one step sampled. groups: this generator's that are trained on; sampled: with those that dynamic sampling dropped.
 
     num_sampled: groups over all generators, in num_rounds rounds. is_first: False where these are copies, on the further
-    tensor-parallel ranks of a generator.
+    tensor-parallel ranks of a generator. figures: further metrics, over all generators.
     """
 
     groups: list[RolloutGroup]
@@ -35,9 +35,14 @@ class Rollout:
     num_sampled: int
     num_rounds: int
     is_first: bool
+    figures: Mapping[str, float] = field(default_factory=dict)
 
     def metrics(self) -> dict[str, float]:
-        return {"group/num_sampled": float(self.num_sampled), "group/num_rounds": float(self.num_rounds)}
+        return {
+            "group/num_sampled": float(self.num_sampled),
+            "group/num_rounds": float(self.num_rounds),
+            **self.figures,
+        }
 
 
 class GroupCollector:
@@ -67,6 +72,9 @@ class GroupCollector:
             total = self._over_replicas(len(kept))
         kept = kept if total else groups  # a step without any signal still updates (KL) and is seen in the metrics
         return Rollout(kept, sampled, num_sampled, num_rounds, self._place.is_first)
+
+    def state(self) -> None:
+        """What a checkpoint keeps: nothing outlives a step."""
 
     def _sample_round(self, step: int, first_slot: int, count: int) -> list[RolloutGroup]:
         drawn = self._cursor.draw(count)  # the same on every rank

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from r1mega.data.tokenizer import Tokenizer, response_text
+from r1mega.errors import CheckpointError
 from r1mega.observe.trace import PhaseTimer
-from r1mega.types import Completion, GenerationRequest, Prompt, Response, Reward, RolloutGroup, SamplingSettings
+from r1mega.rollout.journal import Place, RolloutJournal, Segment
+from r1mega.rollout.open_groups import NEVER, Member, OpenGroup
+from r1mega.types import Completion, Cut, GenerationRequest, Prompt, Response, Reward, RolloutGroup, SamplingSettings
 
 
 class Scorer(Protocol):
@@ -22,11 +27,29 @@ class Scorer(Protocol):
 class StreamingEngine(Protocol):
     """What sampling asks of a `GenerationEngine`."""
 
-    def stream(self, requests: Sequence[GenerationRequest]) -> Iterator[Completion]: ...
+    def stream(self, requests: Sequence[GenerationRequest], cut: Cut | None = None) -> Iterator[Completion]: ...
+
+
+@dataclass(slots=True)
+class StepCut:
+    """Where a step leaves responses unfinished. decide: by the fewest tokens that a response of this rank has from this step, of
+    those that it samples and of those that it holds (NEVER: of none), the most that a response may have of it (None: not known
+    yet), and whether any rank samples still. length, is_sampling: what it said. surplus: tokens sampled in vain.
+    """
+
+    every: int
+    decide: Callable[[int, int], tuple[int | None, bool]]
+    length: int | None = None
+    is_sampling: bool = True
+    surplus: int = 0
+
+    def reached(self, fewest: int, held: int) -> bool:
+        self.length, self.is_sampling = self.decide(fewest, held)
+        return self.length is not None
 
 
 class GroupSampler:
-    """Samples `group_size` responses a prompt and scores them."""
+    """Samples `group_size` responses a prompt and scores them. journal: keeps what is sampled, and gives what an earlier start had."""
 
     def __init__(
         self,
@@ -36,35 +59,147 @@ class GroupSampler:
         sampling: SamplingSettings,
         group_size: int,
         timer: PhaseTimer,
+        journal: RolloutJournal | None = None,
     ):
         self._engine, self._tokenizer, self._scorer, self._timer = engine, tokenizer, scorer, timer
-        self._sampling, self._group_size = sampling, group_size
+        self._sampling, self._group_size, self._journal = sampling, group_size, journal
 
     def sample(self, prompts: Sequence[Prompt], seeds: Sequence[int], policy_version: int) -> list[RolloutGroup]:
         """One group a prompt, in order. A prompt's seed alone (with the weights) determines its responses."""
-        requests = [
-            GenerationRequest(prompt.token_ids, self._group_size, seed, self._sampling)
-            for prompt, seed in zip(prompts, seeds, strict=True)
-        ]
-        slots: list[list] = [[None] * self._group_size for _ in requests]
+        groups = [self.open(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+        self.advance(groups, policy_version)
+        return [group.closed(policy_version) for group in groups]
+
+    def open(
+        self, prompt: Prompt, seed: int, born: int = 0, slot: int = 0, owner: int = 0, index: int = 0
+    ) -> OpenGroup:
+        """A group of which nothing is sampled yet; see there."""
+        return OpenGroup(index, prompt, seed, born, slot, owner, [Member() for _ in range(self._group_size)])
+
+    def advance(self, groups: Sequence[OpenGroup], policy_version: int, cut: StepCut | None = None) -> None:
+        """Samples what the groups' responses lack and scores those that are finished. cut: ends it before all are."""
+        tickets: dict[int, int] = {}
         with self._timer.phase("rollout"):
-            for done in self._engine.stream(requests):
-                with self._timer.phase("reward"):
-                    text = response_text(self._tokenizer, done.response)
-                    ticket = self._scorer.submit(prompts[done.request_index], done.response, text)
-                slots[done.request_index][done.sample_index] = (done.response, text, ticket)
+            self._replay(groups, policy_version)
+            self._stream(groups, policy_version, cut, tickets)
+            while cut is not None and cut.length is None:  # what was sampled again came out longer: held ones go on
+                for member in (member for group in groups for member in group.members):
+                    member.is_held = False
+                self._stream(groups, policy_version, cut, tickets)
+            if cut is not None and cut.length is not None:
+                cut.surplus = sum(m.cut(cut.length) for group in groups for m in group.members)
+            self._write_unfinished(groups, policy_version)
         with self._timer.phase("reward"):
-            self._scorer.flush()
-            return [
-                RolloutGroup(
-                    prompt=prompt,
-                    responses=tuple(response for response, _, _ in members),
-                    texts=tuple(text for _, text, _ in members),
-                    rewards=tuple(self._scorer.result(ticket) for _, _, ticket in members),
-                    policy_version=policy_version,
-                )
-                for prompt, members in zip(prompts, slots, strict=True)
-            ]
+            self._score(groups, policy_version, tickets)
+
+    def _replay(self, groups: Sequence[OpenGroup], version: int) -> None:
+        """This step's segments as far as an earlier start sampled them."""
+        if self._journal is not None:
+            self._journal.begin_step(version + 1)
+        for group in groups:
+            for index, member in enumerate(group.members):
+                member.clock, member.is_held = 0, False
+                found = None if member.is_finished else self._take(version + 1, group, index)
+                if found is not None:
+                    self._restore(member, found, version)
+                    member.is_held = not member.is_finished
+
+    def _take(self, step: int, group: OpenGroup, index: int) -> Segment | None:
+        if self._journal is None:
+            return None
+        return self._journal.take(Place(step, group.seed, index), len(group.members[index].token_ids))
+
+    def recall(self, group: OpenGroup, through: int) -> None:
+        """What steps up to this one sampled of a group, from the journal. CheckpointError when a part of it is missing."""
+        for index, member in enumerate(group.members):
+            for step in range(group.born, through + 1):
+                if member.is_finished:
+                    break
+                if (found := self._take(step, group, index)) is not None:
+                    self._restore(member, found, step - 1)
+                else:
+                    raise CheckpointError(
+                        f"step {through}'s unfinished response {index} to prompt {group.prompt.id} lacks the tokens of step "
+                        f"{step}: put RUN_DIR/rollouts back beside the checkpoints, or use another run_dir"
+                    )
+
+    def _restore(self, member: Member, segment: Segment, version: int) -> None:
+        member.add(segment.response, version)
+        if member.is_finished:
+            member.text, member.reward = self._text(member), segment.reward
+
+    def _text(self, member: Member) -> str:
+        return response_text(self._tokenizer, member.response(-1))
+
+    def _stream(self, groups: Sequence[OpenGroup], version: int, cut: StepCut | None, tickets: dict[int, int]) -> None:
+        """Until it is known where the step is cut, or no generator has anything to sample but what it holds."""
+        requests, asked = self._requests(groups)
+        held = min((m.clock for group in groups for m in group.members if m.is_held), default=NEVER)
+        if cut is not None and self._ask(cut, 0 if requests else NEVER, held):
+            return
+        # where a response that was held goes on the engine does not count what it has of the step: the cut is found later
+        engine_cut = None if cut is None else Cut(cut.every, lambda fewest: self._ask(cut, fewest, held))
+        for done in self._engine.stream(requests, engine_cut) if requests else ():
+            group = asked[done.request_index]
+            member = group.members[done.sample_index]
+            member.add(done.response, version)
+            if member.is_finished:
+                if self._journal is not None:
+                    self._journal.write(Place(version + 1, group.seed, done.sample_index), member.new(), member.begun)
+                with self._timer.phase("reward"):
+                    member.text = self._text(member)
+                    tickets[id(member)] = self._scorer.submit(group.prompt, member.response(version), member.text)
+        while cut is not None and cut.length is None and cut.is_sampling:  # other generators are still at it
+            self._ask(cut, NEVER, held)
+
+    def _ask(self, cut: StepCut, fewest: int, held: int) -> bool:
+        with self._timer.phase("rollout_wait"):  # for other generators: the time is theirs
+            return cut.reached(fewest, held)
+
+    def _requests(self, groups: Sequence[OpenGroup]) -> tuple[list[GenerationRequest], list[OpenGroup]]:
+        """What is to be sampled, and of which group each is. A group that is all to be sampled is one request."""
+        requests: list[GenerationRequest] = []
+        asked: list[OpenGroup] = []
+        for group in groups:
+            ask = functools.partial(GenerationRequest, group.prompt.token_ids, seed=group.seed, sampling=self._sampling)
+            open_members = [i for i, m in enumerate(group.members) if not m.is_finished and not m.is_held]
+            if len(open_members) == len(group.members) and not any(m.token_ids for m in group.members):
+                made = [ask(num_samples=len(group.members))]
+            else:
+                made = [
+                    ask(num_samples=1, first_sample=i, begun=tuple(group.members[i].token_ids)) for i in open_members
+                ]
+            requests += made
+            asked += [group] * len(made)
+        return requests, asked
+
+    def _write_unfinished(self, groups: Sequence[OpenGroup], version: int) -> None:
+        if self._journal is not None:
+            for group in groups:
+                for index, member in enumerate(group.members):
+                    if not member.is_finished and not member.is_held:
+                        self._journal.write(Place(version + 1, group.seed, index), member.new(), member.begun)
+            self._journal.finish_step()
+
+    def _score(self, groups: Sequence[OpenGroup], version: int, tickets: dict[int, int]) -> None:
+        """The rewards of all that is finished, also where it was read without one. Tickets of responses that were cut are given up."""
+        waiting = [
+            (Place(version + 1, group.seed, index), group.prompt, member)
+            for group in groups
+            for index, member in enumerate(group.members)
+            if member.is_finished and member.reward is None
+        ]
+        for _, prompt, member in waiting:
+            if id(member) not in tickets:
+                tickets[id(member)] = self._scorer.submit(prompt, member.response(version), member.text)
+        self._scorer.flush()
+        rewards = {key: self._scorer.result(ticket) for key, ticket in tickets.items()}
+        for place, _, member in waiting:
+            member.reward = rewards[id(member)]
+            if self._journal is not None and member.clock:
+                self._journal.write_reward(place, member.reward)
+        if self._journal is not None:
+            self._journal.finish_step()
 
 
 def request_seed(run_seed: int, step: int, slot: int) -> int:

@@ -22,12 +22,10 @@ from typing import Any
 from r1mega.errors import ConfigError, DataError
 from r1mega.files import JsonLinesWriter, read_json_lines, write_atomic
 from r1mega.rollout.draw import GradedSample, Key, Sample
+from r1mega.rollout.journal import SYNC_SECONDS, read_reward, reward_line
 from r1mega.types import Prompt, Reward, RewardStatus
 
 SETTINGS_FILE = "settings.json"
-SYNC_SECONDS = 0.25
-"""A line that comes sooner than this after the last sync is in the file at once, and on disk with the next one: a fast
-generator does not wait for the disk at every sample."""
 
 
 class SampleStore:
@@ -63,7 +61,7 @@ class SampleStore:
         grades: dict[Key, Reward] = {}
 
         def note_grade(line: dict[str, Any]) -> None:
-            reward = Reward(line["value"], line["parts"], RewardStatus(line["status"]), line["reason"])
+            reward = read_reward(line)
             key = (line["prompt_id"], line["index"])
             if key in samples and (reward.status != RewardStatus.FAILED or (failed and key not in grades)):
                 grades[key] = reward
@@ -106,12 +104,12 @@ class SampleStore:
         """Safe from a kill when this returns. reward: to keep the sample with its grade, or not at all."""
         line = {"prompt_id": sample.prompt_id, "index": sample.index, "prompt": self._digests[sample.prompt_id]}
         line |= {"length": sample.length, "truncated": sample.truncated, "text": sample.text}
-        self._write("samples", line if reward is None else line | _grade(reward))
+        self._write("samples", line if reward is None else line | reward_line(reward))
 
     def write_grade(self, graded: GradedSample) -> None:
         """The grade of a sample that was written before. Safe from a kill when this returns."""
         self._write(
-            "grades", {"prompt_id": graded.sample.prompt_id, "index": graded.sample.index, **_grade(graded.reward)}
+            "grades", {"prompt_id": graded.sample.prompt_id, "index": graded.sample.index, **reward_line(graded.reward)}
         )
 
     def sync(self) -> None:
@@ -127,10 +125,6 @@ class SampleStore:
         writer.write({"step": (writer.last_step or 0) + 1, **line}, sync=False)
         if time.monotonic() - self._synced > SYNC_SECONDS:
             self.sync()
-
-
-def _grade(reward: Reward) -> dict[str, Any]:
-    return {"value": reward.value, "parts": dict(reward.parts), "status": str(reward.status), "reason": reward.reason}
 
 
 def prompt_digest(prompt: Prompt) -> str:

@@ -14,9 +14,9 @@ import torch
 from r1mega.errors import GenerationError, WeightSyncError
 from r1mega.model.hf_config import transformers_config
 from r1mega.platform.watchdog import tick
-from r1mega.rollout.engine import EngineSettings, check_requests, in_order, read_config, sample_seed
+from r1mega.rollout.engine import EngineSettings, check_requests, continued_seed, in_order, read_config
 from r1mega.rollout.stop_strings import StopStrings
-from r1mega.types import Completion, GenerationRequest, Response, SamplingSettings
+from r1mega.types import Completion, Cut, GenerationRequest, Response, SamplingSettings
 from r1mega.weights.digest import tensor_digest
 from r1mega.weights.layout import is_ignored, tensor_shapes, weight_dtype
 from r1mega.weights.transfer import checkpoint_tensors
@@ -43,8 +43,8 @@ class TransformersEngine:
         """See GenerationEngine."""
         return in_order(requests, self.stream(requests))
 
-    def stream(self, requests: Sequence[GenerationRequest]) -> Generator[Completion]:
-        """See GenerationEngine."""
+    def stream(self, requests: Sequence[GenerationRequest], cut: Cut | None = None) -> Generator[Completion]:
+        """See GenerationEngine. All responses are finished: one request at a time, the last would get its first token late."""
         self._check_ready()
         has_tokenizer = self.settings.tokenizer_path is not None
         check_requests(requests, self.settings.max_model_len, self.config["vocab_size"], has_tokenizer)
@@ -117,12 +117,12 @@ class TransformersEngine:
     @torch.no_grad()
     def _samples(self, request: GenerationRequest) -> Iterator[tuple[int, Response]]:
         """Decodes all samples of a request as one batch; a finished one leaves it."""
-        sampling = request.sampling
+        sampling, first, num_begun = request.sampling, request.first_sample, len(request.begun)
         alive = list(range(request.num_samples))
-        generators = [torch.Generator().manual_seed(sample_seed(request.seed, i)) for i in alive]
-        tokens: list[list[int]] = [[] for _ in alive]
+        generators = [torch.Generator().manual_seed(continued_seed(request, first + i)) for i in alive]
+        tokens: list[list[int]] = [list(request.begun) for _ in alive]
         log_probs: list[list[float]] = [[] for _ in alive]
-        inputs = torch.tensor([list(request.prompt_token_ids)] * request.num_samples)
+        inputs = torch.tensor([[*request.prompt_token_ids, *request.begun]] * request.num_samples)
         cache = None
         while alive:
             output = self._model(inputs, past_key_values=cache, use_cache=True)
@@ -137,7 +137,7 @@ class TransformersEngine:
                 if reason is None:
                     keep.append(row)
                 else:
-                    yield i, Response(tuple(tokens[i]), tuple(log_probs[i]), reason)
+                    yield first + i, Response(tuple(tokens[i][num_begun:]), tuple(log_probs[i]), reason)
             if len(keep) < len(alive):
                 cache.batch_select_indices(torch.tensor(keep, dtype=torch.long))
             alive, inputs = [alive[row] for row in keep], torch.tensor([[drawn[row]] for row in keep])

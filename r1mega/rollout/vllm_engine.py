@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import os
 import time
 import weakref
@@ -16,6 +17,7 @@ from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -24,10 +26,10 @@ from r1mega.config.model_files import HFConfig
 from r1mega.errors import FreshProcessNeeded, GenerationError
 from r1mega.platform.generator import VllmPlatform, vllm_platform
 from r1mega.platform.watchdog import tick
-from r1mega.rollout.engine import EngineSettings, check_requests, in_order, read_config, sample_seed
+from r1mega.rollout.engine import EngineSettings, check_requests, continued_seed, in_order, read_config
 from r1mega.rollout.routing import RoutingRecorder
 from r1mega.rollout.stop_strings import StopStrings
-from r1mega.types import Completion, GenerationRequest, Response, SamplingSettings
+from r1mega.types import UNFINISHED, Completion, Cut, GenerationRequest, Response, SamplingSettings
 from r1mega.weights.layout import GeneratorRank, divided_names, generator_layout, tensor_shapes
 from r1mega.weights.transfer import (
     ReloadTarget,
@@ -41,14 +43,24 @@ from r1mega.weights.transfer import (
 
 @dataclass(slots=True)
 class _Running:
-    """A sample in flight."""
+    """A sample in flight. token_ids: with those that it goes on from; log_probs: of the others."""
 
     request_index: int
     sample_index: int
     sampling: SamplingSettings
     stop_candidates: frozenset[int]
-    token_ids: list[int] = field(default_factory=list)
+    token_ids: list[int]
     log_probs: list[float] = field(default_factory=list)
+
+    def completion(self, finish_reason: str, routed_experts: np.ndarray | None) -> Completion:
+        new = tuple(self.token_ids[len(self.token_ids) - len(self.log_probs) :])
+        response = Response(new, tuple(self.log_probs), finish_reason, routed_experts)
+        return Completion(self.request_index, self.sample_index, response)
+
+
+def _fewest(running: Mapping[str, _Running]) -> int:
+    """New tokens of the sample with the fewest."""
+    return min(len(state.log_probs) for state in running.values())
 
 
 class VllmEngine:
@@ -172,7 +184,7 @@ class VllmEngine:
         """See GenerationEngine."""
         return in_order(requests, self.stream(requests))
 
-    def stream(self, requests: Sequence[GenerationRequest]) -> Generator[Completion]:
+    def stream(self, requests: Sequence[GenerationRequest], cut: Cut | None = None) -> Generator[Completion]:
         """See GenerationEngine."""
         self._check_ready()
         has_tokenizer = self.settings.tokenizer_path is not None
@@ -181,7 +193,9 @@ class VllmEngine:
         running: dict[str, _Running] = {}
         try:
             self._submit(requests, running)
-            while running:
+            for passes in itertools.count(1):
+                if not running:
+                    break
                 for output in self._step():
                     state = running.get(output.request_id)
                     if state is None:
@@ -196,11 +210,11 @@ class VllmEngine:
                     if self._recorder is not None:
                         num_prompt = len(requests[state.request_index].prompt_token_ids)
                         routed = self._recorder.take(output.request_id, num_prompt + len(state.token_ids) - 1)
-                    yield Completion(
-                        state.request_index,
-                        state.sample_index,
-                        Response(tuple(state.token_ids), tuple(state.log_probs), reason, routed),
-                    )
+                    yield state.completion(reason, routed)
+                if cut is not None and passes % cut.every == 0 and running and cut.reached(_fewest(running)):
+                    break
+            for state in running.values():
+                yield state.completion(UNFINISHED, None)
         finally:
             self._core.abort_requests(list(running))
             self._drain()
@@ -310,17 +324,18 @@ class VllmEngine:
             params = SamplingParams(
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
-                max_tokens=sampling.max_tokens,
+                max_tokens=sampling.max_tokens - len(request.begun),
                 stop_token_ids=list(sampling.stop_token_ids),
                 logprobs=0,
                 detokenize=False,
             )
-            prompt = list(request.prompt_token_ids)
-            for sample_index in range(request.num_samples):
+            prompt = [*request.prompt_token_ids, *request.begun]
+            for sample_index in range(request.first_sample, request.first_sample + request.num_samples):
                 seeded = copy(params)
-                seeded.seed = sample_seed(request.seed, sample_index)
+                seeded.seed = continued_seed(request, sample_index)
                 identifier = self._add(prompt, seeded)
-                running[identifier] = _Running(request_index, sample_index, sampling, candidates)
+                begun = list(request.begun)
+                running[identifier] = _Running(request_index, sample_index, sampling, candidates, begun)
 
     def _add(self, prompt: list[int], params: Any) -> str:
         from vllm.v1.engine import EngineCoreRequest

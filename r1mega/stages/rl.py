@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,7 +19,8 @@ from r1mega.observe.trace import profile_step
 from r1mega.platform.groups import wait_for_all
 from r1mega.reward.compose import RewardScorer
 from r1mega.rollout.build import build_engine, engine_settings
-from r1mega.rollout.groups import GroupCollector
+from r1mega.rollout.journal import open_journal
+from r1mega.rollout.partial import build_collector
 from r1mega.rollout.sampler import GroupSampler, stop_settings
 from r1mega.stages.in_loop_evaluation import Evaluation
 from r1mega.stages.phases import Phases
@@ -73,10 +75,11 @@ class RLTrainer:
         self.sampling = SamplingSettings(
             config.rollout.temperature, config.rollout.top_p, config.rollout.max_response_tokens, stop_ids, stop_strings
         )
+        self.journal = open_journal(rollout, runtime.run_dir, self.start)
         sampler = GroupSampler(
-            self.engine, self.tokenizer, self.scorer, self.sampling, config.rollout.group_size, self.timer
+            self.engine, self.tokenizer, self.scorer, self.sampling, rollout.group_size, self.timer, self.journal
         )
-        self.collector = GroupCollector(sampler, prompts, self.cursor, config)
+        self.collector = build_collector(sampler, prompts, self.cursor, config, progress.get("open_groups"))
         wait_for_all("startup", "the models and generators of all ranks")
         self.sync = WeightSync(self.policy, self.engine, config.weights, self.hf_config, [p.token_ids for p in prompts])
         self.push()
@@ -128,12 +131,13 @@ class RLTrainer:
 
     def progress(self) -> dict[str, Any]:
         """What a checkpoint keeps beside the policy."""
-        return {"cursor": self.cursor.state_dict()}
+        return {"cursor": self.cursor.state_dict(), "open_groups": self.collector.state()}
 
     def close(self) -> None:
-        """Stop the reward workers and free the generator."""
-        self.scorer.close()
-        self.engine.close()
+        """Stop the reward workers, free the generator, bring what it sampled to disk."""
+        with contextlib.ExitStack() as stack:  # all of them, whichever fails
+            for part in (self.journal, self.engine, self.scorer):
+                stack.callback(part.close)
 
 
 def run(config: RLStage, runtime: Runtime) -> int:

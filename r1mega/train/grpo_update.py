@@ -222,7 +222,7 @@ def _plan(
 
 def _metrics(results: list[UpdateResult[_Statistics]], reports: bool, corrects: bool) -> dict[str, float | None]:
     """Add the statistics of microbatches and reporting ranks up. Mismatch: of the first optimizer step only, whose
-    forward pass still has the weights that sampled. corrects: whether rules for the sampler are on.
+    forward pass still has the weights that sampled (with rollout.partial the newest tokens). corrects: whether rules for the sampler are on.
     """
     sums = torch.zeros(13, dtype=torch.float64)
     largest = torch.zeros(1, dtype=torch.float64)

@@ -19,6 +19,7 @@ TIMES = (
     "memory/",
     "reward_pool/",
     "straggler/",
+    "partial/surplus_tokens",
     *RATES,
 )
 

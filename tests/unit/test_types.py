@@ -14,7 +14,7 @@ ALLOWED = {
     "data": 23,
     "doctor": 2,
     "evaluate": 11,
-    "files": 4,
+    "files": 2,
     "gpu_check": 24,
     "kernels": 5,
     "model": 69,

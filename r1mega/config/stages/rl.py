@@ -14,6 +14,7 @@ from r1mega.config.schema import (
     DataConfig,
     EvaluateConfig,
     NonNegative,
+    PartialRollouts,
     Positive,
     PositiveInt,
     RolloutConfig,
@@ -181,7 +182,39 @@ class RLStage(TrainingStage):
                 f"max_prompt_tokens + max_response_tokens = {longest}; raise it to at least that"
             )
         yield from _algorithm_problems(algorithm, rollout.top_p)
+        yield from _partial_problems(rollout, algorithm)
         yield from self.reward.problems(rollout.max_response_tokens)
+
+
+def _partial_problems(rollout: RolloutConfig, algorithm: AlgorithmConfig) -> Iterator[str]:
+    """Of rollouts that go on over steps."""
+    partial = rollout.partial
+    if not partial.is_on:
+        if partial != PartialRollouts():
+            yield "rollout.partial is off at overdraw = 1, and its other keys do nothing; raise overdraw, or leave them out"
+        return
+    if rollout.engine == "transformers":
+        yield "rollout.partial: engine = transformers leaves no response unfinished; set rollout.engine=vllm"
+    if partial.every_tokens >= rollout.max_response_tokens:
+        yield (
+            f"rollout.partial.every_tokens = {partial.every_tokens}: no response of at most max_response_tokens = "
+            f"{rollout.max_response_tokens} would be left unfinished; set every_tokens to less"
+        )
+    if partial.overdraw > 1 + partial.max_staleness:
+        yield (
+            f"rollout.partial.overdraw = {partial.overdraw}: steps train on num_prompts groups, so some of so many would be older than "
+            f"max_staleness = {partial.max_staleness} allows; set overdraw to at most {1 + partial.max_staleness}, or raise max_staleness"
+        )
+    if not rollout.durable:
+        yield "rollout.partial keeps unfinished responses where rollout.durable keeps finished ones; set durable=true"
+    if algorithm.dynamic_sampling.enabled:
+        yield "rollout.partial draws more groups from the start, algorithm.dynamic_sampling in rounds; switch one of them off"
+    corrections = [key for key in _against_sampler(algorithm) if key != "kl_bias_correction"]  # that is of the KL alone
+    if algorithm.old_log_probs == "recompute" and not corrections:
+        yield (
+            "rollout.partial: tokens of older weights are compared with recomputed log-probs of the present ones, as if those had "
+            "sampled them; set algorithm.importance_cap (or a rule of off_policy), or algorithm.old_log_probs=rollout"
+        )
 
 
 def _against_sampler(algorithm: AlgorithmConfig) -> list[str]:

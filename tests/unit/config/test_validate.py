@@ -196,6 +196,18 @@ def test_shipped_nano_config_for_four_ranks_is_valid(run):
         ),
         (["algorithm.importance_level=sequence"], 1, r"set importance_cap, or leave importance_level out"),
         (["algorithm.surrogate=cispo", "algorithm.ratio=sequence"], 1, r"cispo takes .*set algorithm\.ratio=token"),
+        (["rollout.partial.overdraw=2.5"], 1, r"set overdraw to at most 2, or raise max_staleness"),
+        (["rollout.partial.overdraw=2", "rollout.durable=false"], 1, r"set durable=true"),
+        (["rollout.partial.overdraw=2", "algorithm.dynamic_sampling.enabled=true"], 1, r"switch one of them off"),
+        (["rollout.partial.overdraw=2", "algorithm.old_log_probs=recompute"], 1, r"set algorithm\.importance_cap"),
+        (
+            ["rollout.partial.overdraw=2", "algorithm.old_log_probs=recompute", "algorithm.kl_bias_correction=true"],
+            1,
+            r"set algorithm\.importance_cap",
+        ),
+        (["rollout.partial.overdraw=2", "rollout.engine=transformers"], 1, r"set rollout\.engine=vllm"),
+        (["rollout.partial.overdraw=2", "rollout.partial.every_tokens=100000"], 1, r"set every_tokens to less"),
+        (["rollout.partial.on_stale=drop"], 1, r"raise overdraw, or leave them out"),
         (["algorithm.surrogate=sapo", "algorithm.dual_clip=3"], 1, r"leave dual_clip out"),
         (["algorithm.dual_clip=1.1"], 1, r"dual_clip = 1\.1 is below 1 \+ clip_high = 1\.2; raise it"),
         (["algorithm.whiten=true"], 1, r"whiten has no standard .* set algorithm\.normalize_std=false"),
@@ -376,3 +388,8 @@ def test_tokenizer_must_be_there_and_fit_the_vocabulary(run, tmp_path):
 )  # fmt: skip
 def test_context_length(hf, context):
     assert context_length(hf) == context
+
+
+def test_partial_rollouts_are_of_reinforcement_learning():
+    config = load_config(Path("configs/nano/cold_start.yaml"), ["rollout.partial.overdraw=2"])
+    assert any("rollout.partial is of RL" in problem for problem in config.problems(NANO, 1))

@@ -18,7 +18,7 @@ from r1mega.platform import groups
 from r1mega.rollout.engine import sample_seed
 from r1mega.rollout.transformers_engine import TransformersEngine
 from r1mega.rollout.vllm_engine import VllmEngine
-from r1mega.types import GenerationRequest, SamplingSettings
+from r1mega.types import UNFINISHED, Cut, GenerationRequest, SamplingSettings
 from r1mega.weights.transfer import checkpoint_tensors
 from tests.unit.rollout.tiny_models import (
     MAX_MODEL_LEN,
@@ -155,6 +155,53 @@ def test_samples_follow_the_distribution(engines):
     statistic = ((counts - probabilities * 4096) ** 2 / (probabilities * 4096 + 1e-9))[likely].sum()
     degrees = likely.sum() - 1
     assert statistic < degrees + 5 * np.sqrt(2 * degrees)  # five standard deviations
+
+
+def go_on(request, index, done):
+    """The request for the rest of a response that was left unfinished."""
+    return replace(request, num_samples=1, first_sample=index, begun=done.response.token_ids)
+
+
+def test_a_cut_leaves_what_is_unfinished_and_it_goes_on_from_there(engines):
+    """The tokens before the cut are those of an uncut stream, and all log-probs transformers'; sixteen tokens, four at a time."""
+    engine, requests = engines("deepseek"), sampled_requests(3, num_samples=2, max_tokens=16)
+    whole = [response for responses in engine.generate(requests) for response in responses]
+    asked = []
+    cut = Cut(4, lambda fewest: asked.append(fewest) or fewest >= 8)
+    first = sorted(engine.stream(requests, cut), key=lambda done: (done.request_index, done.sample_index))
+    assert [done.response.finish_reason for done in first] == [UNFINISHED] * 6 and asked == sorted(asked)
+    assert asked[-1] == min(len(done.response.token_ids) for done in first) >= 8 > asked[-2]
+    for done, uncut in zip(first, whole, strict=True):
+        assert done.response.token_ids == uncut.token_ids[: len(done.response.token_ids)]
+    rest = [go_on(requests[done.request_index], done.sample_index, done) for done in first]
+    (fresh,) = engine.generate([replace(requests[1], num_samples=1, first_sample=1)])[0]
+    assert fresh.token_ids == whole[3].token_ids
+    for request, done, (response,) in zip(rest, first, engine.generate(rest), strict=True):
+        tokens = done.response.token_ids + response.token_ids
+        log_probs = done.response.log_probs + response.log_probs
+        assert len(tokens) == 16 and response.finish_reason == "length"
+        expected = reference_log_probs("deepseek", request, tokens)
+        assert np.abs(expected - log_probs).max() <= TOLERANCE
+    with pytest.raises(GenerationError, match="goes on from 16 tokens"):
+        engine.generate([replace(rest[0], begun=rest[0].begun[:1] * 16)])
+
+
+def test_a_stop_string_may_lie_across_a_cut(engines):
+    engine = engines("llama")
+    request = sampled_requests(1, num_samples=1)[0]
+    (free,) = engine.generate([request])[0]
+    text = "".join(chr(33 + token) for token in free.token_ids[:4])
+    stopping = replace(request.sampling, stop_strings=(text[-2:],))
+    (again,) = engine.generate([replace(request, sampling=stopping)])[0]
+    assert again.finish_reason == "stop"
+    begun = again.token_ids[:-1]
+    seeds = range(400)
+    tries = [
+        replace(request, sampling=replace(stopping, max_tokens=len(begun) + 1), begun=begun, seed=s) for s in seeds
+    ]
+    found = [response for (response,) in engine.generate(tries)]
+    assert any(response.token_ids == again.token_ids[-1:] for response in found)
+    assert all((r.token_ids == again.token_ids[-1:]) == (r.finish_reason == "stop") for r in found)
 
 
 def test_stop_token_ends_and_belongs_to_the_response(engines):

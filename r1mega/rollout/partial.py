@@ -1,0 +1,170 @@
+"""Partial rollouts: a step ends when enough groups are whole, and what is unfinished goes on in the next one, by its weights.
+
+What a step is trained on follows from its responses alone (`open_groups.find_cut`): how many generators there are, how fast they
+are and in which batches they sample makes no difference.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+
+from r1mega.config.stages.rl import RLStage
+from r1mega.data.cursor import PromptCursor
+from r1mega.errors import DataError
+from r1mega.platform.groups import GeneratorPlace, wait_for_all
+from r1mega.rollout.groups import GroupCollector, Rollout
+from r1mega.rollout.open_groups import NEVER, OpenGroup, OpenState, find_cut
+from r1mega.rollout.sampler import GroupSampler, StepCut, request_seed
+from r1mega.types import Prompt
+
+
+class PartialCollector:
+    """Samples up to `overdraw` times a step's prompts at once, and trains on the first whole ones.
+
+    Whole groups are taken oldest first. One of which a token is as stale as `max_staleness` allows is finished in this step,
+    or given up and its prompt drawn again, by `on_stale`.
+    """
+
+    def __init__(self, sampler: GroupSampler, prompts: Sequence[Prompt], cursor: PromptCursor, config: RLStage):
+        self._sampler, self._prompts, self._cursor, self._config = sampler, prompts, cursor, config
+        self._partial, self._wanted = config.rollout.partial, config.rollout.num_prompts
+        self._place = GeneratorPlace.of_this_rank(config.rollout.tp)
+        self._open: list[OpenGroup] = []  # of all generators, oldest first; the same list on every rank
+        self._redraw: list[int] = []
+        self._step = 0
+
+    def collect(self, step: int) -> Rollout:
+        """The step's scored groups: num_prompts over all generators, in the order in which their prompts were drawn."""
+        num_drawn = self._draw(step)
+        cut = StepCut(self._partial.every_tokens, functools.partial(self._decide, step))
+        mine = self._mine()
+        self._sampler.advance(mine, step - 1, cut)
+        wait_for_all("rollout", f"the rollout of step {step}")
+        sampled = sum(member.clock for group in mine for member in group.members)
+        chosen, dropped = self._take(step)
+        groups = [
+            replace(group.closed(step - 1), slot=slot) for slot, group in enumerate(chosen) if self._is_mine(group)
+        ]
+        self._step = step
+        figures = self._figures(step, chosen, dropped, sampled, cut)
+        return Rollout(groups, groups, num_drawn, 1, self._place.is_first, figures)
+
+    def state(self) -> OpenState:
+        """What a checkpoint keeps beside the journal."""
+        groups = [(g.prompt_index, g.seed, g.born, g.slot, g.owner, g.is_whole) for g in self._open]
+        return OpenState(
+            step=self._step, num_replicas=self._place.num_replicas, groups=groups, redraw=list(self._redraw)
+        )
+
+    def restore(self, state: OpenState) -> None:
+        """Go on from a checkpoint's, with any number of generators. CheckpointError when the journal lacks what it began."""
+        self._redraw, self._step = list(state["redraw"]), state["step"]
+        alike = state["num_replicas"] == self._place.num_replicas
+        for place, (index, seed, born, slot, owner, is_whole) in enumerate(state["groups"]):
+            owner = owner if alike else place % self._place.num_replicas
+            group = self._sampler.open(self._prompts[index], seed, born, slot, owner, index)
+            group.is_whole = is_whole
+            if self._is_mine(group):
+                self._sampler.recall(group, self._step)
+            self._open.append(group)
+
+    def _draw(self, step: int) -> int:
+        """Fill up the groups in the making; how many are new. Each goes to the generator with the fewest to sample."""
+        count = math.ceil(self._partial.overdraw * self._wanted) - len(self._open)
+        again, self._redraw = self._redraw[:count], self._redraw[count:]
+        load = [0] * self._place.num_replicas
+        for group in self._open:
+            load[group.owner] += not group.is_whole
+        for slot, index in enumerate([*again, *self._cursor.draw(count - len(again))]):
+            owner = load.index(min(load))
+            load[owner] += 1
+            seed = request_seed(self._config.seed, step, slot)
+            self._open.append(self._sampler.open(self._prompts[index], seed, step, slot, owner, index))
+        return count
+
+    def _decide(self, step: int, fewest: int, held: int) -> tuple[int | None, bool]:
+        """See StepCut.decide; a collective call. DataError when all there is does not tell where the step ends."""
+        known = torch.full((len(self._open) + 2,), NEVER)
+        for place, group in enumerate(self._open):
+            if self._is_mine(group):
+                known[place] = group.clock
+        known[-2], known[-1] = fewest, held
+        wait_for_all("rollout", f"the rollout of step {step}")
+        dist.all_reduce(known, dist.ReduceOp.MIN)
+        *clocks, sampling, holding = known.tolist()
+        finishes = self._partial.on_stale == "finish"
+        deadlines = [self._deadline(group) if finishes else NEVER for group in self._open]
+        frontier = min(sampling, holding)
+        length = find_cut(clocks, deadlines, frontier, step, self._wanted, self._partial.every_tokens)
+        if length is not None:
+            for group, clock in zip(self._open, clocks, strict=True):
+                group.is_whole = clock <= length
+        elif frontier >= NEVER:
+            raise DataError(
+                f"step {step}: no response is unfinished, and yet more groups are due than a step trains on; restore or remove "
+                f"RUN_DIR/rollouts/step_{step:06d} and start again, or go back to an earlier checkpoint"
+            )
+        return length, sampling < NEVER
+
+    def _take(self, step: int) -> tuple[list[OpenGroup], list[OpenGroup]]:
+        """(what is trained on, what is too stale to go on), both taken out of those in the making."""
+        chosen = [group for group in self._open if group.is_whole][: self._wanted]
+        left = [group for group in self._open if not any(group is other for other in chosen)]
+        dropped = [group for group in left if self._deadline(group) <= step]
+        self._open = [group for group in left if self._deadline(group) > step]
+        self._redraw += [group.prompt_index for group in dropped]
+        return chosen, dropped
+
+    def _deadline(self, group: OpenGroup) -> int:
+        """The last step that may train on it."""
+        return group.born + self._partial.max_staleness
+
+    def _is_mine(self, group: OpenGroup) -> bool:
+        return group.owner == self._place.replica
+
+    def _mine(self) -> list[OpenGroup]:
+        return [group for group in self._open if self._is_mine(group)]
+
+    def _figures(
+        self, step: int, chosen: list[OpenGroup], dropped: list[OpenGroup], sampled: int, cut: StepCut
+    ) -> dict[str, float]:
+        """Over all generators; a collective call."""
+        own = self._place.is_first
+        lags = [step - 1 - v for g in chosen if own and self._is_mine(g) for m in g.members for v in m.versions]
+        lost = sum(len(m.token_ids) for g in dropped if own and self._is_mine(g) for m in g.members)
+        sums = torch.tensor(
+            [len(lags), sum(lags), sum(lag > 0 for lag in lags), lost, sampled * own, cut.surplus * own],
+            dtype=torch.float64,
+        )
+        most = torch.tensor(max(lags, default=0))
+        dist.all_reduce(sums)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        tokens, lag, stale, lost_tokens, new, surplus = sums.tolist()
+        return {
+            "staleness/mean": lag / max(tokens, 1),
+            "staleness/max": float(most),
+            "staleness/stale_fraction": stale / max(tokens, 1),
+            "partial/open_groups": float(len(self._open)),
+            "partial/cut_tokens": float(cut.length or 0),
+            "partial/surplus_tokens": surplus,
+            "partial/dropped_tokens": lost_tokens,
+            "tokens/rollout": new,
+        }
+
+
+def build_collector(
+    sampler: GroupSampler, prompts: Sequence[Prompt], cursor: PromptCursor, config: RLStage, state: OpenState | None
+) -> GroupCollector | PartialCollector:
+    """The one that the config asks for, where a checkpoint left off. Raises as `PartialCollector.restore` does."""
+    if not config.rollout.partial.is_on:
+        return GroupCollector(sampler, prompts, cursor, config)
+    collector = PartialCollector(sampler, prompts, cursor, config)
+    if state is not None:
+        collector.restore(state)
+    return collector

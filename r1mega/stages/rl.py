@@ -28,7 +28,8 @@ from r1mega.train.grpo_update import update_policy
 from r1mega.train.phases import plan_phases
 from r1mega.train.policy import Policy
 from r1mega.train.reward_model import ShardedRewardModel
-from r1mega.train.samples import gather_samples, training_samples
+from r1mega.train.sample_exchange import SampleExchange
+from r1mega.train.samples import training_samples
 from r1mega.train.trainer import Trainer
 from r1mega.types import RolloutGroup, SamplingSettings
 from r1mega.weights.sync import WeightSync
@@ -51,6 +52,7 @@ class RLTrainer:
             self.policy.take_reference()
         num_updates = config.steps * config.update.num_minibatches * config.update.num_epochs
         plan = plan_phases(config.memory, sleep=config.rollout.sleep, cpu_adam=config.optimizer.cpu_offload)
+        self.exchange = SampleExchange.of(self.policy, config.rollout.tp)
         self.trainer = Trainer(self.policy, config.optimizer, total_steps=num_updates, plan=plan)
         self.cursor = PromptCursor(len(prompts), config.seed)
         self.start, progress = runtime.restore(self.trainer, self.hf_config, config.steps)
@@ -89,15 +91,15 @@ class RLTrainer:
             self.push(again=True)  # a checkpoint was written in their place
         rollout = self.collector.collect(step)  # rollout; each response is scored while others are still sampled
         self.phases.enter("logprob")  # the generator sleeps: the push replaces all of its weights
-        samples = gather_samples(training_samples(rollout.groups, config.algorithm), rollout.is_first)  # advantage
-        metrics = update_policy(self.trainer, samples, config, step, self.timer)  # log-prob, update
+        samples = self.exchange.index(training_samples(rollout.groups, config.algorithm))  # advantage; who has what
+        metrics = update_policy(self.trainer, samples, config, step, self.timer)  # each its share: log-prob, update
         refresh = config.algorithm.reference_refresh_steps
         if config.algorithm.kl_coefficient > 0 and refresh is not None and step % refresh == 0:
             self.policy.take_reference()
         metrics |= self.push()  # reshard, and its proof
         metrics |= group_metrics(rollout.sampled, contributes=rollout.is_first) | rollout.metrics()
         metrics |= pool_metrics(self.scorer.activity())
-        metrics |= work_metrics(self.flops, rollout.sampled, samples, config, contributes=rollout.is_first)
+        metrics |= work_metrics(self.flops, rollout.sampled, samples.known, config, contributes=rollout.is_first)
         return metrics, rollout.groups
 
     def push(self, *, again: bool = False) -> dict[str, float]:

@@ -130,7 +130,7 @@ class Microbatch:
     cu_seqlens: [samples + 1] int32. Without samples there is one token of padding, for the model must run.
     rows: [R] positions whose logits predict a response token; targets: [R] those tokens; sequence_ids: [R] which
     sample of this microbatch. sample_indices: the samples, in order, as indices into the step's samples.
-    routed_experts: [T, MoE layers, top-k] choices to replay, or None.
+    routed_experts: [T, MoE layers, top-k] choices to replay, or None; the layers of the whole model, or of this rank alone.
     """
 
     _row_fields: ClassVar[tuple[str, ...]] = ("rows", "targets")

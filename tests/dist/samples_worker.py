@@ -1,0 +1,159 @@
+"""Samples of drawn layouts through the exchange, on every rank: what arrives, and the bytes that it took."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from r1mega.platform import groups
+from r1mega.train.packing import plan_packing, split_minibatches
+from r1mega.train.sample_exchange import SampleExchange
+from r1mega.train.sample_plan import RankPlace, Routing
+from r1mega.types import TrainingSample
+
+WORLD = 8
+
+
+@dataclass(frozen=True)
+class Case:
+    """A drawn run: layout, model and the step's samples. layers: MoE layers of each pipeline stage; made: by generators."""
+
+    tp: int
+    cp: int
+    pp: int
+    generator_tp: int
+    routing: Routing
+    layers: tuple[tuple[int, ...], ...]
+    made: tuple[tuple[TrainingSample, ...], ...]
+    epochs: int
+    limit: int
+    seed: int
+
+    @property
+    def dp(self) -> int:
+        return WORLD // (self.tp * self.cp * self.pp)
+
+    def place(self, rank: int) -> RankPlace:
+        """By Megatron's order of ranks, tp-cp-dp-pp."""
+        replica = rank // (self.tp * self.cp) % self.dp
+        return RankPlace(rank // self.generator_tp, replica, self.layers[rank * self.pp // WORLD])
+
+    @property
+    def samples(self) -> list[TrainingSample]:
+        """Of the step, in the order in which everybody counts them."""
+        return sorted((sample for part in self.made for sample in part), key=lambda sample: sample.slot)
+
+    def shares(self) -> list[list[int]]:
+        """Of each replica, from lengths alone."""
+        lengths = [len(sample.token_ids) for sample in self.samples]
+        shares: list[list[int]] = [[] for _ in range(self.dp)]
+        for epoch in range(self.epochs):
+            parts = [part for part in split_minibatches(len(lengths), 2, f"{self.seed}/{epoch}") if part]
+            for ranks in plan_packing(lengths, parts, 64, self.dp).bins:
+                for replica, bins in enumerate(ranks):
+                    shares[replica] += [index for members in bins for index in members]
+        return shares
+
+
+def draw(seed: int) -> Case:
+    """Whole samples on some generators and none on others; experts of 1 to 10 bits, or no routing at all."""
+    generator = random.Random(seed)
+    numbers = np.random.default_rng(seed)
+    tp, cp, pp = generator.choice([(1, 1, 1), (2, 1, 2), (1, 2, 2), (2, 2, 1), (1, 1, 4), (2, 1, 1), (1, 1, 2)])
+    routing = Routing(generator.choice([2, 8, 64, 160, 256, 384, 1000]), generator.choice([1, 3, 8]))
+    num_layers = generator.choice([0, pp - 1, pp + 3])
+    stages = sorted(generator.choices(range(pp), k=num_layers))
+    layers = tuple(tuple(layer for layer, stage in enumerate(stages) if stage == own) for own in range(pp))
+    generator_tp = generator.choice([1, 2, 4])
+    slots = list(range(generator.choice([1, 5, 9])))
+    made: list[list[TrainingSample]] = [[] for _ in range(WORLD // generator_tp)]
+    for slot in slots:
+        maker = generator.randrange(len(made))
+        for place in range(generator.randrange(4)):
+            prompt, response = generator.randrange(1, 9), generator.randrange(1, 40)
+            length = prompt + response
+            shape = (length - 1, num_layers, routing.top_k)
+            routed = numbers.integers(0, routing.num_experts, shape)
+            kind = np.uint8 if routing.num_experts <= 256 else np.uint16
+            made[maker].append(
+                TrainingSample(
+                    numbers.integers(0, 1 << 17, length).astype(np.int32),
+                    prompt,
+                    float(numbers.normal()),
+                    numbers.normal(size=response).astype(np.float32),
+                    routed.astype(kind) if num_layers else None,
+                    slot,
+                    float(numbers.normal()),
+                    place == 0,
+                )
+            )
+    return Case(
+        tp, cp, pp, generator_tp, routing, layers, tuple(map(tuple, made)), generator.choice([1, 2]),
+        generator.choice([200, 1500, 1 << 20]), seed,
+    )  # fmt: skip
+
+
+def lower_bound(case: Case) -> int:
+    """Bytes that must move, element by element: what each rank trains on and has not made. The choices of a sample for one
+    rank are whole bytes.
+    """
+    bits = next(width for width in range(1, 17) if 2**width >= case.routing.num_experts)
+    total = 0
+    for rank in range(WORLD):
+        wanted = set(case.shares()[case.place(rank).replica])
+        made = {id(sample) for sample in case.made[case.place(rank).generator]}
+        for index in wanted:
+            sample = case.samples[index]
+            if id(sample) in made:
+                continue
+            total += sum(4 for _ in sample.token_ids) + sum(4 for _ in sample.sampler_log_probs)
+            if sample.routed_experts is not None:
+                columns = case.place(rank).columns
+                choices = sum(len(row[layer]) for row in sample.routed_experts for layer in columns)
+                total += -(-choices * bits // 8)
+    return total
+
+
+def run_exchanges(seeds: list[int]) -> list[dict[str, Any]]:
+    """For each drawn case: what is wrong on this rank, and the bytes that all ranks sent."""
+    groups.init_distributed()
+    found = []
+    for seed in seeds:
+        case, rank = draw(seed), dist.get_rank()
+        places = [case.place(other) for other in range(WORLD)]
+        exchange = SampleExchange(places, case.routing, case.limit)
+        samples = exchange.index(case.made[places[rank].generator])
+        wrong = [] if samples.known == [s.summary(_maker(case, s)) for s in case.samples] else ["what is known"]
+        shares = case.shares()
+        samples.fetch(shares)
+        own = set(shares[places[rank].replica])
+        if samples.places != own:
+            wrong.append("which are here")
+        wrong += [f"sample {i}" for i in own if not _equal(samples[i], case.samples[i], places[rank].columns)]
+        sent = torch.tensor([exchange.bytes_sent])
+        dist.all_reduce(sent)
+        found.append({"wrong": wrong, "sent": int(sent)})
+    groups.destroy()
+    return found
+
+
+def _maker(case: Case, sample: TrainingSample) -> int:
+    return next(number for number, part in enumerate(case.made) if any(sample is one for one in part))
+
+
+def _equal(found: TrainingSample, truth: TrainingSample, columns: tuple[int, ...]) -> bool:
+    if found.summary() != truth.summary() or found.token_ids.dtype != np.int32:
+        return False
+    routed = truth.routed_experts
+    if routed is not None:
+        routed = routed[:, list(columns)]
+        if found.routed_experts.dtype != routed.dtype or not np.array_equal(found.routed_experts, routed):
+            return False
+    return np.array_equal(found.token_ids, truth.token_ids) and np.array_equal(
+        found.sampler_log_probs, truth.sampler_log_probs
+    )

@@ -208,6 +208,8 @@ class RewardScorer:
         sharded: ShardedModel | None = None,
     ) -> None:
         self.step = 1
+        self.asks_generator = config.judge.weight > 0 and config.judge.engine == "policy"
+        """Whether scores take the generator, all of its ranks."""
         self._parts = weighted_parts(config, max_response_tokens, engine, tokenizer, sharded)
         self._weights = {entry.part.name: entry.weight for entry in self._parts}
         self._pool = open_pool(config.pool)

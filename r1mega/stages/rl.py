@@ -20,6 +20,7 @@ from r1mega.reward.compose import RewardScorer
 from r1mega.rollout.build import build_engine, engine_settings
 from r1mega.rollout.groups import GroupCollector
 from r1mega.rollout.sampler import GroupSampler, stop_settings
+from r1mega.rollout.shared_scoring import share_scoring
 from r1mega.stages.in_loop_evaluation import Evaluation
 from r1mega.stages.phases import Phases
 from r1mega.stages.rl_metrics import group_metrics, pool_metrics, work_metrics
@@ -75,9 +76,8 @@ class RLTrainer:
         self.sampling = SamplingSettings(
             config.rollout.temperature, config.rollout.top_p, config.rollout.max_response_tokens, stop_ids, stop_strings
         )
-        sampler = GroupSampler(
-            self.engine, self.tokenizer, self.scorer, self.sampling, config.rollout.group_size, self.timer
-        )
+        scorer = share_scoring(self.scorer, rollout.tp, everywhere=self.scorer.asks_generator)
+        sampler = GroupSampler(self.engine, self.tokenizer, scorer, self.sampling, rollout.group_size, self.timer)
         self.collector = GroupCollector(sampler, prompts, self.cursor, config)
         wait_for_all("startup", "the models and generators of all ranks")
         self.sync = WeightSync(self.policy, self.engine, config.weights, self.hf_config, [p.token_ids for p in prompts])

@@ -10,11 +10,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from r1mega.errors import RewardError
 from r1mega.platform import groups
+from r1mega.rollout.shared_scoring import share_scoring
 from r1mega.train.packing import plan_packing, split_minibatches
 from r1mega.train.sample_exchange import SampleExchange
 from r1mega.train.sample_plan import RankPlace, Routing
-from r1mega.types import TrainingSample
+from r1mega.types import Prompt, Response, Reward, RewardStatus, TrainingSample
 
 WORLD = 8
 
@@ -119,9 +121,16 @@ def lower_bound(case: Case) -> int:
     return total
 
 
+def run_all(seeds: list[int]) -> dict[str, Any]:
+    """The results of every function below, of one start."""
+    groups.init_distributed()
+    found = {"exchanges": run_exchanges(seeds), "scoring": {tp: run_scoring(tp) for tp in (1, 2, 4)}}
+    groups.destroy()
+    return found
+
+
 def run_exchanges(seeds: list[int]) -> list[dict[str, Any]]:
     """For each drawn case: what is wrong on this rank, and the bytes that all ranks sent."""
-    groups.init_distributed()
     found = []
     for seed in seeds:
         case, rank = draw(seed), dist.get_rank()
@@ -138,7 +147,47 @@ def run_exchanges(seeds: list[int]) -> list[dict[str, Any]]:
         sent = torch.tensor([exchange.bytes_sent])
         dist.all_reduce(sent)
         found.append({"wrong": wrong, "sent": int(sent)})
-    groups.destroy()
+    return found
+
+
+class CountingScorer:
+    """Rewards say which rank has scored; the response `broken` cannot be."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def submit(self, prompt: Prompt, response: Response, text: str) -> int:
+        if text == "broken":
+            raise RewardError("this one cannot be scored")
+        self.texts.append(text)
+        return len(self.texts) - 1
+
+    def flush(self) -> None:
+        pass
+
+    def result(self, ticket: int) -> Reward:
+        return Reward(float(dist.get_rank()), {}, RewardStatus.OK, self.texts[ticket])
+
+
+def run_scoring(tp: int) -> dict[str, Any]:
+    """What a generator of tp ranks scores here, the rewards of two rounds, and how an error ends."""
+    prompt, response = Prompt("p", "q", ("1",), "math", None, (1,)), Response((), (), "stop")
+    found: dict[str, Any] = {}
+    for everywhere in (False, True):
+        scorer = CountingScorer()
+        shared, rewards = share_scoring(scorer, tp, everywhere=everywhere), []
+        for texts in ("abcde", "fg"):
+            tickets = [shared.submit(prompt, response, text) for text in texts]
+            shared.flush()
+            rewards += [shared.result(ticket) for ticket in tickets]
+        found[f"everywhere={everywhere}"] = (list(scorer.texts), [(reward.value, reward.reason) for reward in rewards])
+    if tp > 1:
+        for text in ("broken", "x", "y"):
+            shared.submit(prompt, response, text)
+        try:
+            shared.flush()
+        except RewardError as error:
+            found["error"] = str(error)
     return found
 
 

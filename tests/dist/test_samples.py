@@ -12,14 +12,29 @@ SEEDS = list(range(24))
 
 @pytest.fixture(scope="module")
 def measured():
-    """Per rank: a result of each drawn case; one set of processes runs all."""
-    return launch(samples_worker.run_exchanges, samples_worker.WORLD, SEEDS, timeout_seconds=120)
+    """Per rank: the results of the worker's functions; one set of processes runs all."""
+    return launch(samples_worker.run_all, samples_worker.WORLD, SEEDS, timeout_seconds=120)
 
 
 def test_samples_arrive_at_the_lower_bound(measured):
     bounds = []
     for number, seed in enumerate(SEEDS):
-        assert [rank[number]["wrong"] for rank in measured] == [[]] * samples_worker.WORLD, seed
+        assert [rank["exchanges"][number]["wrong"] for rank in measured] == [[]] * samples_worker.WORLD, seed
         bounds.append(samples_worker.lower_bound(samples_worker.draw(seed)))
-        assert measured[0][number]["sent"] == bounds[-1], seed
+        assert measured[0]["exchanges"][number]["sent"] == bounds[-1], seed
     assert sum(bound > 0 for bound in bounds) > len(SEEDS) // 2
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_each_response_of_the_samples_is_scored_once_a_generator(measured, tp):
+    for first in range(0, samples_worker.WORLD, tp):
+        ranks = [measured[rank]["scoring"][tp] for rank in range(first, first + tp)]
+        scored = [texts for texts, _ in (rank["everywhere=False"] for rank in ranks)]
+        assert sorted(text for texts in scored for text in texts) == list("abcdefg")
+        assert max(map(len, scored)) - min(map(len, scored)) <= 1
+        told = [[(float(first + place % tp), text) for place, text in enumerate("abcdefg")]] * tp
+        assert [rewards for _, rewards in (rank["everywhere=False"] for rank in ranks)] == told
+        assert [rank["everywhere=True"] for rank in ranks] == [
+            (list("abcdefg"), [(float(first), text) for text in "abcdefg"])
+        ] * tp
+        assert [rank.get("error") for rank in ranks] == ["this one cannot be scored" if tp > 1 else None] * tp

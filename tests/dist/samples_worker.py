@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from r1mega.config.schema import DataConfig, ModelConfig
+from r1mega.config.stages.rl import RLStage, UpdateConfig
 from r1mega.errors import RewardError
+from r1mega.plan.samples import Sizes, sample_memory
 from r1mega.platform import groups
 from r1mega.rollout.shared_scoring import share_scoring
+from r1mega.train.grpo_update import _plan
 from r1mega.train.packing import plan_packing, split_minibatches
 from r1mega.train.sample_exchange import SampleExchange
 from r1mega.train.sample_plan import RankPlace, Routing
-from r1mega.types import Prompt, Response, Reward, RewardStatus, TrainingSample
+from r1mega.train.samples import training_samples
+from r1mega.types import Prompt, Response, Reward, RewardStatus, RolloutGroup, TrainingSample
 
 WORLD = 8
+BUFFER = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -189,6 +198,52 @@ def run_scoring(tp: int) -> dict[str, Any]:
         except RewardError as error:
             found["error"] = str(error)
     return found
+
+
+def run_memory(num_samples: int, response: int, layers: int) -> tuple[float, float]:
+    """(bytes by which this rank's memory grew from what it makes to its microbatches, at most; the estimate), on as many
+    replicas and generators as there are ranks.
+    """
+    groups.init_distributed()
+    rank, world = dist.get_rank(), dist.get_world_size()
+    routing, columns = Routing(64, 8), tuple(range(layers))
+    places = [RankPlace(other, other, columns) for other in range(world)]
+    policy = SimpleNamespace(replica=rank, num_replicas=world, microbatch_multiple=1, min_microbatches=1)
+    config = RLStage(
+        stage="zero", run_dir=Path("unused"), model=ModelConfig(path=Path("unused")), data=DataConfig(prompts=()),
+        update=UpdateConfig(num_minibatches=2, microbatch_tokens=8192),
+    )  # fmt: skip
+    numbers, prompt = np.random.default_rng(rank), Prompt("p", "q", ("1",), "math", None, tuple(range(64)))
+
+    def respond(length: int) -> Response:
+        routed = numbers.integers(0, 64, (63 + length, layers, 8), dtype=np.uint8)
+        ids = numbers.integers(1000, 1 << 17, length).tolist()
+        return Response(tuple(ids), tuple(numbers.normal(size=length).tolist()), "stop", routed)
+
+    def step(count: int, length: int) -> object:
+        made = tuple(respond(length + 7 * i) for i in range(count // world))
+        rewards = tuple(Reward(float(i % 2), {}, RewardStatus.OK) for i in range(len(made)))
+        group = RolloutGroup(prompt, made, ("text" * length,) * len(made), rewards, 0, slot=rank)
+        samples = SampleExchange(places, routing, BUFFER).index(training_samples([group], config.algorithm))
+        return group, samples, _plan(samples, config, 1, policy)
+
+    step(2 * world, 64)  # what is loaded at first use
+    gc.collect()
+    dist.barrier()
+    Path("/proc/self/clear_refs").write_text("5")  # the highest so far is forgotten
+    before = _status("VmRSS")
+    kept = step(num_samples, response)
+    grown = _status("VmHWM") - before
+    tokens = sum(sample.num_tokens for sample in kept[1].known)
+    sizes = Sizes(world, world, 1, 1, 8, layers, layers, BUFFER)
+    groups.destroy()
+    return grown, sample_memory(num_samples, tokens, tokens - 64 * num_samples, sizes).peak
+
+
+def _status(name: str) -> int:
+    """Bytes, of this process."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return 1024 * int(line.split()[1])
 
 
 def _maker(case: Case, sample: TrainingSample) -> int:

@@ -38,3 +38,9 @@ def test_each_response_of_the_samples_is_scored_once_a_generator(measured, tp):
             (list("abcdefg"), [(float(first), text) for text in "abcdefg"])
         ] * tp
         assert [rank.get("error") for rank in ranks] == ["this one cannot be scored" if tp > 1 else None] * tp
+
+
+def test_memory_of_the_samples_is_a_ranks_share():
+    """Measured on 8 ranks, against what the planner says of as many."""
+    for grown, estimate in launch(samples_worker.run_memory, samples_worker.WORLD, 8 * 24, 4000, 6):
+        assert 0.75 * estimate < grown < 1.2 * estimate

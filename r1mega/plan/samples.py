@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from r1mega.config.layout import num_experts, num_stages, stage_layers
+from r1mega.config.model_files import HFConfig
 from r1mega.config.stages.rl import RLStage
 from r1mega.model.families import architecture_of
 from r1mega.plan.workload import Workload
@@ -69,7 +68,7 @@ def sample_memory(num_samples: int, tokens: float, responses: float, sizes: Size
     return SampleMemory(made, moved, packed * sizes.epochs, known + buffers)
 
 
-def planned_samples(config: RLStage, hf: Mapping[str, Any], gpus: int, work: Workload) -> SampleMemory:
+def planned_samples(config: RLStage, hf: HFConfig, gpus: int, work: Workload) -> SampleMemory:
     """Of a rank of the pipeline stage that has most MoE layers."""
     p, model = config.parallel, architecture_of(hf)
     ranks = p.tp * p.pp * p.cp

@@ -140,7 +140,7 @@ def pack_bits(values: np.ndarray, bits: int) -> np.ndarray:
     octets = np.ascontiguousarray(values).astype(f"<u{values.itemsize}", copy=False).view(np.uint8)
     if bits == 8 * values.itemsize:
         return octets
-    octets, packed = octets.reshape(len(values), -1), np.empty(-(-len(values) * bits // 8), dtype=np.uint8)
+    octets, packed = octets.reshape(-1, values.itemsize), np.empty(-(-len(values) * bits // 8), dtype=np.uint8)
     for first in range(0, len(values), _BLOCK):
         spread = np.unpackbits(octets[first : first + _BLOCK], axis=1, bitorder="little")
         block = np.packbits(spread[:, :bits].reshape(-1), bitorder="little")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.dist import samples_worker
+from tests.dist import sample_policy_worker, samples_worker
 from tests.dist.launch import launch
 
 SEEDS = list(range(24))
@@ -44,3 +44,26 @@ def test_memory_of_the_samples_is_a_ranks_share():
     """Measured on 8 ranks, against what the planner says of as many."""
     for grown, estimate in launch(samples_worker.run_memory, samples_worker.WORLD, 8 * 24, 4000, 6):
         assert 0.75 * estimate < grown < 1.2 * estimate
+
+
+LAYOUTS = {"dp2": {}, "tp2": {"tp": 2}, "pp2": {"pp": 2}, "cp2": {"cp": 2}}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """{layout: per-rank results}."""
+    directory = tmp_path_factory.mktemp("classifier") / "hf"
+    ranks = launch(sample_policy_worker.run_layouts, 2, list(LAYOUTS.values()), directory)
+    return {name: [rank[place] for rank in ranks] for place, name in enumerate(LAYOUTS)}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_samples_that_are_spread_train_as_those_that_all_ranks_have(trained, layout):
+    """To the last bit, with the routed experts of a stage's own layers."""
+    for rank in trained[layout]:
+        assert rank["metrics"][True] == rank["metrics"][False]
+        assert rank["sent"] > 0
+        assert rank["scores"] == pytest.approx(rank["expected"], abs=1e-5)
+    if layout != "cp2":  # whose scores are added up in another order
+        for name in ("scores", "expected"):
+            assert trained[layout][0][name][4:] == trained[layout][1][name][:3]

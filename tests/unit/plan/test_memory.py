@@ -22,6 +22,7 @@ from r1mega.plan.memory import _host_and_disk as host_and_disk
 from r1mega.plan.place import _rank_groups as rank_groups
 from r1mega.plan.rank import Activations, RankMemory, Routes, Static, measure
 from r1mega.plan.residency import residency
+from r1mega.plan.samples import planned_samples
 from r1mega.plan.workload import Lengths, workload
 
 CONFIGS = Path(__file__).parents[3] / "configs"
@@ -184,3 +185,18 @@ def test_lengths_and_microbatches():
 def test_an_unknown_gpu_names_the_known():
     with pytest.raises(ConfigError, match="h100-80, h200"):
         gpu_kind("h101")
+
+
+def test_samples_take_a_share_of_host_memory_and_not_all_of_it():
+    """On 512 ranks; the choices of a pipeline stage's own layers. Measured on 8 ranks in tests/dist."""
+    config = load_config(CONFIGS / "deepseek_v3_671b/zero.yaml", [])
+    replays = config.model_copy(update={"rollout": config.rollout.model_copy(update={"router_replay": True})})
+    work = workload(config, Lengths(mean=9000), replicas=16)
+    tokens, responses = sum(map(sum, work.samples)), sum(work.responses)
+    plain, routed = (planned_samples(one, DEEPSEEK, 512, work) for one in (config, replays))
+    assert plain.share == 4 * (tokens + responses) / 16
+    assert routed.share == plain.share + 4 * 8 * tokens / 16  # four layers a stage
+    assert routed.made == plain.made + 58 * 8 * tokens / 16
+    host, _ = host_and_disk(config, DEEPSEEK, (stage_rank(),), None, 8, plain)
+    assert host["samples"] == 8 * plain.peak
+    assert plain.peak < 0.8e9 and routed.peak < 3.3e9

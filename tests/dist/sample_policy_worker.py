@@ -30,7 +30,7 @@ CLASSIFIER = DEEPSEEK | {"architectures": ["DeepseekV3ForCausalLM"], "rope_inter
 
 
 def run_layouts(layouts: list[dict[str, Any]], directory: Path) -> list[dict[str, Any]]:
-    """For each layout: metrics of two steps with all samples here, and with a part; scores of a reward model likewise."""
+    """For each layout: metrics of a step of four updates with all samples here, and with a part; scores of a reward model likewise."""
     groups.init_distributed()
     found = []
     for layout in layouts:
@@ -41,7 +41,7 @@ def run_layouts(layouts: list[dict[str, Any]], directory: Path) -> list[dict[str
             groups.seed_all(0)
             trainer = make_trainer(Case(experts="given", layout=parallel), None)
             exchange = SampleExchange.of(trainer.policy, 1)
-            metrics[spread] = [_step(trainer, exchange, step, spread=spread) for step in (1, 2)]
+            metrics[spread] = _step(trainer, exchange, spread=spread)
             sent = exchange.bytes_sent
         scores, expected = _scores(parallel, directory)
         found.append({"metrics": metrics, "sent": sent, "scores": scores, "expected": expected})
@@ -51,7 +51,7 @@ def run_layouts(layouts: list[dict[str, Any]], directory: Path) -> list[dict[str
     return found
 
 
-def _step(trainer: Any, exchange: SampleExchange, step: int, *, spread: bool) -> dict[str, float | None]:
+def _step(trainer: Any, exchange: SampleExchange, *, spread: bool) -> dict[str, float | None]:
     config = RLStage(
         stage="zero", run_dir=Path("unused"), model=ModelConfig(path=Path("unused")), data=DataConfig(prompts=()),
         rollout=RolloutConfig(temperature=0.9),
@@ -62,7 +62,7 @@ def _step(trainer: Any, exchange: SampleExchange, step: int, *, spread: bool) ->
     if spread:
         half = len(samples) // 2
         samples = exchange.index(samples[half * dist.get_rank() :][:half])
-    return update_policy(trainer, samples, config, step, PhaseTimer())
+    return update_policy(trainer, samples, config, 1, PhaseTimer())
 
 
 def _scores(parallel: ParallelConfig, directory: Path) -> tuple[list[float], list[float]]:

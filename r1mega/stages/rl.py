@@ -53,7 +53,6 @@ class RLTrainer:
             self.policy.take_reference()
         num_updates = config.steps * config.update.num_minibatches * config.update.num_epochs
         plan = plan_phases(config.memory, sleep=config.rollout.sleep, cpu_adam=config.optimizer.cpu_offload)
-        self.exchange = SampleExchange.of(self.policy, config.rollout.tp)
         self.trainer = Trainer(self.policy, config.optimizer, total_steps=num_updates, plan=plan)
         self.cursor = PromptCursor(len(prompts), config.seed)
         self.start, progress = runtime.restore(self.trainer, self.hf_config, config.steps)
@@ -80,6 +79,7 @@ class RLTrainer:
         sampler = GroupSampler(self.engine, self.tokenizer, scorer, self.sampling, rollout.group_size, self.timer)
         self.collector = GroupCollector(sampler, prompts, self.cursor, config)
         wait_for_all("startup", "the models and generators of all ranks")
+        self.exchange = SampleExchange.of(self.policy, rollout.tp)
         self.sync = WeightSync(self.policy, self.engine, config.weights, self.hf_config, [p.token_ids for p in prompts])
         self.push()
 

@@ -153,6 +153,7 @@ def run(config: RLStage, runtime: Runtime) -> int:
             metrics |= evaluation.run(step) if evaluation.is_due(step) else {}
             runtime.write_metrics(step, metrics)
             runtime.write_samples(step, groups)
+            del groups  # or a rank holds what two steps sampled
     finally:
         rl.close()
     rl.trainer.enter("save")  # also where there was no step left to do

@@ -9,7 +9,7 @@ from r1mega.config.model_files import HFConfig
 from r1mega.config.stages.rl import RLStage
 from r1mega.model.families import architecture_of
 from r1mega.plan.workload import Workload
-from r1mega.train.sample_exchange import BUFFER_BYTES
+from r1mega.train.sample_plan import BUFFER_BYTES
 
 MADE_BYTES = 8 + 32 + 8 + 24 + 4
 """Of a response token as a generator hands it over: a Python number and a place for it in a tuple, the same of its log-prob,
@@ -41,8 +41,8 @@ class SampleMemory:
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """What samples are cut by. choices: bytes of a token's routed experts in one MoE layer (0: none are replayed); layers:
-    MoE layers of the model, own_layers: of this rank. ranks: of a replica.
+    """What samples are cut by. choices: bytes of a token's routed experts in one MoE layer (0: none are replayed),
+    packed_choices: the same in a microbatch; layers: MoE layers of the model, own_layers: of this rank. ranks: of a replica.
     """
 
     replicas: int
@@ -50,6 +50,7 @@ class Sizes:
     ranks: int
     epochs: int = 1
     choices: int = 0
+    packed_choices: int = 0
     layers: int = 0
     own_layers: int = 0
     buffer_bytes: int = BUFFER_BYTES
@@ -62,7 +63,8 @@ def sample_memory(num_samples: int, tokens: float, responses: float, sizes: Size
     made = (MADE_BYTES * responses + arrays + routed * tokens) / sizes.generators
     trained = min(1.0, sizes.epochs / sizes.replicas)
     moved = 0.0 if sizes.replicas == sizes.generators == sizes.ranks == 1 else trained * (arrays + own_routed * tokens)
-    packed = (PACKED_BYTES * tokens + PACKED_RESPONSE_BYTES * responses + own_routed * tokens) / sizes.replicas
+    packed = (PACKED_BYTES * tokens + PACKED_RESPONSE_BYTES * responses) / sizes.replicas
+    packed += sizes.packed_choices * sizes.own_layers * tokens / sizes.replicas
     known = num_samples * (KNOWN_BYTES + 16 * sizes.ranks * trained * sizes.replicas)
     buffers = 4 * min(float(sizes.buffer_bytes), moved)
     return SampleMemory(made, moved, packed * sizes.epochs, known + buffers)
@@ -75,12 +77,11 @@ def planned_samples(config: RLStage, hf: HFConfig, gpus: int, work: Workload) ->
     flags = [model.has_experts(layer) for layer in range(model.num_layers)]
     layers = stage_layers(p, model.num_layers)
     own = [sum(flags[i] for chunk in range(stage, num_stages(p), p.pp) for i in layers[chunk]) for stage in range(p.pp)]
-    choices = 0
-    if config.rollout.router_replay and any(flags):
-        choices = int(hf["num_experts_per_tok"]) * (1 if num_experts(hf) <= 256 else 2)
+    top_k = int(hf["num_experts_per_tok"]) if config.rollout.router_replay and any(flags) else 0
+    fits = num_experts(hf) <= 256  # uint8; otherwise uint16, and int32 in a microbatch
     sizes = Sizes(
-        max(1, gpus // ranks), max(1, gpus // config.rollout.tp), ranks, config.update.num_epochs, choices, sum(flags),
-        max(own),
+        max(1, gpus // ranks), max(1, gpus // config.rollout.tp), ranks, config.update.num_epochs,
+        top_k * (1 if fits else 2), top_k * (1 if fits else 4), sum(flags), max(own),
     )  # fmt: skip
     tokens = sum(prompt + response for prompt, response in work.samples)
     return sample_memory(len(work.samples), tokens, sum(work.responses), sizes)

@@ -62,7 +62,8 @@ def update_policy(
 ) -> dict[str, float | None]:
     """Train on one rollout's samples; return the step's policy metrics.
 
-    samples: a list is of all samples and the same on every rank; otherwise each rank gets those that it trains on. Every sample is used once an inner epoch, in `num_minibatches` optimizer steps of a seeded random partition.
+    samples: a list is of all samples and the same on every rank; otherwise each rank gets those that it trains on. Every
+    sample is used once an inner epoch, in `num_minibatches` optimizer steps of a seeded random partition.
     """
     if not isinstance(samples, StepSamples):
         samples = StepSamples.everywhere(samples)

@@ -215,6 +215,9 @@ def build_microbatch(
 
 
 def _pack_routing(parts: Sequence[np.ndarray]) -> torch.Tensor:
-    """[T, MoE layers, top-k]: the samples' choices, each followed by a row for its last token."""
+    """[T, MoE layers, top-k]: the samples' choices, each followed by a row for its last token. uint8, or int32 of more than 256
+    experts: torch computes with hardly any uint16.
+    """
     last = np.broadcast_to(np.arange(parts[0].shape[2], dtype=parts[0].dtype), (1, *parts[0].shape[1:]))
-    return torch.from_numpy(np.concatenate([rows for part in parts for rows in (part, last)]))
+    joined = np.concatenate([rows for part in parts for rows in (part, last)])
+    return torch.from_numpy(joined if joined.dtype == np.uint8 else joined.astype(np.int32))

@@ -21,8 +21,8 @@ from r1mega.platform.groups import wait_for_all
 from r1mega.train.heads import TokenScores
 from r1mega.train.packing import Microbatch, build_microbatch, plan_packing
 from r1mega.train.policy import Policy
-from r1mega.train.sample_exchange import BUFFER_BYTES, gather_places, gather_rows, run_rounds
-from r1mega.train.sample_plan import TOKEN_BYTES, Want, members, plan_rounds
+from r1mega.train.sample_exchange import gather_places, gather_rows, run_rounds
+from r1mega.train.sample_plan import BUFFER_BYTES, TOKEN_BYTES, Want, plan_rounds, ranks_by
 from r1mega.train.trainer import Trainer, UpdateResult
 
 Objective = Literal["pairwise", "pointwise"]
@@ -161,7 +161,7 @@ class ShardedRewardModel:
         self, holders: Mapping[_Key, np.ndarray], own: Mapping[_Key, Sequence[int]], shares: _Shares
     ) -> dict[int, tuple[int, ...]]:
         """The sequences that this rank scores, by their places among all."""
-        keys, replicas, wants = list(holders), members(self._places, "replica"), {}
+        keys, replicas, wants = list(holders), ranks_by("replica", self._places), {}
         for replica, bins in enumerate(shares):
             ranks = replicas[replica]
             for place in (place for places in bins for place in places):

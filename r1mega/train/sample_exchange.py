@@ -7,6 +7,7 @@ Every rank knows the lengths of all samples (`SampleExchange.index`), plans from
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -17,11 +18,13 @@ import torch.distributed as dist
 from r1mega.errors import GenerationError
 from r1mega.platform.groups import GeneratorPlace
 from r1mega.train.sample_plan import (
+    BUFFER_BYTES,
     RankPlace,
     Round,
     Routing,
     pack_bits,
     plan_rounds,
+    ranks_by,
     sample_bytes,
     sample_wants,
     unpack_bits,
@@ -32,8 +35,6 @@ from r1mega.weights.transport import ALIGNMENT, Message, MessageTransport, Side
 if TYPE_CHECKING:
     from r1mega.train.policy import Policy
 
-BUFFER_BYTES = 32 * 2**20
-"""That a rank sends, and receives, in one round. It has buffers for two rounds in both directions."""
 _CPU = torch.device("cpu")
 
 Pack = Callable[[int, int], Iterable[np.ndarray]]
@@ -117,7 +118,7 @@ class StepSamples:
     def __init__(
         self, known: Sequence[SampleSummary], own: Mapping[int, TrainingSample], exchange: SampleExchange | None
     ):
-        """own: samples that this rank has, by their places in `known`; all of them where there is no exchange."""
+        """own: samples that this rank has, by their indices in `known`; all of them where there is no exchange."""
         self.known, self._own, self._exchange = known, dict(own), exchange
 
     @classmethod
@@ -133,8 +134,8 @@ class StepSamples:
         return self._own[index]
 
     @property
-    def places(self) -> set[int]:
-        """Those that this rank has."""
+    def indices(self) -> set[int]:
+        """Of those that this rank has."""
         return set(self._own)
 
     def fetch(self, shares: Sequence[Iterable[int]]) -> None:
@@ -168,22 +169,41 @@ class SampleExchange:
 
     def index(self, made: Sequence[TrainingSample]) -> StepSamples:
         """The step's samples, of those that each generator made. A collective call: lengths and figures of all go to all
-        ranks, 48 bytes a sample, and nothing else. made: the same on each rank of a generator.
+        ranks, 48 bytes a sample, and nothing else. made: the same on each rank of a generator, in any order of slots.
+
+        Raises GenerationError, on all ranks, where the ranks of a generator have not the same, and for experts that the model
+        that is trained does not have.
         """
+        made = sorted(made, key=lambda sample: sample.slot)  # as in the table
         if len(self._places) == 1:
+            _check_experts({0: _first_absent(made, self._routing)}, self._routing)
             return StepSamples.everywhere(made)
         part, parts = self._part
-        mine = made[
+        rows = _rows(made)
+        mine = rows[
             len(made) * part // parts : len(made) * (part + 1) // parts
         ]  # each rank of a generator tells a part
+        everyone = gather_rows(np.concatenate([_header(made, rows, self._routing), mine]))
+        self._check([theirs[0].tolist() for theirs in everyone])
         table = [
             summary
-            for rank, rows in enumerate(gather_rows(_rows(mine)))
-            for summary in _summaries(rows, self._places[rank].generator)
+            for rank, theirs in enumerate(everyone)
+            for summary in _summaries(theirs[1:], self._places[rank].generator)
         ]
         table.sort(key=lambda summary: summary.slot)
-        own = [place for place, summary in enumerate(table) if summary.generator == self._place.generator]
+        own = [index for index, summary in enumerate(table) if summary.generator == self._place.generator]
         return StepSamples(table, dict(zip(own, made, strict=True)), self)
+
+    def _check(self, headers: Sequence[Sequence[int]]) -> None:
+        """headers: of all ranks, see `_header`."""
+        _check_experts({rank: expert if bad else None for rank, (bad, expert, *_) in enumerate(headers)}, self._routing)
+        for generator, ranks in ranks_by("generator", self._places).items():
+            digests = {rank: headers[rank][2] for rank in ranks.tolist()}
+            if len(set(digests.values())) > 1:
+                raise GenerationError(
+                    f"the ranks {', '.join(map(str, digests))} of generator {generator} have not made the same samples of "
+                    "this step, which tensor-parallel ranks of the same software and settings do"
+                )
 
     def fetch(
         self, known: Sequence[SampleSummary], own: Mapping[int, TrainingSample], shares: Sequence[Iterable[int]]
@@ -205,6 +225,38 @@ class SampleExchange:
 
         self.bytes_sent += run_rounds(rounds, pack, unpack, num_bytes)
         return kept
+
+
+def _header(made: Sequence[TrainingSample], rows: np.ndarray, routing: Routing) -> np.ndarray:
+    """[1, 6] int64 of a rank, before its rows: whether its generator chose an expert that does not exist, and which; a digest
+    of all that it made, but for routed experts, which are too many.
+    """
+    digest, absent = hashlib.blake2b(rows.tobytes(), digest_size=8), _first_absent(made, routing)
+    for sample in made:
+        digest.update(sample.token_ids.tobytes())
+        digest.update(sample.sampler_log_probs.tobytes())
+    told = int.from_bytes(digest.digest(), "little", signed=True)
+    return np.array([[absent is not None, absent or 0, told, 0, 0, 0]], dtype=np.int64)
+
+
+def _first_absent(made: Sequence[TrainingSample], routing: Routing) -> int | None:
+    """An expert that was chosen and that the model does not have."""
+    for sample in made:
+        if (routed := sample.routed_experts) is not None and routed.size:
+            for expert in (int(routed.min()), int(routed.max())):
+                if not 0 <= expert < routing.num_experts:
+                    return expert
+    return None
+
+
+def _check_experts(absent: Mapping[int, int | None], routing: Routing) -> None:
+    """absent: `_first_absent` of each rank."""
+    for rank, expert in absent.items():
+        if expert is not None:
+            raise GenerationError(
+                f"the generator of rank {rank} chose expert {expert} for a token, the model that is trained has "
+                f"{routing.num_experts}, counted from 0: rollout.router_replay wants the same model in both"
+            )
 
 
 def _rows(samples: Sequence[TrainingSample]) -> np.ndarray:
@@ -242,11 +294,6 @@ def _packed(sample: TrainingSample, routing: Routing, columns: tuple[int, ...]) 
     parts = [sample.token_ids, sample.sampler_log_probs]
     if sample.routed_experts is not None and columns:
         values = _layers(sample.routed_experts, columns).reshape(-1)
-        if values.size and values.max() >= routing.num_experts:
-            raise GenerationError(
-                f"the generator chose expert {values.max()} for a token, the model that is trained has "
-                f"{routing.num_experts}: rollout.router_replay wants the same model in both"
-            )
         parts.append(pack_bits(values, routing.bits))
     return parts
 

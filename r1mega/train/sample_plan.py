@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
@@ -14,6 +15,8 @@ from r1mega.types import SampleSummary
 
 TOKEN_BYTES = 4
 """Of a token id, int32, and of a log-prob, float32."""
+BUFFER_BYTES = 32 * 2**20
+"""That a rank sends, and receives, in one round. It has buffers for two rounds in both directions."""
 _BLOCK = 1 << 16
 """Values whose bits are spread out at a time; a multiple of 8, so that each block begins with a byte."""
 
@@ -94,11 +97,11 @@ def plan_rounds(items: Mapping[int, Want], rank: int, world: int, limit: int) ->
     return rounds
 
 
-def members(places: Sequence[RankPlace], by: str) -> dict[int, np.ndarray]:
+def ranks_by(kind: Literal["generator", "replica"], places: Sequence[RankPlace]) -> dict[int, np.ndarray]:
     """The ranks of every generator, or replica."""
     found = defaultdict(list)
     for rank, place in enumerate(places):
-        found[getattr(place, by)].append(rank)
+        found[getattr(place, kind)].append(rank)
     return {number: np.array(ranks) for number, ranks in found.items()}
 
 
@@ -120,7 +123,7 @@ def sample_wants(
     shares: Sequence[Iterable[int]],
 ) -> dict[int, Want]:
     """Every sample that is trained on. shares: the samples (by index) of each data-parallel replica."""
-    generators, replicas = members(places, "generator"), members(places, "replica")
+    generators, replicas = ranks_by("generator", places), ranks_by("replica", places)
     layers = np.array([len(place.columns) for place in places])
     ranks = defaultdict[int, list[np.ndarray]](list)
     for replica, share in enumerate(shares):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from r1mega import platform
@@ -26,32 +28,46 @@ from r1mega.train.policy import Policy  # noqa: E402
 from r1mega.train.reward_model import PreferenceSample, ShardedRewardModel, preference_scores  # noqa: E402
 from r1mega.train.sample_exchange import SampleExchange  # noqa: E402
 
+WORLD = 4
 CLASSIFIER = DEEPSEEK | {"architectures": ["DeepseekV3ForCausalLM"], "rope_interleave": True}
 
 
-def run_layouts(layouts: list[dict[str, Any]], directory: Path) -> list[dict[str, Any]]:
-    """For each layout: metrics of a step of four updates with all samples here, and with a part; scores of a reward model likewise."""
+def run_layouts(layouts: list[tuple[dict[str, Any], int]], directory: Path) -> list[dict[str, Any]]:
+    """For each layout and ranks of a generator: metrics of a step of four updates with all samples here, and with a part, and
+    digests of the weights then (None: before); scores of a reward model likewise.
+    """
     groups.init_distributed()
     found = []
-    for layout in layouts:
+    for layout, generator_tp in layouts:
         parallel = ParallelConfig(**layout)
         groups.init_parallel(parallel, seed=0)
-        metrics, sent = {}, 0
+        metrics, weights, sent = {}, dict[bool | None, str](), 0
         for spread in (False, True):
             groups.seed_all(0)
             trainer = make_trainer(Case(experts="given", layout=parallel), None)
-            exchange = SampleExchange.of(trainer.policy, 1)
-            metrics[spread] = _step(trainer, exchange, spread=spread)
+            exchange = SampleExchange.of(trainer.policy, generator_tp)
+            weights[None] = _digest(trainer.policy)
+            metrics[spread] = _step(trainer, exchange, generator_tp if spread else None)
+            weights[spread] = _digest(trainer.policy)
             sent = exchange.bytes_sent
         scores, expected = _scores(parallel, directory)
-        found.append({"metrics": metrics, "sent": sent, "scores": scores, "expected": expected})
+        found.append({"metrics": metrics, "weights": weights, "sent": sent, "scores": scores, "expected": expected})
         groups.destroy_parallel()
         release_models()
     groups.destroy()
     return found
 
 
-def _step(trainer: Any, exchange: SampleExchange, *, spread: bool) -> dict[str, float | None]:
+def _digest(policy: Policy) -> str:
+    """Of all weights, by every bit."""
+    digest = hashlib.blake2b()
+    for name, value in policy.hf_tensors():
+        digest.update(name.encode() + value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _step(trainer: Any, exchange: SampleExchange, generator_tp: int | None) -> dict[str, float | None]:
+    """generator_tp: None: each rank has all samples."""
     config = RLStage(
         stage="zero", run_dir=Path("unused"), model=ModelConfig(path=Path("unused")), data=DataConfig(prompts=()),
         rollout=RolloutConfig(temperature=0.9),
@@ -59,9 +75,9 @@ def _step(trainer: Any, exchange: SampleExchange, *, spread: bool) -> dict[str, 
         algorithm=AlgorithmConfig(old_log_probs="recompute", kl_coefficient=0.0, normalize_std=False, whiten=True),
     )  # fmt: skip
     samples: Any = make_samples("given")
-    if spread:
-        half = len(samples) // 2
-        samples = exchange.index(samples[half * dist.get_rank() :][:half])
+    if generator_tp:
+        count = len(samples) * generator_tp // WORLD
+        samples = exchange.index(samples[dist.get_rank() // generator_tp * count :][:count])
     return update_policy(trainer, samples, config, 1, PhaseTimer())
 
 
@@ -79,7 +95,7 @@ def _scores(parallel: ParallelConfig, directory: Path) -> tuple[list[float], lis
             write_hf(directory, state.items(), classifier_config(CLASSIFIER, {"template": "nano", "reads": "summary"}))
         dist.barrier()
     sharded = ShardedRewardModel(directory, model, parallel, capacity=32)
-    wanted = range(7) if dist.get_rank() == 0 else range(4, 11)  # some on both
+    wanted = range(2 * dist.get_rank(), 2 * dist.get_rank() + 5)  # some on several
     samples = [PreferenceSample((tuple(sequence),), 0.0, ()) for sequence in sequences]
     expected = preference_scores(sharded._policy, samples, 32)[:, 0].tolist()
     return sharded.scores([sequences[i] for i in wanted]), [expected[i] for i in wanted]

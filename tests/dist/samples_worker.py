@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import gc
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,10 @@ import torch.distributed as dist
 
 from r1mega.config.schema import DataConfig, ModelConfig
 from r1mega.config.stages.rl import RLStage, UpdateConfig
-from r1mega.errors import RewardError
+from r1mega.errors import R1MegaError, RewardError
 from r1mega.plan.samples import Sizes, sample_memory
 from r1mega.platform import groups
+from r1mega.rollout.sampler import Scorer
 from r1mega.rollout.shared_scoring import share_scoring
 from r1mega.train.grpo_update import _plan
 from r1mega.train.packing import plan_packing, split_minibatches
@@ -110,8 +112,8 @@ def draw(seed: int) -> Case:
 
 
 def lower_bound(case: Case) -> int:
-    """Bytes that must move, element by element: what each rank trains on and has not made. The choices of a sample for one
-    rank are whole bytes.
+    """Bytes that must move where each rank gets the samples that it trains on whole, element by element: those that it has not
+    made. The choices of a sample for one rank are whole bytes.
     """
     bits = next(width for width in range(1, 17) if 2**width >= case.routing.num_experts)
     total = 0
@@ -133,7 +135,11 @@ def lower_bound(case: Case) -> int:
 def run_all(seeds: list[int]) -> dict[str, Any]:
     """The results of every function below, of one start."""
     groups.init_distributed()
-    found = {"exchanges": run_exchanges(seeds), "scoring": {tp: run_scoring(tp) for tp in (1, 2, 4)}}
+    found = {
+        "exchanges": run_exchanges(seeds),
+        "refusals": run_refusals(),
+        "scoring": {tp: run_scoring(tp) for tp in (1, 2, 4)},
+    }
     groups.destroy()
     return found
 
@@ -145,12 +151,13 @@ def run_exchanges(seeds: list[int]) -> list[dict[str, Any]]:
         case, rank = draw(seed), dist.get_rank()
         places = [case.place(other) for other in range(WORLD)]
         exchange = SampleExchange(places, case.routing, case.limit)
-        samples = exchange.index(case.made[places[rank].generator])
+        made = sorted(case.made[places[rank].generator], key=lambda sample: -sample.slot)  # in any order of slots
+        samples = exchange.index(made)
         wrong = [] if samples.known == [s.summary(_maker(case, s)) for s in case.samples] else ["what is known"]
         shares = case.shares()
         samples.fetch(shares)
         own = set(shares[places[rank].replica])
-        if samples.places != own:
+        if samples.indices != own:
             wrong.append("which are here")
         wrong += [f"sample {i}" for i in own if not _equal(samples[i], case.samples[i], places[rank].columns)]
         sent = torch.tensor([exchange.bytes_sent])
@@ -159,45 +166,93 @@ def run_exchanges(seeds: list[int]) -> list[dict[str, Any]]:
     return found
 
 
-class CountingScorer:
-    """Rewards say which rank has scored; the response `broken` cannot be."""
+def run_refusals() -> list[str]:
+    """How samples end of which one rank has something wrong: an expert, a token, a log-prob, one sample less."""
+    rank, found = dist.get_rank(), []
+    exchange = SampleExchange([RankPlace(other // 2, other // 2, (0,)) for other in range(WORLD)], Routing(8, 1))
+    for fault in ("none", "expert", "token", "log-prob", "sample"):
+        ids, log_probs = np.arange(3, dtype=np.int32), np.zeros(2, np.float32)
+        routed = np.zeros((2, 1, 1), np.int16)
+        if rank == 5:  # the second rank of generator 2
+            ids[1] += fault == "token"
+            log_probs[0] += fault == "log-prob"
+            routed[1] -= fault == "expert"
+        sample = TrainingSample(ids, 1, 0.0, log_probs, routed, rank // 2)
+        try:
+            exchange.index([] if fault == "sample" and rank == 5 else [sample])
+        except R1MegaError as error:
+            found.append(f"{fault}: {error}")
+    return found
 
-    def __init__(self) -> None:
+
+class CountingScorer:
+    """Rewards say which rank has scored; `flush` takes all ranks of a generator where there is a group. fails: the responses
+    that one of these ranks cannot score, by where that shows.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None, fails: Mapping[str, str] = MappingProxyType({})) -> None:
         self.texts: list[str] = []
+        self._group, self._fails = group, fails
 
     def submit(self, prompt: Prompt, response: Response, text: str) -> int:
-        if text == "broken":
-            raise RewardError("this one cannot be scored")
+        self._check("submit", text)
         self.texts.append(text)
         return len(self.texts) - 1
 
     def flush(self) -> None:
-        pass
+        if self._group is not None:  # the policy as judge
+            dist.all_reduce(torch.ones(1), group=self._group)
 
     def result(self, ticket: int) -> Reward:
+        self._check("result", self.texts[ticket])
         return Reward(float(dist.get_rank()), {}, RewardStatus.OK, self.texts[ticket])
+
+    def _check(self, where: str, text: str) -> None:
+        if self._fails.get(where) == text:
+            raise RewardError(f"{text} cannot be scored, says {where}")
 
 
 def run_scoring(tp: int) -> dict[str, Any]:
-    """What a generator of tp ranks scores here, the rewards of two rounds, and how an error ends."""
-    prompt, response = Prompt("p", "q", ("1",), "math", None, (1,)), Response((), (), "stop")
+    """What a generator of tp ranks scores here, the rewards of two rounds, and how errors of one rank end."""
     found: dict[str, Any] = {}
+    group = dist.new_subgroups(tp)[0]
+    last = dist.get_rank() % tp == tp - 1
     for everywhere in (False, True):
-        scorer = CountingScorer()
-        shared, rewards = share_scoring(scorer, tp, everywhere=everywhere), []
-        for texts in ("abcde", "fg"):
-            tickets = [shared.submit(prompt, response, text) for text in texts]
-            shared.flush()
-            rewards += [shared.result(ticket) for ticket in tickets]
-        found[f"everywhere={everywhere}"] = (list(scorer.texts), [(reward.value, reward.reason) for reward in rewards])
+        scorer = CountingScorer(group if everywhere else None)
+        shared = share_scoring(scorer, tp, everywhere=everywhere)
+        rewards = [
+            score for texts in ("abcde", "fga") for score in _scored(shared, texts, backwards=last and not everywhere)
+        ]
+        found[f"everywhere={everywhere}"] = (list(scorer.texts), rewards)
+        if tp > 1:
+            for where in ("submit", "result"):
+                fails = {where: "b"} if last or not everywhere else {}
+                failing = share_scoring(CountingScorer(group if everywhere else None, fails), tp, everywhere=everywhere)
+                found[f"{where}, everywhere={everywhere}"] = _error(failing, "abc")
+            shared = share_scoring(CountingScorer(), tp, everywhere=everywhere)
+            found[f"unequal, everywhere={everywhere}"] = _error(shared, "abd" if last else "abc")
     if tp > 1:
-        for text in ("broken", "x", "y"):
-            shared.submit(prompt, response, text)
-        try:
-            shared.flush()
-        except RewardError as error:
-            found["error"] = str(error)
+        shared = share_scoring(CountingScorer(), tp, everywhere=True)
+        found["order"] = _error(shared, "ba" if last else "ab")
     return found
+
+
+def _scored(shared: Scorer, texts: str, *, backwards: bool = False) -> list[tuple[float, str]]:
+    """backwards: as they are finished on this rank."""
+    prompt = Prompt("p", "q", ("1",), "math", None, (1,))
+    order = sorted(range(len(texts)), reverse=backwards)
+    tickets = {i: shared.submit(prompt, Response((ord(texts[i]),), (0.0,), "stop"), texts[i]) for i in order}
+    shared.flush()
+    rewards = [shared.result(tickets[i]) for i in range(len(texts))]
+    return [(reward.value or 0.0, reward.reason) for reward in rewards]
+
+
+def _error(shared: Scorer, texts: str) -> str:
+    try:
+        _scored(shared, texts)
+    except R1MegaError as error:
+        return f"{type(error).__name__}: {error}"
+    return "none"
 
 
 def run_memory(num_samples: int, response: int, layers: int) -> tuple[float, float]:
@@ -235,7 +290,7 @@ def run_memory(num_samples: int, response: int, layers: int) -> tuple[float, flo
     kept = step(num_samples, response)
     grown = _status("VmHWM") - before
     tokens = sum(sample.num_tokens for sample in kept[1].known)
-    sizes = Sizes(world, world, 1, 1, 8, layers, layers, BUFFER)
+    sizes = Sizes(world, world, 1, 1, 8, 8, layers, layers, BUFFER)
     groups.destroy()
     return grown, sample_memory(num_samples, tokens, tokens - 64 * num_samples, sizes).peak
 

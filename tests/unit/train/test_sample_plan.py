@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from r1mega.errors import GenerationError
-from r1mega.train.sample_exchange import _packed
-from r1mega.train.sample_plan import Routing, Want, pack_bits, plan_rounds, unpack_bits
+from r1mega.platform import groups
+from r1mega.train.sample_exchange import SampleExchange
+from r1mega.train.sample_plan import RankPlace, Routing, Want, pack_bits, plan_rounds, unpack_bits
 from r1mega.types import TrainingSample
 
 
@@ -70,8 +71,13 @@ def test_choices_take_as_few_bits_as_tell_the_experts_apart(experts, count):
     assert found.dtype == values.dtype and np.array_equal(found, values)
 
 
-def test_a_choice_that_the_model_does_not_have_is_refused():
-    routed = np.full((2, 1, 1), 8, dtype=np.uint8)
-    sample = TrainingSample(np.arange(3, dtype=np.int32), 1, 0.0, np.zeros(2, np.float32), routed)
-    with pytest.raises(GenerationError, match="chose expert 8 for a token, the model that is trained has 8"):
-        _packed(sample, Routing(8, 1), (0,))
+@pytest.mark.parametrize(("expert", "kind"), [(8, np.uint8), (-1, np.int16)])
+def test_a_choice_that_the_model_does_not_have_is_refused(expert, kind):
+    routed = np.array([0, expert, 7], dtype=kind).reshape(3, 1, 1)
+    sample = TrainingSample(np.arange(4, dtype=np.int32), 1, 0.0, np.zeros(3, np.float32), routed)
+    groups.init_distributed()
+    try:
+        with pytest.raises(GenerationError, match=f"rank 0 chose expert {expert} for a token, the model .* has 8,"):
+            SampleExchange([RankPlace(0, 0, (0,))], Routing(8, 1)).index([sample])
+    finally:
+        groups.destroy()

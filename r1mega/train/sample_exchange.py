@@ -169,7 +169,8 @@ class SampleExchange:
 
     def index(self, made: Sequence[TrainingSample]) -> StepSamples:
         """The step's samples, of those that each generator made. A collective call: lengths and figures of all go to all
-        ranks, 48 bytes a sample, and nothing else. made: the same on each rank of a generator, in any order of slots.
+        ranks, 48 bytes a sample and as many a rank, and nothing else. made: the same on each rank of a generator, in any
+        order of slots.
 
         Raises GenerationError, on all ranks, where the ranks of a generator have not the same, and for experts that the model
         that is trained does not have.
@@ -178,11 +179,8 @@ class SampleExchange:
         if len(self._places) == 1:
             _check_experts({0: _first_absent(made, self._routing)}, self._routing)
             return StepSamples.everywhere(made)
-        part, parts = self._part
-        rows = _rows(made)
-        mine = rows[
-            len(made) * part // parts : len(made) * (part + 1) // parts
-        ]  # each rank of a generator tells a part
+        rows, (part, parts) = _rows(made), self._part
+        mine = rows[len(made) * part // parts : len(made) * (part + 1) // parts]  # a generator's ranks tell a part each
         everyone = gather_rows(np.concatenate([_header(made, rows, self._routing), mine]))
         self._check([theirs[0].tolist() for theirs in everyone])
         table = [

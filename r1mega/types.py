@@ -222,6 +222,30 @@ class RolloutGroup:
     slot: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class SampleSummary:
+    """What every rank knows of a sample of the step, whichever has its tokens; the fields are those of `TrainingSample`.
+
+    num_tokens: of prompt and response; generator: which one has it (the ranks of all count from 0); has_routing: whether
+    it carries routed experts.
+
+    Example: of the sample below, made by the only generator: SampleSummary(0, 0, 8, 5, 1.0, 1.1, opens_group=True)
+    """
+
+    generator: int
+    slot: int
+    num_tokens: int
+    prompt_length: int
+    advantage: float
+    reward: float
+    opens_group: bool = False
+    has_routing: bool = False
+
+    @property
+    def response_length(self) -> int:
+        return self.num_tokens - self.prompt_length
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class TrainingSample:
     """One response ready for the update.
@@ -244,5 +268,16 @@ class TrainingSample:
     opens_group: bool = False
 
     @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
     def response_length(self) -> int:
-        return len(self.token_ids) - self.prompt_length
+        return self.num_tokens - self.prompt_length
+
+    def summary(self, generator: int = 0) -> SampleSummary:
+        """What other ranks are told of it."""
+        return SampleSummary(
+            generator, self.slot, self.num_tokens, self.prompt_length, self.advantage, self.reward, self.opens_group,
+            self.routed_experts is not None,
+        )  # fmt: skip

@@ -19,6 +19,7 @@ from r1mega.plan.generator import OTHER_BYTES, GeneratorMemory, generator_memory
 from r1mega.plan.gpu import GPU
 from r1mega.plan.rank import RankMemory, measure
 from r1mega.plan.residency import TRAINER, residency
+from r1mega.plan.samples import SampleMemory, planned_samples
 from r1mega.plan.workload import Workload
 from r1mega.train.phases import HOST_BLOCK, Part, Phase
 from r1mega_kernels.linear_loss import DEFAULT_CHUNK_TOKENS
@@ -94,7 +95,8 @@ def plan_memory(
     if isinstance(config, TrainingStage) and work is not None:
         ranks = tuple(stage_ranks(config, hf, gpus, work, imbalance))
     phases = tuple(phase_memory(config, ranks, generator))
-    host, saved = _host_and_disk(config, hf, ranks, generator, per_node)
+    samples = planned_samples(config, hf, gpus, work) if isinstance(config, RLStage) and work is not None else None
+    host, saved = _host_and_disk(config, hf, ranks, generator, per_node, samples)
     return MemoryPlan(phases, ranks, generator, host, saved, tuple(_problems(config, hf, gpu, gpus, phases, generator)))
 
 
@@ -255,6 +257,7 @@ def _host_and_disk(
     ranks: tuple[StageRank, ...],
     generator: GeneratorMemory | None,
     per_node: int,
+    samples: SampleMemory | None = None,
 ) -> tuple[dict[str, float], float]:
     """(bytes of a node by what takes them, in the phase that has most; bytes of a checkpoint)."""
     if not ranks or not isinstance(config, TrainingStage):
@@ -277,6 +280,9 @@ def _host_and_disk(
             elements = rank.static.exp_avg / _moment_bytes(config.optimizer)
             copied = 12.0 if config.checkpoint.async_save else 0.0
             host["save"] = per_node * ((20.0 + copied) * elements + rank.static.weights)
+        if samples is not None:  # until the next step's are there
+            trained = phase in ("logprob", "reference", "update", "step", "reshard")
+            host["samples"] = per_node * (samples.peak if trained else samples.made)
         found.append(host)
     numel = sum(math.prod(shape) for p in parameters(hf) for shape in p.entry.hf_shapes)
     weights = getattr(torch, config.model.dtype).itemsize

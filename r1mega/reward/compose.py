@@ -208,6 +208,8 @@ class RewardScorer:
         sharded: ShardedModel | None = None,
     ) -> None:
         self.step = 1
+        self.asks_generator = config.judge.weight > 0 and config.judge.engine == "policy"
+        """Whether `flush` takes the generator, all of its ranks."""
         self._parts = weighted_parts(config, max_response_tokens, engine, tokenizer, sharded)
         self._weights = {entry.part.name: entry.weight for entry in self._parts}
         self._pool = open_pool(config.pool)
@@ -243,7 +245,9 @@ class RewardScorer:
         return ticket
 
     def flush(self) -> None:
-        """Compute what takes all ranks (reward models sharded over them): each calls it once its responses are in."""
+        """Compute what takes several ranks (reward models sharded over all, the policy as judge over those of its generator):
+        each calls it once its responses are in. `result` then asks no other rank.
+        """
         for entry in self._parts:
             if self.step >= entry.from_step and (flush := getattr(entry.part, "flush", None)) is not None:
                 flush()

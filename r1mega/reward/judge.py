@@ -92,6 +92,7 @@ class Client(Protocol):
     """Asks the judge. What it gives can be waited for: texts, or why there is none, in the order of the questions."""
 
     def ask(self, questions: Sequence[Question]) -> Callable[[], list[str | Exception]]: ...
+    def flush(self) -> None: ...
     def close(self) -> None: ...
 
 
@@ -110,6 +111,10 @@ class Judge:
             return PartScore(0.0, "nothing to judge")
         questions = self._questions(item, text)
         return _Votes(self._client.ask(questions), lambda replies: self._verdict(questions, replies))
+
+    def flush(self) -> None:
+        """Ask what waits for the colocated generator: all of its ranks at once, so that no result is waited for within."""
+        self._client.flush()
 
     def close(self) -> None:
         self._client.close()
@@ -249,6 +254,9 @@ class EndpointClient:
                 break
         raise JudgeUnreachable(f"{self._url}: {reason} ({attempt + 1} attempts)")
 
+    def flush(self) -> None:
+        """All are on their way."""
+
     def close(self) -> None:
         self._closing.set()
         self._executor.shutdown(cancel_futures=True)
@@ -286,12 +294,15 @@ class EngineClient:
 
         def wait() -> list[str | Exception]:
             if not all(slots):
-                self._answer_all()
+                self.flush()
             return [slot[0] for slot in slots]
 
         return wait
 
-    def _answer_all(self) -> None:
+    def flush(self) -> None:
+        """Ask all that wait. Every rank of the generator calls it, or the first result that is waited for does."""
+        if not self._waiting:
+            return
         waiting, self._waiting = self._waiting, []
         requests = [
             GenerationRequest(tuple(self._tokenizer.encode_prompt(q.prompt)), 1, q.seed, self._sampling)

@@ -22,6 +22,7 @@ from r1mega.rollout.build import build_engine, engine_settings
 from r1mega.rollout.journal import open_journal
 from r1mega.rollout.partial import build_collector
 from r1mega.rollout.sampler import GroupSampler, stop_settings
+from r1mega.rollout.shared_scoring import share_scoring
 from r1mega.stages.in_loop_evaluation import Evaluation
 from r1mega.stages.phases import Phases
 from r1mega.stages.rl_metrics import group_metrics, pool_metrics, work_metrics
@@ -30,7 +31,8 @@ from r1mega.train.grpo_update import update_policy
 from r1mega.train.phases import plan_phases
 from r1mega.train.policy import Policy
 from r1mega.train.reward_model import ShardedRewardModel
-from r1mega.train.samples import gather_samples, training_samples
+from r1mega.train.sample_exchange import SampleExchange
+from r1mega.train.samples import training_samples
 from r1mega.train.trainer import Trainer
 from r1mega.types import RolloutGroup, SamplingSettings
 from r1mega.weights.sync import WeightSync
@@ -76,11 +78,13 @@ class RLTrainer:
             config.rollout.temperature, config.rollout.top_p, config.rollout.max_response_tokens, stop_ids, stop_strings
         )
         self.journal = open_journal(rollout, runtime.run_dir, self.start)
+        scorer = share_scoring(self.scorer, rollout.tp, everywhere=self.scorer.asks_generator)
         sampler = GroupSampler(
-            self.engine, self.tokenizer, self.scorer, self.sampling, rollout.group_size, self.timer, self.journal
+            self.engine, self.tokenizer, scorer, self.sampling, rollout.group_size, self.timer, self.journal
         )
         self.collector = build_collector(sampler, prompts, self.cursor, config, progress.get("open_groups"))
         wait_for_all("startup", "the models and generators of all ranks")
+        self.exchange = SampleExchange.of(self.policy, rollout.tp)
         self.sync = WeightSync(self.policy, self.engine, config.weights, self.hf_config, [p.token_ids for p in prompts])
         self.push()
 
@@ -92,15 +96,15 @@ class RLTrainer:
             self.push(again=True)  # a checkpoint was written in their place
         rollout = self.collector.collect(step)  # rollout; each response is scored while others are still sampled
         self.phases.enter("logprob")  # the generator sleeps: the push replaces all of its weights
-        samples = gather_samples(training_samples(rollout.groups, config.algorithm), rollout.is_first)  # advantage
-        metrics = update_policy(self.trainer, samples, config, step, self.timer)  # log-prob, update
+        samples = self.exchange.index(training_samples(rollout.groups, config.algorithm))  # advantage; who has what
+        metrics = update_policy(self.trainer, samples, config, step, self.timer)  # each its share: log-prob, update
         refresh = config.algorithm.reference_refresh_steps
         if config.algorithm.kl_coefficient > 0 and refresh is not None and step % refresh == 0:
             self.policy.take_reference()
         metrics |= self.push()  # reshard, and its proof
         metrics |= group_metrics(rollout.sampled, contributes=rollout.is_first) | rollout.metrics()
         metrics |= pool_metrics(self.scorer.activity())
-        metrics |= work_metrics(self.flops, rollout.sampled, samples, config, contributes=rollout.is_first)
+        metrics |= work_metrics(self.flops, rollout.sampled, samples.known, config, contributes=rollout.is_first)
         return metrics, rollout.groups
 
     def push(self, *, again: bool = False) -> dict[str, float]:
@@ -155,6 +159,7 @@ def run(config: RLStage, runtime: Runtime) -> int:
             metrics |= evaluation.run(step) if evaluation.is_due(step) else {}
             runtime.write_metrics(step, metrics)
             runtime.write_samples(step, groups)
+            del groups  # or a rank holds what two steps sampled
     finally:
         rl.close()
     rl.trainer.enter("save")  # also where there was no step left to do

@@ -15,7 +15,7 @@ from r1mega.model.flops import ModelFlops, Work, generation_work, sequences_work
 from r1mega.reward.compose import Activity
 from r1mega.reward.reflection import reflects
 from r1mega.rollout.groups import carries_signal
-from r1mega.types import RewardStatus, RolloutGroup, TrainingSample
+from r1mega.types import RewardStatus, RolloutGroup, SampleSummary
 
 
 def group_metrics(groups: Sequence[RolloutGroup], *, contributes: bool) -> dict[str, float]:
@@ -78,21 +78,21 @@ def pool_metrics(activity: Activity) -> dict[str, float]:
 def work_metrics(
     flops: ModelFlops,
     sampled: Sequence[RolloutGroup],
-    samples: Sequence[TrainingSample],
+    samples: Sequence[SampleSummary],
     config: RLStage,
     *,
     contributes: bool,
 ) -> dict[str, float]:
     """Model FLOPs of the step's phases over all ranks, and the tokens of those that `tokens/...` does not have yet.
 
-    sampled: this rank's groups, dropped ones included; samples: those of all ranks, the same list on each.
+    sampled: this rank's groups, dropped ones included; samples: those of all ranks, all of them, the same on each.
     """
     drawn = Work()
     for group in sampled if contributes else ():
         drawn += generation_work(len(group.prompt.token_ids), (len(response.token_ids) for response in group.responses))
     rollout = torch.tensor(flops.forward(drawn), dtype=torch.float64)
     dist.all_reduce(rollout)
-    batch = sequences_work((len(s.token_ids), s.response_length) for s in samples)
+    batch = sequences_work((s.num_tokens, s.response_length) for s in samples)
     trained = batch * config.update.num_epochs
     scored = trained * ((config.algorithm.old_log_probs == "recompute") + (config.algorithm.kl_coefficient > 0))
     work = {"rollout": float(rollout), "logprob": flops.forward(scored), "update": flops.training(trained)}

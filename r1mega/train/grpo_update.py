@@ -16,11 +16,12 @@ from r1mega.algorithm.off_policy import OffPolicyMetrics, OffPolicyRules, correc
 from r1mega.config.stages.rl import AlgorithmConfig, RLStage
 from r1mega.observe.trace import PhaseTimer
 from r1mega.train.heads import TokenScores
-from r1mega.train.packing import plan_packing, split_minibatches
+from r1mega.train.packing import PackingPlan, plan_packing, split_minibatches
 from r1mega.train.policy import Policy
+from r1mega.train.sample_exchange import StepSamples
 from r1mega.train.samples import PolicyMicrobatch, minibatch_weights, pack_for_loss, step_advantages
 from r1mega.train.trainer import Trainer, UpdateResult
-from r1mega.types import TrainingSample
+from r1mega.types import SampleSummary, TrainingSample
 from r1mega.weights.verify import probe_limit
 from r1mega_kernels import GRPOMetrics
 
@@ -57,13 +58,16 @@ class _Statistics:
 
 
 def update_policy(
-    trainer: Trainer, samples: Sequence[TrainingSample], config: RLStage, step: int, timer: PhaseTimer
+    trainer: Trainer, samples: StepSamples | Sequence[TrainingSample], config: RLStage, step: int, timer: PhaseTimer
 ) -> dict[str, float | None]:
-    """Train on one rollout's samples (the same list on every rank); return the step's policy metrics.
+    """Train on one rollout's samples; return the step's policy metrics.
 
-    Every sample is used once an inner epoch, in `num_minibatches` optimizer steps of a seeded random partition.
+    samples: a list is of all samples and the same on every rank; otherwise each rank gets those that it trains on. Every
+    sample is used once an inner epoch, in `num_minibatches` optimizer steps of a seeded random partition.
     """
-    if not samples:
+    if not isinstance(samples, StepSamples):
+        samples = StepSamples.everywhere(samples)
+    if not len(samples):
         return _NO_UPDATE
     policy = trainer.policy
     tolerance = probe_limit(policy.dtype, config.weights.probe_tolerance, fp8=policy.fp8).tolerance
@@ -75,7 +79,7 @@ def update_policy(
     with timer.phase("logprob"):
         minibatches = _with_log_probs(trainer, minibatches, config)
         if config.algorithm.whiten or config.algorithm.kl_in == "reward":
-            minibatches = _with_step_advantages(minibatches, samples, config.algorithm, policy)
+            minibatches = _with_step_advantages(minibatches, samples.known, config.algorithm, policy)
     with timer.phase("update"):
         results = [
             trainer.update(
@@ -89,7 +93,7 @@ def update_policy(
         ]
     return _metrics(results, policy.reports, _rules(config.algorithm).is_on) | {
         "packing/fill_fraction": fill,
-        "tokens/update": float(config.update.num_epochs * sum(len(s.token_ids) for s in samples)),
+        "tokens/update": float(config.update.num_epochs * sum(s.num_tokens for s in samples.known)),
     }
 
 
@@ -126,7 +130,7 @@ def _refilled(minibatches: Sequence[_Minibatch], batches: Sequence[PolicyMicroba
 
 
 def _with_step_advantages(
-    minibatches: Sequence[_Minibatch], samples: Sequence[TrainingSample], algorithm: AlgorithmConfig, policy: Policy
+    minibatches: Sequence[_Minibatch], samples: Sequence[SampleSummary], algorithm: AlgorithmConfig, policy: Policy
 ) -> list[_Minibatch]:
     """Microbatches with the advantages that only the whole step has. A collective call where KL is in the reward."""
     batches = [batch for minibatch in minibatches for batch in minibatch.microbatches]
@@ -193,12 +197,12 @@ def _loss(
     )
 
 
-def _plan(
-    samples: Sequence[TrainingSample], config: RLStage, step: int, policy: Policy
-) -> tuple[list[_Minibatch], float]:
-    """(this replica's share of each optimizer step, how full its microbatches are)."""
-    lengths = [len(sample.token_ids) for sample in samples]
-    minibatches, fills = [], []
+def _plan(samples: StepSamples, config: RLStage, step: int, policy: Policy) -> tuple[list[_Minibatch], float]:
+    """(this replica's share of each optimizer step, how full its microbatches are). Fetches the samples of that share; who
+    trains on which follows from lengths alone.
+    """
+    lengths = [sample.num_tokens for sample in samples.known]
+    plans: list[tuple[list[list[int]], PackingPlan]] = []
     for epoch in range(config.update.num_epochs):
         parts = split_minibatches(len(samples), config.update.num_minibatches, f"{config.seed}/{step}/{epoch}")
         parts = [part for part in parts if part]
@@ -206,18 +210,24 @@ def _plan(
             lengths, parts, config.update.microbatch_tokens, policy.num_replicas, policy.microbatch_multiple,
             config.update.min_microbatches or policy.min_microbatches,
         )  # fmt: skip
-        fills.append(plan.fill_fraction)
-        for members, ranks in zip(parts, plan.bins, strict=True):
-            weights = minibatch_weights(
-                samples, members, config.algorithm.loss_aggregation, config.rollout.max_response_tokens
+        plans.append((parts, plan))
+    bins = [ranks for _, plan in plans for ranks in plan.bins]
+    samples.fetch([
+        [index for ranks in bins for members in ranks[replica] for index in members]
+        for replica in range(policy.num_replicas)
+    ])  # fmt: skip
+    minibatches = []
+    for members, ranks in zip((part for parts, _ in plans for part in parts), bins, strict=True):
+        weights = minibatch_weights(
+            samples.known, members, config.algorithm.loss_aggregation, config.rollout.max_response_tokens
+        )
+        minibatches.append(
+            _Minibatch(
+                microbatches=[pack_for_loss(samples, indices, weights) for indices in ranks[policy.replica]],
+                response_tokens=sum(samples.known[i].response_length for i in members),
             )
-            minibatches.append(
-                _Minibatch(
-                    microbatches=[pack_for_loss(samples, indices, weights) for indices in ranks[policy.replica]],
-                    response_tokens=sum(samples[i].response_length for i in members),
-                )
-            )
-    return minibatches, sum(fills) / len(fills)
+        )
+    return minibatches, sum(plan.fill_fraction for _, plan in plans) / len(plans)
 
 
 def _metrics(results: list[UpdateResult[_Statistics]], reports: bool, corrects: bool) -> dict[str, float | None]:

@@ -130,7 +130,7 @@ class Microbatch:
     cu_seqlens: [samples + 1] int32. Without samples there is one token of padding, for the model must run.
     rows: [R] positions whose logits predict a response token; targets: [R] those tokens; sequence_ids: [R] which
     sample of this microbatch. sample_indices: the samples, in order, as indices into the step's samples.
-    routed_experts: [T, MoE layers, top-k] choices to replay, or None.
+    routed_experts: [T, MoE layers, top-k] choices to replay, or None; the layers of the whole model, or of this rank alone.
     """
 
     _row_fields: ClassVar[tuple[str, ...]] = ("rows", "targets")
@@ -215,6 +215,9 @@ def build_microbatch(
 
 
 def _pack_routing(parts: Sequence[np.ndarray]) -> torch.Tensor:
-    """[T, MoE layers, top-k]: the samples' choices, each followed by a row for its last token."""
+    """[T, MoE layers, top-k]: the samples' choices, each followed by a row for its last token. uint8, or int32 of more than 256
+    experts: torch computes with hardly any uint16.
+    """
     last = np.broadcast_to(np.arange(parts[0].shape[2], dtype=parts[0].dtype), (1, *parts[0].shape[1:]))
-    return torch.from_numpy(np.concatenate([rows for part in parts for rows in (part, last)]))
+    joined = np.concatenate([rows for part in parts for rows in (part, last)])
+    return torch.from_numpy(joined if joined.dtype == np.uint8 else joined.astype(np.int32))

@@ -40,6 +40,7 @@ from r1mega.train.heads import CrossEntropyHead, Head, HiddenHead, LogitsHead, S
 from r1mega.train.packing import Microbatch, build_microbatch  # noqa: E402
 from r1mega.train.padding import ZeroedPadding  # noqa: E402
 from r1mega.train.router_replay import Replay  # noqa: E402
+from r1mega.train.sample_plan import Routing  # noqa: E402
 from r1mega.train.shard import Cut, Shard, shard  # noqa: E402
 
 B = TypeVar("B", bound=Microbatch)
@@ -86,6 +87,9 @@ class Policy:
         self.kernels = "reference" if model.log_probs == "reference" else None
         self._head = self._make_head(model, scalar_head)
         self._replay = Replay(self.chunks)
+        self.routed_columns = self._replay.columns
+        """The MoE layers of this rank, as numbers among those of the whole model: whose routed experts it replays."""
+        self.routing = Routing(config.num_moe_experts or 1, config.moe_router_topk if config.num_moe_experts else 0)
         self._zeroing = ZeroedPadding(self.chunks) if self.fp8 else None
         self.has_trainer = False
         self._reference: list[dict[str, torch.Tensor]] | None = None

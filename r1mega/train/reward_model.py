@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -19,9 +21,15 @@ from r1mega.platform.groups import wait_for_all
 from r1mega.train.heads import TokenScores
 from r1mega.train.packing import Microbatch, build_microbatch, plan_packing
 from r1mega.train.policy import Policy
+from r1mega.train.sample_exchange import gather_places, gather_rows, run_rounds
+from r1mega.train.sample_plan import BUFFER_BYTES, TOKEN_BYTES, Want, plan_rounds, ranks_by
 from r1mega.train.trainer import Trainer, UpdateResult
 
 Objective = Literal["pairwise", "pointwise"]
+_Key = tuple[int, int, int]
+"""(length, digest) of a sequence."""
+_Shares = tuple[tuple[tuple[int, ...], ...], ...]
+"""Microbatches of each replica, as places of samples."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +72,8 @@ def preference_step(
 ) -> PreferenceResult:
     """One optimizer step on the mean loss of the samples with these indices; every rank takes its share of them."""
     policy = trainer.policy
-    batches = _share(policy, samples, indices, capacity)
+    share = _shares(policy, [sample.num_tokens for sample in samples], indices, capacity)[policy.replica]
+    batches = [_pack([samples[i] for i in places], places) for places in share]
 
     def loss(batch: PreferenceMicrobatch, scores: TokenScores) -> tuple[torch.Tensor, torch.Tensor]:
         values, wanted = scores.values, batch.wanted
@@ -88,18 +97,19 @@ def preference_step(
 
 def preference_scores(policy: Policy, samples: Sequence[PreferenceSample], capacity: int) -> torch.Tensor:
     """[samples, 1 or 2] float64 scores, on every rank. A collective call."""
-    batches = _share(policy, samples, range(len(samples)), capacity)
-    mine: dict[int, list[float]] = {}
+    share = _shares(policy, [sample.num_tokens for sample in samples], range(len(samples)), capacity)[policy.replica]
+    batches = [_pack([samples[i] for i in places], places) for places in share]
+    return _scores(policy, batches, len(samples), len(samples[0].sequences))
+
+
+def _scores(policy: Policy, batches: Sequence[PreferenceMicrobatch], num_samples: int, width: int) -> torch.Tensor:
+    """[num_samples, width] of all replicas' batches, `width` sequences a sample, on every rank."""
+    found = torch.zeros(num_samples, width, dtype=torch.float64)
     for batch, scores in zip(batches, policy.scores(batches), strict=False):
-        if batch.sample_indices:
-            rows = scores.values.double().cpu().view(len(batch.sample_indices), -1).tolist()
-            mine |= dict(zip(batch.sample_indices, rows, strict=True))
-    everyone: list[dict[int, list[float]]] = [mine]
-    if dist.get_world_size() > 1:
-        everyone = [{} for _ in range(dist.get_world_size())]
-        dist.all_gather_object(everyone, mine)
-    merged = {index: row for part in everyone for index, row in part.items()}
-    return torch.tensor([merged[index] for index in range(len(samples))], dtype=torch.float64)
+        if policy.reports and batch.sample_indices:
+            found[list(batch.sample_indices)] = scores.values.double().cpu().view(-1, width)
+    dist.all_reduce(found)
+    return found
 
 
 class ShardedRewardModel:
@@ -113,38 +123,83 @@ class ShardedRewardModel:
             model.model_copy(update=changes), read_config(directory), parallel, seed=0, scalar_head=True
         )
         self._policy.load_hf(HFTensors(directory))
-        self._capacity = capacity
+        self._capacity, self._places = capacity, gather_places(self._policy, dist.get_rank())
         self._move(torch.device("cpu"))
 
     def scores(self, sequences: Sequence[Sequence[int]]) -> list[float]:
-        """A score for each of this rank's sequences. A collective call: what all ranks have is shared among them."""
+        """A score for each of this rank's sequences. A collective call: what all ranks have is shared among them, each
+        sequence once, and goes to the ranks that score it, as samples go to those that train on them.
+        """
         wait_for_all("rollout", "the responses that a reward model is to score")
-        everyone: list[list[Sequence[int]]] = [[] for _ in range(dist.get_world_size())]
-        dist.all_gather_object(everyone, list(sequences))
-        distinct = sorted({tuple(sequence) for part in everyone for sequence in part})
-        if not distinct:
+        mine = [_key(sequence) for sequence in sequences]
+        holders = self._holders(set(mine))
+        if not holders:
             return []
-        samples = [PreferenceSample((sequence,), 0.0, ()) for sequence in distinct]
+        keys = list(holders)
+        shares = _shares(self._policy, [length for length, *_ in keys], range(len(keys)), self._capacity)
+        here = self._fetch(holders, dict(zip(mine, sequences, strict=True)), shares)
+        batches = [
+            _pack([PreferenceSample((here[i],), 0.0, ()) for i in places], places)
+            for places in shares[self._policy.replica]
+        ]
         self._move(self._policy.device)
-        scores = preference_scores(self._policy, samples, self._capacity)[:, 0].tolist()
+        scores = _scores(self._policy, batches, len(keys), 1)[:, 0].tolist()
         self._move(torch.device("cpu"))
-        known = dict(zip(distinct, scores, strict=True))
-        return [known[tuple(sequence)] for sequence in sequences]
+        known = dict(zip(keys, scores, strict=True))
+        return [known[key] for key in mine]
+
+    @staticmethod
+    def _holders(mine: set[_Key]) -> dict[_Key, np.ndarray]:
+        """The ranks that have each distinct sequence; in an order that does not depend on who has it."""
+        ranks: dict[_Key, list[int]] = {}
+        for rank, rows in enumerate(gather_rows(np.array(sorted(mine), dtype=np.int64).reshape(-1, 3))):
+            for length, first, second in rows.tolist():
+                ranks.setdefault((length, first, second), []).append(rank)
+        return {key: np.array(ranks[key]) for key in sorted(ranks)}
+
+    def _fetch(
+        self, holders: Mapping[_Key, np.ndarray], own: Mapping[_Key, Sequence[int]], shares: _Shares
+    ) -> dict[int, tuple[int, ...]]:
+        """The sequences that this rank scores, by their places among all."""
+        keys, replicas, wants = list(holders), ranks_by("replica", self._places), {}
+        for replica, bins in enumerate(shares):
+            ranks = replicas[replica]
+            for place in (place for places in bins for place in places):
+                num_bytes = np.full(len(ranks), TOKEN_BYTES * keys[place][0])
+                wants[place] = Want(holders[keys[place]], ranks, num_bytes)
+        here = {
+            place: tuple(own[keys[place]])
+            for places in shares[self._policy.replica]
+            for place in places
+            if keys[place] in own
+        }
+
+        def pack(place: int, _target: int) -> list[np.ndarray]:
+            return [np.asarray(own[keys[place]], dtype=np.int32)]
+
+        def unpack(place: int, octets: np.ndarray) -> None:
+            here[place] = tuple(octets.copy().view(np.int32).tolist())
+
+        rounds = plan_rounds(wants, dist.get_rank(), len(self._places), BUFFER_BYTES)
+        run_rounds(rounds, pack, unpack, lambda place, _rank: TOKEN_BYTES * keys[place][0])
+        return here
 
     def _move(self, device: torch.device) -> None:
         for chunk in self._policy.chunks:
             chunk.to(device)
 
 
-def _share(
-    policy: Policy, samples: Sequence[PreferenceSample], indices: Sequence[int], capacity: int
-) -> list[PreferenceMicrobatch]:
-    """This replica's microbatches; all replicas have equally many."""
-    lengths = [sample.num_tokens for sample in samples]
-    plan = plan_packing(
+def _key(sequence: Sequence[int]) -> _Key:
+    """Of a sequence, wherever it is."""
+    digest = hashlib.blake2b(np.asarray(sequence, dtype=np.int32).tobytes(), digest_size=16).digest()
+    return (len(sequence), *np.frombuffer(digest, dtype="<i8").tolist())
+
+
+def _shares(policy: Policy, lengths: Sequence[int], indices: Sequence[int], capacity: int) -> _Shares:
+    """The microbatches of each replica, as indices of samples; all replicas have equally many."""
+    return plan_packing(
         lengths, [indices], capacity, policy.num_replicas, policy.microbatch_multiple, policy.min_microbatches
-    )
-    return [_pack([samples[i] for i in members], members) for members in plan.bins[0][policy.replica]]
+    ).bins[0]
 
 
 def _pack(members: Sequence[PreferenceSample], indices: Sequence[int]) -> PreferenceMicrobatch:

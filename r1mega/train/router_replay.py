@@ -29,13 +29,19 @@ class Replay:
             ]
             for chunk in chunks
         ]
+        self._num_layers = len(layers)
+        self.columns = tuple(sorted({column for chunk in self._routers for column, _ in chunk}))
+        """Those that the routers of this rank follow."""
 
     def set(self, chunk: int, choices: torch.Tensor | None) -> None:
-        """Make the next forward pass of a chunk take these experts: [tokens of this rank, MoE layers, top-k]; None: its own."""
+        """Make the next forward pass of a chunk take these experts: [tokens of this rank, MoE layers, top-k], of the layers of
+        the whole model or of `columns`; None: its own.
+        """
         for column, router in self._routers[chunk]:
             if choices is not None:
+                place = column if choices.shape[1] == self._num_layers else self.columns.index(column)
                 router.router_replay = router.router_replay or RouterReplay()
-                router.router_replay.set_target_indices(choices[:, column].long())
+                router.router_replay.set_target_indices(choices[:, place].long())
                 router.router_replay.set_router_replay_action(RouterReplayAction.REPLAY_FORWARD)
             elif router.router_replay is not None:
                 router.router_replay.clear_router_replay_action()

@@ -5,16 +5,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from r1mega.algorithm.grpo import PolicyTokens, token_weights
 from r1mega.config.stages.rl import AlgorithmConfig
 from r1mega.train.packing import Microbatch, build_microbatch
-from r1mega.types import RolloutGroup, TrainingSample
+from r1mega.types import RolloutGroup, SampleSummary, TrainingSample
 from r1mega_kernels import group_advantage
 
 
@@ -67,10 +66,18 @@ def _advantages(rewards: Sequence[float], offsets: Sequence[int], algorithm: Alg
     )  # fmt: skip
 
 
-def step_advantages(
-    samples: Sequence[TrainingSample], algorithm: AlgorithmConfig, penalties: torch.Tensor | None = None
-) -> list[float]:
-    """The samples' advantages once all samples of the step are there, in the order of `gather_samples`.
+Known = Sequence[SampleSummary | TrainingSample]
+"""All samples of a step, by what every rank knows of them."""
+
+
+class Samples(Protocol):
+    """Samples by their places in the step, those that this rank has: a list, or `StepSamples`."""
+
+    def __getitem__(self, index: int, /) -> TrainingSample: ...
+
+
+def step_advantages(samples: Known, algorithm: AlgorithmConfig, penalties: torch.Tensor | None = None) -> list[float]:
+    """The samples' advantages once all samples of the step are known, in the order of their groups' slots.
 
     penalties: [samples] that are taken from the rewards first (KL in the reward); the group is then of those samples that
     carry loss. `whiten`: (A - mean) / (std + epsilon) over all response tokens of the step (REINFORCE++); equal ones to 0.
@@ -88,18 +95,6 @@ def step_advantages(
         centred = advantages - (share * advantages).sum()
         advantages = centred / ((share * centred**2).sum().sqrt() + algorithm.std_epsilon)
     return advantages.tolist()
-
-
-def gather_samples(local: list[TrainingSample], contributes: bool) -> list[TrainingSample]:
-    """The samples of all ranks, in the order of their groups' slots, on every rank: however many generators sampled them.
-    contributes: False on ranks that hold copies of another's (the other tensor-parallel ranks of a generator). Memory: all samples of a step on every rank, about 8 bytes a token,
-    with router replay one more for each MoE layer and chosen expert.
-    """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return local
-    everyone: list[list[TrainingSample]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everyone, local if contributes else [])
-    return sorted((sample for part in everyone for sample in part), key=lambda sample: sample.slot)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,7 +129,7 @@ class PolicyMicrobatch(Microbatch):
         )
 
 
-def pack_samples(samples: Sequence[TrainingSample], indices: Sequence[int]) -> Microbatch:
+def pack_samples(samples: Samples, indices: Sequence[int]) -> Microbatch:
     """One microbatch of the samples with these indices."""
     members = [samples[i] for i in indices]
     routed = [m.routed_experts for m in members if m.routed_experts is not None]
@@ -143,9 +138,7 @@ def pack_samples(samples: Sequence[TrainingSample], indices: Sequence[int]) -> M
     )
 
 
-def pack_for_loss(
-    samples: Sequence[TrainingSample], indices: Sequence[int], weights: dict[int, float]
-) -> PolicyMicrobatch:
+def pack_for_loss(samples: Samples, indices: Sequence[int], weights: dict[int, float]) -> PolicyMicrobatch:
     """`pack_samples` for GRPO. weights: the loss weight of one token of each sample (by index). The old log-probs are the
     sampler's, until others are put in their place.
     """
@@ -164,9 +157,7 @@ def pack_for_loss(
     )
 
 
-def minibatch_weights(
-    samples: Sequence[TrainingSample], indices: Sequence[int], aggregation: str, max_tokens: int
-) -> dict[int, float]:
+def minibatch_weights(samples: Known, indices: Sequence[int], aggregation: str, max_tokens: int) -> dict[int, float]:
     """The loss weight of one response token of each sample of a minibatch; they sum to 1 as `token_weights` says."""
     lengths = torch.tensor([samples[i].response_length for i in indices])
     return dict(zip(indices, token_weights(lengths, aggregation, max_tokens).tolist(), strict=True))

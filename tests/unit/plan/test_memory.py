@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from r1mega.config.load import load_config
 from r1mega.config.schema import ModelConfig, OptimizerConfig, ParallelConfig
+from r1mega.config.stages.rl import AlgorithmConfig
 from r1mega.errors import ConfigError
 from r1mega.plan import rank
 from r1mega.plan.generator import generator_memory, generator_memory_problems, kv_bytes_per_token, weight_bytes
@@ -22,7 +26,10 @@ from r1mega.plan.memory import _host_and_disk as host_and_disk
 from r1mega.plan.place import _rank_groups as rank_groups
 from r1mega.plan.rank import Activations, RankMemory, Routes, Static, measure
 from r1mega.plan.residency import residency
+from r1mega.plan.samples import Sizes, planned_samples, sample_memory
 from r1mega.plan.workload import Lengths, workload
+from r1mega.train.samples import pack_for_loss, training_samples
+from r1mega.types import Prompt, Response, Reward, RewardStatus, RolloutGroup
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 DEEPSEEK = json.loads((CONFIGS / "deepseek_v3_671b/model/config.json").read_text())
@@ -184,3 +191,44 @@ def test_lengths_and_microbatches():
 def test_an_unknown_gpu_names_the_known():
     with pytest.raises(ConfigError, match="h100-80, h200"):
         gpu_kind("h101")
+
+
+def test_samples_take_a_share_of_host_memory_and_not_all_of_it():
+    """On 512 ranks, for a rank's host memory. Bytes are measured below, and on 8 ranks in tests/dist."""
+    config = load_config(CONFIGS / "deepseek_v3_671b/zero.yaml", [])
+    replays = config.model_copy(update={"rollout": config.rollout.model_copy(update={"router_replay": True})})
+    work = workload(config, Lengths(mean=9000), replicas=16)
+    plain, routed = (planned_samples(one, DEEPSEEK, 512, work) for one in (config, replays))
+    host, _ = host_and_disk(config, DEEPSEEK, (stage_rank(),), None, 8, plain)
+    assert host["samples"] == 8 * plain.peak
+    assert plain.peak < 0.8e9 and routed.peak < 3.3e9
+
+
+@pytest.mark.parametrize(("kind", "sizes"), [(np.uint8, (1, 1)), (np.uint16, (2, 4))])
+def test_bytes_of_samples_are_those_of_the_objects(kind, sizes):
+    """One generator and replica make and train on what there is; half of it where there are two."""
+    numbers, groups = np.random.default_rng(0), []
+    for slot, length in enumerate((2000, 3000)):
+        routed = numbers.integers(0, 250, (63 + length, 3, 8)).astype(kind)
+        ids, log_probs = numbers.integers(1000, 1 << 17, length), numbers.normal(size=length)
+        response = Response(tuple(ids.tolist()), tuple(log_probs.tolist()), "stop", routed)
+        prompt = Prompt("p", "q", ("1",), "math", None, tuple(range(64)))
+        reward = Reward(1.0, {}, RewardStatus.OK)
+        groups.append(RolloutGroup(prompt, (response,), ("text" * length,), (reward,), 0, slot))
+    samples = training_samples(groups, AlgorithmConfig())
+    arrays = sum(s.token_ids.nbytes + s.sampler_log_probs.nbytes for s in samples)
+    choices = sum(s.routed_experts.nbytes for s in samples)
+    python = sum(
+        sys.getsizeof(values) + sum(map(sys.getsizeof, values))
+        for group in groups
+        for values in (group.responses[0].token_ids, group.responses[0].log_probs)
+    ) + sum(sys.getsizeof(group.texts[0]) for group in groups)
+    batch = pack_for_loss(samples, [0, 1], {0: 0.5, 1: 0.5})
+    tensors = [value for field in dataclasses.fields(batch) if torch.is_tensor(value := getattr(batch, field.name))]
+    distinct = {value.data_ptr(): value.nbytes for value in tensors}  # old log-probs are the sampler's at first
+    found = sample_memory(2, 5000 + 2 * 64, 5000, Sizes(2, 2, 1, 1, 8 * sizes[0], 8 * sizes[1], 3, 3))
+    assert 2 * found.share == pytest.approx(arrays + choices, rel=0.002)  # a last token has no choices
+    assert 2 * found.made == pytest.approx(python + arrays + choices, rel=0.05)
+    assert 2 * found.packed == pytest.approx(
+        sum(distinct.values()) + 2 * 4 * 5000, rel=0.02
+    )  # old, reference log-probs

@@ -59,6 +59,35 @@ def test_the_colocated_generator(judge_directory):
         engine.close()
 
 
+class Generator:
+    """Says yes; counts how often it is asked."""
+
+    def __init__(self, tokenizer):
+        self.reply, self.calls = Response(tuple(tokenizer.encode("Verdict: yes")), (), "stop"), 0
+
+    def generate(self, requests):
+        self.calls += 1
+        return [(self.reply,) for _ in requests]
+
+
+def test_the_policy_is_asked_in_flush_and_by_no_result(judge_directory):
+    """So that ranks of one generator ask it together, and what fails on one of them fails before or after."""
+    tokenizer = load_tokenizer(judge_directory)
+    generator = Generator(tokenizer)
+    judge = JudgeReward(weight=1.0, engine="policy", verdict="yes_no", prompt="rate {{ response }}", max_tokens=4)
+    config = RewardConfig(format=FormatReward(weight=0.0), judge=judge)
+    with RewardScorer(config, max_response_tokens=64, engine=generator, tokenizer=tokenizer) as scorer:
+        scorer.flush()
+        assert generator.calls == 0
+        prompt = Prompt("p6", "Write a poem.", (), "general", "en", (1,))
+        tickets = [scorer.submit(prompt, Response((1,), (0.0,), "stop"), text) for text in TEXTS]
+        assert generator.calls == 0
+        scorer.flush()
+        assert generator.calls == 1
+        assert all(scorer.result(ticket) for ticket in tickets)
+        assert generator.calls == 1
+
+
 @pytest.fixture
 def server(judge_directory, tmp_path):
     """vLLM's OpenAI server on that model; ended with everything it started."""

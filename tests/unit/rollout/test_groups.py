@@ -10,7 +10,9 @@ from r1mega.data.cursor import PromptCursor
 from r1mega.platform import groups
 from r1mega.rollout.groups import GroupCollector
 from r1mega.stages.rl_metrics import group_metrics
-from r1mega.train.samples import gather_samples, training_samples
+from r1mega.train.sample_exchange import SampleExchange
+from r1mega.train.sample_plan import RankPlace, Routing
+from r1mega.train.samples import training_samples
 from r1mega.types import Prompt, Response, Reward, RewardStatus, RolloutGroup
 from tests.dist.launch import launch
 
@@ -83,10 +85,13 @@ def ranks_sample(steps=3):
     groups.init_distributed()
     config = AlgorithmConfig(normalize_std=False)
     collecting, _ = collector(lambda i: 1 if i % 3 == 0 else 2, enabled=True, max_rounds=20)
+    exchange = SampleExchange([RankPlace(rank, rank) for rank in range(dist.get_world_size())], Routing())
     found = []
     for step in range(1, steps + 1):
         rollout = collecting.collect(step)
-        samples = gather_samples(training_samples(rollout.groups, config), rollout.is_first)
+        everything = exchange.index(training_samples(rollout.groups, config))
+        everything.fetch([range(len(everything))] * dist.get_world_size())
+        samples = [everything[place] for place in range(len(everything))]
         found.append([(s.slot, s.prompt_length, s.token_ids.tolist(), s.advantage) for s in samples])
     return found
 

@@ -94,3 +94,11 @@ def test_every_length_gives_every_rank_what_fp8_wants_and_no_more_than_needed(cp
             if part.padding is not None:
                 assert len(part.padding) == wanted // (cp * tp)
             assert (part.padding is None) == (wanted == length)
+
+
+def test_choices_among_more_than_256_experts():
+    """Which the generator gives as uint16, of which torch knows little."""
+    routed = np.array([[[383, 256]], [[7, 300]]], dtype=np.uint16)
+    batch = build_microbatch([[1, 2, 3]], [1], [0], [routed])
+    part = shard(batch, Cut(tp=2, sequence_parallel=True, align=2))
+    assert part.routed_experts.long().tolist() == [[[383, 256]], [[7, 300]]]

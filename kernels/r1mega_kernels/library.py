@@ -35,6 +35,12 @@ _SCHEMAS = (
     "Tensor(b!) results) -> ()",
     "log_prob_backward(Tensor logits, Tensor targets, Tensor inverse_temperature, Tensor positions, "
     "bool has_positions, int vocab_start, Tensor stats, Tensor entropy, Tensor grads, Tensor(a!) grad_logits) -> ()",
+    # of lists of kept ids: kept_ranges [T, 2] says where a token's list begins and ends, an empty one keeps every id
+    "kept_log_prob_stats(Tensor logits, Tensor targets, Tensor inverse_temperature, Tensor rows, bool has_rows, "
+    "int vocab_start, Tensor(a!) stats, Tensor kept_ids, Tensor kept_ranges) -> ()",
+    "kept_log_prob_backward(Tensor logits, Tensor targets, Tensor inverse_temperature, Tensor positions, "
+    "bool has_positions, int vocab_start, Tensor stats, Tensor entropy, Tensor grads, Tensor(a!) grad_logits, "
+    "Tensor kept_ids, Tensor kept_ranges, Tensor(b!) scratch) -> ()",
     "group_advantage(Tensor rewards, Tensor offsets, Tensor mask, int baseline, int scale, float epsilon, "
     "Tensor(a!) advantages) -> ()",
     "grpo_token_loss(Tensor log_probs, Tensor old, Tensor reference, Tensor sampler, Tensor advantages, "

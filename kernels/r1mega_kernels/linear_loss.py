@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from r1mega_kernels.kept import KeptTokens
 from r1mega_kernels.linear import OutputLayer, add_product, handed_over, output_layer, parts, weight_grad
 from r1mega_kernels.log_prob import LogProbs, refuse_second_derivative
 
@@ -33,6 +34,7 @@ def linear_grpo_loss(
     *,
     vocab_start: int | None = None,
     vocab_size: int | None = None,
+    kept: KeptTokens | None = None,
     softcap: float | None = None,
     chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
     reduce_hidden_grad: bool = True,
@@ -57,9 +59,9 @@ def linear_grpo_loss(
     """
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens must be 1 or more, not {chunk_tokens}")
-    head, hidden, targets, inverse = output_layer(
-        hidden, weight, targets, temperature, rows, tp_group, vocab_start, vocab_size, softcap, reduce_hidden_grad,
-        backend,
+    head, hidden, tokens = output_layer(
+        hidden, weight, targets, temperature, rows, tp_group, vocab_start, vocab_size, kept, softcap,
+        reduce_hidden_grad, backend,
     )  # fmt: skip
     found: list[S] = []
     wanted = (hidden.requires_grad, weight.requires_grad) if torch.is_grad_enabled() else (False, False)
@@ -69,13 +71,13 @@ def linear_grpo_loss(
         found.append(further)
         return loss
 
-    loss = _LinearLoss.apply(hidden, weight, head, targets, inverse, of_chunk, chunk_tokens, wanted)
+    loss = _LinearLoss.apply(hidden, weight, head, tokens, of_chunk, chunk_tokens, wanted)
     return loss, found
 
 
 class _LinearLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, head, targets, inverse, token_loss, chunk_tokens, wanted):
+    def forward(ctx, hidden, weight, head, tokens, token_loss, chunk_tokens, wanted):
         """The loss; both gradients for a loss's own of 1 are kept for the backward pass."""
         count = hidden.shape[0]
         height = -(-count // max(1, -(-count // chunk_tokens)))
@@ -87,15 +89,15 @@ class _LinearLoss(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         for part in list(parts(count, max(1, height))) or [slice(0, 0)]:
             logits, states = buffer[: part.stop - part.start], head.factor(hidden[part])
-            of_targets = (targets[part], inverse[part] if inverse.numel() > 1 else inverse)
+            of_part = tokens.part(part)
             for column in _columns(head):
                 head.logits_into(logits[:, column], states, head.factor(weight[column]))
-            stats, results = _statistics(head, logits, *of_targets)
+            stats, results = _statistics(head, logits, of_part)
             loss, grads = _loss_and_gradient(token_loss, results, part, any(wanted))
             total += loss
             if grads is None or not len(states):
                 continue
-            grad = head.gradient_of(logits, *of_targets, 0, stats, results[1], grads)
+            grad = head.gradient_of(logits, of_part, 0, stats, results[1], grads)
             for column in _columns(head):
                 if grad_hidden is not None:
                     add_product(grad_hidden[part], grad[:, column], head.factor(weight[column]))
@@ -103,7 +105,7 @@ class _LinearLoss(torch.autograd.Function):
                     add_product(grad_weight[column], grad[:, column].t(), states)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.head = head
-        return total.to(inverse.dtype)
+        return total.to(tokens.inverse.dtype)
 
     @staticmethod
     def backward(ctx, grad_loss):
@@ -118,7 +120,7 @@ class _LinearLoss(torch.autograd.Function):
                 grad_weight = grad_weight * grad_loss
             else:
                 grad_weight = weight_grad(head).addcmul_(grad_weight, grad_loss.to(head.dtype))
-        return grad_hidden, handed_over(head, grad_weight), *([None] * 6)
+        return grad_hidden, handed_over(head, grad_weight), *([None] * 5)
 
 
 def _columns(head: OutputLayer) -> list[slice]:
@@ -127,12 +129,11 @@ def _columns(head: OutputLayer) -> list[slice]:
     return list(parts(head.width, head.width if as_it_is else _WIDENED_COLUMNS))
 
 
-def _statistics(head, logits, targets, inverse) -> tuple[torch.Tensor, torch.Tensor]:
+def _statistics(head, logits, tokens) -> tuple[torch.Tensor, torch.Tensor]:
     """([n, 4] statistics, [3, n] results) of a chunk's logits, over all ranks."""
-    shard = torch.empty(1, len(logits), 4, dtype=inverse.dtype, device=logits.device)
-    if len(logits):
-        head.stats_into(shard[0], logits, targets, inverse, 0)
-    return head.merged(shard, inverse)
+    shard = torch.empty(1, len(logits), 4, dtype=tokens.inverse.dtype, device=logits.device)
+    head.stats_into(shard[0], logits, tokens, 0)
+    return head.merged(shard, tokens.inverse)
 
 
 def _loss_and_gradient(token_loss, results, part, needed) -> tuple[torch.Tensor, torch.Tensor | None]:

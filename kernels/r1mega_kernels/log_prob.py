@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from r1mega_kernels.kept import KeptTokens, check_kept
 from r1mega_kernels.library import LIBRARY, check_devices, kernels, uses_reference
 
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)
@@ -29,6 +30,7 @@ def grouped_log_prob(
     *,
     vocab_start: int | None = None,
     vocab_size: int | None = None,
+    kept: KeptTokens | None = None,
     grad_in_place: bool = False,
     backend: str | None = None,
 ) -> LogProbs:
@@ -43,6 +45,8 @@ def grouped_log_prob(
     and the vocabulary has `vocab_size` (default width * ranks) ids; columns beyond it are padding and never read. One
     all-gather of 16 bytes a token; every rank
     gets the same bits.
+    kept: the ids over which each token's distribution is normalised, all T tokens' (top-p and top-k sampling); the logits of
+    others are not read and get zero gradients. On every rank the same lists, of the whole vocabulary.
     grad_in_place: the gradient overwrites the logits, which nobody may use afterwards.
     backend: None the compiled kernels (on a CPU without them the torch reference, logged), 'native', 'reference'.
 
@@ -59,6 +63,7 @@ def grouped_log_prob(
     width = logits.shape[-1]
     start, size = vocabulary_range(width, tp_group, vocab_start, vocab_size)
     check_arguments(logits, targets, rows, size, use_reference)
+    kept_ids, kept_ranges = kept_lists(kept, targets, rows, size)
     if start + width > size:
         logits = logits[:, : size - start]
     if logits.stride(1) != 1:
@@ -66,7 +71,10 @@ def grouped_log_prob(
     group_name = tp_group.group_name if tp_group is not None and dist.get_world_size(tp_group) > 1 else ""
     # torch.compile sees one operator; in eager mode an operator registered from Python costs several calls' worth more
     log_prob = torch.ops.r1mega_kernels.log_prob if torch.compiler.is_compiling() else _LogProb.apply
-    results, _ = log_prob(logits, targets.contiguous(), inverse, rows, start, group_name, grad_in_place, use_reference)
+    results, _ = log_prob(
+        logits, targets.contiguous(), inverse, rows, kept_ids, kept_ranges, start, group_name, grad_in_place,
+        use_reference,
+    )  # fmt: skip
     return LogProbs(*results.unbind())
 
 
@@ -141,6 +149,16 @@ def check_arguments(
             raise ValueError(f"targets must be in [0, {vocab_size}), found {low} to {high}")
 
 
+def kept_lists(
+    kept: KeptTokens | None, targets: torch.Tensor, rows: torch.Tensor | None, vocab_size: int
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """(ids [M], ranges [T, 2]) of lists that were checked; nothing of none."""
+    if kept is None:
+        return None, None
+    check_kept(kept, targets, rows, vocab_size, looks_at_values(targets))
+    return kept.ids.contiguous(), kept.ranges()
+
+
 def looks_at_values(x: torch.Tensor) -> bool:
     """Whether arguments are checked by their values: on a GPU that would stall the stream, and torch.compile cannot branch
     on them."""
@@ -158,58 +176,63 @@ def gathered_stats(stats: torch.Tensor, group_name: str) -> torch.Tensor:
 
 
 LIBRARY.define(
-    "log_prob(Tensor logits, Tensor targets, Tensor inverse_temperature, Tensor? rows, int vocab_start, str group, "
-    "bool grad_in_place, bool reference) -> (Tensor results, Tensor stats)"
+    "log_prob(Tensor logits, Tensor targets, Tensor inverse_temperature, Tensor? rows, Tensor? kept_ids, "
+    "Tensor? kept_ranges, int vocab_start, str group, bool grad_in_place, bool reference) "
+    "-> (Tensor results, Tensor stats)"
 )
 
 
-def _log_prob(logits, targets, inverse_temperature, rows, vocab_start, group, grad_in_place, reference):
-    op = kernels(reference)
+def _log_prob(
+    logits, targets, inverse_temperature, rows, kept_ids, kept_ranges, vocab_start, group, grad_in_place, reference
+):
     count = len(logits) if rows is None else len(rows)
     row_list = targets if rows is None else rows
     stats = torch.empty(count, 4, dtype=inverse_temperature.dtype, device=logits.device)
     results = torch.empty(3, count, dtype=stats.dtype, device=logits.device)
-    if count:
-        op.log_prob_stats(logits, targets, inverse_temperature, row_list, rows is not None, vocab_start, stats)
+    stats_into(stats, logits, targets, inverse_temperature, rows, (kept_ids, kept_ranges), vocab_start, reference)
     shards = gathered_stats(stats, group)
     merged = torch.empty_like(stats)
     if count:
-        op.log_prob_merge(shards, inverse_temperature, row_list, rows is not None, merged, results)
+        kernels(reference).log_prob_merge(shards, inverse_temperature, row_list, rows is not None, merged, results)
     return results, merged
 
 
-def _log_prob_fake(logits, targets, inverse_temperature, rows, vocab_start, group, grad_in_place, reference):
+def stats_into(stats, logits, targets, inverse, rows, kept, vocab_start, use_reference) -> None:
+    """stats [N, 4] <- of the chosen rows of logits [T, V]. kept: (ids, ranges [T, 2]), or (None, None)."""
+    if not len(stats):
+        return
+    arguments = (logits, targets, inverse, targets if rows is None else rows, rows is not None, vocab_start, stats)
+    op = kernels(use_reference)
+    if kept[0] is None:
+        op.log_prob_stats(*arguments)
+    else:
+        op.kept_log_prob_stats(*arguments, *kept)
+
+
+def _log_prob_fake(logits, targets, inverse_temperature, rows, *args):
     count = logits.shape[0] if rows is None else rows.shape[0]
     return inverse_temperature.new_empty(3, count), inverse_temperature.new_empty(count, 4)
 
 
 def _save(ctx, inputs, output):
-    logits, targets, inverse, rows, ctx.vocab_start, _, ctx.grad_in_place, ctx.reference = inputs
+    *tensors, ctx.vocab_start, _, ctx.grad_in_place, ctx.reference = inputs
     # the whole output: a view of it would keep this node, and with it the logits, alive for ever
-    ctx.save_for_backward(logits, targets, inverse, rows, output[0], output[1])
+    ctx.save_for_backward(*tensors, output[0], output[1])
 
 
 def _log_prob_backward(ctx, grads, _grad_stats):
     refuse_second_derivative()
-    logits, targets, inverse, rows, results, stats = ctx.saved_tensors
+    logits, targets, inverse, rows, kept_ids, kept_ranges, results, stats = ctx.saved_tensors
     if ctx.grad_in_place:
         torch.autograd.graph.increment_version(logits)  # another backward through these logits is an error
         grad_logits = logits.detach()
     else:
         grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     backward_into(
-        grad_logits,
-        logits,
-        targets,
-        inverse,
-        rows,
-        ctx.vocab_start,
-        stats,
-        results[1],
-        grads.contiguous(),
-        ctx.reference,
-    )
-    return grad_logits, None, None, None, None, None, None, None
+        grad_logits, logits, targets, inverse, rows, (kept_ids, kept_ranges), ctx.vocab_start, stats, results[1],
+        grads.contiguous(), ctx.reference,
+    )  # fmt: skip
+    return grad_logits, *([None] * 9)
 
 
 def refuse_second_derivative() -> None:
@@ -222,18 +245,21 @@ def refuse_second_derivative() -> None:
 
 
 def backward_into(
-    grad_logits, logits, targets, inverse, rows, vocab_start, stats, entropy, grads, use_reference
+    grad_logits, logits, targets, inverse, rows, kept, vocab_start, stats, entropy, grads, use_reference
 ) -> None:
-    """grad_logits <- the gradient of logits [T, V]; the two may be one tensor. grads: [3, N]."""
+    """grad_logits <- the gradient of logits [T, V]; the two may be one tensor. grads: [3, N]; kept: as of `stats_into`."""
     positions = targets
     if rows is not None:
         positions = torch.full((len(logits),), -1, dtype=torch.int32, device=logits.device)
         positions[rows] = torch.arange(len(rows), dtype=torch.int32, device=logits.device)
     if not len(logits):
         return
-    kernels(use_reference).log_prob_backward(
-        logits, targets, inverse, positions, rows is not None, vocab_start, stats, entropy, grads, grad_logits
-    )
+    op, has_rows = kernels(use_reference), rows is not None
+    arguments = (logits, targets, inverse, positions, has_rows, vocab_start, stats, entropy, grads, grad_logits)
+    if kept[0] is None:
+        op.log_prob_backward(*arguments)
+    else:  # the kept gradients lie in the scratch while the rest of a row is cleared
+        op.kept_log_prob_backward(*arguments, *kept, torch.empty(kept[0].shape, device=logits.device))
 
 
 class _LogProb(torch.autograd.Function):

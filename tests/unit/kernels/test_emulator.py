@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import struct
@@ -14,6 +15,7 @@ import torch
 
 import r1mega_kernels
 from r1mega_kernels import group_advantage, grpo_token_loss
+from tests.unit.kernels.test_kept import exact_kept, kept_case
 from tests.unit.kernels.test_log_prob import exact, random_case
 from tests.unit.kernels.test_loss import random_tokens
 
@@ -52,7 +54,7 @@ def run(program, kernel, *arrays, check=True):
     return done
 
 
-def run_log_prob(program, logits, targets, inverse, rows, grads, order=0, misalignment=0, in_place=0):
+def run_log_prob(program, logits, targets, inverse, rows, grads, order=0, misalignment=0, in_place=0, kept=None):
     """(results [3, N], gradient [T, V])."""
     tokens, columns = logits.shape
     positions = torch.empty(0, dtype=torch.int32)
@@ -62,7 +64,10 @@ def run_log_prob(program, logits, targets, inverse, rows, grads, order=0, misali
     count = tokens if rows is None else len(rows)
     scalars = [tokens, columns, columns, 0, count, order, misalignment, in_place]
     kernel = "log_prob_bf16" if logits.dtype == torch.bfloat16 else "log_prob_f32"
-    out = run(program, kernel, scalars, logits, targets, [] if rows is None else rows, inverse, positions, grads).stdout
+    arrays = [scalars, logits, targets, [] if rows is None else rows, inverse, positions, grads]
+    if kept is not None:
+        kernel, arrays = f"kept_{kernel}", [*arrays, kept.ids, kept.ranges()]
+    out = run(program, kernel, *arrays).stdout
     results = torch.from_numpy(np.frombuffer(out[: 12 * count], dtype=np.float32).copy()).view(3, count)
     raw = np.frombuffer(out[12 * count :], dtype=np.int16 if logits.dtype == torch.bfloat16 else np.float32).copy()
     return results, torch.from_numpy(raw).view(logits.dtype).view(tokens, columns)
@@ -86,6 +91,26 @@ def test_log_prob_and_gradient(emulator, dtype, vocabulary):
     # the same bits whatever the address, the order in which threads and blocks run, and where the gradient goes
     for variant in ({"order": 1}, {"misalignment": misalignment}, {"in_place": 1, "order": 1}):
         other = run_log_prob(*case, **variant)
+        assert torch.equal(other[0], results) and torch.equal(other[1], grad), variant
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocabulary", [1, 65, 5001])
+def test_kept_ids(emulator, dtype, vocabulary):
+    logits, targets, keeps, kept = kept_case(8, vocabulary, dtype)
+    rows = torch.tensor([0, 1, 3, 4, 6])
+    grads = torch.randn(3, 5, generator=torch.Generator().manual_seed(1))
+    grads[:, 3] = 0
+    temperature = torch.linspace(0.5, 1.5, 8)
+    expected, leaf = exact_kept(logits, targets, keeps, temperature, rows)
+    (expected * grads).sum().backward()
+    case = (emulator, logits.masked_fill(~keeps, math.nan), targets, 1 / temperature, rows, grads)
+    results, grad = run_log_prob(*case, kept=kept)
+    torch.testing.assert_close(results.double(), expected.detach(), rtol=3e-7, atol=2e-6)
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2**-8, "atol": 1e-6}
+    torch.testing.assert_close(grad.double(), leaf.grad, **tolerance)
+    for variant in ({"order": 1}, {"misalignment": logits.element_size()}, {"in_place": 1, "order": 1}):
+        other = run_log_prob(*case, **variant, kept=kept)
         assert torch.equal(other[0], results) and torch.equal(other[1], grad), variant
 
 

@@ -297,7 +297,7 @@ def test_operator_passes_torchs_own_checks(native):
     logits, targets = random_case(6, 40, torch.float32)
     rows = torch.tensor([1, 2, 5])
     for chosen in (None, rows):
-        arguments = (logits.clone().requires_grad_(), targets, torch.ones(1), chosen, 0, "", False, False)
+        arguments = (logits.clone().requires_grad_(), targets, torch.ones(1), chosen, None, None, 0, "", False, False)
         torch.library.opcheck(torch.ops.r1mega_kernels.log_prob.default, arguments)
 
 

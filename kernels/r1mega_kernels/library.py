@@ -79,11 +79,14 @@ _DISABLED = os.environ.get("R1MEGA_KERNELS", "") == "reference"
 _HAS_CPU = not _DISABLED and _load("_cpu.so")
 
 
-@torch.compiler.assume_constant_result
 @functools.cache
 def _has_cuda() -> bool:
     """Looked for at the first call that asks, not at import: a process that forks later must not have met the driver."""
     return not _DISABLED and torch.cuda.is_available() and _load("_cuda.so")
+
+
+# torch.compiler.assume_constant_result, which is this, imports the compiler: more than the rest of the package takes
+_has_cuda._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def instruction_set() -> str:

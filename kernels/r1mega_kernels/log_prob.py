@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -69,13 +70,12 @@ def grouped_log_prob(
     if logits.stride(1) != 1:
         logits = logits.contiguous()
     group_name = tp_group.group_name if tp_group is not None and dist.get_world_size(tp_group) > 1 else ""
+    tensors = (targets.contiguous(), inverse, rows, kept_ids, kept_ranges)
+    options = (start, group_name, grad_in_place, use_reference)
     # torch.compile sees one operator; in eager mode an operator registered from Python costs several calls' worth more
-    log_prob = torch.ops.r1mega_kernels.log_prob if torch.compiler.is_compiling() else _LogProb.apply
-    results, _ = log_prob(
-        logits, targets.contiguous(), inverse, rows, kept_ids, kept_ranges, start, group_name, grad_in_place,
-        use_reference,
-    )  # fmt: skip
-    return LogProbs(*results.unbind())
+    if torch.compiler.is_compiling():
+        return LogProbs(*torch.ops.r1mega_kernels.log_prob(logits, *tensors, *options)[0].unbind())
+    return LogProbs(*_LogProb.apply(logits, (*tensors, *options)))
 
 
 def vocabulary_range(
@@ -111,7 +111,16 @@ def inverse_temperature(temperature: float | torch.Tensor, like: torch.Tensor) -
             f"temperature must be > 0 and 1 / temperature a finite number above 0, not {temperature} "
             "(greedy decoding has no log-probs to train on)"
         )
+    if looks_at_values(like) and type(like) in (torch.Tensor, torch.nn.Parameter):
+        return _constant(1.0 / temperature, dtype)
     return torch.full((1,), 1.0 / temperature, dtype=dtype, device=like.device)
+
+
+@functools.lru_cache(maxsize=64)
+def _constant(value: float, dtype: torch.dtype) -> torch.Tensor:
+    """[1], which nobody writes to: a temperature is met again at every call."""
+    with torch.inference_mode(False):
+        return torch.full((1,), value, dtype=dtype)
 
 
 def check_arguments(
@@ -136,17 +145,18 @@ def check_arguments(
         raise ValueError("rows must be a contiguous vector")
     if not looks_at_values(x):
         return
+    count = x.shape[0]  # len(x) is slower
     if (
         rows is not None
-        and len(rows)
-        and (int(rows[0]) < 0 or int(rows[-1]) >= len(x) or not bool((rows[1:] > rows[:-1]).all()))
+        and rows.shape[0]
+        and (int(rows[0]) < 0 or int(rows[-1]) >= count or not bool((rows[1:] > rows[:-1]).all()))
     ):
-        raise ValueError(f"rows must be strictly increasing indices in [0, {len(x)})")
+        raise ValueError(f"rows must be strictly increasing indices in [0, {count})")
     used = targets if rows is None else targets[rows]
     if used.numel():
-        low, high = (int(v) for v in used.aminmax())
-        if low < 0 or high >= vocab_size:
-            raise ValueError(f"targets must be in [0, {vocab_size}), found {low} to {high}")
+        low, high = used.aminmax()
+        if low.item() < 0 or high.item() >= vocab_size:
+            raise ValueError(f"targets must be in [0, {vocab_size}), found {int(low)} to {int(high)}")
 
 
 def kept_lists(
@@ -168,7 +178,7 @@ def looks_at_values(x: torch.Tensor) -> bool:
 def gathered_stats(stats: torch.Tensor, group_name: str) -> torch.Tensor:
     """[ranks, N, 4] of [N, 4] statistics of every rank, in the order of the ranks."""
     if not group_name:
-        return stats[None]
+        return stats.unsqueeze(0)
     group = dist.distributed_c10d._resolve_process_group(group_name)  # type: ignore[arg-type]  # a str all the same
     shards = stats.new_empty(dist.get_world_size(group), *stats.shape)
     dist.all_gather_into_tensor(shards.view(-1, 4), stats, group=group)
@@ -185,21 +195,20 @@ LIBRARY.define(
 def _log_prob(
     logits, targets, inverse_temperature, rows, kept_ids, kept_ranges, vocab_start, group, grad_in_place, reference
 ):
-    count = len(logits) if rows is None else len(rows)
-    row_list = targets if rows is None else rows
+    count = logits.shape[0] if rows is None else rows.shape[0]
     stats = torch.empty(count, 4, dtype=inverse_temperature.dtype, device=logits.device)
     results = torch.empty(3, count, dtype=stats.dtype, device=logits.device)
     stats_into(stats, logits, targets, inverse_temperature, rows, (kept_ids, kept_ranges), vocab_start, reference)
     shards = gathered_stats(stats, group)
-    merged = torch.empty_like(stats)
-    if count:
-        kernels(reference).log_prob_merge(shards, inverse_temperature, row_list, rows is not None, merged, results)
-    return results, merged
+    if count:  # the merged statistics take this rank's place
+        row_list = targets if rows is None else rows
+        kernels(reference).log_prob_merge(shards, inverse_temperature, row_list, rows is not None, stats, results)
+    return results, stats
 
 
 def stats_into(stats, logits, targets, inverse, rows, kept, vocab_start, use_reference) -> None:
     """stats [N, 4] <- of the chosen rows of logits [T, V]. kept: (ids, ranges [T, 2]), or (None, None)."""
-    if not len(stats):
+    if not stats.shape[0]:
         return
     arguments = (logits, targets, inverse, targets if rows is None else rows, rows is not None, vocab_start, stats)
     op = kernels(use_reference)
@@ -221,18 +230,22 @@ def _save(ctx, inputs, output):
 
 
 def _log_prob_backward(ctx, grads, _grad_stats):
+    return _gradient(ctx, ctx.saved_tensors, grads.contiguous()), *([None] * 9)
+
+
+def _gradient(ctx, saved, grads: torch.Tensor) -> torch.Tensor:
     refuse_second_derivative()
-    logits, targets, inverse, rows, kept_ids, kept_ranges, results, stats = ctx.saved_tensors
+    logits, targets, inverse, rows, kept_ids, kept_ranges, results, stats = saved
     if ctx.grad_in_place:
         torch.autograd.graph.increment_version(logits)  # another backward through these logits is an error
         grad_logits = logits.detach()
     else:
         grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    kept, entropy = (kept_ids, kept_ranges), results.select(0, 1)
     backward_into(
-        grad_logits, logits, targets, inverse, rows, (kept_ids, kept_ranges), ctx.vocab_start, stats, results[1],
-        grads.contiguous(), ctx.reference,
-    )  # fmt: skip
-    return grad_logits, *([None] * 9)
+        grad_logits, logits, targets, inverse, rows, kept, ctx.vocab_start, stats, entropy, grads, ctx.reference
+    )
+    return grad_logits
 
 
 def refuse_second_derivative() -> None:
@@ -252,7 +265,7 @@ def backward_into(
     if rows is not None:
         positions = torch.full((len(logits),), -1, dtype=torch.int32, device=logits.device)
         positions[rows] = torch.arange(len(rows), dtype=torch.int32, device=logits.device)
-    if not len(logits):
+    if not logits.shape[0]:
         return
     op, has_rows = kernels(use_reference), rows is not None
     arguments = (logits, targets, inverse, positions, has_rows, vocab_start, stats, entropy, grads, grad_logits)
@@ -263,14 +276,25 @@ def backward_into(
 
 
 class _LogProb(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, *inputs):
-        output = _log_prob(*inputs)
-        ctx.mark_non_differentiable(output[1])
-        _save(ctx, inputs, output)
-        return output
+    """The operator without its registration: (logits, the other inputs) -> results. Each input and output of a Function
+    costs a call something, whatever it is."""
 
-    backward = staticmethod(_log_prob_backward)
+    @staticmethod
+    def forward(ctx, logits, rest):
+        ctx.set_materialize_grads(False)
+        inputs = (logits, *rest)
+        output = _log_prob(*inputs)
+        _save(ctx, inputs, output)
+        return output[0].unbind()
+
+    @staticmethod
+    def backward(ctx, *grads):
+        saved = ctx.saved_tensors
+        together = torch.zeros_like(saved[-2])
+        for k, grad in enumerate(grads):
+            if grad is not None:
+                together.select(0, k).copy_(grad)
+        return _gradient(ctx, saved, together), None
 
 
 LIBRARY.impl("log_prob", _log_prob, "CompositeExplicitAutograd")

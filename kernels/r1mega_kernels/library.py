@@ -76,7 +76,22 @@ def _load(name: str) -> bool:
 
 
 _DISABLED = os.environ.get("R1MEGA_KERNELS", "") == "reference"
-_HAS_CPU = not _DISABLED and _load("_cpu.so")
+
+
+@functools.cache
+def _has_cpu() -> bool:
+    """Raises PlatformError for a library that is there and of no use: at the first call, not at the import of a program that
+    may say so better (`r1mega doctor`), or that asks for the reference."""
+    if _CPU_PROBLEM is not None:
+        raise PlatformError(_CPU_PROBLEM)
+    return _CPU_LOADED
+
+
+_CPU_LOADED, _CPU_PROBLEM = False, None
+try:
+    _CPU_LOADED = not _DISABLED and _load("_cpu.so")
+except PlatformError as _error:
+    _CPU_PROBLEM = str(_error)
 
 
 @functools.cache
@@ -86,7 +101,8 @@ def _has_cuda() -> bool:
 
 
 # torch.compiler.assume_constant_result, which is this, imports the compiler: more than the rest of the package takes
-_has_cuda._dynamo_marked_constant = True  # type: ignore[attr-defined]
+for _answer in (_has_cpu, _has_cuda):
+    _answer._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def instruction_set() -> str:
@@ -95,7 +111,7 @@ def instruction_set() -> str:
     Raises:
         PlatformError: the CPU library is not built.
     """
-    if not _HAS_CPU:
+    if not _has_cpu():
         raise PlatformError("the CPU kernel library is not built: run `python kernels/build.py` (needs g++)")
     return ("generic", "avx2", "avx512")[torch.ops.r1mega_kernels.instruction_set(-1)]
 
@@ -106,10 +122,13 @@ def backend(device: torch.device | str | None = None) -> str:
     'cuda', 'cpu-avx512', 'cpu-avx2', 'cpu-generic', or 'reference' (torch functions: the library is not built, or
     R1MEGA_KERNELS=reference). On a GPU without the CUDA library the answer is 'missing': calls there raise
     PlatformError unless they ask for backend='reference'.
+
+    Raises:
+        PlatformError: a library is there that does not load, or was built for another version's operators.
     """
     kind = torch.device(device).type if device is not None else ("cuda" if torch.cuda.is_available() else "cpu")
     if kind == "cpu":
-        return f"cpu-{instruction_set()}" if _HAS_CPU else "reference"
+        return f"cpu-{instruction_set()}" if _has_cpu() else "reference"
     if kind == "cuda" and _has_cuda():
         return "cuda"
     return "reference" if _DISABLED else "missing"
@@ -125,7 +144,8 @@ def uses_reference(device: torch.device, requested: str | None) -> bool:
 
     Raises:
         ValueError: `requested` is neither None, 'native' nor 'reference'.
-        PlatformError: the native kernels are asked for, or the device is a GPU, and the library is not built.
+        PlatformError: the native kernels are asked for, or the device is a GPU, and the library is not built; or it is of no
+            use (see `backend`).
     """
     if requested not in (None, "native", "reference"):
         raise ValueError(f"backend must be None, 'native' or 'reference', not {requested!r}")
@@ -133,7 +153,7 @@ def uses_reference(device: torch.device, requested: str | None) -> bool:
         return True
     if device.type == "meta":
         return False
-    if _HAS_CPU if device.type == "cpu" else device.type == "cuda" and _has_cuda():
+    if _has_cpu() if device.type == "cpu" else device.type == "cuda" and _has_cuda():
         return False
     if requested == "native" or device.type != "cpu":
         raise PlatformError(

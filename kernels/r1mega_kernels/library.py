@@ -78,7 +78,6 @@ def _load(name: str) -> bool:
 _DISABLED = os.environ.get("R1MEGA_KERNELS", "") == "reference"
 
 
-@functools.cache
 def _has_cpu() -> bool:
     """Raises PlatformError for a library that is there and of no use: at the first call, not at the import of a program that
     may say so better (`r1mega doctor`), or that asks for the reference."""
@@ -94,8 +93,12 @@ except PlatformError as _error:
     _CPU_PROBLEM = str(_error)
 
 
-@functools.cache
 def _has_cuda() -> bool:
+    return _loaded_cuda()
+
+
+@functools.cache
+def _loaded_cuda() -> bool:
     """Looked for at the first call that asks, not at import: a process that forks later must not have met the driver."""
     return not _DISABLED and torch.cuda.is_available() and _load("_cuda.so")
 

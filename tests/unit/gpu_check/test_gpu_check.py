@@ -14,10 +14,14 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from bench import exercise
+from r1mega.gpu_check import inspect_kernels
 from r1mega.gpu_check.environment import UNCORRECTED, _from_nvidia_smi
+from r1mega.gpu_check.findings import Context, Findings
 from r1mega.gpu_check.report import plain_table, summary
 from r1mega.gpu_check.runner import ROOT, Plan, run_all, unpack
 from r1mega.gpu_check.steps import STEPS, Step, select
@@ -262,6 +266,37 @@ def test_a_run_with_a_metric_that_is_not_finite_is_caught(tmp_path, caplog):
     agreement = "mean difference of trainer and sampler"
     assert judged("sampler", **{"logprob/diff_mean": float("inf")}) == ["every metric", agreement]
     assert judged("apart", **{"logprob/diff_mean": 3e-5}) == [agreement]
+
+
+def test_what_compute_sanitizer_and_ncu_say(tmp_path, monkeypatch):
+    """Stand-ins on PATH: one tool finds something, ncu's CSV comes after other lines; neither may be a pass by mistake."""
+    listing = (
+        '==PROF== Connected\n"ID","Kernel Name","Metric Name","Metric Value"\n'
+        '"0","void r1mega::device::token_loss(int)","dram__throughput.avg.pct_of_peak_sustained_elapsed","1,090.0"\n'
+        '"1","void r1mega::device::token_loss(int)","dram__throughput.avg.pct_of_peak_sustained_elapsed","12.0"\n'
+    )
+    (tmp_path / "listing").write_text(listing)
+    for name, script in {
+        "compute-sanitizer": 'echo "seen: $*"; [ "$2" != racecheck ] || exit 9',
+        "ncu": f"cat {tmp_path}/listing",
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    found, context = Findings(), Context("cuda", tmp_path, {}, ())
+    inspect_kernels.sanitize(context, found)
+    assert found.figures == {f"{check} finds nothing": check != "racecheck" for check in inspect_kernels.CHECKS}
+    assert len(found.failures) == 1 and "bench.exercise" in found.failures[0]
+    inspect_kernels.profile(context, found)
+    assert found.figures["token_loss: share of memory bandwidth, %"] == 1090 and len(found.failures) == 1
+    (tmp_path / "listing").write_text("==ERROR== ERR_NVGPUCTRPERM")
+    inspect_kernels.profile(context, found)
+    assert "may not read the counters" in found.notes[0] and len(found.failures) == 1
+
+
+def test_what_they_look_at_runs_every_operator():
+    """On the CPU, where the same calls work."""
+    exercise.exercise(9, 70, torch.float32, "cpu")
 
 
 def test_one_wrong_gradient_is_caught():

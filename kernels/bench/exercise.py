@@ -1,5 +1,6 @@
 """Runs every CUDA kernel a few times, with and without rows and lists of kept ids, at widths on and off 16-byte boundaries:
-what compute-sanitizer and ncu look at. `python -m bench.exercise [--large]` in kernels/; large is what ncu measures.
+what compute-sanitizer and ncu look at. `python -m bench.exercise [--large | --fault]` in kernels/; large is what ncu
+measures, fault a single read out of bounds, which shows that memcheck sees one.
 """
 
 from __future__ import annotations
@@ -33,12 +34,26 @@ def exercise(tokens: int, vocabulary: int, dtype: torch.dtype, device: str) -> N
         r1mega_kernels.grpo_token_loss(policy, advantages, policy.detach() - 0.1, surrogate=surrogate)[0].backward()
 
 
+def fault(device: str) -> None:
+    """Reads a row that lies a terabyte beyond the logits. Only for a GPU under memcheck."""
+    logits, targets = torch.zeros(2, 64, device=device), torch.zeros(2, dtype=torch.int64, device=device)
+    row, stats = torch.full((1,), 1 << 32, device=device), torch.empty(1, 4, device=device)
+    torch.ops.r1mega_kernels.log_prob_stats(logits, targets, torch.ones(1, device=device), row, True, 0, stats)
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--large", action="store_true")
+    parser.add_argument("--fault", action="store_true")
     parser.add_argument("--device", default="cuda")
     arguments = parser.parse_args()
+    if arguments.fault:
+        if r1mega_kernels.backend(arguments.device) != "cuda":
+            parser.error("--fault wants a GPU and the CUDA library")
+        fault(arguments.device)
+        torch.cuda.synchronize()
+        return
     shapes = [(8192, 129280)] if arguments.large else [(6, 1), (6, 1003), (40, 9000), (4097, 64)]
     for dtype in (torch.bfloat16,) if arguments.large else (torch.bfloat16, torch.float32):
         for tokens, vocabulary in shapes:

@@ -19,8 +19,15 @@ class KeptTokens(NamedTuple):
     offsets: torch.Tensor
 
     def ranges(self) -> torch.Tensor:
-        """[T, 2] int64: where each token's list begins and ends, as the kernels take it; rows of it may be picked."""
-        return torch.stack([self.offsets[:-1], self.offsets[1:]], 1)
+        """[T, 2] int64: where each token's list begins and ends, as the kernels take it; rows of it may be picked. Within
+        [0, M] and never falling whatever the offsets are: on a GPU nobody has looked at them."""
+        offsets = self.offsets.clamp(0, self.ids.shape[0])
+        return torch.stack([offsets[:-1], torch.maximum(offsets[:-1], offsets[1:])], 1)
+
+
+def gradient_scratch(ids: torch.Tensor | None) -> torch.Tensor | None:
+    """[M] float32 of lists of kept ids, where a backward pass puts kept gradients while it clears a row."""
+    return None if ids is None else torch.empty(ids.shape, dtype=torch.float32, device=ids.device)
 
 
 def check_kept(kept: KeptTokens, targets: torch.Tensor, rows: torch.Tensor | None, size: int, by_value: bool) -> None:
@@ -41,7 +48,7 @@ def check_kept(kept: KeptTokens, targets: torch.Tensor, rows: torch.Tensor | Non
         raise ValueError(f"kept.offsets must rise from 0 to {len(ids)}, not {offsets.tolist()[:8]}...")
     if not len(ids):
         return
-    rising = torch.ones(len(ids), dtype=torch.bool)
+    rising = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
     rising[1:] = ids[1:] > ids[:-1]
     rising[offsets[:-1][lengths > 0]] = True  # a list may begin anywhere
     low, high = (int(v) for v in ids.aminmax())

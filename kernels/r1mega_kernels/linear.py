@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from r1mega_kernels.kept import KeptTokens
+from r1mega_kernels.kept import KeptTokens, gradient_scratch
 from r1mega_kernels.library import check_devices, kernels, uses_reference
 from r1mega_kernels.log_prob import (
     NATIVE_DTYPES,
@@ -52,7 +52,7 @@ def linear_log_prob(
 
     hidden: [T, H]; weight: [V, H] (V / tp rows with `tp_group`), of the same dtype, float32, bfloat16 or float16.
     softcap: the logits are softcap * tanh(x / softcap) of the products x (Gemma 2); the backward pass then takes twice
-    the buffer. The other arguments are those of `grouped_log_prob`.
+    the buffer. kept: it takes 4 bytes a kept id beside the buffer. The other arguments are those of `grouped_log_prob`.
 
     Gradients: that of `hidden` is accumulated in fp32, summed over `tp_group` when `reduce_hidden_grad` (leave it to
     the layer below by False, as for Megatron's ColumnParallelLinear input), then cast once. That of `weight` is added
@@ -136,14 +136,16 @@ class OutputLayer:
         merge(shards)
         return merged, results
 
-    def gradient_of(self, logits, tokens: Tokens, first_column, stats, entropy, grads) -> torch.Tensor:
-        """The gradient of the products, in the logits' place, from `grads` [3, t]; a factor of further products."""
+    def gradient_of(self, logits, tokens: Tokens, scratch, first_column, stats, entropy, grads) -> torch.Tensor:
+        """The gradient of the products, in the logits' place, from `grads` [3, t]; a factor of further products. scratch:
+        the `gradient_scratch` of the kept ids, one for all blocks."""
         slope = None if self.softcap is None else 1 - (logits / self.softcap).square_()
         targets, inverse, *kept = tokens
         start = self.vocab_start + first_column
         backward_into(
-            logits, logits, targets, inverse, None, kept, start, stats, entropy, grads.contiguous(), self.use_reference
-        )
+            logits, logits, targets, inverse, None, kept, scratch, start, stats, entropy, grads.contiguous(),
+            self.use_reference,
+        )  # fmt: skip
         if slope is not None:
             logits.mul_(slope)
         return logits.to(self.weight.dtype) if logits.is_cuda else logits
@@ -234,12 +236,15 @@ class _LinearLogProb(torch.autograd.Function):
         buffer = torch.empty(height * width, dtype=head.dtype, device=hidden.device)
         grad_hidden = torch.zeros(hidden.shape, dtype=head.dtype, device=hidden.device) if needs_hidden else None
         grad_weight = weight_grad(head) if needs_weight else None
+        scratch = gradient_scratch(tokens.kept_ids)
         for column in parts(head.width, width):
             factor = head.factor(weight[column])
             for row in parts(hidden.shape[0], height):
                 states = head.factor(hidden[row])
                 logits = head.logits_into(_block(buffer, row, column), states, factor)
-                grad = head.gradient_of(logits, tokens.part(row), column.start, stats[row], entropy[row], grads[:, row])
+                grad = head.gradient_of(
+                    logits, tokens.part(row), scratch, column.start, stats[row], entropy[row], grads[:, row]
+                )
                 if grad_hidden is not None:
                     add_product(grad_hidden[row], grad, factor)
                 if grad_weight is not None:

@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from r1mega_kernels.kept import KeptTokens
+from r1mega_kernels.kept import KeptTokens, gradient_scratch
 from r1mega_kernels.linear import OutputLayer, add_product, handed_over, output_layer, parts, weight_grad
 from r1mega_kernels.log_prob import LogProbs, refuse_second_derivative
 
@@ -61,12 +61,11 @@ def linear_grpo_loss(
     """
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens must be 1 or more, not {chunk_tokens}")
-    count = hidden.shape[0] if rows is None else rows.shape[0]
-    chunks = chunks_of(count, chunk_tokens, sequence_offsets)
     head, hidden, tokens = output_layer(
         hidden, weight, targets, temperature, rows, tp_group, vocab_start, vocab_size, kept, softcap,
         reduce_hidden_grad, backend,
     )  # fmt: skip
+    chunks = chunks_of(hidden.shape[0], chunk_tokens, sequence_offsets)
     found: list[S] = []
     wanted = (hidden.requires_grad, weight.requires_grad) if torch.is_grad_enabled() else (False, False)
 
@@ -110,6 +109,7 @@ class _LinearLoss(torch.autograd.Function):
             torch.zeros(x.shape, dtype=head.dtype, device=x.device) if needed else None
             for x, needed in zip((hidden, weight), wanted, strict=True)
         )
+        scratch = gradient_scratch(tokens.kept_ids) if any(wanted) else None
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         for part in chunks:
             logits, states = buffer[: part.stop - part.start], head.factor(hidden[part])
@@ -121,7 +121,7 @@ class _LinearLoss(torch.autograd.Function):
             total += loss
             if grads is None or not len(states):
                 continue
-            grad = head.gradient_of(logits, of_part, 0, stats, results[1], grads)
+            grad = head.gradient_of(logits, of_part, scratch, 0, stats, results[1], grads)
             for column in _columns(head):
                 if grad_hidden is not None:
                     add_product(grad_hidden[part], grad[:, column], head.factor(weight[column]))

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from r1mega_kernels.kept import KeptTokens, check_kept
+from r1mega_kernels.kept import KeptTokens, check_kept, gradient_scratch
 from r1mega_kernels.library import LIBRARY, check_devices, kernels, uses_reference
 
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)
@@ -120,7 +120,7 @@ def inverse_temperature(temperature: float | torch.Tensor, like: torch.Tensor) -
 def _constant(value: float, dtype: torch.dtype) -> torch.Tensor:
     """[1], which nobody writes to: a temperature is met again at every call."""
     with torch.inference_mode(False):
-        return torch.full((1,), value, dtype=dtype)
+        return torch.full((1,), value, dtype=dtype, device="cpu")  # whatever the default device is at the first call
 
 
 def check_arguments(
@@ -242,9 +242,11 @@ def _gradient(ctx, saved, grads: torch.Tensor) -> torch.Tensor:
     else:
         grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     kept, entropy = (kept_ids, kept_ranges), results.select(0, 1)
+    scratch = gradient_scratch(kept_ids)
     backward_into(
-        grad_logits, logits, targets, inverse, rows, kept, ctx.vocab_start, stats, entropy, grads, ctx.reference
-    )
+        grad_logits, logits, targets, inverse, rows, kept, scratch, ctx.vocab_start, stats, entropy, grads,
+        ctx.reference,
+    )  # fmt: skip
     return grad_logits
 
 
@@ -258,9 +260,10 @@ def refuse_second_derivative() -> None:
 
 
 def backward_into(
-    grad_logits, logits, targets, inverse, rows, kept, vocab_start, stats, entropy, grads, use_reference
+    grad_logits, logits, targets, inverse, rows, kept, scratch, vocab_start, stats, entropy, grads, use_reference
 ) -> None:
-    """grad_logits <- the gradient of logits [T, V]; the two may be one tensor. grads: [3, N]; kept: as of `stats_into`."""
+    """grad_logits <- the gradient of logits [T, V]; the two may be one tensor. grads: [3, N]; kept: as of `stats_into`;
+    scratch: the `gradient_scratch` of its ids."""
     positions = targets
     if rows is not None:
         positions = torch.full((len(logits),), -1, dtype=torch.int32, device=logits.device)
@@ -271,8 +274,8 @@ def backward_into(
     arguments = (logits, targets, inverse, positions, has_rows, vocab_start, stats, entropy, grads, grad_logits)
     if kept[0] is None:
         op.log_prob_backward(*arguments)
-    else:  # the kept gradients lie in the scratch while the rest of a row is cleared
-        op.kept_log_prob_backward(*arguments, *kept, torch.empty(kept[0].shape, device=logits.device))
+    else:
+        op.kept_log_prob_backward(*arguments, *kept, scratch)
 
 
 class _LogProb(torch.autograd.Function):

@@ -141,6 +141,7 @@ def _kernels() -> list[Fact]:
 
     try:
         backend = r1mega_kernels.backend()
+        r1mega_kernels.backend("cpu")  # advantages are computed there on a GPU's machine too
     except r1mega_kernels.PlatformError as error:
         return [Fact("kernels", False, str(error))]
     why = "" if os.environ.get("R1MEGA_KERNELS") == "reference" else _KERNELS_NOTES.get(backend, "")

@@ -129,11 +129,12 @@ def _check_linear(findings: Findings, device: str, dtype: torch.dtype) -> None:
 
 
 def _check_kept(findings: Findings, device: str, dtype: torch.dtype) -> None:
-    """Lists of kept ids: log-probs and gradients of what is left, row by row; one token keeps all."""
+    """Lists of kept ids: log-probs and gradients of what is left, row by row; one token keeps all, and one list is longer than
+    a block of threads reads at once."""
     from r1mega_kernels import KeptTokens, grouped_log_prob
 
     logits = (torch.randn(9, 5001, generator=_generator(6)) * 4).to(dtype)
-    lists = [torch.arange(start, 5001, 7 * start + 1, dtype=torch.int32) for start in range(1, 9)]
+    lists = [torch.arange(start, 5001, 7 * start + 1, dtype=torch.int32) for start in range(8)]  # of 5001 ids to 100
     targets = torch.stack([*(ids[len(ids) // 2].long() for ids in lists), torch.tensor(17)])
     offsets = torch.tensor([0, *(len(ids) for ids in lists), 0]).cumsum(0)
     leaf = logits.double().requires_grad_()

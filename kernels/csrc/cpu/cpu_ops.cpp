@@ -228,7 +228,7 @@ void op_log_prob_backward(StableIValue* stack, uint64_t, uint64_t) { backward_of
 void op_kept_log_prob_backward(StableIValue* stack, uint64_t, uint64_t) {
     const Tensor ids(stack[10]), ranges(stack[11]), scratch(stack[12]);
     const KeptLists lists{ids.data<int32_t>(), ranges.data<int64_t>()};
-    backward_of_rows(stack, &lists, scratch.data<float>());
+    backward_of_rows(stack, &lists, scratch.room_for_floats(ids.numel()));
 }
 
 struct OneLane {

@@ -21,6 +21,7 @@ struct KeptLists {
 
 template <class E>
 R1_GLOBAL R1_LAUNCH_BOUNDS(kThreads) void kept_log_prob_stats(RowSource source, KeptLists lists, RowStats* out) {
+    static_assert(kUnroll == kLanes<float>, "a thread fills one pack, element by element");
     R1_SHARED float target;
     const int64_t token = source.rows ? source.rows[blockIdx.x] : int64_t(blockIdx.x);
     const E* row = static_cast<const E*>(source.logits) + token * source.stride;

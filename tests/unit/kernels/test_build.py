@@ -175,15 +175,17 @@ def test_a_library_of_other_operators_is_refused(tmp_path):
         "print(_kernels()[0])\n"
         "from r1mega.errors import PlatformError\n"
         "from r1mega.platform.validate import _check_kernels\n"
-        "try: _check_kernels('cpu')\n"
-        "except PlatformError as error: print(error)\n"
+        "for choice in (('cpu', 'logits'), ('cpu', 'reference'), ('cuda', 'logits')):\n"
+        "    try: _check_kernels(*choice)\n"
+        "    except PlatformError as error: print(error)\n"
     )
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     reference, *refusals = done.stdout.splitlines()
-    assert reference == "0.25" and len(refusals) == 4, done.stdout
+    assert reference == "0.25" and len(refusals) == 6, done.stdout
     assert all("built for other operators" in line and "kernels/build.py" in line for line in refusals)
+    assert "log_probs=reference" not in done.stdout, "advantages would not do without"
 
 
 def test_cuda_kernels_keep_their_budgets(build):

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from r1mega_kernels import KeptTokens, grouped_log_prob, linear_grpo_loss, linear_log_prob
 from tests.unit.kernels.test_log_prob import random_case
@@ -139,6 +140,64 @@ def test_operators_pass_torchs_own_checks(native):
     for chosen in (None, torch.tensor([1, 2, 5])):
         arguments = (logits.clone().requires_grad_(), targets, torch.ones(1), chosen, kept.ids, kept.ranges(), 0, "")
         torch.library.opcheck(torch.ops.r1mega_kernels.log_prob.default, (*arguments, False, False))
+
+
+def test_the_default_dtype_and_device_change_nothing(native):
+    """A scratch of bfloat16 would be half of what the kernels write."""
+    logits, targets, _, kept = kept_case(16, 2000, torch.float32)
+    grads = []
+    for dtype, device in ((torch.float32, "cpu"), (torch.bfloat16, "meta")):
+        leaf = logits.clone().requires_grad_()
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.device(device):
+                grouped_log_prob(leaf, targets, kept=kept, backend=native).log_prob.sum().backward()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        grads.append(leaf.grad)
+    assert torch.equal(*grads)
+
+
+@pytest.mark.parametrize(("dtype", "lacking"), [(torch.bfloat16, 0), (torch.float32, 1)])
+def test_a_scratch_that_is_too_small_is_refused(native, dtype, lacking):
+    logits, targets, _, kept = kept_case(4, 40, torch.float32)
+    scratch = torch.zeros(len(kept.ids) - lacking, dtype=dtype)
+    statistics, rows, out = torch.ones(4, 4), torch.zeros(3, 4), torch.empty(4, 40)
+    with pytest.raises(RuntimeError):
+        torch.ops.r1mega_kernels.kept_log_prob_backward(
+            logits, targets, torch.ones(1), targets, False, 0, statistics, rows[0], rows, out, *kept[:1], kept.ranges(),
+            scratch,
+        )  # fmt: skip
+
+
+def test_offsets_that_nobody_has_looked_at_stay_within_the_lists(implementation, monkeypatch):
+    """As on a GPU. A list that would end before it begins is an empty one."""
+    kept = KeptTokens(torch.tensor([0, 2, 4], dtype=torch.int32), torch.tensor([-5, 2, 1 << 40, 1]))
+    assert kept.ranges().tolist() == [[0, 2], [2, 3], [3, 3]]
+    monkeypatch.setattr("r1mega_kernels.log_prob.looks_at_values", lambda x: False)
+    leaf = torch.zeros(3, 5).requires_grad_()
+    found = grouped_log_prob(leaf, torch.tensor([2, 4, 1]), kept=kept, backend=implementation).log_prob
+    found.sum().backward()
+    torch.testing.assert_close(found.detach().exp(), torch.tensor([1 / 2, 1, 1 / 5]))
+    assert leaf.grad.isfinite().all()
+
+
+def test_blocks_share_one_scratch(native):
+    x, weight = torch.randn(300, 16), torch.randn(400, 16)
+    _, targets, _, kept = kept_case(300, 400, torch.float32)
+    sizes = []
+
+    class Allocations(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            if function is torch.ops.aten.empty.memory_format:
+                sizes.append(math.prod(arguments[0]))
+            return function(*arguments, **(options or {}))
+
+    leaf = x.requires_grad_()
+    loss = linear_log_prob(leaf, weight, targets, kept=kept, buffer_bytes=128 * 128 * 4).log_prob.sum()
+    with Allocations():
+        loss.backward()
+    assert sizes.count(len(kept.ids)) == 1
 
 
 @pytest.mark.heavy

@@ -178,6 +178,10 @@ def test_wrong_arguments():
     x, weight, targets = random_case()
     with pytest.raises(ValueError, match="chunk_tokens must be"):
         linear_grpo_loss(x, weight, targets, token_loss(x, None), chunk_tokens=0)
+    with pytest.raises(ValueError, match="rows must be a contiguous vector"):
+        linear_grpo_loss(x, weight, targets, token_loss(x, None), rows=torch.tensor(1))
+    with pytest.raises(ValueError, match=r"expected hidden \[T, H\]"):
+        linear_grpo_loss(torch.tensor(1.0), weight, targets, token_loss(x, None))
     for offsets in ([], [0, 3], [1, len(x)], [0, 5, 3, len(x)]):
         with pytest.raises(ValueError, match="sequence_offsets must rise from 0"):
             linear_grpo_loss(x, weight, targets, token_loss(x, None), sequence_offsets=offsets)

@@ -306,6 +306,16 @@ def test_a_first_call_in_inference_mode_spoils_no_later_one(implementation):
     assert logits.grad.isfinite().all()
 
 
+def test_a_first_call_under_another_default_device_spoils_no_later_one(native):
+    logits, targets = random_case(3, 9, torch.float32)
+    expected = (logits / 0.6237).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    with torch.device("meta"):
+        first = grouped_log_prob(logits, targets, 0.6237, backend=native).log_prob
+    later = grouped_log_prob(logits, targets, 0.6237, backend=native).log_prob
+    torch.testing.assert_close(first, expected)
+    assert torch.equal(later, first)
+
+
 def test_formulas_by_finite_differences():
     logits, targets = random_case(4, 9, torch.float64, spread=1.0)
     rows = torch.tensor([0, 2, 3])

@@ -1,6 +1,6 @@
-"""Measures the kernels: `python tools/bench_kernels.py [--cpu | --gpu] [--quick] [--threads N] [--json FILE]`.
+"""Measures the kernels: `python tools/bench_kernels.py [--cpu | --gpu] [--peers] [--quick] [--threads N] [--json FILE]`.
 
-CPU: against torch's eager functions in the same run. GPU: against the device's measured copy bandwidth and matmul
+CPU: against torch's eager functions in the same run, with --peers against what peers compute, with memory and errors. GPU: against the device's measured copy bandwidth and matmul
 rate, and against the peers that are installed.
 """
 
@@ -26,6 +26,7 @@ def main() -> None:
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--cpu", action="store_true", help="default without a GPU")
     where.add_argument("--gpu", action="store_true")
+    parser.add_argument("--peers", action="store_true", help="CPU: peers' formulas alone (on a GPU they always run)")
     parser.add_argument("--quick", action="store_true", help="smaller and fewer runs")
     parser.add_argument(
         "--threads", type=int, default=1, help="torch threads (CPU): 1 counts CPU time, more wall-clock"
@@ -39,7 +40,10 @@ def main() -> None:
         from bench.gpu import measure
     else:
         torch.set_num_threads(arguments.threads)
-        from bench.cpu import measure
+        if arguments.peers:
+            from bench.cpu_peers import measure
+        else:
+            from bench.cpu import measure
     kind = "cuda" if on_gpu else "cpu"
     print(f"# torch {torch.__version__}, {platform.machine()}, backend {r1mega_kernels.backend(kind)}", end="")
     print("" if on_gpu else f", {torch.get_num_threads()} thread(s)")

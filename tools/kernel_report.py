@@ -30,6 +30,8 @@ import build  # noqa: E402  (kernels/build.py needs nothing installed)
 # Registers a thread. 64 keeps 4 blocks of 256 threads (half of an SM's threads) resident, what the loads in flight of a
 # bandwidth-bound kernel need; the advantages run as one block, where only spills would matter.
 BUDGETS = {
+    "kept_log_prob_stats": 64,  # before what its name ends in: symbols are looked up in this order
+    "kept_log_prob_backward": 64,
     "log_prob_stats": 64,
     "log_prob_merge": 64,
     "log_prob_backward": 64,

@@ -3,8 +3,10 @@
 // stdin: the kernel's name and a newline; then arrays, each as int64 byte count and that many bytes, in the order in
 // which the case below takes them. Scalars are an array of int64 or double.
 #include <iostream>
+#include <memory>
 #include <string>
 
+#include "../csrc/cuda/kept.cuh"
 #include "../csrc/cuda/log_prob.cuh"
 #include "../csrc/cuda/token_loss.cuh"
 #include "../csrc/cuda/group_advantage.cuh"
@@ -55,9 +57,9 @@ void write(Array<T>& array) {
 }
 
 // scalars: tokens, columns, stride, vocab_start, count, order, misalignment, in_place; the gradient has the logits'
-// stride
+// stride. is_kept: after them come lists of kept ids
 template <class E>
-void run_log_prob() {
+void run_log_prob(bool is_kept) {
     Input<int64_t> s;
     const int64_t tokens = s.get()[0], columns = s.get()[1], stride = s.get()[2], vocab_start = s.get()[3];
     const int64_t count = s.get()[4], misalignment = s.get()[6];
@@ -68,12 +70,18 @@ void run_log_prob() {
     Input<float> inverse;
     Input<int32_t> positions;
     Input<float> grads;
+    std::unique_ptr<Input<int32_t>> ids(is_kept ? new Input<int32_t> : nullptr);
+    std::unique_ptr<Input<int64_t>> ranges(is_kept ? new Input<int64_t> : nullptr);
+    const device::KeptLists lists{is_kept ? ids->get() : nullptr, is_kept ? ranges->get() : nullptr};
+    Array<float> scratch(is_kept ? ids->size() * int64_t(sizeof(float)) : 0);
     device::RowSource source{logits.get(), targets.get(), inverse.get(), rows.or_null(),
                              columns,      stride,        vocab_start,   inverse.size() == 1};
     Array<RowStats> stats(count * int64_t(sizeof(RowStats))), merged(count * int64_t(sizeof(RowStats)));
     Array<float> results(3 * count * int64_t(sizeof(float)));
     const auto kernel = device::rows_aligned<E>(source) ? device::log_prob_stats<E, true> : device::log_prob_stats<E, false>;
-    emulator::launch(unsigned(count), device::kThreads, order, [&] { kernel(source, stats.get()); });
+    emulator::launch(unsigned(count), device::kThreads, order, [&] {
+        is_kept ? device::kept_log_prob_stats<E>(source, lists, stats.get()) : kernel(source, stats.get());
+    });
     const auto blocks = unsigned((count + device::kThreads - 1) / device::kThreads);
     emulator::launch(blocks, device::kThreads, order,
                      [&] { device::log_prob_merge(stats.get(), source, 1, count, merged.get(), results.get()); });
@@ -82,8 +90,10 @@ void run_log_prob() {
     Array<E> separate(logits.bytes(), misalignment);
     if (!in_place) memset(separate.raw(), 0, size_t(separate.bytes()));
     E* out = in_place ? logits.get() : separate.get();
-    emulator::launch(unsigned(tokens), device::kThreads, order,
-                     [&] { device::log_prob_backward<E>(source, upstream, out, stride); });
+    emulator::launch(unsigned(tokens), device::kThreads, order, [&] {
+        is_kept ? device::kept_log_prob_backward<E>(source, upstream, lists, scratch.get(), out, stride)
+                : device::log_prob_backward<E>(source, upstream, out, stride);
+    });
     write(results);
     in_place ? write(logits) : write(separate);
 }
@@ -133,9 +143,13 @@ int main() {
     std::string name;
     std::getline(std::cin, name);
     if (name == "log_prob_f32")
-        run_log_prob<float>();
+        run_log_prob<float>(false);
     else if (name == "log_prob_bf16")
-        run_log_prob<Bf16>();
+        run_log_prob<Bf16>(false);
+    else if (name == "kept_log_prob_f32")
+        run_log_prob<float>(true);
+    else if (name == "kept_log_prob_bf16")
+        run_log_prob<Bf16>(true);
     else if (name == "token_loss")
         run_token_loss();
     else if (name == "group_advantage")

@@ -6,6 +6,7 @@ serves a device. See docs/kernels.md.
 """
 
 from r1mega_kernels.advantage import group_advantage
+from r1mega_kernels.kept import KeptTokens
 from r1mega_kernels.library import PlatformError, backend
 from r1mega_kernels.linear import linear_log_prob
 from r1mega_kernels.linear_loss import linear_grpo_loss
@@ -14,6 +15,7 @@ from r1mega_kernels.loss import GRPOMetrics, grpo_token_loss
 
 __all__ = [
     "GRPOMetrics",
+    "KeptTokens",
     "LogProbs",
     "PlatformError",
     "backend",

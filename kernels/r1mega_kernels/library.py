@@ -35,6 +35,12 @@ _SCHEMAS = (
     "Tensor(b!) results) -> ()",
     "log_prob_backward(Tensor logits, Tensor targets, Tensor inverse_temperature, Tensor positions, "
     "bool has_positions, int vocab_start, Tensor stats, Tensor entropy, Tensor grads, Tensor(a!) grad_logits) -> ()",
+    # of lists of kept ids: kept_ranges [T, 2] says where a token's list begins and ends, an empty one keeps every id
+    "kept_log_prob_stats(Tensor logits, Tensor targets, Tensor inverse_temperature, Tensor rows, bool has_rows, "
+    "int vocab_start, Tensor(a!) stats, Tensor kept_ids, Tensor kept_ranges) -> ()",
+    "kept_log_prob_backward(Tensor logits, Tensor targets, Tensor inverse_temperature, Tensor positions, "
+    "bool has_positions, int vocab_start, Tensor stats, Tensor entropy, Tensor grads, Tensor(a!) grad_logits, "
+    "Tensor kept_ids, Tensor kept_ranges, Tensor(b!) scratch) -> ()",
     "group_advantage(Tensor rewards, Tensor offsets, Tensor mask, int baseline, int scale, float epsilon, "
     "Tensor(a!) advantages) -> ()",
     "grpo_token_loss(Tensor log_probs, Tensor old, Tensor reference, Tensor sampler, Tensor advantages, "
@@ -70,14 +76,36 @@ def _load(name: str) -> bool:
 
 
 _DISABLED = os.environ.get("R1MEGA_KERNELS", "") == "reference"
-_HAS_CPU = not _DISABLED and _load("_cpu.so")
 
 
-@torch.compiler.assume_constant_result
-@functools.cache
+def _has_cpu() -> bool:
+    """Raises PlatformError for a library that is there and of no use: at the first call, not at the import of a program that
+    may say so better (`r1mega doctor`), or that asks for the reference."""
+    if _CPU_PROBLEM is not None:
+        raise PlatformError(_CPU_PROBLEM)
+    return _CPU_LOADED
+
+
+_CPU_LOADED, _CPU_PROBLEM = False, None
+try:
+    _CPU_LOADED = not _DISABLED and _load("_cpu.so")
+except PlatformError as _error:
+    _CPU_PROBLEM = str(_error)
+
+
 def _has_cuda() -> bool:
+    return _loaded_cuda()
+
+
+@functools.cache
+def _loaded_cuda() -> bool:
     """Looked for at the first call that asks, not at import: a process that forks later must not have met the driver."""
     return not _DISABLED and torch.cuda.is_available() and _load("_cuda.so")
+
+
+# torch.compiler.assume_constant_result, which is this, imports the compiler: more than the rest of the package takes
+for _answer in (_has_cpu, _has_cuda):
+    _answer._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def instruction_set() -> str:
@@ -86,7 +114,7 @@ def instruction_set() -> str:
     Raises:
         PlatformError: the CPU library is not built.
     """
-    if not _HAS_CPU:
+    if not _has_cpu():
         raise PlatformError("the CPU kernel library is not built: run `python kernels/build.py` (needs g++)")
     return ("generic", "avx2", "avx512")[torch.ops.r1mega_kernels.instruction_set(-1)]
 
@@ -97,10 +125,13 @@ def backend(device: torch.device | str | None = None) -> str:
     'cuda', 'cpu-avx512', 'cpu-avx2', 'cpu-generic', or 'reference' (torch functions: the library is not built, or
     R1MEGA_KERNELS=reference). On a GPU without the CUDA library the answer is 'missing': calls there raise
     PlatformError unless they ask for backend='reference'.
+
+    Raises:
+        PlatformError: a library is there that does not load, or was built for another version's operators.
     """
     kind = torch.device(device).type if device is not None else ("cuda" if torch.cuda.is_available() else "cpu")
     if kind == "cpu":
-        return f"cpu-{instruction_set()}" if _HAS_CPU else "reference"
+        return f"cpu-{instruction_set()}" if _has_cpu() else "reference"
     if kind == "cuda" and _has_cuda():
         return "cuda"
     return "reference" if _DISABLED else "missing"
@@ -116,7 +147,8 @@ def uses_reference(device: torch.device, requested: str | None) -> bool:
 
     Raises:
         ValueError: `requested` is neither None, 'native' nor 'reference'.
-        PlatformError: the native kernels are asked for, or the device is a GPU, and the library is not built.
+        PlatformError: the native kernels are asked for, or the device is a GPU, and the library is not built; or it is of no
+            use (see `backend`).
     """
     if requested not in (None, "native", "reference"):
         raise ValueError(f"backend must be None, 'native' or 'reference', not {requested!r}")
@@ -124,7 +156,7 @@ def uses_reference(device: torch.device, requested: str | None) -> bool:
         return True
     if device.type == "meta":
         return False
-    if _HAS_CPU if device.type == "cpu" else device.type == "cuda" and _has_cuda():
+    if _has_cpu() if device.type == "cpu" else device.type == "cuda" and _has_cuda():
         return False
     if requested == "native" or device.type != "cpu":
         raise PlatformError(

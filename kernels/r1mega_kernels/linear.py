@@ -9,10 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
+from r1mega_kernels.kept import KeptTokens, gradient_scratch
 from r1mega_kernels.library import check_devices, kernels, uses_reference
 from r1mega_kernels.log_prob import (
     NATIVE_DTYPES,
@@ -21,7 +23,9 @@ from r1mega_kernels.log_prob import (
     check_arguments,
     gathered_stats,
     inverse_temperature,
+    kept_lists,
     refuse_second_derivative,
+    stats_into,
     vocabulary_range,
 )
 
@@ -38,6 +42,7 @@ def linear_log_prob(
     *,
     vocab_start: int | None = None,
     vocab_size: int | None = None,
+    kept: KeptTokens | None = None,
     softcap: float | None = None,
     buffer_bytes: int = DEFAULT_BUFFER_BYTES,
     reduce_hidden_grad: bool = True,
@@ -47,7 +52,7 @@ def linear_log_prob(
 
     hidden: [T, H]; weight: [V, H] (V / tp rows with `tp_group`), of the same dtype, float32, bfloat16 or float16.
     softcap: the logits are softcap * tanh(x / softcap) of the products x (Gemma 2); the backward pass then takes twice
-    the buffer. The other arguments are those of `grouped_log_prob`.
+    the buffer. kept: it takes 4 bytes a kept id beside the buffer. The other arguments are those of `grouped_log_prob`.
 
     Gradients: that of `hidden` is accumulated in fp32, summed over `tp_group` when `reduce_hidden_grad` (leave it to
     the layer below by False, as for Megatron's ColumnParallelLinear input), then cast once. That of `weight` is added
@@ -58,11 +63,27 @@ def linear_log_prob(
     Raises:
         ValueError, TypeError, PlatformError: as `grouped_log_prob`.
     """
-    head, hidden, targets, inverse = output_layer(
-        hidden, weight, targets, temperature, rows, tp_group, vocab_start, vocab_size, softcap, reduce_hidden_grad,
-        backend,
+    head, hidden, tokens = output_layer(
+        hidden, weight, targets, temperature, rows, tp_group, vocab_start, vocab_size, kept, softcap,
+        reduce_hidden_grad, backend,
     )  # fmt: skip
-    return LogProbs(*_LinearLogProb.apply(hidden, weight, head, targets, inverse, buffer_bytes).unbind())
+    return LogProbs(*_LinearLogProb.apply(hidden, weight, head, tokens, buffer_bytes).unbind())
+
+
+class Tokens(NamedTuple):
+    """What the kernels are told of the rows of a block: targets [t], inverse temperature [t] or [1], and (None of none) the
+    ids that they keep, kept_ranges [t, 2] into kept_ids [M]."""
+
+    targets: torch.Tensor
+    inverse: torch.Tensor
+    kept_ids: torch.Tensor | None
+    kept_ranges: torch.Tensor | None
+
+    def part(self, row: slice) -> Tokens:
+        """Of some of the rows."""
+        ranges = None if self.kept_ranges is None else self.kept_ranges[row]
+        inverse = self.inverse[row] if self.inverse.numel() > 1 else self.inverse
+        return Tokens(self.targets[row], inverse, self.kept_ids, ranges)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,10 +115,11 @@ class OutputLayer:
             torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
         return out if self.softcap is None else out.div_(self.softcap).tanh_().mul_(self.softcap)
 
-    def stats_into(self, stats, logits, targets, inverse, first_column: int) -> None:
+    def stats_into(self, stats, logits, tokens: Tokens, first_column: int) -> None:
         """stats [t, 4] <- of logits [t, v], whose columns begin at `first_column` of this rank's."""
+        targets, inverse, *kept = tokens
         start = self.vocab_start + first_column
-        kernels(self.use_reference).log_prob_stats(logits, targets, inverse, targets, False, start, stats)
+        stats_into(stats, logits, targets, inverse, None, kept, start, self.use_reference)
 
     def merged(self, shards: torch.Tensor, inverse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """([t, 4] statistics, [3, t] log-prob, entropy and logsumexp) of statistics [blocks, t, 4], over all ranks."""
@@ -114,13 +136,16 @@ class OutputLayer:
         merge(shards)
         return merged, results
 
-    def gradient_of(self, logits, targets, inverse, first_column, stats, entropy, grads) -> torch.Tensor:
-        """The gradient of the products, in the logits' place, from `grads` [3, t]; a factor of further products."""
+    def gradient_of(self, logits, tokens: Tokens, scratch, first_column, stats, entropy, grads) -> torch.Tensor:
+        """The gradient of the products, in the logits' place, from `grads` [3, t]; a factor of further products. scratch:
+        the `gradient_scratch` of the kept ids, one for all blocks."""
         slope = None if self.softcap is None else 1 - (logits / self.softcap).square_()
+        targets, inverse, *kept = tokens
         start = self.vocab_start + first_column
         backward_into(
-            logits, logits, targets, inverse, None, start, stats, entropy, grads.contiguous(), self.use_reference
-        )
+            logits, logits, targets, inverse, None, kept, scratch, start, stats, entropy, grads.contiguous(),
+            self.use_reference,
+        )  # fmt: skip
         if slope is not None:
             logits.mul_(slope)
         return logits.to(self.weight.dtype) if logits.is_cuda else logits
@@ -133,9 +158,10 @@ class OutputLayer:
 
 
 def output_layer(
-    hidden, weight, targets, temperature, rows, tp_group, vocab_start, vocab_size, softcap, reduce_hidden_grad, backend
-) -> tuple[OutputLayer, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(the layer, the chosen rows of hidden states, their targets, 1 / their temperature); raises as `linear_log_prob`."""
+    hidden, weight, targets, temperature, rows, tp_group, vocab_start, vocab_size, kept, softcap, reduce_hidden_grad,
+    backend,
+) -> tuple[OutputLayer, torch.Tensor, Tokens]:  # fmt: skip
+    """(the layer, the chosen rows of hidden states, what else is said of them); raises as `linear_log_prob`."""
     use_reference = uses_reference(hidden.device, backend)
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"expected hidden [T, H] and weight [V, H], not {list(hidden.shape)} and {list(weight.shape)}")
@@ -146,14 +172,16 @@ def output_layer(
     check_devices(hidden.device, weight=weight)
     start, size = vocabulary_range(weight.shape[0], tp_group, vocab_start, vocab_size)
     check_arguments(hidden, targets, rows, size, use_reference, (*NATIVE_DTYPES, torch.float16))
+    kept_ids, kept_ranges = kept_lists(kept, targets, rows, size)
     inverse = inverse_temperature(temperature, hidden)
     if rows is not None:  # prompt rows never reach the matrix products
         hidden, targets = hidden.index_select(0, rows), targets[rows]
         inverse = inverse[rows] if inverse.numel() > 1 else inverse
+        kept_ranges = None if kept_ranges is None else kept_ranges[rows]
     group = tp_group if tp_group is not None and dist.get_world_size(tp_group) > 1 else None
     width = min(weight.shape[0], size - start)
     head = OutputLayer(weight, width, start, group, softcap, reduce_hidden_grad, use_reference)
-    return head, hidden, targets.contiguous(), inverse
+    return head, hidden, Tokens(targets.contiguous(), inverse, kept_ids, kept_ranges)
 
 
 def block_shape(rows: int, columns: int, element_size: int, buffer_bytes: int) -> tuple[int, int]:
@@ -180,20 +208,20 @@ def parts(length: int, step: int) -> Iterator[slice]:
 
 class _LinearLogProb(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, head, targets, inverse, buffer_bytes):
+    def forward(ctx, hidden, weight, head, tokens, buffer_bytes):
         """[3, T]: log-prob, entropy and logsumexp. The blocks of the vocabulary are merged as shards of it are."""
         count = hidden.shape[0]
         ctx.block = height, width = block_shape(count, head.width, head.dtype.itemsize, buffer_bytes)
         columns = list(parts(head.width, width))
         buffer = torch.empty(height * width, dtype=head.dtype, device=hidden.device)
-        shards = torch.empty(len(columns), count, 4, dtype=inverse.dtype, device=hidden.device)
+        shards = torch.empty(len(columns), count, 4, dtype=tokens.inverse.dtype, device=hidden.device)
         for shard, column in zip(shards, columns, strict=True):
             factor = head.factor(weight[column])
             for row in parts(count, height):
                 logits = head.logits_into(_block(buffer, row, column), head.factor(hidden[row]), factor)
-                head.stats_into(shard[row], logits, targets[row], _of_rows(inverse, row), column.start)
-        merged, results = head.merged(shards, inverse)
-        ctx.save_for_backward(hidden, weight, targets, inverse, merged, results[1].clone())
+                head.stats_into(shard[row], logits, tokens.part(row), column.start)
+        merged, results = head.merged(shards, tokens.inverse)
+        ctx.save_for_backward(hidden, weight, merged, results[1].clone(), *tokens)
         ctx.head = head
         return results
 
@@ -201,19 +229,21 @@ class _LinearLogProb(torch.autograd.Function):
     def backward(ctx, grads):
         """Gradients of hidden and weight: the logits of each block again, overwritten by their gradient."""
         refuse_second_derivative()
-        hidden, weight, targets, inverse, stats, entropy = ctx.saved_tensors
+        hidden, weight, stats, entropy, *rest = ctx.saved_tensors
+        tokens = Tokens(*rest)
         head, (height, width) = ctx.head, ctx.block
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         buffer = torch.empty(height * width, dtype=head.dtype, device=hidden.device)
         grad_hidden = torch.zeros(hidden.shape, dtype=head.dtype, device=hidden.device) if needs_hidden else None
         grad_weight = weight_grad(head) if needs_weight else None
+        scratch = gradient_scratch(tokens.kept_ids)
         for column in parts(head.width, width):
             factor = head.factor(weight[column])
             for row in parts(hidden.shape[0], height):
                 states = head.factor(hidden[row])
                 logits = head.logits_into(_block(buffer, row, column), states, factor)
                 grad = head.gradient_of(
-                    logits, targets[row], _of_rows(inverse, row), column.start, stats[row], entropy[row], grads[:, row]
+                    logits, tokens.part(row), scratch, column.start, stats[row], entropy[row], grads[:, row]
                 )
                 if grad_hidden is not None:
                     add_product(grad_hidden[row], grad, factor)
@@ -221,16 +251,12 @@ class _LinearLogProb(torch.autograd.Function):
                     add_product(grad_weight[column], grad.t(), states)
         if grad_hidden is not None:
             grad_hidden = head.reduced(grad_hidden)
-        return grad_hidden, handed_over(head, grad_weight), None, None, None, None
+        return grad_hidden, handed_over(head, grad_weight), None, None, None
 
 
 def _block(buffer: torch.Tensor, row: slice, column: slice) -> torch.Tensor:
     shape = (row.stop - row.start, column.stop - column.start)
     return buffer[: shape[0] * shape[1]].view(shape)
-
-
-def _of_rows(inverse: torch.Tensor, row: slice) -> torch.Tensor:
-    return inverse[row] if inverse.numel() > 1 else inverse
 
 
 def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:

@@ -6,12 +6,13 @@ their gradient where they lie; the backward pass only scales what was found.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
+from r1mega_kernels.kept import KeptTokens, gradient_scratch
 from r1mega_kernels.linear import OutputLayer, add_product, handed_over, output_layer, parts, weight_grad
 from r1mega_kernels.log_prob import LogProbs, refuse_second_derivative
 
@@ -33,20 +34,23 @@ def linear_grpo_loss(
     *,
     vocab_start: int | None = None,
     vocab_size: int | None = None,
+    kept: KeptTokens | None = None,
     softcap: float | None = None,
     chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
+    sequence_offsets: Sequence[int] | None = None,
     reduce_hidden_grad: bool = True,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, list[S]]:
     """(the sum of token_loss over chunks, what else it returned of each) of `linear_log_prob(hidden, ...)`, with gradients.
 
     token_loss: (log-probs, entropies and logsumexps [n] of the chosen rows in a slice, that slice) -> (a scalar, anything):
-    `grpo_token_loss` with its further arguments sliced, or any other sum over tokens of a function of each alone. A loss
-    that needs a token's neighbours (a sequence's ratio) cannot be had chunk by chunk: `linear_log_prob` first. No gradient
-    reaches anything else that token_loss reads. float16 on a GPU: scale inside token_loss and divide afterwards; scaling the
+    `grpo_token_loss` with its further arguments sliced, or any other sum over tokens of a function of each alone; with
+    `sequence_offsets` a sum over sequences of a function of each (GSPO's and GMPO's ratios). No gradient reaches anything else that token_loss reads. float16 on a GPU: scale inside token_loss and divide afterwards; scaling the
     returned loss comes too late, for the gradients are rounded by then.
     chunk_tokens: rows at a time, in chunks of nearly one size. Their fp32 logits [chunk_tokens, V / tp] are held, and for
     each chunk the weight's fp32 gradient is read and written once: less than some thousands is slow on a GPU.
+    sequence_offsets: [S + 1] from 0 to N, rising: sequence s has the chosen rows [sequence_offsets[s], sequence_offsets[s + 1]).
+    Every chunk then holds whole sequences: as many as fit chunk_tokens, or one that is longer, whose logits are all held.
     The other arguments are those of `linear_log_prob`. Without rows `token_loss` is called once, with none.
 
     Gradients: as of `linear_log_prob`; those of hidden states and weight are held in fp32 from here to the backward pass,
@@ -57,10 +61,11 @@ def linear_grpo_loss(
     """
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens must be 1 or more, not {chunk_tokens}")
-    head, hidden, targets, inverse = output_layer(
-        hidden, weight, targets, temperature, rows, tp_group, vocab_start, vocab_size, softcap, reduce_hidden_grad,
-        backend,
+    head, hidden, tokens = output_layer(
+        hidden, weight, targets, temperature, rows, tp_group, vocab_start, vocab_size, kept, softcap,
+        reduce_hidden_grad, backend,
     )  # fmt: skip
+    chunks = chunks_of(hidden.shape[0], chunk_tokens, sequence_offsets)
     found: list[S] = []
     wanted = (hidden.requires_grad, weight.requires_grad) if torch.is_grad_enabled() else (False, False)
 
@@ -69,33 +74,54 @@ def linear_grpo_loss(
         found.append(further)
         return loss
 
-    loss = _LinearLoss.apply(hidden, weight, head, targets, inverse, of_chunk, chunk_tokens, wanted)
+    loss = _LinearLoss.apply(hidden, weight, head, tokens, of_chunk, chunks, wanted)
     return loss, found
+
+
+def chunks_of(count: int, chunk_tokens: int, sequence_offsets: Sequence[int] | None = None) -> list[slice]:
+    """[0, count) in slices of nearly one size, `chunk_tokens` at most; with offsets, of whole sequences (see
+    `linear_grpo_loss`). One empty slice of nothing.
+
+    Raises:
+        ValueError: offsets that do not rise from 0 to `count`.
+    """
+    if sequence_offsets is None:
+        height = -(-count // max(1, -(-count // chunk_tokens)))
+        return list(parts(count, max(1, height))) or [slice(0, 0)]
+    offsets = [int(offset) for offset in sequence_offsets]
+    if not offsets or offsets[0] != 0 or offsets[-1] != count or offsets != sorted(offsets):
+        raise ValueError(f"sequence_offsets must rise from 0 to {count}, not {offsets[:8]}...")
+    chunks, begin = [], 0
+    for end, after in zip(offsets, [*offsets[1:], None], strict=True):
+        if end > begin and (after is None or after - begin > chunk_tokens):
+            chunks.append(slice(begin, end))
+            begin = end
+    return chunks or [slice(0, 0)]
 
 
 class _LinearLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, head, targets, inverse, token_loss, chunk_tokens, wanted):
+    def forward(ctx, hidden, weight, head, tokens, token_loss, chunks, wanted):
         """The loss; both gradients for a loss's own of 1 are kept for the backward pass."""
-        count = hidden.shape[0]
-        height = -(-count // max(1, -(-count // chunk_tokens)))
+        height = max(part.stop - part.start for part in chunks)
         buffer = torch.empty(height, head.width, dtype=head.dtype, device=hidden.device)
         grad_hidden, grad_weight = (
             torch.zeros(x.shape, dtype=head.dtype, device=x.device) if needed else None
             for x, needed in zip((hidden, weight), wanted, strict=True)
         )
+        scratch = gradient_scratch(tokens.kept_ids) if any(wanted) else None
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
-        for part in list(parts(count, max(1, height))) or [slice(0, 0)]:
+        for part in chunks:
             logits, states = buffer[: part.stop - part.start], head.factor(hidden[part])
-            of_targets = (targets[part], inverse[part] if inverse.numel() > 1 else inverse)
+            of_part = tokens.part(part)
             for column in _columns(head):
                 head.logits_into(logits[:, column], states, head.factor(weight[column]))
-            stats, results = _statistics(head, logits, *of_targets)
+            stats, results = _statistics(head, logits, of_part)
             loss, grads = _loss_and_gradient(token_loss, results, part, any(wanted))
             total += loss
             if grads is None or not len(states):
                 continue
-            grad = head.gradient_of(logits, *of_targets, 0, stats, results[1], grads)
+            grad = head.gradient_of(logits, of_part, scratch, 0, stats, results[1], grads)
             for column in _columns(head):
                 if grad_hidden is not None:
                     add_product(grad_hidden[part], grad[:, column], head.factor(weight[column]))
@@ -103,7 +129,7 @@ class _LinearLoss(torch.autograd.Function):
                     add_product(grad_weight[column], grad[:, column].t(), states)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.head = head
-        return total.to(inverse.dtype)
+        return total.to(tokens.inverse.dtype)
 
     @staticmethod
     def backward(ctx, grad_loss):
@@ -118,7 +144,7 @@ class _LinearLoss(torch.autograd.Function):
                 grad_weight = grad_weight * grad_loss
             else:
                 grad_weight = weight_grad(head).addcmul_(grad_weight, grad_loss.to(head.dtype))
-        return grad_hidden, handed_over(head, grad_weight), *([None] * 6)
+        return grad_hidden, handed_over(head, grad_weight), *([None] * 5)
 
 
 def _columns(head: OutputLayer) -> list[slice]:
@@ -127,12 +153,11 @@ def _columns(head: OutputLayer) -> list[slice]:
     return list(parts(head.width, head.width if as_it_is else _WIDENED_COLUMNS))
 
 
-def _statistics(head, logits, targets, inverse) -> tuple[torch.Tensor, torch.Tensor]:
+def _statistics(head, logits, tokens) -> tuple[torch.Tensor, torch.Tensor]:
     """([n, 4] statistics, [3, n] results) of a chunk's logits, over all ranks."""
-    shard = torch.empty(1, len(logits), 4, dtype=inverse.dtype, device=logits.device)
-    if len(logits):
-        head.stats_into(shard[0], logits, targets, inverse, 0)
-    return head.merged(shard, inverse)
+    shard = torch.empty(1, len(logits), 4, dtype=tokens.inverse.dtype, device=logits.device)
+    head.stats_into(shard[0], logits, tokens, 0)
+    return head.merged(shard, tokens.inverse)
 
 
 def _loss_and_gradient(token_loss, results, part, needed) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
+from r1mega_kernels.kept import KeptTokens, check_kept, gradient_scratch
 from r1mega_kernels.library import LIBRARY, check_devices, kernels, uses_reference
 
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)
@@ -29,6 +31,7 @@ def grouped_log_prob(
     *,
     vocab_start: int | None = None,
     vocab_size: int | None = None,
+    kept: KeptTokens | None = None,
     grad_in_place: bool = False,
     backend: str | None = None,
 ) -> LogProbs:
@@ -43,6 +46,8 @@ def grouped_log_prob(
     and the vocabulary has `vocab_size` (default width * ranks) ids; columns beyond it are padding and never read. One
     all-gather of 16 bytes a token; every rank
     gets the same bits.
+    kept: the ids over which each token's distribution is normalised, all T tokens' (top-p and top-k sampling); the logits of
+    others are not read and get zero gradients. On every rank the same lists, of the whole vocabulary.
     grad_in_place: the gradient overwrites the logits, which nobody may use afterwards.
     backend: None the compiled kernels (on a CPU without them the torch reference, logged), 'native', 'reference'.
 
@@ -59,15 +64,18 @@ def grouped_log_prob(
     width = logits.shape[-1]
     start, size = vocabulary_range(width, tp_group, vocab_start, vocab_size)
     check_arguments(logits, targets, rows, size, use_reference)
+    kept_ids, kept_ranges = kept_lists(kept, targets, rows, size)
     if start + width > size:
         logits = logits[:, : size - start]
     if logits.stride(1) != 1:
         logits = logits.contiguous()
     group_name = tp_group.group_name if tp_group is not None and dist.get_world_size(tp_group) > 1 else ""
+    tensors = (targets.contiguous(), inverse, rows, kept_ids, kept_ranges)
+    options = (start, group_name, grad_in_place, use_reference)
     # torch.compile sees one operator; in eager mode an operator registered from Python costs several calls' worth more
-    log_prob = torch.ops.r1mega_kernels.log_prob if torch.compiler.is_compiling() else _LogProb.apply
-    results, _ = log_prob(logits, targets.contiguous(), inverse, rows, start, group_name, grad_in_place, use_reference)
-    return LogProbs(*results.unbind())
+    if torch.compiler.is_compiling():
+        return LogProbs(*torch.ops.r1mega_kernels.log_prob(logits, *tensors, *options)[0].unbind())
+    return LogProbs(*_LogProb.apply(logits, (*tensors, *options)))
 
 
 def vocabulary_range(
@@ -103,7 +111,16 @@ def inverse_temperature(temperature: float | torch.Tensor, like: torch.Tensor) -
             f"temperature must be > 0 and 1 / temperature a finite number above 0, not {temperature} "
             "(greedy decoding has no log-probs to train on)"
         )
+    if looks_at_values(like) and type(like) in (torch.Tensor, torch.nn.Parameter):
+        return _constant(1.0 / temperature, dtype)
     return torch.full((1,), 1.0 / temperature, dtype=dtype, device=like.device)
+
+
+@functools.lru_cache(maxsize=64)
+def _constant(value: float, dtype: torch.dtype) -> torch.Tensor:
+    """[1], which nobody writes to: a temperature is met again at every call."""
+    with torch.inference_mode(False):
+        return torch.full((1,), value, dtype=dtype, device="cpu")  # whatever the default device is at the first call
 
 
 def check_arguments(
@@ -128,17 +145,28 @@ def check_arguments(
         raise ValueError("rows must be a contiguous vector")
     if not looks_at_values(x):
         return
+    count = x.shape[0]  # len(x) is slower
     if (
         rows is not None
-        and len(rows)
-        and (int(rows[0]) < 0 or int(rows[-1]) >= len(x) or not bool((rows[1:] > rows[:-1]).all()))
+        and rows.shape[0]
+        and (int(rows[0]) < 0 or int(rows[-1]) >= count or not bool((rows[1:] > rows[:-1]).all()))
     ):
-        raise ValueError(f"rows must be strictly increasing indices in [0, {len(x)})")
+        raise ValueError(f"rows must be strictly increasing indices in [0, {count})")
     used = targets if rows is None else targets[rows]
     if used.numel():
-        low, high = (int(v) for v in used.aminmax())
-        if low < 0 or high >= vocab_size:
-            raise ValueError(f"targets must be in [0, {vocab_size}), found {low} to {high}")
+        low, high = used.aminmax()
+        if low.item() < 0 or high.item() >= vocab_size:
+            raise ValueError(f"targets must be in [0, {vocab_size}), found {int(low)} to {int(high)}")
+
+
+def kept_lists(
+    kept: KeptTokens | None, targets: torch.Tensor, rows: torch.Tensor | None, vocab_size: int
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """(ids [M], ranges [T, 2]) of lists that were checked; nothing of none."""
+    if kept is None:
+        return None, None
+    check_kept(kept, targets, rows, vocab_size, looks_at_values(targets))
+    return kept.ids.contiguous(), kept.ranges()
 
 
 def looks_at_values(x: torch.Tensor) -> bool:
@@ -150,7 +178,7 @@ def looks_at_values(x: torch.Tensor) -> bool:
 def gathered_stats(stats: torch.Tensor, group_name: str) -> torch.Tensor:
     """[ranks, N, 4] of [N, 4] statistics of every rank, in the order of the ranks."""
     if not group_name:
-        return stats[None]
+        return stats.unsqueeze(0)
     group = dist.distributed_c10d._resolve_process_group(group_name)  # type: ignore[arg-type]  # a str all the same
     shards = stats.new_empty(dist.get_world_size(group), *stats.shape)
     dist.all_gather_into_tensor(shards.view(-1, 4), stats, group=group)
@@ -158,58 +186,68 @@ def gathered_stats(stats: torch.Tensor, group_name: str) -> torch.Tensor:
 
 
 LIBRARY.define(
-    "log_prob(Tensor logits, Tensor targets, Tensor inverse_temperature, Tensor? rows, int vocab_start, str group, "
-    "bool grad_in_place, bool reference) -> (Tensor results, Tensor stats)"
+    "log_prob(Tensor logits, Tensor targets, Tensor inverse_temperature, Tensor? rows, Tensor? kept_ids, "
+    "Tensor? kept_ranges, int vocab_start, str group, bool grad_in_place, bool reference) "
+    "-> (Tensor results, Tensor stats)"
 )
 
 
-def _log_prob(logits, targets, inverse_temperature, rows, vocab_start, group, grad_in_place, reference):
-    op = kernels(reference)
-    count = len(logits) if rows is None else len(rows)
-    row_list = targets if rows is None else rows
+def _log_prob(
+    logits, targets, inverse_temperature, rows, kept_ids, kept_ranges, vocab_start, group, grad_in_place, reference
+):
+    count = logits.shape[0] if rows is None else rows.shape[0]
     stats = torch.empty(count, 4, dtype=inverse_temperature.dtype, device=logits.device)
     results = torch.empty(3, count, dtype=stats.dtype, device=logits.device)
-    if count:
-        op.log_prob_stats(logits, targets, inverse_temperature, row_list, rows is not None, vocab_start, stats)
+    stats_into(stats, logits, targets, inverse_temperature, rows, (kept_ids, kept_ranges), vocab_start, reference)
     shards = gathered_stats(stats, group)
-    merged = torch.empty_like(stats)
-    if count:
-        op.log_prob_merge(shards, inverse_temperature, row_list, rows is not None, merged, results)
-    return results, merged
+    if count:  # the merged statistics take this rank's place
+        row_list = targets if rows is None else rows
+        kernels(reference).log_prob_merge(shards, inverse_temperature, row_list, rows is not None, stats, results)
+    return results, stats
 
 
-def _log_prob_fake(logits, targets, inverse_temperature, rows, vocab_start, group, grad_in_place, reference):
+def stats_into(stats, logits, targets, inverse, rows, kept, vocab_start, use_reference) -> None:
+    """stats [N, 4] <- of the chosen rows of logits [T, V]. kept: (ids, ranges [T, 2]), or (None, None)."""
+    if not stats.shape[0]:
+        return
+    arguments = (logits, targets, inverse, targets if rows is None else rows, rows is not None, vocab_start, stats)
+    op = kernels(use_reference)
+    if kept[0] is None:
+        op.log_prob_stats(*arguments)
+    else:
+        op.kept_log_prob_stats(*arguments, *kept)
+
+
+def _log_prob_fake(logits, targets, inverse_temperature, rows, *args):
     count = logits.shape[0] if rows is None else rows.shape[0]
     return inverse_temperature.new_empty(3, count), inverse_temperature.new_empty(count, 4)
 
 
 def _save(ctx, inputs, output):
-    logits, targets, inverse, rows, ctx.vocab_start, _, ctx.grad_in_place, ctx.reference = inputs
+    *tensors, ctx.vocab_start, _, ctx.grad_in_place, ctx.reference = inputs
     # the whole output: a view of it would keep this node, and with it the logits, alive for ever
-    ctx.save_for_backward(logits, targets, inverse, rows, output[0], output[1])
+    ctx.save_for_backward(*tensors, output[0], output[1])
 
 
 def _log_prob_backward(ctx, grads, _grad_stats):
+    return _gradient(ctx, ctx.saved_tensors, grads.contiguous()), *([None] * 9)
+
+
+def _gradient(ctx, saved, grads: torch.Tensor) -> torch.Tensor:
     refuse_second_derivative()
-    logits, targets, inverse, rows, results, stats = ctx.saved_tensors
+    logits, targets, inverse, rows, kept_ids, kept_ranges, results, stats = saved
     if ctx.grad_in_place:
         torch.autograd.graph.increment_version(logits)  # another backward through these logits is an error
         grad_logits = logits.detach()
     else:
         grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    kept, entropy = (kept_ids, kept_ranges), results.select(0, 1)
+    scratch = gradient_scratch(kept_ids)
     backward_into(
-        grad_logits,
-        logits,
-        targets,
-        inverse,
-        rows,
-        ctx.vocab_start,
-        stats,
-        results[1],
-        grads.contiguous(),
+        grad_logits, logits, targets, inverse, rows, kept, scratch, ctx.vocab_start, stats, entropy, grads,
         ctx.reference,
-    )
-    return grad_logits, None, None, None, None, None, None, None
+    )  # fmt: skip
+    return grad_logits
 
 
 def refuse_second_derivative() -> None:
@@ -222,29 +260,44 @@ def refuse_second_derivative() -> None:
 
 
 def backward_into(
-    grad_logits, logits, targets, inverse, rows, vocab_start, stats, entropy, grads, use_reference
+    grad_logits, logits, targets, inverse, rows, kept, scratch, vocab_start, stats, entropy, grads, use_reference
 ) -> None:
-    """grad_logits <- the gradient of logits [T, V]; the two may be one tensor. grads: [3, N]."""
+    """grad_logits <- the gradient of logits [T, V]; the two may be one tensor. grads: [3, N]; kept: as of `stats_into`;
+    scratch: the `gradient_scratch` of its ids."""
     positions = targets
     if rows is not None:
         positions = torch.full((len(logits),), -1, dtype=torch.int32, device=logits.device)
         positions[rows] = torch.arange(len(rows), dtype=torch.int32, device=logits.device)
-    if not len(logits):
+    if not logits.shape[0]:
         return
-    kernels(use_reference).log_prob_backward(
-        logits, targets, inverse, positions, rows is not None, vocab_start, stats, entropy, grads, grad_logits
-    )
+    op, has_rows = kernels(use_reference), rows is not None
+    arguments = (logits, targets, inverse, positions, has_rows, vocab_start, stats, entropy, grads, grad_logits)
+    if kept[0] is None:
+        op.log_prob_backward(*arguments)
+    else:
+        op.kept_log_prob_backward(*arguments, *kept, scratch)
 
 
 class _LogProb(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, *inputs):
-        output = _log_prob(*inputs)
-        ctx.mark_non_differentiable(output[1])
-        _save(ctx, inputs, output)
-        return output
+    """The operator without its registration: (logits, the other inputs) -> results. Each input and output of a Function
+    costs a call something, whatever it is."""
 
-    backward = staticmethod(_log_prob_backward)
+    @staticmethod
+    def forward(ctx, logits, rest):
+        ctx.set_materialize_grads(False)
+        inputs = (logits, *rest)
+        output = _log_prob(*inputs)
+        _save(ctx, inputs, output)
+        return output[0].unbind()
+
+    @staticmethod
+    def backward(ctx, *grads):
+        saved = ctx.saved_tensors
+        together = torch.zeros_like(saved[-2])
+        for k, grad in enumerate(grads):
+            if grad is not None:
+                together.select(0, k).copy_(grad)
+        return _gradient(ctx, saved, together), None
 
 
 LIBRARY.impl("log_prob", _log_prob, "CompositeExplicitAutograd")

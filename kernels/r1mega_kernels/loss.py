@@ -109,20 +109,30 @@ def grpo_token_loss(
             advantages, weights = log_probs.new_zeros(1), log_probs.new_zeros(1) if weights_per_sequence else weights
     wide = torch.promote_types(log_probs.dtype, torch.float32) if use_reference else torch.float32
 
-    def given(x: torch.Tensor | None, dtype: torch.dtype = wide) -> torch.Tensor:
-        return log_probs.new_empty(0, dtype=dtype) if x is None else x.detach().to(dtype).contiguous()
+    nothing = log_probs.new_empty(0, dtype=wide)  # stands for a tensor that is not given
 
-    flags = (
-        torch.empty(0, dtype=torch.uint8, device=log_probs.device) if mask is None else mask.bool().view(torch.uint8)
-    )
-    token_loss = torch.ops.r1mega_kernels.token_loss if torch.compiler.is_compiling() else _TokenLoss.apply
-    loss, _, sums = token_loss(
-        log_probs.to(wide).contiguous(), given(old_log_probs), given(reference_log_probs), given(sampler_log_probs),
-        given(advantages), given(weights), flags.contiguous(), given(sequence_ids, torch.int64),
+    def given(x: torch.Tensor | None, dtype: torch.dtype = wide) -> torch.Tensor:
+        if x is None:
+            return nothing
+        if x.dtype == dtype and not x.requires_grad and x.is_contiguous():  # three calls less
+            return x
+        return x.detach().to(dtype).contiguous()
+
+    inputs = (
+        given(old_log_probs), given(reference_log_probs), given(sampler_log_probs), given(advantages), given(weights),
+        nothing if mask is None else mask.bool().view(torch.uint8).contiguous(), given(sequence_ids, torch.int64),
         weights_per_sequence, clip_low, clip_high, dual_clip or 0.0, kl_coefficient, importance_cap or 0.0,
         _SURROGATES[surrogate], *sapo_temperatures, kl_bias_correction, use_reference,
     )  # fmt: skip
-    return loss, GRPOMetrics(*sums.detach().unbind()[1:])
+    policy = log_probs.to(wide).contiguous()
+    if torch.compiler.is_compiling():
+        loss, _, sums = torch.ops.r1mega_kernels.token_loss(policy, *inputs)
+        sums = sums.detach()
+    else:
+        found: list[torch.Tensor] = []
+        loss = _TokenLoss.apply(policy, inputs, found)
+        (sums,) = found
+    return loss, GRPOMetrics(*sums.unbind()[1:])
 
 
 def _check_sequences(sequence_ids: torch.Tensor, num_sequences: int, mask: torch.Tensor | None) -> None:
@@ -152,10 +162,10 @@ def _token_loss(*args):
     log_probs = inputs[0]
     grad = torch.empty_like(log_probs)
     blocks = -(-log_probs.numel() // _TOKENS_PER_BLOCK) if log_probs.is_cuda else 0
-    totals = torch.zeros(8 + 8 * blocks + 1, dtype=torch.float64, device=log_probs.device)
+    totals = torch.zeros(8 + 8 * blocks + (blocks > 0), dtype=torch.float64, device=log_probs.device)
     if log_probs.numel():
         kernels(use_reference).grpo_token_loss(*inputs, grad, totals)
-    sums = totals[:8]
+    sums = totals[:8] if blocks else totals
     return sums[0].to(log_probs.dtype, copy=True), grad, sums
 
 
@@ -174,13 +184,15 @@ def _token_loss_backward(ctx, grad_loss, _grad_grad, _grad_sums):
 
 class _TokenLoss(torch.autograd.Function):  # as _LogProb: cheaper to call than the operator
     @staticmethod
-    def forward(ctx, *inputs):
-        output = _token_loss(*inputs)
-        ctx.mark_non_differentiable(*output[1:])
-        _save(ctx, inputs, output)
-        return output
+    def forward(ctx, log_probs, rest, found):
+        loss, grad, sums = _token_loss(log_probs, *rest)
+        ctx.save_for_backward(grad)
+        found.append(sums)
+        return loss
 
-    backward = staticmethod(_token_loss_backward)
+    @staticmethod
+    def backward(ctx, grad_loss):
+        return _token_loss_backward(ctx, grad_loss, None, None)[0], None, None
 
 
 LIBRARY.impl("token_loss", _token_loss, "CompositeExplicitAutograd")

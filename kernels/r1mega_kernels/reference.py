@@ -97,6 +97,43 @@ def log_prob_backward(
         grad_logits.copy_(grad_NV)
 
 
+def _of_kept(logits, vocab_start, kept_ids, kept_ranges) -> tuple[torch.Tensor, torch.Tensor]:
+    """(logits [T, V], -inf where an id is not kept; [T, V] whether it is). An empty list keeps every id."""
+    begins_T, ends_T = kept_ranges.unbind(1)
+    lengths_T = ends_T - begins_T
+    owner_M = torch.repeat_interleave(lengths_T)
+    within_M = torch.arange(len(owner_M), device=logits.device) - (lengths_T.cumsum(0) - lengths_T)[owner_M]
+    column_M = kept_ids[begins_T[owner_M] + within_M].long() - vocab_start
+    held_M = (column_M >= 0) & (column_M < logits.shape[1])
+    kept_TV = (lengths_T == 0)[:, None].repeat(1, logits.shape[1])
+    kept_TV[owner_M[held_M], column_M[held_M]] = True
+    return logits.masked_fill(~kept_TV, -math.inf), kept_TV
+
+
+def kept_log_prob_stats(
+    logits, targets, inverse_temperature, rows, has_rows, vocab_start, stats, kept_ids, kept_ranges
+) -> None:
+    """As `log_prob_stats`, over the columns that each token keeps; no target's logit where it is not kept."""
+    masked_TV, kept_TV = _of_kept(logits, vocab_start, kept_ids, kept_ranges)
+    log_prob_stats(masked_TV, targets, inverse_temperature, rows, has_rows, vocab_start, stats)
+    column_T = (targets - vocab_start).clamp(0, logits.shape[1] - 1)
+    missing_T = ~kept_TV.gather(1, column_T[:, None])[:, 0]
+    stats[:, 3].masked_fill_(_selected(missing_T, rows, has_rows), math.nan)
+
+
+def kept_log_prob_backward(
+    logits, targets, inverse_temperature, positions, has_positions, vocab_start, stats, entropy, grads, grad_logits,
+    kept_ids, kept_ranges, scratch,
+) -> None:  # fmt: skip
+    """As `log_prob_backward`; 0 in columns that a token does not keep."""
+    masked_TV, kept_TV = _of_kept(logits, vocab_start, kept_ids, kept_ranges)
+    log_prob_backward(
+        masked_TV, targets, inverse_temperature, positions, has_positions, vocab_start, stats, entropy, grads,
+        grad_logits,
+    )  # fmt: skip
+    grad_logits.masked_fill_(~kept_TV, 0)
+
+
 def group_advantage(rewards, offsets, mask, baseline, scale, epsilon, advantages) -> None:
     """advantages[R] <- from rewards[R] (float64) of groups offsets[g]:offsets[g + 1]; 0 where masked or no signal."""
     counted_R = mask.bool() if mask.numel() else torch.ones_like(rewards, dtype=torch.bool)

@@ -124,7 +124,10 @@ def _log_prob_choice(config: Stage) -> str:
         return "torch (model.log_probs=reference)"
     import r1mega_kernels
 
-    return f"kernels, {r1mega_kernels.backend()}"
+    try:
+        return f"kernels, {r1mega_kernels.backend()}"
+    except r1mega_kernels.PlatformError as error:  # no error of r1mega's; validate_platform has made one of it
+        return f"kernels: {error}"
 
 
 def _file_facts(config: Stage) -> list[Fact]:

@@ -139,7 +139,11 @@ def _kernels() -> list[Fact]:
         return [Fact("kernels", False, "r1mega_kernels is not installed (pip install -e .)")]
     import r1mega_kernels
 
-    backend = r1mega_kernels.backend()
+    try:
+        backend = r1mega_kernels.backend()
+        r1mega_kernels.backend("cpu")  # advantages are computed there on a GPU's machine too
+    except r1mega_kernels.PlatformError as error:
+        return [Fact("kernels", False, str(error))]
     why = "" if os.environ.get("R1MEGA_KERNELS") == "reference" else _KERNELS_NOTES.get(backend, "")
     return [Fact("kernels", backend not in _KERNELS_NOTES, backend + why)]
 

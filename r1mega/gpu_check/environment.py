@@ -134,6 +134,8 @@ def _abilities(
         "compiler": "; ".join(
             f"no {name}" for name, path in _compilers().items() if path is None and (cuda or name == "g++")
         ),
+        "sanitizer": _tool("compute-sanitizer") if cuda else no_gpu,
+        "ncu": _tool("ncu") if cuda else no_gpu,
         "policy": policy,
         "te": library("transformer-engine") if cuda else "Transformer Engine needs a GPU",
         "fp8": "" if facts.get("fp8") else "this device has no FP8",
@@ -219,6 +221,11 @@ def build_script() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def _tool(name: str) -> str:
+    """'' when it is on PATH."""
+    return "" if shutil.which(name) else f"no {name} on PATH (it comes with the CUDA toolkit)"
 
 
 def _compilers() -> dict[str, str | None]:

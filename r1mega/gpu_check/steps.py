@@ -34,12 +34,20 @@ STEPS = (
     ),
     Step("kernels-build", "the kernels compile here", f"{_HERE}.kernels:build", 45, 300, ("torch", "compiler")),
     Step(
+        "kernels-safe", "no access out of bounds, race or missed barrier in any kernel, by compute-sanitizer",
+        f"{_HERE}.inspect_kernels:sanitize", 60, 600, ("gpu", "torch", "sanitizer"), ("kernels-build",),
+    ),
+    Step(
         "kernels-right", "kernels against float64: values, gradients, extremes, batch invariance",
         f"{_HERE}.kernels:right", 25, 240, ("torch",), ("kernels-build",),
     ),
     Step(
         "kernels-fast", "kernels against the measured limits",
         f"{_HERE}.kernels:fast", 25, 240, ("torch",), ("limits", "kernels-right"),
+    ),
+    Step(
+        "kernels-counted", "ncu's counters of each kernel: shares of bandwidth and compute, occupancy",
+        f"{_HERE}.inspect_kernels:profile", 60, 600, ("gpu", "torch", "ncu"), ("kernels-right",),
     ),
     Step(
         "reference", "two steps of a small policy on the CPU, float32: what the device must reproduce",

@@ -18,6 +18,25 @@ from r1mega.platform.vllm_version import check_version
 logger = logging.getLogger(__name__)
 
 
+def _check_kernels(device: str, log_probs: str) -> None:
+    """Advantages are computed on the CPU by its kernels whatever computes the log-probs, and wherever."""
+    try:
+        r1mega_kernels.backend("cpu")
+    except r1mega_kernels.PlatformError as error:  # of a package that knows nothing of r1mega's
+        raise PlatformError(str(error)) from error
+    if device == "cpu" or log_probs == "reference":
+        return
+    try:
+        is_missing = r1mega_kernels.backend(device) == "missing"
+    except r1mega_kernels.PlatformError as error:
+        raise PlatformError(f"{error} model.log_probs=reference does without.") from error
+    if is_missing:
+        raise PlatformError(
+            "the CUDA kernels are not built: run `python kernels/build.py --cuda` (wants nvcc), or set "
+            "model.log_probs=reference"
+        )
+
+
 def validate_platform(config: Stage) -> None:
     """Raises PlatformError for what this machine lacks, ConfigError for a model that its generator has no kernels for.
 
@@ -26,11 +45,7 @@ def validate_platform(config: Stage) -> None:
     here = platform.current()
     if here.name == "cuda":
         _check_libraries()
-        if config.model.log_probs != "reference" and r1mega_kernels.backend("cuda") == "missing":
-            raise PlatformError(
-                "the CUDA kernels are not built: run `python kernels/build.py --cuda` (wants nvcc), or set "
-                "model.log_probs=reference"
-            )
+    _check_kernels(here.name, config.model.log_probs)
     if config.model.dispatcher != "alltoall" and (here.name == "cpu" or importlib.util.find_spec("deep_ep") is None):
         raise PlatformError(
             f"model.dispatcher = {config.model.dispatcher} needs a GPU and the package deep_ep, which are not both here; set "

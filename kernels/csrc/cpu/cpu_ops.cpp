@@ -71,24 +71,81 @@ int64_t local_column(int64_t target, int64_t vocab_start, int64_t columns) {
     return column >= 0 && column < columns ? column : -1;
 }
 
-// log_prob_stats(logits, targets, inverse_temperature, rows, bool has_rows, int vocab_start, stats!)
-void op_log_prob_stats(StableIValue* stack, uint64_t, uint64_t) {
+// Lists of the ids that tokens keep. ranges: [tokens, 2], where a token's list begins and ends; an empty one keeps all.
+struct KeptLists {
+    const int32_t* ids;
+    const int64_t* ranges;
+    int64_t begin(int64_t token) const { return ranges[2 * token]; }
+    int64_t length(int64_t token) const { return ranges[2 * token + 1] - ranges[2 * token]; }
+};
+
+// A token's kept columns among this rank's, side by side, and which of them is the target's.
+struct KeptRow {
+    std::vector<int64_t> columns;
+    int64_t target = -1;
+    KeptRow(const KeptLists& lists, int64_t token, int64_t target_column, int64_t vocab_start, int64_t num_columns) {
+        const int32_t* ids = lists.ids + lists.begin(token);
+        columns.reserve(size_t(lists.length(token)));
+        for (int64_t j = 0; j < lists.length(token); ++j) {
+            const int64_t column = local_column(ids[j], vocab_start, num_columns);
+            if (column < 0) continue;
+            if (column == target_column) target = int64_t(columns.size());
+            columns.push_back(column);
+        }
+    }
+    int64_t count() const { return int64_t(columns.size()); }
+    template <class E>
+    void gather(const E* row, float* out) const {
+        for (int64_t k = 0; k < count(); ++k) out[k] = to_float(row[columns[size_t(k)]]);
+    }
+    template <class E>
+    void scatter(const float* values, E* row) const {
+        for (int64_t k = 0; k < count(); ++k) from_float(values[k], row[columns[size_t(k)]]);
+    }
+};
+
+template <class E>
+RowStats kept_stats(const CpuKernels& table, const E* row, const KeptRow& kept, float c) {
+    std::vector<float> values(size_t(kept.count()));
+    kept.gather(row, values.data());
+    return table.row_stats_f32(values.data(), kept.count(), kept.target, c);
+}
+
+// stack: logits, targets, inverse_temperature, rows, bool has_rows, int vocab_start, stats!
+void stats_of_rows(StableIValue* stack, const KeptLists* lists) {
     const Tensor logits(stack[0]), targets(stack[1]), temperature(stack[2]), rows(stack[3]), stats(stack[6]);
     const bool has_rows = scalar<bool>(stack[4]), is_bf16 = logits.is_bf16();
     const int64_t vocab_start = scalar<int64_t>(stack[5]);
     const int64_t count = stats.size(0), columns = logits.size(1), stride = logits.stride(0);
     const int64_t *target = targets.data<int64_t>(), *row = has_rows ? rows.data<int64_t>() : nullptr;
     const PerToken inverse_temperature(temperature);
-    const void* data = logits.data<void>();
+    const auto* halves = static_cast<const Bf16*>(logits.data<void>());
+    const auto* floats = static_cast<const float*>(logits.data<void>());
     RowStats* out = stats.data<RowStats>();
     const CpuKernels& table = kernels();
     parallel_for(count, 32768 / (columns + 1), [&](int64_t i) {
         const int64_t token = row ? row[i] : i;
         const float c = inverse_temperature[token] * kLog2e;
         const int64_t column = local_column(target[token], vocab_start, columns);
-        out[i] = is_bf16 ? table.row_stats_bf16(static_cast<const Bf16*>(data) + token * stride, columns, column, c)
-                         : table.row_stats_f32(static_cast<const float*>(data) + token * stride, columns, column, c);
+        if (lists && lists->length(token) > 0) {
+            const KeptRow kept(*lists, token, column, vocab_start, columns);
+            out[i] = is_bf16 ? kept_stats(table, halves + token * stride, kept, c)
+                             : kept_stats(table, floats + token * stride, kept, c);
+        } else {
+            out[i] = is_bf16 ? table.row_stats_bf16(halves + token * stride, columns, column, c)
+                             : table.row_stats_f32(floats + token * stride, columns, column, c);
+        }
     });
+}
+
+// log_prob_stats(logits, targets, inverse_temperature, rows, bool has_rows, int vocab_start, stats!)
+void op_log_prob_stats(StableIValue* stack, uint64_t, uint64_t) { stats_of_rows(stack, nullptr); }
+
+// kept_log_prob_stats(the same, kept_ids, kept_ranges)
+void op_kept_log_prob_stats(StableIValue* stack, uint64_t, uint64_t) {
+    const Tensor ids(stack[7]), ranges(stack[8]);
+    const KeptLists lists{ids.data<int32_t>(), ranges.data<int64_t>()};
+    stats_of_rows(stack, &lists);
 }
 
 // log_prob_merge(shards[ranks, N, 4], inverse_temperature, rows, bool has_rows, stats![N, 4], results![3, N])
@@ -110,10 +167,19 @@ void op_log_prob_merge(StableIValue* stack, uint64_t, uint64_t) {
     });
 }
 
-// log_prob_backward(logits, targets, inverse_temperature, positions, bool has_positions, int vocab_start, stats,
-// entropy,
-//                   grads[3, N], grad_logits!); positions[token] is the token's row of stats, or -1
-void op_log_prob_backward(StableIValue* stack, uint64_t, uint64_t) {
+// `out` may be `x`. values: room for the kept gradients, which are found before the row is cleared.
+template <class E>
+void kept_backward(const CpuKernels& table, const E* x, E* out, int64_t columns, const KeptRow& kept, float* values,
+                   const RowStats& stats, const RowGradient& gradient, float c) {
+    kept.gather(x, values);
+    table.row_backward_f32(values, values, kept.count(), kept.target, stats, gradient, c);
+    memset(out, 0, size_t(columns) * sizeof(E));
+    kept.scatter(values, out);
+}
+
+// stack: logits, targets, inverse_temperature, positions, bool has_positions, int vocab_start, stats, entropy,
+// grads[3, N], grad_logits!; positions[token] is the token's row of stats, or -1. scratch: one float a kept id
+void backward_of_rows(StableIValue* stack, const KeptLists* lists, float* scratch) {
     const Tensor logits(stack[0]), targets(stack[1]), temperature(stack[2]), positions(stack[3]), stats(stack[6]),
         entropies(stack[7]), grads(stack[8]), grad_logits(stack[9]);
     const bool has_positions = scalar<bool>(stack[4]), is_bf16 = logits.is_bf16();
@@ -126,7 +192,7 @@ void op_log_prob_backward(StableIValue* stack, uint64_t, uint64_t) {
     const RowStats* row_stats = stats.data<RowStats>();
     const float *entropy = entropies.data<float>(), *grad = grads.data<float>();
     const void* data = logits.data<void>();
-    void* out = grad_logits.data<void>();
+    void* result = grad_logits.data<void>();
     const CpuKernels& table = kernels();
     parallel_for(tokens, 32768 / (columns + 1), [&](int64_t token) {
         const int64_t i = position ? position[token] : token;
@@ -138,15 +204,31 @@ void op_log_prob_backward(StableIValue* stack, uint64_t, uint64_t) {
             gradient = row_gradient(of_row, entropy[i], grad[i], grad[count + i], grad[2 * count + i], inverse);
         }
         const int64_t column = i >= 0 ? local_column(target[token], vocab_start, columns) : -1;
+        const auto run = [&](const auto* x, auto* out, auto row_backward) {
+            if (lists && lists->length(token) > 0 && !gradient.is_zero)
+                kept_backward(table, x, out, columns, KeptRow(*lists, token, column, vocab_start, columns),
+                              scratch + lists->begin(token), of_row, gradient, inverse * kLog2e);
+            else
+                row_backward(x, out, columns, column, of_row, gradient, inverse * kLog2e);
+        };
         if (is_bf16)
-            table.row_backward_bf16(static_cast<const Bf16*>(data) + token * stride,
-                                    static_cast<Bf16*>(out) + token * out_stride, columns, column, of_row, gradient,
-                                    inverse * kLog2e);
+            run(static_cast<const Bf16*>(data) + token * stride, static_cast<Bf16*>(result) + token * out_stride,
+                table.row_backward_bf16);
         else
-            table.row_backward_f32(static_cast<const float*>(data) + token * stride,
-                                   static_cast<float*>(out) + token * out_stride, columns, column, of_row, gradient,
-                                   inverse * kLog2e);
+            run(static_cast<const float*>(data) + token * stride, static_cast<float*>(result) + token * out_stride,
+                table.row_backward_f32);
     });
+}
+
+// log_prob_backward(logits, targets, inverse_temperature, positions, bool has_positions, int vocab_start, stats,
+//                   entropy, grads, grad_logits!)
+void op_log_prob_backward(StableIValue* stack, uint64_t, uint64_t) { backward_of_rows(stack, nullptr, nullptr); }
+
+// kept_log_prob_backward(the same, kept_ids, kept_ranges, scratch!)
+void op_kept_log_prob_backward(StableIValue* stack, uint64_t, uint64_t) {
+    const Tensor ids(stack[10]), ranges(stack[11]), scratch(stack[12]);
+    const KeptLists lists{ids.data<int32_t>(), ranges.data<int64_t>()};
+    backward_of_rows(stack, &lists, scratch.room_for_floats(ids.numel()));
 }
 
 struct OneLane {
@@ -213,6 +295,8 @@ const auto registration = abi::Registration("CPU", __FILE__)
                               .add("log_prob_stats", op_log_prob_stats)
                               .add("log_prob_merge", op_log_prob_merge)
                               .add("log_prob_backward", op_log_prob_backward)
+                              .add("kept_log_prob_stats", op_kept_log_prob_stats)
+                              .add("kept_log_prob_backward", op_kept_log_prob_backward)
                               .add("group_advantage", op_group_advantage)
                               .add("grpo_token_loss", op_grpo_token_loss);
 

@@ -1,5 +1,6 @@
 // The operators on a GPU: arguments were checked by the Python side, launches go to torch's current stream.
 #include "group_advantage.cuh"
+#include "kept.cuh"
 #include "log_prob.cuh"
 #include "r1mega_kernels/torch_abi.h"
 #include "token_loss.cuh"
@@ -48,17 +49,31 @@ void launch_stats(const device::RowSource& source, unsigned blocks, cudaStream_t
     kernel<<<blocks, device::kThreads, 0, stream>>>(source, stats);
 }
 
-void op_log_prob_stats(StableIValue* stack, uint64_t, uint64_t) {
+// stack: logits, targets, inverse_temperature, rows, bool has_rows, int vocab_start, stats!
+void stats_of_rows(StableIValue* stack, const device::KeptLists* lists) {
     const Tensor logits(stack[0]), targets(stack[1]), temperature(stack[2]), rows(stack[3]), stats(stack[6]);
     const OnDevice device(logits);
     const int64_t* row = scalar<bool>(stack[4]) ? rows.data<int64_t>() : nullptr;
     const auto source = row_source(logits, targets, temperature, row, scalar<int64_t>(stack[5]));
     const auto blocks = unsigned(stats.size(0));
-    if (logits.is_bf16())
-        launch_stats<Bf16>(source, blocks, device.stream(), stats.data<RowStats>());
-    else
-        launch_stats<float>(source, blocks, device.stream(), stats.data<RowStats>());
+    const auto launch = [&](auto element) {
+        using E = decltype(element);
+        if (lists)
+            device::kept_log_prob_stats<E>
+                <<<blocks, device::kThreads, 0, device.stream()>>>(source, *lists, stats.data<RowStats>());
+        else
+            launch_stats<E>(source, blocks, device.stream(), stats.data<RowStats>());
+    };
+    logits.is_bf16() ? launch(Bf16{}) : launch(0.f);
     OnDevice::check(cudaGetLastError(), "log_prob_stats");
+}
+
+void op_log_prob_stats(StableIValue* stack, uint64_t, uint64_t) { stats_of_rows(stack, nullptr); }
+
+void op_kept_log_prob_stats(StableIValue* stack, uint64_t, uint64_t) {
+    const Tensor ids(stack[7]), ranges(stack[8]);
+    const device::KeptLists lists{ids.data<int32_t>(), ranges.data<int64_t>()};
+    stats_of_rows(stack, &lists);
 }
 
 void op_log_prob_merge(StableIValue* stack, uint64_t, uint64_t) {
@@ -75,7 +90,9 @@ void op_log_prob_merge(StableIValue* stack, uint64_t, uint64_t) {
     OnDevice::check(cudaGetLastError(), "log_prob_merge");
 }
 
-void op_log_prob_backward(StableIValue* stack, uint64_t, uint64_t) {
+// stack: logits, targets, inverse_temperature, positions, bool has_positions, int vocab_start, stats, entropy, grads,
+// grad_logits!; scratch: one float a kept id
+void backward_of_rows(StableIValue* stack, const device::KeptLists* lists, float* scratch) {
     const Tensor logits(stack[0]), targets(stack[1]), temperature(stack[2]), positions(stack[3]), stats(stack[6]),
         entropy(stack[7]), grads(stack[8]), grad_logits(stack[9]);
     const OnDevice device(logits);
@@ -84,13 +101,25 @@ void op_log_prob_backward(StableIValue* stack, uint64_t, uint64_t) {
                                        stats.data<RowStats>(), entropy.data<float>(), grads.data<float>(),
                                        stats.size(0)};
     const auto blocks = unsigned(logits.size(0));
-    if (logits.is_bf16())
-        device::log_prob_backward<Bf16><<<blocks, device::kThreads, 0, device.stream()>>>(
-            source, upstream, grad_logits.data<void>(), grad_logits.stride(0));
-    else
-        device::log_prob_backward<float><<<blocks, device::kThreads, 0, device.stream()>>>(
-            source, upstream, grad_logits.data<void>(), grad_logits.stride(0));
+    const auto launch = [&](auto element) {
+        using E = decltype(element);
+        if (lists)
+            device::kept_log_prob_backward<E><<<blocks, device::kThreads, 0, device.stream()>>>(
+                source, upstream, *lists, scratch, grad_logits.data<void>(), grad_logits.stride(0));
+        else
+            device::log_prob_backward<E><<<blocks, device::kThreads, 0, device.stream()>>>(
+                source, upstream, grad_logits.data<void>(), grad_logits.stride(0));
+    };
+    logits.is_bf16() ? launch(Bf16{}) : launch(0.f);
     OnDevice::check(cudaGetLastError(), "log_prob_backward");
+}
+
+void op_log_prob_backward(StableIValue* stack, uint64_t, uint64_t) { backward_of_rows(stack, nullptr, nullptr); }
+
+void op_kept_log_prob_backward(StableIValue* stack, uint64_t, uint64_t) {
+    const Tensor ids(stack[10]), ranges(stack[11]), scratch(stack[12]);
+    const device::KeptLists lists{ids.data<int32_t>(), ranges.data<int64_t>()};
+    backward_of_rows(stack, &lists, scratch.room_for_floats(ids.numel()));
 }
 
 void op_group_advantage(StableIValue* stack, uint64_t, uint64_t) {
@@ -136,6 +165,8 @@ const auto registration = abi::Registration("CUDA", __FILE__)
                               .add("log_prob_stats", op_log_prob_stats)
                               .add("log_prob_merge", op_log_prob_merge)
                               .add("log_prob_backward", op_log_prob_backward)
+                              .add("kept_log_prob_stats", op_kept_log_prob_stats)
+                              .add("kept_log_prob_backward", op_kept_log_prob_backward)
                               .add("group_advantage", op_group_advantage)
                               .add("grpo_token_loss", op_grpo_token_loss);
 

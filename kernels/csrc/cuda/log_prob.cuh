@@ -271,6 +271,11 @@ struct RowUpstream {
     const float* entropy;      // [count]
     const float* grads;        // [3, count]
     int64_t count;
+
+    R1_DEVICE RowGradient gradient_of_row(int64_t i, float inverse, float& base) const {
+        base = safe_base(stats[i].max);
+        return row_gradient(stats[i], entropy[i], grads[i], grads[count + i], grads[2 * count + i], inverse);
+    }
 };
 
 // grad_logits may be the logits: a thread reads an element before it writes it, and no other thread reads it. The
@@ -287,12 +292,7 @@ R1_GLOBAL R1_LAUNCH_BOUNDS(kThreads) void log_prob_backward(RowSource source, Ro
     RowGradient gradient{0.f, 0.f, 0.f, true};
     const float inverse = source.inverse(token), c = inverse * kLog2e;
     float base = 0.f;
-    if (i >= 0) {
-        const RowStats stats = upstream.stats[i];
-        base = safe_base(stats.max);
-        gradient = row_gradient(stats, upstream.entropy[i], upstream.grads[i], upstream.grads[upstream.count + i],
-                                upstream.grads[2 * upstream.count + i], inverse);
-    }
+    if (i >= 0) gradient = upstream.gradient_of_row(i, inverse, base);
     const int64_t column = gradient.is_zero ? -1 : source.column(token);
     int64_t pack = threadIdx.x;
     if (gradient.is_zero) {

@@ -14,13 +14,20 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import r1mega_kernels
+from bench import exercise
+from r1mega.gpu_check import inspect_kernels
 from r1mega.gpu_check.environment import UNCORRECTED, _from_nvidia_smi
+from r1mega.gpu_check.findings import Context, Findings
 from r1mega.gpu_check.report import plain_table, summary
 from r1mega.gpu_check.runner import ROOT, Plan, run_all, unpack
 from r1mega.gpu_check.steps import STEPS, Step, select
+from r1mega_kernels import library
 
 pytestmark = pytest.mark.heavy
 
@@ -262,6 +269,61 @@ def test_a_run_with_a_metric_that_is_not_finite_is_caught(tmp_path, caplog):
     agreement = "mean difference of trainer and sampler"
     assert judged("sampler", **{"logprob/diff_mean": float("inf")}) == ["every metric", agreement]
     assert judged("apart", **{"logprob/diff_mean": 3e-5}) == [agreement]
+
+
+def test_what_compute_sanitizer_and_ncu_say(tmp_path, monkeypatch):
+    """Stand-ins on PATH: one tool finds something, ncu's CSV comes after other lines; neither may be a pass by mistake.
+    Nor may a sanitizer that checks no kernel at all."""
+    listing = (
+        '==PROF== Connected\n"ID","Kernel Name","Metric Name","Metric Value"\n'
+        '"0","r1mega::device::token_loss(r1mega::LossTensors, int)","dram__throughput.avg.pct_of_peak_sustained_elapsed","1,090.0"\n'
+        '"1","r1mega::device::token_loss(r1mega::LossTensors, int)","dram__throughput.avg.pct_of_peak_sustained_elapsed","12.0"\n'
+        '"2","void r1mega::device::log_prob_stats<r1mega::Bf16, (bool)1>(r1mega::device::RowSource, r1mega::RowStats *)",'
+        '"sm__throughput.avg.pct_of_peak_sustained_elapsed","40.5"\n'
+    )
+    (tmp_path / "listing").write_text(listing)
+    for name, script in {
+        "compute-sanitizer": 'echo "seen: $* $PYTORCH_NO_CUDA_MEMORY_CACHING"; [ "$2" != racecheck ] || exit 9\n'
+        f'case "$*" in *--fault) cat {tmp_path}/fault; exit 9;; esac',
+        "ncu": f"cat {tmp_path}/listing",
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    found, context = Findings(), Context("cuda", tmp_path, {}, ())
+    (tmp_path / "fault").write_text("========= Invalid __global__ read of size 16 bytes\n")
+    inspect_kernels.sanitize(context, found)
+    control = "memcheck finds the read out of bounds that is there"
+    expected = {f"{check} finds nothing": check != "racecheck" for check in inspect_kernels.CHECKS}
+    assert found.figures == expected | {control: True}
+    assert len(found.failures) == 1 and "bench.exercise 1" in found.failures[0]
+    (tmp_path / "fault").write_text("========= ERROR SUMMARY: 0 errors\n")
+    unseen = Findings()
+    inspect_kernels.sanitize(context, unseen)
+    assert unseen.figures[control] is False and "0 errors" in unseen.failures[-1]
+    inspect_kernels.profile(context, found)
+    assert found.figures["token_loss: share of memory bandwidth, %"] == 1090 and len(found.failures) == 1
+    assert found.figures["log_prob_stats: share of compute, %"] == 40.5
+    (tmp_path / "listing").write_text("==ERROR== ERR_NVGPUCTRPERM")
+    inspect_kernels.profile(context, found)
+    assert "may not read the counters" in found.notes[0] and len(found.failures) == 1
+
+
+def test_what_they_look_at_runs_every_operator():
+    """On the CPU, where the same calls work."""
+    if r1mega_kernels.backend("cpu") == "reference":
+        pytest.skip("no compiled CPU kernels")
+    called = set()
+
+    class Recorded(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            called.add(function.name().removeprefix("r1mega_kernels::"))
+            return function(*arguments, **(options or {}))
+
+    with Recorded():
+        exercise.exercise(9, 70, torch.float32, "cpu")
+    declared = {schema.split("(")[0] for schema in library._SCHEMAS}
+    assert declared - called == {"instruction_set"}
 
 
 def test_one_wrong_gradient_is_caught():

@@ -164,10 +164,28 @@ def test_a_library_of_other_operators_is_refused(tmp_path):
     )
     declared = tmp_path / "r1mega_kernels" / "library.py"
     declared.write_text(declared.read_text().replace("float kl_coefficient", "float further, float kl_coefficient"))
-    command = [sys.executable, "-c", "import r1mega_kernels"]
-    path = os.pathsep.join([str(tmp_path), str(ROOT)])
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
-    assert done.returncode and "built for other operators" in done.stderr and "kernels/build.py" in done.stderr
+    program = (
+        "import torch, r1mega_kernels as k\n"
+        "logits, targets = torch.zeros(1, 4), torch.tensor([1])\n"
+        "print(float(k.grouped_log_prob(logits, targets, backend='reference').log_prob.exp()))\n"
+        "for call in (k.backend, lambda: k.grouped_log_prob(logits, targets)):\n"
+        "    try: call()\n"
+        "    except k.PlatformError as error: print(error)\n"
+        "from r1mega.doctor.machine import _kernels\n"
+        "print(_kernels()[0])\n"
+        "from r1mega.errors import PlatformError\n"
+        "from r1mega.platform.validate import _check_kernels\n"
+        "for choice in (('cpu', 'logits'), ('cpu', 'reference'), ('cuda', 'logits')):\n"
+        "    try: _check_kernels(*choice)\n"
+        "    except PlatformError as error: print(error)\n"
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    reference, *refusals = done.stdout.splitlines()
+    assert reference == "0.25" and len(refusals) == 6, done.stdout
+    assert all("built for other operators" in line and "kernels/build.py" in line for line in refusals)
+    assert "log_probs=reference" not in done.stdout, "advantages would not do without"
 
 
 def test_cuda_kernels_keep_their_budgets(build):

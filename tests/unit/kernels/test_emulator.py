@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import struct
@@ -14,6 +15,7 @@ import torch
 
 import r1mega_kernels
 from r1mega_kernels import group_advantage, grpo_token_loss
+from tests.unit.kernels.test_kept import exact_kept, kept_case, lists_of
 from tests.unit.kernels.test_log_prob import exact, random_case
 from tests.unit.kernels.test_loss import random_tokens
 
@@ -52,17 +54,22 @@ def run(program, kernel, *arrays, check=True):
     return done
 
 
-def run_log_prob(program, logits, targets, inverse, rows, grads, order=0, misalignment=0, in_place=0):
-    """(results [3, N], gradient [T, V])."""
+def run_log_prob(
+    program, logits, targets, inverse, rows, grads, order=0, misalignment=0, in_place=0, kept=None, start=0
+):
+    """(results [3, N], gradient [T, V]). start: the id of the first column."""
     tokens, columns = logits.shape
     positions = torch.empty(0, dtype=torch.int32)
     if rows is not None:
         positions = torch.full((tokens,), -1, dtype=torch.int32)
         positions[rows] = torch.arange(len(rows), dtype=torch.int32)
     count = tokens if rows is None else len(rows)
-    scalars = [tokens, columns, columns, 0, count, order, misalignment, in_place]
+    scalars = [tokens, columns, columns, start, count, order, misalignment, in_place]
     kernel = "log_prob_bf16" if logits.dtype == torch.bfloat16 else "log_prob_f32"
-    out = run(program, kernel, scalars, logits, targets, [] if rows is None else rows, inverse, positions, grads).stdout
+    arrays = [scalars, logits, targets, [] if rows is None else rows, inverse, positions, grads]
+    if kept is not None:
+        kernel, arrays = f"kept_{kernel}", [*arrays, kept.ids, kept.ranges()]
+    out = run(program, kernel, *arrays).stdout
     results = torch.from_numpy(np.frombuffer(out[: 12 * count], dtype=np.float32).copy()).view(3, count)
     raw = np.frombuffer(out[12 * count :], dtype=np.int16 if logits.dtype == torch.bfloat16 else np.float32).copy()
     return results, torch.from_numpy(raw).view(logits.dtype).view(tokens, columns)
@@ -87,6 +94,60 @@ def test_log_prob_and_gradient(emulator, dtype, vocabulary):
     for variant in ({"order": 1}, {"misalignment": misalignment}, {"in_place": 1, "order": 1}):
         other = run_log_prob(*case, **variant)
         assert torch.equal(other[0], results) and torch.equal(other[1], grad), variant
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocabulary", [1, 65, 5001])
+def test_kept_ids(emulator, dtype, vocabulary):
+    logits, targets, keeps, kept = kept_case(8, vocabulary, dtype)
+    rows = torch.tensor([0, 1, 3, 4, 6])
+    grads = torch.randn(3, 5, generator=torch.Generator().manual_seed(1))
+    grads[:, 3] = 0
+    temperature = torch.linspace(0.5, 1.5, 8)
+    expected, leaf = exact_kept(logits, targets, keeps, temperature, rows)
+    (expected * grads).sum().backward()
+    case = (emulator, logits.masked_fill(~keeps, math.nan), targets, 1 / temperature, rows, grads)
+    results, grad = run_log_prob(*case, kept=kept)
+    torch.testing.assert_close(results.double(), expected.detach(), rtol=3e-7, atol=2e-6)
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2**-8, "atol": 1e-6}
+    torch.testing.assert_close(grad.double(), leaf.grad, **tolerance)
+    for variant in ({"order": 1}, {"misalignment": logits.element_size()}, {"in_place": 1, "order": 1}):
+        other = run_log_prob(*case, **variant, kept=kept)
+        assert torch.equal(other[0], results) and torch.equal(other[1], grad), variant
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kept_ids_of_one_shard(emulator, dtype):
+    """The columns in the middle: lists that begin before them and end after them, one of ids that are all elsewhere, one of
+    every id; log-probs of targets that are here."""
+    begin, end = 1500, 4100
+    logits, targets, keeps, kept = kept_case(8, 5001, dtype)
+    targets[[0, 1, 2, 3, 7]] = torch.tensor([1500, 3000, 4099, 2000, 1501])
+    targets[[4, 5]] = torch.tensor([1499, 4100])
+    keeps.scatter_(1, targets[:, None], True)
+    keeps[4, begin:end] = False
+    lists = keeps.clone()
+    lists[1] = False
+    kept, here, shard = lists_of(lists), keeps[:, begin:end], logits[:, begin:end]
+    grads = torch.randn(3, 8, generator=torch.Generator().manual_seed(1))
+    held = (targets >= begin) & (targets < end)
+    grads[0, ~held] = 0
+    leaf = shard.double().requires_grad_()
+    chosen = [row for row in range(8) if row != 4]
+    scaled = leaf.masked_fill(~here, -math.inf)[chosen] / 0.7
+    log_probs = scaled.log_softmax(-1)
+    at_target = log_probs.gather(1, (targets[chosen] - begin).clamp(0, end - begin - 1)[:, None])[:, 0]
+    entropy = -(log_probs.exp() * log_probs.masked_fill(~here[chosen], 0)).sum(1)
+    expected = torch.stack([torch.where(held[chosen], at_target, 0), entropy, scaled.logsumexp(1)])
+    (expected * grads[:, chosen]).sum().backward()
+    case = (emulator, shard.masked_fill(~here, math.nan), targets, torch.tensor([1 / 0.7]), None, grads)
+    results, grad = run_log_prob(*case, kept=kept, start=begin)
+    assert results[0, ~held].isnan().all()
+    got = torch.where(held, results[0], 0), *results[1:]
+    torch.testing.assert_close(torch.stack(got)[:, chosen].double(), expected.detach(), rtol=3e-7, atol=2e-6)
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2**-8, "atol": 1e-6}
+    assert (grad[4] == 0).all()
+    torch.testing.assert_close(grad[chosen].double(), leaf.grad[chosen], **tolerance)
 
 
 def test_rows_are_independent_of_their_neighbours(emulator):

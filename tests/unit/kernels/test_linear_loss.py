@@ -114,10 +114,77 @@ def test_three_matrix_products(native):
     assert (one.operations, two.operations) == (3 * product, 4 * product)
 
 
+def sequence_loss(log_probs, old, advantages, lengths):
+    """GSPO, eq. 5 and 7: the clipped surrogate of each sequence's length-normalised ratio, times its advantage."""
+    total = 0.0
+    for ours, theirs, advantage in zip(log_probs.split(lengths), old.split(lengths), advantages, strict=True):
+        ratio = (ours - theirs).mean().exp()
+        total = total - torch.minimum(ratio * advantage, ratio.clamp(0.95, 1.05) * advantage)
+    return total
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 30, 1000])
+def test_ratios_of_sequences_in_one_pass(implementation, chunk_tokens):
+    """Chunks of whole sequences, of which one is longer than a chunk may be; against float64 of all at once."""
+    generator = torch.Generator().manual_seed(4)
+    lengths = [7, 12, 45, 1, 9, 16]
+    x, weight = (torch.randn(n, 8, generator=generator) for n in (sum(lengths), 150))
+    targets = torch.randint(0, 150, (sum(lengths),), generator=generator)
+    leaf_x, leaf_w = x.double().requires_grad_(), weight.double().requires_grad_()
+    exact = (leaf_x @ leaf_w.t()).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    old = (exact + 0.05 * torch.randn(sum(lengths), generator=generator)).detach()
+    advantages = torch.randn(len(lengths), generator=generator)
+    expected = sequence_loss(exact, old, advantages, lengths)
+    expected.backward()
+    starts = [sum(lengths[:k]) for k in range(len(lengths) + 1)]
+
+    def token_loss(scores, part):
+        first, last = starts.index(part.start), starts.index(part.stop)
+        loss = sequence_loss(scores.log_prob, old[part].float(), advantages[first:last], lengths[first:last])
+        return loss, part.stop - part.start
+
+    leaves = [tensor.clone().requires_grad_() for tensor in (x, weight)]
+    loss, sizes = linear_grpo_loss(
+        *leaves, targets, token_loss, chunk_tokens=chunk_tokens, sequence_offsets=starts, backend=implementation
+    )
+    loss.backward()
+    assert sizes == {1: lengths, 30: [19, 45, 26], 1000: [90]}[chunk_tokens]
+    torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-5, atol=1e-5)
+    for ours, exact_leaf in zip(leaves, (leaf_x, leaf_w), strict=True):
+        torch.testing.assert_close(ours.grad.double(), exact_leaf.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.heavy
+def test_compiled_with_a_break_it_computes_the_same(native):
+    """torch.compile does not take the inner gradient of a caller's function into its graph: it leaves one out."""
+    generator = torch.Generator().manual_seed(5)
+    x, weight = (torch.randn(n, 8, generator=generator) for n in (20, 50))
+    targets = torch.randint(0, 50, (20,), generator=generator)
+
+    def compute(x, weight):
+        return 2 * linear_grpo_loss(x, weight, targets, lambda scores, part: (scores.log_prob.square().sum(), None))[0]
+
+    found = []
+    torch._dynamo.reset()
+    for function in (compute, torch.compile(compute, backend="aot_eager")):
+        leaves = [tensor.clone().requires_grad_() for tensor in (x, weight)]
+        function(*leaves).backward()
+        found.append([leaf.grad for leaf in leaves])
+    for eager, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(compiled, eager)
+
+
 def test_wrong_arguments():
     x, weight, targets = random_case()
     with pytest.raises(ValueError, match="chunk_tokens must be"):
         linear_grpo_loss(x, weight, targets, token_loss(x, None), chunk_tokens=0)
+    with pytest.raises(ValueError, match="rows must be a contiguous vector"):
+        linear_grpo_loss(x, weight, targets, token_loss(x, None), rows=torch.tensor(1))
+    with pytest.raises(ValueError, match=r"expected hidden \[T, H\]"):
+        linear_grpo_loss(torch.tensor(1.0), weight, targets, token_loss(x, None))
+    for offsets in ([], [0, 3], [1, len(x)], [0, 5, 3, len(x)]):
+        with pytest.raises(ValueError, match="sequence_offsets must rise from 0"):
+            linear_grpo_loss(x, weight, targets, token_loss(x, None), sequence_offsets=offsets)
     x.requires_grad_()
     loss, _ = linear_grpo_loss(x, weight, targets, lambda scores, part: (scores.log_prob.sum(), None))
     with pytest.raises(RuntimeError, match="no second derivative"):

@@ -276,11 +276,44 @@ def test_a_second_derivative_is_refused(implementation):
             torch.autograd.grad(value, leaf, create_graph=True)
 
 
-def test_import_asks_for_no_gpu():
-    """A process that has met the CUDA driver cannot fork workers that use it."""
-    program = "import torch\ndef fail(): raise SystemExit('asked')\ntorch.cuda.is_available = fail\nimport r1mega_kernels as k\nprint(k.backend('cpu'))"
+def test_import_asks_for_no_gpu_and_no_compiler():
+    """A process that has met the CUDA driver cannot fork workers that use it; the compiler takes a second to import."""
+    program = (
+        "import sys, torch\ndef fail(): raise SystemExit('asked')\ntorch.cuda.is_available = fail\n"
+        "import r1mega_kernels as k\nprint(k.backend('cpu'))\nassert 'torch._dynamo' not in sys.modules"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_gradients_of_any_of_the_results(implementation):
+    """Those that are not used bring no gradient of their own."""
+    logits, targets = random_case(6, 40, torch.float32)
+    expected, leaf = exact(logits, targets, 1.0)
+    for chosen in ([0], [1], [2], [0, 2], [2, 1]):
+        x = logits.clone().requires_grad_()
+        results = grouped_log_prob(x, targets, backend=implementation)
+        sum(results[k].square().sum() for k in chosen).backward()
+        (grad,) = torch.autograd.grad(sum(expected[k].square().sum() for k in chosen), leaf, retain_graph=True)
+        torch.testing.assert_close(x.grad.double(), grad, rtol=1e-5, atol=2e-6)
+
+
+def test_a_first_call_in_inference_mode_spoils_no_later_one(implementation):
+    logits, targets = random_case(2, 5, torch.float32)
+    with torch.inference_mode():
+        grouped_log_prob(logits, targets, 0.123, backend=implementation)
+    grouped_log_prob(logits.requires_grad_(), targets, 0.123, backend=implementation).log_prob.sum().backward()
+    assert logits.grad.isfinite().all()
+
+
+def test_a_first_call_under_another_default_device_spoils_no_later_one(native):
+    logits, targets = random_case(3, 9, torch.float32)
+    expected = (logits / 0.6237).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    with torch.device("meta"):
+        first = grouped_log_prob(logits, targets, 0.6237, backend=native).log_prob
+    later = grouped_log_prob(logits, targets, 0.6237, backend=native).log_prob
+    torch.testing.assert_close(first, expected)
+    assert torch.equal(later, first)
 
 
 def test_formulas_by_finite_differences():
@@ -297,7 +330,7 @@ def test_operator_passes_torchs_own_checks(native):
     logits, targets = random_case(6, 40, torch.float32)
     rows = torch.tensor([1, 2, 5])
     for chosen in (None, rows):
-        arguments = (logits.clone().requires_grad_(), targets, torch.ones(1), chosen, 0, "", False, False)
+        arguments = (logits.clone().requires_grad_(), targets, torch.ones(1), chosen, None, None, 0, "", False, False)
         torch.library.opcheck(torch.ops.r1mega_kernels.log_prob.default, arguments)
 
 

@@ -10,7 +10,8 @@ import torch
 import r1mega_kernels
 from r1mega_kernels import LogProbs
 from tests.dist.launch import launch
-from tests.unit.kernels.vocab_parallel_worker import PADDING, VOCABULARY, case, run, token_loss
+from tests.unit.kernels.test_kept import exact_kept
+from tests.unit.kernels.vocab_parallel_worker import PADDING, VOCABULARY, case, kept_case, run, token_loss
 
 pytestmark = pytest.mark.heavy
 
@@ -73,3 +74,16 @@ def test_a_rank_whose_columns_are_all_masked(implementation):
     chosen = tail.gather(1, targets.clamp(min=4, max=300)[:, None] - 4)[:, 0]
     torch.testing.assert_close(first["masked"][0].double(), chosen, rtol=2e-6, atol=4e-6)
     assert torch.equal(first["masked"], second["masked"])
+
+
+def test_kept_ids(implementation):
+    """Lists of the whole vocabulary, of which one token's lies on one rank alone and one keeps every id."""
+    first, second = two_ranks(implementation)
+    hidden, weight, targets, rows, upstream = case()
+    expected, leaf = exact_kept(hidden @ weight.t(), targets, kept_case()[0], torch.full((len(targets),), 0.9), rows)
+    (expected * upstream).sum().backward()
+    assert torch.equal(first["kept"], second["kept"])
+    torch.testing.assert_close(first["kept"].double(), expected.detach(), rtol=2e-6, atol=4e-6)
+    grad = torch.cat([first["kept_logits"], second["kept_logits"]], dim=1)
+    assert (grad[:, VOCABULARY:] == 0).all()
+    torch.testing.assert_close(grad[:, :VOCABULARY].double(), leaf.grad, rtol=1e-5, atol=2e-6)

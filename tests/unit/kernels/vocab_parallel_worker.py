@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from r1mega_kernels import grouped_log_prob, grpo_token_loss, linear_grpo_loss, linear_log_prob
+from r1mega_kernels import KeptTokens, grouped_log_prob, grpo_token_loss, linear_grpo_loss, linear_log_prob
 
 TOKENS, VOCABULARY, HIDDEN, PADDING = 19, 501, 8, 3
 
@@ -27,6 +27,19 @@ def token_loss(scores, part):
     advantages = torch.linspace(-1, 1, TOKENS - 2)[part]
     moved = torch.linspace(-0.5, 0.5, TOKENS - 2)[part]
     return grpo_token_loss(scores.log_prob, advantages, scores.log_prob.detach() + moved, backend="reference")
+
+
+def kept_case() -> tuple[torch.Tensor, KeptTokens]:
+    """Which ids of the whole vocabulary each token keeps: token 5 its target alone, token 6 all (an empty list)."""
+    keeps = torch.rand(TOKENS, VOCABULARY, generator=torch.Generator().manual_seed(8)) < 0.1
+    keeps[5] = False
+    keeps.scatter_(1, case()[2][:, None], True)
+    keeps[6] = False
+    offsets = torch.zeros(TOKENS + 1, dtype=torch.int64)
+    offsets[1:] = keeps.sum(1).cumsum(0)
+    kept = KeptTokens(keeps.nonzero()[:, 1].int(), offsets)
+    keeps[6] = True
+    return keeps, kept
 
 
 def run(backends: list[str]) -> dict[str, dict[str, np.ndarray]]:
@@ -58,6 +71,9 @@ def shard_results(backend: str) -> dict[str, np.ndarray]:
     chunked = [x.detach().clone().requires_grad_() for x in (hidden, padded)]
     loss, _ = linear_grpo_loss(*chunked, targets, token_loss, 0.9, rows, **place, chunk_tokens=5)
     (loss * 3).backward()
+    kept_leaf = logits.detach().clone().requires_grad_()
+    kept = torch.stack(grouped_log_prob(kept_leaf, targets, 0.9, rows, **place, kept=kept_case()[1]))
+    (kept * upstream).sum().backward()
     masked_shard = torch.full((TOKENS, 4), -torch.inf) if rank == 0 else whole
     empty = grouped_log_prob(
         masked_shard, targets.clamp(min=4, max=300), tp_group=group, vocab_start=0 if rank == 0 else 4,
@@ -65,6 +81,7 @@ def shard_results(backend: str) -> dict[str, np.ndarray]:
     )  # fmt: skip
     tensors = {
         "results": results.detach(), "grad_logits": logits.grad, "linear": linear.detach(),
+        "kept": kept.detach(), "kept_logits": kept_leaf.grad,
         "masked": torch.stack(empty),
         "grad_hidden": hidden_leaf.grad, "grad_weight": weight_leaf.grad,
         "loss": loss.detach(), "loss_hidden": chunked[0].grad, "loss_weight": chunked[1].grad,

@@ -13,12 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 
+import r1mega_kernels
 from r1mega import platform
 from r1mega.config.load import load_config
 from r1mega.doctor import machine
+from r1mega.doctor.config import config_facts
 from r1mega.errors import PlatformError
 from r1mega.platform import libraries
-from r1mega.platform.validate import validate_platform
+from r1mega.platform.validate import _check_kernels, validate_platform
+from r1mega_kernels import library
 
 NAMES = ("transformer_engine", "transformer_engine_torch", "apex", "amp_C", "fused_weight_gradient_mlp_cuda")
 NANO = Path(__file__).parents[3] / "configs/nano/base.yaml"
@@ -77,6 +80,30 @@ def refusal() -> str:
 def told(name: str) -> tuple[bool | None, str]:
     (fact,) = (fact for fact in machine._libraries() if fact.name == name)
     return fact.state, fact.text
+
+
+def test_a_stale_cpu_library_of_the_kernels_is_told_before_a_run(monkeypatch):
+    """On a GPU's machine too, whatever computes log-probs: advantages are computed on the CPU."""
+    monkeypatch.setattr(library, "_CPU_PROBLEM", "_cpu.so is stale")
+    _, facts, problem = config_facts(NANO, [])
+    assert [fact.text for fact in facts if fact.name == "log-probs"] == ["kernels: _cpu.so is stale"]
+    assert problem is not None
+    assert refusal() == "_cpu.so is stale"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(library, "_has_cuda", lambda: True)
+    assert machine._kernels()[0].text == "_cpu.so is stale"
+    with pytest.raises(PlatformError, match=r"^_cpu\.so is stale$"):
+        _check_kernels("cuda", "logits")
+
+
+def test_only_the_cuda_library_of_the_kernels_can_be_done_without(monkeypatch):
+    def refused():
+        raise r1mega_kernels.PlatformError("_cuda.so is stale.")
+
+    monkeypatch.setattr(library, "_has_cuda", refused)
+    with pytest.raises(PlatformError, match=r"_cuda\.so is stale\. model\.log_probs=reference does without"):
+        _check_kernels("cuda", "logits")
+    _check_kernels("cuda", "reference")
 
 
 def test_missing_is_a_choice(site):

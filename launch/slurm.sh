@@ -36,7 +36,7 @@ cd "${R1MEGA_HOME:-${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..}}" || e
 SAVED=85 LOST=137 UNHEARD=140 # of SIGKILL; of SIGUSR2 before a rank listens to it
 SECONDS_FOR_MACHINES=300 # a second start waits so long for the machines that the first has left
 SECONDS_BETWEEN_REMINDERS=10
-warned=0 cancelled=0 timer=
+warned=0 cancelled=0 timer= left_out=() # of the whole job
 if [ -z "${R1MEGA_PYTHON:-}" ]; then
     R1MEGA_PYTHON=python
     [ -x .venv/bin/python ] && R1MEGA_PYTHON=$PWD/.venv/bin/python
@@ -127,7 +127,7 @@ prepare_job() {
 
 # run_in_job COMMAND...: a command that calls srun, with this job's signals, its starts by itself, requeue and exit code.
 run_in_job() {
-    local code num_nodes attempt=0 left_out=() seconds errors why=
+    local code num_nodes attempt=0 seconds errors why=
     prepare_job
     trap 'interrupted=1 warned=1; scancel --signal=USR2 "$SLURM_JOB_ID"; remind' USR1 # all steps, not this shell
     trap 'interrupted=1 cancelled=1; scancel --signal=USR2 "$SLURM_JOB_ID"; preempted && warned=1' TERM

@@ -28,7 +28,7 @@ import yaml
 from r1mega.config.load import unknown_keys, with_defaults
 from r1mega.config.stages import stage_model
 from r1mega.config.yaml_text import dump_yaml
-from r1mega.errors import ConfigError, DataError
+from r1mega.errors import ConfigError, DataError, R1MegaError
 from r1mega.files import write_atomic
 from r1mega.observe.environment import describe_environment
 

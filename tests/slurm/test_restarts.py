@@ -116,6 +116,11 @@ def test_the_first_rank_is_on_the_first_machine_in_the_order_of_slurm(job, spare
     assert [line.split("=")[-1] for line in starts] == ["", *["300"] * (len(starts) - 1)]
 
 
+def test_what_was_left_out_stays_out_in_the_next_stage(job):
+    code, starts, _, said = job(killed("n1"), spare=1, stages=2)
+    assert code == 0 and ["--nodelist=n0,n2 " in line for line in starts] == [False, True, True], said
+
+
 def test_what_it_says_has_left_has_left(job):
     said = job(killed("n1", "n0"), spare=1)[-1]
     assert re.findall("newer checkpoint: (.*)", said) == ["starting again in 0 s, without n1"] * 2

@@ -68,7 +68,11 @@ def test_each_job_of_a_recipe_has_the_spare_machines(tmp_path):
     sbatch = tmp_path / "sbatch"
     sbatch.write_text('#!/bin/sh\necho "$*" > $0.called\necho 1\n')
     sbatch.chmod(0o755)
-    variables = {"R1MEGA_PYTHON": str(_plan(tmp_path)), "PATH": f"{tmp_path}:{os.environ['PATH']}", "R1MEGA_LOGS": str(tmp_path)}
+    variables = {
+        "R1MEGA_PYTHON": str(_plan(tmp_path)),
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "R1MEGA_LOGS": str(tmp_path),
+    }
     for spare, asked in (("0", "--nodes=1 "), ("2", "--nodes=3 ")):
         code, _, errors = bash("launch/pipeline.sh", "r1.yaml", R1MEGA_SPARE_NODES=spare, **variables)
         said = Path(f"{sbatch}.called").read_text()

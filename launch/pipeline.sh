@@ -21,6 +21,7 @@ if ! command -v sbatch >/dev/null || [[ " $* " == *" --dry-run "* ]]; then
     exec "$R1MEGA_PYTHON" -m r1mega pipeline "$@"
 fi
 mkdir -p "${R1MEGA_LOGS:-logs}"
+spare=${R1MEGA_SPARE_NODES:-0} # for each stage
 declare -A submitted
 plan=$("$R1MEGA_PYTHON" -m r1mega pipeline "$@" --jobs) || exit
 while IFS=$'\t' read -r node machines ranks parents; do
@@ -29,8 +30,9 @@ while IFS=$'\t' read -r node machines ranks parents; do
     for parent in ${parents//,/ }; do
         [ "$parent" = - ] || after+=":${submitted[$parent]}"
     done
-    job=$(R1MEGA_NODE=$node sbatch --parsable --job-name="r1mega-$node" --nodes="$machines" --ntasks-per-node="$ranks" \
-        --gpus-per-node="$ranks" --output="${R1MEGA_LOGS:-logs}/%x-%j.out" ${after:+--dependency=afterok$after --kill-on-invalid-dep=yes} launch/pipeline.sh "$@") || exit
+    job=$(R1MEGA_NODE=$node sbatch --parsable --job-name="r1mega-$node" --nodes="$((machines + spare))" --ntasks-per-node="$ranks" \
+        --gpus-per-node="$ranks" $([ "$spare" = 0 ] || echo --no-kill) \
+        --output="${R1MEGA_LOGS:-logs}/%x-%j.out" ${after:+--dependency=afterok$after --kill-on-invalid-dep=yes} launch/pipeline.sh "$@") || exit
     submitted[$node]=${job%%;*}
     echo "$node: job ${submitted[$node]}${after:+, after${after//:/ }}"
 done <<<"$plan"

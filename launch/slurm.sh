@@ -11,26 +11,32 @@
 #   R1MEGA_LOGS        log files go to $R1MEGA_LOGS/NAME-JOBID/rank-N.log (default: logs)
 #   R1MEGA_CONTAINER   an image: *.sif by apptainer, anything else by enroot (srun --container-image, the pyxis plugin)
 #   R1MEGA_CONTAINER_PYTHON  the interpreter inside of it, with the packages of this repository (default: python)
-#   R1MEGA_MOUNTS      more host:container mounts for it, separated by commas
+#   R1MEGA_MOUNTS      more host:container mounts for it, separated by commas; the run directory's has to have one path on both sides,
+#                      else a job does not start its ranks again
 #   R1MEGA_INTERFACE   network interface of gloo and of NCCL's first contact (default: theirs)
 #   R1MEGA_SRUN        more options for srun
 #   R1MEGA_MAX_REQUEUES  how often a job goes back to the queue by itself (default 1000)
 #   R1MEGA_SPARE_NODES so many of the job's machines stand by for those on which a rank dies (default 0); sbatch --no-kill then keeps
-#                      the job where a machine other than its first goes
-#   R1MEGA_LAST_SECONDS  so long before the time limit a job that was warned and has not saved goes back to the queue (default 60)
+#                      the job where a machine other than its first goes (launch/pipeline.sh asks for both by itself)
+#   R1MEGA_LAST_SECONDS  so long before the time limit a job that was warned and has not saved goes back to the queue (default 60; at most
+#                      half of what was left at the warning)
 #
 # Preemption: some minutes before the end (--signal) or when Slurm takes the machines back, every rank is asked to save
 # (SIGUSR2); they exit 85 after the step in hand, the job goes back to the queue under its number and resumes from there. Give a
 # warning longer than a step and a save (sbatch --signal=B:USR1@3600; the log of a run that stopped says how much it wants). Where it is
-# shorter the job goes back to the queue shortly before its limit all the same, once a start has kept something, and does that step again.
+# shorter the job goes back to the queue shortly before its limit all the same, if it has kept something since Slurm started it, and does that step again.
 # After scancel (SIGTERM without that warning, and no PreemptTime in `scontrol show job`) the job stays down.
-# A rank that dies has all of them started again within the job, without its machine where one is spare, if a checkpoint is newer than
-# what the last start went on from (docs/faults.md; $R1MEGA_PYTHON decides, so it must be able to import r1mega, in a container's job too).
+# A rank that dies has all of them started again within the job, if a checkpoint is newer than what the last start went on from
+# (docs/faults.md; $R1MEGA_PYTHON decides, so it must be able to import r1mega, in a container's job too): without its machine while one
+# is spare. A machine that was left out is not used again; where Slurm has lost more of them than were spare, the job goes back to the queue.
 # Any other end is the job's end, with the exit code of the rank that failed first, which the log names.
 set -uo pipefail
 cd "${R1MEGA_HOME:-${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..}}" || exit 2
 [ -f launch/slurm.sh ] || { echo "launch: $PWD is not the repository; sbatch from its root, or set R1MEGA_HOME" >&2; exit 2; }
-SAVED=85
+SAVED=85 LOST=137 UNHEARD=140 # of SIGKILL; of SIGUSR2 before a rank listens to it
+SECONDS_FOR_MACHINES=300 # a second start waits so long for the machines that the first has left
+SECONDS_BETWEEN_REMINDERS=10
+warned=0 cancelled=0 timer= left_out=() # of the whole job
 if [ -z "${R1MEGA_PYTHON:-}" ]; then
     R1MEGA_PYTHON=python
     [ -x .venv/bin/python ] && R1MEGA_PYTHON=$PWD/.venv/bin/python
@@ -72,13 +78,16 @@ rank_launcher() {
     local tasks=${SLURM_NTASKS_PER_NODE:-1} cpus=${SLURM_CPUS_ON_NODE:-1}
     set -- srun --kill-on-bad-exit=1 --open-mode=append --output="$(log_dir)/rank-%t.log" \
         --cpus-per-task=$((cpus / tasks > 0 ? cpus / tasks : 1)) ${R1MEGA_SRUN:-}
-    # which machines: filled in by run_in_job for each start
+    # which machines: filled in by start_once
     [ "${R1MEGA_SPARE_NODES:-0}" = 0 ] || set -- "$@" --nodes=@COUNT@ --ntasks=@TASKS@ --nodelist=@NODES@
+    local mounts=${R1MEGA_MOUNTS:+,$R1MEGA_MOUNTS} logs
+    logs=$(log_dir)
+    [[ $logs == "$PWD"/* ]] || mounts+=,$logs:$logs
     case "${R1MEGA_CONTAINER:-}" in
     '') ;;
-    *.sif) set -- "$@" apptainer exec --nv --bind "$PWD${R1MEGA_MOUNTS:+,$R1MEGA_MOUNTS}" --pwd "$PWD" "$R1MEGA_CONTAINER" ;;
+    *.sif) set -- "$@" apptainer exec --nv --bind "$PWD$mounts" --pwd "$PWD" "$R1MEGA_CONTAINER" ;;
     *) set -- "$@" --container-image="$R1MEGA_CONTAINER" --container-workdir="$PWD" \
-        --container-mounts="$PWD:$PWD${R1MEGA_MOUNTS:+,$R1MEGA_MOUNTS}" --no-container-mount-home --container-env="$CONTAINER_ENV" ;;
+        --container-mounts="$PWD:$PWD$mounts" --no-container-mount-home --container-env="$CONTAINER_ENV" ;;
     esac
     echo "$@"
 }
@@ -87,10 +96,20 @@ rank_launcher() {
 CONTAINER_ENV=PYTHONPATH,PYTHONUNBUFFERED,PYTHONFAULTHANDLER,OMP_NUM_THREADS,MASTER_ADDR,MASTER_PORT,NCCL_DEBUG,NCCL_SOCKET_IFNAME
 CONTAINER_ENV+=,GLOO_SOCKET_IFNAME,TORCH_NCCL_ASYNC_ERROR_HANDLING,CUDA_DEVICE_MAX_CONNECTIONS,R1MEGA_SAY_RUN_DIR
 
-log_dir() { echo "${R1MEGA_LOGS:-$PWD/logs}/$SLURM_JOB_NAME-$SLURM_JOB_ID"; }
+log_dir() {
+    local parent=${R1MEGA_LOGS:-logs}
+    [[ $parent == /* ]] || parent=$PWD/$parent
+    echo "$parent/$SLURM_JOB_NAME-$SLURM_JOB_ID"
+}
 
-# The environment of every rank.
+# The environment of every rank, and how many machines (num_nodes) they go to.
 prepare_job() {
+    local all
+    all=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | wc -l)
+    if [[ ! ${R1MEGA_SPARE_NODES:-0} =~ ^[0-9]+$ ]] || [ "$((num_nodes = all - ${R1MEGA_SPARE_NODES:-0}))" -lt 1 ]; then
+        echo "launch: R1MEGA_SPARE_NODES=$R1MEGA_SPARE_NODES: not fewer than the job's machines ($all); sbatch --nodes: those too" >&2
+        exit 2
+    fi
     mkdir -p "$(log_dir)"
     export MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
     if [ -n "${R1MEGA_INTERFACE:-}" ]; then
@@ -108,61 +127,76 @@ prepare_job() {
 
 # run_in_job COMMAND...: a command that calls srun, with this job's signals, its starts by itself, requeue and exit code.
 run_in_job() {
-    local code warned=0 cancelled=0 attempt=0 failed_nodes=() seconds errors timer=
+    local code num_nodes attempt=0 seconds errors why=
     prepare_job
-    trap 'interrupted=1 warned=1; scancel --signal=USR2 "$SLURM_JOB_ID"; set_timer' USR1 # all steps, not this shell
+    trap 'interrupted=1 warned=1; scancel --signal=USR2 "$SLURM_JOB_ID"; remind' USR1 # all steps, not this shell
     trap 'interrupted=1 cancelled=1; scancel --signal=USR2 "$SLURM_JOB_ID"; preempted && warned=1' TERM
     trap 'interrupted=1; requeue_unsaved && exit "$SAVED"' ALRM
     while :; do
         errors=$(log_dir)/srun-${SLURM_RESTART_COUNT:-0}.$attempt.log
         start_once "$@"
-        [ "$code" = 0 ] && { stop_timer; trap - USR1 TERM ALRM; return; }
+        [ "$code" = 0 ] && { stop_timer; trap '' ALRM; return; } # the others stay: asked to stop between two stages, the second does not begin
         name_failure "$errors" "$code"
-        [ "$((warned + cancelled))" = 0 ] && seconds=$(seconds_until_restart "$code") || break
+        if [ "$attempt" -gt 0 ] && grep -q 'srun: error: Unable to create step' "$errors"; then
+            code=$SAVED why="its machines could not be had within $SECONDS_FOR_MACHINES s"
+        fi
+        [ "$((warned + cancelled))" = 0 ] && [ -z "$why" ] && seconds=$(seconds_until_restart "$code") || break
+        if [ "$(job_nodes | wc -l)" -lt "$num_nodes" ]; then
+            code=$SAVED why="too few of its machines are left" && break
+        fi
         attempt=$((attempt + 1))
-        echo "launch: exit code $code, and a newer checkpoint: starting again in $seconds s${failed_nodes[*]:+, without ${failed_nodes[*]}}" >&2
+        echo "launch: exit code $code, and a newer checkpoint: starting again in $seconds s${left_out[*]:+, without ${left_out[*]}}" >&2
         wait_for sleep "$seconds"
-        [ "$((warned + cancelled))" = 0 ] || { code=$SAVED && break; }
     done
     stop_timer
     trap - USR1 TERM ALRM
-    if [ "$code" = "$SAVED" ]; then requeue $((cancelled && !warned)); fi
+    [ "$warned $code" = "1 $UNHEARD" ] && code=$SAVED why="asked to stop while it started"
+    if [ "$code" = "$SAVED" ]; then requeue $((cancelled && !warned)) "$why"; fi
     exit "$code"
 }
 
-# start_once COMMAND...: one start of all ranks, on machines of the job on which none has died yet; code is how it ended.
+# start_once COMMAND...: one start of all ranks; code is how it ended, that of a saved state where the job is to stop before it began.
 start_once() {
-    local nodes first tasks=${SLURM_NTASKS_PER_NODE:-1} count
-    nodes=$(job_nodes) count=$(job_nodes | wc -l) first=${nodes%%$'\n'*} nodes=${nodes//$'\n'/,}
+    local nodes first tasks=${SLURM_NTASKS_PER_NODE:-1}
+    nodes=$(job_nodes) first=${nodes%%$'\n'*} nodes=${nodes//$'\n'/,}
     # the address that Slurm itself reaches the machine by; inside a container there is no scontrol to ask
     export MASTER_ADDR=${GIVEN_MASTER:-$(scontrol show node -o "$first" | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2)}
-    set -- "${@//@COUNT@/$count}"
-    set -- "${@//@TASKS@/$((count * tasks))}"
+    set -- "${@//@COUNT@/$num_nodes}"
+    set -- "${@//@TASKS@/$((num_nodes * tasks))}"
     set -- "${@//@NODES@/$nodes}"
+    [ "$attempt" = 0 ] || export SLURM_IMMEDIATE=$SECONDS_FOR_MACHINES
+    : >"$errors"
+    rm -f "$R1MEGA_SAY_RUN_DIR" # of the start or the stage before
+    [ "$((warned + cancelled))" = 0 ] || { code=$SAVED && return; }
     echo "job $SLURM_JOB_ID on $nodes, start $((${SLURM_RESTART_COUNT:-0} + attempt + 1)); a log for each rank: $(log_dir)/rank-N.log"
-    wait_for "$@" 2> >(tee -a "$errors" >&2)
+    wait_for with_errors_kept "$errors" "$@"
 }
 GIVEN_MASTER=${MASTER_ADDR:-}
 
-# job_nodes: where the ranks go, a name a line: all machines of the job without the spare ones. The failed ones come last.
-job_nodes() {
-    local all
-    all=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
-    { grep -vxF "$(printf '%s\n' "${failed_nodes[@]-}")" <<<"$all"; grep -xF "$(printf '%s\n' "${failed_nodes[@]-}")" <<<"$all"; } |
-        head -n $(($(wc -l <<<"$all") - ${R1MEGA_SPARE_NODES:-0}))
+# with_errors_kept FILE COMMAND...: what the command says of errors goes to the file too, and is there when it ends.
+with_errors_kept() {
+    local file=$1
+    shift
+    trap : TERM # Slurm's is for the command
+    { "$@" 2>&1 >&3 3>&- | (trap '' TERM && exec tee -a "$file" >&2); } 3>&1
+    return "${PIPESTATUS[0]}"
 }
 
-# wait_for COMMAND...: run it while this shell takes signals; code is how it ended.
+# job_nodes: where the ranks go, a name a line, in Slurm's order, which is that of the ranks. Fewer than num_nodes where too few are left.
+job_nodes() { nodes_left | head -n "$num_nodes"; }
+nodes_left() { scontrol show hostnames "$SLURM_JOB_NODELIST" | grep -vxF "$(printf '%s\n' "${left_out[@]-}")"; }
+
+# wait_for COMMAND...: run it while this shell takes signals; code is how it ended. A sleep ends when the job is to stop.
 wait_for() {
     local child interrupted
     "$@" &
     child=$!
     while :; do
         interrupted=0
+        [ "$1" = sleep ] && [ "$((warned + cancelled))" != 0 ] && kill "$child" 2>/dev/null
         wait "$child"
         code=$?
         [ "$interrupted" = 1 ] || break
-        [ "$1" = sleep ] && { kill "$child"; break; } # asked to stop between two starts
     done
 }
 
@@ -173,20 +207,43 @@ seconds_until_restart() {
     run_dir=$(cat "$R1MEGA_SAY_RUN_DIR" 2>/dev/null) && "$R1MEGA_PYTHON" -m r1mega.observe.restarts "$run_dir" "$@"
 }
 
-# set_timer: SIGALRM to this shell shortly before the time limit.
-set_timer() {
-    local end
-    end=$(date -d "$(scontrol show job -o "$SLURM_JOB_ID" | grep -oE ' EndTime=[^ ]+' | cut -d= -f2)" +%s 2>/dev/null) || return 0 # unlimited
+# remind: SIGUSR2 again and again, for a step that was not there yet, and SIGALRM to this shell shortly before the time limit.
+remind() {
     stop_timer
-    (exec 2>/dev/null; sleep $(((end -= $(date +%s) + ${R1MEGA_LAST_SECONDS:-60}) > 0 ? end : 0)); kill -ALRM $$) &
+    (
+        trap '[ -z "$child" ] || kill "$child"; exit' TERM
+        child= end= last=${R1MEGA_LAST_SECONDS:-60}
+        while :; do
+            seconds=$SECONDS_BETWEEN_REMINDERS now=$(date +%s)
+            if [ -z "$end" ] && end=$(end_of_job); then
+                last=$((2 * last < end - now ? last : (end - now) / 2))
+            fi
+            if [ -n "$end" ]; then
+                [ "$((end - last))" -le "$now" ] && { kill -ALRM $$; exit; }
+                seconds=$((end - last - now < seconds ? end - last - now : seconds))
+            fi
+            sleep "$seconds" &
+            child=$!
+            wait "$child"
+            scancel --signal=USR2 "$SLURM_JOB_ID"
+        done
+    ) 2>/dev/null &
     timer=$!
+}
+
+# end_of_job: when its time is over, in seconds since 1970; fails where it has no limit, or Slurm does not say.
+end_of_job() {
+    local end
+    end=$(scontrol show job -o "$SLURM_JOB_ID" | grep -oE ' EndTime=[0-9][^ ]+' | cut -d= -f2)
+    [ -n "$end" ] && date -d "$end" +%s
 }
 
 stop_timer() { [ -z "$timer" ] || kill "$timer" 2>/dev/null; timer=; }
 
-# requeue_unsaved: the limit is near and the step in hand has not ended. Not where this start kept nothing: so would the next one.
+# requeue_unsaved: the limit is near and the step in hand has not ended. Not where nothing was kept since Slurm started the job: so would
+# the next one. (A start again within the job was for something kept.)
 requeue_unsaved() {
-    if ! seconds_until_restart; then
+    if [ "$attempt" = 0 ] && ! seconds_until_restart; then
         echo "launch: the time limit comes before the first checkpoint of this start: another would end so too; give it more time" >&2
         return 1
     fi
@@ -198,9 +255,16 @@ preempted() { [[ "$(scontrol show job -o "$SLURM_JOB_ID")" =~ \ PreemptTime=[0-9
 
 # name_failure FILE CODE: say by srun's own words which rank ended first, and make its exit code the job's: what the others end
 # with follows from that one. (One that failed may make the others exit 85; the first that saved has the others terminated.)
+# Where Slurm lost machines, what ranks on others say follows from that. Those are left out, and while there are spare ones the rank's.
 name_failure() {
-    local line rank own
-    failed_nodes+=($(sed -nE 's/.*srun: error: Node failure on ([^ .]+).*/\1/p' "$1"))
+    local line rank own lost node
+    lost=$(sed -nE 's/.*srun: error: Node failure on ([^ ]*[^ .]).*/\1/p' "$1" | paste -sd, -)
+    if [ -n "$lost" ]; then
+        left_out+=($(scontrol show hostnames "$lost"))
+        [ "$code" = "$SAVED" ] || code=$LOST
+        echo "launch: Slurm lost $lost" >&2
+        return
+    fi
     line=$(grep -E 'srun: error: .* tasks? [0-9,-]+: ' "$1" | head -n 1)
     [ -n "$line" ] || return 0
     own=$(grep -oE 'Exited with exit code [0-9]+' <<<"$line" | grep -oE '[0-9]+$')
@@ -208,8 +272,10 @@ name_failure() {
     [ "$code" = "$SAVED" ] && [ -n "$own" ] && return
     [ "$code" = "$SAVED" ] && code=1
     rank=$(grep -oE 'tasks? [0-9,-]+:' <<<"$line" | grep -oE '[0-9,-]+')
-    failed_nodes+=($(scontrol show hostnames "$(sed -E 's/.*srun: error: ([^ ]+): tasks? .*/\1/' <<<"$line")"))
     echo "launch: rank $rank failed first (${line##*: }); see $(log_dir)/rank-${rank%%[,-]*}.log" >&2
+    for node in $(scontrol show hostnames "$(sed -E 's/.*srun: error: ([^ ]+): tasks? .*/\1/' <<<"$line")"); do
+        [ "$(nodes_left | wc -l)" -le "$num_nodes" ] || left_out+=("$node")
+    done
 }
 
 # requeue CANCELLED [WHY]: back to the queue, but where SIGTERM came without the warning before it and without a preemption. So ends

@@ -4,8 +4,9 @@
     python tools/soak.py --minutes 60 --faults kill,pause  # some of them; --list names all
 
 Two ranks by `r1mega train --ranks 2`, which starts again by itself where it may; where it ends, this program starts it again, as
-Slurm would. Then the run is brought to an end, and the same steps are run without a fault: metrics, samples and exported weights have
-to be equal, bit for bit. Prints a table, fault -> seen by -> after -> lost; exit code 1 for a fault that was not seen or any difference.
+Slurm would after 85 and a lost machine, and a person after the exit codes 4, 11 and 12. Then the run is brought to an end, and the same
+steps are run without a fault: metrics, samples and exported weights have to be equal, bit for bit. Prints a table, fault -> seen by ->
+after -> lost; exit code 1 for a fault that was not seen or did nothing, without any fault or one of --faults, and for any difference.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(Path(__file__).parent))  # where it is not the program itself: a worker of the rewards, a test
 
-from soak_faults import FAULTS, HEAD, SECONDS_TO_START, Fault, Soak, SoakError, metrics, send  # noqa: E402
+from soak_faults import FAULTS, HEAD, SECONDS_TO_START, Fault, Soak, SoakError, metrics  # noqa: E402
 
 UNTIMED = re.compile(r"time/|memory/|reward_pool/|straggler/|perf/|tokens/\w+_per_second")
 """Metrics that differ between two runs of the same steps."""
@@ -56,10 +57,13 @@ def shortness(text: str) -> float:
 
 
 def draw(names: Sequence[str], ranks: int, chance: random.Random) -> Iterator[Fault]:
-    """All in random order, then all in another."""
+    """All in random order, then all in another. SoakError where none can be inflicted on so many ranks."""
     able = [fault for fault in FAULTS if (not names or fault.name in names) and (ranks > 1 or not fault.several_ranks)]
-    while True:
-        yield from chance.sample(able, len(able))
+    if not able:
+        raise SoakError(
+            f"none of the faults {', '.join(names)} can be inflicted on {ranks} rank; give more --ranks or --faults"
+        )
+    return itertools.chain.from_iterable(chance.sample(able, len(able)) for _ in itertools.count())
 
 
 # ---------------------------------------------------------------------- the whole
@@ -78,7 +82,9 @@ def soak(soaked: Soak, faults: Iterator[Fault], every: float, go_on: Callable[[]
             time.sleep(wait)
             soaked.goes_on(now + 3, "steps between faults")
             soaked.suffer(fault)
-        send(soaked.process.pid if soaked.process else 0, signal.SIGTERM)
+        if not soaked.outcomes:
+            raise SoakError("the time was over before the first fault; give more --minutes or less --every")
+        soaked.signal(signal.SIGTERM)
         soaked.until(soaked.ended, SECONDS_TO_START, "the end after SIGTERM")
         last = soaked.step() + 1
         soaked.start(f"steps={last}")
@@ -126,6 +132,25 @@ def start_command(arguments: Sequence[str], log: Path) -> subprocess.Popen[bytes
         )  # fmt: skip
 
 
+def make_base(base: Path, log: Path) -> int:
+    """Train a small one; its exit code."""
+    arguments = [
+        "train",
+        "configs/nano/base.yaml",
+        f"run_dir={base}",
+        "steps=60",
+        "threads=1",
+        "optimizer.decay_steps=20",
+    ]
+    made = start_command(arguments, log)
+    try:
+        return made.wait()
+    finally:
+        if made.poll() is None:
+            made.kill()
+            made.wait()
+
+
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=60)
@@ -152,32 +177,37 @@ def main() -> int:
         sys.exit(f"--dir {directory}: holds a soak already; remove it or choose another")
     directory.mkdir(parents=True, exist_ok=True)
     base = (arguments.base or directory / "base").absolute()
-    if not (base / "hf").exists():
-        made = start_command(
-            ["train", "configs/nano/base.yaml", f"run_dir={base}", "steps=60", "threads=1", "optimizer.decay_steps=20"],
-            directory / "base.log",
-        )
-        if made.wait() != 0:
-            sys.exit(f"the base could not be made, see {directory}/base.log")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # what was started ends too
+    if not (base / "hf").exists() and make_base(base, directory / "base.log") != 0:
+        sys.exit(f"the base could not be made, see {directory}/base.log")
     chance = random.Random(arguments.seed)
     soaked = Soak(directory, run_arguments(base, arguments.ranks), start_command, chance, arguments.ranks)
     limit = time.monotonic() + 60 * arguments.minutes
-    faults = draw(names, arguments.ranks, chance)
     try:
+        faults = draw(names, arguments.ranks, chance)
         last = soak(soaked, faults, arguments.every, lambda: time.monotonic() < limit)
     except SoakError as error:
         print(f"soak: {error}", file=sys.stderr)
         return 1
-    return 0 if compare(soaked, last) else 1
+    equal = compare(soaked, last)
+    if missing := set(names) - {outcome.fault.name for outcome in soaked.outcomes}:
+        print(
+            f"soak: asked for and not inflicted: {', '.join(sorted(missing))}; give more --minutes or --ranks",
+            file=sys.stderr,
+        )
+    return 0 if equal and not missing else 1
 
 
 def compare(soaked: Soak, last: int) -> bool:
     """Run the same steps without a fault, say what differs; whether nothing does."""
     control = Soak(soaked.directory / "control", soaked.arguments, soaked.start_run, soaked.random, soaked.ranks)
     control.directory.mkdir(exist_ok=True)
-    control.start(f"steps={last}")
-    assert control.process is not None
-    control.process.wait()
+    try:
+        control.start(f"steps={last}")
+        assert control.process is not None
+        control.process.wait()
+    finally:
+        control.kill()
     found = differences(soaked.run_dir, control.run_dir)
     lost = sum(outcome.lost for outcome in soaked.outcomes)
     print(f"\n{len(soaked.outcomes)} faults, {last} steps, {lost} of them done anew; ", end="")

@@ -126,7 +126,11 @@ class Soak:
         return next(((at, line) for at, line in self.lines[since:] if re.search(pattern, line)), None)
 
     def pid_of(self, rank: int) -> int:
-        return json.loads((self.run_dir / f"watch/rank_{rank}.json").read_bytes())["pid"]
+        """Of a rank below the command; SoakError where the last that it wrote is no longer, so that no other process is hurt."""
+        pid = json.loads((self.run_dir / f"watch/rank_{rank}.json").read_bytes())["pid"]
+        if self.process is None or self.ended() or pid not in [*descendants(self.process.pid), self.process.pid]:
+            raise SoakError(f"rank {rank}: process {pid} is not one of this run")
+        return int(pid)
 
     def any_rank(self) -> int:
         return self.random.randrange(self.ranks)
@@ -139,9 +143,14 @@ class Soak:
     def ended(self) -> bool:
         return self.process is None or self.process.poll() is not None
 
+    def signal(self, number: int) -> None:
+        """To the command, if it has not ended: its number may be another's after that."""
+        if self.process is not None and self.process.poll() is None:
+            send(self.process.pid, number)
+
     def kill(self) -> None:
-        """The command and all below it, as when the machine goes. Only what this program started."""
-        if self.process is None:
+        """The command and all below it, as when the machine goes. Only what this program started and has not ended."""
+        if self.process is None or self.process.poll() is not None:
             return
         for pid in [*descendants(self.process.pid), self.process.pid]:
             send(pid, signal.SIGKILL)
@@ -156,11 +165,10 @@ class Soak:
 
     # ------------------------------------------------------------------ a fault
 
-    def end_of(self, fault: Fault, num_lines: int, before: int) -> tuple[int | None, str, float, int]:
+    def end_of(self, fault: Fault, num_lines: int, before: int, num_starts: int) -> tuple[int | None, str, float, int]:
         """(the exit code, who starts it again, when, the last step that it had done), once it has been started again."""
         if not fault.codes:
             return None, "", time.monotonic(), before
-        num_starts = len(self.starts())
         again = r"starting again in"
         self.until(
             lambda: self.ended() or self.said(again, num_lines) is not None, SECONDS_TO_SEE, f"{fault.name}: the end"
@@ -168,7 +176,8 @@ class Soak:
         code, by, reached = None, "itself", max(before, self.step())
         if self.ended():
             assert self.process is not None
-            code, by = exit_code(self.process.returncode), "the scheduler"
+            code = exit_code(self.process.returncode)
+            by = "a person" if code in FOR_A_PERSON else "the scheduler"
             if code not in fault.codes:
                 raise SoakError(f"{fault.name} at step {before}: exit code {code}, not {fault.codes}")
             self.start()
@@ -189,7 +198,7 @@ class Soak:
                 SECONDS_TO_SEE, f"{fault.name} at step {before}: `{pattern}` to be said",
             )  # fmt: skip
             seen = (pattern and self.said(pattern, num_lines)) or (time.monotonic(), "the end of the command")
-        code, by, started, reached = self.end_of(fault, num_lines, before)
+        code, by, started, reached = self.end_of(fault, num_lines, before, num_starts)
         self.goes_on(reached, f"{fault.name} at step {before}: a step after {reached}")
         back = time.monotonic() - began
         if fault.told:
@@ -197,6 +206,8 @@ class Soak:
                 raise SoakError(f"{fault.name} at step {before}: the next start did not say `{fault.told}`")
             began, seen = started, found
         starts = self.starts()
+        if (len(starts) > num_starts) != bool(fault.codes):
+            raise SoakError(f"{fault.name} at step {before}: {len(starts) - num_starts} new starts")
         lost = max(0, reached - starts[-1]["step"]) if len(starts) > num_starts else 0
         outcome = Outcome(fault, before, short(seen[1]), seen[0] - began, code, by, lost, back)
         self.outcomes.append(outcome)
@@ -259,8 +270,7 @@ def pause_rank(soak: Soak) -> None:
 
 def ask(number: int) -> Callable[[Soak], str]:
     def inflict(soak: Soak) -> str:
-        assert soak.process is not None
-        send(soak.process.pid, number)
+        soak.signal(number)
         return ASKED
 
     return inflict
@@ -297,35 +307,62 @@ def damage_checkpoint(soak: Soak) -> str:
     return ""
 
 
+def workers(pid: int) -> set[int]:
+    """Processes of the reward pool below that one."""
+    found = set()
+    for below in descendants(pid):
+        with contextlib.suppress(OSError):  # it has ended since
+            if b"r1mega.reward.worker" in Path(f"/proc/{below}/cmdline").read_bytes():
+                found.add(below)
+    return found
+
+
 def kill_worker(soak: Soak) -> None:
-    below = descendants(soak.pid_of(soak.any_rank()))
-    for pid in below:
-        if b"r1mega.reward.worker" in Path(f"/proc/{pid}/cmdline").read_bytes():
-            send(pid, signal.SIGKILL)
+    """Of one rank all, and others come in their place. SoakError where there are none, or none come."""
+    rank = soak.pid_of(soak.any_rank())
+    old = workers(rank)
+    if not old:
+        raise SoakError(f"rank process {rank} has no workers to kill")
+    for pid in old:
+        send(pid, signal.SIGKILL)
+    soak.until(lambda: bool(workers(rank) - old), SECONDS_TO_SEE, f"workers in the place of {sorted(old)}")
 
 
 def kill_launcher(soak: Soak) -> str:
-    """Its ranks must not go on without it: they would hold the run directory against the next start."""
+    """Its ranks must not go on without it: they would hold the run directory against the next start. Those that do are killed."""
     assert soak.process is not None
-    ranks = [soak.pid_of(rank) for rank in range(soak.ranks)]
-    send(soak.process.pid, signal.SIGKILL)
+    ranks = {pid: began for pid in (soak.pid_of(rank) for rank in range(soak.ranks)) if (began := runs(pid))}
+    soak.signal(signal.SIGKILL)
     soak.process.wait()
-    soak.until(lambda: not any(map(runs, ranks)), 60, f"the end of the ranks {ranks} after their launcher's")
+    left = lambda: [pid for pid, began in ranks.items() if runs(pid) == began]  # noqa: E731
+    try:
+        soak.until(lambda: not left(), 60, f"the end of the ranks {sorted(ranks)} after their launcher's")
+    finally:
+        for pid in left():
+            send(pid, signal.SIGKILL)
     return ""
 
 
-def runs(pid: int) -> bool:
+def runs(pid: int) -> int:
+    """When it began, in the kernel's ticks (a number may be given again to another process); 0 for one that has ended."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+        words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
-        return False
+        return 0
+    return int(words[19]) if words[0] not in "ZX" else 0
 
 
 def second_job(soak: Soak) -> str:
     """Another start in the same run directory: refused, and the first goes on."""
     log = soak.directory / "second.log"
     other = soak.start_run([*soak.arguments, f"run_dir={soak.run_dir}"], log)
-    if (code := other.wait(SECONDS_TO_START)) != 2 or "in use by another run" not in log.read_text():
+    try:
+        code = other.wait(SECONDS_TO_START)
+    finally:
+        if other.poll() is None:
+            other.kill()
+            other.wait()
+    if code != 2 or "in use by another run" not in log.read_text():
         raise SoakError(f"a second job in the run directory: exit code {code}\n{log.read_text()[-2000:]}")
     with open(soak.log, "ab") as file:
         file.write(b"the other: in use by another run (exit code 2)\n")
@@ -333,6 +370,8 @@ def second_job(soak: Soak) -> str:
 
 
 KILLED = 128 + signal.SIGKILL
+FOR_A_PERSON = (4, 11, 12)
+"""Codes of these faults after which nothing starts the run again by itself; here this program stands for the person."""
 FAULTS = (
     Fault("kill", "`kill -9` of a rank", kill_rank, (KILLED,)),
     Fault("stop", "`kill -STOP` of a rank", stop_rank, (12,), several_ranks=True),

@@ -28,7 +28,7 @@ import yaml
 from r1mega.config.load import unknown_keys, with_defaults
 from r1mega.config.stages import stage_model
 from r1mega.config.yaml_text import dump_yaml
-from r1mega.errors import ConfigError, DataError
+from r1mega.errors import ConfigError, DataError, R1MegaError
 from r1mega.files import write_atomic
 from r1mega.observe.environment import describe_environment
 
@@ -117,9 +117,14 @@ class RunDirectory:
             raise ConfigError(f"run_dir {self.path}: cannot be made ({nearest} {kind}); choose another run_dir")
 
     def say_place(self) -> None:
-        """Into the file that the variable R1MEGA_SAY_RUN_DIR names, for launch/slurm.sh: where this directory is."""
+        """Into the file that the variable R1MEGA_SAY_RUN_DIR names, for launch/slurm.sh: where this directory is. A file that cannot be
+        written (a container without its directory) is told: the job then does not start its ranks again by itself.
+        """
         if place := os.environ.get(PLACE_VARIABLE):
-            write_atomic(Path(place), f"{self.path.absolute()}\n")
+            try:
+                write_atomic(Path(place), f"{self.path.absolute()}\n")
+            except (R1MegaError, OSError) as error:
+                log.warning("%s: the job will not start its ranks again by itself: %s", place, error)
 
     def check_config(self, config: Mapping[str, Any]) -> None:
         """ConfigError when the directory holds a run whose config differs in a key outside CHANGEABLE_KEYS (see

@@ -176,6 +176,7 @@ class Watchdog:
             try:
                 self._beat()
                 self._look()
+                self._trouble = ""
             except Exception as error:  # what cannot be written or read now says nothing of the ranks; told once
                 if str(error) != self._trouble:
                     _logger.warning("watchdog: no sign of rank %d while this lasts: %s", self._rank, error)

@@ -355,8 +355,10 @@ class Runtime:
 
     def _finish_saves(self) -> None:
         if self._store is not None:
+            began = time.monotonic()
             with self.busy_with("save"):
                 self._store.wait()
+            self._save_seconds += time.monotonic() - began  # of a save beside the steps what is left at their end
 
     def _close(self) -> None:
         self._doing = "end"

@@ -20,8 +20,7 @@ run_in_job srun bash -c 'trap "exit 85" USR2 TERM; touch "$0"; for i in {1..900}
 
 LONG_STEP = """#!/bin/bash
 . launch/slurm.sh
-mkdir -p "$(log_dir)"; echo "$1" > "$(log_dir)/run_dir"
-run_in_job srun bash -c 'trap "" USR2; touch "$0"; exec sleep 300' "$1.${SLURM_RESTART_COUNT:-}"
+run_in_job srun bash -c 'trap "" USR2; echo "${0%.*}" > "$R1MEGA_SAY_RUN_DIR"; touch "$0"; exec sleep 300' "$1.${SLURM_RESTART_COUNT:-}"
 """
 
 

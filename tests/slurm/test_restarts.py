@@ -3,6 +3,8 @@ of Slurm's that do what they are told, so that no Slurm is needed.
 """
 
 import os
+import re
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -12,9 +14,9 @@ import pytest
 REPOSITORY = Path(__file__).parents[2]
 SCONTROL = """#!/bin/bash
 case "$1 $2" in
-"show hostnames") [ "$3" = "n[0-2]" ] && printf 'n0\\nn1\\nn2\\n' || echo "$3" ;;
-"show node") echo "NodeName=$4 NodeAddr=address-of-$4 Port=1" ;;
-"show job") echo "JobId=7 EndTime=$(date -d "@$END" +%FT%T) " ;;
+"show hostnames") names=${3/"n[0-2]"/n0,n1,n2} names=${names/"n[1-2]"/n1,n2}; echo "${names//,/$'\\n'}" ;;
+"show node") [ ! -e "$DIRECTORY/slow" ] || { touch "$DIRECTORY/asks"; sleep 1; }; echo "NodeName=$4 NodeAddr=address-of-$4 Port=1" ;;
+"show job") [ ! -e "$DIRECTORY/mute" ] || { rm "$DIRECTORY/mute"; exit 1; }; echo "JobId=7 EndTime=$(date -d "@$END" +%FT%T) " ;;
 *) echo "$*" >> "$DIRECTORY/asked" ;;
 esac
 """
@@ -23,7 +25,7 @@ DECIDE = """#!/bin/bash
 [ $# = 3 ] || { rm "$DIRECTORY/newer"; echo "$SECONDS_TO_WAIT"; }
 """
 SRUN = """#!/bin/bash
-echo "$MASTER_ADDR ${@: -1} $*" >> "$DIRECTORY/starts"
+echo "$MASTER_ADDR ${@: -1} $* immediate=${SLURM_IMMEDIATE:-}" >> "$DIRECTORY/starts"
 n=$(wc -l < "$DIRECTORY/starts")
 . "$DIRECTORY/ranks.sh"
 """
@@ -45,9 +47,9 @@ def job(tmp_path):
         (programs / name).write_text(text)
         (programs / name).chmod(0o755)
 
-    def run(ranks, *, spare=0, end=10**10, meanwhile=lambda process: None, **variables):
+    def run(ranks, *, spare=0, end=10**10, meanwhile=lambda process: None, stages=1, **variables):
         (tmp_path / "ranks.sh").write_text("save() { touch $DIRECTORY/newer; }\n"
-                                           f"echo $DIRECTORY/run > $R1MEGA_SAY_RUN_DIR\n{ranks}\n")  # fmt: skip
+                                           f"[ -e $DIRECTORY/silent ] || echo $DIRECTORY/run > $R1MEGA_SAY_RUN_DIR\n{ranks}\n")  # fmt: skip
         outside = {
             name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "R1MEGA_", "MASTER_"))
         }
@@ -56,15 +58,17 @@ def job(tmp_path):
             "SECONDS_TO_WAIT": "0", "R1MEGA_LOGS": str(tmp_path / "logs"), "R1MEGA_SPARE_NODES": str(spare), "SLURM_JOB_ID": "7",
             "SLURM_JOB_NAME": "zero", "SLURM_JOB_NODELIST": "n[0-2]", "SLURM_NTASKS_PER_NODE": "8",
         }  # fmt: skip
-        command = ". launch/slurm.sh; run_in_job $(rank_launcher) train"
+        command = ". launch/slurm.sh; SECONDS_BETWEEN_REMINDERS=1" + "; run_in_job $(rank_launcher) train" * stages
         with open(tmp_path / "said", "w") as said:
             process = subprocess.Popen(
                 ["bash", "-c", command], env=environment | variables, cwd=REPOSITORY, stdout=said, stderr=said
             )
             meanwhile(process)
             code = process.wait(60)
-        asked = (tmp_path / "asked").read_text().splitlines() if (tmp_path / "asked").exists() else []
-        return code, (tmp_path / "starts").read_text().splitlines(), asked, (tmp_path / "said").read_text()
+        asked, starts = (
+            path.read_text().splitlines() if path.exists() else [] for path in (tmp_path / "asked", tmp_path / "starts")
+        )
+        return code, starts, list(dict.fromkeys(asked)), (tmp_path / "said").read_text()  # reminders once
 
     return run
 
@@ -80,16 +84,72 @@ def test_a_rank_that_died_is_left_for_a_spare_machine(job):
     assert "launch: rank 9 failed first (Killed); see " in said and "starting again in 0 s, without n1" in said
 
 
-def test_the_first_rank_goes_to_the_first_machine_that_is_left(job):
-    ranks = '[ $n = 1 ] || exit 0; save; echo "srun: error: Node failure on n0" >&2; echo "srun: error: n0: task 0: Killed" >&2; exit 137'
-    _, starts, _, said = job(ranks, spare=1)
-    assert [line.split()[0] for line in starts] == ["address-of-n0", "address-of-n1"], said
+def killed(*nodes, lost=""):
+    """Ranks of the start k die on machine k of those; `lost` at the first."""
+    lines = [
+        f'[ $n = {k} ] && {{ save; echo "srun: error: {n}: task 0: Killed" >&2; exit 137; }}'
+        for k, n in enumerate(nodes, 1)
+    ]
+    if lost:
+        lines.insert(0, f'[ $n = 1 ] && echo "srun: error: Node failure on {lost}" >&2')
+    return "\n".join([*lines, "exit 0"])
+
+
+@pytest.mark.parametrize(
+    ("spare", "ranks", "machines"),
+    [
+        (0, killed("n0"), ["n0,n1,n2", "n0,n1,n2"]),
+        (1, killed("n0"), ["n0,n1", "n1,n2"]),
+        (1, killed("n0", "n2"), ["n0,n1", "n1,n2", "n1,n2"]),
+        (1, killed("n1", "n0"), ["n0,n1", "n0,n2", "n0,n2"]),
+        (1, killed("n1", lost="n0"), ["n0,n1", "n1,n2"]),
+        (2, killed("n0", lost="n[1-2]"), ["n0", "n0"]),
+    ],
+)
+def test_the_first_rank_is_on_the_first_machine_in_the_order_of_slurm(job, spare, ranks, machines):
+    """srun sorts what --nodelist names, and without it takes all of the job's."""
+    code, starts, _, said = job(ranks, spare=spare)
+    assert code == 0, said
+    assert [line.split()[0] for line in starts] == [f"address-of-{names[:2]}" for names in machines], said
+    for line, names in zip(starts, machines, strict=True):
+        assert (f"--nodelist={names} " in line) if spare else "--nodelist" not in line
+    assert [line.split("=")[-1] for line in starts] == ["", *["300"] * (len(starts) - 1)]
+
+
+def test_what_was_left_out_stays_out_in_the_next_stage(job):
+    code, starts, _, said = job(killed("n1"), spare=1, stages=2)
+    assert code == 0 and ["--nodelist=n0,n2 " in line for line in starts] == [False, True, True], said
+
+
+def test_what_it_says_has_left_has_left(job):
+    said = job(killed("n1", "n0"), spare=1)[-1]
+    assert re.findall("newer checkpoint: (.*)", said) == ["starting again in 0 s, without n1"] * 2
+
+
+def test_with_too_few_machines_left_it_goes_back_to_the_queue(job):
+    code, starts, asked, said = job(killed("n2", lost="n[1-2]"), spare=1)
+    assert (code, len(starts), asked) == (85, 1, ["requeue 7"]), said
+    assert "Slurm lost n[1-2]" in said and "too few of its machines are left" in said
+
+
+def test_and_where_it_cannot_have_them(job):
+    ranks = killed("n1").replace(
+        "exit 0", 'echo "srun: error: Unable to create step for job 7: Requested nodes are busy" >&2; exit 1'
+    )
+    code, starts, asked, said = job(ranks, spare=1)
+    assert (code, len(starts), asked) == (85, 2, ["requeue 7"]), said
+
+
+@pytest.mark.parametrize("spare", [3, "one"])
+def test_spare_machines_are_fewer_than_all(job, spare):
+    code, starts, _, said = job("exit 0", spare=spare)
+    assert (code, starts) == (2, []) and f"R1MEGA_SPARE_NODES={spare}: not fewer than the job's machines (3)" in said
 
 
 def test_without_a_spare_machine_it_starts_on_the_same_ones(job):
     code, starts, _, said = job(f"[ $n = 1 ] || exit 0; save; {KILLED}")
     assert (code, len(starts)) == (0, 2), said
-    assert "--nodelist" not in starts[0] and starts[0] == starts[1]
+    assert "--nodelist" not in starts[0] + starts[1] and ", without" not in said
 
 
 @pytest.mark.parametrize(
@@ -108,13 +168,28 @@ def test_when_it_does_not(job, ranks, code, num_starts):
     assert asked == (["requeue 7"] if code == 85 else [])
 
 
-def signalled(directory, name):
+def signalled(directory, name, start=1):
+    """Sends it a moment after that start."""
+
     def send(process):
         limit = time.monotonic() + 30
-        while not (directory / "starts").exists() and time.monotonic() < limit:
+        path = directory / "starts"
+        while not (path.exists() and path.read_text().count("\n") >= start) and time.monotonic() < limit:
             time.sleep(0.02)
         time.sleep(0.3)
-        process.send_signal(getattr(__import__("signal"), name))
+        process.send_signal(getattr(signal, name))
+
+    return send
+
+
+def once(path, name):
+    """Sends it when the file is there."""
+
+    def send(process):
+        limit = time.monotonic() + 30
+        while not path.exists() and time.monotonic() < limit:
+            time.sleep(0.02)
+        process.send_signal(getattr(signal, name))
 
     return send
 
@@ -122,7 +197,7 @@ def signalled(directory, name):
 def test_a_step_longer_than_the_warning_goes_back_to_the_queue_before_the_limit(job, tmp_path):
     began = time.time()
     code, starts, asked, said = job(
-        "save; sleep 50", end=began + 30, R1MEGA_LAST_SECONDS="28", meanwhile=signalled(tmp_path, "SIGUSR1")
+        "save; sleep 50", end=began + 6, R1MEGA_LAST_SECONDS="4", meanwhile=signalled(tmp_path, "SIGUSR1")
     )
     assert (code, len(starts), asked) == (85, 1, ["--signal=USR2 7", "requeue 7"]), said
     assert time.time() - began < 50 and "longer than the warning" in said
@@ -130,10 +205,84 @@ def test_a_step_longer_than_the_warning_goes_back_to_the_queue_before_the_limit(
 
 def test_but_not_where_nothing_was_kept(job, tmp_path):
     code, _, asked, said = job(
-        "sleep 6; exit 1", end=time.time() + 3, R1MEGA_LAST_SECONDS="2", meanwhile=signalled(tmp_path, "SIGUSR1")
+        "sleep 4; exit 1", end=time.time() + 3, R1MEGA_LAST_SECONDS="2", meanwhile=signalled(tmp_path, "SIGUSR1")
     )
     assert (code, asked) == (1, ["--signal=USR2 7"]), said
     assert "the time limit comes before the first checkpoint" in said
+
+
+def test_progress_before_a_start_within_the_job_counts(job, tmp_path):
+    """The newer checkpoint is what the second start went on from; a requeued job begins there too."""
+    began = time.time()
+    ranks = f"[ $n = 1 ] && {{ save; {KILLED}; }}; sleep 50"
+    code, starts, asked, said = job(
+        ranks, end=began + 6, R1MEGA_LAST_SECONDS="4", meanwhile=signalled(tmp_path, "SIGUSR1", 2)
+    )
+    assert (code, len(starts), asked) == (85, 2, ["--signal=USR2 7", "requeue 7"]), said
+
+
+def test_a_warning_shorter_than_the_last_seconds_is_halved(job, tmp_path):
+    ranks = "save; sleep 2; exit 85"
+    code, _, asked, said = job(ranks, end=time.time() + 30, meanwhile=signalled(tmp_path, "SIGUSR1"))
+    assert (code, asked) == (85, ["--signal=USR2 7", "requeue 7"])
+    assert "state saved, back" in said and "longer than the warning" not in said
+
+
+def test_a_controller_that_does_not_answer_is_asked_again(job, tmp_path):
+    (tmp_path / "mute").touch()
+    began = time.time()
+    code, _, asked, said = job("save; sleep 50", end=began + 5, meanwhile=signalled(tmp_path, "SIGUSR1"))
+    assert (code, asked) == (85, ["--signal=USR2 7", "requeue 7"]), said
+    assert not (tmp_path / "mute").exists() and 2 < time.time() - began < 30
+
+
+def test_asked_to_stop_before_the_step_is_there(job, tmp_path):
+    """No step is there to get the signal: none begins."""
+    ranks = f"touch $DIRECTORY/slow; [ $n = 1 ] && {{ save; {KILLED}; }}; exit 0"
+    code, starts, asked, said = job(ranks, meanwhile=once(tmp_path / "asks", "SIGUSR1"))
+    assert (code, len(starts), asked) == (85, 1, ["--signal=USR2 7", "requeue 7"]), said
+
+
+def test_a_step_that_comes_later_is_asked_again(job, tmp_path):
+    ranks = 'for i in {1..100}; do [ $(grep -c USR2 "$DIRECTORY/asked") -lt 2 ] 2>/dev/null || exit 85; sleep 0.1; done'
+    code, _, _, said = job(ranks, meanwhile=signalled(tmp_path, "SIGUSR1"))
+    assert code == 85, said
+
+
+def test_asked_before_a_rank_listens_it_goes_back_to_the_queue(job, tmp_path):
+    ranks = 'sleep 1; echo "srun: error: n1: task 9: User defined signal 2" >&2; exit 140'
+    code, _, asked, said = job(ranks, meanwhile=signalled(tmp_path, "SIGUSR1"))
+    assert (code, asked) == (85, ["--signal=USR2 7", "requeue 7"]) and "asked to stop while it started" in said
+
+
+def test_asked_during_a_stage_that_ends_the_next_one_does_not_begin(job, tmp_path):
+    code, starts, asked, said = job("sleep 1", stages=2, meanwhile=signalled(tmp_path, "SIGUSR1"))
+    assert (code, len(starts), asked) == (85, 1, ["--signal=USR2 7", "requeue 7"]), said
+
+
+def test_where_the_stage_before_ran_decides_nothing(job):
+    """The second stage died before it said where it runs."""
+    code, starts, _, said = job(f"[ $n = 1 ] && {{ touch $DIRECTORY/silent; exit 0; }}; save; {KILLED}", stages=2)
+    assert (code, len(starts)) == (137, 2), said
+
+
+def test_what_slurm_says_of_errors_is_in_the_log_once(job):
+    said = job(KILLED)[-1]
+    assert said.count("srun: error: n1: task 9: Killed") == 1
+
+
+def test_nothing_of_it_is_left(job, tmp_path):
+    job("sleep 1; exit 85", R1MEGA_LAST_SECONDS="1", meanwhile=signalled(tmp_path, "SIGUSR1"))
+    time.sleep(0.2)
+    mine = f"DIRECTORY={tmp_path}".encode()
+    assert [path for path in Path("/proc").glob("[0-9]*") if mine in environment(path)] == []
+
+
+def environment(process):
+    try:
+        return (process / "environ").read_bytes()
+    except OSError:
+        return b""
 
 
 def test_cancelled_while_it_waits_it_stays_down(job, tmp_path):

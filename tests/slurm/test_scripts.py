@@ -64,6 +64,21 @@ def test_a_dry_run_of_the_recipe_submits_nothing(tmp_path):
     assert Path(f"{sbatch}.called").exists()
 
 
+def test_each_job_of_a_recipe_has_the_spare_machines(tmp_path):
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text('#!/bin/sh\necho "$*" > $0.called\necho 1\n')
+    sbatch.chmod(0o755)
+    variables = {
+        "R1MEGA_PYTHON": str(_plan(tmp_path)),
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "R1MEGA_LOGS": str(tmp_path),
+    }
+    for spare, asked in (("0", "--nodes=1 "), ("2", "--nodes=3 ")):
+        code, _, errors = bash("launch/pipeline.sh", "r1.yaml", R1MEGA_SPARE_NODES=spare, **variables)
+        said = Path(f"{sbatch}.called").read_text()
+        assert code == 0 and asked in said and (" --no-kill " in said) == (spare == "2"), errors + said
+
+
 def _plan(directory):
     """A program that lists one job, whatever it is asked."""
     program = directory / "plan"
@@ -85,15 +100,17 @@ def _plan(directory):
          "MASTER_PORT,NCCL_DEBUG,NCCL_SOCKET_IFNAME,GLOO_SOCKET_IFNAME,TORCH_NCCL_ASYNC_ERROR_HANDLING,"
          "CUDA_DEVICE_MAX_CONNECTIONS,R1MEGA_SAY_RUN_DIR",
          "python3.11"),
+        ({"R1MEGA_CONTAINER": "/images/r1.sif", "R1MEGA_LOGS": "/logs"},
+         f"apptainer exec --nv --bind {REPOSITORY},/logs/zero-7:/logs/zero-7 --pwd {REPOSITORY} /images/r1.sif", "python"),
     ],
-    ids=["plain", "options", "apptainer", "enroot"],
+    ids=["plain", "options", "apptainer", "enroot", "logs elsewhere"],
 )  # fmt: skip
 def test_what_stands_before_a_rank(variables, end, python):
     show = "source launch/slurm.sh; rank_launcher; echo $RANK_PYTHON"
     code, lines, errors = bash("-c", show, R1MEGA_PYTHON="/opt/python", **JOB, **variables)
     assert (code, len(lines), lines[-1]) == (0, 2, python), errors
     assert lines[0].startswith("srun --kill-on-bad-exit=1 ") and lines[0].endswith(end)
-    assert f"--output={REPOSITORY}/logs/zero-7/rank-%t.log" in lines[0]
+    assert f"--output={variables.get('R1MEGA_LOGS', f'{REPOSITORY}/logs')}/zero-7/rank-%t.log" in lines[0]
 
 
 def run_test_script(tmp_path, *arguments, failing="none"):

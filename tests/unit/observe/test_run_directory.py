@@ -208,6 +208,17 @@ def test_git_commit_of_a_real_repository(tmp_path):
     assert git_commit(tmp_path) == git("rev-parse", "HEAD") + "+changes"
 
 
+@pytest.mark.parametrize("place", ["missing/place", "."])
+def test_a_place_that_cannot_be_said_is_told_and_the_run_goes_on(tmp_path, monkeypatch, caplog, place):
+    """In a container the directory may not be there."""
+    monkeypatch.setenv("R1MEGA_SAY_RUN_DIR", str(tmp_path / place))
+    RunDirectory(tmp_path / "run").say_place()
+    assert "the job will not start its ranks again by itself" in caplog.text
+    monkeypatch.setenv("R1MEGA_SAY_RUN_DIR", str(tmp_path / "place"))
+    RunDirectory(tmp_path / "run").say_place()
+    assert (tmp_path / "place").read_text() == f"{tmp_path}/run\n"
+
+
 def test_status(tmp_path):
     run = RunDirectory(tmp_path)
     run.write_status("finished", 12, {"reward/accuracy": 0.5})

@@ -267,6 +267,9 @@ def test_a_disk_that_stays_read_only_is_told_once_and_the_run_goes_on(tmp_path, 
         ]
         before = json.loads((tmp_path / "rank_0.json").read_text())["number"]
         time.sleep(0.3)
+        with mock.patch.object(os, "open", side_effect=OSError(errno.EROFS, os.strerror(errno.EROFS), "/x")):
+            time.sleep(0.3)
+        assert len(caplog.records) == 2, "another time of it is told too"
     assert json.loads((tmp_path / "rank_0.json").read_text())["number"] > before + 1
 
 

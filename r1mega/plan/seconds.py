@@ -15,7 +15,7 @@ from r1mega.config.stages.rl import RLStage
 from r1mega.model.architecture import Architecture, LatentAttention
 from r1mega.model.families import architecture_of
 from r1mega.model.flops import ModelFlops, Work, model_flops
-from r1mega.plan.generator import GeneratorMemory
+from r1mega.plan.generator import GeneratorConfig, GeneratorMemory
 from r1mega.plan.gpu import GPU
 from r1mega.plan.workload import Workload
 
@@ -74,7 +74,7 @@ def plan_seconds(
     phases: dict[str, float] = {}
     if isinstance(config, RLStage):
         if generator is not None:
-            phases |= generation_seconds(config, hf, gpus, gpu, work, generator, efficiency)
+            phases |= generation_seconds(config, hf, gpus, gpu, work, generator, per_node, efficiency)
         passes = (config.algorithm.old_log_probs == "recompute") + (config.algorithm.kl_coefficient > 0)
         phases["logprob"] = passes * costs.pipelined(work.minibatches * work.microbatches, costs.forward())
         flops += passes * model.forward(work.whole)
@@ -233,26 +233,32 @@ def generation_seconds(
     gpu: GPU,
     work: Workload,
     generator: GeneratorMemory,
+    per_node: int,
     efficiency: Efficiency = Efficiency(),
 ) -> dict[str, float]:
-    """Of rollout and reshard, which hang on the generator alone, however the trainer is laid out."""
-    rollout = _rollout(config, hf, gpus, gpu, work, generator, efficiency)
-    return {"rollout": rollout, "reshard": generator.weights / (gpu.network_bandwidth * efficiency.network)}
+    """Of rollout and reshard, which hang on the generator alone, however the trainer is laid out: of the weights that a rank
+    of the generator wants it holds next to nothing, and gets the rest over the network where there is more than one node
+    (`weights/plan.py`; buckets are packed and written while others are on their way). The proof is not in it.
+    """
+    dtype = getattr(torch, config.model.dtype)
+    rollout = rollout_seconds(config.rollout, dtype, hf, gpus, gpu, work, generator, efficiency)
+    bandwidth = gpu.nvlink_bandwidth if gpus <= per_node else gpu.network_bandwidth
+    return {"rollout": rollout, "reshard": generator.weights / (bandwidth * efficiency.network)}
 
 
-def _rollout(
-    config: RLStage,
+def rollout_seconds(
+    rollout: GeneratorConfig,
+    dtype: torch.dtype,
     hf: HFConfig,
     gpus: int,
     gpu: GPU,
     work: Workload,
     generator: GeneratorMemory,
-    efficiency: Efficiency,
+    efficiency: Efficiency = Efficiency(),
 ) -> float:
     """Decoding of a generator's share, the longest responses first to be alone at the end: as many run at once as
     max_num_seqs and the KV cache hold.
     """
-    rollout, dtype = config.rollout, getattr(torch, config.model.dtype)
     generators = max(1, gpus // rollout.tp)
     lengths = sorted(work.responses)[:: max(1, generators)]
     prompt = work.samples[0][0]

@@ -13,8 +13,10 @@ from r1mega.config.load import load_config
 from r1mega.model.flops import model_flops, sequences_work
 from r1mega.plan.generator import generator_memory
 from r1mega.plan.gpu import gpu_kind
-from r1mega.plan.seconds import Efficiency, moving_seconds, plan_seconds
+from r1mega.plan.seconds import Efficiency, generation_seconds, moving_seconds, plan_seconds
 from r1mega.plan.workload import Lengths, workload
+from r1mega.weights.explain import Bandwidth, layouts, summarize
+from r1mega.weights.plan import Plan
 from tools.plan_back_test import held_memory, memory_table, table
 
 REPOSITORY = Path(__file__).parents[3]
@@ -62,6 +64,23 @@ def test_what_memory_moves_takes_time():
     assert predict((*nothing[1:], "memory.optimizer_offload=update"))[0].phases["offload"] == pytest.approx(16 * state)
     on_cpu = predict((*nothing, "optimizer.cpu_offload=true"))[0].phases["offload"]
     assert on_cpu == pytest.approx(16 * state * (4 + 2 + 28) / 24)
+
+
+def test_a_reshard_takes_what_its_plan_moves():
+    """Over the links of a rank at half of their speed: not less than planned, and little more for the fullest sender."""
+    path = REPOSITORY / "configs/deepseek_v3_671b/zero.yaml"
+    config = load_config(path)
+    hf = json.loads((path.parent / "model/config.json").read_text())
+    generator = generator_memory(hf, torch.bfloat16, config.rollout, GPU.memory_bytes)
+    work = workload(config, Lengths(300), 1)
+    seconds = generation_seconds(config, hf, 512, GPU, work, generator, 8)["reshard"]
+    plan = Plan(
+        hf, *layouts(config, hf, 512), model_dtype=torch.bfloat16, bucket_bytes=config.weights.bucket_bytes, ranks_per_node=8
+    )  # fmt: skip
+    without_waiting, by_bucket = summarize(plan, Bandwidth(GPU.network_bandwidth / 2, GPU.nvlink_bandwidth / 2)).seconds
+    assert 0.98 * seconds < without_waiting < 1.1 * seconds < by_bucket < 1.5 * seconds
+    alone = generation_seconds(config, hf, 8, GPU, work, generator, 8)["reshard"]
+    assert alone == pytest.approx(seconds * GPU.network_bandwidth / GPU.nvlink_bandwidth)
 
 
 def test_every_epoch_of_the_update_takes_its_time():

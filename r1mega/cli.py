@@ -238,16 +238,32 @@ def plan(
     search: Annotated[bool, typer.Option("--search", help="propose the fastest layouts that fit")] = False,
     calibrate: Annotated[Path | None, typer.Option(help="a run directory: its measured phases set the seconds")] = None,
     sbatch: Annotated[Path | None, typer.Option(help="write a submission for Slurm there")] = None,
+    samples: Annotated[
+        list[str] | None, typer.Option(help="of a pipeline's node: NODE=N samples to train on, or responses to draw")
+    ] = None,
 ) -> None:
-    """Memory of every phase of a stage on GPUs that need not be there. Starts no process. Fails when it does not fit."""
-    from r1mega.plan.command import Job, plan_lines, search_lines
+    """Memory of every phase of a stage on GPUs that need not be there; of a pipeline, GPU hours. Starts no process. Fails when
+    it does not fit.
+    """
+    from r1mega.plan.command import Job, is_pipeline, plan_lines, sample_counts, search_lines
     from r1mega.plan.workload import Lengths
 
     if search and sbatch is not None:
         raise ConfigError("--sbatch is for one layout: plan what --search proposes with it")
     drawn = Lengths(mean, cv, prompt=prompt)
     job = Job(config, overrides or [], gpus, gpu, drawn, imbalance, gpus_per_node, lengths, calibrate)
-    if search:
+    counts = sample_counts(samples or [])
+    if is_pipeline(config):
+        from r1mega.plan.recipe import recipe_lines
+
+        if search or sbatch is not None:
+            raise ConfigError(
+                f"{config}: --search and --sbatch are for the config of one stage, and this is a pipeline"
+            )
+        lines, fits = recipe_lines(config, overrides or [], job, counts)
+    elif counts:
+        raise ConfigError(f"{config}: --samples is for the nodes of a pipeline, and this is a stage")
+    elif search:
         lines, fits = search_lines(job, lambda line: typer.echo(line, err=True))
     else:
         lines, planned = plan_lines(job)

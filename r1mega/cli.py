@@ -225,7 +225,7 @@ def check_nodes(
 def plan(
     config: ConfigPath,
     overrides: Overrides = None,
-    gpus: Annotated[int, typer.Option(min=1, help="GPUs of the job")] = 8,
+    gpus: Annotated[int | None, typer.Option(min=1, help="GPUs of the job; 8; of a pipeline, the nodes' own")] = None,
     gpu: Annotated[str, typer.Option(help="h100-80, h200, h800, h20, a100-80 or b200")] = "h100-80",
     mean: Annotated[
         float | None, typer.Option(min=1, help="tokens of a response on average; default: a quarter of the longest")
@@ -234,7 +234,7 @@ def plan(
     prompt: Annotated[int, typer.Option(min=1, help="tokens of a prompt")] = 256,
     lengths: Annotated[Path | None, typer.Option(help="tokens of responses, one number a line, instead")] = None,
     imbalance: Annotated[float, typer.Option(min=1, help="tokens of the fullest expert rank over the mean")] = 1.5,
-    gpus_per_node: Annotated[int, typer.Option(min=1)] = 8,
+    gpus_per_node: Annotated[int | None, typer.Option(min=1, help="8; of a pipeline, its ranks_per_machine")] = None,
     search: Annotated[bool, typer.Option("--search", help="propose the fastest layouts that fit")] = False,
     calibrate: Annotated[Path | None, typer.Option(help="a run directory: its measured phases set the seconds")] = None,
     sbatch: Annotated[Path | None, typer.Option(help="write a submission for Slurm there")] = None,
@@ -251,7 +251,7 @@ def plan(
     if search and sbatch is not None:
         raise ConfigError("--sbatch is for one layout: plan what --search proposes with it")
     drawn = Lengths(mean, cv, prompt=prompt)
-    job = Job(config, overrides or [], gpus, gpu, drawn, imbalance, gpus_per_node, lengths, calibrate)
+    job = Job(config, overrides or [], gpus or 8, gpu, drawn, imbalance, gpus_per_node or 8, lengths, calibrate)
     counts = sample_counts(samples or [])
     if is_pipeline(config):
         from r1mega.plan.recipe import recipe_lines
@@ -259,6 +259,11 @@ def plan(
         if search or sbatch is not None:
             raise ConfigError(
                 f"{config}: --search and --sbatch are for the config of one stage, and this is a pipeline"
+            )
+        if gpus is not None or gpus_per_node is not None:
+            raise ConfigError(
+                f"{config}: --gpus and --gpus-per-node are for the config of one stage, and a pipeline says its own: set "
+                "nodes.NAME.ranks and ranks_per_machine there"
             )
         lines, fits = recipe_lines(config, overrides or [], job, counts)
     elif counts:

@@ -58,14 +58,16 @@ class Planned:
         return verdict(self.memory, self.gpu) != "does not fit"
 
 
-def plan_job(job: Job, given: Stage | None = None) -> Planned:
-    """given: instead of what job.path says with its overrides. Raises ConfigError for what cannot be laid out."""
+def plan_job(job: Job, given: Stage | None = None, known: Calibration | None = None) -> Planned:
+    """given: instead of what job.path says with its overrides; known: of job.run. Raises ConfigError for what cannot be laid
+    out.
+    """
     on_the_host()
     from r1mega.plan.memory import plan_memory
     from r1mega.plan.seconds import Efficiency, plan_seconds
     from r1mega.plan.workload import replicas_work
 
-    config, gpu, hf, lengths, calibration = _loaded(job, given)
+    config, gpu, hf, lengths, calibration = _loaded(job, given, known)
     work = replicas_work(config, lengths, job.gpus) if isinstance(config, TrainingStage) else None
     memory = plan_memory(config, hf, job.gpus, gpu, work, imbalance=job.imbalance, per_node=job.per_node)
     seconds = None
@@ -128,7 +130,9 @@ def sample_counts(given: Sequence[str]) -> dict[str, int]:
     return found
 
 
-def _loaded(job: Job, given: Stage | None = None) -> tuple[Stage, GPU, HFConfig, Lengths, Calibration | None]:
+def _loaded(
+    job: Job, given: Stage | None = None, known: Calibration | None = None
+) -> tuple[Stage, GPU, HFConfig, Lengths, Calibration | None]:
     from r1mega.plan.calibrate import calibrated
     from r1mega.plan.workload import read_lengths
 
@@ -136,7 +140,8 @@ def _loaded(job: Job, given: Stage | None = None) -> tuple[Stage, GPU, HFConfig,
     config = load_config(job.path, job.overrides) if given is None else given
     if job.lengths_file is not None:
         lengths = dataclasses.replace(lengths, given=read_lengths(job.lengths_file))
-    known = None if job.run is None else calibrated(job.run, gpu, job.per_node)
+    if known is None and job.run is not None:
+        known = calibrated(job.run, gpu, job.per_node)
     return config, gpu, read_model(config, job.path), lengths, known
 
 

@@ -225,7 +225,7 @@ def check_nodes(
 def plan(
     config: ConfigPath,
     overrides: Overrides = None,
-    gpus: Annotated[int, typer.Option(min=1, help="GPUs of the job")] = 8,
+    gpus: Annotated[int | None, typer.Option(min=1, help="GPUs of the job; 8; of a pipeline, the nodes' own")] = None,
     gpu: Annotated[str, typer.Option(help="h100-80, h200, h800, h20, a100-80 or b200")] = "h100-80",
     mean: Annotated[
         float | None, typer.Option(min=1, help="tokens of a response on average; default: a quarter of the longest")
@@ -234,20 +234,41 @@ def plan(
     prompt: Annotated[int, typer.Option(min=1, help="tokens of a prompt")] = 256,
     lengths: Annotated[Path | None, typer.Option(help="tokens of responses, one number a line, instead")] = None,
     imbalance: Annotated[float, typer.Option(min=1, help="tokens of the fullest expert rank over the mean")] = 1.5,
-    gpus_per_node: Annotated[int, typer.Option(min=1)] = 8,
+    gpus_per_node: Annotated[int | None, typer.Option(min=1, help="8; of a pipeline, its ranks_per_machine")] = None,
     search: Annotated[bool, typer.Option("--search", help="propose the fastest layouts that fit")] = False,
     calibrate: Annotated[Path | None, typer.Option(help="a run directory: its measured phases set the seconds")] = None,
     sbatch: Annotated[Path | None, typer.Option(help="write a submission for Slurm there")] = None,
+    samples: Annotated[
+        list[str] | None, typer.Option(help="of a pipeline's node: NODE=N samples to train on, or responses to draw")
+    ] = None,
 ) -> None:
-    """Memory of every phase of a stage on GPUs that need not be there. Starts no process. Fails when it does not fit."""
-    from r1mega.plan.command import Job, plan_lines, search_lines
+    """Memory of every phase of a stage on GPUs that need not be there; of a pipeline, GPU hours. Starts no process. Fails when
+    it does not fit.
+    """
+    from r1mega.plan.command import Job, is_pipeline, plan_lines, sample_counts, search_lines
     from r1mega.plan.workload import Lengths
 
     if search and sbatch is not None:
         raise ConfigError("--sbatch is for one layout: plan what --search proposes with it")
     drawn = Lengths(mean, cv, prompt=prompt)
-    job = Job(config, overrides or [], gpus, gpu, drawn, imbalance, gpus_per_node, lengths, calibrate)
-    if search:
+    job = Job(config, overrides or [], gpus or 8, gpu, drawn, imbalance, gpus_per_node or 8, lengths, calibrate)
+    counts = sample_counts(samples or [])
+    if is_pipeline(config):
+        from r1mega.plan.recipe import recipe_lines
+
+        if search or sbatch is not None:
+            raise ConfigError(
+                f"{config}: --search and --sbatch are for the config of one stage, and this is a pipeline"
+            )
+        if gpus is not None or gpus_per_node is not None:
+            raise ConfigError(
+                f"{config}: --gpus and --gpus-per-node are for the config of one stage, and a pipeline says its own: set "
+                "nodes.NAME.ranks and ranks_per_machine there"
+            )
+        lines, fits = recipe_lines(config, overrides or [], job, counts)
+    elif counts:
+        raise ConfigError(f"{config}: --samples is for the nodes of a pipeline, and this is a stage")
+    elif search:
         lines, fits = search_lines(job, lambda line: typer.echo(line, err=True))
     else:
         lines, planned = plan_lines(job)

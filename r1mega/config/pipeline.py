@@ -13,7 +13,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,18 +129,26 @@ def check_pipeline(pipeline: Pipeline, names: Sequence[str], *, dry_run: bool, d
     missing; in a dry run neither does what is brought from elsewhere. damaged: run directories whose content is not what
     their nodes made: it is not looked at.
     """
-    promise: dict[Path, Path | None] = dict(pipeline.external) if dry_run else {}
     problems = []
-    for node in pipeline.nodes.values():
+    for node in in_turn(pipeline, dry_run=dry_run, damaged=damaged):
         if node.name in names:
-            with promised(promise, damaged):
-                try:
-                    validate(node.config, node.ranks)
-                except ConfigError as error:
-                    problems += [f"{node.name} ({node.source}): {line}" for line in str(error).splitlines()]
-        promise[node.config.run_dir] = node.config.model.path
+            try:
+                validate(node.config, node.ranks)
+            except ConfigError as error:
+                problems += [f"{node.name} ({node.source}): {line}" for line in str(error).splitlines()]
     if problems:
         raise ConfigError("\n".join(problems))
+
+
+def in_turn(pipeline: Pipeline, *, dry_run: bool, damaged: Collection[Path] = ()) -> Generator[Node, None, None]:
+    """The nodes, and while each is looked at, what earlier ones make counts as there (`promised`). dry_run, damaged: as of
+    `check_pipeline`.
+    """
+    promise: dict[Path, Path | None] = dict(pipeline.external) if dry_run else {}
+    for node in pipeline.nodes.values():
+        with promised(promise, damaged):
+            yield node
+        promise[node.config.run_dir] = node.config.model.path
 
 
 def paths_of(value: Any, key: str = "") -> Iterator[tuple[str, Path]]:

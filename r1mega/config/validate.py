@@ -64,6 +64,15 @@ def is_given(path: Path) -> bool:
     return path.exists() or _promised_in(path) is not None
 
 
+def architecture_directory(model: Path) -> Path:
+    """Where the config.json of an HF directory is: there, or while an earlier stage is to make it in what that starts from."""
+    while (promise := _promised_in(model / "config.json")) is not None:
+        if (source := _promise.get()[promise]) is None:
+            break
+        model = source
+    return model
+
+
 def launched_processes() -> int:
     """Processes of this job, by what torchrun, Slurm or MPI put into the environment; 1 without any."""
     place = launched_place()
@@ -72,12 +81,7 @@ def launched_processes() -> int:
 
 def _read_model(config: Stage) -> tuple[dict[str, Any] | None, list[str]]:
     """(config.json of the model, or None when it cannot be read; problems)."""
-    directory = config.model.path
-    while (promise := _promised_in(directory / "config.json")) is not None:
-        if (model := _promise.get()[promise]) is None:
-            break
-        directory = model
-    path = directory / "config.json"
+    path = architecture_directory(config.model.path) / "config.json"
     try:
         hf = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):

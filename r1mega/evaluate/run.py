@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from r1mega.config.rewards import RewardConfig
 from r1mega.config.schema import DataConfig, EvaluateConfig
+from r1mega.config.stages.evaluate import LONGEST_ANSWER
 from r1mega.data.prompts import load_prompts, scan_prompts
 from r1mega.data.template import render
 from r1mega.data.tokenizer import Tokenizer, load_tokenizer, response_text
@@ -25,8 +26,6 @@ from r1mega.rollout.draw import Draw, draw_samples
 from r1mega.rollout.engine import EngineSettings
 from r1mega.rollout.sampler import Scorer, stop_settings
 from r1mega.types import GenerationEngine, GenerationRequest, Prompt, SamplingSettings
-
-DEFAULT_MAX_TOKENS = 32768  # paper
 
 
 def evaluate_prompts(
@@ -143,7 +142,7 @@ def response_limits(
     context: int,
     prompts: Sequence[Sequence[int]],
     max_tokens: int | None,
-    default: int = DEFAULT_MAX_TOKENS,
+    default: int = LONGEST_ANSWER,
 ) -> SamplingSettings:
     """Stops and response length: max_tokens, else the run's own, else `default` as far as the context has room.
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from r1mega.config.stages.evaluate import LONGEST_ANSWER
 from r1mega.data.record import PromptRecord, UniqueIds, check_keys
 from r1mega.data.rows import MMLU_COLUMNS, Row, first_cells, read_rows
 from r1mega.data.template import render
@@ -45,7 +46,7 @@ class Task:
     num_samples: int
     temperature: float = 0.6
     top_p: float = 0.95
-    max_tokens: int = 32768
+    max_tokens: int = LONGEST_ANSWER
     columns: tuple[str, ...] | None = None
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import yaml
 
 from r1mega.config.load import load_config
 from r1mega.config.model_files import HFConfig
@@ -56,14 +58,16 @@ class Planned:
         return verdict(self.memory, self.gpu) != "does not fit"
 
 
-def plan_job(job: Job) -> Planned:
-    """Raises ConfigError for what cannot be laid out."""
+def plan_job(job: Job, given: Stage | None = None, known: Calibration | None = None) -> Planned:
+    """given: instead of what job.path says with its overrides; known: of job.run. Raises ConfigError for what cannot be laid
+    out.
+    """
     on_the_host()
     from r1mega.plan.memory import plan_memory
     from r1mega.plan.seconds import Efficiency, plan_seconds
     from r1mega.plan.workload import replicas_work
 
-    config, gpu, hf, lengths, calibration = _loaded(job)
+    config, gpu, hf, lengths, calibration = _loaded(job, given, known)
     work = replicas_work(config, lengths, job.gpus) if isinstance(config, TrainingStage) else None
     memory = plan_memory(config, hf, job.gpus, gpu, work, imbalance=job.imbalance, per_node=job.per_node)
     seconds = None
@@ -107,14 +111,37 @@ def search_lines(job: Job, say: Callable[[str], None]) -> tuple[list[str], bool]
     return said, bool(proposals)
 
 
-def _loaded(job: Job) -> tuple[Stage, GPU, HFConfig, Lengths, Calibration | None]:
+def is_pipeline(path: Path) -> bool:
+    """Whether a YAML file has `nodes`. A file that cannot be read is none: what loads it says why."""
+    try:
+        return "nodes" in (yaml.safe_load(path.read_text()) or ())
+    except (OSError, yaml.YAMLError, TypeError):
+        return False
+
+
+def sample_counts(given: Sequence[str]) -> dict[str, int]:
+    """["sft=800000"] -> {"sft": 800000}. Raises ConfigError for another form."""
+    found = {}
+    for item in given:
+        node, _, count = item.partition("=")
+        if not node or not count.isdecimal() or int(count) < 1:
+            raise ConfigError(f"--samples {item}: wants a node and a number above 0, as in sft=800000")
+        found[node] = int(count)
+    return found
+
+
+def _loaded(
+    job: Job, given: Stage | None = None, known: Calibration | None = None
+) -> tuple[Stage, GPU, HFConfig, Lengths, Calibration | None]:
     from r1mega.plan.calibrate import calibrated
     from r1mega.plan.workload import read_lengths
 
-    config, gpu, lengths = load_config(job.path, job.overrides), gpu_kind(job.gpu), job.lengths
+    gpu, lengths = gpu_kind(job.gpu), job.lengths
+    config = load_config(job.path, job.overrides) if given is None else given
     if job.lengths_file is not None:
         lengths = dataclasses.replace(lengths, given=read_lengths(job.lengths_file))
-    known = None if job.run is None else calibrated(job.run, gpu, job.per_node)
+    if known is None and job.run is not None:
+        known = calibrated(job.run, gpu, job.per_node)
     return config, gpu, read_model(config, job.path), lengths, known
 
 

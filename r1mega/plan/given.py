@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from r1mega.config.schema import Stage
+from r1mega.config.validate import architecture_directory
 from r1mega.errors import ConfigError
 
 
@@ -31,7 +32,10 @@ def read_model(config: Stage, path: Path) -> dict[str, Any]:
     student's: `student`). Raises ConfigError when there is none.
     """
     names = ("student", "model") if config.stage == "distill" else ("model",)
-    places = [config.model.path / "config.json", *(path.parent / name / "config.json" for name in names)]
+    places = [
+        architecture_directory(config.model.path) / "config.json",
+        *(path.parent / name / "config.json" for name in names),
+    ]
     found = next((place for place in places if place.is_file()), None)
     if found is None:
         raise ConfigError(f"model.path = {config.model.path}: {' and '.join(map(str, places))} are missing")

@@ -153,16 +153,20 @@ def in_flight(parallel: ParallelConfig, stage: int, microbatches: int) -> float:
 
 
 def _head_bytes(config: TrainingStage, hf: Mapping[str, Any], rows: float) -> float:
-    """Beside the last stage's layers: for `hidden` the rows, their gradient in float32 and two buffers of logits; where the
-    loss is found in one pass, a chunk's logits with their gradient, and the output weight's gradient in float32.
+    """Beside the last stage's layers: for `hidden` the rows, their gradient in float32 and two buffers of logits. Where the
+    loss is found in one pass, what takes most of: a chunk's logits with their gradient, the output weight's gradient in
+    float32 and those rows; and in the backward pass, which has no logits, that gradient, and the rows' once more in float32
+    and in their type, or zeros of the weight's size in its type.
     """
     if config.model.log_probs != "hidden":
         return 0.0  # logits are a layer's output, and counted there
-    buffers = 2.0 * HEAD_BUFFER_BYTES
-    if isinstance(config, RLStage) and config.algorithm.is_of_tokens and config.parallel.cp == 1:
-        chunk = min(rows, DEFAULT_CHUNK_TOKENS)
-        buffers = hf["vocab_size"] / config.parallel.tp * (chunk * (4 + 2) + hf["hidden_size"] * 4)
-    return buffers + rows * hf["hidden_size"] * (4 + 2)
+    hidden = hf["hidden_size"]
+    if not (isinstance(config, RLStage) and config.algorithm.is_of_tokens and config.parallel.cp == 1):
+        return 2.0 * HEAD_BUFFER_BYTES + rows * hidden * (4 + 2)
+    vocabulary, chunk = hf["vocab_size"] / config.parallel.tp, min(rows, DEFAULT_CHUNK_TOKENS)
+    forward = vocabulary * chunk * (4 + 2)
+    backward = hidden * max(rows * (4 + 2), rows * 2 + vocabulary * 2)  # r1mega_kernels.linear_loss, linear.handed_over
+    return vocabulary * hidden * 4 + rows * hidden * (4 + 2) + max(forward, backward)
 
 
 def phase_memory(
@@ -219,9 +223,11 @@ def _host_sizes(config: TrainingStage, memory: RankMemory, generator: GeneratorM
     return sizes
 
 
-def _moment_bytes(optimizer: OptimizerConfig) -> int:
-    """Of an element of `exp_avg`."""
-    return getattr(torch, optimizer.exp_avg_dtype).itemsize if optimizer.precision_aware else 4
+def moment_bytes(optimizer: OptimizerConfig) -> tuple[int, int]:
+    """Of an element of `exp_avg` and of `exp_avg_sq`."""
+    if not optimizer.precision_aware:
+        return 4, 4
+    return getattr(torch, optimizer.exp_avg_dtype).itemsize, getattr(torch, optimizer.exp_avg_sq_dtype).itemsize
 
 
 def _generator_parts(generator: GeneratorMemory) -> dict[str, float]:
@@ -277,7 +283,7 @@ def _host_and_disk(
         if phase == "save":
             # what a rank writes: float32 main parameters and moments of its share (train/optimizer.py: shard_state), two thirds
             # of them twice (the first layers of feed-forwards, docs/checkpoints.md); weights. A copy to be written in the background
-            elements = rank.static.exp_avg / _moment_bytes(config.optimizer)
+            elements = rank.static.exp_avg / moment_bytes(config.optimizer)[0]
             copied = 12.0 if config.checkpoint.async_save else 0.0
             host["save"] = per_node * ((20.0 + copied) * elements + rank.static.weights)
         if samples is not None:  # until the next step's are there

@@ -26,9 +26,25 @@ from r1mega.model.families import architecture_of
 from r1mega.plan.candidates import candidates, capacity, differences, divisors
 from r1mega.plan.generator import GeneratorMemory, generator_memory, generator_memory_problems
 from r1mega.plan.gpu import GPU
-from r1mega.plan.memory import PhaseMemory, StageRank, in_flight, padded, phase_memory, planned_model, stage_ranks
+from r1mega.plan.memory import (
+    PhaseMemory,
+    StageRank,
+    in_flight,
+    moment_bytes,
+    padded,
+    phase_memory,
+    planned_model,
+    stage_ranks,
+)
 from r1mega.plan.rank import LONGEST, Activations, RankMemory, Routes, Static, measure
-from r1mega.plan.seconds import Efficiency, generation_seconds, layer_parameters, moving_seconds, plan_seconds
+from r1mega.plan.seconds import (
+    Efficiency,
+    layer_parameters,
+    moving_seconds,
+    plan_seconds,
+    reshard_seconds,
+    rollout_seconds,
+)
 from r1mega.plan.workload import Lengths, Workload, replicas_work, workload
 
 MOST_PROPOSED = 3
@@ -63,13 +79,19 @@ class Proposal:
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """A layout, what it recomputes and how long its microbatches are; seconds: of everything but the generator and what is
-    moved between device and host.
+    """A layout, what it recomputes and how long its microbatches are; seconds: of everything but the generator, the reshard
+    and what is moved between device and host; a_byte: seconds of the reshard for each byte of the generator's weights.
     """
 
     config: TrainingStage
     work: Workload
     seconds: float
+    a_byte: float
+
+    def beside(self, generated: Generated) -> float:
+        """Seconds of a step but for what is moved between device and host."""
+        resharded = 0.0 if generated.memory is None else generated.memory.weights * self.a_byte
+        return self.seconds + generated.seconds + resharded
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +154,7 @@ class Search:
     measured: int = 0
     skipped: int = 0
     _ranks: dict[object, list[StageRank] | None] = field(default_factory=dict)
+    _bounds: dict[object, tuple[int, list[StageRank] | None]] = field(default_factory=dict)
     _seen: dict[_Chunk, Activations] = field(default_factory=dict)
     _large: dict[ParallelConfig, bool] = field(default_factory=dict)
     _work: dict[object, Workload] = field(default_factory=dict)
@@ -147,11 +170,11 @@ class Search:
             raise ConfigError(f"--search: nothing is left to measure; of the config itself: {self._refusal(generated)}")
         self.say(f"{len(trained):,} layouts by {len(generated)} of the generator; the fastest are measured first")
         self._learn(trained)
-        pairs = sorted(itertools.product(trained, generated), key=lambda pair: pair[0].seconds + pair[1].seconds)
+        pairs = sorted(itertools.product(trained, generated), key=lambda pair: pair[0].beside(pair[1]))
         found: dict[object, Proposal] = {}
         skipped: set[object] = set()
         for one, other in pairs:
-            least = one.seconds + other.seconds
+            least = one.beside(other)
             best = sorted(proposal.seconds for proposal in found.values())
             if len(best) >= most and least >= best[most - 1]:
                 break
@@ -199,7 +222,8 @@ class Search:
                 config.model_copy(update=update), self.hf, self.gpus, self.gpu, work, None,
                 imbalance=self.imbalance, per_node=self.per_node, efficiency=self.efficiency,
             )  # fmt: skip
-            yield Trained(config, work, seconds.total)
+            a_byte = reshard_seconds(config.parallel, self.hf, self.gpus, self.gpu, self.per_node, self.efficiency)
+            yield Trained(config, work, seconds.total, a_byte)
 
     def workload(self, config: TrainingStage) -> Workload | None:
         """None: the samples do not go into the microbatches, or some replica gets none."""
@@ -230,14 +254,15 @@ class Search:
             if rollout.num_prompts < self.gpus // tp or next(problems, None) is not None:
                 continue
             memory = generator_memory(self.hf, dtype, rollout, self.gpu.memory_bytes)
-            seconds = generation_seconds(candidate, self.hf, self.gpus, self.gpu, work, memory, self.efficiency)
-            yield Generated(tp, memory, sum(seconds.values()))
+            seconds = rollout_seconds(rollout, dtype, self.hf, self.gpus, self.gpu, work, memory, self.efficiency)
+            yield Generated(tp, memory, seconds)
 
     def fitting(self, one: Trained, other: Generated, limit: float = math.inf) -> Proposal | None:
         """With what takes least time of what makes it fit; None: nothing does, or not in less than `limit` seconds. Measured
         only where neither is known before.
         """
-        least = [self._least(one.config, stage, one.work) for stage in self._full(one.config.parallel)]
+        if (least := self._bound(one)) is None:
+            return None
         bound = self._cheapest(one, other, least)
         if bound is None or bound[0] >= limit or (ranks := self.ranks(one)) is None:
             return None
@@ -259,8 +284,18 @@ class Search:
             if all(phase.verdict(self.gpu) == "fits" for phase in phases):
                 moving = moving_seconds(config, self.hf, self.gpus, self.gpu, one.work.minibatches, self.efficiency)
                 fullest = max(phases, key=lambda phase: phase.total)
-                found.append((one.seconds + other.seconds + moving, config, fullest))
+                found.append((one.beside(other) + moving, config, fullest))
         return min(found, key=lambda choice: choice[0], default=None)
+
+    def _bound(self, one: Trained) -> list[StageRank] | None:
+        """The least that its fullest stages take by what was measured; None: no generator would leave room for it."""
+        known = self._bounds.get(_key(one))
+        if known is not None and (known[1] is None or known[0] == self.measured):  # what is measured only raises it
+            return known[1]
+        least = [self._least(one.config, stage, one.work) for stage in self._full(one.config.parallel)]
+        found = least if self._fit(one.config, least) else None
+        self._bounds[_key(one)] = self.measured, found
+        return found
 
     def ranks(self, one: Trained) -> list[StageRank] | None:
         """One of every kind of stage; None when one of them does not fit without a generator, whatever moves."""
@@ -349,7 +384,8 @@ class Search:
         updated = int(p.tp * p.pp * dense / self.gpus + p.ep * p.etp * p.pp * experts / self.gpus)
         gradients = 4 if config.optimizer.grad_reduce_in_fp32 else itemsize
         main = 0 if itemsize == 4 else 4 * updated
-        static = Static(itemsize * both, gradients * both, main, 4 * updated, 4 * updated, both, int(experts), 0)
+        first, second = (size * updated for size in moment_bytes(config.optimizer))
+        static = Static(itemsize * both, gradients * both, main, first, second, both, int(experts), 0)
         kept, waiting = Activations(1, 0.0, 0.0, 0.0, {}), 0.0
         if work is not None:
             kept, waiting = self._activations(config, stage, work), in_flight(p, stage, work.microbatches)

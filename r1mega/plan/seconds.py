@@ -10,13 +10,14 @@ import torch
 
 from r1mega.config.layout import num_stages
 from r1mega.config.model_files import HFConfig
-from r1mega.config.schema import TrainingStage
+from r1mega.config.schema import ParallelConfig, TrainingStage
 from r1mega.config.stages.rl import RLStage
 from r1mega.model.architecture import Architecture, LatentAttention
 from r1mega.model.families import architecture_of
 from r1mega.model.flops import ModelFlops, Work, model_flops
-from r1mega.plan.generator import GeneratorMemory
+from r1mega.plan.generator import GeneratorConfig, GeneratorMemory
 from r1mega.plan.gpu import GPU
+from r1mega.plan.memory import moment_bytes
 from r1mega.plan.workload import Workload
 
 
@@ -74,13 +75,15 @@ def plan_seconds(
     phases: dict[str, float] = {}
     if isinstance(config, RLStage):
         if generator is not None:
-            phases |= generation_seconds(config, hf, gpus, gpu, work, generator, efficiency)
+            dtype = getattr(torch, config.model.dtype)
+            phases["rollout"] = rollout_seconds(config.rollout, dtype, hf, gpus, gpu, work, generator, efficiency)
         passes = (config.algorithm.old_log_probs == "recompute") + (config.algorithm.kl_coefficient > 0)
         phases["logprob"] = passes * costs.pipelined(work.minibatches * work.microbatches, costs.forward())
         flops += passes * model.forward(work.whole)
     phases["update"] = updates * costs.pipelined(work.microbatches, costs.both())
-    if "reshard" in phases:
-        phases["reshard"] = phases.pop("reshard")  # after the update
+    if isinstance(config, RLStage) and generator is not None:
+        a_byte = reshard_seconds(config.parallel, hf, gpus, gpu, per_node, efficiency)
+        phases["reshard"] = generator.weights * a_byte
     if moving := moving_seconds(config, hf, gpus, gpu, work.minibatches, efficiency):
         phases["offload"] = moving
     return Seconds(phases, flops, work.tokens)
@@ -190,7 +193,8 @@ def moving_seconds(
     updates = optimizer_steps(config, minibatches)
     swapped = memory.reference_swap and isinstance(config, RLStage) and config.algorithm.kl_coefficient > 0
     moved = 2 * of_rank * (memory.param_offload + swapped)
-    moved += 2 * 12 * updated * {"none": 0, "rollout": 1, "update": updates}[memory.optimizer_offload]
+    state = 4 + sum(moment_bytes(config.optimizer))
+    moved += 2 * state * updated * {"none": 0, "rollout": 1, "update": updates}[memory.optimizer_offload]
     if config.optimizer.cpu_offload:
         moved += updates * updated * (4 + itemsize + 28)
     return moved / (gpu.host_bandwidth * efficiency.network)
@@ -226,35 +230,44 @@ def part_flops(hf: HFConfig, work: Work) -> dict[str, float]:
     return products | {"core_attn": model_flops(hf).forward(Work(0, work.pairs, 0))}
 
 
-def generation_seconds(
-    config: RLStage,
+def reshard_seconds(
+    p: ParallelConfig, hf: HFConfig, gpus: int, gpu: GPU, per_node: int, efficiency: Efficiency = Efficiency()
+) -> float:
+    """Of each byte of weights that a rank of the generator has: of what it wants, the part that the trainer's layout put on
+    itself is there, the part that its node holds comes inside of the node, and only the rest over the network, both at once
+    (`weights/plan.py`, which prefers near sources; buckets are packed and written while others are on their way). The ranks
+    of a pipeline stage follow one another, and in them those of tp and of ep * etp. The proof is not in it.
+    """
+    dense, experts = (sum(sizes) for sizes in zip(*layer_parameters(hf), strict=True))
+    dense += 2 * hf["vocab_size"] * hf["hidden_size"]
+
+    def held(ranks: int) -> float:
+        """By so many that follow one another, as a share of all weights."""
+        stages = max(1, ranks * p.pp // gpus) / p.pp
+        cut = dense * min(1, ranks / p.tp) + experts * min(1, ranks / (p.ep * p.etp))
+        return stages * cut / (dense + experts)
+
+    node = held(min(gpus, per_node))
+    slowest = max((node - held(1)) / gpu.nvlink_bandwidth, (1 - node) / gpu.network_bandwidth)
+    return slowest / efficiency.network
+
+
+def rollout_seconds(
+    rollout: GeneratorConfig,
+    dtype: torch.dtype,
     hf: HFConfig,
     gpus: int,
     gpu: GPU,
     work: Workload,
     generator: GeneratorMemory,
     efficiency: Efficiency = Efficiency(),
-) -> dict[str, float]:
-    """Of rollout and reshard, which hang on the generator alone, however the trainer is laid out."""
-    rollout = _rollout(config, hf, gpus, gpu, work, generator, efficiency)
-    return {"rollout": rollout, "reshard": generator.weights / (gpu.network_bandwidth * efficiency.network)}
-
-
-def _rollout(
-    config: RLStage,
-    hf: HFConfig,
-    gpus: int,
-    gpu: GPU,
-    work: Workload,
-    generator: GeneratorMemory,
-    efficiency: Efficiency,
 ) -> float:
     """Decoding of a generator's share, the longest responses first to be alone at the end: as many run at once as
     max_num_seqs and the KV cache hold.
     """
-    rollout, dtype = config.rollout, getattr(torch, config.model.dtype)
     generators = max(1, gpus // rollout.tp)
-    lengths = sorted(work.responses)[:: max(1, generators)]
+    ordered = sorted(work.responses)
+    lengths = ordered[:: max(1, generators)] if len(ordered) > generators else ordered[-1:]
     prompt = work.samples[0][0]
     mean = sum(n * n for n in lengths) / (2 * sum(lengths)) + prompt  # of a response that runs
     at_once = min(rollout.max_num_seqs, len(lengths), max(1.0, generator.kv_tokens / mean))

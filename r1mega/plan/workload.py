@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -73,19 +73,14 @@ class Workload:
     def tokens(self) -> int:
         return int(self.whole.tokens)
 
-    @property
+    @cached_property
     def whole(self) -> Work:
         """All samples of the step."""
-        return _whole(self.samples)
+        return sequences_work((prompt + response, response) for prompt, response in self.samples)
 
     @property
     def responses(self) -> list[int]:
         return [response for _, response in self.samples]
-
-
-@lru_cache(maxsize=8)
-def _whole(samples: tuple[tuple[int, int], ...]) -> Work:
-    return sequences_work((prompt + response, response) for prompt, response in samples)
 
 
 def replicas_work(config: TrainingStage, lengths: Lengths, gpus: int) -> Workload:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from r1mega.config.load import dump_config
-from r1mega.config.pipeline import Node, Pipeline, check_pipeline, is_inside
+from r1mega.config.pipeline import Node, Pipeline, check_pipeline, in_turn, is_inside
 from r1mega.config.schema import Stage, TrainingStage
 from r1mega.errors import EXIT_SAVED_FOR_REQUEUE, ConfigError
 from r1mega.files import write_atomic
@@ -111,9 +111,9 @@ def dry_run(
     """
     check_pipeline(pipeline, names, dry_run=True, damaged=_damaged(pipeline))
     problems = [
-        f"{name} ({node.source}): {problem}"
-        for name in names
-        for node in [pipeline.nodes[name]]
+        f"{node.name} ({node.source}): {problem}"
+        for node in in_turn(pipeline, dry_run=True, damaged=_damaged(pipeline))
+        if node.name in names
         for problem in generator_refusals(node.config, node.source, node.ranks, gpu)
     ]
     if problems:

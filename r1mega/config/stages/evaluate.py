@@ -19,6 +19,8 @@ Form = Literal[
     "ifeval", "swe_bench", "prompts",
 ]  # fmt: skip
 """The tasks of r1mega/evaluate/tasks.py."""
+LONGEST_ANSWER = 32768
+"""Tokens of a response where neither the config nor the run that is evaluated says (paper)."""
 
 
 class TaskConfig(Section):

@@ -22,6 +22,7 @@ from r1mega.plan.generator import generator_memory, generator_memory_problems, k
 from r1mega.plan.given import read_model
 from r1mega.plan.gpu import gpu_kind
 from r1mega.plan.memory import StageRank, in_flight, phase_memory
+from r1mega.plan.memory import _head_bytes as head_bytes
 from r1mega.plan.memory import _host_and_disk as host_and_disk
 from r1mega.plan.place import _rank_groups as rank_groups
 from r1mega.plan.rank import Activations, RankMemory, Routes, Static, measure
@@ -173,6 +174,18 @@ def test_a_save_in_the_background_takes_its_share_again():
         host, _ = host_and_disk(config.model_copy(update={"optimizer": aware}), hf, (stage_rank(),), None, 8)
         saved.append(host["save"])
     assert saved == [8 * (20 * 1000 + 2000), 8 * (32 * 1000 + 2000)]
+
+
+def test_beside_the_last_layers_the_fuller_of_both_passes():
+    """One rank's 32,320 words: a chunk's logits with their gradient, or in the backward pass rows scaled and cast."""
+    path = CONFIGS / "deepseek_v3_671b/zero.yaml"
+    words, weight = 129280 // 4, 129280 // 4 * HIDDEN
+    short, long = (
+        head_bytes(load_config(path, ["parallel.tp=4", f"update.microbatch_tokens={rows}"]), DEEPSEEK, rows)
+        for rows in (8192, 67584)
+    )
+    assert short == 4 * weight + 6 * 8192 * HIDDEN + 6 * 4096 * words
+    assert long == 4 * weight + (2 + 4 + 4 + 2) * 67584 * HIDDEN
 
 
 def test_lengths_and_microbatches():

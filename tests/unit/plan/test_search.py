@@ -103,6 +103,15 @@ def test_fuller_experts_bound_no_evener_ones():
     assert even.share(uneven) == SURE and uneven.share(even) == 0 and uneven.share(uneven) == 1
 
 
+def test_the_least_of_a_stage_has_moments_as_they_are_stored():
+    path = CONFIGS / "moonlight_16b/sft.yaml"
+    for keys, part in (([], 1), (["optimizer.precision_aware=true"], 2)):
+        config = load_config(path, keys)
+        search = Search(config, read_model(config, path), 8, gpu_kind("h100-80"), Lengths(), 1.0, 8)
+        static = search._least(config, 0, None).memory.static
+        assert part * static.exp_avg == part * static.exp_avg_sq == static.main_params > 0
+
+
 def test_the_command_prints_words_for_the_shell():
     said: list[str] = []
     job = Job(SFT, ["seed=3"], 1, "h100-80", Lengths(80), 1.5, per_node=8)

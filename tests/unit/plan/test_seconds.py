@@ -13,8 +13,10 @@ from r1mega.config.load import load_config
 from r1mega.model.flops import model_flops, sequences_work
 from r1mega.plan.generator import generator_memory
 from r1mega.plan.gpu import gpu_kind
-from r1mega.plan.seconds import Efficiency, moving_seconds, plan_seconds
-from r1mega.plan.workload import Lengths, workload
+from r1mega.plan.seconds import Efficiency, moving_seconds, plan_seconds, reshard_seconds, rollout_seconds
+from r1mega.plan.workload import Lengths, Workload, workload
+from r1mega.weights.explain import Bandwidth, layouts, summarize
+from r1mega.weights.plan import Plan
 from tools.plan_back_test import held_memory, memory_table, table
 
 REPOSITORY = Path(__file__).parents[3]
@@ -62,6 +64,62 @@ def test_what_memory_moves_takes_time():
     assert predict((*nothing[1:], "memory.optimizer_offload=update"))[0].phases["offload"] == pytest.approx(16 * state)
     on_cpu = predict((*nothing, "optimizer.cpu_offload=true"))[0].phases["offload"]
     assert on_cpu == pytest.approx(16 * state * (4 + 2 + 28) / 24)
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus", "overrides"),
+    [
+        ("moonlight_16b", 8, ()),
+        ("moonlight_16b", 16, ()),
+        ("qwen3_30b_a3b", 32, ()),
+        ("moonlight_16b", 16, ("parallel.ep=16",)),
+        ("moonlight_16b", 16, ("parallel.tp=8", "parallel.ep=1")),
+        ("moonlight_16b", 32, ("parallel.tp=2", "parallel.cp=8", "parallel.ep=4")),
+        ("moonlight_16b", 16, ("parallel.ep=4", "parallel.pp=2", "parallel.layers_per_stage=[14,13]")),
+        ("moonlight_16b", 8, ("parallel.ep=2", "parallel.pp=4", "parallel.layers_per_stage=[7,7,7,6]")),
+        ("deepseek_v3_671b", 512, ()),
+    ],
+)
+def test_a_reshard_takes_what_its_plan_moves(name, gpus, overrides):
+    """Over the links of a rank at half of their speed, if no rank waits; the fullest sender has more than the average."""
+    path = REPOSITORY / f"configs/{name}/zero.yaml"
+    config = load_config(path, list(overrides))
+    hf = json.loads((path.parent / "model/config.json").read_text())
+    generator = generator_memory(hf, torch.bfloat16, config.rollout, GPU.memory_bytes)
+    seconds = generator.weights * reshard_seconds(config.parallel, hf, gpus, GPU, 8)
+    plan = Plan(
+        hf, *layouts(config, hf, gpus), model_dtype=torch.bfloat16, bucket_bytes=config.weights.bucket_bytes, ranks_per_node=8
+    )  # fmt: skip
+    without_waiting, _ = summarize(plan, Bandwidth(GPU.network_bandwidth / 2, GPU.nvlink_bandwidth / 2)).seconds
+    assert without_waiting / 1.2 < seconds < 1.1 * without_waiting
+
+
+def test_a_step_has_the_reshard_of_its_own_layout():
+    found, _, hf = predict()
+    config = load_config(REPOSITORY / "configs/moonlight_16b/zero.yaml")
+    weights = generator_memory(hf, torch.bfloat16, config.rollout, GPU.memory_bytes).weights
+    assert found.phases["reshard"] == pytest.approx(weights * reshard_seconds(config.parallel, hf, 8, GPU, 8))
+
+
+def test_moments_in_bfloat16_are_half_as_much_to_move():
+    """Main parameters of 4 bytes and two moments of 2, instead of three times 4."""
+    rest = ("memory.optimizer_offload=rollout", "memory.param_offload=false", "memory.reference_swap=false")
+    plain, aware = (
+        predict((*rest, f"optimizer.precision_aware={aware}"))[0].phases["offload"] for aware in ("false", "true")
+    )
+    assert aware == pytest.approx(plain * 8 / 12)
+
+
+def test_fewer_responses_than_generators_take_as_long_as_the_longest():
+    config = load_config(REPOSITORY / "configs/moonlight_16b/zero.yaml")
+    hf = json.loads((REPOSITORY / "configs/moonlight_16b/model/config.json").read_text())
+    memory = generator_memory(hf, torch.bfloat16, config.rollout, GPU.memory_bytes)
+
+    def seconds(*lengths: int) -> float:
+        work = Workload(tuple((256, length) for length in lengths), 1, 1, 1)
+        return rollout_seconds(config.rollout, torch.bfloat16, hf, 64, GPU, work, memory)
+
+    assert seconds(100, 200, 4000) == seconds(4000) > seconds(100)
 
 
 def test_every_epoch_of_the_update_takes_its_time():

@@ -132,6 +132,8 @@ def test_a_dry_run_refuses_a_generator_that_its_gpus_cannot_hold():
     file = Path(__file__).parents[3] / "configs/deepseek_v3_671b/r1.yaml"
     with pytest.raises(ConfigError, match=r"zero .*rollout.tp = 1: .* 1,342.1 GB a GPU.* at least 32"):
         dry_run(load_pipeline(file, ["zero.rollout.tp=1"]), ["zero"])
+    # the student that an earlier node makes, not the model beside the file
+    assert list(dry_run(load_pipeline(file), ["evaluate_student"])) == ["evaluate_student"]
 
 
 def test_quiet_tells_what_failed_and_what_was_moved(load, monkeypatch, capfd):

@@ -22,6 +22,6 @@ def release_models() -> None:
     if module is None:
         return
     for found in gc.get_objects():
-        if isinstance(found, module.DistributedDataParallel):
+        if issubclass(type(found), module.DistributedDataParallel):  # isinstance asks a dead weak proxy for its class
             found.__dict__.clear()
     gc.collect()

@@ -80,6 +80,7 @@ def test_a_judge_that_is_the_policy_is_not_asked(evaluate):
 def test_waiting_for_saves_is_saving():
     runtime, seen = object.__new__(Runtime), []
     runtime._doing, runtime._store = "between", SimpleNamespace(wait=lambda: seen.append(runtime._doing))
+    runtime._save_seconds = 0.0
     runtime._finish_saves()
     assert (seen, runtime._doing) == (["save"], "between")
 

@@ -71,6 +71,6 @@ def test_a_full_disk_is_told_by_all_ranks(tmp_path, asynchronous):
     with small_disk(tmp_path / "disk") as mounted:
         for message, left, latest in launch(save_on_small_disk, 2, tmp_path / "disk", mounted, asynchronous):
             assert "could not be written" in message
-            assert "rank 1" in message
+            assert "(rank 1)" in message or "(rank" not in message  # of both: the other found the disk full
             assert left == ["step_000001"]
             assert latest == "step_000001"

@@ -45,6 +45,9 @@ class Prompt:
 class SamplingSettings:
     """How to sample. stop_token_ids end a response and belong to it; max_tokens bounds it (tokens).
 
+    What is drawn from is cut in the order min_p (of at least so much of the likeliest one's probability), top_k, top_p; None: not.
+    max_kept: responses tell what was kept (`Response.kept`), and no more than the so many likeliest are.
+
     Example: SamplingSettings(temperature=1.0, top_p=1.0, max_tokens=2048, stop_token_ids=(2,))
     """
 
@@ -53,6 +56,14 @@ class SamplingSettings:
     max_tokens: int = 256
     stop_token_ids: tuple[int, ...] = ()
     stop_strings: tuple[str, ...] = ()
+    top_k: int | None = None
+    min_p: float | None = None
+    max_kept: int | None = None
+
+    @property
+    def most_kept(self) -> int | None:
+        """The smaller of top_k and max_kept; ids as likely as the last one are kept beside it. None: no bound."""
+        return min((bound for bound in (self.top_k, self.max_kept) if bound is not None), default=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +101,44 @@ UNFINISHED = "unfinished"
 """The finish reason of a response that a `Cut` ended."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class KeptIds:
+    """The ids that were drawn from, token by token of a response, where the sampler cut the vocabulary.
+
+    counts: [tokens] int32; ids: [sum of counts] int32, the tokens' lists one after the other, each strictly increasing, with the
+    token itself in it. A count of 0: the whole vocabulary.
+
+    Example: of three tokens, of which the second was certain: KeptIds(array([2, 1, 3]), array([4, 21, 4, 2, 7, 9]))
+    """
+
+    counts: np.ndarray
+    ids: np.ndarray
+
+    @classmethod
+    def whole(cls, num_tokens: int) -> KeptIds:
+        """Of tokens that were drawn from the whole vocabulary."""
+        return cls(np.zeros(num_tokens, np.int32), np.zeros(0, np.int32))
+
+    @classmethod
+    def of(cls, lists: Sequence[np.ndarray]) -> KeptIds:
+        """A list a token."""
+        counts = np.array([len(one) for one in lists], dtype=np.int32)
+        return cls(counts, np.concatenate([np.zeros(0, np.int32), *lists]).astype(np.int32))
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    def __add__(self, more: KeptIds) -> KeptIds:
+        return KeptIds(np.concatenate([self.counts, more.counts]), np.concatenate([self.ids, more.ids]))
+
+    def first(self, num_tokens: int) -> KeptIds:
+        counts = self.counts[:num_tokens]
+        return KeptIds(counts, self.ids[: counts.sum()])
+
+    def without_first(self, num_tokens: int) -> KeptIds:
+        return KeptIds(self.counts[num_tokens:], self.ids[self.counts[:num_tokens].sum() :])
+
+
 @dataclass(frozen=True, slots=True)
 class Response:
     """One sampled response. log_probs: of each sampled token under the distribution it was drawn from.
@@ -97,7 +146,7 @@ class Response:
     finish_reason: 'stop' (a stop token or string) or 'length' (max_tokens reached: truncated). policy_versions: the one that
     sampled each token; empty: the version of its group. A generator returns the tokens after `GenerationRequest.begun` only. routed_experts: [prompt +
     response - 1, MoE layers, top-k], the experts that the generator chose at each position it processed, when router
-    replay asks for them.
+    replay asks for them. kept: with `SamplingSettings.max_kept`; log_probs are over these ids.
 
     Example: Response(token_ids=(21, 4, 2), log_probs=(-0.11, -0.69, -0.02), finish_reason="stop")
     """
@@ -107,6 +156,7 @@ class Response:
     finish_reason: str
     routed_experts: np.ndarray | None = field(default=None, repr=False, compare=False)
     policy_versions: tuple[int, ...] = ()
+    kept: KeptIds | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +277,7 @@ class SampleSummary:
     """What every rank knows of a sample of the step, whichever has its tokens; the fields are those of `TrainingSample`.
 
     num_tokens: of prompt and response; generator: which one has it (the ranks of all count from 0); has_routing: whether
-    it carries routed experts.
+    it carries routed experts; num_kept: ids in its lists of kept ones, 0 where it carries none.
 
     Example: of the sample below, made by the only generator: SampleSummary(0, 0, 8, 5, 1.0, 1.1, opens_group=True)
     """
@@ -240,6 +290,7 @@ class SampleSummary:
     reward: float
     opens_group: bool = False
     has_routing: bool = False
+    num_kept: int = 0
 
     @property
     def response_length(self) -> int:
@@ -251,7 +302,7 @@ class TrainingSample:
     """One response ready for the update.
 
     token_ids: [prompt + response] int32; advantage: the same for every response token; sampler_log_probs: [response]
-    float32, as the generator reported them (of token_ids[prompt_length:]). routed_experts: see `Response`. slot: of its group.
+    float32, as the generator reported them (of token_ids[prompt_length:]). routed_experts, kept: see `Response`. slot: of its group.
     reward: its value; opens_group: the first sample of a prompt, the others follow it.
 
     Example: of the group above, mean 0.6 and standard deviation 0.5: TrainingSample(array([1, 17, 9, 17, 30, 21, 4, 2]), 5,
@@ -266,6 +317,7 @@ class TrainingSample:
     slot: int = 0
     reward: float = 0.0
     opens_group: bool = False
+    kept: KeptIds | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -279,5 +331,5 @@ class TrainingSample:
         """What other ranks are told of it."""
         return SampleSummary(
             generator, self.slot, self.num_tokens, self.prompt_length, self.advantage, self.reward, self.opens_group,
-            self.routed_experts is not None,
+            self.routed_experts is not None, 0 if self.kept is None else len(self.kept.ids),
         )  # fmt: skip

@@ -234,6 +234,10 @@ class RolloutConfig(Section):
     group_size: PositiveInt = 16  # responses a prompt (paper)
     temperature: Annotated[float, Field(ge=0.01)] = 1.0  # paper
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: PositiveInt | None = None
+    min_p: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of the likeliest token's probability
+    max_kept_ids: PositiveInt = 1024
+    # in RL, with top_p, top_k or min_p: ids that a token is drawn from at most, whatever these keep; all of them go with the sample
     max_response_tokens: PositiveInt = 32768  # paper
     stop: tuple[str, ...] = ("</answer>",)  # texts that end a response (and belong to it), besides the tokenizer's eos
     tp: PositiveInt = 1  # ranks that make one generator
@@ -247,6 +251,11 @@ class RolloutConfig(Section):
     partial: PartialRollouts = PartialRollouts()
     durable: bool = True  # what is sampled and scored is on disk before its step ends: a start after a kill reads it
     router_replay: bool = False  # the update repeats the generator's choices of experts (R3); vLLM on a CPU only so far
+
+    @property
+    def cuts_vocabulary(self) -> bool:
+        """Whether tokens are drawn from a part of it."""
+        return self.top_p < 1 or self.top_k is not None or self.min_p > 0
 
 
 class WeightsConfig(Section):

@@ -38,12 +38,14 @@ def evaluate_prompts(
 ) -> EvaluationResult:
     """Sample config.num_samples responses a prompt and grade them.
 
-    sampling: its stops and max_tokens; temperature and top-p are the config's. A prompt's samples do not depend on the
+    sampling: its stops and max_tokens; temperature and top-p are the config's, which cuts nothing else. A prompt's samples do not depend on the
     other prompts (`evaluation_draw`): ranks may divide the prompts (`prompts[rank::size]`) and join their
     results by `merge_results`.
     """
     begun = time.perf_counter()
-    sampling = dataclasses.replace(sampling, temperature=config.temperature, top_p=config.top_p)
+    sampling = dataclasses.replace(
+        sampling, temperature=config.temperature, top_p=config.top_p, top_k=None, min_p=None, max_kept=None
+    )
     draws = [evaluation_draw(prompt, index, config.seed) for prompt in prompts for index in range(config.num_samples)]
     graded = draw_samples(engine, tokenizer, scorer, draws, sampling)
     rows = evaluation_rows(prompts, graded, config.num_samples)

@@ -94,12 +94,17 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "logprob/diff_mean",
         "nats",
-        "mean of the same: about 1e-6 in float32, 0.001 to 0.005 in bfloat16, 0.01 in FP8; with rollout.top_p < 1 the kept mass is in both",
+        "mean of the same: about 1e-6 in float32, 0.001 to 0.005 in bfloat16, 0.01 in FP8",
     ),
     Metric(
         "logprob/outlier_fraction",
         "share of tokens",
         "those off by more than weights.probe_tolerance (2e-4 in float32, 0.15 in bfloat16, 0.4 in FP8)",
+    ),
+    Metric(
+        "logprob/kept_ids",
+        "count",
+        "ids that a response token was drawn from, in the mean, with rollout.top_p, top_k or min_p; null without",
     ),
     Metric("logprob/*", "nats", "further figures about the trainer-sampler mismatch"),
     Metric(

@@ -123,6 +123,12 @@ def check_requests(
                 f"{where}: temperature={sampling.temperature}, top_p={sampling.top_p}; temperature "
                 f"must be 0 (greedy) or at least 0.01, top_p in (0, 1]"
             )
+        bounds = [bound for bound in (sampling.top_k, sampling.max_kept) if bound is not None]
+        if min(bounds, default=1) < 1 or not 0 <= (sampling.min_p or 0) < 1:
+            raise GenerationError(
+                f"{where}: top_k={sampling.top_k}, min_p={sampling.min_p}, max_kept={sampling.max_kept}; top_k and max_kept must be "
+                f"at least 1 or None, min_p in [0, 1) or None"
+            )
         if sampling.stop_strings and not has_tokenizer:
             raise GenerationError(
                 f"{where}: stop strings {list(sampling.stop_strings)} need an engine that was built "

@@ -28,7 +28,7 @@ from r1mega.config.schema import RolloutConfig
 from r1mega.errors import DataError
 from r1mega.files import JsonLinesWriter, Record, scan_json_lines, sync_path
 from r1mega.platform.groups import GeneratorPlace
-from r1mega.types import Response, Reward, RewardStatus
+from r1mega.types import KeptIds, Response, Reward, RewardStatus
 
 SYNC_SECONDS = 0.25
 """A line that comes sooner than this after the last sync is in the file at once, and on disk with a later one: a fast
@@ -108,12 +108,13 @@ class RolloutJournal:
         values = _read_line(line, place)
         if values["begun"] != begun:
             return None
-        routed = values.get("routed_experts")
+        routed, kept = values.get("routed_experts"), values.get("kept")
         response = Response(
             tuple(values["tokens"]),
             tuple(map(float, values["log_probs"])),
             values["finish_reason"],
             None if routed is None else _unpack(routed),
+            kept=None if kept is None else KeptIds(*map(_unpack, kept)),
         )
         if reward is None or reward.start < line.start:  # that was of what an earlier start sampled
             return Segment(response)
@@ -128,6 +129,8 @@ class RolloutJournal:
         line["finish_reason"] = response.finish_reason
         if response.routed_experts is not None:
             line["routed_experts"] = _pack(response.routed_experts)
+        if response.kept is not None:
+            line["kept"] = [_pack(response.kept.counts), _pack(response.kept.ids)]
         self._append(place, line)
 
     def write_reward(self, place: Place, reward: Reward) -> None:

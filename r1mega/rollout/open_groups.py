@@ -8,7 +8,7 @@ from typing import TypedDict
 
 import numpy as np
 
-from r1mega.types import UNFINISHED, Prompt, Response, Reward, RolloutGroup
+from r1mega.types import UNFINISHED, KeptIds, Prompt, Response, Reward, RolloutGroup
 
 NEVER = 1 << 62
 """More tokens than any response has."""
@@ -23,6 +23,7 @@ class Member:
     versions: list[int] = field(default_factory=list)
     finish_reason: str = UNFINISHED
     routed_experts: np.ndarray | None = None
+    kept: KeptIds | None = None
     clock: int = 0
     is_held: bool = False  # an earlier start left it unfinished in this step, with what it has: it waits for the cut
     text: str = ""
@@ -34,6 +35,9 @@ class Member:
 
     def add(self, response: Response, version: int) -> None:
         """What a step sampled of it; again in the same step: more."""
+        if self.kept is not None or response.kept is not None:
+            before, more = self.kept or KeptIds.whole(len(self.token_ids)), response.kept
+            self.kept = before + (more or KeptIds.whole(len(response.token_ids)))
         self.token_ids += response.token_ids
         self.log_probs += response.log_probs
         self.versions += [version] * len(response.token_ids)
@@ -47,6 +51,7 @@ class Member:
             return 0
         for values in (self.token_ids, self.log_probs, self.versions):
             del values[len(values) - surplus :]
+        self.kept = None if self.kept is None else self.kept.first(len(self.token_ids))
         self.finish_reason, self.routed_experts, self.clock = UNFINISHED, None, length
         self.text, self.reward, self.is_held = "", None, False
         return surplus
@@ -59,12 +64,14 @@ class Member:
     def new(self) -> Response:
         """What this step added."""
         new = tuple(self.token_ids[self.begun :]), tuple(self.log_probs[self.begun :])
-        return Response(*new, self.finish_reason, self.routed_experts)
+        kept = None if self.kept is None else self.kept.without_first(self.begun)
+        return Response(*new, self.finish_reason, self.routed_experts, kept=kept)
 
     def response(self, version: int) -> Response:
         """All of it. version: that of its group."""
         versions = () if all(v == version for v in self.versions) else tuple(self.versions)
-        return Response(tuple(self.token_ids), tuple(self.log_probs), self.finish_reason, self.routed_experts, versions)
+        values = tuple(self.token_ids), tuple(self.log_probs), self.finish_reason, self.routed_experts, versions
+        return Response(*values, self.kept)
 
 
 @dataclass(slots=True)

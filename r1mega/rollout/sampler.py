@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from r1mega.config.schema import RolloutConfig
 from r1mega.data.tokenizer import Tokenizer, response_text
 from r1mega.errors import CheckpointError
 from r1mega.observe.trace import PhaseTimer
@@ -205,6 +206,16 @@ class GroupSampler:
 def request_seed(run_seed: int, step: int, slot: int) -> int:
     """The seed of the request in place `slot` (counted over all ranks and refill rounds) of a step, in [0, 2^63)."""
     return random.Random(f"{run_seed}/{step}/{slot}").getrandbits(63)
+
+
+def sampling_settings(rollout: RolloutConfig, tokenizer: Tokenizer, *, trains: bool) -> SamplingSettings:
+    """As a config's `rollout` says. trains: what is sampled is compared with log-probs of the trainer, which then have to be over
+    the ids that each token was drawn from."""
+    return SamplingSettings(
+        rollout.temperature, rollout.top_p, rollout.max_response_tokens, *stop_settings(rollout.stop, tokenizer),
+        top_k=rollout.top_k, min_p=rollout.min_p or None,
+        max_kept=rollout.max_kept_ids if trains and rollout.cuts_vocabulary else None,
+    )  # fmt: skip
 
 
 def stop_settings(stop: Sequence[str], tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[str, ...]]:

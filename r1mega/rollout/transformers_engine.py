@@ -5,10 +5,12 @@ It samples itself instead of calling `generate`, which can seed a batch but not 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from r1mega.errors import GenerationError, WeightSyncError
@@ -16,7 +18,7 @@ from r1mega.model.hf_config import transformers_config
 from r1mega.platform.watchdog import tick
 from r1mega.rollout.engine import EngineSettings, check_requests, continued_seed, in_order, read_config
 from r1mega.rollout.stop_strings import StopStrings
-from r1mega.types import Completion, Cut, GenerationRequest, Response, SamplingSettings
+from r1mega.types import Completion, Cut, GenerationRequest, KeptIds, Response, SamplingSettings
 from r1mega.weights.digest import tensor_digest
 from r1mega.weights.layout import is_ignored, tensor_shapes, weight_dtype
 from r1mega.weights.transfer import checkpoint_tensors
@@ -122,6 +124,7 @@ class TransformersEngine:
         generators = [torch.Generator().manual_seed(continued_seed(request, first + i)) for i in alive]
         tokens: list[list[int]] = [list(request.begun) for _ in alive]
         log_probs: list[list[float]] = [[] for _ in alive]
+        kept: list[list[np.ndarray]] = [[] for _ in alive]
         inputs = torch.tensor([[*request.prompt_token_ids, *request.begun]] * request.num_samples)
         cache = None
         while alive:
@@ -133,11 +136,14 @@ class TransformersEngine:
             for row, (i, token) in enumerate(zip(alive, drawn, strict=True)):
                 tokens[i].append(token)
                 log_probs[i].append(float(distribution[row, token]))
+                if sampling.max_kept is not None:
+                    kept[i].append(distribution[row].isfinite().nonzero()[:, 0].numpy())
                 reason = self._finish_reason(tokens[i], sampling)
                 if reason is None:
                     keep.append(row)
                 else:
-                    yield first + i, Response(tuple(tokens[i][num_begun:]), tuple(log_probs[i]), reason)
+                    ids = None if sampling.max_kept is None else KeptIds.of(kept[i])
+                    yield first + i, Response(tuple(tokens[i][num_begun:]), tuple(log_probs[i]), reason, kept=ids)
             if len(keep) < len(alive):
                 cache.batch_select_indices(torch.tensor(keep, dtype=torch.long))
             alive, inputs = [alive[row] for row in keep], torch.tensor([[drawn[row]] for row in keep])
@@ -161,11 +167,18 @@ class TransformersEngine:
 def sampling_log_probs(logits: torch.Tensor, sampling: SamplingSettings) -> torch.Tensor:
     """[rows, vocabulary] log-probs of the distribution that `sampling` draws from; greedy: that of temperature 1.
 
-    top_p: the smallest set of most likely tokens whose probability reaches top_p (Holtzman et al. 2020).
+    min_p: of those whose probability is at least that share of the highest; of these the top_k likeliest, and those as likely as the
+    last; top_p: of these the smallest set of most likely ones whose probability reaches top_p (Holtzman et al. 2020).
     """
     if sampling.temperature == 0:
         return logits.log_softmax(-1)
     log_probs = (logits / sampling.temperature).log_softmax(-1)
+    if sampling.min_p:
+        least = log_probs.amax(-1, keepdim=True) + math.log(sampling.min_p)
+        log_probs = log_probs.masked_fill(log_probs < least, float("-inf")).log_softmax(-1)
+    if (most := sampling.most_kept) is not None and most < log_probs.shape[-1]:
+        last = log_probs.topk(most, dim=-1).values[:, -1:]
+        log_probs = log_probs.masked_fill(log_probs < last, float("-inf")).log_softmax(-1)
     if sampling.top_p < 1:
         ordered, indices = log_probs.exp().sort(dim=-1, descending=True)
         dropped = ordered.cumsum(-1) - ordered >= sampling.top_p

@@ -29,7 +29,7 @@ from r1mega.platform.watchdog import tick
 from r1mega.rollout.engine import EngineSettings, check_requests, continued_seed, in_order, read_config
 from r1mega.rollout.routing import RoutingRecorder
 from r1mega.rollout.stop_strings import StopStrings
-from r1mega.types import UNFINISHED, Completion, Cut, GenerationRequest, Response, SamplingSettings
+from r1mega.types import UNFINISHED, Completion, Cut, GenerationRequest, KeptIds, Response, SamplingSettings
 from r1mega.weights.layout import GeneratorRank, divided_names, generator_layout, tensor_shapes
 from r1mega.weights.transfer import (
     ReloadTarget,
@@ -51,10 +51,12 @@ class _Running:
     stop_candidates: frozenset[int]
     token_ids: list[int]
     log_probs: list[float] = field(default_factory=list)
+    kept: list[np.ndarray] = field(default_factory=list)  # ids, of the same tokens
 
     def completion(self, finish_reason: str, routed_experts: np.ndarray | None) -> Completion:
         new = tuple(self.token_ids[len(self.token_ids) - len(self.log_probs) :])
-        response = Response(new, tuple(self.log_probs), finish_reason, routed_experts)
+        kept = None if self.sampling.max_kept is None else KeptIds.of(self.kept)
+        response = Response(new, tuple(self.log_probs), finish_reason, routed_experts, kept=kept)
         return Completion(self.request_index, self.sample_index, response)
 
 
@@ -324,9 +326,11 @@ class VllmEngine:
             params = SamplingParams(
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
+                top_k=sampling.most_kept or 0,
+                min_p=sampling.min_p or 0.0,
                 max_tokens=sampling.max_tokens - len(request.begun),
                 stop_token_ids=list(sampling.stop_token_ids),
-                logprobs=0,
+                logprobs=kept_width(sampling, self.config["vocab_size"]),
                 detokenize=False,
             )
             prompt = [*request.prompt_token_ids, *request.begun]
@@ -363,9 +367,11 @@ class VllmEngine:
         tokens = output.new_token_ids
         if output.new_logprobs is not None:
             log_probs = output.new_logprobs.logprobs[: len(tokens), 0].tolist()
-        for token, log_prob in zip(tokens, log_probs if tokens else (), strict=True):
+        for place, (token, log_prob) in enumerate(zip(tokens, log_probs if tokens else (), strict=True)):
             state.token_ids.append(token)
             state.log_probs.append(log_prob)
+            if state.sampling.max_kept is not None:
+                state.kept.append(kept_ids(output.new_logprobs, place, self.config["vocab_size"]))
             may_stop = token in state.stop_candidates
             if may_stop and self._stop_strings.matches(state.token_ids, state.sampling.stop_strings):
                 return "stop"
@@ -466,6 +472,25 @@ def kv_bytes_per_token(settings: EngineSettings, config: HFConfig) -> int:
         size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
         width = 2 * max(1, heads // settings.tp) * size
     return config["num_hidden_layers"] * width * getattr(torch, settings.dtype).itemsize
+
+
+def kept_width(sampling: SamplingSettings, vocab_size: int) -> int:
+    """How many of the likeliest ids vLLM is to report of each token: room for all that are kept and as many that are as likely as the
+    last of them; 0: kept ids are not asked for."""
+    return 0 if sampling.max_kept is None else min(vocab_size, 2 * (sampling.most_kept or vocab_size))
+
+
+def kept_ids(reported: Any, place: int, vocab_size: int) -> np.ndarray:
+    """The ids that token `place` of a step was drawn from, in their order. reported: vLLM's LogprobsLists of processed log-probs: in a
+    row the token, then the likeliest ids from the first one on, -inf of those that were cut. GenerationError where there are more.
+    """
+    finite = reported.logprobs[place, 1:] > -np.inf
+    if finite.all() and len(finite) < vocab_size:
+        raise GenerationError(
+            f"more than {len(finite)} ids were kept of one token's vocabulary, since so many are as likely as the last that "
+            "rollout.max_kept_ids (or top_k) allows: the model does not tell them apart. Raise rollout.max_kept_ids, or generate in float32"
+        )
+    return np.sort(reported.logprob_token_ids[place, 1:][finite])
 
 
 def _keep_config_classes_apart() -> None:

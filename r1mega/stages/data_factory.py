@@ -23,7 +23,7 @@ from r1mega.platform import groups
 from r1mega.reward.compose import RewardScorer
 from r1mega.rollout.build import engine_settings, open_engine
 from r1mega.rollout.draw import GradedSample
-from r1mega.rollout.sampler import stop_settings
+from r1mega.rollout.sampler import sampling_settings
 from r1mega.stages.runtime import Runtime
 from r1mega.stages.sampling import PosedPrompt, Sampling, sample_store
 from r1mega.types import Deal, GenerationEngine, Prompt, RewardStatus, SamplingSettings
@@ -67,10 +67,7 @@ class DataFactory:
     def sample(self, posed: Sequence[PosedPrompt]) -> bool:
         """Draw and score config.rollout.group_size responses to each; False when asked to stop before the end."""
         rollout = self.config.rollout
-        stop_ids, stop_strings = stop_settings(rollout.stop, self.tokenizer)
-        settings = SamplingSettings(
-            rollout.temperature, rollout.top_p, rollout.max_response_tokens, stop_ids, stop_strings
-        )
+        settings = sampling_settings(rollout, self.tokenizer, trains=False)
         sampling = self._sampling("samples", posed, rollout.group_size, settings)
         missing, finished = sampling.begin(), sampling.finished_windows()
         self.runtime.begin(sampling.num_windows, finished or None)
@@ -190,6 +187,7 @@ class DataFactory:
             "temperature": rollout.temperature, "top_p": rollout.top_p, "max_response_tokens": rollout.max_response_tokens,
             "seed": config.seed, **made_by,
         }  # fmt: skip
+        made_by |= {key: value for key in ("top_k", "min_p") if (value := getattr(rollout, key))}
         card = build_card(title=f"Data of {config.stage}", made_by=made_by, inputs=inputs, funnel=funnel, kept=kept)
         write_card(card, directory)
         write_data(kept, directory)

@@ -21,7 +21,7 @@ from r1mega.reward.compose import RewardScorer
 from r1mega.rollout.build import build_engine, engine_settings
 from r1mega.rollout.journal import open_journal
 from r1mega.rollout.partial import build_collector
-from r1mega.rollout.sampler import GroupSampler, stop_settings
+from r1mega.rollout.sampler import GroupSampler, sampling_settings
 from r1mega.rollout.shared_scoring import share_scoring
 from r1mega.stages.in_loop_evaluation import Evaluation
 from r1mega.stages.phases import Phases
@@ -34,7 +34,7 @@ from r1mega.train.reward_model import ShardedRewardModel
 from r1mega.train.sample_exchange import SampleExchange
 from r1mega.train.samples import training_samples
 from r1mega.train.trainer import Trainer
-from r1mega.types import RolloutGroup, SamplingSettings
+from r1mega.types import RolloutGroup
 from r1mega.weights.sync import WeightSync
 
 
@@ -73,10 +73,7 @@ class RLTrainer:
             config.reward, max_response_tokens=config.rollout.max_response_tokens, engine=self.engine,
             tokenizer=self.tokenizer, sharded=self._sharded_reward_model,
         )  # fmt: skip
-        stop_ids, stop_strings = stop_settings(config.rollout.stop, self.tokenizer)
-        self.sampling = SamplingSettings(
-            config.rollout.temperature, config.rollout.top_p, config.rollout.max_response_tokens, stop_ids, stop_strings
-        )
+        self.sampling = sampling_settings(rollout, self.tokenizer, trains=True)
         self.journal = open_journal(rollout, runtime.run_dir, self.start)
         scorer = share_scoring(self.scorer, rollout.tp, everywhere=self.scorer.asks_generator)
         sampler = GroupSampler(

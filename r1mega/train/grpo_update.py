@@ -32,7 +32,8 @@ _NO_UPDATE = dict.fromkeys(
         "policy/masked_fraction", "policy/rejected_fraction",
     ),
     0.0,
-) | dict.fromkeys(("expert/load_max_over_mean", "packing/fill_fraction", "policy/effective_sample_fraction"))  # fmt: skip
+) | dict.fromkeys(("expert/load_max_over_mean", "packing/fill_fraction", "policy/effective_sample_fraction",
+                 "logprob/kept_ids"))  # fmt: skip
 """Metrics of a step in which no response carries loss (all rewards failed, or all were truncated and masked)."""
 
 
@@ -94,7 +95,14 @@ def update_policy(
     return _metrics(results, policy.reports, _rules(config.algorithm).is_on) | {
         "packing/fill_fraction": fill,
         "tokens/update": float(config.update.num_epochs * sum(s.num_tokens for s in samples.known)),
+        "logprob/kept_ids": _kept_ids(samples.known),
     }
+
+
+def _kept_ids(samples: Sequence[SampleSummary]) -> float | None:
+    """That a response token was drawn from, in the mean; None: from the whole vocabulary."""
+    num_kept = sum(sample.num_kept for sample in samples)
+    return num_kept / sum(sample.response_length for sample in samples) if num_kept else None
 
 
 def _with_log_probs(trainer: Trainer, minibatches: Sequence[_Minibatch], config: RLStage) -> list[_Minibatch]:

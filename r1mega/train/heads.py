@@ -19,7 +19,8 @@ S = TypeVar("S")
 @dataclass(frozen=True, slots=True)
 class TokenScores:
     """values: [R] float32, what the head says of each row of a microbatch: the log-prob of the row's target (nats), or a
-    `ScoreHead`'s score. entropies: [R] of the predictions (nats), or None of a head that does not compute them.
+    `ScoreHead`'s score. entropies: [R] of the predictions (nats), or None of a head that does not compute them. Both are over
+    the ids that the row keeps, where the microbatch says which.
     """
 
     values: torch.Tensor
@@ -51,7 +52,7 @@ class LogitsHead:
 
     def scores(self, output: torch.Tensor, part: Shard, temperature: float) -> TokenScores:
         log_probs, entropies, _ = grouped_log_prob(
-            output, part.labels, temperature, part.rows, self.group, backend=self.backend
+            output, part.labels, temperature, part.rows, self.group, kept=part.kept, backend=self.backend
         )
         return TokenScores(log_probs, entropies)
 
@@ -73,7 +74,7 @@ class HiddenHead:
     def scores(self, output: torch.Tensor, part: Shard, temperature: float) -> TokenScores:
         log_probs, entropies, _ = linear_log_prob(
             output, self.weight, part.labels, temperature, part.rows, self.group, vocab_size=self.vocab_size,
-            reduce_hidden_grad=self.reduce_hidden_grad,
+            kept=part.kept, reduce_hidden_grad=self.reduce_hidden_grad,
         )  # fmt: skip
         return TokenScores(log_probs, entropies)
 
@@ -90,7 +91,7 @@ class HiddenHead:
         return linear_grpo_loss(
             output, self.weight, part.labels,
             lambda scores, rows: token_loss(TokenScores(scores.log_prob, scores.entropy), rows), temperature, part.rows,
-            self.group, vocab_size=self.vocab_size, reduce_hidden_grad=self.reduce_hidden_grad,
+            self.group, vocab_size=self.vocab_size, kept=part.kept, reduce_hidden_grad=self.reduce_hidden_grad,
             chunk_tokens=self.chunk_tokens,
         )  # fmt: skip
 

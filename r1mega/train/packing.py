@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from r1mega.errors import ConfigError
+from r1mega.types import KeptIds
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +132,8 @@ class Microbatch:
     rows: [R] positions whose logits predict a response token; targets: [R] those tokens; sequence_ids: [R] which
     sample of this microbatch. sample_indices: the samples, in order, as indices into the step's samples.
     routed_experts: [T, MoE layers, top-k] choices to replay, or None; the layers of the whole model, or of this rank alone.
+    kept_ids, kept_offsets: the ids over which the log-probs of the R rows are, as `KeptTokens` has them ([M] int32, [R + 1] int64);
+    None: the whole vocabulary. `of_rows` leaves them as they are: it is of what heads have read already.
     """
 
     _row_fields: ClassVar[tuple[str, ...]] = ("rows", "targets")
@@ -145,6 +148,8 @@ class Microbatch:
     targets: torch.Tensor
     sequence_ids: torch.Tensor
     routed_experts: torch.Tensor | None = None
+    kept_ids: torch.Tensor | None = None
+    kept_offsets: torch.Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -180,10 +185,12 @@ def build_microbatch(
     prompt_lengths: Sequence[int],
     sample_indices: Sequence[int],
     routed_experts: Sequence[np.ndarray] | None = None,
+    kept: Sequence[KeptIds] | None = None,
 ) -> Microbatch:
     """Concatenate samples (each [prompt | response]) into one packed row.
 
     routed_experts: [tokens - 1, MoE layers, top-k] of each sample; what its last token is routed to changes nothing.
+    kept: of each sample's response.
     """
     lengths = [len(ids) for ids in token_ids]
     spans = lengths or [1]
@@ -211,7 +218,14 @@ def build_microbatch(
         targets=tokens[rows + 1] if len(rows) else torch.zeros(0, dtype=torch.int64),
         sequence_ids=torch.cat(sequence_ids) if sequence_ids else torch.zeros(0, dtype=torch.int64),
         routed_experts=_pack_routing(routed_experts) if routed_experts else None,
+        kept_ids=torch.from_numpy(np.concatenate([one.ids for one in kept])) if kept else None,
+        kept_offsets=list_offsets(torch.from_numpy(np.concatenate([one.counts for one in kept]))) if kept else None,
     )
+
+
+def list_offsets(counts: torch.Tensor) -> torch.Tensor:
+    """[n] -> [n + 1] int64: where lists of so many values begin, and the last one ends, when they lie one after the other."""
+    return torch.cat([counts.new_zeros(1, dtype=torch.int64), counts.cumsum(0, dtype=torch.int64)])
 
 
 def _pack_routing(parts: Sequence[np.ndarray]) -> torch.Tensor:

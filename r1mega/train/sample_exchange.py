@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ from r1mega.errors import GenerationError
 from r1mega.platform.groups import GeneratorPlace
 from r1mega.train.sample_plan import (
     BUFFER_BYTES,
+    TOKEN_BYTES,
     RankPlace,
     Round,
     Routing,
@@ -29,7 +31,7 @@ from r1mega.train.sample_plan import (
     sample_wants,
     unpack_bits,
 )
-from r1mega.types import SampleSummary, TrainingSample
+from r1mega.types import KeptIds, SampleSummary, TrainingSample
 from r1mega.weights.transport import ALIGNMENT, Message, MessageTransport, Side
 
 if TYPE_CHECKING:
@@ -169,7 +171,7 @@ class SampleExchange:
 
     def index(self, made: Sequence[TrainingSample]) -> StepSamples:
         """The step's samples, of those that each generator made. A collective call: lengths and figures of all go to all
-        ranks, 48 bytes a sample and as many a rank, and nothing else. made: the same on each rank of a generator, in any
+        ranks, 56 bytes a sample and as many a rank, and nothing else. made: the same on each rank of a generator, in any
         order of slots.
 
         Raises GenerationError, on all ranks, where the ranks of a generator have not the same, and for experts that the model
@@ -226,15 +228,18 @@ class SampleExchange:
 
 
 def _header(made: Sequence[TrainingSample], rows: np.ndarray, routing: Routing) -> np.ndarray:
-    """[1, 6] int64 of a rank, before its rows: whether its generator chose an expert that does not exist, and which; a digest
+    """[1, 7] int64 of a rank, before its rows: whether its generator chose an expert that does not exist, and which; a digest
     of all that it made, but for routed experts, which are too many.
     """
     digest, absent = hashlib.blake2b(rows.tobytes(), digest_size=8), _first_absent(made, routing)
     for sample in made:
         digest.update(sample.token_ids.tobytes())
         digest.update(sample.sampler_log_probs.tobytes())
+        if sample.kept is not None:
+            digest.update(sample.kept.counts.tobytes())
+            digest.update(sample.kept.ids.tobytes())
     told = int.from_bytes(digest.digest(), "little", signed=True)
-    return np.array([[absent is not None, absent or 0, told, 0, 0, 0]], dtype=np.int64)
+    return np.array([[absent is not None, absent or 0, told, 0, 0, 0, 0]], dtype=np.int64)
 
 
 def _first_absent(made: Sequence[TrainingSample], routing: Routing) -> int | None:
@@ -258,20 +263,21 @@ def _check_experts(absent: Mapping[int, int | None], routing: Routing) -> None:
 
 
 def _rows(samples: Sequence[TrainingSample]) -> np.ndarray:
-    """[n, 6] int64, what `_summaries` reads; the figures by their bits."""
-    figures = np.array([[s.advantage, s.reward] for s in samples], dtype=np.float64).reshape(-1, 2)
+    """[n, 7] int64, what `_summaries` reads; the figures by their bits."""
+    known = [sample.summary() for sample in samples]
+    figures = np.array([[s.advantage, s.reward] for s in known], dtype=np.float64).reshape(-1, 2)
     numbers = np.array(
-        [[s.slot, s.num_tokens, s.prompt_length, s.opens_group + 2 * (s.routed_experts is not None)] for s in samples],
+        [[s.slot, s.num_tokens, s.prompt_length, s.opens_group + 2 * s.has_routing, s.num_kept] for s in known],
         dtype=np.int64,
-    ).reshape(-1, 4)
+    ).reshape(-1, 5)
     return np.concatenate([numbers, figures.view(np.int64)], axis=1)
 
 
 def _summaries(rows: np.ndarray, generator: int) -> list[SampleSummary]:
-    figures = np.ascontiguousarray(rows[:, 4:]).view(np.float64).tolist()
+    figures = np.ascontiguousarray(rows[:, 5:]).view(np.float64).tolist()
     return [
-        SampleSummary(generator, slot, tokens, prompt, advantage, reward, bool(flags & 1), bool(flags & 2))
-        for (slot, tokens, prompt, flags, *_), (advantage, reward) in zip(rows.tolist(), figures, strict=True)
+        SampleSummary(generator, slot, tokens, prompt, advantage, reward, bool(flags & 1), bool(flags & 2), kept)
+        for (slot, tokens, prompt, flags, kept, *_), (advantage, reward) in zip(rows.tolist(), figures, strict=True)
     ]
 
 
@@ -290,6 +296,8 @@ def _layers(routed: np.ndarray, columns: tuple[int, ...]) -> np.ndarray:
 
 def _packed(sample: TrainingSample, routing: Routing, columns: tuple[int, ...]) -> list[np.ndarray]:
     parts = [sample.token_ids, sample.sampler_log_probs]
+    if sample.kept is not None and len(sample.kept.ids):
+        parts += [sample.kept.counts, sample.kept.ids]
     if sample.routed_experts is not None and columns:
         values = _layers(sample.routed_experts, columns).reshape(-1)
         parts.append(pack_bits(values, routing.bits))
@@ -297,11 +305,14 @@ def _packed(sample: TrainingSample, routing: Routing, columns: tuple[int, ...]) 
 
 
 def _unpacked(summary: SampleSummary, octets: np.ndarray, routing: Routing, num_layers: int) -> TrainingSample:
-    ends = np.cumsum([4 * summary.num_tokens, 4 * summary.response_length])
+    num_counts = summary.response_length if summary.num_kept else 0
+    lengths = (summary.num_tokens, summary.response_length, num_counts, summary.num_kept)
+    ends = np.cumsum([TOKEN_BYTES * length for length in lengths])
+    counts, ids = (octets[first:last].copy().view(np.int32) for first, last in itertools.pairwise(ends[1:]))
     routed = None
     if summary.has_routing:
         count, shape = summary.num_tokens - 1, (num_layers, routing.top_k)
-        values = unpack_bits(octets[ends[1] :], routing.bits, count * num_layers * routing.top_k)
+        values = unpack_bits(octets[ends[3] :], routing.bits, count * num_layers * routing.top_k)
         routed = values.reshape(count, *shape)
     return TrainingSample(
         token_ids=octets[: ends[0]].copy().view(np.int32),
@@ -312,4 +323,5 @@ def _unpacked(summary: SampleSummary, octets: np.ndarray, routing: Routing, num_
         slot=summary.slot,
         reward=summary.reward,
         opens_group=summary.opens_group,
+        kept=KeptIds(counts, ids) if summary.num_kept else None,
     )

@@ -14,7 +14,7 @@ import numpy as np
 from r1mega.types import SampleSummary
 
 TOKEN_BYTES = 4
-"""Of a token id, int32, and of a log-prob, float32."""
+"""Of a token id, int32, of a log-prob, float32, and of a count of kept ids, int32."""
 BUFFER_BYTES = 32 * 2**20
 """That a rank sends, and receives, in one round. It has buffers for two rounds in both directions."""
 _BLOCK = 1 << 16
@@ -113,7 +113,8 @@ def routing_bytes(routing: Routing, num_tokens: int, num_layers: int) -> int:
 def sample_bytes(summary: SampleSummary, routing: Routing, num_layers: int) -> int:
     """That a sample takes on its way to a rank with so many MoE layers."""
     routed = routing_bytes(routing, summary.num_tokens, num_layers) if summary.has_routing else 0
-    return TOKEN_BYTES * (summary.num_tokens + summary.response_length) + routed
+    kept = summary.response_length + summary.num_kept if summary.num_kept else 0
+    return TOKEN_BYTES * (summary.num_tokens + summary.response_length + kept) + routed
 
 
 def sample_wants(

@@ -13,7 +13,7 @@ import torch
 from r1mega.algorithm.grpo import PolicyTokens, token_weights
 from r1mega.config.stages.rl import AlgorithmConfig
 from r1mega.train.packing import Microbatch, build_microbatch
-from r1mega.types import RolloutGroup, SampleSummary, TrainingSample
+from r1mega.types import KeptIds, RolloutGroup, SampleSummary, TrainingSample
 from r1mega_kernels import group_advantage
 
 
@@ -49,6 +49,7 @@ def training_samples(groups: Sequence[RolloutGroup], algorithm: AlgorithmConfig)
                 reward=reward,
                 opens_group=place != last,
                 slot=group.slot,
+                kept=response.kept,
             )
         )
         last = place
@@ -134,8 +135,9 @@ def pack_samples(samples: Samples, indices: Sequence[int]) -> Microbatch:
     members = [samples[i] for i in indices]
     routed = [m.routed_experts for m in members if m.routed_experts is not None]
     return build_microbatch(
-        [m.token_ids.tolist() for m in members], [m.prompt_length for m in members], indices, routed or None
-    )
+        [m.token_ids.tolist() for m in members], [m.prompt_length for m in members], indices, routed or None,
+        [m.kept or KeptIds.whole(m.response_length) for m in members] if any(m.kept for m in members) else None,
+    )  # fmt: skip
 
 
 def pack_for_loss(samples: Samples, indices: Sequence[int], weights: dict[int, float]) -> PolicyMicrobatch:

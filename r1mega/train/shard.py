@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 
 from r1mega.model.context_parallel import zigzag_rows
-from r1mega.train.packing import Microbatch
+from r1mega.train.packing import Microbatch, list_offsets
+from r1mega_kernels import KeptTokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,7 @@ class Shard:
     of the tokens that this rank's layers see ([t], or [t / tp] under sequence parallelism); None: there is no padding on
     any rank. rows: [r] where this rank computes response tokens; places: [r] which of the R those are.
     routed_experts: [t or t / tp, MoE layers, top-k] choices to replay for the tokens that this rank's layers see, or None.
+    kept: the ids over which the log-probs of the t tokens are, those of `rows` cut; None: the whole vocabulary.
     """
 
     tokens: torch.Tensor
@@ -50,6 +52,7 @@ class Shard:
     rows: torch.Tensor
     places: torch.Tensor
     routed_experts: torch.Tensor | None = None
+    kept: KeptTokens | None = None
 
 
 def shard(batch: Microbatch, cut: Cut) -> Shard:
@@ -97,7 +100,18 @@ def shard(batch: Microbatch, cut: Cut) -> Shard:
         rows=rows[rows >= 0].to(device),
         places=(rows >= 0).nonzero()[:, 0].to(device),
         routed_experts=routed,
+        kept=_kept(batch, rows, len(own)),
     )
+
+
+def _kept(batch: Microbatch, rows: torch.Tensor, num_tokens: int) -> KeptTokens | None:
+    """Of `num_tokens` tokens of this rank, of the batch's lists. rows: [R] where each of its rows is here, -1: on another rank."""
+    if batch.kept_ids is None or batch.kept_offsets is None:
+        return None
+    rows = rows.to(batch.kept_ids.device)
+    counts, mine = batch.kept_offsets.diff(), rows >= 0
+    ids = batch.kept_ids[torch.repeat_interleave(mine, counts)]  # rows rise, so the lists stay in order
+    return KeptTokens(ids, list_offsets(counts.new_zeros(num_tokens).index_copy_(0, rows[mine], counts[mine])))
 
 
 class _JoinRows(torch.autograd.Function):

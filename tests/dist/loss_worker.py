@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import zlib
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ import torch
 from r1mega import platform
 from r1mega.config.schema import DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, RolloutConfig
 from r1mega.config.stages.rl import AlgorithmConfig, RLStage, UpdateConfig
-from r1mega.types import TrainingSample
+from r1mega.types import KeptIds, TrainingSample
 from tests.policy_reference import SETTINGS
 from tests.reference import DENSE
 from tests.release import release_models
@@ -58,6 +59,21 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+KEPT = {"kept", "kept_hidden"}
+"""One variant more, from logits and from hidden states in one pass: of responses whose tokens were drawn from a few ids each, but
+for every fourth response. Where the vocabulary is cut over ranks these alone are run."""
+
+
+def with_kept(sample: TrainingSample, number: int) -> TrainingSample:
+    generator, lists = np.random.default_rng(number), []
+    for token in sample.token_ids[sample.prompt_length :]:
+        others = generator.choice(MODEL["vocab_size"], generator.integers(0, 12), replace=False)
+        lists.append(np.unique(np.append(others, token)))
+    kept = KeptIds.of(lists)
+    noise = 0.3 * generator.normal(size=len(kept))
+    return replace(sample, kept=kept, sampler_log_probs=(noise - np.log(kept.counts)).astype(np.float32))
+
+
 def make_samples() -> list[TrainingSample]:
     """Three prompts' responses; the sampler's log-probs are off by up to a third."""
     generator, samples = np.random.default_rng(0), []
@@ -84,6 +100,14 @@ def drawn(name: str, shape: torch.Size) -> torch.Tensor:
     return torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=generator) * 0.03
 
 
+def make_trainer(layout: dict[str, Any], log_probs: Literal["logits", "hidden"]) -> Trainer:
+    model = ModelConfig(path=Path("unused"), dtype="float32", log_probs=log_probs)
+    policy = Policy(model, MODEL, ParallelConfig(**layout), seed=1, init_std=0.04)
+    policy.load_hf({name: drawn(name, value.shape) for name, value in policy.hf_tensors()})
+    policy.take_reference()
+    return Trainer(policy, OptimizerConfig(**SETTINGS, lr=1e-5), total_steps=1000)
+
+
 def run_variants(layouts: list[dict[str, Any]], steps: int = 2) -> list[dict[str, list[dict[str, float | None]]]]:
     """[{variant: the metrics of its steps}] of each layout; one model takes all of the steps, at a tiny learning rate."""
     groups.init_distributed()
@@ -91,21 +115,21 @@ def run_variants(layouts: list[dict[str, Any]], steps: int = 2) -> list[dict[str
     for layout in layouts:
         groups.init_parallel(ParallelConfig(**layout), seed=0)
         groups.seed_all(0)
-        policy = Policy(
-            ModelConfig(path=Path("unused"), dtype="float32"), MODEL, ParallelConfig(**layout), seed=1, init_std=0.04
-        )
-        policy.load_hf({name: drawn(name, value.shape) for name, value in policy.hf_tensors()})
-        policy.take_reference()
-        trainer = Trainer(policy, OptimizerConfig(**SETTINGS, lr=1e-5), total_steps=1000)
+        trainer = make_trainer(layout, "logits")
         samples, metrics = make_samples(), {}
-        for name, algorithm in VARIANTS.items():
+        kept = [with_kept(sample, i) if i % 4 else sample for i, sample in enumerate(samples)]
+        every = dict.fromkeys(sorted(KEPT), RECOMPUTE | {"importance_cap": 1.1})
+        for name, algorithm in every.items() if layout.get("tp") else (VARIANTS | every).items():
+            if name in KEPT:
+                trainer = make_trainer(layout, "hidden" if name == "kept_hidden" else "logits")
             config = RLStage(
                 stage="zero", run_dir=Path("unused"), model=ModelConfig(path=Path("unused")),
                 data=DataConfig(prompts=()), rollout=RolloutConfig(temperature=0.9, max_response_tokens=16),
                 update=UpdateConfig(num_minibatches=2, microbatch_tokens=40),
                 algorithm=AlgorithmConfig(**({"kl_coefficient": 0.1, "old_log_probs": "rollout"} | algorithm)),
             )  # fmt: skip
-            metrics[name] = [update_policy(trainer, samples, config, step, PhaseTimer()) for step in range(steps)]
+            members = kept if name in KEPT else samples
+            metrics[name] = [update_policy(trainer, members, config, step, PhaseTimer()) for step in range(steps)]
         found.append(metrics)
         groups.destroy_parallel()
         release_models()

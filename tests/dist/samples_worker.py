@@ -26,7 +26,7 @@ from r1mega.train.packing import plan_packing, split_minibatches
 from r1mega.train.sample_exchange import SampleExchange
 from r1mega.train.sample_plan import RankPlace, Routing
 from r1mega.train.samples import training_samples
-from r1mega.types import Prompt, Response, Reward, RewardStatus, RolloutGroup, TrainingSample
+from r1mega.types import KeptIds, Prompt, Response, Reward, RewardStatus, RolloutGroup, TrainingSample
 
 WORLD = 8
 BUFFER = 1 << 20
@@ -84,6 +84,7 @@ def draw(seed: int) -> Case:
     layers = tuple(tuple(layer for layer, stage in enumerate(stages) if stage == own) for own in range(pp))
     generator_tp = generator.choice([1, 2, 4])
     slots = list(range(generator.choice([1, 5, 9])))
+    lists, keeps = np.random.default_rng(seed + 1000), seed % 3 == 0
     made: list[list[TrainingSample]] = [[] for _ in range(WORLD // generator_tp)]
     for slot in slots:
         maker = generator.randrange(len(made))
@@ -93,6 +94,7 @@ def draw(seed: int) -> Case:
             shape = (length - 1, num_layers, routing.top_k)
             routed = numbers.integers(0, routing.num_experts, shape)
             kind = np.uint8 if routing.num_experts <= 256 else np.uint16
+            kept = [lists.integers(0, 1 << 17, lists.integers(1, 9)) for _ in range(response)] if keeps else None
             made[maker].append(
                 TrainingSample(
                     numbers.integers(0, 1 << 17, length).astype(np.int32),
@@ -103,6 +105,7 @@ def draw(seed: int) -> Case:
                     slot,
                     float(numbers.normal()),
                     place == 0,
+                    None if kept is None else KeptIds.of(kept),
                 )
             )
     return Case(
@@ -125,6 +128,8 @@ def lower_bound(case: Case) -> int:
             if id(sample) in made:
                 continue
             total += sum(4 for _ in sample.token_ids) + sum(4 for _ in sample.sampler_log_probs)
+            if sample.kept is not None:
+                total += 4 * (len(sample.kept.counts) + len(sample.kept.ids))
             if sample.routed_experts is not None:
                 columns = case.place(rank).columns
                 choices = sum(len(row[layer]) for row in sample.routed_experts for layer in columns)
@@ -167,17 +172,18 @@ def run_exchanges(seeds: list[int]) -> list[dict[str, Any]]:
 
 
 def run_refusals() -> list[str]:
-    """How samples end of which one rank has something wrong: an expert, a token, a log-prob, one sample less."""
+    """How samples end of which one rank has something wrong: an expert, a token, a log-prob, a kept id, one sample less."""
     rank, found = dist.get_rank(), []
     exchange = SampleExchange([RankPlace(other // 2, other // 2, (0,)) for other in range(WORLD)], Routing(8, 1))
-    for fault in ("none", "expert", "token", "log-prob", "sample"):
+    for fault in ("none", "expert", "token", "log-prob", "kept", "sample"):
         ids, log_probs = np.arange(3, dtype=np.int32), np.zeros(2, np.float32)
         routed = np.zeros((2, 1, 1), np.int16)
         if rank == 5:  # the second rank of generator 2
             ids[1] += fault == "token"
             log_probs[0] += fault == "log-prob"
             routed[1] -= fault == "expert"
-        sample = TrainingSample(ids, 1, 0.0, log_probs, routed, rank // 2)
+        kept = KeptIds.of([ids[1:2], ids[1:3] + np.array([0, rank == 5 and fault == "kept"])])
+        sample = TrainingSample(ids, 1, 0.0, log_probs, routed, rank // 2, kept=kept)
         try:
             exchange.index([] if fault == "sample" and rank == 5 else [sample])
         except R1MegaError as error:
@@ -313,6 +319,7 @@ def _equal(found: TrainingSample, truth: TrainingSample, columns: tuple[int, ...
         routed = routed[:, list(columns)]
         if found.routed_experts.dtype != routed.dtype or not np.array_equal(found.routed_experts, routed):
             return False
-    return np.array_equal(found.token_ids, truth.token_ids) and np.array_equal(
-        found.sampler_log_probs, truth.sampler_log_probs
-    )
+    pairs = [(found.token_ids, truth.token_ids), (found.sampler_log_probs, truth.sampler_log_probs)]
+    if truth.kept is not None:
+        pairs += [(found.kept.counts, truth.kept.counts), (found.kept.ids, truth.kept.ids)]
+    return (found.kept is None) == (truth.kept is None) and all(np.array_equal(*pair) for pair in pairs)

@@ -7,11 +7,11 @@ import math
 import pytest
 
 from tests.dist.launch import launch
-from tests.dist.loss_worker import VARIANTS, run_variants
+from tests.dist.loss_worker import KEPT, VARIANTS, run_variants
 
-LAYOUTS = {"cp2": {"cp": 2}, "pp2": {"pp": 2}, "dp2": {}}
+LAYOUTS = {"cp2": {"cp": 2}, "pp2": {"pp": 2}, "dp2": {}, "tp2": {"tp": 2}}
 CORRECTS = {name for name, keys in VARIANTS.items() if keys.keys() & {"importance_cap", "off_policy"}}
-EFFECTIVE = "policy/effective_sample_fraction"
+EFFECTIVE, KEPT_IDS = "policy/effective_sample_fraction", "logprob/kept_ids"
 
 
 @pytest.fixture(scope="module")
@@ -35,14 +35,25 @@ def test_steps_are_taken_and_differ(alone, name):
         if name != unlike:
             assert abs(metrics["policy/loss"] - plain["policy/loss"]) > 1e-4
         absent = {key for key, value in metrics.items() if value is None}
-        assert absent == {"expert/load_max_over_mean"} | (set() if name in CORRECTS else {EFFECTIVE})
+        assert absent == {"expert/load_max_over_mean", KEPT_IDS} | (set() if name in CORRECTS else {EFFECTIVE})
         assert (metrics["policy/masked_fraction"] > 0) == ("off_policy" in VARIANTS[name])
         assert (metrics["policy/rejected_fraction"] > 0) == (name == "reject")
         assert metrics["policy/masked_fraction"] < 0.8
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", VARIANTS)
+def test_kept_ids_count_and_one_pass_finds_what_two_do(alone):
+    for name in KEPT:
+        for metrics, whole in zip(alone[name], alone["tis"], strict=True):
+            assert 3 < metrics[KEPT_IDS] < 7
+            assert metrics["policy/entropy"] < whole["policy/entropy"] - 1
+    for metrics, other in zip(alone["kept"], alone["kept_hidden"], strict=True):
+        for key in ("policy/loss", "policy/grad_norm", "policy/entropy", "logprob/diff_mean", "policy/kl"):
+            assert metrics[key] == pytest.approx(other[key], rel=1e-5, abs=1e-7), key
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"), [(n, x) for n in [*VARIANTS, *sorted(KEPT)] for x in LAYOUTS if n in KEPT or x != "tp2"]
+)
 def test_steps_equal_those_of_one_process(alone, together, layout, name):
     for rank in together[layout]:
         for metrics, expected in zip(rank[name], alone[name], strict=True):

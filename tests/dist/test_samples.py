@@ -31,7 +31,7 @@ def test_what_one_rank_has_wrong_is_refused_on_all(measured):
     (found,) = {tuple(rank["refusals"]) for rank in measured}
     assert "rank 5 chose expert -1 for a token" in found[0]
     assert [text.split(" have ")[0] for text in found[1:]] == [
-        f"{fault}: the ranks 4, 5 of generator 2" for fault in ("token", "log-prob", "sample")
+        f"{fault}: the ranks 4, 5 of generator 2" for fault in ("token", "log-prob", "kept", "sample")
     ]
 
 

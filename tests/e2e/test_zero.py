@@ -194,7 +194,7 @@ def test_another_config_in_the_same_run_dir_is_refused(whole_run, nano_base):
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["algorithm.normalize_std=false", "algorithm.loss_aggregation=constant"],
+        ["algorithm.normalize_std=false", "algorithm.loss_aggregation=constant", "rollout.top_p=0.9"],
         ["algorithm.ratio=sequence", "algorithm.clip_low=0.0003", "algorithm.clip_high=0.0004"],
         ["algorithm.old_log_probs=recompute", "algorithm.importance_cap=2.0", "algorithm.loss_aggregation=token"],
         ["algorithm.dynamic_sampling.enabled=true", "algorithm.clip_high=0.28", "reward.overlong.weight=0.5",
@@ -204,7 +204,7 @@ def test_another_config_in_the_same_run_dir_is_refused(whole_run, nano_base):
          "algorithm.off_policy.reject_ratio=1e-4"],
         ["algorithm.baseline=leave_one_out", "algorithm.normalize_std=false", "algorithm.whiten=true",
          "algorithm.surrogate=cispo", "algorithm.kl_in=reward", "algorithm.off_policy.max_divergence=1"],
-        ["rollout.engine=transformers", "rollout.router_replay=false"],
+        ["rollout.engine=transformers", "rollout.router_replay=false", "rollout.min_p=0.02", "rollout.top_k=40"],
     ],
     ids=["dr_grpo", "gspo", "recompute_tis", "dapo", "gmpo_mis", "rloo_cispo", "transformers_engine"],
 )  # fmt: skip

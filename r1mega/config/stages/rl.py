@@ -79,7 +79,7 @@ class AlgorithmConfig(Section):
     old_log_probs: Literal["rollout", "recompute"] = "recompute"
     # rollout: the generator's (exact in float32); recompute: one more forward pass (bfloat16, FP8)
     importance_cap: Positive | None = None
-    # truncated importance sampling min(pi_trainer / pi_sampler, cap); None: off. Wants rollout.top_p = 1
+    # truncated importance sampling min(pi_trainer / pi_sampler, cap); None: off
     importance_level: RatioLevel = "token"
     off_policy: OffPolicyConfig = OffPolicyConfig()
     mask_truncated: bool = False  # responses cut at max_response_tokens carry no loss (DAPO's overlong filtering)
@@ -181,9 +181,23 @@ class RLStage(TrainingStage):
                 f"update.microbatch_tokens = {update.microbatch_tokens} does not hold the longest sample, "
                 f"max_prompt_tokens + max_response_tokens = {longest}; raise it to at least that"
             )
-        yield from _algorithm_problems(algorithm, rollout.top_p)
+        yield from _kept_problems(rollout)
+        yield from _algorithm_problems(algorithm)
         yield from _partial_problems(rollout, algorithm)
         yield from self.reward.problems(rollout.max_response_tokens)
+
+
+def _kept_problems(rollout: RolloutConfig) -> Iterator[str]:
+    """Of tokens that are drawn from a part of the vocabulary."""
+    if rollout.top_k is not None and rollout.top_k > rollout.max_kept_ids:
+        yield (
+            f"rollout.top_k = {rollout.top_k}: of each token at most rollout.max_kept_ids = {rollout.max_kept_ids} ids are kept and told "
+            "to the trainer; raise max_kept_ids to at least top_k, or lower top_k"
+        )
+    if not rollout.cuts_vocabulary and rollout.max_kept_ids != RolloutConfig().max_kept_ids:
+        yield (
+            "rollout.max_kept_ids is of ids that top_p, top_k or min_p keep, and none of them is set; set one, or leave max_kept_ids out"
+        )
 
 
 def _partial_problems(rollout: RolloutConfig, algorithm: AlgorithmConfig) -> Iterator[str]:
@@ -231,17 +245,9 @@ def _against_sampler(algorithm: AlgorithmConfig) -> list[str]:
     return [key for key, is_on in on.items() if is_on]
 
 
-def _algorithm_problems(algorithm: AlgorithmConfig, top_p: float) -> Iterator[str]:
-    """Keys that do not go together, and those that a part of the vocabulary does not go with."""
+def _algorithm_problems(algorithm: AlgorithmConfig) -> Iterator[str]:
+    """Keys that do not go together."""
     rules, against_sampler = algorithm.off_policy, _against_sampler(algorithm)
-    if top_p < 1 and (algorithm.old_log_probs == "rollout" or against_sampler):
-        # neither with nor without the kept mass in the ratio is the update a gradient: tests/unit/algorithm/test_top_p.py
-        keys = ", ".join(f"algorithm.{key}" for key in against_sampler)
-        yield (
-            f"rollout.top_p = {top_p}: the generator's log-probs are of the tokens that top_p keeps, the trainer's of "
-            "all, and a ratio of the two is of neither; set rollout.top_p=1, or give such ratios up: set "
-            f"algorithm.old_log_probs=recompute{f' and leave {keys} out' if keys else ''}"
-        )
     of_old = [key for key in against_sampler if key not in ("kl_bias_correction", "off_policy.max_divergence")]
     if of_old and algorithm.old_log_probs != "recompute":
         yield f"algorithm.{of_old[0]} corrects recomputed log-probs: it wants algorithm.old_log_probs=recompute"

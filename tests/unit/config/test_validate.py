@@ -153,12 +153,12 @@ def test_shipped_nano_config_for_four_ranks_is_valid(run):
             r"memory\.optimizer_offload = update moves what optimizer\.cpu_offload keeps",
         ),
         (["algorithm.importance_cap=2"], 1, r"wants algorithm\.old_log_probs=recompute"),
-        (["rollout.top_p=0.9"], 1, r"set rollout\.top_p=1, or .* algorithm\.old_log_probs=recompute$"),
         (
-            ["rollout.top_p=0.9", "algorithm.old_log_probs=recompute", "algorithm.importance_cap=2"],
+            ["rollout.top_k=2000"],
             1,
-            r"set rollout\.top_p=1, or .* and leave algorithm\.importance_cap out$",
+            r"rollout\.top_k = 2000.* max_kept_ids = 1024 .*raise max_kept_ids to at least top_k",
         ),
+        (["rollout.max_kept_ids=64"], 1, r"none of them is set; set one, or leave max_kept_ids out"),
         (
             ["algorithm.off_policy.mask=token"],
             1,
@@ -214,11 +214,6 @@ def test_shipped_nano_config_for_four_ranks_is_valid(run):
         (["algorithm.baseline=none"], 1, r"baseline = none has no standard .* set algorithm\.normalize_std=false"),
         (["algorithm.kl_in=reward", "algorithm.kl_bias_correction=true"], 1, r"set algorithm\.kl_in=loss"),
         (["algorithm.kl_in=reward", "algorithm.mask_truncated=true"], 1, r"set mask_truncated=false or kl_in=loss"),
-        (
-            ["rollout.top_p=0.9", "algorithm.old_log_probs=recompute", "algorithm.off_policy.max_divergence=1"],
-            1,
-            r"and leave algorithm\.off_policy\.max_divergence out$",
-        ),
         (["algorithm.kl_in=reward"], 1, r"kl_in = reward.* of its noise; set algorithm\.normalize_std=false"),
         (
             ["algorithm.baseline=none", "algorithm.normalize_std=false", "algorithm.dynamic_sampling.enabled=true"],
@@ -310,9 +305,10 @@ def test_what_the_errors_about_moments_advise(run):
     run(*aware, "optimizer.beta1=0.996", "optimizer.beta2=0.996")  # 2^-8 is 0.0039
 
 
-def test_what_the_errors_about_top_p_advise(run):
-    run("rollout.top_p=0.9", "algorithm.old_log_probs=recompute")
-    run("rollout.top_p=1", "algorithm.old_log_probs=recompute", "algorithm.importance_cap=2")
+def test_what_the_errors_about_kept_ids_advise(run):
+    run("rollout.top_k=2000", "rollout.max_kept_ids=2000", "rollout.min_p=0.05")
+    run("rollout.top_p=0.9", "rollout.max_kept_ids=64", "algorithm.off_policy.max_divergence=1")
+    run("rollout.top_p=0.9", "algorithm.old_log_probs=recompute", "algorithm.importance_cap=2")
 
 
 def test_the_generators_layout_of_other_models():

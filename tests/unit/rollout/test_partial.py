@@ -12,6 +12,7 @@ import time
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch.distributed as dist
 
@@ -32,6 +33,7 @@ from r1mega.types import (
     UNFINISHED,
     Completion,
     GenerationRequest,
+    KeptIds,
     Prompt,
     Response,
     Reward,
@@ -75,6 +77,11 @@ def check_tokens(token_ids, of):
     assert len({token // 100 for token in token_ids}) == len(set(of))
 
 
+def kept_of(token):
+    """One id to four of them, as the token says."""
+    return np.arange(1 + token % 4, dtype=np.int32) + token % 10**6
+
+
 class Scripted:
     """A generator of `slots` places, a token a pass in each. A token tells its place, its prompt and the seed of its stream, and
     its log-prob the weights that sampled it.
@@ -109,7 +116,8 @@ class Scripted:
             yield Completion(index, number, self.response(new, UNFINISHED))
 
     def response(self, tokens, reason):
-        return Response(tuple(tokens), (-float(self.version),) * len(tokens), reason)
+        kept = KeptIds.of([kept_of(token) for token in tokens])
+        return Response(tuple(tokens), (-float(self.version),) * len(tokens), reason, kept=kept)
 
 
 class Scorer:
@@ -162,6 +170,12 @@ class Run:
 
 def facts(rollout):
     """All that training has of a step, and what was measured of it."""
+    for response in (
+        r for g in rollout.groups for r in g.responses
+    ):  # whatever was cut, written, read and gone on from
+        wanted = [kept_of(token) for token in response.token_ids]
+        assert response.kept.counts.tolist() == list(map(len, wanted))
+        assert response.kept.ids.tolist() == [i for ids in wanted for i in ids]
     every = [
         (g.slot, g.prompt.id, r.token_ids, r.log_probs, r.policy_versions, r.finish_reason, t, w.value)
         for g in rollout.groups

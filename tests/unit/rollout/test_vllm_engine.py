@@ -97,6 +97,57 @@ def test_log_probs_equal_transformers(engines, name):
             assert np.abs(expected - found).max() <= TOLERANCE
 
 
+def kept_of(row: np.ndarray, sampling: SamplingSettings) -> tuple[set[int], set[int]]:
+    """(ids that are kept, ids that are only just kept or not) of probabilities in float64, by the definition of each rule."""
+    order = [int(i) for i in np.argsort(-row, kind="stable")]
+    near = {i for i in order if abs(row[i] / row[order[0]] / (sampling.min_p or 1e-9) - 1) < 1e-3}
+    kept = [i for i in order if row[i] >= (sampling.min_p or 0) * row[order[0]]]
+    kept = kept[: sampling.most_kept]
+    mass, last = row[kept].sum(), len(kept)
+    for place in range(len(kept)):
+        if (before := row[kept[:place]].sum() / mass) >= sampling.top_p:
+            last = min(last, place)
+        if abs(before - sampling.top_p) < 1e-4:
+            near.add(kept[place])
+    return set(kept[:last]), near
+
+
+CUTS = [{"top_p": 0.8}, {"top_k": 5}, {"min_p": 0.1}, {"top_p": 0.9, "top_k": 20, "min_p": 0.02}, {"max_kept": 3}]
+
+
+@pytest.mark.parametrize("built", ["vllm", "transformers"])
+def test_kept_ids_are_what_was_drawn_from(engines, built):
+    """And the log-probs are over them: of float64 logits, id by id. To record them changes nothing."""
+    name = "qwen3_tied"
+    engine = engines(name) if built == "vllm" else TransformersEngine(settings(name))
+    for seed, cut in enumerate(CUTS):
+        (plain,) = sampled_requests(1, seed=seed, max_tokens=12, temperature=0.7, **cut)
+        request = replace(plain, sampling=replace(plain.sampling, max_kept=cut.get("max_kept", 96)))
+        (before,), (responses,) = engine.generate([plain]), engine.generate([request])
+        assert before == responses and all((r.kept is None) == ("max_kept" not in cut) for r in before)
+        for response in responses:
+            sequence = (*request.prompt_token_ids, *response.token_ids)
+            rows = (hf_logits(name, sequence)[len(request.prompt_token_ids) - 1 : -1] / 0.7).softmax(-1).numpy()
+            lists = np.split(response.kept.ids, response.kept.counts.cumsum()[:-1])
+            for row, token, log_prob, ids in zip(rows, response.token_ids, response.log_probs, lists, strict=True):
+                kept, near = kept_of(row, request.sampling)
+                assert token in ids and (np.diff(ids) > 0).all()
+                assert set(ids.tolist()) ^ kept <= near
+                assert log_prob == pytest.approx(np.log(row[token] / row[ids].sum()), abs=TOLERANCE)
+
+
+def test_ids_that_are_all_as_likely_as_the_last_are_more_than_can_be_kept(engines):
+    engine = engines("llama", weights="empty")
+    engine.update_weights((n, torch.zeros_like(t)) for n, t in checkpoint_tensors(checkpoint("llama")))
+    requests = sampled_requests(1, max_tokens=1, max_kept=47)
+    with pytest.raises(GenerationError, match="more than 94 ids .* rollout.max_kept_ids"):
+        engine.generate(requests)
+    ((response, *_),) = engine.generate(sampled_requests(1, max_tokens=1, max_kept=48))
+    assert response.kept.counts == [96] and response.log_probs[0] == pytest.approx(-np.log(96))
+    with pytest.raises(GenerationError, match="min_p=1.0"):
+        engine.generate(sampled_requests(1, min_p=1.0))
+
+
 @pytest.mark.parametrize("name", ["deepseek", "kimi_k2", "qwen3_tied", "qwen3_moe"])
 def test_greedy_tokens_equal_the_transformers_engine(engines, name):
     other = TransformersEngine(settings(name))

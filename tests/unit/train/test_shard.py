@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from r1mega.train.packing import build_microbatch
 from r1mega.train.shard import Cut, shard
+from r1mega.types import KeptIds
 
 samples = st.lists(
     st.tuples(st.lists(st.integers(1, 90), min_size=1, max_size=13), st.integers(1, 13)).map(
@@ -27,7 +28,10 @@ def test_parts_of_all_ranks_make_up_the_microbatch(drawn, cp, tp, sequence_paral
         np.array([[[n, i]] for i in range(len(ids) - 1)], dtype=np.uint8).reshape(-1, 1, 2)
         for n, ids in enumerate(token_ids)
     ]
-    batch = build_microbatch(token_ids, [prompt for _, prompt in drawn], range(len(drawn)), routing)
+    lists = [[np.arange(t, t + (t + i) % 4) for i, t in enumerate(ids)][prompt:] for ids, prompt in drawn]
+    kept_ids = [KeptIds.of(one) for one in lists]
+    batch = build_microbatch(token_ids, [prompt for _, prompt in drawn], range(len(drawn)), routing, kept_ids)
+    wanted = [ids.tolist() for one in lists for ids in one]
     found: dict[int, list[tuple[int, int, int]]] = {}
     rows: dict[int, tuple[int, int]] = {}
     kept = 0
@@ -69,6 +73,11 @@ def test_parts_of_all_ranks_make_up_the_microbatch(drawn, cp, tp, sequence_paral
             assert at not in rows
             number, position = held[row]
             rows[at] = (number, int(part.labels[row]))
+            first, last = part.kept.offsets[row : row + 2].tolist()
+            assert part.kept.ids[first:last].tolist() == wanted[at]
+        if drawn:
+            assert len(part.kept.offsets) == len(part.tokens) + 1
+            assert len(part.kept.ids) == sum(len(wanted[at]) for at in part.places.tolist())
     assert kept == sum(map(len, token_ids))
     for number, ids in enumerate(token_ids):
         assert sorted(found[number]) == [(i, t, ([*ids, 0][i + 1])) for i, t in enumerate(ids)]

@@ -27,6 +27,7 @@ from r1mega.errors import FreshProcessNeeded, GenerationError
 from r1mega.platform.generator import VllmPlatform, vllm_platform
 from r1mega.platform.watchdog import tick
 from r1mega.rollout.engine import EngineSettings, check_requests, continued_seed, in_order, read_config
+from r1mega.rollout.kept import kept_ids, kept_width
 from r1mega.rollout.routing import RoutingRecorder
 from r1mega.rollout.stop_strings import StopStrings
 from r1mega.types import UNFINISHED, Completion, Cut, GenerationRequest, KeptIds, Response, SamplingSettings
@@ -371,7 +372,8 @@ class VllmEngine:
             state.token_ids.append(token)
             state.log_probs.append(log_prob)
             if state.sampling.max_kept is not None:
-                state.kept.append(kept_ids(output.new_logprobs, place, self.config["vocab_size"]))
+                likeliest = output.new_logprobs.logprob_token_ids[place, 1:], output.new_logprobs.logprobs[place, 1:]
+                state.kept.append(kept_ids(*likeliest, self.config["vocab_size"]))
             may_stop = token in state.stop_candidates
             if may_stop and self._stop_strings.matches(state.token_ids, state.sampling.stop_strings):
                 return "stop"
@@ -472,25 +474,6 @@ def kv_bytes_per_token(settings: EngineSettings, config: HFConfig) -> int:
         size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
         width = 2 * max(1, heads // settings.tp) * size
     return config["num_hidden_layers"] * width * getattr(torch, settings.dtype).itemsize
-
-
-def kept_width(sampling: SamplingSettings, vocab_size: int) -> int:
-    """How many of the likeliest ids vLLM is to report of each token: room for all that are kept and as many that are as likely as the
-    last of them; 0: kept ids are not asked for."""
-    return 0 if sampling.max_kept is None else min(vocab_size, 2 * (sampling.most_kept or vocab_size))
-
-
-def kept_ids(reported: Any, place: int, vocab_size: int) -> np.ndarray:
-    """The ids that token `place` of a step was drawn from, in their order. reported: vLLM's LogprobsLists of processed log-probs: in a
-    row the token, then the likeliest ids from the first one on, -inf of those that were cut. GenerationError where there are more.
-    """
-    finite = reported.logprobs[place, 1:] > -np.inf
-    if finite.all() and len(finite) < vocab_size:
-        raise GenerationError(
-            f"more than {len(finite)} ids were kept of one token's vocabulary, since so many are as likely as the last that "
-            "rollout.max_kept_ids (or top_k) allows: the model does not tell them apart. Raise rollout.max_kept_ids, or generate in float32"
-        )
-    return np.sort(reported.logprob_token_ids[place, 1:][finite])
 
 
 def _keep_config_classes_apart() -> None:

@@ -156,7 +156,7 @@ def test_shipped_nano_config_for_four_ranks_is_valid(run):
         (
             ["rollout.top_k=2000"],
             1,
-            r"rollout\.top_k = 2000.* max_kept_ids = 1024 .*raise max_kept_ids to at least top_k",
+            r"rollout\.top_k = 2000.*max_kept_ids = 1024 ids.*raise max_kept_ids to at least top_k",
         ),
         (["rollout.max_kept_ids=64"], 1, r"none of them is set; set one, or leave max_kept_ids out"),
         (

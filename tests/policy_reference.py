@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from r1mega.types import TrainingSample
+from r1mega.types import KeptIds, TrainingSample
 from tests.reference import make_hf_model, unfuse
 
 LEARNING_RATE, RATE, TEMPERATURE = 1e-3, 0.01, 0.9
@@ -66,15 +66,33 @@ def make_samples(vocabulary: int, seed: int = 0) -> list[TrainingSample]:
     ]
 
 
+def _drawn_from_few(sample: TrainingSample, vocabulary: int, seed: int) -> TrainingSample:
+    """Each token from its own 1 to 12 ids."""
+    generator = np.random.default_rng(seed)
+    lists = [
+        np.unique([token, *generator.integers(0, vocabulary, generator.integers(0, 12))])
+        for token in sample.token_ids[sample.prompt_length :]
+    ]
+    kept = KeptIds.of(lists)
+    sampler = 0.3 * generator.normal(size=len(kept)) - np.log(kept.counts)
+    return dataclasses.replace(sample, kept=kept, sampler_log_probs=sampler.astype(np.float32))
+
+
 def start(
-    config: dict[str, Any], further: dict[str, torch.Tensor] | None = None, dtype: str = "float32", ratio: str = "token"
+    config: dict[str, Any],
+    further: dict[str, torch.Tensor] | None = None,
+    dtype: str = "float32",
+    ratio: str = "token",
+    kept: bool = False,
 ) -> Expected:
-    """Weights and samples, before any step. ratio: which one the steps will clip."""
+    """Weights and samples, before any step. ratio: which one the steps will clip; kept: tokens are drawn from a few ids."""
     model = make_hf_model(config)
     state = unfuse({n: t.detach().clone() for n, t in model.state_dict().items()}) | (further or {})
     if config["tie_word_embeddings"]:
         state.pop("lm_head.weight", None)
     samples = make_samples(config["vocab_size"])
+    if kept:
+        samples = [_drawn_from_few(sample, config["vocab_size"], seed) for seed, sample in enumerate(samples)]
     dictated = dtype == "bfloat16" and "n_routed_experts" in config
     if dictated:
         samples = [_dictate(sample, config, seed) for seed, sample in enumerate(samples)]
@@ -226,8 +244,14 @@ def _grpo_steps(
 def _log_probs(model: torch.nn.Module, sample: TrainingSample, routing: _Routing) -> torch.Tensor:
     ids = torch.from_numpy(sample.token_ids.astype(np.int64))
     routing.follow(sample.routed_experts)
-    logits = model(input_ids=ids[None]).logits[0, :-1].float() / TEMPERATURE
-    return logits.log_softmax(-1).gather(1, ids[1:, None])[sample.prompt_length - 1 :, 0]
+    logits = model(input_ids=ids[None]).logits[0, sample.prompt_length - 1 : -1].float() / TEMPERATURE
+    if sample.kept is not None:
+        lists = np.split(sample.kept.ids, sample.kept.counts.cumsum()[:-1])
+        mask = torch.ones_like(logits, dtype=torch.bool)
+        for row, one in zip(mask, lists, strict=True):
+            row[one.tolist()] = False
+        logits = logits.masked_fill(mask, -math.inf)
+    return logits.log_softmax(-1).gather(1, ids[sample.prompt_length :, None])[:, 0]
 
 
 def _loss(

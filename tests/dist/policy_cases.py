@@ -31,6 +31,7 @@ CASES = {
         Case("grpo", {}),
         Case("grpo", {}, ratio="sequence"),
         Case("grpo", {}, log_probs="hidden"),
+        Case("grpo", {}, log_probs="hidden", kept=True),
         Case("labels", {}, model="mtp", aux=0.1, recompute="full"),
         Case("grpo", {}, dtype=BF16),
         Case("grpo", {}, log_probs="hidden", dtype=BF16),
@@ -47,6 +48,9 @@ CASES = {
         Case("grpo", {"tp": 2, "ep": 2}, megatron={"moe_shared_expert_overlap": True}),
         Case("grpo", {"ep": 2}, megatron={"moe_shared_expert_overlap": True}, recompute="full", overlap=True),
         Case("grpo", {"cp": 2}, megatron={"cp_comm_type": "all_gather"}),
+        Case("grpo", {"tp": 2, "ep": 2}, kept=True),
+        Case("grpo", {"cp": 2}, kept=True, log_probs="hidden"),
+        Case("grpo", {"pp": 2}, kept=True),
         Case("grpo", {}, overlap=True),
         Case("grpo", {}, log_probs="hidden", overlap=True),
         Case("grpo", {"ep": 2}, overlap=True, recompute="full"),
@@ -106,7 +110,7 @@ def write_expectations(directory: Path, cases: Iterable[Case]) -> None:
         if path.exists():
             continue
         further = mtp_state() if case.model.startswith("mtp") else None
-        expected = start(MODELS[case.model], further, case.dtype, case.ratio)
+        expected = start(MODELS[case.model], further, case.dtype, case.ratio, case.kept)
         if case.kind == "grpo":
             take_grpo_steps(expected, case.ratio)
         else:

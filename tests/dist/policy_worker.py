@@ -51,12 +51,13 @@ class Case:
     dtype: str = "float32"
     recompute: str | tuple[str, ...] = "none"
     megatron: dict[str, Any] = field(default_factory=dict)  # keys of model.megatron
+    kept: bool = False  # tokens were drawn from a few ids each
     overlap: bool = False  # gradients are reduced, and weights gathered, by many small buckets beside the passes
 
     @property
     def file(self) -> str:
         """Where the expectation of such cases lies."""
-        return " ".join([self.model, self.kind, self.ratio, str(self.aux), self.dtype]) + ".pt"
+        return " ".join([self.model, self.kind, self.ratio, str(self.aux), self.dtype, *["kept"] * self.kept]) + ".pt"
 
     @property
     def name(self) -> str:
@@ -69,7 +70,7 @@ class Case:
         further += [self.log_probs] * (self.log_probs != "logits") + [self.dtype] * (self.dtype != "float32")
         if self.recompute != "none":
             further += ["recompute", *([self.recompute] if isinstance(self.recompute, str) else self.recompute)]
-        further += [*self.megatron] + ["overlap"] * self.overlap
+        further += [*self.megatron] + ["kept"] * self.kept + ["overlap"] * self.overlap
         return " ".join([self.kind, *sizes, *further])
 
 

@@ -19,6 +19,9 @@ ARRAY_BYTES = 4
 PACKED_BYTES, PACKED_RESPONSE_BYTES = 3 * 8, 3 * 8 + 5 * 4
 """Of a token, and of a response token beside it, in a microbatch: tokens, positions, labels; rows, targets, which sample;
 advantage, weight and the log-probs of sampler, old and reference weights."""
+KEPT_IDS = 4.0
+"""That a response token is taken to be drawn from in the mean, where the sampler cuts the vocabulary: `logprob/kept_ids` of a run says
+how many they are."""
 KNOWN_BYTES = 600
 """Of a sample of the step, whoever trains on it: what every rank knows of it, and its place in the plan beside the ranks."""
 
@@ -43,6 +46,7 @@ class SampleMemory:
 class Sizes:
     """What samples are cut by. choices: bytes of a token's routed experts in one MoE layer (0: none are replayed),
     packed_choices: the same in a microbatch; layers: MoE layers of the model, own_layers: of this rank. ranks: of a replica.
+    kept: ids that a response token was drawn from, in the mean; 0: it is not told.
     """
 
     replicas: int
@@ -54,16 +58,19 @@ class Sizes:
     layers: int = 0
     own_layers: int = 0
     buffer_bytes: int = BUFFER_BYTES
+    kept: float = 0.0
 
 
 def sample_memory(num_samples: int, tokens: float, responses: float, sizes: Sizes) -> SampleMemory:
     """tokens: of all samples of the step; responses: those of responses alone."""
     routed, own_routed = (sizes.choices * layers for layers in (sizes.layers, sizes.own_layers))
-    arrays = ARRAY_BYTES * (tokens + responses)
+    counts = 1 if sizes.kept else 0
+    arrays = ARRAY_BYTES * (tokens + responses * (1 + counts + sizes.kept))
     made = (MADE_BYTES * responses + arrays + routed * tokens) / sizes.generators
     trained = min(1.0, sizes.epochs / sizes.replicas)
     moved = 0.0 if sizes.replicas == sizes.generators == sizes.ranks == 1 else trained * (arrays + own_routed * tokens)
     packed = (PACKED_BYTES * tokens + PACKED_RESPONSE_BYTES * responses) / sizes.replicas
+    packed += (8 * counts + ARRAY_BYTES * sizes.kept) * responses / sizes.replicas  # offsets are int64
     packed += sizes.packed_choices * sizes.own_layers * tokens / sizes.replicas
     known = num_samples * (KNOWN_BYTES + 16 * sizes.ranks * trained * sizes.replicas)
     buffers = 4 * min(float(sizes.buffer_bytes), moved)
@@ -82,6 +89,7 @@ def planned_samples(config: RLStage, hf: HFConfig, gpus: int, work: Workload) ->
     sizes = Sizes(
         max(1, gpus // ranks), max(1, gpus // config.rollout.tp), ranks, config.update.num_epochs,
         top_k * (1 if fits else 2), top_k * (1 if fits else 4), sum(flags), max(own),
+        kept=min(KEPT_IDS, config.rollout.max_kept_ids) if config.rollout.cuts_vocabulary else 0.0,
     )  # fmt: skip
     tokens = sum(prompt + response for prompt, response in work.samples)
     return sample_memory(len(work.samples), tokens, sum(work.responses), sizes)

@@ -30,7 +30,7 @@ from r1mega.plan.residency import residency
 from r1mega.plan.samples import Sizes, planned_samples, sample_memory
 from r1mega.plan.workload import Lengths, workload
 from r1mega.train.samples import pack_for_loss, training_samples
-from r1mega.types import Prompt, Response, Reward, RewardStatus, RolloutGroup
+from r1mega.types import KeptIds, Prompt, Response, Reward, RewardStatus, RolloutGroup
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 DEEPSEEK = json.loads((CONFIGS / "deepseek_v3_671b/model/config.json").read_text())
@@ -217,19 +217,21 @@ def test_samples_take_a_share_of_host_memory_and_not_all_of_it():
     assert plain.peak < 0.8e9 and routed.peak < 3.3e9
 
 
-@pytest.mark.parametrize(("kind", "sizes"), [(np.uint8, (1, 1)), (np.uint16, (2, 4))])
-def test_bytes_of_samples_are_those_of_the_objects(kind, sizes):
+@pytest.mark.parametrize(("kind", "sizes", "kept"), [(np.uint8, (1, 1), 0), (np.uint16, (2, 4), 3)])
+def test_bytes_of_samples_are_those_of_the_objects(kind, sizes, kept):
     """One generator and replica make and train on what there is; half of it where there are two."""
     numbers, groups = np.random.default_rng(0), []
     for slot, length in enumerate((2000, 3000)):
         routed = numbers.integers(0, 250, (63 + length, 3, 8)).astype(kind)
         ids, log_probs = numbers.integers(1000, 1 << 17, length), numbers.normal(size=length)
-        response = Response(tuple(ids.tolist()), tuple(log_probs.tolist()), "stop", routed)
+        lists = KeptIds.of([np.arange(kept)] * length) if kept else None
+        response = Response(tuple(ids.tolist()), tuple(log_probs.tolist()), "stop", routed, kept=lists)
         prompt = Prompt("p", "q", ("1",), "math", None, tuple(range(64)))
         reward = Reward(1.0, {}, RewardStatus.OK)
         groups.append(RolloutGroup(prompt, (response,), ("text" * length,), (reward,), 0, slot))
     samples = training_samples(groups, AlgorithmConfig())
     arrays = sum(s.token_ids.nbytes + s.sampler_log_probs.nbytes for s in samples)
+    arrays += sum(s.kept.counts.nbytes + s.kept.ids.nbytes for s in samples if kept)
     choices = sum(s.routed_experts.nbytes for s in samples)
     python = sum(
         sys.getsizeof(values) + sum(map(sys.getsizeof, values))
@@ -239,7 +241,7 @@ def test_bytes_of_samples_are_those_of_the_objects(kind, sizes):
     batch = pack_for_loss(samples, [0, 1], {0: 0.5, 1: 0.5})
     tensors = [value for field in dataclasses.fields(batch) if torch.is_tensor(value := getattr(batch, field.name))]
     distinct = {value.data_ptr(): value.nbytes for value in tensors}  # old log-probs are the sampler's at first
-    found = sample_memory(2, 5000 + 2 * 64, 5000, Sizes(2, 2, 1, 1, 8 * sizes[0], 8 * sizes[1], 3, 3))
+    found = sample_memory(2, 5000 + 2 * 64, 5000, Sizes(2, 2, 1, 1, 8 * sizes[0], 8 * sizes[1], 3, 3, kept=kept))
     assert 2 * found.share == pytest.approx(arrays + choices, rel=0.002)  # a last token has no choices
     assert 2 * found.made == pytest.approx(python + arrays + choices, rel=0.05)
     assert 2 * found.packed == pytest.approx(

@@ -131,6 +131,8 @@ class Microbatch:
     rows: [R] positions whose logits predict a response token; targets: [R] those tokens; sequence_ids: [R] which
     sample of this microbatch. sample_indices: the samples, in order, as indices into the step's samples.
     routed_experts: [T, MoE layers, top-k] choices to replay, or None; the layers of the whole model, or of this rank alone.
+    own_experts: what the routers of this rank took in an earlier pass, and are to take again: by chunk and router, each [tokens
+    that its layers see, top-k]; or None.
     """
 
     _row_fields: ClassVar[tuple[str, ...]] = ("rows", "targets")
@@ -145,6 +147,7 @@ class Microbatch:
     targets: torch.Tensor
     sequence_ids: torch.Tensor
     routed_experts: torch.Tensor | None = None
+    own_experts: tuple[tuple[torch.Tensor, ...], ...] | None = None
 
     @property
     def num_tokens(self) -> int:

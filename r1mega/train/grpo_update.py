@@ -70,7 +70,8 @@ def update_policy(
     if not len(samples):
         return _NO_UPDATE
     policy = trainer.policy
-    tolerance = probe_limit(policy.dtype, config.weights.probe_tolerance, fp8=policy.fp8).tolerance
+    fp8 = policy.fp8 or config.rollout.quantization == "fp8"
+    tolerance = probe_limit(policy.dtype, config.weights.probe_tolerance, fp8=fp8).tolerance
     loss = functools.partial(
         _loss, algorithm=config.algorithm, rules=_rules(config.algorithm), tolerance=tolerance, kernels=policy.kernels
     )

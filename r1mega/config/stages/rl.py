@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from r1mega.config.layout import generator_problems, num_experts
+from r1mega.config.model_files import HFConfig
+from r1mega.config.precision import generator_precision_problems
 from r1mega.config.rewards import RewardConfig
 from r1mega.config.schema import (
     DataConfig,
@@ -139,6 +141,7 @@ class RLStage(TrainingStage):
         yield from missing_file_problems([*(("data.prompts", path) for path in self.data.prompts), *evaluation])
         rollout, update, algorithm = self.rollout, self.update, self.algorithm
         yield from generator_problems(rollout, world, hf)
+        yield from generator_precision_problems(rollout, self.model.dtype, self.parallel, hf)
         if world % rollout.tp == 0 and rollout.num_prompts < world // rollout.tp:
             yield (
                 f"rollout.num_prompts = {rollout.num_prompts} gives some of the {world // rollout.tp} generators no prompt; "
@@ -180,7 +183,7 @@ class RLStage(TrainingStage):
         yield from self.reward.problems(rollout.max_response_tokens)
 
 
-def _router_replay_problems(config: RLStage, hf: dict[str, Any]) -> Iterator[str]:
+def _router_replay_problems(config: RLStage, hf: HFConfig) -> Iterator[str]:
     """Of routers that take what others, or they themselves, took before (R3, R2)."""
     rollout, algorithm = config.rollout, config.algorithm
     if rollout.router_replay and (rollout.engine != "vllm" or (hf and not num_experts(hf))):

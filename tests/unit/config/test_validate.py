@@ -64,6 +64,13 @@ def test_shipped_nano_config_for_four_ranks_is_valid(run):
         (["parallel.pp=2", "parallel.layers_per_stage=[3]"], 2, r"has 1 numbers; parallel\.pp \* vpp = 2 \* 1 wants 2"),
         (["parallel.vpp=2"], 1, r"parallel\.vpp = 2 wants parallel\.pp > 1"),
         (["algorithm.router_replay=true", "rollout.router_replay=true"], 1, r"R2.*R3.*leave one of"),
+        (["rollout.quantization=fp8"], 1, r"FP8 weights with bfloat16 activations; set model\.dtype=bfloat16"),
+        (["rollout.quantization=fp8", "model.dtype=bfloat16"], 1, r"which cuts a block of 128 x 128"),
+        (
+            ["rollout.kv_cache_dtype=fp8", "rollout.engine=transformers", "rollout.router_replay=false"],
+            1,
+            r"rollout\.kv_cache_dtype are vLLM's, and rollout\.engine = transformers",
+        ),
         (
             ["algorithm.router_replay=true", "algorithm.old_log_probs=rollout", "rollout.router_replay=false"],
             1,

@@ -12,12 +12,13 @@ from collections.abc import Mapping
 import torch
 
 from r1mega.config.model_files import HFConfig
+from r1mega.config.precision import BLOCK
 from r1mega.errors import CheckpointError
 
-BLOCK = 128
 SCALE = "_scale_inv"
 MAX = torch.finfo(torch.float8_e4m3fn).max  # 448
 CONFIG = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK]}
+_STRIP_ELEMENTS = 1 << 22
 _QUANTIZED = re.compile(r"model\.layers\.\d+\.(self_attn\.\w+_proj\w*|mlp\..*(gate|up|down)_proj)\.weight")
 
 
@@ -62,17 +63,20 @@ def dequantize(weight: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) ->
 def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """[rows, columns] -> (FP8 e4m3, float32 scales [ceil(rows/128), ceil(columns/128)]).
 
-    scale = largest absolute value of the block / 448; a block of zeros has scale 1.
+    scale = largest absolute value of the block / 448; a block of zeros has scale 1. Several rows of blocks at a time, so that
+    beside the result only a strip is held.
     """
     rows, columns = weight.shape
-    quantized = torch.empty(weight.shape, dtype=torch.float8_e4m3fn)
-    scales = torch.empty(scale_shape(weight.shape), dtype=torch.float32)
-    padding = -columns % BLOCK
-    for i, scale in enumerate(scales):
-        strip = weight[i * BLOCK : (i + 1) * BLOCK].float()
-        blocks = torch.nn.functional.pad(strip.abs(), (0, padding)).view(strip.shape[0], -1, BLOCK)
-        largest = blocks.amax(dim=(0, 2))
-        scale.copy_(torch.where(largest > 0, largest / MAX, 1.0))
-        scaled = strip / scale.repeat_interleave(BLOCK)[:columns]
-        quantized[i * BLOCK : i * BLOCK + strip.shape[0]] = scaled.clamp(-MAX, MAX).to(torch.float8_e4m3fn)
+    quantized = torch.empty(weight.shape, dtype=torch.float8_e4m3fn, device=weight.device)
+    scales = torch.empty(scale_shape(tuple(weight.shape)), dtype=torch.float32, device=weight.device)
+    step = max(1, _STRIP_ELEMENTS // (BLOCK * max(columns, 1))) * BLOCK
+    for start in range(0, rows, step):
+        strip = weight[start : start + step].float()
+        padding = (0, -columns % BLOCK, 0, -len(strip) % BLOCK)
+        blocks = torch.nn.functional.pad(strip, padding).view(-(-len(strip) // BLOCK), BLOCK, -1, BLOCK)
+        largest = blocks.abs().amax(dim=(1, 3))
+        scale = torch.where(largest > 0, largest / MAX, 1.0)
+        scales[start // BLOCK : start // BLOCK + len(scale)] = scale
+        scaled = (blocks / scale[:, None, :, None]).clamp(-MAX, MAX).to(torch.float8_e4m3fn)
+        quantized[start : start + step] = scaled.view(-1, columns + padding[1])[: len(strip), :columns]
     return quantized, scales

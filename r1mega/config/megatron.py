@@ -8,11 +8,6 @@ from r1mega.config.layout import num_experts
 from r1mega.config.schema import ModelConfig, OptimizerConfig, ParallelConfig
 
 
-def recomputes_routing(model: ModelConfig) -> bool:
-    """Whether routers choose a second time in the backward pass."""
-    return model.recompute == "full" or "moe" in model.recompute
-
-
 def overlap_problems(optimizer: OptimizerConfig) -> Iterator[str]:
     """What Megatron's training script refuses, and its library does not."""
     if optimizer.overlap_param_gather and not optimizer.overlap_grad_reduce:

@@ -82,3 +82,103 @@ def _weight_sizes(layout: Layout, hf: HFConfig) -> Iterator[tuple[str, int]]:
             f"(num_attention_heads + 2 num_key_value_heads) / parallel.tp = {tp} times head_dim",
             (heads + 2 * groups) // tp * size,
         )
+
+
+BLOCK = 128
+"""Rows and columns of a block that has a scale of its own, in DeepSeek-V3's published form (checkpoint/fp8_blocks.py)."""
+
+
+class Generator(Protocol):
+    """What RolloutConfig says of a generator's precision and layout."""
+
+    tp: int
+    ep: int
+
+    @property
+    def engine(self) -> str: ...
+    @property
+    def quantization(self) -> str | None: ...
+    @property
+    def kv_cache_dtype(self) -> str: ...
+
+
+def generator_precision_problems(generator: Generator, dtype: str, layout: Layout, hf: HFConfig) -> Iterator[str]:
+    """Why a generator cannot hold this model so. dtype, layout: the trainer's. Each names what to change."""
+    if generator.engine != "vllm" and (generator.quantization, generator.kv_cache_dtype) != (None, "auto"):
+        yield (
+            f"rollout.quantization and rollout.kv_cache_dtype are vLLM's, and rollout.engine = {generator.engine}; leave them "
+            "out"
+        )
+    if generator.quantization is None:
+        return
+    if dtype != "bfloat16":
+        yield (
+            f"rollout.quantization = {generator.quantization} with model.dtype = {dtype}: vLLM multiplies FP8 weights with "
+            "bfloat16 activations; set model.dtype=bfloat16"
+        )
+    sizes = dict([*_generator_sizes(generator, hf), *_trainer_sizes(layout, hf)])
+    for name, size in sizes.items():
+        if size % BLOCK:
+            yield (
+                f"rollout.quantization = {generator.quantization}: {name} is {size}, which cuts a block of {BLOCK} x {BLOCK}, "
+                "whose scale no rank could find alone; cut the model otherwise, or leave quantization out"
+            )
+
+
+def _generator_sizes(generator: Generator, hf: HFConfig) -> Iterator[tuple[str, int]]:
+    """(name, size) of what is joined to others in vLLM's parameters, or cut from the rest."""
+    tp, heads = generator.tp, hf.get("num_attention_heads") or 0
+    yield from _feed_forward_sizes("rollout.tp", tp, ("rollout.tp", tp) if generator.ep == 1 else ("rollout.ep", 1), hf)
+    if hf.get("kv_lora_rank"):
+        nope, value = hf.get("qk_nope_head_dim") or 0, hf.get("v_head_dim") or 0
+        yield "q_lora_rank", hf.get("q_lora_rank") or 0
+        yield "kv_lora_rank", hf["kv_lora_rank"]
+        # decoding multiplies with what kv_b_proj is dequantised to, in whole blocks
+        yield (
+            f"num_attention_heads / rollout.tp = {tp} times qk_nope_head_dim + v_head_dim",
+            heads // tp * (nope + value),
+        )
+        yield from _head_sizes("rollout.tp", tp, hf)
+    elif heads:
+        size = hf.get("head_dim") or (hf.get("hidden_size") or 0) // heads
+        yield f"num_attention_heads / rollout.tp = {tp} times head_dim", heads // tp * size
+        yield f"num_key_value_heads / rollout.tp = {tp} times head_dim", max(1, _groups(hf) // tp) * size
+
+
+def _trainer_sizes(layout: Layout, hf: HFConfig) -> Iterator[tuple[str, int]]:
+    """The same of Megatron's, which are quantised tensor by tensor: what is whole on a rank is not cut."""
+    tp, etp = layout.tp, layout.etp
+    for name, size in _feed_forward_sizes("parallel.tp", tp, ("parallel.etp", etp), hf):
+        if not name.endswith(" = 1"):
+            yield name, size
+    if hf.get("kv_lora_rank"):
+        yield from _head_sizes("parallel.tp", tp, hf)
+    elif (heads := hf.get("num_attention_heads") or 0) and _groups(
+        hf
+    ) > 1:  # queries, key, value of one group after another
+        yield "head_dim", hf.get("head_dim") or (hf.get("hidden_size") or 0) // heads
+
+
+def _feed_forward_sizes(key: str, tp: int, of_experts: tuple[str, int], hf: HFConfig) -> Iterator[tuple[str, int]]:
+    expert = hf.get("moe_intermediate_size") or 0
+    if not expert or hf.get("first_k_dense_replace") or hf.get("mlp_only_layers"):
+        yield f"intermediate_size / {key} = {tp}", (hf.get("intermediate_size") or 0) // tp
+    shared = expert * (hf.get("n_shared_experts") or 0)
+    yield f"n_shared_experts * moe_intermediate_size / {key} = {tp}", shared // tp
+    yield f"moe_intermediate_size / {of_experts[0]} = {of_experts[1]}", expert // of_experts[1]
+
+
+def _head_sizes(key: str, tp: int, hf: HFConfig) -> Iterator[tuple[str, int]]:
+    """Of latent attention, whose projections are cut by heads."""
+    if tp == 1:
+        return
+    nope, rope, value = (hf.get(f"{part}_head_dim") or 0 for part in ("qk_nope", "qk_rope", "v"))
+    for name, size in (
+        ("qk_nope_head_dim + qk_rope_head_dim", nope + rope), ("qk_nope_head_dim + v_head_dim", nope + value),
+        ("v_head_dim", value),
+    ):  # fmt: skip
+        yield f"num_attention_heads / {key} = {tp} times {name}", (hf.get("num_attention_heads") or 0) // tp * size
+
+
+def _groups(hf: HFConfig) -> int:
+    return hf.get("num_key_value_heads") or hf.get("num_attention_heads") or 1

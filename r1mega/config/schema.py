@@ -226,6 +226,10 @@ class PartialRollouts(Section):
         return self.overdraw > 1
 
 
+Quantization = Literal["fp8"]
+KVCacheDtype = Literal["auto", "fp8", "fp8_e4m3"]
+
+
 class RolloutConfig(Section):
     """Sampling of groups, and the generator that does it."""
 
@@ -245,12 +249,15 @@ class RolloutConfig(Section):
     dp: PositiveInt | None = None  # generators; None: as many as tp leaves of the processes
     max_num_seqs: PositiveInt = 256
     max_batched_tokens: PositiveInt = 8192  # of one pass, at least max_num_seqs; longer prompts take several passes
+    quantization: Quantization | None = None
+    # fp8: linear layers of the generator hold DeepSeek-V3's published 128x128 blocks in e4m3, quantised at each push
+    kv_cache_dtype: KVCacheDtype = "auto"  # of the generator, as vLLM names it; auto: model.dtype; fp8 is fp8_e4m3
     kv_cache_bytes: PositiveInt | None = None  # None: vLLM's own choice on a GPU; 256 MiB on a CPU
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.8
     sleep: bool = True  # free the KV cache during the update, and on a GPU the generator's weights and CUDA graphs
     partial: PartialRollouts = PartialRollouts()
     durable: bool = True  # what is sampled and scored is on disk before its step ends: a start after a kill reads it
-    router_replay: bool = False  # the update repeats the generator's choices of experts (R3); vLLM on a CPU only so far
+    router_replay: bool = False  # the update repeats the generator's choices of experts (R3)
 
     @property
     def cuts_vocabulary(self) -> bool:

@@ -7,7 +7,6 @@ import json
 from collections.abc import Iterator
 
 from r1mega.config.layout import num_experts
-from r1mega.config.megatron import recomputes_routing
 from r1mega.config.model_files import HFConfig
 from r1mega.config.schema import ParallelConfig, Recompute, RecomputeModule, TrainingStage
 from r1mega.config.stages.reward_model import RewardModelStage
@@ -25,8 +24,6 @@ def candidates(config: TrainingStage, hf: HFConfig, gpus: int) -> Iterator[Train
         yield config
     recomputed = dict.fromkeys((config.model.recompute, *_recompute(hf)))
     models = [config.model.model_copy(update={"recompute": recompute}) for recompute in recomputed]
-    if isinstance(config, RLStage) and config.rollout.router_replay:
-        models = [model for model in models if not recomputes_routing(model)]
     own = _as_laid_out(config.parallel)
     for parallel in dict.fromkeys(_layouts(config.parallel, hf, gpus)):
         if not _legal(config.model_copy(update={"parallel": parallel}), hf, gpus):

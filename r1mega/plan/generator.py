@@ -55,14 +55,16 @@ def generator_memory(
 
     A cache of less than nothing means that the engine would not start.
     """
-    weights = weight_bytes(hf, dtype, config.tp, config.ep)
+    fp8 = getattr(config, "quantization", None) == "fp8"  # of a generator that is pushed to
+    weights = weight_bytes(hf, dtype, config.tp, config.ep, fp8=fp8)
     profile = profile_bytes(hf, dtype, config)
     left = config.gpu_memory_utilization * gpu_bytes - weights - profile - OTHER_BYTES
     cache = left if config.kv_cache_bytes is None else config.kv_cache_bytes
-    return GeneratorMemory(weights, profile, cache, kv_bytes_per_token(hf, dtype, config.tp))
+    cached = dtype if getattr(config, "kv_cache_dtype", "auto") == "auto" else torch.float8_e4m3fn
+    return GeneratorMemory(weights, profile, cache, kv_bytes_per_token(hf, cached, config.tp))
 
 
-def weight_bytes(hf: Mapping[str, Any], dtype: torch.dtype, tp: int, ep: int) -> float:
+def weight_bytes(hf: Mapping[str, Any], dtype: torch.dtype, tp: int, ep: int, *, fp8: bool = False) -> float:
     """Of the generator's first rank, which holds as much as any, tensor by tensor of its layout (weights/layout.py).
 
     Layers of one kind hold the same: one of each kind is laid out.
@@ -71,7 +73,7 @@ def weight_bytes(hf: Mapping[str, Any], dtype: torch.dtype, tp: int, ep: int) ->
     kinds: dict[bool, list[int]] = {}
     for layer in range(model.num_layers):
         kinds.setdefault(model.has_experts(layer), []).append(layer)
-    rank = GeneratorRank(tp, 0, ep, 0)
+    rank = GeneratorRank(tp, 0, ep, 0, fp8)
     total = sum(_placed_bytes(hf, rank, dtype, [same[0]]) * len(same) for same in kinds.values())
     outside = _placed_bytes(hf, rank, dtype, [])
     return total - outside * (model.num_layers - 1)
@@ -79,7 +81,7 @@ def weight_bytes(hf: Mapping[str, Any], dtype: torch.dtype, tp: int, ep: int) ->
 
 def _placed_bytes(hf: Mapping[str, Any], rank: GeneratorRank, dtype: torch.dtype, layers: list[int]) -> int:
     return sum(
-        math.prod(last - first for first, last in part.source) * weight_dtype(part.name, dtype).itemsize
+        math.prod(last - first for first, last in part.source) * weight_dtype(part.name, dtype, rank.fp8).itemsize
         for part in generator_layout(hf, rank, layers)
     )
 

@@ -33,6 +33,13 @@ class VllmPlatform(Protocol):
     def PARAMETERS_ARE_PLAIN_BEFORE_FINISH(self) -> bool:
         """Whether parameters can be read by HF layout before `finish_*` (else only after it)."""
 
+    @property
+    def RETURNS_ROUTED_EXPERTS(self) -> bool:
+        """Whether its model runner returns which experts were chosen."""
+
+    def return_routed_experts(self) -> dict[str, object]:
+        """Makes the engine that is built next return them, where it can; arguments of vLLM's EngineArgs for that."""
+
     def prepare_environment(self) -> None:
         """Sets what vLLM reads at import. Raises PlatformError for a value with which it cannot run in this process."""
 

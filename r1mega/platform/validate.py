@@ -65,13 +65,19 @@ def validate_platform(config: Stage) -> None:
     rollout = getattr(config, "rollout", None)
     if rollout is None or rollout.engine != "vllm":
         return
-    if getattr(rollout, "router_replay", False) and here.name != "cpu":
+    if getattr(rollout, "quantization", None) is not None and here.name == "cpu":
         raise PlatformError(
-            "rollout.router_replay is built for vLLM on a CPU only so far; set rollout.router_replay=false"
+            f"rollout.quantization = {rollout.quantization}: vLLM has FP8 kernels for GPUs (and CPUs with AMX, for which no "
+            "weights are pushed here); leave it out"
         )
     vllm = vllm_platform()
     check_version(vllm.PACKAGE)
     model = json.loads((config.model.path / "config.json").read_text())
+    if getattr(rollout, "kv_cache_dtype", "auto") != "auto" and here.name == "cpu" and "kv_lora_rank" in model:
+        raise ConfigError(
+            f"rollout.kv_cache_dtype = {rollout.kv_cache_dtype}: vLLM's CPU kernel for latent attention has its cache in "
+            "model.dtype; leave kv_cache_dtype out"
+        )
     if (refusal := vllm.check_model(model)) is not None:
         raise ConfigError(f"{config.model.path}/config.json: {refusal}; change it, or set rollout.engine=transformers")
 

@@ -25,6 +25,8 @@ SEVERAL_ENGINES_A_PROCESS = True
 DEFAULT_KV_CACHE_BYTES = 256 * 2**20
 PARAMETERS_ARE_PLAIN_BEFORE_FINISH = True
 """The digest is read back between loading and packing: packed weights have no public layout."""
+RETURNS_ROUTED_EXPERTS = False
+"""Only the second model runner does, which needs Triton."""
 MLA_HEAD_DIMS = (512, 64)
 """(kv_lora_rank, qk_rope_head_dim) of the only CPU decode kernel, csrc/cpu/mla_decode.cpp (head dim 576)."""
 
@@ -240,6 +242,11 @@ def engine_arguments(
         # AMX_MLA, which vLLM prefers where the CPU has AMX, refuses float32.
         arguments["attention_config"] = {"backend": "CPU_MLA"}
     return arguments
+
+
+def return_routed_experts() -> dict[str, object]:
+    """Nothing: the runner is the first."""
+    return {}
 
 
 def kv_block_tokens(model_config: HFConfig) -> int:

@@ -9,8 +9,10 @@ Worker.init_device, determine_available_memory and compile_or_warm_up_model.
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Iterable
+from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor
@@ -30,10 +32,12 @@ interface.py, get_global_graph_pool), which `shutdown` leaves there: what an eng
 that still refers to it."""
 DEFAULT_KV_CACHE_BYTES = None
 """vLLM measures what the device has left."""
+RETURNS_ROUTED_EXPERTS = True
 
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core in this process: weights are pushed into it
     "VLLM_USE_V2_MODEL_RUNNER": "0",  # the runner whose log-probs and seeds the tests hold: a CPU has a subclass of it
+    "VLLM_USE_DEEP_GEMM": "0",  # it reorders the scales of FP8 weights, which are then no longer written in place
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
 }
@@ -76,6 +80,25 @@ def engine_arguments(
     if num_experts(model_config):
         arguments["moe_backend"] = "triton"
     return arguments
+
+
+def return_routed_experts() -> dict[str, object]:
+    """`enable_return_routed_experts`, which only the second model runner has, on every rank of a generator.
+
+    vllm/distributed/aux_output_connector/worker.py keeps the rows on the first rank of tp, whose outputs an executor of
+    several processes reads; under the external launcher each rank reads its own, and vLLM's scheduler asserts on the others
+    that they are there. Every rank's capturer has them (routers are not divided), and is made to keep them. Raises
+    PlatformError for another vLLM.
+    """
+    from vllm.distributed.aux_output_connector import worker as output_worker
+
+    if inspect.getsource(output_worker).count("get_tp_group().is_first_rank") != 1:
+        raise PlatformError(
+            "vllm keeps routed experts on other ranks than the first in another way: unknown vLLM build"
+        )
+    vars(output_worker)["get_tp_group"] = lambda: SimpleNamespace(is_first_rank=True)
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
+    return {"enable_return_routed_experts": True}
 
 
 def kv_block_tokens(model_config: HFConfig) -> int:

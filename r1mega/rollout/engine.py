@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from r1mega.config.schema import Dtype
+from r1mega.config.schema import Dtype, KVCacheDtype, Quantization
 from r1mega.errors import GenerationError
 from r1mega.types import Completion, GenerationRequest, Response
 
@@ -22,6 +22,7 @@ class EngineSettings:
     prompts take several passes. tokenizer_path: needed for stop strings only.
     return_routed_experts: responses carry the experts that were chosen for their tokens (`Response.routed_experts`).
     ep: tp, or 1: whole experts are spread over the ranks of the generator, or each is cut by tp.
+    quantization: 'fp8': linear layers hold e4m3 blocks with their scales. kv_cache_dtype: vLLM's name; 'auto': `dtype`.
     """
 
     model_path: Path
@@ -37,6 +38,8 @@ class EngineSettings:
     bucket_bytes: int = 512 * 2**20
     return_routed_experts: bool = False
     ep: int = 1
+    quantization: Quantization | None = None
+    kv_cache_dtype: KVCacheDtype = "auto"
 
 
 def read_config(settings: EngineSettings) -> dict[str, Any]:

@@ -4,20 +4,37 @@ Two implementations of one router choose differently where two scores agree to t
 more places): the trainer then computes another function than the one that sampled. Replaying the generator's choices
 removes that ("rollout routing replay", R3, arXiv 2510.11370).
 
-vLLM (0.32) returns routed experts itself for its newer model runner only, which wants Triton, and not for requests that
-are ended from outside; here its routers' own capture hook is bound to a recorder that files the rows by request.
+vLLM (0.32) returns routed experts itself from its second model runner, which wants Triton: on a GPU (`ReturnedRouting`). On a
+CPU its routers' own capture hook is bound to a recorder that files the rows by request (`RoutingRecorder`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
+from r1mega.config.model_files import HFConfig
 from r1mega.errors import GenerationError, PlatformError
+from r1mega.model.families import architecture_of
+
+
+class Recorder(Protocol):
+    """What a generator knows of its routers' choices."""
+
+    def add(self, request_id: str, rows: np.ndarray | None) -> None:
+        """[positions, layers, top-k] that came with an output of the engine core, if they did."""
+
+    def clear(self) -> None:
+        """Forget everything: the prefix cache was reset."""
+
+    def take(self, request_id: str, num_positions: int) -> np.ndarray:
+        """[num_positions, MoE layers, top-k] uint8 or uint16: the choices at a request's first positions, which are then
+        forgotten. Raises GenerationError when some are not known.
+        """
 
 
 @dataclass(slots=True, eq=False)
@@ -69,16 +86,16 @@ class RoutingRecorder:
         """Called by every router inside the forward pass; topk_ids: [tokens, top-k]."""
         self._step[layer_id] = topk_ids
 
+    def add(self, request_id: str, rows: np.ndarray | None) -> None:
+        """Nothing: the passes themselves are seen."""
+
     def clear(self) -> None:
-        """Forget everything: the prefix cache was reset."""
+        """See Recorder."""
         self._requests.clear()
         self._owners.clear()
 
     def take(self, request_id: str, num_positions: int) -> np.ndarray:
-        """[num_positions, MoE layers, top-k] uint8 or uint16: the choices at a request's first positions.
-
-        Raises GenerationError when some are not known.
-        """
+        """See Recorder."""
         request = self._requests.pop(request_id)
         out = np.empty((num_positions, *request.passes[0][1].shape[1:]), self._dtype)
         known = np.zeros(num_positions, dtype=bool)
@@ -133,3 +150,37 @@ def _block_keys(tokens: Sequence[int], size: int) -> list[int]:
         parent = hash((parent, *tokens[first : first + size]))
         keys.append(parent)
     return keys
+
+
+class ReturnedRouting:
+    """Keeps what vLLM returns (`enable_return_routed_experts`): with each output the rows of the positions that were computed
+    since the last one, or read from the prefix cache, of all of the model's layers. So a request that is ended from outside has
+    its rows too: those of every position but its last token's.
+    """
+
+    def __init__(self, config: HFConfig):
+        """Raises GenerationError for a model without experts."""
+        model = architecture_of(config)
+        self._layers = [layer for layer in range(model.num_layers) if model.has_experts(layer)]
+        if model.experts is None or not self._layers:
+            raise GenerationError("rollout.router_replay: the model has no experts")
+        self._rows: dict[str, list[np.ndarray]] = {}
+
+    def add(self, request_id: str, rows: np.ndarray | None) -> None:
+        """See Recorder."""
+        if rows is not None:
+            self._rows.setdefault(request_id, []).append(rows)
+
+    def clear(self) -> None:
+        """See Recorder."""
+        self._rows.clear()
+
+    def take(self, request_id: str, num_positions: int) -> np.ndarray:
+        """See Recorder."""
+        rows = self._rows.pop(request_id, [])
+        found = sum(map(len, rows))
+        if found < num_positions:
+            raise GenerationError(
+                f"vLLM returned the routing of {found} positions of request {request_id}, not of {num_positions}"
+            )
+        return np.concatenate(rows)[:num_positions, self._layers]

@@ -26,9 +26,10 @@ from r1mega.config.model_files import HFConfig
 from r1mega.errors import FreshProcessNeeded, GenerationError
 from r1mega.platform.generator import VllmPlatform, vllm_platform
 from r1mega.platform.watchdog import tick
+from r1mega.rollout import precision
 from r1mega.rollout.engine import EngineSettings, check_requests, continued_seed, in_order, read_config
 from r1mega.rollout.kept import kept_ids, kept_width
-from r1mega.rollout.routing import RoutingRecorder
+from r1mega.rollout.routing import Recorder, ReturnedRouting, RoutingRecorder
 from r1mega.rollout.stop_strings import StopStrings
 from r1mega.types import UNFINISHED, Completion, Cut, GenerationRequest, KeptIds, Response, SamplingSettings
 from r1mega.weights.layout import GeneratorRank, divided_names, generator_layout, tensor_shapes
@@ -82,7 +83,7 @@ class VllmEngine:
         """Builds the engine. Raises GenerationError, ConfigError or PlatformError for what vLLM could not run, and
         FreshProcessNeeded where a process can build one only and this one has."""
         self.settings = settings
-        self.tp, self.ep = settings.tp, settings.ep
+        self.tp, self.ep, self.fp8 = settings.tp, settings.ep, settings.quantization == "fp8"
         self.config = read_config(settings)
         self._platform = vllm_platform()
         check_settings(settings, self.config, self._platform)
@@ -107,18 +108,21 @@ class VllmEngine:
         self._core._finalizer.detach()
         self._worker = self._llm_engine.model_executor.driver_worker.worker
         self._dtype = getattr(torch, settings.dtype)
-        place = GeneratorRank(settings.tp, rank % settings.tp, settings.ep, rank % settings.ep)
+        place = GeneratorRank(settings.tp, rank % settings.tp, settings.ep, rank % settings.ep, self.fp8)
         self._target = ReloadTarget(
             self._worker,
             self._platform,
             self.config,
             generator_layout(self.config, place),
-            tensor_shapes(self.config),
+            tensor_shapes(self.config, self.fp8),
             self._dtype,
+            self.fp8,
         )
         self._divided = divided_names(self.config, place) if settings.tp > 1 else []
-        self._recorder = None
-        if settings.return_routed_experts:
+        self._recorder: Recorder | None = None
+        if settings.return_routed_experts and self._platform.RETURNS_ROUTED_EXPERTS:
+            self._recorder = ReturnedRouting(self.config)
+        elif settings.return_routed_experts:
             self._recorder = RoutingRecorder(self._worker, self._platform.kv_block_tokens(self.config))
         self._stop_strings = StopStrings(settings.tokenizer_path)
         self._digest: dict[str, int] | None = None
@@ -142,7 +146,7 @@ class VllmEngine:
             load_format="dummy",
             skip_tokenizer_init=True,
             dtype=settings.dtype,
-            hf_overrides=overrides,
+            hf_overrides=overrides | precision.model_overrides(settings),
             max_model_len=settings.max_model_len,
             max_num_seqs=settings.max_num_seqs,
             max_num_batched_tokens=settings.max_batched_tokens,
@@ -153,6 +157,8 @@ class VllmEngine:
             logprobs_mode="processed_logprobs",
             disable_log_stats=True,
             generation_config="vllm",
+            **precision.engine_arguments(settings),
+            **(self._platform.return_routed_experts() if settings.return_routed_experts else {}),
             **self._platform.engine_arguments(self.config, settings.kv_cache_bytes, settings.gpu_memory_utilization),
         )
         gc.collect()
@@ -203,6 +209,8 @@ class VllmEngine:
                     state = running.get(output.request_id)
                     if state is None:
                         continue  # a step that was in flight when its sample was aborted
+                    if self._recorder is not None:
+                        self._recorder.add(output.request_id, output.routed_experts)
                     reason = self._advance(state, output)
                     if reason is None:
                         continue
@@ -432,18 +440,13 @@ class VllmEngine:
 
 def check_settings(settings: EngineSettings, config: HFConfig, platform: VllmPlatform) -> None:
     """Finds what vLLM would fail on much later, and says it plainly. Raises GenerationError or ConfigError."""
-    if config.get("quantization_config"):
-        raise GenerationError(
-            f"{settings.model_path}/config.json: quantization_config makes vLLM build a quantised model, which weights of "
-            f"dtype {settings.dtype} do not fit. Generate from what `r1mega convert --to-megatron {settings.model_path} OUT` "
-            "and `r1mega convert --to-hf OUT HF_DIR` make, which is in bfloat16 (it reads FP8 weights as DeepSeek-V3 is "
-            "published, no others)"
-        )
+    precision.check_precision(settings, config)
     if settings.ep not in (1, settings.tp):
         raise GenerationError(
             f"ep={settings.ep}: experts are spread over the ranks of one generator; ep is 1 or tp={settings.tp}"
         )
-    placements = generator_layout(config, GeneratorRank(settings.tp, ep=settings.ep))
+    fp8 = settings.quantization == "fp8"
+    placements = generator_layout(config, GeneratorRank(settings.tp, ep=settings.ep, fp8=fp8))
     reason = platform.check_model(config)
     if reason is not None:
         raise GenerationError(f"{settings.model_path}: {reason}")
@@ -473,7 +476,8 @@ def kv_bytes_per_token(settings: EngineSettings, config: HFConfig) -> int:
         heads = config.get("num_key_value_heads") or config["num_attention_heads"]
         size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
         width = 2 * max(1, heads // settings.tp) * size
-    return config["num_hidden_layers"] * width * getattr(torch, settings.dtype).itemsize
+    itemsize = getattr(torch, settings.dtype).itemsize if settings.kv_cache_dtype == "auto" else 1
+    return config["num_hidden_layers"] * width * itemsize
 
 
 def _keep_config_classes_apart() -> None:

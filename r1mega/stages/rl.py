@@ -65,6 +65,7 @@ class RLTrainer:
         settings = engine_settings(
             config.model.path, config.model.dtype, config.data.max_prompt_tokens + rollout.max_response_tokens + 1, rollout,
             bucket_bytes=config.weights.bucket_bytes, return_routed_experts=rollout.router_replay,
+            quantization=rollout.quantization, kv_cache_dtype=rollout.kv_cache_dtype,
         )  # fmt: skip
         self.engine = build_engine(settings, rollout.engine)
         self.phases = Phases(plan, self.trainer, self.engine)

@@ -71,7 +71,8 @@ def update_policy(
     if not len(samples):
         return _NO_UPDATE
     policy = trainer.policy
-    tolerance = probe_limit(policy.dtype, config.weights.probe_tolerance, fp8=policy.fp8).tolerance
+    fp8 = policy.fp8 or config.rollout.quantization == "fp8"
+    tolerance = probe_limit(policy.dtype, config.weights.probe_tolerance, fp8=fp8).tolerance
     loss = functools.partial(
         _loss, algorithm=config.algorithm, rules=_rules(config.algorithm), tolerance=tolerance, kernels=policy.kernels
     )
@@ -106,15 +107,18 @@ def _kept_ids(samples: Sequence[SampleSummary]) -> float | None:
 
 
 def _with_log_probs(trainer: Trainer, minibatches: Sequence[_Minibatch], config: RLStage) -> list[_Minibatch]:
-    """Microbatches with the log-probs of old and reference weights, as far as the loss asks for them; only on the last
-    pipeline stage, where the loss is.
+    """Microbatches with the log-probs of old and reference weights, as far as the loss asks for them, on the last pipeline
+    stage, where the loss is; with algorithm.router_replay with the experts that the old weights took, on all of them.
     """
     policy = trainer.policy
     batches = [batch for minibatch in minibatches for batch in minibatch.microbatches]
     temperature = config.rollout.temperature
     old: list[torch.Tensor] = []
     reference: list[torch.Tensor] = []
-    if config.algorithm.old_log_probs == "recompute":
+    if config.algorithm.old_log_probs == "recompute" and config.algorithm.router_replay:
+        scored, batches = policy.recorded_scores(batches, temperature)
+        old = [scores.values for scores in scored]
+    elif config.algorithm.old_log_probs == "recompute":
         old = [scores.values for scores in policy.scores(batches, temperature)]
     if config.algorithm.kl_coefficient > 0:
         with trainer.as_reference():

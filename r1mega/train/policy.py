@@ -52,6 +52,8 @@ with, the microbatch carries. Both are whole, whatever the parallel layout, and 
 
 
 _Value = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
+Records = list[list[tuple[torch.Tensor, ...]]]
+"""By chunk and microbatch: [tokens that a layer sees, top-k] of each router."""
 
 
 class Policy:
@@ -141,8 +143,21 @@ class Policy:
         replay: take the experts that the microbatches name.
         """
         if not replay:
-            microbatches = [dataclasses.replace(batch, routed_experts=None) for batch in microbatches]
+            microbatches = [dataclasses.replace(batch, routed_experts=None, own_experts=None) for batch in microbatches]
         return self.run(microbatches, lambda _, scores: (scores.values.sum(), scores), temperature, forward_only=True)
+
+    @torch.no_grad()
+    def recorded_scores(self, microbatches: Sequence[B], temperature: float) -> tuple[list[TokenScores], list[B]]:
+        """`scores` with the experts that the routers choose, and the microbatches that name those: `run` repeats them."""
+        records: list[list[tuple[torch.Tensor, ...]]] = [[] for _ in self.modules]
+        scores = self.run(
+            microbatches, lambda _, scores: (scores.values.sum(), scores), temperature, forward_only=True, records=records
+        )  # fmt: skip
+        by_batch = zip(*records, strict=True)  # of fillers too, which come last
+        return scores, [
+            dataclasses.replace(batch, own_experts=chosen)
+            for batch, chosen in zip(microbatches, by_batch, strict=False)
+        ]
 
     def log_probs(self, microbatches: Sequence[Microbatch], temperature: float = 1.0) -> list[torch.Tensor]:
         """`scores(...).values`, on every rank of all pipeline stages. A collective call of them."""
@@ -173,16 +188,17 @@ class Policy:
         forward_only: bool,
         mtp_loss: bool = False,
         of_tokens: bool = False,
+        records: Records | None = None,
     ) -> list[S]:
         """A pass over microbatches, with gradients of the loss unless `forward_only`; the statistics of each where the loss
         is: on the last pipeline stage, elsewhere []. mtp_loss: add that of the multi-token-prediction layers. of_tokens: the
         loss is a sum over tokens, of each token's scores alone, and may be asked for parts of a microbatch, each with its
-        statistics.
+        statistics. records: a list for each chunk, to which what its routers took is appended.
         """
         fillers: list[None] = [None] * (-len(microbatches) % self.microbatch_multiple)
         if forward_only:
             self.settle()
-        one = _Pass(self, loss, temperature, mtp_loss, of_tokens)
+        one = _Pass(self, loss, temperature, mtp_loss, of_tokens, records)
         self._check_weights()
         modules = self.modules
         iterators = [iter([*microbatches, *fillers]) for _ in modules]  # one a virtual pipeline stage
@@ -198,13 +214,16 @@ class Policy:
             )
         return one.statistics
 
-    def forward(self, module: torch.nn.Module, batch: Microbatch, *, mtp_loss: bool) -> tuple[torch.Tensor, Shard]:
+    def forward(
+        self, module: torch.nn.Module, batch: Microbatch, *, mtp_loss: bool, records: Records | None = None
+    ) -> tuple[torch.Tensor, Shard]:
         """One of `modules` on this rank's part of a microbatch: (its output [1, t, ...] or, within a pipeline, what goes to
-        the next stage; the part). mtp_loss: the output of the last stage is cross-entropies.
+        the next stage; the part). mtp_loss: the output of the last stage is cross-entropies. records: see `run`.
         """
         part = shard(batch, self._cut)
         packed = packed_seq_params(part.cu_seqlens, part.padding)
-        self._replay.set(self.modules.index(module), part.routed_experts)
+        chunk = self.modules.index(module)
+        self._replay.begin(chunk, part.routed_experts, batch.own_experts, record=records is not None)
         if self._zeroing is not None:
             self._zeroing.padding = part.padding
         labels = {}
@@ -214,6 +233,8 @@ class Policy:
         output = module(
             part.tokens[None], part.positions[None], None, **labels, packed_seq_params=packed, **self._narrow
         )
+        if records is not None:
+            records[chunk].append(self._replay.recorded(chunk))
         return output, part
 
     def read(
@@ -322,6 +343,7 @@ class _Pass(Generic[B, S]):
     temperature: float
     mtp_loss: bool
     of_tokens: bool
+    records: Records | None
     statistics: list[S] = field(default_factory=list)
 
     def forward(
@@ -332,10 +354,10 @@ class _Pass(Generic[B, S]):
         tick("microbatch")
         if batch is None:
             filler = build_microbatch([], [], ()).to(self.policy.device)
-            output, part = self.policy.forward(module, filler, mtp_loss=self.mtp_loss)
+            output, part = self.policy.forward(module, filler, mtp_loss=self.mtp_loss, records=self.records)
         else:
             batch = batch.to(self.policy.device)
-            output, part = self.policy.forward(module, batch, mtp_loss=self.mtp_loss)
+            output, part = self.policy.forward(module, batch, mtp_loss=self.mtp_loss, records=self.records)
         return output, functools.partial(self.value, batch, part)
 
     def value(self, batch: B | None, part: Shard, output: torch.Tensor) -> _Value:

@@ -16,12 +16,13 @@ import torch.distributed as dist
 
 from r1mega.checkpoint.hf_state import coordinates, local_entries, model_shape, unwrap
 from r1mega.config.model_files import HFConfig
-from r1mega.errors import ConfigError, WeightSyncError
+from r1mega.errors import WeightSyncError
 from r1mega.types import WritableEngine
 from r1mega.weights.digest import tensor_digest
 from r1mega.weights.exchange import Exchange
 from r1mega.weights.layout import Placement, tensor_shapes, weight_dtype
 from r1mega.weights.plan import GeneratorLayout, Plan
+from r1mega.weights.quantize import QuantizedParameters, quantized_parts
 from r1mega.weights.trainer_layout import Holders, TrainerLayout
 
 _EMBEDDING = "model.embed_tokens.weight"
@@ -80,9 +81,8 @@ class DirectTransfer:
         ranks_per_node: int | None = None,
         shared_memory: bool = True,
     ):
-        self._chunks, self._engine, self._dtype = chunks, engine, model_dtype
-        if generator.fp8:
-            raise ConfigError("a direct transfer into an FP8 generator can be planned, but nothing quantises yet")
+        self._chunks, self._engine, self._dtype, self._fp8 = chunks, engine, model_dtype, generator.fp8
+        self._cache_bytes = 2 * bucket_bytes  # of what is quantised: two buckets are packed from it
         trainer = measured_layout(chunks())
         self.plan = Plan(
             hf_config,
@@ -93,9 +93,12 @@ class DirectTransfer:
             ranks_per_node=ranks_per_node,
         )
         rank = dist.get_rank()
-        self.exchange = Exchange(self.plan.copies(rank), rank, model_dtype, shared_memory=shared_memory)
-        shapes = tensor_shapes(hf_config)
+        self.exchange = Exchange(
+            self.plan.copies(rank), rank, model_dtype, fp8=self._fp8, shared_memory=shared_memory
+        )  # fmt: skip
+        shapes = tensor_shapes(hf_config, self._fp8)
         self._names = list(shapes)
+        self._parts = quantized_parts(trainer, shapes, hf_config, rank)
         self._owned = owned_placements(trainer, shapes, hf_config, rank)
         self._digest: dict[str, int] | None = None
 
@@ -106,20 +109,26 @@ class DirectTransfer:
 
     def write(self, parameters: Mapping[str, torch.Tensor]) -> None:
         """Fills the generator's plain parameters on this rank. A collective call."""
-        self.exchange.run(local_parameters(self._chunks()), parameters)
+        self.exchange.run(self._sources(), parameters)
+
+    def _sources(self) -> Mapping[str, torch.Tensor]:
+        """This rank's parameters, as they are sent."""
+        parameters = local_parameters(self._chunks())
+        return QuantizedParameters(parameters, self._parts, self._cache_bytes) if self._fp8 else parameters
 
     def digest(self, *, again: bool = False) -> dict[str, int]:
-        """Of every HF tensor as the trainer holds it: each rank digests its share of the shards. A collective call.
+        """Of every HF tensor as the trainer sends it (in FP8: quantised anew): each rank digests its share of the shards. A
+        collective call.
 
         again: the trainer's weights are what they were at the last call, the digest too: no byte is looked at. If they are not
         all the same, what the generator then holds differs from it.
         """
         if again and self._digest is not None:
             return self._digest
-        sources = local_parameters(self._chunks())
+        sources = self._sources()
         partial = dict.fromkeys(self._names, 0)
         for placement in self._owned:
-            held = placement.read(sources).to(weight_dtype(placement.name, self._dtype))
+            held = placement.read(sources).to(weight_dtype(placement.name, self._dtype, self._fp8))
             partial[placement.name] += tensor_digest(held, placement.source)
         wrapped = [(value + (1 << 63)) % (1 << 64) - (1 << 63) for value in partial.values()]
         values = torch.tensor(wrapped, dtype=torch.int64, device=next(iter(sources.values())).device)

@@ -10,6 +10,7 @@ import torch
 from r1mega.errors import WeightSyncError
 from r1mega.weights.layout import Region, weight_dtype
 from r1mega.weights.plan import Copy, Overlap
+from r1mega.weights.quantize import QuantizedParameters
 from r1mega.weights.transport import (
     ALIGNMENT,
     Message,
@@ -45,12 +46,21 @@ class _Bucket:
 class Exchange:
     """A rank's copies, laid out once for all runs.
 
-    copies: of `rank` (Plan.copies). model_dtype: of the generator, which is also what is sent. shared_memory: use
-    it on CPUs when all ranks are on one machine; otherwise, and on GPUs, messages of the default process group.
+    copies: of `rank` (Plan.copies). model_dtype: of the generator, which is also what is sent; fp8: of its linear layers
+    blocks in e4m3 and their scales. shared_memory: use it on CPUs when all ranks are on one machine; otherwise, and on GPUs,
+    messages of the default process group.
     """
 
-    def __init__(self, copies: Iterable[Copy], rank: int, model_dtype: torch.dtype, *, shared_memory: bool = True):
-        self._model_dtype, self._may_share = model_dtype, shared_memory
+    def __init__(
+        self,
+        copies: Iterable[Copy],
+        rank: int,
+        model_dtype: torch.dtype,
+        *,
+        fp8: bool = False,
+        shared_memory: bool = True,
+    ):
+        self._model_dtype, self._fp8, self._may_share = model_dtype, fp8, shared_memory
         grouped: dict[int, dict[str, dict[int, list[Overlap]]]] = {}  # bucket -> side -> other rank -> overlaps
         for copy in copies:
             if rank not in (copy.source, copy.target):
@@ -70,7 +80,7 @@ class Exchange:
         made, start = [], 0
         for other, overlaps in sorted(messages.items()):
             pieces, size = [], 0
-            typed = [(overlap, weight_dtype(overlap.name, self._model_dtype)) for overlap in overlaps]
+            typed = [(overlap, weight_dtype(overlap.name, self._model_dtype, self._fp8)) for overlap in overlaps]
             for overlap, dtype in sorted(typed, key=lambda pair: -pair[1].itemsize):
                 pieces.append(Piece(overlap, dtype, size, tuple(stop - first for first, stop in overlap.source)))
                 size += overlap.num_bytes
@@ -151,9 +161,15 @@ def _part(tensor: torch.Tensor, region: Region) -> torch.Tensor:
 
 
 def _problems(side: str, name: str, region: Region, tensors: Mapping[str, torch.Tensor]) -> set[str]:
-    tensor = tensors.get(name)
-    if tensor is None:
+    shape = _shape(tensors, name)
+    if shape is None:
         return {f"{name}: {side} has no such parameter on this rank"}
-    if tensor.dim() != len(region) or any(stop > size for (_, stop), size in zip(region, tensor.shape, strict=True)):
-        return {f"{name}: {side} holds {list(tensor.shape)}, the plan reaches to {[stop for _, stop in region]}"}
+    if len(shape) != len(region) or any(stop > size for (_, stop), size in zip(region, shape, strict=True)):
+        return {f"{name}: {side} holds {list(shape)}, the plan reaches to {[stop for _, stop in region]}"}
     return set()
+
+
+def _shape(tensors: Mapping[str, torch.Tensor], name: str) -> tuple[int, ...] | None:
+    if isinstance(tensors, QuantizedParameters):
+        return tensors.shape(name)
+    return tuple(tensors[name].shape) if name in tensors else None

@@ -144,7 +144,7 @@ def explain(
     if not isinstance(config, RLStage):
         raise ConfigError(f"stage {config.stage} is no RLStage, which has a generator to update; take an RL config")
     path, hf = read_sizes(config.model.path, config_path)
-    trainer, generator = layouts(config, hf, world, fp8)
+    trainer, generator = layouts(config, hf, world, fp8 or config.rollout.quantization == "fp8")
     start = time.perf_counter()
     plan = Plan(
         hf,

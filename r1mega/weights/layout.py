@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from r1mega.checkpoint.fp8_blocks import BLOCK as FP8_BLOCK
-from r1mega.checkpoint.fp8_blocks import SCALE
+from r1mega.checkpoint.fp8_blocks import SCALE, is_quantized
 from r1mega.checkpoint.name_rules import Region
 from r1mega.config.layout import GENERATED_MODEL_TYPES, VOCABULARY_PADDING, expert_key
 from r1mega.config.model_files import HFConfig
@@ -73,13 +73,10 @@ class Placement:
         return parameters[self.parameter][tuple(slice(start, stop) for start, stop in self.target)]
 
 
-def is_quantized(name: str) -> bool:
-    """Whether an FP8 generator holds this tensor in e4m3: the linear layers, not router, norms, embeddings, head."""
-    return name.endswith(("_proj.weight", "_proj_with_mqa.weight"))
-
-
 def weight_dtype(name: str, model_dtype: torch.dtype, fp8: bool = False) -> torch.dtype:
-    """The dtype in which the generator holds a tensor: the router's expert bias and scales are always float32."""
+    """The dtype in which the generator holds a tensor: the router's expert bias and scales are always float32. fp8: linear layers
+    are in e4m3, not router, norms, embeddings, head.
+    """
     if name.endswith(("e_score_correction_bias", SCALE)):
         return torch.float32
     return torch.float8_e4m3fn if fp8 and is_quantized(name) else model_dtype
@@ -110,9 +107,9 @@ def generator_layout(
     return tuple(part for whole in placements for part in (_with_scales(whole) if rank.fp8 else (whole,)))
 
 
-def tensor_shapes(config: HFConfig) -> dict[str, tuple[int, ...]]:
-    """Full shape of every HF tensor that the generator holds, on whichever of its ranks."""
-    return {placement.name: placement.shape for placement in generator_layout(config)}
+def tensor_shapes(config: HFConfig, fp8: bool = False) -> dict[str, tuple[int, ...]]:
+    """Full shape of every HF tensor that the generator holds, on whichever of its ranks; in FP8 with the scales."""
+    return {placement.name: placement.shape for placement in generator_layout(config, GeneratorRank(fp8=fp8))}
 
 
 def divided_names(config: HFConfig, rank: GeneratorRank) -> list[str]:
@@ -123,7 +120,7 @@ def divided_names(config: HFConfig, rank: GeneratorRank) -> list[str]:
     """
     own = {placement.name: placement for placement in generator_layout(config, rank)}
     return [
-        name for name in tensor_shapes(config)
+        name for name in tensor_shapes(config, rank.fp8)
         if name in VOCABULARY or (rank.ep > 1 and ".mlp.experts." in name) or not own[name].is_whole
     ]  # fmt: skip
 
@@ -142,13 +139,14 @@ def _with_scales(weight: Placement) -> tuple[Placement, ...]:
     if not is_quantized(weight.name):
         return (weight,)
     blocks = block_region(weight.source, weight.shape)
-    if blocks is None:
+    lead = len(weight.target) - len(weight.source)
+    if blocks is None or any(start % FP8_BLOCK for start, _ in weight.target[lead:]):
         raise ConfigError(
-            f"{weight.name}: the generator's layout cuts it at {weight.source}, through an FP8 block of "
-            f"{FP8_BLOCK} x {FP8_BLOCK}; choose another rollout.tp"
+            f"{weight.name}: the generator's layout has rows and columns {weight.source} of it at {weight.target[lead:]} of "
+            f"{weight.parameter}, which cuts FP8 blocks of {FP8_BLOCK} x {FP8_BLOCK}; choose another rollout.tp, or leave "
+            "rollout.quantization out"
         )
-    lead = len(weight.target) - len(blocks)
-    starts = [-(-start // FP8_BLOCK) for start, _ in weight.target[lead:]]
+    starts = [start // FP8_BLOCK for start, _ in weight.target[lead:]]
     target = tuple((start, start + last - first) for start, (first, last) in zip(starts, blocks, strict=True))
     shape = tuple(-(-size // FP8_BLOCK) for size in weight.shape)
     return weight, replace(

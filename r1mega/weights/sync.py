@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from r1mega.config.schema import WeightsConfig
 from r1mega.errors import WeightSyncError
-from r1mega.types import GenerationEngine
+from r1mega.types import GenerationEngine, WritableEngine
 from r1mega.weights import verify
 from r1mega.weights.transfer import Trainer, build_transfer
 
@@ -39,7 +39,10 @@ class WeightSync:
     ):
         self._policy, self._engine, self._verify = policy, engine, config.verify
         self._transfer = build_transfer(policy, engine, config, hf_config)
-        self._limit = verify.probe_limit(policy.dtype, config.probe_tolerance, fp8=policy.fp8)
+        quantised = isinstance(engine, WritableEngine) and engine.fp8
+        self._limit = verify.probe_limit(
+            policy.dtype, config.probe_tolerance, fp8=policy.fp8, fp8_generator=quantised
+        )  # fmt: skip
         count = (
             config.probe_sequences or verify.NUM_SEQUENCES[torch.bfloat16 if self._limit.share < 1 else policy.dtype]
         )

@@ -94,10 +94,12 @@ class TrainerLayout:
     ) -> Iterator[tuple[Placement, Holders]]:
         """Every part into which the trainer cuts an HF tensor, once; replicas are in the holders. shapes: by name.
 
-        For the scales of a block-quantised weight: the blocks of each part, numbered from 0 within it, for that is how
-        the trainer quantises. Raises ConfigError for a layout that does not divide, or that cuts through a block.
+        For the scales of a block-quantised weight: the blocks of each part, those of one rank's parts below each other, for
+        that is how the trainer quantises (quantize.py). Raises ConfigError for a layout that does not divide, or that cuts
+        through a block.
         """
         weight = name.removesuffix(SCALE)
+        rows: dict[Holders, int] = {}
         for part, holders in self._shards(weight, shapes[weight], config):
             if weight == name:
                 yield part, holders
@@ -106,9 +108,12 @@ class TrainerLayout:
             if blocks is None:
                 raise ConfigError(
                     f"{weight}: parallel.tp or parallel.etp cuts it at {part.source}, through an FP8 "
-                    f"block of {FP8_BLOCK} x {FP8_BLOCK}; choose another size or no FP8"
+                    f"block of {FP8_BLOCK} x {FP8_BLOCK}; choose another size, or leave rollout.quantization out"
                 )
-            target = tuple((0, last - first) for first, last in blocks)
+            (first, last), (left, right) = blocks
+            start = rows.get(holders, 0)
+            rows[holders] = start + last - first
+            target = ((start, rows[holders]), (0, right - left))
             yield Placement(name, shapes[name], name, target, blocks), holders
 
     def _shards(self, name: str, shape: tuple[int, ...], config: HFConfig) -> Iterator[tuple[Placement, Holders]]:

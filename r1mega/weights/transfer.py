@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 import torch.distributed as dist
 
+from r1mega.checkpoint.fp8_blocks import SCALE, dequantize
 from r1mega.checkpoint.hf import HFTensors
 from r1mega.config.model_files import HFConfig
 from r1mega.errors import ConfigError, WeightSyncError
@@ -25,6 +26,7 @@ from r1mega.platform.vllm_version import DERIVED
 from r1mega.types import GenerationEngine, WritableEngine
 from r1mega.weights.digest import generator_digest, tensor_digest
 from r1mega.weights.layout import VOCABULARY, Placement, is_ignored, weight_dtype
+from r1mega.weights.quantize import quantized_tensors
 
 if TYPE_CHECKING:
     from r1mega.config.schema import WeightsConfig
@@ -58,18 +60,20 @@ class DigestTap:
     verify.compare_digests(tap.digest, engine.weights_digest())`.
     """
 
-    def __init__(self, model_dtype: torch.dtype, config: HFConfig):
-        self._dtype = model_dtype
+    def __init__(self, model_dtype: torch.dtype, config: HFConfig, fp8: bool = False):
+        self._dtype, self._fp8 = model_dtype, fp8
         self._config = config
         self.digest: dict[str, int] = {}
 
     def __call__(self, named_tensors: NamedTensors) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yields each tensor, cast to the dtype in which the generator holds it."""
+        """Yields each tensor in the form in which the generator holds it: cast, or with fp8 quantised and followed by its
+        scales.
+        """
         self.digest = {}
-        for name, tensor in named_tensors:
-            tensor = tensor.detach().to(weight_dtype(name, self._dtype))
-            if not is_ignored(name, self._config):
-                self.digest[name] = tensor_digest(tensor)
+        held = ((name, tensor) for name, tensor in named_tensors if not is_ignored(name, self._config))
+        for name, tensor in quantized_tensors(held) if self._fp8 else held:
+            tensor = tensor.detach().to(weight_dtype(name, self._dtype, self._fp8))
+            self.digest[name] = tensor_digest(tensor)
             yield name, tensor
 
 
@@ -90,7 +94,7 @@ class GatherTransfer:
 
     def __init__(self, policy: Trainer, engine: GenerationEngine, hf_config: HFConfig):
         self._policy, self._engine = policy, engine
-        self._tap = DigestTap(policy.dtype, hf_config)
+        self._tap = DigestTap(policy.dtype, hf_config, isinstance(engine, WritableEngine) and engine.fp8)
 
     def push(self) -> None:
         """A collective call."""
@@ -118,7 +122,7 @@ def build_transfer(
         lambda: policy.chunks,
         engine,
         hf_config,
-        GeneratorLayout(world, engine.tp, engine.ep),
+        GeneratorLayout(world, engine.tp, engine.ep, engine.fp8),
         model_dtype=policy.dtype,
         bucket_bytes=config.bucket_bytes,
         ranks_per_node=per_node,
@@ -130,7 +134,7 @@ def build_transfer(
 class ReloadTarget:
     """One rank's vLLM worker, its platform module, the model's config and this rank's placements in it.
 
-    shapes: of all HF tensors, by name; the rank may hold nothing of some of them.
+    shapes: of all HF tensors, by name; the rank may hold nothing of some of them. fp8: among them are e4m3 blocks and scales.
     """
 
     worker: Any
@@ -139,12 +143,14 @@ class ReloadTarget:
     placements: Sequence[Placement]
     shapes: Mapping[str, tuple[int, ...]]
     model_dtype: torch.dtype
+    fp8: bool = False
 
 
 def reload_weights(target: ReloadTarget, named_tensors: NamedTensors, bucket_bytes: int) -> dict[str, int]:
     """Loads a complete set of tensors in place; returns this rank's digest of what the generator then holds.
 
-    named_tensors: every full (unsharded) tensor of the model once, in any order, in any float dtype.
+    named_tensors: every full (unsharded) tensor of the model once, in any order, in any float dtype; into FP8 as `DigestTap`
+    gives them.
     Raises WeightSyncError naming all missing, repeated, unknown and misshapen tensors. After an error the generator
     holds no usable weights: it must be reloaded before it generates.
     """
@@ -207,13 +213,16 @@ def _finish(target: ReloadTarget, finish: Callable[[Any], None]) -> dict[str, in
         finish(target.worker)
         sources = plain = _parameters(target)
         digest = generator_digest(target.placements, plain)
-    _check_derived(target.config, sources, _parameters(target))
+    _check_derived(target.config, sources, _parameters(target), target.model_dtype)
     return digest
 
 
 @torch.no_grad()
 def _check_derived(
-    config: HFConfig, sources: Mapping[str, torch.Tensor], parameters: Mapping[str, torch.Tensor]
+    config: HFConfig,
+    sources: Mapping[str, torch.Tensor],
+    parameters: Mapping[str, torch.Tensor],
+    model_dtype: torch.dtype,
 ) -> None:
     """Derives W_UV and W_UK_T of kv_b_proj once more, as vllm/model_executor/layers/attention/mla_attention.py does
     (process_weights_after_loading), and compares the bits: no digest is of them, and only decoding reads them.
@@ -222,6 +231,8 @@ def _check_derived(
     for name, source in sources.items():
         if not name.endswith(_DERIVED_OF):
             continue
+        if (scales := parameters.get(name + SCALE)) is not None:
+            source = dequantize(source, scales, torch.empty(source.shape, dtype=model_dtype, device=source.device))
         prefix, nope = name.removesuffix("kv_b_proj.weight"), config["qk_nope_head_dim"]
         by_head = source.view(-1, nope + config["v_head_dim"], config["kv_lora_rank"])
         expected = {"W_UK_T": by_head[:, :nope], "W_UV": by_head[:, nope:].transpose(1, 2)}
@@ -270,10 +281,14 @@ def _checked(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Passes on what the layout knows, cast to the generator's dtype; notes the rest in `problems`."""
     for name, tensor in named_tensors:
+        dtype = weight_dtype(name, target.model_dtype, target.fp8)
         if problem := _problem(target, name, tuple(tensor.shape), seen):
             problems.append(problem)
         elif not is_ignored(name, target.config):
-            yield name, tensor.detach().to(weight_dtype(name, target.model_dtype))
+            if dtype.itemsize == 1 != tensor.element_size():
+                problems.append(f"{name}: {tensor.dtype}, and the generator holds {dtype} by blocks; quantise it first")
+                continue
+            yield name, tensor.detach().to(dtype)
 
 
 def _problem(target: ReloadTarget, name: str, shape: tuple[int, ...], seen: set[str]) -> str | None:

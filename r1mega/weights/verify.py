@@ -54,9 +54,15 @@ NUM_SEQUENCES = {torch.float32: 2, torch.bfloat16: 16}
 _MAX_NAMED = 20
 
 
-def probe_limit(dtype: torch.dtype, tolerance: float | None = None, *, fp8: bool = False) -> ProbeLimit:
-    """That of a dtype, or of FP8 beside it; with another tolerance if one is given (weights.probe_tolerance)."""
-    limit = FP8_LIMIT if fp8 else PROBE_LIMITS[dtype]
+def probe_limit(
+    dtype: torch.dtype, tolerance: float | None = None, *, fp8: bool = False, fp8_generator: bool = False
+) -> ProbeLimit:
+    """That of a dtype, or of FP8 beside it; with another tolerance if one is given (weights.probe_tolerance). fp8: of the policy;
+    fp8_generator: whose two paths are then as far apart as it is from the policy.
+    """
+    limit = FP8_LIMIT if fp8 or fp8_generator else PROBE_LIMITS[dtype]
+    if fp8_generator:
+        limit = replace(limit, decode_tolerance=None)
     return limit if tolerance is None else replace(limit, tolerance=tolerance, decode_tolerance=None)
 
 

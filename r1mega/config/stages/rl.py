@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from r1mega.config.layout import generator_problems, num_experts
-from r1mega.config.megatron import recomputes_routing
+from r1mega.config.model_files import HFConfig
+from r1mega.config.precision import generator_precision_problems
 from r1mega.config.rewards import RewardConfig
 from r1mega.config.schema import (
     DataConfig,
@@ -78,6 +79,8 @@ class AlgorithmConfig(Section):
     )
     old_log_probs: Literal["rollout", "recompute"] = "recompute"
     # rollout: the generator's (exact in float32); recompute: one more forward pass (bfloat16, FP8)
+    router_replay: bool = False
+    # R2: the update repeats the experts that the policy took as it recomputed the old log-probs (R3: rollout.router_replay)
     importance_cap: Positive | None = None
     # truncated importance sampling min(pi_trainer / pi_sampler, cap); None: off
     importance_level: RatioLevel = "token"
@@ -138,6 +141,7 @@ class RLStage(TrainingStage):
         yield from missing_file_problems([*(("data.prompts", path) for path in self.data.prompts), *evaluation])
         rollout, update, algorithm = self.rollout, self.update, self.algorithm
         yield from generator_problems(rollout, world, hf)
+        yield from generator_precision_problems(rollout, self.model.dtype, self.parallel, hf)
         if world % rollout.tp == 0 and rollout.num_prompts < world // rollout.tp:
             yield (
                 f"rollout.num_prompts = {rollout.num_prompts} gives some of the {world // rollout.tp} generators no prompt; "
@@ -151,21 +155,14 @@ class RLStage(TrainingStage):
                 f"rollout.num_prompts * rollout.group_size = {samples} responses cannot be divided into "
                 f"update.num_minibatches = {update.num_minibatches}"
             )
-        if rollout.router_replay and (rollout.engine != "vllm" or (hf and not num_experts(hf))):
-            yield "rollout.router_replay wants rollout.engine=vllm and a model with experts; set it to false"
-        if rollout.router_replay and recomputes_routing(self.model):
-            yield (
-                f"rollout.router_replay: with model.recompute = {self.model.recompute} routers would choose twice, which is not "
-                "built; set router_replay=false, or recompute parts of a layer other than moe"
-            )
-        if rollout.router_replay and self.model.megatron.moe_router_fusion:
-            yield "rollout.router_replay: the fused router takes no choices; set model.megatron.moe_router_fusion=false"
+        yield from _router_replay_problems(self, hf)
         if self.optimizer.overlap_grad_reduce and self.model.mtp_loss_coefficient:
             yield (
                 "optimizer.overlap_grad_reduce waits for a gradient of every weight, and those of multi-token prediction have none "
                 "in RL; set model.mtp_loss_coefficient=0, which is the same training"
             )
-        if self.model.force_expert_balance and (rollout.router_replay or self.weights.probe_tolerance is None):
+        replays = rollout.router_replay or algorithm.router_replay
+        if self.model.force_expert_balance and (replays or self.weights.probe_tolerance is None):
             yield (
                 "model.force_expert_balance: the trainer's experts are drawn, the generator's are not, so that their log-probs "
                 "never agree; it is for tools/bench_throughput.py --synthetic. Set model.force_expert_balance=false"
@@ -198,6 +195,28 @@ def _kept_problems(rollout: RolloutConfig) -> Iterator[str]:
         yield (
             "rollout.max_kept_ids is of ids that top_p, top_k or min_p keep, and none of them is set; set one, or leave max_kept_ids out"
         )
+
+
+def _router_replay_problems(config: RLStage, hf: HFConfig) -> Iterator[str]:
+    """Of routers that take what others, or they themselves, took before (R3, R2)."""
+    rollout, algorithm = config.rollout, config.algorithm
+    if rollout.router_replay and (rollout.engine != "vllm" or (hf and not num_experts(hf))):
+        yield "rollout.router_replay wants rollout.engine=vllm and a model with experts; set it to false"
+    if algorithm.router_replay and hf and not num_experts(hf):
+        yield "algorithm.router_replay is of models with experts, and this one has none; leave it out"
+    if algorithm.router_replay and algorithm.old_log_probs != "recompute":
+        yield (
+            "algorithm.router_replay repeats the choices of the pass that algorithm.old_log_probs=recompute makes; set that, or "
+            "rollout.router_replay=true for the generator's choices"
+        )
+    if algorithm.router_replay and rollout.router_replay:
+        yield (
+            "algorithm.router_replay (R2) and rollout.router_replay (R3) say two things about the update's experts; leave one of "
+            "them out"
+        )
+    for key in ("rollout", "algorithm"):
+        if getattr(config, key).router_replay and config.model.megatron.moe_router_fusion:
+            yield f"{key}.router_replay: the fused router takes no choices; set model.megatron.moe_router_fusion=false"
 
 
 def _partial_problems(rollout: RolloutConfig, algorithm: AlgorithmConfig) -> Iterator[str]:

@@ -63,7 +63,24 @@ def test_shipped_nano_config_for_four_ranks_is_valid(run):
         (["parallel.pp=2", "parallel.layers_per_stage=[2,2]"], 2, r"adds up to 4 layers.*is 3: take away 1"),
         (["parallel.pp=2", "parallel.layers_per_stage=[3]"], 2, r"has 1 numbers; parallel\.pp \* vpp = 2 \* 1 wants 2"),
         (["parallel.vpp=2"], 1, r"parallel\.vpp = 2 wants parallel\.pp > 1"),
-        (["rollout.router_replay=true", "model.recompute=full"], 1, r"routers would choose twice"),
+        (["algorithm.router_replay=true", "rollout.router_replay=true"], 1, r"R2.*R3.*leave one of"),
+        (["rollout.quantization=fp8"], 1, r"FP8 weights with bfloat16 activations; set model\.dtype=bfloat16"),
+        (["rollout.quantization=fp8", "model.dtype=bfloat16"], 1, r"which cuts a block of 128 x 128"),
+        (
+            ["rollout.kv_cache_dtype=fp8", "rollout.engine=transformers", "rollout.router_replay=false"],
+            1,
+            r"rollout\.kv_cache_dtype are vLLM's, and rollout\.engine = transformers",
+        ),
+        (
+            ["algorithm.router_replay=true", "algorithm.old_log_probs=rollout", "rollout.router_replay=false"],
+            1,
+            r"the pass that algorithm\.old_log_probs=recompute makes",
+        ),
+        (
+            ["algorithm.router_replay=true", "rollout.router_replay=false", "model.megatron.moe_router_fusion=true"],
+            1,
+            r"algorithm\.router_replay: the fused router takes no choices",
+        ),
         (
             ["optimizer.overlap_param_gather=true"],
             1,
@@ -74,7 +91,6 @@ def test_shipped_nano_config_for_four_ranks_is_valid(run):
             1,
             r"set model\.mtp_loss_coefficient=0",
         ),
-        (["rollout.router_replay=true", "model.recompute=[layernorm,moe]"], 1, r"parts of a layer other than moe"),
         (["parallel.tp=2", "parallel.sp=false"], 2, r"needs sequence parallelism; leave sp out"),
         (
             ["model.mtp_loss_coefficient=0.1", "model.log_probs=hidden"],
@@ -271,8 +287,13 @@ def test_the_fused_router_is_for_groups_that_are_scored_by_two(chosen, message):
     assert [message in problem for problem in problems] == ([True] if message else [])
 
 
-def test_router_replay_goes_with_parts_that_do_not_route(run):
-    run("rollout.router_replay=true", "model.recompute=[layernorm,core_attn,shared_experts]")
+@pytest.mark.parametrize("recompute", ["full", "[layernorm,moe]", "none"])
+@pytest.mark.parametrize("section", ["rollout", "algorithm"])
+def test_router_replay_goes_with_recomputation(run, section, recompute):
+    run(
+        "rollout.router_replay=false", "algorithm.old_log_probs=recompute", f"{section}.router_replay=true",
+        f"model.recompute={recompute}",
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("value", ["selective", "moe_act", "[moe_act,attention]", "true"])

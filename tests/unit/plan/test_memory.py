@@ -115,6 +115,10 @@ def test_generator_weights_are_the_layouts():
     expected = 2 * (replicated + (total - replicated) / 64)
     assert weight_bytes(DEEPSEEK, torch.bfloat16, 64, 1) == pytest.approx(expected, rel=0.001)
     assert kv_bytes_per_token(DEEPSEEK, torch.bfloat16, 64) == 61 * 576 * 2
+    halves = weight_bytes(DEEPSEEK, torch.bfloat16, 1, 1, fp8=True) / (
+        2 * total
+    )  # embeddings, head and routers are not in FP8
+    assert 0.5 < halves < 0.504
 
 
 def test_a_generator_that_no_gpu_holds_is_refused_with_the_number():

@@ -133,6 +133,19 @@ def attention_layers() -> None:
     assert set(DERIVED) == {"W_UV", "W_UK_T"}  # W_K, W_V: ROCm; W_UK_T_dcp_qrep: decode context parallelism, not used
 
 
+def returning_routed_experts() -> None:
+    """An argument of the engine, of the second runner alone, which says so; the first rank's rows are the only ones that an
+    executor of several processes reads, and each scheduler asserts that there are some."""
+    from vllm.config import VllmConfig
+    from vllm.distributed.aux_output_connector import connector, worker
+    from vllm.engine.arg_utils import EngineArgs
+
+    assert "enable_return_routed_experts" in {field.name for field in fields(EngineArgs)}
+    assert "VLLM_USE_V2_MODEL_RUNNER=1" in inspect.getsource(VllmConfig._verify_aux_output_compatibility)
+    assert inspect.getsource(worker).count("get_tp_group().is_first_rank") == 1
+    assert "output is not None" in inspect.getsource(connector.AuxOutputSchedulerConnector.take_output)
+
+
 def sleeping() -> None:
     """Level 1 keeps weights, level 2 drops them and saves buffers; KV cache and scratch ("workspace") go at both, CUDA
     graphs and the runner's state stay."""
@@ -183,6 +196,7 @@ CONTRACT = {
     "worker.model_config.dtype": the_config_of_a_worker,
     "is_deferred_attention_layer(layer)": attention_layers,
     "layer.process_weights_after_loading(worker.model_config.dtype)": attention_layers,
+    "from vllm.distributed.aux_output_connector import worker": returning_routed_experts,
     "llm_engine.sleep(1 if keep_weights else 2)": sleeping,
     "llm_engine.wake_up()": waking,
     "llm_engine.wake_up(['weights'])": waking,
@@ -238,7 +252,7 @@ def test_environment_means_what_it_is_set_for(monkeypatch):
     from vllm import envs
 
     meant = {"VLLM_ENABLE_V1_MULTIPROCESSING": False, "VLLM_USE_V2_MODEL_RUNNER": False, "VLLM_NO_USAGE_STATS": True,
-             "VLLM_LOGGING_LEVEL": "ERROR"}  # fmt: skip
+             "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_USE_DEEP_GEMM": False}  # fmt: skip
     assert set(meant) == set(vllm_cuda.ENVIRONMENT)
     for name, value in vllm_cuda.ENVIRONMENT.items():
         monkeypatch.setenv(name, value)

@@ -70,6 +70,8 @@ class Allocator:
                  (*vars(module).items(), *module._parameters.items(), *module._buffers.items())}  # fmt: skip
         lost = set()
         for tensor in self._tensors("weights"):
+            if tensor.element_size() == 1 and tensor.is_floating_point():
+                tensor = tensor.float()
             if bool(tensor.isnan().any() if tensor.is_floating_point() else (tensor == -7).any()):
                 lost.add(names.get(id(tensor), f"a {tensor.dtype} tensor of shape {list(tensor.shape)}"))
         return sorted(lost)
@@ -88,6 +90,67 @@ class Allocator:
 def _live_tensors() -> dict[int, torch.Tensor]:
     gc.collect()
     return {id(thing): thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)}
+
+
+def install_fp8(monkeypatch: pytest.MonkeyPatch) -> Allocator:
+    """`install`, for a generator in FP8: vLLM's choice of kernels is that of CUDA, by the arguments that r1mega gives, and its own
+    code makes and finishes parameters for the Triton kernels; their products are of dequantised weights.
+    """
+    allocator = install(monkeypatch)
+    from vllm.model_executor.kernels import linear
+    from vllm.model_executor.kernels.linear.scaled_mm.triton import TritonFp8BlockScaledMMKernel
+    from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
+    from vllm.model_executor.layers.quantization import fp8
+    from vllm.platforms import PlatformEnum
+
+    def product(self, layer, x, bias=None, **others):
+        return torch.nn.functional.linear(x, _plain(layer.weight, layer.weight_scale_inv, x.dtype), bias)
+
+    kernels = linear._POSSIBLE_FP8_BLOCK_KERNELS
+    platform = SimpleNamespace(**(vars(PLATFORM) | {"engine_arguments": _fp8_engine_arguments}))
+    monkeypatch.setattr(vllm_engine, "vllm_platform", lambda: platform)
+    monkeypatch.setitem(kernels, PlatformEnum.CPU, kernels[PlatformEnum.CUDA])
+    monkeypatch.setattr(
+        TritonFp8BlockScaledMMKernel, "is_supported", classmethod(lambda cls, capability=None: (True, None))
+    )
+    monkeypatch.setattr(TritonFp8BlockScaledMMKernel, "apply_weights", product)
+    monkeypatch.setattr(TritonExperts, "is_supported_config", staticmethod(lambda *_: (True, None)))
+    monkeypatch.setattr(fp8, "make_fp8_moe_kernel", lambda *, moe_quant_config, **_: _Fp8Experts(moe_quant_config))
+    return allocator
+
+
+def _fp8_engine_arguments(*arguments):
+    return vllm_cpu.engine_arguments(*arguments) | {"moe_backend": "triton"}
+
+
+def _plain(weight: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    spread = scales.repeat_interleave(128, 0)[: weight.shape[0]].repeat_interleave(128, 1)[:, : weight.shape[1]]
+    return (weight.float() * spread).to(dtype)
+
+
+class _Fp8Experts:
+    """A kernel of vLLM's experts: a loop."""
+
+    is_monolithic = can_overlap_shared_experts = False
+    prepare_finalize = SimpleNamespace(topk_indices_dtype=lambda: None)
+    fused_experts = SimpleNamespace(consumes_expert_mask=False)
+
+    def __init__(self, quant_config):
+        self._config = quant_config
+
+    def output_is_reduced(self) -> bool:
+        return False
+
+    def apply(self, hidden_states, w1, w2, topk_weights, topk_ids, **others):
+        output = torch.zeros_like(hidden_states)
+        for expert in range(len(w1)):
+            rows, slots = (topk_ids == expert).nonzero(as_tuple=True)
+            first = _plain(w1[expert], self._config.w1_scale[expert], hidden_states.dtype)
+            second = _plain(w2[expert], self._config.w2_scale[expert], hidden_states.dtype)
+            gate, up = torch.nn.functional.linear(hidden_states[rows], first).chunk(2, dim=-1)
+            down = torch.nn.functional.linear(torch.nn.functional.silu(gate) * up, second)
+            output.index_add_(0, rows, down * topk_weights[rows, slots, None].to(down.dtype))
+        return output
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> Allocator:

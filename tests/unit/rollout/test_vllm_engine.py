@@ -26,8 +26,8 @@ from tests.unit.rollout.tiny_models import (
     checkpoint,
     greedy_requests,
     hf_logits,
-    hf_model,
     prompt,
+    reference_routing,
     sampled_requests,
     settings,
 )
@@ -450,17 +450,6 @@ def test_impossible_engines_are_refused_before_vllm_starts(tmp_path, name, chang
 def test_a_missing_model_directory_is_named(tmp_path):
     with pytest.raises(GenerationError, match="config.json"):
         VllmEngine(replace(settings("llama"), model_path=tmp_path / "nowhere"))
-
-
-def reference_routing(name: str, tokens) -> np.ndarray:
-    """[tokens, MoE layers, top-k] sorted experts that transformers' routers choose."""
-    chosen = []
-    gates = [layer.mlp.gate for layer in hf_model(name, 0).model.layers if hasattr(layer.mlp, "gate")]
-    hooks = [gate.register_forward_hook(lambda _module, _inputs, outputs: chosen.append(outputs[2])) for gate in gates]
-    hf_logits(name, tokens)
-    for hook in hooks:
-        hook.remove()
-    return np.sort(torch.stack([c.reshape(len(tokens), -1) for c in chosen], dim=1).numpy())
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -22,6 +23,17 @@ WIDE = DENSE | {"hidden_size": 128, "initializer_range": 0.1}  # heads of 32: vL
 MODELS = {
     "deepseek": DEEPSEEK | LATENT,
     "deepseek_yarn": DEEPSEEK | LATENT | {"rope_parameters": YARN, "q_lora_rank": None},
+    "deepseek_blocks": DEEPSEEK
+    | LATENT
+    | {
+        "hidden_size": 192,
+        "intermediate_size": 256,
+        "moe_intermediate_size": 128,
+        "q_lora_rank": 128,
+        "qk_nope_head_dim": 64,
+        "v_head_dim": 64,
+        "num_hidden_layers": 2,
+    },  # cut between FP8 blocks, some of which are partial
     "kimi_k2": KIMI | LATENT,
     "llama": WIDE | {"model_type": "llama"},
     "qwen2": WIDE | {"model_type": "qwen2"},
@@ -88,6 +100,17 @@ def hf_model(name: str, seed: int = 0) -> torch.nn.Module:
 def hf_logits(name: str, tokens, seed: int = 0) -> torch.Tensor:
     """[tokens, vocabulary] float64 logits of one sequence."""
     return hf_model(name, seed)(torch.tensor([list(tokens)])).logits[0].double()
+
+
+def reference_routing(name: str, tokens) -> np.ndarray:
+    """[tokens, MoE layers, top-k] sorted experts that transformers' routers choose."""
+    chosen = []
+    gates = [layer.mlp.gate for layer in hf_model(name, 0).model.layers if hasattr(layer.mlp, "gate")]
+    hooks = [gate.register_forward_hook(lambda _module, _inputs, outputs: chosen.append(outputs[2])) for gate in gates]
+    hf_logits(name, tokens)
+    for hook in hooks:
+        hook.remove()
+    return np.sort(torch.stack([c.reshape(len(tokens), -1) for c in chosen], dim=1).numpy())
 
 
 def prompt(index: int) -> tuple[int, ...]:

@@ -645,6 +645,35 @@ def test_router_replay_equals_transformers_told_to_take_those_experts(one_rank, 
     assert all(router.router_replay.router_replay_action is None for router in routers)
 
 
+@pytest.mark.parametrize("repeats", [True, False])
+def test_an_update_repeats_the_experts_of_its_log_prob_pass(one_rank, repeats):
+    """R2: in the second optimizer step the routers would choose otherwise."""
+    from r1mega.config.schema import DataConfig
+    from r1mega.config.stages.rl import RLStage, UpdateConfig
+    from r1mega.observe.trace import PhaseTimer
+    from r1mega.train.grpo_update import update_policy
+
+    trainer, taken = make_trainer(lr=0.05), []
+    for chunk in trainer.policy.chunks:
+        for router in chunk.modules():
+            if hasattr(router, "router_replay"):
+                router.register_forward_hook(
+                    lambda _router, _inputs, outputs: taken.append(outputs[1].nonzero().tolist())
+                )
+    config = RLStage(
+        stage="zero", run_dir="unused", model=ModelConfig(path="unused"), data=DataConfig(prompts=()),
+        update=UpdateConfig(num_minibatches=2, microbatch_tokens=64),
+        algorithm=AlgorithmConfig(router_replay=repeats, kl_coefficient=0.1),
+    )  # fmt: skip
+    trainer.policy.take_reference()
+    update_policy(trainer, make_samples(), config, 1, PhaseTimer())
+    layers, updates = 2, 2
+    assert len(taken) == 3 * layers * updates  # old, reference, update
+    old, reference, updated = taken[:4], taken[4:8], taken[8:]
+    assert old == reference and old[:2] == updated[:2]  # the weights are still the same
+    assert (old == updated) == repeats
+
+
 def _taking(chosen, index, own):
     """A hook that makes a router of transformers take chosen[index]; own: one that writes down what it took."""
 

@@ -33,6 +33,10 @@ class VllmPlatform(Protocol):
     def PARAMETERS_ARE_PLAIN_BEFORE_FINISH(self) -> bool:
         """Whether parameters can be read by HF layout before `finish_*` (else only after it)."""
 
+    @property
+    def CUTS_KV_CACHE(self) -> bool:
+        """Whether vLLM has attention here over a cache that is cut over ranks (decode context parallelism)."""
+
     def prepare_environment(self) -> None:
         """Sets what vLLM reads at import. Raises PlatformError for a value with which it cannot run in this process."""
 

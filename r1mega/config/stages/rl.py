@@ -153,6 +153,16 @@ class RLStage(TrainingStage):
             )
         if rollout.router_replay and (rollout.engine != "vllm" or (hf and not num_experts(hf))):
             yield "rollout.router_replay wants rollout.engine=vllm and a model with experts; set it to false"
+        if rollout.router_replay and (rollout.ep > rollout.tp or rollout.dcp > 1):
+            yield (
+                f"rollout.router_replay: choices of experts are not recorded where generators share experts (rollout.ep = "
+                f"{rollout.ep}, rollout.tp = {rollout.tp}) or ranks the KV cache (rollout.dcp = {rollout.dcp}); set it to false"
+            )
+        if rollout.ep > rollout.tp and self.reward.judge.weight > 0 and self.reward.judge.engine == "policy":
+            yield (
+                f"reward.judge.engine = policy asks each generator for itself, and those of rollout.ep = {rollout.ep} pass the "
+                f"model together; set rollout.ep to 1 or rollout.tp = {rollout.tp}, or take another judge"
+            )
         if rollout.router_replay and recomputes_routing(self.model):
             yield (
                 f"rollout.router_replay: with model.recompute = {self.model.recompute} routers would choose twice, which is not "

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -41,6 +41,9 @@ from r1mega.weights.transfer import (
     reload_weights,
     sum_digests,
 )
+
+if TYPE_CHECKING:
+    from vllm.engine.arg_utils import EngineArgs
 
 
 @dataclass(slots=True)
@@ -135,34 +138,13 @@ class VllmEngine:
                 read_weights(self._target, HFTensors(settings.model_path), parameters)
 
     def _build(self) -> Any:
-        from vllm.engine.arg_utils import EngineArgs
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.llm_engine import LLMEngine
 
         settings = self.settings
         if self.config.get("model_type") == "kimi_k2":
             _keep_config_classes_apart()
-        overrides = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"} if "kv_lora_rank" in self.config else {}
-        arguments = EngineArgs(
-            model=str(settings.model_path),
-            load_format="dummy",
-            skip_tokenizer_init=True,
-            dtype=settings.dtype,
-            hf_overrides=overrides,
-            max_model_len=settings.max_model_len,
-            max_num_seqs=settings.max_num_seqs,
-            max_num_batched_tokens=settings.max_batched_tokens,
-            seed=0,  # longer prompts take several passes
-            tensor_parallel_size=settings.tp,
-            enable_expert_parallel=settings.ep > 1,
-            data_parallel_size=max(1, settings.ep // settings.tp),
-            decode_context_parallel_size=settings.dcp,
-            distributed_executor_backend="external_launcher",
-            logprobs_mode="processed_logprobs",
-            disable_log_stats=True,
-            generation_config="vllm",
-            **self._platform.engine_arguments(self.config, settings.kv_cache_bytes, settings.gpu_memory_utilization),
-        )
+        arguments = vllm_arguments(settings, self.config, self._platform)
         gc.collect()
         gc.freeze()  # vLLM collects five times as it builds: not through all that is here already; `close` undoes it
         set_num_threads = torch.set_num_threads
@@ -483,6 +465,33 @@ def check_settings(settings: EngineSettings, config: HFConfig, platform: VllmPla
             f"{settings.max_model_len} needs {needed} bytes; raise rollout.kv_cache_bytes or shorten "
             f"the sequences ({len(placements)} tensors, dtype {settings.dtype})"
         )
+
+
+def vllm_arguments(settings: EngineSettings, config: HFConfig, platform: VllmPlatform) -> EngineArgs:
+    """Of such a generator. Attention groups that share experts are its data-parallel ranks."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    overrides = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"} if "kv_lora_rank" in config else {}
+    return EngineArgs(
+        model=str(settings.model_path),
+        load_format="dummy",
+        skip_tokenizer_init=True,
+        dtype=settings.dtype,
+        hf_overrides=overrides,
+        max_model_len=settings.max_model_len,
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_batched_tokens,
+        seed=0,  # longer prompts take several passes
+        tensor_parallel_size=settings.tp,
+        enable_expert_parallel=settings.ep > 1,
+        data_parallel_size=max(1, settings.ep // settings.tp),
+        decode_context_parallel_size=settings.dcp,
+        distributed_executor_backend="external_launcher",
+        logprobs_mode="processed_logprobs",
+        disable_log_stats=True,
+        generation_config="vllm",
+        **platform.engine_arguments(config, settings.kv_cache_bytes, settings.gpu_memory_utilization),
+    )
 
 
 def kv_bytes_per_token(settings: EngineSettings, config: HFConfig) -> int:

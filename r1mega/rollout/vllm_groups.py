@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -55,7 +54,7 @@ def shared_names(config: HFConfig, place: GeneratorRank) -> list[tuple[list[str]
     """The HF tensors of which a rank holds a part, by the ranks that hold the others: with the sum over those."""
     from vllm.distributed import parallel_state
 
-    def sums(group: Callable[[], Any]) -> Callable[[torch.Tensor], None]:
+    def sums(group: Callable[[], parallel_state.GroupCoordinator]) -> Callable[[torch.Tensor], None]:
         return lambda tensor: dist.all_reduce(tensor, group=group().cpu_group)
 
     names = divided_names(config, place)

@@ -445,6 +445,10 @@ def check_settings(settings: EngineSettings, config: HFConfig, platform: VllmPla
         raise GenerationError(
             f"dcp={settings.dcp}: {platform.PACKAGE} has no attention over a KV cache that ranks share; set dcp=1"
         )
+    if settings.return_routed_experts and (settings.ep > settings.tp or settings.dcp > 1):
+        raise GenerationError(
+            "return_routed_experts: choices are not recorded where generators share experts or ranks a KV cache"
+        )
     placements = generator_layout(config, GeneratorRank(settings.tp, ep=settings.ep))
     reason = platform.check_model(config)
     if reason is not None:

@@ -175,7 +175,8 @@ class GenerationEngine(Protocol):
     """A generator in the trainer's process: `VllmEngine` for training, `TransformersEngine` as the cross-check.
 
     Temperature 0 is greedy, with the log-probs of temperature 1. Every rank of a generator's tensor-parallel group makes the same calls with the same
-    arguments; data-parallel ranks are independent of each other.
+    arguments; data-parallel ranks are independent of each other, but where they share experts (`rollout.ep` > `rollout.tp`): then
+    all of them generate together, each its own requests, or none.
     """
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[tuple[Response, ...]]:

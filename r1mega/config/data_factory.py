@@ -87,6 +87,6 @@ class DataFactoryStage(Stage):
             [*files, *(("decontaminate.files", path) for path in self.decontaminate.files)]
         )
         yield from self.reward.problems(self.rollout.max_response_tokens)
-        yield from generator_problems(self.rollout, world, hf)
+        yield from generator_problems(self.rollout, world, hf, together=False)
         if self.rollout.partial != PartialRollouts():
             yield "rollout.partial is of RL, whose steps it ends; leave it out"

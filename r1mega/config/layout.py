@@ -48,6 +48,7 @@ class Generator(Protocol):
     tp: int
     ep: int
     dp: int | None
+    dcp: int
     max_num_seqs: int
     max_batched_tokens: int
 
@@ -98,8 +99,11 @@ def model_problems(layout: Layout, hf: HFConfig) -> Iterator[str]:
         yield from _stage_problems(layout, layout.layers_per_stage, hf["num_hidden_layers"])
 
 
-def generator_problems(generator: Generator, processes: int, hf: HFConfig) -> Iterator[str]:
-    """Why the generators of a rollout cannot be laid out so; each names the number to change. hf: {} when unknown."""
+def generator_problems(generator: Generator, processes: int, hf: HFConfig, *, together: bool = True) -> Iterator[str]:
+    """Why the generators of a rollout cannot be laid out so; each names the number to change. hf: {} when unknown.
+
+    together: whether all of them start to sample together and wait for the last, as those that share experts must.
+    """
     tp, ep, dp = generator.tp, generator.ep, generator.dp
     if hf and hf.get("model_type") not in GENERATED_MODEL_TYPES:
         yield (
@@ -119,11 +123,14 @@ def generator_problems(generator: Generator, processes: int, hf: HFConfig) -> It
             f"{generator.max_num_seqs}: every sample in flight takes a token of a pass; raise the one or lower the other"
         )
     if ep > 1:
-        yield from _expert_problems(generator, hf)
+        yield from _expert_problems(generator, processes, hf, together)
+    if generator.dcp > 1:
+        yield from _cache_problems(generator, hf)
     divisions = [("rollout.tp", tp, "num_attention_heads"), ("rollout.tp", tp, "intermediate_size")]
     divisions.append(("rollout.ep", ep, expert_key(hf)) if ep > 1 else ("rollout.tp", tp, "moe_intermediate_size"))
     yield from _division_problems(divisions, hf)
-    yield from _shared_expert_problems("rollout.tp", tp, hf)
+    if not ep > tp:  # then each rank holds them whole
+        yield from _shared_expert_problems("rollout.tp", tp, hf)
     groups = None if hf.get("kv_lora_rank") else hf.get("num_key_value_heads")
     if groups and max(groups, tp) % min(groups, tp):  # with fewer groups than ranks each is held more than once
         yield f"rollout.tp = {tp} neither divides the model's num_key_value_heads = {groups} nor is a multiple of it"
@@ -132,18 +139,40 @@ def generator_problems(generator: Generator, processes: int, hf: HFConfig) -> It
         yield f"rollout.tp = {tp} does not divide the vocabulary, {padded} rows with vLLM's padding"
 
 
-def _expert_problems(generator: Generator, hf: HFConfig) -> Iterator[str]:
+def _expert_problems(generator: Generator, processes: int, hf: HFConfig, together: bool) -> Iterator[str]:
     tp, ep = generator.tp, generator.ep
     if hf and not num_experts(hf):
         yield f"rollout.ep = {ep}: a model without experts wants 1"
     if generator.engine != "vllm":
         yield f"rollout.ep = {ep} wants rollout.engine = vllm, not {generator.engine}; leave ep out"
-    if ep != tp:
+    if ep % tp:
+        yield f"rollout.ep = {ep}: experts are spread over whole generators, so that it is 1 or a multiple of rollout.tp = {tp}"
+    elif processes % ep:
+        yield f"rollout.ep = {ep} does not divide the {processes} processes"
+    if ep > tp and not together:
         yield (
-            f"rollout.ep = {ep}: experts are spread over the ranks of one generator, so that it is 1 or rollout.tp = {tp} "
-            "(over several generators it can be planned, see `r1mega reshard explain`, but not run: their steps would "
-            "wait for each other)"
+            f"rollout.ep = {ep} over generators of rollout.tp = {tp} makes them pass the model together, and in this stage each "
+            "samples at its own pace; set rollout.ep to 1 or rollout.tp"
         )
+
+
+def _cache_problems(generator: Generator, hf: HFConfig) -> Iterator[str]:
+    """Of vllm/config/parallel.py and model.py (verify_with_parallel_config)."""
+    tp, dcp = generator.tp, generator.dcp
+    if generator.engine != "vllm":
+        yield f"rollout.dcp = {dcp} wants rollout.engine = vllm, not {generator.engine}; leave dcp out"
+    if tp % dcp:
+        yield f"rollout.dcp = {dcp} does not divide rollout.tp = {tp}"
+    groups, heads = hf.get("num_key_value_heads"), hf.get("num_attention_heads")
+    if hf.get("kv_lora_rank") or not groups or not heads:
+        return
+    if dcp > (alike := max(1, tp // groups)):
+        yield (
+            f"rollout.dcp = {dcp}: with num_key_value_heads = {groups} and rollout.tp = {tp}, {alike} ranks have the same cache; "
+            f"set it to {alike} at most"
+        )
+    elif heads // groups % dcp:
+        yield f"rollout.dcp = {dcp} does not divide the model's {heads // groups} query heads a key-value head"
 
 
 def _division_problems(divisions: Sequence[tuple[str, int, str]], hf: HFConfig) -> Iterator[str]:

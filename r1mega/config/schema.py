@@ -245,8 +245,13 @@ class RolloutConfig(Section):
     max_response_tokens: PositiveInt = 32768  # paper
     stop: tuple[str, ...] = ("</answer>",)  # texts that end a response (and belong to it), besides the tokenizer's eos
     tp: PositiveInt = 1  # ranks that make one generator
-    ep: PositiveInt = 1  # rollout.tp: whole experts, spread over the ranks of a generator; 1: every expert cut by tp
+    ep: PositiveInt = 1
+    # 1: every expert cut by tp; a multiple of tp: whole experts, spread over so many ranks, which are ep / tp generators with
+    # prompts and KV caches of their own (data-parallel attention) that pass the model together
     dp: PositiveInt | None = None  # generators; None: as many as tp leaves of the processes
+    dcp: PositiveInt = (
+        1  # ranks of a generator that share what each would hold alike of the KV cache (MLA: all); divides tp
+    )
     max_num_seqs: PositiveInt = 256
     max_batched_tokens: PositiveInt = 8192  # of one pass, at least max_num_seqs; longer prompts take several passes
     quantization: Quantization | None = None

@@ -95,6 +95,7 @@ def _layout_facts(config: Stage, world: int) -> list[Fact]:
 def _generator_facts(rollout: RolloutConfig | GeneratorConfig, hf: dict[str, Any]) -> list[Fact]:
     sampling = f", temperature {rollout.temperature:g}" if hasattr(rollout, "temperature") else ""  # else a task's own
     experts = f", experts ep {rollout.ep}" if rollout.ep > 1 else ""
+    experts += f", cache over dcp {rollout.dcp}" if rollout.dcp > 1 else ""
     facts = [Fact("generator", None, f"{rollout.engine}, tp {rollout.tp}{experts}{sampling}")]
     if rollout.engine == "vllm":
         from r1mega.platform.generator import vllm_platform

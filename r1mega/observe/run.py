@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 State = Literal["running", "finished", "interrupted", "failed"]
 
-LAYOUT_KEYS = ("parallel", "weights", "rollout.tp", "rollout.ep", "rollout.dp")
+LAYOUT_KEYS = ("parallel", "weights", "rollout.tp", "rollout.ep", "rollout.dp", "rollout.dcp")
 """Config keys that say how a run is spread over processes: what it computes is the same, up to rounding."""
 CHANGEABLE_KEYS = (
     "steps", "threads", "timeouts", "watchdog", "restart", "observe", "checkpoint", "memory", "evaluate", "tasks", "others",

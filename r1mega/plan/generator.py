@@ -25,6 +25,7 @@ class GeneratorConfig(Protocol):
 
     tp: int
     ep: int
+    dcp: int
     max_num_seqs: int
     max_batched_tokens: int
     gpu_memory_utilization: float
@@ -33,7 +34,7 @@ class GeneratorConfig(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class GeneratorMemory:
-    """Bytes a GPU; kv_tokens: of one generator, in all of its ranks together.
+    """Bytes a GPU; kv_tokens: of one generator, in all of its ranks together; kv_bytes_per_token: that a rank keeps of each of them.
 
     profile: the most that one pass of max_batched_tokens takes beside weights and cache.
     """
@@ -46,6 +47,12 @@ class GeneratorMemory:
     @property
     def kv_tokens(self) -> int:
         return max(0, int(self.kv_cache / self.kv_bytes_per_token))
+
+
+def of_generators(rollout: GeneratorConfig, tp: int) -> dict[str, int | None]:
+    """The keys of another tp: experts as spread as they are, where that is a multiple of it; as many ranks that share a cache."""
+    ep = rollout.ep if rollout.ep > rollout.tp and rollout.ep % tp == 0 else tp
+    return {"tp": tp, "ep": ep if rollout.ep > 1 else 1, "dp": None, "dcp": math.gcd(rollout.dcp, tp)}
 
 
 def generator_memory(
@@ -61,7 +68,7 @@ def generator_memory(
     left = config.gpu_memory_utilization * gpu_bytes - weights - profile - OTHER_BYTES
     cache = left if config.kv_cache_bytes is None else config.kv_cache_bytes
     cached = dtype if getattr(config, "kv_cache_dtype", "auto") == "auto" else torch.float8_e4m3fn
-    return GeneratorMemory(weights, profile, cache, kv_bytes_per_token(hf, cached, config.tp))
+    return GeneratorMemory(weights, profile, cache, kv_bytes_per_token(hf, cached, config.tp, config.dcp))
 
 
 def weight_bytes(hf: Mapping[str, Any], dtype: torch.dtype, tp: int, ep: int, *, fp8: bool = False) -> float:
@@ -89,24 +96,28 @@ def _placed_bytes(hf: Mapping[str, Any], rank: GeneratorRank, dtype: torch.dtype
 def profile_bytes(hf: Mapping[str, Any], dtype: torch.dtype, config: GeneratorConfig) -> float:
     """Of a pass of max_batched_tokens: hidden states (four of [tokens, hidden] at once), the Triton experts' two workspaces
     of [tokens, chosen, hidden] (vllm 0.32.0, fused_moe/triton_moe.py: workspace_shapes) and the sampled rows' logits in
-    float32, three times.
+    float32, three times. Experts that ep / tp generators share get the tokens of all of them (all2all.py, AgRsAll2AllManager),
+    and hold those, and what they make of them, besides.
     """
     model = architecture_of(hf)
     hidden = model.hidden_size * dtype.itemsize
     chosen = 0 if model.experts is None else model.experts.chosen
-    tokens = max(config.max_batched_tokens, config.max_num_seqs)
-    return tokens * (4 + 2 * chosen) * hidden + config.max_num_seqs * model.vocab_size * 4 * 3
+    tokens, generators = max(config.max_batched_tokens, config.max_num_seqs), max(1, config.ep // config.tp)
+    gathered = 2 * chosen + (2 if generators > 1 else 0)
+    return tokens * (4 + generators * gathered) * hidden + config.max_num_seqs * model.vocab_size * 4 * 3
 
 
-def kv_bytes_per_token(hf: Mapping[str, Any], dtype: torch.dtype, tp: int) -> float:
-    """On each rank: the latent of MLA, which every rank of tp holds whole; else keys and values of its heads."""
+def kv_bytes_per_token(hf: Mapping[str, Any], dtype: torch.dtype, tp: int, dcp: int = 1) -> float:
+    """On each rank: the latent of MLA, else keys and values of its heads; of every dcp-th token (vllm 0.32.0, v1/kv_cache_interface.py,
+    MLA and full attention alike), for dcp ranks hold the same otherwise.
+    """
     model = architecture_of(hf)
     attention = model.attention
     if isinstance(attention, LatentAttention):
         width = attention.kv_rank + attention.rope_size
     else:
         width = 2 * max(1, attention.groups // tp) * attention.head_size
-    return model.num_layers * width * dtype.itemsize
+    return model.num_layers * width * dtype.itemsize / dcp
 
 
 def generator_memory_problems(config: Stage, hf: Mapping[str, Any], gpu: GPU, gpus: int) -> Iterator[str]:
@@ -121,7 +132,7 @@ def generator_memory_problems(config: Stage, hf: Mapping[str, Any], gpu: GPU, gp
         fitting = (
             tp for tp in range(rollout.tp, gpus + 1)
             if gpus % tp == 0 and memory.weights * rollout.tp / tp < 0.8 * budget
-            and not list(generator_problems(rollout.model_copy(update={"tp": tp, "ep": 1}), gpus, hf))
+            and not list(generator_problems(rollout.model_copy(update={"tp": tp, "ep": 1, "dcp": 1}), gpus, hf))
         )  # fmt: skip
         least = next(fitting, None)
         advice = f"raise it to at least {least}" if least else "take more GPUs"

@@ -24,7 +24,7 @@ from r1mega.config.validate import layout_problems
 from r1mega.errors import ConfigError
 from r1mega.model.families import architecture_of
 from r1mega.plan.candidates import candidates, capacity, differences, divisors
-from r1mega.plan.generator import GeneratorMemory, generator_memory, generator_memory_problems
+from r1mega.plan.generator import GeneratorMemory, generator_memory, generator_memory_problems, of_generators
 from r1mega.plan.gpu import GPU
 from r1mega.plan.memory import (
     PhaseMemory,
@@ -245,7 +245,7 @@ class Search:
             return
         work, dtype = workload(config, self.lengths, 1), getattr(torch, config.model.dtype)
         for tp in dict.fromkeys((config.rollout.tp, *divisors(self.gpus))):
-            rollout = config.rollout.model_copy(update={"tp": tp, "ep": tp if config.rollout.ep > 1 else 1, "dp": None})
+            rollout = config.rollout.model_copy(update=of_generators(config.rollout, tp))
             candidate = config.model_copy(update={"rollout": rollout})
             problems = itertools.chain(
                 generator_problems(rollout, self.gpus, dict(self.hf)),
@@ -278,8 +278,8 @@ class Search:
         found = []
         for config in self._held(one.config):
             if isinstance(config, RLStage) and other.tp is not None:
-                update = {"tp": other.tp, "ep": other.tp if config.rollout.ep > 1 else 1, "dp": None}
-                config = config.model_copy(update={"rollout": config.rollout.model_copy(update=update)})
+                rollout = config.rollout.model_copy(update=of_generators(config.rollout, other.tp))
+                config = config.model_copy(update={"rollout": rollout})
             phases = tuple(phase_memory(config, tuple(ranks), other.memory))
             if all(phase.verdict(self.gpu) == "fits" for phase in phases):
                 moving = moving_seconds(config, self.hf, self.gpus, self.gpu, one.work.minibatches, self.efficiency)

@@ -76,7 +76,9 @@ def plan_seconds(
     if isinstance(config, RLStage):
         if generator is not None:
             dtype = getattr(torch, config.model.dtype)
-            phases["rollout"] = rollout_seconds(config.rollout, dtype, hf, gpus, gpu, work, generator, efficiency)
+            phases["rollout"] = rollout_seconds(
+                config.rollout, dtype, hf, gpus, gpu, work, generator, efficiency, per_node
+            )
         passes = (config.algorithm.old_log_probs == "recompute") + (config.algorithm.kl_coefficient > 0)
         phases["logprob"] = passes * costs.pipelined(work.minibatches * work.microbatches, costs.forward())
         flops += passes * model.forward(work.whole)
@@ -261,9 +263,10 @@ def rollout_seconds(
     work: Workload,
     generator: GeneratorMemory,
     efficiency: Efficiency = Efficiency(),
+    per_node: int = 8,
 ) -> float:
     """Decoding of a generator's share, the longest responses first to be alone at the end: as many run at once as
-    max_num_seqs and the KV cache hold.
+    max_num_seqs and the KV cache hold. Of generators that share experts each has as many as the others.
     """
     generators = max(1, gpus // rollout.tp)
     ordered = sorted(work.responses)
@@ -272,8 +275,9 @@ def rollout_seconds(
     mean = sum(n * n for n in lengths) / (2 * sum(lengths)) + prompt  # of a response that runs
     at_once = min(rollout.max_num_seqs, len(lengths), max(1.0, generator.kv_tokens / mean))
     decoding = _Decoding(
-        hf, generator.weights, dtype.itemsize, rollout.tp, gpu, efficiency, generator.kv_bytes_per_token
-    )
+        hf, generator.weights, dtype.itemsize, rollout.tp, rollout.ep, rollout.dcp, gpu, efficiency,
+        generator.kv_bytes_per_token, per_node,
+    )  # fmt: skip
     tail = max(lengths)
     steady = sum(lengths) / at_once
     if steady <= tail:  # one wave: fewer and fewer run
@@ -288,21 +292,45 @@ class _Decoding:
     weights: float
     itemsize: int
     tp: int
+    ep: int
+    dcp: int
     gpu: GPU
     efficiency: Efficiency
     kv_bytes: float
+    per_node: int
 
     def step(self, sequences: float, context: float) -> float:
-        """Seconds for one token of each: weights that are read, the cache that is read, and the overhead."""
-        model, weights = architecture_of(self.hf), self.weights
+        """Seconds for one token of each: weights that are read, the cache that is read, what generators that share experts
+        and ranks that share a cache send each other, and the overhead.
+        """
+        model, weights, ranks = architecture_of(self.hf), self.weights, max(self.tp, self.ep)
         if (experts := model.experts) is not None:
-            routed = (
-                sum(experts.layers) * experts.count * 3 * model.hidden_size * experts.size * self.itemsize / self.tp
-            )
-            weights -= routed * (1 - experts.chosen / experts.count) ** sequences  # experts that nobody chose
+            routed = sum(experts.layers) * experts.count * 3 * model.hidden_size * experts.size * self.itemsize / ranks
+            asked = sequences * ranks / self.tp
+            weights -= routed * (1 - experts.chosen / experts.count) ** asked  # experts that nobody chose
         bandwidth = self.gpu.memory_bandwidth * self.efficiency.memory
-        overhead = self.efficiency.overhead_seconds * model.num_layers * (1 + math.log2(self.tp))
-        return overhead + (weights + sequences * context * self.kv_bytes) / bandwidth
+        overhead = self.efficiency.overhead_seconds * model.num_layers * (1 + math.log2(ranks) + math.log2(self.dcp))
+        return overhead + (weights + sequences * context * self.kv_bytes) / bandwidth + self._sent(sequences)
+
+    def _sent(self, sequences: float) -> float:
+        """Seconds. To a rank come the tokens of all generators that share experts, and what it made of them goes back; the queries
+        of its dcp, and what each found for them.
+        """
+        model, attention = architecture_of(self.hf), architecture_of(self.hf).attention
+        links = {True: self.gpu.nvlink_bandwidth, False: self.gpu.network_bandwidth}
+        seconds = 0.0
+        if self.ep > self.tp and model.experts is not None:
+            tokens = 2 * sum(model.experts.layers) * sequences * self.ep / self.tp * model.hidden_size
+            seconds += tokens * self.itemsize / links[self.ep <= self.per_node]
+        if self.dcp > 1:
+            if isinstance(attention, LatentAttention):
+                width = 2 * attention.kv_rank + attention.rope_size
+            else:
+                width = 2 * attention.head_size
+            heads = attention.heads / self.tp * (self.dcp - 1)
+            queries = model.num_layers * sequences * heads * width
+            seconds += queries * self.itemsize / links[self.dcp <= self.per_node]
+        return seconds / self.efficiency.network
 
 
 def gpu_hours(seconds: float, steps: int, gpus: int) -> float:

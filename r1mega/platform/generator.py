@@ -40,6 +40,10 @@ class VllmPlatform(Protocol):
     def return_routed_experts(self) -> dict[str, object]:
         """Makes the engine that is built next return them, where it can; arguments of vLLM's EngineArgs for that."""
 
+    @property
+    def CUTS_KV_CACHE(self) -> bool:
+        """Whether vLLM has attention here over a cache that is cut over ranks (decode context parallelism)."""
+
     def prepare_environment(self) -> None:
         """Sets what vLLM reads at import. Raises PlatformError for a value with which it cannot run in this process."""
 

@@ -27,6 +27,8 @@ PARAMETERS_ARE_PLAIN_BEFORE_FINISH = True
 """The digest is read back between loading and packing: packed weights have no public layout."""
 RETURNS_ROUTED_EXPERTS = False
 """Only the second model runner does, which needs Triton."""
+CUTS_KV_CACHE = False
+"""CPU_MLA returns no log-sum-exp, with which ranks put together what they found in their parts."""
 MLA_HEAD_DIMS = (512, 64)
 """(kv_lora_rank, qk_rope_head_dim) of the only CPU decode kernel, csrc/cpu/mla_decode.cpp (head dim 576)."""
 
@@ -71,6 +73,8 @@ def apply_patches() -> None:
     _patch_rotary_embedding()
     _patch_shared_memory_names()
     _patch_expert_map()
+    _patch_uneven_collectives()
+    _patch_single_tokens()
     _patch_unfinished_prompts()
     _patch_memory_binding()
     _patch_kernel_overrides()
@@ -159,6 +163,67 @@ def _patch_expert_map() -> None:
         return original(self, topk_weights=topk_weights, topk_ids=topk_ids, expert_map=None, **others)
 
     _replace(CPUUnquantizedExperts, "apply", apply)
+
+
+def _patch_uneven_collectives() -> None:
+    """vllm/distributed/device_communicators/cpu_communicator.py, CpuCommunicator: all_gatherv and reduce_scatterv, which it lacks.
+
+    Reason: experts that several attention groups share get their tokens by them (all2all.py, AgRsAll2AllManager, which this
+    communicator builds). Here parts are padded to the largest, and sums are made whole on every rank: right, and no faster.
+    """
+    from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
+
+    own = vars(CpuCommunicator)
+    if "all2all_manager" not in inspect.getsource(CpuCommunicator.__init__) or (
+        "all_gatherv" in own and not _is_patched(own["all_gatherv"])
+    ):
+        raise PlatformError("vllm CpuCommunicator gathers for experts in another way: unknown vLLM build")
+
+    def all_gatherv(self, input_, dim=0, sizes=None):
+        if isinstance(input_, list):
+            return [all_gatherv(self, one, dim, sizes) for one in input_]
+        sizes = sizes or [input_.shape[0]] * self.world_size
+        padded = input_.new_zeros((max(sizes), *input_.shape[1:]))
+        padded[: input_.shape[0]] = input_
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded, group=self.device_group)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+    def reduce_scatterv(self, input_, dim=-1, sizes=None):
+        sizes = sizes or [input_.shape[0] // self.world_size] * self.world_size
+        whole = input_.clone()
+        dist.all_reduce(whole, group=self.device_group)
+        return whole.split(sizes)[self.rank_in_group].clone()
+
+    _replace(CpuCommunicator, "all_gatherv", all_gatherv)
+    _replace(CpuCommunicator, "reduce_scatterv", reduce_scatterv)
+
+
+def _patch_single_tokens() -> None:
+    """vllm/model_executor/models/deepseek_v2.py, DeepseekV2DecoderLayer.forward.
+
+    Reason: where experts are spread over attention groups of several ranks, each rank goes on with a part of the group's
+    tokens, padded to equal parts, and layer and model see that by another number of rows. Of a pass over one token every rank
+    has one row, the token on the first and padding on the others: they take it for the whole and go on with it, and the
+    log-probs of the last response that a group samples are off, without a word. Here layers return such a token whole, as
+    they expect it. (Compiled, as on a GPU, the model does not look; there the choice is made once, for many tokens.)
+    """
+    from vllm.distributed import tensor_model_parallel_all_gather
+    from vllm.model_executor.models.deepseek_v2 import DeepseekV2DecoderLayer
+
+    original = DeepseekV2DecoderLayer.forward
+    if "hidden_states.shape[0] != full_num_tokens" not in inspect.getsource(original) and not _is_patched(original):
+        raise PlatformError("vllm DeepseekV2DecoderLayer tells tokens of a part in another way: unknown vLLM build")
+    if _is_patched(original):
+        return
+
+    def forward(self, positions, *others, **named):
+        outputs = original(self, positions, *others, **named)
+        if self.use_sequence_parallel_moe and positions.shape[0] == 1:
+            return tuple(tensor_model_parallel_all_gather(rows, 0)[:1] for rows in outputs)
+        return outputs
+
+    _replace(DeepseekV2DecoderLayer, "forward", forward)
 
 
 def _patch_unfinished_prompts() -> None:

@@ -30,6 +30,7 @@ SEVERAL_ENGINES_A_PROCESS = False
 _maybe_get_memory_pool_context), and what is captured in CUDA graphs lives in a pool of the whole process (platforms/
 interface.py, get_global_graph_pool), which `shutdown` leaves there: what an engine leaves behind depends on everything
 that still refers to it."""
+CUTS_KV_CACHE = True
 DEFAULT_KV_CACHE_BYTES = None
 """vLLM measures what the device has left."""
 RETURNS_ROUTED_EXPERTS = True

@@ -35,6 +35,7 @@ def engine_settings(
         gpu_memory_utilization=rollout.gpu_memory_utilization,
         tp=rollout.tp,
         ep=rollout.ep,
+        dcp=rollout.dcp,
         tokenizer_path=path,
         **more,
     )

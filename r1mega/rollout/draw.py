@@ -72,7 +72,8 @@ def draw_samples(
     should_stop: Callable[[], bool] = lambda: False,
     max_ungraded: int = MAX_UNGRADED,
 ) -> Iterator[GradedSample]:
-    """Samples and their grades, in the order in which they finish. Without a scorer all are UNJUDGED.
+    """Samples and their grades, in the order in which they finish. Without a scorer all are UNJUDGED. Without draws the engine is
+    called all the same: others may share its passes.
 
     on_sample is called with each sample the moment it is there, before its grade. Once should_stop (asked after each
     sample) says so, generation ends; what is drawn is still graded.
@@ -90,9 +91,8 @@ def draw_samples(
                 if should_stop():
                     break
 
-    if draws:
-        with contextlib.closing(drawn()) as responses:  # an error in the scorer, too, leaves the engine free
-            yield from _graded(scorer, responses, max_ungraded)
+    with contextlib.closing(drawn()) as responses:  # an error in the scorer, too, leaves the engine free
+        yield from _graded(scorer, responses, max_ungraded)
 
 
 def grade_samples(

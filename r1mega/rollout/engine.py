@@ -21,7 +21,8 @@ class EngineSettings:
     max_model_len: tokens of prompt and response together. max_batched_tokens: of one pass, at least max_num_seqs; longer
     prompts take several passes. tokenizer_path: needed for stop strings only.
     return_routed_experts: responses carry the experts that were chosen for their tokens (`Response.routed_experts`).
-    ep: tp, or 1: whole experts are spread over the ranks of the generator, or each is cut by tp.
+    ep: 1: each expert is cut by tp; a multiple of tp: whole experts are spread over so many ranks, which are ep / tp attention
+    groups with requests of their own and pass the model together. dcp: ranks of an attention group that share its KV cache.
     quantization: 'fp8': linear layers hold e4m3 blocks with their scales. kv_cache_dtype: vLLM's name; 'auto': `dtype`.
     """
 
@@ -40,6 +41,7 @@ class EngineSettings:
     ep: int = 1
     quantization: Quantization | None = None
     kv_cache_dtype: KVCacheDtype = "auto"
+    dcp: int = 1
 
 
 def read_config(settings: EngineSettings) -> dict[str, Any]:

@@ -140,7 +140,7 @@ class GroupSampler:
             return
         # where a response that was held goes on the engine does not count what it has of the step: the cut is found later
         engine_cut = None if cut is None else Cut(cut.every, lambda fewest: self._ask(cut, fewest, held))
-        for done in self._engine.stream(requests, engine_cut) if requests else ():
+        for done in self._engine.stream(requests, engine_cut):  # also of none: others may share its passes
             group = asked[done.request_index]
             member = group.members[done.sample_index]
             member.add(done.response, version)

@@ -9,13 +9,13 @@ from __future__ import annotations
 import contextlib
 import gc
 import itertools
-import os
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -29,10 +29,12 @@ from r1mega.platform.watchdog import tick
 from r1mega.rollout import precision
 from r1mega.rollout.engine import EngineSettings, check_requests, continued_seed, in_order, read_config
 from r1mega.rollout.kept import kept_ids, kept_width
+from r1mega.rollout.open_groups import NEVER
 from r1mega.rollout.routing import Recorder, ReturnedRouting, RoutingRecorder
 from r1mega.rollout.stop_strings import StopStrings
+from r1mega.rollout.vllm_groups import destroy_vllm_groups, ensure_process_group, rank_within, shared_names
 from r1mega.types import UNFINISHED, Completion, Cut, GenerationRequest, KeptIds, Response, SamplingSettings
-from r1mega.weights.layout import GeneratorRank, divided_names, generator_layout, tensor_shapes
+from r1mega.weights.layout import GeneratorRank, generator_layout, tensor_shapes
 from r1mega.weights.transfer import (
     ReloadTarget,
     finish_writing,
@@ -41,6 +43,9 @@ from r1mega.weights.transfer import (
     reload_weights,
     sum_digests,
 )
+
+if TYPE_CHECKING:
+    from vllm.engine.arg_utils import EngineArgs
 
 
 @dataclass(slots=True)
@@ -63,12 +68,16 @@ class _Running:
 
 
 def _fewest(running: Mapping[str, _Running]) -> int:
-    """New tokens of the sample with the fewest."""
-    return min(len(state.log_probs) for state in running.values())
+    """New tokens of the sample with the fewest; NEVER without any."""
+    return min((len(state.log_probs) for state in running.values()), default=NEVER)
 
 
 class VllmEngine:
     """One rank of a vLLM generator.
+
+    Experts may be spread over several attention groups (`EngineSettings.ep` > tp), each with requests of its own. Their ranks
+    then call `stream`, `generate` and `prompt_log_probs` together, with no request where a group has none: a group that is done
+    goes on with empty passes until the others are.
 
     On a CPU the same weights, requests and seeds give bitwise the same tokens and log-probs in a new process with the
     same number of threads: nothing of one `stream` call (prefix cache, random state) reaches the next. On a GPU that
@@ -94,11 +103,12 @@ class VllmEngine:
                 "(its memory pools and CUDA graphs outlive it); generate with another model in another process"
             )
         self._platform.prepare_environment()
-        _ensure_process_group()
+        ensure_process_group()
         self._platform.apply_patches()
         world_size, rank = dist.get_world_size(), dist.get_rank()
-        if world_size % settings.tp:
-            raise GenerationError(f"rollout.tp={settings.tp} does not divide the {world_size} processes")
+        for key, size in (("tp", settings.tp), ("ep", settings.ep)):
+            if world_size % size:
+                raise GenerationError(f"rollout.{key}={size} does not divide the {world_size} processes")
         VllmEngine._has_built = True  # also if it fails half-way
         self._llm_engine = self._build()
         VllmEngine._num_open += 1
@@ -106,6 +116,7 @@ class VllmEngine:
         # EngineCore.shutdown (vllm/v1/engine/core.py), which would run when the client is collected, destroys the
         # default process group: the trainer's. `close` takes down what belongs to this engine.
         self._core._finalizer.detach()
+        self._groups = self._llm_engine.dp_group  # this rank's process group over attention groups; None: there is one
         self._worker = self._llm_engine.model_executor.driver_worker.worker
         self._dtype = getattr(torch, settings.dtype)
         place = GeneratorRank(settings.tp, rank % settings.tp, settings.ep, rank % settings.ep, self.fp8)
@@ -118,7 +129,7 @@ class VllmEngine:
             self._dtype,
             self.fp8,
         )
-        self._divided = divided_names(self.config, place) if settings.tp > 1 else []
+        self._shared = shared_names(self.config, place)
         self._recorder: Recorder | None = None
         if settings.return_routed_experts and self._platform.RETURNS_ROUTED_EXPERTS:
             self._recorder = ReturnedRouting(self.config)
@@ -134,43 +145,25 @@ class VllmEngine:
                 read_weights(self._target, HFTensors(settings.model_path), parameters)
 
     def _build(self) -> Any:
-        from vllm.engine.arg_utils import EngineArgs
+        from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.llm_engine import LLMEngine
 
         settings = self.settings
         if self.config.get("model_type") == "kimi_k2":
             _keep_config_classes_apart()
-        overrides = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"} if "kv_lora_rank" in self.config else {}
-        arguments = EngineArgs(
-            model=str(settings.model_path),
-            load_format="dummy",
-            skip_tokenizer_init=True,
-            dtype=settings.dtype,
-            hf_overrides=overrides | precision.model_overrides(settings),
-            max_model_len=settings.max_model_len,
-            max_num_seqs=settings.max_num_seqs,
-            max_num_batched_tokens=settings.max_batched_tokens,
-            seed=0,  # longer prompts take several passes
-            tensor_parallel_size=settings.tp,
-            enable_expert_parallel=settings.ep > 1,
-            distributed_executor_backend="external_launcher",
-            logprobs_mode="processed_logprobs",
-            disable_log_stats=True,
-            generation_config="vllm",
-            **precision.engine_arguments(settings),
-            **(self._platform.return_routed_experts() if settings.return_routed_experts else {}),
-            **self._platform.engine_arguments(self.config, settings.kv_cache_bytes, settings.gpu_memory_utilization),
-        )
+        arguments = vllm_arguments(settings, self.config, self._platform)
         gc.collect()
         gc.freeze()  # vLLM collects five times as it builds: not through all that is here already; `close` undoes it
         set_num_threads = torch.set_num_threads
         try:
             with _own_random_state(), self._without("freeze"):
-                return LLMEngine.from_engine_args(arguments)
+                with rank_within(max(settings.tp, settings.ep)):
+                    config = arguments.create_engine_config(UsageContext.ENGINE_CONTEXT)
+                return LLMEngine.from_vllm_config(config, disable_log_stats=True)
         except (ValueError, AssertionError, NotImplementedError, RuntimeError) as error:
             raise GenerationError(
                 f"vLLM could not be built for {settings.model_path} (dtype {settings.dtype}, "
-                f"tp {settings.tp}, ep {settings.ep}): {error}"
+                f"tp {settings.tp}, ep {settings.ep}, dcp {settings.dcp}): {error}"
             ) from error
         finally:
             torch.set_num_threads = set_num_threads  # vLLM's CPU worker replaces it by a warning
@@ -200,12 +193,11 @@ class VllmEngine:
         check_requests(requests, self.settings.max_model_len, self.config["vocab_size"], has_tokenizer)
         self._is_busy = True
         running: dict[str, _Running] = {}
+        steps = self._steps()
         try:
             self._submit(requests, running)
-            for passes in itertools.count(1):
-                if not running:
-                    break
-                for output in self._step():
+            for passes, outputs in enumerate(steps, 1):
+                for output in outputs:
                     state = running.get(output.request_id)
                     if state is None:
                         continue  # a step that was in flight when its sample was aborted
@@ -222,13 +214,17 @@ class VllmEngine:
                         num_prompt = len(requests[state.request_index].prompt_token_ids)
                         routed = self._recorder.take(output.request_id, num_prompt + len(state.token_ids) - 1)
                     yield state.completion(reason, routed)
-                if cut is not None and passes % cut.every == 0 and running and cut.reached(_fewest(running)):
+                if cut is None or passes % cut.every or not (running or self._groups is not None):
+                    continue
+                if cut.reached(_fewest(running)):
                     break
             for state in running.values():
                 yield state.completion(UNFINISHED, None)
         finally:
             self._core.abort_requests(list(running))
-            self._drain()
+            deque(
+                steps, maxlen=0
+            )  # until the core has dropped what was aborted or finished: the next call starts clean
             self._is_busy = False
 
     def prompt_log_probs(self, sequences: Sequence[Sequence[int]]) -> list[tuple[float, ...]]:
@@ -248,14 +244,10 @@ class VllmEngine:
         self._forget()
         waiting = {self._add(list(sequence), params): index for index, sequence in enumerate(sequences)}
         results: dict[int, tuple[float, ...]] = {}
-        while waiting:
-            for output in self._step():
-                asked = waiting.get(output.request_id)
-                if asked is not None and output.new_prompt_logprobs_tensors is not None:
-                    results[asked] = tuple(output.new_prompt_logprobs_tensors.logprobs[:, 0].tolist())
-                if output.finished:
-                    waiting.pop(output.request_id, None)
-        self._drain()
+        for output in itertools.chain.from_iterable(self._steps()):
+            asked = waiting.get(output.request_id)
+            if asked is not None and output.new_prompt_logprobs_tensors is not None:
+                results[asked] = tuple(output.new_prompt_logprobs_tensors.logprobs[:, 0].tolist())
         return [results[index] for index in range(len(sequences))]
 
     def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -279,8 +271,8 @@ class VllmEngine:
     def _hold(self, digest: dict[str, int]) -> None:
         """New weights, and this rank's digest of them."""
         self._forget()
-        if self.settings.tp > 1:
-            digest = sum_digests(digest, self._divided, _all_reduce_tp)
+        for names, all_reduce in self._shared:
+            digest = sum_digests(digest, names, all_reduce)
         self._digest = digest
 
     def weights_digest(self) -> Mapping[str, int]:
@@ -322,7 +314,7 @@ class VllmEngine:
                 gc.collect()  # somebody had frozen this engine too
             VllmEngine._num_open -= 1
             if VllmEngine._num_open == 0:
-                _destroy_vllm_groups()
+                destroy_vllm_groups()
 
     def _submit(self, requests: Sequence[GenerationRequest], running: dict[str, _Running]) -> None:
         """Adds all samples of all requests to the engine core's queue, in order, and to `running`."""
@@ -395,16 +387,24 @@ class VllmEngine:
             )
         return reason
 
-    def _step(self) -> list[Any]:
-        """One step of the engine core: a token of every running sample."""
-        tick("generator step")
-        with _own_random_state():
-            return self._core.get_output().outputs
+    def _steps(self) -> Iterator[list[Any]]:
+        """Steps of the engine core, a token of every running sample each, until it holds no request any more, nor does the core of
+        any attention group that shares this one's experts. A step is one pass of the model in every group, for those without
+        requests over a made-up token."""
+        from vllm.config import ParallelConfig
 
-    def _drain(self) -> None:
-        """Steps until the core has dropped what was aborted or finished, so that the next call starts clean."""
-        while self._core.engine_core.scheduler.has_requests():
-            self._core.get_output()
+        scheduler = self._core.engine_core.scheduler
+        while (is_busy := scheduler.has_requests()) or self._groups is not None:
+            if self._groups is not None and not ParallelConfig.has_unfinished_dp(self._groups, is_busy):
+                return
+            tick("generator step")
+            with _own_random_state():
+                if is_busy:
+                    outputs = self._core.get_output().outputs
+                else:
+                    self._core.execute_dummy_batch()
+                    outputs = []
+            yield outputs
 
     def _forget(self) -> None:
         """Drops the prefix cache, and what is known of it: its content is history, which a resumed run does not have.
@@ -441,9 +441,21 @@ class VllmEngine:
 def check_settings(settings: EngineSettings, config: HFConfig, platform: VllmPlatform) -> None:
     """Finds what vLLM would fail on much later, and says it plainly. Raises GenerationError or ConfigError."""
     precision.check_precision(settings, config)
-    if settings.ep not in (1, settings.tp):
+    if settings.ep > 1 and settings.ep % settings.tp:
         raise GenerationError(
-            f"ep={settings.ep}: experts are spread over the ranks of one generator; ep is 1 or tp={settings.tp}"
+            f"ep={settings.ep}: experts are spread over whole attention groups; ep is 1 or a multiple of tp={settings.tp}"
+        )
+    if settings.tp % settings.dcp:
+        raise GenerationError(
+            f"dcp={settings.dcp}: the ranks of an attention group share its cache; dcp divides tp={settings.tp}"
+        )
+    if settings.dcp > 1 and not platform.CUTS_KV_CACHE:
+        raise GenerationError(
+            f"dcp={settings.dcp}: {platform.PACKAGE} has no attention over a KV cache that ranks share; set dcp=1"
+        )
+    if settings.return_routed_experts and (settings.ep > settings.tp or settings.dcp > 1):
+        raise GenerationError(
+            "return_routed_experts: choices are not recorded where generators share experts or ranks a KV cache"
         )
     fp8 = settings.quantization == "fp8"
     placements = generator_layout(config, GeneratorRank(settings.tp, ep=settings.ep, fp8=fp8))
@@ -459,7 +471,7 @@ def check_settings(settings: EngineSettings, config: HFConfig, platform: VllmPla
     if num_bytes is None:
         return
     block = platform.kv_block_tokens(config)
-    needed = -(-settings.max_model_len // block) * block * kv_bytes_per_token(settings, config)
+    needed = -(-settings.max_model_len // (block * settings.dcp)) * block * kv_bytes_per_token(settings, config)
     if num_bytes < needed:
         raise GenerationError(
             f"kv_cache_bytes={num_bytes} is too small: one sequence of max_model_len="
@@ -468,8 +480,37 @@ def check_settings(settings: EngineSettings, config: HFConfig, platform: VllmPla
         )
 
 
+def vllm_arguments(settings: EngineSettings, config: HFConfig, platform: VllmPlatform) -> EngineArgs:
+    """Of such a generator. Attention groups that share experts are its data-parallel ranks."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    overrides = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"} if "kv_lora_rank" in config else {}
+    return EngineArgs(
+        model=str(settings.model_path),
+        load_format="dummy",
+        skip_tokenizer_init=True,
+        dtype=settings.dtype,
+        hf_overrides=overrides | precision.model_overrides(settings),
+        max_model_len=settings.max_model_len,
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_batched_tokens,
+        seed=0,  # longer prompts take several passes
+        tensor_parallel_size=settings.tp,
+        enable_expert_parallel=settings.ep > 1,
+        data_parallel_size=max(1, settings.ep // settings.tp),
+        decode_context_parallel_size=settings.dcp,
+        distributed_executor_backend="external_launcher",
+        logprobs_mode="processed_logprobs",
+        disable_log_stats=True,
+        generation_config="vllm",
+        **precision.engine_arguments(settings),
+        **(platform.return_routed_experts() if settings.return_routed_experts else {}),
+        **platform.engine_arguments(config, settings.kv_cache_bytes, settings.gpu_memory_utilization),
+    )
+
+
 def kv_bytes_per_token(settings: EngineSettings, config: HFConfig) -> int:
-    """KV-cache bytes that one token takes on one rank: the latent of MLA, keys and values otherwise."""
+    """KV-cache bytes that one token takes on a rank that keeps it: the latent of MLA, keys and values otherwise."""
     if "kv_lora_rank" in config:
         width = config["kv_lora_rank"] + config["qk_rope_head_dim"]
     else:
@@ -490,48 +531,6 @@ def _keep_config_classes_apart() -> None:
         raise GenerationError("this vLLM has no kimi_k2 among its configs; generate with another version of it")
     if not isinstance(known, type):  # a name, of the class that is to stay as it is
         config._CONFIG_REGISTRY["kimi_k2"] = type("KimiK2Config", (DeepseekV3Config,), {})
-
-
-def _ensure_process_group() -> None:
-    """vLLM's external launcher wants a world group and torchrun's variables; a single process makes its own."""
-    if not dist.is_initialized():
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise GenerationError(
-                "several processes were launched but torch.distributed is not initialised; "
-                "initialise the trainer's process groups before the generator"
-            )
-        dist.init_process_group(
-            "gloo" if not torch.cuda.is_available() else "cpu:gloo,cuda:nccl",
-            store=dist.HashStore(),
-            rank=0,
-            world_size=1,
-        )
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    for name, value in (
-        ("RANK", rank),
-        ("LOCAL_RANK", rank),
-        ("WORLD_SIZE", world_size),
-        ("MASTER_ADDR", "127.0.0.1"),
-        ("MASTER_PORT", 29500),
-    ):
-        os.environ.setdefault(name, str(value))  # the address is not used: the world group exists
-
-
-def _destroy_vllm_groups() -> None:
-    """Takes vLLM's own groups down; the default group and the trainer's stay. (vLLM's `destroy_distributed_environment`
-    would take the default group with it.)"""
-    from vllm.distributed import parallel_state
-
-    parallel_state.destroy_model_parallel()
-    if parallel_state._WORLD is not None:
-        parallel_state._WORLD.destroy()
-    parallel_state._WORLD = parallel_state._NODE_COUNT = None
-
-
-def _all_reduce_tp(tensor: torch.Tensor) -> None:
-    from vllm.distributed.parallel_state import get_tp_group
-
-    dist.all_reduce(tensor, group=get_tp_group().cpu_group)
 
 
 @contextlib.contextmanager

@@ -180,7 +180,7 @@ def format_summary(plan: Plan, summary: Summary, bandwidth: Bandwidth, plan_seco
     low, high = summary.seconds
     experts = f"whole experts over ep {g.ep}" if g.ep > 1 else "experts cut by tp"
     if g.ep > g.tp:
-        experts += f", {g.ep // g.tp} generators share them: planned only, see docs/layouts.md"
+        experts += f", {g.ep // g.tp} generators share them"
     rows = [
         ("ranks", f"{world} on {nodes} nodes of {min(plan.ranks_per_node, world)}"),
         ("trainer", f"tp {t.tp}, pp {t.pp}, cp {t.cp}, dp {world // (t.tp * t.pp * t.cp)}; experts: ep {t.ep}, "

@@ -29,7 +29,8 @@ VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
 
 @dataclass(frozen=True, slots=True)
 class GeneratorRank:
-    """One rank's place in the generator. With ep > 1 experts are spread over `ep` ranks instead of cut by tp.
+    """One rank's place in the generator. With ep > 1 experts are spread over `ep` ranks instead of cut by tp: those of
+    one attention group of tp ranks, or of ep / tp such groups.
 
     fp8: linear layers hold e4m3 weights with a float32 scale for each 128 x 128 block.
     """
@@ -39,6 +40,12 @@ class GeneratorRank:
     ep: int = 1
     ep_rank: int = 0
     fp8: bool = False
+
+    @property
+    def splits_tokens(self) -> bool:
+        """Whether each rank of an attention group has a part of its tokens in layers of experts, whose shared ones it then holds
+        whole (vllm/config/parallel.py, use_sequence_parallel_moe)."""
+        return self.ep > self.tp > 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,9 +265,11 @@ class _LayoutBuilder:
             yield self._whole(prefix + "q_norm.weight", (size,))
             yield self._whole(prefix + "k_norm.weight", (size,))
 
-    def _mlp(self, prefix: str, size: int, has_bias: bool) -> Iterator[Placement]:
-        rows = self._divide(size, self.rank.tp, f"the intermediate size of {prefix.rstrip('.')}")
-        start = self.rank.tp_rank * rows
+    def _mlp(self, prefix: str, size: int, has_bias: bool, is_whole: bool = False) -> Iterator[Placement]:
+        """is_whole: on every rank, instead of cut by tp."""
+        place, replica = (0, self.rank.tp_rank) if is_whole else (self.rank.tp_rank, 0)
+        rows = self._divide(size, 1 if is_whole else self.rank.tp, f"the intermediate size of {prefix.rstrip('.')}")
+        start = place * rows
         parts = {"weight": ((0, self.hidden),)} | ({"bias": ()} if has_bias else {})
         for part, rest in parts.items():
             shape = (size, *(stop for _, stop in rest))
@@ -271,8 +280,10 @@ class _LayoutBuilder:
                     f"{prefix}gate_up_proj.{part}",
                     ((index * rows, (index + 1) * rows), *rest),
                     ((start, start + rows), *rest),
+                    replica,
                 )
-        yield self._row_parallel(prefix + "down_proj.weight", (self.hidden, size))
+        down = self._whole if is_whole else self._row_parallel
+        yield down(prefix + "down_proj.weight", (self.hidden, size))
         if has_bias:
             yield self._whole(prefix + "down_proj.bias", (self.hidden,))
 
@@ -283,7 +294,7 @@ class _LayoutBuilder:
         if experts.router_bias:
             yield self._whole(prefix + "gate.e_score_correction_bias", (experts.count,))
         if experts.shared_size:
-            yield from self._mlp(prefix + "shared_experts.", experts.shared_size, False)
+            yield from self._mlp(prefix + "shared_experts.", experts.shared_size, False, rank.splits_tokens)
         local = self._divide(experts.count, rank.ep, self.expert_key, "rollout.ep")
         cut, cut_rank = (1, 0) if rank.ep > 1 else (rank.tp, rank.tp_rank)
         rows = self._divide(size, cut, "moe_intermediate_size")

@@ -76,10 +76,11 @@ def run_cases(directories: dict[str, tuple[Path, Path]], cases: list[Case]) -> d
             bucket_bytes=BUCKET_BYTES))  # fmt: skip
         engine.update_weights(checkpoint_tensors(new))  # in the freshly built engine
         expected = observe(engine, lambda e, new=new: e.update_weights(checkpoint_tensors(new)))
+        alone = off_alone(engine)
         for case in cases:
             if generator_of(case) == key:
                 groups.init_parallel(case.trainer, seed=0)
-                results[case.name] = measure(case, engine, expected, old, new)
+                results[case.name] = measure(case, engine, expected, old, new) | {"alone": alone}
                 groups.destroy_parallel()
         engine.close()
     groups.destroy()
@@ -118,6 +119,14 @@ def observe(engine: VllmEngine, update: Any) -> dict[str, Any]:
         "plain": plain, "digest": dict(engine.weights_digest()), "prompts": engine.prompt_log_probs(prompts),
         "answers": [[(response.token_ids, response.log_probs) for response in samples] for samples in answers],
     }  # fmt: skip
+
+
+def off_alone(engine: VllmEngine) -> float:
+    """How far log-probs of a response that is sampled alone, in passes over a token, are off those that it has as a prompt."""
+    prompt = tuple(range(3, 12))
+    ((response,),) = engine.generate([GenerationRequest(prompt, 1, 5, SamplingSettings(temperature=1.0, max_tokens=6))])
+    (whole,) = engine.prompt_log_probs([(*prompt, *response.token_ids)])
+    return max(abs(a - b) for a, b in zip(whole[len(prompt) - 1 :], response.log_probs, strict=True))
 
 
 def differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:

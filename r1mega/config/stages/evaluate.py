@@ -45,6 +45,7 @@ class GeneratorConfig(Section):
     tp: PositiveInt = 1
     ep: PositiveInt = 1
     dp: PositiveInt | None = None
+    dcp: PositiveInt = 1
     max_num_seqs: PositiveInt = 256
     max_batched_tokens: PositiveInt = 8192
     kv_cache_bytes: PositiveInt | None = None
@@ -102,4 +103,4 @@ class EvaluateStage(Stage):
         for path in self.others:
             if path.is_file() or not is_given(path):
                 yield f"others: {path} is no directory; give an HF directory or a run directory"
-        yield from generator_problems(self.rollout, world, hf)
+        yield from generator_problems(self.rollout, world, hf, together=False)

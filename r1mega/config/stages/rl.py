@@ -156,6 +156,11 @@ class RLStage(TrainingStage):
                 f"update.num_minibatches = {update.num_minibatches}"
             )
         yield from _router_replay_problems(self, hf)
+        if rollout.ep > rollout.tp and self.reward.judge.weight > 0 and self.reward.judge.engine == "policy":
+            yield (
+                f"reward.judge.engine = policy asks each generator for itself, and those of rollout.ep = {rollout.ep} pass the "
+                f"model together; set rollout.ep to 1 or rollout.tp = {rollout.tp}, or take another judge"
+            )
         if self.optimizer.overlap_grad_reduce and self.model.mtp_loss_coefficient:
             yield (
                 "optimizer.overlap_grad_reduce waits for a gradient of every weight, and those of multi-token prediction have none "
@@ -202,6 +207,11 @@ def _router_replay_problems(config: RLStage, hf: HFConfig) -> Iterator[str]:
     rollout, algorithm = config.rollout, config.algorithm
     if rollout.router_replay and (rollout.engine != "vllm" or (hf and not num_experts(hf))):
         yield "rollout.router_replay wants rollout.engine=vllm and a model with experts; set it to false"
+    if rollout.router_replay and (rollout.ep > rollout.tp or rollout.dcp > 1):
+        yield (
+            f"rollout.router_replay: choices of experts are not recorded where generators share experts (rollout.ep = "
+            f"{rollout.ep}, rollout.tp = {rollout.tp}) or ranks the KV cache (rollout.dcp = {rollout.dcp}); set it to false"
+        )
     if algorithm.router_replay and hf and not num_experts(hf):
         yield "algorithm.router_replay is of models with experts, and this one has none; leave it out"
     if algorithm.router_replay and algorithm.old_log_probs != "recompute":

@@ -127,7 +127,17 @@ def test_shipped_nano_config_for_four_ranks_is_valid(run):
         (["rollout.tp=2"], 3, r"rollout\.tp = 2 does not divide the 3 processes"),
         (["rollout.tp=8"], 8, r"rollout\.tp = 8 does not divide the model's num_attention_heads = 4; 4 would"),
         (["rollout.dp=2"], 4, r"rollout\.dp = 2 with rollout\.tp = 1 wants 2 processes, there are 4; leave dp out"),
-        (["rollout.ep=2"], 2, r"rollout\.ep = 2: .* it is 1 or rollout\.tp = 1 .*planned"),
+        (["rollout.tp=4", "rollout.ep=2"], 4, r"rollout\.ep = 2: .* it is 1 or a multiple of rollout\.tp = 4"),
+        (["rollout.ep=4"], 6, r"rollout\.ep = 4 does not divide the 6 processes"),
+        (["rollout.tp=2", "rollout.dcp=4"], 2, r"rollout\.dcp = 4 does not divide rollout\.tp = 2"),
+        (
+            ["rollout.tp=2", "rollout.dcp=2", "rollout.engine=transformers"],
+            2,
+            r"rollout\.dcp = 2 wants rollout\.engine",
+        ),
+        (["rollout.ep=2", "rollout.router_replay=true"], 2, r"router_replay: .* share experts \(rollout\.ep = 2"),
+        (["rollout.tp=2", "rollout.dcp=2", "rollout.router_replay=true"], 2, r"router_replay: .*rollout\.dcp = 2\)"),
+        (["rollout.ep=2", "reward.judge={weight: 1, engine: policy}"], 2, r"judge\.engine = policy .* rollout\.ep = 2"),
         (
             ["rollout.max_batched_tokens=255"],
             1,
@@ -336,9 +346,9 @@ def test_the_generators_layout_of_other_models():
     """What vLLM would assert or fail on in the midst of a start."""
     from types import SimpleNamespace
 
-    def problems(hf, tp, ep=1):
-        rollout = SimpleNamespace(engine="vllm", tp=tp, ep=ep, dp=None, max_num_seqs=1, max_batched_tokens=1)
-        return "\n".join(generator_problems(rollout, tp, hf))
+    def problems(hf, tp, ep=1, dcp=1, together=True):
+        rollout = SimpleNamespace(engine="vllm", tp=tp, ep=ep, dp=None, dcp=dcp, max_num_seqs=1, max_batched_tokens=1)
+        return "\n".join(generator_problems(rollout, max(tp, ep), hf, together=together))
 
     grouped = {
         "model_type": "qwen2",
@@ -354,12 +364,13 @@ def test_the_generators_layout_of_other_models():
         "model_type": "deepseek_v3", "num_attention_heads": 12, "kv_lora_rank": 512, "num_key_value_heads": 1,
         "n_routed_experts": 16, "moe_intermediate_size": 20, "n_shared_experts": 2,
     }  # fmt: skip
-    assert problems(experts, 4) == problems(experts, 4, 4) == ""
+    assert problems(experts, 4) == problems(experts, 4, 4) == problems(experts, 2, 16) == ""
     for model_type in ("deepseek_v2", "mixtral"):
         assert f"model_type {model_type!r} is not one of" in problems(experts | {"model_type": model_type}, 1)
     assert "rollout.tp = 12 does not divide the model's moe_intermediate_size = 20" in problems(experts, 12)
     assert "rollout.ep = 3 does not divide the model's n_routed_experts = 16; 2 would" in problems(experts, 3, 3)
     assert "n_shared_experts * moe_intermediate_size = 40" in problems(experts, 3, 3)
+    assert "each samples at its own pace" in problems(experts, 2, 4, together=False) != problems(experts, 2, 4) == ""
     assert "rollout.tp = 3 does not divide the vocabulary, 1024 rows" in problems(
         grouped | {"num_key_value_heads": 3}, 3
     )

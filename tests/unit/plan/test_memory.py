@@ -18,7 +18,13 @@ from r1mega.config.schema import ModelConfig, OptimizerConfig, ParallelConfig
 from r1mega.config.stages.rl import AlgorithmConfig
 from r1mega.errors import ConfigError
 from r1mega.plan import rank
-from r1mega.plan.generator import generator_memory, generator_memory_problems, kv_bytes_per_token, weight_bytes
+from r1mega.plan.generator import (
+    GeneratorMemory,
+    generator_memory,
+    generator_memory_problems,
+    kv_bytes_per_token,
+    weight_bytes,
+)
 from r1mega.plan.given import read_model
 from r1mega.plan.gpu import gpu_kind
 from r1mega.plan.memory import StageRank, in_flight, phase_memory
@@ -119,6 +125,27 @@ def test_generator_weights_are_the_layouts():
         2 * total
     )  # embeddings, head and routers are not in FP8
     assert 0.5 < halves < 0.504
+    dense = (
+        3 * 3 * HIDDEN * 18432
+    )  # of the first three layers; routed experts are whole, 8 a rank, and the shared one is on each
+    shared, routed = 58 * 3 * HIDDEN * 2048, 58 * 256 * 3 * HIDDEN * 2048
+    attention = total - replicated - dense - shared - routed - 2 * HIDDEN * 129280
+    expected = replicated + shared + routed / 32 + (dense + attention + 2 * HIDDEN * 129280) / 4
+    assert weight_bytes(DEEPSEEK, torch.bfloat16, 4, 32) == pytest.approx(2 * expected, rel=0.002)
+
+
+def test_ranks_that_share_a_cache_hold_more_tokens():
+    path = CONFIGS / "deepseek_v3_671b/zero.yaml"
+
+    def memory(*keys: str) -> GeneratorMemory:
+        rollout = load_config(path, list(keys)).rollout
+        return generator_memory(DEEPSEEK, torch.bfloat16, rollout, gpu_kind("h100-80").memory_bytes)
+
+    whole, cut = memory(), memory("rollout.dcp=8")
+    assert cut.kv_cache == whole.kv_cache and cut.kv_tokens // 8 == whole.kv_tokens
+    # eight generators share experts: each rank's have the tokens of all
+    few = memory("rollout.tp=4", "rollout.ep=32", "rollout.max_batched_tokens=1024")
+    assert few.profile == 1024 * (4 + 8 * (16 + 2)) * HIDDEN * 2 + 256 * 129280 * 4 * 3
 
 
 def test_a_generator_that_no_gpu_holds_is_refused_with_the_number():

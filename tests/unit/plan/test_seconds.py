@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from r1mega.config.load import load_config
 from r1mega.model.flops import model_flops, sequences_work
 from r1mega.plan.generator import generator_memory
+from r1mega.plan.gpu import GPU as GPUKind
 from r1mega.plan.gpu import gpu_kind
 from r1mega.plan.seconds import Efficiency, moving_seconds, plan_seconds, reshard_seconds, rollout_seconds
 from r1mega.plan.workload import Lengths, Workload, workload
@@ -120,6 +122,36 @@ def test_fewer_responses_than_generators_take_as_long_as_the_longest():
         return rollout_seconds(config.rollout, torch.bfloat16, hf, 64, GPU, work, memory)
 
     assert seconds(100, 200, 4000) == seconds(4000) > seconds(100)
+
+
+def test_sharing_a_cache_pays_where_it_bounds_what_runs_and_costs_a_response_alone():
+    path = REPOSITORY / "configs/deepseek_v3_671b/zero.yaml"
+    hf = json.loads((path.parent / "model/config.json").read_text())
+    many = Workload(tuple((256, 8000 + 100 * i) for i in range(256)), 1, 1, 1)
+    alone = Workload(((256, 8000),), 1, 1, 1)
+
+    def seconds(work: Workload, *keys: str) -> float:
+        rollout = load_config(path, list(keys)).rollout
+        memory = generator_memory(hf, torch.bfloat16, rollout, GPU.memory_bytes)
+        return rollout_seconds(rollout, torch.bfloat16, hf, 32, GPU, work, memory)
+
+    assert seconds(many, "rollout.dcp=4") < seconds(many) / 2
+    assert seconds(alone, "rollout.dcp=4") > seconds(alone)
+
+
+def test_generators_that_share_experts_send_each_other_their_tokens():
+    path = REPOSITORY / "configs/deepseek_v3_671b/zero.yaml"
+    hf = json.loads((path.parent / "model/config.json").read_text())
+    rollout = load_config(path, ["rollout.tp=8", "rollout.ep=16"]).rollout
+    memory = generator_memory(hf, torch.bfloat16, rollout, GPU.memory_bytes)
+    work = Workload(((256, 64),), 1, 1, 1)
+
+    def seconds(gpu: GPUKind) -> float:
+        return rollout_seconds(rollout, torch.bfloat16, hf, 16, gpu, work, memory)
+
+    free = dataclasses.replace(GPU, network_bandwidth=math.inf)
+    sent = 64 * 2 * 58 * 2 * 7168 * 2  # passes, there and back, layers of experts, a token of each of two, in bfloat16
+    assert seconds(GPU) - seconds(free) == pytest.approx(sent / GPU.network_bandwidth / Efficiency().network)
 
 
 def test_every_epoch_of_the_update_takes_its_time():

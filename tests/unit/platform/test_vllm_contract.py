@@ -10,7 +10,9 @@ import ast
 import contextlib
 import inspect
 import itertools
+import json
 import os
+import random
 from dataclasses import fields
 from types import SimpleNamespace
 from typing import get_args
@@ -18,9 +20,16 @@ from typing import get_args
 import pytest
 import torch
 
+from r1mega.config.layout import generator_problems
+from r1mega.config.schema import RolloutConfig
 from r1mega.errors import PlatformError
 from r1mega.platform import vllm_cpu, vllm_cuda, vllm_version
 from r1mega.platform.vllm_version import DERIVED
+from r1mega.rollout.engine import EngineSettings
+from r1mega.rollout.vllm_engine import vllm_arguments
+from r1mega.rollout.vllm_groups import rank_within
+from r1mega.weights.layout import GeneratorRank
+from tests.reference import DEEPSEEK, DENSE, QWEN3_MOE
 from tests.unit.rollout.tiny_models import ARCHITECTURES
 
 pytestmark = pytest.mark.heavy
@@ -231,6 +240,48 @@ def test_engine_arguments_are_fields_of_vllm(arguments):
                               "kv_cache_memory_bytes", "moe_backend"}  # fmt: skip
     assert set(arguments) <= {field.name for field in fields(EngineArgs)}
     assert {"enable_sleep_mode", "sleep_mode_offload_cudagraph"} <= {field.name for field in fields(ModelConfig)}
+
+
+MODELS = {
+    "deepseek": DEEPSEEK,
+    "qwen3_moe": DENSE | QWEN3_MOE | {"num_attention_heads": 16, "num_key_value_heads": 4},
+}
+
+
+def test_vllm_refuses_what_is_refused_of_a_cache_that_ranks_share(tmp_path):
+    """`rollout.dcp` beyond the ranks that have the same, or not a divisor."""
+    hf = MODELS["qwen3_moe"]
+    (tmp_path / "config.json").write_text(json.dumps(hf | {"architectures": ["Qwen3MoeForCausalLM"]}))
+    for tp, dcp, message in ((4, 2, "to 1 at most"), (8, 4, "to 2 at most"), (4, 3, "does not divide")):
+        settings = EngineSettings(tmp_path, 64, max_num_seqs=8, max_batched_tokens=64, tp=tp, dcp=dcp)
+        assert message in "".join(generator_problems(RolloutConfig(tp=tp, dcp=dcp), tp, hf))
+        with pytest.raises(ValueError, match=r"context.parallel|dcp_size"):
+            vllm_arguments(settings, hf, vllm_cpu).create_engine_config()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_layouts_of_a_generator_are_those_of_vllm(name, tmp_path, monkeypatch):
+    """What the program takes, of drawn layouts, vLLM's own checks of its config take, and it means the same by them."""
+    hf = MODELS[name] | {"architectures": [ARCHITECTURES[MODELS[name]["model_type"]]]}
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    draw = random.Random(name)
+    monkeypatch.setenv("RANK", "7")
+    taken = []
+    for _ in range(60):
+        tp, ep, dcp = draw.choice((1, 2, 4, 8)), draw.choice((1, 2, 4, 8)), draw.choice((1, 2, 4))
+        settings = EngineSettings(tmp_path, 64, max_num_seqs=8, max_batched_tokens=64, tp=tp, ep=ep, dcp=dcp)
+        generator = RolloutConfig(tp=tp, ep=ep, dcp=dcp)
+        if len(taken) < 8 and (tp, ep, dcp) not in taken and not list(generator_problems(generator, max(tp, ep), hf)):
+            with rank_within(max(tp, ep)):
+                parallel = vllm_arguments(settings, hf, vllm_cpu).create_engine_config().parallel_config
+            assert (parallel.tensor_parallel_size, parallel.decode_context_parallel_size) == (tp, dcp)
+            assert (
+                parallel.data_parallel_size * tp == max(tp, ep) and parallel.data_parallel_rank == 7 % max(tp, ep) // tp
+            )
+            assert parallel.enable_expert_parallel == (ep > 1)
+            assert parallel.use_sequence_parallel_moe == GeneratorRank(tp, 0, ep).splits_tokens
+            taken.append((tp, ep, dcp))
+    assert len(taken) >= 5 and any(dcp > 1 for *_, dcp in taken) and any(ep > tp for tp, ep, _ in taken)
 
 
 def test_the_expert_backend_keeps_weights_plain(arguments):

@@ -1,4 +1,5 @@
-"""Run on two ranks, as by torchrun: data-parallel engines, then one over both, its experts cut, then spread.
+"""Run on two ranks, as by torchrun: data-parallel engines, then one over both, its experts cut, then spread, then
+data-parallel engines that share experts.
 
 Argument: the HF directory. Rank 0 prints one line of JSON.
 """
@@ -50,6 +51,14 @@ def run(directory: Path, tp: int, requests, ep: int = 1) -> list:
     engine.sleep()
     engine.wake_up()
     result = [[(r.token_ids, r.log_probs) for r in samples] for samples in engine.generate(requests)]
+    if ep > tp:  # one engine has nothing to do, then leaves early: the other ends all the same
+        assert len(engine.generate(requests[:1] if dist.get_rank() else [])) == dist.get_rank()
+        stream = engine.stream(requests)
+        for completion in stream:
+            assert completion.response.token_ids == result[completion.request_index][completion.sample_index][0]
+            if dist.get_rank() == 1:
+                break
+        stream.close()
     engine.close()
     return result
 
@@ -61,9 +70,10 @@ def main(directory: Path) -> None:
     mine = run(directory, 1, requests[rank::2])  # each data-parallel rank has its own requests
     together = run(directory, 2, requests[2:])  # tensor-parallel ranks are given the same ones
     spread = run(directory, 2, requests[2:], ep=2)
+    shared = run(directory, 1, requests[rank::2] if rank else requests, ep=2)  # rank 1 is done first
     gathered = [None, None]
     dist.all_gather_object(
-        gathered, {"dp": mine, "tp": together, "ep": spread, "read": read}
+        gathered, {"dp": mine, "tp": together, "ep": spread, "shared": shared, "read": read}
     )  # the trainer's groups still work
     if rank == 0:
         print(json.dumps(gathered))

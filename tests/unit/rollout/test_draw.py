@@ -72,7 +72,7 @@ def test_every_sample_with_its_own_grade():
             assert reward.value == draw.seed and reward.reason == sample.text
     unscored = list(draw_samples(Engine(), Words(), None, DRAWS, SETTINGS))
     assert [g.sample for g in unscored] == seen and {g.reward.status for g in unscored} == {RewardStatus.UNJUDGED}
-    assert list(draw_samples(None, Words(), scorer, [], SETTINGS)) == [], "no engine is needed for nothing"
+    assert list(draw_samples(Engine(), Words(), scorer, [], SETTINGS)) == []
 
 
 def test_a_scorer_that_needs_the_generator_waits_for_its_end():

@@ -60,17 +60,17 @@ def test_a_restarted_generator_is_bitwise_the_same():
 
 
 def test_two_ranks_data_tensor_and_expert_parallel():
-    """Two generators and one over two ranks, with experts cut and with whole experts spread, say the same; their
-    log-probs are those of transformers. Each rank reads what it holds."""
+    """Two generators, one over two ranks, with experts cut and with whole experts spread, and two that share experts say the
+    same; their log-probs are those of transformers. Each rank reads what it holds."""
     worker = ("-m", "tests.unit.rollout.ranks_worker")
     done = processes.run(checkpoint("deepseek"), program=worker, num_ranks=2, separate=True)
     assert done.returncode == 0, done.stderr[-4000:]
     ranks = last_line(done.stdout)
     infos = HFTensors(checkpoint("deepseek")).infos
     experts = sum(info.num_bytes for name, info in infos.items() if ".mlp.experts." in name)
-    whole, cut, spread = (max(rank["read"][kind] for rank in ranks) for kind in range(3))
+    whole, cut, spread, shared = (max(rank["read"][kind] for rank in ranks) for kind in range(4))
     assert whole <= sum(info.num_bytes for info in infos.values())
-    assert spread <= whole - experts // 2  # half of the experts
+    assert spread < shared <= whole - experts // 2  # half of the experts
     assert cut <= whole - experts // 3  # half of the rows of two of an expert's three matrices
     requests = [*sampled_requests(3, max_tokens=8), *greedy_requests(1, max_tokens=8)]
     data_parallel = [ranks[i % 2]["dp"][i // 2] for i in range(len(requests))]
@@ -78,8 +78,12 @@ def test_two_ranks_data_tensor_and_expert_parallel():
         assert ranks[0][kind] == ranks[1][kind]
         for one, two in zip(data_parallel[2:], ranks[0][kind], strict=True):  # the last two requests
             assert [tokens for tokens, _ in one] == [tokens for tokens, _ in two]
-    answered = (*data_parallel, *ranks[0]["tp"], *ranks[0]["ep"])
-    for request, samples in zip((*requests, *requests[2:], *requests[2:]), answered, strict=True):
+    for rank, alike in ((0, data_parallel), (1, data_parallel[1::2])):
+        for one, two in zip(alike, ranks[rank]["shared"], strict=True):
+            assert [tokens for tokens, _ in one] == [tokens for tokens, _ in two]
+    answered = (*data_parallel, *ranks[0]["tp"], *ranks[0]["ep"], *ranks[0]["shared"], *ranks[1]["shared"])
+    asked = (*requests, *requests[2:], *requests[2:], *requests, *requests[1::2])
+    for request, samples in zip(asked, answered, strict=True):
         for tokens, log_probs in samples:
             length = len(request.prompt_token_ids)
             logits = hf_logits("deepseek", (*request.prompt_token_ids, *tokens))[length - 1 : -1].log_softmax(-1)

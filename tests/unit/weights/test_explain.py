@@ -154,7 +154,7 @@ def test_a_stage_that_updates_no_generator_is_refused_by_name(name):
 
 
 def test_the_generators_own_layout_is_told(config):
-    """Whole experts over the ranks of a generator; over several generators, planned though no run takes it."""
+    """Whole experts over the ranks of a generator, or of several."""
 
     def generator(*overrides: str) -> str:
         result = CliRunner().invoke(app, ["reshard", "explain", str(config), "parallel.ep=8", *overrides])
@@ -163,9 +163,7 @@ def test_the_generators_own_layout_is_told(config):
     assert generator("--gpus", "8").endswith(" 8 x (tp 1, experts cut by tp)")
     assert generator("rollout.tp=4", "rollout.ep=4", "rollout.dp=2").endswith(" 2 x (tp 4, whole experts over ep 4)")
     spread = generator("rollout.tp=2", "rollout.ep=8", "rollout.dp=4")
-    assert spread.endswith(
-        "4 x (tp 2, whole experts over ep 8, 4 generators share them: planned only, see docs/layouts.md)"
-    )
+    assert spread.endswith("4 x (tp 2, whole experts over ep 8, 4 generators share them)")
     result = CliRunner().invoke(app, ["reshard", "explain", str(config), "rollout.dp=2", "--gpus", "8"])
     assert "rollout.dp = 2 with rollout.tp = 1 wants 2 processes, not 8" in str(result.exception)
 

@@ -71,7 +71,8 @@ class Member:
 class OpenGroup:
     """The responses to one prompt, from the step that drew it (`born`) to the one that trains on it.
 
-    prompt_index: in the run's prompts; owner: the generator that samples it; members: there alone. is_whole: all of its
+    prompt_index: in the run's prompts; slot: its place among those that its step drew; owner: the generator that samples it, -1
+    while that is whoever has room first; members: there alone. is_whole: all of its
     responses are finished, which every rank knows after a step.
     """
 
@@ -98,6 +99,7 @@ class OpenGroup:
             texts=tuple(member.text for member in self.members),
             rewards=rewards,
             policy_version=version,
+            slot=self.slot,
         )
 
 

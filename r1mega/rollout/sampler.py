@@ -13,7 +13,17 @@ from r1mega.errors import CheckpointError
 from r1mega.observe.trace import PhaseTimer
 from r1mega.rollout.journal import Place, RolloutJournal, Segment
 from r1mega.rollout.open_groups import NEVER, Member, OpenGroup
-from r1mega.types import Completion, Cut, GenerationRequest, Prompt, Response, Reward, RolloutGroup, SamplingSettings
+from r1mega.types import (
+    Completion,
+    Cut,
+    GenerationRequest,
+    Prompt,
+    Refill,
+    Response,
+    Reward,
+    RolloutGroup,
+    SamplingSettings,
+)
 
 
 class Scorer(Protocol):
@@ -27,7 +37,13 @@ class Scorer(Protocol):
 class StreamingEngine(Protocol):
     """What sampling asks of a `GenerationEngine`."""
 
-    def stream(self, requests: Sequence[GenerationRequest], cut: Cut | None = None) -> Iterator[Completion]: ...
+    def stream(
+        self, requests: Sequence[GenerationRequest], cut: Cut | None = None, refill: Refill | None = None
+    ) -> Iterator[Completion]: ...
+
+
+MoreGroups = Callable[[], Sequence[OpenGroup]]
+"""Further groups for a generator that has room, [] once there are none."""
 
 
 @dataclass(slots=True)
@@ -64,11 +80,18 @@ class GroupSampler:
         self._engine, self._tokenizer, self._scorer, self._timer = engine, tokenizer, scorer, timer
         self._sampling, self._group_size, self._journal = sampling, group_size, journal
 
-    def sample(self, prompts: Sequence[Prompt], seeds: Sequence[int], policy_version: int) -> list[RolloutGroup]:
-        """One group a prompt, in order. A prompt's seed alone (with the weights) determines its responses."""
-        groups = [self.open(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
-        self.advance(groups, policy_version)
-        return [group.closed(policy_version) for group in groups]
+    def sample(
+        self, groups: Sequence[OpenGroup], policy_version: int, more: MoreGroups | None = None
+    ) -> list[RolloutGroup]:
+        """The groups, and those that `more` gave, whole, in the order of their slots. A group's seed alone (with the weights)
+        determines its responses.
+        """
+        sampled = sorted(self.advance(groups, policy_version, more=more), key=lambda group: group.slot)
+        return [group.closed(policy_version) for group in sampled]
+
+    def holds(self, step: int, seed: int) -> bool:
+        """See `RolloutJournal.holds`."""
+        return self._journal is not None and self._journal.holds(step, seed)
 
     def open(
         self, prompt: Prompt, seed: int, born: int = 0, slot: int = 0, owner: int = 0, index: int = 0
@@ -76,12 +99,20 @@ class GroupSampler:
         """A group of which nothing is sampled yet; see there."""
         return OpenGroup(index, prompt, seed, born, slot, owner, [Member() for _ in range(self._group_size)])
 
-    def advance(self, groups: Sequence[OpenGroup], policy_version: int, cut: StepCut | None = None) -> None:
-        """Samples what the groups' responses lack and scores those that are finished. cut: ends it before all are."""
-        tickets: dict[int, int] = {}
+    def advance(
+        self,
+        groups: Sequence[OpenGroup],
+        policy_version: int,
+        cut: StepCut | None = None,
+        more: MoreGroups | None = None,
+    ) -> list[OpenGroup]:
+        """Samples what the groups' responses lack and scores those that are finished. cut: ends it before all are. more: groups of
+        which nothing is sampled yet, asked for while the generator has room. Returns all.
+        """
+        groups, tickets = list(groups), dict[int, int]()
         with self._timer.phase("rollout"):
             self._replay(groups, policy_version)
-            self._stream(groups, policy_version, cut, tickets)
+            self._stream(groups, policy_version, cut, tickets, more)
             while cut is not None and cut.length is None:  # what was sampled again came out longer: held ones go on
                 for member in (member for group in groups for member in group.members):
                     member.is_held = False
@@ -91,6 +122,7 @@ class GroupSampler:
             self._write_unfinished(groups, policy_version)
         with self._timer.phase("reward"):
             self._score(groups, policy_version, tickets)
+        return groups
 
     def _replay(self, groups: Sequence[OpenGroup], version: int) -> None:
         """This step's segments as far as an earlier start sampled them."""
@@ -131,15 +163,33 @@ class GroupSampler:
     def _text(self, member: Member) -> str:
         return response_text(self._tokenizer, member.response(-1))
 
-    def _stream(self, groups: Sequence[OpenGroup], version: int, cut: StepCut | None, tickets: dict[int, int]) -> None:
-        """Until it is known where the step is cut, or no generator has anything to sample but what it holds."""
+    def _stream(
+        self,
+        groups: list[OpenGroup],
+        version: int,
+        cut: StepCut | None,
+        tickets: dict[int, int],
+        more: MoreGroups | None = None,
+    ) -> None:
+        """Until it is known where the step is cut, or no generator has anything to sample but what it holds. What `more` gives is
+        added to the groups.
+        """
         requests, asked = self._requests(groups)
         held = min((m.clock for group in groups for m in group.members if m.is_held), default=NEVER)
-        if cut is not None and self._ask(cut, 0 if requests else NEVER, held):
+        if cut is not None and self._ask(cut, 0 if requests or more else NEVER, held):
             return
+
+        def refill() -> list[GenerationRequest]:
+            taken = more() if more is not None else ()
+            groups.extend(taken)
+            further, of = self._requests(taken)
+            asked.extend(of)
+            return further
+
         # where a response that was held goes on the engine does not count what it has of the step: the cut is found later
         engine_cut = None if cut is None else Cut(cut.every, lambda fewest: self._ask(cut, fewest, held))
-        for done in self._engine.stream(requests, engine_cut) if requests else ():
+        refilled = None if more is None else refill
+        for done in self._engine.stream(requests, engine_cut, refilled) if requests or more else ():
             group = asked[done.request_index]
             member = group.members[done.sample_index]
             member.add(done.response, version)

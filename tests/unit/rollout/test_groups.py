@@ -5,10 +5,12 @@ from types import SimpleNamespace
 import pytest
 import torch.distributed as dist
 
+from r1mega.config.schema import RolloutConfig
 from r1mega.config.stages.rl import AlgorithmConfig
 from r1mega.data.cursor import PromptCursor
 from r1mega.platform import groups
 from r1mega.rollout.groups import GroupCollector
+from r1mega.rollout.open_groups import OpenGroup
 from r1mega.stages.rl_metrics import group_metrics
 from r1mega.train.sample_exchange import SampleExchange
 from r1mega.train.sample_plan import RankPlace, Routing
@@ -34,19 +36,29 @@ class Samples:
     def __init__(self, right):
         self.right, self.seeds = right, []
 
-    def sample(self, prompts, seeds, policy_version):
-        self.seeds += seeds
-        return [self.group(prompt, policy_version) for prompt in prompts]
+    def open(self, prompt, seed, born, slot, owner, index):
+        return OpenGroup(index, prompt, seed, born, slot, owner, [])
 
-    def group(self, prompt, policy_version):
+    def holds(self, step, seed):
+        return False
+
+    def sample(self, groups, policy_version, more):
+        groups = list(groups)
+        while more is not None and (taken := more()):
+            groups += taken
+        self.seeds += [group.seed for group in groups]
+        return [self.group(g.prompt, policy_version, g.slot) for g in sorted(groups, key=lambda group: group.slot)]
+
+    def group(self, prompt, policy_version, slot):
         values = [float(n < self.right(int(prompt.id))) for n in range(2)]
         rewards = tuple(Reward(value, {"accuracy": value}, RewardStatus.OK) for value in values)
-        return RolloutGroup(prompt, (Response((5, 6, 7), (0.0,) * 3, "stop"),) * 2, ("", ""), rewards, policy_version)
+        responses = (Response((5, 6, 7), (0.0,) * 3, "stop"),) * 2
+        return RolloutGroup(prompt, responses, ("", ""), rewards, policy_version, slot)
 
 
 def collector(right, *, enabled, max_rounds=4):
     config = SimpleNamespace(
-        seed=1, rollout=SimpleNamespace(num_prompts=4, tp=1),
+        seed=1, rollout=RolloutConfig(num_prompts=4, group_size=2, max_num_seqs=2),  # one group; the others are shared
         algorithm=SimpleNamespace(dynamic_sampling=SimpleNamespace(enabled=enabled, max_rounds=max_rounds)),
     )  # fmt: skip
     samples = Samples(right)

@@ -10,7 +10,7 @@ import random
 import shutil
 import time
 from dataclasses import replace
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 
 import pytest
 import torch.distributed as dist
@@ -77,26 +77,37 @@ def check_tokens(token_ids, of):
 
 class Scripted:
     """A generator of `slots` places, a token a pass in each. A token tells its place, its prompt and the seed of its stream, and
-    its log-prob the weights that sampled it.
+    its log-prob the weights that sampled it. seconds: that a pass takes.
     """
 
-    def __init__(self, slots):
-        self.slots, self.version, self.passes, self.tokens = slots, 0, 0, 0
+    def __init__(self, slots, seconds=0.0):
+        self.slots, self.seconds, self.version, self.passes, self.tokens = slots, seconds, 0, 0, 0
 
-    def stream(self, requests, cut=None):
-        queue = [
-            (i, n, sample_seed(r.seed, n), list(r.begun), [], stream_of(r, n))
-            for i, r in enumerate(requests)
-            for n in range(r.first_sample, r.first_sample + r.num_samples)
-        ]
-        while queue:
+    def stream(self, requests, cut=None, refill=None):
+        queue, count = [], 0
+
+        def add(requests):
+            nonlocal count
+            for i, r in enumerate(requests, count):
+                for n in range(r.first_sample, r.first_sample + r.num_samples):
+                    queue.append((i, n, sample_seed(r.seed, n), list(r.begun), [], stream_of(r, n)))
+            count += len(requests)
+
+        add(requests)
+        while True:
+            while refill is not None and len(queue) < self.slots:
+                refill = refill if (more := refill()) else None
+                add(more)
+            if not queue:
+                break
             self.passes += 1
+            time.sleep(self.seconds)
             for sample in queue[: self.slots]:
                 index, number, seed, begun, new, stream = sample
                 new.append(stream + len(begun) + len(new))
                 self.tokens += 1
                 if len(begun) + len(new) == length_of(seed):
-                    queue = [other for other in queue if other is not sample]
+                    queue[:] = [other for other in queue if other is not sample]
                     yield Completion(index, number, self.response(new, "stop"))
             if (
                 cut is not None
@@ -128,15 +139,16 @@ class Scorer:
 
 
 class Run:
-    """What a stage has of its rollouts. progress: of a checkpoint, after `start` steps."""
+    """What a stage has of its rollouts. progress: of a checkpoint, after `start` steps; keys: of `rollout`."""
 
-    def __init__(self, run_dir, progress=None, start=0, slots=1000, **partial):
+    def __init__(self, run_dir, progress=None, start=0, slots=1000, seconds=0.0, keys=MappingProxyType({}), **partial):
         rollout = RolloutConfig(
-            num_prompts=4, group_size=3, durable=run_dir is not None, partial={"every_tokens": EVERY, **partial}
+            **{"num_prompts": 4, "group_size": 3, "durable": run_dir is not None, **keys},
+            partial={"every_tokens": EVERY, **partial},
         )
         self.config, self.engine = (
             SimpleNamespace(seed=1, rollout=rollout, algorithm=SimpleNamespace()),
-            Scripted(slots),
+            Scripted(slots, seconds),
         )
         self.config.algorithm.dynamic_sampling = SimpleNamespace(enabled=False)
         self.timer = PhaseTimer()
@@ -232,11 +244,19 @@ def test_find_cut_is_the_smallest_that_holds():
             assert found == expected
 
 
-def steps_of(slots_by_rank, run_dir=None, progress=None, first=1, last=8):
-    """What each step of a run had on this rank, and what a checkpoint after the last one keeps."""
+QUEUES = {"num_prompts": 12, "max_num_seqs": 5}
+"""Three generators have room for two groups each at the start: six of twelve wait."""
+
+
+def steps_of(
+    slots_by_rank, run_dir=None, progress=None, first=1, last=8, seconds=0.0, keys=MappingProxyType({}), overdraw=2.0
+):
+    """What each step of a run had on this rank, and what a checkpoint after the last one keeps. seconds: of a pass, of rank 0."""
     groups.init_distributed()
     slots = slots_by_rank[dist.get_rank()]
-    run = Run(run_dir, progress, first - 1, slots, overdraw=2.0, max_staleness=2)
+    seconds = 0.0 if dist.get_rank() else seconds
+    staleness = 2 if overdraw > 1 else 1
+    run = Run(run_dir, progress, first - 1, slots, seconds, keys, overdraw=overdraw, max_staleness=staleness)
     groups.wait_for_all("startup", "all have read the journal")
     found = [facts(run.step(step)) for step in range(first, last + 1)]
     run.journal.close()
@@ -259,6 +279,36 @@ def test_neither_speed_nor_number_of_generators_changes_a_step(tmp_path):
     two = launch(steps_of, 2, [1000, 9], tmp_path, None, 1, 5)
     check_equal(two, whole[:5])
     check_equal(launch(steps_of, 3, [7, 1000, 3], tmp_path, two[0][1], 6, 8), whole[5:])
+
+
+def test_a_slow_generator_leaves_groups_to_others_and_changes_none(tmp_path):
+    """Groups beyond the seats go to who has room; then from a checkpoint on with what is on disk, by others or by more."""
+    ((whole, progress),) = launch(steps_of, 1, [5], None, None, 1, 4, 0.0, QUEUES, 1.0)
+    slow = launch(steps_of, 3, [5] * 3, tmp_path, None, 1, 4, 0.01, QUEUES, 1.0)
+    check_equal(slow, whole)
+    taken = [[len(every) // 3 for every, _ in steps] for steps, _ in slow]
+    assert all(sum(counts) == 12 for counts in zip(*taken, strict=True))
+    assert sum(taken[0]) < 4 * 12 / 3 < min(sum(taken[1]), sum(taken[2]))
+    for ranks in (3, 2):  # read where they were made, or by all
+        check_equal(launch(steps_of, ranks, [5] * ranks, tmp_path, None, 1, 4, 0.0, QUEUES, 1.0), whole)
+    kept = launch(steps_of, 3, [5] * 3, None, None, 1, 1, 0.01, {**QUEUES, "work_sharing": False}, 1.0)
+    check_equal(kept, whole[:1])
+    assert [len(steps[0][0]) for steps, _ in kept] == [12] * 3
+
+
+def test_groups_in_the_making_are_shared_too(tmp_path):
+    """Each has the steps of one generator with room for all, though who samples what is a matter of speed; and goes on so."""
+    keys = {"num_prompts": 6, "max_num_seqs": 5}
+    ((whole, _),) = launch(steps_of, 1, [1000], None, None, 1, 6, 0.0, keys)
+    for place, slots in enumerate(([5, 5], [5, 1000, 2])):
+        run_dir, ranks = tmp_path / str(place), len(slots)
+        first = launch(steps_of, ranks, slots, run_dir, None, 1, 3, 0.003, keys)
+        check_equal(first, whole[:3])
+        progress = first[0][1]
+        assert all(theirs == progress for _, theirs in first)
+        check_equal(launch(steps_of, ranks, slots, run_dir, progress, 4, 6, 0.003, keys), whole[3:])
+        check_equal(launch(steps_of, ranks, slots, run_dir, progress, 4, 6, 0.0, keys), whole[3:])  # of what is on disk
+        check_equal(launch(steps_of, ranks + 1, [5] * 4, run_dir, progress, 4, 6, 0.0, keys), whole[3:])
 
 
 @pytest.mark.parametrize("partial", [{}, {"overdraw": 2.0, "max_staleness": 2}], ids=["whole", "partial"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -13,12 +13,17 @@ from r1mega.data.cursor import PromptCursor
 from r1mega.platform.groups import GeneratorPlace, wait_for_all
 from r1mega.rollout.sampler import GroupSampler, request_seed
 from r1mega.rollout.work_sharing import NOBODY, WorkSharing
-from r1mega.types import Prompt, RewardStatus, RolloutGroup
+from r1mega.types import Prompt, Reward, RewardStatus, RolloutGroup
 
 
 def carries_signal(group: RolloutGroup) -> bool:
     """Whether the group's scored responses differ in reward; only then are its advantages not zero (DAPO, section 3.2)."""
-    values = {reward.value for reward in group.rewards if reward.status == RewardStatus.OK}
+    return carry_signal(group.rewards)
+
+
+def carry_signal(rewards: Iterable[Reward | None]) -> bool:
+    """The same of the rewards of a group. None: not scored yet."""
+    values = {reward.value for reward in rewards if reward is not None and reward.status == RewardStatus.OK}
     return len(values) > 1
 
 

@@ -18,7 +18,7 @@ from r1mega.config.stages.rl import RLStage
 from r1mega.data.cursor import PromptCursor
 from r1mega.errors import DataError
 from r1mega.platform.groups import GeneratorPlace, wait_for_all
-from r1mega.rollout.groups import GroupCollector, Rollout
+from r1mega.rollout.groups import GroupCollector, Rollout, carry_signal
 from r1mega.rollout.open_groups import NEVER, OpenGroup, OpenState, find_cut
 from r1mega.rollout.sampler import GroupSampler, StepCut, request_seed
 from r1mega.rollout.work_sharing import NOBODY, SharedGroups, WorkSharing
@@ -32,12 +32,14 @@ class PartialCollector:
     """Samples up to `overdraw` times a step's prompts at once, and trains on the first whole ones.
 
     Whole groups are taken oldest first. One of which a token is as stale as `max_staleness` allows is finished in this step,
-    or given up and its prompt drawn again, by `on_stale`.
+    or given up and its prompt drawn again, by `on_stale`. With dynamic sampling, groups without signal are left out as soon as
+    they are whole, and others are drawn in the next step.
     """
 
     def __init__(self, sampler: GroupSampler, prompts: Sequence[Prompt], cursor: PromptCursor, config: RLStage):
         self._sampler, self._prompts, self._cursor, self._config = sampler, prompts, cursor, config
         self._partial, self._wanted = config.rollout.partial, config.rollout.num_prompts
+        self._leaves_out = config.algorithm.dynamic_sampling.enabled
         self._place = GeneratorPlace.of_this_rank(config.rollout.tp)
         self._work = WorkSharing(config.rollout, self._place, sampler.holds)
         self._open: list[OpenGroup] = []  # of all generators, oldest first; the same list on every rank
@@ -47,18 +49,21 @@ class PartialCollector:
     def collect(self, step: int) -> Rollout:
         """The step's scored groups: num_prompts over all generators, in the order in which their prompts were drawn."""
         num_drawn, more = self._draw(step)
-        cut = StepCut(self._partial.every_tokens, functools.partial(self._decide, step))
+        cut = StepCut(self._partial.every_tokens, functools.partial(self._decide, step), self._leaves_out)
         mine = self._sampler.advance([g for g in self._open if self._is_mine(g)], step - 1, cut, more)
         wait_for_all("rollout", f"the rollout of step {step}")
         self._work.finish()
         sampled = sum(member.clock for group in mine for member in group.members)
-        chosen, dropped = self._take(step)
-        groups = [
-            replace(group.closed(step - 1), slot=slot) for slot, group in enumerate(chosen) if self._is_mine(group)
+        chosen, vain, dropped = self._take(step)
+        closed = [
+            replace(group.closed(step - 1), slot=slot)
+            for slot, group in enumerate([*chosen, *vain])
+            if self._is_mine(group)
         ]
         self._step = step
         figures = self._figures(step, chosen, dropped, sampled, cut)
-        return Rollout(groups, groups, num_drawn, 1, self._place.is_first, figures)
+        groups = [group for group in closed if group.slot < len(chosen)]
+        return Rollout(groups, closed, num_drawn, 1, self._place.is_first, figures)
 
     def state(self) -> OpenState:
         """What a checkpoint keeps beside the journal."""
@@ -108,24 +113,29 @@ class PartialCollector:
 
     def _decide(self, step: int, fewest: int, held: int) -> tuple[int | None, bool]:
         """See StepCut.decide; a collective call. DataError when all there is does not tell where the step ends."""
-        known = torch.full((len(self._open) + 2,), NEVER)
+        count = len(self._open)
+        known = torch.full((2 * count + 2,), NEVER)
         for place, group in enumerate(self._open):
             if self._is_mine(group):
                 known[place] = min(group.clock, TAKEN)
+                if self._leaves_out and group.clock < TAKEN and not carry_signal(m.reward for m in group.members):
+                    known[count + place] = 0
         known[-2], known[-1] = fewest, held
         wait_for_all("rollout", f"the rollout of step {step}")
         dist.all_reduce(known, dist.ReduceOp.MIN)
-        *clocks, sampling, holding = known.tolist()
+        *both, sampling, holding = known.tolist()
+        clocks, vain = both[:count], {place for place, value in enumerate(both[count:]) if value == 0}
         if NEVER in clocks:  # it waits for a seat: none of its tokens is there yet
             sampling = 0
         clocks = [clock if clock < TAKEN else NEVER for clock in clocks]
         finishes = self._partial.on_stale == "finish"
         deadlines = [self._deadline(group) if finishes else NEVER for group in self._open]
         frontier = min(sampling, holding)
-        length = find_cut(clocks, deadlines, frontier, step, self._wanted, self._partial.every_tokens)
+        length = find_cut(clocks, deadlines, frontier, step, self._wanted, self._partial.every_tokens, vain)
         if length is not None:
-            for group, clock in zip(self._open, clocks, strict=True):
+            for place, (group, clock) in enumerate(zip(self._open, clocks, strict=True)):
                 group.is_whole = clock <= length
+                group.is_vain = group.is_whole and place in vain
         elif frontier >= NEVER:
             raise DataError(
                 f"step {step}: no response is unfinished, and yet more groups are due than a step trains on; restore or remove "
@@ -133,14 +143,20 @@ class PartialCollector:
             )
         return length, sampling < NEVER
 
-    def _take(self, step: int) -> tuple[list[OpenGroup], list[OpenGroup]]:
-        """(what is trained on, what is too stale to go on), both taken out of those in the making."""
-        chosen = [group for group in self._open if group.is_whole][: self._wanted]
-        left = [group for group in self._open if not any(group is other for other in chosen)]
+    def _take(self, step: int) -> tuple[list[OpenGroup], list[OpenGroup], list[OpenGroup]]:
+        """(what is trained on, what carries no signal, what is too stale to go on), taken out of those in the making. A step without
+        any signal trains on what there is, and is seen in the metrics.
+        """
+        vain = [group for group in self._open if group.is_vain]
+        chosen = [group for group in self._open if group.is_whole and not group.is_vain][: self._wanted]
+        if not chosen:
+            chosen, vain = vain[: self._wanted], vain[self._wanted :]
+        gone = {id(group) for group in [*chosen, *vain]}
+        left = [group for group in self._open if id(group) not in gone]
         dropped = [group for group in left if self._deadline(group) <= step]
         self._open = [group for group in left if self._deadline(group) > step]
         self._redraw += [group.prompt_index for group in dropped]
-        return chosen, dropped
+        return chosen, vain, dropped
 
     def _deadline(self, group: OpenGroup) -> int:
         """The last step that may train on it."""

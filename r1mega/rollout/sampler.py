@@ -50,11 +50,13 @@ MoreGroups = Callable[[], Sequence[OpenGroup]]
 class StepCut:
     """Where a step leaves responses unfinished. decide: by the fewest tokens that a response of this rank has from this step, of
     those that it samples and of those that it holds (NEVER: of none), the most that a response may have of it (None: not known
-    yet), and whether any rank samples still. length, is_sampling: what it said. surplus: tokens sampled in vain.
+    yet), and whether any rank samples still. scores: it reads the rewards of groups whose responses are all finished: those are
+    waited for before. length, is_sampling: what it said. surplus: tokens sampled in vain.
     """
 
     every: int
     decide: Callable[[int, int], tuple[int | None, bool]]
+    scores: bool = False
     length: int | None = None
     is_sampling: bool = True
     surplus: int = 0
@@ -176,7 +178,16 @@ class GroupSampler:
         """
         requests, asked = self._requests(groups)
         held = min((m.clock for group in groups for m in group.members if m.is_held), default=NEVER)
-        if cut is not None and self._ask(cut, 0 if requests or more else NEVER, held):
+
+        def ask(fewest: int) -> bool:
+            if cut is None:
+                return False
+            if cut.scores:
+                self._settle(groups, version, tickets)
+            with self._timer.phase("rollout_wait"):  # for other generators: the time is theirs
+                return cut.reached(fewest, held)
+
+        if ask(0 if requests or more else NEVER):
             return
 
         def refill() -> list[GenerationRequest]:
@@ -187,7 +198,7 @@ class GroupSampler:
             return further
 
         # where a response that was held goes on the engine does not count what it has of the step: the cut is found later
-        engine_cut = None if cut is None else Cut(cut.every, lambda fewest: self._ask(cut, fewest, held))
+        engine_cut = None if cut is None else Cut(cut.every, ask)
         refilled = None if more is None else refill
         for done in self._engine.stream(requests, engine_cut, refilled) if requests or more else ():
             group = asked[done.request_index]
@@ -200,11 +211,7 @@ class GroupSampler:
                     member.text = self._text(member)
                     tickets[id(member)] = self._scorer.submit(group.prompt, member.response(version), member.text)
         while cut is not None and cut.length is None and cut.is_sampling:  # other generators are still at it
-            self._ask(cut, NEVER, held)
-
-    def _ask(self, cut: StepCut, fewest: int, held: int) -> bool:
-        with self._timer.phase("rollout_wait"):  # for other generators: the time is theirs
-            return cut.reached(fewest, held)
+            ask(NEVER)
 
     def _requests(self, groups: Sequence[OpenGroup]) -> tuple[list[GenerationRequest], list[OpenGroup]]:
         """What is to be sampled, and of which group each is. A group that is all to be sampled is one request."""
@@ -231,8 +238,33 @@ class GroupSampler:
                         self._journal.write(Place(version + 1, group.seed, index), member.new(), member.begun)
             self._journal.finish_step()
 
+    def _settle(self, groups: Sequence[OpenGroup], version: int, tickets: dict[int, int]) -> None:
+        """The rewards of groups whose responses are all finished, while others are still sampled."""
+        with self._timer.phase("reward"):
+            done = [group for group in groups if all(member.is_finished for member in group.members)]
+            for place, _, member in self._submit(done, version, tickets):
+                member.reward = self._scorer.result(tickets.pop(id(member)))
+                self._write_reward(place, member)
+
     def _score(self, groups: Sequence[OpenGroup], version: int, tickets: dict[int, int]) -> None:
         """The rewards of all that is finished, also where it was read without one. Tickets of responses that were cut are given up."""
+        waiting = self._submit(groups, version, tickets)
+        self._scorer.flush()
+        rewards = {key: self._scorer.result(ticket) for key, ticket in tickets.items()}
+        for place, _, member in waiting:
+            member.reward = rewards[id(member)]
+            self._write_reward(place, member)
+        if self._journal is not None:
+            self._journal.finish_step()
+
+    def _write_reward(self, place: Place, member: Member) -> None:
+        if self._journal is not None and member.clock and member.reward is not None:
+            self._journal.write_reward(place, member.reward)
+
+    def _submit(
+        self, groups: Sequence[OpenGroup], version: int, tickets: dict[int, int]
+    ) -> list[tuple[Place, Prompt, Member]]:
+        """The finished responses that have no reward; each has a ticket then."""
         waiting = [
             (Place(version + 1, group.seed, index), group.prompt, member)
             for group in groups
@@ -242,14 +274,7 @@ class GroupSampler:
         for _, prompt, member in waiting:
             if id(member) not in tickets:
                 tickets[id(member)] = self._scorer.submit(prompt, member.response(version), member.text)
-        self._scorer.flush()
-        rewards = {key: self._scorer.result(ticket) for key, ticket in tickets.items()}
-        for place, _, member in waiting:
-            member.reward = rewards[id(member)]
-            if self._journal is not None and member.clock:
-                self._journal.write_reward(place, member.reward)
-        if self._journal is not None:
-            self._journal.finish_step()
+        return waiting
 
 
 def request_seed(run_seed: int, step: int, slot: int) -> int:

@@ -23,7 +23,7 @@ from r1mega.platform import groups
 from r1mega.platform.groups import GeneratorPlace
 from r1mega.rollout import partial as partial_rollouts
 from r1mega.rollout.engine import continued_seed, sample_seed
-from r1mega.rollout.groups import GroupCollector
+from r1mega.rollout.groups import GroupCollector, carries_signal
 from r1mega.rollout.journal import Place, RolloutJournal, Segment, open_journal
 from r1mega.rollout.open_groups import NEVER, find_cut
 from r1mega.rollout.partial import build_collector
@@ -45,6 +45,7 @@ TOKENIZER = SimpleNamespace(end_token_ids=(), decode=lambda tokens: " ".join(map
 LONGEST = 60
 EVERY = 4
 HARD = {"overdraw": 2.0, "max_staleness": 2, "slots": 5}
+ROOMY = {"overdraw": 2.0, "max_staleness": 2}
 FILE = "start_1-0-of-1.jsonl"  # of a run of one generator, in each step's directory
 
 
@@ -141,7 +142,17 @@ class Scorer:
 class Run:
     """What a stage has of its rollouts. progress: of a checkpoint, after `start` steps; keys: of `rollout`."""
 
-    def __init__(self, run_dir, progress=None, start=0, slots=1000, seconds=0.0, keys=MappingProxyType({}), **partial):
+    def __init__(
+        self,
+        run_dir,
+        progress=None,
+        start=0,
+        slots=1000,
+        seconds=0.0,
+        keys=MappingProxyType({}),
+        dynamic=False,
+        **partial,
+    ):
         rollout = RolloutConfig(
             **{"num_prompts": 4, "group_size": 3, "durable": run_dir is not None, **keys},
             partial={"every_tokens": EVERY, **partial},
@@ -150,7 +161,7 @@ class Run:
             SimpleNamespace(seed=1, rollout=rollout, algorithm=SimpleNamespace()),
             Scripted(slots, seconds),
         )
-        self.config.algorithm.dynamic_sampling = SimpleNamespace(enabled=False)
+        self.config.algorithm.dynamic_sampling = SimpleNamespace(enabled=dynamic, max_rounds=4)
         self.timer = PhaseTimer()
         self.journal = open_journal(rollout, run_dir or "unused", start)
         self.sampler = GroupSampler(
@@ -209,6 +220,30 @@ def test_each_token_is_of_the_weights_that_it_says_and_none_is_too_old(alone, ov
     assert most > 0 and (max(seen) >= 30 or on_stale == "drop")
 
 
+def test_groups_without_signal_are_left_out_and_others_drawn(alone):
+    """Each group is trained on, left out or given up once, and every step has as many with signal as it trains on."""
+    run, seen, left_out = Run(None, dynamic=True, overdraw=2.0, max_staleness=2), [], 0
+    for step in range(1, 25):
+        rollout = run.step(step)
+        assert len(rollout.groups) == 4 and all(carries_signal(group) for group in rollout.groups)
+        others = [group for group in rollout.sampled if group not in rollout.groups]
+        assert not any(carries_signal(group) for group in others)
+        left_out += len(others)
+        for group in rollout.sampled:
+            assert all(step - 1 - min(versions(response, group)) <= 2 for response in group.responses)
+            seen.append(group.responses[0].token_ids)
+    assert left_out > 5 and len(set(seen)) == len(seen)
+
+
+def test_a_step_in_which_nothing_carries_a_signal_is_seen(alone):
+    run = Run(None, dynamic=True, overdraw=2.0, max_staleness=2)
+    run.sampler._scorer.submit = lambda *_: 0
+    run.sampler._scorer.rewards.append(Reward(1.0, {}, RewardStatus.OK))
+    rollout = run.step(1)
+    assert len(rollout.groups) == 4 and len(rollout.sampled) == 8 == rollout.metrics()["group/num_sampled"]
+    assert run.step(2).metrics()["group/num_sampled"] == 8.0
+
+
 def test_a_step_trains_on_what_is_whole_first_and_takes_less_time(alone):
     """The lengths of what is trained on are, in the long run, those that the seeds give; the passes are far fewer."""
     waiting, partial = Run(None), Run(None, overdraw=2.0, max_staleness=3)
@@ -242,6 +277,19 @@ def test_find_cut_is_the_smallest_that_holds():
         found = find_cut(clocks, deadlines, frontier, step, wanted, EVERY)
         if expected is not None or frontier < NEVER:
             assert found == expected
+        # of groups that are left out: as if those that are whole by then had not been drawn
+        vain = {place for place, clock in enumerate(clocks) if clock < NEVER and rng.random() < 0.4}
+
+        def holds_without(n, clocks=clocks, deadlines=deadlines, vain=vain, holds=holds):
+            kept = [place for place, clock in enumerate(clocks) if place not in vain or clock > n]
+            return holds(n, [deadlines[p] for p in kept], [clocks[p] for p in kept])
+
+        expected = next((n for n in range(0, min(frontier, 80) + 1, EVERY) if holds_without(n)), None)
+        found = find_cut(clocks, deadlines, frontier, step, wanted, EVERY, vain)
+        if expected is not None or frontier < NEVER:
+            assert found == expected
+        elif len(clocks) - len(vain) < wanted and vain:  # all is whole, and too few carry a signal
+            assert found == max(-(-clock // EVERY) * EVERY for clock in clocks)
 
 
 QUEUES = {"num_prompts": 12, "max_num_seqs": 5}
@@ -249,14 +297,22 @@ QUEUES = {"num_prompts": 12, "max_num_seqs": 5}
 
 
 def steps_of(
-    slots_by_rank, run_dir=None, progress=None, first=1, last=8, seconds=0.0, keys=MappingProxyType({}), overdraw=2.0
+    slots_by_rank,
+    run_dir=None,
+    progress=None,
+    first=1,
+    last=8,
+    seconds=0.0,
+    keys=MappingProxyType({}),
+    overdraw=2.0,
+    dynamic=False,
 ):
     """What each step of a run had on this rank, and what a checkpoint after the last one keeps. seconds: of a pass, of rank 0."""
     groups.init_distributed()
     slots = slots_by_rank[dist.get_rank()]
     seconds = 0.0 if dist.get_rank() else seconds
     staleness = 2 if overdraw > 1 else 1
-    run = Run(run_dir, progress, first - 1, slots, seconds, keys, overdraw=overdraw, max_staleness=staleness)
+    run = Run(run_dir, progress, first - 1, slots, seconds, keys, dynamic, overdraw=overdraw, max_staleness=staleness)
     groups.wait_for_all("startup", "all have read the journal")
     found = [facts(run.step(step)) for step in range(first, last + 1)]
     run.journal.close()
@@ -299,6 +355,10 @@ def test_a_slow_generator_leaves_groups_to_others_and_changes_none(tmp_path):
 def test_groups_in_the_making_are_shared_too(tmp_path):
     """Each has the steps of one generator with room for all, though who samples what is a matter of speed; and goes on so."""
     keys = {"num_prompts": 6, "max_num_seqs": 5}
+    ((whole, _),) = launch(steps_of, 1, [1000], None, None, 1, 4, 0.0, keys, 2.0, True)
+    check_equal(
+        launch(steps_of, 3, [5, 1000, 2], None, None, 1, 4, 0.003, keys, 2.0, True), whole
+    )  # without signal: out
     ((whole, _),) = launch(steps_of, 1, [1000], None, None, 1, 6, 0.0, keys)
     for place, slots in enumerate(([5, 5], [5, 1000, 2])):
         run_dir, ranks = tmp_path / str(place), len(slots)
@@ -307,11 +367,11 @@ def test_groups_in_the_making_are_shared_too(tmp_path):
         progress = first[0][1]
         assert all(theirs == progress for _, theirs in first)
         check_equal(launch(steps_of, ranks, slots, run_dir, progress, 4, 6, 0.003, keys), whole[3:])
-        check_equal(launch(steps_of, ranks, slots, run_dir, progress, 4, 6, 0.0, keys), whole[3:])  # of what is on disk
-        check_equal(launch(steps_of, ranks + 1, [5] * 4, run_dir, progress, 4, 6, 0.0, keys), whole[3:])
+        more = ranks + place  # as many: each reads what it wrote; more: all read all
+        check_equal(launch(steps_of, more, [5] * more, run_dir, progress, 4, 6, 0.0, keys), whole[3:])
 
 
-@pytest.mark.parametrize("partial", [{}, {"overdraw": 2.0, "max_staleness": 2}], ids=["whole", "partial"])
+@pytest.mark.parametrize("partial", [{}, ROOMY, {**ROOMY, "dynamic": True}], ids=["whole", "partial", "dynamic"])
 def test_a_kill_at_any_line_of_the_journal_changes_nothing(alone, tmp_path, partial):
     """Resumed from any checkpoint with what was on disk at the kill: what is sampled again is what was in flight."""
     whole, saved = Run(tmp_path / "whole", **partial), {0: None}

@@ -170,7 +170,10 @@ def sample_wants(
     data-parallel replica.
     """
     generators, replicas = ranks_by("generator", places), ranks_by("replica", places)
-    kinds = [(place.reads, len(place.columns)) for place in places]
+    of_ranks = [(place.reads, len(place.columns)) for place in places]
+    kinds = list(dict.fromkeys(of_ranks))
+    numbers = {kind: number for number, kind in enumerate(kinds)}
+    kind_of = np.array([numbers[kind] for kind in of_ranks])
     ranks = defaultdict[int, list[np.ndarray]](list)
     for replica, share in enumerate(shares):
         for index in sorted(set(share)):
@@ -178,9 +181,10 @@ def sample_wants(
     wants = {}
     for index in sorted(ranks):
         wanted, sample = np.concatenate(ranks[index]), samples[index]
-        of_ranks = [kinds[rank] for rank in wanted.tolist()]
-        sizes = {kind: sample_bytes(sample, routing, *kind) for kind in set(of_ranks)}
-        num_bytes = np.array([sizes[kind] for kind in of_ranks], dtype=np.int64)
+        sizes = np.zeros(len(kinds), dtype=np.int64)
+        for number in set(kind_of[wanted].tolist()):
+            sizes[number] = sample_bytes(sample, routing, *kinds[number])
+        num_bytes = sizes[kind_of[wanted]]
         wants[index] = Want(generators[sample.generator], wanted[num_bytes > 0], num_bytes[num_bytes > 0])
     return wants
 

@@ -97,6 +97,12 @@ class Cut:
     reached: Callable[[int], bool]
 
 
+Refill = Callable[[], Sequence[GenerationRequest]]
+"""Further requests of a stream, [] once there are none. Asked before a pass of the model while the generator has room for a
+sample and none waits; their indices count on from those that came before.
+"""
+
+
 UNFINISHED = "unfinished"
 """The finish reason of a response that a `Cut` ended."""
 
@@ -182,8 +188,12 @@ class GenerationEngine(Protocol):
     def generate(self, requests: Sequence[GenerationRequest]) -> list[tuple[Response, ...]]:
         """The responses to each request, in order. Raises GenerationError for a request that cannot be served."""
 
-    def stream(self, requests: Sequence[GenerationRequest], cut: Cut | None = None) -> Generator[Completion]:
-        """Yields each response as soon as it is finished; leaving the loop early cancels the rest. cut: may end it before."""
+    def stream(
+        self, requests: Sequence[GenerationRequest], cut: Cut | None = None, refill: Refill | None = None
+    ) -> Generator[Completion]:
+        """Yields each response as soon as it is finished; leaving the loop early cancels the rest. cut: may end it before.
+        refill: what comes when there is room.
+        """
 
     def prompt_log_probs(self, sequences: Sequence[Sequence[int]]) -> list[tuple[float, ...]]:
         """Log-probs of tokens 1.. of each sequence given those before, at temperature 1 (len - 1 values each)."""

@@ -1,11 +1,13 @@
-"""How long a rollout waits for its longest responses, without and with partial rollouts.
+"""How long a rollout waits for its longest responses, without and with partial rollouts; for its slowest generator, without and
+with work sharing.
 
-    python tools/bench_rollout.py configs/nano/zero.yaml [key=value ...] [--ranks N] [--mean L --cv c | --lengths FILE]
+    python tools/bench_rollout.py configs/nano/zero.yaml [key=value ...] [--ranks N] [--mean L --cv c | --lengths FILE] [--of work_sharing]
 
 Each turn runs the steps of `tools/bench_throughput.py --synthetic` (random weights, responses of long-tailed drawn lengths,
-sampled by the config's generator) once without and once with `rollout.partial`, so that a machine that becomes slower does so
+sampled by the config's generator) once without and once with what is compared, so that a machine that becomes slower does so
 for both. Idle: seats of a rollout in which nothing is sampled. A rollout has as many seats as responses that it is at at once, each
-for as many tokens as its longest response gets in the step.
+for as many tokens as its longest response gets in the step. Waiting: of the time that the slowest rank takes to sample, what the
+median one waits for it.
 """
 
 from __future__ import annotations
@@ -47,12 +49,21 @@ def measure(arguments: argparse.Namespace, overrides: Sequence[str]) -> list[dic
 
 def summarize(lines: Sequence[Mapping[str, float]], responses: float) -> dict[str, float]:
     """Over all steps. responses: that a rollout is at at once, over all generators."""
-    tokens = sum(line["tokens/rollout"] for line in lines)
+    tokens, waits = (
+        sum(line["tokens/rollout"] for line in lines),
+        [line.get("time/rollout_wait_seconds", 0.0) for line in lines],
+    )
+    worst = [line.get("straggler/rollout_worst_seconds", line["time/rollout_seconds"]) for line in lines]
+    median = [line.get("straggler/rollout_median_seconds", line["time/rollout_seconds"]) for line in lines]
     longest = sum(line.get("partial/cut_tokens", line["response/length_max"]) for line in lines)
     return {
         "tokens_per_second": tokens
-        / sum(line["time/rollout_seconds"] + line.get("time/rollout_wait_seconds", 0.0) for line in lines),
+        / sum(
+            max(line["time/rollout_seconds"] + wait, slowest)
+            for line, wait, slowest in zip(lines, waits, worst, strict=True)
+        ),
         "step_tokens_per_second": tokens / sum(line["time/step_seconds"] for line in lines),
+        "waiting_share": 1 - sum(median) / sum(worst),
         "idle_share": 1 - tokens / (longest * responses),
         "length_mean": statistics.mean(line["response/length_mean"] for line in lines),
         "staleness_mean": statistics.mean(line.get("staleness/mean", 0.0) for line in lines),
@@ -73,6 +84,7 @@ def main() -> None:
     parser.add_argument("--mean", type=float, default=32.0, help="tokens of a response")
     parser.add_argument("--cv", type=float, default=1.5, help="deviation of lengths over their mean")
     parser.add_argument("--lengths", type=Path, help="a file of whole numbers to draw lengths from")
+    parser.add_argument("--of", choices=("partial", "work_sharing"), default="partial", help="what is compared")
     parser.add_argument("--overdraw", type=float, default=2.0)
     parser.add_argument("--max-staleness", type=int, default=4)
     parser.add_argument("--every-tokens", type=int, default=8)
@@ -87,11 +99,17 @@ def main() -> None:
         "max_staleness": arguments.max_staleness,
         "every_tokens": arguments.every_tokens,
     }
-    partial = [f"rollout.partial.{key}={value}" for key, value in keys.items()]
+    off, on, seats = (
+        [],
+        [f"rollout.partial.{key}={value}" for key, value in keys.items()],
+        responses * arguments.overdraw,
+    )
+    if arguments.of == "work_sharing":
+        off, on, seats = ["rollout.work_sharing=false"], [], responses
     turns = []
     for _ in range(arguments.turns):
-        without = summarize(measure(arguments, []), responses)
-        turns.append((without, summarize(measure(arguments, partial), responses * arguments.overdraw)))
+        without = summarize(measure(arguments, off), responses)
+        turns.append((without, summarize(measure(arguments, on), seats)))
     print("| of the turns' medians | without | with | ratio |\n|---|---|---|---|")
     for name in turns[0][0]:
         one, two = (statistics.median(turn[i][name] for turn in turns) for i in range(2))

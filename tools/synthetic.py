@@ -45,7 +45,17 @@ from r1mega.observe.trace import BETWEEN, OTHER
 from r1mega.platform.launcher import adopt_launcher_environment
 from r1mega.platform.validate import validate_platform
 from r1mega.rollout.engine import sample_seed
-from r1mega.types import Completion, Cut, GenerationEngine, GenerationRequest, Prompt, Response, Reward, RewardStatus
+from r1mega.types import (
+    Completion,
+    Cut,
+    GenerationEngine,
+    GenerationRequest,
+    Prompt,
+    Refill,
+    Response,
+    Reward,
+    RewardStatus,
+)
 from r1mega.weights.explain import read_sizes
 
 WARM_UP_STEPS = 1
@@ -90,19 +100,29 @@ class PacedEngine:
     def __init__(self, engine: GenerationEngine, lengths: Lengths):
         self._engine, self._lengths = engine, lengths
 
-    def stream(self, requests: Sequence[GenerationRequest], cut: Cut | None = None) -> Iterator[Completion]:
+    def stream(
+        self, requests: Sequence[GenerationRequest], cut: Cut | None = None, refill: Refill | None = None
+    ) -> Iterator[Completion]:
         """As the engine's own; each sample is a request by itself, as it is inside of the engine."""
-        singles: list[GenerationRequest] = []
         places: list[tuple[int, int]] = []
-        for index, request in enumerate(requests):
-            for sample in range(request.first_sample, request.first_sample + request.num_samples):
-                seed = sample_seed(request.seed, sample)
-                sampling = dataclasses.replace(
-                    request.sampling, max_tokens=self._lengths(seed), stop_token_ids=(), stop_strings=()
-                )
-                singles.append(GenerationRequest(request.prompt_token_ids, 1, seed, sampling, begun=request.begun))
-                places.append((index, sample))
-        for done in self._engine.stream(singles, cut):
+        num_known = 0
+
+        def singles(requests: Sequence[GenerationRequest]) -> list[GenerationRequest]:
+            nonlocal num_known
+            made = []
+            for index, request in enumerate(requests, num_known):
+                for sample in range(request.first_sample, request.first_sample + request.num_samples):
+                    seed = sample_seed(request.seed, sample)
+                    sampling = dataclasses.replace(
+                        request.sampling, max_tokens=self._lengths(seed), stop_token_ids=(), stop_strings=()
+                    )
+                    made.append(GenerationRequest(request.prompt_token_ids, 1, seed, sampling, begun=request.begun))
+                    places.append((index, sample))
+            num_known += len(requests)
+            return made
+
+        further = None if refill is None else lambda: singles(refill())
+        for done in self._engine.stream(singles(requests), cut, further):
             yield Completion(*places[done.request_index], done.response)
 
 

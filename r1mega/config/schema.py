@@ -165,7 +165,8 @@ class TimeoutsConfig(Section):
         3600  # until all processes have met, and later until all have their models and generators
     )
     collective_seconds: Positive = 1800  # in one collective of forward, backward, update, resharding
-    rollout_seconds: Positive = 6 * 3600  # of the generator that is done first for the slowest, rewards included
+    rollout_seconds: Positive = 6 * 3600
+    # of the generator that is done first for the slowest, rewards included; or ten times what its own part took, if that is longer
     checkpoint_seconds: Positive = 3600  # for the rank whose files take longest to write or verify
 
 
@@ -261,6 +262,7 @@ class RolloutConfig(Section):
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.8
     sleep: bool = True  # free the KV cache during the update, and on a GPU the generator's weights and CUDA graphs
     partial: PartialRollouts = PartialRollouts()
+    work_sharing: bool = True  # groups beyond the max_num_seqs of their generator go to the one that has room first
     durable: bool = True  # what is sampled and scored is on disk before its step ends: a start after a kill reads it
     router_replay: bool = False  # the update repeats the generator's choices of experts (R3)
 

@@ -7,6 +7,7 @@ import os
 import random
 import socket
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -31,6 +32,12 @@ Kind = Literal["startup", "collective", "rollout", "checkpoint"]
 
 _timeouts = TimeoutsConfig()
 _num_waits = 0  # equal on all ranks, for `wait_for_all` is a collective call
+_waited = time.monotonic()  # when this rank's last one ended
+
+TIMES_OWN_WORK = 10
+"""How much longer than this rank's own part a part of another may take, in places of kind `rollout`; a rank that does nothing
+meanwhile is the watchdog's to find.
+"""
 
 
 def init_distributed(timeouts: TimeoutsConfig | None = None) -> None:
@@ -84,18 +91,22 @@ def timeout(kind: Kind) -> timedelta:
 def wait_for_all(kind: Kind, what: str) -> None:
     """Until all ranks are here; a collective call, for places that ranks may reach at very different times.
 
-    The time-out of `kind` holds for this wait alone, not for what follows. what: for the message, "the rollout of step 3".
+    The time-out of `kind` holds for this wait alone, not for what follows; of a rollout it follows the work: it is at least
+    TIMES_OWN_WORK the time since this rank's last wait. what: for the message, "the rollout of step 3".
     StragglerError naming the ranks that did not come in time. Nothing happens without other ranks.
     """
-    global _num_waits
+    global _num_waits, _waited
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
     _num_waits += 1
     store = dist.distributed_c10d._get_default_store()
     prefix = f"r1mega/wait/{_num_waits}/"  # who is here is also written down: gloo does not say for whom it waited
     store.set(f"{prefix}{dist.get_rank()}", "")
+    limit = timeout(kind)
+    if kind == "rollout":
+        limit = max(limit, timedelta(seconds=TIMES_OWN_WORK * (time.monotonic() - _waited)))
     try:
-        dist.barrier(timeout=timeout(kind))  # on gloo, for the device is not bound
+        dist.barrier(timeout=limit)  # on gloo, for the device is not bound
     except RuntimeError as error:
         try:
             absent = [rank for rank in range(dist.get_world_size()) if not store.check([f"{prefix}{rank}"])]
@@ -105,6 +116,22 @@ def wait_for_all(kind: Kind, what: str) -> None:
             ) from error
         raise StragglerError(_absent_text(kind, what, absent, str(error))) from error
     store.delete_key(f"{prefix}{dist.get_rank()}")
+    _waited = time.monotonic()
+
+
+def claim(name: str) -> int:
+    """How many ranks' calls with this name came before, over all ranks: no two get the same. StragglerError where the rank that
+    counts has ended.
+    """
+    try:
+        return dist.distributed_c10d._get_default_store().add(f"r1mega/{name}", 1) - 1
+    except RuntimeError as error:
+        raise StragglerError(f"{name}: rank 0, which counts, ended; its own log says why ({error})") from error
+
+
+def forget_claims(name: str) -> None:
+    """Count anew. By one rank, once all are done with it."""
+    dist.distributed_c10d._get_default_store().delete_key(f"r1mega/{name}")
 
 
 def _absent_text(kind: Kind, what: str, absent: list[int], cause: str) -> str:
@@ -135,6 +162,10 @@ class GeneratorPlace:
     def block(self, count: int) -> range:
         """This generator's share of range(count): the blocks of all, in order, are the whole."""
         return range(count * self.replica // self.num_replicas, count * (self.replica + 1) // self.num_replicas)
+
+    def owners(self, count: int) -> list[int]:
+        """Which generator has each of range(count) in its block."""
+        return [((place + 1) * self.num_replicas - 1) // count for place in range(count)]
 
 
 def share_out(items: Sequence[T], work: Callable[[Sequence[T]], list[U]], what: str, *, tp: int = 1) -> list[U]:

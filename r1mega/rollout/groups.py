@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -13,12 +12,18 @@ from r1mega.config.stages.rl import RLStage
 from r1mega.data.cursor import PromptCursor
 from r1mega.platform.groups import GeneratorPlace, wait_for_all
 from r1mega.rollout.sampler import GroupSampler, request_seed
-from r1mega.types import Prompt, RewardStatus, RolloutGroup
+from r1mega.rollout.work_sharing import NOBODY, WorkSharing
+from r1mega.types import Prompt, Reward, RewardStatus, RolloutGroup
 
 
 def carries_signal(group: RolloutGroup) -> bool:
     """Whether the group's scored responses differ in reward; only then are its advantages not zero (DAPO, section 3.2)."""
-    values = {reward.value for reward in group.rewards if reward.status == RewardStatus.OK}
+    return carry_signal(group.rewards)
+
+
+def carry_signal(rewards: Iterable[Reward | None]) -> bool:
+    """The same of the rewards of a group. None: not scored yet."""
+    values = {reward.value for reward in rewards if reward is not None and reward.status == RewardStatus.OK}
     return len(values) > 1
 
 
@@ -48,13 +53,15 @@ class Rollout:
 class GroupCollector:
     """Draws prompts and samples this generator's share of them.
 
-    Generators take contiguous blocks of a round's prompts, and a prompt's seed follows from its place among all of the step,
-    so that the step's groups in the order of their slots do not depend on how many generators there are.
+    Generators begin with contiguous blocks of a round's prompts, as far as they have seats, and take the others as they become
+    free. A prompt's seed follows from its place among all of the step, so that the step's groups in the order of their slots
+    depend neither on how many generators there are nor on how fast they are.
     """
 
     def __init__(self, sampler: GroupSampler, prompts: Sequence[Prompt], cursor: PromptCursor, config: RLStage):
         self._sampler, self._prompts, self._cursor, self._config = sampler, prompts, cursor, config
         self._place = GeneratorPlace.of_this_rank(config.rollout.tp)
+        self._work = WorkSharing(config.rollout, self._place, sampler.holds)
 
     def collect(self, step: int) -> Rollout:
         """The step's scored groups: num_prompts over all generators, or fewer when dynamic sampling gave up."""
@@ -69,6 +76,7 @@ class GroupCollector:
             sampled += groups
             kept += [g for g in groups if carries_signal(g)] if dynamic.enabled else groups
             wait_for_all("rollout", f"the rollout of step {step}")
+            self._work.finish()
             total = self._over_replicas(len(kept))
         kept = kept if total else groups  # a step without any signal still updates (KL) and is seen in the metrics
         return Rollout(kept, sampled, num_sampled, num_rounds, self._place.is_first)
@@ -78,13 +86,19 @@ class GroupCollector:
 
     def _sample_round(self, step: int, first_slot: int, count: int) -> list[RolloutGroup]:
         drawn = self._cursor.draw(count)  # the same on every rank
-        share = self._place.block(count)
-        groups = self._sampler.sample(
-            [self._prompts[drawn[i]] for i in share],
-            [request_seed(self._config.seed, step, first_slot + i) for i in share],
-            policy_version=step - 1,
-        )
-        return [dataclasses.replace(group, slot=first_slot + i) for group, i in zip(groups, share, strict=True)]
+        slots = range(first_slot, first_slot + count)
+        seeds = [request_seed(self._config.seed, step, slot) for slot in slots]
+        owners = self._work.holders(step, seeds)
+        blocks = iter(self._place.owners(owners.count(NOBODY)))
+        groups, left = [], []
+        for slot, seed, index, owner in zip(slots, seeds, drawn, owners, strict=True):
+            group = self._sampler.open(self._prompts[index], seed, step, slot, owner, index)
+            groups.append(group)
+            if owner == NOBODY:
+                group.owner = next(blocks)
+                left.append(group)
+        more = self._work.share(left, [0] * self._place.num_replicas)
+        return self._sampler.sample([g for g in groups if g.owner == self._place.replica], step - 1, more)
 
     def _over_replicas(self, count: int) -> int:
         total = torch.tensor([count if self._place.is_first else 0])

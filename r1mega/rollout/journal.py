@@ -85,18 +85,27 @@ class RolloutJournal:
         self._synced = 0.0
         self._segments: dict[Place, _Line] = {}
         self._rewards: dict[Place, _Line] = {}
+        self._held: set[tuple[int, int]] = set()  # (step, seed), see `holds`
         steps = self._steps() if durable else []
         self._start = 1 + max((number for _, directory in steps for number, *_ in _files(directory)), default=0)
         for step, directory in steps:
             if step > start - max_staleness:
                 for number, path in self._files_to_read(directory):
                     self._read_file(number, path)
+                found = {(step, there.seed) for there in self._segments if there.step == step}
+                if not self._is_alike(directory):
+                    found = {(_, seed) for _, seed in found if seed % place.num_replicas == place.replica}
+                self._held |= found
 
     def begin_step(self, step: int) -> None:
         """Nothing of an earlier one will be asked for."""
         for lines in (self._segments, self._rewards):
             for place in [place for place in lines if place.step < step]:
                 del lines[place]
+
+    def holds(self, step: int, seed: int) -> bool:
+        """Whether this generator goes on with what an earlier start had of that step's group: one does of those that have read it."""
+        return (step, seed) in self._held
 
     def take(self, place: Place, begun: int) -> Segment | None:
         """What an earlier start wrote of it, the latest that did, once; None: nothing, or nothing that goes on from `begun`
@@ -181,9 +190,16 @@ class RolloutJournal:
 
     def _files_to_read(self, directory: Path) -> list[tuple[int, Path]]:
         """(start, path), earliest start first: this generator's own where there always were as many, otherwise those of all."""
-        files = _files(directory)
-        alike = all(of == self._place.num_replicas for _, _, of, _ in files)
-        return [(start, path) for start, replica, _, path in files if not alike or replica == self._place.replica]
+        alike = self._is_alike(directory)
+        return [
+            (start, path)
+            for start, replica, _, path in _files(directory)
+            if not alike or replica == self._place.replica
+        ]
+
+    def _is_alike(self, directory: Path) -> bool:
+        """Whether there always were as many generators as now."""
+        return all(of == self._place.num_replicas for _, _, of, _ in _files(directory))
 
     def _read_file(self, start: int, path: Path) -> None:
         for offset, line in scan_json_lines(path):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TypedDict
 
@@ -78,8 +78,9 @@ class Member:
 class OpenGroup:
     """The responses to one prompt, from the step that drew it (`born`) to the one that trains on it.
 
-    prompt_index: in the run's prompts; owner: the generator that samples it; members: there alone. is_whole: all of its
-    responses are finished, which every rank knows after a step.
+    prompt_index: in the run's prompts; slot: its place among those that its step drew; owner: the generator that samples it, -1
+    while that is whoever has room first; members: there alone. is_whole: all of its
+    responses are finished, which every rank knows after a step; is_vain: and they carry no signal, where that is asked for.
     """
 
     prompt_index: int
@@ -90,6 +91,7 @@ class OpenGroup:
     owner: int
     members: list[Member]
     is_whole: bool = False
+    is_vain: bool = False
 
     @property
     def clock(self) -> int:
@@ -105,6 +107,7 @@ class OpenGroup:
             texts=tuple(member.text for member in self.members),
             rewards=rewards,
             policy_version=version,
+            slot=self.slot,
         )
 
 
@@ -120,7 +123,13 @@ class OpenState(TypedDict):
 
 
 def find_cut(
-    clocks: Sequence[int], deadlines: Sequence[int], frontier: int, step: int, wanted: int, every: int
+    clocks: Sequence[int],
+    deadlines: Sequence[int],
+    frontier: int,
+    step: int,
+    wanted: int,
+    every: int,
+    vain: Collection[int] = (),
 ) -> int | None:
     """Tokens of a response, a multiple of `every`, after which a step ends; None while too little is known.
 
@@ -128,13 +137,19 @@ def find_cut(
     `wanted` will be. It follows from the responses alone, not from how fast or where they are sampled.
 
     clocks: see `OpenGroup.clock`, of all groups; frontier: tokens that every unfinished response has by now; deadlines: the last
-    step that may train on each group (a large number: none).
+    step that may train on each group (a large number: none). vain: places of groups that are left out once they are whole: they
+    count neither among the `wanted` nor as due. Where all groups are whole and fewer are left, the step ends with those.
     """
-    rounded = sorted(-(-clock // every) * every for clock in clocks if clock < NEVER)
-    for length in dict.fromkeys(rounded[wanted - 1 :]):
+    rounded = [-(-clock // every) * every if clock < NEVER else NEVER for clock in clocks]
+    counted = sorted(length for place, length in enumerate(rounded) if length < NEVER and place not in vain)
+    if len(counted) < wanted:
+        is_all = vain and frontier >= NEVER and NEVER not in rounded
+        return max(rounded) if is_all else None
+    for length in sorted({length for length in rounded if counted[wanted - 1] <= length < NEVER}):
         if length > frontier:
             return None
-        if not _is_behind([clock <= length for clock in clocks], deadlines, step, wanted):
+        left = [place for place, clock in enumerate(clocks) if place not in vain or clock > length]
+        if not _is_behind([clocks[place] <= length for place in left], [deadlines[p] for p in left], step, wanted):
             return length
     return None
 

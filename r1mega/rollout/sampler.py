@@ -14,7 +14,17 @@ from r1mega.errors import CheckpointError
 from r1mega.observe.trace import PhaseTimer
 from r1mega.rollout.journal import Place, RolloutJournal, Segment
 from r1mega.rollout.open_groups import NEVER, Member, OpenGroup
-from r1mega.types import Completion, Cut, GenerationRequest, Prompt, Response, Reward, RolloutGroup, SamplingSettings
+from r1mega.types import (
+    Completion,
+    Cut,
+    GenerationRequest,
+    Prompt,
+    Refill,
+    Response,
+    Reward,
+    RolloutGroup,
+    SamplingSettings,
+)
 
 
 class Scorer(Protocol):
@@ -28,18 +38,26 @@ class Scorer(Protocol):
 class StreamingEngine(Protocol):
     """What sampling asks of a `GenerationEngine`."""
 
-    def stream(self, requests: Sequence[GenerationRequest], cut: Cut | None = None) -> Iterator[Completion]: ...
+    def stream(
+        self, requests: Sequence[GenerationRequest], cut: Cut | None = None, refill: Refill | None = None
+    ) -> Iterator[Completion]: ...
+
+
+MoreGroups = Callable[[], Sequence[OpenGroup]]
+"""Further groups for a generator that has room, [] once there are none."""
 
 
 @dataclass(slots=True)
 class StepCut:
     """Where a step leaves responses unfinished. decide: by the fewest tokens that a response of this rank has from this step, of
     those that it samples and of those that it holds (NEVER: of none), the most that a response may have of it (None: not known
-    yet), and whether any rank samples still. length, is_sampling: what it said. surplus: tokens sampled in vain.
+    yet), and whether any rank samples still. scores: it reads the rewards of groups whose responses are all finished: those are
+    waited for before. length, is_sampling: what it said. surplus: tokens sampled in vain.
     """
 
     every: int
     decide: Callable[[int, int], tuple[int | None, bool]]
+    scores: bool = False
     length: int | None = None
     is_sampling: bool = True
     surplus: int = 0
@@ -65,11 +83,18 @@ class GroupSampler:
         self._engine, self._tokenizer, self._scorer, self._timer = engine, tokenizer, scorer, timer
         self._sampling, self._group_size, self._journal = sampling, group_size, journal
 
-    def sample(self, prompts: Sequence[Prompt], seeds: Sequence[int], policy_version: int) -> list[RolloutGroup]:
-        """One group a prompt, in order. A prompt's seed alone (with the weights) determines its responses."""
-        groups = [self.open(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
-        self.advance(groups, policy_version)
-        return [group.closed(policy_version) for group in groups]
+    def sample(
+        self, groups: Sequence[OpenGroup], policy_version: int, more: MoreGroups | None = None
+    ) -> list[RolloutGroup]:
+        """The groups, and those that `more` gave, whole, in the order of their slots. A group's seed alone (with the weights)
+        determines its responses.
+        """
+        sampled = sorted(self.advance(groups, policy_version, more=more), key=lambda group: group.slot)
+        return [group.closed(policy_version) for group in sampled]
+
+    def holds(self, step: int, seed: int) -> bool:
+        """See `RolloutJournal.holds`."""
+        return self._journal is not None and self._journal.holds(step, seed)
 
     def open(
         self, prompt: Prompt, seed: int, born: int = 0, slot: int = 0, owner: int = 0, index: int = 0
@@ -77,12 +102,20 @@ class GroupSampler:
         """A group of which nothing is sampled yet; see there."""
         return OpenGroup(index, prompt, seed, born, slot, owner, [Member() for _ in range(self._group_size)])
 
-    def advance(self, groups: Sequence[OpenGroup], policy_version: int, cut: StepCut | None = None) -> None:
-        """Samples what the groups' responses lack and scores those that are finished. cut: ends it before all are."""
-        tickets: dict[int, int] = {}
+    def advance(
+        self,
+        groups: Sequence[OpenGroup],
+        policy_version: int,
+        cut: StepCut | None = None,
+        more: MoreGroups | None = None,
+    ) -> list[OpenGroup]:
+        """Samples what the groups' responses lack and scores those that are finished. cut: ends it before all are. more: groups of
+        which nothing is sampled yet, asked for while the generator has room. Returns all.
+        """
+        groups, tickets = list(groups), dict[int, int]()
         with self._timer.phase("rollout"):
             self._replay(groups, policy_version)
-            self._stream(groups, policy_version, cut, tickets)
+            self._stream(groups, policy_version, cut, tickets, more)
             while cut is not None and cut.length is None:  # what was sampled again came out longer: held ones go on
                 for member in (member for group in groups for member in group.members):
                     member.is_held = False
@@ -92,6 +125,7 @@ class GroupSampler:
             self._write_unfinished(groups, policy_version)
         with self._timer.phase("reward"):
             self._score(groups, policy_version, tickets)
+        return groups
 
     def _replay(self, groups: Sequence[OpenGroup], version: int) -> None:
         """This step's segments as far as an earlier start sampled them."""
@@ -132,15 +166,42 @@ class GroupSampler:
     def _text(self, member: Member) -> str:
         return response_text(self._tokenizer, member.response(-1))
 
-    def _stream(self, groups: Sequence[OpenGroup], version: int, cut: StepCut | None, tickets: dict[int, int]) -> None:
-        """Until it is known where the step is cut, or no generator has anything to sample but what it holds."""
+    def _stream(
+        self,
+        groups: list[OpenGroup],
+        version: int,
+        cut: StepCut | None,
+        tickets: dict[int, int],
+        more: MoreGroups | None = None,
+    ) -> None:
+        """Until it is known where the step is cut, or no generator has anything to sample but what it holds. What `more` gives is
+        added to the groups.
+        """
         requests, asked = self._requests(groups)
         held = min((m.clock for group in groups for m in group.members if m.is_held), default=NEVER)
-        if cut is not None and self._ask(cut, 0 if requests else NEVER, held):
+
+        def ask(fewest: int) -> bool:
+            if cut is None:
+                return False
+            if cut.scores:
+                self._settle(groups, version, tickets)
+            with self._timer.phase("rollout_wait"):  # for other generators: the time is theirs
+                return cut.reached(fewest, held)
+
+        if ask(0 if requests or more else NEVER):
             return
+
+        def refill() -> list[GenerationRequest]:
+            taken = more() if more is not None else ()
+            groups.extend(taken)
+            further, of = self._requests(taken)
+            asked.extend(of)
+            return further
+
         # where a response that was held goes on the engine does not count what it has of the step: the cut is found later
-        engine_cut = None if cut is None else Cut(cut.every, lambda fewest: self._ask(cut, fewest, held))
-        for done in self._engine.stream(requests, engine_cut):  # also of none: others may share its passes
+        engine_cut = None if cut is None else Cut(cut.every, ask)
+        refilled = None if more is None else refill
+        for done in self._engine.stream(requests, engine_cut, refilled):  # also of none: others may share its passes
             group = asked[done.request_index]
             member = group.members[done.sample_index]
             member.add(done.response, version)
@@ -151,11 +212,7 @@ class GroupSampler:
                     member.text = self._text(member)
                     tickets[id(member)] = self._scorer.submit(group.prompt, member.response(version), member.text)
         while cut is not None and cut.length is None and cut.is_sampling:  # other generators are still at it
-            self._ask(cut, NEVER, held)
-
-    def _ask(self, cut: StepCut, fewest: int, held: int) -> bool:
-        with self._timer.phase("rollout_wait"):  # for other generators: the time is theirs
-            return cut.reached(fewest, held)
+            ask(NEVER)
 
     def _requests(self, groups: Sequence[OpenGroup]) -> tuple[list[GenerationRequest], list[OpenGroup]]:
         """What is to be sampled, and of which group each is. A group that is all to be sampled is one request."""
@@ -182,8 +239,33 @@ class GroupSampler:
                         self._journal.write(Place(version + 1, group.seed, index), member.new(), member.begun)
             self._journal.finish_step()
 
+    def _settle(self, groups: Sequence[OpenGroup], version: int, tickets: dict[int, int]) -> None:
+        """The rewards of groups whose responses are all finished, while others are still sampled."""
+        with self._timer.phase("reward"):
+            done = [group for group in groups if all(member.is_finished for member in group.members)]
+            for place, _, member in self._submit(done, version, tickets):
+                member.reward = self._scorer.result(tickets.pop(id(member)))
+                self._write_reward(place, member)
+
     def _score(self, groups: Sequence[OpenGroup], version: int, tickets: dict[int, int]) -> None:
         """The rewards of all that is finished, also where it was read without one. Tickets of responses that were cut are given up."""
+        waiting = self._submit(groups, version, tickets)
+        self._scorer.flush()
+        rewards = {key: self._scorer.result(ticket) for key, ticket in tickets.items()}
+        for place, _, member in waiting:
+            member.reward = rewards[id(member)]
+            self._write_reward(place, member)
+        if self._journal is not None:
+            self._journal.finish_step()
+
+    def _write_reward(self, place: Place, member: Member) -> None:
+        if self._journal is not None and member.clock and member.reward is not None:
+            self._journal.write_reward(place, member.reward)
+
+    def _submit(
+        self, groups: Sequence[OpenGroup], version: int, tickets: dict[int, int]
+    ) -> list[tuple[Place, Prompt, Member]]:
+        """The finished responses that have no reward; each has a ticket then."""
         waiting = [
             (Place(version + 1, group.seed, index), group.prompt, member)
             for group in groups
@@ -193,14 +275,7 @@ class GroupSampler:
         for _, prompt, member in waiting:
             if id(member) not in tickets:
                 tickets[id(member)] = self._scorer.submit(prompt, member.response(version), member.text)
-        self._scorer.flush()
-        rewards = {key: self._scorer.result(ticket) for key, ticket in tickets.items()}
-        for place, _, member in waiting:
-            member.reward = rewards[id(member)]
-            if self._journal is not None and member.clock:
-                self._journal.write_reward(place, member.reward)
-        if self._journal is not None:
-            self._journal.finish_step()
+        return waiting
 
 
 def request_seed(run_seed: int, step: int, slot: int) -> int:

@@ -13,6 +13,7 @@ from r1mega.platform.groups import timeout
 from r1mega.rollout.sampler import Scorer
 from r1mega.types import Prompt, Response, Reward
 
+_Failure = R1MegaError | OSError
 _Key = tuple[bytes, int]
 """Of a response: the digest of its prompt and tokens, and which one of those that are equal."""
 
@@ -24,7 +25,7 @@ class SharedScorer:
     finished first. everywhere: a part asks the generator in `flush`, which wants all of its ranks: then each scores everything,
     of responses in the same order, and the rewards of the first are those of all.
 
-    An R1MegaError of one rank's `submit` or `result` is raised on all, in `flush`; before anything that takes several ranks,
+    An R1MegaError or OSError of one rank's `submit` or `result` is raised on all, in `flush`; before anything that takes several ranks,
     or after all of it. One of the scorer's own `flush` is raised at once, for others may be within the same collective call.
     """
 
@@ -38,7 +39,7 @@ class SharedScorer:
         self._counts = Counter[bytes]()
         self._waiting: dict[_Key, int] = {}  # the scorer's tickets of those that this rank scores
         self._rewards: dict[int, Reward] = {}
-        self._error: R1MegaError | None = None
+        self._error: _Failure | None = None
 
     def submit(self, prompt: Prompt, response: Response, text: str) -> int:
         """Start scoring, on the rank whose part it is; a ticket for `result`."""
@@ -50,7 +51,10 @@ class SharedScorer:
         if self._everywhere or int.from_bytes(digest) % self._tp == self._rank:
             try:
                 self._waiting[key] = self._scorer.submit(prompt, response, text)
-            except R1MegaError as error:  # a rank that left now would leave the others in the middle of generating
+            except (
+                R1MegaError,
+                OSError,
+            ) as error:  # a rank that left now would leave the others in the middle of generating
                 self._error = self._error or error
         return ticket
 
@@ -63,29 +67,31 @@ class SharedScorer:
         self._counts.clear()
         self._check_equal(list(submitted) if self._everywhere else sorted(submitted), error)
         self._scorer.flush()
-        found: dict[_Key, Reward] | R1MegaError
+        found: dict[_Key, Reward] | _Failure
         try:
             found = {key: self._scorer.result(there) for key, there in waiting.items()}
-        except R1MegaError as failed:
+        except (R1MegaError, OSError) as failed:
             found = failed
-        everyone: list[dict[_Key, Reward] | R1MegaError] = [{} for _ in range(self._tp)]
+        everyone: list[dict[_Key, Reward] | _Failure] = [{} for _ in range(self._tp)]
         dist.all_gather_object(everyone, found, group=self._group)
         for theirs in reversed(everyone):  # the first rank's count where all have scored
-            if isinstance(theirs, R1MegaError):
+            if isinstance(theirs, _Failure):
                 raise theirs
             self._rewards |= {submitted[key]: reward for key, reward in theirs.items()}
 
     def result(self, ticket: int) -> Reward:
-        """Of a ticket, once, after the `flush` that followed it. Raises KeyError for any other."""
+        """Of a ticket, once; `flush` comes first where it has not followed the ticket. Raises KeyError for any other."""
+        if ticket not in self._rewards and self._submitted:
+            self.flush()
         return self._rewards.pop(ticket)
 
-    def _check_equal(self, keys: list[_Key], error: R1MegaError | None) -> None:
+    def _check_equal(self, keys: list[_Key], error: _Failure | None) -> None:
         """Raises an error of any rank on all of the generator's, and GenerationError for responses that are not the same."""
         mine = error or hashlib.blake2b(b"".join(digest for digest, _ in keys), digest_size=16).digest()
-        everyone: list[bytes | R1MegaError] = [mine] * self._tp
+        everyone: list[bytes | _Failure] = [mine] * self._tp
         dist.all_gather_object(everyone, mine, group=self._group)
         for theirs in everyone:
-            if isinstance(theirs, R1MegaError):
+            if isinstance(theirs, _Failure):
                 raise theirs
         if len(set(everyone)) > 1:
             first = dist.get_rank() - self._rank

@@ -18,7 +18,7 @@ from r1mega.model.hf_config import transformers_config
 from r1mega.platform.watchdog import tick
 from r1mega.rollout.engine import EngineSettings, check_requests, continued_seed, in_order, read_config
 from r1mega.rollout.stop_strings import StopStrings
-from r1mega.types import Completion, Cut, GenerationRequest, KeptIds, Response, SamplingSettings
+from r1mega.types import Completion, Cut, GenerationRequest, KeptIds, Refill, Response, SamplingSettings
 from r1mega.weights.digest import tensor_digest
 from r1mega.weights.layout import is_ignored, tensor_shapes, weight_dtype
 from r1mega.weights.transfer import checkpoint_tensors
@@ -45,15 +45,21 @@ class TransformersEngine:
         """See GenerationEngine."""
         return in_order(requests, self.stream(requests))
 
-    def stream(self, requests: Sequence[GenerationRequest], cut: Cut | None = None) -> Generator[Completion]:
+    def stream(
+        self, requests: Sequence[GenerationRequest], cut: Cut | None = None, refill: Refill | None = None
+    ) -> Generator[Completion]:
         """See GenerationEngine. All responses are finished: one request at a time, the last would get its first token late."""
         self._check_ready()
         has_tokenizer = self.settings.tokenizer_path is not None
-        check_requests(requests, self.settings.max_model_len, self.config["vocab_size"], has_tokenizer)
-        for index, request in enumerate(requests):
-            for sample_index, response in self._samples(request):
-                tick("generator step")
-                yield Completion(index, sample_index, response)
+        first, requests = 0, requests or (refill() if refill is not None else ())
+        while requests:
+            check_requests(requests, self.settings.max_model_len, self.config["vocab_size"], has_tokenizer)
+            for index, request in enumerate(requests, first):
+                for sample_index, response in self._samples(request):
+                    tick("generator step")
+                    yield Completion(index, sample_index, response)
+            first += len(requests)
+            requests = refill() if refill is not None else ()
 
     @torch.no_grad()
     def prompt_log_probs(self, sequences: Sequence[Sequence[int]]) -> list[tuple[float, ...]]:

@@ -33,7 +33,7 @@ from r1mega.rollout.open_groups import NEVER
 from r1mega.rollout.routing import Recorder, ReturnedRouting, RoutingRecorder
 from r1mega.rollout.stop_strings import StopStrings
 from r1mega.rollout.vllm_groups import destroy_vllm_groups, ensure_process_group, rank_within, shared_names
-from r1mega.types import UNFINISHED, Completion, Cut, GenerationRequest, KeptIds, Response, SamplingSettings
+from r1mega.types import UNFINISHED, Completion, Cut, GenerationRequest, KeptIds, Refill, Response, SamplingSettings
 from r1mega.weights.layout import GeneratorRank, generator_layout, tensor_shapes
 from r1mega.weights.transfer import (
     ReloadTarget,
@@ -186,17 +186,26 @@ class VllmEngine:
         """See GenerationEngine."""
         return in_order(requests, self.stream(requests))
 
-    def stream(self, requests: Sequence[GenerationRequest], cut: Cut | None = None) -> Generator[Completion]:
+    def stream(
+        self, requests: Sequence[GenerationRequest], cut: Cut | None = None, refill: Refill | None = None
+    ) -> Generator[Completion]:
         """See GenerationEngine."""
         self._check_ready()
-        has_tokenizer = self.settings.tokenizer_path is not None
-        check_requests(requests, self.settings.max_model_len, self.config["vocab_size"], has_tokenizer)
+        self._forget()
         self._is_busy = True
         running: dict[str, _Running] = {}
+        known: list[GenerationRequest] = []
         steps = self._steps()
         try:
-            self._submit(requests, running)
-            for passes, outputs in enumerate(steps, 1):
+            self._submit(requests, known, running)
+            for passes in itertools.count(1):
+                while refill is not None and self._has_room(len(running)):
+                    if not (more := refill()):
+                        refill = None
+                    self._submit(more, known, running)
+                outputs = next(steps, None)
+                if outputs is None:
+                    break
                 for output in outputs:
                     state = running.get(output.request_id)
                     if state is None:
@@ -211,7 +220,7 @@ class VllmEngine:
                         self._core.abort_requests([output.request_id])
                     routed = None
                     if self._recorder is not None:
-                        num_prompt = len(requests[state.request_index].prompt_token_ids)
+                        num_prompt = len(known[state.request_index].prompt_token_ids)
                         routed = self._recorder.take(output.request_id, num_prompt + len(state.token_ids) - 1)
                     yield state.completion(reason, routed)
                 if cut is None or passes % cut.every or not (running or self._groups is not None):
@@ -316,12 +325,23 @@ class VllmEngine:
             if VllmEngine._num_open == 0:
                 destroy_vllm_groups()
 
-    def _submit(self, requests: Sequence[GenerationRequest], running: dict[str, _Running]) -> None:
-        """Adds all samples of all requests to the engine core's queue, in order, and to `running`."""
+    def _has_room(self, num_running: int) -> bool:
+        """For another sample, and none waits for it: the KV cache may hold fewer than `max_num_seqs`."""
+        return num_running < self.settings.max_num_seqs and not len(self._core.engine_core.scheduler.waiting)
+
+    def _submit(
+        self, requests: Sequence[GenerationRequest], known: list[GenerationRequest], running: dict[str, _Running]
+    ) -> None:
+        """Adds requests to those of the stream (`known`), and all of their samples to the engine core's queue, in order, and to
+        `running`.
+        """
         from vllm import SamplingParams
 
-        self._forget()
-        for request_index, request in enumerate(requests):
+        has_tokenizer = self.settings.tokenizer_path is not None
+        check_requests(requests, self.settings.max_model_len, self.config["vocab_size"], has_tokenizer)
+        first = len(known)
+        known += requests
+        for request_index, request in enumerate(requests, first):
             sampling = request.sampling
             candidates = self._stop_strings.candidates(sampling.stop_strings)
             params = SamplingParams(

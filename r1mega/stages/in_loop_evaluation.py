@@ -17,6 +17,7 @@ from r1mega.evaluate.run import evaluate_prompts
 from r1mega.files import JsonLinesWriter
 from r1mega.platform.groups import GeneratorPlace, wait_for_all
 from r1mega.reward.compose import RewardScorer, Verdicts
+from r1mega.rollout.shared_scoring import share_scoring
 from r1mega.stages.phases import Phases
 from r1mega.stages.runtime import Runtime
 from r1mega.types import GenerationEngine, Prompt, SamplingSettings
@@ -29,7 +30,7 @@ EVALUATIONS_FILE = "evaluations.jsonl"
 class Evaluation:
     """Grades the policy on prompts that it is not trained on; writes RUN_DIR/evaluations.jsonl.
 
-    Generator replicas share the prompts. Nothing is drawn from the training's random numbers, so a run with another
+    Generator replicas share the prompts, and the ranks of each the grading. Nothing is drawn from the training's random numbers, so a run with another
     evaluation is the same run. start: the step that the run goes on after (0: a new one).
     """
 
@@ -45,7 +46,8 @@ class Evaluation:
         start: int,
     ):
         self._config, self._runtime = config, runtime
-        self._engine, self._tokenizer, self._scorer, self._sampling = engine, tokenizer, Verdicts(scorer), sampling
+        self._engine, self._tokenizer, self._sampling = engine, tokenizer, sampling
+        self._scorer = share_scoring(Verdicts(scorer), config.rollout.tp)
         self._phases = phases
         self._prompts: tuple[Prompt, ...] = ()
         if config.evaluate.data is not None:

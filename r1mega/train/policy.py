@@ -40,7 +40,7 @@ from r1mega.train.heads import CrossEntropyHead, Head, HiddenHead, LogitsHead, S
 from r1mega.train.packing import Microbatch, build_microbatch  # noqa: E402
 from r1mega.train.padding import ZeroedPadding  # noqa: E402
 from r1mega.train.router_replay import Replay  # noqa: E402
-from r1mega.train.sample_plan import Routing  # noqa: E402
+from r1mega.train.sample_plan import Reads, Routing  # noqa: E402
 from r1mega.train.shard import Cut, Shard, shard  # noqa: E402
 
 B = TypeVar("B", bound=Microbatch)
@@ -110,6 +110,11 @@ class Policy:
         """Which data-parallel share of the samples this rank trains on, of how many."""
         self.reports = self._cut.tp_rank == 0 and self._cut.cp_rank == 0 and ps.is_pipeline_last_stage()
         """True on one rank of each replica: statistics are complete there, and to be added up over those ranks only."""
+        ends = [chunk.pre_process or getattr(chunk, "mtp_process", False) for chunk in self._chunks]
+        has_loss = any(chunk.post_process for chunk in self._chunks)
+        cut = Cut() if self.reports else self._cut  # that rank writes down what made a gradient that is not finite
+        self.reads = Reads(any(ends) or has_loss, has_loss, cut.cp, cut.cp_rank)
+        """What of a sample this rank reads."""
         self.microbatch_multiple = config.pipeline_model_parallel_size if len(self.chunks) > 1 else 1
         """Best number of microbatches a step: multiples of this; others are filled up with empty ones."""
         self.min_microbatches = least_microbatches(config.pipeline_model_parallel_size)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import itertools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -20,10 +20,11 @@ from r1mega.errors import GenerationError
 from r1mega.platform.groups import GeneratorPlace
 from r1mega.train.sample_plan import (
     BUFFER_BYTES,
-    TOKEN_BYTES,
     RankPlace,
+    Reads,
     Round,
     Routing,
+    covered,
     pack_bits,
     plan_rounds,
     ranks_by,
@@ -62,7 +63,7 @@ def gather_rows(rows: np.ndarray) -> list[np.ndarray]:
 
 def gather_places(policy: Policy, generator: int) -> list[RankPlace]:
     """Of all ranks. A collective call. generator: of this rank."""
-    mine = RankPlace(generator, policy.replica, policy.routed_columns)
+    mine = RankPlace(generator, policy.replica, policy.routed_columns, policy.reads)
     everyone = [mine] * dist.get_world_size()
     if len(everyone) > 1:
         dist.all_gather_object(everyone, mine)
@@ -211,19 +212,22 @@ class SampleExchange:
         """See `StepSamples.fetch`."""
         wants = sample_wants(known, self._places, self._routing, shares)
         rounds = plan_rounds(wants, self._rank, len(self._places), self._limit)
-        columns = self._place.columns
+        columns, reads = self._place.columns, self._place.reads
         kept = {index: _of_columns(own[index], columns) for index in shares[self._place.replica] if index in own}
 
         def unpack(index: int, octets: np.ndarray) -> None:
-            kept[index] = _unpacked(known[index], octets, self._routing, len(columns))
+            kept[index] = _unpacked(known[index], octets, self._routing, reads, len(columns))
 
         def pack(index: int, target: int) -> Iterable[np.ndarray]:
-            return _packed(own[index], self._routing, self._places[target].columns)
+            return _packed(own[index], self._routing, self._places[target])
 
         def num_bytes(index: int, rank: int) -> int:
-            return sample_bytes(known[index], self._routing, len(self._places[rank].columns))
+            return sample_bytes(known[index], self._routing, self._places[rank].reads, len(self._places[rank].columns))
 
         self.bytes_sent += run_rounds(rounds, pack, unpack, num_bytes)
+        for index in shares[self._place.replica]:  # of which this rank reads nothing but what it knows
+            if index not in kept:
+                unpack(index, np.zeros(0, dtype=np.uint8))
         return kept
 
 
@@ -294,34 +298,62 @@ def _layers(routed: np.ndarray, columns: tuple[int, ...]) -> np.ndarray:
     return np.take(routed, np.array(columns, dtype=np.int64), axis=1)
 
 
-def _packed(sample: TrainingSample, routing: Routing, columns: tuple[int, ...]) -> list[np.ndarray]:
-    parts = [sample.token_ids, sample.sampler_log_probs]
-    if sample.kept is not None and len(sample.kept.ids):
-        parts += [sample.kept.counts, sample.kept.ids]
-    if sample.routed_experts is not None and columns:
-        values = _layers(sample.routed_experts, columns).reshape(-1)
-        parts.append(pack_bits(values, routing.bits))
+def _packed(sample: TrainingSample, routing: Routing, place: RankPlace) -> list[np.ndarray]:
+    """What the rank at this place reads of it. At least one array."""
+    parts = [sample.token_ids[first:last] for first, last in place.reads.token_spans(sample.num_tokens)]
+    if place.reads.log_probs:
+        parts.append(sample.sampler_log_probs)
+        if sample.kept is not None and len(sample.kept.ids):
+            parts += [sample.kept.counts, sample.kept.ids]
+    if sample.routed_experts is not None and place.columns:
+        spans = place.reads.routing_spans(sample.num_tokens)
+        rows = [_layers(sample.routed_experts[first:last], place.columns).reshape(-1) for first, last in spans]
+        if rows:
+            parts.append(pack_bits(np.concatenate(rows), routing.bits))
     return parts
 
 
-def _unpacked(summary: SampleSummary, octets: np.ndarray, routing: Routing, num_layers: int) -> TrainingSample:
-    num_counts = summary.response_length if summary.num_kept else 0
-    lengths = (summary.num_tokens, summary.response_length, num_counts, summary.num_kept)
-    ends = np.cumsum([TOKEN_BYTES * length for length in lengths])
-    counts, ids = (octets[first:last].copy().view(np.int32) for first, last in itertools.pairwise(ends[1:]))
+def _unpacked(
+    summary: SampleSummary, octets: np.ndarray, routing: Routing, reads: Reads, num_layers: int
+) -> TrainingSample:
+    """As whole as the rank reads it: 0 where it reads nothing, and no kept ids where it reads no log-probs."""
+    tokens = np.zeros(summary.num_tokens, dtype=np.int32)
+    log_probs = np.zeros(summary.response_length, dtype=np.float32)
+    start = _fill(tokens, reads.token_spans(summary.num_tokens), octets)
+    if reads.log_probs:
+        start += _fill(log_probs, [(0, len(log_probs))], octets[start:])
+    kept = None
+    if reads.log_probs and summary.num_kept:
+        kept = KeptIds(np.zeros(summary.response_length, np.int32), np.zeros(summary.num_kept, np.int32))
+        for values in (kept.counts, kept.ids):
+            start += _fill(values, [(0, len(values))], octets[start:])
     routed = None
     if summary.has_routing:
-        count, shape = summary.num_tokens - 1, (num_layers, routing.top_k)
-        values = unpack_bits(octets[ends[3] :], routing.bits, count * num_layers * routing.top_k)
-        routed = values.reshape(count, *shape)
+        spans = reads.routing_spans(summary.num_tokens)
+        shape = (covered(spans), num_layers, routing.top_k)
+        values = unpack_bits(octets[start:], routing.bits, math.prod(shape)).reshape(shape)
+        routed = values if len(values) == summary.num_tokens - 1 else None
+        if routed is None:
+            routed = np.zeros((summary.num_tokens - 1, *shape[1:]), dtype=values.dtype)
+            _fill(routed, spans, values.reshape(-1).view(np.uint8))
     return TrainingSample(
-        token_ids=octets[: ends[0]].copy().view(np.int32),
+        token_ids=tokens,
         prompt_length=summary.prompt_length,
         advantage=summary.advantage,
-        sampler_log_probs=octets[ends[0] : ends[1]].copy().view(np.float32),
+        sampler_log_probs=log_probs,
         routed_experts=routed,
         slot=summary.slot,
         reward=summary.reward,
         opens_group=summary.opens_group,
-        kept=KeptIds(counts, ids) if summary.num_kept else None,
+        kept=kept,
     )
+
+
+def _fill(values: np.ndarray, spans: Iterable[tuple[int, int]], octets: np.ndarray) -> int:
+    """These rows of an array, from bytes that lie one after the other; how many of them it took."""
+    start = 0
+    for first, last in spans:
+        rows = values[first:last]
+        rows.reshape(-1).view(np.uint8)[:] = octets[start : start + rows.nbytes]
+        start += rows.nbytes
+    return start

@@ -22,6 +22,42 @@ _BLOCK = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
+class Reads:
+    """What of a sample the part of a model on a rank reads; lengths, advantage and reward it has of every sample.
+
+    tokens: where they are embedded or predicted; log_probs: the sampler's, and of a chunk of tokens the one that follows, where the
+    loss is; cp, cp_rank: its share of the positions, for tokens and routed experts (Megatron's zigzag).
+    """
+
+    tokens: bool = True
+    log_probs: bool = True
+    cp: int = 1
+    cp_rank: int = 0
+
+    def spans(self, num_tokens: int, stop: int, further: int = 0) -> list[tuple[int, int]]:
+        """Positions [a, b) below `stop` of a sample of so many tokens that this rank's layers see, ascending and apart; further:
+        so many behind each chunk too.
+        """
+        chunk = -(-num_tokens // (2 * self.cp))
+        found: list[tuple[int, int]] = []
+        for place in (self.cp_rank, 2 * self.cp - 1 - self.cp_rank):
+            first, last = min(place * chunk, stop), min((place + 1) * chunk + further, stop)
+            if found and first <= found[-1][1]:
+                found[-1] = found[-1][0], max(last, found[-1][1])
+            elif first < last:
+                found.append((first, last))
+        return found
+
+    def token_spans(self, num_tokens: int) -> list[tuple[int, int]]:
+        """Of the tokens that it reads."""
+        return self.spans(num_tokens, num_tokens, int(self.log_probs)) if self.tokens else []
+
+    def routing_spans(self, num_tokens: int) -> list[tuple[int, int]]:
+        """Of the positions whose routed experts it replays: what the last token of a sample is routed to changes nothing."""
+        return self.spans(num_tokens, num_tokens - 1)
+
+
+@dataclass(frozen=True, slots=True)
 class RankPlace:
     """What a rank makes and what it trains on. generator: whose samples it has; replica: its data-parallel share.
 
@@ -31,6 +67,7 @@ class RankPlace:
     generator: int
     replica: int
     columns: tuple[int, ...] = ()
+    reads: Reads = Reads()
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,16 +142,23 @@ def ranks_by(kind: Literal["generator", "replica"], places: Sequence[RankPlace])
     return {number: np.array(ranks) for number, ranks in found.items()}
 
 
-def routing_bytes(routing: Routing, num_tokens: int, num_layers: int) -> int:
-    """Of the choices for a sample in so many layers, packed: of all its tokens but the last."""
-    return -(-(num_tokens - 1) * num_layers * routing.top_k * routing.bits // 8)
+def routing_bytes(routing: Routing, num_positions: int, num_layers: int) -> int:
+    """Of the choices for so many positions of a sample in so many layers, packed."""
+    return -(-num_positions * num_layers * routing.top_k * routing.bits // 8)
 
 
-def sample_bytes(summary: SampleSummary, routing: Routing, num_layers: int) -> int:
-    """That a sample takes on its way to a rank with so many MoE layers."""
-    routed = routing_bytes(routing, summary.num_tokens, num_layers) if summary.has_routing else 0
+def sample_bytes(summary: SampleSummary, routing: Routing, reads: Reads, num_layers: int) -> int:
+    """That a sample takes on its way to a rank which reads so much of it and has so many MoE layers."""
+    spans = reads.token_spans(summary.num_tokens)
     kept = summary.response_length + summary.num_kept if summary.num_kept else 0
-    return TOKEN_BYTES * (summary.num_tokens + summary.response_length + kept) + routed
+    numbers = covered(spans) + (summary.response_length + kept if reads.log_probs else 0)
+    routed = reads.routing_spans(summary.num_tokens) if summary.has_routing else []
+    return TOKEN_BYTES * numbers + routing_bytes(routing, covered(routed), num_layers)
+
+
+def covered(spans: Iterable[tuple[int, int]]) -> int:
+    """Positions in them."""
+    return sum(last - first for first, last in spans)
 
 
 def sample_wants(
@@ -123,9 +167,14 @@ def sample_wants(
     routing: Routing,
     shares: Sequence[Iterable[int]],
 ) -> dict[int, Want]:
-    """Every sample that is trained on. shares: the samples (by index) of each data-parallel replica."""
+    """Every sample that is trained on, wanted by those ranks that read anything of it. shares: the samples (by index) of each
+    data-parallel replica.
+    """
     generators, replicas = ranks_by("generator", places), ranks_by("replica", places)
-    layers = np.array([len(place.columns) for place in places])
+    of_ranks = [(place.reads, len(place.columns)) for place in places]
+    kinds = list(dict.fromkeys(of_ranks))
+    numbers = {kind: number for number, kind in enumerate(kinds)}
+    kind_of = np.array([numbers[kind] for kind in of_ranks])
     ranks = defaultdict[int, list[np.ndarray]](list)
     for replica, share in enumerate(shares):
         for index in sorted(set(share)):
@@ -133,9 +182,11 @@ def sample_wants(
     wants = {}
     for index in sorted(ranks):
         wanted, sample = np.concatenate(ranks[index]), samples[index]
-        sizes = {count: sample_bytes(sample, routing, count) for count in np.unique(layers[wanted]).tolist()}
-        num_bytes = np.array([sizes[count] for count in layers[wanted].tolist()], dtype=np.int64)
-        wants[index] = Want(generators[sample.generator], wanted, num_bytes)
+        sizes = np.zeros(len(kinds), dtype=np.int64)
+        for number in set(kind_of[wanted].tolist()):
+            sizes[number] = sample_bytes(sample, routing, *kinds[number])
+        num_bytes = sizes[kind_of[wanted]]
+        wants[index] = Want(generators[sample.generator], wanted[num_bytes > 0], num_bytes[num_bytes > 0])
     return wants
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import random
 from collections.abc import Mapping
@@ -19,12 +20,13 @@ from r1mega.config.stages.rl import RLStage, UpdateConfig
 from r1mega.errors import R1MegaError, RewardError
 from r1mega.plan.samples import Sizes, sample_memory
 from r1mega.platform import groups
+from r1mega.rollout.draw import Sample, grade_samples
 from r1mega.rollout.sampler import Scorer
 from r1mega.rollout.shared_scoring import share_scoring
 from r1mega.train.grpo_update import _plan
 from r1mega.train.packing import plan_packing, split_minibatches
 from r1mega.train.sample_exchange import SampleExchange
-from r1mega.train.sample_plan import RankPlace, Routing
+from r1mega.train.sample_plan import RankPlace, Reads, Routing
 from r1mega.train.samples import training_samples
 from r1mega.types import KeptIds, Prompt, Response, Reward, RewardStatus, RolloutGroup, TrainingSample
 
@@ -53,8 +55,29 @@ class Case:
 
     def place(self, rank: int) -> RankPlace:
         """By Megatron's order of ranks, tp-cp-dp-pp."""
-        replica = rank // (self.tp * self.cp) % self.dp
-        return RankPlace(rank // self.generator_tp, replica, self.layers[rank * self.pp // WORLD])
+        replica, stage = rank // (self.tp * self.cp) % self.dp, rank * self.pp // WORLD
+        first, last = stage == 0, stage == self.pp - 1
+        cp, cp_rank = (1, 0) if self.tells(rank) else (self.cp, rank // self.tp % self.cp)
+        reads = Reads(first or last, last, cp, cp_rank)
+        return RankPlace(rank // self.generator_tp, replica, self.layers[stage], reads)
+
+    def tells(self, rank: int) -> bool:
+        """Whether it writes microbatches down: the first rank of a replica's last stage."""
+        return rank * self.pp // WORLD == self.pp - 1 and rank % (self.tp * self.cp) == 0
+
+    def read(self, rank: int, sample: TrainingSample) -> tuple[list[int], list[int], list[int]]:
+        """(places of tokens, of log-probs, positions whose routing is replayed) that a rank reads, element by element: chunks of a
+        sample that is padded to whole ones, the first with the last one, the second with the last but one.
+        """
+        stage, length = rank * self.pp // WORLD, sample.num_tokens
+        chunk = next(size for size in range(1, length + 1) if size * 2 * self.cp >= length)
+        dealt = [min(place // chunk, 2 * self.cp - 1 - place // chunk) for place in range(length)]
+        seen = [p for p in range(length) if self.tells(rank) or dealt[p] == rank // self.tp % self.cp]
+        tokens = set(seen) if stage in (0, self.pp - 1) else set()
+        if stage == self.pp - 1:  # the logits at p predict p + 1
+            tokens |= {place + 1 for place in seen if place + 1 < length}
+        log_probs = list(range(sample.response_length)) if stage == self.pp - 1 else []
+        return sorted(tokens), log_probs, [place for place in seen if place < length - 1]
 
     @property
     def samples(self) -> list[TrainingSample]:
@@ -77,7 +100,9 @@ def draw(seed: int) -> Case:
     """Whole samples on some generators and none on others; experts of 1 to 10 bits, or no routing at all."""
     generator = random.Random(seed)
     numbers = np.random.default_rng(seed)
-    tp, cp, pp = generator.choice([(1, 1, 1), (2, 1, 2), (1, 2, 2), (2, 2, 1), (1, 1, 4), (2, 1, 1), (1, 1, 2)])
+    tp, cp, pp = generator.choice(
+        [(1, 1, 1), (2, 1, 2), (1, 2, 2), (2, 2, 1), (1, 1, 4), (2, 1, 1), (1, 4, 1), (2, 2, 2)]
+    )
     routing = Routing(generator.choice([2, 8, 64, 160, 256, 384, 1000]), generator.choice([1, 3, 8]))
     num_layers = generator.choice([0, pp - 1, pp + 3])
     stages = sorted(generator.choices(range(pp), k=num_layers))
@@ -115,8 +140,8 @@ def draw(seed: int) -> Case:
 
 
 def lower_bound(case: Case) -> int:
-    """Bytes that must move where each rank gets the samples that it trains on whole, element by element: those that it has not
-    made. The choices of a sample for one rank are whole bytes.
+    """Bytes that must move, element by element: what each rank reads of the samples that it trains on and has not made. The choices
+    of a sample for one rank are whole bytes.
     """
     bits = next(width for width in range(1, 17) if 2**width >= case.routing.num_experts)
     total = 0
@@ -127,12 +152,13 @@ def lower_bound(case: Case) -> int:
             sample = case.samples[index]
             if id(sample) in made:
                 continue
-            total += sum(4 for _ in sample.token_ids) + sum(4 for _ in sample.sampler_log_probs)
-            if sample.kept is not None:
+            tokens, log_probs, positions = case.read(rank, sample)
+            total += sum(4 for _ in tokens) + sum(4 for _ in log_probs)
+            if sample.kept is not None and log_probs:
                 total += 4 * (len(sample.kept.counts) + len(sample.kept.ids))
             if sample.routed_experts is not None:
                 columns = case.place(rank).columns
-                choices = sum(len(row[layer]) for row in sample.routed_experts for layer in columns)
+                choices = sum(len(sample.routed_experts[p][layer]) for p in positions for layer in columns)
                 total += -(-choices * bits // 8)
     return total
 
@@ -164,7 +190,7 @@ def run_exchanges(seeds: list[int]) -> list[dict[str, Any]]:
         own = set(shares[places[rank].replica])
         if samples.indices != own:
             wrong.append("which are here")
-        wrong += [f"sample {i}" for i in own if not _equal(samples[i], case.samples[i], places[rank].columns)]
+        wrong += [f"sample {i}" for i in own if not _equal(samples[i], case.samples[i], case, rank)]
         sent = torch.tensor([exchange.bytes_sent])
         dist.all_reduce(sent)
         found.append({"wrong": wrong, "sent": int(sent)})
@@ -237,6 +263,11 @@ def run_scoring(tp: int) -> dict[str, Any]:
                 found[f"{where}, everywhere={everywhere}"] = _error(failing, "abc")
             shared = share_scoring(CountingScorer(), tp, everywhere=everywhere)
             found[f"unequal, everywhere={everywhere}"] = _error(shared, "abd" if last else "abc")
+    scorer = CountingScorer()  # as an evaluation grades: four may wait
+    work = [(Prompt(text, "q", ("1",), "math", None, (1,)), Sample(text, 0, text, 1, False)) for text in "abcdefghijk"]
+    graded = grade_samples(share_scoring(scorer, tp), work, max_ungraded=4)
+    told = [(one.sample.text, one.reward.reason) for one in graded]
+    found["evaluated"] = scorer.texts, told
     if tp > 1:
         shared = share_scoring(CountingScorer(), tp, everywhere=True)
         found["order"] = _error(shared, "ba" if last else "ab")
@@ -311,15 +342,28 @@ def _maker(case: Case, sample: TrainingSample) -> int:
     return next(number for number, part in enumerate(case.made) if any(sample is one for one in part))
 
 
-def _equal(found: TrainingSample, truth: TrainingSample, columns: tuple[int, ...]) -> bool:
-    if found.summary() != truth.summary() or found.token_ids.dtype != np.int32:
+def _equal(found: TrainingSample, truth: TrainingSample, case: Case, rank: int) -> bool:
+    """In all that a rank reads; whole, where its generator has made it."""
+    if found.token_ids.dtype != np.int32:
         return False
+    tokens, log_probs, positions = case.read(rank, truth)
+    if _maker(case, truth) == case.place(rank).generator:
+        tokens, log_probs = list(range(truth.num_tokens)), list(range(truth.response_length))
+        positions = tokens[:-1]
     routed = truth.routed_experts
     if routed is not None:
-        routed = routed[:, list(columns)]
-        if found.routed_experts.dtype != routed.dtype or not np.array_equal(found.routed_experts, routed):
+        routed = routed[:, list(case.place(rank).columns)]
+        if found.routed_experts.dtype != routed.dtype or found.routed_experts.shape != routed.shape:
             return False
-    pairs = [(found.token_ids, truth.token_ids), (found.sampler_log_probs, truth.sampler_log_probs)]
-    if truth.kept is not None:
-        pairs += [(found.kept.counts, truth.kept.counts), (found.kept.ids, truth.kept.ids)]
-    return (found.kept is None) == (truth.kept is None) and all(np.array_equal(*pair) for pair in pairs)
+        if not np.array_equal(found.routed_experts[positions], routed[positions]):
+            return False
+    kept = truth.kept if log_probs else None
+    if found.summary() != dataclasses.replace(truth, kept=kept).summary():
+        return False
+    if kept is not None and not all(
+        np.array_equal(*pair) for pair in ((found.kept.counts, kept.counts), (found.kept.ids, kept.ids))
+    ):
+        return False
+    return np.array_equal(found.token_ids[tokens], truth.token_ids[tokens]) and np.array_equal(
+        found.sampler_log_probs[log_probs], truth.sampler_log_probs[log_probs]
+    )

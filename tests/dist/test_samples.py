@@ -1,4 +1,4 @@
-"""The samples of a step reach the ranks that train on them, whole, once, at the lower bound of bytes for whole samples."""
+"""The samples of a step reach the ranks that train on them, as far as they read them, once, at the lower bound of bytes."""
 
 from __future__ import annotations
 
@@ -50,6 +50,15 @@ def test_each_response_of_the_samples_is_scored_once_a_generator(measured, tp):
         ] * tp
 
 
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_each_response_of_an_evaluation_is_graded_once_a_generator(measured, tp):
+    """While others are still drawn, without a call for all at the end; every rank has all grades."""
+    for first in range(0, samples_worker.WORLD, tp):
+        graded = [measured[rank]["scoring"][tp]["evaluated"] for rank in range(first, first + tp)]
+        assert sorted(text for texts, _ in graded for text in texts) == list("abcdefghijk")
+        assert all(told == [(text, text) for text in "abcdefghijk"] for _, told in graded)
+
+
 @pytest.mark.parametrize("tp", [2, 4])
 def test_an_error_in_scoring_the_samples_is_one_of_all_ranks(measured, tp):
     """Of one rank alone where each scores everything, and another part wants all of them."""
@@ -72,7 +81,9 @@ def test_memory_of_the_samples_is_a_ranks_share():
 LAYOUTS = {
     "dp4": ({}, 1),
     "tp2, a generator of two": ({"tp": 2}, 2),
+    "cp2 pp2, a generator of two": ({"cp": 2, "pp": 2}, 2),
     "vpp2": ({"pp": 2, "vpp": 2}, 1),
+    "pp4": ({"pp": 4}, 1),
     "tp2 pp2, a generator of two": ({"tp": 2, "pp": 2}, 2),
 }
 """Layout of four ranks, and ranks of a generator."""

@@ -9,10 +9,10 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 
-from r1mega.config.schema import TimeoutsConfig
+from r1mega.config.schema import RolloutConfig, TimeoutsConfig
 from r1mega.errors import StragglerError
 from r1mega.platform import groups
-from r1mega.types import RolloutGroup
+from r1mega.rollout.open_groups import OpenGroup
 from tests.dist.launch import launch
 
 SHORT = 3.0
@@ -24,10 +24,16 @@ class SlowOnRankOne:
     def __init__(self, seconds: float):
         self._seconds = seconds
 
-    def sample(self, prompts, seeds, policy_version):
+    def open(self, prompt, seed, born, slot, owner, index):
+        return OpenGroup(index, prompt, seed, born, slot, owner, [])
+
+    def holds(self, step, seed):
+        return False
+
+    def sample(self, groups, policy_version, more):
         if dist.get_rank() == 1:
             time.sleep(self._seconds)
-        return [RolloutGroup(prompt, (), (), (), policy_version) for prompt in prompts]
+        return [group.closed(policy_version) for group in groups]
 
 
 def collect(seconds: float, step: int) -> int:
@@ -36,7 +42,7 @@ def collect(seconds: float, step: int) -> int:
     from r1mega.rollout.groups import GroupCollector
 
     config = SimpleNamespace(
-        seed=1, rollout=SimpleNamespace(num_prompts=6, tp=1),
+        seed=1, rollout=RolloutConfig(num_prompts=6),
         algorithm=SimpleNamespace(dynamic_sampling=SimpleNamespace(enabled=False)),
     )  # fmt: skip
     return len(GroupCollector(SlowOnRankOne(seconds), range(6), PromptCursor(6, 0), config).collect(step).groups)
@@ -76,6 +82,8 @@ def a_rollout_that_takes_too_long() -> str:
     import r1mega.rollout.groups  # noqa: F401
 
     groups.wait_for_all("startup", "the imports")
+    time.sleep(2 * SHORT if dist.get_rank() == 1 else SHORT / 2)
+    groups.wait_for_all("rollout", "a part that took longer than SHORT, and as long as others' parts do")
     text = error_of(lambda: collect(2 * SHORT, 7))
     store = dist.distributed_c10d._get_default_store()  # rank 0 keeps it: it stays until the others have looked
     store.set(f"said/{dist.get_rank()}", "")

@@ -93,7 +93,7 @@ def test_each_sample_ends_at_its_own_length_and_comes_back_to_its_place():
     class Engine:
         """Answers in reverse order, with as many tokens as it was told, saying what else it was told."""
 
-        def stream(self, requests, cut=None):
+        def stream(self, requests, cut=None, refill=None):
             assert all(
                 r.num_samples == 1 and r.sampling.stop_token_ids == () == r.sampling.stop_strings for r in requests
             )

@@ -185,7 +185,7 @@ class RLStage(TrainingStage):
             )
         yield from _kept_problems(rollout)
         yield from _algorithm_problems(algorithm)
-        yield from _partial_problems(rollout, algorithm)
+        yield from _partial_problems(rollout, algorithm, self.reward)
         yield from self.reward.problems(rollout.max_response_tokens)
 
 
@@ -229,7 +229,7 @@ def _router_replay_problems(config: RLStage, hf: HFConfig) -> Iterator[str]:
             yield f"{key}.router_replay: the fused router takes no choices; set model.megatron.moe_router_fusion=false"
 
 
-def _partial_problems(rollout: RolloutConfig, algorithm: AlgorithmConfig) -> Iterator[str]:
+def _partial_problems(rollout: RolloutConfig, algorithm: AlgorithmConfig, reward: RewardConfig) -> Iterator[str]:
     """Of rollouts that go on over steps."""
     partial = rollout.partial
     if not partial.is_on:
@@ -250,8 +250,20 @@ def _partial_problems(rollout: RolloutConfig, algorithm: AlgorithmConfig) -> Ite
         )
     if not rollout.durable:
         yield "rollout.partial keeps unfinished responses where rollout.durable keeps finished ones; set durable=true"
-    if algorithm.dynamic_sampling.enabled:
-        yield "rollout.partial draws more groups from the start, algorithm.dynamic_sampling in rounds; switch one of them off"
+    collective = [
+        name
+        for name, asks in (
+            ("judge", reward.judge.engine == "policy"),
+            ("helpfulness", reward.helpfulness.backend == "megatron"),
+            ("harmlessness", reward.harmlessness.backend == "megatron"),
+        )
+        if asks and getattr(reward, name).weight > 0
+    ]
+    if algorithm.dynamic_sampling.enabled and collective:
+        yield (
+            f"rollout.partial and algorithm.dynamic_sampling want the rewards of a group while others are sampled, and reward."
+            f"{collective[0]} takes the generator or all ranks; switch one of them off"
+        )
     corrections = [key for key in _against_sampler(algorithm) if key != "kl_bias_correction"]  # that is of the KL alone
     if algorithm.old_log_probs == "recompute" and not corrections:
         yield (

@@ -224,7 +224,16 @@ def test_shipped_nano_config_for_four_ranks_is_valid(run):
         (["algorithm.surrogate=cispo", "algorithm.ratio=sequence"], 1, r"cispo takes .*set algorithm\.ratio=token"),
         (["rollout.partial.overdraw=2.5"], 1, r"set overdraw to at most 2, or raise max_staleness"),
         (["rollout.partial.overdraw=2", "rollout.durable=false"], 1, r"set durable=true"),
-        (["rollout.partial.overdraw=2", "algorithm.dynamic_sampling.enabled=true"], 1, r"switch one of them off"),
+        (
+            [
+                "rollout.partial.overdraw=2",
+                "algorithm.dynamic_sampling.enabled=true",
+                "reward.judge.weight=1",
+                "reward.judge.engine=policy",
+            ],
+            1,
+            r"reward.judge takes the generator or all ranks; switch one of them off",
+        ),
         (["rollout.partial.overdraw=2", "algorithm.old_log_probs=recompute"], 1, r"set algorithm\.importance_cap"),
         (
             ["rollout.partial.overdraw=2", "algorithm.old_log_probs=recompute", "algorithm.kl_bias_correction=true"],

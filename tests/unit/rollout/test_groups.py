@@ -5,10 +5,12 @@ from types import SimpleNamespace
 import pytest
 import torch.distributed as dist
 
+from r1mega.config.schema import RolloutConfig
 from r1mega.config.stages.rl import AlgorithmConfig
 from r1mega.data.cursor import PromptCursor
 from r1mega.platform import groups
 from r1mega.rollout.groups import GroupCollector
+from r1mega.rollout.open_groups import OpenGroup
 from r1mega.stages.rl_metrics import group_metrics
 from r1mega.train.sample_exchange import SampleExchange
 from r1mega.train.sample_plan import RankPlace, Routing
@@ -34,19 +36,29 @@ class Samples:
     def __init__(self, right):
         self.right, self.seeds = right, []
 
-    def sample(self, prompts, seeds, policy_version):
-        self.seeds += seeds
-        return [self.group(prompt, policy_version) for prompt in prompts]
+    def open(self, prompt, seed, born, slot, owner, index):
+        return OpenGroup(index, prompt, seed, born, slot, owner, [])
 
-    def group(self, prompt, policy_version):
+    def holds(self, step, seed):
+        return False
+
+    def sample(self, groups, policy_version, more):
+        groups = list(groups)
+        while more is not None and (taken := more()):
+            groups += taken
+        self.seeds += [group.seed for group in groups]
+        return [self.group(g.prompt, policy_version, g.slot) for g in sorted(groups, key=lambda group: group.slot)]
+
+    def group(self, prompt, policy_version, slot):
         values = [float(n < self.right(int(prompt.id))) for n in range(2)]
         rewards = tuple(Reward(value, {"accuracy": value}, RewardStatus.OK) for value in values)
-        return RolloutGroup(prompt, (Response((5, 6, 7), (0.0,) * 3, "stop"),) * 2, ("", ""), rewards, policy_version)
+        responses = (Response((5, 6, 7), (0.0,) * 3, "stop"),) * 2
+        return RolloutGroup(prompt, responses, ("", ""), rewards, policy_version, slot)
 
 
-def collector(right, *, enabled, max_rounds=4):
+def collector(right, *, enabled, max_rounds=4, tp=1):
     config = SimpleNamespace(
-        seed=1, rollout=SimpleNamespace(num_prompts=4, tp=1),
+        seed=1, rollout=RolloutConfig(num_prompts=4, group_size=2, max_num_seqs=2, tp=tp),  # one group; the others are shared
         algorithm=SimpleNamespace(dynamic_sampling=SimpleNamespace(enabled=enabled, max_rounds=max_rounds)),
     )  # fmt: skip
     samples = Samples(right)
@@ -80,12 +92,12 @@ def test_groups_without_signal_are_replaced_and_still_counted(alone):
     assert len(groups.collect(2).sampled) < len(PROMPTS)  # of its own step only
 
 
-def ranks_sample(steps=3):
+def ranks_sample(tp, steps=3):
     """This rank's part of dynamic sampling over all ranks; what every rank trains on."""
     groups.init_distributed()
     config = AlgorithmConfig(normalize_std=False)
-    collecting, _ = collector(lambda i: 1 if i % 3 == 0 else 2, enabled=True, max_rounds=20)
-    exchange = SampleExchange([RankPlace(rank, rank) for rank in range(dist.get_world_size())], Routing())
+    collecting, _ = collector(lambda i: 1 if i % 3 == 0 else 2, enabled=True, max_rounds=20, tp=tp)
+    exchange = SampleExchange([RankPlace(rank // tp, rank) for rank in range(dist.get_world_size())], Routing())
     found = []
     for step in range(1, steps + 1):
         rollout = collecting.collect(step)
@@ -97,7 +109,7 @@ def ranks_sample(steps=3):
 
 
 def test_dynamic_sampling_trains_on_the_same_samples_over_any_number_of_ranks():
-    (alone_,), *several = (launch(ranks_sample, ranks) for ranks in (1, 2, 3))
+    (alone_,), *several = (launch(ranks_sample, *ranks) for ranks in ((1, 1), (4, 2), (3, 1)))
     assert all(len({slot for slot, *_ in step}) == 4 for step in alone_)
     for ranks in several:
         assert all(found == alone_ for found in ranks)

@@ -10,7 +10,7 @@ import random
 import shutil
 import time
 from dataclasses import replace
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ from r1mega.platform import groups
 from r1mega.platform.groups import GeneratorPlace
 from r1mega.rollout import partial as partial_rollouts
 from r1mega.rollout.engine import continued_seed, sample_seed
-from r1mega.rollout.groups import GroupCollector
+from r1mega.rollout.groups import GroupCollector, carries_signal
 from r1mega.rollout.journal import Place, RolloutJournal, Segment, open_journal
 from r1mega.rollout.open_groups import NEVER, find_cut
 from r1mega.rollout.partial import build_collector
@@ -47,6 +47,7 @@ TOKENIZER = SimpleNamespace(end_token_ids=(), decode=lambda tokens: " ".join(map
 LONGEST = 60
 EVERY = 4
 HARD = {"overdraw": 2.0, "max_staleness": 2, "slots": 5}
+ROOMY = {"overdraw": 2.0, "max_staleness": 2}
 FILE = "start_1-0-of-1.jsonl"  # of a run of one generator, in each step's directory
 
 
@@ -84,26 +85,37 @@ def kept_of(token):
 
 class Scripted:
     """A generator of `slots` places, a token a pass in each. A token tells its place, its prompt and the seed of its stream, and
-    its log-prob the weights that sampled it.
+    its log-prob the weights that sampled it. seconds: that a pass takes.
     """
 
-    def __init__(self, slots):
-        self.slots, self.version, self.passes, self.tokens = slots, 0, 0, 0
+    def __init__(self, slots, seconds=0.0):
+        self.slots, self.seconds, self.version, self.passes, self.tokens = slots, seconds, 0, 0, 0
 
-    def stream(self, requests, cut=None):
-        queue = [
-            (i, n, sample_seed(r.seed, n), list(r.begun), [], stream_of(r, n))
-            for i, r in enumerate(requests)
-            for n in range(r.first_sample, r.first_sample + r.num_samples)
-        ]
-        while queue:
+    def stream(self, requests, cut=None, refill=None):
+        queue, count = [], 0
+
+        def add(requests):
+            nonlocal count
+            for i, r in enumerate(requests, count):
+                for n in range(r.first_sample, r.first_sample + r.num_samples):
+                    queue.append((i, n, sample_seed(r.seed, n), list(r.begun), [], stream_of(r, n)))
+            count += len(requests)
+
+        add(requests)
+        while True:
+            while refill is not None and len(queue) < self.slots:
+                refill = refill if (more := refill()) else None
+                add(more)
+            if not queue:
+                break
             self.passes += 1
+            time.sleep(self.seconds)
             for sample in queue[: self.slots]:
                 index, number, seed, begun, new, stream = sample
                 new.append(stream + len(begun) + len(new))
                 self.tokens += 1
                 if len(begun) + len(new) == length_of(seed):
-                    queue = [other for other in queue if other is not sample]
+                    queue[:] = [other for other in queue if other is not sample]
                     yield Completion(index, number, self.response(new, "stop"))
             if (
                 cut is not None
@@ -136,17 +148,28 @@ class Scorer:
 
 
 class Run:
-    """What a stage has of its rollouts. progress: of a checkpoint, after `start` steps."""
+    """What a stage has of its rollouts. progress: of a checkpoint, after `start` steps; keys: of `rollout`."""
 
-    def __init__(self, run_dir, progress=None, start=0, slots=1000, **partial):
+    def __init__(
+        self,
+        run_dir,
+        progress=None,
+        start=0,
+        slots=1000,
+        seconds=0.0,
+        keys=MappingProxyType({}),
+        dynamic=False,
+        **partial,
+    ):
         rollout = RolloutConfig(
-            num_prompts=4, group_size=3, durable=run_dir is not None, partial={"every_tokens": EVERY, **partial}
+            **{"num_prompts": 4, "group_size": 3, "durable": run_dir is not None, **keys},
+            partial={"every_tokens": EVERY, **partial},
         )
         self.config, self.engine = (
             SimpleNamespace(seed=1, rollout=rollout, algorithm=SimpleNamespace()),
-            Scripted(slots),
+            Scripted(slots, seconds),
         )
-        self.config.algorithm.dynamic_sampling = SimpleNamespace(enabled=False)
+        self.config.algorithm.dynamic_sampling = SimpleNamespace(enabled=dynamic, max_rounds=4)
         self.timer = PhaseTimer()
         self.journal = open_journal(rollout, run_dir or "unused", start)
         self.sampler = GroupSampler(
@@ -211,6 +234,30 @@ def test_each_token_is_of_the_weights_that_it_says_and_none_is_too_old(alone, ov
     assert most > 0 and (max(seen) >= 30 or on_stale == "drop")
 
 
+def test_groups_without_signal_are_left_out_and_others_drawn(alone):
+    """Each group is trained on, left out or given up once, and every step has as many with signal as it trains on."""
+    run, seen, left_out = Run(None, dynamic=True, overdraw=2.0, max_staleness=2), [], 0
+    for step in range(1, 25):
+        rollout = run.step(step)
+        assert len(rollout.groups) == 4 and all(carries_signal(group) for group in rollout.groups)
+        others = [group for group in rollout.sampled if group not in rollout.groups]
+        assert not any(carries_signal(group) for group in others)
+        left_out += len(others)
+        for group in rollout.sampled:
+            assert all(step - 1 - min(versions(response, group)) <= 2 for response in group.responses)
+            seen.append(group.responses[0].token_ids)
+    assert left_out > 5 and len(set(seen)) == len(seen)
+
+
+def test_a_step_in_which_nothing_carries_a_signal_is_seen(alone):
+    run = Run(None, dynamic=True, overdraw=2.0, max_staleness=2)
+    run.sampler._scorer.submit = lambda *_: 0
+    run.sampler._scorer.rewards.append(Reward(1.0, {}, RewardStatus.OK))
+    rollout = run.step(1)
+    assert len(rollout.groups) == 4 and len(rollout.sampled) == 8 == rollout.metrics()["group/num_sampled"]
+    assert run.step(2).metrics()["group/num_sampled"] == 8.0
+
+
 def test_a_step_trains_on_what_is_whole_first_and_takes_less_time(alone):
     """The lengths of what is trained on are, in the long run, those that the seeds give; the passes are far fewer."""
     waiting, partial = Run(None), Run(None, overdraw=2.0, max_staleness=3)
@@ -244,13 +291,42 @@ def test_find_cut_is_the_smallest_that_holds():
         found = find_cut(clocks, deadlines, frontier, step, wanted, EVERY)
         if expected is not None or frontier < NEVER:
             assert found == expected
+        # of groups that are left out: as if those that are whole by then had not been drawn
+        vain = {place for place, clock in enumerate(clocks) if clock < NEVER and rng.random() < 0.4}
+
+        def holds_without(n, clocks=clocks, deadlines=deadlines, vain=vain, holds=holds):
+            kept = [place for place, clock in enumerate(clocks) if place not in vain or clock > n]
+            return holds(n, [deadlines[p] for p in kept], [clocks[p] for p in kept])
+
+        expected = next((n for n in range(0, min(frontier, 80) + 1, EVERY) if holds_without(n)), None)
+        found = find_cut(clocks, deadlines, frontier, step, wanted, EVERY, vain)
+        if expected is not None or frontier < NEVER:
+            assert found == expected
+        elif len(clocks) - len(vain) < wanted and vain:  # all is whole, and too few carry a signal
+            assert found == max(-(-clock // EVERY) * EVERY for clock in clocks)
 
 
-def steps_of(slots_by_rank, run_dir=None, progress=None, first=1, last=8):
-    """What each step of a run had on this rank, and what a checkpoint after the last one keeps."""
+QUEUES = {"num_prompts": 12, "max_num_seqs": 5}
+"""Three generators have room for two groups each at the start: six of twelve wait."""
+
+
+def steps_of(
+    slots_by_rank,
+    run_dir=None,
+    progress=None,
+    first=1,
+    last=8,
+    seconds=0.0,
+    keys=MappingProxyType({}),
+    overdraw=2.0,
+    dynamic=False,
+):
+    """What each step of a run had on this rank, and what a checkpoint after the last one keeps. seconds: of a pass, of rank 0."""
     groups.init_distributed()
     slots = slots_by_rank[dist.get_rank()]
-    run = Run(run_dir, progress, first - 1, slots, overdraw=2.0, max_staleness=2)
+    seconds = 0.0 if dist.get_rank() else seconds
+    staleness = 2 if overdraw > 1 else 1
+    run = Run(run_dir, progress, first - 1, slots, seconds, keys, dynamic, overdraw=overdraw, max_staleness=staleness)
     groups.wait_for_all("startup", "all have read the journal")
     found = [facts(run.step(step)) for step in range(first, last + 1)]
     run.journal.close()
@@ -275,7 +351,41 @@ def test_neither_speed_nor_number_of_generators_changes_a_step(tmp_path):
     check_equal(launch(steps_of, 3, [7, 1000, 3], tmp_path, two[0][1], 6, 8), whole[5:])
 
 
-@pytest.mark.parametrize("partial", [{}, {"overdraw": 2.0, "max_staleness": 2}], ids=["whole", "partial"])
+def test_a_slow_generator_leaves_groups_to_others_and_changes_none(tmp_path):
+    """Groups beyond the seats go to who has room; then from a checkpoint on with what is on disk, by others or by more."""
+    ((whole, progress),) = launch(steps_of, 1, [5], None, None, 1, 4, 0.0, QUEUES, 1.0)
+    slow = launch(steps_of, 3, [5] * 3, tmp_path, None, 1, 4, 0.01, QUEUES, 1.0)
+    check_equal(slow, whole)
+    taken = [[len(every) // 3 for every, _ in steps] for steps, _ in slow]
+    assert all(sum(counts) == 12 for counts in zip(*taken, strict=True))
+    assert sum(taken[0]) < 4 * 12 / 3 < min(sum(taken[1]), sum(taken[2]))
+    for ranks in (3, 2):  # read where they were made, or by all
+        check_equal(launch(steps_of, ranks, [5] * ranks, tmp_path, None, 1, 4, 0.0, QUEUES, 1.0), whole)
+    kept = launch(steps_of, 3, [5] * 3, None, None, 1, 1, 0.01, {**QUEUES, "work_sharing": False}, 1.0)
+    check_equal(kept, whole[:1])
+    assert [len(steps[0][0]) for steps, _ in kept] == [12] * 3
+
+
+def test_groups_in_the_making_are_shared_too(tmp_path):
+    """Each has the steps of one generator with room for all, though who samples what is a matter of speed; and goes on so."""
+    keys = {"num_prompts": 6, "max_num_seqs": 5}
+    ((whole, _),) = launch(steps_of, 1, [1000], None, None, 1, 4, 0.0, keys, 2.0, True)
+    check_equal(
+        launch(steps_of, 3, [5, 1000, 2], None, None, 1, 4, 0.003, keys, 2.0, True), whole
+    )  # without signal: out
+    ((whole, _),) = launch(steps_of, 1, [1000], None, None, 1, 6, 0.0, keys)
+    for place, slots in enumerate(([5, 5], [5, 1000, 2])):
+        run_dir, ranks = tmp_path / str(place), len(slots)
+        first = launch(steps_of, ranks, slots, run_dir, None, 1, 3, 0.003, keys)
+        check_equal(first, whole[:3])
+        progress = first[0][1]
+        assert all(theirs == progress for _, theirs in first)
+        check_equal(launch(steps_of, ranks, slots, run_dir, progress, 4, 6, 0.003, keys), whole[3:])
+        more = ranks + place  # as many: each reads what it wrote; more: all read all
+        check_equal(launch(steps_of, more, [5] * more, run_dir, progress, 4, 6, 0.0, keys), whole[3:])
+
+
+@pytest.mark.parametrize("partial", [{}, ROOMY, {**ROOMY, "dynamic": True}], ids=["whole", "partial", "dynamic"])
 def test_a_kill_at_any_line_of_the_journal_changes_nothing(alone, tmp_path, partial):
     """Resumed from any checkpoint with what was on disk at the kill: what is sampled again is what was in flight."""
     whole, saved = Run(tmp_path / "whole", **partial), {0: None}

@@ -317,6 +317,28 @@ def test_more_samples_than_slots_and_a_full_cache(engines):
     ]
 
 
+def test_further_requests_come_when_there_is_room_and_change_nothing(engines):
+    """Also to a stream that begins with none. Room is a free place where none waits for one."""
+    engine = engines("deepseek", max_num_seqs=8, kv_cache_bytes=MAX_MODEL_LEN * 2304 * 4 * 2)
+    requests = sampled_requests(4, num_samples=5, max_tokens=30)
+    expected = {(i, n): r for i, samples in enumerate(engine.generate(requests)) for n, r in enumerate(samples)}
+    scheduler = engine._core.engine_core.scheduler
+    for first in (0, 1):
+        further, asked = iter([*([request] for request in requests[first:]), []]), []
+
+        def refill(further=further, asked=asked):
+            asked.append((len(scheduler.running), len(scheduler.waiting)))
+            return next(further)
+
+        found = {(d.request_index, d.sample_index): d.response for d in engine.stream(requests[:first], None, refill)}
+        assert {key: r.token_ids for key, r in found.items()} == {key: r.token_ids for key, r in expected.items()}
+        assert len(asked) == 5 - first  # not again after the last
+        assert all(running < 8 and not waiting for running, waiting in asked)
+    with pytest.raises(GenerationError, match="max_tokens=0"):
+        list(engine.stream([], None, lambda: [GenerationRequest((1,), 1, 0, SamplingSettings(max_tokens=0))]))
+    assert engine.generate(requests[:1]) is not None  # nothing was left behind
+
+
 @pytest.mark.parametrize("name", ["deepseek", "llama"])
 def test_prompts_longer_than_a_pass(engines, name):
     """A budget of 16 tokens a pass, sequences of up to 127: tokens, log-probs and prompt log-probs are those of transformers,

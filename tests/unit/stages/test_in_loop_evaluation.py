@@ -11,7 +11,8 @@ from r1mega.data import nano_tokenizer
 from r1mega.data.tokenizer import load_tokenizer
 from r1mega.errors import GenerationError
 from r1mega.platform import groups
-from r1mega.reward.compose import RewardScorer
+from r1mega.reward.compose import RewardScorer, Verdicts
+from r1mega.stages import in_loop_evaluation
 from r1mega.stages.in_loop_evaluation import Evaluation
 from r1mega.stages.runtime import Runtime
 from r1mega.types import Completion, Response, SamplingSettings
@@ -75,6 +76,15 @@ def test_a_judge_that_is_the_policy_is_not_asked(evaluate):
     metrics = evaluation.run(3)
     assert metrics["eval/prompts"] == 300 and metrics["eval/accuracy"] == 1.0 and metrics["eval/format"] == 1.0
     assert notes == ["evaluation after step 3: accuracy 1.000"]
+
+
+def test_the_ranks_of_a_generator_share_the_grading(evaluate, monkeypatch):
+    """`tests/dist/test_samples.py` has several of them."""
+    shared = []
+    monkeypatch.setattr(in_loop_evaluation, "share_scoring", lambda scorer, tp: shared.append((scorer, tp)) or scorer)
+    evaluation, _, _ = evaluate("math")
+    assert [(type(scorer), tp) for scorer, tp in shared] == [(Verdicts, 1)]
+    assert evaluation.run(1)["eval/accuracy"] == 1.0
 
 
 def test_waiting_for_saves_is_saving():

@@ -40,7 +40,12 @@ BUDGETS = {
 }
 # Machine instructions of the loop on sm_90a, by element and whether the entropy's terms are in it, of aligned rows: 32
 # bf16 or 16 fp32.
-LOOP_BUDGETS = {("bf16", True): 220, ("bf16", False): 170, ("fp32", True): 130, ("fp32", False): 90}
+LOOP_BUDGETS: dict[tuple[object, object], int] = {
+    ("bf16", True): 220,
+    ("bf16", False): 170,
+    ("fp32", True): 130,
+    ("fp32", False): 90,
+}
 THREADS = {"group_advantages": 512}
 REGISTERS_PER_SM = 65536
 THREADS_PER_SM = 2048
@@ -161,7 +166,7 @@ def _template_arguments(name: str, symbol: str) -> tuple[list[str], list[bool], 
     return types, [flag == "1" for flag in re.findall("Lb([01])E", listed)], int(width[1]) if width else None
 
 
-def _loop_budget(record: dict[str, Any]) -> int | None:
+def _loop_budget(record: dict[str, object]) -> int | None:
     """Of the variant that large vocabularies meet: rows aligned, a block each."""
     if (
         record["kernel"] != "log_prob_stats"

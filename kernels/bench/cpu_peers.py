@@ -97,7 +97,7 @@ def hidden_rows(shapes: list[tuple[int, int, int, torch.dtype]], rounds: int) ->
         ways = {
             "kernel": one_pass,
             "whole logits (verl, TRL)": plain,
-            "chunked (Liger's way)": chunked,
+            "chunked (Liger's, QuACK's way)": chunked,
             "filtered (CCE's way)": filtered,
         }
         contestants = {who: functools.partial(way, hidden, weight, targets, advantages) for who, way in ways.items()}

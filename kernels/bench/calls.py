@@ -25,7 +25,7 @@ class RawLogProb(torch.autograd.Function):
     def forward(ctx, logits, targets, inverse):
         ctx.set_materialize_grads(False)
         op, stats, results = torch.ops.r1mega_kernels, torch.empty(TOKENS, 4), torch.empty(3, TOKENS)
-        op.log_prob_stats(logits, targets, inverse, targets, False, 0, stats)
+        op.log_prob_stats(logits, targets, inverse, targets, False, 0, True, stats)
         op.log_prob_merge(stats[None], inverse, targets, False, stats, results)
         ctx.save_for_backward(logits, targets, inverse, stats, results)
         return results.unbind()

@@ -15,6 +15,7 @@ from bench.timing import cpu_seconds, peak_bytes
 
 Pair = tuple[torch.Tensor, ...]
 CHUNK_TOKENS = 64
+BLOCK_COLUMNS, FILTERED_BELOW = 1024, 2.0**-12
 
 
 def row_by_row(logits: torch.Tensor, targets: torch.Tensor) -> Pair:
@@ -93,7 +94,12 @@ def hidden_rows(shapes: list[tuple[int, int, int, torch.dtype]], rounds: int) ->
         advantages = torch.randn(tokens, generator=generator)
         wide_hidden, wide_weight = (x.detach().double().requires_grad_() for x in (hidden, weight))
         exact = plain(wide_hidden, wide_weight, targets, advantages.double())
-        ways = {"kernel": one_pass, "whole logits (verl, TRL)": plain, "chunked (Liger's way)": chunked}
+        ways = {
+            "kernel": one_pass,
+            "whole logits (verl, TRL)": plain,
+            "chunked (Liger's, QuACK's way)": chunked,
+            "filtered (CCE's way)": filtered,
+        }
         contestants = {who: functools.partial(way, hidden, weight, targets, advantages) for who, way in ways.items()}
         name = f"peers from hidden states T={tokens} H={width} V={vocabulary} {str(dtype)[6:]} loss + gradients"
         records += _records(name, contestants, exact, rounds)
@@ -128,6 +134,28 @@ def chunked(hidden, weight, targets, advantages) -> Pair:
         grads.append(of_hidden)
         total += of_weight
     return torch.cat(grads), total
+
+
+def filtered(hidden, weight, targets, advantages) -> Pair:
+    """Apple's CCE: no logits kept, blocks of the vocabulary made twice; probabilities below 2^-12 bring no gradient."""
+    states, total = hidden.detach(), advantages.new_full((len(hidden),), -torch.inf)
+    blocks = [slice(at, at + BLOCK_COLUMNS) for at in range(0, len(weight), BLOCK_COLUMNS)]
+    for block in blocks:
+        total = torch.logaddexp(total, (states @ weight.detach()[block].t()).to(total).logsumexp(-1))
+    at_target = (states.to(total) * weight.detach()[targets].to(total)).sum(-1)
+    log_probs = (at_target - total).requires_grad_()
+    (upstream,) = torch.autograd.grad(_token_loss(log_probs, advantages), log_probs)
+    of_hidden, of_weight, rows = torch.zeros_like(states), torch.empty_like(weight), torch.arange(len(states))
+    for block in blocks:
+        factor = weight.detach()[block]
+        probabilities = ((states @ factor.t()).to(total) - total[:, None]).exp()
+        grad = -upstream[:, None] * torch.where(probabilities < FILTERED_BELOW, 0.0, probabilities)
+        here = (targets >= block.start) & (targets < block.stop)
+        grad[rows[here], targets[here] - block.start] += upstream[here]
+        grad = grad.to(states.dtype)
+        of_hidden += grad @ factor
+        of_weight[block] = grad.t() @ states
+    return of_hidden, of_weight.detach()
 
 
 def _records(

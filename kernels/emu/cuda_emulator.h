@@ -25,6 +25,7 @@
 #define R1_LAUNCH_BOUNDS(threads)
 #define R1_SHARED static  // blocks run one after the other; filled with garbage is not modelled
 #define R1_SYNC() emulator::block_barrier()
+#define R1_SYNC_WARP() emulator::warp_barrier()
 #define R1_FENCE()
 #define R1_SHUFFLE_DOWN(value, offset) emulator::shuffle(value, emulator::lane() + (offset))
 #define R1_SHUFFLE_XOR(value, offset) emulator::shuffle(value, emulator::lane() ^ (offset))
@@ -136,6 +137,8 @@ inline void wait(Barrier& barrier, unsigned expected) {
 }
 
 inline void block_barrier() { wait(block, unsigned(fibers.size())); }
+
+inline void warp_barrier() { wait(warps[current / 32], 32); }
 
 inline unsigned lane() { return current % 32; }
 

@@ -56,15 +56,15 @@ void write(Array<T>& array) {
     std::cout.write(array.raw(), array.bytes());
 }
 
-// scalars: tokens, columns, stride, vocab_start, count, order, misalignment, in_place; the gradient has the logits'
-// stride. is_kept: after them come lists of kept ids
-template <class E>
+// scalars: tokens, columns, stride, vocab_start, count, order, misalignment, in_place, entropy; a gradient of the logits'
+// size has their stride, one of half of it their rows, in place. is_kept: after them come lists of kept ids
+template <class E, class G = E>
 void run_log_prob(bool is_kept) {
     Input<int64_t> s;
     const int64_t tokens = s.get()[0], columns = s.get()[1], stride = s.get()[2], vocab_start = s.get()[3];
     const int64_t count = s.get()[4], misalignment = s.get()[6];
     const int order = int(s.get()[5]);
-    const bool in_place = s.get()[7] != 0;
+    const bool in_place = s.get()[7] != 0, entropy = s.get()[8] != 0;
     Input<E> logits(misalignment);
     Input<int64_t> targets, rows;
     Input<float> inverse;
@@ -78,9 +78,10 @@ void run_log_prob(bool is_kept) {
                              columns,      stride,        vocab_start,   inverse.size() == 1};
     Array<RowStats> stats(count * int64_t(sizeof(RowStats))), merged(count * int64_t(sizeof(RowStats)));
     Array<float> results(3 * count * int64_t(sizeof(float)));
-    const auto kernel = device::rows_aligned<E>(source) ? device::log_prob_stats<E, true> : device::log_prob_stats<E, false>;
-    emulator::launch(unsigned(count), device::kThreads, order, [&] {
-        is_kept ? device::kept_log_prob_stats<E>(source, lists, stats.get()) : kernel(source, stats.get());
+    const auto kept_kernel = entropy ? device::kept_log_prob_stats<E, true> : device::kept_log_prob_stats<E, false>;
+    const auto kernel = device::stats_kernel<E>(source, entropy);
+    emulator::launch(is_kept ? unsigned(count) : device::row_blocks(count, columns), device::kThreads, order, [&] {
+        is_kept ? kept_kernel(source, lists, stats.get()) : kernel(source, count, stats.get());
     });
     const auto blocks = unsigned((count + device::kThreads - 1) / device::kThreads);
     emulator::launch(blocks, device::kThreads, order,
@@ -89,10 +90,12 @@ void run_log_prob(bool is_kept) {
     const device::RowUpstream upstream{positions.or_null(), merged.get(), results.get() + count, grads.get(), count};
     Array<E> separate(logits.bytes(), misalignment);
     if (!in_place) memset(separate.raw(), 0, size_t(separate.bytes()));
-    E* out = in_place ? logits.get() : separate.get();
-    emulator::launch(unsigned(tokens), device::kThreads, order, [&] {
-        is_kept ? device::kept_log_prob_backward<E>(source, upstream, lists, scratch.get(), out, stride)
-                : device::log_prob_backward<E>(source, upstream, out, stride);
+    void* out = in_place ? logits.get() : separate.get();
+    const int64_t out_stride = stride * int64_t(sizeof(E) / sizeof(G));
+    const auto backward = device::backward_kernel<E, G>(source, out, out_stride);
+    emulator::launch(is_kept ? unsigned(tokens) : device::row_blocks(tokens, columns), device::kThreads, order, [&] {
+        is_kept ? device::kept_log_prob_backward<E, G>(source, upstream, lists, scratch.get(), out, out_stride)
+                : backward(source, upstream, tokens, out, out_stride);
     });
     write(results);
     in_place ? write(logits) : write(separate);
@@ -142,14 +145,16 @@ void run_group_advantage() {
 int main() {
     std::string name;
     std::getline(std::cin, name);
-    if (name == "log_prob_f32")
-        run_log_prob<float>(false);
-    else if (name == "log_prob_bf16")
-        run_log_prob<Bf16>(false);
-    else if (name == "kept_log_prob_f32")
-        run_log_prob<float>(true);
-    else if (name == "kept_log_prob_bf16")
-        run_log_prob<Bf16>(true);
+    const bool is_kept = name.rfind("kept_", 0) == 0;
+    const std::string rows = is_kept ? name.substr(5) : name;
+    if (rows == "log_prob_f32")
+        run_log_prob<float>(is_kept);
+    else if (rows == "log_prob_bf16")
+        run_log_prob<Bf16>(is_kept);
+    else if (rows == "log_prob_f32_to_bf16")
+        run_log_prob<float, Bf16>(is_kept);
+    else if (rows == "log_prob_f32_to_f16")
+        run_log_prob<float, Half>(is_kept);
     else if (name == "token_loss")
         run_token_loss();
     else if (name == "group_advantage")

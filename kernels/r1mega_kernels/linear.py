@@ -24,6 +24,7 @@ from r1mega_kernels.log_prob import (
     gathered_stats,
     inverse_temperature,
     kept_lists,
+    narrow_rows,
     refuse_second_derivative,
     stats_into,
     vocabulary_range,
@@ -44,6 +45,7 @@ def linear_log_prob(
     vocab_size: int | None = None,
     kept: KeptTokens | None = None,
     softcap: float | None = None,
+    entropy: bool = True,
     buffer_bytes: int = DEFAULT_BUFFER_BYTES,
     reduce_hidden_grad: bool = True,
     backend: str | None = None,
@@ -52,19 +54,19 @@ def linear_log_prob(
 
     hidden: [T, H]; weight: [V, H] (V / tp rows with `tp_group`), of the same dtype, float32, bfloat16 or float16.
     softcap: the logits are softcap * tanh(x / softcap) of the products x (Gemma 2); the backward pass then takes twice
-    the buffer. kept: it takes 4 bytes a kept id beside the buffer. The other arguments are those of `grouped_log_prob`.
+    the buffer, or two and a half times. kept: it takes 4 bytes a kept id beside the buffer. The other arguments are those of `grouped_log_prob`.
 
     Gradients: that of `hidden` is accumulated in fp32, summed over `tp_group` when `reduce_hidden_grad` (leave it to
     the layer below by False, as for Megatron's ColumnParallelLinear input), then cast once. That of `weight` is added
     to `weight.main_grad` (fp32) if there is one, with Megatron's `grad_added_to_main_grad` set where the weight has
-    it; else it is returned in the weight's dtype. On a GPU the gradient of the logits is rounded to the dtype of
-    `hidden` for its two products. A second derivative is an error.
+    it; else it is returned in the weight's dtype. On a GPU the gradient of the logits has the dtype of `hidden` from the
+    first, in the logits' place, for its two products. A second derivative is an error.
 
     Raises:
         ValueError, TypeError, PlatformError: as `grouped_log_prob`.
     """
     head, hidden, tokens = output_layer(
-        hidden, weight, targets, temperature, rows, tp_group, vocab_start, vocab_size, kept, softcap,
+        hidden, weight, targets, temperature, rows, tp_group, vocab_start, vocab_size, kept, softcap, entropy,
         reduce_hidden_grad, backend,
     )  # fmt: skip
     return LogProbs(*_LinearLogProb.apply(hidden, weight, head, tokens, buffer_bytes).unbind())
@@ -95,6 +97,7 @@ class OutputLayer:
     vocab_start: int
     group: dist.ProcessGroup | None
     softcap: float | None
+    entropy: bool
     reduce_hidden_grad: bool
     use_reference: bool
 
@@ -105,7 +108,7 @@ class OutputLayer:
 
     def factor(self, x: torch.Tensor) -> torch.Tensor:
         """`x` as the matrix products take it: as it is on a GPU, in `dtype` on a CPU, whose products give what they take."""
-        return x if x.is_cuda else x.to(self.dtype)
+        return x if widens(x) else x.to(self.dtype)
 
     def logits_into(self, out: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """out [t, v] <- the logits of factors [t, H] and [v, H]."""
@@ -119,7 +122,7 @@ class OutputLayer:
         """stats [t, 4] <- of logits [t, v], whose columns begin at `first_column` of this rank's."""
         targets, inverse, *kept = tokens
         start = self.vocab_start + first_column
-        stats_into(stats, logits, targets, inverse, None, kept, start, self.use_reference)
+        stats_into(stats, logits, targets, inverse, None, kept, start, self.entropy, self.use_reference)
 
     def merged(self, shards: torch.Tensor, inverse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """([t, 4] statistics, [3, t] log-prob, entropy and logsumexp) of statistics [blocks, t, 4], over all ranks."""
@@ -137,18 +140,20 @@ class OutputLayer:
         return merged, results
 
     def gradient_of(self, logits, tokens: Tokens, scratch, first_column, stats, entropy, grads) -> torch.Tensor:
-        """The gradient of the products, in the logits' place, from `grads` [3, t]; a factor of further products. scratch:
-        the `gradient_scratch` of the kept ids, one for all blocks."""
+        """The gradient of the products, in the place of contiguous logits, from `grads` [3, t]; a factor of further products:
+        on a GPU of the weight's dtype. scratch: the `gradient_scratch` of the kept ids, one for all blocks."""
+        is_narrow = widens(logits) and self.weight.dtype != logits.dtype
         slope = None if self.softcap is None else 1 - (logits / self.softcap).square_()
+        grad = narrow_rows(logits, self.weight.dtype) if is_narrow and slope is None else logits
         targets, inverse, *kept = tokens
         start = self.vocab_start + first_column
         backward_into(
-            logits, logits, targets, inverse, None, kept, scratch, start, stats, entropy, grads.contiguous(),
+            grad, logits, targets, inverse, None, kept, scratch, start, stats, entropy, grads.contiguous(),
             self.use_reference,
         )  # fmt: skip
-        if slope is not None:
-            logits.mul_(slope)
-        return logits.to(self.weight.dtype) if logits.is_cuda else logits
+        if slope is None:
+            return grad
+        return logits.mul_(slope).to(self.weight.dtype) if is_narrow else logits.mul_(slope)  # rounded once
 
     def reduced(self, grad_hidden: torch.Tensor) -> torch.Tensor:
         """The gradient of the hidden states over all ranks, in their dtype."""
@@ -158,8 +163,8 @@ class OutputLayer:
 
 
 def output_layer(
-    hidden, weight, targets, temperature, rows, tp_group, vocab_start, vocab_size, kept, softcap, reduce_hidden_grad,
-    backend,
+    hidden, weight, targets, temperature, rows, tp_group, vocab_start, vocab_size, kept, softcap, entropy,
+    reduce_hidden_grad, backend,
 ) -> tuple[OutputLayer, torch.Tensor, Tokens]:  # fmt: skip
     """(the layer, the chosen rows of hidden states, what else is said of them); raises as `linear_log_prob`."""
     use_reference = uses_reference(hidden.device, backend)
@@ -180,8 +185,13 @@ def output_layer(
         kept_ranges = None if kept_ranges is None else kept_ranges[rows]
     group = tp_group if tp_group is not None and dist.get_world_size(tp_group) > 1 else None
     width = min(weight.shape[0], size - start)
-    head = OutputLayer(weight, width, start, group, softcap, reduce_hidden_grad, use_reference)
+    head = OutputLayer(weight, width, start, group, softcap, entropy, reduce_hidden_grad, use_reference)
     return head, hidden, Tokens(targets.contiguous(), inverse, kept_ids, kept_ranges)
+
+
+def widens(x: torch.Tensor) -> bool:
+    """Whether matrix products on the device of `x` give fp32 of factors of 16 bits."""
+    return x.is_cuda
 
 
 def block_shape(rows: int, columns: int, element_size: int, buffer_bytes: int) -> tuple[int, int]:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from r1mega_kernels.kept import KeptTokens, gradient_scratch
-from r1mega_kernels.linear import OutputLayer, add_product, handed_over, output_layer, parts, weight_grad
+from r1mega_kernels.linear import OutputLayer, add_product, handed_over, output_layer, parts, weight_grad, widens
 from r1mega_kernels.log_prob import LogProbs, refuse_second_derivative
 
 S = TypeVar("S")
@@ -36,6 +36,7 @@ def linear_grpo_loss(
     vocab_size: int | None = None,
     kept: KeptTokens | None = None,
     softcap: float | None = None,
+    entropy: bool = True,
     chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
     sequence_offsets: Sequence[int] | None = None,
     reduce_hidden_grad: bool = True,
@@ -62,7 +63,7 @@ def linear_grpo_loss(
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens must be 1 or more, not {chunk_tokens}")
     head, hidden, tokens = output_layer(
-        hidden, weight, targets, temperature, rows, tp_group, vocab_start, vocab_size, kept, softcap,
+        hidden, weight, targets, temperature, rows, tp_group, vocab_start, vocab_size, kept, softcap, entropy,
         reduce_hidden_grad, backend,
     )  # fmt: skip
     chunks = chunks_of(hidden.shape[0], chunk_tokens, sequence_offsets)
@@ -149,7 +150,7 @@ class _LinearLoss(torch.autograd.Function):
 
 def _columns(head: OutputLayer) -> list[slice]:
     """All of the weight where products take it as it is, else as much as is converted at a time."""
-    as_it_is = head.weight.is_cuda or head.weight.dtype == head.dtype
+    as_it_is = widens(head.weight) or head.weight.dtype == head.dtype
     return list(parts(head.width, head.width if as_it_is else _WIDENED_COLUMNS))
 
 

@@ -15,7 +15,7 @@ NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 
 
 class LogProbs(NamedTuple):
-    """All [N], float32 (float64 for float64 logits), differentiable."""
+    """All [N], float32 (float64 for float64 logits), differentiable. entropy: NaN where it was not asked for."""
 
     log_prob: torch.Tensor
     entropy: torch.Tensor
@@ -32,6 +32,7 @@ def grouped_log_prob(
     vocab_start: int | None = None,
     vocab_size: int | None = None,
     kept: KeptTokens | None = None,
+    entropy: bool = True,
     grad_in_place: bool = False,
     backend: str | None = None,
 ) -> LogProbs:
@@ -48,6 +49,7 @@ def grouped_log_prob(
     gets the same bits.
     kept: the ids over which each token's distribution is normalised, all T tokens' (top-p and top-k sampling); the logits of
     others are not read and get zero gradients. On every rank the same lists, of the whole vocabulary.
+    entropy: False spares a fourth of the forward pass's arithmetic; the entropies are then NaN.
     grad_in_place: the gradient overwrites the logits, which nobody may use afterwards.
     backend: None the compiled kernels (on a CPU without them the torch reference, logged), 'native', 'reference'.
 
@@ -71,7 +73,7 @@ def grouped_log_prob(
         logits = logits.contiguous()
     group_name = tp_group.group_name if tp_group is not None and dist.get_world_size(tp_group) > 1 else ""
     tensors = (targets.contiguous(), inverse, rows, kept_ids, kept_ranges)
-    options = (start, group_name, grad_in_place, use_reference)
+    options = (start, group_name, entropy, grad_in_place, use_reference)
     # torch.compile sees one operator; in eager mode an operator registered from Python costs several calls' worth more
     if torch.compiler.is_compiling():
         return LogProbs(*torch.ops.r1mega_kernels.log_prob(logits, *tensors, *options)[0].unbind())
@@ -187,18 +189,20 @@ def gathered_stats(stats: torch.Tensor, group_name: str) -> torch.Tensor:
 
 LIBRARY.define(
     "log_prob(Tensor logits, Tensor targets, Tensor inverse_temperature, Tensor? rows, Tensor? kept_ids, "
-    "Tensor? kept_ranges, int vocab_start, str group, bool grad_in_place, bool reference) "
+    "Tensor? kept_ranges, int vocab_start, str group, bool entropy, bool grad_in_place, bool reference) "
     "-> (Tensor results, Tensor stats)"
 )
 
 
 def _log_prob(
-    logits, targets, inverse_temperature, rows, kept_ids, kept_ranges, vocab_start, group, grad_in_place, reference
-):
+    logits, targets, inverse_temperature, rows, kept_ids, kept_ranges, vocab_start, group, entropy, grad_in_place,
+    reference,
+):  # fmt: skip
     count = logits.shape[0] if rows is None else rows.shape[0]
     stats = torch.empty(count, 4, dtype=inverse_temperature.dtype, device=logits.device)
     results = torch.empty(3, count, dtype=stats.dtype, device=logits.device)
-    stats_into(stats, logits, targets, inverse_temperature, rows, (kept_ids, kept_ranges), vocab_start, reference)
+    kept = (kept_ids, kept_ranges)
+    stats_into(stats, logits, targets, inverse_temperature, rows, kept, vocab_start, entropy, reference)
     shards = gathered_stats(stats, group)
     if count:  # the merged statistics take this rank's place
         row_list = targets if rows is None else rows
@@ -206,11 +210,12 @@ def _log_prob(
     return results, stats
 
 
-def stats_into(stats, logits, targets, inverse, rows, kept, vocab_start, use_reference) -> None:
+def stats_into(stats, logits, targets, inverse, rows, kept, vocab_start, entropy, use_reference) -> None:
     """stats [N, 4] <- of the chosen rows of logits [T, V]. kept: (ids, ranges [T, 2]), or (None, None)."""
     if not stats.shape[0]:
         return
-    arguments = (logits, targets, inverse, targets if rows is None else rows, rows is not None, vocab_start, stats)
+    row_list, has_rows = targets if rows is None else rows, rows is not None
+    arguments = (logits, targets, inverse, row_list, has_rows, vocab_start, entropy, stats)
     op = kernels(use_reference)
     if kept[0] is None:
         op.log_prob_stats(*arguments)
@@ -224,13 +229,13 @@ def _log_prob_fake(logits, targets, inverse_temperature, rows, *args):
 
 
 def _save(ctx, inputs, output):
-    *tensors, ctx.vocab_start, _, ctx.grad_in_place, ctx.reference = inputs
+    *tensors, ctx.vocab_start, _, _, ctx.grad_in_place, ctx.reference = inputs
     # the whole output: a view of it would keep this node, and with it the logits, alive for ever
     ctx.save_for_backward(*tensors, output[0], output[1])
 
 
 def _log_prob_backward(ctx, grads, _grad_stats):
-    return _gradient(ctx, ctx.saved_tensors, grads.contiguous()), *([None] * 9)
+    return _gradient(ctx, ctx.saved_tensors, grads.contiguous()), *([None] * 10)
 
 
 def _gradient(ctx, saved, grads: torch.Tensor) -> torch.Tensor:
@@ -262,8 +267,8 @@ def refuse_second_derivative() -> None:
 def backward_into(
     grad_logits, logits, targets, inverse, rows, kept, scratch, vocab_start, stats, entropy, grads, use_reference
 ) -> None:
-    """grad_logits <- the gradient of logits [T, V]; the two may be one tensor. grads: [3, N]; kept: as of `stats_into`;
-    scratch: the `gradient_scratch` of its ids."""
+    """grad_logits <- the gradient of logits [T, V]; the two may be one tensor, or grad_logits their `narrow_rows`. grads:
+    [3, N]; kept: as of `stats_into`; scratch: the `gradient_scratch` of its ids."""
     positions = targets
     if rows is not None:
         positions = torch.full((len(logits),), -1, dtype=torch.int32, device=logits.device)
@@ -276,6 +281,11 @@ def backward_into(
         op.log_prob_backward(*arguments)
     else:
         op.kept_log_prob_backward(*arguments, *kept, scratch)
+
+
+def narrow_rows(logits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """[T, V] of a dtype of 16 bits in the place of contiguous fp32 logits [T, V]: the first half of each of their rows."""
+    return logits.view(dtype)[:, : logits.shape[1]]
 
 
 class _LogProb(torch.autograd.Function):

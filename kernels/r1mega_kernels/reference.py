@@ -31,8 +31,8 @@ def _exponents(logits_NV: torch.Tensor, row_max_N: torch.Tensor, scale_N: torch.
     return ((logits_NV - base_N[:, None]) * (scale_N * LOG2E)[:, None]).clamp(min=-3e3)
 
 
-def log_prob_stats(logits, targets, inverse_temperature, rows, has_rows, vocab_start, stats) -> None:
-    """stats[N, 4] <- (max, sum 2^t, sum 2^t t, target's logit or NaN) of the rows of logits [T, V]."""
+def log_prob_stats(logits, targets, inverse_temperature, rows, has_rows, vocab_start, entropy, stats) -> None:
+    """stats[N, 4] <- (max, sum 2^t, sum 2^t t or without the entropy NaN, target's logit or NaN) of the rows of logits [T, V]."""
     x_NV = _selected(logits, rows, has_rows).to(stats.dtype)
     scale_N = _row_scale(inverse_temperature, rows, has_rows, stats.dtype).expand(x_NV.shape[0])
     row_max_N = x_NV.amax(dim=-1)
@@ -43,7 +43,7 @@ def log_prob_stats(logits, targets, inverse_temperature, rows, has_rows, vocab_s
     target_N = x_NV.gather(1, column_N.clamp(0, x_NV.shape[1] - 1)[:, None])[:, 0]
     stats[:, 0] = row_max_N
     stats[:, 1] = powers_NV.sum(-1)
-    stats[:, 2] = (powers_NV * t_NV).sum(-1)
+    stats[:, 2] = (powers_NV * t_NV).sum(-1) if entropy else math.nan
     stats[:, 3] = torch.where(held_N, target_N, torch.full_like(target_N, math.nan))
 
 
@@ -77,11 +77,11 @@ def log_prob_backward(
     scale_N = _row_scale(inverse_temperature, rows_N, has_positions, stats.dtype).expand(x_NV.shape[0])
     stats_N4, entropy_N, (g_N, h_N, l_N) = stats[order_N], entropy[order_N], grads[:, order_N]
     t_NV = _exponents(x_NV, stats_N4[:, 0], scale_N)
-    log_sum_N = stats_N4[:, 1].log()
+    of_entropy_N = torch.where(h_N == 0, 0.0, h_N * (entropy_N - stats_N4[:, 1].log()))  # one not asked for is NaN
     slope_N = -h_N * math.log(2)
     grad_NV = (
         t_NV.exp2()
-        * ((l_N - g_N - h_N * (entropy_N - log_sum_N))[:, None] + slope_N[:, None] * t_NV)
+        * ((l_N - g_N - of_entropy_N)[:, None] + slope_N[:, None] * t_NV)
         * (scale_N / stats_N4[:, 1])[:, None]
     )
     column_N = _selected(targets, rows_N, has_positions) - vocab_start
@@ -111,11 +111,11 @@ def _of_kept(logits, vocab_start, kept_ids, kept_ranges) -> tuple[torch.Tensor, 
 
 
 def kept_log_prob_stats(
-    logits, targets, inverse_temperature, rows, has_rows, vocab_start, stats, kept_ids, kept_ranges
+    logits, targets, inverse_temperature, rows, has_rows, vocab_start, entropy, stats, kept_ids, kept_ranges
 ) -> None:
     """As `log_prob_stats`, over the columns that each token keeps; no target's logit where it is not kept."""
     masked_TV, kept_TV = _of_kept(logits, vocab_start, kept_ids, kept_ranges)
-    log_prob_stats(masked_TV, targets, inverse_temperature, rows, has_rows, vocab_start, stats)
+    log_prob_stats(masked_TV, targets, inverse_temperature, rows, has_rows, vocab_start, entropy, stats)
     column_T = (targets - vocab_start).clamp(0, logits.shape[1] - 1)
     missing_T = ~kept_TV.gather(1, column_T[:, None])[:, 0]
     stats[:, 3].masked_fill_(_selected(missing_T, rows, has_rows), math.nan)

@@ -89,7 +89,7 @@ def update_policy(
                 loss,
                 temperature=config.rollout.temperature,
                 total_response_tokens=minibatch.response_tokens,
-                of_tokens=config.algorithm.is_of_tokens,
+                sums_over="tokens" if config.algorithm.is_of_tokens else "samples",
             )
             for minibatch in minibatches
         ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -84,15 +84,16 @@ class HiddenHead:
         part: Shard,
         temperature: float,
         token_loss: Callable[[TokenScores, slice], tuple[torch.Tensor, S]],
+        row_offsets: Sequence[int] | None = None,
     ) -> tuple[torch.Tensor, list[S]]:
         """The sum of a loss of single tokens over chunks of `part.rows`, and what else it returned of each: as of `scores`,
-        with one matrix product less.
+        with one matrix product less. row_offsets: the chunks are of whole sequences, which begin there.
         """
         return linear_grpo_loss(
             output, self.weight, part.labels,
             lambda scores, rows: token_loss(TokenScores(scores.log_prob, scores.entropy), rows), temperature, part.rows,
             self.group, vocab_size=self.vocab_size, kept=part.kept, reduce_hidden_grad=self.reduce_hidden_grad,
-            chunk_tokens=self.chunk_tokens,
+            chunk_tokens=self.chunk_tokens, sequence_offsets=row_offsets,
         )  # fmt: skip
 
 

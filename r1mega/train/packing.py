@@ -168,12 +168,17 @@ class Microbatch:
                 fields[name] = value.to(device, non_blocking=True)
         return dataclasses.replace(self, **fields)
 
-    def of_rows(self, part: slice) -> Self:
+    def row_offsets(self) -> list[int]:
+        """[samples + 1] where the rows of each sample begin, and where the last one's end. Reads `sequence_ids`."""
+        counts = torch.bincount(self.sequence_ids, minlength=len(self.sample_indices))
+        return [0, *counts.cumsum(0).tolist()]
+
+    def of_rows(self, part: slice, *, of_samples: bool = False) -> Self:
         """The same with a part of its rows, as a loss of single tokens reads them. `sequence_ids` is left out: what is of a
-        whole sequence cannot be computed of a part, and fails.
+        whole sequence cannot be computed of a part, and fails; unless the part is of whole samples.
         """
         rows = {name: value[part] for name in self._row_fields if (value := getattr(self, name)) is not None}
-        return dataclasses.replace(self, **rows, sequence_ids=self.sequence_ids[:0])
+        return dataclasses.replace(self, **rows, sequence_ids=self.sequence_ids[part if of_samples else slice(0)])
 
     def carrying(self, kind: type[Carrier], **further: torch.Tensor | None) -> Carrier:
         """The same as a microbatch of a kind with further fields: what a loss compares its scores with."""

@@ -9,10 +9,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -47,6 +48,7 @@ B = TypeVar("B", bound=Microbatch)
 S = TypeVar("S")
 
 Loss = Callable[[B, TokenScores], tuple[torch.Tensor, S]]
+SumsOver = Literal["tokens", "samples"]
 """(microbatch, scores of its R rows) -> (its part of the loss, statistics to collect). What the loss compares the scores
 with, the microbatch carries. Both are whole, whatever the parallel layout, and on the model's device."""
 
@@ -192,18 +194,18 @@ class Policy:
         *,
         forward_only: bool,
         mtp_loss: bool = False,
-        of_tokens: bool = False,
+        sums_over: SumsOver | None = None,
         records: Records | None = None,
     ) -> list[S]:
         """A pass over microbatches, with gradients of the loss unless `forward_only`; the statistics of each where the loss
-        is: on the last pipeline stage, elsewhere []. mtp_loss: add that of the multi-token-prediction layers. of_tokens: the
-        loss is a sum over tokens, of each token's scores alone, and may be asked for parts of a microbatch, each with its
-        statistics. records: a list for each chunk, to which what its routers took is appended.
+        is: on the last pipeline stage, elsewhere []. mtp_loss: add that of the multi-token-prediction layers. sums_over: the
+        loss is a sum over tokens or over samples, of each one's scores alone, and may be asked for parts of a microbatch (of
+        whole samples), each with its statistics. records: a list for each chunk, to which what its routers took is appended.
         """
         fillers: list[None] = [None] * (-len(microbatches) % self.microbatch_multiple)
         if forward_only:
             self.settle()
-        one = _Pass(self, loss, temperature, mtp_loss, of_tokens, records)
+        one = _Pass(self, loss, temperature, mtp_loss, sums_over, records)
         self._check_weights()
         modules = self.modules
         iterators = [iter([*microbatches, *fillers]) for _ in modules]  # one a virtual pipeline stage
@@ -347,7 +349,7 @@ class _Pass(Generic[B, S]):
     loss: Loss[B, S]
     temperature: float
     mtp_loss: bool
-    of_tokens: bool
+    sums_over: SumsOver | None
     records: Records | None
     statistics: list[S] = field(default_factory=list)
 
@@ -360,18 +362,24 @@ class _Pass(Generic[B, S]):
         if batch is None:
             filler = build_microbatch([], [], ()).to(self.policy.device)
             output, part = self.policy.forward(module, filler, mtp_loss=self.mtp_loss, records=self.records)
+            offsets = None
         else:
+            offsets = batch.row_offsets() if self.sums_over == "samples" else None  # before it is on a device
             batch = batch.to(self.policy.device)
             output, part = self.policy.forward(module, batch, mtp_loss=self.mtp_loss, records=self.records)
-        return output, functools.partial(self.value, batch, part)
+        return output, functools.partial(self.value, batch, part, offsets)
 
-    def value(self, batch: B | None, part: Shard, output: torch.Tensor) -> _Value:
-        """(loss, rows of this rank, nothing for Megatron to report)."""
-        head = self.policy.one_pass_head if self.of_tokens and not self.mtp_loss else None
+    def value(self, batch: B | None, part: Shard, offsets: list[int] | None, output: torch.Tensor) -> _Value:
+        """(loss, rows of this rank, nothing for Megatron to report). offsets: of the samples' rows, where they count."""
+        head = self.policy.one_pass_head if self.sums_over is not None and not self.mtp_loss else None
+        if head is not None and offsets and max(map(operator.sub, offsets[1:], offsets), default=0) > head.chunk_tokens:
+            head = None  # all logits of a sample that is longer than a chunk would be held
         if batch is not None and head is not None:
+            whole = offsets is not None
             value, found = head.loss(
-                output[0], part, self.temperature, lambda scores, rows: self.loss(batch.of_rows(rows), scores)
-            )
+                output[0], part, self.temperature,
+                lambda scores, rows: self.loss(batch.of_rows(rows, of_samples=whole), scores), offsets,
+            )  # fmt: skip
             self.statistics += found
         else:
             num_rows = 0 if batch is None else batch.rows.numel()

@@ -39,7 +39,7 @@ from r1mega.train.optimizer import (  # noqa: E402
     parts,
 )
 from r1mega.train.phases import Phase, PhasePlan, plan_phases  # noqa: E402
-from r1mega.train.policy import B, Loss, Policy, S  # noqa: E402
+from r1mega.train.policy import B, Loss, Policy, S, SumsOver  # noqa: E402
 
 logger = logging.getLogger(__name__)
 _KEPT_EVIDENCE = 8  # steps
@@ -141,14 +141,14 @@ class Trainer:
         temperature: float = 1.0,
         total_response_tokens: int,
         mtp_loss: bool = False,
-        of_tokens: bool = False,
+        sums_over: SumsOver | None = None,
     ) -> UpdateResult[S]:
         """One optimizer step on the sum of the microbatches' losses (over all data-parallel ranks).
 
         total_response_tokens: R summed over this step's microbatches on all data-parallel ranks. Megatron divides
         gradients by it; the loss is multiplied by it first, so that the caller's loss is minimised as it stands.
         mtp_loss: add the loss of the multi-token-prediction layers, if the model has them (pre-training and SFT:
-        the tokens are to be imitated); entropies are then not computed. of_tokens: see `Policy.run`.
+        the tokens are to be imitated); entropies are then not computed. sums_over: see `Policy.run`.
         When the gradient norm is not finite on any rank, no rank moves a weight, and each replica writes its microbatches
         to `evidence`, of the first few such steps. The step is then left out, or NonFiniteError when optimizer.skip_nonfinite such steps went before it.
         """
@@ -167,7 +167,7 @@ class Trainer:
         further = mtp_loss and bool(self.policy.megatron_config.mtp_num_layers)
         try:
             statistics = self.policy.run(
-                microbatches, scaled, temperature, forward_only=False, mtp_loss=further, of_tokens=of_tokens
+                microbatches, scaled, temperature, forward_only=False, mtp_loss=further, sums_over=sums_over
             )
         finally:
             for config, coefficient in self._aux_loss:

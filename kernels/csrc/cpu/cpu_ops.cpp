@@ -105,16 +105,16 @@ struct KeptRow {
 };
 
 template <class E>
-RowStats kept_stats(const CpuKernels& table, const E* row, const KeptRow& kept, float c) {
+RowStats kept_stats(const CpuKernels& table, const E* row, const KeptRow& kept, float c, bool entropy) {
     std::vector<float> values(size_t(kept.count()));
     kept.gather(row, values.data());
-    return table.row_stats_f32(values.data(), kept.count(), kept.target, c);
+    return table.row_stats_f32[!entropy](values.data(), kept.count(), kept.target, c);
 }
 
-// stack: logits, targets, inverse_temperature, rows, bool has_rows, int vocab_start, stats!
+// stack: logits, targets, inverse_temperature, rows, bool has_rows, int vocab_start, bool entropy, stats!
 void stats_of_rows(StableIValue* stack, const KeptLists* lists) {
-    const Tensor logits(stack[0]), targets(stack[1]), temperature(stack[2]), rows(stack[3]), stats(stack[6]);
-    const bool has_rows = scalar<bool>(stack[4]), is_bf16 = logits.is_bf16();
+    const Tensor logits(stack[0]), targets(stack[1]), temperature(stack[2]), rows(stack[3]), stats(stack[7]);
+    const bool has_rows = scalar<bool>(stack[4]), entropy = scalar<bool>(stack[6]), is_bf16 = logits.is_bf16();
     const int64_t vocab_start = scalar<int64_t>(stack[5]);
     const int64_t count = stats.size(0), columns = logits.size(1), stride = logits.stride(0);
     const int64_t *target = targets.data<int64_t>(), *row = has_rows ? rows.data<int64_t>() : nullptr;
@@ -129,21 +129,21 @@ void stats_of_rows(StableIValue* stack, const KeptLists* lists) {
         const int64_t column = local_column(target[token], vocab_start, columns);
         if (lists && lists->length(token) > 0) {
             const KeptRow kept(*lists, token, column, vocab_start, columns);
-            out[i] = is_bf16 ? kept_stats(table, halves + token * stride, kept, c)
-                             : kept_stats(table, floats + token * stride, kept, c);
+            out[i] = is_bf16 ? kept_stats(table, halves + token * stride, kept, c, entropy)
+                             : kept_stats(table, floats + token * stride, kept, c, entropy);
         } else {
-            out[i] = is_bf16 ? table.row_stats_bf16(halves + token * stride, columns, column, c)
-                             : table.row_stats_f32(floats + token * stride, columns, column, c);
+            out[i] = is_bf16 ? table.row_stats_bf16[!entropy](halves + token * stride, columns, column, c)
+                             : table.row_stats_f32[!entropy](floats + token * stride, columns, column, c);
         }
     });
 }
 
-// log_prob_stats(logits, targets, inverse_temperature, rows, bool has_rows, int vocab_start, stats!)
+// log_prob_stats(logits, targets, inverse_temperature, rows, bool has_rows, int vocab_start, bool entropy, stats!)
 void op_log_prob_stats(StableIValue* stack, uint64_t, uint64_t) { stats_of_rows(stack, nullptr); }
 
 // kept_log_prob_stats(the same, kept_ids, kept_ranges)
 void op_kept_log_prob_stats(StableIValue* stack, uint64_t, uint64_t) {
-    const Tensor ids(stack[7]), ranges(stack[8]);
+    const Tensor ids(stack[8]), ranges(stack[9]);
     const KeptLists lists{ids.data<int32_t>(), ranges.data<int64_t>()};
     stats_of_rows(stack, &lists);
 }
@@ -193,6 +193,8 @@ void backward_of_rows(StableIValue* stack, const KeptLists* lists, float* scratc
     const float *entropy = entropies.data<float>(), *grad = grads.data<float>();
     const void* data = logits.data<void>();
     void* result = grad_logits.data<void>();
+    if (grad_logits.dtype() != logits.dtype())
+        throw std::runtime_error("r1mega_kernels: on a CPU the gradient of logits has their type");
     const CpuKernels& table = kernels();
     parallel_for(tokens, 32768 / (columns + 1), [&](int64_t token) {
         const int64_t i = position ? position[token] : token;

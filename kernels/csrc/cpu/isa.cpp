@@ -34,6 +34,7 @@ R1_FN Vec exponent(Vec x, Vec base, float c) {
     return t < -127.f ? splat(-127.f) : t;  // keeps a NaN
 }
 
+template <bool kEntropy>
 struct Accumulator {
     Vec sum[kUnroll] = {}, weighted[kUnroll] = {};
 
@@ -43,13 +44,13 @@ struct Accumulator {
             const Vec t = exponent(load(x + k * kWidth), base, c);
             const Vec e = exp2_negative(t);
             sum[k] += e;
-            weighted[k] += e * t;
+            if (kEntropy) weighted[k] += e * t;
         }
     }
 };
 
 // `columns` is a multiple of kStep. fp32 within a block, double across blocks.
-template <class E>
+template <bool kEntropy, class E>
 R1_FN void add_block(const E* x, int64_t columns, float c, float& max, double& sum, double& weighted) {
     const float new_max = block_max(x, columns, max);
     if (new_max > max) {
@@ -62,27 +63,27 @@ R1_FN void add_block(const E* x, int64_t columns, float c, float& max, double& s
         max = new_max;
     }
     const Vec base = splat(safe_base(max));
-    Accumulator acc;
+    Accumulator<kEntropy> acc;
     for (int64_t j = 0; j < columns; j += kStep) acc.add(x + j, base, c);
     sum += lane_sum((acc.sum[0] + acc.sum[1]) + (acc.sum[2] + acc.sum[3]));
     weighted += lane_sum((acc.weighted[0] + acc.weighted[1]) + (acc.weighted[2] + acc.weighted[3]));
 }
 
-template <class E>
+template <class E, bool kEntropy>
 RowStats row_stats(const E* x, int64_t columns, int64_t target, float c) {
     float max = minus_infinity();
     double sum = 0, weighted = 0;
     const int64_t whole = columns / kStep * kStep;
     for (int64_t j = 0; j < whole; j += kBlock)
-        add_block(x + j, whole - j < kBlock ? whole - j : int64_t(kBlock), c, max, sum, weighted);
+        add_block<kEntropy>(x + j, whole - j < kBlock ? whole - j : int64_t(kBlock), c, max, sum, weighted);
     if (whole < columns) {
         const Padded<E> tail(x + whole, columns - whole);
-        add_block(tail.values, kStep, c, max, sum, weighted);
+        add_block<kEntropy>(tail.values, kStep, c, max, sum, weighted);
     }
     RowStats stats;
     stats.max = max;
     stats.sum = float(sum);
-    stats.weighted = float(weighted);
+    stats.weighted = kEntropy ? float(weighted) : quiet_nan();
     stats.target = target < 0 ? quiet_nan() : to_float(x[target]);
     return stats;
 }
@@ -203,7 +204,12 @@ void token_loss(const LossTensors& in, const LossOptions& options, int64_t begin
 #define R1_TEXT(a) R1_TEXT_(a)
 
 extern const CpuKernels R1_JOIN(kernels_, R1_ISA) = {
-    R1_TEXT(R1_ISA), row_stats<float>, row_stats<Bf16>, row_backward<float>, row_backward<Bf16>, token_loss,
+    R1_TEXT(R1_ISA),
+    {row_stats<float, true>, row_stats<float, false>},
+    {row_stats<Bf16, true>, row_stats<Bf16, false>},
+    row_backward<float>,
+    row_backward<Bf16>,
+    token_loss,
 };
 
 }  // namespace r1mega

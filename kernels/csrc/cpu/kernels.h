@@ -19,9 +19,9 @@ struct LossTensors {  // [tokens], or [sequences] where `sequence_ids` selects; 
 
 struct CpuKernels {
     const char* name;
-    // target: the target's column, or -1 when it is not among these columns
-    RowStats (*row_stats_f32)(const float* logits, int64_t columns, int64_t target, float c);
-    RowStats (*row_stats_bf16)(const Bf16* logits, int64_t columns, int64_t target, float c);
+    // target: the target's column, or -1 when it is not among these columns; the second of a pair has no entropy's terms
+    RowStats (*row_stats_f32[2])(const float* logits, int64_t columns, int64_t target, float c);
+    RowStats (*row_stats_bf16[2])(const Bf16* logits, int64_t columns, int64_t target, float c);
     void (*row_backward_f32)(const float* logits, float* out, int64_t columns, int64_t target, const RowStats& stats,
                              const RowGradient& gradient, float c);
     void (*row_backward_bf16)(const Bf16* logits, Bf16* out, int64_t columns, int64_t target, const RowStats& stats,

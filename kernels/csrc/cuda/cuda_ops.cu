@@ -42,27 +42,25 @@ device::RowSource row_source(const Tensor& logits, const Tensor& targets, const 
         vocab_start,         temperature.numel() == 1};
 }
 
-template <class E>
-void launch_stats(const device::RowSource& source, unsigned blocks, cudaStream_t stream, RowStats* stats) {
-    const auto kernel =
-        device::rows_aligned<E>(source) ? device::log_prob_stats<E, true> : device::log_prob_stats<E, false>;
-    kernel<<<blocks, device::kThreads, 0, stream>>>(source, stats);
-}
-
-// stack: logits, targets, inverse_temperature, rows, bool has_rows, int vocab_start, stats!
+// stack: logits, targets, inverse_temperature, rows, bool has_rows, int vocab_start, bool entropy, stats!
 void stats_of_rows(StableIValue* stack, const device::KeptLists* lists) {
-    const Tensor logits(stack[0]), targets(stack[1]), temperature(stack[2]), rows(stack[3]), stats(stack[6]);
+    const Tensor logits(stack[0]), targets(stack[1]), temperature(stack[2]), rows(stack[3]), stats(stack[7]);
     const OnDevice device(logits);
     const int64_t* row = scalar<bool>(stack[4]) ? rows.data<int64_t>() : nullptr;
+    const bool entropy = scalar<bool>(stack[6]);
     const auto source = row_source(logits, targets, temperature, row, scalar<int64_t>(stack[5]));
-    const auto blocks = unsigned(stats.size(0));
+    const int64_t count = stats.size(0);
+    RowStats* out = stats.data<RowStats>();
     const auto launch = [&](auto element) {
         using E = decltype(element);
-        if (lists)
-            device::kept_log_prob_stats<E>
-                <<<blocks, device::kThreads, 0, device.stream()>>>(source, *lists, stats.data<RowStats>());
-        else
-            launch_stats<E>(source, blocks, device.stream(), stats.data<RowStats>());
+        if (lists) {
+            const auto kernel = entropy ? device::kept_log_prob_stats<E, true> : device::kept_log_prob_stats<E, false>;
+            kernel<<<unsigned(count), device::kThreads, 0, device.stream()>>>(source, *lists, out);
+        } else {
+            const auto kernel = device::stats_kernel<E>(source, entropy);
+            const auto blocks = device::row_blocks(count, source.columns);
+            kernel<<<blocks, device::kThreads, 0, device.stream()>>>(source, count, out);
+        }
     };
     logits.is_bf16() ? launch(Bf16{}) : launch(0.f);
     OnDevice::check(cudaGetLastError(), "log_prob_stats");
@@ -71,7 +69,7 @@ void stats_of_rows(StableIValue* stack, const device::KeptLists* lists) {
 void op_log_prob_stats(StableIValue* stack, uint64_t, uint64_t) { stats_of_rows(stack, nullptr); }
 
 void op_kept_log_prob_stats(StableIValue* stack, uint64_t, uint64_t) {
-    const Tensor ids(stack[7]), ranges(stack[8]);
+    const Tensor ids(stack[8]), ranges(stack[9]);
     const device::KeptLists lists{ids.data<int32_t>(), ranges.data<int64_t>()};
     stats_of_rows(stack, &lists);
 }
@@ -91,7 +89,7 @@ void op_log_prob_merge(StableIValue* stack, uint64_t, uint64_t) {
 }
 
 // stack: logits, targets, inverse_temperature, positions, bool has_positions, int vocab_start, stats, entropy, grads,
-// grad_logits!; scratch: one float a kept id
+// grad_logits!, of the logits' dtype or of 16 bits, then maybe in the logits' rows; scratch: one float a kept id
 void backward_of_rows(StableIValue* stack, const device::KeptLists* lists, float* scratch) {
     const Tensor logits(stack[0]), targets(stack[1]), temperature(stack[2]), positions(stack[3]), stats(stack[6]),
         entropy(stack[7]), grads(stack[8]), grad_logits(stack[9]);
@@ -100,17 +98,26 @@ void backward_of_rows(StableIValue* stack, const device::KeptLists* lists, float
     const device::RowUpstream upstream{scalar<bool>(stack[4]) ? positions.data<int32_t>() : nullptr,
                                        stats.data<RowStats>(), entropy.data<float>(), grads.data<float>(),
                                        stats.size(0)};
-    const auto blocks = unsigned(logits.size(0));
-    const auto launch = [&](auto element) {
+    const int64_t tokens = logits.size(0), out_stride = grad_logits.stride(0);
+    void* out = grad_logits.data<void>();
+    const auto launch = [&](auto element, auto of_gradient) {
         using E = decltype(element);
-        if (lists)
-            device::kept_log_prob_backward<E><<<blocks, device::kThreads, 0, device.stream()>>>(
-                source, upstream, *lists, scratch, grad_logits.data<void>(), grad_logits.stride(0));
-        else
-            device::log_prob_backward<E><<<blocks, device::kThreads, 0, device.stream()>>>(
-                source, upstream, grad_logits.data<void>(), grad_logits.stride(0));
+        using G = decltype(of_gradient);
+        if (lists) {
+            device::kept_log_prob_backward<E, G><<<unsigned(tokens), device::kThreads, 0, device.stream()>>>(
+                source, upstream, *lists, scratch, out, out_stride);
+        } else {
+            const auto kernel = device::backward_kernel<E, G>(source, out, out_stride);
+            const auto blocks = device::row_blocks(tokens, source.columns);
+            kernel<<<blocks, device::kThreads, 0, device.stream()>>>(source, upstream, tokens, out, out_stride);
+        }
     };
-    logits.is_bf16() ? launch(Bf16{}) : launch(0.f);
+    if (logits.is_bf16())
+        launch(Bf16{}, Bf16{});
+    else if (grad_logits.is_bf16())
+        launch(0.f, Bf16{});
+    else
+        grad_logits.is_fp16() ? launch(0.f, Half{}) : launch(0.f, 0.f);
     OnDevice::check(cudaGetLastError(), "log_prob_backward");
 }
 

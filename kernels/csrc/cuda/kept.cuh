@@ -19,7 +19,7 @@ struct KeptLists {
     }
 };
 
-template <class E>
+template <class E, bool kEntropy>
 R1_GLOBAL R1_LAUNCH_BOUNDS(kThreads) void kept_log_prob_stats(RowSource source, KeptLists lists, RowStats* out) {
     static_assert(kUnroll == kLanes<float>, "a thread fills one pack, element by element");
     R1_SHARED float target;
@@ -30,7 +30,7 @@ R1_GLOBAL R1_LAUNCH_BOUNDS(kThreads) void kept_log_prob_stats(RowSource source, 
     const int64_t count = length > 0 ? length : source.columns;
     if (threadIdx.x == 0) target = quiet_nan();
     R1_SYNC();
-    Running<float> running(c);
+    Running<float, kEntropy> running(c);
     for (int64_t j = threadIdx.x; j < count; j += kUnroll * kThreads) {
         Pack<float> loaded[1] = {nothing<float>()};
 #pragma unroll
@@ -43,7 +43,7 @@ R1_GLOBAL R1_LAUNCH_BOUNDS(kThreads) void kept_log_prob_stats(RowSource source, 
         }
         running.add(loaded, c);
     }
-    RowStats stats = block_merge(running.stats(c), c);  // waits for all threads
+    RowStats stats = row_merge<kThreads>(running.stats(c), c);  // waits for all threads
     if (threadIdx.x == 0) {
         stats.target = stats.sum == 0.f && target == target ? minus_infinity() : target;
         if (stats.sum == 0.f) stats.max = minus_infinity();
@@ -51,23 +51,15 @@ R1_GLOBAL R1_LAUNCH_BOUNDS(kThreads) void kept_log_prob_stats(RowSource source, 
     }
 }
 
-template <class E>
-R1_DEVICE void clear_row(E* out, int64_t columns) {
-    const int64_t packs = columns / kLanes<E>;
-    const bool aligned = is_aligned(out);
-    for (int64_t pack = threadIdx.x; pack < packs; pack += kThreads) store_pack(out, pack, aligned, Pack<E>{});
-    for (int64_t j = packs * kLanes<E> + threadIdx.x; j < columns; j += kThreads) out[j] = E{};
-}
-
 // grad_logits may be the logits. scratch: one float a kept id, for what is computed before the row is cleared; the thread
 // that wrote an element of it reads it.
-template <class E>
+template <class E, class G>
 R1_GLOBAL R1_LAUNCH_BOUNDS(kThreads) void kept_log_prob_backward(RowSource source, RowUpstream upstream,
                                                                  KeptLists lists, float* scratch, void* grad_logits,
                                                                  int64_t out_stride) {
     const int64_t token = blockIdx.x;
     const E* row = static_cast<const E*>(source.logits) + token * source.stride;
-    E* out = static_cast<E*>(grad_logits) + token * out_stride;
+    G* out = static_cast<G*>(grad_logits) + token * out_stride;
     const int64_t i = upstream.positions ? upstream.positions[token] : token;
     const float inverse = source.inverse(token), c = inverse * kLog2e;
     RowGradient gradient{0.f, 0.f, 0.f, true};
@@ -75,10 +67,7 @@ R1_GLOBAL R1_LAUNCH_BOUNDS(kThreads) void kept_log_prob_backward(RowSource sourc
     if (i >= 0) gradient = upstream.gradient_of_row(i, inverse, base);
     const int64_t of_target = source.column(token), length = gradient.is_zero ? 0 : lists.length(token);
     if (length == 0 && !gradient.is_zero) {
-        for (int64_t j = threadIdx.x; j < source.columns; j += kThreads) {
-            const float d = gradient_of(to_float(row[j]), base, gradient, c);
-            from_float(j == of_target ? d + gradient.target_gradient : d, out[j]);
-        }
+        gradient_of_row<E, G, false, kThreads>(row, out, source.columns, of_target, base, gradient, c);
         return;
     }
     float* found = scratch + lists.begin(token);
@@ -89,7 +78,10 @@ R1_GLOBAL R1_LAUNCH_BOUNDS(kThreads) void kept_log_prob_backward(RowSource sourc
         found[j] = column == of_target ? d + gradient.target_gradient : d;
     }
     R1_SYNC();
-    clear_row(out, source.columns);
+    if (is_aligned<G>(out, 0))
+        clear_row<G, true, kThreads>(out, source.columns);
+    else
+        clear_row<G, false, kThreads>(out, source.columns);
     R1_SYNC();
     for (int64_t j = threadIdx.x; j < length; j += kThreads) {
         const int64_t column = lists.column(token, j, source);

@@ -10,6 +10,7 @@
 #define R1_LAUNCH_BOUNDS(threads) __launch_bounds__(threads)
 #define R1_SHARED __shared__
 #define R1_SYNC() __syncthreads()
+#define R1_SYNC_WARP() __syncwarp()
 #define R1_FENCE() __threadfence()
 #define R1_SHUFFLE_DOWN(value, offset) __shfl_down_sync(0xffffffffu, value, offset)
 #define R1_SHUFFLE_XOR(value, offset) __shfl_xor_sync(0xffffffffu, value, offset)

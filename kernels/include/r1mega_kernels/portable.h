@@ -21,6 +21,9 @@ constexpr double kLn2 = 0.6931471805599453;
 struct Bf16 {
     uint16_t bits;
 };
+struct Half {  // of gradients alone
+    uint16_t bits;
+};
 
 R1_FN float as_float(uint32_t bits) {
 #if defined(__CUDA_ARCH__)
@@ -56,6 +59,20 @@ R1_FN void from_float(float value, Bf16& out) {
 #else
     const uint32_t bits = as_bits(value);
     out.bits = value != value ? uint16_t(0x7fc0u) : uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+#endif
+}
+
+// The same; what is beyond 65504 becomes infinite.
+R1_FN void from_float(float value, Half& out) {
+#if defined(__CUDA_ARCH__)
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out.bits) : "f"(value));
+#else
+    const uint32_t bits = as_bits(value), sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
+    uint32_t half = ((magnitude + 0xfffu + (magnitude >> 13 & 1u)) - 0x38000000u) >> 13;
+    if (magnitude < 0x38800000u) half = as_bits(as_float(magnitude) + 0.5f) - 0x3f000000u;  // a multiple of 2^-24, as a sum is
+    if (magnitude >= 0x477ff000u) half = 0x7c00u;
+    if (value != value) half = 0x7e00u;
+    out.bits = uint16_t(sign | half);
 #endif
 }
 

@@ -12,7 +12,7 @@ namespace r1mega {
 struct RowStats {
     float max;       // largest logit, unscaled; -inf when every column is masked
     float sum;       // 0 when every column is masked
-    float weighted;  // <= 0
+    float weighted;  // <= 0; NaN where the entropy is not asked for
     float target;    // the target's logit, unscaled; NaN when the target is not among these columns
 };
 
@@ -77,9 +77,10 @@ R1_FN RowGradient row_gradient(const RowStats& stats, float entropy, float grad_
     RowGradient gradient;
     gradient.is_zero = grad_log_prob == 0.f && grad_entropy == 0.f && grad_logsumexp == 0.f;
     const double per_prob = double(inverse_temperature) / double(stats.sum);
-    const double log_sum = log(double(stats.sum));
-    gradient.scale = float(per_prob * (double(grad_logsumexp) - double(grad_log_prob) -
-                                       double(grad_entropy) * (double(entropy) - log_sum)));
+    double scale = double(grad_logsumexp) - double(grad_log_prob);
+    // an entropy that was not asked for is NaN, and matters to those alone who have a gradient for it
+    if (grad_entropy != 0.f) scale -= double(grad_entropy) * (double(entropy) - log(double(stats.sum)));
+    gradient.scale = float(per_prob * scale);
     gradient.slope = float(-per_prob * double(grad_entropy) * kLn2);
     gradient.target_gradient = grad_log_prob * inverse_temperature;
     return gradient;

@@ -27,6 +27,7 @@ AOTITorchError aoti_torch_get_dtype(AtenTensorHandle tensor, int32_t* dtype);
 AOTITorchError aoti_torch_get_device_index(AtenTensorHandle tensor, int32_t* index);
 AOTITorchError aoti_torch_delete_tensor_object(AtenTensorHandle tensor);
 int32_t aoti_torch_dtype_bfloat16();
+int32_t aoti_torch_dtype_float16();
 int32_t aoti_torch_dtype_float32();
 AOTITorchError aoti_torch_library_init_impl(const char* name_space, const char* key, const char* file, uint32_t line,
                                             TorchLibraryHandle* library);
@@ -82,16 +83,16 @@ class Tensor {
         check(aoti_torch_get_strides(handle_, &strides), "get_strides");
         return strides[dim];
     }
-    bool is_bf16() const {
+    int32_t dtype() const {
         int32_t dtype = 0;
         check(aoti_torch_get_dtype(handle_, &dtype), "get_dtype");
-        return dtype == aoti_torch_dtype_bfloat16();
+        return dtype;
     }
+    bool is_bf16() const { return dtype() == aoti_torch_dtype_bfloat16(); }
+    bool is_fp16() const { return dtype() == aoti_torch_dtype_float16(); }
     // Room for `least` floats that an operator writes; an error where it is less, or of another type.
     float* room_for_floats(int64_t least) const {
-        int32_t dtype = 0;
-        check(aoti_torch_get_dtype(handle_, &dtype), "get_dtype");
-        if (dtype != aoti_torch_dtype_float32() || numel() < least)
+        if (dtype() != aoti_torch_dtype_float32() || numel() < least)
             throw std::runtime_error("r1mega_kernels: the scratch must have " + std::to_string(least) +
                                      " elements of float32");
         return data<float>();

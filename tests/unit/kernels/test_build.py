@@ -195,6 +195,14 @@ def test_cuda_kernels_keep_their_budgets(build):
     report = report_tool.compile_report()
     assert report_tool.violations(report) == []
     compiled = {(r["kernel"], r["element"], r["target"]) for r in report["kernels"]}
+    variants = [(r["element"], r["gradient"], r["aligned"], r["entropy"], r["row_threads"])
+                for r in report["kernels"] if r["target"] == "sm_90a"]  # fmt: skip
+    for variant in (
+        ("bf16", None, True, False, 256),
+        ("fp32", "bf16", True, None, 32),
+        ("fp32", "fp16", False, None, 256),
+    ):
+        assert variants.count(variant) == 1, variant
     for target in ("sm_80", "sm_90a", "sm_100"):
         for kernel in ("log_prob_stats", "log_prob_backward"):
             assert {(kernel, "bf16", target), (kernel, "fp32", target)} <= compiled
@@ -214,8 +222,10 @@ def test_over_budget_is_reported():
         "Function : f\n/*0000*/ LDG.E.128 R4 ;\n/*0010*/ MUFU.EX2 R1, R2 ;\n/*0020*/ @P0 BRA 0x0 ;\n/*0030*/ EXIT ;\n"
     )
     assert report_tool.loop_instructions(listing) == {"f": 3}
-    long = record | {"kernel": "log_prob_stats", "element": "bf16", "target": "sm_90a", "loop_instructions": 221}
+    long = record | {"kernel": "log_prob_stats", "element": "bf16", "aligned": True, "target": "sm_90a"}
+    long |= {"entropy": True, "loop_instructions": 221}
     assert "221 of 220 instructions" in report_tool.violations({"kernels": [long]})[0]
+    assert "221 of 170 instructions" in report_tool.violations({"kernels": [long | {"entropy": False}]})[0]
     assert "255 of 64 registers" in report_tool.violations({"kernels": [record]})[0]
 
 

@@ -55,28 +55,43 @@ def run(program, kernel, *arrays, check=True):
 
 
 def run_log_prob(
-    program, logits, targets, inverse, rows, grads, order=0, misalignment=0, in_place=0, kept=None, start=0
-):
-    """(results [3, N], gradient [T, V]). start: the id of the first column."""
+    program, logits, targets, inverse, rows, grads, order=0, misalignment=0, in_place=0, kept=None, start=0, entropy=1,
+    gradient=None,
+):  # fmt: skip
+    """(results [3, N], gradient [T, V]). start: the id of the first column; gradient: its dtype, in place of fp32 logits."""
     tokens, columns = logits.shape
     positions = torch.empty(0, dtype=torch.int32)
     if rows is not None:
         positions = torch.full((tokens,), -1, dtype=torch.int32)
         positions[rows] = torch.arange(len(rows), dtype=torch.int32)
     count = tokens if rows is None else len(rows)
-    scalars = [tokens, columns, columns, start, count, order, misalignment, in_place]
+    scalars = [
+        tokens,
+        columns,
+        columns,
+        start,
+        count,
+        order,
+        misalignment,
+        in_place or int(gradient is not None),
+        entropy,
+    ]
     kernel = "log_prob_bf16" if logits.dtype == torch.bfloat16 else "log_prob_f32"
     arrays = [scalars, logits, targets, [] if rows is None else rows, inverse, positions, grads]
     if kept is not None:
         kernel, arrays = f"kept_{kernel}", [*arrays, kept.ids, kept.ranges()]
+    if gradient is not None:
+        kernel += {torch.bfloat16: "_to_bf16", torch.float16: "_to_f16"}[gradient]
     out = run(program, kernel, *arrays).stdout
     results = torch.from_numpy(np.frombuffer(out[: 12 * count], dtype=np.float32).copy()).view(3, count)
     raw = np.frombuffer(out[12 * count :], dtype=np.int16 if logits.dtype == torch.bfloat16 else np.float32).copy()
+    if gradient is not None:  # each row's first half
+        return results, torch.from_numpy(raw).view(gradient).view(tokens, 2 * columns)[:, :columns]
     return results, torch.from_numpy(raw).view(logits.dtype).view(tokens, columns)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("vocabulary", [1, 7, 8, 1003, 9000])
+@pytest.mark.parametrize("vocabulary", [1, 7, 8, 1003, 1025, 9000])  # up to 1024 a warp's
 def test_log_prob_and_gradient(emulator, dtype, vocabulary):
     logits, targets = random_case(5, vocabulary, dtype)
     rows = torch.tensor([0, 2, 4])
@@ -94,6 +109,76 @@ def test_log_prob_and_gradient(emulator, dtype, vocabulary):
     for variant in ({"order": 1}, {"misalignment": misalignment}, {"in_place": 1, "order": 1}):
         other = run_log_prob(*case, **variant)
         assert torch.equal(other[0], results) and torch.equal(other[1], grad), variant
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_drawn_widths_masks_and_addresses(emulator, seed):
+    """Widths on both sides of where kernels, steps and packs end; -inf and least numbers; several rows a warp kernel's block."""
+    draw = np.random.default_rng(seed)
+    dtype = (torch.float32, torch.bfloat16)[seed % 2]
+    edge = (int(draw.integers(1, 40)), 1024, 2048, 4096, 512, 8192)[seed]
+    vocabulary, tokens = max(2, edge + int(draw.integers(-9, 10))), int(draw.integers(1, 20 if edge <= 1024 else 5))
+    logits, targets = random_case(tokens, vocabulary, dtype, seed, spread=float(draw.uniform(0.1, 12)))
+    masked = torch.from_numpy(draw.random((tokens, vocabulary)) < draw.choice([0.0, 0.5, 0.99]))
+    masked.scatter_(1, targets[:, None], False)
+    logits = logits.masked_fill(masked, draw.choice([-math.inf, torch.finfo(dtype).min]))
+    rows = torch.from_numpy(np.flatnonzero(draw.random(tokens) < 0.8)) if tokens > 1 and draw.random() < 0.7 else None
+    temperature = torch.from_numpy(draw.uniform(0.3, 3, tokens)).float()
+    grads = torch.from_numpy(draw.normal(size=(3, tokens if rows is None else len(rows)))).float()
+    if not grads.numel():
+        return
+    expected, leaf = exact(logits.double().masked_fill(masked, -1e6), targets, temperature, rows)
+    (expected * grads).sum().backward()
+    place = {
+        "order": int(draw.integers(2)),
+        "misalignment": int(draw.integers(16 // logits.element_size())) * logits.element_size(),
+    }
+    case = (emulator, logits, targets, 1 / temperature, rows, grads)
+    results, grad = run_log_prob(*case, **place, in_place=int(draw.integers(2)))
+    torch.testing.assert_close(results.double(), expected.detach(), rtol=1e-6, atol=3e-6)
+    wanted = leaf.grad.masked_fill(masked, 0)
+    tolerance = {"rtol": 2e-5, "atol": 3e-6} if dtype == torch.float32 else {"rtol": 2**-8, "atol": 3e-6}
+    torch.testing.assert_close(grad.double(), wanted, **tolerance)
+    quick = run_log_prob(*case[:-1], grads * torch.tensor([[1.0], [0.0], [1.0]]), **place, entropy=0)
+    assert torch.equal(quick[0][[0, 2]], results[[0, 2]]) and quick[0][1].isnan().all()
+
+
+@pytest.mark.parametrize("vocabulary", [5, 1003, 5001])
+@pytest.mark.parametrize("gradient", [torch.bfloat16, torch.float16])
+def test_narrow_gradients_in_the_place_of_the_logits(emulator, vocabulary, gradient):
+    """The bits are torch's rounding of the fp32 gradient, whatever thread writes first; of kept ids too."""
+    logits, targets, keeps, kept = kept_case(9, vocabulary, torch.float32)
+    keeps[2], lists = True, keeps.clone()
+    lists[2] = False  # keeps every id
+    kept = lists_of(lists)
+    rows = torch.tensor([0, 1, 2, 4, 5, 8])
+    grads = torch.randn(3, 6, generator=torch.Generator().manual_seed(1)) * 1e-3
+    grads[:, 3] = 0
+    for lists_too in (None, kept):
+        case = (emulator, logits, targets, torch.ones(1), rows, grads)
+        results, wide = run_log_prob(*case, kept=lists_too)
+        for order, misalignment in ((0, 0), (1, 4)):
+            other, grad = run_log_prob(*case, order, misalignment, kept=lists_too, gradient=gradient)
+            assert torch.equal(other, results) and torch.equal(grad, wide.to(gradient)), (order, lists_too is None)
+    if gradient == torch.float16:  # beyond its range
+        _, grad = run_log_prob(
+            emulator, logits[:1], targets[:1], torch.ones(1), None, torch.full((3, 1), 1e8), gradient=gradient
+        )
+        assert grad.isinf().any() and not grad.isnan().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocabulary", [7, 9000])
+def test_without_entropy_the_other_results_have_the_same_bits(emulator, dtype, vocabulary):
+    logits, targets, _, kept = kept_case(5, vocabulary, dtype)
+    grads = torch.randn(3, 5, generator=torch.Generator().manual_seed(1))
+    grads[1] = 0
+    for lists in (None, kept):
+        case = (emulator, logits, targets, torch.ones(1), None, grads)
+        results, grad = run_log_prob(*case, kept=lists)
+        other = run_log_prob(*case, kept=lists, entropy=0)
+        assert torch.equal(other[0][[0, 2]], results[[0, 2]]) and torch.equal(other[1], grad)
+        assert other[0][1].isnan().all() and not results.isnan().any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

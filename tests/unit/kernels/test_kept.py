@@ -139,7 +139,7 @@ def test_operators_pass_torchs_own_checks(native):
     logits, targets, _, kept = kept_case(6, 40, torch.float32)
     for chosen in (None, torch.tensor([1, 2, 5])):
         arguments = (logits.clone().requires_grad_(), targets, torch.ones(1), chosen, kept.ids, kept.ranges(), 0, "")
-        torch.library.opcheck(torch.ops.r1mega_kernels.log_prob.default, (*arguments, False, False))
+        torch.library.opcheck(torch.ops.r1mega_kernels.log_prob.default, (*arguments, True, False, False))
 
 
 def test_the_default_dtype_and_device_change_nothing(native):

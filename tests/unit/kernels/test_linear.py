@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from r1mega_kernels import grouped_log_prob, linear_log_prob
-from r1mega_kernels.linear import block_shape
+from r1mega_kernels.linear import block_shape, output_layer
+from r1mega_kernels.log_prob import backward_into, narrow_rows, stats_into
 from tests.unit.kernels.test_log_prob import exact
 
 
@@ -202,3 +204,47 @@ def test_megatrons_hook_sees_the_gradient_that_autograd_was_given(native):
 def test_wrong_arguments(hidden, weight, error):
     with pytest.raises((ValueError, TypeError), match=error):
         linear_log_prob(hidden, weight, torch.zeros(3, dtype=torch.int64))
+
+
+class Allocated(TorchDispatchMode):
+    """The bytes of the largest storage that an operator made."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        given = {x.untyped_storage()._cdata for x in args if isinstance(x, torch.Tensor)}
+        made = function(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor) and made.untyped_storage()._cdata not in given:
+            self.largest = max(self.largest, made.untyped_storage().nbytes())
+        return made
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_where_products_widen_the_gradient_of_logits_is_narrow_from_the_first(monkeypatch, dtype):
+    """As on a GPU: in the place of the logits. No copy of their size is made, in fp32 or in the factors' dtype."""
+    monkeypatch.setattr("r1mega_kernels.linear.widens", lambda x: True)
+    monkeypatch.setattr("r1mega_kernels.linear.backward_into", lambda grad, logits, *rest: grad.fill_(0.25))
+    x, weight = (torch.ones(n, 8, dtype=dtype) for n in (32, 1024))
+    targets, stats = torch.zeros(32, dtype=torch.int64), torch.zeros(32, 4)
+    head, states, tokens = output_layer(x, weight, targets, 1.0, *[None] * 6, True, False, "reference")
+    buffer = torch.zeros(48 * 1024)
+    with Allocated() as made:
+        logits = buffer[: 32 * 1024].view(32, 1024)
+        grad = head.gradient_of(logits, tokens, None, 0, stats, stats[:, 0], torch.zeros(3, 32))
+        product = grad.t() @ states
+    assert (grad.dtype, grad.shape, grad.stride()) == (dtype, (32, 1024), (2048, 1))
+    assert grad.data_ptr() == buffer.data_ptr() and torch.equal(product, torch.full((1024, 8), 8.0, dtype=dtype))
+    assert made.largest == 1024 * 8 * 2, "the product alone"
+
+
+def test_narrow_gradients_are_the_rounded_ones():
+    """What a GPU does, by the reference on a CPU: the first half of each row takes the gradient, rounded once."""
+    logits, stats = torch.randn(5, 40), torch.empty(5, 4)
+    targets, inverse, upstream = torch.arange(5), torch.ones(1), torch.randn(3, 5)
+    stats_into(stats, logits, targets, inverse, None, (None, None), 0, True, True)
+    arguments = (targets, inverse, None, (None, None), None, 0, stats, stats[:, 3], upstream, True)
+    wide, place = torch.empty(5, 40), logits.clone()
+    backward_into(wide, logits, *arguments)
+    narrow = narrow_rows(place, torch.bfloat16)
+    backward_into(narrow, place, *arguments)
+    assert torch.equal(narrow, wide.bfloat16()) and narrow.data_ptr() == place.data_ptr()

@@ -298,6 +298,27 @@ def test_gradients_of_any_of_the_results(implementation):
         torch.testing.assert_close(x.grad.double(), grad, rtol=1e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_entropy(implementation, dtype):
+    """The other results and their gradients have the same bits; the entropy is NaN, and so is what is asked of it."""
+    logits, targets = random_case(7, 1500, dtype)
+    found = []
+    for entropy in (True, False):
+        x = logits.clone().requires_grad_()
+        log_prob, entropies, logsumexp = grouped_log_prob(x, targets, 0.7, entropy=entropy, backend=implementation)
+        (log_prob.square().sum() + logsumexp.sum()).backward(retain_graph=True)
+        found.append((log_prob.detach(), logsumexp.detach(), x.grad.clone()))
+        assert bool(entropies.isnan().all()) is not entropy
+        (of_entropy,) = torch.autograd.grad(entropies.sum(), x)
+        assert bool(of_entropy.isnan().all()) is not entropy
+    for with_it, without in zip(*found, strict=True):
+        assert torch.equal(with_it, without)
+    hidden, weight = torch.randn(5, 8), torch.randn(300, 8)
+    parts = {entropy: linear_log_prob(hidden, weight, targets[:5] % 300, entropy=entropy, buffer_bytes=4 * 5 * 128,
+                                      backend=implementation) for entropy in (True, False)}  # fmt: skip
+    assert torch.equal(parts[True].log_prob, parts[False].log_prob) and parts[False].entropy.isnan().all()
+
+
 def test_a_first_call_in_inference_mode_spoils_no_later_one(implementation):
     logits, targets = random_case(2, 5, torch.float32)
     with torch.inference_mode():
@@ -330,7 +351,19 @@ def test_operator_passes_torchs_own_checks(native):
     logits, targets = random_case(6, 40, torch.float32)
     rows = torch.tensor([1, 2, 5])
     for chosen in (None, rows):
-        arguments = (logits.clone().requires_grad_(), targets, torch.ones(1), chosen, None, None, 0, "", False, False)
+        arguments = (
+            logits.clone().requires_grad_(),
+            targets,
+            torch.ones(1),
+            chosen,
+            None,
+            None,
+            0,
+            "",
+            True,
+            False,
+            False,
+        )
         torch.library.opcheck(torch.ops.r1mega_kernels.log_prob.default, arguments)
 
 

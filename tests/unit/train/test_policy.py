@@ -1,6 +1,7 @@
 """The policy: one GRPO step against transformers + torch.optim.AdamW, and bitwise continuation from a checkpoint."""
 
 import dataclasses
+import functools
 import json
 import math
 import shutil
@@ -87,7 +88,11 @@ def run_update(trainer, samples, packs, algorithm):
     total = sum(s.response_length for s in samples)
     batches = [pack_for_loss(samples, indices, weights) for indices in packs]
     return trainer.update(
-        batches, loss, temperature=TEMPERATURE, total_response_tokens=total, of_tokens=algorithm.is_of_tokens
+        batches,
+        loss,
+        temperature=TEMPERATURE,
+        total_response_tokens=total,
+        sums_over="tokens" if algorithm.is_of_tokens else "samples",
     )
 
 
@@ -156,6 +161,44 @@ def test_a_loss_is_of_tokens_where_it_adds_up_over_any_parts():
             for b in (whole, cut)
         ]
         assert math.isclose(*found, rel_tol=1e-4) == algorithm.is_of_tokens, (name, found)
+
+
+@pytest.mark.parametrize("name", ["gspo", "gmpo"])
+def test_ratios_of_responses_in_one_pass_are_the_two_step_way(one_rank, name):
+    """Gradients, loss and metrics, by chunks of whole responses; a response longer than a chunk is scored first, as whole."""
+    from r1mega.gpu_check.tensors import gradients_by_name
+    from r1mega.train.grpo_update import _loss, _rules
+    from r1mega.train.samples import pack_for_loss
+
+    trainer, samples = make_trainer("hidden"), make_samples()
+    head, stepping, found = trainer.policy._head, trainer.optimizer.step, []
+    algorithm = AlgorithmConfig(
+        **VARIANTS[name], clip_low=0.01, clip_high=0.01, kl_coefficient=0, off_policy={"reject_ratio": 1e-6}
+    )
+    batch = pack_for_loss(samples, range(len(samples)), {place: 0.1 + 0.05 * place for place in range(len(samples))})
+    batch = dataclasses.replace(batch, old_log_probs=batch.sampler_log_probs + 0.01)
+    assert batch.row_offsets() == [0, 5, 6, 15, 19]
+    loss = functools.partial(_loss, algorithm=algorithm, rules=_rules(algorithm), tolerance=1.0, kernels=None)
+    for chunk_tokens, parts in ((8, 1), (9, 3), (4096, 1)):
+        trainer.policy._head = dataclasses.replace(head, chunk_tokens=chunk_tokens)
+        trainer.optimizer.step = lambda: (found[-1].append(gradients_by_name(trainer)), (True, 1.0, 0))[
+            1
+        ]  # no weight moves
+        found.append([])
+        result = trainer.update([batch], loss, total_response_tokens=19, sums_over="samples")
+        assert len(result.statistics) == parts
+        totals = [
+            sum(float(getattr(s.tokens, key)) for s in result.statistics)
+            for key in ("clipped", "ratio_sum", "mismatch_sum")
+        ]
+        kept = sum(float(s.off_policy.masked) for s in result.statistics)
+        found[-1] += [sum(float(s.loss) for s in result.statistics), *totals, kept]
+    trainer.optimizer.step = stepping
+    (two_steps, *figures), *others = found
+    for gradients, *rest in others:
+        assert rest == pytest.approx(figures, rel=1e-6, abs=1e-6)
+        for key, gradient in two_steps.items():
+            assert (gradients[key] - gradient).abs().max() <= 1e-6 * max(1e-3, gradient.abs().max()), key
 
 
 def test_kl_in_the_reward_reaches_the_loss(one_rank):

@@ -36,7 +36,8 @@ cd "${R1MEGA_HOME:-${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..}}" || e
 SAVED=85 LOST=137 UNHEARD=140 # of SIGKILL; of SIGUSR2 before a rank listens to it
 SECONDS_FOR_MACHINES=300 # a second start waits so long for the machines that the first has left
 SECONDS_BETWEEN_REMINDERS=10
-warned=0 cancelled=0 timer= left_out=() # of the whole job
+SECONDS_BETWEEN_LOOKS=60 # whether the job's first machine is still there
+warned=0 cancelled=0 timer= guarded= left_out=() # of the whole job
 if [ -z "${R1MEGA_PYTHON:-}" ]; then
     R1MEGA_PYTHON=python
     [ -x .venv/bin/python ] && R1MEGA_PYTHON=$PWD/.venv/bin/python
@@ -129,6 +130,7 @@ prepare_job() {
 run_in_job() {
     local code num_nodes attempt=0 seconds errors why=
     prepare_job
+    guard_job
     trap 'interrupted=1 warned=1; scancel --signal=USR2 "$SLURM_JOB_ID"; remind' USR1 # all steps, not this shell
     trap 'interrupted=1 cancelled=1; scancel --signal=USR2 "$SLURM_JOB_ID"; preempted && warned=1' TERM
     trap 'interrupted=1; requeue_unsaved && exit "$SAVED"' ALRM
@@ -185,6 +187,30 @@ with_errors_kept() {
 # job_nodes: where the ranks go, a name a line, in Slurm's order, which is that of the ranks. Fewer than num_nodes where too few are left.
 job_nodes() { nodes_left | head -n "$num_nodes"; }
 nodes_left() { scontrol show hostnames "$SLURM_JOB_NODELIST" | grep -vxF "$(printf '%s\n' "${left_out[@]-}")"; }
+
+# guard_job: where sbatch's --no-kill keeps the job without its first machine, this script is gone with it, and nobody would start or end
+# anything on the others until the time limit. Two of them look whether it is still there, and requeue the job when it is not.
+guard_job() {
+    local nodes guards
+    [ "${R1MEGA_SPARE_NODES:-0}" != 0 ] && [ -z "$guarded" ] || return 0
+    nodes=($(scontrol show hostnames "$SLURM_JOB_NODELIST")) guarded=1
+    guards=(${nodes[@]:1:2})
+    srun --overlap --no-kill --nodes="${#guards[@]}" --ntasks="${#guards[@]}" --ntasks-per-node=1 --cpus-per-task=1 \
+        --nodelist="$(IFS=, && echo "${guards[*]}")" --open-mode=append --output="$(log_dir)/guard-%t.log" \
+        bash -c "$(declare -f look_after); look_after ${nodes[0]} $SECONDS_BETWEEN_LOOKS" </dev/null >/dev/null 2>&1 &
+}
+
+# look_after MACHINE SECONDS: requeue the job of this step once the machine is not among its own any more.
+look_after() {
+    local nodes
+    trap '' USR1 USR2 # the ranks'
+    while sleep "$2"; do
+        nodes=$(scontrol show job -o "$SLURM_JOB_ID" | grep -oE ' NodeList=[^ (]+') || continue
+        scontrol show hostnames "${nodes#*=}" | grep -qxF "$1" && continue
+        echo "launch: $1, on which the job's script ran, is gone: back to the queue"
+        scontrol requeue "$SLURM_JOB_ID"
+    done
+}
 
 # wait_for COMMAND...: run it while this shell takes signals; code is how it ended. A sleep ends when the job is to stop.
 wait_for() {

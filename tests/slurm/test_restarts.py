@@ -25,6 +25,7 @@ DECIDE = """#!/bin/bash
 [ $# = 3 ] || { rm "$DIRECTORY/newer"; echo "$SECONDS_TO_WAIT"; }
 """
 SRUN = """#!/bin/bash
+[[ "$*" != *--overlap* ]] || { echo "${@:1:9}" >> "$DIRECTORY/guards"; exit; }
 echo "$MASTER_ADDR ${@: -1} $* immediate=${SLURM_IMMEDIATE:-}" >> "$DIRECTORY/starts"
 n=$(wc -l < "$DIRECTORY/starts")
 . "$DIRECTORY/ranks.sh"
@@ -138,6 +139,16 @@ def test_and_where_it_cannot_have_them(job):
     )
     code, starts, asked, said = job(ranks, spare=1)
     assert (code, len(starts), asked) == (85, 2, ["requeue 7"]), said
+
+
+def test_two_other_machines_look_after_the_first_where_slurm_would_keep_the_job_without_it(job, tmp_path):
+    """Once, whatever is started again; without --no-kill Slurm requeues the job itself."""
+    job(killed("n1"), spare=1, stages=2)
+    (guard,) = (tmp_path / "guards").read_text().splitlines()
+    assert "--nodes=2 --ntasks=2 " in guard and "--nodelist=n1,n2 " in guard
+    (tmp_path / "guards").unlink()
+    job("exit 0")
+    assert not (tmp_path / "guards").exists()
 
 
 @pytest.mark.parametrize("spare", [3, "one"])

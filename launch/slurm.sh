@@ -23,7 +23,8 @@
 #
 # Preemption: some minutes before the end (--signal) or when Slurm takes the machines back, every rank is asked to save
 # (SIGUSR2); they exit 85 after the step in hand, the job goes back to the queue under its number and resumes from there. Give a
-# warning longer than a step and a save (sbatch --signal=B:USR1@3600; the log of a run that stopped says how much it wants). Where it is
+# warning longer than a step and a save (sbatch --signal=B:USR1@3600; the log of a run that stopped says how much it wants). Where the
+# run's steps and saves turn out to be longer than that, this script asks them earlier (RUN_DIR/pace.json). Where it is still
 # shorter the job goes back to the queue shortly before its limit all the same, if it has kept something since Slurm started it, and does that step again.
 # After scancel (SIGTERM without that warning, and no PreemptTime in `scontrol show job`) the job stays down.
 # A rank that dies has all of them started again within the job, if a checkpoint is newer than what the last start went on from
@@ -36,8 +37,8 @@ cd "${R1MEGA_HOME:-${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..}}" || e
 SAVED=85 LOST=137 UNHEARD=140 # of SIGKILL; of SIGUSR2 before a rank listens to it
 SECONDS_FOR_MACHINES=300 # a second start waits so long for the machines that the first has left
 SECONDS_BETWEEN_REMINDERS=10
-SECONDS_BETWEEN_LOOKS=60 # whether the job's first machine is still there
-warned=0 cancelled=0 timer= guarded= left_out=() # of the whole job
+SECONDS_BETWEEN_LOOKS=60 # whether the job's first machine is still there, and whether the run wants to be warned
+warned=0 cancelled=0 timer= early= guarded= left_out=() # of the whole job
 if [ -z "${R1MEGA_PYTHON:-}" ]; then
     R1MEGA_PYTHON=python
     [ -x .venv/bin/python ] && R1MEGA_PYTHON=$PWD/.venv/bin/python
@@ -134,6 +135,7 @@ run_in_job() {
     trap 'interrupted=1 warned=1; scancel --signal=USR2 "$SLURM_JOB_ID"; remind' USR1 # all steps, not this shell
     trap 'interrupted=1 cancelled=1; scancel --signal=USR2 "$SLURM_JOB_ID"; preempted && warned=1' TERM
     trap 'interrupted=1; requeue_unsaved && exit "$SAVED"' ALRM
+    warn_in_time
     while :; do
         errors=$(log_dir)/srun-${SLURM_RESTART_COUNT:-0}.$attempt.log
         start_once "$@"
@@ -235,7 +237,7 @@ seconds_until_restart() {
 
 # remind: SIGUSR2 again and again, for a step that was not there yet, and SIGALRM to this shell shortly before the time limit.
 remind() {
-    stop_timer
+    [ -z "$timer" ] || kill "$timer" 2>/dev/null
     (
         trap '[ -z "$child" ] || kill "$child"; exit' TERM
         child= end= last=${R1MEGA_LAST_SECONDS:-60}
@@ -264,7 +266,27 @@ end_of_job() {
     [ -n "$end" ] && date -d "$end" +%s
 }
 
-stop_timer() { [ -z "$timer" ] || kill "$timer" 2>/dev/null; timer=; }
+stop_timer() { kill $timer $early 2>/dev/null; timer= early=; }
+
+# warn_in_time: SIGUSR1 to this shell as long before the time limit as the run says that it wants, by its longest step and save so far.
+# Slurm's own (--signal) was chosen before that was known, and cannot be changed any more.
+warn_in_time() {
+    [ -z "$early" ] || return 0
+    (
+        trap '[ -z "$child" ] || kill "$child"; exit' TERM
+        child= end=
+        while :; do
+            sleep "$SECONDS_BETWEEN_LOOKS" &
+            child=$!
+            wait "$child"
+            wanted=$(grep -oP '"warning_seconds": \K[0-9]+' "$(cat "$R1MEGA_SAY_RUN_DIR")/pace.json") || continue
+            [ -n "$end" ] && [ "$((end - wanted))" -gt "$(date +%s)" ] && continue
+            end=$(end_of_job) || continue # asked again when it is near: it may have been moved
+            [ "$((end - wanted))" -gt "$(date +%s)" ] || { kill -USR1 $$; exit; }
+        done
+    ) 2>/dev/null &
+    early=$!
+}
 
 # requeue_unsaved: the limit is near and the step in hand has not ended. Not where nothing was kept since Slurm started the job: so would
 # the next one. (A start again within the job was for something kept.)

@@ -59,7 +59,10 @@ def job(tmp_path):
             "SECONDS_TO_WAIT": "0", "R1MEGA_LOGS": str(tmp_path / "logs"), "R1MEGA_SPARE_NODES": str(spare), "SLURM_JOB_ID": "7",
             "SLURM_JOB_NAME": "zero", "SLURM_JOB_NODELIST": "n[0-2]", "SLURM_NTASKS_PER_NODE": "8",
         }  # fmt: skip
-        command = ". launch/slurm.sh; SECONDS_BETWEEN_REMINDERS=1" + "; run_in_job $(rank_launcher) train" * stages
+        command = (
+            ". launch/slurm.sh; SECONDS_BETWEEN_REMINDERS=1 SECONDS_BETWEEN_LOOKS=1"
+            + "; run_in_job $(rank_launcher) train" * stages
+        )
         with open(tmp_path / "said", "w") as said:
             process = subprocess.Popen(
                 ["bash", "-c", command], env=environment | variables, cwd=REPOSITORY, stdout=said, stderr=said
@@ -230,6 +233,17 @@ def test_progress_before_a_start_within_the_job_counts(job, tmp_path):
         ranks, end=began + 6, R1MEGA_LAST_SECONDS="4", meanwhile=signalled(tmp_path, "SIGUSR1", 2)
     )
     assert (code, len(starts), asked) == (85, 2, ["--signal=USR2 7", "requeue 7"]), said
+
+
+def test_the_run_says_how_long_before_the_limit_it_wants_to_be_warned(job):
+    """Half of the time is over, and Slurm's own signal would come later, or never."""
+    ranks = """mkdir -p $DIRECTORY/run; echo '{"save_seconds": 7, "warning_seconds": 20}' > $DIRECTORY/run/pace.json
+    for i in {1..150}; do ! grep -q USR2 "$DIRECTORY/asked" 2>/dev/null || exit 85; sleep 0.1; done"""
+    began = time.time()
+    code, _, asked, said = job(ranks, end=began + 25)
+    assert (code, asked) == (85, ["--signal=USR2 7", "requeue 7"]), said
+    assert 5 <= time.time() - began < 15
+    assert job("sleep 3; exit 3", end=time.time() + 1000)[0] == 3, "far from the limit it is not"
 
 
 def test_a_warning_shorter_than_the_last_seconds_is_halved(job, tmp_path):

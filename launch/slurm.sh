@@ -134,7 +134,7 @@ run_in_job() {
     guard_job
     trap 'interrupted=1 warned=1; scancel --signal=USR2 "$SLURM_JOB_ID"; remind' USR1 # all steps, not this shell
     trap 'interrupted=1 cancelled=1; scancel --signal=USR2 "$SLURM_JOB_ID"; preempted && warned=1' TERM
-    trap 'interrupted=1; requeue_unsaved && exit "$SAVED"' ALRM
+    trap 'interrupted=1; requeue_unsaved && { stop_timer; exit "$SAVED"; }' ALRM
     warn_in_time
     while :; do
         errors=$(log_dir)/srun-${SLURM_RESTART_COUNT:-0}.$attempt.log
@@ -279,6 +279,7 @@ warn_in_time() {
             sleep "$SECONDS_BETWEEN_LOOKS" &
             child=$!
             wait "$child"
+            kill -0 $$ || exit
             wanted=$(grep -oP '"warning_seconds": \K[0-9]+' "$(cat "$R1MEGA_SAY_RUN_DIR")/pace.json") || continue
             [ -n "$end" ] && [ "$((end - wanted))" -gt "$(date +%s)" ] && continue
             end=$(end_of_job) || continue # asked again when it is near: it may have been moved
@@ -316,6 +317,9 @@ name_failure() {
     line=$(grep -E 'srun: error: .* tasks? [0-9,-]+: ' "$1" | head -n 1)
     [ -n "$line" ] || return 0
     own=$(grep -oE 'Exited with exit code [0-9]+' <<<"$line" | grep -oE '[0-9]+$')
+    case "${line##*: }" in # srun's own is the highest of all ranks': 143 of one that was terminated for a first one's 137
+    Killed*) own=137 ;; Segmentation*) own=139 ;; Aborted*) own=134 ;; Bus*) own=135 ;; Illegal*) own=132 ;; Floating*) own=136 ;;
+    esac
     code=${own:-$2}
     [ "$code" = "$SAVED" ] && [ -n "$own" ] && return
     [ "$code" = "$SAVED" ] && code=1

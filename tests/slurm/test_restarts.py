@@ -21,7 +21,7 @@ case "$1 $2" in
 esac
 """
 DECIDE = """#!/bin/bash
-[ "$1 $2 $3" = "-m r1mega.observe.restarts $DIRECTORY/run" ] && [ "$4" != 85 ] && [ -e "$DIRECTORY/newer" ] || exit 1
+[ "$1 $2 $3" = "-m r1mega.observe.restarts $DIRECTORY/run" ] && [ "$4" != 85 ] && [ "$4" != 143 ] && [ -e "$DIRECTORY/newer" ] || exit 1
 [ $# = 3 ] || { rm "$DIRECTORY/newer"; echo "$SECONDS_TO_WAIT"; }
 """
 SRUN = """#!/bin/bash
@@ -86,6 +86,16 @@ def test_a_rank_that_died_is_left_for_a_spare_machine(job):
     first, second = starts
     assert "--nodes=2 --ntasks=16 --nodelist=n0,n1" in first and "--nodelist=n0,n2" in second
     assert "launch: rank 9 failed first (Killed); see " in said and "starting again in 0 s, without n1" in said
+
+
+def test_it_is_the_code_of_the_rank_that_died_first_that_decides(job):
+    """And not the highest, srun's own: of one that was terminated for it before it could end by itself."""
+    ranks = f"[ $n = 1 ] || exit 0; save; {KILLED}".replace(
+        "exit 137", 'echo "srun: error: n2: task 17: Terminated" >&2; exit 143'
+    )
+    code, starts, _, said = job(ranks)
+    assert (code, len(starts)) == (0, 2), said
+    assert "rank 9 failed first (Killed)" in said and "exit code 137, and a newer checkpoint" in said
 
 
 def killed(*nodes, lost=""):

@@ -23,7 +23,8 @@
 #
 # Preemption: some minutes before the end (--signal) or when Slurm takes the machines back, every rank is asked to save
 # (SIGUSR2); they exit 85 after the step in hand, the job goes back to the queue under its number and resumes from there. Give a
-# warning longer than a step and a save (sbatch --signal=B:USR1@3600; the log of a run that stopped says how much it wants). Where it is
+# warning longer than a step and a save (sbatch --signal=B:USR1@3600; the log of a run that stopped says how much it wants). Where the
+# run's steps and saves turn out to be longer than that, this script asks them earlier (RUN_DIR/pace.json). Where it is still
 # shorter the job goes back to the queue shortly before its limit all the same, if it has kept something since Slurm started it, and does that step again.
 # After scancel (SIGTERM without that warning, and no PreemptTime in `scontrol show job`) the job stays down.
 # A rank that dies has all of them started again within the job, if a checkpoint is newer than what the last start went on from
@@ -36,7 +37,8 @@ cd "${R1MEGA_HOME:-${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..}}" || e
 SAVED=85 LOST=137 UNHEARD=140 # of SIGKILL; of SIGUSR2 before a rank listens to it
 SECONDS_FOR_MACHINES=300 # a second start waits so long for the machines that the first has left
 SECONDS_BETWEEN_REMINDERS=10
-warned=0 cancelled=0 timer= left_out=() # of the whole job
+SECONDS_BETWEEN_LOOKS=60 # whether the job's first machine is still there, and whether the run wants to be warned
+warned=0 cancelled=0 timer= early= guarded= left_out=() # of the whole job
 if [ -z "${R1MEGA_PYTHON:-}" ]; then
     R1MEGA_PYTHON=python
     [ -x .venv/bin/python ] && R1MEGA_PYTHON=$PWD/.venv/bin/python
@@ -129,9 +131,11 @@ prepare_job() {
 run_in_job() {
     local code num_nodes attempt=0 seconds errors why=
     prepare_job
+    guard_job
     trap 'interrupted=1 warned=1; scancel --signal=USR2 "$SLURM_JOB_ID"; remind' USR1 # all steps, not this shell
     trap 'interrupted=1 cancelled=1; scancel --signal=USR2 "$SLURM_JOB_ID"; preempted && warned=1' TERM
-    trap 'interrupted=1; requeue_unsaved && exit "$SAVED"' ALRM
+    trap 'interrupted=1; requeue_unsaved && { stop_timer; exit "$SAVED"; }' ALRM
+    warn_in_time
     while :; do
         errors=$(log_dir)/srun-${SLURM_RESTART_COUNT:-0}.$attempt.log
         start_once "$@"
@@ -186,6 +190,30 @@ with_errors_kept() {
 job_nodes() { nodes_left | head -n "$num_nodes"; }
 nodes_left() { scontrol show hostnames "$SLURM_JOB_NODELIST" | grep -vxF "$(printf '%s\n' "${left_out[@]-}")"; }
 
+# guard_job: where sbatch's --no-kill keeps the job without its first machine, this script is gone with it, and nobody would start or end
+# anything on the others until the time limit. Two of them look whether it is still there, and requeue the job when it is not.
+guard_job() {
+    local nodes guards
+    [ "${R1MEGA_SPARE_NODES:-0}" != 0 ] && [ -z "$guarded" ] || return 0
+    nodes=($(scontrol show hostnames "$SLURM_JOB_NODELIST")) guarded=1
+    guards=(${nodes[@]:1:2})
+    srun --overlap --no-kill --nodes="${#guards[@]}" --ntasks="${#guards[@]}" --ntasks-per-node=1 --cpus-per-task=1 \
+        --nodelist="$(IFS=, && echo "${guards[*]}")" --open-mode=append --output="$(log_dir)/guard-%t.log" \
+        bash -c "$(declare -f look_after); look_after ${nodes[0]} $SECONDS_BETWEEN_LOOKS" </dev/null >/dev/null 2>&1 &
+}
+
+# look_after MACHINE SECONDS: requeue the job of this step once the machine is not among its own any more.
+look_after() {
+    local nodes
+    trap '' USR1 USR2 # the ranks'
+    while sleep "$2"; do
+        nodes=$(scontrol show job -o "$SLURM_JOB_ID" | grep -oE ' NodeList=[^ (]+') || continue
+        scontrol show hostnames "${nodes#*=}" | grep -qxF "$1" && continue
+        echo "launch: $1, on which the job's script ran, is gone: back to the queue"
+        scontrol requeue "$SLURM_JOB_ID"
+    done
+}
+
 # wait_for COMMAND...: run it while this shell takes signals; code is how it ended. A sleep ends when the job is to stop.
 wait_for() {
     local child interrupted
@@ -209,7 +237,7 @@ seconds_until_restart() {
 
 # remind: SIGUSR2 again and again, for a step that was not there yet, and SIGALRM to this shell shortly before the time limit.
 remind() {
-    stop_timer
+    [ -z "$timer" ] || kill "$timer" 2>/dev/null
     (
         trap '[ -z "$child" ] || kill "$child"; exit' TERM
         child= end= last=${R1MEGA_LAST_SECONDS:-60}
@@ -238,7 +266,28 @@ end_of_job() {
     [ -n "$end" ] && date -d "$end" +%s
 }
 
-stop_timer() { [ -z "$timer" ] || kill "$timer" 2>/dev/null; timer=; }
+stop_timer() { kill $timer $early 2>/dev/null; timer= early=; }
+
+# warn_in_time: SIGUSR1 to this shell as long before the time limit as the run says that it wants, by its longest step and save so far.
+# Slurm's own (--signal) was chosen before that was known, and cannot be changed any more.
+warn_in_time() {
+    [ -z "$early" ] || return 0
+    (
+        trap '[ -z "$child" ] || kill "$child"; exit' TERM
+        child= end=
+        while :; do
+            sleep "$SECONDS_BETWEEN_LOOKS" &
+            child=$!
+            wait "$child"
+            kill -0 $$ || exit
+            wanted=$(grep -oP '"warning_seconds": \K[0-9]+' "$(cat "$R1MEGA_SAY_RUN_DIR")/pace.json") || continue
+            [ -n "$end" ] && [ "$((end - wanted))" -gt "$(date +%s)" ] && continue
+            end=$(end_of_job) || continue # asked again when it is near: it may have been moved
+            [ "$((end - wanted))" -gt "$(date +%s)" ] || { kill -USR1 $$; exit; }
+        done
+    ) 2>/dev/null &
+    early=$!
+}
 
 # requeue_unsaved: the limit is near and the step in hand has not ended. Not where nothing was kept since Slurm started the job: so would
 # the next one. (A start again within the job was for something kept.)
@@ -268,6 +317,9 @@ name_failure() {
     line=$(grep -E 'srun: error: .* tasks? [0-9,-]+: ' "$1" | head -n 1)
     [ -n "$line" ] || return 0
     own=$(grep -oE 'Exited with exit code [0-9]+' <<<"$line" | grep -oE '[0-9]+$')
+    case "${line##*: }" in # srun's own is the highest of all ranks': 143 of one that was terminated for a first one's 137
+    Killed*) own=137 ;; Segmentation*) own=139 ;; Aborted*) own=134 ;; Bus*) own=135 ;; Illegal*) own=132 ;; Floating*) own=136 ;;
+    esac
     code=${own:-$2}
     [ "$code" = "$SAVED" ] && [ -n "$own" ] && return
     [ "$code" = "$SAVED" ] && code=1

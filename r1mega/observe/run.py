@@ -67,6 +67,7 @@ class RunDirectory:
         self.inputs = self.path / "inputs.json"
         self.wandb_id = self.path / "wandb_id"
         self.watch = self.path / "watch"
+        self.pace = self.path / "pace.json"
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -187,6 +188,17 @@ class RunDirectory:
             self.status,
             {"state": state, "step": step, "time": _now(), "pid": os.getpid(), "metrics": dict(metrics or {})},
         )
+
+    def write_pace(self, step_seconds: float, save_seconds: float, warning_seconds: int) -> None:
+        """Of the longest step and save of this start, and how long before its end a job of this run wants to be warned; for
+        launch/slurm.sh, which warns it itself, and `r1mega plan --calibrate`.
+        """
+        pace = {"step_seconds": step_seconds, "save_seconds": save_seconds, "warning_seconds": warning_seconds}
+        _write_json(self.pace, pace)
+
+    def read_pace(self) -> dict[str, float]:
+        """What `write_pace` wrote; DataError where there is none yet in this start."""
+        return _read_json(self.pace)
 
     def read_status(self) -> dict[str, Any]:
         return _read_json(self.status)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from r1mega.config.stages.rl import RLStage
 from r1mega.errors import ConfigError, DataError
 from r1mega.files import read_json_lines
 from r1mega.observe.metrics import METRICS_FILE
+from r1mega.observe.run import RunDirectory
 from r1mega.plan.generator import generator_memory
 from r1mega.plan.given import read_model
 from r1mega.plan.gpu import GPU
@@ -37,12 +39,15 @@ Predict = Callable[[Efficiency], float]
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """phases: of each the measured seconds (medians of `steps` steps) and those that the fitted constants predict."""
+    """phases: of each the measured seconds (medians of `steps` steps) and those that the fitted constants predict. save_bandwidth:
+    bytes/s that a node of the run wrote in its slowest save; None where it keeps none, or saves beside the steps.
+    """
 
     run: Path
     steps: int
     efficiency: Efficiency
     phases: Mapping[str, tuple[float, float]]
+    save_bandwidth: float | None = None
 
     @property
     def explained(self) -> bool:
@@ -119,9 +124,19 @@ def calibrated(run: Path, gpu: GPU, per_node: int) -> Calibration:
     phases = [phase for phase in FITTED if phase in measured and predict(Efficiency())[phase] > 0]
     efficiency = fit([(of(phase), measured[phase]) for phase in phases])
     found = predict(efficiency)
-    return Calibration(
-        run, len(steps), efficiency, {phase: (measured[phase], found[phase]) for phase in found if phase in measured}
-    )
+    both = {phase: (measured[phase], found[phase]) for phase in found if phase in measured}
+    bandwidth = None if config.checkpoint.async_save else _save_bandwidth(run, math.ceil(world / per_node))
+    return Calibration(run, len(steps), efficiency, both, bandwidth)
+
+
+def _save_bandwidth(run: Path, nodes: int) -> float | None:
+    """By the newest checkpoint's size and what the run's last start tells of its saves; None where one of them is not there."""
+    directory = RunDirectory(run)
+    kept = sorted(directory.checkpoints.glob("step_" + "[0-9]" * 6))
+    if not kept or not directory.pace.exists():
+        return None
+    written = sum(file.stat().st_size for file in kept[-1].rglob("*") if file.is_file())
+    return written / nodes / directory.read_pace()["save_seconds"]
 
 
 def _recorded(run: Path, gpu: GPU) -> tuple[RLStage, int, Sequence[Mapping[str, float]]]:
@@ -167,6 +182,8 @@ def lines(calibration: Calibration | None, gpu: GPU) -> Iterator[str]:
     )
     for phase, (measured, predicted) in calibration.phases.items():
         yield f"  {phase:<10}{measured:,.2f} s measured, {predicted:,.2f} s planned, {predicted / measured - 1:+.0%}"
+    if calibration.save_bandwidth is not None:
+        yield f"  {'save':<10}{calibration.save_bandwidth / 1e9:,.3g} GB/s a node measured"
     if not calibration.explained:
         yield "  no share of the peak explains these phases: what is planned with these constants is not to be trusted"
 

@@ -20,6 +20,7 @@ from r1mega.config.stages.rl import RLStage
 from r1mega.config.stages.sft import SFTStage
 from r1mega.errors import ConfigError
 from r1mega.plan.command import Job, plan_job
+from r1mega.plan.data_work import DataWork
 from r1mega.plan.given import on_the_host, read_model
 from r1mega.plan.gpu import gpu_kind
 
@@ -32,13 +33,16 @@ AT_ONCE = 8192
 
 @dataclass(frozen=True, slots=True)
 class NodeCost:
-    """amount: steps, or responses, in words; seconds: of the node; None: not known (amount says what is missing)."""
+    """amount: steps, or responses, in words; seconds: of the node; None: not known (amount says what is missing). data: work on
+    its samples, which no GPU has a share in and which is not in the seconds; None: there is none, or of how many is not known.
+    """
 
     name: str
     gpus: int
     amount: str
     seconds: float | None
     verdict: str
+    data: DataWork | None = None
 
     @property
     def gpu_hours(self) -> float:
@@ -97,11 +101,23 @@ def node_cost(node: Node, job: Job, samples: int | None, known: Calibration | No
             return NodeCost(node.name, node.ranks, f"--samples {node.name}=N (responses)", None, fits)
         rewritten = isinstance(config, ColdStartStage) and config.rewrite.model.path is not None
         amount = f"{drawn[0]:,} responses" + ", not their rewriting" * rewritten
-        return NodeCost(node.name, node.ranks, amount, drawn[1], fits)
+        return NodeCost(node.name, node.ranks, amount, drawn[1], fits, _work_on_responses(config, own, drawn[0]))
     step, steps = planned.seconds.total, _steps(config, samples)
     if steps is None:
         return NodeCost(node.name, node.ranks, f"{step:,.1f} s a step; --samples {node.name}=N", None, fits)
-    return NodeCost(node.name, node.ranks, f"{steps:,} steps of {step:,.1f} s", steps * step, fits)
+    data = None
+    if isinstance(config, SFTStage) and samples is not None and planned.work is not None:
+        mean = planned.work.tokens / len(planned.work.samples)
+        data = DataWork(["tokenise"], samples * mean, node.ranks)
+    return NodeCost(node.name, node.ranks, f"{steps:,} steps of {step:,.1f} s", steps * step, fits, data)
+
+
+def _work_on_responses(config: Stage, job: Job, count: int) -> DataWork | None:
+    """Filters, hashes and decontamination of what a data factory has drawn: all of it, though wrong answers go first."""
+    if not isinstance(config, DataFactoryStage):
+        return None
+    drawn = job.lengths.draw(min(count, AT_ONCE), config.rollout.max_response_tokens, config.seed)
+    return DataWork(["filters", "hash", "decontaminate"], count * sum(drawn) / len(drawn), job.gpus)
 
 
 def _steps(config: Stage, samples: int | None) -> int | None:
@@ -163,7 +179,7 @@ def _table(costs: Sequence[NodeCost], gpu: str) -> list[str]:
     unknown = sum(cost.verdict == "-" for cost in costs)
     unplanned = f"{unknown} not planned, whether they fit is not known; " if unknown else ""
     return [
-        *aligned(rows), "",
+        *aligned(rows), "", *(cost.data.line(cost.name) for cost in costs if cost.data is not None),
         f"recipe      {hours:,} hours of {gpu}, {days:,.1f} days one after the other, for {len(known)} of {len(costs)} nodes; "
         f"{unplanned}without saves, evaluations within a stage, rewards, restarts and rewriting by a second model; a model, off by a factor of two where it was judged (docs/plan.md)",
     ]  # fmt: skip

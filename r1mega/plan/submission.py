@@ -9,7 +9,7 @@ from r1mega.errors import ConfigError
 from r1mega.plan.command import Job, Planned
 
 SAVE_BANDWIDTH = 1e9
-"""Bytes/s that a node writes of a checkpoint. Estimated: no cluster's storage was measured."""
+"""Bytes/s that a node writes of a checkpoint, where no run tells (`--calibrate`). Estimated: no cluster's storage was measured."""
 MARGIN = 1.5
 """Of the warning before the end over a step and a save: seconds are a model."""
 LEAST_LEAD = 600
@@ -33,12 +33,14 @@ def submission(job: Job, planned: Planned) -> str:
     nodes, name = math.ceil(job.gpus / job.per_node), planned.config.stage
     tasks = min(job.gpus, job.per_node)
     step = 0.0 if planned.seconds is None else planned.seconds.total
-    save = planned.memory.checkpoint_bytes / nodes / SAVE_BANDWIDTH
+    measured = None if planned.calibration is None else planned.calibration.save_bandwidth
+    save = planned.memory.checkpoint_bytes / nodes / (measured or SAVE_BANDWIDTH)
     wanted = max(LEAST_LEAD, math.ceil(MARGIN * (step + save)))
     lead, steps = min(MOST_LEAD, wanted), getattr(planned.config, "steps", None)
     whole = DAY if planned.seconds is None or steps is None else step * steps
     seconds = math.ceil(max(START + lead + MARGIN * step, min(DAY, START + lead + MARGIN * whole)))
     said = "not planned" if planned.seconds is None else f"planned at {step:,.0f} s, a save at {save:,.0f} s"
+    said += "" if measured is None else " by what was measured"
     if wanted > lead:
         said += f"\n# (a warning of {wanted:,} s is wanted and Slurm's longest is {lead:,} s: the step that it meets may be lost)"
     host = sum(planned.memory.host_bytes.values()) / 1e9

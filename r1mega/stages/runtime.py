@@ -211,6 +211,7 @@ class Runtime:
         if self.is_main:
             self.directory.write_environment(self._step, dist.get_world_size())
             self.directory.write_status("running", self._step)
+            self.directory.pace.unlink(missing_ok=True)  # an earlier start's: a job is not warned before its first step
             if resume is not None:
                 tell(f"resuming {self.run_dir} from step {resume}")
 
@@ -222,6 +223,8 @@ class Runtime:
         with self.busy_with("save"):
             self._store.save(step, trainer.sharded_state(is_loading=False), progress)
         self._save_seconds = max(self._save_seconds, time.monotonic() - began)
+        if self.is_main and self._step_seconds:
+            self.directory.write_pace(self._step_seconds, self._save_seconds, self._wanted_warning())
 
     # ------------------------------------------------------------------ what the loop reports
 
@@ -334,11 +337,15 @@ class Runtime:
             tell(f"stopped after step {step}; state saved, start again to go on{self._warning()}")
         return EXIT_SAVED_FOR_REQUEUE
 
+    def _wanted_warning(self) -> int:
+        """Seconds."""
+        return math.ceil(WARNING_MARGIN * (self._step_seconds + self._save_seconds))
+
     def _warning(self) -> str:
         """How long before its end a job of this run has to be told, by what was measured since the start."""
         if not self._step_seconds:
             return ""
-        wanted = math.ceil(WARNING_MARGIN * (self._step_seconds + self._save_seconds))
+        wanted = self._wanted_warning()
         return (
             f" (steps took up to {self._step_seconds:.1f} s, saves {self._save_seconds:.1f} s: "
             f"warn it {wanted} s before its end, sbatch --signal=B:USR1@{wanted})"

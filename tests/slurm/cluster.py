@@ -12,7 +12,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -117,7 +117,8 @@ class Cluster:
         """Killed while the block runs, with what it had started, as when the machine is off; afterwards the machine is back."""
         self.slurmds[node].kill()
         self.slurmds[node].wait()
-        for pid in _steps_of(node):
+        tasks = list(_tasks_of(node))
+        for pid in [*_stepds_of(tasks), *tasks]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         try:
@@ -194,12 +195,23 @@ def _free_ports(count: int) -> list[int]:
         return [probe.getsockname()[1] for probe in probes]
 
 
-def _steps_of(node: str) -> Iterator[int]:
+def _tasks_of(node: str) -> Iterator[int]:
     """Processes of that machine's jobs: what tells them from those of the others is that variable."""
     for directory in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             if f"SLURMD_NODENAME={node}".encode() in (directory / "environ").read_bytes().split(b"\0"):
                 yield int(directory.name)
+
+
+def _stepds_of(tasks: Iterable[int]) -> set[int]:
+    """What has started them and would tell of their death, which a machine that is off does not."""
+    found = set()
+    for task in tasks:
+        with contextlib.suppress(OSError):
+            parent = int(Path(f"/proc/{task}/stat").read_text().rpartition(")")[2].split()[1])
+            if Path(f"/proc/{parent}/comm").read_text().strip() == "slurmstepd":
+                found.add(parent)
+    return found
 
 
 def _nodes(cluster: Cluster, states: str) -> int:

@@ -18,6 +18,7 @@ JOB = """#!/bin/bash
 run_in_job srun bash -c 'trap "exit 85" USR2 TERM; touch "$0"; for i in {1..900}; do [ -e "${0%.*}.end" ] && exit; sleep 0.2; done' "$1.${SLURM_RESTART_COUNT:-}"
 """
 
+SPARE = JOB.replace("run_in_job", "R1MEGA_SPARE_NODES=1 SECONDS_BETWEEN_LOOKS=1; run_in_job")
 LONG_STEP = """#!/bin/bash
 . launch/slurm.sh
 run_in_job srun bash -c 'trap "" USR2; echo "${0%.*}" > "$R1MEGA_SAY_RUN_DIR"; touch "$0"; exec sleep 300' "$1.${SLURM_RESTART_COUNT:-}"
@@ -82,13 +83,20 @@ def test_a_job_whose_machines_are_taken_comes_back(cluster, job, tmp_path):
     assert cluster.job(job)["Restarts"] == "1", (tmp_path / "job.out").read_text()
 
 
-def test_a_job_whose_machine_is_lost_comes_back_on_another(cluster, job, tmp_path):
-    """kill -9 of the slurmd of the machine that does not run the script, and of all that it had started."""
+@pytest.mark.parametrize(
+    ("job", "lost"), [([JOB], 0), ([JOB], 1), ([SPARE, "--no-kill"], 0)],
+    ids=["that of the script", "another", "that of the script of a job with a spare one"], indirect=["job"],
+)  # fmt: skip
+def test_a_job_whose_machine_is_lost_comes_back_on_others(cluster, job, lost, tmp_path):
+    """kill -9 of the machine's slurmd and of all that it had started: of the first one the script too, so that nobody is left to ask
+    for a requeue but Slurm; nor does Slurm with --no-kill.
+    """
     before = cluster.run("scontrol", "show", "hostnames", cluster.job(job)["NodeList"]).split()
-    with cluster.without_slurmd(before[1]):
+    assert before[0] == cluster.job(job)["BatchHost"]
+    with cluster.without_slurmd(before[lost]):
         wait_for(tmp_path / "runs.1")
         after = cluster.run("scontrol", "show", "hostnames", cluster.job(job)["NodeList"]).split()
-        assert before[1] not in after and len(after) == 2
+        assert before[lost] not in after and len(after) == 2
         assert cluster.job(job)["Restarts"] == "1", (tmp_path / "job.out").read_text()
 
 

@@ -21,10 +21,11 @@ case "$1 $2" in
 esac
 """
 DECIDE = """#!/bin/bash
-[ "$1 $2 $3" = "-m r1mega.observe.restarts $DIRECTORY/run" ] && [ "$4" != 85 ] && [ -e "$DIRECTORY/newer" ] || exit 1
+[ "$1 $2 $3" = "-m r1mega.observe.restarts $DIRECTORY/run" ] && [ "$4" != 85 ] && [ "$4" != 143 ] && [ -e "$DIRECTORY/newer" ] || exit 1
 [ $# = 3 ] || { rm "$DIRECTORY/newer"; echo "$SECONDS_TO_WAIT"; }
 """
 SRUN = """#!/bin/bash
+[[ "$*" != *--overlap* ]] || { echo "${@:1:9}" >> "$DIRECTORY/guards"; exit; }
 echo "$MASTER_ADDR ${@: -1} $* immediate=${SLURM_IMMEDIATE:-}" >> "$DIRECTORY/starts"
 n=$(wc -l < "$DIRECTORY/starts")
 . "$DIRECTORY/ranks.sh"
@@ -58,7 +59,10 @@ def job(tmp_path):
             "SECONDS_TO_WAIT": "0", "R1MEGA_LOGS": str(tmp_path / "logs"), "R1MEGA_SPARE_NODES": str(spare), "SLURM_JOB_ID": "7",
             "SLURM_JOB_NAME": "zero", "SLURM_JOB_NODELIST": "n[0-2]", "SLURM_NTASKS_PER_NODE": "8",
         }  # fmt: skip
-        command = ". launch/slurm.sh; SECONDS_BETWEEN_REMINDERS=1" + "; run_in_job $(rank_launcher) train" * stages
+        command = (
+            ". launch/slurm.sh; SECONDS_BETWEEN_REMINDERS=1 SECONDS_BETWEEN_LOOKS=1"
+            + "; run_in_job $(rank_launcher) train" * stages
+        )
         with open(tmp_path / "said", "w") as said:
             process = subprocess.Popen(
                 ["bash", "-c", command], env=environment | variables, cwd=REPOSITORY, stdout=said, stderr=said
@@ -82,6 +86,16 @@ def test_a_rank_that_died_is_left_for_a_spare_machine(job):
     first, second = starts
     assert "--nodes=2 --ntasks=16 --nodelist=n0,n1" in first and "--nodelist=n0,n2" in second
     assert "launch: rank 9 failed first (Killed); see " in said and "starting again in 0 s, without n1" in said
+
+
+def test_it_is_the_code_of_the_rank_that_died_first_that_decides(job):
+    """And not the highest, srun's own: of one that was terminated for it before it could end by itself."""
+    ranks = f"[ $n = 1 ] || exit 0; save; {KILLED}".replace(
+        "exit 137", 'echo "srun: error: n2: task 17: Terminated" >&2; exit 143'
+    )
+    code, starts, _, said = job(ranks)
+    assert (code, len(starts)) == (0, 2), said
+    assert "rank 9 failed first (Killed)" in said and "exit code 137, and a newer checkpoint" in said
 
 
 def killed(*nodes, lost=""):
@@ -138,6 +152,16 @@ def test_and_where_it_cannot_have_them(job):
     )
     code, starts, asked, said = job(ranks, spare=1)
     assert (code, len(starts), asked) == (85, 2, ["requeue 7"]), said
+
+
+def test_two_other_machines_look_after_the_first_where_slurm_would_keep_the_job_without_it(job, tmp_path):
+    """Once, whatever is started again; without --no-kill Slurm requeues the job itself."""
+    job(killed("n1"), spare=1, stages=2)
+    (guard,) = (tmp_path / "guards").read_text().splitlines()
+    assert "--nodes=2 --ntasks=2 " in guard and "--nodelist=n1,n2 " in guard
+    (tmp_path / "guards").unlink()
+    job("exit 0")
+    assert not (tmp_path / "guards").exists()
 
 
 @pytest.mark.parametrize("spare", [3, "one"])
@@ -219,6 +243,17 @@ def test_progress_before_a_start_within_the_job_counts(job, tmp_path):
         ranks, end=began + 6, R1MEGA_LAST_SECONDS="4", meanwhile=signalled(tmp_path, "SIGUSR1", 2)
     )
     assert (code, len(starts), asked) == (85, 2, ["--signal=USR2 7", "requeue 7"]), said
+
+
+def test_the_run_says_how_long_before_the_limit_it_wants_to_be_warned(job):
+    """Half of the time is over, and Slurm's own signal would come later, or never."""
+    ranks = """mkdir -p $DIRECTORY/run; echo '{"save_seconds": 7, "warning_seconds": 20}' > $DIRECTORY/run/pace.json
+    for i in {1..150}; do ! grep -q USR2 "$DIRECTORY/asked" 2>/dev/null || exit 85; sleep 0.1; done"""
+    began = time.time()
+    code, _, asked, said = job(ranks, end=began + 25)
+    assert (code, asked) == (85, ["--signal=USR2 7", "requeue 7"]), said
+    assert 5 <= time.time() - began < 15
+    assert job("sleep 3; exit 3", end=time.time() + 1000)[0] == 3, "far from the limit it is not"
 
 
 def test_a_warning_shorter_than_the_last_seconds_is_halved(job, tmp_path):

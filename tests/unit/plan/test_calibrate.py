@@ -12,6 +12,7 @@ import torch
 
 from r1mega.config.load import load_config
 from r1mega.errors import ConfigError
+from r1mega.observe.run import RunDirectory
 from r1mega.plan.calibrate import calibrated, fit, lines
 from r1mega.plan.generator import generator_memory
 from r1mega.plan.gpu import gpu_kind
@@ -58,6 +59,15 @@ def test_a_recorded_run(run):
     for phase in ("rollout", "logprob", "update"):  # two constants for three phases: each is nearly met
         measured, planned = found.phases[phase]
         assert planned == pytest.approx(measured, rel=0.5)
+
+
+def test_what_a_save_wrote_in_its_seconds(run):
+    assert calibrated(run, GPU, per_node=8).save_bandwidth is None
+    (run / "checkpoints/step_000002").mkdir(parents=True)
+    (run / "checkpoints/step_000002/data").write_bytes(bytes(3000))
+    RunDirectory(run).write_pace(10.0, 1.5, 18)
+    found = calibrated(run, GPU, per_node=8)
+    assert found.save_bandwidth == 2000 and "GB/s a node measured" in list(lines(found, GPU))[-1]
 
 
 def test_constants_that_made_the_seconds_are_found_again(run):

@@ -19,6 +19,7 @@ from r1mega.config.validate import promised
 from r1mega.errors import ConfigError
 from r1mega.plan.calibrate import Calibration
 from r1mega.plan.command import Job, is_pipeline, plan_job, sample_counts
+from r1mega.plan.data_work import SECONDS, DataWork
 from r1mega.plan.generator import generator_memory
 from r1mega.plan.given import read_model
 from r1mega.plan.gpu import gpu_kind
@@ -73,6 +74,18 @@ def test_hours_are_those_of_the_nodes(recipe):
 
 def cost(recipe: Path, name: str, samples: int | None, job: Job = JOB, known: Calibration | None = None) -> NodeCost:
     return node_cost(load_pipeline(recipe, []).nodes[name], job, samples, known)
+
+
+def test_the_work_on_data_falls_with_the_ranks_and_is_told(recipe):
+    """600,000 samples of 8,000 tokens are no time-out on the processors of 256 ranks."""
+    whole = DataWork(list(SECONDS), 600_000 * 8000, 256)
+    assert whole.hours == pytest.approx(14.8 * 4800 / 256 / 3600) and whole.hours + whole.hours_alone < 1
+    assert DataWork(["tokenise"], 4.8e9, 1).hours == pytest.approx(7.6)
+    lines, _ = recipe_lines(recipe, ["zero.steps=3"], JOB, {"sft": 600_000})
+    sft = plan_job(dataclasses.replace(JOB, path=NANO / "sft.yaml", gpus=2, lengths=Lengths(None))).work
+    tokens = 600_000 * sum(prompt + response for prompt, response in sft.samples) / len(sft.samples)
+    (told,) = (line for line in lines if line.startswith("data "))
+    assert told == DataWork(["tokenise"], tokens, 2).line("sft") and "each of 2 ranks" in told
 
 
 def test_steps_and_samples_are_multiplied_out(recipe):

@@ -13,7 +13,9 @@ from typer.testing import CliRunner
 
 from r1mega.cli import app
 from r1mega.errors import ConfigError
+from r1mega.plan.calibrate import Calibration
 from r1mega.plan.command import Job, plan_job
+from r1mega.plan.seconds import Efficiency
 from r1mega.plan.submission import submission
 from r1mega.plan.workload import Lengths
 
@@ -57,15 +59,18 @@ def test_the_warning_is_longer_than_a_step_and_a_save(job, monkeypatch):
     planned = plan_job(job)
     assert directives(submission(job, planned))["signal"] == "B:USR1@600"  # as the launch scripts ask for
 
-    def with_step(seconds: float) -> str:
+    def with_step(seconds: float, **more: Calibration) -> str:
         """A save of 2e12 bytes a node: 2,000 s."""
         one = dataclasses.replace(planned.seconds, phases={"update": seconds})
         memory = dataclasses.replace(planned.memory, checkpoint_bytes=4e12)
-        return submission(job, dataclasses.replace(planned, seconds=one, memory=memory))
+        return submission(job, dataclasses.replace(planned, seconds=one, memory=memory, **more))
 
     found = directives(with_step(5000))
     assert found["signal"] == "B:USR1@10500" and seconds(found["time"]) == 24 * 3600
     assert "is wanted" not in with_step(5000)
+    run = Calibration(Path("run"), 3, Efficiency(), {}, save_bandwidth=4e9)  # four times what is assumed
+    assert directives(with_step(5000, calibration=run))["signal"] == "B:USR1@8250"
+    assert "a save at 500 s by what was measured" in with_step(5000, calibration=run)
     found = directives(with_step(50000))  # a day is too short for one step and its warning
     assert found["signal"] == "B:USR1@65535" and 65535 + 50000 < seconds(found["time"]) < 65535 + 2 * 50000
     assert "78,000 s is wanted and Slurm's longest is 65,535 s" in with_step(50000)

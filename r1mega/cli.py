@@ -109,10 +109,16 @@ def _train_on_ranks(path: Path, overrides: list[str], ranks: int) -> int:
     """The exit code; again by itself where a rank died that was not asked to stop, and there is something new to go on from."""
     _exit_for_requeue_on_signals()  # before the ranks and between two starts of them
     from r1mega.config.load import load_config
+    from r1mega.config.validate import validate
+    from r1mega.data.prompts import scan_data
     from r1mega.observe.restarts import seconds_until_restart
-    from r1mega.platform.local_ranks import run_ranks
 
     config = load_config(path, overrides)
+    validate(config, ranks)
+    scan_data(config)
+    # this imports torch: what is wrong with the files is told before, at once
+    from r1mega.platform.local_ranks import run_ranks
+
     asked = threading.Event()
     while True:
         code = run_ranks(["-m", "r1mega", "train", str(path), *overrides], ranks, asked)

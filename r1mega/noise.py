@@ -17,6 +17,8 @@ _WARNINGS = (
     (r"`torch\.distributed\.reduce_op` is deprecated", ""),  # vLLM looks at every name of every module
     # megatron-core calls them
     (r"`torch\.distributed\.(reduce_scatter_tensor|all_gather_into_tensor)` is deprecated", ""),
+    # of experts that are not cut, beside layers that are: the config's one switch is of both
+    (r"`sequence_parallel` is set to `True`, but tensor model parallel size is 1\.", r"megatron\.core\."),
     # megatron-core asks every parameter whether it has a gradient; of anyone else it is a mistake
     (r"The \.grad attribute of a Tensor that is not a leaf", r"megatron\.core\."),
 )

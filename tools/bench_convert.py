@@ -2,8 +2,8 @@
 
 python tools/bench_convert.py [--gigabytes 1] [--rounds 3] [--directory DIR]
 
-`cp` leaves its data in the page cache; a conversion makes them durable (fsync), and computes sha256 (to Megatron) or
-compares it (to HF). So `cp` is also timed with a sync of its files, and to HF also without the comparison. The best of
+`cp` leaves its data in the page cache; a conversion makes them durable (fsync), and computes digests (to Megatron) or
+compares them (to HF). So `cp` is also timed with a sync of its files, and to HF also without the comparison. The best of
 the rounds counts; CPU seconds (user and system) hold on a machine that others use as well.
 """
 

@@ -9,7 +9,8 @@ counting:
   direct    shards into vLLM's plain parameters (the plan's exchange)
   gather    whole HF tensors out of Megatron and through vLLM's loader
 and the whole pushes as a run makes them: with vLLM's packing of the weights for its kernels, and the digests of both
-sides. GB/s: bytes of the generator's parameters, summed over the ranks, a second.
+sides. GB/s: bytes of the generator's parameters, summed over the ranks, a second. CPU seconds (of all ranks together) hold on
+a machine that others use as well.
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ def measure(options: argparse.Namespace, chunks: list[Any], engine: Any) -> str:
         engine.update_weights(tap(export_hf(chunks)))
         verify.compare_digests(tap.digest, engine.weights_digest())
 
-    def gather_seconds() -> float:
+    def gather_seconds() -> tuple[float, float]:
         platform.begin_reload(worker)
         seconds = slowest(lambda: [platform.load_weights(worker, bucket) for bucket in bucketed(
             export_hf(chunks), options.bucket_megabytes << 20)])  # fmt: skip
@@ -119,7 +120,7 @@ def measure(options: argparse.Namespace, chunks: list[Any], engine: Any) -> str:
         return seconds
 
     sources = local_parameters(chunks)
-    times: dict[str, list[float]] = {}
+    times: dict[str, list[tuple[float, float]]] = {}
     for _ in range(options.repeats + 1):
         for name, seconds in (
             ("copy", slowest(copy)), ("direct", slowest(lambda: direct.exchange.run(sources, plain))),
@@ -132,39 +133,41 @@ def measure(options: argparse.Namespace, chunks: list[Any], engine: Any) -> str:
     return format_report(options, times, totals.tolist())
 
 
-def slowest(function: Callable[[], Any]) -> float:
-    """Seconds of the slowest rank, all starting together."""
+def slowest(function: Callable[[], Any]) -> tuple[float, float]:
+    """Seconds of the slowest rank, all starting together, and CPU seconds of all."""
     import torch
     import torch.distributed as dist
 
     dist.barrier()
-    begun = time.perf_counter()
+    begun, cpu = time.perf_counter(), time.process_time()
     function()
-    seconds = torch.tensor(time.perf_counter() - begun)
+    seconds, cpu_seconds = torch.tensor(time.perf_counter() - begun), torch.tensor(time.process_time() - cpu)
     dist.all_reduce(seconds, dist.ReduceOp.MAX)
-    return float(seconds)
+    dist.all_reduce(cpu_seconds)
+    return float(seconds), float(cpu_seconds)
 
 
-def format_report(options: argparse.Namespace, times: dict[str, list[float]], totals: list[int]) -> str:
+def format_report(options: argparse.Namespace, times: dict[str, list[tuple[float, float]]], totals: list[int]) -> str:
     whole, sent, _, kept = totals
     lines = [f"{options.ranks} ranks, trainer tp {options.tp} ep {options.ep} etp {options.etp} pp {options.pp}, "
              f"generator tp {options.generator_tp} ep {options.generator_ep}, {options.dtype}: {whole / 1e6:.0f} MB of generator parameters "
              f"over all ranks, "
              f"{sent / 1e6:.0f} MB sent, {kept / 1e6:.0f} MB kept"]  # fmt: skip
-    lines += ["", "| | seconds (median) | min | max | GB/s |", "|---|---|---|---|---|"]
-    for name, seconds in times.items():
-        seconds = seconds[1:]  # the first warms up
+    lines += ["", "| | seconds (median) | min | max | GB/s | CPU seconds |", "|---|---|---|---|---|---|"]
+    for name, turns in times.items():
+        seconds, cpu = zip(*turns[1:], strict=True)  # the first warms up
         median = statistics.median(seconds)
-        figures = f"{median:.3f} | {min(seconds):.3f} | {max(seconds):.3f} | {whole / 1e9 / median:.2f}"
+        figures = f"{median:.3f} | {min(seconds):.3f} | {max(seconds):.3f} | {whole / 1e9 / median:.2f} | {statistics.median(cpu):.3f}"
         lines.append(f"| {name} | {figures} |")
 
-    def ratio(a: str, b: str) -> float:
-        return statistics.median(x / y for x, y in zip(times[a][1:], times[b][1:], strict=True))
+    def ratio(a: str, b: str, kind: int) -> float:
+        return statistics.median(x[kind] / y[kind] for x, y in zip(times[a][1:], times[b][1:], strict=True))
 
-    lines += ["", "Medians of the ratios of each turn:",
-              f"gather / direct {ratio('gather', 'direct'):.2f}; "
-              f"whole pushes {ratio('whole push, gather', 'whole push, direct'):.2f}; "
-              f"direct's rate / copy's {ratio('copy', 'direct'):.2f}"]  # fmt: skip
+    for kind, what in enumerate(("seconds", "CPU seconds")):
+        lines += ["", f"Medians of the ratios of each turn, {what}:",
+                  f"gather / direct {ratio('gather', 'direct', kind):.2f}; "
+                  f"whole pushes {ratio('whole push, gather', 'whole push, direct', kind):.2f}; "
+                  f"direct's rate / copy's {ratio('copy', 'direct', kind):.2f}"]  # fmt: skip
     return "\n".join(lines)
 
 

@@ -1,7 +1,7 @@
 """Checkpoints of a run: torch_dist directories that appear whole or not at all.
 
 RUN_DIR/checkpoints/step_000010/ holds Megatron's torch_dist files, `progress.json` (what is not tensors: step, data
-cursor, ...) and `manifest.json` (size and sha256 of every file, written last). A checkpoint is written under a
+cursor, ...) and `manifest.json` (size and digest of every file, written last). A checkpoint is written under a
 temporary name and renamed, so a kill at any moment leaves the ones before it as they were. One that is found damaged is
 moved aside, to `step_000010.damaged`: it neither counts among those that are kept nor is taken for the newest.
 """

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.checkpoint.utils import _create_file_view
 
 from r1mega.checkpoint.fit import read_metadata
-from r1mega.checkpoint.manifest import PassingDigests, digesting_file
+from r1mega.checkpoint.manifest import DigestingFile, PassingDigests
 from r1mega.checkpoint.safetensors_file import read_exactly
 from r1mega.errors import CheckpointError
 from r1mega.files import sync_path
@@ -53,7 +53,7 @@ def write_pieces(
     Tensors are contiguous, on the CPU, and own their storage or are a view of all that is to be stored.
     """
     results = []
-    with digesting_file(path) as file:
+    with contextlib.closing(DigestingFile(path)) as file:
         for index, data in pieces:
             start = file.tell()
             if isinstance(data, torch.Tensor):
@@ -70,7 +70,7 @@ def write_pieces(
 
 @contextlib.contextmanager
 def without_crc() -> Iterator[None]:
-    """Inside, torch.save leaves out its CRC-32 (a tenth of its time): the manifest's sha256 says more."""
+    """Inside, torch.save leaves out its CRC-32 (a tenth of its time): the manifest's digest says more."""
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:

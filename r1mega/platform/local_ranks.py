@@ -8,6 +8,7 @@ SIGTERM (SECONDS_APART from the first, as the ranks count), and soon after the w
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -25,6 +26,9 @@ from r1mega.errors import EXIT_STALLED
 from r1mega.platform.signals import SECONDS_APART
 from r1mega.platform.watchdog import LAUNCHER_VARIABLE
 
+_TORCH_TELLS = "torch.distributed.elastic.multiprocessing.api"
+"""The logger that says of every rank that it ended, and of the others that they are asked to: `run_ranks` does, in one line."""
+
 SECONDS_TO_SAVE = 600
 """After the first rank has ended, how long the others may take before they are killed."""
 SECONDS_TO_DIE = 10
@@ -35,6 +39,7 @@ def run_ranks(arguments: Sequence[str], ranks: int, asked: threading.Event | Non
     """Run `python ARGUMENTS` so many times, with RANK and the rest set; the exit code (128 + n: ended by signal n). asked: set
     when this process was asked to stop.
     """
+    logging.getLogger(_TORCH_TELLS).setLevel(logging.CRITICAL)
     job = uuid.uuid4().hex
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=ranks, run_id=job, rdzv_backend="c10d", rdzv_endpoint="localhost:0",

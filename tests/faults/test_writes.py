@@ -5,6 +5,7 @@ The system's own `write` takes a part and then fails, as on a full disk; and, wi
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -17,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from r1mega.checkpoint.manifest import digesting_file
+from r1mega.checkpoint.manifest import DigestingFile
 from r1mega.checkpoint.safetensors_file import write_tensors
 from r1mega.data.filters import Candidate
 from r1mega.data.selection import write_data
@@ -128,7 +129,7 @@ def test_tensors_and_digests_survive_short_writes(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "write", FailingDisk(most=13))
     tensor = torch.arange(100.0)
     write_tensors(tmp_path / "x.safetensors", {"w": (tensor.dtype, tensor.shape)}, [("w", tensor)])
-    with digesting_file(tmp_path / "y") as file:
+    with contextlib.closing(DigestingFile(tmp_path / "y")) as file:
         file.write(bytes(range(200)))
         assert file.finish()["bytes"] == 200
     from safetensors.torch import load_file

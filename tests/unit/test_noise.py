@@ -15,6 +15,7 @@ WARNED = (
 )
 
 
+UNCUT = "`sequence_parallel` is set to `True`, but tensor model parallel size is 1. Disabling sequence parallel."
 LEAF = "The .grad attribute of a Tensor that is not a leaf Tensor is being accessed."
 
 
@@ -31,14 +32,15 @@ def said(statements: str, nvidia: str = "/nowhere") -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stderr
 
 
-def of_module(module: str) -> str:
-    return f"warnings.warn_explicit({LEAF!r}, UserWarning, 'file.py', 1, module={module!r})"
+def of_module(module: str, text: str = LEAF) -> str:
+    return f"warnings.warn_explicit({text!r}, UserWarning, 'file.py', 1, module={module!r})"
 
 
 def test_known_messages_are_left_out():
     logs = "; ".join(f"logging.getLogger({name!r}).warning({text!r})" for name, text in KNOWN.items())
     warned = "; ".join(f"warnings.warn({text!r}, FutureWarning)" for text in WARNED)
-    assert said(f"{logs}; {warned}; {of_module('megatron.core.optimizer')}") == ""
+    of_megatron = f"{of_module('megatron.core.optimizer')}; {of_module('megatron.core.tensor_parallel.layers', UNCUT)}"
+    assert said(f"{logs}; {warned}; {of_megatron}") == ""
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from megatron.core.dist_checkpointing import ShardedTensor  # noqa: E402
 from megatron.core.dist_checkpointing.mapping import ShardedObject  # noqa: E402
 
 from r1mega.checkpoint import store as store_module  # noqa: E402
-from r1mega.checkpoint.manifest import read_manifest, write_manifest  # noqa: E402
+from r1mega.checkpoint.manifest import PassingDigests, read_manifest, write_manifest  # noqa: E402
 from r1mega.checkpoint.store import CheckpointStore, load_weights  # noqa: E402
 from r1mega.errors import CheckpointError  # noqa: E402
 from r1mega.platform import groups  # noqa: E402
@@ -326,11 +326,31 @@ def test_norms_are_found_under_the_name_of_the_other_kind_of_layers(tmp_path):
 
 
 def test_the_manifest_is_of_what_lies_there(tmp_path):
-    import hashlib
+    import xxhash
 
-    path = open_store(tmp_path).save(1, state_of(torch.randn(1 << 19)), {})  # pieces above and below the threshold
+    path = open_store(tmp_path).save(1, state_of(torch.randn(1 << 19)), {})  # pieces smaller and larger than a block
     files = json.loads((path / "manifest.json").read_text())["files"]
     assert files.keys() == {p.name for p in path.iterdir()} - {"manifest.json"}
     for name, record in files.items():
         content = (path / name).read_bytes()
-        assert record == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        assert record == {"bytes": len(content), "xxh3_128": xxhash.xxh3_128_hexdigest(content)}
+
+
+def test_a_checkpoint_from_when_digests_were_sha256_is_still_proven(tmp_path, caplog):
+    import hashlib
+
+    store = open_store(tmp_path)
+    first, second = (store.save(i, state_of(torch.full((9,), float(i))), {}) for i in (1, 2))
+    for path in (first, second):
+        manifest = json.loads((path / "manifest.json").read_text())
+        contents = {name: (path / name).read_bytes() for name in manifest["files"]}
+        records = {n: {"bytes": len(c), "sha256": hashlib.sha256(c).hexdigest()} for n, c in contents.items()}
+        write_manifest(path, manifest["architecture"], records)
+    assert store.latest() == second
+    data = second / "__0_0.distcp"
+    passing = PassingDigests(second)
+    assert passing.problem() is None
+    data.write_bytes(data.read_bytes()[:-1] + b"?")
+    assert PassingDigests(second).problem() == "__0_0.distcp has another sha256 than when it was written"
+    assert store.latest() == first
+    assert "__0_0.distcp has another sha256" in caplog.text

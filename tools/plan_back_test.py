@@ -126,13 +126,28 @@ class Held:
     source: str
 
 
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A training run of which `held` is published. moments: bytes of both of an element, over float32's."""
+
+    model: str
+    layout: Json
+    gpus: int
+    recompute: Recompute
+    moments: float
+    held: Held
+
+
 BRIDGE = "Megatron-Bridge, skill mbridge-perf-activation-recompute: peak, 8 H100, gradients and moments in bfloat16"
+QWEN = "Megatron-Bridge #5123: peak allocated, 16 H100, gradients in bfloat16, experts forced to be balanced"
 MOONLIGHT = "Moonlight-16B, TP 2, EP 8, 4,096 tokens"
-HELD: tuple[tuple[Recompute, Held], ...] = (
-    ("none", Held(MOONLIGHT, 36.62, BRIDGE)),
-    (("mla_up_proj",), Held(f"{MOONLIGHT}, mla_up_proj", 35.90, "the same, recomputed")),
-    (("moe_act",), Held(f"{MOONLIGHT}, moe_act", 35.94, "the same; planned as kept")),
-)
+ON_8: Json = {"tp": 2, "ep": 8}
+HELD = (
+    Run("moonlight_16b", ON_8, 8, "none", 0.5, Held(MOONLIGHT, 36.62, BRIDGE)),
+    Run("moonlight_16b", ON_8, 8, ("mla_up_proj",), 0.5, Held(f"{MOONLIGHT}, mla_up_proj", 35.90, "the same, recomputed")),
+    Run("moonlight_16b", ON_8, 8, ("moe_act",), 0.5, Held(f"{MOONLIGHT}, moe_act", 35.94, "the same")),
+    Run("qwen3_30b_a3b", {"ep": 16}, 16, "none", 1.0, Held("Qwen3-30B-A3B, EP 16, 4,096 tokens", 62.166 * 1.024**3, QWEN)),
+)  # fmt: skip
 STAGE = Held(
     "DeepSeek-V3, weights of a stage of PP 16", 86 * 1.024**3, "arXiv 2502.07846: four layers of experts, by arithmetic"
 )
@@ -146,21 +161,19 @@ NOT_PLANNED = (
 
 
 def held_memory() -> list[tuple[Held, float]]:
-    """(published, planned GB). Moments are planned in float32 and halved here: this project keeps them so."""
+    """(published, planned GB). Moments are planned in float32."""
     on_the_host()
-    from r1mega.plan.memory import planned_model  # Megatron with them, which seconds do without
-    from r1mega.plan.rank import measure
+    from r1mega.plan.rank import measure  # Megatron with it, which seconds do without
 
-    hf, layout = _published("moonlight_16b"), ParallelConfig(tp=2, ep=8)
-    found = []
-    for recompute, held in HELD:
-        model = planned_model(ModelConfig(path=Path("unused"), recompute=recompute))
-        optimizer = OptimizerConfig(grad_reduce_in_fp32=False)
-        rank = measure(hf, model, layout, optimizer, world=8, rank=0, tokens=4096)
+    found, optimizer = [], OptimizerConfig(grad_reduce_in_fp32=False)
+    for run in HELD:
+        hf, layout = _published(run.model), ParallelConfig(**run.layout)
+        model = ModelConfig(path=Path("unused"), recompute=run.recompute)
+        rank = measure(hf, model, layout, optimizer, world=run.gpus, rank=0, tokens=4096)
         s, (activations,) = rank.static, rank.activations
-        moments = (s.exp_avg + s.exp_avg_sq) / 2
+        moments = (s.exp_avg + s.exp_avg_sq) * run.moments
         total = s.weights + s.gradients + s.main_params + moments + activations.kept + activations.working
-        found.append((held, total / 1e9))
+        found.append((run.held, total / 1e9))
     layers = layer_parameters(_published("deepseek_v3_671b"))
     return [*found, (STAGE, 2 * sum(map(sum, layers[4:8])) / 1e9)]
 

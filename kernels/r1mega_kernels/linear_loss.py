@@ -128,6 +128,7 @@ class _LinearLoss(torch.autograd.Function):
                     add_product(grad_hidden[part], grad[:, column], head.factor(weight[column]))
                 if grad_weight is not None:
                     add_product(grad_weight[column], grad[:, column].t(), states)
+            del grad  # a copy, on a GPU: not beside the next chunk's
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.head = head
         return total.to(tokens.inverse.dtype)

@@ -11,8 +11,9 @@ import torch
 
 from r1mega.checkpoint.parameters import parameters
 from r1mega.config.layout import generator_problems, model_problems, num_stages, process_problems, stage_layers
-from r1mega.config.schema import ModelConfig, OptimizerConfig, ParallelConfig, Stage, TrainingStage
+from r1mega.config.schema import OptimizerConfig, ParallelConfig, Stage, TrainingStage
 from r1mega.config.stages.rl import RLStage
+from r1mega.config.stages.sft import SFTStage
 from r1mega.errors import ConfigError
 from r1mega.model.families import architecture_of
 from r1mega.plan.generator import OTHER_BYTES, GeneratorMemory, generator_memory, generator_memory_problems
@@ -85,6 +86,8 @@ def plan_memory(
     problems = [] if rollout is None else list(generator_problems(rollout, gpus, hf))
     if isinstance(config, TrainingStage):
         problems = [*model_problems(config.parallel, hf), *process_problems(config.parallel, gpus), *problems]
+    if config.model.fp8 != "off" and gpu.fp8_flops is None:
+        problems.append(f"model.fp8 = {config.model.fp8}: {gpu.name} has no FP8; set model.fp8=off, or another --gpu")
     if problems:
         raise ConfigError("\n".join(problems))
     dtype = getattr(torch, config.model.dtype)
@@ -119,22 +122,11 @@ def stage_ranks(
         seen.add(kind)
         rank = stage * gpus // parallel.pp
         memory = measure(
-            hf, planned_model(config.model), parallel, optimizer, world=gpus, rank=rank, imbalance=imbalance,
-            tokens=padded(work.microbatch_tokens, parallel),
+            hf, config.model, parallel, optimizer, world=gpus, rank=rank, imbalance=imbalance,
+            tokens=padded(work.microbatch_tokens, parallel), labels=isinstance(config, SFTStage),
         )  # fmt: skip
         head = _head_bytes(config, hf, work.microbatch_tokens / parallel.cp) if stage == parallel.pp - 1 else 0.0
         yield StageRank(stage, memory, in_flight(parallel, stage, work.microbatches), head)
-
-
-def planned_model(model: ModelConfig) -> ModelConfig:
-    """As it is built to be counted: without what only a GPU's layers have, FP8 and recomputing activations between grouped
-    products (`moe_act`, which is counted as kept).
-    """
-    recompute = model.recompute
-    if not isinstance(recompute, str):
-        recompute = tuple(name for name in recompute if name != "moe_act") or "none"
-    without = {"fp8": "off", "fp8_skip_first_layers": 0, "fp8_skip_last_layers": 0, "recompute": recompute}
-    return model.model_copy(update=without)
 
 
 def padded(tokens: int, parallel: ParallelConfig) -> int:
@@ -237,13 +229,15 @@ def _generator_parts(generator: GeneratorMemory) -> dict[str, float]:
 
 
 def _passing(config: TrainingStage, phase: Phase, rank: StageRank) -> dict[str, float]:
-    """What comes and goes within a phase."""
-    chunks = rank.memory.activations
+    """What comes and goes within a phase. A pass without gradients wants copies in FP8 of weights' rows alone."""
+    chunks, quantised = rank.memory.activations, rank.memory.static.quantised
     if phase == "update":
         kept = sum(chunk.kept for chunk in chunks) * rank.in_flight
-        return {"activations": kept + max(chunk.working for chunk in chunks) + rank.head_bytes}
+        working = max(chunk.working for chunk in chunks) + rank.head_bytes
+        return {"activations": kept + working, "weights in FP8": quantised}
     if phase in ("logprob", "reference"):
-        return {"activations": max(chunk.forward for chunk in chunks) + rank.head_bytes}
+        activations = max(chunk.forward for chunk in chunks) + rank.head_bytes
+        return {"activations": activations, "weights in FP8": quantised / 2}
     optimizer = config.optimizer
     if phase == "step" and optimizer.precision_aware and optimizer.exp_avg_dtype != optimizer.exp_avg_sq_dtype:
         # Transformer Engine 2.20, fused_adam.py: its kernel takes moments of one type, bfloat16 is copied to float32 before it
@@ -290,7 +284,8 @@ def _host_and_disk(
             trained = phase in ("logprob", "reference", "update", "step", "reshard")
             host["samples"] = per_node * (samples.peak if trained else samples.made)
         found.append(host)
-    numel = sum(math.prod(shape) for p in parameters(hf) for shape in p.entry.hf_shapes)
+    further = (hf.get("num_nextn_predict_layers") or 0) if config.model.mtp_loss_coefficient > 0 else 0
+    numel = sum(math.prod(shape) for p in parameters(hf, further) for shape in p.entry.hf_shapes)
     weights = getattr(torch, config.model.dtype).itemsize
     saved = numel * (weights * (2 if with_reference else 1) + 12.0)
     return max(found, key=lambda host: sum(host.values())), saved

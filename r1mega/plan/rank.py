@@ -6,6 +6,7 @@ on tensors without memory (`shapes`), and a microbatch goes through layers forwa
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -20,12 +21,14 @@ from r1mega import platform
 
 platform.prepare()  # before the first import of megatron
 
+from megatron.core.transformer.transformer_layer import TransformerLayer  # noqa: E402
+
 from r1mega.config.layout import num_experts  # noqa: E402
 from r1mega.config.schema import ModelConfig, OptimizerConfig, ParallelConfig  # noqa: E402
-from r1mega.model.attention import CausalAttention  # noqa: E402
 from r1mega.model.families import architecture_of  # noqa: E402
+from r1mega.plan.fused import buildable, is_quantised, keep_as_on_gpu, quantised_bytes  # noqa: E402
 from r1mega.plan.place import as_rank  # noqa: E402
-from r1mega.plan.shapes import FusedAttention, ShapesOnly, first_columns  # noqa: E402
+from r1mega.plan.shapes import ShapesOnly, first_columns  # noqa: E402
 from r1mega.train.optimizer import fill_empty_state  # noqa: E402
 from r1mega.train.packing import Microbatch, build_microbatch  # noqa: E402
 from r1mega.train.phases import pinned_bytes  # noqa: E402
@@ -44,6 +47,7 @@ class Static:
 
     In host memory: reference: the reference's weights, pinned one by one; cpu_adam: what an Adam on the CPU has there beside
     main parameters and moments: float32 gradients, pinned, and what was pinned of the weights to copy them.
+    quantised: on the device while layers compute in FP8: copies of their weights, of rows and of columns.
     """
 
     weights: int
@@ -55,6 +59,7 @@ class Static:
     num_expert_parameters: int
     reference: int
     cpu_adam: int = 0
+    quantised: int = 0
 
     @property
     def total(self) -> int:
@@ -101,17 +106,21 @@ def measure(
     rank: int,
     imbalance: float = 1.0,
     tokens: int,
+    labels: bool = False,
     on_gpu: bool = True,
 ) -> RankMemory:
     """Of `rank` among `world`. optimizer: None: weights alone, of a model that is only asked.
 
     imbalance: tokens of this rank's experts over the mean. tokens: of the microbatch that is sent through.
-    on_gpu: layers keep what they keep on a GPU (fused norms, activations and attention), not what the layers of a CPU keep.
+    labels: they are known, so that layers of multi-token prediction, where `model` has them, have their loss.
+    on_gpu: layers keep what they keep on a GPU (`plan/fused.py`: fused norms, activations and attention, FP8), not what the
+    layers of a CPU keep.
     A rank is measured once in a process, and so is a layer whose activations hang on nothing else that was asked.
     Raises ConfigError for a layout that does not fit.
     """
     anywhere = model.model_copy(update={"path": Path()})
-    asked = _Asked(json.dumps(hf), anywhere, imbalance, min(tokens, LONGEST * parallel.tp * parallel.cp), on_gpu)
+    sent = min(tokens, LONGEST * parallel.tp * parallel.cp)
+    asked = _Asked(json.dumps(hf), anywhere, imbalance, sent, labels, on_gpu)
     measured = _measured(asked, parallel, optimizer, world, rank)
     return RankMemory(measured.static, tuple(one.scaled(tokens) for one in measured.activations))
 
@@ -124,6 +133,7 @@ class _Asked:
     model: ModelConfig
     imbalance: float
     tokens: int
+    labels: bool
     on_gpu: bool
 
 
@@ -134,16 +144,18 @@ def _measured(
     hf = json.loads(asked.hf)
     route = Routes.of(hf, parallel, rank, asked.imbalance) if num_experts(hf) else None
     with as_rank(parallel, world, rank), ShapesOnly(route, fused_norms=asked.on_gpu) as mode:
-        policy = Policy(asked.model, hf, parallel, seed=0)
+        policy = Policy(buildable(asked.model), hf, parallel, seed=0)
         if asked.on_gpu:
             for chunk in policy.chunks:
-                _keep_as_on_gpu(chunk)
+                keep_as_on_gpu(chunk, asked.model)
         for parameter in itertools.chain(*(chunk.parameters() for chunk in policy.chunks)):
             parameter.register_post_accumulate_grad_hook(_forget_gradient)  # it is added to a buffer that stays
         batch = build_microbatch([[0] * asked.tokens], [1], [0])
         key = (asked, parallel.tp, parallel.sp, parallel.cp, parallel.ep, parallel.etp)
-        activations = tuple(_activations(policy, index, batch, mode, key) for index in range(len(policy.chunks)))
-        return RankMemory(_static(policy, optimizer), activations)
+        one = _Pass(policy, batch, mode, asked.model, asked.labels and bool(policy.megatron_config.mtp_num_layers))
+        activations = tuple(_activations(one, index, key) for index in range(len(policy.chunks)))
+        quantised = sum(quantised_bytes(chunk, asked.model) for chunk in policy.chunks) if asked.on_gpu else 0
+        return RankMemory(dataclasses.replace(_static(policy, optimizer), quantised=quantised), activations)
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,17 +196,30 @@ def _forget_gradient(parameter: torch.Tensor) -> None:
     parameter.grad = None
 
 
-def _keep_as_on_gpu(chunk: Any) -> None:
-    """The local layers keep for the backward pass what Transformer Engine's and Megatron's fused ones keep."""
-    for module in chunk.modules():
-        if hasattr(module, "config"):
-            module.config.bias_activation_fusion = True
-        if isinstance(module, CausalAttention):
-            module.forward = _attend  # type: ignore[method-assign]
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """A microbatch on its way through a policy; model: what its layers do as; mtp_loss: with that of multi-token prediction."""
 
+    policy: Policy
+    batch: Microbatch
+    mode: ShapesOnly
+    model: ModelConfig
+    mtp_loss: bool
 
-def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-    return FusedAttention.apply(query, key, value).flatten(1)
+    def forward(self, index: int) -> torch.Tensor:
+        """Through one chunk."""
+        policy, config = self.policy, self.policy.megatron_config
+        chunk = policy.chunks[index]
+        if not chunk.pre_process:
+            tokens = self.batch.num_tokens // config.context_parallel_size
+            tokens //= config.tensor_model_parallel_size if config.sequence_parallel else 1
+            grad = torch.is_grad_enabled()
+            chunk.set_input_tensor(torch.empty(tokens, 1, config.hidden_size, dtype=policy.dtype, requires_grad=grad))
+        return policy.forward(policy.modules[index], self.batch, mtp_loss=self.mtp_loss)[0]
+
+    def kind(self, layer: TransformerLayer) -> tuple[bool, bool]:
+        """(whether a layer has experts, whether it computes in FP8): layers of one kind keep the same."""
+        return hasattr(layer.mlp, "experts"), is_quantised(layer, self.model)
 
 
 _ends: dict[Hashable, tuple[int, int, int]] = {}
@@ -203,17 +228,17 @@ _further: dict[Hashable, int] = {}
 """Of another layer of a kind: bytes that it keeps."""
 
 
-def _activations(policy: Policy, index: int, batch: Microbatch, mode: ShapesOnly, key: Hashable) -> Activations:
+def _activations(one: _Pass, index: int, key: Hashable) -> Activations:
     """Of one chunk: one layer of each kind is run, and again with another of its kind for what each of those adds.
 
     key: all that a layer's activations hang on; of what was run with it nothing is run again.
     """
-    chunk = policy.chunks[index]
+    chunk = one.policy.chunks[index]
     decoder = chunk.decoder
     layers, number = decoder.layers, decoder.num_layers_per_pipeline_rank
-    kinds: dict[bool, list[Any]] = {}
+    kinds: dict[tuple[bool, bool], list[Any]] = {}
     for layer in layers:
-        kinds.setdefault(hasattr(layer.mlp, "experts"), []).append(layer)
+        kinds.setdefault(one.kind(layer), []).append(layer)
 
     def choose(*chosen: Any) -> None:
         decoder.layers, decoder.num_layers_per_pipeline_rank = torch.nn.ModuleList(chosen), len(chosen)
@@ -223,59 +248,52 @@ def _activations(policy: Policy, index: int, batch: Microbatch, mode: ShapesOnly
     try:
         if end not in _ends:
             choose(*one_each)
-            forward = _forward_peak(policy, index, batch, mode)
-            _ends[end] = (forward, *_kept(policy, index, batch, mode, backward=True))
+            forward = _forward_peak(one, index)
+            _ends[end] = (forward, *_kept(one, index, backward=True))
         forward, kept, working = _ends[end]
         for kind, same in kinds.items():
             if len(same) > 1 and (key, kind) not in _further:
                 choose(*one_each, same[0])
-                _further[key, kind] = _kept(policy, index, batch, mode, backward=False)[0] - kept
+                _further[key, kind] = _kept(one, index, backward=False)[0] - kept
     finally:
         decoder.layers, decoder.num_layers_per_pipeline_rank = layers, number
     each = {kind: _further[key, kind] for kind in kinds if (key, kind) in _further}
     further = sum((len(same) - 1) * each[kind] for kind, same in kinds.items() if len(same) > 1)
     if len(unknown := [kind for kind in kinds if kind not in each]) == 1 and not chunk.post_process:
         each[unknown[0]] = kept - sum(each.values())
-    return Activations(batch.num_tokens, kept + further, working, forward, each)
+    known = {experts: max(size for kind, size in each.items() if kind[0] == experts) for experts, _ in each}
+    return Activations(one.batch.num_tokens, kept + further, working, forward, known)
 
 
-def _kept(policy: Policy, index: int, batch: Microbatch, mode: ShapesOnly, *, backward: bool) -> tuple[int, int]:
+def _kept(one: _Pass, index: int, *, backward: bool) -> tuple[int, int]:
     """(bytes that a microbatch keeps from forward to backward; the most that is there beside, at any time of both).
 
     Two microbatches go forward: what the second adds is kept, and not what modules remember of the last one they saw.
     """
+    chunk, mode = one.policy.chunks[index], one.mode
     before = mode.live_bytes
-    first = _forward(policy, index, batch)
-    freed = 0 if policy.chunks[index].post_process else first.untyped_storage().nbytes()  # when it has been sent
-    one = mode.live_bytes - before
+    first = one.forward(index)
+    freed = 0 if chunk.post_process else first.untyped_storage().nbytes()  # when it has been sent
+    once = mode.live_bytes - before
     mode.restart_peak()
-    second = _forward(policy, index, batch)
-    kept = mode.live_bytes - before - one - freed
+    second = one.forward(index)
+    kept = mode.live_bytes - before - once - freed
     if backward:
         second.backward(torch.empty_like(second))
     working = mode.peak_bytes - before - freed - 2 * kept
     del first, second
-    policy.chunks[index].set_input_tensor(None)
+    chunk.set_input_tensor(None)
     return kept, working
 
 
-def _forward_peak(policy: Policy, index: int, batch: Microbatch, mode: ShapesOnly) -> int:
+def _forward_peak(one: _Pass, index: int) -> int:
+    mode = one.mode
     before = mode.live_bytes
     mode.restart_peak()
     with torch.no_grad():
-        _forward(policy, index, batch)
-    policy.chunks[index].set_input_tensor(None)
+        one.forward(index)
+    one.policy.chunks[index].set_input_tensor(None)
     return mode.peak_bytes - before
-
-
-def _forward(policy: Policy, index: int, batch: Microbatch) -> torch.Tensor:
-    chunk, config = policy.chunks[index], policy.megatron_config
-    if not chunk.pre_process:
-        tokens = batch.num_tokens // config.context_parallel_size
-        tokens //= config.tensor_model_parallel_size if config.sequence_parallel else 1
-        grad = torch.is_grad_enabled()
-        chunk.set_input_tensor(torch.empty(tokens, 1, config.hidden_size, dtype=policy.dtype, requires_grad=grad))
-    return policy.forward(policy.modules[index], batch, mtp_loss=False)[0]
 
 
 def _static(policy: Policy, optimizer: OptimizerConfig | None) -> Static:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from r1mega.config.layout import num_experts, num_stages, stage_layers
 from r1mega.config.model_files import HFConfig
 from r1mega.config.stages.rl import RLStage
 from r1mega.model.families import architecture_of
+from r1mega.plan.partial import played_steps
 from r1mega.plan.workload import Workload
 from r1mega.train.sample_plan import BUFFER_BYTES
 
@@ -28,7 +30,7 @@ KNOWN_BYTES = 600
 
 @dataclass(frozen=True, slots=True)
 class SampleMemory:
-    """Bytes of a rank. made: by its generator; share: the samples that it trains on; packed: its microbatches; passing: the
+    """Bytes of a rank. made: by its generator, with what partial rollouts left unfinished; share: the samples that it trains on; packed: its microbatches; passing: the
     plan, and buffers while samples are on their way, which is before they are packed.
     """
 
@@ -92,4 +94,11 @@ def planned_samples(config: RLStage, hf: HFConfig, gpus: int, work: Workload) ->
         kept=min(KEPT_IDS, config.rollout.max_kept_ids) if config.rollout.cuts_vocabulary else 0.0,
     )  # fmt: skip
     tokens = sum(prompt + response for prompt, response in work.samples)
-    return sample_memory(len(work.samples), tokens, sum(work.responses), sizes)
+    found = sample_memory(len(work.samples), tokens, sum(work.responses), sizes)
+    if not (rollout := config.rollout).partial.is_on:
+        return found
+    steps = played_steps(rollout.partial, tuple(work.responses), rollout.num_prompts, rollout.group_size, 0)
+    left = max(step.left for step in steps)  # beside what a step trains on
+    return dataclasses.replace(
+        found, made=found.made + (MADE_BYTES + sizes.choices * sizes.layers) * left / sizes.generators
+    )

@@ -20,6 +20,7 @@ from r1mega.config.layout import generator_problems, stage_layers
 from r1mega.config.model_files import HFConfig
 from r1mega.config.schema import MemoryConfig, ParallelConfig, Recompute, TrainingStage
 from r1mega.config.stages.rl import RLStage
+from r1mega.config.stages.sft import SFTStage
 from r1mega.config.validate import layout_problems
 from r1mega.errors import ConfigError
 from r1mega.model.families import architecture_of
@@ -33,7 +34,6 @@ from r1mega.plan.memory import (
     moment_bytes,
     padded,
     phase_memory,
-    planned_model,
     stage_ranks,
 )
 from r1mega.plan.rank import LONGEST, Activations, RankMemory, Routes, Static, measure
@@ -41,6 +41,7 @@ from r1mega.plan.seconds import (
     Efficiency,
     layer_parameters,
     moving_seconds,
+    partial_seconds,
     plan_seconds,
     reshard_seconds,
     rollout_seconds,
@@ -254,7 +255,8 @@ class Search:
             if rollout.num_prompts < self.gpus // tp or next(problems, None) is not None:
                 continue
             memory = generator_memory(self.hf, dtype, rollout, self.gpu.memory_bytes)
-            seconds = rollout_seconds(rollout, dtype, self.hf, self.gpus, self.gpu, work, memory, self.efficiency)
+            of = partial_seconds if rollout.partial.is_on else rollout_seconds
+            seconds = of(rollout, dtype, self.hf, self.gpus, self.gpu, work, memory, self.efficiency)
             yield Generated(tp, memory, seconds)
 
     def fitting(self, one: Trained, other: Generated, limit: float = math.inf) -> Proposal | None:
@@ -317,8 +319,9 @@ class Search:
             p = one.config.parallel
             with contextlib.suppress(ConfigError):  # megatron-core's: it is said when a candidate is measured
                 found = measure(
-                    self.hf, planned_model(one.config.model), p, None, world=self.gpus, rank=0,
+                    self.hf, one.config.model, p, None, world=self.gpus, rank=0,
                     imbalance=self.imbalance, tokens=padded(one.work.microbatch_tokens, p),
+                    labels=isinstance(one.config, SFTStage),
                 )  # fmt: skip
                 self._remember(one, 0, found)
 

@@ -10,14 +10,16 @@ import torch
 
 from r1mega.config.layout import num_stages
 from r1mega.config.model_files import HFConfig
-from r1mega.config.schema import ParallelConfig, TrainingStage
+from r1mega.config.schema import ParallelConfig, RolloutConfig, TrainingStage
 from r1mega.config.stages.rl import RLStage
+from r1mega.config.stages.sft import SFTStage
 from r1mega.model.architecture import Architecture, LatentAttention
 from r1mega.model.families import architecture_of
 from r1mega.model.flops import ModelFlops, Work, model_flops
 from r1mega.plan.generator import GeneratorConfig, GeneratorMemory
 from r1mega.plan.gpu import GPU
 from r1mega.plan.memory import moment_bytes
+from r1mega.plan.partial import BIN, played_steps
 from r1mega.plan.workload import Workload
 
 
@@ -71,14 +73,13 @@ def plan_seconds(
     model = model_flops(hf)
     costs = _Costs(config, hf, gpus, gpu, work, imbalance, per_node, efficiency, architecture_of(hf), model)
     updates = optimizer_steps(config, work.minibatches)
-    flops = model.training(work.whole) * updates / work.minibatches
+    flops = model.training(work.whole, mtp_loss=trains_mtp(config)) * updates / work.minibatches
     phases: dict[str, float] = {}
     if isinstance(config, RLStage):
         if generator is not None:
             dtype = getattr(torch, config.model.dtype)
-            phases["rollout"] = rollout_seconds(
-                config.rollout, dtype, hf, gpus, gpu, work, generator, efficiency, per_node
-            )
+            of = partial_seconds if config.rollout.partial.is_on else rollout_seconds
+            phases["rollout"] = of(config.rollout, dtype, hf, gpus, gpu, work, generator, efficiency, per_node)
         passes = (config.algorithm.old_log_probs == "recompute") + (config.algorithm.kl_coefficient > 0)
         phases["logprob"] = passes * costs.pipelined(work.minibatches * work.microbatches, costs.forward())
         flops += passes * model.forward(work.whole)
@@ -129,10 +130,11 @@ class _Costs:
         return products / self.flops.forward(Work(whole.tokens, whole.pairs, 0)), float("moe" in recompute)
 
     def _share(self) -> float:
-        """Of the decoder's layers, on the stage that has most of them."""
+        """Of the decoder's layers, on the stage that has most of them; those of multi-token prediction are as dear, on the last."""
         p, layers = self.config.parallel, self.model.num_layers
-        most = max(p.layers_per_stage) if p.layers_per_stage else layers / num_stages(p)
-        return most * (p.vpp or 1) / layers
+        further = self.model.num_mtp_layers if trains_mtp(self.config) else 0
+        *counts, last = p.layers_per_stage or [layers / num_stages(p)] * num_stages(p)
+        return max(*counts, last + further, 0) * (p.vpp or 1) / layers
 
     def _tokens(self) -> float:
         """Of an average microbatch on one rank of tp and cp."""
@@ -174,6 +176,11 @@ class _Costs:
             bandwidth = links[span > self.per_node] * self.efficiency.network
             seconds += layers * (ranks - 1) * self._tokens() * values * 2 / bandwidth
         return seconds
+
+
+def trains_mtp(config: TrainingStage) -> bool:
+    """Whether layers of multi-token prediction run: where labels are known."""
+    return isinstance(config, SFTStage) and config.model.mtp_loss_coefficient > 0
 
 
 def optimizer_steps(config: TrainingStage, minibatches: int) -> int:
@@ -284,6 +291,37 @@ def rollout_seconds(
         return sum(decoding.step(sum(n > t for n in lengths), prompt + t) * 64 for t in range(0, tail, 64))
     remaining = max(0.0, tail - mean) * decoding.step(max(1.0, at_once / 8), prompt + tail / 2)
     return steady * decoding.step(at_once, mean) + remaining
+
+
+def partial_seconds(
+    rollout: RolloutConfig,
+    dtype: torch.dtype,
+    hf: HFConfig,
+    gpus: int,
+    gpu: GPU,
+    work: Workload,
+    generator: GeneratorMemory,
+    efficiency: Efficiency = Efficiency(),
+    per_node: int = 8,
+) -> float:
+    """`rollout_seconds` of a step that leaves its longest responses to later ones (rollout.partial): the mean of steps that
+    are played through. More responses than fit at once take turns; what goes on is read as a prompt again.
+    """
+    generators, prompt = max(1, gpus // rollout.tp), work.samples[0][0]
+    steps = played_steps(rollout.partial, tuple(work.responses), rollout.num_prompts, rollout.group_size, 0)
+    decoding = _Decoding(
+        hf, generator.weights, dtype.itemsize, rollout.tp, rollout.ep, rollout.dcp, gpu, efficiency,
+        generator.kv_bytes_per_token, per_node,
+    )  # fmt: skip
+    of_a_token = model_flops(hf).forward(Work(1)) / (gpus * gpu.bf16_flops * efficiency.matmul)
+    seconds = 0.0
+    for step in steps:
+        seconds += step.carried * of_a_token
+        for running, done in step.running:
+            each, context = max(1.0, running / generators), prompt + done
+            at_once = min(rollout.max_num_seqs, each, max(1.0, generator.kv_tokens / context))
+            seconds += BIN * each / at_once * decoding.step(at_once, context)
+    return seconds / len(steps)
 
 
 @dataclass(frozen=True, slots=True)

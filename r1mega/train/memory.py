@@ -21,6 +21,8 @@ from megatron.core.optimizer import DistributedOptimizer  # noqa: E402
 
 from r1mega.train.phases import HOST_BLOCK, Part, Phase, PhasePlan  # noqa: E402
 
+_COMPUTING: tuple[Phase, ...] = ("logprob", "reference", "update")
+
 
 class HostCopy:
     """Storages of a device that go to host memory together and come back; the host memory is kept for the next time.
@@ -90,6 +92,8 @@ class TrainerMemory:
 
     def enter(self, phase: Phase) -> None:
         """Move what the phase wants elsewhere: what leaves goes first. Nothing for a phase that wants what is there."""
+        if phase not in _COMPUTING:
+            self._drop_quantised()
         places = self.plan.places[phase]
         wanted = [part for part in self._parts if places[part] == "device"]
         leaving = [part for part in self._present if part not in wanted]
@@ -101,6 +105,14 @@ class TrainerMemory:
             if part not in self._present:
                 self._parts[part][1]()
         self._present = wanted
+
+    def _drop_quantised(self) -> None:
+        """Copies of weights in FP8 (Transformer Engine's, two bytes a number). A pass's first microbatch makes them anew
+        anyway, where there are some and where there are none.
+        """
+        for module in (module for chunk in self._chunks for module in chunk.modules()):
+            if (copies := getattr(module, "_fp8_workspaces", None)) is not None:
+                copies.clear()
 
     def _free_gradients(self) -> None:
         for optimizer in self._optimizers:

@@ -7,11 +7,14 @@ import itertools
 import json
 import math
 import sys
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from r1mega.config.load import load_config
 from r1mega.config.schema import ModelConfig, OptimizerConfig, ParallelConfig
@@ -27,7 +30,7 @@ from r1mega.plan.generator import (
 )
 from r1mega.plan.given import read_model
 from r1mega.plan.gpu import gpu_kind
-from r1mega.plan.memory import StageRank, in_flight, phase_memory
+from r1mega.plan.memory import StageRank, in_flight, phase_memory, plan_memory
 from r1mega.plan.memory import _head_bytes as head_bytes
 from r1mega.plan.memory import _host_and_disk as host_and_disk
 from r1mega.plan.place import _rank_groups as rank_groups
@@ -37,6 +40,7 @@ from r1mega.plan.samples import Sizes, planned_samples, sample_memory
 from r1mega.plan.workload import Lengths, workload
 from r1mega.train.samples import pack_for_loss, training_samples
 from r1mega.types import KeptIds, Prompt, Response, Reward, RewardStatus, RolloutGroup
+from r1mega_kernels import linear, linear_loss
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 DEEPSEEK = json.loads((CONFIGS / "deepseek_v3_671b/model/config.json").read_text())
@@ -167,6 +171,20 @@ def test_longer_passes_leave_less_cache():
     assert sizes[0].kv_cache - sizes[1].kv_cache == pytest.approx((33793 - 8192) * 20 * HIDDEN * 2)
 
 
+def test_fp8_is_refused_where_there_is_none():
+    config = load_config(CONFIGS / "deepseek_v3_671b/sft.yaml", ["model.fp8=blockwise"])
+    with pytest.raises(ConfigError, match="a100-80 has no FP8; set model.fp8=off"):
+        plan_memory(config, DEEPSEEK, 256, gpu_kind("a100-80"), None, imbalance=1.0, per_node=8)
+
+
+def test_a_save_has_the_layers_of_multi_token_prediction():
+    sizes = []
+    for words in ((), ("model.mtp_loss_coefficient=0.3",)):
+        config = load_config(CONFIGS / "deepseek_v3_671b/sft.yaml", list(words))
+        sizes.append(host_and_disk(config, DEEPSEEK, (stage_rank(),), None, 8)[1])
+    assert sizes[1] - sizes[0] == pytest.approx(14 * 11.6e9, rel=0.02)  # one more layer, and what joins two states
+
+
 def test_phases_of_a_step():
     plan, phases = residency(load_config(CONFIGS / "moonlight_16b/zero.yaml", []))
     assert phases == ("rollout", "logprob", "reference", "update", "step", "reshard", "save")
@@ -207,16 +225,62 @@ def test_a_save_in_the_background_takes_its_share_again():
     assert saved == [8 * (20 * 1000 + 2000), 8 * (32 * 1000 + 2000)]
 
 
-def test_beside_the_last_layers_the_fuller_of_both_passes():
-    """One rank's 32,320 words: a chunk's logits with their gradient, or in the backward pass rows scaled and cast."""
-    path = CONFIGS / "deepseek_v3_671b/zero.yaml"
-    words, weight = 129280 // 4, 129280 // 4 * HIDDEN
-    short, long = (
-        head_bytes(load_config(path, ["parallel.tp=4", f"update.microbatch_tokens={rows}"]), DEEPSEEK, rows)
-        for rows in (8192, 67584)
+class Counted(TorchDispatchMode):
+    """The most bytes at once of storages that are made in the block; `given` were there before."""
+
+    def __init__(self, *given: torch.Tensor) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.seen = {tensor.untyped_storage()._cdata for tensor in given}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, torch.Tensor) and (key := tensor.untyped_storage()._cdata) not in self.seen:
+                self.seen.add(key)
+                self.live += (size := tensor.untyped_storage().nbytes())
+                self.peak = max(self.peak, self.live)
+                weakref.finalize(tensor.untyped_storage(), self.gone, key, size)
+        return result
+
+    def gone(self, key: int, size: int) -> None:
+        self.seen.discard(key)
+        self.live -= size
+
+
+def head_peak(monkeypatch, rows: int, words: int) -> int:
+    """Of the loss in one pass as a GPU runs it, on tensors that say so and have no memory; the kernels, which allocate
+    nothing, are left out, and the loss's own gradient is as good as any."""
+    monkeypatch.setattr(linear, "stats_into", lambda *_: None)
+    monkeypatch.setattr(linear, "backward_into", lambda *_: None)
+    monkeypatch.setattr(linear, "kernels", lambda _: SimpleNamespace(log_prob_merge=lambda *_: None))
+    monkeypatch.setattr(linear_loss, "gradient_scratch", lambda _: None)
+    monkeypatch.setattr(linear_loss, "refuse_second_derivative", lambda: None)
+    monkeypatch.setattr(
+        linear_loss, "_loss_and_gradient", lambda loss, results, *_: (results.new_zeros(()), torch.empty_like(results))
     )
-    assert short == 4 * weight + 6 * 8192 * HIDDEN + 6 * 4096 * words
-    assert long == 4 * weight + (2 + 4 + 4 + 2) * 67584 * HIDDEN
+    context = SimpleNamespace(save_for_backward=lambda *saved: setattr(context, "saved_tensors", saved))
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    with torch.no_grad():
+        hidden, weight = (torch.empty(n, HIDDEN, dtype=torch.bfloat16, device="meta") for n in (rows, words))
+        weight.main_grad, weight.grad_added_to_main_grad = torch.empty_like(weight, dtype=torch.float32), False
+        layer = linear.OutputLayer(weight, words, 0, None, None, False, False)
+        ids, inverse = torch.empty(rows, dtype=torch.int64, device="meta"), torch.ones(1, device="meta")
+        with Counted(hidden, weight, weight.main_grad, ids, inverse) as counted:
+            chosen = hidden.index_select(0, ids)
+            chunks = linear_loss.chunks_of(rows, linear_loss.DEFAULT_CHUNK_TOKENS)
+            tokens, both = linear.Tokens(ids, inverse, None, None), (True, True)
+            loss = linear_loss._LinearLoss.forward(context, chosen, weight, layer, tokens, None, chunks, both)
+            given = linear_loss._LinearLoss.backward(context, torch.ones_like(loss))
+    assert given[0].dtype == torch.bfloat16 and weight.grad_added_to_main_grad
+    return counted.peak
+
+
+@pytest.mark.parametrize("rows", [8192, 67584])
+def test_beside_the_last_layers_the_fuller_of_both_passes(monkeypatch, rows):
+    """Of a rank's 32,320 words; what the tensors of the pass itself take."""
+    config = load_config(CONFIGS / "deepseek_v3_671b/zero.yaml", ["parallel.tp=4", f"update.microbatch_tokens={rows}"])
+    assert head_bytes(config, DEEPSEEK, rows) == pytest.approx(head_peak(monkeypatch, rows, 129280 // 4), rel=0.01)
 
 
 def test_lengths_and_microbatches():

@@ -112,6 +112,24 @@ def test_moments_in_bfloat16_are_half_as_much_to_move():
     assert aware == pytest.approx(plain * 8 / 12)
 
 
+def test_multi_token_prediction_is_computed_by_the_last_stage():
+    """Of 4 + 4 layers one more on either stage; what a save holds, too."""
+    path = REPOSITORY / "configs/deepseek_v3_671b/sft.yaml"
+    hf = json.loads((path.parent / "model/config.json").read_text()) | {"num_hidden_layers": 8}
+    layout = ["parallel.pp=2", "parallel.ep=8", "parallel.tp=1"]
+    found = {}
+    for further in (0, 0.3):
+        for stages in ("[4,4]", "[5,3]"):
+            words = [*layout, f"parallel.layers_per_stage={stages}", f"model.mtp_loss_coefficient={further}"]
+            config = load_config(path, words)
+            work = workload(config, Lengths(4000), 4)
+            seconds = plan_seconds(config, hf, 8, GPU, work, None, imbalance=1.0, per_node=8)
+            found[further, stages] = seconds.phases["update"], seconds.flops
+    assert found[0.3, "[4,4]"][0] == pytest.approx(found[0, "[4,4]"][0] * 5 / 4)
+    assert found[0.3, "[5,3]"][0] == found[0, "[5,3]"][0] == pytest.approx(found[0.3, "[4,4]"][0])
+    assert found[0.3, "[5,3]"][1] > 1.1 * found[0, "[5,3]"][1]
+
+
 def test_fewer_responses_than_generators_take_as_long_as_the_longest():
     config = load_config(REPOSITORY / "configs/moonlight_16b/zero.yaml")
     hf = json.loads((REPOSITORY / "configs/moonlight_16b/model/config.json").read_text())

@@ -144,6 +144,20 @@ def fill_empty_state(optimizer: Any) -> None:
                 state["step"].zero_()
 
 
+def even_steps(state: dict[Any, Any]) -> None:
+    """Give all parameter groups of an optimizer's sharded state the number of steps that the furthest of them has.
+
+    Steps are in what all ranks have in common, which the first rank writes: an optimizer that has no parameters there (that of
+    the experts, where the first pipeline stage has none) has never counted one, and the ranks that have some would start Adam's
+    bias correction anew. So is a checkpoint mended that was written without.
+    """
+    chained = [state] if "optimizer" in state else state.values()
+    groups = [group for part in chained for group in part["optimizer"]["param_groups"]]
+    steps = [group["step"] for group in groups if "step" in group]
+    for group in groups if steps else ():
+        group["step"] = max(steps)
+
+
 def own_state(optimizer: DistributedOptimizer, param: torch.Tensor) -> dict[str, torch.Tensor]:
     """This rank's share of a parameter's main parameter and moments, [elements] each, as they are stored: what
     DistributedOptimizer._get_main_param_and_optimizer_states copies to float32 where it is stored in another type.
@@ -209,7 +223,9 @@ def _owner(places: Places) -> int:
     return next(rank for rank, (first, last) in places.items() if first <= middle < last)
 
 
-def _gather(optimizer: Any, param: torch.Tensor, places: Places, owner: int, whole: dict[str, torch.Tensor]) -> None:
+def _gather(
+    optimizer: DistributedOptimizer, param: torch.Tensor, places: Places, owner: int, whole: dict[str, torch.Tensor]
+) -> None:
     """Fill the owner's `whole` ([elements] each; {} elsewhere) in messages of a block. All ranks of the group call it."""
     group = optimizer.data_parallel_group_gloo
     own = own_state(optimizer, param) if group.rank() in places else {}
@@ -228,7 +244,7 @@ def _gather(optimizer: Any, param: torch.Tensor, places: Places, owner: int, who
 
 
 @torch.no_grad()
-def read_state(optimizer: Any, stored: dict[int, dict[str, Stored]]) -> None:
+def read_state(optimizer: DistributedOptimizer, stored: dict[int, dict[str, Stored]]) -> None:
     """What DistributedOptimizer.load_parameter_state_from_fully_reshardable does (megatron-core 0.16.1,
     distrib_optimizer.py:2070), but each rank reads no more than its own shards, a block at a time.
 

@@ -34,6 +34,7 @@ from r1mega.train.memory import TrainerMemory  # noqa: E402
 from r1mega.train.optimizer import (  # noqa: E402
     SHARDING_METADATA,
     build_optimizer,
+    even_steps,
     fill_empty_state,
     learning_rate_schedule,
     parts,
@@ -287,6 +288,8 @@ class Trainer:
             "optimizer": self.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata),
             "scheduler": self.scheduler.state_dict(),
         }
+        if not is_loading:
+            even_steps(state["optimizer"])
         if (reference := self.policy.sharded_reference(metadata)) is not None:
             state["reference"] = reference
         return state
@@ -295,6 +298,7 @@ class Trainer:
         """Take over what `sharded_state` described, as dist_checkpointing.load returned it."""
         self.enter("save")
         self.policy.load_sharded(state)
+        even_steps(state["optimizer"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
 

@@ -153,16 +153,25 @@ def test_state_in_several_buckets_is_saved_as_it_is():
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    layout: tuple[tuple[str, int], ...] = ()
+    layout: tuple[tuple[str, Any], ...] = ()
     dtype: str = "bfloat16"
     layers: int = 2
     keys: tuple[tuple[str, bool], ...] = ()
 
 
 PRECISION_AWARE = (("precision_aware", True), ("grad_reduce_in_fp32", False))
+DENSE_FIRST = (("pp", 2), ("layers_per_stage", (1, 2)))
+"""Of three layers, the first of them dense: rank 0, which writes what all ranks have in common, has no experts."""
 CASES = {
     1: [Case(dtype="float32"), Case(), Case(keys=PRECISION_AWARE)],
-    2: [Case((("ep", 2),)), Case((("ep", 2),), layers=4), Case((("tp", 2),), "float32")],
+    2: [
+        Case((("ep", 2),)),
+        Case((("ep", 2),), layers=4),
+        Case((("tp", 2),), "float32"),
+        Case(DENSE_FIRST, layers=3),
+        Case(DENSE_FIRST, layers=3, keys=PRECISION_AWARE),
+        Case(DENSE_FIRST, layers=3, keys=(("cpu_offload", True),)),
+    ],
     4: [Case((("tp", 2), ("ep", 2)), keys=PRECISION_AWARE)],
 }
 """By the number of ranks."""
@@ -246,8 +255,21 @@ def test_a_run_goes_on_bitwise_from_state_that_is_read_a_block_at_a_time(loaded,
             assert result["ours"][1] == result["theirs"][1] == [], case
 
 
+def test_groups_that_count_no_steps_are_saved_and_loaded_with_those_of_the_others():
+    """Experts of a first rank without any: never stepped, or as they were when it last loaded a checkpoint."""
+    from r1mega.train.optimizer import even_steps
+
+    for experts in ({}, {"step": 0}, {"step": 2}):
+        state = {i: {"optimizer": {"param_groups": groups}} for i, groups in enumerate([[{"step": 4}, {}], [experts]])}
+        even_steps(state)
+        assert [group["step"] for part in state.values() for group in part["optimizer"]["param_groups"]] == [4, 4, 4]
+    alone: dict[str, Any] = {"optimizer": {"param_groups": [{}, {"step": 3}]}}
+    even_steps(alone)
+    assert alone["optimizer"]["param_groups"] == [{"step": 3}, {"step": 3}]
+
+
 def test_memory_to_load_state_does_not_grow_with_the_model(loaded):
-    for small, large, _ in loaded(2):
+    for small, large, *_ in loaded(2):
         print({found["elements"]: (found["theirs"][0], found["ours"][0]) for found in (small, large)})
         more = large["elements"] - small["elements"]
         assert (

@@ -130,11 +130,11 @@ class _Costs:
         return products / self.flops.forward(Work(whole.tokens, whole.pairs, 0)), float("moe" in recompute)
 
     def _share(self) -> float:
-        """Of the decoder's layers, on the stage that has most of them; those of multi-token prediction are as dear, on the last."""
+        """Of the decoder's layers, on the rank that has most of them; those of multi-token prediction are as dear, on the last."""
         p, layers = self.config.parallel, self.model.num_layers
-        further = self.model.num_mtp_layers if trains_mtp(self.config) else 0
-        *counts, last = p.layers_per_stage or [layers / num_stages(p)] * num_stages(p)
-        return max(*counts, last + further, 0) * (p.vpp or 1) / layers
+        counts = list(p.layers_per_stage or [layers / num_stages(p)] * num_stages(p))
+        counts[-1] += self.model.num_mtp_layers if trains_mtp(self.config) else 0
+        return max(sum(counts[rank :: p.pp]) for rank in range(p.pp)) / layers
 
     def _tokens(self) -> float:
         """Of an average microbatch on one rank of tp and cp."""

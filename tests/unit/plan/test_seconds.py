@@ -119,8 +119,9 @@ def test_multi_token_prediction_is_computed_by_the_last_stage():
     layout = ["parallel.pp=2", "parallel.ep=8", "parallel.tp=1"]
     found = {}
     for further in (0, 0.3):
-        for stages in ("[4,4]", "[5,3]"):
+        for stages in ("[4,4]", "[5,3]", "[2,2,2,2]", "[3,1,1,3]"):
             words = [*layout, f"parallel.layers_per_stage={stages}", f"model.mtp_loss_coefficient={further}"]
+            words += ["parallel.vpp=2"] if len(stages) > 5 else []
             config = load_config(path, words)
             work = workload(config, Lengths(4000), 4)
             seconds = plan_seconds(config, hf, 8, GPU, work, None, imbalance=1.0, per_node=8)
@@ -128,6 +129,9 @@ def test_multi_token_prediction_is_computed_by_the_last_stage():
     assert found[0.3, "[4,4]"][0] == pytest.approx(found[0, "[4,4]"][0] * 5 / 4)
     assert found[0.3, "[5,3]"][0] == found[0, "[5,3]"][0] == pytest.approx(found[0.3, "[4,4]"][0])
     assert found[0.3, "[5,3]"][1] > 1.1 * found[0, "[5,3]"][1]
+    for stages in ("[2,2,2,2]", "[3,1,1,3]"):  # a rank has the first and the third, or the others
+        assert found[0, stages][0] == found[0, "[2,2,2,2]"][0]
+        assert found[0.3, stages][0] == pytest.approx(found[0, stages][0] * 5 / 4)
 
 
 def test_fewer_responses_than_generators_take_as_long_as_the_longest():

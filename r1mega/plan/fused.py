@@ -74,10 +74,10 @@ def quantised_bytes(chunk: GPTModel, model: ModelConfig) -> int:
     return sum(2 * linear.weight.numel() + _weight_scales(linear.weight.shape, model.fp8) for linear in linears)
 
 
-def is_quantised(layer: TransformerLayer, model: ModelConfig) -> bool:
-    """Whether a decoder layer computes in FP8; `layer_number` is from 1, of the whole model."""
-    first, last = model.fp8_skip_first_layers, layer.config.num_layers - model.fp8_skip_last_layers
-    return model.fp8 != "off" and first < layer.layer_number <= last
+def is_quantised(number: int, num_layers: int, model: ModelConfig) -> bool:
+    """Whether the decoder layer of this number, from 1, of so many computes in FP8."""
+    first, last = model.fp8_skip_first_layers, num_layers - model.fp8_skip_last_layers
+    return model.fp8 != "off" and first < number <= last
 
 
 def _layers(chunk: GPTModel, model: ModelConfig) -> Iterator[tuple[TransformerLayer, Fp8]]:
@@ -85,7 +85,8 @@ def _layers(chunk: GPTModel, model: ModelConfig) -> Iterator[tuple[TransformerLa
     further = set() if (mtp := getattr(chunk, "mtp", None)) is None else set(mtp.modules())
     for layer in chunk.modules():
         if isinstance(layer, TransformerLayer):
-            yield layer, model.fp8 if layer in further or is_quantised(layer, model) else "off"
+            quantised = layer in further or is_quantised(layer.layer_number, layer.config.num_layers, model)
+            yield layer, model.fp8 if quantised else "off"
 
 
 def _projections(chunk: GPTModel) -> list[Linear]:

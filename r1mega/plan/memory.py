@@ -18,7 +18,7 @@ from r1mega.errors import ConfigError
 from r1mega.model.families import architecture_of
 from r1mega.plan.generator import OTHER_BYTES, GeneratorMemory, generator_memory, generator_memory_problems
 from r1mega.plan.gpu import GPU
-from r1mega.plan.rank import RankMemory, measure
+from r1mega.plan.rank import RankMemory, kind_of, measure
 from r1mega.plan.residency import TRAINER, residency
 from r1mega.plan.samples import SampleMemory, planned_samples
 from r1mega.plan.workload import Workload
@@ -113,10 +113,8 @@ def stage_ranks(
     seen = set()
     for stage in range(parallel.pp):
         chunks = [layers[index] for index in range(stage, num_stages(parallel), parallel.pp)]
-        kind = (
-            tuple(tuple(map(model.has_experts, chunk)) for chunk in chunks),
-            stage in (0, parallel.pp - 1) and stage,
-        )
+        kinds = tuple(tuple(kind_of(layer, model, config.model) for layer in chunk) for chunk in chunks)
+        kind = (kinds, stage in (0, parallel.pp - 1) and stage)
         if kind in seen:
             continue
         seen.add(kind)

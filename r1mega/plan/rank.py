@@ -25,6 +25,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer  # noqa
 
 from r1mega.config.layout import num_experts  # noqa: E402
 from r1mega.config.schema import ModelConfig, OptimizerConfig, ParallelConfig  # noqa: E402
+from r1mega.model.architecture import Architecture  # noqa: E402
 from r1mega.model.families import architecture_of  # noqa: E402
 from r1mega.plan.fused import buildable, is_quantised, keep_as_on_gpu, quantised_bytes  # noqa: E402
 from r1mega.plan.place import as_rank  # noqa: E402
@@ -39,6 +40,15 @@ LONGEST = 8192
 """Tokens of a rank that are sent through; activations of a longer microbatch are so many times those of this one. They are
 proportional to tokens, but for gradients of whole weights, and from here on these are not at the peak.
 """
+
+
+Kind = tuple[bool, bool]
+"""Of a decoder layer: (whether it has experts, whether it computes in FP8). Layers of one kind keep the same."""
+
+
+def kind_of(layer: int, architecture: Architecture, model: ModelConfig) -> Kind:
+    """Of a decoder layer, from 0."""
+    return architecture.has_experts(layer), is_quantised(layer + 1, architecture.num_layers, model)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,15 +81,15 @@ class Activations:
     """Bytes of a microbatch of `tokens` (of all ranks of cp together), on the fullest expert rank.
 
     kept: from forward to backward, of one microbatch in one chunk; working: beside what is kept, at the worst moment of a
-    forward and backward pass; forward: at the worst moment of a pass without gradients; layers: kept by one layer, without
-    and with experts, where that is known.
+    forward and backward pass; forward: at the worst moment of a pass without gradients; layers: kept by one layer of each
+    kind of which that is known.
     """
 
     tokens: int
     kept: float
     working: float
     forward: float
-    layers: Mapping[bool, float]
+    layers: Mapping[Kind, float]
 
     def scaled(self, tokens: int) -> Activations:
         """Of another number of tokens."""
@@ -217,9 +227,9 @@ class _Pass:
             chunk.set_input_tensor(torch.empty(tokens, 1, config.hidden_size, dtype=policy.dtype, requires_grad=grad))
         return policy.forward(policy.modules[index], self.batch, mtp_loss=self.mtp_loss)[0]
 
-    def kind(self, layer: TransformerLayer) -> tuple[bool, bool]:
-        """(whether a layer has experts, whether it computes in FP8): layers of one kind keep the same."""
-        return hasattr(layer.mlp, "experts"), is_quantised(layer, self.model)
+    def kind(self, layer: TransformerLayer) -> Kind:
+        """Of a decoder layer."""
+        return hasattr(layer.mlp, "experts"), is_quantised(layer.layer_number, layer.config.num_layers, self.model)
 
 
 _ends: dict[Hashable, tuple[int, int, int]] = {}
@@ -236,7 +246,7 @@ def _activations(one: _Pass, index: int, key: Hashable) -> Activations:
     chunk = one.policy.chunks[index]
     decoder = chunk.decoder
     layers, number = decoder.layers, decoder.num_layers_per_pipeline_rank
-    kinds: dict[tuple[bool, bool], list[Any]] = {}
+    kinds: dict[Kind, list[Any]] = {}
     for layer in layers:
         kinds.setdefault(one.kind(layer), []).append(layer)
 
@@ -261,8 +271,7 @@ def _activations(one: _Pass, index: int, key: Hashable) -> Activations:
     further = sum((len(same) - 1) * each[kind] for kind, same in kinds.items() if len(same) > 1)
     if len(unknown := [kind for kind in kinds if kind not in each]) == 1 and not chunk.post_process:
         each[unknown[0]] = kept - sum(each.values())
-    known = {experts: max(size for kind, size in each.items() if kind[0] == experts) for experts, _ in each}
-    return Activations(one.batch.num_tokens, kept + further, working, forward, known)
+    return Activations(one.batch.num_tokens, kept + further, working, forward, each)
 
 
 def _kept(one: _Pass, index: int, *, backward: bool) -> tuple[int, int]:

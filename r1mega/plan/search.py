@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -36,7 +37,7 @@ from r1mega.plan.memory import (
     phase_memory,
     stage_ranks,
 )
-from r1mega.plan.rank import LONGEST, Activations, RankMemory, Routes, Static, measure
+from r1mega.plan.rank import LONGEST, Activations, Kind, RankMemory, Routes, Static, kind_of, measure
 from r1mega.plan.seconds import (
     Efficiency,
     layer_parameters,
@@ -105,7 +106,7 @@ class Generated:
 
 
 class _Chunk(NamedTuple):
-    """What the activations of a chunk hang on, beside how many layers it has. kinds: whether they have experts; ends: whether
+    """What the activations of a chunk hang on, beside how many layers it has. kinds: of its layers; ends: whether
     it is the model's first, and its last; tokens: of a microbatch that were sent through; uneven: tokens of the experts of the
     fullest rank over the mean.
     """
@@ -116,7 +117,7 @@ class _Chunk(NamedTuple):
     ep: int
     etp: int
     tokens: int
-    kinds: tuple[bool, ...] = ()
+    kinds: tuple[Kind, ...] = ()
     ends: tuple[bool, bool] = (False, False)
     uneven: float = 1.0
 
@@ -403,7 +404,7 @@ class Search:
         p, kept, working = config.parallel, 0.0, 0.0
         mine = padded(work.microbatch_tokens, p) / (p.tp * p.cp)
         for chunk, counts in self._chunks(config, stage, work):
-            layers: dict[bool, float] = {}
+            layers: dict[Kind, float] = {}
             for other, seen in self._seen.items():
                 if times := other.share(chunk) * mine * other.tp * other.cp / seen.tokens:
                     for kind, one in seen.layers.items():
@@ -413,15 +414,13 @@ class Search:
             kept += sum(count * layers.get(kind, 0.0) for kind, count in counts.items())
         return Activations(1, kept, working, 0.0, {})
 
-    def _chunks(self, config: TrainingStage, stage: int, work: Workload) -> Iterator[tuple[_Chunk, dict[bool, int]]]:
-        """Of a stage: (what a chunk's activations hang on; its layers without and with experts)."""
+    def _chunks(self, config: TrainingStage, stage: int, work: Workload) -> Iterator[tuple[_Chunk, Counter[Kind]]]:
+        """Of a stage: (what a chunk's activations hang on; its layers by their kinds)."""
         p, model, stages = config.parallel, architecture_of(self.hf), self._stages(config.parallel)
         sent = min(padded(work.microbatch_tokens, p), LONGEST * p.tp * p.cp)
         uneven = Routes.of(self.hf, p, 0, self.imbalance).imbalance if model.experts is not None else 1.0
         for index in range(stage, len(stages), p.pp):
-            counts: dict[bool, int] = {}
-            for layer in stages[index]:
-                counts[model.has_experts(layer)] = counts.get(model.has_experts(layer), 0) + 1
+            counts = Counter(kind_of(layer, model, config.model) for layer in stages[index])
             kinds, ends = tuple(sorted(counts)), (index == 0, index == len(stages) - 1)
             yield _Chunk(config.model.recompute, p.tp, p.cp, p.ep, p.etp, sent, kinds, ends, uneven), counts
 

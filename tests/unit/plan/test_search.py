@@ -18,7 +18,7 @@ from r1mega.plan.given import read_model
 from r1mega.plan.gpu import gpu_kind
 from r1mega.plan.memory import SPARE_BYTES, phase_memory, stage_ranks
 from r1mega.plan.report import proposed
-from r1mega.plan.search import SURE, Search, _Chunk
+from r1mega.plan.search import SURE, Search, Trained, _Chunk
 from r1mega.plan.seconds import moving_seconds
 from r1mega.plan.workload import Lengths
 
@@ -101,6 +101,28 @@ def test_a_search_of_nothing_says_why():
 def test_fuller_experts_bound_no_evener_ones():
     even, uneven = (_Chunk("none", 1, 1, ep, 1, 64, uneven=by) for ep, by in ((2, 1.5), (4, 4.0)))
     assert even.share(uneven) == SURE and uneven.share(even) == 0 and uneven.share(uneven) == 1
+
+
+def test_layers_that_skip_fp8_stand_for_none_that_compute_in_it():
+    """Neither as a stage nor, where the search knows what a layer keeps, as a bound."""
+    keys = ["fp8=blockwise", "fp8_skip_first_layers=2", "dtype=bfloat16", "recompute=none"]
+    layout = ["parallel.pp=4", "parallel.layers_per_stage=[2,2,2,2]"]
+    config = load_config(SFT, [*layout, *(f"model.{key}" for key in keys)])
+    stages = {}
+    for skipped in (2, 3):
+        model = config.model.model_copy(update={"fp8_skip_first_layers": skipped})
+        one = config.model_copy(update={"model": model})
+        hf = read_model(config, SFT) | {"num_hidden_layers": 8, "first_k_dense_replace": 0}
+        search = Search(one, hf, 4, gpu_kind("h100-80"), Lengths(80), 1.0, 8)
+        trained = Trained(one, search.workload(one), 0.0, 0.0)
+        stages[skipped] = search.ranks(trained)
+        for rank in stages[skipped]:
+            (real,), least = rank.memory.activations, search._activations(one, rank.stage, trained.work)
+            assert 0 < least.kept <= real.kept, (skipped, rank.stage)
+            assert least.kept + least.working <= 1.01 * (real.kept + real.working), (skipped, rank.stage)
+    assert [[rank.stage for rank in found] for found in stages.values()] == [[0, 1, 3], [0, 1, 2, 3]]
+    layers = [rank.memory.activations[0].layers for rank in stages[2]]
+    assert [*layers[0]] == [(True, False)] and layers[1][True, True] < layers[0][True, False]
 
 
 def test_the_least_of_a_stage_has_moments_as_they_are_stored():

@@ -52,7 +52,7 @@ class Flash(torch.autograd.Function):
 
 
 def run_cases(config: dict[str, Any], cases: list[Case]) -> list[dict[str, Any]]:
-    """By case: bytes kept by a chunk, and those of weights that were quantised."""
+    """By case: bytes kept by a chunk, and those of weights that were quantised, after a pass without gradients and after one with."""
     groups.init_distributed()
     found = []
     for case in cases:
@@ -75,16 +75,26 @@ def workspaces(policy: Policy) -> Iterator[torch.Tensor]:
                 yield from (v for v in vars(held).values() if torch.is_tensor(v))
 
 
+def quantised_bytes(policy: Policy) -> int:
+    """Of these."""
+    return total({t.untyped_storage()._cdata: t.untyped_storage() for t in workspaces(policy)}.values())
+
+
 def kept(policy: Policy, case: Case) -> dict[str, Any]:
     """Storages that autograd saves in a forward pass, parameters apart. Attention is a fused one's."""
     for chunk in policy.chunks:
         for module in chunk.modules():
             if hasattr(module, "core_attention"):
                 module.core_attention.forward = lambda q, k, v, *_, **__: Flash.apply(q, k, v)
+    batch = build_microbatch([[1] * case.tokens], [1], [0])
+    policy.log_probs([batch])
+    asked = quantised_bytes(policy)
+    # columns would come in the backward pass alone, of copies that are there
+    for module in (module for chunk in policy.chunks for module in chunk.modules()):
+        getattr(module, "_fp8_workspaces", {}).clear()
     found = []
     for index in range(len(policy.chunks)):
         chunk, layout = policy.chunks[index], policy.megatron_config
-        batch = build_microbatch([[1] * case.tokens], [1], [0])
         saved: dict[int, torch.Tensor] = {}  # by storages, not by addresses: those of emptied ones are taken again
 
         def pack(tensor: torch.Tensor, saved: dict[int, torch.Tensor] = saved) -> torch.Tensor:
@@ -101,6 +111,6 @@ def kept(policy: Policy, case: Case) -> dict[str, Any]:
             saved[output.untyped_storage()._cdata] = output
         apart = {t.untyped_storage()._cdata for t in [*chunk.parameters(), *workspaces(policy)]}
         found.append(total(t.untyped_storage() for key, t in saved.items() if key not in apart))
-    quantised = {t.untyped_storage()._cdata: t.untyped_storage() for t in workspaces(policy)}
+    quantised = quantised_bytes(policy)
     Trainer(policy, OptimizerConfig(), total_steps=1).enter("rollout")
-    return {"kept": found, "quantised": total(quantised.values()), "left": len(list(workspaces(policy)))}
+    return {"kept": found, "asked": asked, "quantised": quantised, "left": len(list(workspaces(policy)))}

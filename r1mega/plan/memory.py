@@ -146,8 +146,8 @@ def in_flight(parallel: ParallelConfig, stage: int, microbatches: int) -> float:
 
 def _head_bytes(config: TrainingStage, hf: Mapping[str, Any], rows: float) -> float:
     """Beside the last stage's layers: for `hidden` the rows, their gradient in float32 and two buffers of logits. Where the
-    loss is found in one pass, what takes most of: a chunk's logits with their gradient, the output weight's gradient in
-    float32 and those rows; and in the backward pass, which has no logits, that gradient, and the rows' once more in float32
+    loss is found in one pass, what takes most of: a chunk's logits, in whose place their gradient is written, the output
+    weight's gradient in float32 and those rows; and in the backward pass, which has no logits, that gradient, and the rows' once more in float32
     and in their type, or zeros of the weight's size in its type.
     """
     if config.model.log_probs != "hidden":
@@ -156,7 +156,7 @@ def _head_bytes(config: TrainingStage, hf: Mapping[str, Any], rows: float) -> fl
     if not (isinstance(config, RLStage) and config.parallel.cp == 1):
         return 2.0 * HEAD_BUFFER_BYTES + rows * hidden * (4 + 2)
     vocabulary, chunk = hf["vocab_size"] / config.parallel.tp, min(rows, DEFAULT_CHUNK_TOKENS)
-    forward = vocabulary * chunk * (4 + 2)
+    forward = vocabulary * chunk * 4
     backward = hidden * max(rows * (4 + 2), rows * 2 + vocabulary * 2)  # r1mega_kernels.linear_loss, linear.handed_over
     return vocabulary * hidden * 4 + rows * hidden * (4 + 2) + max(forward, backward)
 

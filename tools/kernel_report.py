@@ -139,7 +139,7 @@ def parse(log: str, target: str) -> list[dict[str, Any]]:
                 "symbol": symbol,
                 "element": types[0] if types else None,
                 "gradient": types[1] if len(types) > 1 else None,
-                "aligned": flags.pop(0) if flags and not name.startswith("kept") else None,
+                "aligned": flags.pop(0) if flags and name != "kept_log_prob_stats" else None,
                 "entropy": flags.pop(0) if flags else None,
                 "row_threads": width,
                 "target": target,

@@ -93,8 +93,9 @@ void run_log_prob(bool is_kept) {
     void* out = in_place ? logits.get() : separate.get();
     const int64_t out_stride = stride * int64_t(sizeof(E) / sizeof(G));
     const auto backward = device::backward_kernel<E, G>(source, out, out_stride);
+    const auto kept_backward = device::kept_backward_kernel<E, G>(source, out, out_stride);
     emulator::launch(is_kept ? unsigned(tokens) : device::row_blocks(tokens, columns), device::kThreads, order, [&] {
-        is_kept ? device::kept_log_prob_backward<E, G>(source, upstream, lists, scratch.get(), out, out_stride)
+        is_kept ? kept_backward(source, upstream, lists, scratch.get(), out, out_stride)
                 : backward(source, upstream, tokens, out, out_stride);
     });
     write(results);

@@ -19,8 +19,8 @@ S = TypeVar("S")
 @dataclass(frozen=True, slots=True)
 class TokenScores:
     """values: [R] float32, what the head says of each row of a microbatch: the log-prob of the row's target (nats), or a
-    `ScoreHead`'s score. entropies: [R] of the predictions (nats), or None of a head that does not compute them. Both are over
-    the ids that the row keeps, where the microbatch says which.
+    `ScoreHead`'s score. entropies: [R] of the predictions (nats), or None where they were not asked for or the head has none. Both are
+    over the ids that the row keeps, where the microbatch says which.
     """
 
     values: torch.Tensor
@@ -38,8 +38,10 @@ class TokenScores:
 class Head(Protocol):
     """Reads the output of the last pipeline stage for this rank's part of a microbatch."""
 
-    def scores(self, output: torch.Tensor, part: Shard, temperature: float) -> TokenScores:
-        """Of `part.rows`. output: [t, ...], what the head's class says; temperature: of the predictions."""
+    def scores(self, output: torch.Tensor, part: Shard, temperature: float, *, entropies: bool = True) -> TokenScores:
+        """Of `part.rows`. output: [t, ...], what the head's class says; temperature: of the predictions. entropies: False
+        leaves them out, which spares arithmetic; the values have the same bits.
+        """
         ...
 
 
@@ -50,11 +52,12 @@ class LogitsHead:
     group: dist.ProcessGroup | None
     backend: str | None = None
 
-    def scores(self, output: torch.Tensor, part: Shard, temperature: float) -> TokenScores:
-        log_probs, entropies, _ = grouped_log_prob(
-            output, part.labels, temperature, part.rows, self.group, kept=part.kept, backend=self.backend
-        )
-        return TokenScores(log_probs, entropies)
+    def scores(self, output: torch.Tensor, part: Shard, temperature: float, *, entropies: bool = True) -> TokenScores:
+        found = grouped_log_prob(
+            output, part.labels, temperature, part.rows, self.group, kept=part.kept, entropy=entropies,
+            backend=self.backend,
+        )  # fmt: skip
+        return TokenScores(found.log_prob, found.entropy if entropies else None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,12 +74,12 @@ class HiddenHead:
     chunk_tokens: int = DEFAULT_CHUNK_TOKENS
     """Rows whose logits `loss` holds at a time."""
 
-    def scores(self, output: torch.Tensor, part: Shard, temperature: float) -> TokenScores:
-        log_probs, entropies, _ = linear_log_prob(
+    def scores(self, output: torch.Tensor, part: Shard, temperature: float, *, entropies: bool = True) -> TokenScores:
+        found = linear_log_prob(
             output, self.weight, part.labels, temperature, part.rows, self.group, vocab_size=self.vocab_size,
-            kept=part.kept, reduce_hidden_grad=self.reduce_hidden_grad,
+            kept=part.kept, entropy=entropies, reduce_hidden_grad=self.reduce_hidden_grad,
         )  # fmt: skip
-        return TokenScores(log_probs, entropies)
+        return TokenScores(found.log_prob, found.entropy if entropies else None)
 
     def loss(
         self,
@@ -86,8 +89,9 @@ class HiddenHead:
         token_loss: Callable[[TokenScores, slice], tuple[torch.Tensor, S]],
         row_offsets: Sequence[int] | None = None,
     ) -> tuple[torch.Tensor, list[S]]:
-        """The sum of a loss of single tokens over chunks of `part.rows`, and what else it returned of each: as of `scores`,
-        with one matrix product less. row_offsets: the chunks are of whole sequences, which begin there.
+        """The sum of a loss over chunks of `part.rows`, and what else it returned of each: as of `scores`, with one matrix
+        product less. It is a sum over tokens, of each one's scores alone, or with row_offsets over sequences: the chunks are
+        then of whole ones, which begin there.
         """
         return linear_grpo_loss(
             output, self.weight, part.labels,
@@ -100,12 +104,12 @@ class HiddenHead:
 class ScoreHead:
     """Reads the scores [t, 1] of a model with a scalar head (`model.reward_head`)."""
 
-    def scores(self, output: torch.Tensor, part: Shard, temperature: float) -> TokenScores:
+    def scores(self, output: torch.Tensor, part: Shard, temperature: float, *, entropies: bool = True) -> TokenScores:
         return TokenScores(output.index_select(0, part.rows)[:, 0].float())
 
 
 class CrossEntropyHead:
     """Reads cross-entropies [t]: what Megatron returns when it is given the labels, to add the MTP loss itself."""
 
-    def scores(self, output: torch.Tensor, part: Shard, temperature: float) -> TokenScores:
+    def scores(self, output: torch.Tensor, part: Shard, temperature: float, *, entropies: bool = True) -> TokenScores:
         return TokenScores(-output.index_select(0, part.rows).float())

@@ -48,10 +48,10 @@ B = TypeVar("B", bound=Microbatch)
 S = TypeVar("S")
 
 Loss = Callable[[B, TokenScores], tuple[torch.Tensor, S]]
-SumsOver = Literal["tokens", "samples"]
 """(microbatch, scores of its R rows) -> (its part of the loss, statistics to collect). What the loss compares the scores
 with, the microbatch carries. Both are whole, whatever the parallel layout, and on the model's device."""
-
+SumsOver = Literal["tokens", "samples"]
+"""What a loss is a sum over, of each one's scores alone; see `Policy.run`."""
 
 _Value = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
 Records = list[list[tuple[torch.Tensor, ...]]]
@@ -143,22 +143,27 @@ class Policy:
 
     @torch.no_grad()
     def scores(
-        self, microbatches: Sequence[Microbatch], temperature: float = 1.0, *, replay: bool = True
-    ) -> list[TokenScores]:
+        self, microbatches: Sequence[Microbatch], temperature: float = 1.0, *, replay: bool = True,
+        entropies: bool = False,
+    ) -> list[TokenScores]:  # fmt: skip
         """Of each microbatch's rows, whole on every rank of the last pipeline stage; elsewhere [].
 
-        replay: take the experts that the microbatches name.
+        replay: take the experts that the microbatches name. entropies: of the predictions too.
         """
         if not replay:
             microbatches = [dataclasses.replace(batch, routed_experts=None, own_experts=None) for batch in microbatches]
-        return self.run(microbatches, lambda _, scores: (scores.values.sum(), scores), temperature, forward_only=True)
+        return self.run(
+            microbatches, lambda _, scores: (scores.values.sum(), scores), temperature, forward_only=True,
+            entropies=entropies,
+        )  # fmt: skip
 
     @torch.no_grad()
     def recorded_scores(self, microbatches: Sequence[B], temperature: float) -> tuple[list[TokenScores], list[B]]:
         """`scores` with the experts that the routers choose, and the microbatches that name those: `run` repeats them."""
         records: list[list[tuple[torch.Tensor, ...]]] = [[] for _ in self.modules]
         scores = self.run(
-            microbatches, lambda _, scores: (scores.values.sum(), scores), temperature, forward_only=True, records=records
+            microbatches, lambda _, scores: (scores.values.sum(), scores), temperature, forward_only=True, records=records,
+            entropies=False,
         )  # fmt: skip
         by_batch = zip(*records, strict=True)  # of fillers too, which come last
         return scores, [
@@ -196,16 +201,18 @@ class Policy:
         mtp_loss: bool = False,
         sums_over: SumsOver | None = None,
         records: Records | None = None,
+        entropies: bool = True,
     ) -> list[S]:
         """A pass over microbatches, with gradients of the loss unless `forward_only`; the statistics of each where the loss
         is: on the last pipeline stage, elsewhere []. mtp_loss: add that of the multi-token-prediction layers. sums_over: the
         loss is a sum over tokens or over samples, of each one's scores alone, and may be asked for parts of a microbatch (of
         whole samples), each with its statistics. records: a list for each chunk, to which what its routers took is appended.
+        entropies: False where the loss reads none.
         """
         fillers: list[None] = [None] * (-len(microbatches) % self.microbatch_multiple)
         if forward_only:
             self.settle()
-        one = _Pass(self, loss, temperature, mtp_loss, sums_over, records)
+        one = _Pass(self, loss, temperature, mtp_loss, sums_over, records, entropies)
         self._check_weights()
         modules = self.modules
         iterators = [iter([*microbatches, *fillers]) for _ in modules]  # one a virtual pipeline stage
@@ -245,16 +252,18 @@ class Policy:
         return output, part
 
     def read(
-        self, output: torch.Tensor, part: Shard, num_rows: int, temperature: float, *, mtp_loss: bool
-    ) -> TokenScores:
+        self, output: torch.Tensor, part: Shard, num_rows: int, temperature: float, *, mtp_loss: bool,
+        entropies: bool = True,
+    ) -> TokenScores:  # fmt: skip
         """The scores of all R rows of a microbatch from what `forward` returned on the last pipeline stage."""
         head = CrossEntropyHead() if mtp_loss else self._head
-        return head.scores(output[0], part, temperature).joined(part, num_rows, self._context_group)
+        scores = head.scores(output[0], part, temperature, entropies=entropies)
+        return scores.joined(part, num_rows, self._context_group)
 
     @property
     def one_pass_head(self) -> HiddenHead | None:
-        """The head that finds a loss of tokens and its gradient in one pass, where there is one: each context-parallel rank
-        has rows of its own and computes the loss of all.
+        """The head that finds a loss that is a sum (`SumsOver`) and its gradient in one pass, where there is one: each
+        context-parallel rank has rows of its own and computes the loss of all.
         """
         return self._head if isinstance(self._head, HiddenHead) and self._context_group is None else None
 
@@ -351,6 +360,7 @@ class _Pass(Generic[B, S]):
     mtp_loss: bool
     sums_over: SumsOver | None
     records: Records | None
+    entropies: bool
     statistics: list[S] = field(default_factory=list)
 
     def forward(
@@ -383,7 +393,9 @@ class _Pass(Generic[B, S]):
             self.statistics += found
         else:
             num_rows = 0 if batch is None else batch.rows.numel()
-            scores = self.policy.read(output, part, num_rows, self.temperature, mtp_loss=self.mtp_loss)
+            scores = self.policy.read(
+                output, part, num_rows, self.temperature, mtp_loss=self.mtp_loss, entropies=self.entropies
+            )
             if batch is None:
                 value = scores.values.sum()  # of nothing
             else:

@@ -49,7 +49,7 @@ _KEPT_EVIDENCE = 8  # steps
 @dataclass(frozen=True, slots=True)
 class UpdateResult(Generic[S]):
     """grad_norm: before clipping; lr: of this step; statistics: what the loss returned, per microbatch, or part of one where
-    the loss is of tokens, in order.
+    the loss is a sum over tokens or samples, in order.
     expert_load: max over mean of tokens per expert, averaged over MoE layers (1 is perfect balance; None without experts).
     skipped: the gradient was not finite, and no weight has moved.
     """
@@ -221,8 +221,8 @@ class Trainer:
         self, directory: Path, number: int, grad_norm: float, microbatches: Sequence[B], statistics: Sequence[S]
     ) -> None:
         """DIRECTORY/update_NNNNNN_rank_RRRRR.pt, for torch.load: microbatches as dicts of their fields, what the loss said (as
-        text) of each, or of each part of one where the loss is of tokens, in order, and the parameters whose gradients on this
-        rank are not finite. A disk that does not take it is told.
+        text) of each, or of each part of one where the loss is a sum over tokens or samples, in order, and the parameters
+        whose gradients on this rank are not finite. A disk that does not take it is told.
         """
         broken = [
             name

@@ -44,6 +44,19 @@ def test_error_is_no_larger_than_torch_fp32():
     assert (ours <= theirs + 1e-9).all(), (ours, theirs)
 
 
+def test_types_without_a_kernel_are_refused():
+    """Those of logits and their gradient; the Python side asks for none of them."""
+    targets, one = torch.zeros(2, dtype=torch.int64, device="cuda"), torch.ones(1, device="cuda")
+    stats, grads = torch.zeros(2, 4, device="cuda"), torch.ones(3, 2, device="cuda")
+    half, bf16, fp32 = (torch.zeros(2, 8, dtype=t, device="cuda") for t in (torch.half, torch.bfloat16, torch.float32))
+    op, rows = torch.ops.r1mega_kernels, (targets, False, 0)
+    for logits, grad in ((bf16, fp32), (bf16, half), (half, half), (half, fp32)):
+        with pytest.raises(RuntimeError, match="bfloat16 logits a gradient of bfloat16"):
+            op.log_prob_backward(logits, targets, one, *rows, stats, grads[1].contiguous(), grads, grad)
+    with pytest.raises(RuntimeError, match="reads logits of float32 or bfloat16"):
+        op.log_prob_stats(half, targets, one, *rows, True, stats)
+
+
 @pytest.mark.parametrize("vocabulary", [16160, 16163])  # rows on and off 16-byte boundaries
 def test_bits_do_not_depend_on_the_batch(vocabulary):
     logits, targets = (t.cuda() for t in random_case(700, vocabulary, torch.bfloat16))

@@ -62,6 +62,8 @@ void stats_of_rows(StableIValue* stack, const device::KeptLists* lists) {
             kernel<<<blocks, device::kThreads, 0, device.stream()>>>(source, count, out);
         }
     };
+    if (!logits.is_bf16() && !logits.is_fp32())
+        throw std::runtime_error("r1mega_kernels: log_prob_stats reads logits of float32 or bfloat16");
     logits.is_bf16() ? launch(Bf16{}) : launch(0.f);
     OnDevice::check(cudaGetLastError(), "log_prob_stats");
 }
@@ -104,20 +106,27 @@ void backward_of_rows(StableIValue* stack, const device::KeptLists* lists, float
         using E = decltype(element);
         using G = decltype(of_gradient);
         if (lists) {
-            device::kept_log_prob_backward<E, G><<<unsigned(tokens), device::kThreads, 0, device.stream()>>>(
-                source, upstream, *lists, scratch, out, out_stride);
+            const auto kernel = device::kept_backward_kernel<E, G>(source, out, out_stride);
+            kernel<<<unsigned(tokens), device::kThreads, 0, device.stream()>>>(source, upstream, *lists, scratch, out,
+                                                                               out_stride);
         } else {
             const auto kernel = device::backward_kernel<E, G>(source, out, out_stride);
             const auto blocks = device::row_blocks(tokens, source.columns);
             kernel<<<blocks, device::kThreads, 0, device.stream()>>>(source, upstream, tokens, out, out_stride);
         }
     };
-    if (logits.is_bf16())
+    if (logits.is_bf16() && grad_logits.is_bf16())
         launch(Bf16{}, Bf16{});
-    else if (grad_logits.is_bf16())
+    else if (logits.is_fp32() && grad_logits.is_bf16())
         launch(0.f, Bf16{});
+    else if (logits.is_fp32() && grad_logits.is_fp16())
+        launch(0.f, Half{});
+    else if (logits.is_fp32() && grad_logits.is_fp32())
+        launch(0.f, 0.f);
     else
-        grad_logits.is_fp16() ? launch(0.f, Half{}) : launch(0.f, 0.f);
+        throw std::runtime_error(
+            "r1mega_kernels: log_prob_backward gives bfloat16 logits a gradient of bfloat16, and float32 ones one of "
+            "float32, bfloat16 or float16");
     OnDevice::check(cudaGetLastError(), "log_prob_backward");
 }
 

@@ -53,7 +53,7 @@ R1_GLOBAL R1_LAUNCH_BOUNDS(kThreads) void kept_log_prob_stats(RowSource source, 
 
 // grad_logits may be the logits. scratch: one float a kept id, for what is computed before the row is cleared; the thread
 // that wrote an element of it reads it.
-template <class E, class G>
+template <class E, class G, bool kAligned>
 R1_GLOBAL R1_LAUNCH_BOUNDS(kThreads) void kept_log_prob_backward(RowSource source, RowUpstream upstream,
                                                                  KeptLists lists, float* scratch, void* grad_logits,
                                                                  int64_t out_stride) {
@@ -67,7 +67,7 @@ R1_GLOBAL R1_LAUNCH_BOUNDS(kThreads) void kept_log_prob_backward(RowSource sourc
     if (i >= 0) gradient = upstream.gradient_of_row(i, inverse, base);
     const int64_t of_target = source.column(token), length = gradient.is_zero ? 0 : lists.length(token);
     if (length == 0 && !gradient.is_zero) {
-        gradient_of_row<E, G, false, kThreads>(row, out, source.columns, of_target, base, gradient, c);
+        gradient_of_row<E, G, kAligned, kThreads>(row, out, source.columns, of_target, base, gradient, c);
         return;
     }
     float* found = scratch + lists.begin(token);
@@ -78,15 +78,21 @@ R1_GLOBAL R1_LAUNCH_BOUNDS(kThreads) void kept_log_prob_backward(RowSource sourc
         found[j] = column == of_target ? d + gradient.target_gradient : d;
     }
     R1_SYNC();
-    if (is_aligned<G>(out, 0))
-        clear_row<G, true, kThreads>(out, source.columns);
-    else
-        clear_row<G, false, kThreads>(out, source.columns);
+    clear_row<G, kAligned, kThreads>(out, source.columns);
     R1_SYNC();
     for (int64_t j = threadIdx.x; j < length; j += kThreads) {
         const int64_t column = lists.column(token, j, source);
         if (column >= 0) from_float(found[j], out[column]);
     }
+}
+
+using KeptBackwardKernel = void (*)(RowSource, RowUpstream, KeptLists, float*, void*, int64_t);
+
+// As backward_kernel; a row is always a block's.
+template <class E, class G>
+inline KeptBackwardKernel kept_backward_kernel(const RowSource& source, const void* grad_logits, int64_t out_stride) {
+    const bool aligned = are_aligned<E, G>(source, grad_logits, out_stride);
+    return aligned ? kept_log_prob_backward<E, G, true> : kept_log_prob_backward<E, G, false>;
 }
 
 }  // namespace r1mega::device

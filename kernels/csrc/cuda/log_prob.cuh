@@ -385,10 +385,15 @@ R1_GLOBAL R1_LAUNCH_BOUNDS(kThreads) void log_prob_backward(RowSource source, Ro
 
 using BackwardKernel = void (*)(RowSource, RowUpstream, int64_t, void*, int64_t);
 
+template <class E, class G>
+inline bool are_aligned(const RowSource& source, const void* grad_logits, int64_t out_stride) {
+    return is_aligned<E>(source.logits, source.stride) && is_aligned<G>(grad_logits, out_stride);
+}
+
 // As stats_kernel, of the logits' E to gradients of G.
 template <class E, class G>
 inline BackwardKernel backward_kernel(const RowSource& source, const void* grad_logits, int64_t out_stride) {
-    const bool aligned = is_aligned<E>(source.logits, source.stride) && is_aligned<G>(grad_logits, out_stride);
+    const bool aligned = are_aligned<E, G>(source, grad_logits, out_stride);
     if (is_for_warps(source.columns))
         return aligned ? log_prob_backward<E, G, true, kWarp> : log_prob_backward<E, G, false, kWarp>;
     return aligned ? log_prob_backward<E, G, true, kThreads> : log_prob_backward<E, G, false, kThreads>;

@@ -89,10 +89,11 @@ class Tensor {
         return dtype;
     }
     bool is_bf16() const { return dtype() == aoti_torch_dtype_bfloat16(); }
+    bool is_fp32() const { return dtype() == aoti_torch_dtype_float32(); }
     bool is_fp16() const { return dtype() == aoti_torch_dtype_float16(); }
     // Room for `least` floats that an operator writes; an error where it is less, or of another type.
     float* room_for_floats(int64_t least) const {
-        if (dtype() != aoti_torch_dtype_float32() || numel() < least)
+        if (!is_fp32() || numel() < least)
             throw std::runtime_error("r1mega_kernels: the scratch must have " + std::to_string(least) +
                                      " elements of float32");
         return data<float>();

@@ -203,6 +203,9 @@ def test_cuda_kernels_keep_their_budgets(build):
         ("fp32", "fp16", False, None, 256),
     ):
         assert variants.count(variant) == 1, variant
+    kept = [(r["element"], r["gradient"]) for r in report["kernels"]
+            if r["target"] == "sm_90a" and r["kernel"] == "kept_log_prob_backward" and r["aligned"]]  # fmt: skip
+    assert sorted(kept) == [("bf16", "bf16"), ("fp32", "bf16"), ("fp32", "fp16"), ("fp32", "fp32")]
     for target in ("sm_80", "sm_90a", "sm_100"):
         for kernel in ("log_prob_stats", "log_prob_backward"):
             assert {(kernel, "bf16", target), (kernel, "fp32", target)} <= compiled

@@ -173,10 +173,12 @@ def test_ratios_of_responses_in_one_pass_are_the_two_step_way(one_rank, name):
     trainer, samples = make_trainer("hidden"), make_samples()
     head, stepping, found = trainer.policy._head, trainer.optimizer.step, []
     algorithm = AlgorithmConfig(
-        **VARIANTS[name], clip_low=0.01, clip_high=0.01, kl_coefficient=0, off_policy={"reject_ratio": 1e-6}
+        **VARIANTS[name], clip_low=0.01, clip_high=0.01, kl_coefficient=0, off_policy={"reject_ratio": 1e-2}
     )
     batch = pack_for_loss(samples, range(len(samples)), {place: 0.1 + 0.05 * place for place in range(len(samples))})
-    batch = dataclasses.replace(batch, old_log_probs=batch.sampler_log_probs + 0.01)
+    old = batch.sampler_log_probs + 0.01
+    old[8] -= 5  # for this token the third response is rejected, all of it
+    batch = dataclasses.replace(batch, old_log_probs=old)
     assert batch.row_offsets() == [0, 5, 6, 15, 19]
     loss = functools.partial(_loss, algorithm=algorithm, rules=_rules(algorithm), tolerance=1.0, kernels=None)
     for chunk_tokens, parts in ((8, 1), (9, 3), (4096, 1)):
@@ -191,8 +193,12 @@ def test_ratios_of_responses_in_one_pass_are_the_two_step_way(one_rank, name):
             sum(float(getattr(s.tokens, key)) for s in result.statistics)
             for key in ("clipped", "ratio_sum", "mismatch_sum")
         ]
-        kept = sum(float(s.off_policy.masked) for s in result.statistics)
-        found[-1] += [sum(float(s.loss) for s in result.statistics), *totals, kept]
+        masked, rejected = (
+            sum(float(getattr(s.off_policy, key)) for s in result.statistics) for key in ("masked", "rejected")
+        )
+        assert masked == rejected == 15 - 6
+        found[-1] += [sum(float(s.loss) for s in result.statistics), sum(float(s.entropy) for s in result.statistics)]
+        found[-1] += totals
     trainer.optimizer.step = stepping
     (two_steps, *figures), *others = found
     for gradients, *rest in others:
@@ -326,7 +332,7 @@ def test_forward_only_equals_transformers_per_token(one_rank, tmp_path):
     batch = build_microbatch(
         [s.token_ids.tolist() for s in samples], [s.prompt_length for s in samples], range(len(samples))
     )
-    (scores,) = policy.scores([batch], TEMPERATURE)
+    (scores,) = policy.scores([batch], TEMPERATURE, entropies=True)
     expected, expected_entropy = [], []
     for sample in samples:
         ids = torch.from_numpy(sample.token_ids.astype(np.int64))
@@ -603,7 +609,9 @@ def test_the_kernel_of_hidden_states_agrees_with_that_of_logits_in_bfloat16(one_
     for log_probs in ("logits", "hidden"):
         trainer, samples = make_trainer(log_probs, "bfloat16"), make_samples()
         batch = build_microbatch([s.token_ids.tolist() for s in samples], [s.prompt_length for s in samples], range(4))
-        (scores,) = trainer.policy.scores([batch], TEMPERATURE)
+        (scores,) = trainer.policy.scores([batch], TEMPERATURE, entropies=True)
+        (values,) = trainer.policy.scores([batch], TEMPERATURE)
+        assert torch.equal(values.values, scores.values) and values.entropies is None
         result = run_update(trainer, samples, [[0, 1], [2, 3]], AlgorithmConfig())
         found.append((scores.values, scores.entropies, result.grad_norm))
     torch.testing.assert_close(found[0][0], found[1][0], rtol=0, atol=1e-2)

@@ -109,6 +109,12 @@ def generator_precision_problems(generator: Generator, dtype: str, layout: Layou
             f"rollout.quantization and rollout.kv_cache_dtype are vLLM's, and rollout.engine = {generator.engine}; leave them "
             "out"
         )
+    if generator.kv_cache_dtype != "auto" and dtype == "float32":
+        yield (
+            f"rollout.kv_cache_dtype = {generator.kv_cache_dtype} with model.dtype = {dtype}: 8-bit keys and values part "
+            "generator and policy by more than the proof of a push in float32 allows; set model.dtype=bfloat16, or leave "
+            "kv_cache_dtype out"
+        )
     if generator.quantization is None:
         return
     if dtype != "bfloat16":

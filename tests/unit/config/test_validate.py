@@ -67,6 +67,11 @@ def test_shipped_nano_config_for_four_ranks_is_valid(run):
         (["rollout.quantization=fp8"], 1, r"FP8 weights with bfloat16 activations; set model\.dtype=bfloat16"),
         (["rollout.quantization=fp8", "model.dtype=bfloat16"], 1, r"which cuts a block of 128 x 128"),
         (
+            ["rollout.kv_cache_dtype=fp8"],
+            1,
+            r"part generator and policy by more than .* in float32.*model\.dtype=bfloat16",
+        ),
+        (
             ["rollout.kv_cache_dtype=fp8", "rollout.engine=transformers", "rollout.router_replay=false"],
             1,
             r"rollout\.kv_cache_dtype are vLLM's, and rollout\.engine = transformers",

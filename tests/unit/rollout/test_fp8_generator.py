@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from r1mega.checkpoint.fp8_blocks import SCALE, dequantize
-from r1mega.errors import GenerationError, WeightSyncError
+from r1mega.errors import GenerationError, PlatformError, WeightSyncError
 from r1mega.platform import groups
+from r1mega.rollout.precision import check_precision
 from r1mega.rollout.vllm_engine import VllmEngine, check_settings
 from r1mega.weights import verify
 from r1mega.weights.exchange import Exchange
@@ -155,3 +156,10 @@ def test_what_an_fp8_generator_cannot_be(changes, message):
     chosen = settings(MODEL, **FP8 | changes)
     with pytest.raises(GenerationError, match=message):
         check_settings(chosen, {}, cuda_on_cpu.PLATFORM)
+
+
+def test_deep_gemm_is_refused(monkeypatch):
+    monkeypatch.setenv("VLLM_USE_DEEP_GEMM", "1")
+    check_precision(settings(MODEL, **FP8 | {"quantization": None}), {})  # which it does not touch
+    with pytest.raises(PlatformError, match="reorders the scales of FP8 weights.*unset it"):
+        check_precision(settings(MODEL, **FP8), {})

@@ -232,12 +232,13 @@ def by_itself(work: Callable[[Sequence[T]], list[U]], items: Sequence[T]) -> lis
 @runtime_checkable
 class WritableEngine(GenerationEngine, Protocol):
     """A generator whose own parameters can be written in place: `VllmEngine`. tp, ep: of its layout. fp8: its linear layers hold
-    e4m3 blocks and their scales.
+    e4m3 blocks and their scales. fp8_cache: it keeps keys and values in 8 bits.
     """
 
     tp: int
     ep: int
     fp8: bool
+    fp8_cache: bool
 
     def parameters_for_writing(self) -> AbstractContextManager[Mapping[str, torch.Tensor]]:
         """This rank's parameters by the generator's names, all of which are to be filled inside the `with`; at its end they are

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from r1mega.config.layout import generator_problems
+from r1mega.config.precision import vllm_precision_problems
 from r1mega.config.rewards import RewardConfig
 from r1mega.config.schema import DataConfig, NonNegativeInt, PartialRollouts, PositiveInt, RolloutConfig, Section, Stage
 from r1mega.config.validate import context_problems, missing_file_problems, weights_problems
@@ -88,5 +89,11 @@ class DataFactoryStage(Stage):
         )
         yield from self.reward.problems(self.rollout.max_response_tokens)
         yield from generator_problems(self.rollout, world, hf, together=False)
+        yield from vllm_precision_problems(self.rollout)
+        if self.rollout.quantization is not None:
+            yield (
+                f"rollout.quantization = {self.rollout.quantization} is of RL, which quantises weights as it pushes them; "
+                f"stage {self.stage} reads them from model.path in model.dtype; leave it out"
+            )
         if self.rollout.partial != PartialRollouts():
             yield "rollout.partial is of RL, whose steps it ends; leave it out"

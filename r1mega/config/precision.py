@@ -102,12 +102,23 @@ class Generator(Protocol):
     def kv_cache_dtype(self) -> str: ...
 
 
-def generator_precision_problems(generator: Generator, dtype: str, layout: Layout, hf: HFConfig) -> Iterator[str]:
-    """Why a generator cannot hold this model so. dtype, layout: the trainer's. Each names what to change."""
+def vllm_precision_problems(generator: Generator) -> Iterator[str]:
+    """Why a generator that is not vLLM cannot have a precision of its own."""
     if generator.engine != "vllm" and (generator.quantization, generator.kv_cache_dtype) != (None, "auto"):
         yield (
             f"rollout.quantization and rollout.kv_cache_dtype are vLLM's, and rollout.engine = {generator.engine}; leave them "
             "out"
+        )
+
+
+def generator_precision_problems(generator: Generator, dtype: str, layout: Layout, hf: HFConfig) -> Iterator[str]:
+    """Why a generator cannot hold this model so. dtype, layout: the trainer's. Each names what to change."""
+    yield from vllm_precision_problems(generator)
+    if generator.kv_cache_dtype != "auto" and dtype == "float32":
+        yield (
+            f"rollout.kv_cache_dtype = {generator.kv_cache_dtype} with model.dtype = {dtype}: 8-bit keys and values part "
+            "generator and policy by more than the proof of a push in float32 allows; set model.dtype=bfloat16, or leave "
+            "kv_cache_dtype out"
         )
     if generator.quantization is None:
         return

@@ -257,7 +257,7 @@ class RolloutConfig(Section):
     max_batched_tokens: PositiveInt = 8192  # of one pass, at least max_num_seqs; longer prompts take several passes
     quantization: Quantization | None = None
     # fp8: linear layers of the generator hold DeepSeek-V3's published 128x128 blocks in e4m3, quantised at each push
-    kv_cache_dtype: KVCacheDtype = "auto"  # of the generator, as vLLM names it; auto: model.dtype; fp8 is fp8_e4m3
+    kv_cache_dtype: KVCacheDtype = "auto"  # as vLLM names it; auto: model.dtype; fp8 is fp8_e4m3 and wants bfloat16
     kv_cache_bytes: PositiveInt | None = None  # None: vLLM's own choice on a GPU; 256 MiB on a CPU
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.8
     sleep: bool = True  # free the KV cache during the update, and on a GPU the generator's weights and CUDA graphs
@@ -270,6 +270,11 @@ class RolloutConfig(Section):
     def cuts_vocabulary(self) -> bool:
         """Whether tokens are drawn from a part of it."""
         return self.top_p < 1 or self.top_k is not None or self.min_p > 0
+
+    @property
+    def computes_in_fp8(self) -> bool:
+        """Whether the generator holds weights, or keys and values, in 8 bits: its log-probs are further from the policy's."""
+        return self.quantization is not None or self.kv_cache_dtype != "auto"
 
 
 class WeightsConfig(Section):

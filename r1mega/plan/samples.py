@@ -86,7 +86,8 @@ def planned_samples(config: RLStage, hf: HFConfig, gpus: int, work: Workload) ->
     flags = [model.has_experts(layer) for layer in range(model.num_layers)]
     layers = stage_layers(p, model.num_layers)
     own = [sum(flags[i] for chunk in range(stage, num_stages(p), p.pp) for i in layers[chunk]) for stage in range(p.pp)]
-    top_k = int(hf["num_experts_per_tok"]) if config.rollout.router_replay and any(flags) else 0
+    chosen = int(hf["num_experts_per_tok"]) if any(flags) else 0
+    top_k = chosen if config.rollout.router_replay else 0
     fits = num_experts(hf) <= 256  # uint8; otherwise uint16, and int32 in a microbatch
     sizes = Sizes(
         max(1, gpus // ranks), max(1, gpus // config.rollout.tp), ranks, config.update.num_epochs,
@@ -95,6 +96,10 @@ def planned_samples(config: RLStage, hf: HFConfig, gpus: int, work: Workload) ->
     )  # fmt: skip
     tokens = sum(prompt + response for prompt, response in work.samples)
     found = sample_memory(len(work.samples), tokens, sum(work.responses), sizes)
+    if config.algorithm.router_replay:  # what a rank's own routers took of the tokens that they see
+        seen = tokens * config.update.num_epochs / (sizes.replicas * p.cp * p.tp)
+        recorded = chosen * (1 if fits else 2) * sizes.own_layers * seen
+        found = dataclasses.replace(found, packed=found.packed + recorded)
     if not (rollout := config.rollout).partial.is_on:
         return found
     steps = played_steps(rollout.partial, tuple(work.responses), rollout.num_prompts, rollout.group_size, 0)

@@ -6,6 +6,8 @@ import importlib.util
 import json
 import logging
 
+import torch
+
 import r1mega_kernels
 from r1mega import platform
 from r1mega.config.schema import Stage
@@ -16,6 +18,9 @@ from r1mega.platform.generator import vllm_platform
 from r1mega.platform.vllm_version import check_version
 
 logger = logging.getLogger(__name__)
+
+FP8_CAPABILITY = (8, 9)
+"""From which compute capability on a GPU multiplies e4m3 numbers."""
 
 
 def _check_kernels(device: str, log_probs: str) -> None:
@@ -65,11 +70,8 @@ def validate_platform(config: Stage) -> None:
     rollout = getattr(config, "rollout", None)
     if rollout is None or rollout.engine != "vllm":
         return
-    if getattr(rollout, "quantization", None) is not None and here.name == "cpu":
-        raise PlatformError(
-            f"rollout.quantization = {rollout.quantization}: vLLM has FP8 kernels for GPUs (and CPUs with AMX, for which no "
-            "weights are pushed here); leave it out"
-        )
+    if (quantization := getattr(rollout, "quantization", None)) is not None:
+        _check_fp8_kernels(here.name, quantization)
     vllm = vllm_platform()
     check_version(vllm.PACKAGE)
     model = json.loads((config.model.path / "config.json").read_text())
@@ -80,6 +82,20 @@ def validate_platform(config: Stage) -> None:
         )
     if (refusal := vllm.check_model(model)) is not None:
         raise ConfigError(f"{config.model.path}/config.json: {refusal}; change it, or set rollout.engine=transformers")
+
+
+def _check_fp8_kernels(device: str, quantization: str) -> None:
+    if device == "cpu":
+        raise PlatformError(
+            f"rollout.quantization = {quantization}: vLLM has FP8 kernels for GPUs (and CPUs with AMX, for which no weights are "
+            "pushed here); leave it out"
+        )
+    major, minor = torch.cuda.get_device_capability()
+    if (major, minor) < FP8_CAPABILITY:
+        raise PlatformError(
+            f"rollout.quantization = {quantization}: a GPU of compute capability {major}.{minor} has no FP8 ({FP8_CAPABILITY[0]}."
+            f"{FP8_CAPABILITY[1]} and higher have); leave it out"
+        )
 
 
 def _check_libraries() -> None:

@@ -8,9 +8,11 @@ in place. So Triton's are asked for, and nothing has to be processed after a pus
 
 from __future__ import annotations
 
+import os
+
 from r1mega.checkpoint.fp8_blocks import CONFIG, check_config
 from r1mega.config.model_files import HFConfig
-from r1mega.errors import GenerationError
+from r1mega.errors import GenerationError, PlatformError
 from r1mega.rollout.engine import EngineSettings
 
 
@@ -28,7 +30,9 @@ def engine_arguments(settings: EngineSettings) -> dict[str, object]:
 
 
 def check_precision(settings: EngineSettings, config: HFConfig) -> None:
-    """Raises GenerationError for weights that this generator could not hold, CheckpointError for an unknown form of them."""
+    """Raises GenerationError for weights that this generator could not hold, CheckpointError for an unknown form of them,
+    PlatformError for a variable of vLLM's with which they could not be written.
+    """
     is_quantized = check_config(config) if settings.quantization == "fp8" else bool(config.get("quantization_config"))
     if settings.quantization is None and is_quantized:
         raise GenerationError(
@@ -45,4 +49,9 @@ def check_precision(settings: EngineSettings, config: HFConfig) -> None:
     if settings.quantization == "fp8" and settings.weights == "checkpoint":
         raise GenerationError(
             "quantization=fp8 is of weights that a trainer pushes; a generator that reads them from a directory is in dtype"
+        )
+    if settings.quantization == "fp8" and (value := os.environ.get("VLLM_USE_DEEP_GEMM", "0")) != "0":
+        raise PlatformError(
+            f"VLLM_USE_DEEP_GEMM = {value} in the environment: DeepGEMM reorders the scales of FP8 weights, which are then no "
+            "longer written in place; unset it, or leave rollout.quantization out"
         )

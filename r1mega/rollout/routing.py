@@ -152,6 +152,27 @@ def _block_keys(tokens: Sequence[int], size: int) -> list[int]:
     return keys
 
 
+@dataclass(slots=True, eq=False)
+class _Rows:
+    """A request's rows in one array that grows by half as it fills. What vLLM returns are views of the array of a whole step's
+    tokens in pinned memory, which they would keep alive as long as any of its requests runs.
+    """
+
+    array: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint8))
+    count: int = 0
+
+    def add(self, rows: np.ndarray) -> None:
+        """Copies them."""
+        end = self.count + len(rows)
+        if end > len(self.array):
+            grown = np.empty((max(end, len(self.array) * 3 // 2), *rows.shape[1:]), rows.dtype)
+            if self.count:
+                grown[: self.count] = self.array[: self.count]
+            self.array = grown
+        self.array[self.count : end] = rows
+        self.count = end
+
+
 class ReturnedRouting:
     """Keeps what vLLM returns (`enable_return_routed_experts`): with each output the rows of the positions that were computed
     since the last one, or read from the prefix cache, of all of the model's layers. So a request that is ended from outside has
@@ -164,12 +185,12 @@ class ReturnedRouting:
         self._layers = [layer for layer in range(model.num_layers) if model.has_experts(layer)]
         if model.experts is None or not self._layers:
             raise GenerationError("rollout.router_replay: the model has no experts")
-        self._rows: dict[str, list[np.ndarray]] = {}
+        self._rows: dict[str, _Rows] = {}
 
     def add(self, request_id: str, rows: np.ndarray | None) -> None:
         """See Recorder."""
         if rows is not None:
-            self._rows.setdefault(request_id, []).append(rows)
+            self._rows.setdefault(request_id, _Rows()).add(rows[:, self._layers])
 
     def clear(self) -> None:
         """See Recorder."""
@@ -177,10 +198,9 @@ class ReturnedRouting:
 
     def take(self, request_id: str, num_positions: int) -> np.ndarray:
         """See Recorder."""
-        rows = self._rows.pop(request_id, [])
-        found = sum(map(len, rows))
-        if found < num_positions:
+        rows = self._rows.pop(request_id, _Rows())
+        if rows.count < num_positions:
             raise GenerationError(
-                f"vLLM returned the routing of {found} positions of request {request_id}, not of {num_positions}"
+                f"vLLM returned the routing of {rows.count} positions of request {request_id}, not of {num_positions}"
             )
-        return np.concatenate(rows)[:num_positions, self._layers]
+        return rows.array[:num_positions].copy()

@@ -93,6 +93,7 @@ class VllmEngine:
         FreshProcessNeeded where a process can build one only and this one has."""
         self.settings = settings
         self.tp, self.ep, self.fp8 = settings.tp, settings.ep, settings.quantization == "fp8"
+        self.fp8_cache = settings.kv_cache_dtype != "auto"
         self.config = read_config(settings)
         self._platform = vllm_platform()
         check_settings(settings, self.config, self._platform)

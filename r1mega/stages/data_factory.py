@@ -124,7 +124,9 @@ class DataFactory:
     def engine(self, model: ModelConfig, max_prompt_tokens: int, rollout: RolloutConfig) -> Iterator[GenerationEngine]:
         """A generator with the weights of model.path, closed at the end."""
         longest = max_prompt_tokens + rollout.max_response_tokens + 1
-        settings = engine_settings(model.path, model.dtype, longest, rollout, weights="checkpoint")
+        settings = engine_settings(
+            model.path, model.dtype, longest, rollout, weights="checkpoint", kv_cache_dtype=rollout.kv_cache_dtype
+        )
         with open_engine(settings, rollout.engine) as engine:
             yield engine
 

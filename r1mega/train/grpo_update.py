@@ -71,10 +71,15 @@ def update_policy(
     if not len(samples):
         return _NO_UPDATE
     policy = trainer.policy
-    fp8 = policy.fp8 or config.rollout.quantization == "fp8"
-    tolerance = probe_limit(policy.dtype, config.weights.probe_tolerance, fp8=fp8).tolerance
+    limit = probe_limit(
+        policy.dtype, config.weights.probe_tolerance, fp8=policy.fp8, fp8_generator=config.rollout.computes_in_fp8
+    )
     loss = functools.partial(
-        _loss, algorithm=config.algorithm, rules=_rules(config.algorithm), tolerance=tolerance, kernels=policy.kernels
+        _loss,
+        algorithm=config.algorithm,
+        rules=_rules(config.algorithm),
+        tolerance=limit.tolerance,
+        kernels=policy.kernels,
     )
     with timer.phase("update"):
         minibatches, fill = _plan(samples, config, step, policy)

@@ -134,8 +134,8 @@ class Microbatch:
     routed_experts: [T, MoE layers, top-k] choices to replay, or None; the layers of the whole model, or of this rank alone.
     kept_ids, kept_offsets: the ids over which the log-probs of the R rows are, as `KeptTokens` has them ([M] int32, [R + 1] int64);
     None: the whole vocabulary. `of_rows` leaves them as they are: it is of what heads have read already.
-    own_experts: what the routers of this rank took in an earlier pass, and are to take again: by chunk and router, each [tokens
-    that its layers see, top-k]; or None.
+    own_experts: what the routers of this rank took in an earlier pass, and are to take again: by chunk, each [routers, tokens
+    that its layers see, top-k], in host memory; or None.
     """
 
     _row_fields: ClassVar[tuple[str, ...]] = ("rows", "targets")
@@ -152,7 +152,7 @@ class Microbatch:
     routed_experts: torch.Tensor | None = None
     kept_ids: torch.Tensor | None = None
     kept_offsets: torch.Tensor | None = None
-    own_experts: tuple[tuple[torch.Tensor, ...], ...] | None = None
+    own_experts: tuple[torch.Tensor, ...] | None = None
 
     @property
     def num_tokens(self) -> int:

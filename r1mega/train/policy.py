@@ -54,8 +54,8 @@ SumsOver = Literal["tokens", "samples"]
 """What a loss is a sum over, of each one's scores alone; see `Policy.run`."""
 
 _Value = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
-Records = list[list[tuple[torch.Tensor, ...]]]
-"""By chunk and microbatch: [tokens that a layer sees, top-k] of each router."""
+Records = list[list[torch.Tensor]]
+"""By chunk and microbatch: [routers, tokens that a layer sees, top-k], in host memory."""
 
 
 class Policy:
@@ -160,7 +160,7 @@ class Policy:
     @torch.no_grad()
     def recorded_scores(self, microbatches: Sequence[B], temperature: float) -> tuple[list[TokenScores], list[B]]:
         """`scores` with the experts that the routers choose, and the microbatches that name those: `run` repeats them."""
-        records: list[list[tuple[torch.Tensor, ...]]] = [[] for _ in self.modules]
+        records: Records = [[] for _ in self.modules]
         scores = self.run(
             microbatches, lambda _, scores: (scores.values.sum(), scores), temperature, forward_only=True, records=records,
             entropies=False,

@@ -22,14 +22,16 @@ from megatron.core.transformer.moe.router_replay import RouterReplay, RouterRepl
 
 @dataclass(slots=True, eq=False)
 class _Router:
-    """column: of the model's MoE layers, which one it is. action: in a forward pass. follows: of the forward passes whose
-    backward passes are to come, first to last, whether it was told what to take.
+    """column: of the model's MoE layers, which one it is. records, chosen: whether it writes down in the next forward pass what it
+    takes, and what it is to take, [tokens, top-k] in as few bits as came. follows: `chosen` of the forward passes whose backward
+    passes are to come, first to last, where it runs again in them.
     """
 
     column: int
     module: TopKRouter
-    action: RouterReplayAction | None = None
-    follows: deque[bool] = field(default_factory=deque)
+    records: bool = False
+    chosen: torch.Tensor | None = None
+    follows: deque[torch.Tensor | None] = field(default_factory=deque)
 
     @property
     def replay(self) -> RouterReplay:
@@ -37,37 +39,47 @@ class _Router:
         self.module.router_replay = self.module.router_replay or RouterReplay()
         return self.module.router_replay
 
-    def begin(self, action: RouterReplayAction | None) -> None:
+    def begin(self, chosen: torch.Tensor | None = None, *, records: bool = False) -> None:
         """Before a forward pass of its chunk."""
-        self.action = action
-        self.follows.append(action is RouterReplayAction.REPLAY_FORWARD)
-        if action is not None:
-            self.replay.set_router_replay_action(action)
-        elif self.module.router_replay is not None:
-            self.replay.clear_router_replay_action()
-
-    def repeat(self, indices: torch.Tensor) -> None:
-        """`begin` with what to take: [tokens, top-k]."""
-        self.replay.set_target_indices(indices.long())
-        self.begin(RouterReplayAction.REPLAY_FORWARD)
+        self.chosen, self.records = chosen, records
+        if torch.is_grad_enabled() and _is_recomputed(self.module):
+            self.follows.append(chosen)
 
     def act(self) -> None:
-        """Before it routes. In a backward pass, where it does when it is recomputed, another microbatch may have begun since."""
-        if self.module.router_replay is None:
-            return
-        action = self.action
+        """Before it routes. In a backward pass, where it does when it is recomputed, another microbatch may have begun since.
+
+        Megatron's own list of what backward passes take (REPLAY_BACKWARD) is left alone: nothing else than those takes
+        anything off it, and it holds int64.
+        """
+        chosen, action = self.chosen, RouterReplayAction.RECORD if self.records else None
         if torch._C._current_graph_task_id() != -1:  # as torch.utils.checkpoint knows that it recomputes
-            follows = bool(self.follows) and self.follows.popleft()
-            action = RouterReplayAction.REPLAY_BACKWARD if follows else None
-        self.replay.router_replay_action = action
+            chosen, action = self.follows.popleft(), None
+        if chosen is not None:
+            action = RouterReplayAction.REPLAY_FORWARD
+            self.replay.target_topk_idx = chosen.long()
+        if action is not None or self.module.router_replay is not None:
+            self.replay.router_replay_action = action
+
+    def routed(self) -> None:
+        """After it routed: what it took is of no use to anybody any more."""
+        if self.module.router_replay is not None:
+            self.replay.target_topk_idx = None
 
     def clear(self) -> None:
         """After a pass over microbatches."""
-        self.action = None
+        self.begin()
         self.follows.clear()
         if self.module.router_replay is not None:
             self.replay.clear_router_replay_action()
             self.replay.clear_indices()
+
+
+def _is_recomputed(router: TopKRouter) -> bool:
+    """Whether it runs again in a backward pass."""
+    config = router.config
+    return config.recompute_granularity == "full" or (
+        config.recompute_granularity == "selective" and "moe" in (config.recompute_modules or ())
+    )
 
 
 class Replay:
@@ -86,6 +98,7 @@ class Replay:
         ]
         for router in self._all():
             router.module.register_forward_pre_hook(functools.partial(_before, router))
+            router.module.register_forward_hook(functools.partial(_after, router))
         self._num_layers = len(layers)
         self.columns = tuple(sorted({router.column for router in self._all()}))
         """Those that the routers of this rank follow."""
@@ -98,7 +111,7 @@ class Replay:
         self,
         chunk: int,
         choices: torch.Tensor | None,
-        own: Sequence[Sequence[torch.Tensor]] | None = None,
+        own: Sequence[torch.Tensor] | None = None,
         *,
         record: bool = False,
     ) -> None:
@@ -107,22 +120,25 @@ class Replay:
         choices: [tokens of this rank, MoE layers, top-k], of the layers of the whole model or of `columns`; own: by chunk, what
         `recorded` gave; neither: its own. record: write them down, for `recorded`; nothing is replayed then.
         """
-        for place, router in enumerate(self._routers[chunk]):
+        routers = self._routers[chunk]
+        taken = own[chunk].to(routers[0].module.weight.device) if routers and own is not None and not record else None
+        for place, router in enumerate(routers):
             if record:
-                router.begin(RouterReplayAction.RECORD)
-            elif own is not None:
-                router.repeat(own[chunk][place])
+                router.begin(records=True)
+            elif taken is not None:
+                router.begin(taken[place])
             elif choices is not None:
                 whole = choices.shape[1] == self._num_layers
-                router.repeat(choices[:, router.column if whole else self.columns.index(router.column)])
+                router.begin(choices[:, router.column if whole else self.columns.index(router.column)])
             else:
-                router.begin(None)
+                router.begin()
 
-    def recorded(self, chunk: int) -> tuple[torch.Tensor, ...]:
-        """[tokens of this rank, top-k] of each router of a chunk, after its forward pass; uint8, or int16 of more than 256
-        experts.
+    def recorded(self, chunk: int) -> torch.Tensor:
+        """[routers of a chunk, tokens of this rank, top-k] in host memory, after its forward pass; uint8, or int16 of more than
+        256 experts.
         """
-        return tuple(_narrow(router.replay.get_recorded_indices(), router.module) for router in self._routers[chunk])
+        taken = [_narrow(router.replay.get_recorded_indices(), router.module) for router in self._routers[chunk]]
+        return torch.stack(taken).cpu() if taken else torch.empty(0, dtype=torch.uint8)
 
     @contextlib.contextmanager
     def cleared(self) -> Iterator[None]:
@@ -136,6 +152,10 @@ class Replay:
 
 def _before(router: _Router, _module: torch.nn.Module, _inputs: tuple[torch.Tensor, ...]) -> None:
     router.act()
+
+
+def _after(router: _Router, _module: torch.nn.Module, _inputs: tuple[torch.Tensor, ...], _outputs: object) -> None:
+    router.routed()
 
 
 def _narrow(indices: torch.Tensor | None, router: TopKRouter) -> torch.Tensor:

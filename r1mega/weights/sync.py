@@ -39,7 +39,7 @@ class WeightSync:
     ):
         self._policy, self._engine, self._verify = policy, engine, config.verify
         self._transfer = build_transfer(policy, engine, config, hf_config)
-        quantised = isinstance(engine, WritableEngine) and engine.fp8
+        quantised = isinstance(engine, WritableEngine) and (engine.fp8 or engine.fp8_cache)
         self._limit = verify.probe_limit(
             policy.dtype, config.probe_tolerance, fp8=policy.fp8, fp8_generator=quantised
         )  # fmt: skip

@@ -58,7 +58,7 @@ def probe_limit(
     dtype: torch.dtype, tolerance: float | None = None, *, fp8: bool = False, fp8_generator: bool = False
 ) -> ProbeLimit:
     """That of a dtype, or of FP8 beside it; with another tolerance if one is given (weights.probe_tolerance). fp8: of the policy;
-    fp8_generator: whose two paths are then as far apart as it is from the policy.
+    fp8_generator: of weights or KV cache in 8 bits, whose two paths are then as far apart as it is from the policy.
     """
     limit = FP8_LIMIT if fp8 or fp8_generator else PROBE_LIMITS[dtype]
     if fp8_generator:

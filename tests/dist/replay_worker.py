@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +32,18 @@ from r1mega.types import TrainingSample  # noqa: E402
 
 CONFIG = DEEPSEEK | {"num_hidden_layers": 4}
 LAYERS = CONFIG["num_hidden_layers"] - CONFIG["first_k_dense_replace"]
+Map = list[list[int]]
+"""(token, expert) of what a router took of a microbatch."""
 LENGTHS = (9, 14, 6, 11, 8)
 """Of the samples, each a microbatch: an odd number, which interleaved stages fill up."""
 
 
 def run(cases: list[tuple[dict[str, Any], Recompute, str]]) -> list[list[dict[str, Any]]]:
-    """For each layout, recomputation and source of choices ("given": R3; "recorded": R2, with weights that have moved far since;
-    "free"), of an update without recomputation and one with: log-probs, how often routers ran, how many different choices they
-    made, and how far gradients are from those without, relative to each one's largest.
+    """For each layout, recomputation and source of choices ("given": R3; "late": R3, the first two samples without; "recorded":
+    R2, with weights that have moved far since; "free": the same weights, and no choices), of an update without recomputation and
+    one with: log-probs; what routers took, by router and microbatch (taken: in forward passes; again: in backward passes;
+    asked: what was given, or taken in the recorded pass, and found: the same of the update); the microbatches whose choices a
+    router held at the last forward pass (held: without gradients, then in the update); how far gradients are from those without, relative to each one's largest.
     """
     groups.init_distributed()
     found = []
@@ -61,11 +68,18 @@ def _update(layout: dict[str, Any], recompute: Recompute, source: str) -> dict[s
     model = ModelConfig(path=Path("unused"), dtype="float32", recompute=recompute)
     policy = Policy(model, CONFIG, ParallelConfig(**layout), seed=1, init_std=0.08)
     trainer = Trainer(policy, OptimizerConfig(lr=0.02), total_steps=9)
-    samples = _samples(given=source == "given")
+    samples = _samples(num_free={"given": 0, "late": 2}.get(source, len(LENGTHS)))
     batches = [pack_samples(samples, [i]) for i in range(len(samples))][policy.replica :: policy.num_replicas]
-    if source == "recorded":
-        _, batches = policy.recorded_scores(batches, 1.0)
+    recorded_maps: list[list[Map]] | None = None
+    if source in ("recorded", "free"):
+        with _watched(policy) as watched:
+            _, recorded = policy.recorded_scores(batches, 1.0)
+        recorded_maps = watched.taken
+        batches = recorded if source == "recorded" else batches
         trainer.update(batches, _loss, total_response_tokens=1)  # afterwards routers would choose otherwise
+    with _watched(policy) as watched:
+        policy.scores(batches)
+    held = [watched.held]
     captured: dict[str, Any] = {}
     stepping = trainer.optimizer.step
 
@@ -74,33 +88,78 @@ def _update(layout: dict[str, Any], recompute: Recompute, source: str) -> dict[s
         return stepping()
 
     trainer.optimizer.step = step
-    taken: list[set[str]] = []
-    hooks = [
-        router.register_forward_hook(lambda _m, _i, outputs: taken.append({str(outputs[1].nonzero().tolist())}))
-        for router in _routers(policy)
-    ]
-    result = trainer.update(batches, _loss, total_response_tokens=1)
+    with _watched(policy) as watched:
+        result = trainer.update(batches, _loss, total_response_tokens=1)
+    asked, found = _asked(policy, samples, watched.taken)
+    if recorded_maps is not None:
+        asked, found = ([maps[: len(batches)] for maps in of] for of in (recorded_maps, watched.taken))
+    return captured | {
+        "log_probs": result.statistics, "taken": watched.taken, "again": watched.again, "held": [*held, watched.held],
+        "asked": asked, "found": found,
+    }  # fmt: skip
+
+
+def _routers(policy: Policy) -> list[TopKRouter]:
+    return [module for chunk in policy.chunks for module in chunk.modules() if isinstance(module, TopKRouter)]
+
+
+@dataclass
+class _Watched:
+    """See `run`."""
+
+    taken: list[list[Map]]
+    again: list[list[Map]]
+    held: int = 0
+
+
+@contextlib.contextmanager
+def _watched(policy: Policy) -> Iterator[_Watched]:
+    routers = _routers(policy)
+    watched = _Watched([[] for _ in routers], [[] for _ in routers])
+
+    def after(place: int, router: TopKRouter, _inputs: Any, outputs: Any) -> None:
+        again = torch._C._current_graph_task_id() != -1
+        (watched.again if again else watched.taken)[place].append(outputs[1].nonzero().tolist())
+        if not again:
+            megatrons = router.router_replay.replay_backward_list if router.router_replay is not None else []
+            watched.held = len(megatrons) + max(len(one.follows) for one in policy._replay._all())
+
+    hooks = [router.register_forward_hook(functools.partial(after, i)) for i, router in enumerate(routers)]
+    yield watched
     for hook in hooks:
         hook.remove()
-    chosen = {choice for one in taken for choice in one}
-    return captured | {"log_probs": result.statistics, "runs": len(taken), "kinds": len(chosen)}
 
 
-def _routers(policy: Policy) -> Iterator[torch.nn.Module]:
-    return (module for chunk in policy.chunks for module in chunk.modules() if isinstance(module, TopKRouter))
+def _asked(
+    policy: Policy, samples: list[TrainingSample], taken: list[list[Map]]
+) -> tuple[list[list[Map]], list[list[Map]]]:
+    """What R3 asks for of each router of this rank, by sample with choices, and what was taken; not of a sample's last token."""
+    first = CONFIG["first_k_dense_replace"]
+    mine = samples[policy.replica :: policy.num_replicas]
+    asked, found = [], []
+    for router, maps in zip(_routers(policy), taken, strict=True):
+        column = router.layer_number - 1 - first
+        pairs = [
+            (s.routed_experts[:, column], one)
+            for s, one in zip(mine, maps, strict=False)
+            if s.routed_experts is not None
+        ]
+        asked.append([[[row, int(e)] for row, chosen in enumerate(rows) for e in sorted(chosen)] for rows, _ in pairs])
+        found.append([[one for one in taken if one[0] < len(rows)] for rows, taken in pairs])
+    return asked, found
 
 
 def _loss(_batch: Microbatch, scores: TokenScores) -> tuple[torch.Tensor, list[float]]:
     return -scores.values.sum(), scores.values.tolist()
 
 
-def _samples(*, given: bool) -> list[TrainingSample]:
+def _samples(*, num_free: int) -> list[TrainingSample]:
     generator = np.random.default_rng(3)
     samples = []
-    for length in LENGTHS:
+    for index, length in enumerate(LENGTHS):
         scores = generator.random((length - 1, LAYERS, CONFIG["n_routed_experts"]))
         routed = scores.argsort(axis=-1)[..., : CONFIG["num_experts_per_tok"]].astype(np.uint8)
         ids = generator.integers(0, CONFIG["vocab_size"], length).astype(np.int32)
         log_probs = np.zeros(length - 3, np.float32)
-        samples.append(TrainingSample(ids, 3, 0.0, log_probs, routed if given else None))
+        samples.append(TrainingSample(ids, 3, 0.0, log_probs, routed if index >= num_free else None))
     return samples

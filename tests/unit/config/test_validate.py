@@ -67,6 +67,11 @@ def test_shipped_nano_config_for_four_ranks_is_valid(run):
         (["rollout.quantization=fp8"], 1, r"FP8 weights with bfloat16 activations; set model\.dtype=bfloat16"),
         (["rollout.quantization=fp8", "model.dtype=bfloat16"], 1, r"which cuts a block of 128 x 128"),
         (
+            ["rollout.kv_cache_dtype=fp8"],
+            1,
+            r"part generator and policy by more than .* in float32.*model\.dtype=bfloat16",
+        ),
+        (
             ["rollout.kv_cache_dtype=fp8", "rollout.engine=transformers", "rollout.router_replay=false"],
             1,
             r"rollout\.kv_cache_dtype are vLLM's, and rollout\.engine = transformers",
@@ -430,3 +435,15 @@ def test_context_length(hf, context):
 def test_partial_rollouts_are_of_reinforcement_learning():
     config = load_config(Path("configs/nano/cold_start.yaml"), ["rollout.partial.overdraw=2"])
     assert any("rollout.partial is of RL" in problem for problem in config.problems(NANO, 1))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "problem"),
+    [
+        (["rollout.quantization=fp8"], "rollout.quantization = fp8 is of RL"),
+        (["rollout.kv_cache_dtype=fp8", "rollout.engine=transformers"], "rollout.kv_cache_dtype are vLLM's"),
+    ],
+)
+def test_data_are_not_made_in_another_precision_than_asked_for(overrides, problem):
+    config = load_config(Path("configs/nano/cold_start.yaml"), overrides)
+    assert any(problem in found for found in config.problems(NANO, 1))

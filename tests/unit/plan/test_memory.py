@@ -312,6 +312,14 @@ def test_samples_take_a_share_of_host_memory_and_not_all_of_it():
     host, _ = host_and_disk(config, DEEPSEEK, (stage_rank(),), None, 8, plain)
     assert host["samples"] == 8 * plain.peak
     assert plain.peak < 0.8e9 and routed.peak < 3.3e9
+    algorithm = config.algorithm.model_copy(update={"router_replay": True})
+    recorded = planned_samples(config.model_copy(update={"algorithm": algorithm}), DEEPSEEK, 512, work)
+    p, tokens = config.parallel, sum(map(sum, work.samples)) * config.update.num_epochs
+    layers = (recorded.packed - plain.packed) / (
+        8 * tokens / (512 / p.pp)
+    )  # of 58 in stages of at most so many; 8 of 256
+    assert 58 / p.pp <= layers <= 1 + 61 / p.pp and layers == pytest.approx(round(layers))
+    assert (recorded.made, recorded.share, recorded.passing) == (plain.made, plain.share, plain.passing)
 
 
 @pytest.mark.parametrize(("kind", "sizes", "kept"), [(np.uint8, (1, 1), 0), (np.uint16, (2, 4), 3)])

@@ -119,5 +119,12 @@ def test_rows_that_are_missing_are_told():
     routing.add("a", rows)
     routing.add("a", rows + 1)
     assert routing.take("a", 5).shape == (5, config["num_hidden_layers"] - 1, 3)
+    given = np.arange(40 * config["num_hidden_layers"] * 3, dtype=np.uint16).reshape(40, -1, 3)
+    for rows in (given[:3], given[3:4], given[4:]):
+        step = rows.copy()
+        routing.add("b", step[:])
+        step[:] = 0  # the array of a step's tokens is another request's, or nobody's
+        assert routing._rows["b"].array.base is None
+    assert np.array_equal(found := routing.take("b", 39), given[:39, 1:]) and found.base is None
     with pytest.raises(GenerationError, match="no experts"):
         ReturnedRouting(MODELS["llama"])

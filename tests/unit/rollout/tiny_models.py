@@ -38,6 +38,14 @@ MODELS = {
     "llama": WIDE | {"model_type": "llama"},
     "qwen2": WIDE | {"model_type": "qwen2"},
     "qwen3_tied": WIDE | {"model_type": "qwen3", "head_dim": 64, "tie_word_embeddings": True},
+    "qwen3_blocks": WIDE
+    | {
+        "model_type": "qwen3",
+        "hidden_size": 192,
+        "head_dim": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+    },  # queries, keys and values are joined, blocks and scales
     "qwen3_moe": WIDE | QWEN3_MOE | {"hidden_size": 128, "head_dim": 64, "initializer_range": 0.1},
 }
 ARCHITECTURES = {

@@ -1,13 +1,17 @@
 """Windows of samples in one process that plays one rank after the other: shares, stops, resuming, what is refused."""
 
+import contextlib
 import json
 import random
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from r1mega.config.schema import ModelConfig, RolloutConfig
 from r1mega.errors import DataError
 from r1mega.observe.trace import PhaseTimer
+from r1mega.stages import data_factory
 from r1mega.stages import sampling as module
 from r1mega.stages.sampling import PosedPrompt, Sampling, sample_draws
 from r1mega.types import Completion, Prompt, Response, Reward, RewardStatus, SamplingSettings
@@ -175,3 +179,12 @@ def test_seeds_are_those_of_earlier_versions(run_seed):
     first = random.Random(f"{run_seed}/samples/a").getrandbits(63)
     assert [draw.seed for draw in draws] == [splitmix((splitmix(first) + index) % 2**64) >> 1 for index in range(3)]
     assert [(draw.key, draw.prefix) for draw in draws] == [(("a", index), (0, 3)) for index in range(3)]
+
+
+def test_a_data_stage_hands_on_the_dtype_of_its_cache(monkeypatch):
+    monkeypatch.setattr(data_factory, "open_engine", lambda settings, _name: contextlib.nullcontext(settings))
+    rollout = RolloutConfig(kv_cache_dtype="fp8")
+    assert rollout.computes_in_fp8 and not RolloutConfig().computes_in_fp8
+    made = data_factory.DataFactory.engine(None, ModelConfig(path=Path("unused")), 8, rollout)
+    with made as settings:
+        assert settings.kv_cache_dtype == "fp8"

@@ -15,6 +15,7 @@ from r1mega.rollout.transformers_engine import TransformersEngine
 from r1mega.rollout.vllm_engine import VllmEngine
 from r1mega.weights import verify
 from r1mega.weights.layout import generator_layout, is_ignored
+from r1mega.weights.sync import WeightSync
 from r1mega.weights.transfer import DigestTap, bucketed, build_transfer, checkpoint_tensors
 from tests.unit.rollout.tiny_models import checkpoint, greedy_requests, prompt, sampled_requests, settings
 
@@ -314,3 +315,35 @@ def test_cost_of_a_push_and_its_digests(engines):
         push(engine, tensors)
         times.append(time.thread_time() - start)
     assert min(times) <= 0.25, times  # 25 to 50 ms on a quiet machine, 115 where other tests share the core
+
+
+class Bfloat16Policy:
+    """What a push asks of a policy, by transformers; with a head that is surer of its tokens."""
+
+    dtype, fp8, chunks = torch.bfloat16, False, ()
+
+    def __init__(self, name: str):
+        given = weights(name).items()
+        self._weights = {key: (value * (2 if key == "lm_head.weight" else 1)).to(self.dtype) for key, value in given}
+        self._model = TransformersEngine(settings(name, dtype="bfloat16"))
+        self._model.update_weights(self._weights.items())
+
+    def hf_tensors(self):
+        return self._weights.items()
+
+    def sequence_log_probs(self, sequences):
+        return self._model.prompt_log_probs(sequences)
+
+
+def test_a_push_beside_an_8_bit_cache_is_proved(engines):
+    """Its log-probs are further from the policy's than bfloat16's; those of another model are refused."""
+    policy, engine = Bfloat16Policy("llama"), engines("llama", dtype="bfloat16", kv_cache_dtype="fp8")
+    config, prompts = WeightsConfig(strategy="gather"), [prompt(30)] * 32
+    sync = WeightSync(policy, engine, config, engine.config, prompts)
+    assert 0.15 < sync.push()["weights/probe_diff_max"] < 1.5
+    assert sync._limit == verify.ProbeLimit(0.4, share=0.9, beyond=4.0)  # of both of the generator's paths
+    with pytest.raises(WeightSyncError, match=r"differ by more than 0\.15, where 10% may"):
+        verify.probe(engine, sync._sequences, sync._log_probs[0], verify.PROBE_LIMITS[torch.bfloat16])
+    policy.sequence_log_probs = TransformersEngine(settings("llama", 1, dtype="bfloat16")).prompt_log_probs
+    with pytest.raises(WeightSyncError, match=r"differ by more than 0\.4, where 10% may"):
+        WeightSync(policy, engine, config, engine.config, prompts).push()

@@ -193,7 +193,8 @@ nodes_left() { scontrol show hostnames "$SLURM_JOB_NODELIST" | grep -vxF "$(prin
 
 # guard_job: where sbatch's --no-kill keeps the job without its first machine, this script is gone with it, and nobody would start or end
 # anything on the others until the time limit. Two of them look whether it is still there, and requeue the job when it is not. Asked at each
-# start: guards on machines that are not left any more, or that have ended, are replaced. What srun says of them is in guard.log.
+# start: guards on machines that are not left any more, or that have ended, are replaced. What srun says of them is in guard.log. They share the ranks' processors, memory and GPUs:
+# --overlap does so from Slurm 22.05 on. (--gres=none is refused where the job has SLURM_GPUS_PER_NODE.)
 guard_job() {
     local machine wanted number log
     [ "${R1MEGA_SPARE_NODES:-0}" != 0 ] || return 0
@@ -206,7 +207,7 @@ guard_job() {
     trap stop_guard EXIT
     (
         trap 'kill "$child"; exit' TERM
-        srun --overlap --no-kill --nodes="$number" --ntasks="$number" --ntasks-per-node=1 --cpus-per-task=1 --gres=none \
+        srun --overlap --no-kill --nodes="$number" --ntasks="$number" --ntasks-per-node=1 --cpus-per-task=1 \
             --nodelist="$wanted" --open-mode=append --output="$(log_dir)/guard-%t.log" bash -c "$(declare -f look_after)
             look_after $machine $SECONDS_BETWEEN_LOOKS ${SLURM_RESTART_COUNT:-0} ${R1MEGA_MAX_REQUEUES:-1000}" </dev/null >>"$log" 2>&1 &
         child=$!

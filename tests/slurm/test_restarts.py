@@ -185,8 +185,8 @@ def test_two_other_machines_look_after_the_first_where_slurm_would_keep_the_job_
     """Those that are left; without --no-kill Slurm requeues the job itself."""
     said = job(killed("n1"), spare=1, stages=2)[-1]
     first, second = (tmp_path / "guards").read_text().splitlines()
-    assert "--nodes=2 --ntasks=2 " in first and "--gres=none --nodelist=n1,n2" in first
-    assert "--nodes=1 --ntasks=1 " in second and "--gres=none --nodelist=n2" in second
+    assert "--nodes=2 --ntasks=2 " in first and "--nodelist=n1,n2" in first
+    assert "--nodes=1 --ntasks=1 " in second and "--nodelist=n2" in second
     assert "nobody looks after" not in said
     (tmp_path / "guards").unlink()
     job("exit 0")

@@ -26,7 +26,7 @@
 # warning longer than a step and a save (sbatch --signal=B:USR1@3600; the log of a run that stopped says how much it wants). Where the
 # run's steps and saves turn out to be longer than that, this script asks them earlier (RUN_DIR/pace.json). Where it is still
 # shorter the job goes back to the queue shortly before its limit all the same, if it has kept something since Slurm started it, and does that step again.
-# After scancel (SIGTERM without that warning, and no PreemptTime in `scontrol show job`) the job stays down.
+# After scancel (SIGTERM without that warning or long before the limit, and no PreemptTime in `scontrol show job`) the job stays down.
 # A rank that dies has all of them started again within the job, if a checkpoint is newer than what the last start went on from
 # (docs/faults.md; $R1MEGA_PYTHON decides, so it must be able to import r1mega, in a container's job too): without its machine while one
 # is spare. A machine that was left out is not used again; where Slurm has lost more of them than were spare, the job goes back to the queue.
@@ -36,9 +36,10 @@ cd "${R1MEGA_HOME:-${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..}}" || e
 [ -f launch/slurm.sh ] || { echo "launch: $PWD is not the repository; sbatch from its root, or set R1MEGA_HOME" >&2; exit 2; }
 SAVED=85 LOST=137 UNHEARD=140 # of SIGKILL; of SIGUSR2 before a rank listens to it
 SECONDS_FOR_MACHINES=300 # a second start waits so long for the machines that the first has left
-SECONDS_BETWEEN_REMINDERS=10
+SECONDS_BETWEEN_REMINDERS=10 # the first; each is twice as long after the one before, up to SECONDS_BETWEEN_LOOKS
 SECONDS_BETWEEN_LOOKS=60 # whether the job's first machine is still there, and whether the run wants to be warned
-warned=0 cancelled=0 timer= early= guarded= left_out=() # of the whole job
+SECONDS_OF_CLOCKS=60 # SIGTERM of the time limit comes no earlier than so long before it, by this machine's clock
+warned=0 cancelled=0 limit= timer= early= guard= guards= left_out=() # of the whole job
 if [ -z "${R1MEGA_PYTHON:-}" ]; then
     R1MEGA_PYTHON=python
     [ -x .venv/bin/python ] && R1MEGA_PYTHON=$PWD/.venv/bin/python
@@ -131,10 +132,9 @@ prepare_job() {
 run_in_job() {
     local code num_nodes attempt=0 seconds errors why=
     prepare_job
-    guard_job
-    trap 'interrupted=1 warned=1; scancel --signal=USR2 "$SLURM_JOB_ID"; remind' USR1 # all steps, not this shell
-    trap 'interrupted=1 cancelled=1; scancel --signal=USR2 "$SLURM_JOB_ID"; preempted && warned=1' TERM
-    trap 'interrupted=1; requeue_unsaved && { stop_timer; exit "$SAVED"; }' ALRM
+    trap 'interrupted=1; [ "$cancelled" = 1 ] || be_warned' USR1
+    trap 'interrupted=1; be_ended' TERM
+    trap 'interrupted=1; [ "$cancelled" = 0 ] && requeue_unsaved && { stop_timer; exit "$SAVED"; }' ALRM
     warn_in_time
     while :; do
         errors=$(log_dir)/srun-${SLURM_RESTART_COUNT:-0}.$attempt.log
@@ -155,7 +155,7 @@ run_in_job() {
     stop_timer
     trap - USR1 TERM ALRM
     [ "$warned $code" = "1 $UNHEARD" ] && code=$SAVED why="asked to stop while it started"
-    if [ "$code" = "$SAVED" ]; then requeue $((cancelled && !warned)) "$why"; fi
+    if [ "$code" = "$SAVED" ]; then requeue "$cancelled" "$why"; fi
     exit "$code"
 }
 
@@ -172,6 +172,7 @@ start_once() {
     : >"$errors"
     rm -f "$R1MEGA_SAY_RUN_DIR" # of the start or the stage before
     [ "$((warned + cancelled))" = 0 ] || { code=$SAVED && return; }
+    guard_job
     echo "job $SLURM_JOB_ID on $nodes, start $((${SLURM_RESTART_COUNT:-0} + attempt + 1)); a log for each rank: $(log_dir)/rank-N.log"
     wait_for with_errors_kept "$errors" "$@"
 }
@@ -191,26 +192,53 @@ job_nodes() { nodes_left | head -n "$num_nodes"; }
 nodes_left() { scontrol show hostnames "$SLURM_JOB_NODELIST" | grep -vxF "$(printf '%s\n' "${left_out[@]-}")"; }
 
 # guard_job: where sbatch's --no-kill keeps the job without its first machine, this script is gone with it, and nobody would start or end
-# anything on the others until the time limit. Two of them look whether it is still there, and requeue the job when it is not.
+# anything on the others until the time limit. Two of them look whether it is still there, and requeue the job when it is not. Asked at each
+# start: guards on machines that are not left any more, or that have ended, are replaced. What srun says of them is in guard.log. They share the ranks' processors, memory and GPUs:
+# --overlap does so from Slurm 22.05 on. (--gres=none is refused where the job has SLURM_GPUS_PER_NODE.)
 guard_job() {
-    local nodes guards
-    [ "${R1MEGA_SPARE_NODES:-0}" != 0 ] && [ -z "$guarded" ] || return 0
-    nodes=($(scontrol show hostnames "$SLURM_JOB_NODELIST")) guarded=1
-    guards=(${nodes[@]:1:2})
-    srun --overlap --no-kill --nodes="${#guards[@]}" --ntasks="${#guards[@]}" --ntasks-per-node=1 --cpus-per-task=1 \
-        --nodelist="$(IFS=, && echo "${guards[*]}")" --open-mode=append --output="$(log_dir)/guard-%t.log" \
-        bash -c "$(declare -f look_after); look_after ${nodes[0]} $SECONDS_BETWEEN_LOOKS" </dev/null >/dev/null 2>&1 &
+    local machine wanted number log
+    [ "${R1MEGA_SPARE_NODES:-0}" != 0 ] || return 0
+    machine=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1) log=$(log_dir)/guard.log
+    wanted=$(nodes_left | grep -vxF "$machine" | head -n 2) number=$(grep -c . <<<"$wanted") wanted=${wanted//$'\n'/,}
+    [ "$wanted" = "$guards" ] && kill -0 "$guard" 2>/dev/null && return
+    stop_guard
+    [ -n "$wanted" ] || { echo "launch: no other machine is left to look after $machine" >&2; return; }
+    guards=$wanted
+    trap stop_guard EXIT
+    (
+        trap 'kill "$child"; exit' TERM
+        srun --overlap --no-kill --nodes="$number" --ntasks="$number" --ntasks-per-node=1 --cpus-per-task=1 \
+            --nodelist="$wanted" --open-mode=append --output="$(log_dir)/guard-%t.log" bash -c "$(declare -f look_after)
+            look_after $machine $SECONDS_BETWEEN_LOOKS ${SLURM_RESTART_COUNT:-0} ${R1MEGA_MAX_REQUEUES:-1000}" </dev/null >>"$log" 2>&1 &
+        child=$!
+        wait "$child"
+        echo "launch: nobody looks after $machine any more (exit code $?; see $log)" >&2
+    ) &
+    guard=$!
 }
+stop_guard() { [ -z "$guard" ] || kill "$guard" 2>/dev/null; guard= guards=; }
 
-# look_after MACHINE SECONDS: requeue the job of this step once the machine is not among its own any more.
+# look_after MACHINE SECONDS RESTARTS MAX_REQUEUES: requeue the job of this step once the machine is not among its own any more, at two
+# looks in a row. Only while the job runs, on this machine too, in the start that has asked for it: one that ends has fewer machines by the
+# minute. A job that is not to go back is ended: nobody else is there to do so.
 look_after() {
-    local nodes
+    local job names missing=0
     trap '' USR1 USR2 # the ranks'
     while sleep "$2"; do
-        nodes=$(scontrol show job -o "$SLURM_JOB_ID" | grep -oE ' NodeList=[^ (]+') || continue
-        scontrol show hostnames "${nodes#*=}" | grep -qxF "$1" && continue
-        echo "launch: $1, on which the job's script ran, is gone: back to the queue"
-        scontrol requeue "$SLURM_JOB_ID"
+        job=" $(scontrol show job -o "$SLURM_JOB_ID") " && [[ $job == *" JobState="* ]] || { missing=0; continue; }
+        [[ $job == *" JobState=RUNNING "* && $job == *" Restarts=$3 "* ]] || return 0
+        names=$(grep -oE ' NodeList=[^ (]+' <<<"$job") && names=$(scontrol show hostnames "${names#*=}") && [ -n "$names" ] ||
+            { missing=0; continue; }
+        grep -qxF "$SLURMD_NODENAME" <<<"$names" || return 0
+        grep -qxF "$1" <<<"$names" && { missing=0; continue; }
+        [ "$((missing += 1))" -gt 1 ] || continue
+        if [ "$3" -ge "$4" ] || [[ $job == *" Requeue=0 "* ]]; then
+            echo "launch: $1, on which the job's script ran, is gone, and the job is not to go back to the queue: it ends; submit it again"
+            scancel "$SLURM_JOB_ID" && return
+        else
+            echo "launch: $1, on which the job's script ran, is gone: back to the queue"
+            scontrol requeue Incomplete "$SLURM_JOB_ID" && return
+        fi
     done
 }
 
@@ -235,14 +263,37 @@ seconds_until_restart() {
     run_dir=$(cat "$R1MEGA_SAY_RUN_DIR" 2>/dev/null) && "$R1MEGA_PYTHON" -m r1mega.observe.restarts "$run_dir" "$@"
 }
 
-# remind: SIGUSR2 again and again, for a step that was not there yet, and SIGALRM to this shell shortly before the time limit.
+# be_warned: the end is near, by Slurm's own signal, by warn_in_time (which may be hours before it), or by a person.
+be_warned() {
+    warned=1
+    [ -z "$early" ] || kill "$early" 2>/dev/null
+    scancel --signal=USR2 "$SLURM_JOB_ID" # all steps, not this shell
+    remind
+    limit=${limit:-$(end_of_job)}
+}
+
+# be_ended: SIGTERM is a preemption's, the time limit's after its warning, or else scancel's, after which the job stays down: also that of a
+# job that was warned, long before its limit. (As it was when it was warned: scancel moves the EndTime that Slurm tells.)
+be_ended() {
+    scancel --signal=USR2 "$SLURM_JOB_ID"
+    if preempted; then
+        warned=1
+    elif [ "$warned" = 0 ] || [ "$((${limit:-0} - $(date +%s)))" -gt "$SECONDS_OF_CLOCKS" ]; then
+        warned=0 cancelled=1
+        stop_timer
+        stop_guard
+    fi
+}
+
+# remind: SIGUSR2 again and again, for a step that was not there yet, and SIGALRM to this shell shortly before the time limit. Once a job: a
+# second warning changes neither.
 remind() {
-    [ -z "$timer" ] || kill "$timer" 2>/dev/null
+    [ -z "$timer" ] || return 0
     (
         trap '[ -z "$child" ] || kill "$child"; exit' TERM
-        child= end= last=${R1MEGA_LAST_SECONDS:-60}
+        child= end= last=${R1MEGA_LAST_SECONDS:-60} pause=$SECONDS_BETWEEN_REMINDERS
         while :; do
-            seconds=$SECONDS_BETWEEN_REMINDERS now=$(date +%s)
+            seconds=$pause now=$(date +%s)
             if [ -z "$end" ] && end=$(end_of_job); then
                 last=$((2 * last < end - now ? last : (end - now) / 2))
             fi
@@ -254,6 +305,7 @@ remind() {
             child=$!
             wait "$child"
             scancel --signal=USR2 "$SLURM_JOB_ID"
+            pause=$((2 * pause < SECONDS_BETWEEN_LOOKS ? 2 * pause : SECONDS_BETWEEN_LOOKS))
         done
     ) 2>/dev/null &
     timer=$!
@@ -319,6 +371,7 @@ name_failure() {
     own=$(grep -oE 'Exited with exit code [0-9]+' <<<"$line" | grep -oE '[0-9]+$')
     case "${line##*: }" in # srun's own is the highest of all ranks': 143 of one that was terminated for a first one's 137
     Killed*) own=137 ;; Segmentation*) own=139 ;; Aborted*) own=134 ;; Bus*) own=135 ;; Illegal*) own=132 ;; Floating*) own=136 ;;
+    User*2*) own=$UNHEARD ;; Out*) own=$LOST ;; # "Out Of Memory": by the kernel's SIGKILL
     esac
     code=${own:-$2}
     [ "$code" = "$SAVED" ] && [ -n "$own" ] && return
@@ -340,7 +393,7 @@ requeue() {
     else
         echo "launch: ${2:-state saved}, back to the queue" >&2
         trap '' TERM
-        scontrol requeue "$SLURM_JOB_ID"
+        scontrol requeue "$SLURM_JOB_ID" || echo "launch: Slurm does not take the job back; submit it again to go on" >&2
         return 0 # without a number, within a trap, it would be what went before the signal
     fi
     return 1

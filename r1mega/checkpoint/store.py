@@ -17,6 +17,7 @@ import os
 import queue
 import shutil
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -88,6 +89,8 @@ class CheckpointStore:
         self._workers: Workers = Alone()
         self._world: Any = None  # the process group that _workers were made for
         self._pending: _Background | None = None
+        self.background_seconds = 0.0
+        """The longest that a thread has written a checkpoint beside the training; known once it was waited for."""
 
     def save(self, step: int, sharded_state: dict[str, Any], progress: Mapping[str, Any]) -> Path:
         """Write step `step`; the name of its directory, which is there once it is whole (`wait`).
@@ -117,6 +120,7 @@ class CheckpointStore:
         if self._pending is not None:
             pending, self._pending = self._pending, None
             pending.wait()
+            self.background_seconds = max(self.background_seconds, pending.seconds)
 
     def latest(self) -> Path | None:
         """The newest whole checkpoint; None when there are none at all. Newer ones that are torn or altered are moved aside,
@@ -228,14 +232,17 @@ class _Background:
     def __init__(self, function: Callable[[], None]):
         self._function = function
         self._error: BaseException | None = None
+        self.seconds = 0.0  # that it took
         self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
+        began = time.monotonic()
         try:
             self._function()
         except BaseException as error:
             self._error = error
+        self.seconds = time.monotonic() - began
 
     def wait(self) -> None:
         self._thread.join()

@@ -172,12 +172,15 @@ class RunDirectory:
             raise DataError(f"{self.config}: damaged (not a mapping)")
         return config
 
-    def write_environment(self, step: int = 0, world_size: int = 1) -> None:
-        """Store what runs here now; `starts` gains one entry (time, step, commit) each time the run is started."""
+    def write_environment(self, step: int = 0, world_size: int = 1, ranks_per_machine: int | None = None) -> None:
+        """Store what runs here now, on how many processes, of them on each machine (None: unknown); `starts` gains one entry
+        (time, step, commit) each time the run is started.
+        """
         environment = describe_environment()
         starts = self.read_environment().get("starts", []) if self.environment.exists() else []
         starts.append({"time": _now(), "step": step, "git_commit": environment["git_commit"]})
-        _write_json(self.environment, {**environment, "world_size": world_size, "starts": starts})
+        sizes = {"world_size": world_size, "ranks_per_machine": ranks_per_machine}
+        _write_json(self.environment, {**environment, **sizes, "starts": starts})
 
     def read_environment(self) -> dict[str, Any]:
         return _read_json(self.environment)

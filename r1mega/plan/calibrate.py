@@ -90,7 +90,8 @@ def calibrated(run: Path, gpu: GPU, per_node: int) -> Calibration:
 
     Raises ConfigError where these are not there, for a run on other GPUs, and for one whose steps no plan describes.
     """
-    config, world, steps = _recorded(run, gpu)
+    config, world, its_own, steps = _recorded(run, gpu)
+    per_node = its_own or per_node
     middle = {name: statistics.median(_value(run, step, name) for step in steps) for name in WANTED}
     count = config.rollout.num_prompts * config.rollout.group_size
     response, whole = middle["response/length_mean"], middle["tokens/step"] / count
@@ -139,12 +140,15 @@ def _save_bandwidth(run: Path, nodes: int) -> float | None:
     return written / nodes / directory.read_pace()["save_seconds"]
 
 
-def _recorded(run: Path, gpu: GPU) -> tuple[RLStage, int, Sequence[Mapping[str, float]]]:
-    """(config, number of processes, lines of the steps that count) of a run on GPUs of this kind."""
+def _recorded(run: Path, gpu: GPU) -> tuple[RLStage, int, int | None, Sequence[Mapping[str, float]]]:
+    """(config, number of processes, of them on a machine if that is known, lines of the steps that count) of a run on GPUs of
+    this kind.
+    """
     try:
         config = load_config(run / "config.yaml")
         environment = json.loads((run / "environment.json").read_text())
         world, names = environment["world_size"], environment["gpus"]
+        per_node = environment.get("ranks_per_machine")
         lines = read_json_lines(run / METRICS_FILE)
     except (ConfigError, DataError, OSError, ValueError, KeyError) as error:
         raise ConfigError(f"--calibrate {run}: not the directory of a run ({error})") from error
@@ -159,7 +163,7 @@ def _recorded(run: Path, gpu: GPU) -> tuple[RLStage, int, Sequence[Mapping[str, 
     steps = [line for line in lines if line.get("time/update_seconds")]
     if not steps:
         raise ConfigError(f"--calibrate {run}: {METRICS_FILE} has no step with time/update_seconds yet")
-    return config, world, steps[1:] or steps
+    return config, world, per_node, steps[1:] or steps
 
 
 def _value(run: Path, step: Mapping[str, float], name: str) -> float:

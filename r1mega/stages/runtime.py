@@ -112,6 +112,7 @@ class Runtime:
                 stack.enter_context(directory.lock())
                 directory.write_config(config.model_dump(mode="json"))
                 prepare_directory(directory.watch)
+                directory.pace.unlink(missing_ok=True)  # an earlier start's: no job is warned before its first step
                 directory.say_place()
             runtime.barrier()
             watch.enter_context(runtime._watchdog())
@@ -209,9 +210,8 @@ class Runtime:
         self._last = metrics.last or {}
         self._files = _Files(metrics, SamplesWriter(self.run_dir, resume_step=resume, enabled=self.is_main))
         if self.is_main:
-            self.directory.write_environment(self._step, dist.get_world_size())
+            self.directory.write_environment(self._step, dist.get_world_size(), _ranks_per_machine())
             self.directory.write_status("running", self._step)
-            self.directory.pace.unlink(missing_ok=True)  # an earlier start's: a job is not warned before its first step
             if resume is not None:
                 tell(f"resuming {self.run_dir} from step {resume}")
 
@@ -222,7 +222,8 @@ class Runtime:
         began = time.monotonic()
         with self.busy_with("save"):
             self._store.save(step, trainer.sharded_state(is_loading=False), progress)
-        self._save_seconds = max(self._save_seconds, time.monotonic() - began)
+        own = time.monotonic() - began + self._store.background_seconds  # a stop waits for that too
+        self._save_seconds = max(self._save_seconds, own)
         if self.is_main and self._step_seconds:
             self.directory.write_pace(self._step_seconds, self._save_seconds, self._wanted_warning())
 
@@ -362,10 +363,11 @@ class Runtime:
 
     def _finish_saves(self) -> None:
         if self._store is not None:
-            began = time.monotonic()
+            before, began = self._store.background_seconds, time.monotonic()
             with self.busy_with("save"):
                 self._store.wait()
-            self._save_seconds += time.monotonic() - began  # of a save beside the steps what is left at their end
+            left = time.monotonic() - began  # of a save beside the steps, at their end; longer ones are counted
+            self._save_seconds += max(0.0, left - before)
 
     def _close(self) -> None:
         self._doing = "end"
@@ -389,7 +391,13 @@ class Runtime:
 
 def _threads_per_rank() -> int:
     """Cores of this machine over the ranks on it."""
-    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, len(os.sched_getaffinity(0)) // (_ranks_per_machine() or 1))
+
+
+def _ranks_per_machine() -> int | None:
+    """Of this run; None: its launcher does not say."""
+    ranks = os.environ.get("LOCAL_WORLD_SIZE")
+    return int(ranks) if ranks else None
 
 
 def _peak_tflops(config: Stage) -> float | None:

@@ -18,7 +18,7 @@ JOB = """#!/bin/bash
 run_in_job srun bash -c 'trap "exit 85" USR2 TERM; touch "$0"; for i in {1..900}; do [ -e "${0%.*}.end" ] && exit; sleep 0.2; done' "$1.${SLURM_RESTART_COUNT:-}"
 """
 
-SPARE = JOB.replace("run_in_job", "R1MEGA_SPARE_NODES=1 SECONDS_BETWEEN_LOOKS=1; run_in_job")
+SPARE = JOB.replace("run_in_job", "R1MEGA_SPARE_NODES=1 SECONDS_BETWEEN_LOOKS=1; run_in_job"), "--no-kill"
 LONG_STEP = """#!/bin/bash
 . launch/slurm.sh
 run_in_job srun bash -c 'trap "" USR2; echo "${0%.*}" > "$R1MEGA_SAY_RUN_DIR"; touch "$0"; exec sleep 300' "$1.${SLURM_RESTART_COUNT:-}"
@@ -49,6 +49,7 @@ def wait_for(path, seconds=120):
         time.sleep(0.1)
 
 
+@pytest.mark.parametrize("job", [[JOB], SPARE], ids=["", "also with a spare machine"], indirect=True)
 def test_a_cancelled_job_stays_down(cluster, job, tmp_path):
     cluster.run("scancel", job)
     found = cluster.wait(job)
@@ -84,7 +85,7 @@ def test_a_job_whose_machines_are_taken_comes_back(cluster, job, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("job", "lost"), [([JOB], 0), ([JOB], 1), ([SPARE, "--no-kill"], 0)],
+    ("job", "lost"), [([JOB], 0), ([JOB], 1), ([*SPARE, "--gpus-per-node=1"], 0)],
     ids=["that of the script", "another", "that of the script of a job with a spare one"], indirect=["job"],
 )  # fmt: skip
 def test_a_job_whose_machine_is_lost_comes_back_on_others(cluster, job, lost, tmp_path):

@@ -14,10 +14,11 @@ import pytest
 REPOSITORY = Path(__file__).parents[2]
 SCONTROL = """#!/bin/bash
 case "$1 $2" in
-"show hostnames") names=${3/"n[0-2]"/n0,n1,n2} names=${names/"n[1-2]"/n1,n2}; echo "${names//,/$'\\n'}" ;;
+"show hostnames") [ "$3" != broken ] || exit 1; names=${3/"n[0-2]"/n0,n1,n2} names=${names/"n[1-2]"/n1,n2}; echo "${names//,/$'\\n'}" ;;
 "show node") [ ! -e "$DIRECTORY/slow" ] || { touch "$DIRECTORY/asks"; sleep 1; }; echo "NodeName=$4 NodeAddr=address-of-$4 Port=1" ;;
-"show job") [ ! -e "$DIRECTORY/mute" ] || { rm "$DIRECTORY/mute"; exit 1; }; echo "JobId=7 EndTime=$(date -d "@$END" +%FT%T) " ;;
-*) echo "$*" >> "$DIRECTORY/asked" ;;
+"show job") [ ! -e "$DIRECTORY/looks" ] || { head -n 1 "$DIRECTORY/looks"; sed -i 1d "$DIRECTORY/looks"; exit; }
+    [ ! -e "$DIRECTORY/mute" ] || { rm "$DIRECTORY/mute"; exit 1; }; echo "JobId=7 EndTime=$(date -d "@$END" +%FT%T) $MORE" ;;
+*) echo "$*" >> "$DIRECTORY/asked"; [ ! -e "$DIRECTORY/refused" ] ;;
 esac
 """
 DECIDE = """#!/bin/bash
@@ -25,7 +26,11 @@ DECIDE = """#!/bin/bash
 [ $# = 3 ] || { rm "$DIRECTORY/newer"; echo "$SECONDS_TO_WAIT"; }
 """
 SRUN = """#!/bin/bash
-[[ "$*" != *--overlap* ]] || { echo "${@:1:9}" >> "$DIRECTORY/guards"; exit; }
+if [[ "$*" == *--overlap* ]]; then
+    echo "${@:1:8}" >> "$DIRECTORY/guards"
+    [ ! -e "$DIRECTORY/no guards" ] || { echo "srun: error: no step" >&2; exit 1; }
+    exec sleep 60
+fi
 echo "$MASTER_ADDR ${@: -1} $* immediate=${SLURM_IMMEDIATE:-}" >> "$DIRECTORY/starts"
 n=$(wc -l < "$DIRECTORY/starts")
 . "$DIRECTORY/ranks.sh"
@@ -33,10 +38,8 @@ n=$(wc -l < "$DIRECTORY/starts")
 
 
 @pytest.fixture
-def job(tmp_path):
-    """Runs `run_in_job` on three machines of which so many are spare; what the ranks do is a script, $n the number of the start,
-    `save` leaves a newer checkpoint.
-    """
+def stubs(tmp_path):
+    """The environment of a job on three machines, with those programs in the place of Slurm's."""
     programs = tmp_path / "bin"
     programs.mkdir()
     for name, text in (
@@ -47,25 +50,45 @@ def job(tmp_path):
     ):
         (programs / name).write_text(text)
         (programs / name).chmod(0o755)
+    outside = {
+        name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "R1MEGA_", "MASTER_"))
+    }
+    return outside | {
+        "PATH": f"{programs}:{os.environ['PATH']}", "DIRECTORY": str(tmp_path), "R1MEGA_PYTHON": "python",
+        "R1MEGA_LOGS": str(tmp_path / "logs"), "SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "zero", "SLURM_JOB_NODELIST": "n[0-2]",
+        "SLURM_NTASKS_PER_NODE": "8",
+    }  # fmt: skip
+
+
+@pytest.fixture
+def bash(stubs, tmp_path):
+    """Runs a function of the script alone; (exit code, what it asked Slurm for)."""
+
+    def run(command, **variables):
+        done = subprocess.run(["bash", "-c", f". launch/slurm.sh; {command}"], env=stubs | variables, cwd=REPOSITORY, timeout=30)  # fmt: skip
+        asked = tmp_path / "asked"
+        return done.returncode, asked.read_text().splitlines() if asked.exists() else []
+
+    return run
+
+
+@pytest.fixture
+def job(stubs, tmp_path):
+    """Runs `run_in_job` on three machines of which so many are spare; what the ranks do is a script, $n the number of the start,
+    `save` leaves a newer checkpoint.
+    """
 
     def run(ranks, *, spare=0, end=10**10, meanwhile=lambda process: None, stages=1, **variables):
         (tmp_path / "ranks.sh").write_text("save() { touch $DIRECTORY/newer; }\n"
                                            f"[ -e $DIRECTORY/silent ] || echo $DIRECTORY/run > $R1MEGA_SAY_RUN_DIR\n{ranks}\n")  # fmt: skip
-        outside = {
-            name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "R1MEGA_", "MASTER_"))
-        }
-        environment = outside | {
-            "PATH": f"{programs}:{os.environ['PATH']}", "DIRECTORY": str(tmp_path), "END": str(int(end)), "R1MEGA_PYTHON": "python",
-            "SECONDS_TO_WAIT": "0", "R1MEGA_LOGS": str(tmp_path / "logs"), "R1MEGA_SPARE_NODES": str(spare), "SLURM_JOB_ID": "7",
-            "SLURM_JOB_NAME": "zero", "SLURM_JOB_NODELIST": "n[0-2]", "SLURM_NTASKS_PER_NODE": "8",
-        }  # fmt: skip
+        job = {"END": str(int(end)), "SECONDS_TO_WAIT": "0", "R1MEGA_SPARE_NODES": str(spare)}
         command = (
             ". launch/slurm.sh; SECONDS_BETWEEN_REMINDERS=1 SECONDS_BETWEEN_LOOKS=1"
             + "; run_in_job $(rank_launcher) train" * stages
         )
         with open(tmp_path / "said", "w") as said:
             process = subprocess.Popen(
-                ["bash", "-c", command], env=environment | variables, cwd=REPOSITORY, stdout=said, stderr=said
+                ["bash", "-c", command], env=stubs | job | variables, cwd=REPOSITORY, stdout=said, stderr=said
             )
             meanwhile(process)
             code = process.wait(60)
@@ -88,14 +111,18 @@ def test_a_rank_that_died_is_left_for_a_spare_machine(job):
     assert "launch: rank 9 failed first (Killed); see " in said and "starting again in 0 s, without n1" in said
 
 
-def test_it_is_the_code_of_the_rank_that_died_first_that_decides(job):
+@pytest.mark.parametrize(
+    ("by", "first"),
+    [("Killed", 137), ("Out Of Memory", 137), ("Segmentation fault (core dumped)", 139), ("Aborted", 134), ("User defined signal 2", 140)],
+)  # fmt: skip
+def test_it_is_the_code_of_the_rank_that_died_first_that_decides(job, by, first):
     """And not the highest, srun's own: of one that was terminated for it before it could end by itself."""
-    ranks = f"[ $n = 1 ] || exit 0; save; {KILLED}".replace(
+    ranks = f"[ $n = 1 ] || exit 0; save; {KILLED}".replace("Killed", by).replace(
         "exit 137", 'echo "srun: error: n2: task 17: Terminated" >&2; exit 143'
     )
     code, starts, _, said = job(ranks)
     assert (code, len(starts)) == (0, 2), said
-    assert "rank 9 failed first (Killed)" in said and "exit code 137, and a newer checkpoint" in said
+    assert f"rank 9 failed first ({by})" in said and f"exit code {first}, and a newer checkpoint" in said
 
 
 def killed(*nodes, lost=""):
@@ -155,13 +182,58 @@ def test_and_where_it_cannot_have_them(job):
 
 
 def test_two_other_machines_look_after_the_first_where_slurm_would_keep_the_job_without_it(job, tmp_path):
-    """Once, whatever is started again; without --no-kill Slurm requeues the job itself."""
-    job(killed("n1"), spare=1, stages=2)
-    (guard,) = (tmp_path / "guards").read_text().splitlines()
-    assert "--nodes=2 --ntasks=2 " in guard and "--nodelist=n1,n2 " in guard
+    """Those that are left; without --no-kill Slurm requeues the job itself."""
+    said = job(killed("n1"), spare=1, stages=2)[-1]
+    first, second = (tmp_path / "guards").read_text().splitlines()
+    assert "--nodes=2 --ntasks=2 " in first and "--nodelist=n1,n2" in first
+    assert "--nodes=1 --ntasks=1 " in second and "--nodelist=n2" in second
+    assert "nobody looks after" not in said
     (tmp_path / "guards").unlink()
     job("exit 0")
     assert not (tmp_path / "guards").exists()
+
+
+def test_where_they_do_not_come_it_is_said_and_tried_again_at_the_next_start(job, tmp_path):
+    (tmp_path / "no guards").touch()
+    said = job(f"sleep 0.3; [ $n = 1 ] || exit 0; save; {KILLED}")[-1]
+    assert "nobody looks after" not in said
+    said = job(f"sleep 0.3; [ $n = 3 ] || exit 0; save; {KILLED}", spare=1, stages=2)[-1]
+    log = tmp_path / "logs/zero-7/guard.log"
+    assert said.count(f"launch: nobody looks after n0 any more (exit code 1; see {log})") == 3, said
+    assert log.read_text().count("srun: error: no step") == 3
+
+
+RUNS = "JobId=7 JobState=RUNNING Requeue=1 Restarts=2 NodeList=n[1-2] BatchHost=n0"
+FULL = RUNS.replace("n[1-2]", "n[0-2]")
+
+
+@pytest.mark.parametrize(
+    ("looks", "asked"),
+    [
+        ([FULL, RUNS, RUNS], ["requeue Incomplete 7"]),
+        ([RUNS, FULL, RUNS], []),
+        ([RUNS, RUNS.replace("n[1-2]", "broken"), RUNS], []),
+        ([RUNS, "", RUNS], []),
+        ([RUNS.replace("RUNNING", "COMPLETING")] * 3, []),
+        ([RUNS.replace("Restarts=2", "Restarts=3")] * 3, []),
+        ([RUNS.replace("n[1-2]", "n2")] * 3, []),
+        ([RUNS.replace("Requeue=1", "Requeue=0")] * 2, ["7"]),
+        ([RUNS.replace("Restarts=2", "Restarts=5")] * 2, ["7"]),
+    ],
+    ids=["gone", "there again", "no names", "no answer", "it ends", "another start", "not of this machine", "not to be requeued",
+         "too often"],
+)  # fmt: skip
+def test_who_looks_after_the_first_machine_acts_where_it_is_gone_alone(bash, tmp_path, looks, asked):
+    restarts = 5 if "Restarts=5" in looks[0] else 2
+    (tmp_path / "looks").write_text("\n".join([*looks, "JobState=COMPLETED"]))
+    done = bash(f"look_after n0 0.01 {restarts} 5", SLURMD_NODENAME="n1")
+    assert done == (0, asked)
+
+
+def test_a_requeue_that_is_refused_is_asked_again(bash, tmp_path):
+    (tmp_path / "looks").write_text("\n".join([RUNS] * 3 + ["JobState=COMPLETED"]))
+    (tmp_path / "refused").touch()
+    assert bash("look_after n0 0.01 2 5", SLURMD_NODENAME="n1") == (0, ["requeue Incomplete 7"] * 2)
 
 
 @pytest.mark.parametrize("spare", [3, "one"])
@@ -192,30 +264,22 @@ def test_when_it_does_not(job, ranks, code, num_starts):
     assert asked == (["requeue 7"] if code == 85 else [])
 
 
-def signalled(directory, name, start=1):
-    """Sends it a moment after that start."""
+def signalled(directory, *names, start=1):
+    """Sends them, one a moment after the other, to the script after that start."""
 
     def send(process):
-        limit = time.monotonic() + 30
-        path = directory / "starts"
-        while not (path.exists() and path.read_text().count("\n") >= start) and time.monotonic() < limit:
-            time.sleep(0.02)
-        time.sleep(0.3)
-        process.send_signal(getattr(signal, name))
+        until(lambda: (path := directory / "starts").exists() and path.read_text().count("\n") >= start)
+        for name in names:
+            time.sleep(0.3)
+            process.send_signal(getattr(signal, name))
 
     return send
 
 
-def once(path, name):
-    """Sends it when the file is there."""
-
-    def send(process):
-        limit = time.monotonic() + 30
-        while not path.exists() and time.monotonic() < limit:
-            time.sleep(0.02)
-        process.send_signal(getattr(signal, name))
-
-    return send
+def until(condition):
+    limit = time.monotonic() + 30
+    while not condition() and time.monotonic() < limit:
+        time.sleep(0.02)
 
 
 def test_a_step_longer_than_the_warning_goes_back_to_the_queue_before_the_limit(job, tmp_path):
@@ -240,12 +304,12 @@ def test_progress_before_a_start_within_the_job_counts(job, tmp_path):
     began = time.time()
     ranks = f"[ $n = 1 ] && {{ save; {KILLED}; }}; sleep 50"
     code, starts, asked, said = job(
-        ranks, end=began + 6, R1MEGA_LAST_SECONDS="4", meanwhile=signalled(tmp_path, "SIGUSR1", 2)
+        ranks, end=began + 6, R1MEGA_LAST_SECONDS="4", meanwhile=signalled(tmp_path, "SIGUSR1", start=2)
     )
     assert (code, len(starts), asked) == (85, 2, ["--signal=USR2 7", "requeue 7"]), said
 
 
-def test_the_run_says_how_long_before_the_limit_it_wants_to_be_warned(job):
+def test_the_run_says_how_long_before_the_limit_it_wants_to_be_warned(job, tmp_path):
     """Half of the time is over, and Slurm's own signal would come later, or never."""
     ranks = """mkdir -p $DIRECTORY/run; echo '{"save_seconds": 7, "warning_seconds": 20}' > $DIRECTORY/run/pace.json
     for i in {1..150}; do ! grep -q USR2 "$DIRECTORY/asked" 2>/dev/null || exit 85; sleep 0.1; done"""
@@ -253,7 +317,9 @@ def test_the_run_says_how_long_before_the_limit_it_wants_to_be_warned(job):
     code, _, asked, said = job(ranks, end=began + 25)
     assert (code, asked) == (85, ["--signal=USR2 7", "requeue 7"]), said
     assert 5 <= time.time() - began < 15
-    assert job("sleep 3; exit 3", end=time.time() + 1000)[0] == 3, "far from the limit it is not"
+    (tmp_path / "asked").unlink()
+    code, _, asked, said = job("sleep 3; exit 3", end=time.time() + 1000)
+    assert (code, asked) == (3, []), f"far from the limit it is not: {said}"
 
 
 def test_a_warning_shorter_than_the_last_seconds_is_halved(job, tmp_path):
@@ -274,7 +340,12 @@ def test_a_controller_that_does_not_answer_is_asked_again(job, tmp_path):
 def test_asked_to_stop_before_the_step_is_there(job, tmp_path):
     """No step is there to get the signal: none begins."""
     ranks = f"touch $DIRECTORY/slow; [ $n = 1 ] && {{ save; {KILLED}; }}; exit 0"
-    code, starts, asked, said = job(ranks, meanwhile=once(tmp_path / "asks", "SIGUSR1"))
+
+    def meanwhile(process):
+        until((tmp_path / "asks").exists)
+        process.send_signal(signal.SIGUSR1)
+
+    code, starts, asked, said = job(ranks, meanwhile=meanwhile)
     assert (code, len(starts), asked) == (85, 1, ["--signal=USR2 7", "requeue 7"]), said
 
 
@@ -321,16 +392,53 @@ def environment(process):
 
 
 def test_cancelled_while_it_waits_it_stays_down(job, tmp_path):
-    code, starts, asked, said = job(f"save; {KILLED}", SECONDS_TO_WAIT="50", meanwhile=between_starts(tmp_path))
+    def meanwhile(process):
+        until(lambda: "starting again" in (tmp_path / "said").read_text())
+        process.terminate()
+
+    code, starts, asked, said = job(f"save; {KILLED}", SECONDS_TO_WAIT="50", meanwhile=meanwhile)
     assert (code, len(starts)) == (85, 1), said
     assert asked == ["--signal=USR2 7"] and "cancelled, so it stays down" in said
 
 
-def between_starts(directory):
-    def send(process):
-        limit = time.monotonic() + 30
-        while "starting again" not in (directory / "said").read_text() and time.monotonic() < limit:
-            time.sleep(0.02)
-        process.terminate()
+SAVES_SLOWLY = "for i in {1..20}; do sleep 0.1; done; exit 85"
 
-    return send
+
+@pytest.mark.parametrize("end", [10**10, 100], ids=["no limit near", "100 s before the limit"])
+@pytest.mark.parametrize("names", [("SIGTERM", "SIGUSR1"), ("SIGUSR1", "SIGTERM")])
+def test_cancelled_before_or_after_a_warning_it_stays_down(job, tmp_path, names, end):
+    """One that the run itself wanted, by its pace, may be hours before the limit."""
+    end = end if end > 10**9 else time.time() + end
+    code, _, asked, said = job(SAVES_SLOWLY, end=end, meanwhile=signalled(tmp_path, *names))
+    assert (code, asked) == (85, ["--signal=USR2 7"]) and "cancelled, so it stays down" in said, said
+
+
+@pytest.mark.parametrize(
+    ("names", "more", "seconds"),
+    [(("SIGUSR1", "SIGTERM"), "", 40), (("SIGTERM",), "PreemptTime=2026-11-29T09:00:00", 10**6),
+     (("SIGUSR1", "SIGTERM"), "PreemptTime=2026-11-29T09:00:00", 10**6)],
+    ids=["the limit", "preempted", "warned and preempted"],
+)  # fmt: skip
+def test_ended_by_slurm_it_comes_back(job, tmp_path, names, more, seconds):
+    end = time.time() + seconds
+    code, _, asked, said = job(SAVES_SLOWLY, end=end, meanwhile=signalled(tmp_path, *names), MORE=more)
+    assert (code, asked) == (85, ["--signal=USR2 7", "requeue 7"]), said
+
+
+def test_once_warned_it_does_not_wait_for_another_warning(bash):
+    """Which would have it stop later: half of what is left then before the limit."""
+    ended = "sleep 20 & early=$!; be_warned; wait $early; [ $? = 143 ] || exit 1"
+    code, asked = bash(f"{ended}; first=$timer; be_warned; [ $timer = $first ] || exit 2; stop_timer", END=str(10**10))
+    assert (code, asked) == (0, ["--signal=USR2 7"] * 2)
+
+
+def test_reminders_become_rarer(bash, tmp_path):
+    """An early warning may be hours before the limit."""
+    sleep = 'sleep() { echo "$1" >> "$DIRECTORY/asked"; [ "$(grep -vc USR2 "$DIRECTORY/asked")" -lt 5 ] || command sleep 3; }'
+    _, asked = bash(f"{sleep}; remind; command sleep 2; stop_timer", END="")
+    assert asked == ["10", again := "--signal=USR2 7", "20", again, "40", again, "60", again, "60"]
+
+
+def test_that_slurm_does_not_take_it_back_is_said(job, tmp_path):
+    (tmp_path / "refused").touch()
+    assert "Slurm does not take the job back; submit it again" in job("save; exit 85")[-1]

@@ -25,6 +25,8 @@ CONFIG = "configs/nano/reasoning_rl.yaml"
 PHASES = ("rollout", "reward", "logprob", "update", "reshard", "evaluate", "save")
 FAULTS = os.environ.get("R1MEGA_SLURM_FAULTS")
 """`drawn`: a kill and a stop, each in a phase by chance; `all`: both in every phase, and a full disk."""
+if FAULTS not in (None, "drawn", "all"):
+    raise pytest.UsageError(f"R1MEGA_SLURM_FAULTS={FAULTS}: there are `drawn` and `all`; unset it for neither")
 ALL_FAULTS = FAULTS == "all"
 
 
@@ -104,9 +106,14 @@ def process_of_rank(job, rank):
 
 def test_two_machines_give_the_metrics_of_two_local_ranks(cluster, submit, local, tmp_path):
     """And a second job in the same run directory, on another machine, is refused while they run."""
-    number = submit()
+    number = submit("watchdog.silent_seconds=600")
     wait_for_step(tmp_path / "run", 1)
-    other = cluster.wait(submit(nodes=1))
+    first = process_of_rank(number, 0)
+    os.kill(first, signal.SIGSTOP)  # else it may be done before the other one asks
+    try:
+        other = cluster.wait(submit(nodes=1), 300)
+    finally:
+        os.kill(first, signal.SIGCONT)
     job = cluster.wait(number)
     assert (other["JobState"], other["ExitCode"]) == ("FAILED", "2:0"), text_of(tmp_path)
     assert "in use by another run" in text_of(tmp_path)

@@ -60,7 +60,9 @@ def test_a_background_save_holds_what_was_there_when_it_was_asked_for(tmp_path, 
     tensor.add_(100)  # training goes on
     assert not path.exists(), "it waits for the disk, the caller does not"
     go_on.set()
+    assert store.background_seconds == 0.0
     store.wait()
+    assert store.background_seconds > 0
     assert store.latest() == path
     assert torch.equal(load(store, path, tensor), torch.arange(6.0))
     state, progress = store.load(path, state_of(torch.zeros(6)))

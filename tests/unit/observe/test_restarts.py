@@ -115,9 +115,17 @@ def own_signals():
 
 def launch(run_dir, run, backoff):
     loaded = SimpleNamespace(run_dir=run_dir, restart=RestartConfig(backoff_seconds=backoff))
+
+    def checked_run(arguments, ranks, asked):
+        validate.assert_called_once_with(loaded, ranks)  # config and data are looked at once, before any rank starts
+        scan_data.assert_called_once_with(loaded)
+        return run(arguments, ranks, asked)
+
     with (
         mock.patch("r1mega.config.load.load_config", lambda path, overrides: loaded),
-        mock.patch("r1mega.platform.local_ranks.run_ranks", run),
+        mock.patch("r1mega.config.validate.validate") as validate,
+        mock.patch("r1mega.data.prompts.scan_data") as scan_data,
+        mock.patch("r1mega.platform.local_ranks.run_ranks", checked_run),
     ):
         return cli._train_on_ranks("x.yaml", [], 2)
 

@@ -184,11 +184,11 @@ def test_reading_what_is_not_a_run(tmp_path):
 def test_environment_and_its_starts(tmp_path):
     run = RunDirectory(tmp_path)
     run.write_environment(step=0, world_size=2)
-    run.write_environment(step=7, world_size=2)
+    run.write_environment(step=7, world_size=2, ranks_per_machine=1)
     environment = run.read_environment()
     assert environment["python"] == platform.python_version()
     assert environment["packages"]["torch"] == torch.__version__
-    assert environment["world_size"] == 2
+    assert (environment["world_size"], environment["ranks_per_machine"]) == (2, 1)
     assert [start["step"] for start in environment["starts"]] == [0, 7]
 
 

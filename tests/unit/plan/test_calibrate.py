@@ -70,6 +70,15 @@ def test_what_a_save_wrote_in_its_seconds(run):
     assert found.save_bandwidth == 2000 and "GB/s a node measured" in list(lines(found, GPU))[-1]
 
 
+def test_a_save_of_two_machines_whatever_the_plan_has(run):
+    environment = json.loads((run / "environment.json").read_text()) | {"world_size": 2, "ranks_per_machine": 1}
+    (run / "environment.json").write_text(json.dumps(environment))
+    (run / "checkpoints/step_000002").mkdir(parents=True)
+    (run / "checkpoints/step_000002/data").write_bytes(bytes(3000))
+    RunDirectory(run).write_pace(10.0, 1.5, 18)
+    assert calibrated(run, GPU, per_node=8).save_bandwidth == 1000
+
+
 def test_constants_that_made_the_seconds_are_found_again(run):
     """rollout, log-probs and update of a run whose phases take exactly what the model says with other constants."""
     config, hf = load_config(run / "config.yaml"), json.loads((run / "model/config.json").read_text())

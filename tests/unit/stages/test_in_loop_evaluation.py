@@ -89,7 +89,10 @@ def test_the_ranks_of_a_generator_share_the_grading(evaluate, monkeypatch):
 
 def test_waiting_for_saves_is_saving():
     runtime, seen = object.__new__(Runtime), []
-    runtime._doing, runtime._store = "between", SimpleNamespace(wait=lambda: seen.append(runtime._doing))
+    runtime._doing, runtime._store = (
+        "between",
+        SimpleNamespace(wait=lambda: seen.append(runtime._doing), background_seconds=0.0),
+    )
     runtime._save_seconds = 0.0
     runtime._finish_saves()
     assert (seen, runtime._doing) == (["save"], "between")

@@ -1,32 +1,41 @@
 """What a runtime measures of a run."""
 
+import json
+import math
 from contextlib import nullcontext
 from types import SimpleNamespace
 
+import pytest
+
+from r1mega.config.load import load_config
 from r1mega.observe.run import RunDirectory
 from r1mega.stages import runtime as module
+from tests.processes import REPOSITORY
 
 
-def test_the_end_of_a_save_beside_the_steps_counts_for_the_warning(monkeypatch):
+@pytest.mark.parametrize(("counted", "saves"), [(0.0, 8.0), (7.0, 8.0), (9.0, 9.5)])
+def test_the_end_of_a_save_beside_the_steps_counts_for_the_warning(monkeypatch, counted, saves):
+    """What is left of it at the end; once: an earlier one's may be among the seconds of a save already."""
     clock = iter([10.0, 17.5])
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     run = SimpleNamespace(
-        _store=SimpleNamespace(wait=lambda: None),
+        _store=SimpleNamespace(wait=lambda: None, background_seconds=counted),
         busy_with=lambda _: nullcontext(),
-        _save_seconds=0.5,
+        _save_seconds=0.5 + counted,
         _step_seconds=4.0,
     )
     module.Runtime._finish_saves(run)
     run._wanted_warning = lambda: module.Runtime._wanted_warning(run)
-    assert "saves 8.0 s: warn it 18 s before its end" in module.Runtime._warning(run)
+    warning = math.ceil(1.5 * (4.0 + saves))
+    assert f"saves {saves} s: warn it {warning} s before its end" in module.Runtime._warning(run)
 
 
 def test_each_save_says_how_long_a_warning_the_run_wants(monkeypatch, tmp_path):
     """Not before the first step of a start: a job is to get on with each."""
-    clock = iter([10.0, 12.0, 20.0, 26.5])
+    clock = iter([10.0, 12.0, 20.0, 26.5, 30.0, 31.0])
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     run = SimpleNamespace(
-        _store=SimpleNamespace(save=lambda *_: None), busy_with=lambda _: nullcontext(), _save_seconds=0.0,
+        _store=SimpleNamespace(save=lambda *_: None, background_seconds=0.0), busy_with=lambda _: nullcontext(), _save_seconds=0.0,
         _step_seconds=0.0, is_main=True, directory=RunDirectory(tmp_path),
     )  # fmt: skip
     run._wanted_warning = lambda: module.Runtime._wanted_warning(run)
@@ -36,3 +45,30 @@ def test_each_save_says_how_long_a_warning_the_run_wants(monkeypatch, tmp_path):
     run._step_seconds = 4.0
     module.Runtime.save(run, trainer, 1, {})
     assert run.directory.read_pace() == {"step_seconds": 4.0, "save_seconds": 6.5, "warning_seconds": 16}
+    run._store.background_seconds = 10.0  # what the thread of an asynchronous save took is waited for at a stop
+    module.Runtime.save(run, trainer, 2, {})
+    assert run.directory.read_pace() == {"step_seconds": 4.0, "save_seconds": 11.0, "warning_seconds": 23}
+
+
+class Said(Exception):
+    pass
+
+
+def test_no_job_is_warned_by_the_pace_of_an_earlier_start(monkeypatch, tmp_path):
+    """It is gone before the job's script is told where the run directory is, long before the first step."""
+    directory = RunDirectory(tmp_path)
+    directory.write_pace(1.0, 1.0, 3)
+
+    def say_place(self):
+        raise Said(self.pace.exists())
+
+    monkeypatch.setattr(RunDirectory, "say_place", say_place)
+    monkeypatch.setattr(module.groups, "init_parallel", lambda *_: None)
+    monkeypatch.setattr(module.groups, "destroy", lambda: None)
+    monkeypatch.setattr(module.torch, "set_num_threads", lambda _: None)
+    monkeypatch.setattr(module, "record_collectives", lambda _: None)
+    monkeypatch.setattr(module.dist, "get_rank", lambda: 0)
+    config = load_config(REPOSITORY / "configs/nano/zero.yaml", [f"run_dir={json.dumps(str(tmp_path))}"])
+    with pytest.raises(Said) as said, module.Runtime.open(config):
+        pass
+    assert said.value.args == (False,)

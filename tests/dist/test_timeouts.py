@@ -84,6 +84,7 @@ def a_rollout_that_takes_too_long() -> str:
     groups.wait_for_all("startup", "the imports")
     time.sleep(2 * SHORT if dist.get_rank() == 1 else SHORT / 2)
     groups.wait_for_all("rollout", "a part that took longer than SHORT, and as long as others' parts do")
+    time.sleep(SHORT / 2)  # an update, which is no part of the rollout either
     text = error_of(lambda: collect(2 * SHORT, 7))
     store = dist.distributed_c10d._get_default_store()  # rank 0 keeps it: it stays until the others have looked
     store.set(f"said/{dist.get_rank()}", "")
@@ -113,6 +114,18 @@ def test_a_rank_that_is_waited_for_in_vain_is_named():
         assert text.startswith("StragglerError: the rollout of step 7: waited for rank 1 (")
         assert "raise timeouts.rollout_seconds (3)" in text
     assert "the rollout of step 7" in slow
+
+
+def test_the_limit_that_ran_out_is_named():
+    """Also where it followed the work: to raise the config's to less than that would change nothing."""
+    text = groups._absent_text("rollout", "the rollout", [3], timedelta(seconds=60_000), "Timed out")
+    assert (
+        "raise timeouts.rollout_seconds (21600, for which 10 times what this rank's own part took, 60000 s, stood in) above"
+        in text
+    )
+    assert text.endswith("above 60000")
+    text = groups._absent_text("rollout", "the rollout", [3], timedelta(seconds=21_600), "Timed out")
+    assert text.endswith("raise timeouts.rollout_seconds (21600)")
 
 
 def test_a_rank_that_ends_is_noticed_at_once():

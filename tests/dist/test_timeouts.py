@@ -13,9 +13,12 @@ from r1mega.config.schema import RolloutConfig, TimeoutsConfig
 from r1mega.errors import StragglerError
 from r1mega.platform import groups
 from r1mega.rollout.open_groups import OpenGroup
+from r1mega.rollout.work_sharing import NOBODY, SharedGroups
+from r1mega.types import Prompt
 from tests.dist.launch import launch
 
 SHORT = 3.0
+PROMPT = Prompt("p", "q", ("1",), "math", None, (1,))
 
 
 class SlowOnRankOne:
@@ -94,10 +97,17 @@ def a_rollout_that_takes_too_long() -> str:
 
 
 def a_rank_that_ends() -> str:
+    """It has taken one of four groups: the others go on, until they wait for it."""
     groups.init_distributed(TimeoutsConfig(rollout_seconds=600))
+    open_groups = [OpenGroup(0, PROMPT, 1, 1, slot, NOBODY, []) for slot in range(4)]
+    shared = SharedGroups(open_groups, "work/1", groups.GeneratorPlace.of_this_rank(1), None)
+    if dist.get_rank() == 1:
+        shared()
+    groups.wait_for_all("startup", "one is taken")
     if dist.get_rank() == 1:
         return ""
-    return error_of(lambda: groups.wait_for_all("rollout", "the rollout of step 7"))
+    slots = [group.slot for taken in iter(shared, []) for group in taken]
+    return f"{slots} " + error_of(lambda: groups.wait_for_all("rollout", "the rollout of step 7"))
 
 
 def test_a_rollout_may_take_longer_than_a_collective():
@@ -130,4 +140,4 @@ def test_the_limit_that_ran_out_is_named():
 
 def test_a_rank_that_ends_is_noticed_at_once():
     first, _ = launch(a_rank_that_ends, 2, timeout_seconds=600)  # of the 600 that it would wait
-    assert first.startswith("StragglerError: the rollout of step 7: waited for rank 1 (")
+    assert first.startswith("[1, 2, 3] StragglerError: the rollout of step 7: waited for rank 1 (")

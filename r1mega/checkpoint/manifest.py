@@ -6,7 +6,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
@@ -44,7 +44,7 @@ _BLOCK = 1 << 20
 
 
 class UnreadableError(CheckpointError):
-    """The system could not read a checkpoint now: whether it is whole is not known."""
+    """The system could not read a checkpoint now, or a newer program wrote it: whether it is whole is not known."""
 
 
 class DigestingFile:
@@ -163,17 +163,19 @@ def _digest_of(content: Mapping[str, object]) -> str:
 
 def read_manifest(directory: Path) -> dict[str, Any]:
     """{"architecture", "files"}. CheckpointError when there is none, or it is damaged: it has a digest of its own, but for those
-    written before it had.
+    written before it had. UnreadableError for one that is whole by that and has digests of files that are not known here.
     """
     path = Path(directory) / MANIFEST
     try:
         manifest = json.loads(path.read_text())
         records = manifest["files"].values()
+        if (own := manifest.pop("sha256", None)) not in (None, _digest_of(manifest)):
+            raise ValueError("another sha256 than when it was written")
+        if own is not None and (unknown := _unknown_digest(records)):
+            raise UnreadableError(f"{path} has digests by {unknown}, of a newer program than this one")
         complete = all(isinstance(r["bytes"], int) and isinstance(r[_digest_name(r)], str) for r in records)
         if not complete or not isinstance(manifest["architecture"], dict):
             raise ValueError("not a manifest")
-        if manifest.pop("sha256", None) not in (None, _digest_of(manifest)):
-            raise ValueError("another sha256 than when it was written")
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(f"no {MANIFEST} in {directory}") from None
     except OSError as error:
@@ -254,6 +256,12 @@ def _unreadable(file: Path, error: OSError) -> str:
 def _digest_name(record: Mapping[str, object]) -> str:
     """Of the digest that a record has. KeyError where it has none that is known here."""
     return next((name for name in _HASHES if name in record), DIGEST)
+
+
+def _unknown_digest(records: Iterable[Mapping[str, object]]) -> str | None:
+    """A name in a record that has a size, and no digest that is known here."""
+    unknown = (record for record in records if "bytes" in record and _HASHES.keys().isdisjoint(record))
+    return next((name for record in unknown for name in record if name != "bytes"), None)
 
 
 def _digest_of_file(file: Path, name: str) -> str:

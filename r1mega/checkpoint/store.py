@@ -139,8 +139,8 @@ class CheckpointStore:
             newest, problems = _search(self.directory, workers)
         except UnreadableError as error:
             raise UnreadableError(
-                f"{error}; nothing was moved. Start again once it can be read; to go on from the checkpoint before it, rename "
-                f"it to NAME{DAMAGED}"
+                f"{error}; nothing was moved. Start again once it can be read, by the program that wrote it if that is newer; to go on "
+                f"from the checkpoint before it, rename it to NAME{DAMAGED}"
             ) from error
         if newest is None and problems:
             lines = "".join(f"\n  {path}: {problem}" for path, problem in problems.items())

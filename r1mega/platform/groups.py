@@ -32,7 +32,8 @@ Kind = Literal["startup", "collective", "rollout", "checkpoint"]
 
 _timeouts = TimeoutsConfig()
 _num_waits = 0  # equal on all ranks, for `wait_for_all` is a collective call
-_waited = time.monotonic()  # when this rank's last one ended
+_begun = time.monotonic()  # when this rank's own part of what the next one waits for began
+_generators: dict[int, dist.ProcessGroup] = {}  # by their size
 
 TIMES_OWN_WORK = 10
 """How much longer than this rank's own part a part of another may take, in places of kind `rollout`; a rank that does nothing
@@ -92,10 +93,10 @@ def wait_for_all(kind: Kind, what: str) -> None:
     """Until all ranks are here; a collective call, for places that ranks may reach at very different times.
 
     The time-out of `kind` holds for this wait alone, not for what follows; of a rollout it follows the work: it is at least
-    TIMES_OWN_WORK the time since this rank's last wait. what: for the message, "the rollout of step 3".
+    TIMES_OWN_WORK the time since this rank's last wait or `begin_work`. what: for the message, "the rollout of step 3".
     StragglerError naming the ranks that did not come in time. Nothing happens without other ranks.
     """
-    global _num_waits, _waited
+    global _num_waits
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
     _num_waits += 1
@@ -104,7 +105,7 @@ def wait_for_all(kind: Kind, what: str) -> None:
     store.set(f"{prefix}{dist.get_rank()}", "")
     limit = timeout(kind)
     if kind == "rollout":
-        limit = max(limit, timedelta(seconds=TIMES_OWN_WORK * (time.monotonic() - _waited)))
+        limit = max(limit, timedelta(seconds=TIMES_OWN_WORK * (time.monotonic() - _begun)))
     try:
         dist.barrier(timeout=limit)  # on gloo, for the device is not bound
     except RuntimeError as error:
@@ -114,19 +115,41 @@ def wait_for_all(kind: Kind, what: str) -> None:
             raise StragglerError(
                 f"{what}: rank 0 ended while the others waited; its own log says why ({error})"
             ) from error
-        raise StragglerError(_absent_text(kind, what, absent, str(error))) from error
+        raise StragglerError(_absent_text(kind, what, absent, limit, str(error))) from error
     store.delete_key(f"{prefix}{dist.get_rank()}")
-    _waited = time.monotonic()
+    begin_work()
+
+
+def begin_work() -> None:
+    """From here on this rank's time counts as its own part of a rollout, by which `wait_for_all` measures how long others may
+    take. Where other work lies between a rollout and the wait before it.
+    """
+    global _begun
+    _begun = time.monotonic()
+
+
+def generator_ranks(tp: int) -> dist.ProcessGroup:
+    """This rank's generator as a group on gloo: tp neighbouring ranks, one set of groups for all that talk there. A collective call
+    of all ranks the first time. A rank waits in it for timeouts.rollout_seconds, whatever its own work took: what these ranks
+    do between two messages they do together, in the same passes.
+    """
+    if (made := _generators.get(tp)) is None or made not in dist.distributed_c10d._world.pg_map:
+        made, _ = dist.new_subgroups(tp, timeout=timeout("rollout"), backend="gloo")
+        _generators[tp] = made
+    return made
 
 
 def claim(name: str) -> int:
-    """How many ranks' calls with this name came before, over all ranks: no two get the same. StragglerError where the rank that
-    counts has ended.
+    """How many ranks' calls with this name came before, over all ranks: no two get the same. StragglerError where the process
+    that keeps the store, rank 0 or the launcher, has ended.
     """
     try:
         return dist.distributed_c10d._get_default_store().add(f"r1mega/{name}", 1) - 1
     except RuntimeError as error:
-        raise StragglerError(f"{name}: rank 0, which counts, ended; its own log says why ({error})") from error
+        raise StragglerError(
+            f"{name}: the store of torch.distributed, which counts, does not answer ({error}). Rank 0 or the launcher keeps it: if "
+            "that ended, its own log says why"
+        ) from error
 
 
 def forget_claims(name: str) -> None:
@@ -134,14 +157,22 @@ def forget_claims(name: str) -> None:
     dist.distributed_c10d._get_default_store().delete_key(f"r1mega/{name}")
 
 
-def _absent_text(kind: Kind, what: str, absent: list[int], cause: str) -> str:
+def _absent_text(kind: Kind, what: str, absent: list[int], limit: timedelta, cause: str) -> str:
+    """limit: that ran out; longer than the config's where it follows the work."""
     if not absent:  # all came, but the connection to one broke meanwhile
         return f"{what}: a rank ended while the others waited; its own log says why ({cause})"
     shown = ", ".join(map(str, absent[:16])) + (f" and {len(absent) - 16} more" if len(absent) > 16 else "")
+    said = timeout(kind)
+    own = f", for which {TIMES_OWN_WORK} times what this rank's own part took, {_seconds(limit)} s, stood in"
     return (
         f"{what}: waited for rank {shown} ({cause}). If it ended, its own log says why; if it is only slow, raise "
-        f"timeouts.{kind}_seconds ({getattr(_timeouts, f'{kind}_seconds'):g})"
+        f"timeouts.{kind}_seconds ({_seconds(said)}{own if limit > said else ''})"
+        + (f" above {_seconds(limit)}" if limit > said else "")
     )
+
+
+def _seconds(time: timedelta) -> str:
+    return f"{round(time.total_seconds(), 3):g}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +207,7 @@ def share_out(items: Sequence[T], work: Callable[[Sequence[T]], list[U]], what: 
     """
     place = GeneratorPlace.of_this_rank(tp)
     found: list[U] | R1MegaError
+    begin_work()
     try:
         found = work([items[i] for i in place.block(len(items))])
     except R1MegaError as error:

@@ -261,6 +261,10 @@ class RewardScorer:
             logger.warning("a response to prompt %s is left out of its group: %s", pending.prompt_id, reward.reason)
         return reward
 
+    def forget(self, ticket: int) -> None:
+        """Keep nothing of a ticket that nobody will ask for. What a worker has of it goes on, and counts in `activity`."""
+        self._pending.pop(ticket, None)
+
     def metrics(self) -> PoolMetrics:
         """Of the worker pool, since the start."""
         return self._pool.metrics()
@@ -296,15 +300,25 @@ class Verdicts:
 
     def __init__(self, scorer: RewardScorer) -> None:
         self._scorer = scorer
+        self._open: set[int] = set()
 
     def submit(self, prompt: Prompt, response: Response, text: str) -> int:
-        return self._scorer.submit(prompt, response, text, only=VERIFIED)
+        ticket = self._scorer.submit(prompt, response, text, only=VERIFIED)
+        self._open.add(ticket)
+        return ticket
 
     def flush(self) -> None:
         """Nothing waits for other ranks."""
 
     def result(self, ticket: int) -> Reward:
+        self._open.discard(ticket)
         return self._scorer.result(ticket)
+
+    def forget(self) -> None:
+        """Give up the tickets that were not asked for: what submitted them has failed."""
+        for ticket in self._open:
+            self._scorer.forget(ticket)
+        self._open.clear()
 
 
 @runtime_checkable

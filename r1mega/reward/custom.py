@@ -47,6 +47,11 @@ class WatchedPart:
             return _Later(score, where)
         return _checked(lambda: score, where)
 
+    @property
+    def waits_for_flush(self) -> bool:
+        """Whether some score may want `flush` first."""
+        return hasattr(self._part, "flush")
+
     def flush(self) -> None:
         _told(getattr(self._part, "flush", lambda: None), f"reward part {self.name!r}")
 

@@ -55,10 +55,11 @@ class Part(Protocol):
 
 
 class Batch:
-    """Items that are scored together, once the first of their results is asked for.
+    """Items that are scored together, once the first of their results is asked for: all that wait by then.
 
-    Which items share a batch then follows from what was submitted, not from when: the same responses get the same
-    scores to the last bit.
+    Where that is after the last of them was submitted (a rollout with one generator, without partial rollouts that read rewards
+    early), which items share a batch follows from what was sampled. Otherwise speeds have a say in it, and a score that is
+    rounded by its batch differs by so much.
     """
 
     def __init__(self, score: Callable[[Sequence[ScoringItem]], Sequence[PartScore]], collective: bool = False) -> None:

@@ -2,8 +2,8 @@
 harmlessness). Any Hugging Face sequence classifier with one label will do; the export of stage `reward_model` is one.
 
 A reward model sees what it was trained on: exports carry their prompt template, others are asked through the chat
-template of their tokenizer. Scores are computed in batches once the first of them is needed, sorted by content, so that
-they do not depend on the order in which responses came.
+template of their tokenizer. Scores are computed in batches of what waits once the first of them is needed, sorted by content,
+each distinct text once: what waits then decides on their rounding, the order in which it came does not.
 
 A reward model larger than one device is sharded over the ranks (`train/reward_model.py`); its scores are computed in
 `flush`, which every rank calls.
@@ -94,16 +94,11 @@ class RewardModel:
         return self._token_ids(question, text)
 
     def scores(self, conversations: Sequence[Conversation]) -> list[float | None]:
-        """A score each, None for one of more than max_tokens tokens."""
-        tokens = [self.token_ids(*conversation) for conversation in conversations]
-        order = sorted(
-            (i for i in range(len(tokens)) if len(tokens[i]) <= self._max_tokens),
-            key=lambda i: (len(tokens[i]), tokens[i]),
-        )
-        scores: list[float | None] = [None] * len(tokens)
-        for i, score in zip(order, self._forward([tokens[i] for i in order]), strict=True):
-            scores[i] = score
-        return scores
+        """A score each, None for one of more than max_tokens tokens; equal ones have the same."""
+        tokens = [tuple(self.token_ids(*conversation)) for conversation in conversations]
+        order = sorted({ids for ids in tokens if len(ids) <= self._max_tokens}, key=lambda ids: (len(ids), ids))
+        scores = dict(zip(order, self._forward([list(ids) for ids in order]), strict=True))
+        return [scores.get(ids) for ids in tokens]
 
     def _forward_here(self, sequences: Sequence[list[int]]) -> list[float]:
         model, device, scores = self._loaded(), platform.current().device, []

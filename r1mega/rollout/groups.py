@@ -10,21 +10,27 @@ import torch.distributed as dist
 
 from r1mega.config.stages.rl import RLStage
 from r1mega.data.cursor import PromptCursor
-from r1mega.platform.groups import GeneratorPlace, wait_for_all
+from r1mega.platform.groups import GeneratorPlace, begin_work, wait_for_all
 from r1mega.rollout.sampler import GroupSampler, request_seed
 from r1mega.rollout.work_sharing import NOBODY, WorkSharing
 from r1mega.types import Prompt, Reward, RewardStatus, RolloutGroup
 
+SIGNAL = 1e-6
+"""By which rewards of a group differ at least, as a share of the largest: less is the rounding of a reward model's batches."""
+
 
 def carries_signal(group: RolloutGroup) -> bool:
-    """Whether the group's scored responses differ in reward; only then are its advantages not zero (DAPO, section 3.2)."""
+    """Whether the group's scored responses differ in reward by more than rounding; only then do its advantages say something
+    (DAPO, section 3.2).
+    """
     return carry_signal(group.rewards)
 
 
 def carry_signal(rewards: Iterable[Reward | None]) -> bool:
     """The same of the rewards of a group. None: not scored yet."""
-    values = {reward.value for reward in rewards if reward is not None and reward.status == RewardStatus.OK}
-    return len(values) > 1
+    scored = (reward.value for reward in rewards if reward is not None and reward.status == RewardStatus.OK)
+    values = [value for value in scored if value is not None]
+    return bool(values) and max(values) - min(values) > SIGNAL * max(map(abs, values))
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +75,7 @@ class GroupCollector:
         kept: list[RolloutGroup] = []
         sampled: list[RolloutGroup] = []
         num_sampled = num_rounds = total = 0
+        begin_work()
         while total < wanted and num_rounds < (dynamic.max_rounds if dynamic.enabled else 1):
             groups = self._sample_round(step, num_sampled, wanted - total)
             num_sampled += wanted - total
@@ -97,7 +104,7 @@ class GroupCollector:
             if owner == NOBODY:
                 group.owner = next(blocks)
                 left.append(group)
-        more = self._work.share(left, [0] * self._place.num_replicas)
+        more = self._work.share(left, [owners.count(replica) for replica in range(self._place.num_replicas)])
         return self._sampler.sample([g for g in groups if g.owner == self._place.replica], step - 1, more)
 
     def _over_replicas(self, count: int) -> int:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from r1mega.config.stages.rl import RLStage
 from r1mega.data.cursor import PromptCursor
 from r1mega.errors import DataError
-from r1mega.platform.groups import GeneratorPlace, wait_for_all
+from r1mega.platform.groups import GeneratorPlace, begin_work, wait_for_all
 from r1mega.rollout.groups import GroupCollector, Rollout, carry_signal
 from r1mega.rollout.open_groups import NEVER, OpenGroup, OpenState, find_cut
 from r1mega.rollout.sampler import GroupSampler, StepCut, request_seed
@@ -48,6 +48,7 @@ class PartialCollector:
 
     def collect(self, step: int) -> Rollout:
         """The step's scored groups: num_prompts over all generators, in the order in which their prompts were drawn."""
+        begin_work()
         num_drawn, more = self._draw(step)
         cut = StepCut(self._partial.every_tokens, functools.partial(self._decide, step), self._leaves_out)
         mine = self._sampler.advance([g for g in self._open if self._is_mine(g)], step - 1, cut, more)

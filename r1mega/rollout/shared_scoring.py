@@ -9,7 +9,7 @@ import numpy as np
 import torch.distributed as dist
 
 from r1mega.errors import GenerationError, R1MegaError
-from r1mega.platform.groups import timeout
+from r1mega.platform.groups import generator_ranks
 from r1mega.rollout.sampler import Scorer
 from r1mega.types import Prompt, Response, Reward
 
@@ -30,10 +30,10 @@ class SharedScorer:
     """
 
     def __init__(self, scorer: Scorer, tp: int, *, everywhere: bool = False):
-        """tp: ranks of a generator, neighbours. A collective call of all generators."""
+        """tp: ranks of a generator, neighbours. A collective call of all generators, see `generator_ranks`."""
         self._scorer, self._tp, self._everywhere = scorer, tp, everywhere
         self._rank = dist.get_rank() % tp
-        self._group, _ = dist.new_subgroups(tp, timeout=timeout("rollout"), backend="gloo")
+        self._group = generator_ranks(tp)
         self._num_submitted = 0
         self._submitted: dict[_Key, int] = {}  # tickets, in order
         self._counts = Counter[bytes]()

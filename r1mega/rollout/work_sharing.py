@@ -1,7 +1,8 @@
 """Which generator samples which group of a step: as many as it has seats for from the start, the others whoever has room first.
 
-What is sampled follows from a group's seed, so that speeds decide where a group is made and nothing else. Where all groups have
-seats from the start nothing is shared, and the ranks say nothing to each other.
+What is sampled follows from a group's seed, so that speeds decide where a group is made, and by the batches that it is in how it
+is rounded, and nothing else. Where all groups have seats from the start nothing is shared; of several generators, the ranks then
+tell each other once a round what an earlier start left them, unless `rollout.work_sharing` is off.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from r1mega.config.schema import RolloutConfig
-from r1mega.platform.groups import GeneratorPlace, claim, forget_claims, timeout
+from r1mega.platform.groups import GeneratorPlace, claim, forget_claims, generator_ranks
 from r1mega.rollout.open_groups import OpenGroup
 
 NOBODY = -1
@@ -62,15 +63,15 @@ class WorkSharing:
         self._place, self._holds = place, holds
         self._is_on = rollout.work_sharing and place.num_replicas > 1
         self._seats = -(-rollout.max_num_seqs // rollout.group_size)
-        self._ranks = None
-        if self._is_on and rollout.tp > 1:
-            self._ranks, _ = dist.new_subgroups(rollout.tp, timeout=timeout("rollout"), backend="gloo")
+        self._ranks = generator_ranks(rollout.tp) if self._is_on and rollout.tp > 1 else None
         self._shared: SharedGroups | None = None
         self._num_shared = 0
 
     def holders(self, step: int, seeds: Sequence[int]) -> list[int]:
-        """The generator that has some of each group from an earlier start (NOBODY: none): there it goes on. A collective call."""
-        if self._place.num_replicas == 1:
+        """The generator that has some of each group from an earlier start (NOBODY: none, or nothing is shared): there it goes on.
+        A collective call where sharing is on.
+        """
+        if not self._is_on:
             return [NOBODY] * len(seeds)
         found = torch.tensor([self._place.replica if self._holds(step, seed) else _NONE for seed in seeds])
         dist.all_reduce(found, dist.ReduceOp.MIN)

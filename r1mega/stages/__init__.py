@@ -13,7 +13,8 @@ from r1mega.checkpoint.store import check_architecture, checkpoints, deciding_ke
 from r1mega.config.rewards import RewardConfig
 from r1mega.config.schema import Stage, TrainingStage
 from r1mega.config.stages.reward_model import RewardModelStage
-from r1mega.errors import CheckpointError
+from r1mega.config.stages.rl import RLStage
+from r1mega.errors import CheckpointError, ConfigError
 from r1mega.observe.progress import tell
 from r1mega.observe.run import RunDirectory
 from r1mega.reward.custom import load_part
@@ -88,10 +89,21 @@ def check_model(config: Stage) -> None:
 
 
 def check_rewards(config: Stage) -> None:
-    """Refuse parts of a reward that cannot be made, before any process group starts. Raises ConfigError."""
-    if isinstance(reward := getattr(config, "reward", None), RewardConfig):
-        for name, section in reward.custom.items():
-            load_part(name, section).close()
+    """Refuse parts of a reward that cannot be made, or not for this run, before any process group starts. Raises ConfigError."""
+    if not isinstance(reward := getattr(config, "reward", None), RewardConfig):
+        return
+    reads_early = (
+        isinstance(config, RLStage) and config.rollout.partial.is_on and config.algorithm.dynamic_sampling.enabled
+    )
+    for name, section in reward.custom.items():
+        part = load_part(name, section)
+        part.close()
+        if reads_early and part.waits_for_flush and section.weight > 0:
+            raise ConfigError(
+                f"reward.custom.{name}.part = {section.part} has flush(), which is called once all responses are there, and "
+                "rollout.partial with algorithm.dynamic_sampling wants rewards before; switch one of them off, or write the part "
+                "without flush()"
+            )
 
 
 def check_run_directory(config: Stage) -> None:

@@ -15,7 +15,7 @@ from r1mega.errors import R1MegaError
 from r1mega.evaluate.result import EvaluationResult, merge_results
 from r1mega.evaluate.run import evaluate_prompts
 from r1mega.files import JsonLinesWriter
-from r1mega.platform.groups import GeneratorPlace, wait_for_all
+from r1mega.platform.groups import GeneratorPlace, begin_work, wait_for_all
 from r1mega.reward.compose import RewardScorer, Verdicts
 from r1mega.rollout.shared_scoring import share_scoring
 from r1mega.stages.phases import Phases
@@ -47,7 +47,7 @@ class Evaluation:
     ):
         self._config, self._runtime = config, runtime
         self._engine, self._tokenizer, self._sampling = engine, tokenizer, sampling
-        self._scorer = share_scoring(Verdicts(scorer), config.rollout.tp)
+        self._scorer = scorer
         self._phases = phases
         self._prompts: tuple[Prompt, ...] = ()
         if config.evaluate.data is not None:
@@ -92,17 +92,21 @@ class Evaluation:
         return metrics
 
     def _outcomes(self, step: int) -> list[EvaluationResult | R1MegaError | OSError | None]:
-        """Of every rank. A collective call."""
-        place = GeneratorPlace.of_this_rank(self._config.rollout.tp)
+        """Of every rank. A collective call. Each evaluation has a scorer of its own: one that failed leaves nothing to the next."""
+        place, verdicts = GeneratorPlace.of_this_rank(self._config.rollout.tp), Verdicts(self._scorer)
+        scorer = share_scoring(verdicts, self._config.rollout.tp)
         outcome: EvaluationResult | R1MegaError | OSError
         with self._phases.within("evaluate"):
+            begin_work()
             try:
                 outcome = evaluate_prompts(
                     self._engine, self._tokenizer, self._prompts[place.replica :: place.num_replicas], self._config.evaluate,
-                    self._scorer, self._sampling,
+                    scorer, self._sampling,
                 )  # fmt: skip
             except (R1MegaError, OSError) as error:
                 outcome = error
+            finally:
+                verdicts.forget()
         wait_for_all("rollout", f"the evaluation after step {step}")
         return _of_all_ranks(outcome)
 

@@ -28,7 +28,6 @@ from r1mega.train.sample_plan import (
     pack_bits,
     plan_rounds,
     ranks_by,
-    sample_bytes,
     sample_wants,
     unpack_bits,
 )
@@ -222,7 +221,7 @@ class SampleExchange:
             return _packed(own[index], self._routing, self._places[target])
 
         def num_bytes(index: int, rank: int) -> int:
-            return sample_bytes(known[index], self._routing, self._places[rank].reads, len(self._places[rank].columns))
+            return wants[index].bytes_to(rank)
 
         self.bytes_sent += run_rounds(rounds, pack, unpack, num_bytes)
         for index in shares[self._place.replica]:  # of which this rank reads nothing but what it knows

@@ -56,6 +56,22 @@ class Reads:
         """Of the positions whose routed experts it replays: what the last token of a sample is routed to changes nothing."""
         return self.spans(num_tokens, num_tokens - 1)
 
+    def num_read(self, num_tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(positions in `token_spans`, in `routing_spans`) of samples of so many tokens: [n] -> [n], [n] int64."""
+        tokens = (
+            self._num_seen(num_tokens, num_tokens, int(self.log_probs)) if self.tokens else np.zeros_like(num_tokens)
+        )
+        return tokens, self._num_seen(num_tokens, num_tokens - 1)
+
+    def _num_seen(self, num_tokens: np.ndarray, stop: np.ndarray, further: int = 0) -> np.ndarray:
+        chunk = -(-num_tokens // (2 * self.cp))
+        total, end = np.zeros_like(num_tokens), np.zeros_like(num_tokens)
+        for place in (self.cp_rank, 2 * self.cp - 1 - self.cp_rank):
+            first, last = np.maximum(place * chunk, end), np.minimum((place + 1) * chunk + further, stop)
+            total += np.maximum(last - first, 0)
+            end = np.maximum(last, end)
+        return total
+
 
 @dataclass(frozen=True, slots=True)
 class RankPlace:
@@ -98,6 +114,10 @@ class Want:
     holders: np.ndarray
     wanted: np.ndarray
     num_bytes: np.ndarray
+
+    def bytes_to(self, rank: int) -> int:
+        """That go to one of those that want it."""
+        return int(self.num_bytes[self.wanted == rank][0])
 
 
 def plan_rounds(items: Mapping[int, Want], rank: int, world: int, limit: int) -> list[Round]:
@@ -142,18 +162,22 @@ def ranks_by(kind: Literal["generator", "replica"], places: Sequence[RankPlace])
     return {number: np.array(ranks) for number, ranks in found.items()}
 
 
-def routing_bytes(routing: Routing, num_positions: int, num_layers: int) -> int:
-    """Of the choices for so many positions of a sample in so many layers, packed."""
+def routing_bytes(routing: Routing, num_positions: np.ndarray, num_layers: int) -> np.ndarray:
+    """Of the choices for so many positions of samples in so many layers, packed."""
     return -(-num_positions * num_layers * routing.top_k * routing.bits // 8)
 
 
-def sample_bytes(summary: SampleSummary, routing: Routing, reads: Reads, num_layers: int) -> int:
-    """That a sample takes on its way to a rank which reads so much of it and has so many MoE layers."""
-    spans = reads.token_spans(summary.num_tokens)
-    kept = summary.response_length + summary.num_kept if summary.num_kept else 0
-    numbers = covered(spans) + (summary.response_length + kept if reads.log_probs else 0)
-    routed = reads.routing_spans(summary.num_tokens) if summary.has_routing else []
-    return TOKEN_BYTES * numbers + routing_bytes(routing, covered(routed), num_layers)
+def sample_bytes(samples: Sequence[SampleSummary], routing: Routing, kinds: Iterable[tuple[Reads, int]]) -> np.ndarray:
+    """[samples, kinds] int64: that each takes on its way to a rank which reads so much of it and has so many MoE layers."""
+    columns = [(s.num_tokens, s.response_length, s.num_kept, s.has_routing) for s in samples]
+    num_tokens, response, kept, has_routing = np.array(columns, dtype=np.int64).reshape(-1, 4).T
+    of_responses = response + np.where(kept > 0, response + kept, 0)
+    found = []
+    for reads, num_layers in kinds:
+        tokens, routed = reads.num_read(num_tokens)
+        numbers = tokens + (of_responses if reads.log_probs else 0)
+        found.append(TOKEN_BYTES * numbers + routing_bytes(routing, routed * has_routing, num_layers))
+    return np.stack(found, axis=1)
 
 
 def covered(spans: Iterable[tuple[int, int]]) -> int:
@@ -179,14 +203,11 @@ def sample_wants(
     for replica, share in enumerate(shares):
         for index in sorted(set(share)):
             ranks[index].append(replicas[replica])
-    wants = {}
+    wants, sizes = {}, sample_bytes(samples, routing, kinds)
     for index in sorted(ranks):
-        wanted, sample = np.concatenate(ranks[index]), samples[index]
-        sizes = np.zeros(len(kinds), dtype=np.int64)
-        for number in set(kind_of[wanted].tolist()):
-            sizes[number] = sample_bytes(sample, routing, *kinds[number])
-        num_bytes = sizes[kind_of[wanted]]
-        wants[index] = Want(generators[sample.generator], wanted[num_bytes > 0], num_bytes[num_bytes > 0])
+        wanted = np.concatenate(ranks[index])
+        num_bytes = sizes[index, kind_of[wanted]]
+        wants[index] = Want(generators[samples[index].generator], wanted[num_bytes > 0], num_bytes[num_bytes > 0])
     return wants
 
 

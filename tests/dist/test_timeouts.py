@@ -13,9 +13,12 @@ from r1mega.config.schema import RolloutConfig, TimeoutsConfig
 from r1mega.errors import StragglerError
 from r1mega.platform import groups
 from r1mega.rollout.open_groups import OpenGroup
+from r1mega.rollout.work_sharing import NOBODY, SharedGroups
+from r1mega.types import Prompt
 from tests.dist.launch import launch
 
 SHORT = 3.0
+PROMPT = Prompt("p", "q", ("1",), "math", None, (1,))
 
 
 class SlowOnRankOne:
@@ -84,6 +87,7 @@ def a_rollout_that_takes_too_long() -> str:
     groups.wait_for_all("startup", "the imports")
     time.sleep(2 * SHORT if dist.get_rank() == 1 else SHORT / 2)
     groups.wait_for_all("rollout", "a part that took longer than SHORT, and as long as others' parts do")
+    time.sleep(SHORT / 2)  # an update, which is no part of the rollout either
     text = error_of(lambda: collect(2 * SHORT, 7))
     store = dist.distributed_c10d._get_default_store()  # rank 0 keeps it: it stays until the others have looked
     store.set(f"said/{dist.get_rank()}", "")
@@ -93,10 +97,17 @@ def a_rollout_that_takes_too_long() -> str:
 
 
 def a_rank_that_ends() -> str:
+    """It has taken one of four groups: the others go on, until they wait for it."""
     groups.init_distributed(TimeoutsConfig(rollout_seconds=600))
+    open_groups = [OpenGroup(0, PROMPT, 1, 1, slot, NOBODY, []) for slot in range(4)]
+    shared = SharedGroups(open_groups, "work/1", groups.GeneratorPlace.of_this_rank(1), None)
+    if dist.get_rank() == 1:
+        shared()
+    groups.wait_for_all("startup", "one is taken")
     if dist.get_rank() == 1:
         return ""
-    return error_of(lambda: groups.wait_for_all("rollout", "the rollout of step 7"))
+    slots = [group.slot for taken in iter(shared, []) for group in taken]
+    return f"{slots} " + error_of(lambda: groups.wait_for_all("rollout", "the rollout of step 7"))
 
 
 def test_a_rollout_may_take_longer_than_a_collective():
@@ -115,6 +126,18 @@ def test_a_rank_that_is_waited_for_in_vain_is_named():
     assert "the rollout of step 7" in slow
 
 
+def test_the_limit_that_ran_out_is_named():
+    """Also where it followed the work: to raise the config's to less than that would change nothing."""
+    text = groups._absent_text("rollout", "the rollout", [3], timedelta(seconds=60_000), "Timed out")
+    assert (
+        "raise timeouts.rollout_seconds (21600, for which 10 times what this rank's own part took, 60000 s, stood in) above"
+        in text
+    )
+    assert text.endswith("above 60000")
+    text = groups._absent_text("rollout", "the rollout", [3], timedelta(seconds=21_600), "Timed out")
+    assert text.endswith("raise timeouts.rollout_seconds (21600)")
+
+
 def test_a_rank_that_ends_is_noticed_at_once():
     first, _ = launch(a_rank_that_ends, 2, timeout_seconds=600)  # of the 600 that it would wait
-    assert first.startswith("StragglerError: the rollout of step 7: waited for rank 1 (")
+    assert first.startswith("[1, 2, 3] StragglerError: the rollout of step 7: waited for rank 1 (")

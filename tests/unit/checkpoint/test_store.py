@@ -277,6 +277,20 @@ def test_no_bit_of_a_manifest_can_be_another_one_unseen(tmp_path):
     assert read_manifest(tmp_path) == whole
 
 
+def test_digests_of_a_newer_program_stop_the_start(tmp_path):
+    """Its checkpoint is not damaged, and stays where it is."""
+    store = open_store(tmp_path)
+    first, second = (store.save(i, state_of(torch.full((9,), float(i))), {}) for i in (1, 2))
+    manifest = read_manifest(second)
+    records = {name: {"bytes": r["bytes"], "blake9": "ab"} for name, r in manifest["files"].items()}
+    write_manifest(second, manifest["architecture"], records)
+    with pytest.raises(
+        CheckpointError, match=r"digests by blake9, of a newer program than this one; nothing was moved"
+    ):
+        store.latest()
+    assert sorted(store.directory.iterdir()) == [first, second]
+
+
 @pytest.mark.parametrize("name", ["__0_0.distcp", "manifest.json"])
 def test_a_file_that_the_disk_does_not_read_stops_the_start(tmp_path, monkeypatch, name):
     store = open_store(tmp_path)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from r1mega.config.load import load_config
 from r1mega.config.rewards import CustomReward, RewardConfig
 from r1mega.errors import ConfigError, RewardError
 from r1mega.reward.compose import RewardScorer
 from r1mega.reward.custom import load_part
+from r1mega.stages import check_rewards
 from r1mega.types import Prompt, Response, RewardStatus
 
 pytestmark = pytest.mark.heavy
@@ -96,6 +98,11 @@ class WorkerInfinite:
 class WorkerRaises:
     def score(self, item):
         return Deferred(Task("math:sqrt", (16.0,), 30.0), lambda outcome: outcome.nothing)
+
+
+class Together:
+    def __init__(self):
+        self.score, self.flush = lambda item: self, lambda: None
 
 
 class NoStatus:
@@ -206,6 +213,21 @@ def test_what_is_no_score_is_told_with_part_and_prompt(name, says):
 def test_what_is_no_part_is_refused(part, settings, says):
     with pytest.raises(ConfigError, match=rf"reward\.custom\.mine\.part = {part}.*{says}"):
         load_part("mine", CustomReward(part=part, settings=settings))
+
+
+@pytest.mark.parametrize("overdraw", [1, 2])
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(("part", "weight"), [("Together", 1), ("Together", 0), ("Words", 1)])
+def test_a_part_that_waits_for_all_is_refused_where_rewards_are_read_before(overdraw, dynamic, part, weight):
+    config = load_config("configs/nano/zero.yaml", [
+        f"reward.custom.mine.part=users_parts:{part}", f"reward.custom.mine.weight={weight}",
+        f"rollout.partial.overdraw={overdraw}", f"algorithm.dynamic_sampling.enabled={dynamic}",
+    ])  # fmt: skip
+    if part == "Together" and weight and dynamic and overdraw > 1:
+        with pytest.raises(ConfigError, match=r"^reward\.custom\.mine\.part = users_parts:Together has flush\(\)"):
+            check_rewards(config)
+    else:
+        check_rewards(config)
 
 
 def test_a_part_is_closed_with_the_scorer():

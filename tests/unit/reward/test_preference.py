@@ -116,6 +116,20 @@ def test_scores_do_not_depend_on_the_order_of_submission(classifier):
     assert model.scores(conversations[::-1]) == model.scores(conversations)[::-1]  # to the last bit
 
 
+def test_equal_texts_are_scored_once(classifier):
+    """In different batches they would differ by rounding, and a group of them would seem to carry a signal."""
+    asked = []
+
+    def forward(sequences):
+        asked.extend(sequences)
+        return [len(asked) + place / 8 for place in range(len(sequences))]
+
+    model = RewardModel(classifier[1]["chat"], batch_size=2, max_tokens=20, forward=forward)
+    conversations = [("what is kind ?", text) for text in ("a b", "c", "a b", "c", "a b", "d " * 30)]
+    first, second, *others, long = model.scores(conversations)
+    assert others == [first, second, first] and first != second and long is None and len(asked) == 2
+
+
 def test_helpfulness_reads_the_summary_and_harmlessness_everything(classifier):
     summary = RewardConfig(
         format=FormatReward(weight=0.0),

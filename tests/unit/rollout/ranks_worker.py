@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,7 @@ from r1mega.checkpoint.hf import HFTensors
 from r1mega.platform import groups
 from r1mega.rollout.engine import EngineSettings
 from r1mega.rollout.vllm_engine import VllmEngine
+from r1mega.rollout.work_sharing import NOBODY, SharedGroups
 from r1mega.weights import verify
 from r1mega.weights.transfer import DigestTap, checkpoint_tensors, read_weights
 from tests.unit.rollout.tiny_models import greedy_requests, sampled_requests
@@ -51,6 +53,13 @@ def run(directory: Path, tp: int, requests, ep: int = 1) -> list:
     engine.sleep()
     engine.wake_up()
     result = [[(r.token_ids, r.log_probs) for r in samples] for samples in engine.generate(requests)]
+    if tp > ep:  # it takes what is not begun with, as both ranks are told by the first
+        waiting = [SimpleNamespace(owner=NOBODY, request=request) for request in requests[1:]]
+        shared = SharedGroups(waiting, "work/ranks", groups.GeneratorPlace.of_this_rank(tp), groups.generator_ranks(tp))
+        found = list(engine.stream(requests[:1], refill=lambda: [group.request for group in shared()]))
+        assert len(found) == sum(map(len, result)) and all(group.owner == 0 for group in waiting)
+        for done in found:
+            assert done.response.token_ids == result[done.request_index][done.sample_index][0]
     if ep > tp:  # one engine has nothing to do, then leaves early: the other ends all the same
         assert len(engine.generate(requests[:1] if dist.get_rank() else [])) == dist.get_rank()
         stream = engine.stream(requests)

@@ -9,8 +9,11 @@ from r1mega.config.schema import RolloutConfig
 from r1mega.config.stages.rl import AlgorithmConfig
 from r1mega.data.cursor import PromptCursor
 from r1mega.platform import groups
-from r1mega.rollout.groups import GroupCollector
+from r1mega.platform.groups import GeneratorPlace
+from r1mega.rollout.groups import GroupCollector, carry_signal
 from r1mega.rollout.open_groups import OpenGroup
+from r1mega.rollout.sampler import request_seed
+from r1mega.rollout.work_sharing import WorkSharing
 from r1mega.stages.rl_metrics import group_metrics
 from r1mega.train.sample_exchange import SampleExchange
 from r1mega.train.sample_plan import RankPlace, Routing
@@ -92,6 +95,15 @@ def test_groups_without_signal_are_replaced_and_still_counted(alone):
     assert len(groups.collect(2).sampled) < len(PROMPTS)  # of its own step only
 
 
+@pytest.mark.parametrize(("values", "carries"), [
+    ((1.0, 1.0 + 1e-8, 1.0), False), ((0.3, 0.3 + 1e-6), True), ((-2.0, -2.0 + 1e-7), False), ((0.0, 1e-7), True),
+    ((0.0, 0.0), False), ((0.5, None), False), ((None,), False), ((), False),
+])  # fmt: skip
+def test_the_rounding_of_a_reward_model_is_no_signal(values, carries):
+    rewards = [None if value is None else Reward(value, {}, RewardStatus.OK) for value in values]
+    assert carry_signal([*rewards, Reward(None, {}, RewardStatus.FAILED)]) is carries
+
+
 def ranks_sample(tp, steps=3):
     """This rank's part of dynamic sampling over all ranks; what every rank trains on."""
     groups.init_distributed()
@@ -113,6 +125,17 @@ def test_dynamic_sampling_trains_on_the_same_samples_over_any_number_of_ranks():
     assert all(len({slot for slot, *_ in step}) == 4 for step in alone_)
     for ranks in several:
         assert all(found == alone_ for found in ranks)
+
+
+def test_what_a_generator_goes_on_with_takes_its_seats(alone):
+    """After a kill: of two generators with a seat for one group each the first has two on disk; the next of its block is anyone's."""
+    sampling, samples = collector(lambda i: 1, enabled=False)
+    held = {request_seed(1, 1, slot) for slot in (0, 1)}
+    sampling._place = GeneratorPlace(0, 2, True)
+    sampling._work = WorkSharing(sampling._config.rollout, sampling._place, lambda step, seed: seed in held)
+    sampling._sample_round(1, 0, 4)
+    assert [group.slot for group in sampling._work._shared.groups] == [2]
+    assert samples.seeds == [request_seed(1, 1, slot) for slot in (0, 1, 2)]  # it took that one, for nobody else did
 
 
 def test_it_gives_up_after_the_last_round(alone):

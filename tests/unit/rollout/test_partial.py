@@ -358,7 +358,7 @@ def test_a_slow_generator_leaves_groups_to_others_and_changes_none(tmp_path):
     check_equal(slow, whole)
     taken = [[len(every) // 3 for every, _ in steps] for steps, _ in slow]
     assert all(sum(counts) == 12 for counts in zip(*taken, strict=True))
-    assert sum(taken[0]) < 4 * 12 / 3 < min(sum(taken[1]), sum(taken[2]))
+    assert sum(taken[0]) < 4 * 12 / 3  # of the slow one alone: which of the others was faster is the machine's business
     for ranks in (3, 2):  # read where they were made, or by all
         check_equal(launch(steps_of, ranks, [5] * ranks, tmp_path, None, 1, 4, 0.0, QUEUES, 1.0), whole)
     kept = launch(steps_of, 3, [5] * 3, None, None, 1, 1, 0.01, {**QUEUES, "work_sharing": False}, 1.0)

@@ -28,12 +28,12 @@ class Engine:
         self.busy, self.broken, self.runtime = False, None, None
 
     def stream(self, requests):
-        if self.broken:
-            raise self.broken
         self.busy = True
         assert self.runtime._doing == "evaluate"  # what the watchdog is told
         for index, _ in enumerate(requests):
             yield Completion(index, 0, self.response)
+            if self.broken:
+                raise self.broken
         self.busy = False
 
     def generate(self, requests):
@@ -83,8 +83,8 @@ def test_the_ranks_of_a_generator_share_the_grading(evaluate, monkeypatch):
     shared = []
     monkeypatch.setattr(in_loop_evaluation, "share_scoring", lambda scorer, tp: shared.append((scorer, tp)) or scorer)
     evaluation, _, _ = evaluate("math")
-    assert [(type(scorer), tp) for scorer, tp in shared] == [(Verdicts, 1)]
     assert evaluation.run(1)["eval/accuracy"] == 1.0
+    assert [(type(scorer), tp) for scorer, tp in shared] == [(Verdicts, 1)]
 
 
 def test_waiting_for_saves_is_saving():
@@ -107,11 +107,13 @@ def test_prompts_that_nothing_verifies(evaluate):
 
 @pytest.mark.parametrize("error", [GenerationError("the generator is broken"), OSError("the generator is broken")])
 def test_an_evaluation_that_fails_costs_nothing_else(evaluate, caplog, tmp_path, error):
-    evaluation, _, engine = evaluate("math")
+    """The next one is graded as if it had not been, and nothing of it is kept."""
+    evaluation, _, engine = evaluate("math", "math")
     before = evaluation.run(1)
     engine.broken = error
     assert evaluation.run(2) == {"eval/failed": 1.0}
     assert "the evaluation after step 2 failed; training goes on. rank 0: the generator is broken" in caplog.text
+    assert not evaluation._scorer._pending
     engine.broken = None
     assert evaluation.run(3) == before == evaluation.summary()
     lines = (tmp_path / "evaluations.jsonl").read_text().splitlines()

@@ -5,6 +5,7 @@ import functools
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from r1mega.config.schema import ModelConfig, OptimizerConfig, ParallelConfig
 from r1mega.config.stages.rl import AlgorithmConfig
 from r1mega.platform import groups
 from r1mega.train.packing import build_microbatch
+from r1mega.train.sample_plan import Reads
 from r1mega.types import TrainingSample
 from tests.dist.launch import launch
 from tests.dist.loss_worker import VARIANTS
@@ -601,6 +603,10 @@ def test_labels_path_with_mtp_gives_the_same_log_probs_and_trains_the_mtp_layer(
     torch.testing.assert_close(result.statistics[0], expected, rtol=0, atol=1e-5)
     moved = {name for name, value in policy.hf_tensors() if not torch.equal(value, before[name])}
     assert any(name.startswith("model.layers.3.") for name in moved), "layer 3 is the MTP layer"
+    for predicts in (True, False):  # a pipeline stage of MTP layers alone embeds tokens, one in the middle reads none
+        policy._chunks = [SimpleNamespace(pre_process=False, post_process=False, mtp_process=predicts)]
+        policy._place_in_layout()
+        assert policy.reads == Reads(tokens=predicts, log_probs=False)
 
 
 def test_the_kernel_of_hidden_states_agrees_with_that_of_logits_in_bfloat16(one_rank):

@@ -9,8 +9,18 @@ import pytest
 from r1mega.errors import GenerationError
 from r1mega.platform import groups
 from r1mega.train.sample_exchange import SampleExchange
-from r1mega.train.sample_plan import RankPlace, Routing, Want, pack_bits, plan_rounds, unpack_bits
-from r1mega.types import TrainingSample
+from r1mega.train.sample_plan import (
+    RankPlace,
+    Reads,
+    Routing,
+    Want,
+    covered,
+    pack_bits,
+    plan_rounds,
+    sample_wants,
+    unpack_bits,
+)
+from r1mega.types import SampleSummary, TrainingSample
 
 
 def draw(seed):
@@ -48,6 +58,49 @@ def test_each_rank_gets_what_it_lacks_once_in_bounded_rounds(seed):
         inside = {index for plan in plans for members in plan[number].sends.values() for index in members}
         most = max(load for (place, *_), load in loads.items() if place == number)
         assert most <= limit or len(inside) == 1
+
+
+def bytes_to(sample, routing, place):
+    """Of one sample for one rank, span by span."""
+    tokens = covered(place.reads.token_spans(sample.num_tokens))
+    response = sample.num_tokens - sample.prompt_length
+    kept = response + sample.num_kept if sample.num_kept else 0
+    told = response + kept if place.reads.log_probs else 0
+    routed = covered(place.reads.routing_spans(sample.num_tokens)) if sample.has_routing else 0
+    bits = routed * len(place.columns) * routing.top_k * routing.bits
+    return 4 * (tokens + told) + -(-bits // 8)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_every_rank_wants_what_its_part_of_the_model_reads(seed):
+    """Drawn layouts and samples of 1 token and more, also of fewer than context-parallel ranks have chunks."""
+    draw = random.Random(seed)
+    cp, width, routing = draw.choice([1, 2, 3, 8]), draw.choice([1, 2, 4]), Routing(draw.choice([2, 8, 384]), 3)
+    places = [
+        RankPlace(
+            rank // width, rank % 3, tuple(range(draw.randrange(3))),
+            Reads(draw.random() < 0.5, draw.random() < 0.5, cp, draw.randrange(cp)),
+        )
+        for rank in range(24)
+    ]  # fmt: skip
+    samples = [
+        SampleSummary(
+            draw.randrange(24 // width), slot, length, draw.randrange(length), 0.0, 0.0,
+            has_routing=draw.random() < 0.5, num_kept=draw.choice([0, 7]),
+        )
+        for slot, length in enumerate([1, 2, 3, 16, 17, *(draw.randrange(1, 60) for _ in range(35))])
+    ]  # fmt: skip
+    shares = [[draw.randrange(len(samples)) for _ in range(20)] for _ in range(3)]
+    wants = sample_wants(samples, places, routing, shares)
+    for index, sample in enumerate(samples):
+        sizes = {r: bytes_to(sample, routing, p) for r, p in enumerate(places) if index in shares[p.replica]}
+        want = wants.get(index)
+        assert {r: size for r, size in sizes.items() if size} == {
+            r: want.bytes_to(r) for r in ([] if want is None else want.wanted.tolist())
+        }
+        if want is not None:
+            holders = [rank for rank, place in enumerate(places) if place.generator == sample.generator]
+            assert want.holders.tolist() == holders
 
 
 def test_the_ranks_that_have_a_sample_take_turns():

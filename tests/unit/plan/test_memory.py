@@ -310,6 +310,10 @@ def test_samples_take_a_share_of_host_memory_and_not_all_of_it():
     host, _ = host_and_disk(config, DEEPSEEK, (stage_rank(),), None, 8, plain)
     assert host["samples"] == 8 * plain.peak
     assert plain.peak < 0.8e9 and routed.peak < 3.3e9
+    cuts = ({"top_p": 0.9}, {"top_k": 1}, {"top_k": 1, "max_kept_ids": 64}, {"top_k": 50, "max_kept_ids": 2})
+    rollouts = [config.rollout.model_copy(update=cut) for cut in cuts]
+    told = [planned_samples(config.model_copy(update={"rollout": one}), DEEPSEEK, 512, work).share for one in rollouts]
+    assert told[1] == told[2] < told[3] < told[0]  # 1, 2 and 4 ids a token
 
 
 @pytest.mark.parametrize(("kind", "sizes", "kept"), [(np.uint8, (1, 1), 0), (np.uint16, (2, 4), 3)])

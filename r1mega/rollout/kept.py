@@ -16,6 +16,7 @@ from r1mega.types import KeptIds, SamplingSettings
 
 TIES = 1024
 """Ids at least, beside those that a bound allows, for which there is room where they are as likely as the last of them."""
+_CUT = np.float32(-np.inf)
 
 
 def kept_width(sampling: SamplingSettings, vocab_size: int) -> int:
@@ -41,8 +42,9 @@ def check_kept(num_kept: int, sampling: SamplingSettings, vocab_size: int) -> No
 def kept_ids(ids: np.ndarray, log_probs: np.ndarray, sampling: SamplingSettings, vocab_size: int) -> np.ndarray:
     """Those of the likeliest ids, as vLLM reports them (likeliest first), that were not cut (-inf); increasing. GenerationError where
     there may be more."""
-    num_kept = int(np.count_nonzero(log_probs > -np.inf))
-    check_kept(num_kept, sampling, vocab_size)
+    num_kept = len(ids) - int(log_probs[::-1].searchsorted(_CUT, "right"))  # they fall, so few are looked at
+    if num_kept > TIES:  # there is room for more than that, or for all
+        check_kept(num_kept, sampling, vocab_size)
     return np.sort(ids[:num_kept])
 
 

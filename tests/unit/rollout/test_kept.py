@@ -78,3 +78,13 @@ def test_lists_in_the_making_take_four_bytes_an_id_and_four_a_token():
     found, wanted = lists.finished(), KeptIds.of(ids)
     assert found.counts.dtype == found.ids.dtype == np.int32
     assert np.array_equal(found.counts, wanted.counts) and np.array_equal(found.ids, wanted.ids)
+
+
+@pytest.mark.parametrize("num_kept", [1, 2, 37, 1024, 1025, 2047])
+def test_what_was_cut_is_told_from_what_was_not(num_kept):
+    numbers = np.random.default_rng(num_kept)
+    ids = numbers.permutation(VOCABULARY)[:2048].astype(np.int32)
+    log_probs = np.sort(numbers.normal(size=2048).astype(np.float32))[::-1].copy()
+    log_probs[num_kept:] = -np.inf
+    found = kept_ids(ids, log_probs, SamplingSettings(max_kept=1024), VOCABULARY)
+    assert found.dtype == np.int32 and np.array_equal(found, np.sort(ids[:num_kept]))

@@ -46,7 +46,9 @@ class SamplingSettings:
     """How to sample. stop_token_ids end a response and belong to it; max_tokens bounds it (tokens).
 
     What is drawn from is cut in the order min_p (of at least so much of the likeliest one's probability), top_k, top_p; None: not.
-    max_kept: responses tell what was kept (`Response.kept`), and no more than the so many likeliest are.
+    max_kept: responses tell what was kept (`Response.kept`), which is bounded by it as by top_k. Beside the bound a generator may keep
+    ids as likely as the last one (on a CPU it does, on a GPU it cuts to the bound): they are told too, and are an error where there is
+    no room for them (`rollout.kept`).
 
     Example: SamplingSettings(temperature=1.0, top_p=1.0, max_tokens=2048, stop_token_ids=(2,))
     """
@@ -62,7 +64,7 @@ class SamplingSettings:
 
     @property
     def most_kept(self) -> int | None:
-        """The smaller of top_k and max_kept; ids as likely as the last one are kept beside it. None: no bound."""
+        """The smaller of top_k and max_kept; ids as likely as the last one: kept on a CPU, cut to the bound on a GPU. None: no bound."""
         return min((bound for bound in (self.top_k, self.max_kept) if bound is not None), default=None)
 
 

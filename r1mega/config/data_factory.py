@@ -97,3 +97,5 @@ class DataFactoryStage(Stage):
             )
         if self.rollout.partial != PartialRollouts():
             yield "rollout.partial is of RL, whose steps it ends; leave it out"
+        if self.rollout.max_kept_ids != RolloutConfig().max_kept_ids:
+            yield "rollout.max_kept_ids is of RL, whose trainer is told which ids were kept; leave it out, or set rollout.top_k"

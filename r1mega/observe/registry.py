@@ -67,7 +67,11 @@ METRICS: tuple[Metric, ...] = (
     Metric("response/mixed_language_fraction", "fraction", "responses whose reasoning mixes languages"),
     Metric("response/*", "mixed", "further figures about responses"),
     Metric("policy/loss", "loss", "the objective that was minimised, mean over optimizer steps"),
-    Metric("policy/kl", "nats/token", "KL of the policy from the reference model (k3 estimate)"),
+    Metric(
+        "policy/kl",
+        "nats/token",
+        "KL of the policy from the reference model (k3 estimate); with rollout.top_p, top_k or min_p of both over the ids kept",
+    ),
     Metric("policy/clip_fraction", "fraction", "response tokens whose ratio was clipped"),
     Metric(
         "policy/importance_capped_fraction",
@@ -81,7 +85,11 @@ METRICS: tuple[Metric, ...] = (
         "fraction",
         "effective sample size of the importance weights over the tokens, (sum w)^2 / (tokens * sum w^2), masked ones 0; null without corrections",
     ),
-    Metric("policy/entropy", "nats/token", "mean entropy of the policy's next-token distribution"),
+    Metric(
+        "policy/entropy",
+        "nats/token",
+        "mean entropy of the policy's next-token distribution; with rollout.top_p, top_k or min_p over the ids kept",
+    ),
     Metric("policy/grad_norm", "norm", "global gradient norm before clipping, mean over optimizer steps"),
     Metric("policy/skipped_updates", "count", "optimizer steps left out: their gradient was not finite"),
     Metric("policy/learning_rate", "1", "learning rate of the step's last optimizer step"),

@@ -41,7 +41,7 @@ LAYOUT_KEYS = ("parallel", "weights", "rollout.tp", "rollout.ep", "rollout.dp", 
 CHANGEABLE_KEYS = (
     "steps", "threads", "timeouts", "watchdog", "restart", "observe", "checkpoint", "memory", "evaluate", "tasks", "others",
     "model.recompute", "model.dispatcher", "model.megatron", "optimizer.overlap_grad_reduce", "optimizer.overlap_param_gather",
-    "optimizer.skip_nonfinite", "rollout.durable", "rollout.work_sharing", *LAYOUT_KEYS,
+    "optimizer.skip_nonfinite", "rollout.durable", "rollout.work_sharing", "rollout.max_kept_ids", *LAYOUT_KEYS,
 )  # fmt: skip
 """Config keys (with all below them) that may differ when a run is started again; any other makes it another run."""
 

@@ -81,18 +81,18 @@ def sample_memory(num_samples: int, tokens: float, responses: float, sizes: Size
 
 def planned_samples(config: RLStage, hf: HFConfig, gpus: int, work: Workload) -> SampleMemory:
     """Of a rank of the pipeline stage that has most MoE layers."""
-    p, model = config.parallel, architecture_of(hf)
+    p, model, rollout = config.parallel, architecture_of(hf), config.rollout
     ranks = p.tp * p.pp * p.cp
     flags = [model.has_experts(layer) for layer in range(model.num_layers)]
     layers = stage_layers(p, model.num_layers)
     own = [sum(flags[i] for chunk in range(stage, num_stages(p), p.pp) for i in layers[chunk]) for stage in range(p.pp)]
     chosen = int(hf["num_experts_per_tok"]) if any(flags) else 0
-    top_k = chosen if config.rollout.router_replay else 0
+    top_k = chosen if rollout.router_replay else 0
     fits = num_experts(hf) <= 256  # uint8; otherwise uint16, and int32 in a microbatch
     sizes = Sizes(
-        max(1, gpus // ranks), max(1, gpus // config.rollout.tp), ranks, config.update.num_epochs,
+        max(1, gpus // ranks), max(1, gpus // rollout.tp), ranks, config.update.num_epochs,
         top_k * (1 if fits else 2), top_k * (1 if fits else 4), sum(flags), max(own),
-        kept=min(KEPT_IDS, config.rollout.max_kept_ids) if config.rollout.cuts_vocabulary else 0.0,
+        kept=min(KEPT_IDS, rollout.max_kept_ids, rollout.top_k or KEPT_IDS) if rollout.cuts_vocabulary else 0.0,
     )  # fmt: skip
     tokens = sum(prompt + response for prompt, response in work.samples)
     found = sample_memory(len(work.samples), tokens, sum(work.responses), sizes)
@@ -100,7 +100,7 @@ def planned_samples(config: RLStage, hf: HFConfig, gpus: int, work: Workload) ->
         seen = tokens * config.update.num_epochs / (sizes.replicas * p.cp * p.tp)
         recorded = chosen * (1 if fits else 2) * sizes.own_layers * seen
         found = dataclasses.replace(found, packed=found.packed + recorded)
-    if not (rollout := config.rollout).partial.is_on:
+    if not rollout.partial.is_on:
         return found
     steps = played_steps(rollout.partial, tuple(work.responses), rollout.num_prompts, rollout.group_size, 0)
     left = max(step.left for step in steps)  # beside what a step trains on

@@ -73,14 +73,16 @@ class RolloutJournal:
     """
 
     def __init__(
-        self, run_dir: Path, place: GeneratorPlace, *, start: int = 0, max_staleness: int = 0, durable: bool = True
-    ):
+        self, run_dir: Path, place: GeneratorPlace, *, start: int = 0, max_staleness: int = 0, durable: bool = True,
+        tells_kept: bool = False,
+    ):  # fmt: skip
         """start: the last saved step; max_staleness: how many steps before it its unfinished responses may have begun, which
-        older ones are removed. durable: False keeps nothing. Raises DataError for a damaged file.
+        older ones are removed. durable: False keeps nothing. tells_kept: tokens are of no use without the ids that they were drawn from,
+        which an older program did not write. Raises DataError for a damaged file.
         """
         self._directory, self._checkpoints = Path(run_dir) / "rollouts", Path(run_dir) / "checkpoints"
         self._place, self._writes = place, durable and place.is_first
-        self._max_staleness = max_staleness
+        self._max_staleness, self._tells_kept = max_staleness, tells_kept
         self._writer: JsonLinesWriter | None = None
         self._synced = 0.0
         self._segments: dict[Place, _Line] = {}
@@ -109,7 +111,7 @@ class RolloutJournal:
 
     def take(self, place: Place, begun: int) -> Segment | None:
         """What an earlier start wrote of it, the latest that did, once; None: nothing, or nothing that goes on from `begun`
-        tokens. Raises DataError for a damaged file.
+        tokens, or that this run can train on. Raises DataError for a damaged file.
         """
         line, reward = self._segments.pop(place, None), self._rewards.pop(place, None)
         if line is None:
@@ -118,6 +120,8 @@ class RolloutJournal:
         if values["begun"] != begun:
             return None
         routed, kept = values.get("routed_experts"), values.get("kept")
+        if self._tells_kept and kept is None and values["tokens"]:
+            return None
         response = Response(
             tuple(values["tokens"]),
             tuple(map(float, values["log_probs"])),
@@ -264,4 +268,11 @@ def open_journal(rollout: RolloutConfig, run_dir: Path, start: int) -> RolloutJo
     """Of this rank, in a run that goes on after step `start`. Raises as the class does."""
     staleness = rollout.partial.max_staleness if rollout.partial.is_on else 0
     place = GeneratorPlace.of_this_rank(rollout.tp)
-    return RolloutJournal(run_dir, place, start=start, max_staleness=staleness, durable=rollout.durable)
+    return RolloutJournal(
+        run_dir,
+        place,
+        start=start,
+        max_staleness=staleness,
+        durable=rollout.durable,
+        tells_kept=rollout.cuts_vocabulary,
+    )

@@ -155,7 +155,8 @@ class GroupSampler:
                 else:
                     raise CheckpointError(
                         f"step {through}'s unfinished response {index} to prompt {group.prompt.id} lacks the tokens of step "
-                        f"{step}: put RUN_DIR/rollouts back beside the checkpoints, or use another run_dir"
+                        f"{step} (with rollout.top_p, top_k or min_p: or which ids they were drawn from, which older programs did not "
+                        "write): put RUN_DIR/rollouts back beside the checkpoints, or use another run_dir"
                     )
 
     def _restore(self, member: Member, segment: Segment, version: int) -> None:

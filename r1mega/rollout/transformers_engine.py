@@ -10,15 +10,15 @@ import re
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from r1mega.errors import GenerationError, WeightSyncError
 from r1mega.model.hf_config import transformers_config
 from r1mega.platform.watchdog import tick
 from r1mega.rollout.engine import EngineSettings, check_requests, continued_seed, in_order, read_config
+from r1mega.rollout.kept import KeptLists, check_kept
 from r1mega.rollout.stop_strings import StopStrings
-from r1mega.types import Completion, Cut, GenerationRequest, KeptIds, Refill, Response, SamplingSettings
+from r1mega.types import Completion, Cut, GenerationRequest, Refill, Response, SamplingSettings
 from r1mega.weights.digest import tensor_digest
 from r1mega.weights.layout import is_ignored, tensor_shapes, weight_dtype
 from r1mega.weights.transfer import checkpoint_tensors
@@ -130,7 +130,7 @@ class TransformersEngine:
         generators = [torch.Generator().manual_seed(continued_seed(request, first + i)) for i in alive]
         tokens: list[list[int]] = [list(request.begun) for _ in alive]
         log_probs: list[list[float]] = [[] for _ in alive]
-        kept: list[list[np.ndarray]] = [[] for _ in alive]
+        kept = [KeptLists() for _ in alive]
         inputs = torch.tensor([[*request.prompt_token_ids, *request.begun]] * request.num_samples)
         cache = None
         while alive:
@@ -143,13 +143,15 @@ class TransformersEngine:
                 tokens[i].append(token)
                 log_probs[i].append(float(distribution[row, token]))
                 if sampling.max_kept is not None:
-                    kept[i].append(distribution[row].isfinite().nonzero()[:, 0].numpy())
+                    ids = distribution[row].isfinite().nonzero()[:, 0].numpy()
+                    check_kept(len(ids), sampling, self.config["vocab_size"])
+                    kept[i].add(ids)
                 reason = self._finish_reason(tokens[i], sampling)
                 if reason is None:
                     keep.append(row)
                 else:
-                    ids = None if sampling.max_kept is None else KeptIds.of(kept[i])
-                    yield first + i, Response(tuple(tokens[i][num_begun:]), tuple(log_probs[i]), reason, kept=ids)
+                    lists = None if sampling.max_kept is None else kept[i].finished()
+                    yield first + i, Response(tuple(tokens[i][num_begun:]), tuple(log_probs[i]), reason, kept=lists)
             if len(keep) < len(alive):
                 cache.batch_select_indices(torch.tensor(keep, dtype=torch.long))
             alive, inputs = [alive[row] for row in keep], torch.tensor([[drawn[row]] for row in keep])

@@ -28,12 +28,12 @@ from r1mega.platform.generator import VllmPlatform, vllm_platform
 from r1mega.platform.watchdog import tick
 from r1mega.rollout import precision
 from r1mega.rollout.engine import EngineSettings, check_requests, continued_seed, in_order, read_config
-from r1mega.rollout.kept import kept_ids, kept_width
+from r1mega.rollout.kept import KeptLists, kept_ids, kept_width
 from r1mega.rollout.open_groups import NEVER
 from r1mega.rollout.routing import Recorder, ReturnedRouting, RoutingRecorder
 from r1mega.rollout.stop_strings import StopStrings
 from r1mega.rollout.vllm_groups import destroy_vllm_groups, ensure_process_group, rank_within, shared_names
-from r1mega.types import UNFINISHED, Completion, Cut, GenerationRequest, KeptIds, Refill, Response, SamplingSettings
+from r1mega.types import UNFINISHED, Completion, Cut, GenerationRequest, Refill, Response, SamplingSettings
 from r1mega.weights.layout import GeneratorRank, generator_layout, tensor_shapes
 from r1mega.weights.transfer import (
     ReloadTarget,
@@ -58,11 +58,11 @@ class _Running:
     stop_candidates: frozenset[int]
     token_ids: list[int]
     log_probs: list[float] = field(default_factory=list)
-    kept: list[np.ndarray] = field(default_factory=list)  # ids, of the same tokens
+    kept: KeptLists = field(default_factory=KeptLists)  # of the same tokens
 
     def completion(self, finish_reason: str, routed_experts: np.ndarray | None) -> Completion:
         new = tuple(self.token_ids[len(self.token_ids) - len(self.log_probs) :])
-        kept = None if self.sampling.max_kept is None else KeptIds.of(self.kept)
+        kept = None if self.sampling.max_kept is None else self.kept.finished()
         response = Response(new, tuple(self.log_probs), finish_reason, routed_experts, kept=kept)
         return Completion(self.request_index, self.sample_index, response)
 
@@ -394,7 +394,7 @@ class VllmEngine:
             state.log_probs.append(log_prob)
             if state.sampling.max_kept is not None:
                 likeliest = output.new_logprobs.logprob_token_ids[place, 1:], output.new_logprobs.logprobs[place, 1:]
-                state.kept.append(kept_ids(*likeliest, self.config["vocab_size"]))
+                state.kept.add(kept_ids(*likeliest, state.sampling, self.config["vocab_size"]))
             may_stop = token in state.stop_candidates
             if may_stop and self._stop_strings.matches(state.token_ids, state.sampling.stop_strings):
                 return "stop"

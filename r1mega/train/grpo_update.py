@@ -106,9 +106,9 @@ def update_policy(
 
 
 def _kept_ids(samples: Sequence[SampleSummary]) -> float | None:
-    """That a response token was drawn from, in the mean; None: from the whole vocabulary."""
-    num_kept = sum(sample.num_kept for sample in samples)
-    return num_kept / sum(sample.response_length for sample in samples) if num_kept else None
+    """That a response token was drawn from, in the mean over samples that tell; None: none does."""
+    told = [sample for sample in samples if sample.num_kept]
+    return sum(s.num_kept for s in told) / sum(s.response_length for s in told) if told else None
 
 
 def _with_log_probs(trainer: Trainer, minibatches: Sequence[_Minibatch], config: RLStage) -> list[_Minibatch]:

@@ -158,11 +158,12 @@ class Microbatch:
     def num_tokens(self) -> int:
         return int(self.tokens.numel())
 
-    def to(self, device: torch.device) -> Self:
-        """The same on another device (itself when it is there already)."""
-        if self.tokens.device == device:
+    def to(self, device: torch.device, *, kept: bool = True) -> Self:
+        """The same on another device (itself when it is there already). kept: with the kept ids, which heads alone read."""
+        left_out = {} if kept or self.kept_ids is None else {"kept_ids": None, "kept_offsets": None}
+        if self.tokens.device == device and not left_out:
             return self
-        fields = self._fields()
+        fields = self._fields() | left_out
         for name, value in fields.items():
             if torch.is_tensor(value):
                 fields[name] = value.to(device, non_blocking=True)

@@ -228,6 +228,10 @@ class Policy:
             )
         return one.statistics
 
+    def is_last(self, module: torch.nn.Module) -> bool:
+        """Whether a head reads the output of this one of `modules`."""
+        return self._chunks[self.modules.index(module)].post_process
+
     def forward(
         self, module: torch.nn.Module, batch: Microbatch, *, mtp_loss: bool, records: Records | None = None
     ) -> tuple[torch.Tensor, Shard]:
@@ -375,7 +379,7 @@ class _Pass(Generic[B, S]):
             offsets = None
         else:
             offsets = batch.row_offsets() if self.sums_over == "samples" else None  # before it is on a device
-            batch = batch.to(self.policy.device)
+            batch = batch.to(self.policy.device, kept=self.policy.is_last(module))
             output, part = self.policy.forward(module, batch, mtp_loss=self.mtp_loss, records=self.records)
         return output, functools.partial(self.value, batch, part, offsets)
 

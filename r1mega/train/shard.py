@@ -108,10 +108,12 @@ def _kept(batch: Microbatch, rows: torch.Tensor, num_tokens: int) -> KeptTokens 
     """Of `num_tokens` tokens of this rank, of the batch's lists. rows: [R] where each of its rows is here, -1: on another rank."""
     if batch.kept_ids is None or batch.kept_offsets is None:
         return None
-    rows = rows.to(batch.kept_ids.device)
-    counts, mine = batch.kept_offsets.diff(), rows >= 0
-    ids = batch.kept_ids[torch.repeat_interleave(mine, counts)]  # rows rise, so the lists stay in order
-    return KeptTokens(ids, list_offsets(counts.new_zeros(num_tokens).index_copy_(0, rows[mine], counts[mine])))
+    ids, counts, device = batch.kept_ids, batch.kept_offsets.diff(), batch.kept_ids.device
+    if not (rows >= 0).all():
+        mine = (rows >= 0).to(device)
+        ids = ids[torch.repeat_interleave(mine, counts)]  # rows rise, so the lists stay in order
+        rows, counts = rows[rows >= 0], counts[mine]
+    return KeptTokens(ids, list_offsets(counts.new_zeros(num_tokens).index_copy_(0, rows.to(device), counts)))
 
 
 class _JoinRows(torch.autograd.Function):

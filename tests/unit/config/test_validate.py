@@ -432,9 +432,11 @@ def test_context_length(hf, context):
     assert context_length(hf) == context
 
 
-def test_partial_rollouts_are_of_reinforcement_learning():
-    config = load_config(Path("configs/nano/cold_start.yaml"), ["rollout.partial.overdraw=2"])
-    assert any("rollout.partial is of RL" in problem for problem in config.problems(NANO, 1))
+def test_partial_rollouts_and_kept_ids_are_of_reinforcement_learning():
+    overrides = ["rollout.partial.overdraw=2", "rollout.top_p=0.9", "rollout.max_kept_ids=64"]
+    problems = list(load_config(Path("configs/nano/cold_start.yaml"), overrides).problems(NANO, 1))
+    for key, advice in (("partial", "leave it out"), ("max_kept_ids", "leave it out, or set rollout.top_k")):
+        assert any(f"rollout.{key} is of RL" in problem and advice in problem for problem in problems)
 
 
 @pytest.mark.parametrize(

@@ -320,6 +320,10 @@ def test_samples_take_a_share_of_host_memory_and_not_all_of_it():
     )  # of 58 in stages of at most so many; 8 of 256
     assert 58 / p.pp <= layers <= 1 + 61 / p.pp and layers == pytest.approx(round(layers))
     assert (recorded.made, recorded.share, recorded.passing) == (plain.made, plain.share, plain.passing)
+    cuts = ({"top_p": 0.9}, {"top_k": 1}, {"top_k": 1, "max_kept_ids": 64}, {"top_k": 50, "max_kept_ids": 2})
+    rollouts = [config.rollout.model_copy(update=cut) for cut in cuts]
+    told = [planned_samples(config.model_copy(update={"rollout": one}), DEEPSEEK, 512, work).share for one in rollouts]
+    assert told[1] == told[2] < told[3] < told[0]  # 1, 2 and 4 ids a token
 
 
 @pytest.mark.parametrize(("kind", "sizes", "kept"), [(np.uint8, (1, 1), 0), (np.uint16, (2, 4), 3)])

@@ -511,6 +511,23 @@ def test_a_segment_that_does_not_fit_is_no_part_of_a_response(whole, tmp_path):
     assert facts(run.step(2)) == expected[2]
 
 
+def test_what_an_older_program_did_not_tell_the_ids_of_is_sampled_again(whole):
+    """A run with `rollout.top_p` that goes on, or is refused where earlier steps' tokens cannot be sampled again."""
+    directory, expected, saved = whole
+    for step in (1, 2):
+        old = [{key: value for key, value in line.items() if key != "kept"} for line in lines_of(directory, step)]
+        write_lines(directory, step, old)
+    for step in range(3, 7):
+        shutil.rmtree(directory / f"rollouts/step_{step:06d}")
+    cut = {**HARD, "keys": {"top_p": 0.9}}
+    with pytest.raises(
+        CheckpointError, match=r"lacks the tokens of step [12] .*which ids they were drawn from.*another run_dir"
+    ):
+        Run(directory, copy.deepcopy(saved[2]), 2, **cut)
+    run = Run(directory, None, 0, **cut)
+    assert [facts(run.step(step)) for step in (1, 2)] == [expected[1], expected[2]]  # with the ids, of all
+
+
 def test_a_reward_is_of_the_segment_that_counts(alone, tmp_path):
     """Between files, whichever is read first; not of what an earlier start had sampled."""
     place, spot = Place(1, 5, 0), GeneratorPlace.of_this_rank(1)

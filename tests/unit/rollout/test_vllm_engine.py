@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from r1mega.errors import GenerationError, R1MegaError
 from r1mega.platform import groups
+from r1mega.rollout import kept
 from r1mega.rollout.engine import sample_seed
 from r1mega.rollout.transformers_engine import TransformersEngine
 from r1mega.rollout.vllm_engine import VllmEngine
@@ -136,14 +137,18 @@ def test_kept_ids_are_what_was_drawn_from(engines, built):
                 assert log_prob == pytest.approx(np.log(row[token] / row[ids].sum()), abs=TOLERANCE)
 
 
-def test_ids_that_are_all_as_likely_as_the_last_are_more_than_can_be_kept(engines):
-    engine = engines("llama", weights="empty")
+@pytest.mark.parametrize("built", ["vllm", "transformers"])
+def test_ids_that_are_all_as_likely_as_the_last_are_kept_or_more_than_can_be(engines, monkeypatch, built):
+    settled = settings("llama", weights="empty")
+    engine = engines("llama", weights="empty") if built == "vllm" else TransformersEngine(settled)
     engine.update_weights((n, torch.zeros_like(t)) for n, t in checkpoint_tensors(checkpoint("llama")))
-    requests = sampled_requests(1, max_tokens=1, max_kept=47)
-    with pytest.raises(GenerationError, match="more than 94 ids .* rollout.max_kept_ids"):
-        engine.generate(requests)
-    ((response, *_),) = engine.generate(sampled_requests(1, max_tokens=1, max_kept=48))
-    assert response.kept.counts == [96] and response.log_probs[0] == pytest.approx(-np.log(96))
+    cuts: list[dict[str, int]] = [{"max_kept": 48}, {"max_kept": 47, "top_k": 2}]
+    for cut in cuts:
+        ((response, *_),) = engine.generate(sampled_requests(1, max_tokens=1, **cut))
+        assert response.kept.counts == [96] and response.log_probs[0] == pytest.approx(-np.log(96))
+    monkeypatch.setattr(kept, "TIES", 1)
+    with pytest.raises(GenerationError, match=r"at least 94 ids .* rollout\.max_kept_ids = 47 allows"):
+        engine.generate(sampled_requests(1, max_tokens=1, max_kept=47))
     with pytest.raises(GenerationError, match="min_p=1.0"):
         engine.generate(sampled_requests(1, min_p=1.0))
 

@@ -12,11 +12,12 @@ from r1mega.data import nano_tokenizer
 from r1mega.data.filters import Candidate
 from r1mega.data.prompts import load_prompts
 from r1mega.errors import DataError
+from r1mega.observe.trace import PhaseTimer
 from r1mega.platform import groups
 from r1mega.stages import cold_start
 from r1mega.stages.cold_start import pose
 from r1mega.stages.data_factory import DataFactory
-from r1mega.types import Response
+from r1mega.types import Completion, Response, Reward, RewardStatus
 
 EXAMPLE = json.dumps({"question": "a 5", "response": "<think> try a 5 yes </think> <answer> 5 </answer>"})
 
@@ -106,3 +107,39 @@ def test_a_judge_that_is_the_policy_verifies_what_was_rewritten(ask, tmp_path, m
     assert [c.id for c in verified] == [c.id for c in candidates] and all(c.tokens > 3 for c in verified)
     assert not any(c.scored for c in verified), "one token is no verdict"
     assert all(c.parts["accuracy"] == 1.0 for c in verified)
+
+
+def test_samples_are_cut_as_the_rollout_says_and_nothing_is_recorded_of_it(ask, tmp_path, monkeypatch):
+    """No update compares them with anything."""
+    cut = [
+        "rollout.top_p=0.8",
+        "rollout.top_k=5",
+        "rollout.min_p=0.1",
+        "rollout.group_size=2",
+        "data.max_prompt_tokens=512",
+    ]
+    _, posed = ask(*cut)
+    config = load_config("configs/nano/cold_start.yaml", [f"model.path={tmp_path}", *cut])
+    runtime = SimpleNamespace(
+        config=config, run_dir=tmp_path / "run", rank=0, is_main=True, timer=PhaseTimer(), barrier=lambda: None, signalled=False,
+        stop_requested=lambda: False, write_metrics=lambda *_: None, begin=lambda *_: None,
+        progress=lambda **_: contextlib.nullcontext(),
+    )  # fmt: skip
+    factory, asked = DataFactory(config, runtime), []
+
+    def stream(requests):
+        for index, request in enumerate(requests):
+            asked.append(request.sampling)
+            yield Completion(index, 0, Response((5,), (0.0,), "stop"))
+
+    reward = Reward(1.0, {}, RewardStatus.OK)
+    scorer = SimpleNamespace(submit=lambda *_: 0, result=lambda _: reward, flush=lambda: None)
+    engine = SimpleNamespace(stream=stream)
+    monkeypatch.setattr(factory, "scorer", lambda **_: contextlib.nullcontext((engine, scorer)))
+    groups.init_distributed()
+    try:
+        assert factory.sample(posed[:2])
+    finally:
+        groups.destroy()
+    assert len(asked) == 4
+    assert {(s.top_p, s.top_k, s.min_p, s.max_kept) for s in asked} == {(0.8, 5, 0.1, None)}

@@ -12,10 +12,11 @@ from r1mega.data.tokenizer import load_tokenizer
 from r1mega.errors import GenerationError
 from r1mega.platform import groups
 from r1mega.reward.compose import RewardScorer, Verdicts
+from r1mega.rollout.sampler import sampling_settings
 from r1mega.stages import in_loop_evaluation
 from r1mega.stages.in_loop_evaluation import Evaluation
 from r1mega.stages.runtime import Runtime
-from r1mega.types import Completion, Response, SamplingSettings
+from r1mega.types import Completion, Response
 
 pytestmark = pytest.mark.heavy
 
@@ -30,6 +31,10 @@ class Engine:
     def stream(self, requests):
         self.busy = True
         assert self.runtime._doing == "evaluate"  # what the watchdog is told
+        for sampling in (
+            request.sampling for request in requests
+        ):  # cut by evaluate.top_p alone, and nothing is recorded
+            assert (sampling.top_p, sampling.top_k, sampling.min_p, sampling.max_kept) == (0.9, None, None, None)
         for index, _ in enumerate(requests):
             yield Completion(index, 0, self.response)
             if self.broken:
@@ -54,7 +59,8 @@ def evaluate(tmp_path):
         config = load_config("configs/nano/zero.yaml", [
             f"model.path={tmp_path}", f"run_dir={tmp_path}", f"data.prompts=[{tmp_path}/p.jsonl]",
             f"evaluate.data={tmp_path}/p.jsonl", "evaluate.num_prompts=null", "reward.judge.weight=1",
-            "reward.judge.engine=policy", "reward.pool.num_workers=1",
+            "reward.judge.engine=policy", "reward.pool.num_workers=1", "rollout.top_p=0.8", "rollout.top_k=5", "rollout.min_p=0.1",
+            "evaluate.top_p=0.9",
         ])  # fmt: skip
         engine, notes = Engine(tokenizer, " <think> a </think> <answer> 5 </answer>"), []
         runtime = engine.runtime = object.__new__(Runtime)
@@ -62,7 +68,9 @@ def evaluate(tmp_path):
         phases = SimpleNamespace(within=lambda phase: contextlib.nullcontext())
         scorer = RewardScorer(config.reward, max_response_tokens=64, engine=engine, tokenizer=tokenizer)
         scorers.append(scorer)
-        return Evaluation(config, runtime, engine, tokenizer, scorer, SamplingSettings(), phases, 0), notes, engine
+        sampling = sampling_settings(config.rollout, tokenizer, trains=True)
+        assert sampling.max_kept == 1024
+        return Evaluation(config, runtime, engine, tokenizer, scorer, sampling, phases, 0), notes, engine
 
     yield made
     for scorer in scorers:

@@ -18,7 +18,7 @@ from r1mega.config.stages.rl import AlgorithmConfig
 from r1mega.platform import groups
 from r1mega.train.packing import build_microbatch
 from r1mega.train.sample_plan import Reads
-from r1mega.types import TrainingSample
+from r1mega.types import KeptIds, TrainingSample
 from tests.dist.launch import launch
 from tests.dist.loss_worker import VARIANTS
 
@@ -38,6 +38,20 @@ HF = {
     "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 LEARNING_RATE, TEMPERATURE = 1e-3, 0.8
+
+
+def test_kept_ids_go_where_a_head_is():
+    """To one chunk of two, of a rank that holds both."""
+    from r1mega.train.policy import Policy, _Pass
+
+    batch = build_microbatch([[1, 2, 3]], [1], [0], kept=[KeptIds.of([np.arange(4), np.arange(3)])])
+    policy = object.__new__(Policy)
+    policy.device, policy.modules = batch.tokens.device, ["body", "head"]
+    policy._chunks = [SimpleNamespace(post_process=False), SimpleNamespace(post_process=True)]
+    policy.forward = lambda module, batch, **_: (batch, None)
+    one = _Pass(policy, loss=None, temperature=1.0, mtp_loss=False, sums_over=None, records=None)
+    (body, _), (head, _) = (one.forward(iter([batch]), module) for module in policy.modules)
+    assert head is batch and body.kept_ids is body.kept_offsets is None and body.tokens is batch.tokens
 
 
 @pytest.fixture

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from r1mega.config.stages.rl import AlgorithmConfig
+from r1mega.train.grpo_update import _kept_ids
 from r1mega.train.samples import step_advantages, training_samples
-from r1mega.types import Prompt, Response, Reward, RewardStatus, RolloutGroup
+from r1mega.types import Prompt, Response, Reward, RewardStatus, RolloutGroup, SampleSummary
 
 
 def group(values, finish="stop"):
@@ -107,3 +108,9 @@ def test_a_group_is_opened_by_its_first_response_that_carries_loss():
 
 def test_nothing_scored():
     assert training_samples([group([None, None])], AlgorithmConfig()) == []
+
+
+def test_the_mean_of_kept_ids_is_over_the_responses_that_tell_them():
+    told = [SampleSummary(0, 0, 9, 5, 1.0, 1.0, num_kept=12), SampleSummary(0, 0, 15, 5, 1.0, 1.0, num_kept=16)]
+    assert _kept_ids(told) == _kept_ids([*told, SampleSummary(0, 1, 90, 5, 1.0, 1.0)]) == 2.0
+    assert _kept_ids([SampleSummary(0, 1, 90, 5, 1.0, 1.0)]) is None

@@ -77,6 +77,7 @@ def test_parts_of_all_ranks_make_up_the_microbatch(drawn, cp, tp, sequence_paral
             assert part.kept.ids[first:last].tolist() == wanted[at]
         if drawn:
             assert len(part.kept.offsets) == len(part.tokens) + 1
+            assert cp > 1 or part.kept.ids is batch.kept_ids  # not copied where all rows are here
             assert len(part.kept.ids) == sum(len(wanted[at]) for at in part.places.tolist())
     assert kept == sum(map(len, token_ids))
     for number, ids in enumerate(token_ids):

@@ -89,7 +89,8 @@ class GenerationRequest:
 @dataclass(slots=True)
 class Cut:
     """When a generator leaves responses unfinished. `reached` is asked after every `every` passes of the model while samples
-    run, with the fewest new tokens that one of them has; at True the stream yields what each has so far (UNFINISHED) and
+    run, and where generators share their passes as long as one of any of them does, with the fewest new tokens that one of
+    its own has (`NEVER` of rollout/open_groups.py where none runs); at True the stream yields what each has so far (UNFINISHED) and
     ends. A generator may ask later, or never, and so sample more than is wanted: who asked takes what he wants of it.
 
     Example: Cut(64, lambda fewest: fewest >= 512) ends a stream once all samples are finished or have 512 new tokens

@@ -20,7 +20,7 @@ import math
 import random
 import shutil
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,7 @@ class PacedEngine:
 
     def stream(
         self, requests: Sequence[GenerationRequest], cut: Cut | None = None, refill: Refill | None = None
-    ) -> Iterator[Completion]:
+    ) -> Generator[Completion]:
         """As the engine's own; each sample is a request by itself, as it is inside of the engine."""
         places: list[tuple[int, int]] = []
         num_known = 0

@@ -83,7 +83,11 @@ def plan_memory(
 ) -> MemoryPlan:
     """work: None for a stage that trains nothing. Raises ConfigError for a layout that does not divide."""
     rollout = getattr(config, "rollout", None)
-    problems = [] if rollout is None else list(generator_problems(rollout, gpus, hf))
+    problems: list[str] = []
+    if isinstance(config, RLStage):
+        problems = list(config.generator_problems(hf, gpus))
+    elif rollout is not None:
+        problems = list(generator_problems(rollout, gpus, hf, together=False))
     if isinstance(config, TrainingStage):
         problems = [*model_problems(config.parallel, hf), *process_problems(config.parallel, gpus), *problems]
     if config.model.fp8 != "off" and gpu.fp8_flops is None:

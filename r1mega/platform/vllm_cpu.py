@@ -6,11 +6,12 @@ because `prepare_environment` has to come first.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 import secrets
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -165,11 +166,49 @@ def _patch_expert_map() -> None:
     _replace(CPUUnquantizedExperts, "apply", apply)
 
 
+class Communicator(Protocol):
+    """What is asked of a CpuCommunicator of vLLM's."""
+
+    world_size: int
+    rank_in_group: int
+    device_group: dist.ProcessGroup
+
+
+def all_gatherv(
+    self: Communicator, input_: torch.Tensor | list[torch.Tensor], dim: int = 0, sizes: list[int] | None = None
+) -> torch.Tensor | list[torch.Tensor]:
+    """The ranks' rows one after the other, of a tensor or of each of a list: [sum of sizes, ...]."""
+
+    def gathered(one: torch.Tensor) -> torch.Tensor:
+        rows = sizes or [one.shape[0]] * self.world_size
+        padded = one.new_zeros((max(rows), *one.shape[1:]))
+        padded[: one.shape[0]] = one
+        parts = [torch.empty_like(padded) for _ in rows]
+        dist.all_gather(parts, padded, group=self.device_group)
+        return torch.cat([part[:size] for part, size in zip(parts, rows, strict=True)])
+
+    return [gathered(one) for one in input_] if isinstance(input_, list) else gathered(input_)
+
+
+def reduce_scatterv(
+    self: Communicator, input_: torch.Tensor, dim: int = -1, sizes: list[int] | None = None
+) -> torch.Tensor:
+    """This rank's rows of the ranks' [sum of sizes, ...], summed in the order of ranks: what a row adds up to does not depend on its
+    place."""
+    sizes = sizes or [input_.shape[0] // self.world_size] * self.world_size
+    own = sizes[self.rank_in_group]
+    parts = input_.new_empty((own * self.world_size, *input_.shape[1:]))
+    dist.all_to_all_single(parts, input_.contiguous(), [own] * self.world_size, sizes, group=self.device_group)
+    return functools.reduce(torch.add, parts.split(own) if own else [parts])
+
+
 def _patch_uneven_collectives() -> None:
     """vllm/distributed/device_communicators/cpu_communicator.py, CpuCommunicator: all_gatherv and reduce_scatterv, which it lacks.
 
     Reason: experts that several attention groups share get their tokens by them (all2all.py, AgRsAll2AllManager, which this
-    communicator builds). Here parts are padded to the largest, and sums are made whole on every rank: right, and no faster.
+    communicator builds). To be dropped with a vLLM whose CpuCommunicator has both, which is refused until then; before, sums have to
+    be looked at: gloo's own all-reduce adds up each element in an order that follows from its place, so that from three
+    ranks on a token's bits would depend on its row in the pass.
     """
     from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
 
@@ -178,23 +217,6 @@ def _patch_uneven_collectives() -> None:
         "all_gatherv" in own and not _is_patched(own["all_gatherv"])
     ):
         raise PlatformError("vllm CpuCommunicator gathers for experts in another way: unknown vLLM build")
-
-    def all_gatherv(self, input_, dim=0, sizes=None):
-        if isinstance(input_, list):
-            return [all_gatherv(self, one, dim, sizes) for one in input_]
-        sizes = sizes or [input_.shape[0]] * self.world_size
-        padded = input_.new_zeros((max(sizes), *input_.shape[1:]))
-        padded[: input_.shape[0]] = input_
-        parts = [torch.empty_like(padded) for _ in sizes]
-        dist.all_gather(parts, padded, group=self.device_group)
-        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
-
-    def reduce_scatterv(self, input_, dim=-1, sizes=None):
-        sizes = sizes or [input_.shape[0] // self.world_size] * self.world_size
-        whole = input_.clone()
-        dist.all_reduce(whole, group=self.device_group)
-        return whole.split(sizes)[self.rank_in_group].clone()
-
     _replace(CpuCommunicator, "all_gatherv", all_gatherv)
     _replace(CpuCommunicator, "reduce_scatterv", reduce_scatterv)
 
@@ -206,7 +228,8 @@ def _patch_single_tokens() -> None:
     tokens, padded to equal parts, and layer and model see that by another number of rows. Of a pass over one token every rank
     has one row, the token on the first and padding on the others: they take it for the whole and go on with it, and the
     log-probs of the last response that a group samples are off, without a word. Here layers return such a token whole, as
-    they expect it. (Compiled, as on a GPU, the model does not look; there the choice is made once, for many tokens.)
+    they expect it. (Compiled, as on a GPU, the model does not look; there the choice is made once, for many tokens.) To be dropped
+    with a vLLM that tells parts by something other than their number of rows, which is refused until then.
     """
     from vllm.distributed import tensor_model_parallel_all_gather
     from vllm.model_executor.models.deepseek_v2 import DeepseekV2DecoderLayer
@@ -217,6 +240,7 @@ def _patch_single_tokens() -> None:
     if _is_patched(original):
         return
 
+    @functools.wraps(original)
     def forward(self, positions, *others, **named):
         outputs = original(self, positions, *others, **named)
         if self.use_sequence_parallel_moe and positions.shape[0] == 1:

@@ -57,6 +57,11 @@ def prepare_environment() -> None:
             "VLLM_ENABLE_V1_MULTIPROCESSING is not 0 in the environment: the generator runs in the "
             "trainer's process; unset it"
         )
+    if os.environ.get("VLLM_DCP_Q_REPLICATE", "0") != "0":
+        raise PlatformError(
+            "VLLM_DCP_Q_REPLICATE is set in the environment: ranks would hold more rows of the queries' weights than resharding "
+            "writes; unset it"
+        )
 
 
 def apply_patches() -> None:

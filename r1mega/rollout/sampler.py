@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -40,7 +40,7 @@ class StreamingEngine(Protocol):
 
     def stream(
         self, requests: Sequence[GenerationRequest], cut: Cut | None = None, refill: Refill | None = None
-    ) -> Iterator[Completion]: ...
+    ) -> Generator[Completion]: ...
 
 
 MoreGroups = Callable[[], Sequence[OpenGroup]]
@@ -202,18 +202,26 @@ class GroupSampler:
         # where a response that was held goes on the engine does not count what it has of the step: the cut is found later
         engine_cut = None if cut is None else Cut(cut.every, ask)
         refilled = None if more is None else refill
-        for done in self._engine.stream(requests, engine_cut, refilled):  # also of none: others may share its passes
-            group = asked[done.request_index]
-            member = group.members[done.sample_index]
-            member.add(done.response, version)
-            if member.is_finished:
-                if self._journal is not None:
-                    self._journal.write(Place(version + 1, group.seed, done.sample_index), member.new(), member.begun)
-                with self._timer.phase("reward"):
-                    member.text = self._text(member)
-                    tickets[id(member)] = self._scorer.submit(group.prompt, member.response(version), member.text)
+        stream = self._engine.stream(requests, engine_cut, refilled)  # also of none: others may share its passes
+        try:
+            for done in stream:
+                group = asked[done.request_index]
+                member = group.members[done.sample_index]
+                member.add(done.response, version)
+                if member.is_finished:
+                    self._submit_finished(group, done.sample_index, version, tickets)
+        except Exception as error:
+            stream.throw(error)  # raises it: the engine tells those that share its passes
         while cut is not None and cut.length is None and cut.is_sampling:  # other generators are still at it
             ask(NEVER)
+
+    def _submit_finished(self, group: OpenGroup, index: int, version: int, tickets: dict[int, int]) -> None:
+        member = group.members[index]
+        if self._journal is not None:
+            self._journal.write(Place(version + 1, group.seed, index), member.new(), member.begun)
+        with self._timer.phase("reward"):
+            member.text = self._text(member)
+            tickets[id(member)] = self._scorer.submit(group.prompt, member.response(version), member.text)
 
     def _requests(self, groups: Sequence[OpenGroup]) -> tuple[list[GenerationRequest], list[OpenGroup]]:
         """What is to be sampled, and of which group each is. A group that is all to be sampled is one request."""

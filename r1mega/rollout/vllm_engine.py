@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import itertools
+import math
 import time
 import weakref
 from collections import deque
@@ -23,8 +24,9 @@ import torch.distributed as dist
 
 from r1mega.checkpoint.hf import HFTensors
 from r1mega.config.model_files import HFConfig
-from r1mega.errors import FreshProcessNeeded, GenerationError
+from r1mega.errors import FreshProcessNeeded, GenerationError, PlatformError, StragglerError
 from r1mega.platform.generator import VllmPlatform, vllm_platform
+from r1mega.platform.groups import timeout
 from r1mega.platform.watchdog import tick
 from r1mega.rollout import precision
 from r1mega.rollout.engine import EngineSettings, check_requests, continued_seed, in_order, read_config
@@ -32,7 +34,13 @@ from r1mega.rollout.kept import KeptLists, kept_ids, kept_width
 from r1mega.rollout.open_groups import NEVER
 from r1mega.rollout.routing import Recorder, ReturnedRouting, RoutingRecorder
 from r1mega.rollout.stop_strings import StopStrings
-from r1mega.rollout.vllm_groups import destroy_vllm_groups, ensure_process_group, rank_within, shared_names
+from r1mega.rollout.vllm_groups import (
+    SharedPasses,
+    destroy_vllm_groups,
+    ensure_process_group,
+    rank_within,
+    shared_names,
+)
 from r1mega.types import UNFINISHED, Completion, Cut, GenerationRequest, Refill, Response, SamplingSettings
 from r1mega.weights.layout import GeneratorRank, generator_layout, tensor_shapes
 from r1mega.weights.transfer import (
@@ -46,6 +54,9 @@ from r1mega.weights.transfer import (
 
 if TYPE_CHECKING:
     from vllm.engine.arg_utils import EngineArgs
+
+StepOutputs = list[Any]
+"""vLLM's EngineCoreOutput of each sample that a step went on with."""
 
 
 @dataclass(slots=True)
@@ -117,7 +128,7 @@ class VllmEngine:
         # EngineCore.shutdown (vllm/v1/engine/core.py), which would run when the client is collected, destroys the
         # default process group: the trainer's. `close` takes down what belongs to this engine.
         self._core._finalizer.detach()
-        self._groups = self._llm_engine.dp_group  # this rank's process group over attention groups; None: there is one
+        self._shared_passes = SharedPasses.of_this_rank() if settings.ep > settings.tp else None
         self._worker = self._llm_engine.model_executor.driver_worker.worker
         self._dtype = getattr(torch, settings.dtype)
         place = GeneratorRank(settings.tp, rank % settings.tp, settings.ep, rank % settings.ep, self.fp8)
@@ -160,6 +171,11 @@ class VllmEngine:
             with _own_random_state(), self._without("freeze"):
                 with rank_within(max(settings.tp, settings.ep)):
                     config = arguments.create_engine_config(UsageContext.ENGINE_CONTEXT)
+                if settings.ep > settings.tp and config.use_v2_model_runner:
+                    raise PlatformError(
+                        f"rollout.ep={settings.ep} over generators of rollout.tp={settings.tp} keeps them in step by empty passes, which "
+                        "vLLM's V1 model runner alone makes; unset VLLM_USE_V2_MODEL_RUNNER, or set rollout.ep to 1 or rollout.tp"
+                    )
                 return LLMEngine.from_vllm_config(config, disable_log_stats=True)
         except (ValueError, AssertionError, NotImplementedError, RuntimeError) as error:
             raise GenerationError(
@@ -192,56 +208,83 @@ class VllmEngine:
     ) -> Generator[Completion]:
         """See GenerationEngine."""
         self._check_ready()
-        self._forget()
-        self._is_busy = True
         running: dict[str, _Running] = {}
         known: list[GenerationRequest] = []
         steps = self._steps()
+        self._is_busy = True
         try:
-            self._submit(requests, known, running)
+            with self._telling(steps):
+                self._forget()
+                self._submit(requests, known, running)
             for passes in itertools.count(1):
-                while refill is not None and self._has_room(len(running)):
-                    if not (more := refill()):
-                        refill = None
-                    self._submit(more, known, running)
+                with self._telling(steps):
+                    while refill is not None and self._has_room(len(running)):
+                        if not (more := refill()):
+                            refill = None
+                        self._submit(more, known, running)
                 outputs = next(steps, None)
                 if outputs is None:
                     break
-                for output in outputs:
-                    state = running.get(output.request_id)
-                    if state is None:
-                        continue  # a step that was in flight when its sample was aborted
-                    if self._recorder is not None:
-                        self._recorder.add(output.request_id, output.routed_experts)
-                    reason = self._advance(state, output)
-                    if reason is None:
-                        continue
-                    del running[output.request_id]
-                    if not output.finished:
-                        self._core.abort_requests([output.request_id])
-                    routed = None
-                    if self._recorder is not None:
-                        num_prompt = len(known[state.request_index].prompt_token_ids)
-                        routed = self._recorder.take(output.request_id, num_prompt + len(state.token_ids) - 1)
-                    yield state.completion(reason, routed)
-                if cut is None or passes % cut.every or not (running or self._groups is not None):
+                with self._telling(steps):  # also of what is thrown into it
+                    finished = self._finished(outputs, known, running)
+                    yield from finished
+                if cut is None or passes % cut.every or not (running or self._shared_passes is not None):
                     continue
-                if cut.reached(_fewest(running)):
+                with self._telling(steps):
+                    is_reached = cut.reached(_fewest(running))
+                if is_reached:
                     break
             for state in running.values():
                 yield state.completion(UNFINISHED, None)
         finally:
             self._core.abort_requests(list(running))
-            deque(
-                steps, maxlen=0
-            )  # until the core has dropped what was aborted or finished: the next call starts clean
+            # until the core has dropped what was aborted or finished: the next call starts clean
+            deque(steps, maxlen=0)
             self._is_busy = False
+
+    def _finished(
+        self, outputs: StepOutputs, known: Sequence[GenerationRequest], running: dict[str, _Running]
+    ) -> list[Completion]:
+        """Adds a step's tokens to the samples that run; those that are complete, which run no longer."""
+        finished = []
+        for output in outputs:
+            state = running.get(output.request_id)
+            if state is None:
+                continue  # a step that was in flight when its sample was aborted
+            if self._recorder is not None:
+                self._recorder.add(output.request_id, output.routed_experts)
+            reason = self._advance(state, output)
+            if reason is None:
+                continue
+            del running[output.request_id]
+            if not output.finished:
+                self._core.abort_requests([output.request_id])
+            routed = None
+            if self._recorder is not None:
+                num_prompt = len(known[state.request_index].prompt_token_ids)
+                routed = self._recorder.take(output.request_id, num_prompt + len(state.token_ids) - 1)
+            finished.append(state.completion(reason, routed))
+        return finished
 
     def prompt_log_probs(self, sequences: Sequence[Sequence[int]]) -> list[tuple[float, ...]]:
         """See GenerationEngine."""
         from vllm import SamplingParams
 
         self._check_ready()
+        steps, results = self._steps(), dict[int, tuple[float, ...]]()
+        with self._telling(steps):
+            self._check_sequences(sequences)
+            self._forget()
+            params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+            waiting = {self._add(list(sequence), params): index for index, sequence in enumerate(sequences)}
+        for output in itertools.chain.from_iterable(steps):
+            asked = waiting.get(output.request_id)
+            if asked is not None and output.new_prompt_logprobs_tensors is not None:
+                results[asked] = tuple(output.new_prompt_logprobs_tensors.logprobs[:, 0].tolist())
+        return [results[index] for index in range(len(sequences))]
+
+    def _check_sequences(self, sequences: Sequence[Sequence[int]]) -> None:
+        """Raises GenerationError for the first of which there are no log-probs."""
         limit, vocab_size = self.settings.max_model_len, self.config["vocab_size"]
         for index, sequence in enumerate(sequences):
             if not 2 <= len(sequence) < limit:
@@ -250,15 +293,6 @@ class VllmEngine:
                 )
             if not 0 <= min(sequence) <= max(sequence) < vocab_size:
                 raise GenerationError(f"sequence {index} has a token outside the vocabulary of {vocab_size}")
-        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
-        self._forget()
-        waiting = {self._add(list(sequence), params): index for index, sequence in enumerate(sequences)}
-        results: dict[int, tuple[float, ...]] = {}
-        for output in itertools.chain.from_iterable(self._steps()):
-            asked = waiting.get(output.request_id)
-            if asked is not None and output.new_prompt_logprobs_tensors is not None:
-                results[asked] = tuple(output.new_prompt_logprobs_tensors.logprobs[:, 0].tolist())
-        return [results[index] for index in range(len(sequences))]
 
     def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """See GenerationEngine. May be called asleep: the KV cache stays freed."""
@@ -408,16 +442,22 @@ class VllmEngine:
             )
         return reason
 
-    def _steps(self) -> Iterator[list[Any]]:
+    def _steps(self) -> Generator[StepOutputs]:
         """Steps of the engine core, a token of every running sample each, until it holds no request any more, nor does the core of
         any attention group that shares this one's experts. A step is one pass of the model in every group, for those without
         requests over a made-up token."""
-        from vllm.config import ParallelConfig
-
         scheduler = self._core.engine_core.scheduler
-        while (is_busy := scheduler.has_requests()) or self._groups is not None:
-            if self._groups is not None and not ParallelConfig.has_unfinished_dp(self._groups, is_busy):
-                return
+        while (is_busy := scheduler.has_requests()) or self._shared_passes is not None:
+            if self._shared_passes is not None:
+                goes_on, failed = self._shared_passes.go_on(is_busy)
+                if failed is not None:
+                    self._drop_requests()
+                    raise GenerationError(
+                        f"the generator of rank {failed} failed, and this one shares experts with it (rollout.ep="
+                        f"{self.ep}): what it was sampling is given up; the log of rank {failed} says why"
+                    )
+                if not goes_on:
+                    return
             tick("generator step")
             with _own_random_state():
                 if is_busy:
@@ -426,6 +466,28 @@ class VllmEngine:
                     self._core.execute_dummy_batch()
                     outputs = []
             yield outputs
+
+    @contextlib.contextmanager
+    def _telling(self, steps: Generator[StepOutputs]) -> Iterator[None]:
+        """Inside, which is between passes, an error ends the samples of all attention groups that share experts: the others learn it
+        before their next pass, and say which rank it was. (Of an error within a pass they learn by their time-out.)
+        """
+        try:
+            yield
+        except Exception as error:
+            if self._shared_passes is not None:
+                steps.close()
+                try:
+                    self._shared_passes.tell_failure()
+                    self._drop_requests()
+                except StragglerError as other:
+                    error.add_note(str(other))
+            raise
+
+    def _drop_requests(self) -> None:
+        """Of a generator that shares its passes; all that do call it after the same one."""
+        self._core.abort_requests(list(self._core.engine_core.scheduler.requests))
+        deque(self._steps(), maxlen=0)
 
     def _forget(self) -> None:
         """Drops the prefix cache, and what is known of it: its content is history, which a resumed run does not have.
@@ -520,6 +582,10 @@ def vllm_arguments(settings: EngineSettings, config: HFConfig, platform: VllmPla
         enable_expert_parallel=settings.ep > 1,
         data_parallel_size=max(1, settings.ep // settings.tp),
         decode_context_parallel_size=settings.dcp,
+        dcp_q_replicate=False,  # with it each rank has more rows of the queries' weights than weights/layout.py knows of
+        cpu_distributed_timeout_seconds=math.ceil(timeout("rollout").total_seconds())
+        if settings.ep > settings.tp
+        else None,
         distributed_executor_backend="external_launcher",
         logprobs_mode="processed_logprobs",
         disable_log_stats=True,

@@ -30,6 +30,7 @@ from r1mega.weights.direct import DirectTransfer, local_parameters  # noqa: E402
 from r1mega.weights.exchange import Exchange  # noqa: E402
 from r1mega.weights.plan import GeneratorLayout  # noqa: E402
 from r1mega.weights.transfer import DigestTap, checkpoint_tensors  # noqa: E402
+from tests.unit.rollout.sharing import sample_together  # noqa: E402
 
 BUCKET_BYTES = 200_000  # many buckets for models of 3 MB
 
@@ -77,6 +78,8 @@ def run_cases(directories: dict[str, tuple[Path, Path]], cases: list[Case]) -> d
         engine.update_weights(checkpoint_tensors(new))  # in the freshly built engine
         expected = observe(engine, lambda e, new=new: e.update_weights(checkpoint_tensors(new)))
         alone = off_alone(engine)
+        if ep > tp:
+            sample_together(engine)
         for case in cases:
             if generator_of(case) == key:
                 groups.init_parallel(case.trainer, seed=0)

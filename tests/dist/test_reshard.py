@@ -38,7 +38,7 @@ CASES = {
         Case("qwen3_tied", Layout(pp=2), 1, "bfloat16"),
     ],
     4: [
-        Case("deepseek", Layout(tp=2, ep=2), 1),
+        Case("deepseek", Layout(tp=2, ep=2), 1, ep=2),  # twice two generators that share experts
         Case("deepseek", Layout(tp=2, pp=2, ep=2), 2),
         Case("deepseek", Layout(ep=2, etp=2), 2),
         Case("deepseek", Layout(pp=2, ep=2), 4),  # 96 words over 4 ranks in blocks of 32: the last rank has none

@@ -13,6 +13,7 @@ from r1mega.config.schema import RolloutConfig, TimeoutsConfig
 from r1mega.errors import StragglerError
 from r1mega.platform import groups
 from r1mega.rollout.open_groups import OpenGroup
+from r1mega.rollout.vllm_groups import SharedPasses
 from r1mega.rollout.work_sharing import NOBODY, SharedGroups
 from r1mega.types import Prompt
 from tests.dist.launch import launch
@@ -141,3 +142,22 @@ def test_the_limit_that_ran_out_is_named():
 def test_a_rank_that_ends_is_noticed_at_once():
     first, _ = launch(a_rank_that_ends, 2, timeout_seconds=600)  # of the 600 that it would wait
     assert first.startswith("[1, 2, 3] StragglerError: the rollout of step 7: waited for rank 1 (")
+
+
+def passes_that_are_shared() -> list[object]:
+    groups.init_distributed()
+    rank, gone = dist.get_rank(), dist.new_group(timeout=timedelta(seconds=SHORT), backend="gloo")
+    passes = SharedPasses(gone, [0, 1])
+    found: list[object] = [passes.go_on(rank == 0), passes.go_on(False)]
+    found.append(passes.tell_failure() if rank else passes.go_on(True))
+    if rank == 0:
+        found.append(error_of(lambda: passes.go_on(True)))
+    groups.wait_for_all("startup", "the end")
+    return found
+
+
+def test_generators_that_share_passes_name_those_that_do_not_come():
+    waited, absent = launch(passes_that_are_shared, 2)
+    assert waited[:3] == [(True, None), (False, None), (True, 1)] and absent == [(True, None), (False, None), None]
+    assert waited[3].startswith("StragglerError: the generators of ranks 0, 1 share experts")
+    assert "raise timeouts.rollout_seconds" in waited[3]

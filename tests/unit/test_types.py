@@ -22,7 +22,7 @@ ALLOWED = {
     "plan": 45,
     "platform": 71,
     "reward": 31,
-    "rollout": 19,
+    "rollout": 18,
     "sandbox": 9,
     "stages": 33,
     "tools": 43,

@@ -133,6 +133,17 @@ class RLStage(TrainingStage):
         files = [] if self.evaluate.data is None else [self.evaluate.data]
         return [self.data, *(self.data.model_copy(update={"prompts": (file,)}) for file in files)]
 
+    def generator_problems(self, hf: HFConfig, world: int) -> Iterator[str]:
+        """Why the generators cannot be laid out so, or not with what the stage asks of them."""
+        rollout = self.rollout
+        yield from generator_problems(rollout, world, hf)
+        yield from _router_replay_problems(self, hf)
+        if rollout.ep > rollout.tp and self.reward.judge.weight > 0 and self.reward.judge.engine == "policy":
+            yield (
+                f"reward.judge.engine = policy asks each generator for itself, and those of rollout.ep = {rollout.ep} pass the "
+                f"model together; set rollout.ep to 1 or rollout.tp = {rollout.tp}, or take another judge"
+            )
+
     def problems(self, hf: dict[str, Any], world: int) -> Iterator[str]:
         """See Stage. Weights, data files, generator, batch sizes, lengths and rewards."""
         yield from weights_problems(self.model.path, hf)
@@ -140,7 +151,7 @@ class RLStage(TrainingStage):
         evaluation = [] if self.evaluate.data is None else [("evaluate.data", self.evaluate.data)]
         yield from missing_file_problems([*(("data.prompts", path) for path in self.data.prompts), *evaluation])
         rollout, update, algorithm = self.rollout, self.update, self.algorithm
-        yield from generator_problems(rollout, world, hf)
+        yield from self.generator_problems(hf, world)
         yield from generator_precision_problems(rollout, self.model.dtype, self.parallel, hf)
         if world % rollout.tp == 0 and rollout.num_prompts < world // rollout.tp:
             yield (
@@ -154,12 +165,6 @@ class RLStage(TrainingStage):
             yield (
                 f"rollout.num_prompts * rollout.group_size = {samples} responses cannot be divided into "
                 f"update.num_minibatches = {update.num_minibatches}"
-            )
-        yield from _router_replay_problems(self, hf)
-        if rollout.ep > rollout.tp and self.reward.judge.weight > 0 and self.reward.judge.engine == "policy":
-            yield (
-                f"reward.judge.engine = policy asks each generator for itself, and those of rollout.ep = {rollout.ep} pass the "
-                f"model together; set rollout.ep to 1 or rollout.tp = {rollout.tp}, or take another judge"
             )
         if self.optimizer.overlap_grad_reduce and self.model.mtp_loss_coefficient:
             yield (

@@ -177,6 +177,18 @@ def test_fp8_is_refused_where_there_is_none():
         plan_memory(config, DEEPSEEK, 256, gpu_kind("a100-80"), None, imbalance=1.0, per_node=8)
 
 
+def test_generators_that_cannot_share_experts_are_refused_as_by_the_stage():
+    wide = ["rollout.tp=32", "rollout.ep=64", "rollout.max_batched_tokens=1024"]
+    for name, keys, message in (
+        ("evaluate", [], "each samples at its own pace"),
+        ("zero", ["rollout.router_replay=true"], "choices of experts are not recorded"),
+        ("zero", ["reward.judge.engine=policy", "reward.judge.weight=1"], "asks each generator for itself"),
+    ):
+        config = load_config(CONFIGS / f"deepseek_v3_671b/{name}.yaml", wide + keys)
+        with pytest.raises(ConfigError, match=message):
+            plan_memory(config, DEEPSEEK, 512, gpu_kind("h100-80"), None, imbalance=1.0, per_node=8)
+
+
 def test_a_save_has_the_layers_of_multi_token_prediction():
     sizes = []
     for words in ((), ("model.mtp_loss_coefficient=0.3",)):

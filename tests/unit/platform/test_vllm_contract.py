@@ -24,9 +24,10 @@ from r1mega.config.layout import generator_problems
 from r1mega.config.schema import RolloutConfig
 from r1mega.errors import PlatformError
 from r1mega.platform import vllm_cpu, vllm_cuda, vllm_version
+from r1mega.platform.groups import timeout
 from r1mega.platform.vllm_version import DERIVED
 from r1mega.rollout.engine import EngineSettings
-from r1mega.rollout.vllm_engine import vllm_arguments
+from r1mega.rollout.vllm_engine import VllmEngine, vllm_arguments
 from r1mega.rollout.vllm_groups import rank_within
 from r1mega.weights.layout import GeneratorRank
 from tests.reference import DEEPSEEK, DENSE, QWEN3_MOE
@@ -278,10 +279,67 @@ def test_layouts_of_a_generator_are_those_of_vllm(name, tmp_path, monkeypatch):
             assert (
                 parallel.data_parallel_size * tp == max(tp, ep) and parallel.data_parallel_rank == 7 % max(tp, ep) // tp
             )
-            assert parallel.enable_expert_parallel == (ep > 1)
+            assert parallel.enable_expert_parallel == (ep > 1) and parallel.dcp_q_replicate is False
+            waits = timeout("rollout") if ep > tp else None  # for each other, before each pass
+            assert parallel.cpu_distributed_timeout == waits
             assert parallel.use_sequence_parallel_moe == GeneratorRank(tp, 0, ep).splits_tokens
             taken.append((tp, ep, dcp))
     assert len(taken) >= 5 and any(dcp > 1 for *_, dcp in taken) and any(ep > tp for tp, ep, _ in taken)
+
+
+def test_what_keeps_generators_in_step_that_share_experts(tmp_path, monkeypatch):
+    """A pass over nothing scheduled (a core that only drops what was aborted) is a pass all the same, of the V1 runner alone; the
+    rank's group over attention groups is that of vLLM's data parallelism; another runner is refused."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.engine.llm_engine import LLMEngine
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    source = inspect.getsource(GPUModelRunner.execute_model)
+    nothing = source[source.index("if not num_scheduled_tokens:") :]
+    before = nothing[: nothing.index("return EMPTY_MODEL_RUNNER_OUTPUT")]
+    assert '== "external_launcher"' in before and "data_parallel_size > 1" in before and "self._dummy_run(1)" in before
+    assert "self.dp_group = get_dp_group().cpu_group" in inspect.getsource(LLMEngine.__init__)
+    engine = VllmEngine.__new__(VllmEngine)
+    engine.settings = EngineSettings(tmp_path, 64, max_num_seqs=8, max_batched_tokens=64, tp=1, ep=2)
+    engine.config, engine._platform = DEEPSEEK, vllm_cpu
+    monkeypatch.setenv("RANK", "0")
+    second = SimpleNamespace(use_v2_model_runner=True)  # here without Triton it cannot be asked for
+    monkeypatch.setattr(EngineArgs, "create_engine_config", lambda *_: second)
+    with pytest.raises(PlatformError, match="rollout.ep=2 over generators of rollout.tp=1 .* V1 model runner"):
+        engine._build()
+
+
+def test_a_pass_over_one_token_is_still_misread(monkeypatch):
+    """Why vllm_cpu._patch_single_tokens is there: of one token each of two ranks has a row, and the next layer takes it for the
+    whole; a part of three tokens is gathered."""
+    from vllm.model_executor.models import deepseek_v2
+
+    gathered = []
+
+    def gather(rows, dim):
+        gathered.append(len(rows))
+        return torch.cat([rows, rows])
+
+    def half(rows, dim=0):
+        return torch.nn.functional.pad(rows, (0, 0, 0, len(rows) % 2))[: (len(rows) + 1) // 2]
+
+    monkeypatch.setattr(deepseek_v2, "tensor_model_parallel_all_gather", gather)
+    monkeypatch.setattr(deepseek_v2, "tensor_model_parallel_reduce_scatter", half)
+    monkeypatch.setattr(deepseek_v2, "sequence_parallel_chunk", half)
+    monkeypatch.setattr(deepseek_v2, "get_tensor_model_parallel_world_size", lambda: 2)
+    layer = SimpleNamespace(
+        use_sequence_parallel_moe=True, use_mha=True, layer_idx=1, routed_scaling_factor=1.0,
+        input_layernorm=lambda hidden, residual=None: hidden if residual is None else (hidden, residual),
+        post_attention_layernorm=lambda hidden, residual: (hidden, residual),
+        self_attn=lambda positions, hidden: hidden, mlp=lambda hidden, already_sequence_parallel: hidden,
+    )  # fmt: skip
+    forward = inspect.unwrap(deepseek_v2.DeepseekV2DecoderLayer.forward)
+    for tokens, expected in ((3, [2]), (1, [])):
+        gathered.clear()
+        hidden, residual = torch.ones(tokens, 4), None
+        for _ in range(2):
+            hidden, residual = forward(layer, torch.arange(tokens), hidden, residual)
+        assert gathered == expected
 
 
 def test_the_expert_backend_keeps_weights_plain(arguments):

@@ -22,10 +22,13 @@ from r1mega.rollout.vllm_engine import VllmEngine
 from r1mega.rollout.work_sharing import NOBODY, SharedGroups
 from r1mega.weights import verify
 from r1mega.weights.transfer import DigestTap, checkpoint_tensors, read_weights
+from tests.unit.rollout.sharing import fail_apart, sample_together
 from tests.unit.rollout.tiny_models import greedy_requests, sampled_requests
 
 read = []
 """Bytes of tensors that this rank has read from files, by engine."""
+said = []
+"""Errors where one of two generators that share experts fails."""
 
 
 def count_reads(file, tensor) -> None:
@@ -68,6 +71,10 @@ def run(directory: Path, tp: int, requests, ep: int = 1) -> list:
             if dist.get_rank() == 1:
                 break
         stream.close()
+        sample_together(engine)
+        said.extend(fail_apart(engine, requests))
+        again = engine.generate(requests)
+        assert [[r.token_ids for r in samples] for samples in again] == [[t for t, _ in samples] for samples in result]
     engine.close()
     return result
 
@@ -82,7 +89,7 @@ def main(directory: Path) -> None:
     shared = run(directory, 1, requests[rank::2] if rank else requests, ep=2)  # rank 1 is done first
     gathered = [None, None]
     dist.all_gather_object(
-        gathered, {"dp": mine, "tp": together, "ep": spread, "shared": shared, "read": read}
+        gathered, {"dp": mine, "tp": together, "ep": spread, "shared": shared, "read": read, "said": said}
     )  # the trainer's groups still work
     if rank == 0:
         print(json.dumps(gathered))

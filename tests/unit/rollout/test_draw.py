@@ -24,9 +24,10 @@ class Engine:
     """Answers [seed, eos], the last request first; every third is cut."""
 
     def __init__(self):
-        self.closed = False
+        self.closed, self.calls = False, []
 
     def stream(self, requests):
+        self.calls.append(len(requests))
         try:
             for index in reversed(range(len(requests))):
                 request = requests[index]
@@ -72,7 +73,12 @@ def test_every_sample_with_its_own_grade():
             assert reward.value == draw.seed and reward.reason == sample.text
     unscored = list(draw_samples(Engine(), Words(), None, DRAWS, SETTINGS))
     assert [g.sample for g in unscored] == seen and {g.reward.status for g in unscored} == {RewardStatus.UNJUDGED}
-    assert list(draw_samples(Engine(), Words(), scorer, [], SETTINGS)) == []
+
+
+def test_the_engine_is_called_without_draws_too():
+    """Generators that share experts pass the model together: one that did not come would keep the others waiting."""
+    engine = Engine()
+    assert list(draw_samples(engine, Words(), Scorer(), [], SETTINGS)) == [] and engine.calls == [0]
 
 
 def test_a_scorer_that_needs_the_generator_waits_for_its_end():

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from r1mega.config.schema import RolloutConfig
 from r1mega.data.cursor import PromptCursor
-from r1mega.errors import CheckpointError, DataError
+from r1mega.errors import CheckpointError, DataError, RewardError
 from r1mega.observe.trace import PhaseTimer
 from r1mega.platform import groups
 from r1mega.platform.groups import GeneratorPlace
@@ -28,7 +28,7 @@ from r1mega.rollout.groups import GroupCollector, carries_signal
 from r1mega.rollout.journal import Place, RolloutJournal, Segment, open_journal
 from r1mega.rollout.open_groups import NEVER, find_cut
 from r1mega.rollout.partial import build_collector
-from r1mega.rollout.sampler import GroupSampler
+from r1mega.rollout.sampler import GroupSampler, StepCut
 from r1mega.types import (
     UNFINISHED,
     Completion,
@@ -90,9 +90,11 @@ class Scripted:
 
     def __init__(self, slots, seconds=0.0):
         self.slots, self.seconds, self.version, self.passes, self.tokens = slots, seconds, 0, 0, 0
+        self.calls, self.thrown = [], None
 
     def stream(self, requests, cut=None, refill=None):
         queue, count = [], 0
+        self.calls.append(len(requests))
 
         def add(requests):
             nonlocal count
@@ -116,7 +118,11 @@ class Scripted:
                 self.tokens += 1
                 if len(begun) + len(new) == length_of(seed):
                     queue[:] = [other for other in queue if other is not sample]
-                    yield Completion(index, number, self.response(new, "stop"))
+                    try:
+                        yield Completion(index, number, self.response(new, "stop"))
+                    except Exception as error:
+                        self.thrown = error
+                        raise
             if (
                 cut is not None
                 and queue
@@ -636,3 +642,24 @@ def test_a_checkpoint_without_its_journal_is_refused(alone, tmp_path):
     shutil.rmtree(tmp_path / "rollouts")
     with pytest.raises(CheckpointError, match="put RUN_DIR/rollouts back"):
         Run(tmp_path, run.progress(), 1, overdraw=2.0, max_staleness=2)
+
+
+def test_a_generator_without_anything_to_sample_is_called_all_the_same(alone):
+    """Others may share its passes (rollout.ep above rollout.tp), and would wait for it."""
+    run = Run(None, overdraw=1)
+    assert run.sampler.sample([], 0) == [] and run.engine.calls == [0]
+    going_on = StepCut(EVERY, lambda fewest, held: (None if fewest < NEVER else EVERY, False))
+    assert run.sampler.advance([], 0, going_on, more=list) == [] and run.engine.calls == [0, 0]
+
+
+def test_an_error_in_what_takes_a_response_is_told_to_the_engine(alone):
+    """It ends the passes that others share with it."""
+    run = Run(None, overdraw=1)
+
+    def submit(*_):
+        raise RewardError("no such kind")
+
+    run.sampler._scorer.submit = submit
+    with pytest.raises(RewardError, match="no such kind") as caught:
+        run.step(1)
+    assert run.engine.thrown is caught.value

@@ -66,6 +66,10 @@ def test_two_ranks_data_tensor_and_expert_parallel():
     done = processes.run(checkpoint("deepseek"), program=worker, num_ranks=2, separate=True)
     assert done.returncode == 0, done.stderr[-4000:]
     ranks = last_line(done.stdout)
+    told = "the generator of rank 1 failed, and this one shares experts with it"
+    assert len(ranks[0]["said"]) == 4 and all(text.startswith(told) for text in ranks[0]["said"])
+    own = ("request 0: the prompt has no tokens", "sequence 0 has 1 tokens", "no more", "not taken")
+    assert [text[: len(start)] for text, start in zip(ranks[1]["said"], own, strict=True)] == list(own)
     infos = HFTensors(checkpoint("deepseek")).infos
     experts = sum(info.num_bytes for name, info in infos.items() if ".mlp.experts." in name)
     whole, cut, spread, shared = (max(rank["read"][kind] for rank in ranks) for kind in range(4))

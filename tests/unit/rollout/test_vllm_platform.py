@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch._dynamo
+import torch.distributed as dist
 
 from r1mega.errors import PlatformError
-from r1mega.platform import groups, vllm_cpu
+from r1mega.platform import groups, vllm_cpu, vllm_cuda
+from tests.dist.launch import launch
 
 pytestmark = pytest.mark.heavy
 
@@ -26,6 +30,12 @@ def test_an_environment_that_cannot_work_is_refused(monkeypatch, name, value):
     monkeypatch.setenv(name, value)
     with pytest.raises(PlatformError, match=name):
         vllm_cpu.prepare_environment()
+
+
+def test_queries_that_each_rank_holds_more_of_are_refused_on_a_gpu(monkeypatch):
+    monkeypatch.setenv("VLLM_DCP_Q_REPLICATE", "1")
+    with pytest.raises(PlatformError, match="VLLM_DCP_Q_REPLICATE"):
+        vllm_cuda.prepare_environment()
 
 
 def test_values_of_the_user_are_kept(monkeypatch):
@@ -70,3 +80,23 @@ def test_rotary_embedding_of_strided_heads(rotary):
     (original,) = [cell.cell_contents for cell in unpatched if callable(cell.cell_contents)]
     query, _ = original(rotary, positions, whole[..., 32:].clone(memory_format=torch.preserve_format), shared.clone())
     assert not torch.allclose(query.double(), rotated(whole[..., 32:], positions), atol=1e-2), "drop the patch"
+
+
+def rows_of(rank: int) -> torch.Tensor:
+    """[6, 257], all rows the same."""
+    return torch.randn(257, generator=torch.Generator().manual_seed(rank)).repeat(6, 1)
+
+
+def sum_of_rows() -> tuple[list, list]:
+    groups.init_distributed()
+    rank, sizes = dist.get_rank(), [1, 3, 2]
+    here = SimpleNamespace(world_size=3, rank_in_group=rank, device_group=dist.group.WORLD)
+    mine = vllm_cpu.reduce_scatterv(here, rows_of(rank), 0, sizes)
+    return mine.tolist(), vllm_cpu.all_gatherv(here, [mine], 0, sizes)[0].tolist()
+
+
+def test_a_tokens_sum_over_experts_does_not_depend_on_its_row():
+    """Of three ranks: two addends have one order."""
+    expected = functools.reduce(torch.add, map(rows_of, range(3)))
+    for (mine, everyone), size in zip(launch(sum_of_rows, 3), (1, 3, 2), strict=True):
+        assert mine == expected[:size].tolist() and everyone == expected.tolist()

@@ -27,7 +27,8 @@ from r1mega.platform import vllm_cpu, vllm_cuda, vllm_version
 from r1mega.platform.groups import timeout
 from r1mega.platform.vllm_version import DERIVED
 from r1mega.rollout.engine import EngineSettings
-from r1mega.rollout.vllm_engine import VllmEngine, vllm_arguments
+from r1mega.rollout.vllm_arguments import vllm_arguments
+from r1mega.rollout.vllm_engine import VllmEngine
 from r1mega.rollout.vllm_groups import rank_within
 from r1mega.weights.layout import GeneratorRank
 from tests.reference import DEEPSEEK, DENSE, QWEN3_MOE

@@ -16,7 +16,8 @@ from r1mega.checkpoint.fp8_blocks import SCALE, dequantize
 from r1mega.errors import GenerationError, PlatformError, WeightSyncError
 from r1mega.platform import groups
 from r1mega.rollout.precision import check_precision
-from r1mega.rollout.vllm_engine import VllmEngine, check_settings
+from r1mega.rollout.vllm_arguments import check_settings
+from r1mega.rollout.vllm_engine import VllmEngine
 from r1mega.weights import verify
 from r1mega.weights.exchange import Exchange
 from r1mega.weights.layout import tensor_shapes, weight_dtype

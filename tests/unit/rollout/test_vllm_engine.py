@@ -387,11 +387,11 @@ def test_a_prefix_cache_that_vllm_did_not_drop_is_an_error(engines):
     for call in (lambda: engine.generate(greedy_requests(1)), lambda: engine.prompt_log_probs([prompt(3)]), engine.sleep,
                  lambda: engine.update_weights(checkpoint_tensors(checkpoint("llama")))):  # fmt: skip
         left_open = engine._add(list(prompt(20)), SamplingParams(max_tokens=50, detokenize=False))
-        engine._step()
+        next(engine._steps())
         with pytest.raises(GenerationError, match="prefix cache: 1 requests still hold blocks.*End every request"):
             call()
         engine._core.abort_requests([left_open])
-        engine._drain()
+        list(engine._steps())
     with pytest.raises(GenerationError, match="no weights"):
         engine.generate(greedy_requests(1))  # the last of them left none that count
     engine.update_weights(checkpoint_tensors(checkpoint("llama")))

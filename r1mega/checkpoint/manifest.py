@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -12,7 +13,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import xxhash
 
 from r1mega.checkpoint.safetensors_file import as_bytes, read_exactly
 from r1mega.checkpoint.workers import Alone, Workers
@@ -23,10 +23,6 @@ MANIFEST = "manifest.json"
 FileRecords = dict[str, dict[str, Any]]
 """File name, relative to the directory -> {"bytes": size, DIGEST: hex digest}; in older checkpoints "sha256" in its place."""
 
-DIGEST = "xxh3_128"
-"""XXH3 in 128 bits: it finds faults, not forgeries (who can write the files can write the manifest), fifteen times as fast as
-sha256, which took more time than reading or writing what it was taken of."""
-
 
 class _Hash(Protocol):
     """As of hashlib."""
@@ -36,8 +32,19 @@ class _Hash(Protocol):
     def hexdigest(self) -> str: ...
 
 
-_HASHES: Mapping[str, Callable[[], _Hash]] = {DIGEST: xxhash.xxh3_128, "sha256": hashlib.sha256}
+_HASHES: dict[str, Callable[[], _Hash]] = {}
 """By their names in a record."""
+with contextlib.suppress(
+    ImportError
+):  # where torch and megatron-core are all that there is, as tools/gpu_check.py may be run
+    from xxhash import xxh3_128
+
+    _HASHES["xxh3_128"] = xxh3_128
+_HASHES["sha256"] = hashlib.sha256
+
+DIGEST = next(iter(_HASHES))
+"""XXH3 in 128 bits, where the package is: it finds faults, not forgeries (who can write the files can write the manifest),
+fifteen times as fast as sha256, which took more time than reading or writing what it was taken of."""
 
 _BLOCK = 1 << 20
 """Bytes that a core's cache holds between the digest and the read or write of them."""
@@ -172,7 +179,9 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         if (own := manifest.pop("sha256", None)) not in (None, _digest_of(manifest)):
             raise ValueError("another sha256 than when it was written")
         if own is not None and (unknown := _unknown_digest(records)):
-            raise UnreadableError(f"{path} has digests by {unknown}, of a newer program than this one")
+            raise UnreadableError(
+                f"{path} has digests by {unknown}, of a newer program than this one, or of the package xxhash, which is missing"
+            )
         complete = all(isinstance(r["bytes"], int) and isinstance(r[_digest_name(r)], str) for r in records)
         if not complete or not isinstance(manifest["architecture"], dict):
             raise ValueError("not a manifest")

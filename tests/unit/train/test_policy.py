@@ -49,7 +49,7 @@ def test_kept_ids_go_where_a_head_is():
     policy.device, policy.modules = batch.tokens.device, ["body", "head"]
     policy._chunks = [SimpleNamespace(post_process=False), SimpleNamespace(post_process=True)]
     policy.forward = lambda module, batch, **_: (batch, None)
-    one = _Pass(policy, loss=None, temperature=1.0, mtp_loss=False, sums_over=None, records=None)
+    one = _Pass(policy, loss=None, temperature=1.0, mtp_loss=False, sums_over=None, records=None, entropies=False)
     (body, _), (head, _) = (one.forward(iter([batch]), module) for module in policy.modules)
     assert head is batch and body.kept_ids is body.kept_offsets is None and body.tokens is batch.tokens
 

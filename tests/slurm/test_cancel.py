@@ -88,12 +88,14 @@ def test_a_job_whose_machines_are_taken_comes_back(cluster, job, tmp_path):
     ("job", "lost"), [([JOB], 0), ([JOB], 1), ([*SPARE, "--gpus-per-node=1"], 0)],
     ids=["that of the script", "another", "that of the script of a job with a spare one"], indirect=["job"],
 )  # fmt: skip
-def test_a_job_whose_machine_is_lost_comes_back_on_others(cluster, job, lost, tmp_path):
+def test_a_job_whose_machine_is_lost_comes_back_on_others(cluster, job, lost, tmp_path, request):
     """kill -9 of the machine's slurmd and of all that it had started: of the first one the script too, so that nobody is left to ask
     for a requeue but Slurm; nor does Slurm with --no-kill.
     """
     before = cluster.run("scontrol", "show", "hostnames", cluster.job(job)["NodeList"]).split()
     assert before[0] == cluster.job(job)["BatchHost"]
+    if "--no-kill" in request.node.callspec.params["job"]:  # the one that looks after it starts beside the ranks
+        wait_for(tmp_path / f"logs/job.sh-{job}/guard-0.log")
     with cluster.without_slurmd(before[lost]):
         wait_for(tmp_path / "runs.1")
         after = cluster.run("scontrol", "show", "hostnames", cluster.job(job)["NodeList"]).split()

@@ -281,10 +281,7 @@ def rollout_seconds(
     prompt = work.samples[0][0]
     mean = sum(n * n for n in lengths) / (2 * sum(lengths)) + prompt  # of a response that runs
     at_once = min(rollout.max_num_seqs, len(lengths), max(1.0, generator.kv_tokens / mean))
-    decoding = _Decoding(
-        hf, generator.weights, dtype.itemsize, rollout.tp, rollout.ep, rollout.dcp, gpu, efficiency,
-        generator.kv_bytes_per_token, per_node,
-    )  # fmt: skip
+    decoding = _decoding(rollout, dtype, hf, gpu, generator, efficiency, per_node)
     tail = max(lengths)
     steady = sum(lengths) / at_once
     if steady <= tail:  # one wave: fewer and fewer run
@@ -309,10 +306,7 @@ def partial_seconds(
     """
     generators, prompt = max(1, gpus // rollout.tp), work.samples[0][0]
     steps = played_steps(rollout.partial, tuple(work.responses), rollout.num_prompts, rollout.group_size, 0)
-    decoding = _Decoding(
-        hf, generator.weights, dtype.itemsize, rollout.tp, rollout.ep, rollout.dcp, gpu, efficiency,
-        generator.kv_bytes_per_token, per_node,
-    )  # fmt: skip
+    decoding = _decoding(rollout, dtype, hf, gpu, generator, efficiency, per_node)
     of_a_token = model_flops(hf).forward(Work(1)) / (gpus * gpu.bf16_flops * efficiency.matmul)
     seconds = 0.0
     for step in steps:
@@ -322,6 +316,21 @@ def partial_seconds(
             at_once = min(rollout.max_num_seqs, each, max(1.0, generator.kv_tokens / context))
             seconds += BIN * each / at_once * decoding.step(at_once, context)
     return seconds / len(steps)
+
+
+def _decoding(
+    rollout: GeneratorConfig,
+    dtype: torch.dtype,
+    hf: HFConfig,
+    gpu: GPU,
+    generator: GeneratorMemory,
+    efficiency: Efficiency,
+    per_node: int,
+) -> _Decoding:
+    return _Decoding(
+        hf, generator.weights, dtype.itemsize, rollout.tp, rollout.ep, rollout.dcp, gpu, efficiency,
+        generator.kv_bytes_per_token, per_node,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,8 @@ from r1mega import platform
 
 platform.prepare()
 
+import torch._dynamo  # noqa: E402, F401  # what the first optimizer of a process imports
+
 import r1mega.checkpoint.store  # noqa: E402, F401
 import r1mega.train.grpo_update  # noqa: E402, F401
 import r1mega.train.policy  # noqa: E402, F401

@@ -138,9 +138,10 @@ def take_steps(
     trainer.optimizer.step = step
     steps: list[dict[str, Any]] = []
     samples = expected.samples
-    batches = [pack_samples(samples, [i]) for i in range(len(samples))]
+    batches = [pack_samples(samples, part) for part in ([0], range(1, len(samples)))]  # one alone, the others together
+    lengths = [sample.response_length for sample in samples]
     for number in (1, 2):
-        log_probs = policy.log_probs(batches, TEMPERATURE)
+        log_probs = list(torch.cat(policy.log_probs(batches, TEMPERATURE)).split(lengths))
         if case.kind == "grpo":
             loss, norm = rl_step(
                 trainer, samples, number, microbatch_tokens=case.microbatch_tokens, temperature=TEMPERATURE,

@@ -1,33 +1,39 @@
 #!/usr/bin/env bash
-# The same set-up as the quickstart, then the tests.   bash launch/test.sh [--fast | --megatron 0.19] [--set-up] [pytest arguments ...]
+# The same set-up as the quickstart, then the tests.   bash launch/test.sh [--fast | --megatron 0.19 | --both] [--set-up] [pytest arguments ...]
 #   --fast            the unit tests that are not heavy (tests/unit/conftest.py), meant to take a minute and a half
 #   --megatron 0.19   with the other supported megatron-core, on Python 3.12, the tests that depend on it
+#   --both            everything, and beside it what --megatron 0.19 runs
 #   --set-up          install, run nothing
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-megatron='' only_set_up='' fast=''
+megatron='' only_set_up='' fast='' both=''
 while [ $# -gt 0 ]; do
   case $1 in
     --megatron) megatron=${2:-}; [ "$megatron" = 0.19 ] || fail "--megatron is '$megatron'; the one beside the default is 0.19"; shift 2 ;;
     --set-up) only_set_up=yes; shift ;;
     --fast) fast=yes; shift ;;
+    --both) both=yes; shift ;;
     *) break ;;
   esac
 done
 export OMP_NUM_THREADS=1
 run_tests() { "$PYTHON" -m pytest -q --durations=15 "$@"; }
 
-# run_beside ARGUMENTS ...: a pytest run of each, LANES (a core each, of 2 to 4) at a time; what a run prints comes when it ends.
+# run_beside ARGUMENTS ...: a pytest run of each (of this script where they begin with --megatron), LANES at a time: a core each, of 2
+# to 4, and with --both one more, or cores would idle while tests of Slurm and the watchdog wait. What a run prints comes when it ends.
 run_beside() {
   export PYTHON
-  local cores
+  local cores lanes
   cores=$(env -u OMP_NUM_THREADS nproc)  # nproc heeds that variable
-  printf '%s\n' "$@" | xargs -P "${LANES:-$((cores < 2 ? 2 : cores > 4 ? 4 : cores))}" -d '\n' -n 1 bash -c '
-    printed=$("$PYTHON" -m pytest -q --durations=15 $0 2>&1) && code=0 || code=1
+  lanes=$((cores < 2 ? 2 : cores > 4 ? 4 : cores))
+  printf '%s\n' "$@" | xargs -P "${LANES:-$((lanes + 0${both:+1}))}" -d '\n' -n 1 bash -c '
+    case $0 in --megatron*) run=(env LANES=1 bash launch/test.sh) ;; *) run=("$PYTHON" -m pytest -q --durations=15) ;; esac
+    printed=$("${run[@]}" $0 2>&1) && code=0 || code=1
     printf "== %s (%d s)\n%s\n" "$0" $SECONDS "$printed"
     exit $code' || exit 1
 }
 
-[ "$fast" ] && [ "$megatron" ] && fail "--fast is of the default megatron-core; leave --megatron or --fast out"
+case $fast$megatron$both in yesyes* | yes0* | 0*yes) fail "--fast, --megatron and --both are one or the other" ;; esac
+[ "$both" ] && [ $# -gt 0 ] && fail "--both runs everything; leave $* out"
 if [ "$megatron" ]; then
   base=$(find_python 3.12)
   [ "$base" ] || { say "SKIPPED: megatron-core $megatron (no Python 3.12 found; set R1MEGA_PYTHON to one)"; exit; }
@@ -57,5 +63,5 @@ elif [ "$megatron" ]; then
 else
   engines=$(echo tests/unit/{evaluate,rollout,weights})
   others="tests/unit $(printf -- '--ignore=%s ' $engines $half)"
-  run_beside tests/e2e tests/dist "$engines" tests/slurm "$others" "$half" tests/te tests/field tests/faults tests/gpu  # the longest first
+  run_beside tests/e2e tests/dist ${both:+"--megatron 0.19"} "$engines" tests/slurm "$others" "$half" tests/te tests/field tests/faults tests/gpu  # the longest first
 fi

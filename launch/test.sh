@@ -58,7 +58,7 @@ elif [ $# -gt 0 ]; then
   run_tests "$@"
 elif [ "$megatron" ]; then
   export PYTEST_ADDOPTS='-m "not slow"'
-  run_beside "$(echo tests/dist/test_{layouts,policy_layouts,optimizer_state}.py tests/te/test_{operations,policy_layouts}.py)" \
+  run_beside "$(echo tests/dist/test_{layouts,policy_layouts,optimizer_state}.py tests/te/test_{operations,rows,policy_layouts}.py)" \
     "$(echo tests/unit/checkpoint/test_{hf_state,optimizer_state,store,two_versions}.py tests/unit/{platform,train,model})"
 else
   engines=$(echo tests/unit/{evaluate,rollout,weights})

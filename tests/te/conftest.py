@@ -20,3 +20,10 @@ def transformer_engine():
     """The package, in this process for a while: other tests of it shall not find it."""
     with importer.loaded(stand_in.directory()) as package:
         yield package
+
+
+@pytest.fixture(scope="module")
+def tex(transformer_engine):
+    import transformer_engine_torch
+
+    return transformer_engine_torch

@@ -1,10 +1,8 @@
-"""The policy: one GRPO step against transformers + torch.optim.AdamW, and bitwise continuation from a checkpoint."""
+"""The policy: GRPO steps against transformers + torch.optim.AdamW, and whatever must not change them."""
 
 import dataclasses
 import functools
-import json
 import math
-import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,32 +10,26 @@ import pytest
 import torch
 
 from r1mega import platform
-from r1mega.algorithm.grpo import grpo_loss
 from r1mega.config.schema import ModelConfig, OptimizerConfig, ParallelConfig
 from r1mega.config.stages.rl import AlgorithmConfig
-from r1mega.platform import groups
 from r1mega.train.packing import build_microbatch
 from r1mega.train.sample_plan import Reads
-from r1mega.types import KeptIds, TrainingSample
-from tests.dist.launch import launch
+from r1mega.types import KeptIds
 from tests.dist.loss_worker import VARIANTS
+from tests.unit.train.tiny_policy import (
+    HF,
+    LEARNING_RATE,
+    TEMPERATURE,
+    hub_names,
+    make_samples,
+    make_trainer,
+    run_update,
+    transformers_model,
+)
 
 pytestmark = pytest.mark.heavy
 
 platform.prepare()
-
-HF = {
-    "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "vocab_size": 67, "hidden_size": 48,
-    "intermediate_size": 80, "moe_intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 4, "n_shared_experts": 1, "n_routed_experts": 8, "num_experts_per_tok": 4, "n_group": 4,
-    "topk_group": 2, "topk_method": "noaux_tc", "scoring_func": "sigmoid", "norm_topk_prob": True,
-    "routed_scaling_factor": 2.5, "first_k_dense_replace": 1, "moe_layer_freq": 1, "q_lora_rank": 24, "kv_lora_rank": 16,
-    "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12, "num_nextn_predict_layers": 0,
-    "max_position_embeddings": 128, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-    "rope_interleave": True, "rms_norm_eps": 1e-6, "hidden_act": "silu", "attention_bias": False,
-    "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
-LEARNING_RATE, TEMPERATURE = 1e-3, 0.8
 
 
 def test_kept_ids_go_where_a_head_is():
@@ -52,64 +44,6 @@ def test_kept_ids_go_where_a_head_is():
     one = _Pass(policy, loss=None, temperature=1.0, mtp_loss=False, sums_over=None, records=None, entropies=False)
     (body, _), (head, _) = (one.forward(iter([batch]), module) for module in policy.modules)
     assert head is batch and body.kept_ids is body.kept_offsets is None and body.tokens is batch.tokens
-
-
-@pytest.fixture
-def one_rank():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    groups.init_parallel(ParallelConfig(), seed=0)
-    yield
-    groups.destroy()
-    torch.set_num_threads(threads)
-
-
-def make_trainer(log_probs="logits", dtype="float32", weights=None, bias_rate=0.0, **optimizer):
-    """weights: of the model; None: drawn. bias_rate: of the routers."""
-    from r1mega.train.policy import Policy
-    from r1mega.train.trainer import Trainer
-
-    model = ModelConfig(path="unused", dtype=dtype, log_probs=log_probs, expert_bias_update_rate=bias_rate)
-    policy = Policy(model, HF, ParallelConfig(), seed=1, init_std=0.08)
-    if weights is not None:
-        policy.load_hf(weights)
-    settings = OptimizerConfig(**{"lr": LEARNING_RATE, "weight_decay": 0.1, "clip_grad": 0.05} | optimizer)
-    return Trainer(policy, settings, total_steps=10)
-
-
-def make_samples(seed=0):
-    generator = np.random.default_rng(seed)
-    samples = []
-    for prompt, response in ((3, 5), (6, 1), (2, 9), (4, 4)):
-        samples.append(
-            TrainingSample(
-                token_ids=generator.integers(0, HF["vocab_size"], prompt + response).astype(np.int32),
-                prompt_length=prompt,
-                advantage=float(generator.normal()),
-                sampler_log_probs=(-4 + 0.1 * generator.normal(size=response)).astype(np.float32),
-            )
-        )
-    return samples
-
-
-def run_update(trainer, samples, packs, algorithm):
-    from r1mega.train.samples import minibatch_weights, pack_for_loss
-
-    weights = minibatch_weights(samples, range(len(samples)), algorithm.loss_aggregation, 16)
-
-    def loss(batch, scores):
-        value, stats = grpo_loss(scores.values, batch.policy_tokens, clip_low=0.2, clip_high=0.2)
-        return value, (value.item(), stats)
-
-    total = sum(s.response_length for s in samples)
-    batches = [pack_for_loss(samples, indices, weights) for indices in packs]
-    return trainer.update(
-        batches,
-        loss,
-        temperature=TEMPERATURE,
-        total_response_tokens=total,
-        sums_over="tokens" if algorithm.is_of_tokens else "samples",
-    )
 
 
 def test_more_microbatches_are_the_same_step(one_rank):
@@ -288,15 +222,6 @@ def test_a_step_of_rejected_responses_changes_nothing(one_rank):
     assert metrics["policy/loss"] == metrics["policy/grad_norm"] == 0
 
 
-def transformers_model(policy, tmp_path):
-    from transformers import AutoModelForCausalLM
-
-    from r1mega.checkpoint.hf import write_hf
-
-    write_hf(tmp_path / "hf", policy.hf_tensors(), HF)
-    return AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32, attn_implementation="eager")
-
-
 @pytest.mark.parametrize(
     ("aggregation", "log_probs"),
     [("sequence", "logits"), ("token", "logits"), ("sequence", "hidden"), ("sequence", "reference")],
@@ -333,7 +258,7 @@ def test_one_grpo_step_equals_transformers_and_adamw(one_rank, tmp_path, aggrega
         assert math.isclose(sum(value for value, _ in result.statistics), loss.item(), abs_tol=1e-5)
         assert math.isclose(result.grad_norm, float(norm), rel_tol=1e-4)
     trained = dict(policy.hf_tensors())
-    expected = _hub_names(model.state_dict())
+    expected = hub_names(model.state_dict())
     assert trained.keys() == expected.keys()
     for name, value in expected.items():
         # an Adam step is lr * m / sqrt(v): where a gradient is near zero its sign is rounding, so bound by steps
@@ -358,151 +283,6 @@ def test_forward_only_equals_transformers_per_token(one_rank, tmp_path):
         expected_entropy.append(-(full.exp() * full).sum(-1))
     torch.testing.assert_close(scores.values.double(), torch.cat(expected), rtol=0, atol=1e-5)
     torch.testing.assert_close(scores.entropies.double(), torch.cat(expected_entropy), rtol=0, atol=1e-5)
-
-
-def test_adam_on_the_cpu_equals_torchs_on_float32_main_parameters(one_rank):
-    """Megatron's HybridDeviceOptimizer: the gradients of every step, applied to float32 copies by torch's AdamW."""
-    from r1mega.train.optimizer import parts
-
-    trainer, samples = make_trainer(dtype="bfloat16", cpu_offload=True), make_samples()
-    parameters = [p for chunk in trainer.policy.chunks for p in chunk.parameters()]
-    mains = [p.detach().float().clone().requires_grad_() for p in parameters]
-    decayed = [main for main in mains if main.ndim > 1]
-    rest = [main for main in mains if main.ndim == 1]
-    reference = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}],
-        lr=LEARNING_RATE, betas=(0.9, 0.95), eps=1e-8, fused=True,
-    )  # fmt: skip
-    for _ in range(3):
-        result = run_update(trainer, samples, [[0, 1], [2, 3]], AlgorithmConfig())
-        assert result.grad_norm > 0.05  # so it was clipped, in the buffers
-        for main, parameter in zip(mains, parameters, strict=True):
-            main.grad = parameter.main_grad.clone()
-        reference.step()
-        for main, parameter in zip(mains, parameters, strict=True):
-            assert torch.equal(main.detach().bfloat16(), parameter.detach())
-    gradients = [kept for part in parts(trainer.optimizer) for kept in part.optimizer.cpu_copy_map_grad.values()]
-    assert sum(kept.nbytes for kept in gradients) == sum(
-        4 * p.numel() for p in parameters
-    )  # which `r1mega plan` counts
-
-
-PRECISION_AWARE = {"precision_aware": True, "grad_reduce_in_fp32": False}
-
-
-def test_moments_in_bfloat16_equal_torchs_adam_that_starts_each_step_from_rounded_ones(one_rank):
-    from r1mega.train.optimizer import own_state, parts
-
-    trainer, samples = make_trainer(dtype="bfloat16", **PRECISION_AWARE), make_samples()
-    parameters = [p for chunk in trainer.policy.chunks for p in chunk.parameters()]
-    mains = [p.detach().float().clone().requires_grad_() for p in parameters]
-    decayed = [main for main in mains if main.ndim > 1]
-    rest = [main for main in mains if main.ndim == 1]
-    reference = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}],
-        lr=LEARNING_RATE, betas=(0.9, 0.95), eps=1e-8,
-    )  # fmt: skip
-    of = [next(p for p in parts(trainer.optimizer) if w in p.model_param_group_index_map) for w in parameters]
-    for _ in range(3):
-        result = run_update(trainer, samples, [[0, 1], [2, 3]], AlgorithmConfig())
-        assert result.grad_norm > 0.05  # so it was clipped, in the buffers
-        for main, parameter in zip(mains, parameters, strict=True):
-            assert parameter.main_grad.dtype == torch.bfloat16
-            main.grad = parameter.main_grad.float()
-        reference.step()
-        for main, parameter, part in zip(mains, parameters, of, strict=True):
-            held, state = own_state(part, parameter), reference.state[main]
-            torch.testing.assert_close(held["param"], main.detach().flatten(), rtol=1e-6, atol=1e-6)
-            assert torch.equal(held["param"].bfloat16(), parameter.detach().flatten())
-            for name in ("exp_avg", "exp_avg_sq"):
-                rounded = state[name].bfloat16()
-                torch.testing.assert_close(
-                    held[name], rounded.flatten(), rtol=2**-7, atol=1e-12
-                )  # on a tie either side
-                state[name].copy_(held[name].view_as(main))
-            main.detach().copy_(held["param"].view_as(main))
-
-
-DTYPES = [("float32", "logits"), ("bfloat16", "logits"), ("bfloat16", "hidden"), ("bfloat16", "reference")]
-
-
-@pytest.mark.parametrize(("dtype", "log_probs"), DTYPES)
-def test_reference_weights_are_swapped_in_and_out(one_rank, dtype, log_probs):
-    trainer, samples = make_trainer(log_probs, dtype), make_samples()
-    policy = trainer.policy
-    batch = build_microbatch([s.token_ids.tolist() for s in samples], [s.prompt_length for s in samples], range(4))
-    policy.take_reference()
-    before = policy.log_probs([batch])[0]
-    run_update(trainer, samples, [[0, 1, 2, 3]], AlgorithmConfig())
-    after = policy.log_probs([batch])[0]
-    assert not torch.equal(before, after)
-    with policy.as_reference():
-        assert torch.equal(policy.log_probs([batch])[0], before)
-    assert torch.equal(policy.log_probs([batch])[0], after)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "log_probs", "more"),
-    [
-        *((*pair, {}) for pair in DTYPES),
-        *(("bfloat16", "logits", more) for more in ({"cpu_offload": True}, PRECISION_AWARE)),
-    ],
-)
-def test_checkpoint_continues_bitwise(one_rank, tmp_path, dtype, log_probs, more):
-    from r1mega.checkpoint.store import CheckpointStore, deciding_keys
-
-    samples, packs, algorithm = make_samples(), [[0, 1], [2, 3]], AlgorithmConfig()
-    trainer = make_trainer(log_probs, dtype, warmup_steps=3, **more)
-    policy = trainer.policy
-    policy.take_reference()
-    run_update(trainer, samples, packs, algorithm)
-    store = CheckpointStore(tmp_path, keep=2, architecture=deciding_keys(HF))
-    path = store.save(1, trainer.sharded_state(is_loading=False), {"cursor": {"num_drawn": 4}})
-    results = [run_update(trainer, samples, packs, algorithm) for _ in range(2)]
-    weights = {name: value.clone() for name, value in policy.hf_tensors()}
-    with policy.as_reference():
-        reference = {name: value.clone() for name, value in policy.hf_tensors()}
-
-    groups.destroy()
-    groups.init_parallel(ParallelConfig(), seed=5)
-    again = make_trainer(log_probs, dtype, warmup_steps=3, **more)
-    again.policy.take_reference()
-    assert store.latest() == path
-    state, progress = store.load(path, again.sharded_state(is_loading=True))
-    again.load_sharded_state(state)
-    assert progress == {"step": 1, "cursor": {"num_drawn": 4}}
-    for expected in results:
-        result = run_update(again, samples, packs, algorithm)
-        assert (result.grad_norm, result.lr) == (expected.grad_norm, expected.lr)
-        assert [v for v, _ in result.statistics] == [v for v, _ in expected.statistics]
-    assert all(torch.equal(value, weights[name]) for name, value in again.policy.hf_tensors())
-    with again.policy.as_reference():
-        assert all(torch.equal(value, reference[name]) for name, value in again.policy.hf_tensors())
-
-
-def test_torn_and_foreign_checkpoints_are_refused(one_rank, tmp_path, caplog):
-    from r1mega.checkpoint.store import CheckpointStore, deciding_keys
-    from r1mega.errors import CheckpointError
-
-    trainer = make_trainer()
-    run_update(trainer, make_samples(), [[0, 1, 2, 3]], AlgorithmConfig())
-    store = CheckpointStore(tmp_path, keep=2, architecture=deciding_keys(HF))
-    first = store.save(1, trainer.sharded_state(is_loading=False), {})
-    second = store.save(2, trainer.sharded_state(is_loading=False), {})
-    victim = max(second.rglob("*.distcp"), key=lambda p: p.stat().st_size)
-    content = bytearray(victim.read_bytes())
-    content[len(content) // 2] ^= 1  # one flipped bit
-    victim.write_bytes(bytes(content))
-    assert store.latest() == first
-    assert victim.name in caplog.text
-    assert "xxh3_128" in caplog.text
-    store.save(3, trainer.sharded_state(is_loading=False), {})
-    store.save(4, trainer.sharded_state(is_loading=False), {})
-    left = sorted(p.name for p in store.directory.iterdir())
-    assert left == ["step_000002.damaged", "step_000003", "step_000004"], "only `keep` are kept"
-    other = CheckpointStore(tmp_path, keep=2, architecture=deciding_keys(HF | {"hidden_size": 64}))
-    with pytest.raises(CheckpointError, match="hidden_size 48 there, 64 here"):
-        other.load(store.latest(), trainer.sharded_state(is_loading=True))
 
 
 def test_the_auxiliary_loss_is_of_all_tokens_however_many_are_trained_on(one_rank):
@@ -530,71 +310,6 @@ def test_the_auxiliary_loss_is_of_all_tokens_however_many_are_trained_on(one_ran
     for gradients in found[1:]:
         for name, gradient in found[0].items():
             assert torch.allclose(gradients[name], gradient, rtol=1e-4, atol=1e-7), name
-
-
-@pytest.mark.parametrize("optimizer", [{}, {"clip_grad": 0.0}])
-def test_a_gradient_that_is_not_finite_moves_nothing_and_can_be_left_out(one_rank, tmp_path, caplog, optimizer):
-    """The steps after it are those of a run that never had it (the rate is constant)."""
-    from r1mega.errors import NonFiniteError
-
-    algorithm, samples, packs = AlgorithmConfig(), make_samples(), [[0, 1], [2, 3]]
-    broken = [dataclasses.replace(s, advantage=math.nan if i == 2 else s.advantage) for i, s in enumerate(samples)]
-    control, strict, lenient = (make_trainer(**optimizer, skip_nonfinite=n, bias_rate=0.01) for n in (0, 0, 1))
-    for trainer in (control, strict, lenient):
-        trainer.evidence = tmp_path / "nonfinite"
-        run_update(trainer, samples, packs, algorithm)
-    after_one = {name: value.clone() for name, value in control.policy.hf_tensors()}
-    assert any(value.any() for name, value in after_one.items() if name.endswith("e_score_correction_bias"))
-    with pytest.raises(
-        NonFiniteError, match=r"optimizer step 2: gradient norm nan.*optimizer\.skip_nonfinite=1 "
-    ) as raised:
-        run_update(strict, broken, packs, algorithm)
-    assert all(torch.equal(value, after_one[name]) for name, value in strict.policy.hf_tensors())
-    (path,) = (tmp_path / "nonfinite").iterdir()
-    assert str(path.parent) in str(raised.value) and path.name == "update_000002_rank_00000.pt"
-    found = torch.load(path)
-    assert [list(b["sample_indices"]) for b in found["microbatches"]] == packs
-    assert [bool(b["advantages"].isnan().any()) for b in found["microbatches"]] == [False, True]
-    assert found["parameters"] and math.isnan(found["grad_norm"])
-
-    assert run_update(lenient, broken, packs, algorithm).skipped and "left out (1 in a row" in caplog.text
-    for _ in range(2):
-        expected, result = (run_update(t, samples, packs, algorithm) for t in (control, lenient))
-        assert (result.grad_norm, result.skipped) == (expected.grad_norm, False)
-    expected = dict(control.policy.hf_tensors())
-    assert all(torch.equal(value, expected[name]) for name, value in lenient.policy.hf_tensors())
-    for number in range(100, 107):  # with that of step 2, as many as are kept
-        (tmp_path / "nonfinite" / f"update_{number:06d}_rank_00000.pt").touch()
-    run_update(lenient, broken, packs, algorithm)  # the count begins anew after a good one
-    assert len(list((tmp_path / "nonfinite").iterdir())) == 8
-    shutil.rmtree(tmp_path / "nonfinite")
-    (tmp_path / "nonfinite").touch()  # nothing can be written there: told, and no more than that
-    with pytest.raises(NonFiniteError, match="optimizer.skip_nonfinite=2"):
-        run_update(lenient, broken, packs, algorithm)
-    assert f"{tmp_path / 'nonfinite'}: could not be written" in caplog.text
-
-
-def broken_on_one_rank():
-    """Two replicas, one of them with a broken sample, twice: (left out, no weight moved, the error of the second)."""
-    from r1mega.errors import NonFiniteError
-
-    groups.init_parallel(ParallelConfig(), seed=0)
-    trainer, samples = make_trainer(skip_nonfinite=1), make_samples()
-    samples[2] = dataclasses.replace(samples[2], advantage=math.nan)
-    before = {name: value.clone() for name, value in trainer.policy.hf_tensors()}
-    packs = [[[0, 1]], [[2, 3]]][trainer.policy.replica]
-    skipped = run_update(trainer, samples, packs, AlgorithmConfig()).skipped
-    equal = all(torch.equal(value, before[name]) for name, value in trainer.policy.hf_tensors())
-    try:
-        run_update(trainer, samples, packs, AlgorithmConfig())
-    except NonFiniteError as error:
-        return skipped, equal, str(error)
-    return skipped, equal, None
-
-
-def test_all_ranks_leave_out_what_one_cannot_use():
-    for skipped, equal, error in launch(broken_on_one_rank, 2):
-        assert skipped and equal and "optimizer.skip_nonfinite=2" in error
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -656,105 +371,3 @@ def test_what_must_not_be_rounded_is_float32_in_a_bfloat16_model(one_rank):
         assert not name.endswith("correction_bias") or torch.equal(value, bias)
     floats = {n: b.dtype for c in policy.chunks for n, b in c.named_buffers() if b.is_floating_point()}
     assert set(floats.values()) == {torch.float32}, floats
-
-
-def test_learning_rate_schedule(one_rank):
-    trainer, samples = make_trainer(warmup_steps=2, schedule="cosine", decay_steps=4, min_lr=1e-4), make_samples()
-    rates = [run_update(trainer, samples, [[0, 1, 2, 3]], AlgorithmConfig()).lr for _ in range(10)]
-    cosine = [1e-4 + (1e-3 - 1e-4) * (math.cos(math.pi * i / 4) + 1) / 2 for i in range(1, 5)]
-    expected = [0.5e-3, 1e-3, 1e-3, 1e-3, 1e-3, 1e-3, *cosine]
-    assert np.allclose(rates, expected, rtol=1e-9), json.dumps(rates)
-
-
-def _hub_names(state):
-    """transformers 5 stacks the experts; checkpoints on the hub have one tensor each."""
-    out = {}
-    for name, value in state.items():
-        if name.endswith("mlp.experts.gate_up_proj"):
-            for expert, both in enumerate(value):
-                gate, up = both.chunk(2)
-                out[name.replace("gate_up_proj", f"{expert}.gate_proj.weight")] = gate
-                out[name.replace("gate_up_proj", f"{expert}.up_proj.weight")] = up
-        elif name.endswith("mlp.experts.down_proj"):
-            for expert, down in enumerate(value):
-                out[name.replace("down_proj", f"{expert}.down_proj.weight")] = down
-        else:
-            out[name] = value
-    return out
-
-
-@pytest.mark.parametrize("own", [True, False])
-def test_router_replay_equals_transformers_told_to_take_those_experts(one_rank, tmp_path, own):
-    """own: the experts that the routers would choose anyway; otherwise any."""
-    from r1mega.train.samples import pack_samples
-
-    policy = make_trainer().policy
-    model = transformers_model(policy, tmp_path)
-    gates = [layer.mlp.gate for layer in model.model.layers if hasattr(layer.mlp, "gate")]
-    generator = np.random.default_rng(3)
-    samples, expected = [], []
-    for sample in make_samples():
-        ids = torch.from_numpy(sample.token_ids.astype(np.int64))[None]
-        chosen = [generator.permuted(np.tile(np.arange(8), (ids.numel(), 1)), axis=1)[:, :4] for _ in gates]
-        hooks = [gate.register_forward_hook(_taking(chosen, i, own)) for i, gate in enumerate(gates)]
-        with torch.no_grad():
-            logits = model(ids).logits[0] / TEMPERATURE
-        for hook in hooks:
-            hook.remove()
-        picked = logits.log_softmax(-1)[:-1].gather(1, ids[0, 1:, None])[:, 0]
-        expected.append(picked[sample.prompt_length - 1 :])
-        routed = np.stack(chosen, axis=1)[:-1].astype(np.uint8)
-        samples.append(dataclasses.replace(sample, routed_experts=routed))
-    order = [2, 0, 3, 1]
-    packs = [pack_samples(samples, order[:3]), pack_samples(samples, order[3:])]
-    found = torch.cat(policy.log_probs(packs, TEMPERATURE))
-    assert (found - torch.cat([expected[i] for i in order])).abs().max() <= 1e-5
-    packs = [pack_samples(samples, order)]
-    unguided = policy.scores(packs, TEMPERATURE, replay=False)[0].values
-    assert ((found - unguided).abs().max() <= 1e-5) == own
-    routers = [m for c in policy.chunks for m in c.modules() if hasattr(m, "router_replay")]
-    assert all(router.router_replay.router_replay_action is None for router in routers)
-
-
-@pytest.mark.parametrize("repeats", [True, False])
-def test_an_update_repeats_the_experts_of_its_log_prob_pass(one_rank, repeats):
-    """R2: in the second optimizer step the routers would choose otherwise."""
-    from r1mega.config.schema import DataConfig
-    from r1mega.config.stages.rl import RLStage, UpdateConfig
-    from r1mega.observe.trace import PhaseTimer
-    from r1mega.train.grpo_update import update_policy
-
-    trainer, taken = make_trainer(lr=0.05), []
-    for chunk in trainer.policy.chunks:
-        for router in chunk.modules():
-            if hasattr(router, "router_replay"):
-                router.register_forward_hook(
-                    lambda _router, _inputs, outputs: taken.append(outputs[1].nonzero().tolist())
-                )
-    config = RLStage(
-        stage="zero", run_dir="unused", model=ModelConfig(path="unused"), data=DataConfig(prompts=()),
-        update=UpdateConfig(num_minibatches=2, microbatch_tokens=64),
-        algorithm=AlgorithmConfig(router_replay=repeats, kl_coefficient=0.1),
-    )  # fmt: skip
-    trainer.policy.take_reference()
-    update_policy(trainer, make_samples(), config, 1, PhaseTimer())
-    layers, updates = 2, 2
-    assert len(taken) == 3 * layers * updates  # old, reference, update
-    old, reference, updated = taken[:4], taken[4:8], taken[8:]
-    assert old == reference and old[:2] == updated[:2]  # the weights are still the same
-    assert (old == updated) == repeats
-
-
-def _taking(chosen, index, own):
-    """A hook that makes a router of transformers take chosen[index]; own: one that writes down what it took."""
-
-    def hook(gate, inputs, outputs):
-        logits, weights, indices = outputs
-        if own:
-            chosen[index] = indices.numpy()  # [tokens, top-k]
-            return outputs
-        indices = torch.from_numpy(chosen[index])
-        weights = logits.sigmoid().gather(1, indices)
-        return logits, weights / weights.sum(-1, keepdim=True) * 2.5, indices
-
-    return hook

@@ -5,14 +5,7 @@ import math
 import pytest
 import torch
 
-from tests.unit.train.test_policy import (  # noqa: F401
-    LEARNING_RATE,
-    _hub_names,
-    make_samples,
-    make_trainer,
-    one_rank,
-    transformers_model,
-)
+from tests.unit.train.tiny_policy import LEARNING_RATE, hub_names, make_samples, make_trainer, transformers_model
 
 pytestmark = pytest.mark.heavy
 
@@ -41,7 +34,7 @@ def reference_loss(model, samples, prompt_weight):
 
 
 @pytest.mark.parametrize("prompt_weight", [0.0, 0.1])
-def test_sft_steps_equal_transformers_and_adamw(one_rank, tmp_path, prompt_weight):  # noqa: F811
+def test_sft_steps_equal_transformers_and_adamw(one_rank, tmp_path, prompt_weight):
     from r1mega.train.supervised import mean_loss, pack_weighted, sample_losses, supervised_step
 
     trainer, samples = make_trainer(), make_samples()
@@ -69,7 +62,7 @@ def test_sft_steps_equal_transformers_and_adamw(one_rank, tmp_path, prompt_weigh
         assert math.isclose(result.update.grad_norm, float(norm), rel_tol=1e-4)
         lengths = [len(s.token_ids) for s in samples]
         assert result.work.tokens == sum(lengths) and result.work.pairs == sum(n * (n + 1) / 2 for n in lengths)
-    trained, expected = dict(policy.hf_tensors()), _hub_names(model.state_dict())
+    trained, expected = dict(policy.hf_tensors()), hub_names(model.state_dict())
     for name, value in expected.items():
         difference = (trained[name] - value).abs()  # where a gradient is near zero Adam's step has the sign of rounding
         assert difference.max() <= 2.1 * LEARNING_RATE * 2, name
@@ -85,7 +78,7 @@ def test_sft_steps_equal_transformers_and_adamw(one_rank, tmp_path, prompt_weigh
     assert math.isclose(mean_loss(losses), float(whole[0] / whole[1]), rel_tol=1e-12)
 
 
-def test_tokens_without_weight_are_not_scored(one_rank):  # noqa: F811
+def test_tokens_without_weight_are_not_scored(one_rank):
     from r1mega.train.supervised import pack_weighted
 
     samples = make_samples()

@@ -48,6 +48,7 @@ def preload() -> None:
 
     current_platform.register_triton_kernel_overrides()  # goes through all modules; once a process (platform/vllm_cpu.py)
     torch._dynamo.config.disable = False  # until a run prepares vLLM's environment itself
+    assert not any(map(sys.modules.get, vllm_cpu.NOT_USED)), "imported, and seconds of every start lost"
     assert len(os.listdir("/proc/self/task")) == 1, "a thread would be missing in the forks"
 
 

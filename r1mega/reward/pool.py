@@ -179,10 +179,10 @@ class WorkerPool:
         self._counts = dict.fromkeys(("submitted", "finished", "failed", "retries", "kills", "crashes"), 0)
 
     def start_seconds(self, attempt: int) -> float:
-        """That a worker may take to come up for this attempt (1: the first) at a task: ten times the longest start so far, at
+        """That a worker may take to come up for this attempt (1: the first) at a task: three times the longest start so far, at
         least `START_SECONDS`, and twice as long at each attempt. A machine that is slow is not one that hangs.
         """
-        return max(START_SECONDS, 10 * self._longest_start) * 2 ** (attempt - 1)
+        return max(START_SECONDS, 3 * self._longest_start) * 2 ** (attempt - 1)
 
     def submit(self, task: Task) -> Future[Outcome]:
         """Queue a task. Waits while max_pending tasks are unfinished (back-pressure). Workers start on demand."""

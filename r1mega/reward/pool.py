@@ -26,7 +26,8 @@ from r1mega.errors import RewardError
 
 logger = logging.getLogger(__name__)
 
-START_SECONDS = 60.0  # a fresh interpreter and its first imports; not counted against the first task's limit
+START_SECONDS = 60.0
+"""A fresh interpreter and its first imports, at least; not counted against the first task's limit. See `WorkerPool.start_seconds`."""
 LATENCIES_KEPT = 10_000
 _READ_BYTES = 1 << 16
 
@@ -104,11 +105,14 @@ class _Worker:
         self.requests, self.replies = self.process.stdin, self.process.stdout
         self.buffer = b""
         self.warm: set[str] = set()
+        self.started_seconds = 0.0  # the longest time that imports took
 
-    def call(self, task: Task) -> dict[str, Any]:
+    def call(self, task: Task, start_seconds: float) -> dict[str, Any]:
         """The reply to one task. Raises WorkerDiedError; the worker is then of no further use."""
         if task.function not in self.warm:  # imports are awaited apart, so that a slow start costs the task nothing
-            self._exchange(Task("r1mega.reward.pool:warm_up", (task.function,), START_SECONDS))
+            begin = time.monotonic()
+            self._exchange(Task("r1mega.reward.pool:warm_up", (task.function,), start_seconds))
+            self.started_seconds = max(self.started_seconds, time.monotonic() - begin)
             self.warm.add(task.function)
         return self._exchange(task)
 
@@ -169,9 +173,16 @@ class WorkerPool:
         self._slots = threading.BoundedSemaphore(max_pending)
         self._threads: list[threading.Thread] = []
         self._idle = 0
+        self._longest_start = 0.0
         self._closed = False
         self._latencies: deque[float] = deque(maxlen=LATENCIES_KEPT)
         self._counts = dict.fromkeys(("submitted", "finished", "failed", "retries", "kills", "crashes"), 0)
+
+    def start_seconds(self, attempt: int) -> float:
+        """That a worker may take to come up for this attempt (1: the first) at a task: three times the longest start so far, at
+        least `START_SECONDS`, and twice as long at each attempt. A machine that is slow is not one that hangs.
+        """
+        return max(START_SECONDS, 3 * self._longest_start) * 2 ** (attempt - 1)
 
     def submit(self, task: Task) -> Future[Outcome]:
         """Queue a task. Waits while max_pending tasks are unfinished (back-pressure). Workers start on demand."""
@@ -244,7 +255,8 @@ class WorkerPool:
         job.attempts += 1
         try:
             worker = worker or _Worker(self._memory_bytes)
-            reply = worker.call(job.task)
+            reply = worker.call(job.task, self.start_seconds(job.attempts))
+            self._longest_start = max(self._longest_start, worker.started_seconds)
             reason, killed = reply.get("fatal"), False
         except WorkerDiedError as error:
             reason, killed = f"the worker {error}", error.killed

@@ -20,7 +20,7 @@ from r1mega.sandbox.seccomp import assemble
 from r1mega.sandbox.verdict import Completed, SandboxFailure, SandboxUnavailable, Verdict
 
 _CHUNK_BYTES = 1 << 16
-_START_SECONDS = 30.0  # from spawn until the namespaces stand; longer means an overloaded host, not a slow answer
+_START_SECONDS = 30.0  # from spawn until the namespaces stand, of those in which a CPU was to be had
 _POLL_SECONDS = 0.05
 
 
@@ -39,7 +39,7 @@ class Child:
         self.stopped: Verdict | None = None
         self.finished = False
         self._closed = self.host_out_of_memory = False
-        self._pressure = 0.0
+        self._pressure = cpu_pressure_seconds()
         self.exit_code = -1
         self.peak_bytes: int | None = None
         self._process, self._status_fd, self._group, self._kills = process, status_fd, group, kills
@@ -105,7 +105,11 @@ class Child:
         return min(max(waited_seconds, cpu_pressure_seconds() - pressure_before), 4 * allowed_seconds)
 
     def stuck_starting(self) -> bool:
-        return self.wall_start is None and time.monotonic() - self.spawned > _START_SECONDS
+        """Whether it had the time to come up, on a CPU, and did not."""
+        elapsed = time.monotonic() - self.spawned
+        if self.wall_start is not None or elapsed <= _START_SECONDS:
+            return False
+        return elapsed - self.starved_seconds(_START_SECONDS, self._pressure) > _START_SECONDS
 
     def over_memory(self) -> bool:
         """Whether the tree outgrew its limit; only asked where no cgroup enforces it."""
@@ -347,7 +351,9 @@ def enforce(child: Child) -> None:
     if child.finished:
         return
     if child.stuck_starting():
-        raise SandboxFailure(f"sandbox did not come up within {_START_SECONDS:.0f} s: host overloaded?")
+        raise SandboxFailure(
+            f"sandbox did not come up within {_START_SECONDS:.0f} s with a CPU to be had: disk overloaded?"
+        )
     if child.over_time():
         child.stop(Verdict.TIME_LIMIT)
     elif child.over_memory():

@@ -137,7 +137,7 @@ class _Session:
         budget = self.budget["answer" if of_answer else self.state.turn]
         if spent < budget:
             return
-        if of_answer and spent - self.answer.starved_seconds(budget, self.pressure) < budget:
+        if self.state.turn != "grader" and spent - self.answer.starved_seconds(budget, self.pressure) < budget:
             return
         if self.state.turn == "start":
             raise SandboxFailure(f"the answer's interpreter did not come up within {_START_SECONDS:.0f} s")

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from r1mega.errors import RewardError
+from r1mega.reward import pool as pool_module
 from r1mega.reward.pool import Task, WorkerPool
 
 KILLERS = ("segfault", "memory_bomb", "endless_loop", "giant_integer")
@@ -95,6 +96,17 @@ def test_a_death_costs_one_retry_and_no_score(tmp_path):
         outcome = pool.submit(task("dies_once", str(tmp_path / "flag"))).result(timeout=60)
         assert (outcome.value, outcome.attempts) == ("alive", 2)
         assert pool.metrics().retries == 1 and pool.metrics().crashes == 1
+
+
+def test_a_slow_start_is_waited_for(tmp_path, monkeypatch):
+    """Longer at each attempt, and for later workers three times what one took; only one that hangs is given up."""
+    (tmp_path / "slow_to_import.py").write_text("import time\ntime.sleep(1)\n\ndef answer():\n    return 42\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(pool_module, "START_SECONDS", 0.2)
+    with WorkerPool(1, MEMORY_BYTES, max_retries=7) as pool:
+        outcome = pool.submit(Task("slow_to_import:answer", (), 20.0)).result(timeout=120)
+        assert outcome.value == 42 and outcome.attempts >= 4  # 0.2, 0.4 and 0.8 seconds were too few
+        assert pool.start_seconds(1) >= 3 and pool.start_seconds(2) == 2 * pool.start_seconds(1)
 
 
 def test_an_exception_is_a_failure_without_retry():

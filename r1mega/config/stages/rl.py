@@ -244,11 +244,17 @@ def _partial_problems(rollout: RolloutConfig, algorithm: AlgorithmConfig, reward
     if rollout.engine == "transformers":
         yield "rollout.partial: engine = transformers leaves no response unfinished; set rollout.engine=vllm"
     if partial.every_tokens >= rollout.max_response_tokens:
+        shortest = "set every_tokens to less" if rollout.max_response_tokens > 1 else "leave rollout.partial out"
         yield (
             f"rollout.partial.every_tokens = {partial.every_tokens}: no response of at most max_response_tokens = "
-            f"{rollout.max_response_tokens} would be left unfinished; set every_tokens to less"
+            f"{rollout.max_response_tokens} would be left unfinished; {shortest}"
         )
-    if partial.overdraw > 1 + partial.max_staleness:
+    if partial.max_staleness == 0:
+        yield (
+            f"rollout.partial.overdraw = {partial.overdraw} with max_staleness = 0: no later step could train on what one leaves "
+            "unfinished; raise max_staleness, or leave rollout.partial out"
+        )
+    elif partial.overdraw > 1 + partial.max_staleness:
         yield (
             f"rollout.partial.overdraw = {partial.overdraw}: steps train on num_prompts groups, so some of so many would be older than "
             f"max_staleness = {partial.max_staleness} allows; set overdraw to at most {1 + partial.max_staleness}, or raise max_staleness"

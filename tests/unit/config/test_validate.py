@@ -228,6 +228,12 @@ def test_shipped_nano_config_for_four_ranks_is_valid(run):
         (["algorithm.importance_level=sequence"], 1, r"set importance_cap, or leave importance_level out"),
         (["algorithm.surrogate=cispo", "algorithm.ratio=sequence"], 1, r"cispo takes .*set algorithm\.ratio=token"),
         (["rollout.partial.overdraw=2.5"], 1, r"set overdraw to at most 2, or raise max_staleness"),
+        (["rollout.partial.overdraw=2", "rollout.partial.max_staleness=0"], 1, r"or leave rollout\.partial out"),
+        (
+            ["rollout.partial.overdraw=2", "rollout.partial.every_tokens=1", "rollout.max_response_tokens=1"],
+            1,
+            r"max_response_tokens = 1 .*leave rollout\.partial out",
+        ),
         (["rollout.partial.overdraw=2", "rollout.durable=false"], 1, r"set durable=true"),
         (
             [

@@ -8,6 +8,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -434,6 +435,19 @@ def test_a_starved_answer_is_not_out_of_time(launcher):
             process.wait()
     assert all(run.stdout == b"done\n" for run in runs), runs
     assert max(run.wall_seconds for run in runs) > 1.0, runs  # the scheduler may favour one of them
+
+
+@pytest.mark.parametrize(
+    ("cpu_seconds", "waited_seconds", "stuck"), [(1.0, 0.0, True), (1.0, 15.0, False), (35.0, 99.0, True)]
+)
+def test_a_starved_start_is_waited_for(monkeypatch, cpu_seconds, waited_seconds, stuck):
+    """40 seconds after its spawn: one that waited for a CPU for most of them goes on, one that had it does not."""
+    monkeypatch.setattr(launcher_module, "scheduling", lambda pid: (cpu_seconds, waited_seconds))
+    monkeypatch.setattr(launcher_module, "cpu_pressure_seconds", lambda: 0.0)
+    child = launcher_module.Child.__new__(launcher_module.Child)
+    child.wall_start, child.spawned, child._pressure = None, time.monotonic() - 40, 0.0
+    child._process = SimpleNamespace(pid=1)
+    assert child.stuck_starting() is stuck
 
 
 def test_an_end_that_arrives_in_one_piece(launcher):

@@ -80,7 +80,7 @@ gpus_here() {
 rank_launcher() {
     local tasks=${SLURM_NTASKS_PER_NODE:-1} cpus=${SLURM_CPUS_ON_NODE:-1}
     set -- srun --kill-on-bad-exit=1 --open-mode=append --output="$(log_dir)/rank-%t.log" \
-        --cpus-per-task=$((cpus / tasks > 0 ? cpus / tasks : 1)) ${R1MEGA_SRUN:-}
+        --cpus-per-task=$((cpus / tasks > 0 ? cpus / tasks : 1)) --cpu-bind=none ${R1MEGA_SRUN:-} # a rank stays near its GPU by itself
     # which machines: filled in by start_once
     [ "${R1MEGA_SPARE_NODES:-0}" = 0 ] || set -- "$@" --nodes=@COUNT@ --ntasks=@TASKS@ --nodelist=@NODES@
     local mounts=${R1MEGA_MOUNTS:+,$R1MEGA_MOUNTS} logs

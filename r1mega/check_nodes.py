@@ -6,6 +6,7 @@ against the median of the job. Under torchrun and srun with one process a GPU; o
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import shutil
@@ -142,37 +143,40 @@ def problems(ranks: Sequence[Facts], *, free_bytes: int = 0) -> Iterator[str]:
             if (found := facts.program.get(name)) != version:
                 yield f"{facts.name}: {name} is {found or 'missing'}, elsewhere {version or 'missing'}; install the same on all"
         if facts.gpu_count != gpu_count:
-            yield f"{facts.name}: sees {facts.gpu_count} GPUs, others {gpu_count}"
+            yield (
+                f"{facts.name}: sees {facts.gpu_count} GPUs, others {gpu_count}; look at nvidia-smi -L and CUDA_VISIBLE_DEVICES there, "
+                "ask for as many on each machine (--gpus-per-node), or leave the machine out"
+            )
         if facts.gpu is not None:
             yield from _gpu_problems(facts.name, facts.gpu, memory, top_clock)
         if abs(facts.clock - clock) > SECONDS_APART:
             yield f"{facts.name}: its clock is {facts.clock - clock:+.1f} s off the median; start chrony or ntpd there"
         if facts.open_files < open_files:
-            yield f"{facts.name}: {facts.open_files} open files allowed, {open_files} wanted; raise the hard limit (ulimit -Hn)"
+            yield f"{facts.name}: {facts.open_files} open files allowed, {open_files} wanted; raise the hard limit there (/etc/security/limits.conf; under Slurm LimitNOFILE of slurmd's unit)"
         if facts.shared_memory_bytes < SHARED_MEMORY_BYTES:
             free = f"{facts.shared_memory_bytes / 2**20:.0f} MiB free"
             yield f"{facts.name}: /dev/shm has {free}; remove what fills it, or give the container --shm-size or --ipc=host"
         if facts.disk_error is not None:
-            yield f"{facts.name}: run_dir: {facts.disk_error}"
+            yield f"{facts.name}: run_dir: {facts.disk_error}; mend or mount that disk there, or choose another run_dir"
         elif facts.disk_free_bytes < free_bytes:
-            yield f"{facts.name}: run_dir has {facts.disk_free_bytes / 1e9:.1f} GB free, {free_bytes / 1e9:.1f} wanted"
+            yield f"{facts.name}: run_dir has {facts.disk_free_bytes / 1e9:.1f} GB free, {free_bytes / 1e9:.1f} wanted; remove something, or choose another run_dir"
         for which in facts.wrong_sums:
-            yield f"{facts.name}: the all-reduce {which} gave a wrong sum"
+            yield f"{facts.name}: the all-reduce {which} gave a wrong sum; leave the machine out (of a pair the one that every wrong sum has part in)"
 
 
 def _gpu_problems(name: str, gpu: Gpu, memory: float, top_clock: int) -> Iterator[str]:
     if gpu == Gpu():
         yield f"{name}: nvidia-smi tells nothing of its GPU: ECC, clocks and throttling are unchecked; run it there"
     if gpu.memory_mib is not None and gpu.memory_mib < 0.98 * memory:
-        yield f"{name}: its GPU has {gpu.memory_mib} MiB, the median {memory:.0f}"
+        yield f"{name}: its GPU has {gpu.memory_mib} MiB, the median {memory:.0f}; ask for machines of one kind (--constraint), or leave it out"
     if gpu.used_mib is not None and gpu.used_mib > max(0.05 * (gpu.memory_mib or 0), TAKEN_MIB):
         yield f"{name}: {gpu.used_mib} MiB of its GPU are taken before anything began; end what holds them (nvidia-smi)"
     if gpu.ecc_errors:
         yield f"{name}: {gpu.ecc_errors} uncorrected ECC errors; reset the GPU, or leave the machine out"
     if gpu.max_clock_mhz is not None and gpu.max_clock_mhz < 0.95 * top_clock:
-        yield f"{name}: its GPU's clock may reach {gpu.max_clock_mhz} MHz, others' {top_clock}"
+        yield f"{name}: its GPU's clock may reach {gpu.max_clock_mhz} MHz, others' {top_clock}; nvidia-smi -rgc gives it back, or leave the machine out"
     if gpu.throttle_reasons is not None and gpu.throttle_reasons & THROTTLED:
-        yield f"{name}: its GPU is slowed down by hardware, heat or power (reasons {gpu.throttle_reasons:#x})"
+        yield f"{name}: its GPU is slowed down by hardware, heat or power (reasons {gpu.throttle_reasons:#x}); see nvidia-smi -q -d PERFORMANCE, or leave the machine out"
 
 
 def slow_ranks(ranks: Sequence[Facts], slow: float) -> Iterator[str]:
@@ -321,10 +325,12 @@ def try_disk(run_dir: Path) -> tuple[str | None, int]:
             file.flush()
             os.fsync(file.fileno())
         same = probe.read_bytes() == data
-        probe.unlink()
         return None if same else f"{place} gave back other bytes than were written", shutil.disk_usage(place).free
     except OSError as error:
         return f"{place}: {error.strerror}", 0
+    finally:
+        with contextlib.suppress(OSError):  # never made, or told above
+            probe.unlink()
 
 
 def _seconds(device: torch.device, work: Callable[[], object], group: dist.ProcessGroup | None = None) -> float:

@@ -18,7 +18,7 @@ from typing import Annotated
 
 import typer
 
-from r1mega.errors import EXIT_FILE, ConfigError, FreshProcessNeeded, R1MegaError
+from r1mega.errors import EXIT_FILE, ConfigError, FreshProcessNeeded, R1MegaError, StragglerError
 from r1mega.noise import silence
 
 app = typer.Typer(
@@ -34,6 +34,8 @@ reshard_app = typer.Typer(help="Weights from the trainer's layout to the generat
 app.add_typer(reshard_app, name="reshard")
 SECONDS_FOR_THE_FIRST_RANK = 5
 """How long another rank leaves it to the first to tell what all of them find, before it tells it itself."""
+SECONDS_FOR_THE_CAUSE = 5
+"""How long a rank waits with its end for that of the one which it lost: the launcher's exit code is that of whoever ends first."""
 
 
 def _path(text: str) -> Path:
@@ -472,7 +474,9 @@ def main() -> None:
             raise
         if _same_on_every_rank(error) and not _is_first_rank():
             time.sleep(SECONDS_FOR_THE_FIRST_RANK)  # its end, once it has told, ends this one too
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        if isinstance(error, StragglerError):
+            time.sleep(SECONDS_FOR_THE_CAUSE)
         sys.exit(error.exit_code)
     except OSError as error:
         text = _file_problem(error)

@@ -313,7 +313,7 @@ class Stage(Section):
     stage: str
     run_dir: Path
     seed: NonNegativeInt = 0
-    threads: PositiveInt | None = None  # CPU threads a rank; None: cores / ranks on this machine
+    threads: PositiveInt | None = None  # CPU threads a rank; None: its share of the cores it may use
     model: ModelConfig
     parallel: ParallelConfig = ParallelConfig()
     timeouts: TimeoutsConfig = TimeoutsConfig()

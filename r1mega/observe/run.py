@@ -115,6 +115,11 @@ class RunDirectory:
         nearest = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
         if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
             kind = "may not be written" if nearest.is_dir() else "is a file"
+            if nearest == self.path and nearest.is_dir():
+                raise ConfigError(
+                    f"run_dir {self.path}: may not be written; mend its permissions, or mount its file system for writing, to go on "
+                    "with what is there, or choose another run_dir"
+                )
             raise ConfigError(f"run_dir {self.path}: cannot be made ({nearest} {kind}); choose another run_dir")
 
     def say_place(self) -> None:

@@ -46,13 +46,20 @@ def use(platform: Platform) -> None:
 
 @cache
 def current() -> Platform:
-    """The platform of this process. On CUDA the device is the one that LOCAL_RANK names."""
+    """The platform of this process. On CUDA the device is the one that LOCAL_RANK names; PlatformError where this process does not see it."""
     if _chosen is not None:
         return _chosen
+    from r1mega.errors import PlatformError
     from r1mega.platform import libraries
 
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if cuda and local_rank >= (seen := torch.cuda.device_count()):
+        raise PlatformError(
+            f"LOCAL_RANK is {local_rank}, and this process sees {seen} GPUs: start a rank a GPU, and let each see all of its machine "
+            f"(srun --gpus-per-node=N, without --gpus-per-task and --gpu-bind; CUDA_VISIBLE_DEVICES is {os.environ.get('CUDA_VISIBLE_DEVICES')})"
+        )
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda and "LOCAL_RANK" in os.environ:
         torch.cuda.set_device(
             device

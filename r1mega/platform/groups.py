@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import random
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
@@ -20,6 +22,7 @@ from r1mega import platform
 from r1mega.config.layout import Layout, process_problems
 from r1mega.config.schema import TimeoutsConfig
 from r1mega.errors import ConfigError, R1MegaError, StragglerError
+from r1mega.platform import processors
 from r1mega.types import Deal, by_itself
 
 T = TypeVar("T")
@@ -34,6 +37,12 @@ _timeouts = TimeoutsConfig()
 _num_waits = 0  # equal on all ranks, for `wait_for_all` is a collective call
 _begun = time.monotonic()  # when this rank's own part of what the next one waits for began
 _generators: dict[int, dist.ProcessGroup] = {}  # by their size
+
+LOST_PEER = (
+    "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused", "remote process exited",
+    "Timed out waiting", "Socket Timeout",
+)  # fmt: skip
+"""In the words of gloo, NCCL (2.27, its error code 6) and torch's store: what another rank's end or silence becomes here."""
 
 TIMES_OWN_WORK = 10
 """How much longer than this rank's own part a part of another may take, in places of kind `rollout`; a rank that does nothing
@@ -64,6 +73,7 @@ def init_distributed(timeouts: TimeoutsConfig | None = None) -> None:
     os.environ.setdefault("LOCAL_RANK", "0")
     if here.name == "cuda":
         torch.cuda.set_device(here.device)
+        processors.stay_near(here.device)
     alone = os.environ["WORLD_SIZE"] == "1"  # then nobody needs to find anybody: no port that could be taken
     backend, limit = here.distributed_backend, timeout("startup")
     if alone:
@@ -118,6 +128,24 @@ def wait_for_all(kind: Kind, what: str) -> None:
         raise StragglerError(_absent_text(kind, what, absent, limit, str(error))) from error
     store.delete_key(f"{prefix}{dist.get_rank()}")
     begin_work()
+
+
+@contextlib.contextmanager
+def peers_named() -> Iterator[None]:
+    """StragglerError in the place of what a library says in the block where another rank has ended or does not answer: this rank's
+    own error it is not, and whoever looks for the first that failed must not take it for that.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(words in str(error) for words in LOST_PEER):
+            raise
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [frame for frame in frames if f"{os.sep}r1mega{os.sep}" in frame.filename] or list(frames)
+        raise StragglerError(
+            f"another rank ended, or did not answer in time, while this one was in {own[-1].name} ({own[-1].filename}:{own[-1].lineno}); "
+            f"its own log says why ({str(error).splitlines()[0]})"
+        ) from error
 
 
 def begin_work() -> None:

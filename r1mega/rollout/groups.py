@@ -96,13 +96,13 @@ class GroupCollector:
         slots = range(first_slot, first_slot + count)
         seeds = [request_seed(self._config.seed, step, slot) for slot in slots]
         owners = self._work.holders(step, seeds)
-        blocks = iter(self._place.owners(owners.count(NOBODY)))
         groups, left = [], []
-        for slot, seed, index, owner in zip(slots, seeds, drawn, owners, strict=True):
+        blocks = self._place.owners(count)  # of all: what no kill interrupted has the same generators
+        for slot, seed, index, owner, block in zip(slots, seeds, drawn, owners, blocks, strict=True):
             group = self._sampler.open(self._prompts[index], seed, step, slot, owner, index)
             groups.append(group)
             if owner == NOBODY:
-                group.owner = next(blocks)
+                group.owner = block
                 left.append(group)
         more = self._work.share(left, [owners.count(replica) for replica in range(self._place.num_replicas)])
         return self._sampler.sample([g for g in groups if g.owner == self._place.replica], step - 1, more)

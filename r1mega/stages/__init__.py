@@ -47,10 +47,11 @@ def run_stage(config: Stage) -> int:
     check_model(config)
     platform.prepare()  # before megatron is imported
     check_rewards(config)
+    from r1mega.platform import groups
     from r1mega.stages.runtime import Runtime, Stopped
 
     run = importlib.import_module(MODULES.get(config.stage, type(config).__module__)).run
-    with Runtime.open(config) as runtime:
+    with groups.peers_named(), Runtime.open(config) as runtime:
         try:
             return run(config, runtime)
         except Stopped as stop:

@@ -29,7 +29,7 @@ from r1mega.observe.registry import PHASES
 from r1mega.observe.run import RunDirectory
 from r1mega.observe.samples import SamplesWriter
 from r1mega.observe.trace import BETWEEN, OTHER, PhaseTimer, rss_bytes
-from r1mega.platform import groups
+from r1mega.platform import groups, processors
 from r1mega.platform.launcher import prepare_restart, reserve_port
 from r1mega.platform.memory import device_used_bytes, peak_probes
 from r1mega.platform.peaks import peak_tflops
@@ -100,21 +100,16 @@ class Runtime:
     @contextlib.contextmanager
     def open(cls, config: Stage) -> Iterator[Runtime]:
         """Start process groups, take the run directory, listen to SIGTERM and SIGUSR2; undo all of it at the end."""
-        torch.set_num_threads(config.threads or _threads_per_rank())
         directory = RunDirectory(config.run_dir)
         record_collectives(directory.watch)
         groups.init_parallel(config.parallel, config.seed, config.timeouts)
+        own = processors.own_share()
+        torch.set_num_threads(config.threads or own)
         with contextlib.ExitStack() as stack:
             watch = stack.enter_context(contextlib.ExitStack())  # closed last
             stack.callback(groups.destroy)
             runtime = cls(config, directory, stack.enter_context(StopRequest()))
-            if runtime.is_main:
-                stack.enter_context(directory.lock())
-                directory.write_config(config.model_dump(mode="json"))
-                prepare_directory(directory.watch)
-                directory.pace.unlink(missing_ok=True)  # an earlier start's: no job is warned before its first step
-                directory.say_place()
-            runtime.barrier()
+            runtime.broadcast(lambda: runtime._take_directory(stack))
             watch.enter_context(runtime._watchdog())
             stack.callback(runtime._close)
             runtime.broadcast(lambda: check_inputs(config, renew=True))
@@ -270,12 +265,12 @@ class Runtime:
         self._opened.samples.write_lines(*records)
 
     def broadcast(self, make: Callable[[], T]) -> T:
-        """What `make` returns on rank 0, on every rank; what it raises there (an R1MegaError) is raised on every rank."""
+        """What `make` returns on rank 0, on every rank; what it raises there (an R1MegaError, an OSError) is raised on every rank."""
         outcome: list[Any] = [None, None]
         if self.is_main:
             try:
                 outcome[0] = make()
-            except R1MegaError as error:
+            except (R1MegaError, OSError) as error:
                 outcome[1] = error
         groups.wait_for_all("startup", "what rank 0 prepares for all")
         dist.broadcast_object_list(outcome, src=0)
@@ -369,6 +364,14 @@ class Runtime:
             left = time.monotonic() - began  # of a save beside the steps, at their end; longer ones are counted
             self._save_seconds += max(0.0, left - before)
 
+    def _take_directory(self, stack: contextlib.ExitStack) -> None:
+        """Until that stack's end nobody else runs in it. On rank 0."""
+        stack.enter_context(self.directory.lock())
+        self.directory.write_config(self.config.model_dump(mode="json"))
+        prepare_directory(self.directory.watch)
+        self.directory.pace.unlink(missing_ok=True)  # an earlier start's: no job is warned before its first step
+        self.directory.say_place()
+
     def _close(self) -> None:
         self._doing = "end"
         if self._files is not None:
@@ -387,11 +390,6 @@ class Runtime:
         if not isinstance(self.config, TrainingStage):
             raise TypeError(f"stage {self.config.stage} does not train: its config is no TrainingStage")
         return self.config.checkpoint
-
-
-def _threads_per_rank() -> int:
-    """Cores of this machine over the ranks on it."""
-    return max(1, len(os.sched_getaffinity(0)) // (_ranks_per_machine() or 1))
 
 
 def _ranks_per_machine() -> int | None:

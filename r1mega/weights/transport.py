@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import mmap
 import os
-import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
 from r1mega.errors import WeightSyncError
+from r1mega.platform.processors import this_machine
 
 ALIGNMENT = 16  # bytes: where a message begins in a buffer
 MAX_OPERATIONS = 256
@@ -181,8 +180,7 @@ def _begun(work: dist.Work | None) -> dist.Work:
 
 def share_a_host() -> bool:
     """Whether all ranks run on one machine, by its name and boot. A collective call."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    mine = (socket.gethostname(), boot.read_text() if boot.exists() else None, hasattr(os, "memfd_create"))
+    mine = (*this_machine(), hasattr(os, "memfd_create"))
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     return mine[1] is not None and mine[2] and all(theirs == mine for theirs in everyone)

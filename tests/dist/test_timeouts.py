@@ -54,7 +54,8 @@ def collect(seconds: float, step: int) -> int:
 
 def error_of(function) -> str:
     try:
-        function()
+        with groups.peers_named():
+            function()
     except (StragglerError, RuntimeError) as error:
         return f"{type(error).__name__}: {error}"
     return ""
@@ -108,7 +109,8 @@ def a_rank_that_ends() -> str:
     if dist.get_rank() == 1:
         return ""
     slots = [group.slot for taken in iter(shared, []) for group in taken]
-    return f"{slots} " + error_of(lambda: groups.wait_for_all("rollout", "the rollout of step 7"))
+    waited = error_of(lambda: groups.wait_for_all("rollout", "the rollout of step 7"))
+    return f"{slots} {waited}\n{error_of(lambda: dist.all_reduce(torch.zeros(1)))}\n{error_of(lambda: torch.zeros(2) @ torch.zeros(3))}"
 
 
 def test_a_rollout_may_take_longer_than_a_collective():
@@ -116,7 +118,9 @@ def test_a_rollout_may_take_longer_than_a_collective():
         assert found["limits"] == {"world": SHORT, "checkpoint": 62}
         assert found["groups"] == 3
         assert found["left behind"] == []
-        assert found["collective"].startswith("RuntimeError")
+        assert found["collective"].startswith(
+            "StragglerError: another rank ended, or did not answer in time, while this one was in "
+        )
 
 
 def test_a_rank_that_is_waited_for_in_vain_is_named():
@@ -141,7 +145,37 @@ def test_the_limit_that_ran_out_is_named():
 
 def test_a_rank_that_ends_is_noticed_at_once():
     first, _ = launch(a_rank_that_ends, 2, timeout_seconds=600)  # of the 600 that it would wait
-    assert first.startswith("[1, 2, 3] StragglerError: the rollout of step 7: waited for rank 1 (")
+    waited, communicated, multiplied = first.splitlines()
+    assert waited.startswith("[1, 2, 3] StragglerError: the rollout of step 7: waited for rank 1 (")
+    assert communicated.startswith(
+        "StragglerError: another rank ended, or did not answer in time, while this one was in "
+    )
+    assert multiplied.startswith("RuntimeError: inconsistent tensor size"), "an error of its own"
+
+
+def a_disk_that_is_full_for_the_first() -> list[str]:
+    """Where the others wait for what it prepares; then what they may go on with."""
+    from r1mega.stages.runtime import Runtime
+
+    groups.init_distributed()
+    here = SimpleNamespace(is_main=dist.get_rank() == 0)
+
+    def fail() -> None:
+        raise OSError(28, "No space left on device", "RUN_DIR/config.yaml")
+
+    found = []
+    for make in (fail, lambda: 3):
+        try:
+            found.append(repr(Runtime.broadcast(here, make)))
+        except OSError as error:
+            found.append(str(error))
+    return found
+
+
+def test_a_file_of_the_first_rank_is_the_error_of_all():
+    """Else the launcher names whoever lost the connection to it."""
+    told = ["[Errno 28] No space left on device: 'RUN_DIR/config.yaml'", "3"]
+    assert launch(a_disk_that_is_full_for_the_first, 2) == [told, told]
 
 
 def passes_that_are_shared() -> list[object]:

@@ -16,7 +16,7 @@ from r1mega.config.schema import Section
 from r1mega.config.yaml_text import dump_yaml, load_yaml
 from r1mega.data.prompts import read_records
 from r1mega.data.rows import read_rows
-from r1mega.errors import EXIT_FILE, ConfigError, DataError
+from r1mega.errors import EXIT_FILE, ConfigError, DataError, StragglerError
 from r1mega.evaluate.run import evaluate_checkpoint, generate_text
 from r1mega.files import JsonLinesWriter, check_writable, write_atomic
 
@@ -306,6 +306,19 @@ def test_a_standard_output_that_cannot_be_written():
         )  # fmt: skip
     assert done.returncode == EXIT_FILE and "No space left on device" in done.stderr
     assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+
+
+def test_a_rank_that_lost_another_tells_it_and_ends_after_that_one(monkeypatch, capsys):
+    """The launcher takes the exit code of the first that ends, and that one's is the cause."""
+    order = []
+
+    def fail():
+        raise StragglerError("another rank ended")
+
+    monkeypatch.setattr(cli, "app", fail)
+    monkeypatch.setattr(cli.time, "sleep", lambda seconds: order.append((capsys.readouterr().err, seconds)))
+    assert run(monkeypatch, []) == StragglerError.exit_code
+    assert order == [("StragglerError: another rank ended\n", cli.SECONDS_FOR_THE_CAUSE)]
 
 
 def test_an_error_that_is_about_no_file_keeps_its_traceback(monkeypatch):

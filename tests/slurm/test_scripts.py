@@ -90,8 +90,8 @@ def _plan(directory):
 @pytest.mark.parametrize(
     ("variables", "end", "python"),
     [
-        ({}, "--cpus-per-task=12", "/opt/python"),
-        ({"R1MEGA_SRUN": "--mpi=none"}, "--cpus-per-task=12 --mpi=none", "/opt/python"),
+        ({}, "--cpus-per-task=12 --cpu-bind=none", "/opt/python"),
+        ({"R1MEGA_SRUN": "--mpi=none"}, "--cpus-per-task=12 --cpu-bind=none --mpi=none", "/opt/python"),
         ({"R1MEGA_CONTAINER": "/images/r1.sif", "R1MEGA_MOUNTS": "/data:/data"},
          f"apptainer exec --nv --bind {REPOSITORY},/data:/data --pwd {REPOSITORY} /images/r1.sif", "python"),
         ({"R1MEGA_CONTAINER": "registry/r1:1", "R1MEGA_CONTAINER_PYTHON": "python3.11"},

@@ -48,7 +48,7 @@ def test_a_job_that_is_fit():
         ({"program": {"torch": "2.12.0", "commit of r1mega": "abc"}}, "torch is 2.12.0, elsewhere 2.13.0"),
         ({"program": {"torch": "2.13.0", "commit of r1mega": "abd"}}, "commit of r1mega is abd, elsewhere abc"),
         ({"program": {"commit of r1mega": "abc"}}, "torch is missing, elsewhere 2.13.0"),
-        ({"gpu_count": 1}, "sees 1 GPUs, others 2"),
+        ({"gpu_count": 1}, "sees 1 GPUs, others 2; look at nvidia-smi -L"),
         (gpu(memory_mib=40960), "its GPU has 40960 MiB, the median 81559"),
         (gpu(used_mib=9000), "9000 MiB of its GPU are taken"),
         (gpu(ecc_errors=3), "3 uncorrected ECC errors"),
@@ -133,6 +133,15 @@ def test_what_is_slow_twice_fails_but_on_a_cpu_only_when_asked(capsys, again, sl
         assert check_nodes.run_check(None, slow=slow, free_gb=0) == code
     said = capsys.readouterr().out
     assert said.count("note: rank 0 on node0: matrix product") == notes and ("machines: fit" in said) == (code == 0)
+
+
+def test_nothing_is_left_on_a_disk_that_is_full(tmp_path, monkeypatch):
+    """Of what would keep it so."""
+    error = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(check_nodes.dist, "get_rank", lambda: 3)
+    monkeypatch.setattr(check_nodes.os, "fsync", mock.Mock(side_effect=error))
+    assert check_nodes.try_disk(tmp_path / "run") == (f"{tmp_path}: No space left on device", 0)
+    assert list(tmp_path.iterdir()) == []
 
 
 def check(run_dir: Path) -> tuple[list[str], list[Facts]]:

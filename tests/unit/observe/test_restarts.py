@@ -74,6 +74,17 @@ def test_so_many_times_an_hour_each_later_than_the_one_before(tmp_path):
     assert seconds_until_restart(tmp_path, 137, CONFIG, clock=lambda: now) == 40
 
 
+def test_a_clock_that_was_set_back_keeps_no_run_down(tmp_path):
+    checkpoint(tmp_path, 3)
+    lines = ({"step": step, "time": 10_000_000.0, "code": 137} for step in (0, 1, 2))
+    (tmp_path / "restarts.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    assert seconds_until_restart(tmp_path, 137, CONFIG, clock=lambda: 10_000_000.0 - 7200) == 10
+    (tmp_path / "restarts.jsonl").write_text(json.dumps({"step": 2, "time": 10_000_000.0, "code": 137}) + "\n")
+    assert seconds_until_restart(tmp_path, 137, CONFIG, clock=lambda: 10_000_000.0 - 60) == 20, (
+        "of this hour all the same"
+    )
+
+
 def test_a_record_that_cannot_be_read_or_written_costs_the_restart_alone(tmp_path, capsys):
     checkpoint(tmp_path, 6)
     (tmp_path / "restarts.jsonl").mkdir()

@@ -64,6 +64,15 @@ def test_run_dir_that_cannot_be_made(tmp_path):
         pass
 
 
+def test_a_run_whose_disk_became_read_only_can_go_on_where_it_is(tmp_path, monkeypatch):
+    """And is not told to begin anew elsewhere alone."""
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(ConfigError, match="may not be written; mend its permissions, or mount"):
+        RunDirectory(tmp_path).check_place()
+    with pytest.raises(ConfigError, match="cannot be made"):
+        RunDirectory(tmp_path / "new").check_place()
+
+
 def test_config_round_trip_and_change(tmp_path):
     run = RunDirectory(tmp_path)
     config = {"stage": "zero", "steps": 10, "rollout": {"group_size": 4, "stop": ["</answer>"]}, "observe": {"a": 1}}

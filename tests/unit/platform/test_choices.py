@@ -41,6 +41,7 @@ def test_a_rank_chooses_its_device_before_libraries_look_for_one(monkeypatch, ra
     """Which library works is found out by importing it: its context would be on every rank's first device."""
     seen = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     monkeypatch.setattr(torch.cuda, "set_device", lambda found: seen.append(found))
     for name in ("transformer_engine", "apex"):
         monkeypatch.setattr(libraries, name, lambda: seen.append("library") or libraries.Library("", "missing"))
@@ -50,6 +51,18 @@ def test_a_rank_chooses_its_device_before_libraries_look_for_one(monkeypatch, ra
     here = platform.current.__wrapped__()
     assert here.device == torch.device("cuda", device)
     assert seen == [torch.device("cuda", device)] * chosen + ["library"] * 2
+
+
+def test_a_rank_that_does_not_see_its_gpu_says_what_hides_it(monkeypatch):
+    """As with srun's --gpus-per-task: one GPU a process, which is always number 0."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    with pytest.raises(
+        PlatformError, match=r"LOCAL_RANK is 3, and this process sees 1 GPUs: .*without --gpus-per-task"
+    ):
+        platform.current.__wrapped__()
 
 
 def test_fp8_without_transformer_engine_is_refused():

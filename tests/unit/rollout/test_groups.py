@@ -13,7 +13,7 @@ from r1mega.platform.groups import GeneratorPlace
 from r1mega.rollout.groups import GroupCollector, carry_signal
 from r1mega.rollout.open_groups import OpenGroup
 from r1mega.rollout.sampler import request_seed
-from r1mega.rollout.work_sharing import WorkSharing
+from r1mega.rollout.work_sharing import NOBODY, WorkSharing
 from r1mega.stages.rl_metrics import group_metrics
 from r1mega.train.sample_exchange import SampleExchange
 from r1mega.train.sample_plan import RankPlace, Routing
@@ -128,14 +128,26 @@ def test_dynamic_sampling_trains_on_the_same_samples_over_any_number_of_ranks():
 
 
 def test_what_a_generator_goes_on_with_takes_its_seats(alone):
-    """After a kill: of two generators with a seat for one group each the first has two on disk; the next of its block is anyone's."""
+    """After a kill: of two generators with a seat for one group each the first has two on disk; the last of the other's block is anyone's."""
     sampling, samples = collector(lambda i: 1, enabled=False)
     held = {request_seed(1, 1, slot) for slot in (0, 1)}
     sampling._place = GeneratorPlace(0, 2, True)
     sampling._work = WorkSharing(sampling._config.rollout, sampling._place, lambda step, seed: seed in held)
     sampling._sample_round(1, 0, 4)
-    assert [group.slot for group in sampling._work._shared.groups] == [2]
-    assert samples.seeds == [request_seed(1, 1, slot) for slot in (0, 1, 2)]  # it took that one, for nobody else did
+    assert [group.slot for group in sampling._work._shared.groups] == [3]
+    assert samples.seeds == [request_seed(1, 1, slot) for slot in (0, 1, 3)]  # it took that one, for nobody else did
+
+
+@pytest.mark.parametrize("held", [(), (2, 3), (3,), (0, 2), (0, 1, 2, 3)])
+def test_groups_that_a_kill_interrupted_are_made_where_they_would_have_been(alone, held):
+    """Where all have seats: whatever was on disk. Else the ranks train on others, and add up their gradients in another order."""
+    sampling, samples = collector(lambda i: 1, enabled=False)
+    sampling._config.rollout = RolloutConfig(num_prompts=4, group_size=2, max_num_seqs=8)
+    sampling._place = GeneratorPlace(0, 2, True)
+    sampling._work = WorkSharing(sampling._config.rollout, sampling._place, lambda step, seed: False)
+    sampling._work.holders = lambda step, seeds: [slot // 2 if slot in held else NOBODY for slot in range(4)]
+    sampling._sample_round(1, 0, 4)
+    assert samples.seeds == [request_seed(1, 1, slot) for slot in (0, 1)]
 
 
 def test_it_gives_up_after_the_last_round(alone):

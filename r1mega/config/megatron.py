@@ -35,6 +35,32 @@ def recompute_problems(model: ModelConfig, hf: Mapping[str, object]) -> Iterator
             yield f"model.recompute: {part} is of models with {what}, and this one has none; leave it out"
 
 
+def offload_problems(model: ModelConfig, hf: Mapping[str, object]) -> Iterator[str]:
+    """What of model.offload_modules does not go with model.recompute, or with the layers of this config.json."""
+    asked, again = model.offload_modules, model.recompute
+    if not asked:
+        return
+    if again == "full":
+        yield "model.offload_modules: with model.recompute = full nothing of a layer is kept that could be moved; leave one out"
+    if "attn_proj" in asked and "core_attn" not in asked:
+        yield "model.offload_modules: attn_proj frees nothing without core_attn, whose backward pass wants it; add that"
+    if "core_attn" in asked and "core_attn" in again:
+        yield "model.offload_modules: core_attn is computed again (model.recompute) and keeps nothing; leave one of them out"
+    inside = [part for part in ("expert_fc1", "moe_act") if part in asked]
+    if inside and "moe" in again:
+        yield f"model.offload_modules: {inside[0]} is part of moe, which model.recompute computes again; leave one of them out"
+    if hf and not num_experts(hf) and inside:
+        yield f"model.offload_modules: {inside[0]} is of models with experts, and this one has none; leave it out"
+    if hf and not num_experts(hf) and "mlp_norm" in asked:
+        yield (
+            "model.offload_modules: mlp_norm is one with the product behind it where a layer has no experts; leave it out"
+        )
+    if hf and not hf.get("kv_lora_rank") and "attn_norm" in asked:
+        yield (
+            "model.offload_modules: attn_norm is one with the product behind it but for latent attention; set qkv_linear"
+        )
+
+
 def dispatch_problems(model: ModelConfig, layout: ParallelConfig, hf: Mapping[str, object]) -> Iterator[str]:
     """What of the keys about experts does not go with this config.json, layout, or each other."""
     if not hf:

@@ -62,6 +62,11 @@ class StageRank:
     in_flight: float
     head_bytes: float
 
+    @property
+    def host_bytes(self) -> float:
+        """Of activations that wait in host memory."""
+        return self.in_flight * sum(chunk.pinned for chunk in self.memory.activations)
+
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
@@ -76,6 +81,12 @@ class MemoryPlan:
     host_bytes: Mapping[str, float]
     checkpoint_bytes: float
     problems: tuple[str, ...]
+
+    @property
+    def moved_a_token(self) -> float:
+        """Bytes of activations that go to host memory and back, of a token of a microbatch, on the rank that moves the most."""
+        chunks = [rank.memory.activations for rank in self.ranks]
+        return max((sum(chunk.moved / chunk.tokens for chunk in each) for each in chunks), default=0.0)
 
 
 def plan_memory(
@@ -282,6 +293,8 @@ def _host_and_disk(
             elements = rank.static.exp_avg / moment_bytes(config.optimizer)[0]
             copied = 12.0 if config.checkpoint.async_save else 0.0
             host["save"] = per_node * ((20.0 + copied) * elements + rank.static.weights)
+        if phase == "update" and (moved := max(rank.host_bytes for rank in ranks)):
+            host["activations"] = per_node * moved
         if samples is not None:  # until the next step's are there
             trained = phase in ("logprob", "reference", "update", "step", "reshard")
             host["samples"] = per_node * (samples.peak if trained else samples.made)

@@ -68,10 +68,13 @@ def plan_seconds(
     imbalance: float,
     per_node: int,
     efficiency: Efficiency = Efficiency(),
+    moved: float = 0.0,
 ) -> Seconds:
-    """work: of one step; generator: None where nothing is generated. Saves and evaluations are not in it."""
+    """work: of one step; generator: None where nothing is generated; moved: MemoryPlan.moved_a_token. Saves and evaluations
+    are not in it.
+    """
     model = model_flops(hf)
-    costs = _Costs(config, hf, gpus, gpu, work, imbalance, per_node, efficiency, architecture_of(hf), model)
+    costs = _Costs(config, hf, gpus, gpu, work, imbalance, per_node, efficiency, architecture_of(hf), model, moved)
     updates = optimizer_steps(config, work.minibatches)
     flops = model.training(work.whole, mtp_loss=trains_mtp(config)) * updates / work.minibatches
     phases: dict[str, float] = {}
@@ -106,6 +109,7 @@ class _Costs:
     efficiency: Efficiency
     model: Architecture
     flops: ModelFlops
+    moved: float
 
     def pipelined(self, microbatches: int, seconds: float) -> float:
         """So many, one after the other, with the pipeline's filling and draining."""
@@ -116,8 +120,17 @@ class _Costs:
         return self._computed(1) + self._exchanged(1)
 
     def both(self) -> float:
+        """What is moved to host memory goes there beside the forward pass and comes back beside the backward pass: what takes
+        longer counts. Back comes at first what the layer moved last, which nothing hides.
+        """
         products, exchanges = self._again()
-        return self._computed(3 + products) + self._exchanged(2 + exchanges)
+        seconds = self._computed(3 + products) + self._exchanged(2 + exchanges)
+        if not self.moved:
+            return seconds
+        p, forward = self.config.parallel, self.forward()
+        copy = self.moved * self._tokens() * p.tp * p.cp / (self.gpu.host_bandwidth * self.efficiency.network)
+        last = copy / max(1.0, self._share() * self.model.num_layers)
+        return max(forward, copy) + max(seconds - forward, copy) + last
 
     def _again(self) -> tuple[float, float]:
         """What of a forward pass's matrix products and of its exchanges model.recompute does a second time."""

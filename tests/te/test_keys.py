@@ -24,9 +24,13 @@ KEYS = {
     "rope": [DEEPSEEK, "model.megatron.apply_rope_fusion=true"],
     "router": [DEEPSEEK, "model.megatron.moe_router_fusion=true"],
     "attention": [DEEPSEEK, "model.megatron.attention_backend=flash", "model.megatron.cp_comm_type=a2a"],
+    "offload": [
+        DEEPSEEK, "model.offload_modules=[attn_norm,qkv_linear,core_attn,attn_proj,mlp_norm,expert_fc1,moe_act]",
+    ],
     "accumulation": [MOONLIGHT, "model.megatron.gradient_accumulation_fusion=true"],
 }  # fmt: skip
 REFUSED = {
+    "offload": ([DEEPSEEK, "model.offload_modules=[attn_proj]"], "attn_proj cannot be set to offload_modules alone"),
     "rope": ([MOONLIGHT, "model.megatron.apply_rope_fusion=true"], "only works with YARN"),
     "overlap and deepep": (
         [DEEPSEEK, "model.dispatcher=deepep", "model.megatron.moe_shared_expert_overlap=true"],
@@ -70,7 +74,7 @@ def checked(cases: dict[str, list[str]]) -> list[dict[str, Any]]:
 KNOWN = (
     "recompute_granularity", "recompute_modules", "moe_token_dispatcher_type", "moe_flex_dispatcher_backend",
     "apply_rope_fusion", "moe_router_fusion", "cp_comm_type", "gradient_accumulation_fusion",
-    "moe_shared_expert_overlap",
+    "moe_shared_expert_overlap", "fine_grained_activation_offloading", "offload_modules",
 )  # fmt: skip
 
 
@@ -99,6 +103,7 @@ def test_megatron_takes_every_shipped_config(found):
         ("rope", {"apply_rope_fusion": True}),
         ("router", {"moe_router_fusion": True}),
         ("attention", {"attention_backend": "flash", "cp_comm_type": "a2a"}),
+        ("offload", {"fine_grained_activation_offloading": True}),
         ("accumulation", {"gradient_accumulation_fusion": True}),
     ],
 )

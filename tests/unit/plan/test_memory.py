@@ -47,10 +47,10 @@ DEEPSEEK = json.loads((CONFIGS / "deepseek_v3_671b/model/config.json").read_text
 HIDDEN, EXPERT = 7168, 3 * 7168 * 2048
 
 
-def deepseek(recompute: str, imbalance: float = 1.0):
+def deepseek(recompute: str, imbalance: float = 1.0, offload: tuple[str, ...] = ()):
     """The second of 16 stages, with four layers of 8 experts each, as one rank of 512."""
     layout = ParallelConfig(pp=16, ep=32, layers_per_stage=(*[4] * 15, 1))
-    model = ModelConfig(path="unused", recompute=recompute)
+    model = ModelConfig(path="unused", recompute=recompute, offload_modules=offload)
     return measure(
         DEEPSEEK, model, layout, OptimizerConfig(), world=512, rank=32, tokens=512, imbalance=imbalance
     )  # fmt: skip
@@ -75,6 +75,21 @@ def test_imbalance_adds_tokens_of_experts_alone():
     even, uneven = deepseek("none").activations[0], deepseek("none", 1.5).activations[0]
     dispatched = 8 * (HIDDEN + 2 * 2048 + 2048) * 2
     assert uneven.kept - even.kept == pytest.approx(0.5 * 512 * 4 * dispatched, rel=0.01)
+
+
+def test_what_is_moved_to_host_memory_is_not_kept():
+    """Of a dispatched token its hidden state, and gate and up: 4,096 tokens of each layer, too few for a norm's input to move."""
+    without = deepseek("none").activations[0]
+    moved = deepseek("none", offload=("attn_norm", "expert_fc1", "moe_act")).activations[0]
+    tensors = [4096 * HIDDEN * 2, 4096 * 2 * 2048 * 2]
+    smaller = 4 * 512 * HIDDEN * 2
+    assert moved.moved == pytest.approx(4 * sum(tensors) + smaller, rel=0.001)
+    assert without.kept - moved.kept == pytest.approx(moved.moved, rel=0.001)
+    assert moved.pinned == 4 * (2**26 + 2**25 + 2**23)
+    config = load_config(CONFIGS / "moonlight_16b/sft.yaml", [])
+    rank = StageRank(0, RankMemory(Static(0, 0, 0, 0, 0, 0, 0, 0), (moved,)), in_flight=3, head_bytes=0)
+    host, _ = host_and_disk(config, DEEPSEEK, (rank,), None, 8)
+    assert host["activations"] == 8 * 3 * moved.pinned
 
 
 @pytest.mark.parametrize("imbalance", [1.0, 1.5, 2.0])

@@ -57,6 +57,13 @@ def test_what_takes_longer():
     assert better["update"] < plain["update"] and better["rollout"] == plain["rollout"]
 
 
+def test_activations_that_move_take_time_where_passes_are_shorter():
+    plain = predict()[0].phases["update"]
+    hidden, seen = (predict(moved=moved)[0].phases["update"] for moved in (1e3, 1e7))
+    assert plain < hidden < 1.01 * plain  # but for the layer that moved last
+    assert predict(moved=2e7)[0].phases["update"] == pytest.approx(2 * seen) and seen > 2 * plain
+
+
 def test_what_memory_moves_takes_time():
     """Of 16e9 parameters on 8 GPUs in 16 optimizer steps; a link of 64 GB/s at half of its speed."""
     nothing = ("memory.optimizer_offload=none", "memory.param_offload=false", "memory.reference_swap=false")

@@ -59,7 +59,8 @@ class Offload:
     def take(self, tensor: torch.Tensor) -> bool:
         """Whether it is moved; then it is counted."""
         whole = tensor.numel() * self._pieces
-        if isinstance(tensor, torch.nn.Parameter) or not whole or whole < self._minimum:
+        weight = isinstance(tensor, torch.nn.Parameter) or isinstance(tensor._base, torch.nn.Parameter)
+        if weight or not whole or whole < self._minimum:
             return False
         self.moved += tensor.numel() * tensor.itemsize
         self.pinned += pinned_bytes(whole * tensor.itemsize) // self._pieces

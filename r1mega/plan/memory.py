@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 
+from r1mega.checkpoint.name_rules import Entry
 from r1mega.checkpoint.parameters import parameters
 from r1mega.config.layout import generator_problems, model_problems, num_stages, process_problems, stage_layers
 from r1mega.config.schema import OptimizerConfig, ParallelConfig, Stage, TrainingStage
@@ -112,7 +113,7 @@ def plan_memory(
     ranks: tuple[StageRank, ...] = ()
     if isinstance(config, TrainingStage) and work is not None:
         ranks = tuple(stage_ranks(config, hf, gpus, work, imbalance))
-    phases = tuple(phase_memory(config, ranks, generator))
+    phases = tuple(phase_memory(config, hf, ranks, generator))
     samples = planned_samples(config, hf, gpus, work) if isinstance(config, RLStage) and work is not None else None
     host, saved = _host_and_disk(config, hf, ranks, generator, per_node, samples)
     return MemoryPlan(phases, ranks, generator, host, saved, tuple(_problems(config, hf, gpu, gpus, phases, generator)))
@@ -175,7 +176,7 @@ def _head_bytes(config: TrainingStage, hf: Mapping[str, Any], rows: float) -> fl
 
 
 def phase_memory(
-    config: Stage, ranks: tuple[StageRank, ...], generator: GeneratorMemory | None
+    config: Stage, hf: Mapping[str, Any], ranks: tuple[StageRank, ...], generator: GeneratorMemory | None
 ) -> Iterator[PhaseMemory]:
     """Of each phase of a step, in their order, the rank that has the most of these."""
     if not isinstance(config, TrainingStage):
@@ -183,6 +184,7 @@ def phase_memory(
             yield PhaseMemory("rollout", _generator_parts(generator) | {"context": CONTEXT_BYTES}, 0)
         return
     plan, phases = residency(config)
+    whole = largest_parameter_bytes(hf, config)
     for phase in phases:
         places = plan.places[phase]
         candidates = []
@@ -194,7 +196,7 @@ def phase_memory(
             }  # fmt: skip
             for part, place in places.items():
                 parts[names[part]] += sizes[part] if place == "device" else 0.0
-            parts |= _passing(config, phase, rank) | {"context": CONTEXT_BYTES}
+            parts |= _passing(config, phase, rank, whole) | {"context": CONTEXT_BYTES}
             candidates.append(PhaseMemory(phase, {name: size for name, size in parts.items() if size}, rank.stage))
         yield max(candidates, key=lambda candidate: candidate.total)
 
@@ -241,8 +243,27 @@ def _generator_parts(generator: GeneratorMemory) -> dict[str, float]:
     }  # fmt: skip
 
 
-def _passing(config: TrainingStage, phase: Phase, rank: StageRank) -> dict[str, float]:
-    """What comes and goes within a phase. A pass without gradients wants copies in FP8 of weights' rows alone."""
+def largest_parameter_bytes(hf: Mapping[str, Any], config: TrainingStage) -> float:
+    """What a rank has of a parameter beside its own part while the model leaves it whole (`checkpoint/hf_state.py: export_hf`),
+    of the largest one: what ranks of tp or etp cut, in pieces and put together; what another stage or rank of ep has, once.
+    """
+    p, itemsize = config.parallel, getattr(torch, config.model.dtype).itemsize
+    further = (hf.get("num_nextn_predict_layers") or 0) if config.model.mtp_loss_coefficient > 0 else 0
+
+    def times(entry: Entry) -> int:
+        cut = (p.tp if entry.expert is None else p.etp) if entry.dim is not None else 1
+        return 2 if cut > 1 else int(p.pp > 1 or (entry.expert is not None and p.ep > 1))
+
+    entries = (parameter.entry for parameter in parameters(hf, further))
+    return max(float(itemsize * times(entry) * sum(map(math.prod, entry.hf_shapes))) for entry in entries)
+
+
+def _passing(config: TrainingStage, phase: Phase, rank: StageRank, whole: float) -> dict[str, float]:
+    """What comes and goes within a phase. A pass without gradients wants copies in FP8 of weights' rows alone. whole: of the
+    largest parameter, which the export of the last save holds, and a push by `gather`.
+    """
+    if phase == "save":
+        return {"a whole parameter": whole}
     chunks, quantised = rank.memory.activations, rank.memory.static.quantised
     if phase == "update":
         kept = sum(chunk.kept for chunk in chunks) * rank.in_flight
@@ -260,6 +281,8 @@ def _passing(config: TrainingStage, phase: Phase, rank: StageRank) -> dict[str, 
     if phase == "score":
         return {"reward model": rank.memory.static.weights + max(chunk.forward for chunk in chunks)}
     if phase == "reshard" and isinstance(config, RLStage):
+        if config.weights.strategy == "gather" or (config.weights.strategy is None and config.rollout.engine != "vllm"):
+            return {"a whole parameter": whole, "buckets": float(config.weights.bucket_bytes)}
         return {"buckets": 4.0 * config.weights.bucket_bytes}  # two, sent and received
     return {}
 

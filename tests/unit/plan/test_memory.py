@@ -30,17 +30,21 @@ from r1mega.plan.generator import (
 )
 from r1mega.plan.given import read_model
 from r1mega.plan.gpu import gpu_kind
-from r1mega.plan.memory import StageRank, in_flight, phase_memory, plan_memory
+from r1mega.plan.memory import StageRank, in_flight, largest_parameter_bytes, phase_memory, plan_memory
 from r1mega.plan.memory import _head_bytes as head_bytes
 from r1mega.plan.memory import _host_and_disk as host_and_disk
 from r1mega.plan.place import _rank_groups as rank_groups
+from r1mega.plan.place import as_rank
 from r1mega.plan.rank import Activations, RankMemory, Routes, Static, measure
 from r1mega.plan.residency import residency
 from r1mega.plan.samples import Sizes, planned_samples, sample_memory
+from r1mega.plan.shapes import ShapesOnly
 from r1mega.plan.workload import Lengths, workload
+from r1mega.train.policy import Policy
 from r1mega.train.samples import pack_for_loss, training_samples
 from r1mega.types import KeptIds, Prompt, Response, Reward, RewardStatus, RolloutGroup
 from r1mega_kernels import linear, linear_loss
+from tests.reference import DEEPSEEK as TINY
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 DEEPSEEK = json.loads((CONFIGS / "deepseek_v3_671b/model/config.json").read_text())
@@ -236,8 +240,24 @@ def stage_rank() -> StageRank:
 )
 def test_what_comes_and_goes_in_a_step(keys, passing):
     config = load_config(CONFIGS / "moonlight_16b/sft.yaml", keys)
-    (step,) = (memory for memory in phase_memory(config, (stage_rank(),), None) if memory.phase == "step")
+    (step,) = (memory for memory in phase_memory(config, DEEPSEEK, (stage_rank(),), None) if memory.phase == "step")
     assert {name: size for name, size in step.parts.items() if name not in ("trainer", "context")} == passing
+
+
+@pytest.mark.parametrize("layout", [{"tp": 2}, {"tp": 2, "etp": 2}, {}])
+def test_a_model_leaves_a_rank_by_its_largest_parameter(layout):
+    """The export itself, on tensors without memory: its peak is that of the largest parameter, and what is cast of none."""
+    layout = ParallelConfig(**layout)
+    words = [f"parallel.tp={layout.tp}", f"parallel.etp={layout.etp}", "parallel.ep=1", "parallel.pp=1"]
+    config = load_config(CONFIGS / "moonlight_16b/sft.yaml", words)
+    with as_rank(layout, 2, 0), ShapesOnly() as mode:
+        policy = Policy(ModelConfig(path="unused"), TINY, layout, seed=0)
+        before = mode.live_bytes
+        mode.restart_peak()
+        for _ in policy.hf_tensors():
+            pass
+        peak = mode.peak_bytes - before
+    assert peak == pytest.approx(largest_parameter_bytes(TINY, config), rel=0.1, abs=4096)
 
 
 def test_a_save_in_the_background_takes_its_share_again():

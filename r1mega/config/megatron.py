@@ -84,6 +84,27 @@ def dispatch_problems(model: ModelConfig, layout: ParallelConfig, hf: Mapping[st
         )
 
 
+def exchange_problems(model: ModelConfig, layout: ParallelConfig, hf: Mapping[str, object]) -> Iterator[str]:
+    """What model.megatron.overlap_moe_expert_parallel_comm does not go with."""
+    key = "model.megatron.overlap_moe_expert_parallel_comm"
+    if model.megatron.delay_wgrad_compute and not model.megatron.overlap_moe_expert_parallel_comm:
+        yield f"model.megatron.delay_wgrad_compute is for {key}; set both, or neither"
+    if not model.megatron.overlap_moe_expert_parallel_comm:
+        return
+    if hf and not num_experts(hf) or layout.ep == 1:
+        yield f"{key} hides what experts' ranks send each other: it wants experts and parallel.ep > 1; leave it out"
+    if layout.pp > 1 and (layout.vpp or 1) == 1:
+        yield f"{key} wants parallel.vpp > 1 in a pipeline: with one chunk a rank no two microbatches are at work at once"
+    if model.recompute == "full" or "moe" in model.recompute:
+        yield f"{key}: model.recompute may be none or a list without moe, whose parts the schedule runs apart"
+    if model.megatron.moe_shared_expert_overlap:
+        yield f"{key} and model.megatron.moe_shared_expert_overlap hide the same exchange; leave one of them out"
+    if model.dtype != "bfloat16":
+        yield f"{key} is for bfloat16; set model.dtype=bfloat16, or leave it out"
+    if model.mtp_loss_coefficient:
+        yield f"{key} runs the layers of multi-token prediction in passes without labels too; set model.mtp_loss_coefficient=0"
+
+
 def _count(hf: Mapping[str, object], key: str) -> int:
     value = hf.get(key)
     return value if isinstance(value, int) else 0

@@ -204,7 +204,7 @@ def _handed_on(keys: MegatronConfig) -> dict[str, object]:
     from megatron.core.transformer.enums import AttnBackend
 
     arguments = keys.model_dump()
-    engine = ("moe_router_fusion", "apply_rope_fusion", "gradient_accumulation_fusion")
+    engine = ("delay_wgrad_compute", "moe_router_fusion", "apply_rope_fusion", "gradient_accumulation_fusion")
     if not platform.current().has_transformer_engine and (wanted := [key for key in engine if arguments[key]]):
         raise PlatformError(
             f"model.megatron.{wanted[0]} needs Transformer Engine and a GPU, which are not here; leave it out"

@@ -12,7 +12,7 @@ import torch
 from r1mega.checkpoint.name_rules import Entry
 from r1mega.checkpoint.parameters import parameters
 from r1mega.config.layout import generator_problems, model_problems, num_stages, process_problems, stage_layers
-from r1mega.config.schema import OptimizerConfig, ParallelConfig, Stage, TrainingStage
+from r1mega.config.schema import ModelConfig, OptimizerConfig, ParallelConfig, Stage, TrainingStage
 from r1mega.config.stages.rl import RLStage
 from r1mega.config.stages.sft import SFTStage
 from r1mega.errors import ConfigError
@@ -140,7 +140,7 @@ def stage_ranks(
             tokens=padded(work.microbatch_tokens, parallel), labels=isinstance(config, SFTStage),
         )  # fmt: skip
         head = _head_bytes(config, hf, work.microbatch_tokens / parallel.cp) if stage == parallel.pp - 1 else 0.0
-        yield StageRank(stage, memory, in_flight(parallel, stage, work.microbatches), head)
+        yield StageRank(stage, memory, in_flight(parallel, stage, work.microbatches, model=config.model), head)
 
 
 def padded(tokens: int, parallel: ParallelConfig) -> int:
@@ -149,12 +149,14 @@ def padded(tokens: int, parallel: ParallelConfig) -> int:
     return -(-max(1, tokens) // multiple) * multiple
 
 
-def in_flight(parallel: ParallelConfig, stage: int, microbatches: int) -> float:
-    """Microbatches between their forward and their backward pass on this stage, each with all chunks of the rank."""
-    chunks = parallel.vpp or 1
+def in_flight(parallel: ParallelConfig, stage: int, microbatches: int, *, model: ModelConfig | None = None) -> float:
+    """Microbatches between their forward and their backward pass on this stage, each with all chunks of the rank. With
+    `model.megatron.overlap_moe_expert_parallel_comm` a chunk goes forward beside the backward pass of another: one more.
+    """
+    chunks, more = parallel.vpp or 1, model is not None and model.megatron.overlap_moe_expert_parallel_comm
     if chunks == 1:
-        return min(parallel.pp - stage, microbatches)
-    warm_up = 2 * (parallel.pp - stage - 1) + (chunks - 1) * parallel.pp + 1  # megatron's interleaved schedule
+        return min(parallel.pp - stage + more, microbatches)
+    warm_up = 2 * (parallel.pp - stage - 1) + (chunks - 1) * parallel.pp + 1 + more  # megatron's interleaved schedule
     return min(warm_up, microbatches * chunks) / chunks
 
 

@@ -392,7 +392,10 @@ class Search:
         static = Static(itemsize * both, gradients * both, main, first, second, both, int(experts), 0)
         kept, waiting = Activations(1, 0.0, 0.0, 0.0, {}), 0.0
         if work is not None:
-            kept, waiting = self._activations(config, stage, work), in_flight(p, stage, work.microbatches)
+            kept, waiting = (
+                self._activations(config, stage, work),
+                in_flight(p, stage, work.microbatches, model=config.model),
+            )
         return StageRank(stage, RankMemory(static, (kept,)), waiting, 0.0)
 
     def _remember(self, one: Trained, stage: int, memory: RankMemory) -> None:

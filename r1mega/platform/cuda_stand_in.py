@@ -63,6 +63,10 @@ class HostRanges:
     def range_pop() -> None:
         pass
 
+    @staticmethod
+    def range(_name: str) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
 
 class CudaStandIn:
     """The names of torch.cuda that megatron-core uses, for a CPU. Other names are torch.cuda's own."""

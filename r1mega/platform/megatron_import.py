@@ -28,7 +28,7 @@ _CUDA_MODULE = re.compile(r"(?<!from )(?<!import )\btorch\.cuda\.(?=\w)")
 _CUDA_METHOD = re.compile(r"\.cuda\([^()]*(?:\(\))?\)")
 _CUDA_DEVICE = re.compile(r"\b(device|map_location)=(['\"])cuda\2")
 _CUDA_DEVICE_CALL = re.compile(r"\btorch\.device\((['\"])cuda\1\)")
-_CUDA_STREAM_USE = re.compile(r"\.record_stream\([^()]*\)")
+_CUDA_STREAM_USE = re.compile(r"\.record_stream\([^()]*(?:\(\))?\)")
 _PINNED = re.compile(r"\bpin_memory=True\b")
 _EXPECTED_REWRITES = ("pipeline_parallel.schedules", "optimizer.clip_grads", "optimizer.optimizer")
 

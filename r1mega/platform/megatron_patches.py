@@ -37,6 +37,9 @@ _LOGITS_WITH_MTP = "a model with MTP layers must give logits too, where there ar
 _LABELS = "none known; a pass without labels would have to leave the MTP layers out"
 _IMITATION = "#3457 takes the input tokens for labels where there are none: RL would imitate what it sampled"
 
+_NARROW = "heads widen what they read themselves, as after a pass of the other schedules (fp32_output=False)"
+_ASKED_FOR_FP32 = "none known; the schedule that overlaps the all-to-all would have to take fp32_output"
+
 PATCHES = (
     *OFFLOAD_PATCHES,
     Patch(
@@ -263,6 +266,33 @@ PATCHES = (
         "            packed_seq_params=kwargs.get(",
         _PADDING_MASK,
         f"{_TAKES_MASK}: since #5696 MTP's layers get it, later pipeline stages still not",
+        since="0.19",
+    ),
+    Patch(
+        "models.gpt.fine_grained_callables",
+        "always",
+        "layer.mlp.route(pre_mlp_layernorm_output)",
+        'layer.mlp.route(\n                    pre_mlp_layernorm_output, getattr(packed_seq_params, "padding_mask", None)\n'
+        "                )",
+        f"the schedule that overlaps the experts' all-to-all: {_PADDING_MASK}",
+        _TAKES_MASK,
+    ),
+    Patch(
+        "models.gpt.fine_grained_callables",
+        "always",
+        "return float16_to_fp32(loss)",
+        "return loss",
+        _NARROW,
+        _ASKED_FOR_FP32,
+        fixed_in="0.19",
+    ),
+    Patch(
+        "models.common.utils",
+        "always",
+        "return float16_to_fp32(loss)",
+        "return loss",
+        _NARROW,
+        _ASKED_FOR_FP32,
         since="0.19",
     ),
     Patch(

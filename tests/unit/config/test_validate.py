@@ -8,7 +8,7 @@ import pytest
 
 from r1mega.config.layout import generator_problems
 from r1mega.config.load import load_config
-from r1mega.config.megatron import dispatch_problems, offload_problems, recompute_problems
+from r1mega.config.megatron import dispatch_problems, exchange_problems, offload_problems, recompute_problems
 from r1mega.config.model_files import context_length
 from r1mega.config.validate import validate
 from r1mega.errors import ConfigError
@@ -333,6 +333,28 @@ def test_parts_that_the_layers_do_not_have_cannot_be_moved():
     assert [problem.split()[1] for problem in offload_problems(model, {"model_type": "qwen3"})] == [
         "expert_fc1", "mlp_norm", "attn_norm",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], None),
+        (["parallel.ep=1"], "wants experts and parallel.ep > 1"),
+        (["parallel.pp=2"], "wants parallel.vpp > 1 in a pipeline"),
+        (["parallel.pp=2", "parallel.vpp=2", "model.recompute=[layernorm]"], None),
+        (["model.recompute=full"], "none or a list without moe"),
+        (["model.recompute=[moe]"], "none or a list without moe"),
+        (["model.megatron.moe_shared_expert_overlap=true"], "hide the same exchange"),
+        (["model.dtype=float32"], "is for bfloat16"),
+        (["model.mtp_loss_coefficient=0.1"], "set model.mtp_loss_coefficient=0"),
+        (["model.megatron.overlap_moe_expert_parallel_comm=false"], "set both, or neither"),
+    ],
+)
+def test_what_hides_exchanges_of_experts_wants(words, message):
+    keys = [f"model.megatron.{key}=true" for key in ("overlap_moe_expert_parallel_comm", "delay_wgrad_compute")]
+    config = load_config(Path("configs/nano/zero.yaml"), [*keys, "model.dtype=bfloat16", "parallel.ep=2", *words])
+    found = list(exchange_problems(config.model, config.parallel, NANO))
+    assert [message in problem for problem in found] == [True] * (message is not None)
 
 
 @pytest.mark.parametrize("recompute", ["full", "[layernorm,moe]", "none"])

@@ -134,6 +134,9 @@ def test_layers_measured_in_one_pipeline_are_those_of_another():
 def test_activations_in_flight():
     assert [in_flight(ParallelConfig(pp=4), stage, 8) for stage in range(4)] == [4, 3, 2, 1]
     assert in_flight(ParallelConfig(pp=4), 0, 2) == 2
+    beside = ModelConfig(path="unused", megatron={"overlap_moe_expert_parallel_comm": True})
+    assert in_flight(ParallelConfig(), 0, 8, model=beside) == 2 and in_flight(ParallelConfig(), 0, 1, model=beside) == 1
+    assert in_flight(ParallelConfig(pp=4, vpp=2), 3, 8, model=beside) == 3
     assert in_flight(ParallelConfig(pp=4, vpp=2), 3, 8) == 2.5  # megatron: 0 + 4 + 1 chunks of two
 
 

@@ -87,8 +87,6 @@ def dispatch_problems(model: ModelConfig, layout: ParallelConfig, hf: Mapping[st
 def exchange_problems(model: ModelConfig, layout: ParallelConfig, hf: Mapping[str, object]) -> Iterator[str]:
     """What model.megatron.overlap_moe_expert_parallel_comm does not go with."""
     key = "model.megatron.overlap_moe_expert_parallel_comm"
-    if model.megatron.delay_wgrad_compute and not model.megatron.overlap_moe_expert_parallel_comm:
-        yield f"model.megatron.delay_wgrad_compute is for {key}; set both, or neither"
     if not model.megatron.overlap_moe_expert_parallel_comm:
         return
     if hf and not num_experts(hf) or layout.ep == 1:

@@ -85,7 +85,6 @@ class MegatronConfig(Section):
     moe_shared_expert_overlap: bool = False  # the shared experts compute while tokens travel to the others
     overlap_moe_expert_parallel_comm: bool = False
     # while a microbatch's tokens travel in its forward pass another computes in its backward pass, and the other way round
-    delay_wgrad_compute: bool = False  # with it: gradients of weights are computed while tokens travel
     moe_router_fusion: bool = False
     apply_rope_fusion: bool = False
     gradient_accumulation_fusion: bool | None = None  # None: where apex is

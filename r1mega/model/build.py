@@ -204,7 +204,7 @@ def _handed_on(keys: MegatronConfig) -> dict[str, object]:
     from megatron.core.transformer.enums import AttnBackend
 
     arguments = keys.model_dump()
-    engine = ("delay_wgrad_compute", "moe_router_fusion", "apply_rope_fusion", "gradient_accumulation_fusion")
+    engine = ("moe_router_fusion", "apply_rope_fusion", "gradient_accumulation_fusion")
     if not platform.current().has_transformer_engine and (wanted := [key for key in engine if arguments[key]]):
         raise PlatformError(
             f"model.megatron.{wanted[0]} needs Transformer Engine and a GPU, which are not here; leave it out"
@@ -254,7 +254,7 @@ def _recompute_arguments(recompute: str | Sequence[str]) -> dict[str, Any]:
     return {"recompute_granularity": "selective", "recompute_modules": list(recompute)}
 
 
-def _offload_arguments(modules: Sequence[str]) -> dict[str, Any]:
+def _offload_arguments(modules: Sequence[str]) -> dict[str, object]:
     if not modules:
         return {}
     if not platform.current().has_transformer_engine:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -21,7 +21,7 @@ def bypass_output_layer(chunk: GPTModel) -> ColumnParallelLinear | None:
 
     from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
-    def forward(hidden: torch.Tensor, *_args: Any, **_kwargs: Any) -> tuple[torch.Tensor, None]:
+    def forward(hidden: torch.Tensor, *_args: object, **_kwargs: object) -> tuple[torch.Tensor, None]:
         # backward: each rank's gradient is of its part of the vocabulary, they are added up while they are scattered
         return gather_from_sequence_parallel_region(hidden) if chunk.config.sequence_parallel else hidden, None
 

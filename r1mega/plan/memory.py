@@ -12,6 +12,7 @@ import torch
 from r1mega.checkpoint.name_rules import Entry
 from r1mega.checkpoint.parameters import parameters
 from r1mega.config.layout import generator_problems, model_problems, num_stages, process_problems, stage_layers
+from r1mega.config.model_files import HFConfig
 from r1mega.config.schema import ModelConfig, OptimizerConfig, ParallelConfig, Stage, TrainingStage
 from r1mega.config.stages.rl import RLStage
 from r1mega.config.stages.sft import SFTStage
@@ -178,7 +179,7 @@ def _head_bytes(config: TrainingStage, hf: Mapping[str, Any], rows: float) -> fl
 
 
 def phase_memory(
-    config: Stage, hf: Mapping[str, Any], ranks: tuple[StageRank, ...], generator: GeneratorMemory | None
+    config: Stage, hf: HFConfig, ranks: tuple[StageRank, ...], generator: GeneratorMemory | None
 ) -> Iterator[PhaseMemory]:
     """Of each phase of a step, in their order, the rank that has the most of these."""
     if not isinstance(config, TrainingStage):
@@ -245,7 +246,7 @@ def _generator_parts(generator: GeneratorMemory) -> dict[str, float]:
     }  # fmt: skip
 
 
-def largest_parameter_bytes(hf: Mapping[str, Any], config: TrainingStage) -> float:
+def largest_parameter_bytes(hf: HFConfig, config: TrainingStage) -> float:
     """What a rank has of a parameter beside its own part while the model leaves it whole (`checkpoint/hf_state.py: export_hf`),
     of the largest one: what ranks of tp or etp cut, in pieces and put together; what another stage or rank of ep has, once.
     """

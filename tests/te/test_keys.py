@@ -28,7 +28,7 @@ KEYS = {
         DEEPSEEK, "model.offload_modules=[attn_norm,qkv_linear,core_attn,attn_proj,mlp_norm,expert_fc1,moe_act]",
     ],
     "exchange": [
-        DEEPSEEK, "model.megatron.overlap_moe_expert_parallel_comm=true", "model.megatron.delay_wgrad_compute=true",
+        DEEPSEEK, "model.megatron.overlap_moe_expert_parallel_comm=true",
         "model.megatron.moe_shared_expert_overlap=false", "model.recompute=[mla_up_proj]", "parallel.vpp=2",
         "parallel.layers_per_stage=[1,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,0]",
     ],
@@ -36,8 +36,8 @@ KEYS = {
 }  # fmt: skip
 REFUSED = {
     "exchange": (
-        [DEEPSEEK, "model.megatron.delay_wgrad_compute=true"],
-        "overlap_moe_expert_parallel_comm must be enabled",
+        [DEEPSEEK, "model.megatron.overlap_moe_expert_parallel_comm=true"],
+        "virtual_pipeline_model_parallel_size must be",
     ),
     "offload": ([DEEPSEEK, "model.offload_modules=[attn_proj]"], "attn_proj cannot be set to offload_modules alone"),
     "rope": ([MOONLIGHT, "model.megatron.apply_rope_fusion=true"], "only works with YARN"),
@@ -84,7 +84,7 @@ KNOWN = (
     "recompute_granularity", "recompute_modules", "moe_token_dispatcher_type", "moe_flex_dispatcher_backend",
     "apply_rope_fusion", "moe_router_fusion", "cp_comm_type", "gradient_accumulation_fusion",
     "moe_shared_expert_overlap", "fine_grained_activation_offloading", "offload_modules",
-    "overlap_moe_expert_parallel_comm", "delay_wgrad_compute",
+    "overlap_moe_expert_parallel_comm",
 )  # fmt: skip
 
 
@@ -113,7 +113,7 @@ def test_megatron_takes_every_shipped_config(found):
         ("rope", {"apply_rope_fusion": True}),
         ("router", {"moe_router_fusion": True}),
         ("attention", {"attention_backend": "flash", "cp_comm_type": "a2a"}),
-        ("exchange", {"overlap_moe_expert_parallel_comm": True, "delay_wgrad_compute": True}),
+        ("exchange", {"overlap_moe_expert_parallel_comm": True}),
         ("offload", {"fine_grained_activation_offloading": True}),
         ("accumulation", {"gradient_accumulation_fusion": True}),
     ],

@@ -35,6 +35,32 @@ def recompute_problems(model: ModelConfig, hf: Mapping[str, object]) -> Iterator
             yield f"model.recompute: {part} is of models with {what}, and this one has none; leave it out"
 
 
+def offload_problems(model: ModelConfig, hf: Mapping[str, object]) -> Iterator[str]:
+    """What of model.offload_modules does not go with model.recompute, or with the layers of this config.json."""
+    asked, again = model.offload_modules, model.recompute
+    if not asked:
+        return
+    if again == "full":
+        yield "model.offload_modules: with model.recompute = full nothing of a layer is kept that could be moved; leave one out"
+    if "attn_proj" in asked and "core_attn" not in asked:
+        yield "model.offload_modules: attn_proj frees nothing without core_attn, whose backward pass wants it; add that"
+    if "core_attn" in asked and "core_attn" in again:
+        yield "model.offload_modules: core_attn is computed again (model.recompute) and keeps nothing; leave one of them out"
+    inside = [part for part in ("expert_fc1", "moe_act") if part in asked]
+    if inside and "moe" in again:
+        yield f"model.offload_modules: {inside[0]} is part of moe, which model.recompute computes again; leave one of them out"
+    if hf and not num_experts(hf) and inside:
+        yield f"model.offload_modules: {inside[0]} is of models with experts, and this one has none; leave it out"
+    if hf and not num_experts(hf) and "mlp_norm" in asked:
+        yield (
+            "model.offload_modules: mlp_norm is one with the product behind it where a layer has no experts; leave it out"
+        )
+    if hf and not hf.get("kv_lora_rank") and "attn_norm" in asked:
+        yield (
+            "model.offload_modules: attn_norm is one with the product behind it but for latent attention; set qkv_linear"
+        )
+
+
 def dispatch_problems(model: ModelConfig, layout: ParallelConfig, hf: Mapping[str, object]) -> Iterator[str]:
     """What of the keys about experts does not go with this config.json, layout, or each other."""
     if not hf:
@@ -56,6 +82,25 @@ def dispatch_problems(model: ModelConfig, layout: ParallelConfig, hf: Mapping[st
             f"model.megatron.moe_router_fusion scores a group by its {scored_by} best experts (num_experts_per_tok / "
             "topk_group), and this model's groups are scored by 2; leave it out"
         )
+
+
+def exchange_problems(model: ModelConfig, layout: ParallelConfig, hf: Mapping[str, object]) -> Iterator[str]:
+    """What model.megatron.overlap_moe_expert_parallel_comm does not go with."""
+    key = "model.megatron.overlap_moe_expert_parallel_comm"
+    if not model.megatron.overlap_moe_expert_parallel_comm:
+        return
+    if hf and not num_experts(hf) or layout.ep == 1:
+        yield f"{key} hides what experts' ranks send each other: it wants experts and parallel.ep > 1; leave it out"
+    if layout.pp > 1 and (layout.vpp or 1) == 1:
+        yield f"{key} wants parallel.vpp > 1 in a pipeline: with one chunk a rank no two microbatches are at work at once"
+    if model.recompute == "full" or "moe" in model.recompute:
+        yield f"{key}: model.recompute may be none or a list without moe, whose parts the schedule runs apart"
+    if model.megatron.moe_shared_expert_overlap:
+        yield f"{key} and model.megatron.moe_shared_expert_overlap hide the same exchange; leave one of them out"
+    if model.dtype != "bfloat16":
+        yield f"{key} is for bfloat16; set model.dtype=bfloat16, or leave it out"
+    if model.mtp_loss_coefficient:
+        yield f"{key} runs the layers of multi-token prediction in passes without labels too; set model.mtp_loss_coefficient=0"
 
 
 def _count(hf: Mapping[str, object], key: str) -> int:

@@ -71,6 +71,9 @@ def _recompute_in_words(value: object) -> object:
 Recompute = Annotated[Literal["none", "full"] | tuple[RecomputeModule, ...], BeforeValidator(_recompute_in_words)]
 
 
+OffloadModule = Literal["attn_norm", "qkv_linear", "core_attn", "attn_proj", "mlp_norm", "expert_fc1", "moe_act"]
+"""Parts of a layer whose inputs can wait in host memory for the backward pass: Megatron's `offload_modules`."""
+
 Dispatcher = Literal["alltoall", "deepep", "hybridep"]
 
 
@@ -80,11 +83,14 @@ class MegatronConfig(Section):
     """
 
     moe_shared_expert_overlap: bool = False  # the shared experts compute while tokens travel to the others
+    overlap_moe_expert_parallel_comm: bool = False
+    # while a microbatch's tokens travel in its forward pass another computes in its backward pass, and the other way round
     moe_router_fusion: bool = False
     apply_rope_fusion: bool = False
     gradient_accumulation_fusion: bool | None = None  # None: where apex is
     attention_backend: Literal["auto", "flash", "fused", "unfused"] = "auto"  # of Transformer Engine
     cp_comm_type: Literal["p2p", "all_gather", "a2a"] | None = None  # of its attention; None: p2p
+    min_offloaded_tensor_size: NonNegativeInt = 1024 * 1024  # numbers; model.offload_modules leaves smaller tensors
 
 
 class ModelConfig(Section):
@@ -102,6 +108,8 @@ class ModelConfig(Section):
     mtp_loss_coefficient: NonNegative = 0.0  # used where labels are known (pre-training, SFT); 0: MTP is not built
     recompute: Recompute = "none"
     # full: only the inputs of layers are kept; a list: these parts of a layer are computed again (docs/configuration.md)
+    offload_modules: tuple[OffloadModule, ...] = ()
+    # what the backward pass wants of the inputs of these parts is in host memory until then (docs/gpu.md)
     dispatcher: Dispatcher = "alltoall"
     # of tokens to experts: all-to-all of the distributed backend, or one of deep_ep's two kernels
     megatron: MegatronConfig = MegatronConfig()

@@ -13,7 +13,13 @@ from typing import Any
 
 from r1mega.config.launched import launched_place
 from r1mega.config.layout import model_problems, process_problems
-from r1mega.config.megatron import dispatch_problems, overlap_problems, recompute_problems
+from r1mega.config.megatron import (
+    dispatch_problems,
+    exchange_problems,
+    offload_problems,
+    overlap_problems,
+    recompute_problems,
+)
 from r1mega.config.model_files import context_length, tokenizer_code_problem, tokenizer_size, trusts_remote_code
 from r1mega.config.precision import fp8_problems
 from r1mega.config.schema import DataConfig, RolloutConfig, Stage, TrainingStage
@@ -158,7 +164,9 @@ def layout_problems(config: Stage, hf: dict[str, Any], world: int) -> Iterator[s
     yield from model_problems(config.parallel, hf)
     yield from fp8_problems(config.model, config.parallel, hf)
     yield from recompute_problems(config.model, hf)
+    yield from offload_problems(config.model, hf)
     yield from dispatch_problems(config.model, config.parallel, hf)
+    yield from exchange_problems(config.model, config.parallel, hf)
     if isinstance(config, TrainingStage):
         yield from overlap_problems(config.optimizer)
     tied, further = hf.get("tie_word_embeddings"), config.model.mtp_loss_coefficient

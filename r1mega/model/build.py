@@ -113,6 +113,7 @@ def megatron_config(hf: HFConfig, layout: Layout, model: Any, *, init_std: float
         **_handed_on(model.megatron),
         **_fp8_arguments(model),
         **_recompute_arguments(model.recompute),
+        **_offload_arguments(model.offload_modules),
         **family.megatron_arguments(hf, model),
         **_dispatcher_arguments(model.dispatcher),
     }
@@ -251,6 +252,16 @@ def _recompute_arguments(recompute: str | Sequence[str]) -> dict[str, Any]:
             "and a GPU; leave it out here"
         )
     return {"recompute_granularity": "selective", "recompute_modules": list(recompute)}
+
+
+def _offload_arguments(modules: Sequence[str]) -> dict[str, object]:
+    if not modules:
+        return {}
+    if not platform.current().has_transformer_engine:
+        raise PlatformError(
+            "model.offload_modules needs Transformer Engine and a GPU, which are not here; leave it out"
+        )
+    return {"fine_grained_activation_offloading": True, "offload_modules": list(modules)}
 
 
 def _build_chunk(hf: HFConfig, config: Any, init_std: float | None, virtual_stage: int | None) -> Any:

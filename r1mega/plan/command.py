@@ -74,7 +74,7 @@ def plan_job(job: Job, given: Stage | None = None, known: Calibration | None = N
     if isinstance(config, TrainingStage) and work is not None:
         seconds = plan_seconds(
             config, hf, job.gpus, gpu, work, memory.generator, imbalance=job.imbalance, per_node=job.per_node,
-            efficiency=Efficiency() if calibration is None else calibration.efficiency,
+            efficiency=Efficiency() if calibration is None else calibration.efficiency, moved=memory.moved_a_token,
         )  # fmt: skip
     return Planned(config, gpu, memory, work, seconds, calibration)
 

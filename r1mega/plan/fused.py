@@ -21,6 +21,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer  # noqa
 
 from r1mega.config.schema import Fp8, ModelConfig  # noqa: E402
 from r1mega.model.attention import CausalAttention  # noqa: E402
+from r1mega.plan.offload import Offload  # noqa: E402
 from r1mega.plan.shapes import FusedAttention  # noqa: E402
 
 QUANTISED = torch.float8_e4m3fn
@@ -45,11 +46,14 @@ def buildable(model: ModelConfig) -> ModelConfig:
     if not isinstance(recompute, str):
         recompute = tuple(name for name in recompute if name != "moe_act") or "none"
     without = {"fp8": "off", "fp8_skip_first_layers": 0, "fp8_skip_last_layers": 0, "recompute": recompute}
+    without["offload_modules"] = ()  # plan/offload.py
     return model.model_copy(update=without)
 
 
-def keep_as_on_gpu(chunk: GPTModel, model: ModelConfig) -> None:
-    """Make the layers of a chunk that was built of `buildable(model)` keep what those of `model` keep on a GPU."""
+def keep_as_on_gpu(chunk: GPTModel, model: ModelConfig, offload: Offload) -> None:
+    """Make the layers of a chunk that was built of `buildable(model)` keep what those of `model` keep on a GPU, or `offload`
+    takes.
+    """
     for module in chunk.modules():
         if hasattr(module, "config"):
             module.config.bias_activation_fusion = True
@@ -60,16 +64,17 @@ def keep_as_on_gpu(chunk: GPTModel, model: ModelConfig) -> None:
             layer.recompute_pre_mlp_layernorm = False  # Transformer Engine's is one with the product behind it
         if hasattr(layer.self_attention, "linear_qkv"):
             layer.recompute_input_layernorm = False
-        for linear, kept in _linears(layer, model.recompute, fp8):
+        for linear, kept in _linears(layer, model, fp8):
             if kept is not None:
-                linear.forward = functools.partial(_keeping, linear, linear.forward, kept, fp8)
+                linear.forward = functools.partial(_keeping, offload, linear, linear.forward, kept, fp8)
     for linear in _projections(chunk) if model.fp8 != "off" else ():
-        linear.forward = functools.partial(_keeping, linear, linear.forward, "quantised", model.fp8)
+        linear.forward = functools.partial(_keeping, offload, linear, linear.forward, "quantised", model.fp8)
 
 
 def quantised_bytes(chunk: GPTModel, model: ModelConfig) -> int:
     """Of the copies in FP8, of rows and of columns, that Transformer Engine keeps of a chunk's weights."""
-    linears = [linear for layer, fp8 in _layers(chunk, model) if fp8 != "off" for linear, _ in _linears(layer, (), fp8)]
+    quantised = [(layer, fp8) for layer, fp8 in _layers(chunk, model) if fp8 != "off"]
+    linears = [linear for layer, fp8 in quantised for linear, _ in _linears(layer, model, fp8)]
     linears += [] if model.fp8 == "off" else _projections(chunk)
     return sum(2 * linear.weight.numel() + _weight_scales(linear.weight.shape, model.fp8) for linear in linears)
 
@@ -95,15 +100,14 @@ def _projections(chunk: GPTModel) -> list[Linear]:
     return [] if mtp is None else [layer.eh_proj for layer in mtp.layers]
 
 
-def _linears(
-    layer: TransformerLayer, recompute: str | tuple[str, ...], fp8: Fp8
-) -> Iterator[tuple[Linear, Kept | None]]:
+def _linears(layer: TransformerLayer, model: ModelConfig, fp8: Fp8) -> Iterator[tuple[Linear, Kept | None]]:
     """Each linear layer of a layer, and what it keeps instead of its input: None where that stays as it is. In FP8 Megatron
-    lets those keep it whose input others keep anyway, or is computed again (`set_save_original_input`).
+    lets those keep it whose input others keep anyway, is computed again, or moved (`set_save_original_input`).
     """
     copied: Kept | None = None if fp8 == "off" else "quantised"
     attention, mlp = layer.self_attention, layer.mlp
-    again = () if isinstance(recompute, str) else recompute
+    again = () if isinstance(model.recompute, str) else model.recompute
+    moved = "expert_fc1" in model.offload_modules
     yield attention.linear_proj, None
     for name in (*_OF_ATTENTION, *_DOWN):
         if (linear := getattr(attention, name, None)) is not None:
@@ -112,7 +116,8 @@ def _linears(
         yield from ((mlp.linear_fc1, copied), (mlp.linear_fc2, copied))
         return
     for expert in mlp.experts.local_experts:
-        yield from ((expert.linear_fc1, copied), (expert.linear_fc2, "nothing" if "moe_act" in again else copied))
+        yield expert.linear_fc1, None if moved else copied
+        yield expert.linear_fc2, "nothing" if "moe_act" in again else copied
     if (shared := mlp.shared_experts) is not None:
         yield from ((shared.linear_fc1, copied if "shared_experts" in again else None), (shared.linear_fc2, copied))
 
@@ -122,7 +127,13 @@ def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: obj
 
 
 def _keeping(
-    linear: Linear, forward: Callable[..., object], kept: Kept, fp8: Fp8, given: torch.Tensor, *rest: object
+    offload: Offload,
+    linear: Linear,
+    forward: Callable[..., object],
+    kept: Kept,
+    fp8: Fp8,
+    given: torch.Tensor,
+    *rest: object,
 ) -> object:
     """A linear layer's `forward`, with `kept` instead of its input."""
     weight = linear.weight.untyped_storage()._cdata
@@ -131,7 +142,9 @@ def _keeping(
     def pack(tensor: torch.Tensor) -> torch.Tensor | _Packed:
         if tensor.untyped_storage()._cdata == weight:
             return tensor
-        return _Packed(tensor.shape, tensor.dtype, _in_fp8(tensor, fp8) if kept == "quantised" else None)
+        copy = _in_fp8(tensor, fp8) if kept == "quantised" else ()
+        moves = [offload.takes and offload.take(part) for part in copy]
+        return _Packed(tensor.shape, tensor.dtype, [part for part, move in zip(copy, moves, strict=True) if not move])
 
     def unpack(packed: torch.Tensor | _Packed) -> torch.Tensor:
         return packed if isinstance(packed, torch.Tensor) else torch.empty(packed.shape, dtype=packed.dtype)
@@ -145,7 +158,7 @@ def _keeping(
 class _Packed(NamedTuple):
     shape: torch.Size
     dtype: torch.dtype
-    copy: tuple[torch.Tensor, ...] | None
+    copy: list[torch.Tensor]
 
 
 def _in_fp8(tensor: torch.Tensor, fp8: Fp8) -> tuple[torch.Tensor, ...]:

@@ -9,9 +9,11 @@ from typing import Any, Literal
 
 import torch
 
+from r1mega.checkpoint.name_rules import Entry
 from r1mega.checkpoint.parameters import parameters
 from r1mega.config.layout import generator_problems, model_problems, num_stages, process_problems, stage_layers
-from r1mega.config.schema import OptimizerConfig, ParallelConfig, Stage, TrainingStage
+from r1mega.config.model_files import HFConfig
+from r1mega.config.schema import ModelConfig, OptimizerConfig, ParallelConfig, Stage, TrainingStage
 from r1mega.config.stages.rl import RLStage
 from r1mega.config.stages.sft import SFTStage
 from r1mega.errors import ConfigError
@@ -62,6 +64,11 @@ class StageRank:
     in_flight: float
     head_bytes: float
 
+    @property
+    def host_bytes(self) -> float:
+        """Of activations that wait in host memory."""
+        return self.in_flight * sum(chunk.pinned for chunk in self.memory.activations)
+
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
@@ -76,6 +83,12 @@ class MemoryPlan:
     host_bytes: Mapping[str, float]
     checkpoint_bytes: float
     problems: tuple[str, ...]
+
+    @property
+    def moved_a_token(self) -> float:
+        """Bytes of activations that go to host memory and back, of a token of a microbatch, on the rank that moves the most."""
+        chunks = [rank.memory.activations for rank in self.ranks]
+        return max((sum(chunk.moved / chunk.tokens for chunk in each) for each in chunks), default=0.0)
 
 
 def plan_memory(
@@ -101,7 +114,7 @@ def plan_memory(
     ranks: tuple[StageRank, ...] = ()
     if isinstance(config, TrainingStage) and work is not None:
         ranks = tuple(stage_ranks(config, hf, gpus, work, imbalance))
-    phases = tuple(phase_memory(config, ranks, generator))
+    phases = tuple(phase_memory(config, hf, ranks, generator))
     samples = planned_samples(config, hf, gpus, work) if isinstance(config, RLStage) and work is not None else None
     host, saved = _host_and_disk(config, hf, ranks, generator, per_node, samples)
     return MemoryPlan(phases, ranks, generator, host, saved, tuple(_problems(config, hf, gpu, gpus, phases, generator)))
@@ -128,7 +141,7 @@ def stage_ranks(
             tokens=padded(work.microbatch_tokens, parallel), labels=isinstance(config, SFTStage),
         )  # fmt: skip
         head = _head_bytes(config, hf, work.microbatch_tokens / parallel.cp) if stage == parallel.pp - 1 else 0.0
-        yield StageRank(stage, memory, in_flight(parallel, stage, work.microbatches), head)
+        yield StageRank(stage, memory, in_flight(parallel, stage, work.microbatches, model=config.model), head)
 
 
 def padded(tokens: int, parallel: ParallelConfig) -> int:
@@ -137,12 +150,14 @@ def padded(tokens: int, parallel: ParallelConfig) -> int:
     return -(-max(1, tokens) // multiple) * multiple
 
 
-def in_flight(parallel: ParallelConfig, stage: int, microbatches: int) -> float:
-    """Microbatches between their forward and their backward pass on this stage, each with all chunks of the rank."""
-    chunks = parallel.vpp or 1
+def in_flight(parallel: ParallelConfig, stage: int, microbatches: int, *, model: ModelConfig | None = None) -> float:
+    """Microbatches between their forward and their backward pass on this stage, each with all chunks of the rank. With
+    `model.megatron.overlap_moe_expert_parallel_comm` a chunk goes forward beside the backward pass of another: one more.
+    """
+    chunks, more = parallel.vpp or 1, model is not None and model.megatron.overlap_moe_expert_parallel_comm
     if chunks == 1:
-        return min(parallel.pp - stage, microbatches)
-    warm_up = 2 * (parallel.pp - stage - 1) + (chunks - 1) * parallel.pp + 1  # megatron's interleaved schedule
+        return min(parallel.pp - stage + more, microbatches)
+    warm_up = 2 * (parallel.pp - stage - 1) + (chunks - 1) * parallel.pp + 1 + more  # megatron's interleaved schedule
     return min(warm_up, microbatches * chunks) / chunks
 
 
@@ -164,7 +179,7 @@ def _head_bytes(config: TrainingStage, hf: Mapping[str, Any], rows: float) -> fl
 
 
 def phase_memory(
-    config: Stage, ranks: tuple[StageRank, ...], generator: GeneratorMemory | None
+    config: Stage, hf: HFConfig, ranks: tuple[StageRank, ...], generator: GeneratorMemory | None
 ) -> Iterator[PhaseMemory]:
     """Of each phase of a step, in their order, the rank that has the most of these."""
     if not isinstance(config, TrainingStage):
@@ -172,6 +187,7 @@ def phase_memory(
             yield PhaseMemory("rollout", _generator_parts(generator) | {"context": CONTEXT_BYTES}, 0)
         return
     plan, phases = residency(config)
+    whole = largest_parameter_bytes(hf, config)
     for phase in phases:
         places = plan.places[phase]
         candidates = []
@@ -183,7 +199,7 @@ def phase_memory(
             }  # fmt: skip
             for part, place in places.items():
                 parts[names[part]] += sizes[part] if place == "device" else 0.0
-            parts |= _passing(config, phase, rank) | {"context": CONTEXT_BYTES}
+            parts |= _passing(config, phase, rank, whole) | {"context": CONTEXT_BYTES}
             candidates.append(PhaseMemory(phase, {name: size for name, size in parts.items() if size}, rank.stage))
         yield max(candidates, key=lambda candidate: candidate.total)
 
@@ -230,8 +246,27 @@ def _generator_parts(generator: GeneratorMemory) -> dict[str, float]:
     }  # fmt: skip
 
 
-def _passing(config: TrainingStage, phase: Phase, rank: StageRank) -> dict[str, float]:
-    """What comes and goes within a phase. A pass without gradients wants copies in FP8 of weights' rows alone."""
+def largest_parameter_bytes(hf: HFConfig, config: TrainingStage) -> float:
+    """What a rank has of a parameter beside its own part while the model leaves it whole (`checkpoint/hf_state.py: export_hf`),
+    of the largest one: what ranks of tp or etp cut, in pieces and put together; what another stage or rank of ep has, once.
+    """
+    p, itemsize = config.parallel, getattr(torch, config.model.dtype).itemsize
+    further = (hf.get("num_nextn_predict_layers") or 0) if config.model.mtp_loss_coefficient > 0 else 0
+
+    def times(entry: Entry) -> int:
+        cut = (p.tp if entry.expert is None else p.etp) if entry.dim is not None else 1
+        return 2 if cut > 1 else int(p.pp > 1 or (entry.expert is not None and p.ep > 1))
+
+    entries = (parameter.entry for parameter in parameters(hf, further))
+    return max(float(itemsize * times(entry) * sum(map(math.prod, entry.hf_shapes))) for entry in entries)
+
+
+def _passing(config: TrainingStage, phase: Phase, rank: StageRank, whole: float) -> dict[str, float]:
+    """What comes and goes within a phase. A pass without gradients wants copies in FP8 of weights' rows alone. whole: of the
+    largest parameter, which the export of the last save holds, and a push by `gather`.
+    """
+    if phase == "save":
+        return {"a whole parameter": whole}
     chunks, quantised = rank.memory.activations, rank.memory.static.quantised
     if phase == "update":
         kept = sum(chunk.kept for chunk in chunks) * rank.in_flight
@@ -249,6 +284,8 @@ def _passing(config: TrainingStage, phase: Phase, rank: StageRank) -> dict[str, 
     if phase == "score":
         return {"reward model": rank.memory.static.weights + max(chunk.forward for chunk in chunks)}
     if phase == "reshard" and isinstance(config, RLStage):
+        if config.weights.strategy == "gather" or (config.weights.strategy is None and config.rollout.engine != "vllm"):
+            return {"a whole parameter": whole, "buckets": float(config.weights.bucket_bytes)}
         return {"buckets": 4.0 * config.weights.bucket_bytes}  # two, sent and received
     return {}
 
@@ -282,6 +319,8 @@ def _host_and_disk(
             elements = rank.static.exp_avg / moment_bytes(config.optimizer)[0]
             copied = 12.0 if config.checkpoint.async_save else 0.0
             host["save"] = per_node * ((20.0 + copied) * elements + rank.static.weights)
+        if phase == "update" and (moved := max(rank.host_bytes for rank in ranks)):
+            host["activations"] = per_node * moved
         if samples is not None:  # until the next step's are there
             trained = phase in ("logprob", "reference", "update", "step", "reshard")
             host["samples"] = per_node * (samples.peak if trained else samples.made)

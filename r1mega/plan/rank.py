@@ -28,6 +28,7 @@ from r1mega.config.schema import ModelConfig, OptimizerConfig, ParallelConfig  #
 from r1mega.model.architecture import Architecture  # noqa: E402
 from r1mega.model.families import architecture_of  # noqa: E402
 from r1mega.plan.fused import buildable, is_quantised, keep_as_on_gpu, quantised_bytes  # noqa: E402
+from r1mega.plan.offload import Offload, offloading  # noqa: E402
 from r1mega.plan.place import as_rank  # noqa: E402
 from r1mega.plan.shapes import ShapesOnly, first_columns  # noqa: E402
 from r1mega.train.optimizer import fill_empty_state  # noqa: E402
@@ -82,7 +83,8 @@ class Activations:
 
     kept: from forward to backward, of one microbatch in one chunk; working: beside what is kept, at the worst moment of a
     forward and backward pass; forward: at the worst moment of a pass without gradients; layers: kept by one layer of each
-    kind of which that is known.
+    kind of which that is known. moved: of what `model.offload_modules` has in host memory instead of kept; pinned: what that
+    takes there.
     """
 
     tokens: int
@@ -90,12 +92,17 @@ class Activations:
     working: float
     forward: float
     layers: Mapping[Kind, float]
+    moved: float = 0.0
+    pinned: float = 0.0
 
     def scaled(self, tokens: int) -> Activations:
         """Of another number of tokens."""
         times = tokens / self.tokens
         layers = {kind: kept * times for kind, kept in self.layers.items()}
-        return Activations(tokens, self.kept * times, self.working * times, self.forward * times, layers)
+        return Activations(
+            tokens, self.kept * times, self.working * times, self.forward * times, layers,
+            self.moved * times, self.pinned * times,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,15 +162,18 @@ def _measured(
     route = Routes.of(hf, parallel, rank, asked.imbalance) if num_experts(hf) else None
     with as_rank(parallel, world, rank), ShapesOnly(route, fused_norms=asked.on_gpu) as mode:
         policy = Policy(buildable(asked.model), hf, parallel, seed=0)
+        offload = Offload(asked.model.megatron.min_offloaded_tensor_size)
         if asked.on_gpu:
             for chunk in policy.chunks:
-                keep_as_on_gpu(chunk, asked.model)
+                keep_as_on_gpu(chunk, asked.model, offload)
         for parameter in itertools.chain(*(chunk.parameters() for chunk in policy.chunks)):
             parameter.register_post_accumulate_grad_hook(_forget_gradient)  # it is added to a buffer that stays
         batch = build_microbatch([[0] * asked.tokens], [1], [0])
         key = (asked, parallel.tp, parallel.sp, parallel.cp, parallel.ep, parallel.etp)
-        one = _Pass(policy, batch, mode, asked.model, asked.labels and bool(policy.megatron_config.mtp_num_layers))
-        activations = tuple(_activations(one, index, key) for index in range(len(policy.chunks)))
+        mtp_loss = asked.labels and bool(policy.megatron_config.mtp_num_layers)
+        one = _Pass(policy, batch, mode, asked.model, mtp_loss, offload)
+        with offloading(policy.chunks, asked.model.offload_modules if asked.on_gpu else (), offload):
+            activations = tuple(_activations(one, index, key) for index in range(len(policy.chunks)))
         quantised = sum(quantised_bytes(chunk, asked.model) for chunk in policy.chunks) if asked.on_gpu else 0
         return RankMemory(dataclasses.replace(_static(policy, optimizer), quantised=quantised), activations)
 
@@ -215,6 +225,7 @@ class _Pass:
     mode: ShapesOnly
     model: ModelConfig
     mtp_loss: bool
+    offload: Offload
 
     def forward(self, index: int) -> torch.Tensor:
         """Through one chunk."""
@@ -232,10 +243,22 @@ class _Pass:
         return hasattr(layer.mlp, "experts"), is_quantised(layer.layer_number, layer.config.num_layers, self.model)
 
 
-_ends: dict[Hashable, tuple[int, int, int]] = {}
-"""Of a chunk with one layer of each of its kinds: (bytes of a forward pass at its worst, kept, working)."""
-_further: dict[Hashable, int] = {}
-"""Of another layer of a kind: bytes that it keeps."""
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """Bytes of a microbatch: from forward to backward on the device, and in host memory (see Activations)."""
+
+    kept: int
+    moved: int
+    pinned: int
+
+    def beyond(self, other: _Kept) -> _Kept:
+        return _Kept(self.kept - other.kept, self.moved - other.moved, self.pinned - other.pinned)
+
+
+_ends: dict[Hashable, tuple[int, _Kept, int]] = {}
+"""Of a chunk with one layer of each of its kinds: (bytes of a forward pass at its worst, what it keeps, working)."""
+_further: dict[Hashable, _Kept] = {}
+"""Of another layer of a kind."""
 
 
 def _activations(one: _Pass, index: int, key: Hashable) -> Activations:
@@ -264,18 +287,23 @@ def _activations(one: _Pass, index: int, key: Hashable) -> Activations:
         for kind, same in kinds.items():
             if len(same) > 1 and (key, kind) not in _further:
                 choose(*one_each, same[0])
-                _further[key, kind] = _kept(one, index, backward=False)[0] - kept
+                _further[key, kind] = _kept(one, index, backward=False)[0].beyond(kept)
     finally:
         decoder.layers, decoder.num_layers_per_pipeline_rank = layers, number
-    each = {kind: _further[key, kind] for kind in kinds if (key, kind) in _further}
-    further = sum((len(same) - 1) * each[kind] for kind, same in kinds.items() if len(same) > 1)
+    each = {kind: _further[key, kind].kept for kind in kinds if (key, kind) in _further}
+    more = [(len(same) - 1, _further[key, kind]) for kind, same in kinds.items() if len(same) > 1]
     if len(unknown := [kind for kind in kinds if kind not in each]) == 1 and not chunk.post_process:
-        each[unknown[0]] = kept - sum(each.values())
-    return Activations(one.batch.num_tokens, kept + further, working, forward, each)
+        each[unknown[0]] = kept.kept - sum(each.values())
+    # those of one layer are on the device while they are on their way there, or back before they are wanted
+    under_way = max([layer.moved for _, layer in more], default=kept.moved)
+    return Activations(
+        one.batch.num_tokens, kept.kept + sum(n * layer.kept for n, layer in more), working + under_way, forward, each,
+        kept.moved + sum(n * layer.moved for n, layer in more), kept.pinned + sum(n * layer.pinned for n, layer in more),
+    )  # fmt: skip
 
 
-def _kept(one: _Pass, index: int, *, backward: bool) -> tuple[int, int]:
-    """(bytes that a microbatch keeps from forward to backward; the most that is there beside, at any time of both).
+def _kept(one: _Pass, index: int, *, backward: bool) -> tuple[_Kept, int]:
+    """(what a microbatch keeps from forward to backward; bytes of the most that is there beside, at any time of both).
 
     Two microbatches go forward: what the second adds is kept, and not what modules remember of the last one they saw.
     """
@@ -284,15 +312,17 @@ def _kept(one: _Pass, index: int, *, backward: bool) -> tuple[int, int]:
     first = one.forward(index)
     freed = 0 if chunk.post_process else first.untyped_storage().nbytes()  # when it has been sent
     once = mode.live_bytes - before
+    moved, pinned = one.offload.moved, one.offload.pinned
     mode.restart_peak()
     second = one.forward(index)
     kept = mode.live_bytes - before - once - freed
+    found = _Kept(kept, one.offload.moved - moved, one.offload.pinned - pinned)
     if backward:
         second.backward(torch.empty_like(second))
     working = mode.peak_bytes - before - freed - 2 * kept
     del first, second
     chunk.set_input_tensor(None)
-    return kept, working
+    return found, working
 
 
 def _forward_peak(one: _Pass, index: int) -> int:

@@ -283,7 +283,7 @@ class Search:
             if isinstance(config, RLStage) and other.tp is not None:
                 rollout = config.rollout.model_copy(update=of_generators(config.rollout, other.tp))
                 config = config.model_copy(update={"rollout": rollout})
-            phases = tuple(phase_memory(config, tuple(ranks), other.memory))
+            phases = tuple(phase_memory(config, self.hf, tuple(ranks), other.memory))
             if all(phase.verdict(self.gpu) == "fits" for phase in phases):
                 moving = moving_seconds(config, self.hf, self.gpus, self.gpu, one.work.minibatches, self.efficiency)
                 fullest = max(phases, key=lambda phase: phase.total)
@@ -341,7 +341,7 @@ class Search:
         """Without a generator, when as little is on the device as can be."""
         least = {held.optimizer.cpu_offload: held for held in self._held(config)[1:]}.values()
         return any(
-            all(phase.verdict(self.gpu) == "fits" for phase in phase_memory(held, tuple(ranks), None))
+            all(phase.verdict(self.gpu) == "fits" for phase in phase_memory(held, self.hf, tuple(ranks), None))
             for held in (*least, config)
         )
 
@@ -392,7 +392,10 @@ class Search:
         static = Static(itemsize * both, gradients * both, main, first, second, both, int(experts), 0)
         kept, waiting = Activations(1, 0.0, 0.0, 0.0, {}), 0.0
         if work is not None:
-            kept, waiting = self._activations(config, stage, work), in_flight(p, stage, work.microbatches)
+            kept, waiting = (
+                self._activations(config, stage, work),
+                in_flight(p, stage, work.microbatches, model=config.model),
+            )
         return StageRank(stage, RankMemory(static, (kept,)), waiting, 0.0)
 
     def _remember(self, one: Trained, stage: int, memory: RankMemory) -> None:

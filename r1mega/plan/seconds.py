@@ -18,7 +18,7 @@ from r1mega.model.families import architecture_of
 from r1mega.model.flops import ModelFlops, Work, model_flops
 from r1mega.plan.generator import GeneratorConfig, GeneratorMemory
 from r1mega.plan.gpu import GPU
-from r1mega.plan.memory import moment_bytes
+from r1mega.plan.memory import in_flight, moment_bytes
 from r1mega.plan.partial import BIN, played_steps
 from r1mega.plan.workload import Workload
 
@@ -68,10 +68,13 @@ def plan_seconds(
     imbalance: float,
     per_node: int,
     efficiency: Efficiency = Efficiency(),
+    moved: float = 0.0,
 ) -> Seconds:
-    """work: of one step; generator: None where nothing is generated. Saves and evaluations are not in it."""
+    """work: of one step; generator: None where nothing is generated; moved: MemoryPlan.moved_a_token. Saves and evaluations
+    are not in it.
+    """
     model = model_flops(hf)
-    costs = _Costs(config, hf, gpus, gpu, work, imbalance, per_node, efficiency, architecture_of(hf), model)
+    costs = _Costs(config, hf, gpus, gpu, work, imbalance, per_node, efficiency, architecture_of(hf), model, moved)
     updates = optimizer_steps(config, work.minibatches)
     flops = model.training(work.whole, mtp_loss=trains_mtp(config)) * updates / work.minibatches
     phases: dict[str, float] = {}
@@ -106,6 +109,7 @@ class _Costs:
     efficiency: Efficiency
     model: Architecture
     flops: ModelFlops
+    moved: float
 
     def pipelined(self, microbatches: int, seconds: float) -> float:
         """So many, one after the other, with the pipeline's filling and draining."""
@@ -116,8 +120,27 @@ class _Costs:
         return self._computed(1) + self._exchanged(1)
 
     def both(self) -> float:
+        """What is moved to host memory goes there beside the forward pass and comes back beside the backward pass: what takes
+        longer counts. Back comes at first what the layer moved last, which nothing hides.
+        """
         products, exchanges = self._again()
-        return self._computed(3 + products) + self._exchanged(2 + exchanges)
+        seconds = self._computed(3 + products) + self._exchanged(2 + exchanges) - self._hidden(3 + products)
+        if not self.moved:
+            return seconds
+        p, forward = self.config.parallel, self.forward()
+        copy = self.moved * self._tokens() * p.tp * p.cp / (self.gpu.host_bandwidth * self.efficiency.network)
+        last = copy / max(1.0, self._share() * self.model.num_layers)
+        return max(forward, copy) + max(seconds - forward, copy) + last
+
+    def _hidden(self, products: float) -> float:
+        """Of the experts' exchanges, where one microbatch's go on while another computes: all but those of the microbatches
+        that fill the pipeline and drain it, as far as there is that much to compute.
+        """
+        p, m = self.config.parallel, self.work.microbatches
+        if not self.config.model.megatron.overlap_moe_expert_parallel_comm:
+            return 0.0
+        alone = in_flight(p, 0, m) / m  # the first stage's, which has the most
+        return (1 - alone) * min(self._sent(2), self._computed(products))
 
     def _again(self) -> tuple[float, float]:
         """What of a forward pass's matrix products and of its exchanges model.recompute does a second time."""
@@ -148,16 +171,19 @@ class _Costs:
         return passes * of_a_token * self._share() * self._tokens() / (self.gpu.bf16_flops * self.efficiency.matmul)
 
     def _exchanged(self, passes: float) -> float:
-        """Tokens to their experts and back, of the fullest rank; with tp and cp what their ranks gather of each other."""
+        """Tokens to their experts and back; with tp and cp what their ranks gather of each other."""
+        return passes * self._gathered() + self._sent(passes)
+
+    def _sent(self, passes: float) -> float:
+        """Tokens to their experts and back, of the fullest rank."""
         experts, p = self.model.experts, self.config.parallel
-        gathered = passes * self._gathered()
         if experts is None or p.ep * p.etp == 1:
-            return gathered
+            return 0.0
         layers = sum(experts.layers) / len(experts.layers) * self._share() * len(experts.layers)
         sent = 2 * self._tokens() * experts.chosen * self.hf["hidden_size"] * 2 * self.imbalance
         inside = p.ep * p.etp <= self.per_node
         bandwidth = self.gpu.nvlink_bandwidth if inside else self.gpu.network_bandwidth
-        return gathered + passes * layers * sent * (1 - 1 / (p.ep * p.etp)) / (bandwidth * self.efficiency.network)
+        return passes * layers * sent * (1 - 1 / (p.ep * p.etp)) / (bandwidth * self.efficiency.network)
 
     def _gathered(self) -> float:
         """Of a layer: tp gathers and scatters hidden states, around attention and around the feed-forward part; cp sends keys

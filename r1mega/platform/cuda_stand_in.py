@@ -52,11 +52,28 @@ class HostEvent:
         return True
 
 
+class HostRanges:
+    """Names of ranges in a profile that nobody takes."""
+
+    @staticmethod
+    def range_push(_name: str) -> None:
+        pass
+
+    @staticmethod
+    def range_pop() -> None:
+        pass
+
+    @staticmethod
+    def range(_name: str) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+
 class CudaStandIn:
     """The names of torch.cuda that megatron-core uses, for a CPU. Other names are torch.cuda's own."""
 
     Stream = HostStream
     Event = HostEvent
+    nvtx = HostRanges
     FloatTensor = torch.FloatTensor
     HalfTensor = torch.HalfTensor
     BFloat16Tensor = torch.BFloat16Tensor

@@ -28,6 +28,8 @@ _CUDA_MODULE = re.compile(r"(?<!from )(?<!import )\btorch\.cuda\.(?=\w)")
 _CUDA_METHOD = re.compile(r"\.cuda\([^()]*(?:\(\))?\)")
 _CUDA_DEVICE = re.compile(r"\b(device|map_location)=(['\"])cuda\2")
 _CUDA_DEVICE_CALL = re.compile(r"\btorch\.device\((['\"])cuda\1\)")
+_CUDA_STREAM_USE = re.compile(r"\.record_stream\([^()]*(?:\(\))?\)")
+_PINNED = re.compile(r"\bpin_memory=True\b")
 _EXPECTED_REWRITES = ("pipeline_parallel.schedules", "optimizer.clip_grads", "optimizer.optimizer")
 
 
@@ -35,12 +37,14 @@ def rewrite_for_cpu(source: str) -> str:
     """Turn every use of CUDA in a megatron-core module into its CPU form. Lines keep their numbers.
 
     'torch.cuda.FloatTensor' (a name) -> 'torch.FloatTensor'; torch.cuda.x -> the stand-in; t.cuda() -> t.cpu();
-    device='cuda', map_location='cuda', torch.device('cuda') -> the same with 'cpu'. Tensors never move, because all are
-    on the CPU already.
+    device='cuda', map_location='cuda', torch.device('cuda') -> the same with 'cpu'; t.record_stream(s) -> t.cpu();
+    pin_memory=True -> pin_memory=False. Tensors never move, because all are on the CPU already.
     """
     source = _CUDA_TYPE_NAME.sub(r"\1torch.\2", source)
     source = _CUDA_MODULE.sub("_cuda_stand_in.", source)
     source = _CUDA_METHOD.sub(".cpu()", source)
+    source = _CUDA_STREAM_USE.sub(".cpu()", source)
+    source = _PINNED.sub("pin_memory=False", source)
     source = _CUDA_DEVICE_CALL.sub("torch.device('cpu')", source)
     return _CUDA_DEVICE.sub(r"\1='cpu'", source)
 

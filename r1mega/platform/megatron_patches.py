@@ -15,50 +15,14 @@ from __future__ import annotations
 
 import importlib.metadata
 import sys
-from dataclasses import dataclass
-from typing import Any, Literal
-
-from packaging.version import Version
+from typing import Any
 
 from r1mega.errors import PlatformError
+from r1mega.platform.megatron_patch import Patch
+from r1mega.platform.offload_patches import OFFLOAD_PATCHES
 
 MEGATRON_VERSIONS = {"0.16.1": "3.11", "0.19.2": "3.12"}
 """Supported versions of megatron-core, and the Python that each is tested with (0.16.1 is the last one for 3.11)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Patch:
-    """Replace `old` by `new` in the source of megatron.core.`module`, `count` times exactly.
-
-    upstream: the change that ends it: a pull request of NVIDIA/Megatron-LM, or, where none is known, what it would have to do.
-    since, fixed_in: the first version that needs it and the first that no longer does; None: the oldest that is supported,
-    none yet. fault: another text of the module, there as long as what is patched is, where `old` alone would outlive it.
-    """
-
-    module: str
-    when: Literal["cpu", "no_te", "always"]
-    old: str
-    new: str
-    reason: str
-    upstream: str = ""
-    count: int = 1
-    since: str | None = None
-    fixed_in: str | None = None
-    fault: str = ""
-
-    def is_for(self, version: str) -> bool:
-        """Whether this version of megatron-core needs the patch."""
-        return (self.since is None or Version(version) >= Version(self.since)) and not self.ended(version)
-
-    def ended(self, version: str) -> bool:
-        """Whether megatron-core has done by this version what the patch does."""
-        return self.fixed_in is not None and Version(version) >= Version(self.fixed_in)
-
-    @property
-    def versions(self) -> str:
-        """Of megatron-core that need it, such as '>=0.19'; empty: all."""
-        bounds = [(">=", self.since), ("<", self.fixed_in)]
-        return ",".join(f"{sign}{bound}" for sign, bound in bounds if bound is not None)
 
 
 _ASKS_DEVICE = "none known; it would have to ask what device it runs on"
@@ -73,7 +37,11 @@ _LOGITS_WITH_MTP = "a model with MTP layers must give logits too, where there ar
 _LABELS = "none known; a pass without labels would have to leave the MTP layers out"
 _IMITATION = "#3457 takes the input tokens for labels where there are none: RL would imitate what it sampled"
 
+_NARROW = "heads widen what they read themselves, as after a pass of the other schedules (fp32_output=False)"
+_ASKED_FOR_FP32 = "none known; the schedule that overlaps the all-to-all would have to take fp32_output"
+
 PATCHES = (
+    *OFFLOAD_PATCHES,
     Patch(
         "jit",
         "cpu",
@@ -113,14 +81,6 @@ PATCHES = (
         "        self.fp8 = False",
         "its default, False, is not None, and what is computed again asks Transformer Engine, which is not there, for its state",
         "none known; it would have to ask whether fp8 is on, not whether it is given",
-    ),
-    Patch(
-        "models.common.embeddings.rope_utils",
-        "cpu",
-        'device="cpu", pin_memory=True',
-        'device="cpu"',
-        "pinned memory needs an accelerator (context parallelism)",
-        _ASKS_DEVICE,
     ),
     Patch(
         "transformer.moe.moe_utils",
@@ -306,6 +266,33 @@ PATCHES = (
         "            packed_seq_params=kwargs.get(",
         _PADDING_MASK,
         f"{_TAKES_MASK}: since #5696 MTP's layers get it, later pipeline stages still not",
+        since="0.19",
+    ),
+    Patch(
+        "models.gpt.fine_grained_callables",
+        "always",
+        "layer.mlp.route(pre_mlp_layernorm_output)",
+        'layer.mlp.route(\n                    pre_mlp_layernorm_output, getattr(packed_seq_params, "padding_mask", None)\n'
+        "                )",
+        f"the schedule that overlaps the experts' all-to-all: {_PADDING_MASK}",
+        _TAKES_MASK,
+    ),
+    Patch(
+        "models.gpt.fine_grained_callables",
+        "always",
+        "return float16_to_fp32(loss)",
+        "return loss",
+        _NARROW,
+        _ASKED_FOR_FP32,
+        fixed_in="0.19",
+    ),
+    Patch(
+        "models.common.utils",
+        "always",
+        "return float16_to_fp32(loss)",
+        "return loss",
+        _NARROW,
+        _ASKED_FOR_FP32,
         since="0.19",
     ),
     Patch(

@@ -26,7 +26,6 @@ from megatron.core import parallel_state  # noqa: E402
 from megatron.core.fp8_utils import get_fp8_align_size  # noqa: E402
 from megatron.core.models.gpt import GPTModel  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
-from megatron.core.tensor_parallel import ColumnParallelLinear, gather_from_sequence_parallel_region  # noqa: E402
 from megatron.core.transformer.module import Float16Module  # noqa: E402
 
 from r1mega.checkpoint.hf import HFTensors  # noqa: E402
@@ -35,9 +34,17 @@ from r1mega.checkpoint.store import is_checkpoint, load_weights  # noqa: E402
 from r1mega.config.layout import least_microbatches  # noqa: E402
 from r1mega.config.schema import ModelConfig, ParallelConfig  # noqa: E402
 from r1mega.model.build import build_model, packed_seq_params  # noqa: E402
+from r1mega.model.output_layer import bypass_output_layer  # noqa: E402
 from r1mega.model.reward_head import attach_scalar_head  # noqa: E402
 from r1mega.platform.watchdog import tick  # noqa: E402
-from r1mega.train.heads import CrossEntropyHead, Head, HiddenHead, LogitsHead, ScoreHead, TokenScores  # noqa: E402
+from r1mega.train.heads import (  # noqa: E402
+    CrossEntropyHead,
+    Head,
+    HiddenHead,
+    LogitsHead,
+    ScoreHead,
+    TokenScores,
+)
 from r1mega.train.packing import Microbatch, build_microbatch  # noqa: E402
 from r1mega.train.padding import ZeroedPadding  # noqa: E402
 from r1mega.train.router_replay import Replay  # noqa: E402
@@ -125,7 +132,7 @@ class Policy:
         """What reads the output of the last pipeline stage (it is not asked on the others)."""
         if scalar_head:
             return ScoreHead()
-        layer = _bypass_output_layer(self.chunks[-1]) if model.log_probs == "hidden" else None
+        layer = bypass_output_layer(self.chunks[-1]) if model.log_probs == "hidden" else None
         if layer is None:
             return LogitsHead(self._tensor_group, self.kernels)
         return HiddenHead(
@@ -228,19 +235,26 @@ class Policy:
             )
         return one.statistics
 
+    def _number(self, module: torch.nn.Module) -> int:
+        """Of one of `modules`, or of the chunk inside of it, which a schedule that takes plans gives."""
+        pairs = enumerate(zip(self.modules, self._chunks, strict=True))
+        return next(number for number, pair in pairs if any(one is module for one in pair))
+
     def is_last(self, module: torch.nn.Module) -> bool:
         """Whether a head reads the output of this one of `modules`."""
-        return self._chunks[self.modules.index(module)].post_process
+        return self._chunks[self._number(module)].post_process
 
     def forward(
-        self, module: torch.nn.Module, batch: Microbatch, *, mtp_loss: bool, records: Records | None = None
-    ) -> tuple[torch.Tensor, Shard]:
+        self, module: torch.nn.Module, batch: Microbatch, *, mtp_loss: bool, records: Records | None = None,
+        as_plan: bool = False,
+    ) -> tuple[Any, Shard]:  # fmt: skip
         """One of `modules` on this rank's part of a microbatch: (its output [1, t, ...] or, within a pipeline, what goes to
-        the next stage; the part). mtp_loss: the output of the last stage is cross-entropies. records: see `run`.
+        the next stage; the part). mtp_loss: the output of the last stage is cross-entropies. records: see `run`. as_plan:
+        what Megatron's schedule is to run comes instead of the output.
         """
         part = shard(batch, self._cut)
         packed = packed_seq_params(part.cu_seqlens, part.padding)
-        chunk = self.modules.index(module)
+        chunk = self._number(module)
         self._replay.begin(chunk, part.routed_experts, batch.own_experts, record=records is not None)
         if self._zeroing is not None:
             self._zeroing.padding = part.padding
@@ -248,9 +262,10 @@ class Policy:
         if mtp_loss:  # with labels Megatron adds the MTP loss itself and returns cross-entropies
             mask = torch.zeros(1, part.tokens.numel(), device=self.device).index_fill_(1, part.rows, 1.0)
             labels = {"labels": part.labels[None], "loss_mask": mask}
-        output = module(
-            part.tokens[None], part.positions[None], None, **labels, packed_seq_params=packed, **self._narrow
-        )
+        given = (part.tokens[None], part.positions[None], None)
+        if as_plan:
+            return self._chunks[chunk].build_schedule_plan(*given, **labels, packed_seq_params=packed), part
+        output = module(*given, **labels, packed_seq_params=packed, **self._narrow)
         if records is not None:
             records[chunk].append(self._replay.recorded(chunk))
         return output, part
@@ -368,19 +383,22 @@ class _Pass(Generic[B, S]):
     statistics: list[S] = field(default_factory=list)
 
     def forward(
-        self, batches: Iterator[B | None], module: torch.nn.Module
-    ) -> tuple[torch.Tensor, Callable[[torch.Tensor], _Value]]:
-        """(output, its loss as a function). None among the batches: an empty one, which fills their number up."""
+        self, batches: Iterator[B | None], module: torch.nn.Module, return_schedule_plan: bool = False
+    ) -> tuple[Any, Callable[[torch.Tensor], _Value]]:
+        """(output, its loss as a function). None among the batches: an empty one, which fills their number up.
+        return_schedule_plan: Megatron's name of `Policy.forward`'s `as_plan`.
+        """
+        forward = functools.partial(self.policy.forward, as_plan=return_schedule_plan)
         batch = next(batches)
         tick("microbatch")
         if batch is None:
             filler = build_microbatch([], [], ()).to(self.policy.device)
-            output, part = self.policy.forward(module, filler, mtp_loss=self.mtp_loss, records=self.records)
+            output, part = forward(module, filler, mtp_loss=self.mtp_loss, records=self.records)
             offsets = None
         else:
             offsets = batch.row_offsets() if self.sums_over == "samples" else None  # before it is on a device
             batch = batch.to(self.policy.device, kept=self.policy.is_last(module))
-            output, part = self.policy.forward(module, batch, mtp_loss=self.mtp_loss, records=self.records)
+            output, part = forward(module, batch, mtp_loss=self.mtp_loss, records=self.records)
         return output, functools.partial(self.value, batch, part, offsets)
 
     def value(self, batch: B | None, part: Shard, offsets: list[int] | None, output: torch.Tensor) -> _Value:
@@ -406,24 +424,6 @@ class _Pass(Generic[B, S]):
                 value, statistics = self.loss(batch, scores)
                 self.statistics.append(statistics)
         return value, torch.tensor(part.rows.numel(), dtype=torch.int), {}
-
-
-def _bypass_output_layer(chunk: GPTModel) -> ColumnParallelLinear | None:
-    """Make a last pipeline stage return its final hidden states (of all tokens, also under sequence parallelism); the
-    layer whose weight is left for `linear_log_prob`.
-    """
-    layer = getattr(chunk, "output_layer", None)
-    if layer is None:
-        return None
-
-    def forward(hidden: torch.Tensor, *_args: Any, **_kwargs: Any) -> tuple[torch.Tensor, None]:
-        # backward: each rank's gradient is of its part of the vocabulary, they are added up while they are scattered
-        return gather_from_sequence_parallel_region(hidden) if chunk.config.sequence_parallel else hidden, None
-
-    layer.forward = forward
-    if (masking := getattr(chunk, "vocabulary_mask", None)) is not None:
-        masking.remove()  # `linear_log_prob` leaves the rows that pad the vocabulary out itself
-    return layer
 
 
 def state_of(chunk: GPTModel) -> Iterator[tuple[str, torch.Tensor]]:

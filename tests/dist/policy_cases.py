@@ -26,6 +26,7 @@ MODELS = {
     "qwen3_untied": DENSE | ODD | {"model_type": "qwen3", "head_dim": 24, "tie_word_embeddings": False},
 }
 BF16 = "bfloat16"
+BESIDE = {"overlap_moe_expert_parallel_comm": True}
 CASES = {
     1: [
         Case("grpo", {}),
@@ -74,6 +75,7 @@ CASES = {
         Case("grpo", {}, dtype=BF16),
         Case("grpo", {"tp": 2, "ep": 2}, dtype=BF16),
         Case("grpo", {"tp": 2, "ep": 2}, log_probs="hidden", dtype=BF16),
+        Case("grpo", {"tp": 2, "ep": 2}, log_probs="hidden", dtype=BF16, megatron=BESIDE),
         Case("grpo", {"tp": 2, "ep": 2}, log_probs="reference", dtype=BF16),
         Case("grpo", {"tp": 2, "sp": False}, model="qwen3_untied", log_probs="hidden", dtype=BF16),
         Case("grpo", {"pp": 2}, log_probs="hidden", dtype=BF16),
@@ -98,6 +100,7 @@ CASES = {
         Case("grpo", {"tp": 2, "pp": 2, "ep": 2}, model="kimi_k2"),
         Case("grpo", {"tp": 2, "pp": 2, "vpp": 2, "ep": 2}, log_probs="hidden", dtype=BF16),
         Case("grpo", {"tp": 2, "cp": 2, "ep": 2}, dtype=BF16),
+        Case("grpo", {"pp": 2, "vpp": 2, "ep": 2}, microbatch_tokens=100, dtype=BF16, megatron=BESIDE),
     ],
 }
 

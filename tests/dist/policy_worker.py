@@ -50,6 +50,7 @@ class Case:
     log_probs: str = "logits"
     dtype: str = "float32"
     recompute: str | tuple[str, ...] = "none"
+    offload: tuple[str, ...] = ()
     megatron: dict[str, Any] = field(default_factory=dict)  # keys of model.megatron
     kept: bool = False  # tokens were drawn from a few ids each
     overlap: bool = False  # gradients are reduced, and weights gathered, by many small buckets beside the passes
@@ -70,6 +71,7 @@ class Case:
         further += [self.log_probs] * (self.log_probs != "logits") + [self.dtype] * (self.dtype != "float32")
         if self.recompute != "none":
             further += ["recompute", *([self.recompute] if isinstance(self.recompute, str) else self.recompute)]
+        further += ["offload", *self.offload] * bool(self.offload)
         further += [*self.megatron] + ["kept"] * self.kept + ["overlap"] * self.overlap
         return " ".join([self.kind, *sizes, *further])
 
@@ -114,7 +116,8 @@ def take_steps(
     model = ModelConfig(
         path="unused", dtype=case.dtype, expert_bias_update_rate=RATE if expected.config.get("n_routed_experts") else 0.0,
         mtp_loss_coefficient=0.3 if case.kind == "labels" else 0.0, sequence_aux_loss_coefficient=case.aux,
-        log_probs=case.log_probs, recompute=case.recompute, megatron=MegatronConfig(**case.megatron),
+        log_probs=case.log_probs, recompute=case.recompute, offload_modules=case.offload,
+        megatron=MegatronConfig(**case.megatron),
     )  # fmt: skip
     policy = Policy(model, expected.config, ParallelConfig(**case.layout), seed=1)
     policy.load_hf(expected.state)

@@ -7,14 +7,18 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from megatron.core.pipeline_parallel.fine_grained_activation_offload import PipelineOffloadManager
 
-from r1mega.config.schema import ModelConfig, OptimizerConfig, ParallelConfig
+from r1mega.config.schema import MegatronConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from r1mega.platform import groups
 from r1mega.train.packing import build_microbatch
 from r1mega.train.policy import Policy
 from r1mega.train.trainer import Trainer
 from tests.dist.plan_worker import total
 from tests.release import release_models
+
+SMALLEST = 4096
+"""Numbers of a tensor that is offloaded."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -27,12 +31,14 @@ class Case:
     mtp: bool = False
     skip: tuple[int, int] = (0, 0)
     tokens: int = 256
+    offload: tuple[str, ...] = ()
 
     @property
     def model(self) -> ModelConfig:
         return ModelConfig(
             path="unused", fp8=self.fp8, recompute=self.recompute, mtp_loss_coefficient=0.1 if self.mtp else 0.0,
-            fp8_skip_first_layers=self.skip[0], fp8_skip_last_layers=self.skip[1],
+            fp8_skip_first_layers=self.skip[0], fp8_skip_last_layers=self.skip[1], offload_modules=self.offload,
+            megatron=MegatronConfig(min_offloaded_tensor_size=SMALLEST),
         )  # fmt: skip
 
 
@@ -89,10 +95,11 @@ def kept(policy: Policy, case: Case) -> dict[str, Any]:
     batch = build_microbatch([[1] * case.tokens], [1], [0])
     policy.log_probs([batch])
     asked = quantised_bytes(policy)
+    PipelineOffloadManager.reset_instance()
     # columns would come in the backward pass alone, of copies that are there
     for module in (module for chunk in policy.chunks for module in chunk.modules()):
         getattr(module, "_fp8_workspaces", {}).clear()
-    found = []
+    found, moved = [], []
     for index in range(len(policy.chunks)):
         chunk, layout = policy.chunks[index], policy.megatron_config
         saved: dict[int, torch.Tensor] = {}  # by storages, not by addresses: those of emptied ones are taken again
@@ -110,7 +117,21 @@ def kept(policy: Policy, case: Case) -> dict[str, Any]:
         if chunk.post_process:
             saved[output.untyped_storage()._cdata] = output
         apart = {t.untyped_storage()._cdata for t in [*chunk.parameters(), *workspaces(policy)]}
-        found.append(total(t.untyped_storage() for key, t in saved.items() if key not in apart))
+        stays = {key: t for key, t in saved.items() if key not in apart}
+        if case.offload:
+            handler = PipelineOffloadManager.get_instance().cur_forward_chunk()
+            groups_of = [group._tensors.values() for group in handler.offload_groups]
+            left = [t for tensors in groups_of for t in tensors if torch.is_tensor(t)]
+            stays |= {t.untyped_storage()._cdata: t for t in left if t.untyped_storage()._cdata not in apart}
+            moved.append(sum(t[1].nbytes for tensors in groups_of for t in tensors if isinstance(t, tuple)))
+        found.append(total(t.untyped_storage() for t in stays.values()))
     quantised = quantised_bytes(policy)
     Trainer(policy, OptimizerConfig(), total_steps=1).enter("rollout")
-    return {"kept": found, "asked": asked, "quantised": quantised, "left": len(list(workspaces(policy)))}
+    PipelineOffloadManager.reset_instance()
+    return {
+        "kept": found,
+        "moved": moved,
+        "asked": asked,
+        "quantised": quantised,
+        "left": len(list(workspaces(policy))),
+    }

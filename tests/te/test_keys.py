@@ -24,9 +24,22 @@ KEYS = {
     "rope": [DEEPSEEK, "model.megatron.apply_rope_fusion=true"],
     "router": [DEEPSEEK, "model.megatron.moe_router_fusion=true"],
     "attention": [DEEPSEEK, "model.megatron.attention_backend=flash", "model.megatron.cp_comm_type=a2a"],
+    "offload": [
+        DEEPSEEK, "model.offload_modules=[attn_norm,qkv_linear,core_attn,attn_proj,mlp_norm,expert_fc1,moe_act]",
+    ],
+    "exchange": [
+        DEEPSEEK, "model.megatron.overlap_moe_expert_parallel_comm=true",
+        "model.megatron.moe_shared_expert_overlap=false", "model.recompute=[mla_up_proj]", "parallel.vpp=2",
+        "parallel.layers_per_stage=[1,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,0]",
+    ],
     "accumulation": [MOONLIGHT, "model.megatron.gradient_accumulation_fusion=true"],
 }  # fmt: skip
 REFUSED = {
+    "exchange": (
+        [DEEPSEEK, "model.megatron.overlap_moe_expert_parallel_comm=true"],
+        "virtual_pipeline_model_parallel_size must be",
+    ),
+    "offload": ([DEEPSEEK, "model.offload_modules=[attn_proj]"], "attn_proj cannot be set to offload_modules alone"),
     "rope": ([MOONLIGHT, "model.megatron.apply_rope_fusion=true"], "only works with YARN"),
     "overlap and deepep": (
         [DEEPSEEK, "model.dispatcher=deepep", "model.megatron.moe_shared_expert_overlap=true"],
@@ -70,7 +83,8 @@ def checked(cases: dict[str, list[str]]) -> list[dict[str, Any]]:
 KNOWN = (
     "recompute_granularity", "recompute_modules", "moe_token_dispatcher_type", "moe_flex_dispatcher_backend",
     "apply_rope_fusion", "moe_router_fusion", "cp_comm_type", "gradient_accumulation_fusion",
-    "moe_shared_expert_overlap",
+    "moe_shared_expert_overlap", "fine_grained_activation_offloading", "offload_modules",
+    "overlap_moe_expert_parallel_comm",
 )  # fmt: skip
 
 
@@ -99,6 +113,8 @@ def test_megatron_takes_every_shipped_config(found):
         ("rope", {"apply_rope_fusion": True}),
         ("router", {"moe_router_fusion": True}),
         ("attention", {"attention_backend": "flash", "cp_comm_type": "a2a"}),
+        ("exchange", {"overlap_moe_expert_parallel_comm": True}),
+        ("offload", {"fine_grained_activation_offloading": True}),
         ("accumulation", {"gradient_accumulation_fusion": True}),
     ],
 )

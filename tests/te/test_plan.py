@@ -17,6 +17,7 @@ MODEL = DEEPSEEK | {
     "n_group": 1, "topk_group": 1, "num_nextn_predict_layers": 1,
 }  # fmt: skip
 LISTS = ("none", ("moe_act",), ("core_attn", "layernorm"), ("mla_up_proj", "layernorm", "moe_act"))
+PARTS = ("attn_norm", "qkv_linear", "core_attn", "attn_proj", "mlp_norm", "expert_fc1", "moe_act")
 CASES = {
     1: [
         *(Case({}, fp8, recompute) for fp8 in ("off", "blockwise") for recompute in LISTS),
@@ -27,6 +28,9 @@ CASES = {
         Case({}, "blockwise", "full"),
         Case({}, "blockwise", skip=(1, 1)),
         Case({}, mtp=True),
+        Case({}, offload=PARTS),
+        Case({}, recompute=("mla_up_proj", "layernorm", "moe_act"), offload=PARTS[2:], mtp=True),
+        Case({}, "blockwise", offload=PARTS),
         Case({}, "tensorwise", mtp=True),
     ],
     2: [
@@ -34,6 +38,8 @@ CASES = {
         Case({"ep": 2}, "blockwise"),
         Case({"tp": 2, "etp": 2}, "tensorwise", ("mla_up_proj", "layernorm", "moe_act")),
         Case({"pp": 2, "vpp": 2}, "blockwise"),
+        Case({"pp": 2, "vpp": 2}, "blockwise", ("moe_act",), offload=("core_attn", "attn_proj", "moe_act")),
+        Case({"tp": 2, "ep": 2}, offload=PARTS),
         Case({"pp": 2}, "tensorwise", mtp=True),
         Case({"cp": 2}),
     ],
@@ -51,8 +57,13 @@ def test_transformer_engines_layers_keep_what_is_planned(ranks):
                 world=ranks, rank=rank, tokens=case.tokens, labels=case.mtp,
             )  # fmt: skip
             real, kept = found[rank][index], [activations.kept for activations in plan.activations]
-            if kept != pytest.approx(real["kept"], rel=0.05):
-                wrong.append((case, rank, kept, real["kept"]))
+            moved = [activations.moved for activations in plan.activations if case.offload]
+            for chunk, (planned, kept_here) in enumerate(zip(kept, real["kept"], strict=True)):
+                both = kept_here + (real["moved"][chunk] if case.offload else 0)
+                if planned != pytest.approx(kept_here, abs=0.05 * both):
+                    wrong.append((case, rank, kept, real["kept"]))
+            if moved != pytest.approx(real["moved"], rel=0.05) or bool(case.offload) != any(moved):
+                wrong.append((case, rank, moved, real["moved"]))
             if case.recompute == "none" and plan.static.quantised != real["quantised"]:  # with gradients of all of them
                 wrong.append((case, rank, plan.static.quantised, real["quantised"]))
             if not case.mtp and real["asked"] != pytest.approx(plan.static.quantised / 2, rel=0.001):  # rows alone

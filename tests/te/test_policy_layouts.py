@@ -10,7 +10,7 @@ from __future__ import annotations
 import pytest
 
 from tests.dist.launch import RankError, launch
-from tests.dist.policy_cases import large, write_expectations
+from tests.dist.policy_cases import BESIDE, large, write_expectations
 from tests.dist.policy_worker import Case, run_cases
 
 CASES = {
@@ -26,6 +26,7 @@ CASES = {
         Case("grpo", {"tp": 2, "ep": 2}, recompute=("mla_up_proj", "layernorm", "moe_act")),
         Case("grpo", {"tp": 2, "sp": False}, model="qwen3_untied", log_probs="hidden"),
         Case("grpo", {"ep": 2}),
+        Case("grpo", {"ep": 2}, dtype="bfloat16", megatron=BESIDE),
         Case("grpo", {"etp": 2}),
         Case("grpo", {"tp": 2, "etp": 2}),
         Case("grpo", {"pp": 2, "vpp": 2}, microbatch_tokens=100),

@@ -18,7 +18,7 @@ is called.
 
 Not covered: the numerics and speed of the kernels (products are added up in float32, in torch's order); cuDNN and flash
 attention (Transformer Engine's own unfused attention runs); context parallelism of its attention, which needs them;
-NCCL (gloo carries its collectives); communication overlapped with products (user buffers); CUDA graphs; offloading;
+NCCL (gloo carries its collectives); communication overlapped with products (user buffers); CUDA graphs; its own offloading;
 MXFP8, NVFP4 and delayed scaling; biases and activations fused into products; LayerNorm; fused rotary embeddings,
 router and cross entropy; the files `onnx_extensions.py` and `triton/*.py` of its Python part.
 """

@@ -30,27 +30,31 @@ from r1mega.plan.generator import (
 )
 from r1mega.plan.given import read_model
 from r1mega.plan.gpu import gpu_kind
-from r1mega.plan.memory import StageRank, in_flight, phase_memory, plan_memory
+from r1mega.plan.memory import StageRank, in_flight, largest_parameter_bytes, phase_memory, plan_memory
 from r1mega.plan.memory import _head_bytes as head_bytes
 from r1mega.plan.memory import _host_and_disk as host_and_disk
 from r1mega.plan.place import _rank_groups as rank_groups
+from r1mega.plan.place import as_rank
 from r1mega.plan.rank import Activations, RankMemory, Routes, Static, measure
 from r1mega.plan.residency import residency
 from r1mega.plan.samples import Sizes, planned_samples, sample_memory
+from r1mega.plan.shapes import ShapesOnly
 from r1mega.plan.workload import Lengths, workload
+from r1mega.train.policy import Policy
 from r1mega.train.samples import pack_for_loss, training_samples
 from r1mega.types import KeptIds, Prompt, Response, Reward, RewardStatus, RolloutGroup
 from r1mega_kernels import linear, linear_loss
+from tests.reference import DEEPSEEK as TINY
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 DEEPSEEK = json.loads((CONFIGS / "deepseek_v3_671b/model/config.json").read_text())
 HIDDEN, EXPERT = 7168, 3 * 7168 * 2048
 
 
-def deepseek(recompute: str, imbalance: float = 1.0):
+def deepseek(recompute: str, imbalance: float = 1.0, offload: tuple[str, ...] = ()):
     """The second of 16 stages, with four layers of 8 experts each, as one rank of 512."""
     layout = ParallelConfig(pp=16, ep=32, layers_per_stage=(*[4] * 15, 1))
-    model = ModelConfig(path="unused", recompute=recompute)
+    model = ModelConfig(path="unused", recompute=recompute, offload_modules=offload)
     return measure(
         DEEPSEEK, model, layout, OptimizerConfig(), world=512, rank=32, tokens=512, imbalance=imbalance
     )  # fmt: skip
@@ -75,6 +79,21 @@ def test_imbalance_adds_tokens_of_experts_alone():
     even, uneven = deepseek("none").activations[0], deepseek("none", 1.5).activations[0]
     dispatched = 8 * (HIDDEN + 2 * 2048 + 2048) * 2
     assert uneven.kept - even.kept == pytest.approx(0.5 * 512 * 4 * dispatched, rel=0.01)
+
+
+def test_what_is_moved_to_host_memory_is_not_kept():
+    """Of a dispatched token its hidden state, and gate and up: 4,096 tokens of each layer, too few for a norm's input to move."""
+    without = deepseek("none").activations[0]
+    moved = deepseek("none", offload=("attn_norm", "expert_fc1", "moe_act")).activations[0]
+    tensors = [4096 * HIDDEN * 2, 4096 * 2 * 2048 * 2]
+    smaller = 4 * 512 * HIDDEN * 2
+    assert moved.moved == pytest.approx(4 * sum(tensors) + smaller, rel=0.001)
+    assert without.kept - moved.kept == pytest.approx(moved.moved, rel=0.001)
+    assert moved.pinned == 4 * (2**26 + 2**25 + 2**23)
+    config = load_config(CONFIGS / "moonlight_16b/sft.yaml", [])
+    rank = StageRank(0, RankMemory(Static(0, 0, 0, 0, 0, 0, 0, 0), (moved,)), in_flight=3, head_bytes=0)
+    host, _ = host_and_disk(config, DEEPSEEK, (rank,), None, 8)
+    assert host["activations"] == 8 * 3 * moved.pinned
 
 
 @pytest.mark.parametrize("imbalance", [1.0, 1.5, 2.0])
@@ -115,6 +134,9 @@ def test_layers_measured_in_one_pipeline_are_those_of_another():
 def test_activations_in_flight():
     assert [in_flight(ParallelConfig(pp=4), stage, 8) for stage in range(4)] == [4, 3, 2, 1]
     assert in_flight(ParallelConfig(pp=4), 0, 2) == 2
+    beside = ModelConfig(path="unused", megatron={"overlap_moe_expert_parallel_comm": True})
+    assert in_flight(ParallelConfig(), 0, 8, model=beside) == 2 and in_flight(ParallelConfig(), 0, 1, model=beside) == 1
+    assert in_flight(ParallelConfig(pp=4, vpp=2), 3, 8, model=beside) == 3
     assert in_flight(ParallelConfig(pp=4, vpp=2), 3, 8) == 2.5  # megatron: 0 + 4 + 1 chunks of two
 
 
@@ -221,8 +243,24 @@ def stage_rank() -> StageRank:
 )
 def test_what_comes_and_goes_in_a_step(keys, passing):
     config = load_config(CONFIGS / "moonlight_16b/sft.yaml", keys)
-    (step,) = (memory for memory in phase_memory(config, (stage_rank(),), None) if memory.phase == "step")
+    (step,) = (memory for memory in phase_memory(config, DEEPSEEK, (stage_rank(),), None) if memory.phase == "step")
     assert {name: size for name, size in step.parts.items() if name not in ("trainer", "context")} == passing
+
+
+@pytest.mark.parametrize("layout", [{"tp": 2}, {"tp": 2, "etp": 2}, {}])
+def test_a_model_leaves_a_rank_by_its_largest_parameter(layout):
+    """The export itself, on tensors without memory: its peak is that of the largest parameter, and what is cast of none."""
+    layout = ParallelConfig(**layout)
+    words = [f"parallel.tp={layout.tp}", f"parallel.etp={layout.etp}", "parallel.ep=1", "parallel.pp=1"]
+    config = load_config(CONFIGS / "moonlight_16b/sft.yaml", words)
+    with as_rank(layout, 2, 0), ShapesOnly() as mode:
+        policy = Policy(ModelConfig(path="unused"), TINY, layout, seed=0)
+        before = mode.live_bytes
+        mode.restart_peak()
+        for _ in policy.hf_tensors():
+            pass
+        peak = mode.peak_bytes - before
+    assert peak == pytest.approx(largest_parameter_bytes(TINY, config), rel=0.1, abs=4096)
 
 
 def test_a_save_in_the_background_takes_its_share_again():

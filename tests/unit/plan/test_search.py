@@ -53,7 +53,7 @@ def test_the_search_finds_what_looking_at_all_finds():
     for one in search.trained():
         ranks = tuple(stage_ranks(one.config, search.hf, 4, one.work, 1.5))
         for held in search._held(one.config):
-            size = max(p.total for p in phase_memory(held, ranks, None))
+            size = max(p.total for p in phase_memory(held, search.hf, ranks, None))
             moving = moving_seconds(held, search.hf, 4, kind, one.work.minibatches)
             taken.append((one.seconds + moving, size))
     middle = statistics.median(size for _, size in taken)

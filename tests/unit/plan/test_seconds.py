@@ -57,6 +57,26 @@ def test_what_takes_longer():
     assert better["update"] < plain["update"] and better["rollout"] == plain["rollout"]
 
 
+def test_activations_that_move_take_time_where_passes_are_shorter():
+    plain = predict()[0].phases["update"]
+    hidden, seen = (predict(moved=moved)[0].phases["update"] for moved in (1e3, 1e7))
+    assert plain < hidden < 1.01 * plain  # but for the layer that moved last
+    assert predict(moved=2e7)[0].phases["update"] == pytest.approx(2 * seen) and seen > 2 * plain
+
+
+def test_exchanges_of_experts_beside_computation():
+    """Of 8 ranks without a pipeline all but a microbatch's are hidden; in the log-probs none is."""
+    keys = ("model.megatron.moe_shared_expert_overlap=false", "model.megatron.overlap_moe_expert_parallel_comm=")
+    (plain, work, hf), (beside, _, _) = (predict((keys[0], keys[1] + on)) for on in ("false", "true"))
+    config = load_config(REPOSITORY / "configs/moonlight_16b/zero.yaml", [])
+    m, p = work.microbatches, config.parallel
+    sparse, tokens = hf["num_hidden_layers"] - 1, work.tokens / 8
+    sent = 2 * 2 * sparse * tokens * 6 * hf["hidden_size"] * 2 * (1 - 1 / p.ep) / (GPU.nvlink_bandwidth * 0.5)
+    saved = plain.phases["update"] - beside.phases["update"]
+    assert p.pp == 1 and saved == pytest.approx((1 - 1 / m) * sent, rel=0.02)
+    assert beside.phases["logprob"] == plain.phases["logprob"]
+
+
 def test_what_memory_moves_takes_time():
     """Of 16e9 parameters on 8 GPUs in 16 optimizer steps; a link of 64 GB/s at half of its speed."""
     nothing = ("memory.optimizer_offload=none", "memory.param_offload=false", "memory.reference_swap=false")

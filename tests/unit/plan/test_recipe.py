@@ -22,9 +22,8 @@ from r1mega.plan.command import Job, is_pipeline, plan_job, sample_counts
 from r1mega.plan.data_work import SECONDS, DataWork
 from r1mega.plan.generator import generator_memory
 from r1mega.plan.given import read_model
-from r1mega.plan.gpu import gpu_kind
+from r1mega.plan.gpu import Efficiency, gpu_kind
 from r1mega.plan.recipe import NodeCost, node_cost, recipe_lines
-from r1mega.plan.seconds import Efficiency
 from r1mega.plan.workload import Lengths
 
 CONFIGS = Path(__file__).parents[3] / "configs"

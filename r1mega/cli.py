@@ -238,7 +238,7 @@ def plan(
     mean: Annotated[
         float | None, typer.Option(min=1, help="tokens of a response on average; default: a quarter of the longest")
     ] = None,
-    cv: Annotated[float, typer.Option(min=0, help="standard deviation of lengths over their mean")] = 0.8,
+    cv: Annotated[float, typer.Option(min=0, max=10, help="standard deviation of lengths over their mean")] = 0.8,
     prompt: Annotated[int, typer.Option(min=1, help="tokens of a prompt")] = 256,
     lengths: Annotated[Path | None, typer.Option(help="tokens of responses, one number a line, instead")] = None,
     imbalance: Annotated[float, typer.Option(min=1, help="tokens of the fullest expert rank over the mean")] = 1.5,
@@ -256,8 +256,13 @@ def plan(
     from r1mega.plan.command import Job, is_pipeline, plan_lines, sample_counts, search_lines
     from r1mega.plan.workload import Lengths
 
+    for name, value in (("mean", mean), ("imbalance", imbalance)):
+        if value is not None and not math.isfinite(value):
+            raise ConfigError(f"--{name} {value}: wants a number")
     if search and sbatch is not None:
         raise ConfigError("--sbatch is for one layout: plan what --search proposes with it")
+    if sbatch is not None and (sbatch.is_dir() or not sbatch.absolute().parent.is_dir()):
+        raise ConfigError(f"--sbatch {sbatch}: wants the name of a file in a directory that is there")
     drawn = Lengths(mean, cv, prompt=prompt)
     job = Job(config, overrides or [], gpus or 8, gpu, drawn, imbalance, gpus_per_node or 8, lengths, calibrate)
     counts = sample_counts(samples or [])

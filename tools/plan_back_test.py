@@ -9,18 +9,19 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from r1mega.config.schema import DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, Recompute, RolloutConfig
 from r1mega.config.stages.rl import RLStage, UpdateConfig
+from r1mega.config.stages.sft import SFTData, SFTStage
 from r1mega.plan.calibrate import fit
 from r1mega.plan.generator import generator_memory
 from r1mega.plan.given import on_the_host
-from r1mega.plan.gpu import gpu_kind
-from r1mega.plan.seconds import Efficiency, layer_parameters, plan_seconds
-from r1mega.plan.workload import Lengths, workload
+from r1mega.plan.gpu import Efficiency, gpu_kind
+from r1mega.plan.seconds import layer_parameters, plan_seconds, reshard_seconds
+from r1mega.plan.workload import Lengths, replicas_work, workload
 
 Json = dict[str, Any]
 
@@ -29,9 +30,27 @@ PROMPT, CV = 150, 0.6
 """Not published: tokens of a prompt of OpenMathInstruct-2, and how far lengths spread."""
 
 
+HALVINGS = 30
+"""Of the interval in which the mean before clipping is looked for."""
+
+
+class Point(Protocol):
+    """A published time of a step on H100 in bfloat16. fitted: the constants are fitted to it, and others judged by it."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def gpus(self) -> int: ...
+    @property
+    def seconds(self) -> float: ...
+    def predict(self, efficiency: Efficiency) -> float: ...
+
+
 @dataclass(frozen=True, slots=True)
-class Point:
-    """A row of NVIDIA NeMo RL 0.4, docs/about/performance-summary.md: GRPO on DGX H100 in bfloat16, on policy."""
+class Grpo:
+    """A row of NVIDIA NeMo RL, docs/about/performance-summary.md: GRPO on DGX H100 in bfloat16, on policy; layers of the stages,
+    samples of a group and recomputation by the release's recipe (examples/configs/recipes/llm/performance).
+    """
 
     name: str
     hf: Json
@@ -43,27 +62,82 @@ class Point:
     generator_tp: int
     layout: Json
     seconds: float
-    fitted: bool
+    group: int = 32
+    recompute: Recompute = "full"
 
     def predict(self, efficiency: Efficiency) -> float:
+        """With NeMo RL's way to hand over weights in the place of this project's: every rank gets every whole tensor
+        (nemo_rl/models/policy/megatron_policy_worker.py, `export_hf_weights` of Megatron-Bridge).
+        """
         config = RLStage(
             stage="zero",
             run_dir=Path("unused"),
-            model=ModelConfig(path=Path("unused"), recompute="full"),
+            model=ModelConfig(path=Path("unused"), recompute=self.recompute),
             parallel=ParallelConfig(**self.layout),
             data=DataConfig(prompts=()),
             rollout=RolloutConfig(
-                num_prompts=self.samples // 16, group_size=16, tp=self.generator_tp, max_num_seqs=512,
+                num_prompts=self.samples // self.group, group_size=self.group, tp=self.generator_tp, max_num_seqs=512,
                 max_response_tokens=self.longest - PROMPT, gpu_memory_utilization=0.6,
             ),
             update=UpdateConfig(num_minibatches=self.samples // self.minibatch, microbatch_tokens=self.longest),
         )  # fmt: skip
         gpu, p = gpu_kind("h100-80"), config.parallel
-        work = workload(config, Lengths(self.mean - PROMPT, CV, prompt=PROMPT), self.gpus // (p.tp * p.pp * p.cp))
+        drawn = _lengths(self.mean - PROMPT, self.samples, config)
+        work = workload(config, drawn, self.gpus // (p.tp * p.pp * p.cp))
         generator = generator_memory(self.hf, torch.bfloat16, config.rollout, gpu.memory_bytes)
-        return plan_seconds(
+        phases = plan_seconds(
             config, self.hf, self.gpus, gpu, work, generator, imbalance=1.2, per_node=8, efficiency=efficiency
-        ).total
+        ).phases
+        dense, experts = (sum(sizes) for sizes in zip(*layer_parameters(self.hf), strict=True))
+        whole = 2 * (dense + experts + 2 * self.hf["vocab_size"] * self.hf["hidden_size"])
+        handed_over = whole * reshard_seconds(p, self.hf, self.gpus, gpu, 8, efficiency)
+        return sum(phases.values()) - phases["reshard"] + handed_over
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """A row of NVIDIA-NeMo/Megatron-Bridge, examples/model_verification_cards: optimizer steps on H100, a sample a microbatch;
+    layout and recomputation by the recipe that the card names. imbalance: 1 where it forces experts to be balanced.
+    """
+
+    name: str
+    hf: Json
+    gpus: int
+    samples: int
+    tokens: int
+    layout: Json
+    recompute: Recompute
+    imbalance: float
+    seconds: float
+    mtp: float = 0.0
+
+    def predict(self, efficiency: Efficiency) -> float:
+        config = SFTStage(
+            stage="sft",
+            run_dir=Path("unused"),
+            model=ModelConfig(
+                path=Path("unused"), recompute=self.recompute, dispatcher="hybridep", mtp_loss_coefficient=self.mtp
+            ),
+            parallel=ParallelConfig(**self.layout),
+            data=SFTData(files=(), max_tokens=self.tokens),
+            batch_size=self.samples,
+            microbatch_tokens=self.tokens,
+        )
+        work = replicas_work(config, Lengths(given=(self.tokens,)), self.gpus)
+        return plan_seconds(
+            config, self.hf, self.gpus, gpu_kind("h100-80"), work, None,
+            imbalance=self.imbalance, per_node=8, efficiency=efficiency,
+        ).total  # fmt: skip
+
+
+def _lengths(mean: float, samples: int, config: RLStage) -> Lengths:
+    """Lengths that have this mean when they have been clipped at the longest, as published ones have."""
+    low, high = mean, 100 * mean
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        drawn = Lengths(middle, CV).draw(samples, config.rollout.max_response_tokens, config.seed)
+        low, high = (middle, high) if sum(drawn) < mean * samples else (low, middle)
+    return Lengths(high, CV, prompt=PROMPT)
 
 
 def _published(name: str) -> Json:
@@ -79,8 +153,8 @@ def _dense(kind: str, layers: int, hidden: int, intermediate: int, heads: int, v
 
 
 def points() -> list[Point]:
-    """Of the five, every other one is fitted."""
-    deepseek, qwen30 = _published("deepseek_v3_671b"), _published("qwen3_30b_a3b")
+    """In the order of their publication; every other one is fitted."""
+    deepseek, qwen30, moonlight = (_published(name) for name in ("deepseek_v3_671b", "qwen3_30b_a3b", "moonlight_16b"))
     qwen235 = qwen30 | {
         "num_hidden_layers": 94, "hidden_size": 4096, "num_attention_heads": 64, "moe_intermediate_size": 1536,
         "intermediate_size": 12288,
@@ -89,31 +163,44 @@ def points() -> list[Point]:
         _dense("llama", 32, 4096, 14336, 32, 128256),
         _dense("qwen3", 64, 5120, 25600, 64, 151936),
     )
-    deepseek_stages = {"pp": 16, "ep": 16, "layers_per_stage": (*[4] * 15, 1)}
-    qwen235_stages = {"tp": 2, "cp": 2, "ep": 16, "pp": 8, "layers_per_stage": (*[12] * 7, 10)}
+    stages: Json = {"pp": 16, "ep": 16, "layers_per_stage": (3, *[4] * 14, 2)}
+    stages235: Json = {"tp": 2, "cp": 2, "ep": 16, "pp": 8, "layers_per_stage": (11, *[12] * 6, 11)}
+    interleaved: Json = {"tp": 2, "pp": 8, "vpp": 4, "ep": 64, "layers_per_stage": (1, *[2] * 30, 0)}
     return [
-        Point("DeepSeek-V3", deepseek, 256, 512, 512, 1536, 745, 32, deepseek_stages, 154, True),
-        Point("Qwen3-235B-A22B", qwen235, 128, 512, 512, 8192, 5671, 16, qwen235_stages, 506, False),
-        Point("Qwen3-30B-A3B", qwen30, 32, 2048, 512, 4096, 3154, 4, {"tp": 2, "ep": 8}, 225, True),
-        Point("Qwen3-32B", qwen32, 32, 2048, 512, 4096, 3206, 4, {"tp": 4, "pp": 4}, 393, False),
-        Point("Llama-3.1-8B", llama, 16, 2048, 512, 4096, 1060, 1, {"pp": 2}, 97.7, True),
-    ]
+        Grpo("DeepSeek-V3, NeMo RL 0.4", deepseek, 256, 512, 512, 1536, 745, 32, stages, 154, 16),
+        Grpo("Qwen3-235B-A22B, 0.4", qwen235, 128, 512, 512, 8192, 5671, 16, stages235, 506),
+        Grpo("Qwen3-30B-A3B, 0.4", qwen30, 32, 2048, 512, 4096, 3154, 4, {"tp": 2, "ep": 8}, 225, 32, "none"),
+        Grpo("Qwen3-32B, 0.4", qwen32, 32, 2048, 512, 4096, 3206, 4, {"tp": 4, "pp": 4}, 393, 32, "none"),
+        Grpo("Llama-3.1-8B, 0.4", llama, 16, 2048, 512, 4096, 1060, 1, {"pp": 2}, 97.7),
+        Grpo("DeepSeek-V3, NeMo RL 0.6", deepseek, 256, 512, 512, 1536, 701, 32, stages, 134, 16),
+        Grpo("DeepSeek-V3, 0.6", deepseek, 512, 512, 512, 1536, 697, 32, stages | {"ep": 32}, 111, 16),
+        Grpo("Qwen3-235B-A22B, 0.6", qwen235, 128, 512, 512, 8192, 5698, 16, stages235, 395),
+        Grpo("Qwen3-235B-A22B, 0.6", qwen235, 256, 512, 512, 8192, 5713, 16, stages235, 312),
+        Grpo("Qwen3-30B-A3B, 0.6", qwen30, 32, 2048, 512, 4096, 3203, 2, {"ep": 8}, 192, 32, "none"),
+        Training("Moonlight-16B, pre-training", moonlight, 16, 1024, 4096, {"ep": 8}, "none", 1.2, 11.636),
+        Training("Moonlight-16B, SFT", moonlight, 8, 8, 8192, {"ep": 8}, "none", 1.2, 0.562),
+        Training(
+            "DeepSeek-V3, pre-training", deepseek, 1024, 16384, 4096, interleaved, ("mla_up_proj", "mlp"), 1.0, 61.756, 0.1
+        ),
+    ]  # fmt: skip
 
 
 def table() -> list[str]:
     """Lines of Markdown."""
     given = points()
-    efficiency = fit([(point.predict, point.seconds) for point in given if point.fitted])
-    lines = ["| GRPO on H100 | GPUs | published | predicted | off by | |", "|---|---|---|---|---|---|"]
-    for point in given:
+    efficiency = fit([(point.predict, point.seconds) for point in given[::2]])
+    lines = ["| a step on H100 | GPUs | published | predicted | off by | |", "|---|---|---|---|---|---|"]
+    for index, point in enumerate(given):
         predicted = point.predict(efficiency)
         off = predicted / point.seconds - 1
-        note = "fitted" if point.fitted else "judged" + ("" if abs(off) <= 0.3 else ", **missed**")
-        lines.append(f"| {point.name} | {point.gpus} | {point.seconds:g} s | {predicted:.0f} s | {off:+.0%} | {note} |")
+        note = ("judged" if index % 2 else "fitted") + ("" if abs(off) <= 0.3 else ", **missed**")
+        lines.append(
+            f"| {point.name} | {point.gpus:,} | {point.seconds:.3g} s | {predicted:.3g} s | {off:+.0%} | {note} |"
+        )
     return [
         *lines,
         "",
-        f"Fitted: {efficiency.matmul:g} of the matrix products' peak, {1e3 * efficiency.overhead_seconds:g} ms a layer of a decoding step.",
+        f"Fitted: {efficiency.matmul:g} of the matrix products' peak, {1e3 * efficiency.overhead_seconds:g} ms a decoding step.",
     ]
 
 

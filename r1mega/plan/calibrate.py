@@ -22,8 +22,8 @@ from r1mega.observe.metrics import METRICS_FILE
 from r1mega.observe.run import RunDirectory
 from r1mega.plan.generator import generator_memory
 from r1mega.plan.given import read_model
-from r1mega.plan.gpu import GPU
-from r1mega.plan.seconds import Efficiency, plan_seconds
+from r1mega.plan.gpu import GPU, Efficiency
+from r1mega.plan.seconds import plan_seconds
 from r1mega.plan.workload import Lengths, replicas_work
 
 FITTED = ("rollout", "logprob", "update")
@@ -84,9 +84,9 @@ def fit(known: Sequence[tuple[Predict, float]]) -> Efficiency:
     return Efficiency(matmul=_rounded(1 / slowness), overhead_seconds=_rounded(overhead))
 
 
-def calibrated(run: Path, gpu: GPU, per_node: int) -> Calibration:
+def calibrated(run: Path, gpu: GPU, per_node: int, imbalance: float = 1.0) -> Calibration:
     """By the steps of an RL run: its config, its number of processes, its samples' lengths and its phases' seconds. The first
-    step, which warms up, counts only where it is the only one.
+    step, which warms up, counts only where it is the only one. imbalance: of its experts, as the plan has it.
 
     Raises ConfigError where these are not there, for a run on other GPUs, and for one whose steps no plan describes.
     """
@@ -116,7 +116,7 @@ def calibrated(run: Path, gpu: GPU, per_node: int) -> Calibration:
 
     def predict(efficiency: Efficiency) -> Mapping[str, float]:
         return plan_seconds(
-            config, hf, world, gpu, work, generator, imbalance=1.0, per_node=per_node, efficiency=efficiency
+            config, hf, world, gpu, work, generator, imbalance=imbalance, per_node=per_node, efficiency=efficiency
         ).phases
 
     def of(phase: str) -> Predict:
@@ -136,8 +136,12 @@ def _save_bandwidth(run: Path, nodes: int) -> float | None:
     kept = sorted(directory.checkpoints.glob("step_" + "[0-9]" * 6))
     if not kept or not directory.pace.exists():
         return None
+    try:
+        seconds = float(directory.read_pace()["save_seconds"])
+    except (DataError, KeyError, TypeError, ValueError):
+        return None  # cut short
     written = sum(file.stat().st_size for file in kept[-1].rglob("*") if file.is_file())
-    return written / nodes / directory.read_pace()["save_seconds"]
+    return written / nodes / seconds if seconds > 0 and written else None
 
 
 def _recorded(run: Path, gpu: GPU) -> tuple[RLStage, int, int | None, Sequence[Mapping[str, float]]]:
@@ -149,8 +153,10 @@ def _recorded(run: Path, gpu: GPU) -> tuple[RLStage, int, int | None, Sequence[M
         environment = json.loads((run / "environment.json").read_text())
         world, names = environment["world_size"], environment["gpus"]
         per_node = environment.get("ranks_per_machine")
+        if not (isinstance(world, int) and world > 0 and all(isinstance(name, str) for name in names)):
+            raise ValueError("environment.json: world_size is no number of processes, or gpus are no names")
         lines = read_json_lines(run / METRICS_FILE)
-    except (ConfigError, DataError, OSError, ValueError, KeyError) as error:
+    except (ConfigError, DataError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"--calibrate {run}: not the directory of a run ({error})") from error
     if not isinstance(config, RLStage):
         raise ConfigError(f"--calibrate {run}: a run of stage {config.stage}; the phases of an RL step are wanted")
@@ -182,7 +188,7 @@ def lines(calibration: Calibration | None, gpu: GPU) -> Iterator[str]:
     yield ""
     yield (
         f"calibrated  on {calibration.steps} steps of {calibration.run}: {e.matmul:.3g} of {gpu.name}'s matrix products, "
-        f"{1e3 * e.overhead_seconds:.3g} ms a layer of a decoding step; assumed {e.network:g} of links, {e.memory:g} of memory"
+        f"{1e3 * e.overhead_seconds:.3g} ms a decoding step; assumed {e.network:g} of links, {e.memory:g} of memory"
     )
     for phase, (measured, predicted) in calibration.phases.items():
         yield f"  {phase:<10}{measured:,.2f} s measured, {predicted:,.2f} s planned, {predicted / measured - 1:+.0%}"

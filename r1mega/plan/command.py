@@ -15,7 +15,7 @@ from r1mega.config.model_files import HFConfig
 from r1mega.config.schema import Stage, TrainingStage
 from r1mega.errors import ConfigError
 from r1mega.plan.given import on_the_host, read_model
-from r1mega.plan.gpu import GPU, gpu_kind
+from r1mega.plan.gpu import GPU, Efficiency, gpu_kind
 
 if TYPE_CHECKING:
     from r1mega.plan.calibrate import Calibration
@@ -64,7 +64,7 @@ def plan_job(job: Job, given: Stage | None = None, known: Calibration | None = N
     """
     on_the_host()
     from r1mega.plan.memory import plan_memory
-    from r1mega.plan.seconds import Efficiency, plan_seconds
+    from r1mega.plan.seconds import plan_seconds
     from r1mega.plan.workload import replicas_work
 
     config, gpu, hf, lengths, calibration = _loaded(job, given, known)
@@ -134,14 +134,18 @@ def _loaded(
     job: Job, given: Stage | None = None, known: Calibration | None = None
 ) -> tuple[Stage, GPU, HFConfig, Lengths, Calibration | None]:
     from r1mega.plan.calibrate import calibrated
-    from r1mega.plan.workload import read_lengths
+    from r1mega.plan.workload import longest_drawn, read_lengths
 
     gpu, lengths = gpu_kind(job.gpu), job.lengths
     config = load_config(job.path, job.overrides) if given is None else given
     if job.lengths_file is not None:
         lengths = dataclasses.replace(lengths, given=read_lengths(job.lengths_file))
+    elif given is None and isinstance(config, TrainingStage):  # a recipe has one mean for all nodes
+        longest, mean = longest_drawn(config), lengths.mean or 0.0
+        if mean > longest:
+            raise ConfigError(f"--mean {mean:g}: {job.path} allows {longest:,} tokens at most; give no more than that")
     if known is None and job.run is not None:
-        known = calibrated(job.run, gpu, job.per_node)
+        known = calibrated(job.run, gpu, job.per_node, job.imbalance)
     return config, gpu, read_model(config, job.path), lengths, known
 
 

@@ -1,4 +1,4 @@
-"""GPUs that a plan can be made for: their memory and speeds, each with its source."""
+"""GPUs that a plan can be made for: their memory and speeds, each with its source, and what a program reaches of them."""
 
 from __future__ import annotations
 
@@ -22,6 +22,21 @@ class GPU:
     network_bandwidth: float
     host_bandwidth: float
 
+
+@dataclass(frozen=True, slots=True)
+class Efficiency:
+    """The four constants. matmul: of a GPU's peak, in the trainer; network: of its links; memory: of its memory's
+    bandwidth, in decoding and in Adam; overhead_seconds: of a decoding step, beside its bytes and what its ranks wait for each
+    other: scheduling, sampling, starting kernels. The first and the last are fitted by tools/plan_back_test.py.
+    """
+
+    matmul: float = 0.63
+    network: float = 0.5
+    memory: float = 0.7
+    overhead_seconds: float = 0.022
+
+
+ASSUMED = Efficiency()
 
 KINDS = {  # PCIe: 5.0, of A100 4.0
     gpu.name: gpu

@@ -22,7 +22,7 @@ from r1mega.errors import ConfigError
 from r1mega.plan.command import Job, plan_job
 from r1mega.plan.data_work import DataWork
 from r1mega.plan.given import on_the_host, read_model
-from r1mega.plan.gpu import gpu_kind
+from r1mega.plan.gpu import Efficiency, gpu_kind
 
 if TYPE_CHECKING:
     from r1mega.plan.calibrate import Calibration
@@ -68,7 +68,7 @@ def recipe_lines(path: Path, overrides: Sequence[str], job: Job, samples: Mappin
     counted = [name for name, node in pipeline.nodes.items() if not isinstance(node.config, RLStage)]
     if wrong := sorted(set(samples) - set(counted)):
         raise ConfigError(f"--samples {wrong[0]}: wants one of {', '.join(counted)}; the steps of RL are `steps`")
-    known = None if job.run is None else calibrated(job.run, gpu, job.per_node)
+    known = None if job.run is None else calibrated(job.run, gpu, job.per_node, job.imbalance)
     costs, problems = [], []
     with contextlib.closing(in_turn(pipeline, dry_run=True)) as nodes:
         for node in nodes:
@@ -136,8 +136,8 @@ def _drawn(config: Stage, job: Job, samples: int | None, known: Calibration | No
     """
     import torch
 
+    from r1mega.plan.decoding import rollout_seconds
     from r1mega.plan.generator import GeneratorConfig, generator_memory
-    from r1mega.plan.seconds import Efficiency, rollout_seconds
     from r1mega.plan.workload import Workload
 
     rollout: GeneratorConfig
@@ -162,7 +162,9 @@ def _drawn(config: Stage, job: Job, samples: int | None, known: Calibration | No
     drawn = lengths.draw(count, longest, config.seed)
     work = Workload(tuple((prompt, length) for length in drawn), 1, 1, 1)
     efficiency = Efficiency() if known is None else known.efficiency
-    return samples, rollout_seconds(rollout, dtype, hf, job.gpus, gpu, work, memory, efficiency) * samples / count
+    return samples, rollout_seconds(
+        rollout, dtype, hf, job.gpus, gpu, work, memory, efficiency, job.per_node
+    ) * samples / count
 
 
 def _table(costs: Sequence[NodeCost], gpu: str) -> list[str]:
@@ -181,5 +183,5 @@ def _table(costs: Sequence[NodeCost], gpu: str) -> list[str]:
     return [
         *aligned(rows), "", *(cost.data.line(cost.name) for cost in costs if cost.data is not None),
         f"recipe      {hours:,} hours of {gpu}, {days:,.1f} days one after the other, for {len(known)} of {len(costs)} nodes; "
-        f"{unplanned}without saves, evaluations within a stage, rewards, restarts and rewriting by a second model; a model, off by a factor of two where it was judged (docs/plan.md)",
+        f"{unplanned}without saves, evaluations within a stage, rewards, restarts and rewriting by a second model; a model, off by up to 30 % where it was judged (docs/plan.md)",
     ]  # fmt: skip

@@ -26,8 +26,9 @@ from r1mega.config.validate import layout_problems
 from r1mega.errors import ConfigError
 from r1mega.model.families import architecture_of
 from r1mega.plan.candidates import candidates, capacity, differences, divisors
+from r1mega.plan.decoding import partial_seconds, rollout_seconds
 from r1mega.plan.generator import GeneratorMemory, generator_memory, generator_memory_problems, of_generators
-from r1mega.plan.gpu import GPU
+from r1mega.plan.gpu import GPU, Efficiency
 from r1mega.plan.memory import (
     PhaseMemory,
     StageRank,
@@ -39,13 +40,10 @@ from r1mega.plan.memory import (
 )
 from r1mega.plan.rank import LONGEST, Activations, Kind, RankMemory, Routes, Static, kind_of, measure
 from r1mega.plan.seconds import (
-    Efficiency,
     layer_parameters,
     moving_seconds,
-    partial_seconds,
     plan_seconds,
     reshard_seconds,
-    rollout_seconds,
 )
 from r1mega.plan.workload import Lengths, Workload, replicas_work, workload
 
@@ -257,7 +255,7 @@ class Search:
                 continue
             memory = generator_memory(self.hf, dtype, rollout, self.gpu.memory_bytes)
             of = partial_seconds if rollout.partial.is_on else rollout_seconds
-            seconds = of(rollout, dtype, self.hf, self.gpus, self.gpu, work, memory, self.efficiency)
+            seconds = of(rollout, dtype, self.hf, self.gpus, self.gpu, work, memory, self.efficiency, self.per_node)
             yield Generated(tp, memory, seconds)
 
     def fitting(self, one: Trained, other: Generated, limit: float = math.inf) -> Proposal | None:

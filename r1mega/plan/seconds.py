@@ -1,4 +1,4 @@
-"""Seconds of the phases of an RL step, and of an optimizer step. A model with four constants; everything else is counted."""
+"""Seconds of the phases of an RL step, and of an optimizer step. A model with four constants (plan/gpu.py); everything else is counted."""
 
 from __future__ import annotations
 
@@ -10,30 +10,25 @@ import torch
 
 from r1mega.config.layout import num_stages
 from r1mega.config.model_files import HFConfig
-from r1mega.config.schema import ParallelConfig, RolloutConfig, TrainingStage
+from r1mega.config.schema import ParallelConfig, TrainingStage
+from r1mega.config.stages.reward_model import RewardModelStage
 from r1mega.config.stages.rl import RLStage
 from r1mega.config.stages.sft import SFTStage
 from r1mega.model.architecture import Architecture, LatentAttention
 from r1mega.model.families import architecture_of
 from r1mega.model.flops import ModelFlops, Work, model_flops
+<<<<<<< HEAD
 from r1mega.plan.generator import GeneratorConfig, GeneratorMemory
 from r1mega.plan.gpu import GPU
 from r1mega.plan.memory import in_flight, moment_bytes
 from r1mega.plan.partial import BIN, played_steps
+=======
+from r1mega.plan.decoding import partial_seconds, rollout_seconds
+from r1mega.plan.generator import GeneratorMemory
+from r1mega.plan.gpu import ASSUMED, GPU, Efficiency
+from r1mega.plan.memory import moment_bytes
+>>>>>>> h-times
 from r1mega.plan.workload import Workload
-
-
-@dataclass(frozen=True, slots=True)
-class Efficiency:
-    """The four constants. matmul: of a GPU's peak, in the trainer; network: of its links; memory: of its memory's
-    bandwidth, in decoding; overhead_seconds: of a layer in a decoding step, beside its bytes, once for its kernels and once
-    for each doubling of the ranks that add their parts up. The first and the last are fitted by tools/plan_back_test.py.
-    """
-
-    matmul: float = 0.25
-    network: float = 0.5
-    memory: float = 0.7
-    overhead_seconds: float = 0.00025
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +62,12 @@ def plan_seconds(
     *,
     imbalance: float,
     per_node: int,
+<<<<<<< HEAD
     efficiency: Efficiency = Efficiency(),
     moved: float = 0.0,
+=======
+    efficiency: Efficiency = ASSUMED,
+>>>>>>> h-times
 ) -> Seconds:
     """work: of one step; generator: None where nothing is generated; moved: MemoryPlan.moved_a_token. Saves and evaluations
     are not in it.
@@ -86,7 +85,8 @@ def plan_seconds(
         passes = (config.algorithm.old_log_probs == "recompute") + (config.algorithm.kl_coefficient > 0)
         phases["logprob"] = passes * costs.pipelined(work.minibatches * work.microbatches, costs.forward())
         flops += passes * model.forward(work.whole)
-    phases["update"] = updates * costs.pipelined(work.microbatches, costs.both())
+    stepping = optimizer_seconds(config, hf, gpus, gpu, per_node, efficiency)
+    phases["update"] = updates * (costs.pipelined(work.microbatches, costs.both()) + stepping)
     if isinstance(config, RLStage) and generator is not None:
         a_byte = reshard_seconds(config.parallel, hf, gpus, gpu, per_node, efficiency)
         phases["reshard"] = generator.weights * a_byte
@@ -117,13 +117,14 @@ class _Costs:
         return (microbatches + (p.pp - 1) / (p.vpp or 1)) * seconds
 
     def forward(self) -> float:
-        return self._computed(1) + self._exchanged(1)
+        return self._slowest(1, 1, 1)
 
     def both(self) -> float:
         """What is moved to host memory goes there beside the forward pass and comes back beside the backward pass: what takes
         longer counts. Back comes at first what the layer moved last, which nothing hides.
         """
         products, exchanges = self._again()
+<<<<<<< HEAD
         seconds = self._computed(3 + products) + self._exchanged(2 + exchanges) - self._hidden(3 + products)
         if not self.moved:
             return seconds
@@ -141,6 +142,9 @@ class _Costs:
             return 0.0
         alone = in_flight(p, 0, m) / m  # the first stage's, which has the most
         return (1 - alone) * min(self._sent(2), self._computed(products))
+=======
+        return self._slowest(3 + products, 3, 2 + exchanges)
+>>>>>>> h-times
 
     def _again(self) -> tuple[float, float]:
         """What of a forward pass's matrix products and of its exchanges model.recompute does a second time."""
@@ -152,12 +156,51 @@ class _Costs:
         products = sum(parts.get(part, 0.0) for part in recompute)
         return products / self.flops.forward(Work(whole.tokens, whole.pairs, 0)), float("moe" in recompute)
 
-    def _share(self) -> float:
-        """Of the decoder's layers, on the rank that has most of them; those of multi-token prediction are as dear, on the last."""
+    def _slowest(self, products: float, heads: float, exchanges: float) -> float:
+        """Seconds on the rank of the pipeline that takes longest: so many passes through its layers' matrix products, through
+        the output layer, which the last one has, and of its layers' exchanges.
+        """
+        layer, head = self._layer_flops(), self._head_flops()
+        a_product = self._tokens() / (self.gpu.bf16_flops * self.efficiency.matmul)
+        exchanged = self._exchanged() + self._gathered()
+        counts = self._layers()
+        return max(
+            a_product * (products * count * layer + heads * (rank == len(counts) - 1) * head)
+            + exchanges * count * exchanged
+            for rank, count in enumerate(counts)
+        )
+
+    def _layers(self) -> list[float]:
+        """Of each rank of the pipeline; those of multi-token prediction are as dear as others, on the last one."""
         p, layers = self.config.parallel, self.model.num_layers
         counts = list(p.layers_per_stage or [layers / num_stages(p)] * num_stages(p))
-        counts[-1] += self.model.num_mtp_layers if trains_mtp(self.config) else 0
-        return max(sum(counts[rank :: p.pp]) for rank in range(p.pp)) / layers
+        counts[-1] += self._mtp_layers
+        return [sum(counts[rank :: p.pp]) for rank in range(p.pp)]
+
+    @property
+    def _mtp_layers(self) -> int:
+        return self.model.num_mtp_layers if trains_mtp(self.config) else 0
+
+    def _layer_flops(self) -> float:
+        """Forward FLOPs of a token in an average layer, of the rank that has most to do: others wait for its experts."""
+        whole, experts = self.work.whole, self.model.experts
+        flops = self.flops.forward(Work(whole.tokens, whole.pairs, 0)) / whole.tokens
+        if experts is not None:
+            routed = 2.0 * 3 * self.model.hidden_size * experts.chosen * experts.size * sum(experts.layers)
+            flops += (self._uneven() - 1) * routed
+        return flops / self.model.num_layers
+
+    def _head_flops(self) -> float:
+        """Of a token, if as many are scored as in the step on average; multi-token prediction scores them once more a layer."""
+        whole = self.work.whole
+        if isinstance(self.config, RewardModelStage):
+            return 0.0
+        return (1 + self._mtp_layers) * self.flops.forward(Work(0, 0, whole.scored)) / whole.tokens
+
+    def _uneven(self) -> float:
+        """Tokens of the fullest rank's experts over the mean, as far as the chosen experts of every token allow."""
+        experts = self.model.experts
+        return 1.0 if experts is None else min(self.imbalance, self.config.parallel.ep, experts.count / experts.chosen)
 
     def _tokens(self) -> float:
         """Of an average microbatch on one rank of tp and cp."""
@@ -165,6 +208,7 @@ class _Costs:
         replicas = self.gpus // (p.tp * p.pp * p.cp)
         return self.work.tokens / (self.work.minibatches * self.work.microbatches * replicas) / (p.tp * p.cp)
 
+<<<<<<< HEAD
     def _computed(self, passes: float) -> float:
         whole = self.work.whole
         of_a_token = self.flops.forward(Work(whole.tokens, whole.pairs, 0)) / whole.tokens
@@ -184,10 +228,28 @@ class _Costs:
         inside = p.ep * p.etp <= self.per_node
         bandwidth = self.gpu.nvlink_bandwidth if inside else self.gpu.network_bandwidth
         return passes * layers * sent * (1 - 1 / (p.ep * p.etp)) / (bandwidth * self.efficiency.network)
+=======
+    def _exchanged(self) -> float:
+        """Of an average layer, one way through it: tokens to their experts and back, of the fullest rank. The ranks of ep * etp
+        follow one another; the share for one's own node goes over NVLink while the rest goes over the network. alltoall sends a
+        token once for each of its experts; deep_ep's dispatchers once to a node, where NVLink takes it on.
+        """
+        experts, p = self.model.experts, self.config.parallel
+        if experts is None or (ranks := p.ep * p.etp) == 1:
+            return 0.0
+        node = min(ranks, self.per_node)
+        within, across = experts.chosen * (node - 1) / ranks, experts.chosen * (ranks - node) / ranks
+        if self.config.model.dispatcher != "alltoall":
+            within = experts.chosen * (node - 1) / node
+            across = nodes_of_a_token(self.hf, experts.chosen, ranks / node) * (ranks - node) / ranks
+        a_copy = 2 * self._tokens() * self.model.hidden_size * 2 * self._uneven()
+        seconds = a_copy * max(within / self.gpu.nvlink_bandwidth, across / self.gpu.network_bandwidth)
+        return seconds / self.efficiency.network * sum(experts.layers) / self.model.num_layers
+>>>>>>> h-times
 
     def _gathered(self) -> float:
-        """Of a layer: tp gathers and scatters hidden states, around attention and around the feed-forward part; cp sends keys
-        and values round its ranks.
+        """Of a layer, one way through it: tp gathers and scatters hidden states, around attention and around the feed-forward
+        part; cp sends keys and values round its ranks.
         """
         p, model = self.config.parallel, self.model
         attention = model.attention
@@ -195,13 +257,24 @@ class _Costs:
             width = attention.heads * (attention.nope_size + attention.rope_size + attention.value_size)
         else:
             width = 2 * attention.groups * attention.head_size
-        layers = self._share() * model.num_layers
         links = self.gpu.nvlink_bandwidth, self.gpu.network_bandwidth
         seconds = 0.0
         for ranks, values, span in ((p.tp, 4 * model.hidden_size, p.tp), (p.cp, width, p.tp * p.cp)):
             bandwidth = links[span > self.per_node] * self.efficiency.network
-            seconds += layers * (ranks - 1) * self._tokens() * values * 2 / bandwidth
+            seconds += (ranks - 1) * self._tokens() * values * 2 / bandwidth
         return seconds
+
+
+def nodes_of_a_token(hf: HFConfig, chosen: int, nodes: float) -> float:
+    """That have one of its experts, on average, if every node is as likely as the others and holds experts that follow one
+    another. n_group and topk_group: all are of so many groups of experts (DeepSeek-V3 report, section 2.1.2).
+    """
+    groups, limit = hf.get("n_group") or 1, hf.get("topk_group") or 1
+    possible = nodes
+    if groups > 1:
+        missed = max(0.0, 1 - limit / groups) ** (groups / nodes) if nodes < groups else 1 - limit / groups
+        possible = nodes * (1 - missed)
+    return possible * (1 - (1 - 1 / max(1.0, possible)) ** chosen)
 
 
 def trains_mtp(config: TrainingStage) -> bool:
@@ -214,8 +287,31 @@ def optimizer_steps(config: TrainingStage, minibatches: int) -> int:
     return minibatches * config.update.num_epochs if isinstance(config, RLStage) else minibatches
 
 
+def optimizer_seconds(
+    config: TrainingStage, hf: HFConfig, gpus: int, gpu: GPU, per_node: int, efficiency: Efficiency = ASSUMED
+) -> float:
+    """Of one: gradients are added up over data-parallel ranks, each to the one that updates it, Adam reads and writes its state,
+    and weights are handed round again. Nothing of it is hidden; what Adam on the CPU takes is in `moving_seconds`. Ranks of a
+    pipeline stage follow one another, those of tp and cp, of ep and etp first; a group has a link to other nodes for each
+    of its ranks in a node.
+    """
+    p, itemsize = config.parallel, getattr(torch, config.model.dtype).itemsize
+    dense, experts = (sum(sizes) / p.pp for sizes in zip(*layer_parameters(hf), strict=True))
+    gradient = 4 if config.optimizer.grad_reduce_in_fp32 else itemsize
+    seconds, stage = 0.0, gpus / p.pp
+    adam = gradient + itemsize + 2 * (4 + sum(moment_bytes(config.optimizer)))
+    for numbers, cut in ((dense, p.tp), (experts, p.ep * p.etp)):
+        ranks = stage / cut
+        sent = (gradient + itemsize) * numbers / cut * (1 - 1 / ranks)
+        across = 0.0 if stage <= per_node else 1 / (max(1.0, per_node / cut) * gpu.network_bandwidth)
+        seconds += sent * max(1 / gpu.nvlink_bandwidth, across) / efficiency.network
+        if not config.optimizer.cpu_offload:
+            seconds += adam * numbers / stage / (gpu.memory_bandwidth * efficiency.memory)
+    return seconds
+
+
 def moving_seconds(
-    config: TrainingStage, hf: HFConfig, gpus: int, gpu: GPU, minibatches: int, efficiency: Efficiency = Efficiency()
+    config: TrainingStage, hf: HFConfig, gpus: int, gpu: GPU, minibatches: int, efficiency: Efficiency = ASSUMED
 ) -> float:
     """Of a step, for what `memory` moves between device and host, and for Adam on the CPU: its weights and state of 28 bytes
     a number go through host memory, taken as fast as the link. The reference takes the weights' place only where RL asks it. Nothing of it is hidden behind
@@ -266,7 +362,7 @@ def part_flops(hf: HFConfig, work: Work) -> dict[str, float]:
 
 
 def reshard_seconds(
-    p: ParallelConfig, hf: HFConfig, gpus: int, gpu: GPU, per_node: int, efficiency: Efficiency = Efficiency()
+    p: ParallelConfig, hf: HFConfig, gpus: int, gpu: GPU, per_node: int, efficiency: Efficiency = ASSUMED
 ) -> float:
     """Of each byte of weights that a rank of the generator has: of what it wants, the part that the trainer's layout put on
     itself is there, the part that its node holds comes inside of the node, and only the rest over the network, both at once
@@ -285,125 +381,6 @@ def reshard_seconds(
     node = held(min(gpus, per_node))
     slowest = max((node - held(1)) / gpu.nvlink_bandwidth, (1 - node) / gpu.network_bandwidth)
     return slowest / efficiency.network
-
-
-def rollout_seconds(
-    rollout: GeneratorConfig,
-    dtype: torch.dtype,
-    hf: HFConfig,
-    gpus: int,
-    gpu: GPU,
-    work: Workload,
-    generator: GeneratorMemory,
-    efficiency: Efficiency = Efficiency(),
-    per_node: int = 8,
-) -> float:
-    """Decoding of a generator's share, the longest responses first to be alone at the end: as many run at once as
-    max_num_seqs and the KV cache hold. Of generators that share experts each has as many as the others.
-    """
-    generators = max(1, gpus // rollout.tp)
-    ordered = sorted(work.responses)
-    lengths = ordered[:: max(1, generators)] if len(ordered) > generators else ordered[-1:]
-    prompt = work.samples[0][0]
-    mean = sum(n * n for n in lengths) / (2 * sum(lengths)) + prompt  # of a response that runs
-    at_once = min(rollout.max_num_seqs, len(lengths), max(1.0, generator.kv_tokens / mean))
-    decoding = _decoding(rollout, dtype, hf, gpu, generator, efficiency, per_node)
-    tail = max(lengths)
-    steady = sum(lengths) / at_once
-    if steady <= tail:  # one wave: fewer and fewer run
-        return sum(decoding.step(sum(n > t for n in lengths), prompt + t) * 64 for t in range(0, tail, 64))
-    remaining = max(0.0, tail - mean) * decoding.step(max(1.0, at_once / 8), prompt + tail / 2)
-    return steady * decoding.step(at_once, mean) + remaining
-
-
-def partial_seconds(
-    rollout: RolloutConfig,
-    dtype: torch.dtype,
-    hf: HFConfig,
-    gpus: int,
-    gpu: GPU,
-    work: Workload,
-    generator: GeneratorMemory,
-    efficiency: Efficiency = Efficiency(),
-    per_node: int = 8,
-) -> float:
-    """`rollout_seconds` of a step that leaves its longest responses to later ones (rollout.partial): the mean of steps that
-    are played through. More responses than fit at once take turns; what goes on is read as a prompt again.
-    """
-    generators, prompt = max(1, gpus // rollout.tp), work.samples[0][0]
-    steps = played_steps(rollout.partial, tuple(work.responses), rollout.num_prompts, rollout.group_size, 0)
-    decoding = _decoding(rollout, dtype, hf, gpu, generator, efficiency, per_node)
-    of_a_token = model_flops(hf).forward(Work(1)) / (gpus * gpu.bf16_flops * efficiency.matmul)
-    seconds = 0.0
-    for step in steps:
-        seconds += step.carried * of_a_token
-        for running, done in step.running:
-            each, context = max(1.0, running / generators), prompt + done
-            at_once = min(rollout.max_num_seqs, each, max(1.0, generator.kv_tokens / context))
-            seconds += BIN * each / at_once * decoding.step(at_once, context)
-    return seconds / len(steps)
-
-
-def _decoding(
-    rollout: GeneratorConfig,
-    dtype: torch.dtype,
-    hf: HFConfig,
-    gpu: GPU,
-    generator: GeneratorMemory,
-    efficiency: Efficiency,
-    per_node: int,
-) -> _Decoding:
-    return _Decoding(
-        hf, generator.weights, dtype.itemsize, rollout.tp, rollout.ep, rollout.dcp, gpu, efficiency,
-        generator.kv_bytes_per_token, per_node,
-    )  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class _Decoding:
-    hf: HFConfig
-    weights: float
-    itemsize: int
-    tp: int
-    ep: int
-    dcp: int
-    gpu: GPU
-    efficiency: Efficiency
-    kv_bytes: float
-    per_node: int
-
-    def step(self, sequences: float, context: float) -> float:
-        """Seconds for one token of each: weights that are read, the cache that is read, what generators that share experts
-        and ranks that share a cache send each other, and the overhead.
-        """
-        model, weights, ranks = architecture_of(self.hf), self.weights, max(self.tp, self.ep)
-        if (experts := model.experts) is not None:
-            routed = sum(experts.layers) * experts.count * 3 * model.hidden_size * experts.size * self.itemsize / ranks
-            asked = sequences * ranks / self.tp
-            weights -= routed * (1 - experts.chosen / experts.count) ** asked  # experts that nobody chose
-        bandwidth = self.gpu.memory_bandwidth * self.efficiency.memory
-        overhead = self.efficiency.overhead_seconds * model.num_layers * (1 + math.log2(ranks) + math.log2(self.dcp))
-        return overhead + (weights + sequences * context * self.kv_bytes) / bandwidth + self._sent(sequences)
-
-    def _sent(self, sequences: float) -> float:
-        """Seconds. To a rank come the tokens of all generators that share experts, and what it made of them goes back; the queries
-        of its dcp, and what each found for them.
-        """
-        model, attention = architecture_of(self.hf), architecture_of(self.hf).attention
-        links = {True: self.gpu.nvlink_bandwidth, False: self.gpu.network_bandwidth}
-        seconds = 0.0
-        if self.ep > self.tp and model.experts is not None:
-            tokens = 2 * sum(model.experts.layers) * sequences * self.ep / self.tp * model.hidden_size
-            seconds += tokens * self.itemsize / links[self.ep <= self.per_node]
-        if self.dcp > 1:
-            if isinstance(attention, LatentAttention):
-                width = 2 * attention.kv_rank + attention.rope_size
-            else:
-                width = 2 * attention.head_size
-            heads = attention.heads / self.tp * (self.dcp - 1)
-            queries = model.num_layers * sequences * heads * width
-            seconds += queries * self.itemsize / links[self.dcp <= self.per_node]
-        return seconds / self.efficiency.network
 
 
 def gpu_hours(seconds: float, steps: int, gpus: int) -> float:

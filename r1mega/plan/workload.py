@@ -37,7 +37,7 @@ class Lengths:
         """`count` lengths of 1 to `longest`."""
         generator = np.random.default_rng(seed)
         if self.given:
-            drawn = generator.choice(np.array(self.given), count)
+            drawn = generator.choice(np.array([min(length, longest) for length in self.given]), count)
         else:
             variance = math.log(1 + self.cv**2)
             mean = math.log(self.mean or longest / 4) - variance / 2
@@ -90,22 +90,33 @@ def replicas_work(config: TrainingStage, lengths: Lengths, gpus: int) -> Workloa
     return workload(config, lengths, max(1, gpus // (p.tp * p.pp * p.cp)), multiple)
 
 
+def longest_drawn(config: TrainingStage) -> int:
+    """Tokens of the longest response, of the longest sample where there are no prompts apart.
+
+    Raises ConfigError for a stage that trains nothing.
+    """
+    if isinstance(config, RLStage):
+        return config.rollout.max_response_tokens
+    if isinstance(config, SFTStage | RewardModelStage):
+        return config.data.max_tokens
+    raise ConfigError(f"stage {config.stage} trains nothing: there are no microbatches to plan")
+
+
 def workload(config: TrainingStage, lengths: Lengths, replicas: int, multiple: int = 1) -> Workload:
     """Of a stage with these lengths on so many data-parallel replicas. multiple: of microbatches (interleaved pipelines)."""
-    prompt, minibatches, least = 0, 1, None
+    prompt, minibatches, least, longest = 0, 1, None, longest_drawn(config)
     if isinstance(config, RLStage):
         count = config.rollout.num_prompts * config.rollout.group_size
-        longest, capacity = config.rollout.max_response_tokens, config.update.microbatch_tokens
+        capacity = config.update.microbatch_tokens
         prompt, minibatches = min(lengths.prompt, config.data.max_prompt_tokens), config.update.num_minibatches
         least = config.update.min_microbatches
     elif isinstance(config, SFTStage):
-        count, longest, capacity = config.batch_size, config.data.max_tokens, config.microbatch_tokens
+        count, capacity = config.batch_size, config.microbatch_tokens
         least = config.min_microbatches
-    elif isinstance(config, RewardModelStage):
-        pair = 2 if config.objective == "pairwise" else 1
-        count, longest, capacity = config.batch_size * pair, config.data.max_tokens, config.microbatch_tokens
     else:
-        raise ConfigError(f"stage {config.stage} trains nothing: there are no microbatches to plan")
+        assert isinstance(config, RewardModelStage)
+        pair = 2 if config.objective == "pairwise" else 1
+        count, capacity = config.batch_size * pair, config.microbatch_tokens
     drawn = lengths.draw(count, longest, config.seed)
     whole = [prompt + response for response in drawn]
     parts = split_minibatches(count, minibatches, f"{config.seed}/plan")[:PACKED_MINIBATCHES]

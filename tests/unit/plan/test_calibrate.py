@@ -15,8 +15,8 @@ from r1mega.errors import ConfigError
 from r1mega.observe.run import RunDirectory
 from r1mega.plan.calibrate import calibrated, fit, lines
 from r1mega.plan.generator import generator_memory
-from r1mega.plan.gpu import gpu_kind
-from r1mega.plan.seconds import Efficiency, plan_seconds
+from r1mega.plan.gpu import Efficiency, gpu_kind
+from r1mega.plan.seconds import plan_seconds
 from r1mega.plan.workload import Lengths, replicas_work
 
 REPOSITORY = Path(__file__).parents[3]
@@ -144,6 +144,30 @@ def test_h20_is_not_h200(run):
 def test_a_run_that_no_plan_describes_is_refused(run, metrics, said):
     change(run, **metrics | ({"response/length_mean": 15.625} if "tokens/rollout" in metrics else {}))
     with pytest.raises(ConfigError, match=f"--calibrate .*{said}"):
+        calibrated(run, GPU, per_node=8)
+
+
+@pytest.mark.parametrize("pace", ["", "[]", "{}", '{"save_seconds": 0}', '{"save_seconds": null}'])
+def test_a_save_of_which_nothing_is_known_is_left_out(run, pace):
+    (run / "checkpoints/step_000002").mkdir(parents=True)
+    (run / "checkpoints/step_000002/data").write_bytes(bytes(3000))
+    (run / "pace.json").write_text(pace)
+    assert calibrated(run, GPU, per_node=8).save_bandwidth is None
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        "[]",
+        "3",
+        '{"world_size": 1, "gpus": 3}',
+        '{"world_size": "1", "gpus": ["H100"]}',
+        '{"world_size": 1, "gpus": [null]}',
+    ],
+)
+def test_an_environment_that_nobody_wrote_is_refused(run, environment):
+    (run / "environment.json").write_text(environment)
+    with pytest.raises(ConfigError, match="--calibrate .*not the directory of a run"):
         calibrated(run, GPU, per_node=8)
 
 

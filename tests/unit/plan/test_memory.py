@@ -348,6 +348,10 @@ def test_lengths_and_microbatches():
     assert set(given.responses) == {100, 200}
 
 
+def test_a_length_beyond_any_integer_of_a_machine_is_clipped():
+    assert set(Lengths(given=(10**30, 5)).draw(64, 100, seed=1)) == {5, 100}
+
+
 def test_an_unknown_gpu_names_the_known():
     with pytest.raises(ConfigError, match="h100-80, h200"):
         gpu_kind("h101")

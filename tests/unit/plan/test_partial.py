@@ -14,11 +14,11 @@ import torch
 from r1mega.config.load import load_config
 from r1mega.config.schema import PartialRollouts
 from r1mega.plan import partial as played
+from r1mega.plan.decoding import partial_seconds, rollout_seconds
 from r1mega.plan.generator import generator_memory
 from r1mega.plan.gpu import gpu_kind
 from r1mega.plan.partial import played_steps
 from r1mega.plan.samples import MADE_BYTES, planned_samples
-from r1mega.plan.seconds import partial_seconds, rollout_seconds
 from r1mega.plan.workload import Lengths, workload
 
 CONFIGS = Path(__file__).parents[3] / "configs"

@@ -22,9 +22,8 @@ from r1mega.plan.command import Job, is_pipeline, plan_job, sample_counts
 from r1mega.plan.data_work import SECONDS, DataWork
 from r1mega.plan.generator import generator_memory
 from r1mega.plan.given import read_model
-from r1mega.plan.gpu import gpu_kind
+from r1mega.plan.gpu import Efficiency, gpu_kind
 from r1mega.plan.recipe import NodeCost, node_cost, recipe_lines
-from r1mega.plan.seconds import Efficiency
 from r1mega.plan.workload import Lengths
 
 CONFIGS = Path(__file__).parents[3] / "configs"
@@ -105,7 +104,7 @@ def test_responses_of_a_node_that_only_generates_are_counted(recipe, known):
     hf = read_model(config, path)
     held = generator_memory(hf, getattr(torch, config.model.dtype), config.rollout, gpu.memory_bytes)
     at_once, context = min(config.rollout.max_num_seqs, held.kv_tokens / 276), 276
-    step = efficiency.overhead_seconds * hf["num_hidden_layers"]
+    step = efficiency.overhead_seconds
     step += (held.weights + at_once * context * held.kv_bytes_per_token) / (gpu.memory_bandwidth * efficiency.memory)
     calibration = None if known is None else Calibration(Path("run"), 1, known, {})
     job = dataclasses.replace(JOB, lengths=Lengths(given=(40,)))

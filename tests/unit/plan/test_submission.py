@@ -15,7 +15,7 @@ from r1mega.cli import app
 from r1mega.errors import ConfigError
 from r1mega.plan.calibrate import Calibration
 from r1mega.plan.command import Job, plan_job
-from r1mega.plan.seconds import Efficiency
+from r1mega.plan.gpu import Efficiency
 from r1mega.plan.submission import submission
 from r1mega.plan.workload import Lengths
 

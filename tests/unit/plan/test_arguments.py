@@ -1,0 +1,52 @@
+"""Arguments of `r1mega plan` that make no plan: each is refused before anything is built, with what to give instead."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from r1mega.cli import app
+from r1mega.errors import ConfigError
+
+REPOSITORY = Path(__file__).parents[3]
+ZERO = str(REPOSITORY / "configs/deepseek_v3_671b/zero.yaml")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--mean", "inf"), "--mean inf: wants a number"),
+        (("--mean", "40000"), "allows 32,768 tokens at most"),
+        (("--imbalance", "inf"), "--imbalance inf: wants a number"),
+        (("--gpu", "h100"), "--gpu h100: not one of h100-80, h200"),
+        (("--gpus", "12"), "12"),
+        (("--gpus", "100000"), "100000"),
+        (("--sbatch", "missing/job.sh"), "--sbatch missing/job.sh: wants the name of a file"),
+        (("--sbatch", "."), "--sbatch .: wants the name of a file"),
+        (("--lengths", "missing"), "--lengths missing: wants one number of tokens a line"),
+        (("--calibrate", "missing"), "--calibrate missing: not the directory of a run"),
+    ],
+)
+def test_what_is_refused(words, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = CliRunner().invoke(app, ["plan", ZERO, *(() if "--gpus" in words else ("--gpus", "512")), *words])
+    assert isinstance(found.exception, ConfigError), found.output
+    assert said in str(found.exception)
+
+
+@pytest.mark.parametrize("text", ["", "500,600\n", "12.5\n", "500\n0\n", "tokens\n"])
+def test_lengths_that_are_none(text, tmp_path):
+    (tmp_path / "lengths").write_text(text)
+    found = CliRunner().invoke(app, ["plan", ZERO, "--gpus", "512", "--lengths", str(tmp_path / "lengths")])
+    assert isinstance(found.exception, ConfigError) and "one" in str(found.exception)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("--gpus", "0"), ("--mean", "0"), ("--mean", "nan"), ("--cv", "11"), ("--imbalance", "0.5"), ("--prompt", "0")],
+)
+def test_what_is_out_of_bounds_is_a_usage_error(words):
+    found = CliRunner().invoke(app, ["plan", ZERO, *words])
+    assert found.exit_code == 2 and words[0] in found.output

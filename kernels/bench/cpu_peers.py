@@ -77,8 +77,10 @@ def logits_rows(shapes: list[tuple[int, int, torch.dtype]], rounds: int) -> list
     return records
 
 
-def _negative(way: Callable[..., torch.Tensor], logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    return -way(logits, targets)
+def _negative(way: Callable[..., object], logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    losses = way(logits, targets)
+    assert isinstance(losses, torch.Tensor)
+    return -losses
 
 
 def interpreted_rows(tokens: int, vocabulary: int) -> list[dict[str, str | float]]:

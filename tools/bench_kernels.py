@@ -32,16 +32,15 @@ def in_environment(directory: Path) -> None:
     """Run this again, without `--install`, in a virtual environment that sees this one's packages and has the peers beside them;
     it is made where it is not there yet. One package that does not install is said, and left out.
     """
-    python = directory / "bin" / "python"
-    if not python.exists():
+    python, tag = directory / "bin" / "python", f"python{sys.version_info.major}.{sys.version_info.minor}"
+    seen = directory / "lib" / tag / "site-packages" / "this_environment.pth"
+    if not seen.exists():  # written last: one that was interrupted is made again
         venv.create(directory, with_pip=True)
-        tag = f"python{sys.version_info.major}.{sys.version_info.minor}"
-        here = sysconfig.get_path("purelib")
-        (directory / "lib" / tag / "site-packages" / "this_environment.pth").write_text(here + "\n")
         for package in (*PEERS, *NEEDED_BY_VERL):  # not their dependencies: torch stays the one that is measured here
             done = subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", package])
             if done.returncode:
                 print(f"# {package} does not install", file=sys.stderr)
+        seen.write_text(sysconfig.get_path("purelib") + "\n")
     left = [word for word in sys.argv if word != "--install" and word != str(directory)]
     os.execv(python, [str(python), *left])
 

@@ -1,5 +1,6 @@
-"""What peers compute, as plain torch functions of a CPU: their own kernels (Liger, QuACK, Apple's CCE, verl's fused linear
-cross-entropy) are Triton's or CuTe's and have no CPU form. Written from what they document, not from their sources.
+"""Peers on a CPU: their own torch functions where the packages are installed (`peers.left_out` says which are not), and what
+they compute as plain torch functions, written from what they document, not from their sources: their kernels for GPUs
+(Triton's, CuTe's) have no CPU form. Triton's interpreter runs Liger's: that shows its error, and no time worth a word.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import torch
 from torch.nn import functional
 
 import r1mega_kernels
+from bench import peers
 from bench.timing import cpu_seconds, peak_bytes
 
 Pair = tuple[torch.Tensor, ...]
@@ -70,10 +72,38 @@ def logits_rows(shapes: list[tuple[int, int, torch.dtype]], rounds: int) -> list
         wide = logits.detach().double().requires_grad_()
         exact = update(cross_entropy_of_float64, wide, targets, upstream.double())
         name = f"peers from logits T={tokens} V={vocabulary} {str(dtype)[6:]} forward + backward"
-        records += _records(
-            name, {who: functools.partial(update, way) for who, way in FROM_LOGITS.items()}, exact, rounds
-        )
+        ways = FROM_LOGITS | {f"{who}, the package": way for who, way in peers.on_cpu_from_logits().items()}
+        records += _records(name, {who: functools.partial(update, way) for who, way in ways.items()}, exact, rounds)
     return records
+
+
+def _negative(way: Callable[..., object], logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    losses = way(logits, targets)
+    assert isinstance(losses, torch.Tensor)
+    return -losses
+
+
+def interpreted_rows(tokens: int, vocabulary: int) -> list[dict[str, str | float]]:
+    """Log-probs and their gradient, as above, without entropies, where Triton's interpreter runs a peer's kernel: one run."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(tokens, vocabulary, generator=generator) * 3
+    targets = torch.randint(0, vocabulary, (tokens,), generator=generator)
+
+    def update(way, dtype=torch.float32):
+        leaf = logits.to(dtype).requires_grad_()
+        log_probs = way(leaf * 1.0, targets)  # some overwrite what they are given
+        return log_probs.detach(), torch.autograd.grad(log_probs.sum(), leaf)[0]
+
+    exact = update(lambda x, t: cross_entropy_of_float64(x, t)[0], torch.float64)
+    ways: dict[str, Callable[..., torch.Tensor]] = {
+        "kernel": lambda x, t: r1mega_kernels.grouped_log_prob(x, t, entropy=False).log_prob
+    }
+    ways |= {
+        f"{who}, in Triton's interpreter": functools.partial(_negative, way)
+        for who, way in peers.on_cpu_interpreted().items()
+    }
+    name = f"peers' Triton kernels T={tokens} V={vocabulary} float32 forward + backward"
+    return _records(name, {who: functools.partial(update, way) for who, way in ways.items()}, exact, 1)
 
 
 def cross_entropy_of_float64(logits: torch.Tensor, targets: torch.Tensor) -> Pair:
@@ -100,6 +130,7 @@ def hidden_rows(shapes: list[tuple[int, int, int, torch.dtype]], rounds: int) ->
             "chunked (Liger's, QuACK's way)": chunked,
             "filtered (CCE's way)": filtered,
         }
+        ways |= {f"{who}, the package": way for who, way in packages().items()}
         contestants = {who: functools.partial(way, hidden, weight, targets, advantages) for who, way in ways.items()}
         name = f"peers from hidden states T={tokens} H={width} V={vocabulary} {str(dtype)[6:]} loss + gradients"
         records += _records(name, contestants, exact, rounds)
@@ -109,6 +140,26 @@ def hidden_rows(shapes: list[tuple[int, int, int, torch.dtype]], rounds: int) ->
 def _token_loss(log_probs: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
     ratio = (log_probs - log_probs.detach()).exp()
     return -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages).sum()
+
+
+def packages() -> dict[str, Callable[..., Pair]]:
+    """Installed peers: what they give put into the same loss, or their own."""
+
+    def gradients(loss, way, hidden, weight, targets, advantages) -> Pair:
+        return torch.autograd.grad(loss(way, hidden, weight, targets, advantages), (hidden, weight))
+
+    def of_log_probs(way, hidden, weight, targets, advantages) -> torch.Tensor:
+        return _token_loss(way(hidden, weight, targets).to(advantages.dtype), advantages)
+
+    def of_losses(way, hidden, weight, targets, advantages) -> torch.Tensor:
+        return _token_loss(-way(hidden, weight, targets).to(advantages.dtype), advantages)
+
+    def of_its_own(way, hidden, weight, targets, advantages) -> torch.Tensor:
+        return way(hidden, weight, targets, advantages)
+
+    ways = {who: (of_losses if "CCE" in who else of_log_probs, way) for who, way in peers.on_cpu_from_hidden().items()}
+    ways |= {who: (of_its_own, way) for who, way in peers.on_cpu_losses().items()}
+    return {who: functools.partial(gradients, loss, way) for who, (loss, way) in ways.items()}
 
 
 def one_pass(hidden, weight, targets, advantages) -> Pair:
@@ -161,9 +212,19 @@ def filtered(hidden, weight, targets, advantages) -> Pair:
 def _records(
     name: str, contestants: Mapping[str, Callable[[], Pair]], exact: Pair, rounds: int
 ) -> list[dict[str, str | float]]:
-    seconds = cpu_seconds(contestants, rounds)
     records: list[dict[str, str | float]] = []
+    running = {}
     for who, way in contestants.items():
+        try:
+            way()
+        except Exception as error:  # a package of another version, or without a compiler: the others are measured
+            if "the package" not in who:
+                raise
+            records.append({"case": f"{name}, {who}", "left out": str(error).splitlines()[0][:200]})
+        else:
+            running[who] = way
+    seconds = cpu_seconds(running, rounds)
+    for who, way in running.items():
         errors = [(x.double() - y).abs().max().item() / y.abs().max().item() for x, y in zip(way(), exact, strict=True)]
         records.append(
             {
@@ -181,6 +242,8 @@ def measure(quick: bool) -> list[dict[str, str | float]]:
     """All rows; `quick` takes a tenth of the vocabulary."""
     vocabulary, rounds = (12928, 2) if quick else (129280, 3)
     shapes = [(64, vocabulary, torch.bfloat16), (64, vocabulary, torch.float32)]
-    return logits_rows(shapes, rounds) + hidden_rows(
-        [(256, 256, vocabulary, dtype) for dtype in (torch.bfloat16, torch.float32)], rounds
-    )
+    records = logits_rows(shapes, rounds) + interpreted_rows(16, 4096)
+    records += hidden_rows([(256, 256, vocabulary, dtype) for dtype in (torch.bfloat16, torch.float32)], rounds)
+    for peer in peers.left_out():
+        records.append({"case": f"left out: {peer}"})
+    return records

@@ -38,7 +38,8 @@ def fault(device: str) -> None:
     """Reads a row that lies a terabyte beyond the logits. Only for a GPU under memcheck."""
     logits, targets = torch.zeros(2, 64, device=device), torch.zeros(2, dtype=torch.int64, device=device)
     row, stats = torch.full((1,), 1 << 32, device=device), torch.empty(1, 4, device=device)
-    torch.ops.r1mega_kernels.log_prob_stats(logits, targets, torch.ones(1, device=device), row, True, 0, True, stats)
+    one = torch.ones(1, device=device)
+    torch.ops.r1mega_kernels.log_prob_stats(logits, targets, one, row, True, 0, 64, True, stats)
 
 
 def main() -> None:

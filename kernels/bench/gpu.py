@@ -137,5 +137,6 @@ def measure(quick: bool) -> list[dict[str, Any]]:
     """All GPU rows of the current device, its limits first."""
     rounds = 3 if quick else 10
     limits = measured_limits("cuda", rounds)
-    device = {"case": "device", "name": torch.cuda.get_device_name(), **limits, "peers_missing": peers.missing()}
+    peers.from_logits(), peers.from_hidden()  # looks for them
+    device = {"case": "device", "name": torch.cuda.get_device_name(), **limits, "peers_missing": peers.left_out()}
     return [device, *logits_rows(limits, rounds), *hidden_rows(limits, rounds)]

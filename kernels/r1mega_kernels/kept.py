@@ -30,6 +30,13 @@ def gradient_scratch(ids: torch.Tensor | None) -> torch.Tensor | None:
     return None if ids is None else torch.empty(ids.shape, dtype=torch.float32, device=ids.device)
 
 
+def check_ends(kept: KeptTokens) -> None:
+    """Raises ValueError where the lists do not begin and end with the ids; reads two offsets."""
+    ids, offsets = kept
+    if int(offsets[0]) != 0 or int(offsets[-1]) != len(ids):
+        raise ValueError(f"kept.offsets must rise from 0 to {len(ids)}, not {offsets.tolist()[:8]}...")
+
+
 def check_kept(kept: KeptTokens, targets: torch.Tensor, rows: torch.Tensor | None, size: int, by_value: bool) -> None:
     """Raises ValueError or TypeError for lists that the kernels would read wrongly; by_value: reads them (a synchronisation
     on a GPU, where a target outside its list gives NaN)."""
@@ -43,8 +50,9 @@ def check_kept(kept: KeptTokens, targets: torch.Tensor, rows: torch.Tensor | Non
         raise TypeError(f"kept.ids must be int32 and kept.offsets int64, not {ids.dtype} and {offsets.dtype}")
     if not by_value:
         return
+    check_ends(kept)
     lengths = offsets.diff()
-    if int(offsets[0]) != 0 or int(offsets[-1]) != len(ids) or bool((lengths < 0).any()):
+    if bool((lengths < 0).any()):
         raise ValueError(f"kept.offsets must rise from 0 to {len(ids)}, not {offsets.tolist()[:8]}...")
     if not len(ids):
         return

@@ -29,9 +29,9 @@ class PlatformError(RuntimeError):
 # given is one without elements. The order of arguments is that of kernels/csrc/*/..._ops.
 _SCHEMAS = (
     "instruction_set(int request) -> int",
-    # without entropy the statistics lack its terms (NaN)
+    # without entropy the statistics lack its terms (NaN); a CPU refuses targets outside [0, vocab_size), bad rows and lists
     "log_prob_stats(Tensor logits, Tensor targets, Tensor inverse_temperature, Tensor rows, bool has_rows, "
-    "int vocab_start, bool entropy, Tensor(a!) stats) -> ()",
+    "int vocab_start, int vocab_size, bool entropy, Tensor(a!) stats) -> ()",
     "log_prob_merge(Tensor shards, Tensor inverse_temperature, Tensor rows, bool has_rows, Tensor(a!) stats, "
     "Tensor(b!) results) -> ()",
     # of float32 logits on a GPU the gradient may be of 16 bits, also in the beginning of the logits' own rows
@@ -39,7 +39,7 @@ _SCHEMAS = (
     "bool has_positions, int vocab_start, Tensor stats, Tensor entropy, Tensor grads, Tensor(a!) grad_logits) -> ()",
     # of lists of kept ids: kept_ranges [T, 2] says where a token's list begins and ends, an empty one keeps every id
     "kept_log_prob_stats(Tensor logits, Tensor targets, Tensor inverse_temperature, Tensor rows, bool has_rows, "
-    "int vocab_start, bool entropy, Tensor(a!) stats, Tensor kept_ids, Tensor kept_ranges) -> ()",
+    "int vocab_start, int vocab_size, bool entropy, Tensor(a!) stats, Tensor kept_ids, Tensor kept_ranges) -> ()",
     "kept_log_prob_backward(Tensor logits, Tensor targets, Tensor inverse_temperature, Tensor positions, "
     "bool has_positions, int vocab_start, Tensor stats, Tensor entropy, Tensor grads, Tensor(a!) grad_logits, "
     "Tensor kept_ids, Tensor kept_ranges, Tensor(b!) scratch) -> ()",

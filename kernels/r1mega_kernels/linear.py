@@ -21,11 +21,15 @@ from r1mega_kernels.log_prob import (
     LogProbs,
     backward_into,
     check_arguments,
+    check_rows,
     gathered_stats,
     inverse_temperature,
     kept_lists,
+    looks_at_values,
     narrow_rows,
+    put_together,
     refuse_second_derivative,
+    refuse_transforms,
     stats_into,
     vocabulary_range,
 )
@@ -69,7 +73,7 @@ def linear_log_prob(
         hidden, weight, targets, temperature, rows, tp_group, vocab_start, vocab_size, kept, softcap, entropy,
         reduce_hidden_grad, backend,
     )  # fmt: skip
-    return LogProbs(*_LinearLogProb.apply(hidden, weight, head, tokens, buffer_bytes).unbind())
+    return LogProbs(*_LinearLogProb.apply(hidden, weight, head, tokens, buffer_bytes))
 
 
 class Tokens(NamedTuple):
@@ -83,6 +87,8 @@ class Tokens(NamedTuple):
 
     def part(self, row: slice) -> Tokens:
         """Of some of the rows."""
+        if row.stop - row.start == self.targets.shape[0]:
+            return self
         ranges = None if self.kept_ranges is None else self.kept_ranges[row]
         inverse = self.inverse[row] if self.inverse.numel() > 1 else self.inverse
         return Tokens(self.targets[row], inverse, self.kept_ids, ranges)
@@ -90,25 +96,24 @@ class Tokens(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class OutputLayer:
-    """The output weight of this rank and what its logits need. width: rows of the weight that are no padding."""
+    """The output weight of this rank and what its logits need. width: rows of the weight that are no padding; vocab_size: of
+    all ranks."""
 
     weight: torch.Tensor
     width: int
     vocab_start: int
+    vocab_size: int
     group: dist.ProcessGroup | None
     softcap: float | None
     entropy: bool
     reduce_hidden_grad: bool
     use_reference: bool
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of logits and of the sums of gradients."""
-        return torch.promote_types(self.weight.dtype, torch.float32)
+    dtype: torch.dtype
+    """Of logits and of the sums of gradients."""
 
     def factor(self, x: torch.Tensor) -> torch.Tensor:
         """`x` as the matrix products take it: as it is on a GPU, in `dtype` on a CPU, whose products give what they take."""
-        return x if widens(x) else x.to(self.dtype)
+        return x if x.dtype == self.dtype or widens(x) else x.to(self.dtype)
 
     def logits_into(self, out: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """out [t, v] <- the logits of factors [t, H] and [v, H]."""
@@ -122,27 +127,26 @@ class OutputLayer:
         """stats [t, 4] <- of logits [t, v], whose columns begin at `first_column` of this rank's."""
         targets, inverse, *kept = tokens
         start = self.vocab_start + first_column
-        stats_into(stats, logits, targets, inverse, None, kept, start, self.entropy, self.use_reference)
+        stats_into(
+            stats, logits, targets, inverse, None, kept, start, self.vocab_size, self.entropy, self.use_reference
+        )
 
     def merged(self, shards: torch.Tensor, inverse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """([t, 4] statistics, [3, t] log-prob, entropy and logsumexp) of statistics [blocks, t, 4], over all ranks."""
-        op, count = kernels(self.use_reference), shards.shape[1]
+        merge, count = kernels(self.use_reference).log_prob_merge, shards.shape[1]
         merged, results = shards.new_empty(count, 4), shards.new_empty(3, count)
-
-        def merge(parts: torch.Tensor) -> None:
-            if count:
-                op.log_prob_merge(parts, inverse, merged, False, merged, results)
-
         if self.group is not None:
-            merge(shards)
+            if count:
+                merge(shards, inverse, merged, False, merged, results)
             shards = gathered_stats(merged.clone(), self.group.group_name)
-        merge(shards)
+        if count:
+            merge(shards, inverse, merged, False, merged, results)
         return merged, results
 
     def gradient_of(self, logits, tokens: Tokens, scratch, first_column, stats, entropy, grads) -> torch.Tensor:
         """The gradient of the products, in the place of contiguous logits, from `grads` [3, t]; a factor of further products:
         on a GPU of the weight's dtype. scratch: the `gradient_scratch` of the kept ids, one for all blocks."""
-        is_narrow = widens(logits) and self.weight.dtype != logits.dtype
+        is_narrow = self.weight.dtype != logits.dtype and widens(logits)
         slope = None if self.softcap is None else 1 - (logits / self.softcap).square_()
         grad = narrow_rows(logits, self.weight.dtype) if is_narrow and slope is None else logits
         targets, inverse, *kept = tokens
@@ -167,6 +171,7 @@ def output_layer(
     reduce_hidden_grad, backend,
 ) -> tuple[OutputLayer, torch.Tensor, Tokens]:  # fmt: skip
     """(the layer, the chosen rows of hidden states, what else is said of them); raises as `linear_log_prob`."""
+    refuse_transforms()
     use_reference = uses_reference(hidden.device, backend)
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"expected hidden [T, H] and weight [V, H], not {list(hidden.shape)} and {list(weight.shape)}")
@@ -176,16 +181,19 @@ def output_layer(
         raise ValueError(f"softcap must be a finite number above 0, not {softcap}")
     check_devices(hidden.device, weight=weight)
     start, size = vocabulary_range(weight.shape[0], tp_group, vocab_start, vocab_size)
-    check_arguments(hidden, targets, rows, size, use_reference, (*NATIVE_DTYPES, torch.float16))
-    kept_ids, kept_ranges = kept_lists(kept, targets, rows, size)
+    check_arguments(hidden, targets, rows, use_reference, (*NATIVE_DTYPES, torch.float16))
+    by_value = looks_at_values(hidden)
+    if by_value and rows is not None:
+        check_rows(rows, hidden.shape[0])
+    kept_ids, kept_ranges = kept_lists(kept, targets, rows, size, by_value, use_reference)
     inverse = inverse_temperature(temperature, hidden)
     if rows is not None:  # prompt rows never reach the matrix products
         hidden, targets = hidden.index_select(0, rows), targets[rows]
         inverse = inverse[rows] if inverse.numel() > 1 else inverse
         kept_ranges = None if kept_ranges is None else kept_ranges[rows]
     group = tp_group if tp_group is not None and dist.get_world_size(tp_group) > 1 else None
-    width = min(weight.shape[0], size - start)
-    head = OutputLayer(weight, width, start, group, softcap, entropy, reduce_hidden_grad, use_reference)
+    width, dtype = min(weight.shape[0], size - start), torch.promote_types(weight.dtype, torch.float32)
+    head = OutputLayer(weight, width, start, size, group, softcap, entropy, reduce_hidden_grad, use_reference, dtype)
     return head, hidden, Tokens(targets.contiguous(), inverse, kept_ids, kept_ranges)
 
 
@@ -211,6 +219,11 @@ def block_shape(rows: int, columns: int, element_size: int, buffer_bytes: int) -
     return (rounded(side, rows), rounded(side, columns))
 
 
+def piece(x: torch.Tensor, part: slice) -> torch.Tensor:
+    """x[part]; of all of it, itself, which costs nothing."""
+    return x if part.stop - part.start == x.shape[0] else x[part]
+
+
 def parts(length: int, step: int) -> Iterator[slice]:
     """[0, length) in slices of `step`, the last one shorter."""
     return (slice(begin, min(begin + step, length)) for begin in range(0, length, step))
@@ -219,54 +232,62 @@ def parts(length: int, step: int) -> Iterator[slice]:
 class _LinearLogProb(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, head, tokens, buffer_bytes):
-        """[3, T]: log-prob, entropy and logsumexp. The blocks of the vocabulary are merged as shards of it are."""
+        """Log-probs, entropies and logsumexps, [T] each. The blocks of the vocabulary are merged as shards of it are."""
+        ctx.set_materialize_grads(False)
         count = hidden.shape[0]
         ctx.block = height, width = block_shape(count, head.width, head.dtype.itemsize, buffer_bytes)
         columns = list(parts(head.width, width))
-        buffer = torch.empty(height * width, dtype=head.dtype, device=hidden.device)
-        shards = torch.empty(len(columns), count, 4, dtype=tokens.inverse.dtype, device=hidden.device)
-        for shard, column in zip(shards, columns, strict=True):
-            factor = head.factor(weight[column])
+        buffer = hidden.new_empty(height, width, dtype=head.dtype)
+        shards = tokens.inverse.new_empty(len(columns), count, 4)
+        for number, column in enumerate(columns):
+            shard = shards.select(0, number)
+            factor = head.factor(piece(weight, column))
             for row in parts(count, height):
-                logits = head.logits_into(_block(buffer, row, column), head.factor(hidden[row]), factor)
-                head.stats_into(shard[row], logits, tokens.part(row), column.start)
+                logits = head.logits_into(_block(buffer, row, column), head.factor(piece(hidden, row)), factor)
+                head.stats_into(piece(shard, row), logits, tokens.part(row), column.start)
         merged, results = head.merged(shards, tokens.inverse)
-        ctx.save_for_backward(hidden, weight, merged, results[1].clone(), *tokens)
+        ctx.save_for_backward(hidden, weight, merged, results, *tokens)
         ctx.head = head
-        return results
+        return results.unbind()
 
     @staticmethod
-    def backward(ctx, grads):
+    def backward(ctx, *grads):
         """Gradients of hidden and weight: the logits of each block again, overwritten by their gradient."""
         refuse_second_derivative()
-        hidden, weight, stats, entropy, *rest = ctx.saved_tensors
-        tokens = Tokens(*rest)
+        hidden, weight, stats, results, *rest = ctx.saved_tensors
+        entropy, together, tokens = results.select(0, 1), put_together(grads, results), Tokens(*rest)
         head, (height, width) = ctx.head, ctx.block
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        buffer = torch.empty(height * width, dtype=head.dtype, device=hidden.device)
-        grad_hidden = torch.zeros(hidden.shape, dtype=head.dtype, device=hidden.device) if needs_hidden else None
+        buffer = hidden.new_empty(height, width, dtype=head.dtype)
+        grad_hidden = hidden.new_zeros(hidden.shape, dtype=head.dtype) if needs_hidden else None
         grad_weight = weight_grad(head) if needs_weight else None
         scratch = gradient_scratch(tokens.kept_ids)
         for column in parts(head.width, width):
-            factor = head.factor(weight[column])
+            factor = head.factor(piece(weight, column))
             for row in parts(hidden.shape[0], height):
-                states = head.factor(hidden[row])
+                states = head.factor(piece(hidden, row))
                 logits = head.logits_into(_block(buffer, row, column), states, factor)
-                grad = head.gradient_of(
-                    logits, tokens.part(row), scratch, column.start, stats[row], entropy[row], grads[:, row]
+                of_rows = (
+                    piece(stats, row),
+                    piece(entropy, row),
+                    together[:, row] if height < len(hidden) else together,
                 )
+                grad = head.gradient_of(logits, tokens.part(row), scratch, column.start, *of_rows)
                 if grad_hidden is not None:
-                    add_product(grad_hidden[row], grad, factor)
+                    add_product(piece(grad_hidden, row), grad, factor)
                 if grad_weight is not None:
-                    add_product(grad_weight[column], grad.t(), states)
+                    add_product(piece(grad_weight, column), grad.t(), states)
         if grad_hidden is not None:
             grad_hidden = head.reduced(grad_hidden)
         return grad_hidden, handed_over(head, grad_weight), None, None, None
 
 
 def _block(buffer: torch.Tensor, row: slice, column: slice) -> torch.Tensor:
-    shape = (row.stop - row.start, column.stop - column.start)
-    return buffer[: shape[0] * shape[1]].view(shape)
+    """[rows, columns], contiguous, in the beginning of the buffer."""
+    height, width = row.stop - row.start, column.stop - column.start
+    if (height, width) == tuple(buffer.shape):
+        return buffer
+    return buffer.view(-1)[: height * width].view(height, width)
 
 
 def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:

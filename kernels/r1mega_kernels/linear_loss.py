@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 
 from r1mega_kernels.kept import KeptTokens, gradient_scratch
-from r1mega_kernels.linear import OutputLayer, add_product, handed_over, output_layer, parts, weight_grad, widens
-from r1mega_kernels.log_prob import LogProbs, refuse_second_derivative
+from r1mega_kernels.linear import OutputLayer, add_product, handed_over, output_layer, parts, piece, weight_grad, widens
+from r1mega_kernels.log_prob import LogProbs, put_together, refuse_second_derivative
 
 S = TypeVar("S")
 TokenLoss = Callable[[LogProbs, slice], tuple[torch.Tensor, S]]
@@ -58,7 +58,7 @@ def linear_grpo_loss(
     which multiplies them by the loss's own. Where no gradient is wanted (`torch.no_grad()`) none is computed.
 
     Raises:
-        ValueError, TypeError, PlatformError: as `grouped_log_prob`.
+        ValueError, TypeError, PlatformError: as `grouped_log_prob`; TypeError too where `token_loss` returns no scalar.
     """
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens must be 1 or more, not {chunk_tokens}")
@@ -70,8 +70,11 @@ def linear_grpo_loss(
     found: list[S] = []
     wanted = (hidden.requires_grad, weight.requires_grad) if torch.is_grad_enabled() else (False, False)
 
-    def of_chunk(results: torch.Tensor, part: slice) -> torch.Tensor:
-        loss, further = token_loss(LogProbs(*results.unbind()), part)
+    def of_chunk(results: Sequence[torch.Tensor], part: slice) -> torch.Tensor:
+        loss, further = token_loss(LogProbs(*results), part)
+        if not isinstance(loss, torch.Tensor) or loss.dim():
+            shape = list(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
+            raise TypeError(f"token_loss must return (a scalar tensor, anything): the sum over its tokens, not {shape}")
         found.append(further)
         return loss
 
@@ -105,30 +108,31 @@ class _LinearLoss(torch.autograd.Function):
     def forward(ctx, hidden, weight, head, tokens, token_loss, chunks, wanted):
         """The loss; both gradients for a loss's own of 1 are kept for the backward pass."""
         height = max(part.stop - part.start for part in chunks)
-        buffer = torch.empty(height, head.width, dtype=head.dtype, device=hidden.device)
+        buffer = hidden.new_empty(height, head.width, dtype=head.dtype)
         grad_hidden, grad_weight = (
-            torch.zeros(x.shape, dtype=head.dtype, device=x.device) if needed else None
+            x.new_zeros(x.shape, dtype=head.dtype) if needed else None
             for x, needed in zip((hidden, weight), wanted, strict=True)
         )
         scratch = gradient_scratch(tokens.kept_ids) if any(wanted) else None
-        total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        total, columns = torch.zeros((), dtype=torch.float64, device=hidden.device), _columns(head)
         for part in chunks:
-            logits, states = buffer[: part.stop - part.start], head.factor(hidden[part])
+            logits, states = piece(buffer, slice(0, part.stop - part.start)), head.factor(piece(hidden, part))
             of_part = tokens.part(part)
-            for column in _columns(head):
-                head.logits_into(logits[:, column], states, head.factor(weight[column]))
+            for column in columns:
+                head.logits_into(_of_columns(logits, column), states, head.factor(piece(weight, column)))
             stats, results = _statistics(head, logits, of_part)
             loss, grads = _loss_and_gradient(token_loss, results, part, any(wanted))
             total += loss
             if grads is None or not len(states):
                 continue
             grad = head.gradient_of(logits, of_part, scratch, 0, stats, results[1], grads)
-            for column in _columns(head):
+            for column in columns:
+                of_column = _of_columns(grad, column)
                 if grad_hidden is not None:
-                    add_product(grad_hidden[part], grad[:, column], head.factor(weight[column]))
+                    add_product(piece(grad_hidden, part), of_column, head.factor(piece(weight, column)))
                 if grad_weight is not None:
-                    add_product(grad_weight[column], grad[:, column].t(), states)
-            del grad  # a copy, on a GPU: not beside the next chunk's
+                    add_product(piece(grad_weight, column), of_column.t(), states)
+            del grad, of_column  # copies, on a GPU: not beside the next chunk's
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.head = head
         return total.to(tokens.inverse.dtype)
@@ -155,9 +159,13 @@ def _columns(head: OutputLayer) -> list[slice]:
     return list(parts(head.width, head.width if as_it_is else _WIDENED_COLUMNS))
 
 
+def _of_columns(x: torch.Tensor, column: slice) -> torch.Tensor:
+    return x if column.stop - column.start == x.shape[1] else x[:, column]
+
+
 def _statistics(head, logits, tokens) -> tuple[torch.Tensor, torch.Tensor]:
     """([n, 4] statistics, [3, n] results) of a chunk's logits, over all ranks."""
-    shard = torch.empty(1, len(logits), 4, dtype=tokens.inverse.dtype, device=logits.device)
+    shard = tokens.inverse.new_empty(1, len(logits), 4)
     head.stats_into(shard[0], logits, tokens, 0)
     return head.merged(shard, tokens.inverse)
 
@@ -165,11 +173,10 @@ def _statistics(head, logits, tokens) -> tuple[torch.Tensor, torch.Tensor]:
 def _loss_and_gradient(token_loss, results, part, needed) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(a chunk's loss, its gradient [3, n] by the results, or None)."""
     if not needed:
-        return token_loss(results, part).detach(), None
-    leaf = results.detach().requires_grad_()
+        return token_loss(results.unbind(), part).detach(), None
+    leaves = [row.detach().requires_grad_() for row in results.unbind()]  # apart: nothing to stack in the backward pass
     with torch.enable_grad():
-        loss = token_loss(leaf, part)
+        loss = token_loss(leaves, part)
     if not loss.requires_grad:  # it depends on none of them
         return loss, None
-    (grads,) = torch.autograd.grad(loss, leaf)
-    return loss.detach(), grads
+    return loss.detach(), put_together(torch.autograd.grad(loss, leaves, allow_unused=True), results)

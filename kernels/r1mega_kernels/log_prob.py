@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from r1mega_kernels.kept import KeptTokens, check_kept, gradient_scratch
+from r1mega_kernels.kept import KeptTokens, check_ends, check_kept, gradient_scratch
 from r1mega_kernels.library import LIBRARY, check_devices, kernels, uses_reference
 
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)
@@ -61,19 +61,28 @@ def grouped_log_prob(
         TypeError: a dtype that the kernels do not read.
         PlatformError: no compiled kernels for a GPU.
     """
+    refuse_transforms()
     use_reference = uses_reference(logits.device, backend)
     inverse = inverse_temperature(temperature, logits)
     width = logits.shape[-1]
     start, size = vocabulary_range(width, tp_group, vocab_start, vocab_size)
-    check_arguments(logits, targets, rows, size, use_reference)
-    kept_ids, kept_ranges = kept_lists(kept, targets, rows, size)
+    check_arguments(logits, targets, rows, use_reference)
+    by_value = use_reference and looks_at_values(logits)  # a CPU's operator looks itself
+    if by_value and rows is not None:
+        check_rows(rows, logits.shape[0])
+    kept_ids, kept_ranges = kept_lists(kept, targets, rows, size, by_value, use_reference)
     if start + width > size:
         logits = logits[:, : size - start]
     if logits.stride(1) != 1:
         logits = logits.contiguous()
+    if grad_in_place and logits.stride(0) < logits.shape[1] and logits.shape[0] > 1:
+        raise ValueError(
+            f"grad_in_place: rows of these logits lie over each other (strides {logits.stride()}, an expanded tensor?) and "
+            "their gradients would too; pass logits.contiguous()"
+        )
     group_name = tp_group.group_name if tp_group is not None and dist.get_world_size(tp_group) > 1 else ""
     tensors = (targets.contiguous(), inverse, rows, kept_ids, kept_ranges)
-    options = (start, group_name, entropy, grad_in_place, use_reference)
+    options = (start, size, group_name, entropy, grad_in_place, use_reference)
     # torch.compile sees one operator; in eager mode an operator registered from Python costs several calls' worth more
     if torch.compiler.is_compiling():
         return LogProbs(*torch.ops.r1mega_kernels.log_prob(logits, *tensors, *options)[0].unbind())
@@ -108,35 +117,41 @@ def inverse_temperature(temperature: float | torch.Tensor, like: torch.Tensor) -
             found = float(temperature.reshape(-1)[~usable][0])
             raise ValueError(f"temperature must be > 0 and 1 / temperature a finite number above 0, found {found}")
         return inverse.to(like.device).contiguous()
-    if not (temperature > 0 and torch.finfo(dtype).tiny <= 1.0 / temperature <= torch.finfo(dtype).max):
+    if type(like) in (torch.Tensor, torch.nn.Parameter) and looks_at_values(like):
+        return _constant(temperature, dtype)
+    return torch.full((1,), reciprocal(temperature, dtype), dtype=dtype, device=like.device)
+
+
+def reciprocal(temperature: float, dtype: torch.dtype) -> float:
+    """1 / temperature. ValueError where `dtype` has no such number, or it is not above 0."""
+    limits = torch.finfo(dtype)
+    if not (temperature > 0 and limits.tiny <= 1.0 / temperature <= limits.max):
         raise ValueError(
             f"temperature must be > 0 and 1 / temperature a finite number above 0, not {temperature} "
             "(greedy decoding has no log-probs to train on)"
         )
-    if looks_at_values(like) and type(like) in (torch.Tensor, torch.nn.Parameter):
-        return _constant(1.0 / temperature, dtype)
-    return torch.full((1,), 1.0 / temperature, dtype=dtype, device=like.device)
+    return 1.0 / temperature
 
 
 @functools.lru_cache(maxsize=64)
-def _constant(value: float, dtype: torch.dtype) -> torch.Tensor:
-    """[1], which nobody writes to: a temperature is met again at every call."""
-    with torch.inference_mode(False):
-        return torch.full((1,), value, dtype=dtype, device="cpu")  # whatever the default device is at the first call
+def _constant(temperature: float, dtype: torch.dtype) -> torch.Tensor:
+    """[1] 1 / temperature, which nobody writes to: a temperature is met again at every call."""
+    with torch.inference_mode(False):  # whatever the default device is at the first call
+        return torch.full((1,), reciprocal(temperature, dtype), dtype=dtype, device="cpu")
 
 
 def check_arguments(
     x: torch.Tensor,
     targets: torch.Tensor,
     rows: torch.Tensor | None,
-    vocab_size: int,
     use_reference: bool,
     dtypes: tuple[torch.dtype, ...] = NATIVE_DTYPES,
 ) -> None:
-    """Raises ValueError or TypeError for what the kernels would read wrongly. Values: see `looks_at_values`; a target
-    outside the vocabulary gives NaN on a GPU."""
-    if x.dim() != 2 or targets.dim() != 1 or targets.shape[0] != x.shape[0]:
-        raise ValueError(f"expected [T, V] and targets [T], not {list(x.shape)} and {list(targets.shape)}")
+    """Raises ValueError or TypeError for what the kernels would read wrongly. The operators look at targets, on a CPU; on a
+    GPU one outside the vocabulary gives NaN."""
+    shape = x.shape
+    if len(shape) != 2 or targets.dim() != 1 or targets.shape[0] != shape[0]:
+        raise ValueError(f"expected [T, V] and targets [T], not {list(shape)} and {list(targets.shape)}")
     check_devices(x.device, targets=targets, rows=rows)
     if targets.dtype != torch.int64 or (rows is not None and rows.dtype != torch.int64):
         raise TypeError("targets and rows must be int64")
@@ -145,30 +160,40 @@ def check_arguments(
         raise TypeError(f"the kernels read {read}, not {x.dtype}; convert, or use backend='reference'")
     if rows is not None and (rows.dim() != 1 or not rows.is_contiguous()):
         raise ValueError("rows must be a contiguous vector")
-    if not looks_at_values(x):
-        return
-    count = x.shape[0]  # len(x) is slower
-    if (
-        rows is not None
-        and rows.shape[0]
-        and (int(rows[0]) < 0 or int(rows[-1]) >= count or not bool((rows[1:] > rows[:-1]).all()))
-    ):
+
+
+def check_rows(rows: torch.Tensor, count: int) -> None:
+    """Raises ValueError where they are not strictly increasing indices of `count` tokens; reads them."""
+    if rows.shape[0] and (int(rows[0]) < 0 or int(rows[-1]) >= count or not bool((rows[1:] > rows[:-1]).all())):
         raise ValueError(f"rows must be strictly increasing indices in [0, {count})")
-    used = targets if rows is None else targets[rows]
-    if used.numel():
-        low, high = used.aminmax()
-        if low.item() < 0 or high.item() >= vocab_size:
-            raise ValueError(f"targets must be in [0, {vocab_size}), found {int(low)} to {int(high)}")
 
 
 def kept_lists(
-    kept: KeptTokens | None, targets: torch.Tensor, rows: torch.Tensor | None, vocab_size: int
+    kept: KeptTokens | None,
+    targets: torch.Tensor,
+    rows: torch.Tensor | None,
+    vocab_size: int,
+    by_value: bool,
+    use_reference: bool,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """(ids [M], ranges [T, 2]) of lists that were checked; nothing of none."""
+    """(ids [M], ranges [T, 2]) of lists that were checked, also by_value if asked; nothing of none."""
     if kept is None:
         return None, None
-    check_kept(kept, targets, rows, vocab_size, looks_at_values(targets))
-    return kept.ids.contiguous(), kept.ranges()
+    check_kept(kept, targets, rows, vocab_size, by_value)
+    if use_reference or not looks_at_values(targets) or not targets.shape[0]:
+        return kept.ids.contiguous(), kept.ranges()
+    check_ends(kept)
+    return kept.ids.contiguous(), kept.offsets.contiguous().unfold(0, 2, 1)  # a CPU's operator looks at each range
+
+
+def refuse_transforms() -> None:
+    """Raises RuntimeError within torch.func's transforms (grad, vmap, jvp): they cannot look into the kernels' functions, and
+    a forward-mode derivative would silently be 0."""
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "the functions of r1mega_kernels work with torch.autograd, not within torch.func's transforms (grad, vmap, jvp): "
+            "call them outside of these"
+        )
 
 
 def looks_at_values(x: torch.Tensor) -> bool:
@@ -189,20 +214,21 @@ def gathered_stats(stats: torch.Tensor, group_name: str) -> torch.Tensor:
 
 LIBRARY.define(
     "log_prob(Tensor logits, Tensor targets, Tensor inverse_temperature, Tensor? rows, Tensor? kept_ids, "
-    "Tensor? kept_ranges, int vocab_start, str group, bool entropy, bool grad_in_place, bool reference) "
+    "Tensor? kept_ranges, int vocab_start, int vocab_size, str group, bool entropy, bool grad_in_place, bool reference) "
     "-> (Tensor results, Tensor stats)"
 )
 
 
 def _log_prob(
-    logits, targets, inverse_temperature, rows, kept_ids, kept_ranges, vocab_start, group, entropy, grad_in_place,
-    reference,
+    logits, targets, inverse_temperature, rows, kept_ids, kept_ranges, vocab_start, vocab_size, group, entropy,
+    grad_in_place, reference,
 ):  # fmt: skip
     count = logits.shape[0] if rows is None else rows.shape[0]
-    stats = torch.empty(count, 4, dtype=inverse_temperature.dtype, device=logits.device)
-    results = torch.empty(3, count, dtype=stats.dtype, device=logits.device)
-    kept = (kept_ids, kept_ranges)
-    stats_into(stats, logits, targets, inverse_temperature, rows, kept, vocab_start, entropy, reference)
+    stats, results = inverse_temperature.new_empty(count, 4), inverse_temperature.new_empty(3, count)
+    stats_into(
+        stats, logits, targets, inverse_temperature, rows, (kept_ids, kept_ranges), vocab_start, vocab_size, entropy,
+        reference,
+    )  # fmt: skip
     shards = gathered_stats(stats, group)
     if count:  # the merged statistics take this rank's place
         row_list = targets if rows is None else rows
@@ -210,12 +236,18 @@ def _log_prob(
     return results, stats
 
 
-def stats_into(stats, logits, targets, inverse, rows, kept, vocab_start, entropy, use_reference) -> None:
-    """stats [N, 4] <- of the chosen rows of logits [T, V]. kept: (ids, ranges [T, 2]), or (None, None)."""
+def stats_into(
+    stats, logits, targets, inverse, rows, kept, vocab_start, vocab_size, entropy, use_reference
+) -> None:  # fmt: skip
+    """stats [N, 4] <- of the chosen rows of logits [T, V]. kept: (ids, ranges [T, 2]), or (None, None).
+
+    Raises:
+        ValueError: (on a CPU, or by the reference where values are looked at) a target outside the vocabulary.
+    """
     if not stats.shape[0]:
         return
     row_list, has_rows = targets if rows is None else rows, rows is not None
-    arguments = (logits, targets, inverse, row_list, has_rows, vocab_start, entropy, stats)
+    arguments = (logits, targets, inverse, row_list, has_rows, vocab_start, vocab_size, entropy, stats)
     op = kernels(use_reference)
     if kept[0] is None:
         op.log_prob_stats(*arguments)
@@ -229,30 +261,42 @@ def _log_prob_fake(logits, targets, inverse_temperature, rows, *args):
 
 
 def _save(ctx, inputs, output):
-    *tensors, ctx.vocab_start, _, _, ctx.grad_in_place, ctx.reference = inputs
+    logits, targets, inverse, rows, ids, ranges, vocab_start, _, _, _, grad_in_place, reference = inputs
+    ctx.options = (rows is not None, ids is not None, vocab_start, grad_in_place, reference)
+    given = [x for x in (rows, ids, ranges) if x is not None]
     # the whole output: a view of it would keep this node, and with it the logits, alive for ever
-    ctx.save_for_backward(*tensors, output[0], output[1])
+    ctx.save_for_backward(logits, targets, inverse, *output, *given)
 
 
 def _log_prob_backward(ctx, grads, _grad_stats):
-    return _gradient(ctx, ctx.saved_tensors, grads.contiguous()), *([None] * 10)
+    return _gradient(ctx, ctx.saved_tensors, grads.contiguous()), *([None] * 11)
 
 
 def _gradient(ctx, saved, grads: torch.Tensor) -> torch.Tensor:
     refuse_second_derivative()
-    logits, targets, inverse, rows, kept_ids, kept_ranges, results, stats = saved
-    if ctx.grad_in_place:
+    logits, targets, inverse, results, stats, *given = saved
+    has_rows, has_kept, vocab_start, grad_in_place, use_reference = ctx.options
+    if grad_in_place:
         torch.autograd.graph.increment_version(logits)  # another backward through these logits is an error
         grad_logits = logits.detach()
     else:
         grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    kept, entropy = (kept_ids, kept_ranges), results.select(0, 1)
-    scratch = gradient_scratch(kept_ids)
+    rows = given[0] if has_rows else None
+    kept = given[-2:] if has_kept else (None, None)
     backward_into(
-        grad_logits, logits, targets, inverse, rows, kept, scratch, ctx.vocab_start, stats, entropy, grads,
-        ctx.reference,
+        grad_logits, logits, targets, inverse, rows, kept, gradient_scratch(kept[0]), vocab_start, stats,
+        results.select(0, 1), grads, use_reference,
     )  # fmt: skip
     return grad_logits
+
+
+def put_together(grads, results: torch.Tensor) -> torch.Tensor:
+    """[3, N] of the gradients of its rows, None of those that nobody used. results: [3, N]."""
+    together = torch.zeros_like(results)
+    for k, grad in enumerate(grads):
+        if grad is not None:
+            together.select(0, k).copy_(grad)
+    return together
 
 
 def refuse_second_derivative() -> None:
@@ -303,11 +347,7 @@ class _LogProb(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         saved = ctx.saved_tensors
-        together = torch.zeros_like(saved[-2])
-        for k, grad in enumerate(grads):
-            if grad is not None:
-                together.select(0, k).copy_(grad)
-        return _gradient(ctx, saved, together), None
+        return _gradient(ctx, saved, put_together(grads, saved[3])), None
 
 
 LIBRARY.impl("log_prob", _log_prob, "CompositeExplicitAutograd")

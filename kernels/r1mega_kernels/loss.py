@@ -2,30 +2,64 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 
 from r1mega_kernels.library import LIBRARY, check_devices, kernels, uses_reference
-from r1mega_kernels.log_prob import looks_at_values, refuse_second_derivative
+from r1mega_kernels.log_prob import looks_at_values, refuse_second_derivative, refuse_transforms
 
 
 @dataclass(frozen=True, slots=True)
 class GRPOMetrics:
     """Sums over the counted tokens: float64 scalars on the tokens' device, detached; add them up over microbatches and
     ranks (`mismatch_max`: take the largest) and divide by `num_tokens`.
-
-    clipped: tokens whose policy gradient the (dual) clip cut (CISPO: whose ratio it bounded). kl: k3 to the reference.
-    mismatch: |log pi - log sampler|. truncated: tokens whose importance weight exceeded the cap. ratio_sum: pi / pi_old.
     """
 
-    num_tokens: torch.Tensor
-    clipped: torch.Tensor
-    kl: torch.Tensor
-    mismatch_sum: torch.Tensor
-    mismatch_max: torch.Tensor
-    truncated: torch.Tensor
-    ratio_sum: torch.Tensor
+    sums: torch.Tensor
+    """[8] float64: the loss, then what the properties name, in their order."""
+
+    def with_ratios(self, clipped: torch.Tensor, ratio_sum: torch.Tensor) -> GRPOMetrics:
+        """The same, but for what a loss of sequences finds itself."""
+        sums = self.sums.clone()
+        sums[2], sums[7] = clipped, ratio_sum
+        return GRPOMetrics(sums)
+
+    @property
+    def num_tokens(self) -> torch.Tensor:
+        """Tokens that are not masked."""
+        return self.sums[1]
+
+    @property
+    def clipped(self) -> torch.Tensor:
+        """Tokens whose policy gradient the (dual) clip cut (CISPO: whose ratio it bounded)."""
+        return self.sums[2]
+
+    @property
+    def kl(self) -> torch.Tensor:
+        """k3 to the reference."""
+        return self.sums[3]
+
+    @property
+    def mismatch_sum(self) -> torch.Tensor:
+        """|log pi - log sampler|."""
+        return self.sums[4]
+
+    @property
+    def mismatch_max(self) -> torch.Tensor:
+        """The largest of these."""
+        return self.sums[5]
+
+    @property
+    def truncated(self) -> torch.Tensor:
+        """Tokens whose importance weight exceeded the cap."""
+        return self.sums[6]
+
+    @property
+    def ratio_sum(self) -> torch.Tensor:
+        """pi / pi_old."""
+        return self.sums[7]
 
 
 def grpo_token_loss(
@@ -69,58 +103,42 @@ def grpo_token_loss(
 
     Raises:
         ValueError: shapes that do not fit, an option without the log-probs that it needs, or a bad value.
+        TypeError: sequence_ids that are no integers.
     """
+    refuse_transforms()
     use_reference = uses_reference(log_probs.device, backend)
     count = log_probs.numel()
-    optional = {
-        "old_log_probs": old_log_probs,
-        "reference_log_probs": reference_log_probs,
-        "sampler_log_probs": sampler_log_probs,
-        "mask": mask,
-        "sequence_ids": sequence_ids,
-    }
-    by_token = {"advantages": advantages, "weights": weights} if sequence_ids is None else {}
-    for name, tensor in {"log_probs": log_probs, **optional, **by_token}.items():
-        if tensor is not None and tuple(tensor.shape) != (count,):
-            raise ValueError(f"{name} has shape {list(tensor.shape)}, expected [{count}]")
-    check_devices(log_probs.device, advantages=advantages, weights=weights, **optional)
-    if kl_coefficient != 0 and reference_log_probs is None:
-        raise ValueError("kl_coefficient needs reference_log_probs")
-    if (importance_cap is not None or kl_bias_correction) and sampler_log_probs is None:
-        raise ValueError(
-            f"{'kl_bias_correction' if importance_cap is None else 'importance_cap'} needs sampler_log_probs"
-        )
-    if surrogate not in _SURROGATES:
-        raise ValueError(f"surrogate must be one of {list(_SURROGATES)}, not {surrogate!r}")
-    if dual_clip is not None and surrogate != "clip":
-        raise ValueError(f"dual_clip bounds the surrogate 'clip'; {surrogate!r} has no use for it")
-    if min(sapo_temperatures) <= 0 or max(sapo_temperatures) > 50:  # exp(temperature) is a float32
-        raise ValueError(f"sapo_temperatures must be > 0 and <= 50, not {sapo_temperatures}")
-    if (dual_clip is not None and dual_clip <= 1) or (importance_cap is not None and importance_cap <= 0):
-        raise ValueError(f"dual_clip must be > 1 and importance_cap > 0, not {dual_clip} and {importance_cap}")
+    optional = (old_log_probs, reference_log_probs, sampler_log_probs, mask, sequence_ids)
+    _check_shapes((log_probs, *optional, *((advantages, weights) if sequence_ids is None else ())), count)
+    check_devices(
+        log_probs.device, advantages=advantages, weights=weights, old_log_probs=old_log_probs,
+        reference_log_probs=reference_log_probs, sampler_log_probs=sampler_log_probs, mask=mask,
+        sequence_ids=sequence_ids,
+    )  # fmt: skip
+    _check_options(
+        surrogate, clip_low, clip_high, dual_clip, kl_coefficient, importance_cap, sapo_temperatures, kl_bias_correction,
+        reference_log_probs is not None, sampler_log_probs is not None,
+    )  # fmt: skip
     weights_per_sequence = False
     if sequence_ids is not None:
+        if sequence_ids.is_floating_point():
+            raise TypeError(f"sequence_ids must be integers, not {sequence_ids.dtype}")
         num_sequences = advantages.numel()
         weights_per_sequence = weights is not None and tuple(weights.shape) == (num_sequences,)
         if weights is not None and not weights_per_sequence and tuple(weights.shape) != (count,):
             raise ValueError(f"weights has shape {list(weights.shape)}, expected [{num_sequences}] or [{count}]")
-        _check_sequences(sequence_ids, num_sequences, mask)
+        if use_reference or num_sequences == 0:  # else a CPU's operator looks itself
+            _check_sequences(sequence_ids, num_sequences, mask)
         if num_sequences == 0:  # every token is masked; the kernel reads element 0 for those
             advantages, weights = log_probs.new_zeros(1), log_probs.new_zeros(1) if weights_per_sequence else weights
     wide = torch.promote_types(log_probs.dtype, torch.float32) if use_reference else torch.float32
 
     nothing = log_probs.new_empty(0, dtype=wide)  # stands for a tensor that is not given
-
-    def given(x: torch.Tensor | None, dtype: torch.dtype = wide) -> torch.Tensor:
-        if x is None:
-            return nothing
-        if x.dtype == dtype and not x.requires_grad and x.is_contiguous():  # three calls less
-            return x
-        return x.detach().to(dtype).contiguous()
-
+    floats = (old_log_probs, reference_log_probs, sampler_log_probs, advantages, weights)
     inputs = (
-        given(old_log_probs), given(reference_log_probs), given(sampler_log_probs), given(advantages), given(weights),
-        nothing if mask is None else mask.bool().view(torch.uint8).contiguous(), given(sequence_ids, torch.int64),
+        *[nothing if x is None else _plain(x, wide) for x in floats],
+        nothing if mask is None else mask.bool().view(torch.uint8).contiguous(),
+        nothing if sequence_ids is None else _plain(sequence_ids, torch.int64),
         weights_per_sequence, clip_low, clip_high, dual_clip or 0.0, kl_coefficient, importance_cap or 0.0,
         _SURROGATES[surrogate], *sapo_temperatures, kl_bias_correction, use_reference,
     )  # fmt: skip
@@ -132,7 +150,50 @@ def grpo_token_loss(
         found: list[torch.Tensor] = []
         loss = _TokenLoss.apply(policy, inputs, found)
         (sums,) = found
-    return loss, GRPOMetrics(*sums.unbind()[1:])
+    return loss, GRPOMetrics(sums)
+
+
+def _plain(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    if x.dtype == dtype and not x.requires_grad and x.is_contiguous():  # three calls less
+        return x
+    return x.detach().to(dtype).contiguous()
+
+
+_NAMES = (
+    "log_probs", "old_log_probs", "reference_log_probs", "sampler_log_probs", "mask", "sequence_ids", "advantages",
+    "weights",
+)  # fmt: skip
+
+
+def _check_shapes(tensors: tuple[torch.Tensor | None, ...], count: int) -> None:
+    """Of the first of `_NAMES`: [count] each."""
+    for index, tensor in enumerate(tensors):
+        if tensor is not None and (tensor.dim() != 1 or tensor.shape[0] != count):
+            raise ValueError(f"{_NAMES[index]} has shape {list(tensor.shape)}, expected [{count}]")
+
+
+def _check_options(
+    surrogate, clip_low, clip_high, dual_clip, kl_coefficient, importance_cap, sapo_temperatures, kl_bias_correction, has_reference,
+    has_sampler,
+) -> None:  # fmt: skip
+    if not (clip_low >= 0 and clip_high >= 0 and math.isfinite(kl_coefficient)):  # NaN is none of these
+        raise ValueError(
+            f"clip_low and clip_high must be >= 0 and kl_coefficient finite, not {clip_low}, {clip_high} and {kl_coefficient}"
+        )
+    if kl_coefficient != 0 and not has_reference:
+        raise ValueError("kl_coefficient needs reference_log_probs")
+    if (importance_cap is not None or kl_bias_correction) and not has_sampler:
+        raise ValueError(
+            f"{'kl_bias_correction' if importance_cap is None else 'importance_cap'} needs sampler_log_probs"
+        )
+    if surrogate not in _SURROGATES:
+        raise ValueError(f"surrogate must be one of {list(_SURROGATES)}, not {surrogate!r}")
+    if dual_clip is not None and surrogate != "clip":
+        raise ValueError(f"dual_clip bounds the surrogate 'clip'; {surrogate!r} has no use for it")
+    if not all(0 < temperature <= 50 for temperature in sapo_temperatures):  # exp(temperature) is a float32
+        raise ValueError(f"sapo_temperatures must be > 0 and <= 50, not {sapo_temperatures}")
+    if not (dual_clip is None or dual_clip > 1) or not (importance_cap is None or importance_cap > 0):
+        raise ValueError(f"dual_clip must be > 1 and importance_cap > 0, not {dual_clip} and {importance_cap}")
 
 
 def _check_sequences(sequence_ids: torch.Tensor, num_sequences: int, mask: torch.Tensor | None) -> None:
@@ -166,7 +227,8 @@ def _token_loss(*args):
     if log_probs.numel():
         kernels(use_reference).grpo_token_loss(*inputs, grad, totals)
     sums = totals[:8] if blocks else totals
-    return sums[0].to(log_probs.dtype, copy=True), grad, sums
+    loss = sums.select(0, 0)
+    return loss.to(log_probs.dtype, copy=loss.dtype == log_probs.dtype), grad, sums
 
 
 def _token_loss_fake(log_probs, *args):
@@ -192,7 +254,8 @@ class _TokenLoss(torch.autograd.Function):  # as _LogProb: cheaper to call than 
 
     @staticmethod
     def backward(ctx, grad_loss):
-        return _token_loss_backward(ctx, grad_loss, None, None)[0], None, None
+        refuse_second_derivative()
+        return ctx.saved_tensors[0] * grad_loss, None, None
 
 
 LIBRARY.impl("token_loss", _token_loss, "CompositeExplicitAutograd")

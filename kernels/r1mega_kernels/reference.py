@@ -31,8 +31,20 @@ def _exponents(logits_NV: torch.Tensor, row_max_N: torch.Tensor, scale_N: torch.
     return ((logits_NV - base_N[:, None]) * (scale_N * LOG2E)[:, None]).clamp(min=-3e3)
 
 
-def log_prob_stats(logits, targets, inverse_temperature, rows, has_rows, vocab_start, entropy, stats) -> None:
+def _check_targets(targets: torch.Tensor, vocab_size: int) -> None:
+    """As the operators of a CPU; on a GPU, or traced by torch.compile, values are not looked at."""
+    if targets.device.type != "cpu" or torch.compiler.is_compiling() or not targets.numel():
+        return
+    low, high = (int(v) for v in targets.aminmax())
+    if low < 0 or high >= vocab_size:
+        raise ValueError(f"targets must be in [0, {vocab_size}), found {low} to {high}")
+
+
+def log_prob_stats(
+    logits, targets, inverse_temperature, rows, has_rows, vocab_start, vocab_size, entropy, stats
+) -> None:
     """stats[N, 4] <- (max, sum 2^t, sum 2^t t or without the entropy NaN, target's logit or NaN) of the rows of logits [T, V]."""
+    _check_targets(_selected(targets, rows, has_rows), vocab_size)
     x_NV = _selected(logits, rows, has_rows).to(stats.dtype)
     scale_N = _row_scale(inverse_temperature, rows, has_rows, stats.dtype).expand(x_NV.shape[0])
     row_max_N = x_NV.amax(dim=-1)
@@ -111,11 +123,11 @@ def _of_kept(logits, vocab_start, kept_ids, kept_ranges) -> tuple[torch.Tensor, 
 
 
 def kept_log_prob_stats(
-    logits, targets, inverse_temperature, rows, has_rows, vocab_start, entropy, stats, kept_ids, kept_ranges
+    logits, targets, inverse_temperature, rows, has_rows, vocab_start, vocab_size, entropy, stats, kept_ids, kept_ranges
 ) -> None:
     """As `log_prob_stats`, over the columns that each token keeps; no target's logit where it is not kept."""
     masked_TV, kept_TV = _of_kept(logits, vocab_start, kept_ids, kept_ranges)
-    log_prob_stats(masked_TV, targets, inverse_temperature, rows, has_rows, vocab_start, entropy, stats)
+    log_prob_stats(masked_TV, targets, inverse_temperature, rows, has_rows, vocab_start, vocab_size, entropy, stats)
     column_T = (targets - vocab_start).clamp(0, logits.shape[1] - 1)
     missing_T = ~kept_TV.gather(1, column_T[:, None])[:, 0]
     stats[:, 3].masked_fill_(_selected(missing_T, rows, has_rows), math.nan)
@@ -136,6 +148,9 @@ def kept_log_prob_backward(
 
 def group_advantage(rewards, offsets, mask, baseline, scale, epsilon, advantages) -> None:
     """advantages[R] <- from rewards[R] (float64) of groups offsets[g]:offsets[g + 1]; 0 where masked or no signal."""
+    ends = offsets.tolist() if offsets.device.type == "cpu" and not torch.compiler.is_compiling() else None
+    if ends is not None and (ends[0] != 0 or ends[-1] != len(rewards) or ends != sorted(ends)):
+        raise ValueError(f"group_offsets must rise from 0 to {len(rewards)}, not {ends[:8]}...")
     counted_R = mask.bool() if mask.numel() else torch.ones_like(rewards, dtype=torch.bool)
     num_groups = offsets.numel() - 1
     index_R = torch.repeat_interleave(torch.arange(num_groups, device=rewards.device), offsets.diff())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from dataclasses import dataclass
@@ -104,7 +103,7 @@ def grpo_loss(
     value, clipping = loss(tokens.old_log_probs + sequence_mean(kept_T, tokens), tokens.advantages)
     further, metrics = penalised(log_probs, torch.zeros_like(tokens.advantages))
     clipped = clipping.clipped + ((kept_T != log_ratio_T) & (tokens.advantages != 0)).sum()
-    return value + further, dataclasses.replace(metrics, clipped=clipped, ratio_sum=clipping.ratio_sum)
+    return value + further, metrics.with_ratios(clipped, clipping.ratio_sum)
 
 
 def _check_surrogate(surrogate: str, ratio: str, dual_clip: float | None) -> None:

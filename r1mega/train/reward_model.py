@@ -86,7 +86,7 @@ def preference_step(
         return losses.sum() / len(indices), sums
 
     width = 2 if objective == "pairwise" else 1
-    result = trainer.update(batches, loss, total_response_tokens=width * len(indices))
+    result = trainer.update(batches, loss, total_response_tokens=width * len(indices), entropies=False)
     parts = [part.cpu() for part in result.statistics] if policy.reports else []
     sums = torch.stack([torch.zeros(2, dtype=torch.float64), *parts]).sum(0)
     dist.all_reduce(sums)

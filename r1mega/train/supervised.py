@@ -78,7 +78,7 @@ def supervised_step(trainer: Trainer, batches: Sequence[WeightedMicrobatch]) -> 
         value = -(scores.values * batch.weights).sum() / total_weight
         return value, torch.stack([value.detach().double() * total_weight, batch.weights.sum().double()])
 
-    result = trainer.update(batches, loss, total_response_tokens=int(total_rows), mtp_loss=True)
+    result = trainer.update(batches, loss, total_response_tokens=int(total_rows), mtp_loss=True, entropies=False)
     return SupervisedResult(result, _weighted_mean(result.statistics), Work(total_tokens, total_pairs, total_rows))
 
 

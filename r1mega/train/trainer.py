@@ -143,13 +143,14 @@ class Trainer:
         total_response_tokens: int,
         mtp_loss: bool = False,
         sums_over: SumsOver | None = None,
+        entropies: bool = True,
     ) -> UpdateResult[S]:
         """One optimizer step on the sum of the microbatches' losses (over all data-parallel ranks).
 
         total_response_tokens: R summed over this step's microbatches on all data-parallel ranks. Megatron divides
         gradients by it; the loss is multiplied by it first, so that the caller's loss is minimised as it stands.
         mtp_loss: add the loss of the multi-token-prediction layers, if the model has them (pre-training and SFT:
-        the tokens are to be imitated); entropies are then not computed. sums_over: see `Policy.run`.
+        the tokens are to be imitated); entropies are then not computed. sums_over, entropies: see `Policy.run`.
         When the gradient norm is not finite on any rank, no rank moves a weight, and each replica writes its microbatches
         to `evidence`, of the first few such steps. The step is then left out, or NonFiniteError when optimizer.skip_nonfinite such steps went before it.
         """
@@ -168,8 +169,9 @@ class Trainer:
         further = mtp_loss and bool(self.policy.megatron_config.mtp_num_layers)
         try:
             statistics = self.policy.run(
-                microbatches, scaled, temperature, forward_only=False, mtp_loss=further, sums_over=sums_over
-            )
+                microbatches, scaled, temperature, forward_only=False, mtp_loss=further, sums_over=sums_over,
+                entropies=entropies,
+            )  # fmt: skip
         finally:
             for config, coefficient in self._aux_loss:
                 config.moe_aux_loss_coeff = coefficient

@@ -54,7 +54,7 @@ def test_types_without_a_kernel_are_refused():
         with pytest.raises(RuntimeError, match="bfloat16 logits a gradient of bfloat16"):
             op.log_prob_backward(logits, targets, one, *rows, stats, grads[1].contiguous(), grads, grad)
     with pytest.raises(RuntimeError, match="reads logits of float32 or bfloat16"):
-        op.log_prob_stats(half, targets, one, *rows, True, stats)
+        op.log_prob_stats(half, targets, one, *rows, half.shape[1], True, stats)
 
 
 @pytest.mark.parametrize("vocabulary", [16160, 16163])  # rows on and off 16-byte boundaries

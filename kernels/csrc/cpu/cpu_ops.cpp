@@ -1,6 +1,9 @@
 // The operators on a CPU: threads over rows, the kernels of the best instruction set that the machine has.
-// Arguments were checked by the Python side; a row is one thread's, so results do not depend on the number of threads.
+// Shapes and types were checked by the Python side, values are here, where they are read anyway. A row is one thread's, so
+// results do not depend on the number of threads.
 #include <atomic>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "kernels.h"
@@ -71,12 +74,93 @@ int64_t local_column(int64_t target, int64_t vocab_start, int64_t columns) {
     return column >= 0 && column < columns ? column : -1;
 }
 
-// Lists of the ids that tokens keep. ranges: [tokens, 2], where a token's list begins and ends; an empty one keeps all.
+// Becomes Python's ValueError.
+[[noreturn]] void refuse(const std::string& what) { throw std::invalid_argument(what); }
+
+std::string interval(int64_t end) { return "[0, " + std::to_string(end) + ")"; }
+
+// Smallest and largest of the values that were added.
+struct Extent {
+    int64_t low = INT64_MAX, high = INT64_MIN;
+    void add(int64_t value) {
+        low = value < low ? value : low;
+        high = value > high ? value : high;
+    }
+    void check(const char* name, int64_t end) const {
+        if (low > high || (low >= 0 && high < end)) return;  // none, or all in range
+        refuse(std::string(name) + " must be in " + interval(end) + ", found " + std::to_string(low) + " to " +
+               std::to_string(high));
+    }
+};
+
+// Of the chosen tokens alone: those of others may hold anything.
+void check_tokens(const int64_t* target, const int64_t* row, int64_t count, int64_t tokens, int64_t vocab_size) {
+    Extent found;
+    for (int64_t i = 0; i < count; ++i) {
+        if (row && (row[i] < 0 || row[i] >= tokens || (i > 0 && row[i] <= row[i - 1])))
+            refuse("rows must be strictly increasing indices in " + interval(tokens));
+        found.add(target[row ? row[i] : i]);
+    }
+    found.check("targets", vocab_size);
+}
+
+// offsets of `parts` parts rise from 0 to `end`
+void check_offsets(const char* name, const int64_t* offsets, int64_t parts, int64_t end) {
+    bool rising = offsets[0] == 0 && offsets[parts] == end;
+    for (int64_t k = 0; k < parts; ++k) rising = rising && offsets[k] <= offsets[k + 1];
+    if (rising) return;
+    std::string first;
+    for (int64_t k = 0; k <= parts && k < 8; ++k) first += (k ? ", " : "") + std::to_string(offsets[k]);
+    refuse(std::string(name) + " must rise from 0 to " + std::to_string(end) + ", not [" + first + "]...");
+}
+
+// Lists of the ids that tokens keep. ranges: [tokens, 2] of any row stride, where a token's list begins and ends; an empty
+// one keeps all.
 struct KeptLists {
     const int32_t* ids;
     const int64_t* ranges;
-    int64_t begin(int64_t token) const { return ranges[2 * token]; }
-    int64_t length(int64_t token) const { return ranges[2 * token + 1] - ranges[2 * token]; }
+    int64_t stride, total;
+    KeptLists(const Tensor& all, const Tensor& of_tokens)
+        : ids(all.data<int32_t>()), ranges(of_tokens.data<int64_t>()), stride(of_tokens.stride(0)), total(all.numel()) {}
+    int64_t begin(int64_t token) const { return ranges[stride * token]; }
+    int64_t length(int64_t token) const { return ranges[stride * token + 1] - ranges[stride * token]; }
+
+    enum class Fault { kNone, kOffsets, kIds, kTarget };
+    Fault fault(int64_t token, int64_t target, int64_t vocab_size) const {
+        if (begin(token) < 0 || length(token) < 0 || begin(token) + length(token) > total) return Fault::kOffsets;
+        const int32_t* list = ids + begin(token);
+        bool has_target = length(token) == 0;
+        for (int64_t j = 0; j < length(token); ++j) {
+            if (list[j] < 0 || list[j] >= vocab_size || (j > 0 && list[j] <= list[j - 1])) return Fault::kIds;
+            has_target = has_target || list[j] == target;
+        }
+        return has_target ? Fault::kNone : Fault::kTarget;
+    }
+    // Of the chosen tokens; says the first that is wrong.
+    void check(const int64_t* target, const int64_t* row, int64_t count, int64_t vocab_size) const {
+        std::atomic<int64_t> wrong{INT64_MAX};
+        const auto fault_of = [&](int64_t i) {
+            const int64_t token = row ? row[i] : i;
+            return fault(token, target[token], vocab_size);
+        };
+        parallel_for(count, 256, [&](int64_t i) {
+            int64_t first = wrong;
+            if (fault_of(i) == Fault::kNone) return;
+            while (i < first && !wrong.compare_exchange_weak(first, i)) {
+            }
+        });
+        if (wrong == INT64_MAX) return;
+        const int64_t i = wrong, token = row ? row[i] : i;
+        if (fault_of(i) == Fault::kOffsets)
+            refuse("kept.offsets must rise from 0 to " + std::to_string(total) + ", not from " +
+                   std::to_string(begin(token)) + " to " + std::to_string(begin(token) + length(token)) +
+                   " at token " + std::to_string(token));
+        if (fault_of(i) == Fault::kIds)
+            refuse("each list of kept.ids must be strictly increasing ids in " + interval(vocab_size) +
+                   "; that of token " + std::to_string(token) + " is not");
+        refuse("the target of token " + std::to_string(token) + ", " + std::to_string(target[token]) +
+               ", is not among the ids that it keeps");
+    }
 };
 
 // A token's kept columns among this rank's, side by side, and which of them is the target's.
@@ -111,17 +195,19 @@ RowStats kept_stats(const CpuKernels& table, const E* row, const KeptRow& kept, 
     return table.row_stats_f32[!entropy](values.data(), kept.count(), kept.target, c);
 }
 
-// stack: logits, targets, inverse_temperature, rows, bool has_rows, int vocab_start, bool entropy, stats!
+// stack: logits, targets, inverse_temperature, rows, bool has_rows, int vocab_start, int vocab_size, bool entropy, stats!
 void stats_of_rows(StableIValue* stack, const KeptLists* lists) {
-    const Tensor logits(stack[0]), targets(stack[1]), temperature(stack[2]), rows(stack[3]), stats(stack[7]);
-    const bool has_rows = scalar<bool>(stack[4]), entropy = scalar<bool>(stack[6]), is_bf16 = logits.is_bf16();
-    const int64_t vocab_start = scalar<int64_t>(stack[5]);
+    const Tensor logits(stack[0]), targets(stack[1]), temperature(stack[2]), rows(stack[3]), stats(stack[8]);
+    const bool has_rows = scalar<bool>(stack[4]), entropy = scalar<bool>(stack[7]), is_bf16 = logits.is_bf16();
+    const int64_t vocab_start = scalar<int64_t>(stack[5]), vocab_size = scalar<int64_t>(stack[6]);
     const int64_t count = stats.size(0), columns = logits.size(1), stride = logits.stride(0);
     const int64_t *target = targets.data<int64_t>(), *row = has_rows ? rows.data<int64_t>() : nullptr;
     const PerToken inverse_temperature(temperature);
     const auto* halves = static_cast<const Bf16*>(logits.data<void>());
     const auto* floats = static_cast<const float*>(logits.data<void>());
     RowStats* out = stats.data<RowStats>();
+    check_tokens(target, row, count, logits.size(0), vocab_size);
+    if (lists) lists->check(target, row, count, vocab_size);
     const CpuKernels& table = kernels();
     parallel_for(count, 32768 / (columns + 1), [&](int64_t i) {
         const int64_t token = row ? row[i] : i;
@@ -138,13 +224,14 @@ void stats_of_rows(StableIValue* stack, const KeptLists* lists) {
     });
 }
 
-// log_prob_stats(logits, targets, inverse_temperature, rows, bool has_rows, int vocab_start, bool entropy, stats!)
+// log_prob_stats(logits, targets, inverse_temperature, rows, bool has_rows, int vocab_start, int vocab_size, bool entropy,
+//                stats!)
 void op_log_prob_stats(StableIValue* stack, uint64_t, uint64_t) { stats_of_rows(stack, nullptr); }
 
 // kept_log_prob_stats(the same, kept_ids, kept_ranges)
 void op_kept_log_prob_stats(StableIValue* stack, uint64_t, uint64_t) {
-    const Tensor ids(stack[8]), ranges(stack[9]);
-    const KeptLists lists{ids.data<int32_t>(), ranges.data<int64_t>()};
+    const Tensor ids(stack[9]), ranges(stack[10]);
+    const KeptLists lists(ids, ranges);
     stats_of_rows(stack, &lists);
 }
 
@@ -229,7 +316,7 @@ void op_log_prob_backward(StableIValue* stack, uint64_t, uint64_t) { backward_of
 // kept_log_prob_backward(the same, kept_ids, kept_ranges, scratch!)
 void op_kept_log_prob_backward(StableIValue* stack, uint64_t, uint64_t) {
     const Tensor ids(stack[10]), ranges(stack[11]), scratch(stack[12]);
-    const KeptLists lists{ids.data<int32_t>(), ranges.data<int64_t>()};
+    const KeptLists lists(ids, ranges);
     backward_of_rows(stack, &lists, scratch.room_for_floats(ids.numel()));
 }
 
@@ -250,11 +337,21 @@ void op_group_advantage(StableIValue* stack, uint64_t, uint64_t) {
     const uint8_t* counted = mask.data_or_null<uint8_t>();
     const int64_t* offset = offsets.data<int64_t>();
     float* out = advantages.data<float>();
+    check_offsets("group_offsets", offset, offsets.numel() - 1, rewards.numel());
     const OneLane lane;
     const double batch_std = scale == Scale::kBatch ? moments(lane, reward, counted, 0, rewards.numel()).std : 0.0;
     parallel_for(offsets.numel() - 1, 256, [&](int64_t g) {
         group_advantage(lane, reward, counted, offset[g], offset[g + 1], baseline, scale, epsilon, batch_std, out);
     });
+}
+
+// Those of masked tokens may hold anything.
+void check_sequences(const LossTensors& tensors, int64_t count, int64_t sequences) {
+    if (!tensors.sequence_ids) return;
+    Extent found;
+    for (int64_t i = 0; i < count; ++i)
+        if (!tensors.mask || tensors.mask[i]) found.add(tensors.sequence_ids[i]);
+    found.check("sequence_ids", sequences);
 }
 
 constexpr int64_t kTokensPerPart = 4096;  // fixed: the order of the sum must not depend on the number of threads
@@ -281,6 +378,7 @@ void op_grpo_token_loss(StableIValue* stack, uint64_t, uint64_t) {
         scalar<double>(stack[13]), scalar<int64_t>(stack[14]), scalar<double>(stack[15]), scalar<double>(stack[16]),
         scalar<bool>(stack[17]), tensors.old_log_probs, tensors.reference_log_probs, tensors.sampler_log_probs);
     const int64_t count = log_probs.numel(), parts = (count + kTokensPerPart - 1) / kTokensPerPart;
+    check_sequences(tensors, count, advantages.numel());
     std::vector<double> partial(size_t(parts) * kNumSums, 0.0);
     const CpuKernels& table = kernels();
     parallel_for(parts, 1, [&](int64_t part) {

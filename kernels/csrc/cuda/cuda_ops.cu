@@ -42,12 +42,13 @@ device::RowSource row_source(const Tensor& logits, const Tensor& targets, const 
         vocab_start,         temperature.numel() == 1};
 }
 
-// stack: logits, targets, inverse_temperature, rows, bool has_rows, int vocab_start, bool entropy, stats!
+// stack: logits, targets, inverse_temperature, rows, bool has_rows, int vocab_start, int vocab_size (not looked
+// at: targets are not checked here), bool entropy, stats!
 void stats_of_rows(StableIValue* stack, const device::KeptLists* lists) {
-    const Tensor logits(stack[0]), targets(stack[1]), temperature(stack[2]), rows(stack[3]), stats(stack[7]);
+    const Tensor logits(stack[0]), targets(stack[1]), temperature(stack[2]), rows(stack[3]), stats(stack[8]);
     const OnDevice device(logits);
     const int64_t* row = scalar<bool>(stack[4]) ? rows.data<int64_t>() : nullptr;
-    const bool entropy = scalar<bool>(stack[6]);
+    const bool entropy = scalar<bool>(stack[7]);
     const auto source = row_source(logits, targets, temperature, row, scalar<int64_t>(stack[5]));
     const int64_t count = stats.size(0);
     RowStats* out = stats.data<RowStats>();
@@ -71,7 +72,7 @@ void stats_of_rows(StableIValue* stack, const device::KeptLists* lists) {
 void op_log_prob_stats(StableIValue* stack, uint64_t, uint64_t) { stats_of_rows(stack, nullptr); }
 
 void op_kept_log_prob_stats(StableIValue* stack, uint64_t, uint64_t) {
-    const Tensor ids(stack[8]), ranges(stack[9]);
+    const Tensor ids(stack[9]), ranges(stack[10]);
     const device::KeptLists lists{ids.data<int32_t>(), ranges.data<int64_t>()};
     stats_of_rows(stack, &lists);
 }

@@ -138,7 +138,17 @@ def test_from_hidden_states_by_blocks(implementation):
 def test_operators_pass_torchs_own_checks(native):
     logits, targets, _, kept = kept_case(6, 40, torch.float32)
     for chosen in (None, torch.tensor([1, 2, 5])):
-        arguments = (logits.clone().requires_grad_(), targets, torch.ones(1), chosen, kept.ids, kept.ranges(), 0, "")
+        arguments = (
+            logits.clone().requires_grad_(),
+            targets,
+            torch.ones(1),
+            chosen,
+            kept.ids,
+            kept.ranges(),
+            0,
+            40,
+            "",
+        )
         torch.library.opcheck(torch.ops.r1mega_kernels.log_prob.default, (*arguments, True, False, False))
 
 
@@ -170,13 +180,13 @@ def test_a_scratch_that_is_too_small_is_refused(native, dtype, lacking):
         )  # fmt: skip
 
 
-def test_offsets_that_nobody_has_looked_at_stay_within_the_lists(implementation, monkeypatch):
-    """As on a GPU. A list that would end before it begins is an empty one."""
+def test_offsets_that_nobody_has_looked_at_stay_within_the_lists(monkeypatch):
+    """As on a GPU (a CPU's operator looks itself). A list that would end before it begins is an empty one."""
     kept = KeptTokens(torch.tensor([0, 2, 4], dtype=torch.int32), torch.tensor([-5, 2, 1 << 40, 1]))
     assert kept.ranges().tolist() == [[0, 2], [2, 3], [3, 3]]
     monkeypatch.setattr("r1mega_kernels.log_prob.looks_at_values", lambda x: False)
     leaf = torch.zeros(3, 5).requires_grad_()
-    found = grouped_log_prob(leaf, torch.tensor([2, 4, 1]), kept=kept, backend=implementation).log_prob
+    found = grouped_log_prob(leaf, torch.tensor([2, 4, 1]), kept=kept, backend="reference").log_prob
     found.sum().backward()
     torch.testing.assert_close(found.detach().exp(), torch.tensor([1 / 2, 1, 1 / 5]))
     assert leaf.grad.isfinite().all()
@@ -228,15 +238,27 @@ def test_torch_compile_in_one_graph(native):
         ([0, 2, 3], None, TypeError, "kept.ids must be int32 and kept.offsets int64"),
     ],
 )
-def test_wrong_lists(ids, offsets, error, message):
+def test_wrong_lists(implementation, ids, offsets, error, message):
     ids, targets = torch.tensor(ids, dtype=torch.int32), torch.tensor([0, 1, 4])
     kept = KeptTokens(ids, torch.tensor(offsets or [0, 1, 3, 3], dtype=torch.int64 if offsets else torch.int32))
     with pytest.raises(error, match=message):
-        grouped_log_prob(torch.zeros(3, 5), targets, kept=kept)
+        grouped_log_prob(torch.zeros(3, 5), targets, kept=kept, backend=implementation)
+    with pytest.raises(error, match=message):
+        linear_log_prob(torch.zeros(3, 2), torch.zeros(5, 2), targets, kept=kept, backend=implementation)
 
 
-def test_a_target_outside_its_list_is_nan_where_values_are_not_looked_at(implementation, monkeypatch):
+def test_lists_of_rows_that_are_not_chosen_are_not_looked_at(native):
+    """Nor read: the offsets of one of them lie outside the lists."""
+    kept = KeptTokens(torch.tensor([1, 3, 0], dtype=torch.int32), torch.tensor([0, 2, 900, 2, 3]))
+    logits, rows = torch.randn(4, 5).requires_grad_(), torch.tensor([0, 3])
+    grouped_log_prob(logits, torch.tensor([3, 9, 9, 0]), rows=rows, kept=kept, backend=native).log_prob.sum().backward()
+    assert (logits.grad[:, [2, 4]] == 0).all() and logits.grad[0, 1] < 0 < logits.grad[0, 3]
+    with pytest.raises(ValueError, match="kept.offsets must rise from 0 to 3, not from 2 to 900 at token 1"):
+        grouped_log_prob(logits, torch.tensor([3, 0, 0, 0]), kept=kept, backend=native)
+
+
+def test_a_target_outside_its_list_is_nan_where_values_are_not_looked_at(monkeypatch):
     monkeypatch.setattr("r1mega_kernels.log_prob.looks_at_values", lambda x: False)
     kept = KeptTokens(torch.tensor([0, 2], dtype=torch.int32), torch.tensor([0, 2]))
-    got = grouped_log_prob(torch.zeros(1, 5), torch.tensor([1]), kept=kept, backend=implementation)
+    got = grouped_log_prob(torch.zeros(1, 5), torch.tensor([1]), kept=kept, backend="reference")
     assert got.log_prob.isnan().all() and got.entropy.isfinite().all()

@@ -241,7 +241,7 @@ def test_narrow_gradients_are_the_rounded_ones():
     """What a GPU does, by the reference on a CPU: the first half of each row takes the gradient, rounded once."""
     logits, stats = torch.randn(5, 40), torch.empty(5, 4)
     targets, inverse, upstream = torch.arange(5), torch.ones(1), torch.randn(3, 5)
-    stats_into(stats, logits, targets, inverse, None, (None, None), 0, True, True)
+    stats_into(stats, logits, targets, inverse, None, (None, None), 0, 40, True, True)
     arguments = (targets, inverse, None, (None, None), None, 0, stats, stats[:, 3], upstream, True)
     wide, place = torch.empty(5, 40), logits.clone()
     backward_into(wide, logits, *arguments)

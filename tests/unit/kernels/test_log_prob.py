@@ -225,10 +225,18 @@ def test_no_rows(implementation):
         ({"backend": "fast"}, "'native' or 'reference'"),
     ],
 )
-def test_wrong_arguments(change, message):
-    arguments = {"logits": torch.zeros(3, 5), "targets": torch.zeros(3, dtype=torch.int64)} | change
+def test_wrong_arguments(implementation, change, message):
+    """By the compiled operators, which look at values themselves, as by the reference."""
+    arguments = {"logits": torch.zeros(3, 5), "targets": torch.zeros(3, dtype=torch.int64), "backend": implementation}
     with pytest.raises(ValueError, match=message):
-        grouped_log_prob(**arguments)
+        grouped_log_prob(**arguments | change)
+
+
+def test_targets_of_a_compiled_call_are_looked_at(native):
+    """torch.compile cannot branch on values; the operator can."""
+    arguments = (torch.ones(1), None, None, None, 0, 5, "", True, False, False)
+    with pytest.raises(ValueError, match=r"targets must be in \[0, 5\), found -1 to 2"):
+        torch.ops.r1mega_kernels.log_prob(torch.zeros(2, 5), torch.tensor([2, -1]), *arguments)
 
 
 def test_wrong_dtype(native):
@@ -359,6 +367,7 @@ def test_operator_passes_torchs_own_checks(native):
             None,
             None,
             0,
+            40,
             "",
             True,
             False,

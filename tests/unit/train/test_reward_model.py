@@ -25,6 +25,7 @@ from r1mega.train.reward_model import (  # noqa: E402
 )
 from r1mega.train.trainer import Trainer  # noqa: E402
 from tests.reference import DEEPSEEK, DENSE, make_reference  # noqa: E402
+from tests.unit.train.test_supervised import entropies_asked
 
 LEARNING_RATE = 1e-3
 EPS = 1e-6
@@ -132,7 +133,7 @@ def test_scores_and_a_step_in_bfloat16(one_rank, tmp_path):
 @pytest.mark.parametrize(
     ("objective", "log_probs"), [("pairwise", "logits"), ("pointwise", "logits"), ("pairwise", "hidden")]
 )
-def test_two_steps_equal_transformers_and_adamw(one_rank, tmp_path, objective, log_probs):
+def test_two_steps_equal_transformers_and_adamw(one_rank, tmp_path, monkeypatch, objective, log_probs):
     hf, samples = MODELS["deepseek"], make_samples(objective)
     policy = make_policy(hf, base_weights(hf), log_probs=log_probs)
     model = classifier(policy, hf, tmp_path / "before")
@@ -142,6 +143,7 @@ def test_two_steps_equal_transformers_and_adamw(one_rank, tmp_path, objective, l
         [{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}],
         lr=LEARNING_RATE, betas=(0.9, 0.95), eps=EPS,
     )  # fmt: skip
+    asked = entropies_asked(policy, monkeypatch)
     for indices in ([0, 1, 2, 3], [5, 2, 4]):
         result = preference_step(trainer, samples, indices, objective, capacity=48)
         losses, right = [], 0
@@ -159,6 +161,7 @@ def test_two_steps_equal_transformers_and_adamw(one_rank, tmp_path, objective, l
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         optimizer.step()
+        assert asked and not any(asked)
         assert result.loss == pytest.approx(float(loss), abs=1e-5) and result.accuracy == pytest.approx(
             right / len(indices)
         )

@@ -33,12 +33,25 @@ def reference_loss(model, samples, prompt_weight):
     return sums
 
 
+def entropies_asked(policy, monkeypatch) -> list[bool]:
+    """Whether each pass of a microbatch from now on wants entropies."""
+    read, asked = policy.read, []
+
+    def spy(*arguments, entropies, **options):
+        asked.append(entropies)
+        return read(*arguments, entropies=entropies, **options)
+
+    monkeypatch.setattr(policy, "read", spy)
+    return asked
+
+
 @pytest.mark.parametrize("prompt_weight", [0.0, 0.1])
-def test_sft_steps_equal_transformers_and_adamw(one_rank, tmp_path, prompt_weight):
+def test_sft_steps_equal_transformers_and_adamw(one_rank, tmp_path, monkeypatch, prompt_weight):
     from r1mega.train.supervised import mean_loss, pack_weighted, sample_losses, supervised_step
 
     trainer, samples = make_trainer(), make_samples()
     policy = trainer.policy
+    asked = entropies_asked(policy, monkeypatch)
     model = transformers_model(policy, tmp_path)
     groups = [[p for p in model.parameters() if p.ndim > 1], [p for p in model.parameters() if p.ndim == 1]]
     optimizer = torch.optim.AdamW(
@@ -62,6 +75,7 @@ def test_sft_steps_equal_transformers_and_adamw(one_rank, tmp_path, prompt_weigh
         assert math.isclose(result.update.grad_norm, float(norm), rel_tol=1e-4)
         lengths = [len(s.token_ids) for s in samples]
         assert result.work.tokens == sum(lengths) and result.work.pairs == sum(n * (n + 1) / 2 for n in lengths)
+    assert asked and not any(asked)  # nobody reads them
     trained, expected = dict(policy.hf_tensors()), hub_names(model.state_dict())
     for name, value in expected.items():
         difference = (trained[name] - value).abs()  # where a gradient is near zero Adam's step has the sign of rounding

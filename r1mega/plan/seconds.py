@@ -17,17 +17,10 @@ from r1mega.config.stages.sft import SFTStage
 from r1mega.model.architecture import Architecture, LatentAttention
 from r1mega.model.families import architecture_of
 from r1mega.model.flops import ModelFlops, Work, model_flops
-<<<<<<< HEAD
-from r1mega.plan.generator import GeneratorConfig, GeneratorMemory
-from r1mega.plan.gpu import GPU
-from r1mega.plan.memory import in_flight, moment_bytes
-from r1mega.plan.partial import BIN, played_steps
-=======
 from r1mega.plan.decoding import partial_seconds, rollout_seconds
 from r1mega.plan.generator import GeneratorMemory
 from r1mega.plan.gpu import ASSUMED, GPU, Efficiency
-from r1mega.plan.memory import moment_bytes
->>>>>>> h-times
+from r1mega.plan.memory import in_flight, moment_bytes
 from r1mega.plan.workload import Workload
 
 
@@ -62,12 +55,8 @@ def plan_seconds(
     *,
     imbalance: float,
     per_node: int,
-<<<<<<< HEAD
-    efficiency: Efficiency = Efficiency(),
-    moved: float = 0.0,
-=======
     efficiency: Efficiency = ASSUMED,
->>>>>>> h-times
+    moved: float = 0.0,
 ) -> Seconds:
     """work: of one step; generator: None where nothing is generated; moved: MemoryPlan.moved_a_token. Saves and evaluations
     are not in it.
@@ -124,27 +113,22 @@ class _Costs:
         longer counts. Back comes at first what the layer moved last, which nothing hides.
         """
         products, exchanges = self._again()
-<<<<<<< HEAD
-        seconds = self._computed(3 + products) + self._exchanged(2 + exchanges) - self._hidden(3 + products)
+        seconds = self._slowest(3 + products, 3, 2 + exchanges, hidden=self._overlapped())
         if not self.moved:
             return seconds
         p, forward = self.config.parallel, self.forward()
         copy = self.moved * self._tokens() * p.tp * p.cp / (self.gpu.host_bandwidth * self.efficiency.network)
-        last = copy / max(1.0, self._share() * self.model.num_layers)
+        last = copy / max(1.0, *self._layers())
         return max(forward, copy) + max(seconds - forward, copy) + last
 
-    def _hidden(self, products: float) -> float:
-        """Of the experts' exchanges, where one microbatch's go on while another computes: all but those of the microbatches
-        that fill the pipeline and drain it, as far as there is that much to compute.
+    def _overlapped(self) -> float:
+        """Share of the microbatches whose exchanges with experts go on while another computes: all but those that fill the
+        pipeline and drain it.
         """
         p, m = self.config.parallel, self.work.microbatches
         if not self.config.model.megatron.overlap_moe_expert_parallel_comm:
             return 0.0
-        alone = in_flight(p, 0, m) / m  # the first stage's, which has the most
-        return (1 - alone) * min(self._sent(2), self._computed(products))
-=======
-        return self._slowest(3 + products, 3, 2 + exchanges)
->>>>>>> h-times
+        return 1 - in_flight(p, 0, m) / m  # the first stage's, which has the most
 
     def _again(self) -> tuple[float, float]:
         """What of a forward pass's matrix products and of its exchanges model.recompute does a second time."""
@@ -156,19 +140,20 @@ class _Costs:
         products = sum(parts.get(part, 0.0) for part in recompute)
         return products / self.flops.forward(Work(whole.tokens, whole.pairs, 0)), float("moe" in recompute)
 
-    def _slowest(self, products: float, heads: float, exchanges: float) -> float:
+    def _slowest(self, products: float, heads: float, exchanges: float, hidden: float = 0.0) -> float:
         """Seconds on the rank of the pipeline that takes longest: so many passes through its layers' matrix products, through
-        the output layer, which the last one has, and of its layers' exchanges.
+        the output layer, which the last one has, and of its layers' exchanges. hidden: share of those with experts, forward
+        and backward, that goes on beside the products, as far as there is that much to compute.
         """
         layer, head = self._layer_flops(), self._head_flops()
         a_product = self._tokens() / (self.gpu.bf16_flops * self.efficiency.matmul)
-        exchanged = self._exchanged() + self._gathered()
-        counts = self._layers()
-        return max(
-            a_product * (products * count * layer + heads * (rank == len(counts) - 1) * head)
-            + exchanges * count * exchanged
-            for rank, count in enumerate(counts)
-        )
+        sent, gathered, counts = self._exchanged(), self._gathered(), self._layers()
+
+        def seconds(rank: int, count: float) -> float:
+            computed = a_product * (products * count * layer + heads * (rank == len(counts) - 1) * head)
+            return computed + exchanges * count * (sent + gathered) - hidden * min(2 * count * sent, computed)
+
+        return max(seconds(rank, count) for rank, count in enumerate(counts))
 
     def _layers(self) -> list[float]:
         """Of each rank of the pipeline; those of multi-token prediction are as dear as others, on the last one."""
@@ -208,27 +193,6 @@ class _Costs:
         replicas = self.gpus // (p.tp * p.pp * p.cp)
         return self.work.tokens / (self.work.minibatches * self.work.microbatches * replicas) / (p.tp * p.cp)
 
-<<<<<<< HEAD
-    def _computed(self, passes: float) -> float:
-        whole = self.work.whole
-        of_a_token = self.flops.forward(Work(whole.tokens, whole.pairs, 0)) / whole.tokens
-        return passes * of_a_token * self._share() * self._tokens() / (self.gpu.bf16_flops * self.efficiency.matmul)
-
-    def _exchanged(self, passes: float) -> float:
-        """Tokens to their experts and back; with tp and cp what their ranks gather of each other."""
-        return passes * self._gathered() + self._sent(passes)
-
-    def _sent(self, passes: float) -> float:
-        """Tokens to their experts and back, of the fullest rank."""
-        experts, p = self.model.experts, self.config.parallel
-        if experts is None or p.ep * p.etp == 1:
-            return 0.0
-        layers = sum(experts.layers) / len(experts.layers) * self._share() * len(experts.layers)
-        sent = 2 * self._tokens() * experts.chosen * self.hf["hidden_size"] * 2 * self.imbalance
-        inside = p.ep * p.etp <= self.per_node
-        bandwidth = self.gpu.nvlink_bandwidth if inside else self.gpu.network_bandwidth
-        return passes * layers * sent * (1 - 1 / (p.ep * p.etp)) / (bandwidth * self.efficiency.network)
-=======
     def _exchanged(self) -> float:
         """Of an average layer, one way through it: tokens to their experts and back, of the fullest rank. The ranks of ep * etp
         follow one another; the share for one's own node goes over NVLink while the rest goes over the network. alltoall sends a
@@ -245,7 +209,6 @@ class _Costs:
         a_copy = 2 * self._tokens() * self.model.hidden_size * 2 * self._uneven()
         seconds = a_copy * max(within / self.gpu.nvlink_bandwidth, across / self.gpu.network_bandwidth)
         return seconds / self.efficiency.network * sum(experts.layers) / self.model.num_layers
->>>>>>> h-times
 
     def _gathered(self) -> float:
         """Of a layer, one way through it: tp gathers and scatters hidden states, around attention and around the feed-forward

@@ -92,12 +92,12 @@ def replicas_work(config: TrainingStage, lengths: Lengths, gpus: int) -> Workloa
 
 def workload(config: TrainingStage, lengths: Lengths, replicas: int, multiple: int = 1) -> Workload:
     """Of a stage with these lengths on so many data-parallel replicas. multiple: of microbatches (interleaved pipelines)."""
-    prompt, minibatches, least = 0, 1, None
+    prompt, minibatches, least, in_all = 0, 1, None, 1
     if isinstance(config, RLStage):
         count = config.rollout.num_prompts * config.rollout.group_size
         longest, capacity = config.rollout.max_response_tokens, config.update.microbatch_tokens
         prompt, minibatches = min(lengths.prompt, config.data.max_prompt_tokens), config.update.num_minibatches
-        least = config.update.min_microbatches
+        least, in_all = config.update.min_microbatches, config.update.microbatch_multiple
     elif isinstance(config, SFTStage):
         count, longest, capacity = config.batch_size, config.data.max_tokens, config.microbatch_tokens
         least = config.min_microbatches
@@ -110,7 +110,7 @@ def workload(config: TrainingStage, lengths: Lengths, replicas: int, multiple: i
     whole = [prompt + response for response in drawn]
     parts = split_minibatches(count, minibatches, f"{config.seed}/plan")[:PACKED_MINIBATCHES]
     bins = plan_packing(
-        whole, parts, capacity, replicas, multiple, least or least_microbatches(config.parallel.pp)
+        whole, parts, capacity, replicas, multiple, least or least_microbatches(config.parallel.pp), in_all
     ).bins
     sizes = [[sum(whole[i] for i in members) for members in rank] for part in bins for rank in part]
     return Workload(tuple((prompt, response) for response in drawn), minibatches, len(sizes[0]), max(map(max, sizes)))

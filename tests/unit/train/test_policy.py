@@ -297,6 +297,15 @@ def transformers_model(policy, tmp_path):
     return AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32, attn_implementation="eager")
 
 
+def test_the_norm_of_gradients_is_the_same_however_many_ranks_share_them(one_rank):
+    from megatron.core.optimizer.clip_grads import get_grad_norm_fp32
+
+    gradients = torch.randn(100_003, generator=torch.Generator().manual_seed(1))
+    for share in (100_003, 50_002, 777):
+        norm = get_grad_norm_fp32(list(gradients.split(share)), grad_stats_parallel_group=None)
+        assert math.isclose(norm, float(gradients.double().norm()), rel_tol=1e-13)
+
+
 @pytest.mark.parametrize(
     ("aggregation", "log_probs"),
     [("sequence", "logits"), ("token", "logits"), ("sequence", "hidden"), ("sequence", "reference")],

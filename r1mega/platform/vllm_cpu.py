@@ -35,7 +35,8 @@ MLA_HEAD_DIMS = (512, 64)
 """(kv_lora_rank, qk_rope_head_dim) of the only CPU decode kernel, csrc/cpu/mla_decode.cpp (head dim 576)."""
 
 LEAST_ROWS = 4
-"""From so many rows on, oneDNN's float32 products of a row have the same bits whatever else is in the batch (measured: AVX-512)."""
+"""From so many rows on, a row of the nano model's products has the same bits whatever else is in the batch (float32; measured with
+AVX-512)."""
 
 HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Head sizes that the kernels behind CPU_ATTN exist for (vllm/v1/attention/backends/cpu_attn.py)."""
@@ -353,10 +354,10 @@ def _patch_few_rows() -> None:
 
     product.__dict__["_r1mega_patch"] = True
     utils.cpu_unquantized_gemm = product
-    mla_attention.torch = _TorchOfManyRows()
+    mla_attention.torch = TorchOfManyRows()
 
 
-class _TorchOfManyRows:
+class TorchOfManyRows:
     """torch, whose batched products are of LEAST_ROWS rows at least."""
 
     def __getattr__(self, name: str) -> object:

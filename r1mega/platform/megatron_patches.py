@@ -249,7 +249,7 @@ PATCHES = (
         '    l2_cuda = torch.tensor([float(l2_reduced)], dtype=torch.float, device="cuda")',
         '    l2_cuda = torch.tensor([float(l2_reduced)], dtype=torch.double, device="cuda")',
         "as above",
-        "as above",
+        "none known; it would have to sum in a wider type than that of the gradients",
     ),
     Patch(
         "optimizer.clip_grads",
@@ -257,7 +257,7 @@ PATCHES = (
         "grad_norm = torch.zeros(1, dtype=torch.float, device='cuda')",
         "grad_norm = torch.zeros(1, dtype=torch.double, device='cuda')",
         "as above; of a rank that has no share",
-        "as above",
+        "none known; it would have to sum in a wider type than that of the gradients",
     ),
     Patch(
         "optimizer.cpu_offloading.hybrid_optimizer",

@@ -316,7 +316,11 @@ def _wait(arguments: Sequence[str]) -> int:
         child = subprocess.Popen(arguments)
         for number in received:  # that came before there was a child
             child.send_signal(number)
-        code = child.wait()
+        try:
+            code = child.wait()
+        except KeyboardInterrupt:  # the terminal told the child too: what several ranks save is not left running
+            child.wait()
+            raise
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -10,6 +10,7 @@ nodes:
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import json
 import os
@@ -32,6 +33,9 @@ class NodeConfig(Section):
     config: Path
     overrides: dict[str, Any] = {}
     ranks: PositiveInt = 1  # processes; more than one: on this machine, or by the launcher that the command names
+    # instead of them, of a model that is too small for several threads, on this machine, where it has no GPU: one a processor, up to
+    # this, and a divisor of it
+    cpu_ranks: PositiveInt | None = None
 
 
 class PipelineConfig(Section):
@@ -64,6 +68,7 @@ class Node:
     source: Path
     ranks: int
     inputs: tuple[Input, ...]
+    cpu_ranks: int | None = None
 
     @property
     def parents(self) -> tuple[str, ...]:
@@ -117,11 +122,25 @@ def load_pipeline(path: Path, overrides: Sequence[str] = (), moved: Mapping[Path
         stages[name] = _moved(stage, {**(moved or {}), file.dir: config.dir})
     _check_run_dirs(stages)
     nodes = {
-        name: Node(name, stages[name], path.parent / node.config, node.ranks, _inputs(name, stages))
+        name: Node(
+            name, stages[name], path.parent / node.config, node.ranks, _inputs(name, stages), node.cpu_ranks
+        )  # fmt: skip
         for name, node in config.nodes.items()
     }
     external = {_move(Path(name).expanduser(), file.dir, config.dir): model for name, model in config.external.items()}
     return Pipeline(config.name, config.dir, path, config.ranks_per_machine, external, nodes)
+
+
+def on_processors(pipeline: Pipeline, processors: int) -> Pipeline:
+    """The pipeline as it runs on one machine without a GPU: with `cpu_ranks` in the place of `ranks` where a node has them."""
+
+    def placed(node: Node) -> Node:
+        most = node.cpu_ranks
+        if most is None:
+            return node
+        return dataclasses.replace(node, ranks=max(n for n in range(1, processors + 1) if most % n == 0))
+
+    return dataclasses.replace(pipeline, nodes={name: placed(node) for name, node in pipeline.nodes.items()})
 
 
 def check_pipeline(pipeline: Pipeline, names: Sequence[str], *, dry_run: bool, damaged: Collection[Path] = ()) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import torch.distributed as dist
@@ -54,10 +55,8 @@ class Evaluation:
             data = DataConfig.model_validate(config.data.model_dump() | {"prompts": (config.evaluate.data,)})
             self._prompts = load_prompts(data, tokenizer)[: config.evaluate.num_prompts]
         self._writer = None
-        self._last: dict[str, float] = {}
         if runtime.is_main and self._prompts:
             self._writer = JsonLinesWriter(runtime.run_dir / EVALUATIONS_FILE, start or None)
-            self._last = {name: value for name, value in (self._writer.last or {}).items() if name != "step"}
 
     def is_due(self, step: int) -> bool:
         """Whether to evaluate after this step."""
@@ -85,10 +84,7 @@ class Evaluation:
         metrics = merge_results([result for result in firsts if isinstance(result, EvaluationResult)]).metrics()
         if self._writer is not None:
             self._writer.write({"step": step, **metrics})
-        accuracy = metrics.get("eval/accuracy")
-        found = "no response could be judged" if accuracy is None else f"accuracy {accuracy:.3f}"
-        self._runtime.note(f"evaluation after step {step}: {found}")
-        self._last = metrics
+        self._runtime.note(f"evaluation after step {step}: {_told(metrics)}")
         return metrics
 
     def _outcomes(self, step: int) -> list[EvaluationResult | R1MegaError | OSError | None]:
@@ -110,9 +106,13 @@ class Evaluation:
         wait_for_all("rollout", f"the evaluation after step {step}")
         return _of_all_ranks(outcome)
 
-    def summary(self) -> dict[str, float]:
-        """The last evaluation's figures (rank 0's are right after a restart too)."""
-        return self._last
+
+def _told(metrics: Mapping[str, float]) -> str:
+    """What a person wants of it; all of it is in evaluations.jsonl."""
+    if "eval/accuracy" not in metrics:
+        return "no response could be judged"
+    bounds = f"{metrics['eval/accuracy_low']:.3f} to {metrics['eval/accuracy_high']:.3f}"
+    return f"accuracy {metrics['eval/accuracy']:.3f} ({bounds}), {metrics['eval/length_mean']:.1f} tokens a response"
 
 
 def _of_all_ranks(

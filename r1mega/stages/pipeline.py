@@ -20,8 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from r1mega import platform
 from r1mega.config.load import dump_config
-from r1mega.config.pipeline import Node, Pipeline, check_pipeline, in_turn, is_inside
+from r1mega.config.pipeline import Node, Pipeline, check_pipeline, in_turn, is_inside, on_processors
 from r1mega.config.schema import Stage, TrainingStage
 from r1mega.errors import EXIT_SAVED_FOR_REQUEUE, ConfigError
 from r1mega.files import write_atomic
@@ -62,6 +63,11 @@ class Decision:
     reason: str
     inputs: Mapping[str, Source] | None = None
     fingerprint: str | None = None
+
+
+def on_this_machine(pipeline: Pipeline) -> Pipeline:
+    """The pipeline as it runs here without a launcher: see `NodeConfig.cpu_ranks`."""
+    return on_processors(pipeline, len(os.sched_getaffinity(0))) if platform.current().name == "cpu" else pipeline
 
 
 def run_pipeline(
@@ -310,7 +316,11 @@ def _wait(arguments: Sequence[str]) -> int:
         child = subprocess.Popen(arguments)
         for number in received:  # that came before there was a child
             child.send_signal(number)
-        code = child.wait()
+        try:
+            code = child.wait()
+        except KeyboardInterrupt:  # the terminal told the child too: what several ranks save is not left running
+            child.wait()
+            raise
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -162,7 +162,7 @@ def run(config: RLStage, runtime: Runtime) -> int:
         rl.close()
     rl.trainer.enter("save")  # also where there was no step left to do
     exported = runtime.export(rl.policy, rl.hf_config, tokenizer_from=config.model.path)
-    return runtime.finished({"checkpoint": str(exported)} | evaluation.summary())
+    return runtime.finished({"checkpoint": str(exported)})
 
 
 def rates(metrics: dict[str, Any], times: dict[str, float]) -> dict[str, float]:

@@ -1,6 +1,10 @@
 """What a pipeline would do with nodes whose run directories are as two stages would have left them."""
 
 import json
+import os
+import signal
+import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -11,7 +15,7 @@ from r1mega.config.pipeline import load_pipeline
 from r1mega.errors import ConfigError
 from r1mega.observe.lineage import Attempt, Lineage, stamp_outputs, write_lineage
 from r1mega.observe.progress import QUIET
-from r1mega.stages.pipeline import covered, decide, dry_run, jobs, run_pipeline
+from r1mega.stages.pipeline import _wait, covered, decide, dry_run, jobs, run_pipeline
 
 FILE = f"""
 name: two
@@ -125,6 +129,15 @@ def test_jobs_are_those_that_can_run(load, tmp_path):
     assert not (tmp_path / "runs" / "hashes.json").exists(), "a dry run writes nothing"
     listed(load(), remember=True)
     assert "configs/nano/model/config.json" in (tmp_path / "runs" / "hashes.json").read_text()
+
+
+def test_ctrl_c_waits_for_what_the_stage_saves(tmp_path):
+    interrupt = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
+    interrupt.start()
+    saves = f"import time; time.sleep(2); open({str(tmp_path / 'saved')!r}, 'w')"
+    with pytest.raises(KeyboardInterrupt):
+        _wait([sys.executable, "-c", saves])
+    assert (tmp_path / "saved").exists()
 
 
 def test_a_dry_run_refuses_a_generator_that_its_gpus_cannot_hold():

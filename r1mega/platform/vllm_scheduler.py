@@ -1,9 +1,9 @@
 """vLLM's scheduler (0.32.0, vllm/v1/core/sched/scheduler.py) with a short way for steps in which every sample gets one token.
 
 Reason: with 256 samples of a small model on a CPU its two loops over the requests, which ask each for drafts, images, prefixes
-and more, make a rollout up to a quarter slower (docs/performance.md). Where none of that is there and nothing waits, what they find is known:
-one token for each, a new block of the KV cache for those that begin one. Everything else (prompts, waiting samples, a full
-cache, samples that end) goes vLLM's own way, by `super()`; what comes out is the same in either way
+and more, make a rollout up to a quarter slower (docs/performance.md). Where none of that is there and nothing waits, what they
+find is known: one token for each, a new block of the KV cache for those that begin one. Everything else (prompts, waiting
+samples, a full cache, samples that end) goes vLLM's own way, by `super()`; what comes out is the same in either way
 (tests/unit/rollout/test_vllm_scheduler.py). vLLM takes it as `scheduler_cls`.
 """
 

@@ -235,16 +235,21 @@ def words(rng: random.Random, count: int, vocabulary: int) -> str:
     return " ".join(f"t{rng.randrange(1, vocabulary)}" for _ in range(count))
 
 
-def write_tokenizer(directory: Path, vocabulary: int) -> None:
-    """The word "t17" is token 17; there is no token that ends a text."""
+def write_tokenizer(directory: Path, vocabulary: int, special: Mapping[str, str] | None = None) -> None:
+    """The word "t17" is token 17. special: transformers' names of the first tokens and their words ({"eos_token": "<eos>"});
+    without them no token ends a text.
+    """
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit
 
-    tokenizer = Tokenizer(WordLevel({f"t{i}": i for i in range(vocabulary)}, unk_token="t0"))
+    special = special or {}
+    known = [*special.values(), *(f"t{i}" for i in range(len(special), vocabulary))]
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(known)}, unk_token=known[0]))
     tokenizer.pre_tokenizer = WhitespaceSplit()
     tokenizer.save(str(directory / "tokenizer.json"))
-    (directory / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **special}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
 # ---------------------------------------------------------------------- the run

@@ -55,6 +55,9 @@ class VllmPlatform(Protocol):
     ) -> dict[str, Any]:
         """Arguments of vLLM's EngineArgs that this platform alone needs."""
 
+    def scheduler_arguments(self) -> dict[str, object]:
+        """Arguments of vLLM's EngineArgs that say which scheduler it takes; {}: its own."""
+
     def kv_block_tokens(self, model_config: HFConfig) -> int:
         """Tokens a KV-cache block."""
 

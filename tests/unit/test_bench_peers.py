@@ -1,0 +1,117 @@
+"""The comparison with TRL: its arguments, what it makes of the two sides' figures, and the inputs that both get."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parents[2] / "tools"))  # as a script finds its neighbours
+
+from r1mega.config.load import load_config
+from r1mega.data.prompts import load_prompts
+from r1mega.data.tokenizer import load_tokenizer
+from tools import bench_peers, peer_side
+
+
+def step(seconds, cpu, tokens=100):
+    """What a side says of a step of which half is sampling."""
+    parts = {"rollout": 0.5, "log-probs": 0.1, "update": 0.3, "the rest": 0.1, "step": 1.0}
+    return {"times": {k: {"wall": seconds * v, "cpu": cpu * v} for k, v in parts.items()}, "tokens": tokens}
+
+
+def test_ratios_are_of_pairs_and_goals_want_both_clocks():
+    rounds = [{"r1mega": step(1, 2), "trl": step(s, c)} for s, c in ((1.0, 3.0), (1.4, 3.2), (9.0, 3.1))]
+    summary = {"workload": "small", "threads": 1, "trl": "1.16.0", "rounds": rounds}
+    assert bench_peers.ratios(rounds, "step", "wall") == pytest.approx([1.0, 1.4, 9.0])
+    assert bench_peers.ratios(rounds, "step", "cpu") == pytest.approx([1.5, 1.6, 1.55])
+    lines = bench_peers.table(summary).splitlines()
+    assert "3 rounds" in lines[0] and "100 sampled tokens" in lines[0]
+    assert lines[-3].split() == ["step", "1.000", "1.400", "1.40", "2.000", "3.100", "1.55"]
+    assert lines[-2:] == [
+        "goal: step at least 1.3 times as fast: holds",
+        "goal: rollout at least 1.2 times as fast: holds",
+    ]
+    slow = [{"r1mega": step(1, 2), "trl": step(1.4, 2)}]
+    assert "holds by one clock only" in bench_peers.table(summary | {"rounds": slow})
+    assert "missed" in bench_peers.table(summary | {"rounds": [{"r1mega": step(1, 2), "trl": step(1, 2)}]})
+
+
+def test_arguments(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    options = bench_peers.arguments([])
+    assert options.workloads == ["small", "smollm2"] and options.threads == 1
+    assert options.venv == tmp_path / f"r1mega/trl-{bench_peers.TRL}"
+    assert bench_peers.arguments(["smollm2", "--rounds", "2"]).workloads == ["smollm2"]
+    for words, message in ((["big"], "no workload 'big'"), (["--rounds", "0"], "at least 1")):
+        with pytest.raises(SystemExit):
+            bench_peers.arguments(words)
+        assert message in capsys.readouterr().err
+
+
+def test_without_trl_it_is_skipped_by_name(capsys, tmp_path, monkeypatch):
+    """pip cannot install it: there is no such version."""
+    monkeypatch.setattr(bench_peers, "install", lambda venv: "No matching distribution found for trl")
+    monkeypatch.setattr(sys, "argv", ["bench_peers.py", "--venv", str(tmp_path / "venv")])
+    bench_peers.main()
+    said = capsys.readouterr().out
+    assert said.startswith(f"skipped: TRL {bench_peers.TRL}") and "No matching distribution" in said
+
+
+def test_installing_says_why_it_failed(tmp_path, monkeypatch):
+    """An interpreter whose every call fails, in the place of this one."""
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho one\necho the reason >&2\nexit 1\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    assert bench_peers.install(tmp_path / "venv") == "the reason"
+
+
+def test_both_sides_get_the_same_prompts_and_lengths(tmp_path):
+    """r1mega's config is accepted, its tokens are those of transformers' tokenizer, and all lengths fit."""
+    from transformers import AutoTokenizer
+
+    workload = bench_peers.WORKLOADS["small"]
+    bench_peers.make_inputs(workload, tmp_path, 2, 1)
+    config = load_config(tmp_path / "zero.yaml")
+    prompts = load_prompts(config.data, load_tokenizer(tmp_path / "model"))
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "model")
+    questions = [json.loads(line)["question"] for line in (tmp_path / "prompts.jsonl").read_text().splitlines()]
+    assert [list(p.token_ids) for p in prompts] == theirs(questions)["input_ids"]
+    assert {len(p.token_ids) for p in prompts} == {workload.prompt_tokens}
+    assert (theirs.pad_token_id, theirs.eos_token_id) == (0, 1)
+    spec = json.loads((tmp_path / "spec.json").read_text())
+    assert [len(row) for row in spec["lengths"]] == [256, 256] and set(spec["lengths"][0]) == {32}
+    assert config.rollout.num_prompts * config.rollout.group_size == 256 and config.steps == 2
+    assert 256 % spec["trl_batch"] == 0
+
+
+def test_the_long_tail_is_one():
+    workload = bench_peers.WORKLOADS["smollm2"]
+    import synthetic
+
+    draw = synthetic.draw_lengths(workload.max_tokens, float(workload.mean), workload.cv, None)
+    lengths = [draw(seed) for seed in range(1600)]
+    assert max(lengths) == 512 and 100 < sum(lengths) / 1600 < 130
+    assert sorted(lengths)[800] < 90, "half of the responses are short"
+
+
+def test_a_stopwatch_counts_what_is_inside(monkeypatch):
+    now = {"wall": 0.0, "cpu": 0.0}
+    monkeypatch.setattr(peer_side, "CLOCKS", {name: (lambda name=name: now[name]) for name in now})
+
+    class Trainer:
+        def work(self, wall, *, cpu):
+            now["wall"] += wall
+            now["cpu"] += cpu
+            return wall
+
+    watch, trainer = peer_side.Stopwatch(), Trainer()
+    watch.around(trainer, "work", "update")
+    with watch.timed("step"):
+        assert trainer.work(2.0, cpu=1.0) == 2.0
+        now["wall"] += 1.0
+    seconds = watch.taken()
+    assert seconds == {"update": {"wall": 2.0, "cpu": 1.0}, "step": {"wall": 3.0, "cpu": 1.0}}
+    assert peer_side.differences(seconds["step"], seconds["update"]) == {"wall": 1.0, "cpu": 0.0}
+    assert watch.taken() == {}

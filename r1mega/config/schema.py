@@ -7,7 +7,9 @@ Loading, includes, overrides and error messages: `load.py`. Checks across keys t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
@@ -233,6 +235,10 @@ class PartialRollouts(Section):
     @property
     def is_on(self) -> bool:
         return self.overdraw > 1
+
+    def open_groups(self, num_prompts: int) -> int:
+        """Sampled at once where a step trains on num_prompts. Of overdraw as it is written: 1.1 of 10 are 11, not 12."""
+        return math.ceil(Fraction(str(self.overdraw)) * num_prompts)
 
 
 Quantization = Literal["fp8"]

@@ -39,7 +39,7 @@ def played_steps(
     what a run asks, too (`rollout/open_groups.py`).
     """
     wanted = min(num_prompts, MOST_GROUPS)
-    times, open_groups = num_prompts / wanted, math.ceil(partial.overdraw * wanted)
+    times, open_groups = num_prompts / wanted, partial.open_groups(wanted)
     numbers, finishes = np.random.default_rng(seed), partial.on_stale == "finish"
     lengths = np.empty((0, group_size), dtype=np.int64)
     done, born = lengths.copy(), np.empty(0, dtype=np.int64)

@@ -256,12 +256,13 @@ class WorkerPool:
         try:
             worker = worker or _Worker(self._memory_bytes)
             reply = worker.call(job.task, self.start_seconds(job.attempts))
-            self._longest_start = max(self._longest_start, worker.started_seconds)
             reason, killed = reply.get("fatal"), False
         except WorkerDiedError as error:
             reason, killed = f"the worker {error}", error.killed
         except RewardError as error:
             reason, killed = str(error), False
+        if worker is not None:
+            self._longest_start = max(self._longest_start, worker.started_seconds)
         if reason is None:
             self._finish(job, Outcome(reply.get("value"), reply.get("error"), job.attempts))
             return worker

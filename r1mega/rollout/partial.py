@@ -7,7 +7,6 @@ are and in which batches they sample makes no difference.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -89,7 +88,7 @@ class PartialCollector:
         """Fill up the groups in the making; how many are new, and those of them that wait for a seat. Each goes to the generator
         with the fewest to sample, or to the one that has some of it from an earlier start.
         """
-        count = math.ceil(self._partial.overdraw * self._wanted) - len(self._open)
+        count = self._partial.open_groups(self._wanted) - len(self._open)
         again, self._redraw = self._redraw[:count], self._redraw[count:]
         load = [0] * self._place.num_replicas
         for group in self._open:

@@ -137,10 +137,13 @@ class _Session:
         budget = self.budget["answer" if of_answer else self.state.turn]
         if spent < budget:
             return
-        if self.state.turn != "grader" and spent - self.answer.starved_seconds(budget, self.pressure) < budget:
+        owner = self.grader if self.state.turn == "grader" else self.answer
+        if spent - owner.starved_seconds(budget, self.pressure) < budget:
             return
         if self.state.turn == "start":
-            raise SandboxFailure(f"the answer's interpreter did not come up within {_START_SECONDS:.0f} s")
+            raise SandboxFailure(
+                f"the answer's interpreter did not come up within {_START_SECONDS:.0f} s with a CPU to be had"
+            )
         if self.state.turn != "grader":
             return self._end(Verdict.TIME_LIMIT, f"over {self.limits.wall_seconds:g} s of wall time")
         if self.state.ended is None and not self.state.call_seconds:

@@ -109,6 +109,24 @@ def test_a_slow_start_is_waited_for(tmp_path, monkeypatch):
         assert pool.start_seconds(1) >= 3 and pool.start_seconds(2) == 2 * pool.start_seconds(1)
 
 
+def test_a_slow_start_counts_whatever_the_task_does_then(monkeypatch):
+    class Dying:
+        started_seconds = 0.0
+
+        def __init__(self, memory_bytes): ...
+
+        def call(self, task, start_seconds):
+            self.started_seconds = 50.0
+            raise pool_module.WorkerDiedError("died", killed=False)
+
+        def close(self): ...
+
+    monkeypatch.setattr(pool_module, "_Worker", Dying)
+    with WorkerPool(1, MEMORY_BYTES, max_retries=0) as pool:
+        assert pool.submit(task("raises")).result(timeout=60).failure is not None
+        assert pool.start_seconds(1) == 150
+
+
 def test_an_exception_is_a_failure_without_retry():
     with WorkerPool(1, MEMORY_BYTES, max_retries=2) as pool:
         outcome = pool.submit(task("raises")).result(timeout=60)

@@ -203,6 +203,14 @@ def _kept_problems(rollout: RolloutConfig) -> Iterator[str]:
             f"rollout.top_k = {rollout.top_k}: of each token at most rollout.max_kept_ids = {rollout.max_kept_ids} ids are kept and told "
             "to the trainer; raise max_kept_ids to at least top_k, or lower top_k"
         )
+    only = next(
+        (key for key in ("top_k", "max_kept_ids") if rollout.cuts_vocabulary and getattr(rollout, key) == 1), None
+    )
+    if only:
+        yield (
+            f"rollout.{only} = 1: a token that is the only one kept has probability 1 whatever the weights are, so that nothing is "
+            f"learnt; raise {only} to at least 2, or leave it out"
+        )
     if not rollout.cuts_vocabulary and rollout.max_kept_ids != RolloutConfig().max_kept_ids:
         yield (
             "rollout.max_kept_ids is of ids that top_p, top_k or min_p keep, and none of them is set; set one, or leave max_kept_ids out"

@@ -189,6 +189,8 @@ def test_shipped_nano_config_for_four_ranks_is_valid(run):
             1,
             r"rollout\.top_k = 2000.*max_kept_ids = 1024 ids.*raise max_kept_ids to at least top_k",
         ),
+        (["rollout.top_k=1"], 1, r"rollout\.top_k = 1: .*raise top_k to at least 2"),
+        (["rollout.top_p=0.9", "rollout.max_kept_ids=1"], 1, r"raise max_kept_ids to at least 2"),
         (["rollout.max_kept_ids=64"], 1, r"none of them is set; set one, or leave max_kept_ids out"),
         (
             ["algorithm.off_policy.mask=token"],

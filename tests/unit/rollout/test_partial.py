@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 
-from r1mega.config.schema import RolloutConfig
+from r1mega.config.schema import PartialRollouts, RolloutConfig
 from r1mega.data.cursor import PromptCursor
 from r1mega.errors import CheckpointError, DataError, RewardError
 from r1mega.observe.trace import PhaseTimer
@@ -238,6 +238,15 @@ def test_each_token_is_of_the_weights_that_it_says_and_none_is_too_old(alone, ov
                 seen.append(len(response.token_ids))
         assert rollout.metrics()["staleness/max"] <= max_staleness
     assert most > 0 and (max(seen) >= 30 or on_stale == "drop")
+
+
+def test_overdraw_is_the_decimal_number_that_is_written(alone):
+    """As binary fractions, 1.1 of 10 prompts are more than 11."""
+    for hundredths in range(100, 301):
+        partial = PartialRollouts(overdraw=float(f"{hundredths // 100}.{hundredths % 100:02d}"))
+        for wanted in range(1, 101):
+            assert partial.open_groups(wanted) == -(-hundredths * wanted // 100)
+    assert Run(None, keys={"num_prompts": 10}, overdraw=1.1).step(1).metrics()["group/num_sampled"] == 11
 
 
 def test_groups_without_signal_are_left_out_and_others_drawn(alone):

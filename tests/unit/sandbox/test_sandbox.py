@@ -27,6 +27,7 @@ from r1mega.sandbox import (
 )
 from r1mega.sandbox import launcher as launcher_module
 from r1mega.sandbox import policy as policy_module
+from r1mega.sandbox import session as session_module
 from r1mega.sandbox.probe import ensure_safe
 from r1mega.sandbox.session import grade
 from tests.unit.sandbox.conftest import own_children
@@ -448,6 +449,32 @@ def test_a_starved_start_is_waited_for(monkeypatch, cpu_seconds, waited_seconds,
     child.wall_start, child.spawned, child._pressure = None, time.monotonic() - 40, 0.0
     child._process = SimpleNamespace(pid=1)
     assert child.stuck_starting() is stuck
+
+
+@pytest.mark.parametrize("turn", ["start", "loading", "answer", "grader"])
+def test_a_turn_is_longer_while_its_side_is_starved(monkeypatch, turn):
+    """6 seconds over its time, one that had no CPU for 10 goes on: no answer is blamed for tests that wait. One that had it ends."""
+    monkeypatch.setattr(session_module, "enforce", lambda child: None)
+    owner, starved = "grader" if turn == "grader" else "answer", {"answer": 0.0, "grader": 0.0}
+
+    def side(name):
+        stub = SimpleNamespace(wall_start=None, stopped=None, stop=lambda verdict: None, feed=lambda data: None)
+        stub.starved_seconds = lambda allowed, pressure: starved[name]
+        return stub
+
+    state = session_module._State("nonce", "1", turn=turn, call_seconds=[0.1])
+    session = session_module._Session(side("answer"), side("grader"), state, SMALL, clock_per_call=True)
+    session.turn_started -= session.budget["answer" if turn == "loading" else turn] + 6
+    starved[owner] = 10.0
+    session._keep_time()
+    assert state.ended is None
+    starved[owner] = 0.0
+    if turn == "start":
+        with pytest.raises(SandboxFailure, match="did not come up"):
+            session._keep_time()
+    else:
+        session._keep_time()
+        assert state.ended[0] is Verdict.TIME_LIMIT
 
 
 def test_an_end_that_arrives_in_one_piece(launcher):

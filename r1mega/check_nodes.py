@@ -152,31 +152,49 @@ def problems(ranks: Sequence[Facts], *, free_bytes: int = 0) -> Iterator[str]:
         if abs(facts.clock - clock) > SECONDS_APART:
             yield f"{facts.name}: its clock is {facts.clock - clock:+.1f} s off the median; start chrony or ntpd there"
         if facts.open_files < open_files:
-            yield f"{facts.name}: {facts.open_files} open files allowed, {open_files} wanted; raise the hard limit there (/etc/security/limits.conf; under Slurm LimitNOFILE of slurmd's unit)"
+            yield (
+                f"{facts.name}: {facts.open_files} open files allowed, {open_files} wanted; raise the hard limit there "
+                "(/etc/security/limits.conf; under Slurm LimitNOFILE of slurmd's unit)"
+            )
         if facts.shared_memory_bytes < SHARED_MEMORY_BYTES:
             free = f"{facts.shared_memory_bytes / 2**20:.0f} MiB free"
             yield f"{facts.name}: /dev/shm has {free}; remove what fills it, or give the container --shm-size or --ipc=host"
         if facts.disk_error is not None:
             yield f"{facts.name}: run_dir: {facts.disk_error}; mend or mount that disk there, or choose another run_dir"
         elif facts.disk_free_bytes < free_bytes:
-            yield f"{facts.name}: run_dir has {facts.disk_free_bytes / 1e9:.1f} GB free, {free_bytes / 1e9:.1f} wanted; remove something, or choose another run_dir"
+            yield (
+                f"{facts.name}: run_dir has {facts.disk_free_bytes / 1e9:.1f} GB free, {free_bytes / 1e9:.1f} wanted; remove something, "
+                "or choose another run_dir"
+            )
         for which in facts.wrong_sums:
-            yield f"{facts.name}: the all-reduce {which} gave a wrong sum; leave the machine out (of a pair the one that every wrong sum has part in)"
+            yield (
+                f"{facts.name}: the all-reduce {which} gave a wrong sum; leave the machine out (of a pair the one that every wrong sum "
+                "has part in)"
+            )
 
 
 def _gpu_problems(name: str, gpu: Gpu, memory: float, top_clock: int) -> Iterator[str]:
     if gpu == Gpu():
         yield f"{name}: nvidia-smi tells nothing of its GPU: ECC, clocks and throttling are unchecked; run it there"
     if gpu.memory_mib is not None and gpu.memory_mib < 0.98 * memory:
-        yield f"{name}: its GPU has {gpu.memory_mib} MiB, the median {memory:.0f}; ask for machines of one kind (--constraint), or leave it out"
+        yield (
+            f"{name}: its GPU has {gpu.memory_mib} MiB, the median {memory:.0f}; ask for machines of one kind (--constraint), or leave "
+            "it out"
+        )
     if gpu.used_mib is not None and gpu.used_mib > max(0.05 * (gpu.memory_mib or 0), TAKEN_MIB):
         yield f"{name}: {gpu.used_mib} MiB of its GPU are taken before anything began; end what holds them (nvidia-smi)"
     if gpu.ecc_errors:
         yield f"{name}: {gpu.ecc_errors} uncorrected ECC errors; reset the GPU, or leave the machine out"
     if gpu.max_clock_mhz is not None and gpu.max_clock_mhz < 0.95 * top_clock:
-        yield f"{name}: its GPU's clock may reach {gpu.max_clock_mhz} MHz, others' {top_clock}; nvidia-smi -rgc gives it back, or leave the machine out"
+        yield (
+            f"{name}: its GPU's clock may reach {gpu.max_clock_mhz} MHz, others' {top_clock}; nvidia-smi -rgc gives it back, or leave the "
+            "machine out"
+        )
     if gpu.throttle_reasons is not None and gpu.throttle_reasons & THROTTLED:
-        yield f"{name}: its GPU is slowed down by hardware, heat or power (reasons {gpu.throttle_reasons:#x}); see nvidia-smi -q -d PERFORMANCE, or leave the machine out"
+        yield (
+            f"{name}: its GPU is slowed down by hardware, heat or power (reasons {gpu.throttle_reasons:#x}); see nvidia-smi -q -d "
+            "PERFORMANCE, or leave the machine out"
+        )
 
 
 def slow_ranks(ranks: Sequence[Facts], slow: float) -> Iterator[str]:

@@ -484,6 +484,9 @@ def main() -> None:
             time.sleep(SECONDS_FOR_THE_FIRST_RANK)  # its end, once it has told, ends this one too
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         if isinstance(error, StragglerError):
+            _exit_on_signals(
+                error.exit_code
+            )  # a launcher sends them once that one has ended, and nothing is saved here
             time.sleep(SECONDS_FOR_THE_CAUSE)
         sys.exit(error.exit_code)
     except OSError as error:
@@ -510,9 +513,14 @@ def _exit_for_requeue_on_signals() -> None:
     """Asked to stop before anything has begun (libraries load, ranks gather): there is nothing to save, start again."""
     from r1mega.errors import EXIT_SAVED_FOR_REQUEUE
 
+    _exit_on_signals(EXIT_SAVED_FOR_REQUEUE)
+
+
+def _exit_on_signals(code: int) -> None:
+    """At once, with that code, when asked to stop."""
     numbers = (signal.SIGTERM, signal.SIGUSR2)
     for number in numbers:
-        signal.signal(number, lambda *_: os._exit(EXIT_SAVED_FOR_REQUEUE))
+        signal.signal(number, lambda *_: os._exit(code))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)  # a restart blocks them (platform/launcher.py)
 
 

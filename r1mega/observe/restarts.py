@@ -49,9 +49,8 @@ def _seconds_until_restart(run_dir: Path, code: int, config: RestartConfig, now:
     newest = newest_checkpoint(run_dir)
     if newest <= max([last_start(run_dir), *(line["step"] for line in before)]):
         return None
-    recent = [
-        line for line in before if abs(now - line["time"]) < HOUR
-    ]  # a clock that was set back counts nothing for days
+    # by the distance: lines of a clock that was set back since are not of this hour for as long as it was ahead
+    recent = [line for line in before if abs(now - line["time"]) < HOUR]
     if len(recent) >= config.per_hour:
         return None
     writer = JsonLinesWriter(path, before[-1]["step"] if before else None)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -46,7 +47,9 @@ def use(platform: Platform) -> None:
 
 @cache
 def current() -> Platform:
-    """The platform of this process. On CUDA the device is the one that LOCAL_RANK names; PlatformError where this process does not see it."""
+    """The platform of this process. On CUDA the device is the one that LOCAL_RANK names; PlatformError where this process does not
+    see it.
+    """
     if _chosen is not None:
         return _chosen
     from r1mega.errors import PlatformError
@@ -56,8 +59,9 @@ def current() -> Platform:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if cuda and local_rank >= (seen := torch.cuda.device_count()):
         raise PlatformError(
-            f"LOCAL_RANK is {local_rank}, and this process sees {seen} GPUs: start a rank a GPU, and let each see all of its machine "
-            f"(srun --gpus-per-node=N, without --gpus-per-task and --gpu-bind; CUDA_VISIBLE_DEVICES is {os.environ.get('CUDA_VISIBLE_DEVICES')})"
+            f"LOCAL_RANK is {local_rank}, and this process on {socket.gethostname()} sees {seen} GPUs: start a rank a GPU, and let each "
+            "see all of its machine (srun --gpus-per-node=N, without --gpus-per-task and --gpu-bind; CUDA_VISIBLE_DEVICES is "
+            f"{os.environ.get('CUDA_VISIBLE_DEVICES')}); where nvidia-smi -L there shows fewer than it should, leave the machine out"
         )
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda and "LOCAL_RANK" in os.environ:

@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -38,11 +39,15 @@ _num_waits = 0  # equal on all ranks, for `wait_for_all` is a collective call
 _begun = time.monotonic()  # when this rank's own part of what the next one waits for began
 _generators: dict[int, dist.ProcessGroup] = {}  # by their size
 
+PAIR_CLOSED = "Application timeout caused pair closure"
+"""gloo's, of what follows on a time-out: alone of its errors it does not say where in gloo it comes from."""
 LOST_PEER = (
-    "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused", "remote process exited",
-    "Timed out waiting", "Socket Timeout",
+    "Connection closed by peer", "Connection reset by peer", "Connection was likely closed", "Connection refused",
+    "Connection timed out", "Broken pipe", "remote process exited", "Timed out waiting", "Socket Timeout", "wait timeout after",
+    "has timed out after", PAIR_CLOSED,
 )  # fmt: skip
 """In the words of gloo, NCCL (2.27, its error code 6) and torch's store: what another rank's end or silence becomes here."""
+PACKAGE = Path(__file__).parents[1]
 
 TIMES_OWN_WORK = 10
 """How much longer than this rank's own part a part of another may take, in places of kind `rollout`; a rank that does nothing
@@ -138,14 +143,21 @@ def peers_named() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not any(words in str(error) for words in LOST_PEER):
+        if not _is_of_a_peer(error):
             raise
         frames = traceback.extract_tb(error.__traceback__)
-        own = [frame for frame in frames if f"{os.sep}r1mega{os.sep}" in frame.filename] or list(frames)
+        own = [frame for frame in frames if PACKAGE in Path(frame.filename).parents] or list(frames)
         raise StragglerError(
             f"another rank ended, or did not answer in time, while this one was in {own[-1].name} ({own[-1].filename}:{own[-1].lineno}); "
             f"its own log says why ({str(error).splitlines()[0]})"
         ) from error
+
+
+def _is_of_a_peer(error: RuntimeError) -> bool:
+    """Others may use LOST_PEER's words of other connections: a reward of its service, say."""
+    text = str(error)
+    speaks = isinstance(error, dist.DistError) or "gloo/transport" in text or PAIR_CLOSED in text
+    return speaks and any(words in text for words in LOST_PEER)
 
 
 def begin_work() -> None:

@@ -1,4 +1,4 @@
-"""Which processors a rank computes on: those of its GPU's NUMA node, and how many of them are its own share."""
+"""Which processors a rank computes on: those of its GPU's socket, and how many of them are its own share."""
 
 from __future__ import annotations
 
@@ -16,20 +16,23 @@ import torch.distributed as dist
 
 logger = logging.getLogger(__name__)
 PCI_DEVICES = Path("/sys/bus/pci/devices")
+PROCESSORS = Path("/sys/devices/system/cpu")
 
 
 def stay_near(device: torch.device) -> None:
-    """Keep this process, with all of its threads and those that it will start, on the processors of that GPU's NUMA node: from there
-    its memory, copies to the GPU and launches do not cross the machine's sockets. (Memory follows: Linux takes it from the node of
-    the thread that first writes to it.)
+    """Keep this process, with all of its threads and the processes that it will start, on the processors of that GPU's NUMA node and
+    of the others of its socket: from there its memory, copies to the GPU and launches do not cross the machine's sockets. (Memory
+    follows: Linux takes it from the node of the thread that first writes to it.) A node alone is too little where a socket is
+    divided (SNC, NPS): some have no GPU, and nobody would compute there.
 
-    Of those that the launcher has left to this process. Where it has left none of them, nothing changes, and a warning says so.
+    Of those that the launcher has left to this process. Where it has left none of them, or the system does not let a process choose,
+    nothing changes, and a warning says so.
     """
     properties = torch.cuda.get_device_properties(device)
     numbers = (getattr(properties, f"pci_{part}_id") for part in ("domain", "bus", "device"))
     address = "{:04x}:{:02x}:{:02x}.0".format(*numbers)
     try:
-        near = parse_list((PCI_DEVICES / address / "local_cpulist").read_text())
+        near = _with_their_sockets(parse_list((PCI_DEVICES / address / "local_cpulist").read_text()))
     except OSError as error:
         logger.warning("%s: processors near it are not known (%s)", device, error)
         return
@@ -40,9 +43,22 @@ def stay_near(device: torch.device) -> None:
             "(srun --cpu-bind=none, mpirun --bind-to none)", device, as_list(near), as_list(allowed),
         )  # fmt: skip
     elif allowed - near:
-        for thread in os.listdir("/proc/self/task"):
-            with contextlib.suppress(ProcessLookupError):  # ended meanwhile
-                os.sched_setaffinity(int(thread), near & allowed)
+        try:
+            for thread in os.listdir("/proc/self/task"):
+                with contextlib.suppress(ProcessLookupError):  # ended meanwhile
+                    os.sched_setaffinity(int(thread), near & allowed)
+        except OSError as error:
+            logger.warning("%s: this process is not kept on the processors near it (%s)", device, error)
+
+
+def _with_their_sockets(near: set[int]) -> set[int]:
+    """As far as Linux tells, which calls a socket a package."""
+    found = set(near)
+    for processor in near:
+        siblings = PROCESSORS / f"cpu{processor}" / "topology" / "core_siblings_list"
+        with contextlib.suppress(OSError):  # it is not on, or not shown
+            found |= parse_list(siblings.read_text())
+    return found
 
 
 def own_share() -> int:

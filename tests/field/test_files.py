@@ -316,9 +316,20 @@ def test_a_rank_that_lost_another_tells_it_and_ends_after_that_one(monkeypatch, 
         raise StragglerError("another rank ended")
 
     monkeypatch.setattr(cli, "app", fail)
+    monkeypatch.setattr(cli, "_exit_on_signals", order.append)
     monkeypatch.setattr(cli.time, "sleep", lambda seconds: order.append((capsys.readouterr().err, seconds)))
     assert run(monkeypatch, []) == StragglerError.exit_code
-    assert order == [("StragglerError: another rank ended\n", cli.SECONDS_FOR_THE_CAUSE)]
+    assert order == [StragglerError.exit_code, ("StragglerError: another rank ended\n", cli.SECONDS_FOR_THE_CAUSE)]
+
+
+def test_a_rank_that_is_ended_while_it_waits_for_the_cause_saves_nothing():
+    """SIGTERM of the launcher, once that one has ended: 85 would say that the state is saved, and srun tells the highest code."""
+    waits = (
+        "import os, signal, time; from r1mega import cli; from r1mega.errors import StragglerError\n"
+        "def app():\n    cli._exit_for_requeue_on_signals()\n    raise StragglerError('another rank ended')\n"
+        "cli.app, time.sleep = app, lambda _: os.kill(os.getpid(), signal.SIGTERM)\ncli.main()"
+    )
+    assert subprocess.run([sys.executable, "-c", waits], capture_output=True).returncode == StragglerError.exit_code
 
 
 def test_an_error_that_is_about_no_file_keeps_its_traceback(monkeypatch):

@@ -54,10 +54,8 @@ class Looking(threading.Thread):
 
     def _hurt(self, kind: str) -> None:
         if kind != "FULL":
-            os.kill(
-                os.getpid(), getattr(signal, f"SIG{kind}")
-            )  # after a stop Slurm's SIGCONT before its SIGTERM has it go on
-            return
+            os.kill(os.getpid(), getattr(signal, f"SIG{kind}"))
+            return  # from a stop too: Slurm sends SIGCONT before its SIGTERM
         with open(self._runtime.run_dir / "filler", "ab", buffering=0) as file, contextlib.suppress(OSError):
             while True:
                 file.write(bytes(1 << 16))

@@ -60,7 +60,8 @@ def test_a_rank_that_does_not_see_its_gpu_says_what_hides_it(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "3")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
     with pytest.raises(
-        PlatformError, match=r"LOCAL_RANK is 3, and this process sees 1 GPUs: .*without --gpus-per-task"
+        PlatformError,
+        match=r"LOCAL_RANK is 3, and this process on .+ sees 1 GPUs: .*without --gpus-per-task.*nvidia-smi -L",
     ):
         platform.current.__wrapped__()
 

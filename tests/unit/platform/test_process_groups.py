@@ -18,6 +18,7 @@ from torch.testing._internal.distributed import fake_pg  # noqa: F401  registers
 
 from r1mega import platform
 from r1mega.config.schema import ParallelConfig, TimeoutsConfig
+from r1mega.errors import StragglerError
 from r1mega.platform import groups
 
 platform.prepare()
@@ -112,3 +113,50 @@ def test_generators_share_what_there_is(monkeypatch, tp, count):
         assert (place.replica, place.num_replicas) == (rank // tp, world // tp)
         items += place.block(count) if place.is_first else ()
     assert items == list(range(count))
+
+
+GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError(GLOO + "pair.cc:553] Connection closed by peer [10.0.0.1]:22204. This is typically caused by a remote worker crashing."),
+     RuntimeError(GLOO + "unbound_buffer.cc:78] Timed out waiting 5000ms for recv operation to complete"),
+     RuntimeError("Application timeout caused pair closure"),
+     dist.DistStoreError("wait timeout after 3000ms, keys: /default_pg/0//1//cpu//0/1"),
+     dist.DistNetworkError("Failed to recv, got 0 bytes. Connection was likely closed. Did the remote server shutdown or crash?"),
+     dist.DistNetworkError("Broken pipe"),
+     dist.DistBackendError("NCCL error in: ... ncclRemoteError: remote process exited or there was a network error")],
+    ids=["gloo closed", "gloo late", "gloo after that", "store late", "store gone", "store gone, sent", "NCCL"],
+)  # fmt: skip
+def test_a_peer_that_is_lost_is_told_by_what_libraries_say(error):
+    """As torch 2.13 did, of ranks that were killed or came too late (of NCCL: by its source)."""
+    with pytest.raises(StragglerError, match="another rank ended, or did not answer in time"), groups.peers_named():
+        raise error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("judge http://10.0.0.9:8000: Connection refused"), RuntimeError("wandb: Broken pipe"),
+     RuntimeError(GLOO + "pair.cc:454] op.preamble.length <= op.nbytes. 8 vs 4"),
+     dist.DistNetworkError("The server socket has failed to listen on any local network address. EADDRINUSE"),
+     dist.DistBackendError("NCCL error in: ... ncclUnhandledCudaError: Call to CUDA function failed.")],
+    ids=["a service", "a pipe", "sizes", "port taken", "GPU"],
+)  # fmt: skip
+def test_an_error_of_its_own_is_not_a_lost_peer(error):
+    """Nobody else's log would say why, and another start would not mend it."""
+    with pytest.raises(type(error)) as caught, groups.peers_named():
+        raise error
+    assert caught.value is error
+
+
+def test_where_a_rank_was_is_a_place_in_this_program():
+    """Also where the repository, with the libraries in its .venv, lies in a directory of the package's name."""
+    names = {"raise_as_torch": "/home/u/r1mega/.venv/lib/torch/distributed/c10d_logger.py", "step": groups.__file__}
+    code = "def step():\n    raise_as_torch()\n"
+    scope = {}
+    raising = 'def raise_as_torch():\n    raise RuntimeError("Application timeout caused pair closure")\n'
+    exec(compile(raising, names["raise_as_torch"], "exec"), scope)
+    exec(compile(code, names["step"], "exec"), scope)
+    with pytest.raises(StragglerError, match=r"while this one was in step \(.*groups\.py:2\)"), groups.peers_named():
+        scope["step"]()

@@ -21,16 +21,26 @@ SOCKETS = [set(range(48)), set(range(48, 96))]
 def near(monkeypatch, tmp_path):
     """This process's GPU is at 0002:b7:00.0, near those processors, and the launcher has left it these; the affinities it asks for."""
 
-    def arrange(local, allowed):
+    def arrange(local, allowed, socket=(), refused=None):
         monkeypatch.setattr(processors, "PCI_DEVICES", tmp_path)
+        monkeypatch.setattr(processors, "PROCESSORS", tmp_path)
+        for processor in socket:
+            (tmp_path / f"cpu{processor}/topology").mkdir(parents=True)
+            (tmp_path / f"cpu{processor}/topology/core_siblings_list").write_text(f"{processors.as_list(socket)}\n")
         properties = SimpleNamespace(pci_domain_id=2, pci_bus_id=0xB7, pci_device_id=0)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
         if local is not None:
             (tmp_path / "0002:b7:00.0").mkdir()
             (tmp_path / "0002:b7:00.0/local_cpulist").write_text(f"{local}\n")
         asked = {}
+
+        def choose(thread, chosen):
+            if refused is not None:
+                raise refused
+            asked[thread] = chosen
+
         monkeypatch.setattr(os, "sched_getaffinity", lambda _: allowed)
-        monkeypatch.setattr(os, "sched_setaffinity", lambda thread, chosen: asked.update({thread: chosen}))
+        monkeypatch.setattr(os, "sched_setaffinity", choose)
         processors.stay_near(torch.device("cuda", 3))
         return asked
 
@@ -47,6 +57,18 @@ def test_all_threads_of_a_rank_stay_on_the_node_of_its_gpu(near, local, allowed,
     asked = near(local, allowed)
     assert {frozenset(each) for each in asked.values()} == ({frozenset(chosen)} if chosen else set())
     assert chosen is None or os.getpid() in asked
+
+
+def test_a_socket_of_several_nodes_is_used_whole(near):
+    """Of the eight nodes of two sockets (NPS4) four may have all of the GPUs: the others' processors would compute nothing."""
+    asked = near("12-23", SOCKETS[0] | SOCKETS[1], SOCKETS[0])
+    assert {frozenset(each) for each in asked.values()} == {frozenset(SOCKETS[0])}
+
+
+def test_a_system_that_lets_no_process_choose_ends_no_run(near, caplog):
+    """As a container's filter of system calls may."""
+    near("48-95", SOCKETS[0] | SOCKETS[1], refused=PermissionError(1, "Operation not permitted"))
+    assert "not kept on the processors near it ([Errno 1] Operation not permitted)" in caplog.text
 
 
 def test_threads_that_were_there_before_go_along(near, monkeypatch):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from r1mega.config.model_files import HFConfig
 from r1mega.config.schema import RolloutConfig
-from r1mega.model.architecture import LatentAttention
+from r1mega.model.architecture import Architecture, LatentAttention
 from r1mega.model.families import architecture_of
 from r1mega.model.flops import Work, model_flops
 from r1mega.plan.generator import GeneratorConfig, GeneratorMemory
@@ -20,6 +21,8 @@ from r1mega.plan.workload import Workload
 LAUNCH_SECONDS, HOP_SECONDS, NODE_HOP_SECONDS = 6.8e-6, 0.6e-6, 5.0e-6
 """Of a sum over ranks of a few bytes: to begin with, to the next rank over NVLink, to another node. NCCL's own, by which it chooses
 between algorithms (src/graph/tuning.cc of 2.30.7: a tree with the protocol LL)."""
+STRIDE = 64
+"""At most so many tokens of each response between two looks at what ends and starts, and a sixteenth of the mean length."""
 DCP_EXCHANGES = 3
 """Of a layer whose cache several ranks hold: queries are gathered, sums of the softmax too, outputs scattered."""
 
@@ -35,22 +38,30 @@ def rollout_seconds(
     efficiency: Efficiency = ASSUMED,
     per_node: int = 8,
 ) -> float:
-    """Decoding of a generator's share, the longest responses first to be alone at the end: as many run at once as
-    max_num_seqs and the KV cache hold. Of generators that share experts each has as many as the others.
-    """
+    """Decoding of a generator's share, played through. Of generators that share experts each has as many as the others."""
     generators = max(1, gpus // rollout.tp)
     ordered = sorted(work.responses)
     lengths = ordered[:: max(1, generators)] if len(ordered) > generators else ordered[-1:]
-    prompt = work.samples[0][0]
-    mean = sum(n * n for n in lengths) / (2 * sum(lengths)) + prompt  # of a response that runs
-    at_once = min(rollout.max_num_seqs, len(lengths), max(1.0, generator.kv_tokens / mean))
     decoding = _decoding(rollout, dtype, hf, gpu, generator, efficiency, per_node)
-    tail = max(lengths)
-    steady = sum(lengths) / at_once
-    if steady <= tail:  # one wave: fewer and fewer run
-        return sum(decoding.step(sum(n > t for n in lengths), prompt + t) * 64 for t in range(0, tail, 64))
-    remaining = max(0.0, tail - mean) * decoding.step(max(1.0, at_once / 8), prompt + tail / 2)
-    return steady * decoding.step(at_once, mean) + remaining
+    waiting = [(length, 0) for length in np.random.default_rng(0).permutation(lengths).tolist()]
+    stride = max(1, min(STRIDE, sum(lengths) // (16 * len(lengths))))
+    running: list[tuple[int, int]] = []
+    prompt, seconds = work.samples[0][0], 0.0
+    while waiting or running:
+        held = sum(prompt + made for _, made in running)
+        while waiting and len(running) < rollout.max_num_seqs:
+            started = prompt + waiting[-1][1]
+            if running and held + started + stride * (len(running) + 1) > generator.kv_tokens:
+                break
+            running.append(waiting.pop())
+            held += started
+        passes = min(stride, max(length - made for length, made in running))
+        while len(running) > 1 and held + passes * len(running) > generator.kv_tokens:  # vLLM puts the last one back
+            waiting.append(running.pop())
+            held -= prompt + waiting[-1][1]
+        seconds += passes * decoding.step(len(running), held / len(running) + passes / 2)
+        running = [(length, made + passes) for length, made in running if made + passes < length]
+    return seconds
 
 
 def partial_seconds(
@@ -91,14 +102,14 @@ def _decoding(
     per_node: int,
 ) -> _Decoding:
     return _Decoding(
-        hf, generator.weights, dtype.itemsize, rollout.tp, rollout.ep, rollout.dcp, gpu, efficiency,
+        architecture_of(hf), generator.weights, dtype.itemsize, rollout.tp, rollout.ep, rollout.dcp, gpu, efficiency,
         generator.kv_bytes_per_token, per_node,
     )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class _Decoding:
-    hf: HFConfig
+    model: Architecture
     weights: float
     itemsize: int
     tp: int
@@ -113,15 +124,14 @@ class _Decoding:
         """Seconds for one token of each: weights that are read, the cache that is read, the overhead, and what ranks
         that share a layer, experts or a cache send each other and wait for.
         """
-        model, weights, ranks = architecture_of(self.hf), self.weights, max(self.tp, self.ep)
+        model, weights, ranks = self.model, self.weights, max(self.tp, self.ep)
         if (experts := model.experts) is not None:
             routed = sum(experts.layers) * experts.count * 3 * model.hidden_size * experts.size * self.itemsize / ranks
             asked = sequences * ranks / self.tp
             weights -= routed * (1 - experts.chosen / experts.count) ** asked  # experts that nobody chose
         read = (weights + sequences * context * self.kv_bytes) / (self.gpu.memory_bandwidth * self.efficiency.memory)
-        waited = sum_latency(self.tp, self.per_node) + sum_latency(
-            ranks, self.per_node
-        )  # after attention, after experts
+        waited = sum_latency(self.tp, self.per_node)  # after attention
+        waited += sum_latency(ranks, self.per_node)  # after experts
         waited += DCP_EXCHANGES / 2 * sum_latency(self.dcp, self.per_node)  # one way each: half of a sum
         return self.efficiency.overhead_seconds + model.num_layers * waited + read + self._sent(sequences)
 
@@ -129,16 +139,17 @@ class _Decoding:
         """Seconds. Hidden states are added up over tp, twice a layer; to a rank come the tokens of all generators that share
         experts, and what it made of them goes back; the queries of its dcp, and what each found for them.
         """
-        model, attention, gpu = architecture_of(self.hf), architecture_of(self.hf).attention, self.gpu
+        model, attention, gpu = self.model, self.model.attention, self.gpu
         layers, hidden = model.num_layers, sequences * model.hidden_size * self.itemsize
         seconds, sums = 0.0, 2 * layers
         if self.ep > self.tp and model.experts is not None:
             sums -= sum(model.experts.layers)
             tokens = 2 * sum(model.experts.layers) * hidden * self.ep / self.tp
             seconds += self._exchange(tokens, self.ep)
-        if self.tp > 1:  # a node's ranks share what leaves it
-            across = 0.0 if self.tp <= self.per_node else 1 / (self.per_node * gpu.network_bandwidth)
-            seconds += sums * 2 * hidden * max(1 / gpu.nvlink_bandwidth, across)
+        if self.tp > 1:  # scattered and gathered; a node's ranks share what leaves it
+            node = min(self.tp, self.per_node)
+            across = (1 - node / self.tp) / (node * gpu.network_bandwidth)
+            seconds += sums * 2 * hidden * max((1 - 1 / node) / gpu.nvlink_bandwidth, across)
         if self.dcp > 1:
             if isinstance(attention, LatentAttention):
                 width = 2 * attention.kv_rank + attention.rope_size

@@ -183,5 +183,5 @@ def _table(costs: Sequence[NodeCost], gpu: str) -> list[str]:
     return [
         *aligned(rows), "", *(cost.data.line(cost.name) for cost in costs if cost.data is not None),
         f"recipe      {hours:,} hours of {gpu}, {days:,.1f} days one after the other, for {len(known)} of {len(costs)} nodes; "
-        f"{unplanned}without saves, evaluations within a stage, rewards, restarts and rewriting by a second model; a model, off by up to 30 % where it was judged (docs/plan.md)",
+        f"{unplanned}without saves, evaluations within a stage, rewards, restarts and rewriting by a second model; a model, off by up to 30 % from what tuned programs took (docs/plan.md)",
     ]  # fmt: skip

@@ -59,7 +59,7 @@ def times(config: Stage, seconds: Seconds | None, gpus: int, gpu: GPU) -> Iterab
         yield f"stage       {steps:,} steps: {gpu_hours(seconds.total, steps, gpus):,} GPU hours, {seconds.total * steps / 86400:,.1f} days"
     yield (
         f"speed       {seconds.tokens_per_gpu(gpus):,.0f} tokens/s/GPU, MFU {100 * seconds.mfu(gpus, gpu):.1f} %; a model, off by "
-        "up to 30 % where it was judged (docs/plan.md)"
+        "up to 30 % from what tuned programs took (docs/plan.md)"
     )
 
 

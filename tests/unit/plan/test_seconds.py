@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import random
 from pathlib import Path
 
 import numpy as np
@@ -250,6 +251,63 @@ def test_fewer_responses_than_generators_take_as_long_as_the_longest():
         return rollout_seconds(config.rollout, torch.bfloat16, hf, 64, GPU, work, memory)
 
     assert seconds(100, 200, 4000) == seconds(4000) > seconds(100)
+
+
+@pytest.fixture(scope="module")
+def decoded():
+    """Seconds of Moonlight's decoding on one generator, whose places are given."""
+    config = load_config(REPOSITORY / "configs/moonlight_16b/zero.yaml")
+    hf = json.loads((REPOSITORY / "configs/moonlight_16b/model/config.json").read_text())
+    memory = generator_memory(hf, torch.bfloat16, config.rollout, GPU.memory_bytes)
+
+    def seconds(lengths: list[int], places: int, tokens: float | None = None, gpu: GPUKind = GPU) -> float:
+        rollout = config.rollout.model_copy(update={"max_num_seqs": places})
+        work = Workload(tuple((256, length) for length in lengths), 1, 1, 1)
+        share = 1 if tokens is None else tokens / memory.kv_tokens
+        held = dataclasses.replace(memory, kv_cache=share * memory.kv_cache)
+        return rollout_seconds(rollout, torch.bfloat16, hf, config.rollout.tp, gpu, work, held)
+
+    return seconds
+
+
+def test_responses_wait_for_a_place_and_for_the_cache(decoded):
+    """Of one length: as many waves as do not fit at once. Of others: not all at once because one of them is long."""
+    wave = decoded([640] * 10, 64)
+    assert decoded([640] * 40, 10) == pytest.approx(4 * wave)
+    cached = decoded([640] * 40, 64, tokens=10_000)  # as many as 40 have half way, or all at their ends
+    assert 40 * (256 + 320) / 10_000 * wave < cached < 40 * (256 + 640) / 10_000 * wave
+    uneven = [1000] * 63 + [4200]
+    assert decoded(uneven, 16) > 1.2 * decoded(uneven, 64)
+    assert decoded(uneven, 64, tokens=16 * 1500) > 1.1 * decoded(uneven, 64)
+
+
+def test_more_to_do_takes_longer_and_a_better_gpu_less(decoded):
+    drawn = random.Random()
+    seed = drawn.randrange(10**6)
+    drawn.seed(seed)
+    lengths = [drawn.randint(1, 3000) for _ in range(drawn.randint(2, 100))]
+    places = drawn.randint(1, 100)
+    taken = decoded(lengths, places)
+    assert decoded([2 * length for length in lengths], places) > taken, seed
+    assert decoded([*lengths, 3000], 2 * places + 100) >= decoded([max(lengths)], 1), seed
+    for kind in ("h200", "b200"):
+        assert decoded(lengths, places, gpu=gpu_kind(kind)) < taken, (seed, kind)
+        better = predict(gpu=gpu_kind(kind))[0].phases
+        assert all(seconds <= predict()[0].phases[phase] for phase, seconds in better.items()), kind
+
+
+def test_a_sum_over_two_ranks_sends_half_of_what_many_do():
+    """Scattered and gathered: (n - 1) / n of the hidden states each way, two sums of each of 27 layers."""
+    config = load_config(REPOSITORY / "configs/moonlight_16b/zero.yaml")
+    hf = json.loads((REPOSITORY / "configs/moonlight_16b/model/config.json").read_text())
+    free = dataclasses.replace(GPU, nvlink_bandwidth=math.inf)
+    for ranks in (2, 8):
+        rollout = config.rollout.model_copy(update={"tp": ranks, "ep": 1, "dcp": 1})
+        memory = generator_memory(hf, torch.bfloat16, rollout, GPU.memory_bytes)
+        work = Workload(((256, 64),) * 32, 1, 1, 1)
+        timed = [rollout_seconds(rollout, torch.bfloat16, hf, ranks, gpu, work, memory) for gpu in (GPU, free)]
+        sent = 64 * 27 * 2 * 2 * (ranks - 1) / ranks * 32 * 2048 * 2
+        assert timed[0] - timed[1] == pytest.approx(sent / GPU.nvlink_bandwidth / Efficiency().network)
 
 
 def test_sharing_a_cache_pays_where_it_bounds_what_runs_and_costs_a_response_alone():

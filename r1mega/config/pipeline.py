@@ -123,9 +123,13 @@ def load_pipeline(path: Path, overrides: Sequence[str] = (), moved: Mapping[Path
     _check_run_dirs(stages)
     nodes = {
         name: Node(
-            name, stages[name], path.parent / node.config, node.ranks, _inputs(name, stages),
+            name,
+            stages[name],
+            path.parent / node.config,
+            node.ranks,
+            _inputs(name, stages),
             None if "ranks" in node.model_fields_set else node.cpu_ranks,
-        )  # fmt: skip
+        )
         for name, node in config.nodes.items()
     }
     external = {_move(Path(name).expanduser(), file.dir, config.dir): model for name, model in config.external.items()}

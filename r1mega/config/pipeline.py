@@ -33,8 +33,8 @@ class NodeConfig(Section):
     config: Path
     overrides: dict[str, Any] = {}
     ranks: PositiveInt = 1  # processes; more than one: on this machine, or by the launcher that the command names
-    # instead of them, of a model that is too small for several threads, on this machine, where it has no GPU: one a processor, up to
-    # this, and a divisor of it
+    # where `ranks` is not said: of a model that is too small for several threads, on this machine, if it has no GPU: one a processor,
+    # up to this, and a divisor of it
     cpu_ranks: PositiveInt | None = None
 
 
@@ -123,8 +123,13 @@ def load_pipeline(path: Path, overrides: Sequence[str] = (), moved: Mapping[Path
     _check_run_dirs(stages)
     nodes = {
         name: Node(
-            name, stages[name], path.parent / node.config, node.ranks, _inputs(name, stages), node.cpu_ranks
-        )  # fmt: skip
+            name,
+            stages[name],
+            path.parent / node.config,
+            node.ranks,
+            _inputs(name, stages),
+            None if "ranks" in node.model_fields_set else node.cpu_ranks,
+        )
         for name, node in config.nodes.items()
     }
     external = {_move(Path(name).expanduser(), file.dir, config.dir): model for name, model in config.external.items()}

@@ -214,9 +214,9 @@ PATCHES = (
     Patch(
         "optimizer.clip_grads",
         "no_te",
-        "grad_norm = torch.zeros(1, dtype=torch.float, device='cuda')",
-        "grad_norm = torch.zeros(1, dtype=torch.double, device='cuda')",
-        "as above; of a rank that has no share",
+        "        # Sum across all data-parallel GPUs if using FSDP and then all model-parallel GPUs.\n",
+        "        total_norm = total_norm.double()\n",
+        "as above, and of one type on all ranks: also of one that has no share, and of apex's kernel",
         "none known; it would have to sum in a wider type than that of the gradients",
     ),
     Patch(

@@ -318,13 +318,24 @@ def _wait(arguments: Sequence[str]) -> int:
             child.send_signal(number)
         try:
             code = child.wait()
-        except KeyboardInterrupt:  # the terminal told the child too: what several ranks save is not left running
+        except KeyboardInterrupt:  # what several ranks save is not left running
+            if not _terminal_told_all():
+                child.send_signal(signal.SIGTERM)
             child.wait()
             raise
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
     return code if code >= 0 else 128 - code
+
+
+def _terminal_told_all() -> bool:
+    """Whether a SIGINT of ours can be Ctrl-C, which children have got then too: we are what the terminal has in front."""
+    try:
+        with open("/dev/tty") as terminal:
+            return os.tcgetpgrp(terminal.fileno()) == os.getpgrp()
+    except OSError:
+        return False
 
 
 def _ended(code: int) -> str:

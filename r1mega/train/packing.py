@@ -101,7 +101,8 @@ def plan_packing(
     lengths: tokens of each sample. multiple: of microbatches a rank and minibatch (interleaved pipelines want it). least:
     microbatches a rank and minibatch, as far as there are samples: of m microbatches a pipeline of pp stages idles for
     (pp - 1) / (m + pp - 1) of its time. in_all: the microbatches of a minibatch over all ranks are a multiple of it too, so that
-    any number of ranks that divides it has the same ones. Raises ConfigError when a sample is longer than `capacity`.
+    any number of ranks that divides it has the same ones (where `multiple` is 1, and `least` times the ranks at most in_all). Raises
+    ConfigError when a sample is longer than `capacity`.
     """
     longest = max((lengths[i] for batch in minibatches for i in batch), default=0)
     if longest > capacity:

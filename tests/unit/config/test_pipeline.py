@@ -62,6 +62,12 @@ def test_small_models_take_a_rank_a_processor_on_a_machine_without_a_gpu(process
     check_pipeline(here, list(here.nodes), dry_run=True)
 
 
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_ranks_that_are_said_are_those_that_start(ranks):
+    pipeline = load_pipeline("configs/nano/r1.yaml", [f"nodes.zero.ranks={ranks}"])
+    assert on_processors(pipeline, 2).nodes["zero"].ranks == ranks
+
+
 def test_ranks_that_a_pipeline_takes_by_itself_have_the_microbatches_of_one():
     pipeline = load_pipeline("configs/nano/r1.yaml")
     several = {name: node for name, node in pipeline.nodes.items() if node.cpu_ranks is not None}

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -131,13 +132,35 @@ def test_jobs_are_those_that_can_run(load, tmp_path):
     assert "configs/nano/model/config.json" in (tmp_path / "runs" / "hashes.json").read_text()
 
 
-def test_ctrl_c_waits_for_what_the_stage_saves(tmp_path):
-    interrupt = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
-    interrupt.start()
-    saves = f"import time; time.sleep(2); open({str(tmp_path / 'saved')!r}, 'w')"
+def interrupted(stage: str, ready: Path) -> None:
+    """Start it, and interrupt this process alone once the file is there."""
+
+    def interrupt() -> None:
+        while not ready.exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
     with pytest.raises(KeyboardInterrupt):
-        _wait([sys.executable, "-c", saves])
-    assert (tmp_path / "saved").exists()
+        _wait([sys.executable, "-c", stage])
+
+
+def test_ctrl_c_waits_for_what_the_stage_saves(tmp_path, monkeypatch):
+    monkeypatch.setattr("r1mega.stages.pipeline._terminal_told_all", lambda: True)
+    ready, saved = tmp_path / "ready", tmp_path / "saved"
+    interrupted(f"import time; open({str(ready)!r}, 'w'); time.sleep(2); open({str(saved)!r}, 'w')", ready)
+    assert saved.exists()
+
+
+def test_an_interrupt_that_came_to_the_pipeline_alone_asks_the_stage_to_save(tmp_path, monkeypatch):
+    monkeypatch.setattr("r1mega.stages.pipeline._terminal_told_all", lambda: False)
+    ready, saved = tmp_path / "ready", tmp_path / "saved"
+    save = f"lambda *_: (open({str(saved)!r}, 'w'), sys.exit())"
+    stage = (
+        f"import signal, sys, time; signal.signal(signal.SIGTERM, {save}); open({str(ready)!r}, 'w'); time.sleep(60)"
+    )
+    interrupted(stage, ready)
+    assert saved.exists()
 
 
 def test_a_dry_run_refuses_a_generator_that_its_gpus_cannot_hold():

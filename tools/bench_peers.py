@@ -66,7 +66,7 @@ class Summary(TypedDict):
 @dataclass(frozen=True, slots=True)
 class Workload:
     """hf: config.json. mean, cv: of log-normal lengths of responses, cut at max_tokens. microbatch_tokens: of r1mega's packed
-    microbatches; trl_batch: TRL's responses a forward pass, of the sizes tried its fastest.
+    microbatches; trl_batch: TRL's responses a forward pass.
     """
 
     hf: Mapping[str, object]

@@ -1,17 +1,15 @@
 """vLLM's scheduler (0.32.0, vllm/v1/core/sched/scheduler.py) with a short way for steps in which every sample gets one token.
 
-Reason: with 256 samples of a small model on a CPU its two loops over the requests, which ask each for drafts, images, prefixes
-and more, make a rollout up to a quarter slower (docs/performance.md). Where none of that is there and nothing waits, what they
-find is known: one token for each, a new block of the KV cache for those that begin one. Everything else (prompts, waiting
-samples, a full cache, samples that end) goes vLLM's own way, by `super()`; what comes out is the same in either way
+Reason: with 256 samples of a small model on a CPU its loop over the requests, which asks each for drafts, images, prefixes
+and more, is a tenth of a rollout (docs/performance.md). Where none of that is there and nothing waits, what it finds is known:
+one token for each, a new block of the KV cache for those that begin one. Everything else (prompts, waiting samples, a full
+cache) goes vLLM's own way, by `super()`, and so do the answers; what comes out is the same in either way
 (tests/unit/rollout/test_vllm_scheduler.py). vLLM takes it as `scheduler_cls`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections import defaultdict
 from typing import TYPE_CHECKING
 
 from r1mega.errors import PlatformError
@@ -19,8 +17,6 @@ from r1mega.errors import PlatformError
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.core.sched.scheduler import Scheduler
-    from vllm.v1.engine import EngineCoreOutputs
-    from vllm.v1.outputs import ModelRunnerOutput
     from vllm.v1.request import Request
 else:
     Scheduler = object
@@ -43,7 +39,7 @@ class SteadyDecoding(Scheduler):
             and managers[0].kv_cache_spec.sliding_window is None
             and self._block_tokens == self.hash_block_size
             and not (self.num_spec_tokens or self.num_lookahead_tokens or self.use_pp or self.use_v2_model_runner)
-            and not (self.log_stats or self.defer_block_free or self.return_sampling_mask or self.lora_config)
+            and not (self.defer_block_free or self.lora_config)
             and not self.scheduler_config.async_scheduling
             and self.num_sampled_tokens_per_step == 1
             and not self.needs_kv_cache_zeroing
@@ -52,15 +48,8 @@ class SteadyDecoding(Scheduler):
         )
 
     def add_request(self, request: Request) -> None:
-        """vLLM's; after a request with more than a prompt and seeds all steps go vLLM's way."""
-        params = request.sampling_params
-        self._is_plain = (
-            self._is_plain
-            and params is not None
-            and params.repetition_detection is None
-            and not (request.use_structured_output or request.mm_features or request.resumable)
-            and request.trace_headers is None
-        )
+        """vLLM's; after a request of which its loop has more to ask all steps go vLLM's way."""
+        self._is_plain &= not (request.use_structured_output or request.mm_features or request.resumable)
         super().add_request(request)
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
@@ -99,7 +88,7 @@ class SteadyDecoding(Scheduler):
         edges = num_begun = 0
         for request in running:
             computed = request.num_computed_tokens
-            if request.is_prefill_chunk or request.num_tokens != computed + 1 or request.num_stale_output_tokens:
+            if request.is_prefill_chunk or request.num_tokens != computed + 1:
                 return None
             edges += (computed + 1) % size < 2
             num_begun += computed % size == 0
@@ -118,65 +107,10 @@ class SteadyDecoding(Scheduler):
             blocks.append(taken)
         return blocks
 
-    def update_from_output(
-        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
-    ) -> dict[int, EngineCoreOutputs]:
-        """vLLM's, for the samples that end or have more than a token of it; the others get theirs here."""
-        ran = model_runner_output
-        if not self._is_plain or ran.pooler_output or ran.num_nans_in_logits or ran.prompt_logprobs_dict:
-            return super().update_from_output(scheduler_output, model_runner_output)
-        from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
-
-        rest: dict[str, int] = {}
-        outputs: dict[int, list[EngineCoreOutput]] = defaultdict(list)
-        for name, count in scheduler_output.num_scheduled_tokens.items():
-            request = self.requests.get(name)
-            row = ran.req_id_to_index[name]
-            tokens = ran.sampled_token_ids[row] if ran.sampled_token_ids else []
-            if request is None or count != 1 or len(tokens) != 1 or self._ends_or_is_new(request, tokens[0]):
-                rest[name] = count
-                continue
-            request.num_in_flight_tokens -= 1
-            request._output_token_ids.append(tokens[0])
-            request._all_token_ids.append(tokens[0])
-            if request.num_tokens % self._block_tokens == 0:
-                request.update_block_hashes()
-            scores = None
-            if request.sampling_params.num_logprobs is not None and ran.logprobs:
-                scores = ran.logprobs.slice_request(row, 1)
-            outputs[request.client_index].append(EngineCoreOutput(name, tokens, scores))
-        remaining = dataclasses.replace(scheduler_output, num_scheduled_tokens=rest)
-        answered = super().update_from_output(remaining, model_runner_output)
-        for client, own in outputs.items():
-            if client in answered:
-                answered[client].outputs[:0] = own
-            else:
-                answered[client] = EngineCoreOutputs(outputs=own)
-        return answered
-
-    def _ends_or_is_new(self, request: Request, token: int) -> bool:
-        """Whether vLLM has more to do with this token than to add it."""
-        params = request.sampling_params
-        return (
-            token == params.eos_token_id
-            or token in (params.stop_token_ids or ())
-            or request.num_tokens + 1 >= self.max_model_len
-            or request.num_output_tokens + 1 >= request.max_tokens
-            or request.prefill_stats is not None
-            or request.is_finished()
-            or request.num_stale_output_tokens > 0
-        )
-
 
 @functools.cache
 def scheduler_class() -> type:
-    """vLLM's Scheduler with the short way. Raises PlatformError for a vLLM whose scheduler is another."""
+    """vLLM's Scheduler with the short way."""
     from vllm.v1.core.sched.scheduler import Scheduler
-    from vllm.v1.request import Request
 
-    wanted = ("schedule", "update_from_output", "add_request", "get_request_counts")
-    missing = [name for name in wanted if not callable(getattr(Scheduler, name, None))]
-    missing += [name for name in ("append_output_token_ids", "update_block_hashes") if not hasattr(Request, name)]
-    if missing:
-        raise PlatformError(f"vllm Scheduler and Request have no {', '.join(missing)}: unknown vLLM build")
     return type("SteadyScheduler", (SteadyDecoding, Scheduler), {})

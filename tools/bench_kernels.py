@@ -29,8 +29,8 @@ NEEDED_BY_VERL = ("ray", "tensordict", "pyvers", "msgpack")  # to import it, and
 
 
 def in_environment(directory: Path) -> None:
-    """Run this again, without `--install`, in a virtual environment that sees this one's packages and has the peers beside them;
-    it is made where it is not there yet. One package that does not install is said, and left out.
+    """Run this again in a virtual environment that sees this one's packages and has the peers beside them; it is made where
+    it is not there yet. One package that does not install is said, and left out.
     """
     python, tag = directory / "bin" / "python", f"python{sys.version_info.major}.{sys.version_info.minor}"
     seen = directory / "lib" / tag / "site-packages" / "this_environment.pth"
@@ -41,8 +41,7 @@ def in_environment(directory: Path) -> None:
             if done.returncode:
                 print(f"# {package} does not install", file=sys.stderr)
         seen.write_text(sysconfig.get_path("purelib") + "\n")
-    left = [word for word in sys.argv if word != "--install" and word != str(directory)]
-    os.execv(python, [str(python), *left])
+    os.execv(python, [str(python), *sys.argv])
 
 
 def main() -> None:
@@ -61,7 +60,7 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, help="write the records here too")
     arguments = parser.parse_args()
-    if arguments.install:
+    if arguments.install and arguments.install.resolve() != Path(sys.prefix).resolve():  # else this runs in it already
         in_environment(arguments.install)
     on_gpu = arguments.gpu or (torch.cuda.is_available() and not arguments.cpu)
     if on_gpu and not torch.cuda.is_available():

@@ -123,11 +123,13 @@ struct KeptLists {
     KeptLists(const Tensor& all, const Tensor& of_tokens)
         : ids(all.data<int32_t>()), ranges(of_tokens.data<int64_t>()), stride(of_tokens.stride(0)), total(all.numel()) {}
     int64_t begin(int64_t token) const { return ranges[stride * token]; }
-    int64_t length(int64_t token) const { return ranges[stride * token + 1] - ranges[stride * token]; }
+    int64_t end(int64_t token) const { return ranges[stride * token + 1]; }
+    int64_t length(int64_t token) const { return end(token) - begin(token); }
 
     enum class Fault { kNone, kOffsets, kIds, kTarget };
-    Fault fault(int64_t token, int64_t target, int64_t vocab_size) const {
-        if (begin(token) < 0 || length(token) < 0 || begin(token) + length(token) > total) return Fault::kOffsets;
+    // floor: where the list of the chosen token before it ends; lists that overlap would share their scratch
+    Fault fault(int64_t token, int64_t floor, int64_t target, int64_t vocab_size) const {
+        if (begin(token) < floor || end(token) < begin(token) || end(token) > total) return Fault::kOffsets;
         const int32_t* list = ids + begin(token);
         bool has_target = length(token) == 0;
         for (int64_t j = 0; j < length(token); ++j) {
@@ -139,9 +141,10 @@ struct KeptLists {
     // Of the chosen tokens; says the first that is wrong.
     void check(const int64_t* target, const int64_t* row, int64_t count, int64_t vocab_size) const {
         std::atomic<int64_t> wrong{INT64_MAX};
+        const auto token_of = [&](int64_t i) { return row ? row[i] : i; };
+        const auto floor_of = [&](int64_t i) { return i > 0 ? end(token_of(i - 1)) : 0; };
         const auto fault_of = [&](int64_t i) {
-            const int64_t token = row ? row[i] : i;
-            return fault(token, target[token], vocab_size);
+            return fault(token_of(i), floor_of(i), target[token_of(i)], vocab_size);
         };
         parallel_for(count, 256, [&](int64_t i) {
             int64_t first = wrong;
@@ -150,11 +153,11 @@ struct KeptLists {
             }
         });
         if (wrong == INT64_MAX) return;
-        const int64_t i = wrong, token = row ? row[i] : i;
+        const int64_t i = wrong, token = token_of(i);
         if (fault_of(i) == Fault::kOffsets)
             refuse("kept.offsets must rise from 0 to " + std::to_string(total) + ", not from " +
-                   std::to_string(begin(token)) + " to " + std::to_string(begin(token) + length(token)) +
-                   " at token " + std::to_string(token));
+                   std::to_string(begin(token)) + " to " + std::to_string(end(token)) + " at token " +
+                   std::to_string(token) + ", after a list that ends at " + std::to_string(floor_of(i)));
         if (fault_of(i) == Fault::kIds)
             refuse("each list of kept.ids must be strictly increasing ids in " + interval(vocab_size) +
                    "; that of token " + std::to_string(token) + " is not");

@@ -257,6 +257,15 @@ def test_lists_of_rows_that_are_not_chosen_are_not_looked_at(native):
         grouped_log_prob(logits, torch.tensor([3, 0, 0, 0]), kept=kept, backend=native)
 
 
+def test_lists_of_chosen_rows_that_overlap_are_refused(implementation):
+    """They would share a scratch, between threads; the offsets fall at a token that is not chosen."""
+    kept = KeptTokens(torch.tensor([1, 3], dtype=torch.int32), torch.tensor([0, 2, 0, 2]))
+    with pytest.raises(ValueError, match="kept.offsets must rise from 0 to 2, not"):
+        grouped_log_prob(
+            torch.zeros(3, 5), torch.tensor([1, 0, 3]), rows=torch.tensor([0, 2]), kept=kept, backend=implementation
+        )
+
+
 def test_a_target_outside_its_list_is_nan_where_values_are_not_looked_at(monkeypatch):
     monkeypatch.setattr("r1mega_kernels.log_prob.looks_at_values", lambda x: False)
     kept = KeptTokens(torch.tensor([0, 2], dtype=torch.int32), torch.tensor([0, 2]))

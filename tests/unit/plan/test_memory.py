@@ -51,12 +51,12 @@ DEEPSEEK = json.loads((CONFIGS / "deepseek_v3_671b/model/config.json").read_text
 HIDDEN, EXPERT = 7168, 3 * 7168 * 2048
 
 
-def deepseek(recompute: str, imbalance: float = 1.0, offload: tuple[str, ...] = ()):
-    """The second of 16 stages, with four layers of 8 experts each, as one rank of 512."""
+def deepseek(recompute: str, imbalance: float = 1.0, offload: tuple[str, ...] = (), rank: int = 32):
+    """The second of 16 stages, with four layers of 8 experts each, as one rank of 512; rank 0: the first, with one of these."""
     layout = ParallelConfig(pp=16, ep=32, layers_per_stage=(*[4] * 15, 1))
     model = ModelConfig(path="unused", recompute=recompute, offload_modules=offload)
     return measure(
-        DEEPSEEK, model, layout, OptimizerConfig(), world=512, rank=32, tokens=512, imbalance=imbalance
+        DEEPSEEK, model, layout, OptimizerConfig(), world=512, rank=rank, tokens=512, imbalance=imbalance
     )  # fmt: skip
 
 
@@ -94,6 +94,12 @@ def test_what_is_moved_to_host_memory_is_not_kept():
     rank = StageRank(0, RankMemory(Static(0, 0, 0, 0, 0, 0, 0, 0), (moved,)), in_flight=3, head_bytes=0)
     host, _ = host_and_disk(config, DEEPSEEK, (rank,), None, 8)
     assert host["activations"] == 8 * 3 * moved.pinned
+
+
+def test_a_layer_alone_of_its_kind_is_on_its_way_too():
+    """Three dense layers, which move nothing here, and one of experts: back for its own backward pass, and under way."""
+    without, moved = (deepseek("none", offload=o, rank=0).activations[0] for o in ((), ("expert_fc1", "moe_act")))
+    assert moved.working - without.working == pytest.approx(2 * moved.moved, rel=0.01) and moved.moved > 0
 
 
 @pytest.mark.parametrize("imbalance", [1.0, 1.5, 2.0])

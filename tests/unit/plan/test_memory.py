@@ -30,7 +30,8 @@ from r1mega.plan.generator import (
 )
 from r1mega.plan.given import read_model
 from r1mega.plan.gpu import gpu_kind
-from r1mega.plan.memory import StageRank, in_flight, largest_parameter_bytes, phase_memory, plan_memory
+from r1mega.plan.memory import PhaseMemory, StageRank, in_flight, largest_parameter_bytes, phase_memory, plan_memory
+from r1mega.plan.memory import _advice as advice
 from r1mega.plan.memory import _head_bytes as head_bytes
 from r1mega.plan.memory import _host_and_disk as host_and_disk
 from r1mega.plan.place import _rank_groups as rank_groups
@@ -251,6 +252,13 @@ def test_what_comes_and_goes_in_a_step(keys, passing):
     config = load_config(CONFIGS / "moonlight_16b/sft.yaml", keys)
     (step,) = (memory for memory in phase_memory(config, DEEPSEEK, (stage_rank(),), None) if memory.phase == "step")
     assert {name: size for name, size in step.parts.items() if name not in ("trainer", "context")} == passing
+
+
+def test_the_advice_to_compute_all_again_names_what_does_not_go_with_it():
+    keys = ["model.recompute=[moe_act]", "model.offload_modules=[core_attn]"]
+    config = load_config(CONFIGS / "moonlight_16b/sft.yaml", keys)
+    update = PhaseMemory("update", {"activations": 1e12}, 0)
+    assert advice(config, update) == "set model.recompute=full, and leave model.offload_modules out"
 
 
 @pytest.mark.parametrize("layout", [{"tp": 2}, {"tp": 2, "etp": 2}, {}])

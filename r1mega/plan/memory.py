@@ -354,7 +354,12 @@ def _advice(config: Stage, phase: PhaseMemory) -> str:
     largest = max(phase.parts, key=lambda name: phase.parts[name])
     if isinstance(config, TrainingStage) and phase.phase == "update":
         if config.model.recompute != "full":
-            return "set model.recompute=full"
+            beside = {
+                "model.offload_modules": bool(config.model.offload_modules),
+                "model.megatron.overlap_moe_expert_parallel_comm": config.model.megatron.overlap_moe_expert_parallel_comm,
+            }
+            refused = " and ".join(key for key, on in beside.items() if on)
+            return "set model.recompute=full" + (f", and leave {refused} out" if refused else "")
         if largest == "activations":
             return "raise parallel.cp or parallel.tp, which cut a microbatch's tokens"
     if largest in ("generator", "KV cache"):

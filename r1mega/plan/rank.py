@@ -295,7 +295,8 @@ def _activations(one: _Pass, index: int, key: Hashable) -> Activations:
     if len(unknown := [kind for kind in kinds if kind not in each]) == 1 and not chunk.post_process:
         each[unknown[0]] = kept.kept - sum(each.values())
     # those of one layer are on the device while they are on their way there, or back before they are wanted
-    under_way = max([layer.moved for _, layer in more], default=kept.moved)
+    alone = kept.moved - sum(layer.moved for _, layer in more)  # of kinds with one layer
+    under_way = max([alone, *(layer.moved for _, layer in more)])
     return Activations(
         one.batch.num_tokens, kept.kept + sum(n * layer.kept for n, layer in more), working + under_way, forward, each,
         kept.moved + sum(n * layer.moved for n, layer in more), kept.pinned + sum(n * layer.pinned for n, layer in more),

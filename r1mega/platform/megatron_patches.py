@@ -300,7 +300,7 @@ PATCHES = (
         "return float16_to_fp32(loss)",
         "return loss",
         _NARROW,
-        _ASKED_FOR_FP32,
+        f"{_ASKED_FOR_FP32}; in 0.19 it stands in another module: see below",
         fixed_in="0.19",
     ),
     Patch(

@@ -30,7 +30,8 @@ from r1mega.plan.generator import (
 )
 from r1mega.plan.given import read_model
 from r1mega.plan.gpu import gpu_kind
-from r1mega.plan.memory import StageRank, in_flight, largest_parameter_bytes, phase_memory, plan_memory
+from r1mega.plan.memory import PhaseMemory, StageRank, in_flight, largest_parameter_bytes, phase_memory, plan_memory
+from r1mega.plan.memory import _advice as advice
 from r1mega.plan.memory import _head_bytes as head_bytes
 from r1mega.plan.memory import _host_and_disk as host_and_disk
 from r1mega.plan.place import _rank_groups as rank_groups
@@ -51,12 +52,12 @@ DEEPSEEK = json.loads((CONFIGS / "deepseek_v3_671b/model/config.json").read_text
 HIDDEN, EXPERT = 7168, 3 * 7168 * 2048
 
 
-def deepseek(recompute: str, imbalance: float = 1.0, offload: tuple[str, ...] = ()):
-    """The second of 16 stages, with four layers of 8 experts each, as one rank of 512."""
+def deepseek(recompute: str, imbalance: float = 1.0, offload: tuple[str, ...] = (), rank: int = 32):
+    """The second of 16 stages, with four layers of 8 experts each, as one rank of 512; rank 0: the first, with one of these."""
     layout = ParallelConfig(pp=16, ep=32, layers_per_stage=(*[4] * 15, 1))
     model = ModelConfig(path="unused", recompute=recompute, offload_modules=offload)
     return measure(
-        DEEPSEEK, model, layout, OptimizerConfig(), world=512, rank=32, tokens=512, imbalance=imbalance
+        DEEPSEEK, model, layout, OptimizerConfig(), world=512, rank=rank, tokens=512, imbalance=imbalance
     )  # fmt: skip
 
 
@@ -94,6 +95,12 @@ def test_what_is_moved_to_host_memory_is_not_kept():
     rank = StageRank(0, RankMemory(Static(0, 0, 0, 0, 0, 0, 0, 0), (moved,)), in_flight=3, head_bytes=0)
     host, _ = host_and_disk(config, DEEPSEEK, (rank,), None, 8)
     assert host["activations"] == 8 * 3 * moved.pinned
+
+
+def test_a_layer_alone_of_its_kind_is_on_its_way_too():
+    """Three dense layers, which move nothing here, and one of experts: back for its own backward pass, and under way."""
+    without, moved = (deepseek("none", offload=o, rank=0).activations[0] for o in ((), ("expert_fc1", "moe_act")))
+    assert moved.working - without.working == pytest.approx(2 * moved.moved, rel=0.01) and moved.moved > 0
 
 
 @pytest.mark.parametrize("imbalance", [1.0, 1.5, 2.0])
@@ -245,6 +252,13 @@ def test_what_comes_and_goes_in_a_step(keys, passing):
     config = load_config(CONFIGS / "moonlight_16b/sft.yaml", keys)
     (step,) = (memory for memory in phase_memory(config, DEEPSEEK, (stage_rank(),), None) if memory.phase == "step")
     assert {name: size for name, size in step.parts.items() if name not in ("trainer", "context")} == passing
+
+
+def test_the_advice_to_compute_all_again_names_what_does_not_go_with_it():
+    keys = ["model.recompute=[moe_act]", "model.offload_modules=[core_attn]"]
+    config = load_config(CONFIGS / "moonlight_16b/sft.yaml", keys)
+    update = PhaseMemory("update", {"activations": 1e12}, 0)
+    assert advice(config, update) == "set model.recompute=full, and leave model.offload_modules out"
 
 
 @pytest.mark.parametrize("layout", [{"tp": 2}, {"tp": 2, "etp": 2}, {}])

@@ -329,8 +329,9 @@ def head_peak(monkeypatch, rows: int, words: int) -> int:
         hidden, weight = (torch.empty(n, HIDDEN, dtype=torch.bfloat16, device="meta") for n in (rows, words))
         weight.main_grad, weight.grad_added_to_main_grad = torch.empty_like(weight, dtype=torch.float32), False
         layer = linear.OutputLayer(
-            weight, words, 0, None, softcap=None, entropy=False, reduce_hidden_grad=False, use_reference=False
-        )
+            weight, words, 0, words, None,
+            softcap=None, entropy=False, reduce_hidden_grad=False, use_reference=False, dtype=torch.float32,
+        )  # fmt: skip
         ids, inverse = torch.empty(rows, dtype=torch.int64, device="meta"), torch.ones(1, device="meta")
         with Counted(hidden, weight, weight.main_grad, ids, inverse) as counted:
             chosen = hidden.index_select(0, ids)

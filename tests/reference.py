@@ -98,6 +98,7 @@ class ModelSettings:
     sequence_aux_loss_coefficient: float = 0.0
     mtp_loss_coefficient: float = 0.0
     recompute: str | tuple[str, ...] = "none"
+    offload_modules: tuple[str, ...] = ()
     dispatcher: str = "alltoall"
     megatron: MegatronConfig = MegatronConfig()
     force_expert_balance: bool = False

@@ -67,6 +67,7 @@ def world(monkeypatch):
     monkeypatch.setattr(dist, "init_process_group", init_here)
     monkeypatch.setattr(dist, "new_group", new_group_here)
     monkeypatch.setattr(torch.cuda, "set_device", lambda _device: None)
+    monkeypatch.setattr(groups.processors, "stay_near", lambda _device: None)
     monkeypatch.setattr(groups, "_start_nccl", lambda device: calls.append(("start", None, {"device": device})))
     for name, value in (("RANK", "5"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", str(WORLD))):
         monkeypatch.setenv(name, value)

@@ -12,6 +12,7 @@ import torch
 from r1mega.checkpoint.name_rules import Entry
 from r1mega.checkpoint.parameters import parameters
 from r1mega.config.layout import generator_problems, model_problems, num_stages, process_problems, stage_layers
+from r1mega.config.megatron import exchange_problems, offload_problems
 from r1mega.config.model_files import HFConfig
 from r1mega.config.schema import ModelConfig, OptimizerConfig, ParallelConfig, Stage, TrainingStage
 from r1mega.config.stages.rl import RLStage
@@ -103,6 +104,7 @@ def plan_memory(
         problems = list(generator_problems(rollout, gpus, hf, together=False))
     if isinstance(config, TrainingStage):
         problems = [*model_problems(config.parallel, hf), *process_problems(config.parallel, gpus), *problems]
+        problems += [*offload_problems(config.model, hf), *exchange_problems(config.model, config.parallel, hf)]
     if config.model.fp8 != "off" and gpu.fp8_flops is None:
         problems.append(f"model.fp8 = {config.model.fp8}: {gpu.name} has no FP8; set model.fp8=off, or another --gpu")
     if problems:

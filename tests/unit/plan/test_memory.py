@@ -206,6 +206,19 @@ def test_fp8_is_refused_where_there_is_none():
         plan_memory(config, DEEPSEEK, 256, gpu_kind("a100-80"), None, imbalance=1.0, per_node=8)
 
 
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("model.offload_modules=[core_attn]", "recompute = full nothing of a layer is kept"),
+        ("model.megatron.overlap_moe_expert_parallel_comm=true", "wants parallel.vpp > 1 in a pipeline"),
+    ],
+)
+def test_keys_that_a_run_refuses_together_are_not_planned(key, message):
+    config = load_config(CONFIGS / "deepseek_v3_671b/zero.yaml", [key])
+    with pytest.raises(ConfigError, match=message):
+        plan_memory(config, DEEPSEEK, 512, gpu_kind("h100-80"), None, imbalance=1.0, per_node=8)
+
+
 def test_generators_that_cannot_share_experts_are_refused_as_by_the_stage():
     wide = ["rollout.tp=32", "rollout.ep=64", "rollout.max_batched_tokens=1024"]
     for name, keys, message in (

@@ -131,7 +131,8 @@ def wait_for_all(kind: Kind, what: str) -> None:
                 f"{what}: rank 0 ended while the others waited; its own log says why ({error})"
             ) from error
         raise StragglerError(_absent_text(kind, what, absent, limit, str(error))) from error
-    store.delete_key(f"{prefix}{dist.get_rank()}")
+    with contextlib.suppress(dist.DistError):  # all came; rank 0, where the store may be, may have ended since
+        store.delete_key(f"{prefix}{dist.get_rank()}")
     begin_work()
 
 

@@ -178,6 +178,27 @@ def test_a_file_of_the_first_rank_is_the_error_of_all():
     assert launch(a_disk_that_is_full_for_the_first, 2) == [told, told]
 
 
+def a_store_that_is_gone_once_all_came(of_rank: int) -> str:
+    groups.init_distributed()
+    store = dist.distributed_c10d._get_default_store()
+
+    class Gone:
+        set, check = store.set, store.check
+
+        def delete_key(self, _name: str) -> None:
+            raise dist.DistNetworkError("Connection reset by peer")
+
+    if dist.get_rank() == of_rank:
+        dist.distributed_c10d._get_default_store = Gone
+    groups.wait_for_all("startup", "the end")
+    return "all came"
+
+
+def test_who_has_waited_for_all_needs_no_store_any_more():
+    """Rank 0, which keeps it, may end as soon as all came."""
+    assert launch(a_store_that_is_gone_once_all_came, 2, 1) == ["all came"] * 2
+
+
 def passes_that_are_shared() -> list[object]:
     groups.init_distributed()
     rank, gone = dist.get_rank(), dist.new_group(timeout=timedelta(seconds=SHORT), backend="gloo")

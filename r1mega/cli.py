@@ -154,8 +154,6 @@ def pipeline(
     loaded = load_pipeline(config, overrides or [])
     from r1mega.stages import pipeline as stages
 
-    if not launcher and not list_jobs:
-        loaded = stages.on_this_machine(loaded)
     names = stages.select(loaded, first, last, only)
     if dry_run or list_jobs:
         decisions = stages.dry_run(loaded, names, redo=redo, remember=list_jobs, gpu=gpu)
@@ -182,7 +180,6 @@ def quickstart(
     loaded = load_pipeline(here / "r1.yaml", given, {NANO: here})
     from r1mega.stages import pipeline as stages
 
-    loaded = stages.on_this_machine(loaded)
     names = stages.select(loaded, None, stage, None, last_option="--stage")
     if dry_run:
         typer.echo("\n".join(stages.describe(loaded, stages.dry_run(loaded, names, redo=redo))))

@@ -10,7 +10,6 @@ nodes:
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import json
 import os
@@ -33,9 +32,6 @@ class NodeConfig(Section):
     config: Path
     overrides: dict[str, Any] = {}
     ranks: PositiveInt = 1  # processes; more than one: on this machine, or by the launcher that the command names
-    # where `ranks` is not said: of a model that is too small for several threads, on this machine, if it has no GPU: one a processor,
-    # up to this, and a divisor of it
-    cpu_ranks: PositiveInt | None = None
 
 
 class PipelineConfig(Section):
@@ -68,7 +64,6 @@ class Node:
     source: Path
     ranks: int
     inputs: tuple[Input, ...]
-    cpu_ranks: int | None = None
 
     @property
     def parents(self) -> tuple[str, ...]:
@@ -122,30 +117,11 @@ def load_pipeline(path: Path, overrides: Sequence[str] = (), moved: Mapping[Path
         stages[name] = _moved(stage, {**(moved or {}), file.dir: config.dir})
     _check_run_dirs(stages)
     nodes = {
-        name: Node(
-            name,
-            stages[name],
-            path.parent / node.config,
-            node.ranks,
-            _inputs(name, stages),
-            None if "ranks" in node.model_fields_set else node.cpu_ranks,
-        )
+        name: Node(name, stages[name], path.parent / node.config, node.ranks, _inputs(name, stages))
         for name, node in config.nodes.items()
     }
     external = {_move(Path(name).expanduser(), file.dir, config.dir): model for name, model in config.external.items()}
     return Pipeline(config.name, config.dir, path, config.ranks_per_machine, external, nodes)
-
-
-def on_processors(pipeline: Pipeline, processors: int) -> Pipeline:
-    """The pipeline as it runs on one machine without a GPU: with `cpu_ranks` in the place of `ranks` where a node has them."""
-
-    def placed(node: Node) -> Node:
-        most = node.cpu_ranks
-        if most is None:
-            return node
-        return dataclasses.replace(node, ranks=max(n for n in range(1, processors + 1) if most % n == 0))
-
-    return dataclasses.replace(pipeline, nodes={name: placed(node) for name, node in pipeline.nodes.items()})
 
 
 def check_pipeline(pipeline: Pipeline, names: Sequence[str], *, dry_run: bool, damaged: Collection[Path] = ()) -> None:

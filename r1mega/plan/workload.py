@@ -104,12 +104,12 @@ def longest_drawn(config: TrainingStage) -> int:
 
 def workload(config: TrainingStage, lengths: Lengths, replicas: int, multiple: int = 1) -> Workload:
     """Of a stage with these lengths on so many data-parallel replicas. multiple: of microbatches (interleaved pipelines)."""
-    prompt, minibatches, least, in_all, longest = 0, 1, None, 1, longest_drawn(config)
+    prompt, minibatches, least, longest = 0, 1, None, longest_drawn(config)
     if isinstance(config, RLStage):
         count = config.rollout.num_prompts * config.rollout.group_size
         capacity = config.update.microbatch_tokens
         prompt, minibatches = min(lengths.prompt, config.data.max_prompt_tokens), config.update.num_minibatches
-        least, in_all = config.update.min_microbatches, config.update.microbatch_multiple
+        least = config.update.min_microbatches
     elif isinstance(config, SFTStage):
         count, capacity = config.batch_size, config.microbatch_tokens
         least = config.min_microbatches
@@ -121,7 +121,7 @@ def workload(config: TrainingStage, lengths: Lengths, replicas: int, multiple: i
     whole = [prompt + response for response in drawn]
     parts = split_minibatches(count, minibatches, f"{config.seed}/plan")[:PACKED_MINIBATCHES]
     bins = plan_packing(
-        whole, parts, capacity, replicas, multiple, least or least_microbatches(config.parallel.pp), in_all
+        whole, parts, capacity, replicas, multiple, least or least_microbatches(config.parallel.pp)
     ).bins
     sizes = [[sum(whole[i] for i in members) for members in rank] for part in bins for rank in part]
     return Workload(tuple((prompt, response) for response in drawn), minibatches, len(sizes[0]), max(map(max, sizes)))

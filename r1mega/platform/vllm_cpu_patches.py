@@ -13,13 +13,8 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch.nn.functional import pad
 
 from r1mega.errors import PlatformError
-
-LEAST_ROWS = 4
-"""From so many rows on, a row of the nano model's products has the same bits whatever else is in the batch (float32; measured with
-AVX-512)."""
 
 
 def apply() -> None:
@@ -32,7 +27,6 @@ def apply() -> None:
     _patch_unfinished_prompts()
     _patch_memory_binding()
     _patch_kernel_overrides()
-    _patch_few_rows()
 
 
 def _is_patched(function: object) -> bool:
@@ -273,48 +267,3 @@ def _patch_kernel_overrides() -> None:
 
     register.__dict__["_r1mega_patch"] = True
     setattr(CpuPlatform, name, classmethod(register))
-
-
-def _patch_few_rows() -> None:
-    """vllm/model_executor/layers/utils.py, cpu_unquantized_gemm; vllm/model_executor/layers/attention/mla_attention.py, torch.bmm.
-
-    Reason: the libraries behind them take another kernel, with another order of its sums, for a handful of rows. The last
-    responses of a batch would have log-probs that differ in their last bits from those in a fuller batch, and so from those with
-    another number of generators. Here a product of fewer than LEAST_ROWS rows is one of so many.
-    """
-    from vllm.model_executor.layers import utils
-    from vllm.model_executor.layers.attention import mla_attention
-
-    original = utils.cpu_unquantized_gemm
-    if list(inspect.signature(original).parameters) != ["layer", "x", "weight", "bias"]:
-        raise PlatformError("vllm cpu_unquantized_gemm takes other arguments: unknown vLLM build")
-    if inspect.getsource(mla_attention).count("torch.bmm(") != 3:
-        raise PlatformError("vllm MLA attention multiplies in another way: unknown vLLM build")
-    if _is_patched(original):
-        return
-
-    @functools.wraps(original)
-    def product(layer, x, weight, bias=None):
-        rows = x.shape[0]
-        if x.dim() != 2 or not 0 < rows < LEAST_ROWS:
-            return original(layer, x, weight, bias)
-        return original(layer, pad(x, (0, 0, 0, LEAST_ROWS - rows)), weight, bias)[:rows]
-
-    product.__dict__["_r1mega_patch"] = True
-    utils.cpu_unquantized_gemm = product
-    mla_attention.torch = TorchOfManyRows()
-
-
-class TorchOfManyRows:
-    """torch, whose batched products are of LEAST_ROWS rows at least."""
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(torch, name)
-
-    @staticmethod
-    def bmm(x: torch.Tensor, weight: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
-        """[n, rows, k] x [n, k, m] -> out [n, rows, m]."""
-        rows = x.shape[1]
-        if not 0 < rows < LEAST_ROWS:
-            return torch.bmm(x, weight, out=out)
-        return out.copy_(torch.bmm(pad(x, (0, 0, 0, LEAST_ROWS - rows)), weight)[:, :rows])

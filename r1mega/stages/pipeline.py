@@ -20,9 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from r1mega import platform
 from r1mega.config.load import dump_config
-from r1mega.config.pipeline import Node, Pipeline, check_pipeline, in_turn, is_inside, on_processors
+from r1mega.config.pipeline import Node, Pipeline, check_pipeline, in_turn, is_inside
 from r1mega.config.schema import Stage, TrainingStage
 from r1mega.errors import EXIT_SAVED_FOR_REQUEUE, ConfigError
 from r1mega.files import write_atomic
@@ -63,11 +62,6 @@ class Decision:
     reason: str
     inputs: Mapping[str, Source] | None = None
     fingerprint: str | None = None
-
-
-def on_this_machine(pipeline: Pipeline) -> Pipeline:
-    """The pipeline as it runs here without a launcher: see `NodeConfig.cpu_ranks`."""
-    return on_processors(pipeline, len(os.sched_getaffinity(0))) if platform.current().name == "cpu" else pipeline
 
 
 def run_pipeline(

@@ -225,7 +225,7 @@ def _plan(samples: StepSamples, config: RLStage, step: int, policy: Policy) -> t
         parts = [part for part in parts if part]
         plan = plan_packing(
             lengths, parts, config.update.microbatch_tokens, policy.num_replicas, policy.microbatch_multiple,
-            config.update.min_microbatches or policy.min_microbatches, config.update.microbatch_multiple,
+            config.update.min_microbatches or policy.min_microbatches,
         )  # fmt: skip
         plans.append((parts, plan))
     bins = [ranks for _, plan in plans for ranks in plan.bins]

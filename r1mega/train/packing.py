@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -94,15 +93,12 @@ def plan_packing(
     num_ranks: int = 1,
     multiple: int = 1,
     least: int = 1,
-    in_all: int = 1,
 ) -> PackingPlan:
     """Pack each minibatch into microbatches of at most `capacity` tokens, balanced over the data-parallel ranks.
 
     lengths: tokens of each sample. multiple: of microbatches a rank and minibatch (interleaved pipelines want it). least:
     microbatches a rank and minibatch, as far as there are samples: of m microbatches a pipeline of pp stages idles for
-    (pp - 1) / (m + pp - 1) of its time. in_all: the microbatches of a minibatch over all ranks are a multiple of it too, so that
-    any number of ranks that divides it has the same ones (where `multiple` is 1, and `least` times the ranks at most in_all). Raises
-    ConfigError when a sample is longer than `capacity`.
+    (pp - 1) / (m + pp - 1) of its time. Raises ConfigError when a sample is longer than `capacity`.
     """
     longest = max((lengths[i] for batch in minibatches for i in batch), default=0)
     if longest > capacity:
@@ -112,7 +108,7 @@ def plan_packing(
         )
     plan, real, allotted = [], 0, 0
     for batch in minibatches:
-        bins = balanced_bins(lengths, batch, capacity, math.lcm(num_ranks * multiple, in_all), num_ranks * least)
+        bins = balanced_bins(lengths, batch, capacity, num_ranks * multiple, num_ranks * least)
         sizes = [sum(lengths[i] for i in members) for members in bins]
         real, allotted = real + sum(sizes), allotted + len(bins) * max(sizes)
         order = sorted(range(len(bins)), key=lambda b: (-sizes[b], b))

@@ -8,7 +8,7 @@ import pytest
 
 from r1mega.config.data_factory import DataFactoryStage
 from r1mega.config.load import load_config
-from r1mega.config.pipeline import check_pipeline, load_pipeline, on_processors, paths_of
+from r1mega.config.pipeline import check_pipeline, load_pipeline, paths_of
 from r1mega.config.stages.evaluate import EvaluateStage
 from r1mega.config.stages.rl import RLStage
 from r1mega.errors import ConfigError
@@ -48,33 +48,6 @@ def test_the_documentations_example_could_run(tmp_path):
         20,
         "runs/mine/zero",
     )
-
-
-@pytest.mark.parametrize(
-    ("processors", "asked", "expected"), [(1, 2, 1), (2, 2, 2), (64, 2, 2), (3, 4, 2), (5, 6, 3), (7, None, 1)]
-)
-def test_small_models_take_a_rank_a_processor_on_a_machine_without_a_gpu(processors, asked, expected):
-    given = [f"nodes.zero.cpu_ranks={'null' if asked is None else asked}"]
-    pipeline = load_pipeline("configs/nano/r1.yaml", given)
-    assert pipeline.nodes["zero"].ranks == 1, "a launcher starts what `ranks` says"
-    here = on_processors(pipeline, processors)
-    assert (here.nodes["zero"].ranks, here.nodes["base"].ranks) == (expected, 1)
-    check_pipeline(here, list(here.nodes), dry_run=True)
-
-
-@pytest.mark.parametrize("ranks", [1, 4])
-def test_ranks_that_are_said_are_those_that_start(ranks):
-    pipeline = load_pipeline("configs/nano/r1.yaml", [f"nodes.zero.ranks={ranks}"])
-    assert on_processors(pipeline, 2).nodes["zero"].ranks == ranks
-
-
-def test_ranks_that_a_pipeline_takes_by_itself_have_the_microbatches_of_one():
-    pipeline = load_pipeline("configs/nano/r1.yaml")
-    several = {name: node for name, node in pipeline.nodes.items() if node.cpu_ranks is not None}
-    assert several.keys() == {"zero", "reasoning_rl", "align"}
-    for node in several.values():
-        assert node.config.update.microbatch_multiple == node.cpu_ranks
-        assert node.config.threads == 1
 
 
 def test_a_moved_pipeline_moves_what_is_brought_to_it_too():

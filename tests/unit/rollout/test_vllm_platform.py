@@ -115,38 +115,6 @@ def rows_of(rank: int) -> torch.Tensor:
     return torch.randn(257, generator=torch.Generator().manual_seed(rank)).repeat(6, 1)
 
 
-@pytest.mark.parametrize(("inner", "outer"), [(16, 512), (512, 16)], ids=["into the latent space", "out of it"])
-def test_a_rows_bits_do_not_depend_on_the_number_of_rows(inner, outer):
-    """Of latent attention's products in the nano model, as vLLM makes them, one more token a row; `tests/e2e/test_zero.py` has the
-    whole model."""
-    many, generator = vllm_cpu_patches.TorchOfManyRows(), torch.Generator().manual_seed(1)
-    weight = torch.randn(4, inner, outer, generator=generator)
-    rows = torch.randn(64, 4, inner, generator=generator)
-
-    def product(rows: torch.Tensor) -> torch.Tensor:
-        out = rows.new_empty(len(rows), 4, outer)
-        many.bmm(rows.transpose(0, 1), weight, out=out.transpose(0, 1))
-        return out
-
-    whole = product(rows)
-    torch.testing.assert_close(whole, torch.einsum("tnk,nkm->tnm", rows, weight))
-    for count in (*range(1, 9), 33, 63):
-        assert torch.equal(product(rows[:count].contiguous()), whole[:count]), count
-    assert many.float32 is torch.float32
-
-
-def test_a_product_of_few_rows_is_one_of_more():
-    from vllm.model_executor.layers import utils
-
-    vllm_cpu_patches._patch_few_rows()
-    weight, seen = torch.eye(3), []
-    layer = SimpleNamespace(cpu_linear=lambda x, weight, bias: seen.append(len(x)) or x @ weight.T + bias)
-    for count in (0, 1, 3, 4, 9):
-        rows = torch.arange(3.0 * count).view(count, 3)
-        assert torch.equal(utils.cpu_unquantized_gemm(layer, rows, weight, torch.ones(3)), rows + 1)
-    assert seen == [0, 4, 4, 4, 9]
-
-
 def sum_of_rows() -> tuple[list, list]:
     groups.init_distributed()
     rank, sizes = dist.get_rank(), [1, 3, 2]

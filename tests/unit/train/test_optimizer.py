@@ -152,24 +152,3 @@ def test_learning_rate_schedule(one_rank):
     cosine = [1e-4 + (1e-3 - 1e-4) * (math.cos(math.pi * i / 4) + 1) / 2 for i in range(1, 5)]
     expected = [0.5e-3, 1e-3, 1e-3, 1e-3, 1e-3, 1e-3, *cosine]
     assert np.allclose(rates, expected, rtol=1e-9), json.dumps(rates)
-
-
-def test_the_norm_of_gradients_is_the_same_however_many_ranks_share_them(one_rank):
-    from megatron.core.optimizer.clip_grads import get_grad_norm_fp32
-
-    gradients = torch.randn(100_003, generator=torch.Generator().manual_seed(1))
-    for share in (100_003, 50_002, 777):
-        norm = get_grad_norm_fp32(list(gradients.split(share)), grad_stats_parallel_group=None)
-        assert math.isclose(norm, float(gradients.double().norm()), rel_tol=1e-13)
-
-
-@pytest.mark.parametrize("kernel", [None, torch.float32, torch.float64])
-def test_every_rank_adds_up_its_part_of_the_norm_in_the_same_type(one_rank, monkeypatch, kernel):
-    """None: of a rank without a share. float32: of apex's kernel."""
-    from megatron.core.optimizer import clip_grads
-
-    summed = []
-    monkeypatch.setattr(clip_grads, "l2_norm_impl", lambda *_: (torch.full((1,), 2.0, dtype=kernel), None))
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, **_: summed.append(tensor.dtype))
-    norm = clip_grads.get_grad_norm_fp32([torch.ones(4)] if kernel else [])
-    assert norm == (2.0 if kernel else 0.0) and summed == [torch.float64]

@@ -39,21 +39,6 @@ def test_every_sample_once_within_capacity_and_equal_counts(lengths, num_minibat
     assert 0 < plan.fill_fraction <= 1
 
 
-@given(st.lists(st.integers(1, CAPACITY), min_size=1, max_size=80), st.integers(1, 3), st.sampled_from([2, 3, 4, 6]))
-@settings(max_examples=100, deadline=None)
-def test_the_microbatches_are_the_same_on_any_number_of_ranks_that_divides_them(lengths, num_minibatches, in_all):
-    minibatches = split_minibatches(len(lengths), num_minibatches, "seed")
-    plans = [
-        plan_packing(lengths, minibatches, CAPACITY, num_ranks, in_all=in_all).bins
-        for num_ranks in range(1, in_all + 1)
-        if in_all % num_ranks == 0
-    ]
-    for ranks in zip(*plans, strict=True):
-        alone, *others = [sorted(members for rank in bins for members in rank) for bins in ranks]
-        assert len(alone) % in_all == 0
-        assert all(other == alone for other in others)
-
-
 @given(st.lists(st.integers(1, CAPACITY), min_size=1, max_size=9))
 @settings(max_examples=100, deadline=None)
 def test_best_fit_stays_within_its_bound(lengths):

@@ -101,6 +101,7 @@ def patches_table() -> Table:
     needed = needed_patches(platform.current(), installed_version())
     columns = ("here", "module", "versions", "where", "why", "upstream")
     table = Table(*columns, title="Changes to megatron-core", title_justify="left")
+    table.columns[1].min_width = max(len(patch.module) for patch in PATCHES)  # a name that is cut off names nothing
     for patch in PATCHES:
         where = {"always": "everywhere", "cpu": "on a CPU", "no_te": "without Transformer Engine"}[patch.when]
         cells = (

@@ -140,9 +140,13 @@ def interrupted(stage: str, ready: Path) -> None:
             time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGINT)
 
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
     threading.Thread(target=interrupt, daemon=True).start()
-    with pytest.raises(KeyboardInterrupt):
-        _wait([sys.executable, "-c", stage])
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            _wait([sys.executable, "-c", stage])
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_ctrl_c_waits_for_what_the_stage_saves(tmp_path, monkeypatch):

@@ -316,7 +316,7 @@ def test_the_run_says_how_long_before_the_limit_it_wants_to_be_warned(job, tmp_p
     began = time.time()
     code, _, asked, said = job(ranks, end=began + 25)
     assert (code, asked) == (85, ["--signal=USR2 7", "requeue 7"]), said
-    assert 5 <= time.time() - began < 15
+    assert 4 <= time.time() - began < 15  # Slurm tells the end in whole seconds
     (tmp_path / "asked").unlink()
     code, _, asked, said = job("sleep 3; exit 3", end=time.time() + 1000)
     assert (code, asked) == (3, []), f"far from the limit it is not: {said}"

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import logging
 import math
 import os
-import signal
 import sys
 import threading
 import time
@@ -18,7 +16,8 @@ from typing import Annotated
 
 import typer
 
-from r1mega.errors import EXIT_FILE, ConfigError, FreshProcessNeeded, R1MegaError, StragglerError
+from r1mega import ending
+from r1mega.errors import ConfigError, FreshProcessNeeded
 from r1mega.noise import silence
 
 app = typer.Typer(
@@ -32,10 +31,6 @@ reward_app = typer.Typer(help="Score lines of JSON from standard input.", no_arg
 app.add_typer(reward_app, name="reward")
 reshard_app = typer.Typer(help="Weights from the trainer's layout to the generator's.", no_args_is_help=True)
 app.add_typer(reshard_app, name="reshard")
-SECONDS_FOR_THE_FIRST_RANK = 5
-"""How long another rank leaves it to the first to tell what all of them find, before it tells it itself."""
-SECONDS_FOR_THE_CAUSE = 5
-"""How long a rank waits with its end for that of the one which it lost: the launcher's exit code is that of whoever ends first."""
 
 
 def _path(text: str) -> Path:
@@ -82,7 +77,7 @@ def train(
     """Run one stage, from wherever an earlier start left it. Also under torchrun and srun."""
     if ranks is not None:
         raise typer.Exit(_train_on_ranks(config, overrides or [], ranks))
-    _exit_for_requeue_on_signals()
+    ending.requeue_on_signals()
     from r1mega.config.load import load_config
     from r1mega.config.validate import validate
     from r1mega.data.prompts import scan_data
@@ -101,7 +96,7 @@ def train(
     try:
         code = run_stage(loaded)
     except FreshProcessNeeded:
-        if _is_first_rank():
+        if ending.is_first_rank():
             tell("starting anew for the next generator: one a process")
         restart()
     raise typer.Exit(code)
@@ -109,7 +104,7 @@ def train(
 
 def _train_on_ranks(path: Path, overrides: list[str], ranks: int) -> int:
     """The exit code; again by itself where a rank died that was not asked to stop, and there is something new to go on from."""
-    _exit_for_requeue_on_signals()  # before the ranks and between two starts of them
+    ending.requeue_on_signals()  # before the ranks and between two starts of them
     from r1mega.config.load import load_config
     from r1mega.config.validate import validate
     from r1mega.data.prompts import scan_data
@@ -469,70 +464,11 @@ def _standard_input() -> Iterator[str]:
 
 
 def main() -> None:
-    """Entry point. An R1MegaError, and an OSError of a file, becomes a message and its exit code; R1MEGA_TRACEBACK=1 shows where it came from."""
+    """Entry point."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     silence()
-    try:
+    with ending.told():
         app()
-    except R1MegaError as error:
-        if os.environ.get("R1MEGA_TRACEBACK") == "1":
-            raise
-        if _same_on_every_rank(error) and not _is_first_rank():
-            time.sleep(SECONDS_FOR_THE_FIRST_RANK)  # its end, once it has told, ends this one too
-        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        if isinstance(error, StragglerError):
-            _exit_on_signals(
-                error.exit_code
-            )  # a launcher sends them once that one has ended, and nothing is saved here
-            time.sleep(SECONDS_FOR_THE_CAUSE)
-        sys.exit(error.exit_code)
-    except OSError as error:
-        text = _file_problem(error)
-        if text is None or os.environ.get("R1MEGA_TRACEBACK") == "1":
-            raise
-        print(f"{type(error).__name__}: {text}", file=sys.stderr)
-        sys.exit(EXIT_FILE)
-
-
-def _file_problem(error: OSError) -> str | None:
-    """What to tell of an error that is about a file or a disk; None for another one (of a socket, say)."""
-    if error.filename is not None:
-        names = " -> ".join(
-            os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)
-        )
-        return f"{names}: {error.strerror}"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS):
-        return f"a file could not be written or read: {error.strerror}; R1MEGA_TRACEBACK=1 shows which"
-    return None
-
-
-def _exit_for_requeue_on_signals() -> None:
-    """Asked to stop before anything has begun (libraries load, ranks gather): there is nothing to save, start again."""
-    from r1mega.errors import EXIT_SAVED_FOR_REQUEUE
-
-    _exit_on_signals(EXIT_SAVED_FOR_REQUEUE)
-
-
-def _exit_on_signals(code: int) -> None:
-    """At once, with that code, when asked to stop."""
-    numbers = (signal.SIGTERM, signal.SIGUSR2)
-    for number in numbers:
-        signal.signal(number, lambda *_: os._exit(code))
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)  # a restart blocks them (platform/launcher.py)
-
-
-def _is_first_rank() -> bool:
-    """By the launcher's own variables: an error may come before they are adopted."""
-    from r1mega.config.launched import launched_place
-
-    place = launched_place()
-    return place is None or place.rank == 0
-
-
-def _same_on_every_rank(error: R1MegaError) -> bool:
-    from r1mega.errors import DataError
-
-    return isinstance(error, (ConfigError, DataError))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from pydantic import Field
 
-from r1mega import cli
+from r1mega import cli, ending
 from r1mega.config.load import dump_config, load_config
 from r1mega.config.schema import Section
 from r1mega.config.yaml_text import dump_yaml, load_yaml
@@ -316,17 +316,17 @@ def test_a_rank_that_lost_another_tells_it_and_ends_after_that_one(monkeypatch, 
         raise StragglerError("another rank ended")
 
     monkeypatch.setattr(cli, "app", fail)
-    monkeypatch.setattr(cli, "_exit_on_signals", order.append)
-    monkeypatch.setattr(cli.time, "sleep", lambda seconds: order.append((capsys.readouterr().err, seconds)))
+    monkeypatch.setattr(ending, "exit_on_signals", order.append)
+    monkeypatch.setattr(ending.time, "sleep", lambda seconds: order.append((capsys.readouterr().err, seconds)))
     assert run(monkeypatch, []) == StragglerError.exit_code
-    assert order == [StragglerError.exit_code, ("StragglerError: another rank ended\n", cli.SECONDS_FOR_THE_CAUSE)]
+    assert order == [StragglerError.exit_code, ("StragglerError: another rank ended\n", ending.SECONDS_FOR_THE_CAUSE)]
 
 
 def test_a_rank_that_is_ended_while_it_waits_for_the_cause_saves_nothing():
     """SIGTERM of the launcher, once that one has ended: 85 would say that the state is saved, and srun tells the highest code."""
     waits = (
-        "import os, signal, time; from r1mega import cli; from r1mega.errors import StragglerError\n"
-        "def app():\n    cli._exit_for_requeue_on_signals()\n    raise StragglerError('another rank ended')\n"
+        "import os, signal, time; from r1mega import cli, ending; from r1mega.errors import StragglerError\n"
+        "def app():\n    ending.requeue_on_signals()\n    raise StragglerError('another rank ended')\n"
         "cli.app, time.sleep = app, lambda _: os.kill(os.getpid(), signal.SIGTERM)\ncli.main()"
     )
     assert subprocess.run([sys.executable, "-c", waits], capture_output=True).returncode == StragglerError.exit_code

@@ -1,0 +1,75 @@
+"""How a command ends: errors as a message and an exit code, and a signal that comes before there is anything to save."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+
+from r1mega.errors import EXIT_FILE, EXIT_SAVED_FOR_REQUEUE, ConfigError, DataError, R1MegaError, StragglerError
+
+SECONDS_FOR_THE_FIRST_RANK = 5
+"""How long another rank leaves it to the first to tell what all of them find, before it tells it itself."""
+SECONDS_FOR_THE_CAUSE = 5
+"""How long a rank waits with its end for that of the one which it lost: the launcher's exit code is that of whoever ends first."""
+
+
+@contextlib.contextmanager
+def told() -> Iterator[None]:
+    """An R1MegaError, and an OSError of a file, becomes a message and its exit code; R1MEGA_TRACEBACK=1 shows where it came from."""
+    try:
+        yield
+    except R1MegaError as error:
+        if os.environ.get("R1MEGA_TRACEBACK") == "1":
+            raise
+        if isinstance(error, (ConfigError, DataError)) and not is_first_rank():
+            time.sleep(SECONDS_FOR_THE_FIRST_RANK)  # its end, once it has told, ends this one too
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        if isinstance(error, StragglerError):
+            # a launcher sends signals once that one has ended, and nothing is saved here
+            exit_on_signals(error.exit_code)
+            time.sleep(SECONDS_FOR_THE_CAUSE)
+        sys.exit(error.exit_code)
+    except OSError as error:
+        text = _file_problem(error)
+        if text is None or os.environ.get("R1MEGA_TRACEBACK") == "1":
+            raise
+        print(f"{type(error).__name__}: {text}", file=sys.stderr)
+        sys.exit(EXIT_FILE)
+
+
+def _file_problem(error: OSError) -> str | None:
+    """What to tell of an error that is about a file or a disk; None for another one (of a socket, say)."""
+    if error.filename is not None:
+        names = " -> ".join(
+            os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)
+        )
+        return f"{names}: {error.strerror}"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS):
+        return f"a file could not be written or read: {error.strerror}; R1MEGA_TRACEBACK=1 shows which"
+    return None
+
+
+def requeue_on_signals() -> None:
+    """Asked to stop before anything has begun (libraries load, ranks gather): there is nothing to save, start again."""
+    exit_on_signals(EXIT_SAVED_FOR_REQUEUE)
+
+
+def exit_on_signals(code: int) -> None:
+    """At once, with that code, when asked to stop."""
+    numbers = (signal.SIGTERM, signal.SIGUSR2)
+    for number in numbers:
+        signal.signal(number, lambda *_: os._exit(code))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)  # a restart blocks them (platform/launcher.py)
+
+
+def is_first_rank() -> bool:
+    """By the launcher's own variables: an error may come before they are adopted."""
+    from r1mega.config.launched import launched_place
+
+    place = launched_place()
+    return place is None or place.rank == 0

@@ -34,9 +34,7 @@ class _Hash(Protocol):
 
 _HASHES: dict[str, Callable[[], _Hash]] = {}
 """By their names in a record."""
-with contextlib.suppress(
-    ImportError
-):  # where torch and megatron-core are all that there is, as tools/gpu_check.py may be run
+with contextlib.suppress(ImportError):  # tools/gpu_check.py may run without it
     from xxhash import xxh3_128
 
     _HASHES["xxh3_128"] = xxh3_128

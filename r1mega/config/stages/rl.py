@@ -109,7 +109,6 @@ class UpdateConfig(Section):
     microbatch_tokens: PositiveInt = 8192  # packing target; with parallel.cp each of its ranks has 1/cp of them
     min_microbatches: PositiveInt | None = None
     # of a replica in an optimizer step, as far as there are samples; None: 2 * parallel.pp of a pipeline, else 1
-    # of all microbatches of an optimizer step: any number of data-parallel ranks that divides it has the same ones
 
 
 class RLStage(TrainingStage):

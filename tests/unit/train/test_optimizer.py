@@ -21,6 +21,16 @@ pytestmark = pytest.mark.heavy
 platform.prepare()
 
 
+def torchs_adam(parameters, **options):
+    """As the trainer's: weights of matrices decay."""
+    decayed = [parameter for parameter in parameters if parameter.ndim > 1]
+    rest = [parameter for parameter in parameters if parameter.ndim == 1]
+    return torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}],
+        lr=LEARNING_RATE, betas=(0.9, 0.95), eps=1e-8, **options,
+    )  # fmt: skip
+
+
 def test_adam_on_the_cpu_equals_torchs_on_float32_main_parameters(one_rank):
     """Megatron's HybridDeviceOptimizer: the gradients of every step, applied to float32 copies by torch's AdamW."""
     from r1mega.train.optimizer import parts
@@ -28,12 +38,7 @@ def test_adam_on_the_cpu_equals_torchs_on_float32_main_parameters(one_rank):
     trainer, samples = make_trainer(dtype="bfloat16", cpu_offload=True), make_samples()
     parameters = [p for chunk in trainer.policy.chunks for p in chunk.parameters()]
     mains = [p.detach().float().clone().requires_grad_() for p in parameters]
-    decayed = [main for main in mains if main.ndim > 1]
-    rest = [main for main in mains if main.ndim == 1]
-    reference = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}],
-        lr=LEARNING_RATE, betas=(0.9, 0.95), eps=1e-8, fused=True,
-    )  # fmt: skip
+    reference = torchs_adam(mains, fused=True)
     for _ in range(3):
         result = run_update(trainer, samples, [[0, 1], [2, 3]], AlgorithmConfig())
         assert result.grad_norm > 0.05  # so it was clipped, in the buffers
@@ -54,12 +59,7 @@ def test_moments_in_bfloat16_equal_torchs_adam_that_starts_each_step_from_rounde
     trainer, samples = make_trainer(dtype="bfloat16", **PRECISION_AWARE), make_samples()
     parameters = [p for chunk in trainer.policy.chunks for p in chunk.parameters()]
     mains = [p.detach().float().clone().requires_grad_() for p in parameters]
-    decayed = [main for main in mains if main.ndim > 1]
-    rest = [main for main in mains if main.ndim == 1]
-    reference = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}],
-        lr=LEARNING_RATE, betas=(0.9, 0.95), eps=1e-8,
-    )  # fmt: skip
+    reference = torchs_adam(mains)
     of = [next(p for p in parts(trainer.optimizer) if w in p.model_param_group_index_map) for w in parameters]
     for _ in range(3):
         result = run_update(trainer, samples, [[0, 1], [2, 3]], AlgorithmConfig())

@@ -8,7 +8,6 @@ import torch
 
 from r1mega import platform
 from r1mega.config.schema import ModelConfig, OptimizerConfig, ParallelConfig
-from r1mega.platform import groups
 
 pytestmark = pytest.mark.heavy
 
@@ -35,16 +34,6 @@ MODELS = {
     "qwen3_tied": DENSE
     | {"model_type": "qwen3", "head_dim": 16, "tie_word_embeddings": True, "architectures": ["Qwen3ForCausalLM"]},
 }
-
-
-@pytest.fixture
-def one_rank():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    groups.init_parallel(ParallelConfig(), seed=0)
-    yield
-    groups.destroy()
-    torch.set_num_threads(threads)
 
 
 def make_policy(hf, weights, dtype="float32", log_probs="logits"):

@@ -117,10 +117,8 @@ class Cluster:
         """Killed while the block runs, with what it had started, as when the machine is off; afterwards the machine is back."""
         self.slurmds[node].kill()
         self.slurmds[node].wait()
-        tasks = list(_tasks_of(node))
-        for pid in [*_stepds_of(tasks), *tasks]:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        for pid in _stopped(node):
+            _send(pid, signal.SIGKILL)
         try:
             yield
         finally:
@@ -193,6 +191,26 @@ def _free_ports(count: int) -> list[int]:
         for probe in probes:
             probe.bind(("127.0.0.1", 0))
         return [probe.getsockname()[1] for probe in probes]
+
+
+def _stopped(node: str) -> set[int]:
+    """The machine's processes once all of them stand still: one that saw another killed alone would tell, as srun's second process does,
+    which then cancels the step.
+    """
+    stopped: set[int] = set()
+    while True:
+        tasks = set(_tasks_of(node))
+        found = _stepds_of(tasks) | tasks
+        if found <= stopped:
+            return stopped
+        for pid in found - stopped:
+            _send(pid, signal.SIGSTOP)
+        stopped |= found
+
+
+def _send(pid: int, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
 
 
 def _tasks_of(node: str) -> Iterator[int]:

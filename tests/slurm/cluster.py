@@ -117,7 +117,9 @@ class Cluster:
         """Killed while the block runs, with what it had started, as when the machine is off; afterwards the machine is back."""
         self.slurmds[node].kill()
         self.slurmds[node].wait()
-        for pid in _stopped(node):
+        tasks, stepds = self._stopped(node)
+        # children first: where a parent goes, SIGHUP would wake them
+        for pid in [*sorted(tasks, reverse=True), *stepds]:
             _send(pid, signal.SIGKILL)
         try:
             yield
@@ -125,6 +127,28 @@ class Cluster:
             self.start_slurmd(node)
             nodes = len(self.slurmds)
             _wait_for(lambda: _nodes(self, "idle,alloc,mix,comp") == nodes, self.directory, 60)
+
+    def _stopped(self, node: str) -> tuple[set[int], set[int]]:
+        """The machine's tasks, and what has started them, once all stand still: one that sees another die would tell, which a machine
+        that is off does not. (srun's second process cancels the step.)
+        """
+        stopped: set[int] = set()
+        while True:
+            tasks = set(self._tasks_of(node))
+            stepds = _stepds_of(tasks)
+            if tasks | stepds <= stopped:
+                return tasks, stepds
+            for pid in (tasks | stepds) - stopped:
+                _send(pid, signal.SIGSTOP)
+            stopped |= tasks | stepds
+
+    def _tasks_of(self, node: str) -> Iterator[int]:
+        """Processes of that machine's jobs: what tells them from those of the others, and of other clusters here, is their environment."""
+        ours = {f"SLURMD_NODENAME={node}".encode(), f"SLURM_CONF={self.environment['SLURM_CONF']}".encode()}
+        for directory in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if ours <= set((directory / "environ").read_bytes().split(b"\0")):
+                    yield int(directory.name)
 
     def cancel_all(self) -> None:
         """And wait until the jobs are over: daemons that end before leave their processes behind."""
@@ -193,36 +217,13 @@ def _free_ports(count: int) -> list[int]:
         return [probe.getsockname()[1] for probe in probes]
 
 
-def _stopped(node: str) -> set[int]:
-    """The machine's processes once all of them stand still: one that saw another killed alone would tell, as srun's second process does,
-    which then cancels the step.
-    """
-    stopped: set[int] = set()
-    while True:
-        tasks = set(_tasks_of(node))
-        found = _stepds_of(tasks) | tasks
-        if found <= stopped:
-            return stopped
-        for pid in found - stopped:
-            _send(pid, signal.SIGSTOP)
-        stopped |= found
-
-
 def _send(pid: int, number: signal.Signals) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)
 
 
-def _tasks_of(node: str) -> Iterator[int]:
-    """Processes of that machine's jobs: what tells them from those of the others is that variable."""
-    for directory in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if f"SLURMD_NODENAME={node}".encode() in (directory / "environ").read_bytes().split(b"\0"):
-                yield int(directory.name)
-
-
 def _stepds_of(tasks: Iterable[int]) -> set[int]:
-    """What has started them and would tell of their death, which a machine that is off does not."""
+    """What has started them."""
     found = set()
     for task in tasks:
         with contextlib.suppress(OSError):

@@ -43,6 +43,8 @@ class Looking(threading.Thread):
                 if int(rank) == self._runtime.rank and self._is_in(phase) and random.random() < CHANCE:
                     self._record(number).write_text(f"{self._runtime._place().step} {time.time()}")
                     self._hurt(kind)
+                    if kind == "STOP":
+                        return  # Slurm sends SIGCONT before its SIGTERM: the next is not for a process that is ending
 
     def _record(self, number: int) -> Path:
         return self._file.with_name(f"{self._file.name}.{number}")
@@ -55,7 +57,7 @@ class Looking(threading.Thread):
     def _hurt(self, kind: str) -> None:
         if kind != "FULL":
             os.kill(os.getpid(), getattr(signal, f"SIG{kind}"))
-            return  # from a stop too: Slurm sends SIGCONT before its SIGTERM
+            return
         with open(self._runtime.run_dir / "filler", "ab", buffering=0) as file, contextlib.suppress(OSError):
             while True:
                 file.write(bytes(1 << 16))

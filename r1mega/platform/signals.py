@@ -40,6 +40,7 @@ class StopRequest:
         self._received: str | None = None
         self._agreed = False
         self._previous: dict[signal.Signals, Any] = {}
+        self._outcome: tuple[int, str] | None = None
 
     def __enter__(self) -> StopRequest:
         global _open_requests
@@ -60,8 +61,21 @@ class StopRequest:
         signal.set_wakeup_fd(self._previous_wakeup)
         self._theirs.close()  # the thread ends
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            decided = self._outcome is not None and callable(handler)  # the system's own handlers stay
+            signal.signal(number, self._end if decided else handler)
         self._previous.clear()
+
+    def decide(self, code: int, text: str = "") -> None:
+        """How the process ends is known: where a handler was set before this request was opened (to say that nothing has begun, and
+        that it wants to be started again), these signals end it with that exit code from the request's close on, at once, as what still
+        closes then may wait for a peer that is dead. text: told then on standard error.
+        """
+        self._outcome = code, text
+
+    def _end(self, _number: int, _frame: FrameType | None) -> None:
+        code, text = self._outcome or (128 + signal.SIGTERM, "")
+        os.write(2, text.encode())
+        os._exit(code)
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         self._received = self._received or signal.Signals(number).name  # again: no change

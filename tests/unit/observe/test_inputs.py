@@ -81,6 +81,36 @@ def test_new_times_of_the_same_contents_are_kept(begun, tmp_path, monkeypatch):
     assert read == [path]
 
 
+@pytest.mark.parametrize("replaced", [False, True])
+def test_another_content_of_the_same_size_and_time(begun, tmp_path, replaced):
+    """As `rsync -t`, `cp -p` and `touch -r` leave it: written in place, or another file in its place."""
+    path = tmp_path / "q.jsonl"
+    before = path.stat()
+    if replaced:
+        path = shutil.copy2(path, tmp_path / "copy")
+    replace_byte(path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    path = path.rename(tmp_path / "q.jsonl")
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    with pytest.raises(DataError, match=r"q\.jsonl has another content"):
+        check_inputs(begun)
+
+
+def test_a_record_of_before_inodes_were_kept_is_read_once_and_completed(begun, monkeypatch):
+    record = json.loads((begun.run_dir / "inputs.json").read_text())
+    files = [stamp for entry in record.values() for stamp in entry["files"].values()]
+    for stamp in files:
+        del stamp["ctime_ns"], stamp["inode"]
+    (begun.run_dir / "inputs.json").write_text(json.dumps(record))
+    read = []
+    monkeypatch.setattr(
+        inputs, "_digest", lambda file, size, real=inputs._digest: read.append(file) or real(file, size)
+    )
+    for _ in range(2):
+        check_inputs(begun, renew=True)
+        assert len(read) == len(files)
+
+
 def test_files_that_nothing_reads(begun, tmp_path):
     (tmp_path / "model" / "notes.md").write_text("mine")  # beside a model
     check_inputs(begun)

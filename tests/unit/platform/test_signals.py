@@ -32,6 +32,31 @@ def test_no_signal_no_stop():
         assert not stop.agreed()
 
 
+def code_of(*, handler, decide):
+    """(exit code, what it said) of a process that is asked to stop once its request is closed."""
+    reading, writing = os.pipe()
+    if (child := os.fork()) == 0:
+        os.dup2(writing, 2)
+        signal.signal(signal.SIGTERM, handler)
+        with StopRequest() as stop:
+            decide(stop)
+        os.kill(os.getpid(), signal.SIGTERM)
+        os._exit(99)
+    os.close(writing)
+    with open(reading) as said:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), said.read()
+
+
+def test_asked_to_stop_once_its_end_is_known_a_process_ends_as_it_would():
+    def again(*_):
+        os._exit(85)
+
+    assert code_of(handler=again, decide=lambda stop: None) == (85, ""), "saved: it is to be started again"
+    assert code_of(handler=again, decide=lambda stop: stop.decide(0)) == (0, "")
+    assert code_of(handler=again, decide=lambda stop: stop.decide(9, "inf\n")) == (9, "inf\n")
+    assert code_of(handler=signal.SIG_DFL, decide=lambda stop: stop.decide(0)) == (-signal.SIGTERM, "")
+
+
 HANGS = """
 import ctypes, os, signal
 from r1mega.platform.signals import StopRequest

@@ -147,7 +147,7 @@ class RunDirectory:
             )
 
     def holds_work(self) -> bool:
-        """Whether there is anything but what every start writes first, and files without content."""
+        """Whether there is anything but what every start writes first, and files and directories without content."""
         first = {
             self.config,
             self.environment,
@@ -158,7 +158,7 @@ class RunDirectory:
             self.wandb_id,
             self.watch,
         }
-        return any(path.is_dir() or path.stat().st_size > 0 for path in self.path.iterdir() if path not in first)
+        return any(_has_content(path) for path in self.path.iterdir() if path not in first)
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         """Store the resolved config (JSON types) after `check_config`."""
@@ -210,6 +210,11 @@ class RunDirectory:
 
     def read_status(self) -> dict[str, Any]:
         return _read_json(self.status)
+
+
+def _has_content(path: Path) -> bool:
+    """Of a file, or of any below a directory."""
+    return any(map(_has_content, path.iterdir())) if path.is_dir() else path.stat().st_size > 0
 
 
 def config_changes(old: Mapping[str, Any], new: Mapping[str, Any], source: Path) -> list[tuple[str, str]]:

@@ -99,7 +99,10 @@ def test_a_run_that_made_nothing_may_start_with_a_mended_config(tmp_path):
     mended = {"stage": "zero", "rollout": {"kv_cache_bytes": 2}}
     run.write_config(mended)
     assert run.read_config() == mended
-    (tmp_path / "data").mkdir()  # made from the config
+    (tmp_path / "data").mkdir()  # whose first file was not written
+    run.write_config({"stage": "zero", "rollout": {"kv_cache_bytes": 1}})
+    run.write_config(mended)
+    (tmp_path / "data/train.jsonl").write_text("made from the config")
     with pytest.raises(ConfigError, match=r"kv_cache_bytes: 2 -> 3"):
         run.write_config({"stage": "zero", "rollout": {"kv_cache_bytes": 3}})
 

@@ -111,15 +111,33 @@ def test_a_run_may_go_on_past_a_gradient_that_is_not_finite(tmp_path):
     """As the error advises; another rate is another run, as it says too."""
     run = RunDirectory(tmp_path)
     (tmp_path / "nonfinite").mkdir()
+    (tmp_path / "nonfinite/update_000001_rank_00000.pt").write_text("evidence")
     run.write_config({"stage": "zero", "optimizer": {"lr": 1e-6, "skip_nonfinite": 0}})
     run.write_config({"stage": "zero", "optimizer": {"lr": 1e-6, "skip_nonfinite": 1}})
     with pytest.raises(ConfigError, match=r"optimizer\.lr"):
         run.write_config({"stage": "zero", "optimizer": {"lr": 1e-7, "skip_nonfinite": 1}})
 
 
+@pytest.mark.parametrize("key", [
+    "timeouts.startup_seconds", "timeouts.collective_seconds", "timeouts.rollout_seconds", "timeouts.checkpoint_seconds",
+    "watchdog.seconds", "rollout.max_kept_ids", "steps",
+])  # fmt: skip
+def test_what_errors_in_the_middle_of_a_run_advise_to_set_may_be_set(older_run, tmp_path, key):
+    """Of r1mega/platform/groups.py, watchdog.py, rollout/kept.py, stages/runtime.py."""
+    file = ROOT / "configs/nano/zero.yaml"
+    before, after = (
+        load_config(file, [f"run_dir={tmp_path}", *more]).model_dump(mode="json") for more in ([], [f"{key}=4321"])
+    )
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(before))
+    run = RunDirectory(tmp_path)
+    assert run.holds_work()
+    run.write_config(after)
+    assert run.read_config() != before
+
+
 def test_a_run_may_go_on_in_another_layout(tmp_path):
     run = RunDirectory(tmp_path)
-    (tmp_path / "data").mkdir()  # the run has made something
+    run.metrics.write_text('{"step": 1}\n')
     run.write_config({"parallel": {"tp": 1, "dp": None}, "rollout": {"tp": 1, "top_p": 1.0}})
     run.write_config({"parallel": {"tp": 2, "dp": 4}, "rollout": {"tp": 2, "ep": 2, "top_p": 1.0}})
     assert run.read_config()["rollout"]["ep"] == 2
@@ -140,7 +158,7 @@ def older_run(tmp_path):
     del stored["model"]["fp8"], stored["timeouts"], stored["filters"]["max_tokens"], stored["rollout"]["temperature"]
     del stored["prompting"][0]["separator"]
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(stored))
-    (tmp_path / "data").mkdir()
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     return config
 
 

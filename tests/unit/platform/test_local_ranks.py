@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from r1mega.platform import launcher
 from r1mega.platform.launcher import LAZY_FROM, adopt_launcher_environment, raise_open_files
 from r1mega.platform.signals import SECONDS_APART
 
@@ -133,5 +134,8 @@ def test_gloo_connects_lazily_in_a_large_job(monkeypatch, size, before, after):
         monkeypatch.delenv(name)
     for variable, value in (("RANK", 0), ("WORLD_SIZE", size), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)):
         monkeypatch.setenv(variable, str(value))
+    raised = []
+    monkeypatch.setattr(launcher, "raise_open_files", lambda: raised.append(True))
     adopt_launcher_environment()
     assert os.environ.get(name) == after
+    assert raised, "each start raises its limit of open files, whatever the job's size"

@@ -107,6 +107,34 @@ def test_a_run_is_watched_until_all_is_closed(monkeypatch, tmp_path):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(("threads", "chosen"), [("null", 12), ("3", 3)])
+def test_a_rank_computes_on_its_share_of_the_processors(monkeypatch, tmp_path, threads, chosen):
+    alone(monkeypatch, tmp_path)
+    config = load_config(
+        REPOSITORY / "configs/nano/zero.yaml", [f"run_dir={json.dumps(str(tmp_path))}", f"threads={threads}"]
+    )
+    monkeypatch.setattr(module.processors, "own_share", lambda: 12)
+    monkeypatch.setattr(module.torch, "set_num_threads", lambda count: (_ for _ in ()).throw(Said(count)))
+    with pytest.raises(Said) as said, module.Runtime.open(config):
+        pass
+    assert said.value.args == (chosen,)
+
+
+def test_a_step_tells_of_the_slowest_rank_and_the_fullest_device(monkeypatch):
+    def gather(whole, own):
+        whole[: len(own)], whole[len(own) :] = own, 2 * own  # rank 1 has twice of all
+
+    monkeypatch.setattr(module.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(module.dist, "all_gather_into_tensor", gather)
+    monkeypatch.setattr(module, "device_used_bytes", lambda: 5 << 30)
+    run = SimpleNamespace(
+        _here=SimpleNamespace(name="cuda"), peak_tflops=None, timer=SimpleNamespace(take_peaks=lambda: {"memory/update_host_peak_bytes": 7})
+    )  # fmt: skip
+    told = module.Runtime._performance(run, {"time/update_seconds": 1.5})
+    assert told["memory/device_used_bytes"] == 10 << 30 and told["memory/update_host_peak_bytes"] == 14
+    assert [told[f"straggler/update_{name}"] for name in ("worst_rank", "worst_seconds", "median_seconds")] == [1, 3.0, 2.25]  # fmt: skip
+
+
 @pytest.mark.parametrize(("end", "code"), [
     (lambda run: run.finished({}), 0), (lambda run: run.stopped(), None), (NonFiniteError("inf"), 9), (OSError(28, "full"), 11),
     (KeyError("x"), 1), (KeyboardInterrupt(), 130),

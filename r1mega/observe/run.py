@@ -36,8 +36,14 @@ log = logging.getLogger(__name__)
 
 State = Literal["running", "finished", "interrupted", "failed"]
 
-LAYOUT_KEYS = ("parallel", "weights", "rollout.tp", "rollout.ep", "rollout.dp", "rollout.dcp")
-"""Config keys that say how a run is spread over processes: what it computes is the same, up to rounding."""
+LAYOUT_KEYS = (
+    "parallel", "weights", "rollout.tp", "rollout.ep", "rollout.dp", "rollout.dcp", "rollout.kv_cache_bytes",
+    "rollout.gpu_memory_utilization", "rollout.max_batched_tokens", "rollout.sleep", "update.microbatch_tokens",
+    "update.min_microbatches",
+)  # fmt: skip
+"""Config keys that say how a run is spread over processes and passes, which is what its memory follows from: what it computes is the
+same, up to rounding.
+"""
 CHANGEABLE_KEYS = (
     "steps", "threads", "timeouts", "watchdog", "restart", "observe", "checkpoint", "memory", "evaluate", "tasks", "others",
     "model.recompute", "model.dispatcher", "model.megatron", "optimizer.overlap_grad_reduce", "optimizer.overlap_param_gather",

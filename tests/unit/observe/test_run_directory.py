@@ -90,21 +90,21 @@ def test_config_round_trip_and_change(tmp_path):
 def test_a_run_that_made_nothing_may_start_with_a_mended_config(tmp_path):
     """What a first start leaves that ended before its first step: small files, empty ones, TensorBoard's header."""
     run = RunDirectory(tmp_path)
-    run.write_config({"stage": "zero", "rollout": {"kv_cache_bytes": 1}})
+    run.write_config({"stage": "zero", "rollout": {"top_p": 1}})
     run.write_environment()
     run.write_status("failed", 0)
     run.metrics.touch()
     (tmp_path / "tensorboard").mkdir()
     (tmp_path / "tensorboard/events").write_text("header")
-    mended = {"stage": "zero", "rollout": {"kv_cache_bytes": 2}}
+    mended = {"stage": "zero", "rollout": {"top_p": 2}}
     run.write_config(mended)
     assert run.read_config() == mended
     (tmp_path / "data").mkdir()  # whose first file was not written
-    run.write_config({"stage": "zero", "rollout": {"kv_cache_bytes": 1}})
+    run.write_config({"stage": "zero", "rollout": {"top_p": 1}})
     run.write_config(mended)
     (tmp_path / "data/train.jsonl").write_text("made from the config")
-    with pytest.raises(ConfigError, match=r"kv_cache_bytes: 2 -> 3"):
-        run.write_config({"stage": "zero", "rollout": {"kv_cache_bytes": 3}})
+    with pytest.raises(ConfigError, match=r"top_p: 2 -> 3"):
+        run.write_config({"stage": "zero", "rollout": {"top_p": 3}})
 
 
 def test_a_run_may_go_on_past_a_gradient_that_is_not_finite(tmp_path):
@@ -120,10 +120,13 @@ def test_a_run_may_go_on_past_a_gradient_that_is_not_finite(tmp_path):
 
 @pytest.mark.parametrize("key", [
     "timeouts.startup_seconds", "timeouts.collective_seconds", "timeouts.rollout_seconds", "timeouts.checkpoint_seconds",
-    "watchdog.seconds", "rollout.max_kept_ids", "steps",
+    "watchdog.seconds", "rollout.max_kept_ids", "steps", "rollout.kv_cache_bytes", "rollout.max_batched_tokens",
+    "update.microbatch_tokens",
 ])  # fmt: skip
 def test_what_errors_in_the_middle_of_a_run_advise_to_set_may_be_set(older_run, tmp_path, key):
-    """Of r1mega/platform/groups.py, watchdog.py, rollout/kept.py, stages/runtime.py."""
+    """Of r1mega/platform/groups.py, watchdog.py, rollout/kept.py, vllm_arguments.py, stages/runtime.py; and what a run needs that has
+    come to the end of a device's memory.
+    """
     file = ROOT / "configs/nano/zero.yaml"
     before, after = (
         load_config(file, [f"run_dir={tmp_path}", *more]).model_dump(mode="json") for more in ([], [f"{key}=4321"])

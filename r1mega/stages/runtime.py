@@ -6,7 +6,6 @@ import contextlib
 import logging
 import math
 import os
-import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,8 @@ from r1mega.checkpoint.hf import write_hf
 from r1mega.checkpoint.store import CheckpointStore, deciding_keys
 from r1mega.checkpoint.workers import Alone, TorchWorkers
 from r1mega.config.schema import CheckpointConfig, Stage, TrainingStage
-from r1mega.errors import EXIT_FILE, EXIT_SAVED_FOR_REQUEUE, CheckpointError, FreshProcessNeeded, R1MegaError
+from r1mega.ending import exit_code, is_told_by_the_first
+from r1mega.errors import EXIT_SAVED_FOR_REQUEUE, CheckpointError, FreshProcessNeeded, R1MegaError
 from r1mega.observe.inputs import check_inputs, record_inputs
 from r1mega.observe.metrics import MetricsWriter
 from r1mega.observe.performance import RATED, performance, stragglers
@@ -116,12 +116,14 @@ class Runtime:
             runtime.broadcast(lambda: check_inputs(config, renew=True))
             runtime.broadcast(lambda: record_inputs(config))
             try:
-                yield runtime
+                with groups.peers_named():
+                    yield runtime
             except FreshProcessNeeded:  # what was done is kept; raised on every rank in the same place
                 prepare_restart(runtime.broadcast(reserve_port))
                 raise
             except BaseException as error:
-                runtime._stop.decide(_exit_code(error), f"{type(error).__name__}: {error}\n")
+                text = "" if is_told_by_the_first(error) else f"{type(error).__name__}: {error}\n"
+                runtime._stop.decide(exit_code(error), text)
                 if runtime.is_main:
                     try:
                         directory.write_status("failed", runtime._step, runtime._last)
@@ -393,13 +395,6 @@ class Runtime:
         if not isinstance(self.config, TrainingStage):
             raise TypeError(f"stage {self.config.stage} does not train: its config is no TrainingStage")
         return self.config.checkpoint
-
-
-def _exit_code(error: BaseException) -> int:
-    """Of the command that ends by it."""
-    if isinstance(error, KeyboardInterrupt):
-        return 128 + signal.SIGINT
-    return error.exit_code if isinstance(error, R1MegaError) else EXIT_FILE if isinstance(error, OSError) else 1
 
 
 def _ranks_per_machine() -> int | None:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from r1mega.config.load import load_config
-from r1mega.errors import NonFiniteError
+from r1mega.errors import DataError, NonFiniteError
 from r1mega.observe.run import RunDirectory
 from r1mega.stages import runtime as module
 from tests.processes import REPOSITORY
@@ -135,9 +135,29 @@ def test_a_step_tells_of_the_slowest_rank_and_the_fullest_device(monkeypatch):
     assert [told[f"straggler/update_{name}"] for name in ("worst_rank", "worst_seconds", "median_seconds")] == [1, 3.0, 2.25]  # fmt: skip
 
 
+def test_what_all_ranks_find_is_told_by_the_first_alone(monkeypatch, tmp_path):
+    """Also where its end, with the launcher's signals, meets the others while they close."""
+    told = []
+    monkeypatch.setattr(module.StopRequest, "decide", lambda self, code, text="": told.append((code, text)))
+    monkeypatch.setattr(module.Runtime, "broadcast", lambda self, make: make())
+    monkeypatch.setattr(module.Runtime, "_watchdog", lambda self: nullcontext())
+    for name in ("check_inputs", "record_inputs"):
+        monkeypatch.setattr(module, name, lambda *_, **__: None)
+    config = alone(monkeypatch, tmp_path)
+    for rank in "01":
+        for name in ("RANK", "LOCAL_RANK"):
+            monkeypatch.setenv(name, rank)
+        for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+            monkeypatch.setenv(name, "2")
+        with suppress(DataError), module.Runtime.open(config):
+            raise DataError("q.jsonl:3")
+    assert told == [(3, "DataError: q.jsonl:3\n"), (3, "")]
+
+
 @pytest.mark.parametrize(("end", "code"), [
     (lambda run: run.finished({}), 0), (lambda run: run.stopped(), None), (NonFiniteError("inf"), 9), (OSError(28, "full"), 11),
-    (KeyError("x"), 1), (KeyboardInterrupt(), 130),
+    (ConnectionResetError(104, "by peer"), 1), (RuntimeError("gloo/transport: Connection closed by peer"), 10), (KeyError("x"), 1),
+    (KeyboardInterrupt(), 130),
 ], ids=lambda value: None if callable(value) else str(value))  # fmt: skip
 def test_what_a_signal_makes_of_a_run_whose_end_is_known(monkeypatch, tmp_path, end, code):
     """None: saved, to be started again."""

@@ -42,7 +42,7 @@ from r1mega.observe.lineage import (
 )
 from r1mega.observe.pipeline_report import PIPELINE_FILE, read_ladder, write_pipeline_report
 from r1mega.observe.progress import tell
-from r1mega.observe.run import LAYOUT_KEYS, RunDirectory, config_changes, is_below
+from r1mega.observe.run import RunDirectory, config_changes, is_below, layout_keys
 from r1mega.plan.command import generator_refusals
 from r1mega.stages import is_finished
 
@@ -239,7 +239,7 @@ def _made(path: Path, owner: Node) -> tuple[str | None, str]:
 def _changes(node: Node, record: Lineage, config: Mapping[str, Any], inputs: Mapping[str, Source]) -> list[str]:
     left_out = [key for key in type(node.config).model_fields if key not in config]
     changes = config_changes(record.config, config, node.config.run_dir / LINEAGE_FILE)
-    lines = [line for key, line in changes if not is_below(key, (*LAYOUT_KEYS, *left_out))]
+    lines = [line for key, line in changes if not is_below(key, (*layout_keys(config), *left_out))]
     for key in sorted(record.inputs.keys() | inputs.keys()):
         old, new = record.inputs.get(key), inputs.get(key)
         if old is None or new is None:

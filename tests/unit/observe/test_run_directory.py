@@ -5,6 +5,7 @@ import platform
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -136,6 +137,31 @@ def test_what_errors_in_the_middle_of_a_run_advise_to_set_may_be_set(older_run, 
     assert run.holds_work()
     run.write_config(after)
     assert run.read_config() != before
+
+
+def test_the_packing_decides_what_the_auxiliary_loss_is(tmp_path):
+    run = RunDirectory(tmp_path)
+    run.metrics.write_text('{"step": 1}\n')
+    for coefficient in (0.0, 1e-4):
+        before, after = (
+            {
+                "stage": "zero",
+                "model": {"sequence_aux_loss_coefficient": coefficient},
+                "update": {"microbatch_tokens": n},
+            }
+            for n in (2048, 1024)
+        )
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(before))
+        with pytest.raises(ConfigError, match=r"microbatch_tokens: 2048 -> 1024") if coefficient else nullcontext():
+            run.write_config(after)
+
+
+def test_what_cannot_be_looked_at_counts_as_work(tmp_path):
+    """A file system's `lost+found`, a link that leads nowhere."""
+    run = RunDirectory(tmp_path)
+    assert not run.holds_work()
+    (tmp_path / "gone").symlink_to(tmp_path / "nothing")
+    assert run.holds_work()
 
 
 def test_a_run_may_go_on_in_another_layout(tmp_path):

@@ -68,9 +68,12 @@ def test_one_byte_is_told_by_key_and_path(begun, tmp_path, name, key):
         check_inputs(begun)
 
 
-def test_new_times_of_the_same_contents_are_kept(begun, tmp_path, monkeypatch):
+@pytest.mark.parametrize("change", [os.utime, lambda path: path.chmod(0o640), lambda path: shutil.copy2(path, f"{path}.copy")],
+                         ids=["written", "other rights", "copied or restored"])  # fmt: skip
+def test_new_times_of_the_same_contents_are_kept(begun, tmp_path, monkeypatch, change):
     path = tmp_path / "judge" / "model.safetensors"
-    os.utime(path)
+    if (copy := change(path)) is not None:
+        os.replace(copy, path)
     check_inputs(begun)  # as doctor does: nothing is written
     read = []
     monkeypatch.setattr(

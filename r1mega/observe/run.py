@@ -53,9 +53,10 @@ CHANGEABLE_KEYS = (
 """Config keys (with all below them) that may differ when a run is started again; any other makes it another run."""
 
 
-def layout_keys(config: Mapping[str, Any]) -> tuple[str, ...]:
+def layout_keys(config: Mapping[str, object]) -> tuple[str, ...]:
     """Of a resolved config (JSON types): those that change what it computes by rounding alone."""
-    has_loss = (config.get("model") or {}).get("sequence_aux_loss_coefficient", 0.0) > 0
+    model = config.get("model")
+    has_loss = isinstance(model, Mapping) and model.get("sequence_aux_loss_coefficient", 0.0) > 0
     return LAYOUT_KEYS if has_loss else (*LAYOUT_KEYS, *_PACKING_KEYS)
 
 

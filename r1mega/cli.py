@@ -121,6 +121,7 @@ def _train_on_ranks(path: Path, overrides: list[str], ranks: int) -> int:
         code = run_ranks(["-m", "r1mega", "train", str(path), *overrides], ranks, asked)
         wait = None if asked.is_set() else seconds_until_restart(config.run_dir, code, config.restart)
         if wait is None:
+            ending.exit_on_signals(code)
             return code
         print(f"exit code {code}, and a newer checkpoint: starting again in {wait:.0f} s", file=sys.stderr, flush=True)
         time.sleep(wait)

@@ -26,12 +26,12 @@ def told() -> Iterator[None]:
     except R1MegaError as error:
         if os.environ.get("R1MEGA_TRACEBACK") == "1":
             raise
-        if isinstance(error, (ConfigError, DataError)) and not is_first_rank():
+        if is_told_by_the_first(error):
+            exit_on_signals(error.exit_code)
             time.sleep(SECONDS_FOR_THE_FIRST_RANK)  # its end, once it has told, ends this one too
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        exit_on_signals(error.exit_code)  # a launcher sends them once another has ended, and nothing is saved here
         if isinstance(error, StragglerError):
-            # a launcher sends signals once that one has ended, and nothing is saved here
-            exit_on_signals(error.exit_code)
             time.sleep(SECONDS_FOR_THE_CAUSE)
         sys.exit(error.exit_code)
     except OSError as error:
@@ -40,6 +40,20 @@ def told() -> Iterator[None]:
             raise
         print(f"{type(error).__name__}: {text}", file=sys.stderr)
         sys.exit(EXIT_FILE)
+
+
+def exit_code(error: BaseException) -> int:
+    """Of the command that ends by it."""
+    if isinstance(error, R1MegaError):
+        return error.exit_code
+    if isinstance(error, OSError) and _file_problem(error) is not None:
+        return EXIT_FILE
+    return 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
+
+
+def is_told_by_the_first(error: BaseException) -> bool:
+    """Whether this is another rank than the first, and all of them may have found it."""
+    return isinstance(error, (ConfigError, DataError)) and not is_first_rank()
 
 
 def _file_problem(error: OSError) -> str | None:

@@ -1,7 +1,8 @@
 """What a run has read: the contents of the files and models that its config names. RUN_DIR/inputs.json.
 
 A run that is started again with other contents under the same names would go on as if nothing had happened; so it is
-asked first, on rank 0. Files whose size and time are as they were are not read again.
+asked first, on rank 0. Files that nobody has written, replaced or moved since are not read again: those whose size, times and inode
+are as they were. A tool may set back the time of the last write (`touch -r`, `cp -p`, `rsync -t`), but not that of the last change.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
 
@@ -28,12 +30,21 @@ _SETTINGS = re.compile(
 """Names of a model's files besides its weights that decide what is read of it."""
 _BLOCK, _NUM_BLOCKS = 1 << 16, 64
 
-Files = dict[str, Stamp]
+
+@dataclass(frozen=True, slots=True)
+class Seen(Stamp):
+    """And what tells it where the time of the last write was set back. 0: of a record of an older program."""
+
+    ctime_ns: int = 0
+    inode: int = 0
+
+
+Files = dict[str, Seen]
 """Relative name ("" for a file itself) -> what is in it."""
 
 
 class Entry(TypedDict):
-    """One key of inputs.json. files: as `Files`, each a `Stamp`'s fields."""
+    """One key of inputs.json. files: as `Files`, each a `Seen`'s fields."""
 
     path: str
     files: dict[str, dict[str, str | int]]
@@ -56,7 +67,7 @@ def record_inputs(config: Stage) -> None:
 def check_inputs(config: Stage, *, renew: bool = False) -> None:
     """DataError that names what holds something else than when the run began. Inputs that are gone are not its business.
 
-    renew: write down the new times of files whose contents are as they were, so that the next start need not read them.
+    renew: write down the new times and inodes of files whose contents are as they were, so that the next start need not read them.
     """
     directory = RunDirectory(config.run_dir)
     path = directory.inputs
@@ -64,7 +75,7 @@ def check_inputs(config: Stage, *, renew: bool = False) -> None:
         return
     try:
         record = json.loads(path.read_text())
-        known = {key: {name: Stamp(**s) for name, s in entry["files"].items()} for key, entry in record.items()}
+        known = {key: {name: Seen(**s) for name, s in entry["files"].items()} for key, entry in record.items()}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(
             f"{path}: damaged ({error}); remove it, then what is there now is taken for what was read"
@@ -85,9 +96,10 @@ def _renew_times(config: Stage, path: Path, record: dict[str, Entry]) -> None:
     stale = False
     for key, source in _inputs(config):
         for name, file in _files(source).items() if key in record else ():
-            stamp, now = record[key]["files"].get(name), file.stat().st_mtime_ns
-            if stamp is not None and stamp["mtime_ns"] != now:
-                stamp["mtime_ns"], stale = now, True
+            stamp, now = record[key]["files"].get(name), _marks(file)
+            if stamp is not None and stamp | now != stamp:
+                stamp |= now
+                stale = True
     if stale:
         _write(path, record)
 
@@ -132,9 +144,20 @@ def _model_in(path: Path) -> Path | None:
     return next((place for place in (path / "hf", path) if (place / "config.json").exists()), None)
 
 
-def _stamp(file: Path) -> Stamp:
+def _stamp(file: Path) -> Seen:
+    marks = _marks(file)
+    return Seen(sha256=_digest(file, marks["bytes"]), **marks)
+
+
+def _marks(file: Path) -> dict[str, int]:
+    """Of a `Seen`, all but the content: equal as long as nobody has written, replaced or moved the file."""
     status = file.stat()
-    return Stamp(_digest(file, status.st_size), status.st_size, status.st_mtime_ns)
+    return {
+        "bytes": status.st_size,
+        "mtime_ns": status.st_mtime_ns,
+        "ctime_ns": status.st_ctime_ns,
+        "inode": status.st_ino,
+    }
 
 
 def _digest(file: Path, size: int) -> str:
@@ -162,7 +185,7 @@ def _changes(path: Path, known: Files | None) -> Iterator[str]:
         if name not in files or name not in known:
             yield f"{shown} is {'gone' if name not in files else 'new'}"
             continue
-        status, before = files[name].stat(), known[name]
-        same = (status.st_size, status.st_mtime_ns) == (before.bytes, before.mtime_ns)
-        if not same and (status.st_size != before.bytes or _digest(files[name], status.st_size) != before.sha256):
+        marks, before = _marks(files[name]), known[name]
+        same = all(getattr(before, mark) == value for mark, value in marks.items())
+        if not same and (marks["bytes"] != before.bytes or _digest(files[name], before.bytes) != before.sha256):
             yield f"{shown} has another content"

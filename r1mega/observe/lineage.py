@@ -100,7 +100,7 @@ def read_lineage(run_dir: Path) -> Lineage | None:
         })  # fmt: skip
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(f"{path}: damaged ({error}); remove it, then the run is taken for one made by hand") from error
 
 
@@ -155,7 +155,7 @@ class ContentHashes:
             self._known = {path: Stamp(**stamp) for path, stamp in json.loads(self._cache.read_text()).items()}
         except FileNotFoundError:
             self._known = {}
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, AttributeError) as error:
             raise DataError(f"{self._cache}: damaged ({error}); remove it") from error
 
     def of(self, path: Path, *, remember: bool = True) -> str | None:

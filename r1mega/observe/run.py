@@ -36,14 +36,29 @@ log = logging.getLogger(__name__)
 
 State = Literal["running", "finished", "interrupted", "failed"]
 
-LAYOUT_KEYS = ("parallel", "weights", "rollout.tp", "rollout.ep", "rollout.dp", "rollout.dcp")
-"""Config keys that say how a run is spread over processes: what it computes is the same, up to rounding."""
+LAYOUT_KEYS = (
+    "parallel", "weights", "rollout.tp", "rollout.ep", "rollout.dp", "rollout.dcp", "rollout.kv_cache_bytes",
+    "rollout.gpu_memory_utilization", "rollout.max_batched_tokens", "rollout.sleep",
+)  # fmt: skip
+"""Config keys that say how a run is spread over processes and passes, which is what its memory follows from: what it computes is the
+same, up to rounding.
+"""
+_PACKING_KEYS = ("update.microbatch_tokens", "update.min_microbatches")
+"""The same, but for the auxiliary loss of the routers, which takes a microbatch for one sequence."""
 CHANGEABLE_KEYS = (
     "steps", "threads", "timeouts", "watchdog", "restart", "observe", "checkpoint", "memory", "evaluate", "tasks", "others",
     "model.recompute", "model.dispatcher", "model.megatron", "optimizer.overlap_grad_reduce", "optimizer.overlap_param_gather",
     "optimizer.skip_nonfinite", "rollout.durable", "rollout.work_sharing", "rollout.max_kept_ids", *LAYOUT_KEYS,
 )  # fmt: skip
 """Config keys (with all below them) that may differ when a run is started again; any other makes it another run."""
+
+
+def layout_keys(config: Mapping[str, object]) -> tuple[str, ...]:
+    """Of a resolved config (JSON types): those that change what it computes by rounding alone."""
+    model = config.get("model")
+    has_loss = isinstance(model, Mapping) and model.get("sequence_aux_loss_coefficient", 0.0) > 0
+    return LAYOUT_KEYS if has_loss else (*LAYOUT_KEYS, *_PACKING_KEYS)
+
 
 PLACE_VARIABLE = "R1MEGA_SAY_RUN_DIR"
 
@@ -133,13 +148,13 @@ class RunDirectory:
                 log.warning("%s: the job will not start its ranks again by itself: %s", place, error)
 
     def check_config(self, config: Mapping[str, Any]) -> None:
-        """ConfigError when the directory holds a run whose config differs in a key outside CHANGEABLE_KEYS (see
+        """ConfigError when the directory holds a run whose config differs in a key outside CHANGEABLE_KEYS and `layout_keys` (see
         `config_changes`). One that ended before it made anything is no run: it may be started again with a mended config.
         """
         if not self.config.exists() or not self.holds_work():
             return
         changed = config_changes(self.read_config(), config, self.config)
-        fixed = [line for key, line in changed if not is_below(key, CHANGEABLE_KEYS)]
+        fixed = [line for key, line in changed if not is_below(key, (*CHANGEABLE_KEYS, *layout_keys(config)))]
         if fixed:
             raise ConfigError(
                 f"run_dir {self.path} holds a run with another config:\n  " + "\n  ".join(fixed) + "\n"
@@ -147,7 +162,7 @@ class RunDirectory:
             )
 
     def holds_work(self) -> bool:
-        """Whether there is anything but what every start writes first, and files without content."""
+        """Whether there is anything but what every start writes first, and files and directories without content."""
         first = {
             self.config,
             self.environment,
@@ -158,7 +173,7 @@ class RunDirectory:
             self.wandb_id,
             self.watch,
         }
-        return any(path.is_dir() or path.stat().st_size > 0 for path in self.path.iterdir() if path not in first)
+        return any(_has_content(path) for path in self.path.iterdir() if path not in first)
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         """Store the resolved config (JSON types) after `check_config`."""
@@ -210,6 +225,14 @@ class RunDirectory:
 
     def read_status(self) -> dict[str, Any]:
         return _read_json(self.status)
+
+
+def _has_content(path: Path) -> bool:
+    """Of a file, or of any below a directory; also what cannot be looked at."""
+    try:
+        return any(map(_has_content, path.iterdir())) if path.is_dir() else path.stat().st_size > 0
+    except OSError:
+        return True
 
 
 def config_changes(old: Mapping[str, Any], new: Mapping[str, Any], source: Path) -> list[tuple[str, str]]:

@@ -29,10 +29,10 @@ from r1mega.platform.watchdog import LAUNCHER_VARIABLE
 _TORCH_TELLS = "torch.distributed.elastic.multiprocessing.api"
 """The logger that says of every rank that it ended, and of the others that they are asked to: `run_ranks` does, in one line."""
 
-SECONDS_TO_SAVE = 600
-"""After the first rank has ended, how long the others may take before they are killed."""
 SECONDS_TO_DIE = 10
-"""The same where the watchdog ended the job: a rank that stands still, or is stopped, does not hear SIGTERM."""
+"""After the watchdog has ended a rank, until the others are killed: one that stands still, or is stopped, does not hear SIGTERM. (Where
+another fault has ended the first rank it is torch's 30 s: multiprocessing/api.py, PContext.close. Ranks that save meet at the save's end.)
+"""
 
 
 def run_ranks(arguments: Sequence[str], ranks: int, asked: threading.Event | None = None) -> int:
@@ -43,7 +43,7 @@ def run_ranks(arguments: Sequence[str], ranks: int, asked: threading.Event | Non
     job = uuid.uuid4().hex
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=ranks, run_id=job, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
-        max_restarts=0, signals_to_handle="SIGHUP,SIGQUIT", shutdown_timeout=SECONDS_TO_SAVE,
+        max_restarts=0, signals_to_handle="SIGHUP,SIGQUIT",
     )  # fmt: skip
     with _saving_signals(job, asked or threading.Event()) as terminated:
         try:

@@ -6,6 +6,7 @@ sets a flag and nothing else, and ranks agree on it between steps, so that all o
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -40,6 +41,8 @@ class StopRequest:
         self._received: str | None = None
         self._agreed = False
         self._previous: dict[signal.Signals, Any] = {}
+        self._outcome: tuple[int, str] | None = None
+        self._ends = False
 
     def __enter__(self) -> StopRequest:
         global _open_requests
@@ -56,12 +59,29 @@ class StopRequest:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         global _open_requests
+        # the system's own handlers stay
+        self._ends = self._outcome is not None and all(map(callable, self._previous.values()))
+        for number, handler in self._previous.items():
+            signal.signal(number, self._end if self._ends else handler)
+        self._previous.clear()
+        if self._ends:  # and the thread goes on, for where the main one hangs
+            return
         _open_requests -= 1
         signal.set_wakeup_fd(self._previous_wakeup)
         self._theirs.close()  # the thread ends
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous.clear()
+
+    def decide(self, code: int, text: str = "") -> None:
+        """How the process ends is known: where a handler was set before this request was opened (to say that nothing has begun, and
+        that it wants to be started again), these signals end it with that exit code from the request's close on, at once, as what still
+        closes then may wait for a peer that is dead, in a library, where no handler runs. text: told then on standard error.
+        """
+        self._outcome = code, text
+
+    def _end(self, _number: int, _frame: FrameType | None) -> None:
+        code, text = self._outcome or (128 + signal.SIGTERM, "")
+        with contextlib.suppress(OSError):
+            os.write(2, text.encode())
+        os._exit(code)
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         self._received = self._received or signal.Signals(number).name  # again: no change
@@ -70,6 +90,9 @@ class StopRequest:
         received, last = 0, -SECONDS_APART
         with signals:
             while number := signals.recv(1):
+                if self._ends and number[0] in SIGNALS:
+                    time.sleep(SECONDS_APART)  # the handler's, or that of whoever has set another since
+                    self._end(number[0], None)
                 if number[0] != signal.SIGTERM or time.monotonic() - last < SECONDS_APART:
                     continue
                 received, last = received + 1, time.monotonic()

@@ -14,6 +14,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ from r1mega.observe.lineage import (
 )
 from r1mega.observe.pipeline_report import PIPELINE_FILE, read_ladder, write_pipeline_report
 from r1mega.observe.progress import tell
-from r1mega.observe.run import LAYOUT_KEYS, RunDirectory, config_changes, is_below
+from r1mega.observe.run import RunDirectory, config_changes, is_below, layout_keys
 from r1mega.plan.command import generator_refusals
 from r1mega.stages import is_finished
 
@@ -76,7 +77,7 @@ def run_pipeline(
     """
     check_pipeline(pipeline, names, dry_run=False, damaged=_damaged(pipeline))
     _write_description(pipeline)
-    told = False
+    told, asked = False, threading.Event()
     for name in names:
         node = pipeline.nodes[name]
         decision = decide(node, pipeline, redo=redo)
@@ -87,7 +88,7 @@ def run_pipeline(
             old = _move_aside(node.config.run_dir)
             print(f"[{pipeline.name}] {name}: the old run is kept as {old}", flush=True)
         if decision.action != "skip":
-            code = _run_node(node, pipeline, decision, launcher, rank_python)
+            code = _run_node(node, pipeline, decision, launcher, rank_python, asked)
             report = write_pipeline_report(pipeline.dir)
             if code == 0 and not told:
                 tell(f"[{pipeline.name}] report so far: {report.resolve()} (written anew after each stage)")
@@ -95,6 +96,9 @@ def run_pipeline(
             if code != 0:
                 print(f"[{pipeline.name}] {name}: {_ended(code)}", flush=True)
                 return code
+            if asked.is_set() and name != names[-1]:
+                print(f"[{pipeline.name}] {name}: finished, and asked to stop; start again to go on", flush=True)
+                return EXIT_SAVED_FOR_REQUEUE
     report = write_pipeline_report(pipeline.dir)
     for rung in read_ladder(pipeline.dir):
         length = "" if rung.length is None else f", {rung.length:.1f} tokens a response"
@@ -239,7 +243,7 @@ def _made(path: Path, owner: Node) -> tuple[str | None, str]:
 def _changes(node: Node, record: Lineage, config: Mapping[str, Any], inputs: Mapping[str, Source]) -> list[str]:
     left_out = [key for key in type(node.config).model_fields if key not in config]
     changes = config_changes(record.config, config, node.config.run_dir / LINEAGE_FILE)
-    lines = [line for key, line in changes if not is_below(key, (*LAYOUT_KEYS, *left_out))]
+    lines = [line for key, line in changes if not is_below(key, (*layout_keys(config), *left_out))]
     for key in sorted(record.inputs.keys() | inputs.keys()):
         old, new = record.inputs.get(key), inputs.get(key)
         if old is None or new is None:
@@ -259,7 +263,9 @@ def _move_aside(run_dir: Path) -> Path:
         return run_dir.rename(old)
 
 
-def _run_node(node: Node, pipeline: Pipeline, decision: Decision, launcher: str, rank_python: str | None) -> int:
+def _run_node(
+    node: Node, pipeline: Pipeline, decision: Decision, launcher: str, rank_python: str | None, asked: threading.Event
+) -> int:
     if decision.fingerprint is None or decision.inputs is None:
         raise ConfigError(f"node {node.name}: an input does not exist")
     run_dir = node.config.run_dir
@@ -274,7 +280,7 @@ def _run_node(node: Node, pipeline: Pipeline, decision: Decision, launcher: str,
     file = pipeline.dir / "nodes" / f"{node.name}.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(file, dump_config(node.config))
-    code = _wait(command(node, file, launcher, rank_python))
+    code = _wait(command(node, file, launcher, rank_python), asked)
     states: dict[int, State] = {0: "finished", EXIT_SAVED_FOR_REQUEUE: "interrupted"}
     run = RunDirectory(run_dir)
     write_lineage(run_dir, dataclasses.replace(
@@ -295,13 +301,16 @@ def command(node: Node, file: Path, launcher: str, rank_python: str | None = Non
     return [*program, *(["--ranks", str(node.ranks)] if node.ranks > 1 else []), str(file)]
 
 
-def _wait(arguments: Sequence[str]) -> int:
-    """Run a child with our output; SIGTERM and SIGUSR2 go on to it. Its exit code, 128 + n when signal n ended it."""
+def _wait(arguments: Sequence[str], asked: threading.Event) -> int:
+    """Run a child with our output; SIGTERM and SIGUSR2 go on to it, and set `asked`: it may have been at its end. Its exit code, 128 + n
+    when signal n ended it.
+    """
     received: list[int] = []
     child: subprocess.Popen[bytes] | None = None
 
     def forward(number: int, _frame: Any) -> None:
         received.append(number)
+        asked.set()
         if child is not None:
             child.send_signal(number)
 

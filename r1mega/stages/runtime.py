@@ -20,6 +20,7 @@ from r1mega.checkpoint.hf import write_hf
 from r1mega.checkpoint.store import CheckpointStore, deciding_keys
 from r1mega.checkpoint.workers import Alone, TorchWorkers
 from r1mega.config.schema import CheckpointConfig, Stage, TrainingStage
+from r1mega.ending import exit_code, is_told_by_the_first
 from r1mega.errors import EXIT_SAVED_FOR_REQUEUE, CheckpointError, FreshProcessNeeded, R1MegaError
 from r1mega.observe.inputs import check_inputs, record_inputs
 from r1mega.observe.metrics import MetricsWriter
@@ -115,11 +116,14 @@ class Runtime:
             runtime.broadcast(lambda: check_inputs(config, renew=True))
             runtime.broadcast(lambda: record_inputs(config))
             try:
-                yield runtime
+                with groups.peers_named():
+                    yield runtime
             except FreshProcessNeeded:  # what was done is kept; raised on every rank in the same place
                 prepare_restart(runtime.broadcast(reserve_port))
                 raise
-            except BaseException:
+            except BaseException as error:
+                text = "" if is_told_by_the_first(error) else f"{type(error).__name__}: {error}\n"
+                runtime._stop.decide(exit_code(error), text)
                 if runtime.is_main:
                     try:
                         directory.write_status("failed", runtime._step, runtime._last)
@@ -350,6 +354,7 @@ class Runtime:
     def finished(self, summary: Mapping[str, Any]) -> int:
         """Mark the run as finished; the exit code."""
         self._finish_saves()
+        self._stop.decide(0)  # asked to stop from here on, it need not be started again
         if self.is_main:
             self.directory.write_status("finished", self._step, self._last)
             for name, value in summary.items():

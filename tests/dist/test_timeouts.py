@@ -81,6 +81,25 @@ def a_slow_rollout() -> dict[str, object]:
     return found
 
 
+def a_leader_and_a_helper_that_are_slow() -> list[object]:
+    """Each in turn works longer than a collective may take."""
+    groups.init_distributed(TimeoutsConfig(collective_seconds=SHORT, rollout_seconds=61))
+
+    def work(items):
+        time.sleep((SHORT + 1) * (dist.get_rank() == 1))
+        return list(items)
+
+    def make(deal):
+        time.sleep(SHORT + 1)  # a file that rank 0 reads alone
+        return deal(work, [1, 2, 3])
+
+    return groups.lead(make, (work,))
+
+
+def test_work_of_the_first_rank_may_take_longer_than_a_collective():
+    assert launch(a_leader_and_a_helper_that_are_slow, 2, timeout_seconds=600) == [[1, 2, 3]] * 2
+
+
 def a_rollout_that_takes_too_long() -> str:
     groups.init_distributed(TimeoutsConfig(rollout_seconds=SHORT))
     import r1mega.data.cursor  # seconds that are none of the rollout

@@ -22,6 +22,7 @@ from r1mega.checkpoint.manifest import DigestingFile
 from r1mega.checkpoint.safetensors_file import write_tensors
 from r1mega.data.filters import Candidate
 from r1mega.data.selection import write_data
+from r1mega.errors import DataError
 from r1mega.files import JsonLinesWriter, read_json_lines, write_atomic
 from r1mega.observe.metrics import MetricsWriter
 from r1mega.observe.samples import SamplesWriter
@@ -160,6 +161,21 @@ def test_a_line_that_the_disk_really_takes_a_part_of_is_undone(tmp_path, files_u
     lines.write({"step": 2, "text": "z"})
     lines.close()
     assert [line["step"] for line in read_json_lines(path)] == [1, 2]
+
+
+def test_what_a_broken_line_advises(tmp_path):
+    """Restored or removed, the run goes on where it was; only what the file held is gone."""
+    path, whole = tmp_path / "metrics.jsonl", '{"step": 1}\n{"step": 2}\n'
+    path.write_text('{"st\n' + whole)
+    with pytest.raises(DataError, match=r"metrics\.jsonl:1: not a JSON object .*; restore the file or remove it"):
+        MetricsWriter(tmp_path, resume_step=2, tensorboard=False)
+    for content, steps in ((whole, [1, 2, 3]), (None, [3])):
+        path.unlink()
+        if content is not None:
+            path.write_text(content)
+        with MetricsWriter(tmp_path, resume_step=2, tensorboard=False) as writer:
+            writer.write(3, {"reward/mean": 1.0})
+        assert [line["step"] for line in read_json_lines(path)] == steps
 
 
 def test_files_of_other_libraries_appear_whole_or_not_at_all(tmp_path, files_up_to):

@@ -332,6 +332,22 @@ def test_a_rank_that_is_ended_while_it_waits_for_the_cause_saves_nothing():
     assert subprocess.run([sys.executable, "-c", waits], capture_output=True).returncode == StragglerError.exit_code
 
 
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_command_that_has_failed_does_not_ask_to_be_started_again(rank):
+    """SIGTERM while it waits for the first to tell, and after it has told."""
+    fails = (
+        "import os, signal, sys, time; from r1mega import cli, ending; from r1mega.errors import DataError\n"
+        "def app():\n    ending.requeue_on_signals()\n    raise DataError('q.jsonl:3')\n"
+        "end = lambda _: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "cli.app, time.sleep, sys.exit = app, end, end\ncli.main()"
+    )
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    done = subprocess.run(
+        [sys.executable, "-c", fails], capture_output=True, text=True, env=os.environ | place, check=False
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (DataError.exit_code, "DataError: q.jsonl:3\n" if rank == "0" else "")
+
+
 def test_an_error_that_is_about_no_file_keeps_its_traceback(monkeypatch):
     def fail():
         raise ConnectionResetError(104, "Connection reset by peer")

@@ -372,6 +372,11 @@ def test_where_the_stage_before_ran_decides_nothing(job):
     assert (code, len(starts)) == (137, 2), said
 
 
+def test_ranks_that_crash_or_lose_a_peer_say_where_and_end(job):
+    said = job('echo "$PYTHONFAULTHANDLER $TORCH_NCCL_ASYNC_ERROR_HANDLING $NCCL_DEBUG"; exit 2')[-1]
+    assert "\n1 1 WARN\n" in said
+
+
 def test_what_slurm_says_of_errors_is_in_the_log_once(job):
     said = job(KILLED)[-1]
     assert said.count("srun: error: n1: task 9: Killed") == 1

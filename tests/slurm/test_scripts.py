@@ -37,6 +37,15 @@ def test_config_and_overrides_are_optional(script, arguments, runs):
         assert (REPOSITORY / run.split()[0]).is_file()
 
 
+@pytest.mark.parametrize("script", sorted((REPOSITORY / "launch").glob("*.sh")), ids=lambda path: path.stem)
+def test_what_is_submitted_has_its_machines_whole_and_may_come_back(script):
+    """Also their memory: a cluster's default is a share a processor, which ends a job that reads a model."""
+    header = [line.split()[1] for line in script.read_text().splitlines() if line.startswith("#SBATCH ")]
+    wanted = {"--exclusive", "--mem=0", "--requeue", "--signal=B:USR1@600", "--open-mode=append"}
+    assert not header or wanted <= set(header)
+    assert header or script.stem in ("common", "install_cuda", "quickstart", "slurm", "test")
+
+
 def test_a_stage_that_fails_ends_the_script_with_its_code():
     code, lines, _ = bash("launch/stage1.sh", R1MEGA_PYTHON="false")
     assert (code, lines) == (1, [])

@@ -10,6 +10,8 @@ from r1mega.config.layout import generator_problems
 from r1mega.config.load import load_config
 from r1mega.config.megatron import dispatch_problems, exchange_problems, offload_problems, recompute_problems
 from r1mega.config.model_files import context_length
+from r1mega.config.schema import RolloutConfig
+from r1mega.config.stages.rl import AlgorithmConfig, RLStage, UpdateConfig
 from r1mega.config.validate import validate
 from r1mega.errors import ConfigError
 
@@ -389,6 +391,20 @@ COMMANDS = re.findall(
 @pytest.mark.parametrize("overrides", COMMANDS)
 def test_the_losses_of_the_documentation_are_valid(run, overrides):
     run(*overrides.split())
+
+
+@pytest.mark.parametrize("scale", ["nano", "moonlight_16b", "deepseek_v3_671b"])
+def test_reasoning_rl_is_clipped_on_neither_side_as_the_paper_has_it(scale):
+    algorithm = load_config(Path(f"configs/{scale}/reasoning_rl.yaml")).algorithm
+    assert (algorithm.clip_low, algorithm.clip_high) == (0.99, 10)
+
+
+def test_the_defaults_of_rl_are_one_run_of_the_paper():
+    """Its figures: 8,192 responses a rollout, 512 a step, 10,400 steps, a new reference every 400."""
+    config = RLStage.model_construct(rollout=RolloutConfig())
+    responses, updates = config.rollout.num_prompts * config.rollout.group_size, UpdateConfig().num_minibatches
+    assert (responses, responses / updates, updates * RLStage.model_fields["steps"].default) == (8192, 512, 10_400)
+    assert updates * (AlgorithmConfig().reference_refresh_steps or 0) == 400
 
 
 def test_what_the_errors_about_advantages_advise(run):

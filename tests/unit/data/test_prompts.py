@@ -130,6 +130,11 @@ def test_lines_without_a_gold_are_left_out_and_counted(tmp_path, caplog):
 def test_repeated_ids_become_unique(tmp_path):
     path = write(tmp_path, *({"id": "x", "question": q, "answer": "1"} for q in "abc"))
     assert [p.id for p in load(path)] == ["x", "x#2", "x#3"]
+    # one that a file numbers itself, before and after its number is given
+    for given in (["a", "a", "a#2", "a"], ["a#2", "a", "a", "a"]):
+        path = write(tmp_path, *({"id": name, "question": "q", "answer": "1"} for name in given))
+        found = [p.id for p in load(path)]
+        assert len(set(found)) == 4 and found[0] == given[0]
 
 
 def test_nothing_left_and_missing_file(tmp_path):

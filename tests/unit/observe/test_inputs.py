@@ -68,9 +68,12 @@ def test_one_byte_is_told_by_key_and_path(begun, tmp_path, name, key):
         check_inputs(begun)
 
 
-def test_new_times_of_the_same_contents_are_kept(begun, tmp_path, monkeypatch):
+@pytest.mark.parametrize("change", [os.utime, lambda path: path.chmod(0o640), lambda path: shutil.copy2(path, f"{path}.copy")],
+                         ids=["written", "other rights", "copied or restored"])  # fmt: skip
+def test_new_times_of_the_same_contents_are_kept(begun, tmp_path, monkeypatch, change):
     path = tmp_path / "judge" / "model.safetensors"
-    os.utime(path)
+    if (copy := change(path)) is not None:
+        os.replace(copy, path)
     check_inputs(begun)  # as doctor does: nothing is written
     read = []
     monkeypatch.setattr(
@@ -79,6 +82,36 @@ def test_new_times_of_the_same_contents_are_kept(begun, tmp_path, monkeypatch):
     for _ in range(2):
         check_inputs(begun, renew=True)
     assert read == [path]
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_another_content_of_the_same_size_and_time(begun, tmp_path, replaced):
+    """As `rsync -t`, `cp -p` and `touch -r` leave it: written in place, or another file in its place."""
+    path = tmp_path / "q.jsonl"
+    before = path.stat()
+    if replaced:
+        path = shutil.copy2(path, tmp_path / "copy")
+    replace_byte(path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    path = path.rename(tmp_path / "q.jsonl")
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    with pytest.raises(DataError, match=r"q\.jsonl has another content"):
+        check_inputs(begun)
+
+
+def test_a_record_of_before_inodes_were_kept_is_read_once_and_completed(begun, monkeypatch):
+    record = json.loads((begun.run_dir / "inputs.json").read_text())
+    files = [stamp for entry in record.values() for stamp in entry["files"].values()]
+    for stamp in files:
+        del stamp["ctime_ns"], stamp["inode"]
+    (begun.run_dir / "inputs.json").write_text(json.dumps(record))
+    read = []
+    monkeypatch.setattr(
+        inputs, "_digest", lambda file, size, real=inputs._digest: read.append(file) or real(file, size)
+    )
+    for _ in range(2):
+        check_inputs(begun, renew=True)
+        assert len(read) == len(files)
 
 
 def test_files_that_nothing_reads(begun, tmp_path):

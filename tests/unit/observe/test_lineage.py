@@ -100,9 +100,12 @@ def test_record_survives_a_round_trip(tmp_path):
     write_lineage(run, record)
     assert read_lineage(run) == record
     assert read_lineage(tmp_path) is None
-    (run / "lineage.json").write_text('{"node": 1}')
-    with pytest.raises(DataError, match="lineage.json: damaged"):
-        read_lineage(run)
+    for damaged in ('{"node": 1}', "[]", '{"inputs": [], "outputs": {}, "attempts": []}', "{"):
+        (run / "lineage.json").write_text(damaged)
+        with pytest.raises(DataError, match="lineage.json: damaged"):
+            read_lineage(run)
+    (run / "lineage.json").unlink()  # as it says
+    assert read_lineage(run) is None
 
 
 def test_fingerprint_is_of_contents_not_of_places():

@@ -5,6 +5,7 @@ import platform
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -90,33 +91,82 @@ def test_config_round_trip_and_change(tmp_path):
 def test_a_run_that_made_nothing_may_start_with_a_mended_config(tmp_path):
     """What a first start leaves that ended before its first step: small files, empty ones, TensorBoard's header."""
     run = RunDirectory(tmp_path)
-    run.write_config({"stage": "zero", "rollout": {"kv_cache_bytes": 1}})
+    run.write_config({"stage": "zero", "rollout": {"top_p": 1}})
     run.write_environment()
     run.write_status("failed", 0)
     run.metrics.touch()
     (tmp_path / "tensorboard").mkdir()
     (tmp_path / "tensorboard/events").write_text("header")
-    mended = {"stage": "zero", "rollout": {"kv_cache_bytes": 2}}
+    mended = {"stage": "zero", "rollout": {"top_p": 2}}
     run.write_config(mended)
     assert run.read_config() == mended
-    (tmp_path / "data").mkdir()  # made from the config
-    with pytest.raises(ConfigError, match=r"kv_cache_bytes: 2 -> 3"):
-        run.write_config({"stage": "zero", "rollout": {"kv_cache_bytes": 3}})
+    (tmp_path / "data").mkdir()  # whose first file was not written
+    run.write_config({"stage": "zero", "rollout": {"top_p": 1}})
+    run.write_config(mended)
+    (tmp_path / "data/train.jsonl").write_text("made from the config")
+    with pytest.raises(ConfigError, match=r"top_p: 2 -> 3"):
+        run.write_config({"stage": "zero", "rollout": {"top_p": 3}})
 
 
 def test_a_run_may_go_on_past_a_gradient_that_is_not_finite(tmp_path):
     """As the error advises; another rate is another run, as it says too."""
     run = RunDirectory(tmp_path)
     (tmp_path / "nonfinite").mkdir()
+    (tmp_path / "nonfinite/update_000001_rank_00000.pt").write_text("evidence")
     run.write_config({"stage": "zero", "optimizer": {"lr": 1e-6, "skip_nonfinite": 0}})
     run.write_config({"stage": "zero", "optimizer": {"lr": 1e-6, "skip_nonfinite": 1}})
     with pytest.raises(ConfigError, match=r"optimizer\.lr"):
         run.write_config({"stage": "zero", "optimizer": {"lr": 1e-7, "skip_nonfinite": 1}})
 
 
+@pytest.mark.parametrize("key", [
+    "timeouts.startup_seconds", "timeouts.collective_seconds", "timeouts.rollout_seconds", "timeouts.checkpoint_seconds",
+    "watchdog.seconds", "rollout.max_kept_ids", "steps", "rollout.kv_cache_bytes", "rollout.max_batched_tokens",
+    "update.microbatch_tokens",
+])  # fmt: skip
+def test_what_errors_in_the_middle_of_a_run_advise_to_set_may_be_set(older_run, tmp_path, key):
+    """Of r1mega/platform/groups.py, watchdog.py, rollout/kept.py, vllm_arguments.py, stages/runtime.py; and what a run needs that has
+    come to the end of a device's memory.
+    """
+    file = ROOT / "configs/nano/zero.yaml"
+    before, after = (
+        load_config(file, [f"run_dir={tmp_path}", *more]).model_dump(mode="json") for more in ([], [f"{key}=4321"])
+    )
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(before))
+    run = RunDirectory(tmp_path)
+    assert run.holds_work()
+    run.write_config(after)
+    assert run.read_config() != before
+
+
+def test_the_packing_decides_what_the_auxiliary_loss_is(tmp_path):
+    run = RunDirectory(tmp_path)
+    run.metrics.write_text('{"step": 1}\n')
+    for coefficient in (0.0, 1e-4):
+        before, after = (
+            {
+                "stage": "zero",
+                "model": {"sequence_aux_loss_coefficient": coefficient},
+                "update": {"microbatch_tokens": n},
+            }
+            for n in (2048, 1024)
+        )
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(before))
+        with pytest.raises(ConfigError, match=r"microbatch_tokens: 2048 -> 1024") if coefficient else nullcontext():
+            run.write_config(after)
+
+
+def test_what_cannot_be_looked_at_counts_as_work(tmp_path):
+    """A file system's `lost+found`, a link that leads nowhere."""
+    run = RunDirectory(tmp_path)
+    assert not run.holds_work()
+    (tmp_path / "gone").symlink_to(tmp_path / "nothing")
+    assert run.holds_work()
+
+
 def test_a_run_may_go_on_in_another_layout(tmp_path):
     run = RunDirectory(tmp_path)
-    (tmp_path / "data").mkdir()  # the run has made something
+    run.metrics.write_text('{"step": 1}\n')
     run.write_config({"parallel": {"tp": 1, "dp": None}, "rollout": {"tp": 1, "top_p": 1.0}})
     run.write_config({"parallel": {"tp": 2, "dp": 4}, "rollout": {"tp": 2, "ep": 2, "top_p": 1.0}})
     assert run.read_config()["rollout"]["ep"] == 2
@@ -137,7 +187,7 @@ def older_run(tmp_path):
     del stored["model"]["fp8"], stored["timeouts"], stored["filters"]["max_tokens"], stored["rollout"]["temperature"]
     del stored["prompting"][0]["separator"]
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(stored))
-    (tmp_path / "data").mkdir()
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     return config
 
 

@@ -27,6 +27,7 @@ from r1mega.platform.watchdog import (
     _Seen,
     behind,
     prepare_directory,
+    record_collectives,
 )
 
 pytestmark = pytest.mark.heavy
@@ -281,6 +282,15 @@ def test_a_new_start_does_not_see_the_verdict_of_the_last(tmp_path):
     prepare_directory(watch)
     assert [path.name for path in watch.iterdir()] == ["earlier"]
     assert sorted(path.name for path in (watch / "earlier").iterdir()) == ["rank_0.json", "verdict.json"]
+
+
+@pytest.mark.parametrize("own", [None, "50000"])
+def test_the_flight_recorder_is_on_and_writes_into_the_run(tmp_path, monkeypatch, own):
+    """Unless somebody has said otherwise, under torch's new name or its old one."""
+    monkeypatch.setattr(os, "environ", {} if own is None else {"TORCH_NCCL_TRACE_BUFFER_SIZE": own})
+    record_collectives(tmp_path)
+    assert os.environ["TORCH_FR_BUFFER_SIZE"] == (own or "2000") and os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "1"
+    assert os.environ["TORCH_FR_DUMP_TEMP_FILE"] == f"{tmp_path}/nccl_trace_rank_"
 
 
 def test_the_file_of_a_rank_is_readable_at_any_time(tmp_path):

@@ -79,10 +79,13 @@ def evaluate(tmp_path):
     groups.destroy()
 
 
-def test_a_judge_that_is_the_policy_is_not_asked(evaluate):
+def test_a_judge_that_is_the_policy_is_not_asked(evaluate, monkeypatch):
     """Of 300 responses the first 44 are graded while the generator still streams."""
+    waits = []
+    monkeypatch.setattr(in_loop_evaluation, "wait_for_all", lambda *wait: waits.append(wait))
     evaluation, notes, _ = evaluate(*["math", "general"] * 150)
     metrics = evaluation.run(3)
+    assert waits == [("rollout", "the evaluation after step 3")], "generators may end hours apart"
     assert metrics["eval/prompts"] == 300 and metrics["eval/accuracy"] == 1.0 and metrics["eval/format"] == 1.0
     (note,) = notes
     length = metrics["eval/length_mean"]

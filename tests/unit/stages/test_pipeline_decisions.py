@@ -144,7 +144,7 @@ def interrupted(stage: str, ready: Path) -> None:
     threading.Thread(target=interrupt, daemon=True).start()
     try:
         with pytest.raises(KeyboardInterrupt):
-            _wait([sys.executable, "-c", stage])
+            _wait([sys.executable, "-c", stage], threading.Event())
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -184,6 +184,19 @@ def test_quiet_tells_what_failed_and_what_was_moved(load, monkeypatch, capfd):
     assert capfd.readouterr().out.splitlines() == [
         f"[two] zero: the old run is kept as {old}", "[two] zero: failed with exit code 1"
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("names", "code"), [(["base", "zero"], 85), (["base"], 0)])
+def test_asked_to_stop_while_a_stage_ends_no_other_is_begun(load, tmp_path, capfd, names, code):
+    stage = tmp_path / "stage.py"
+    stage.write_text(
+        "import os, signal, sys\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nos.kill(os.getppid(), signal.SIGTERM)\n"
+        f"open({str(tmp_path / 'begun')!r}, 'a').write(sys.argv[-1])\n"
+    )
+    pipeline = load("base.steps=7")
+    assert run_pipeline(pipeline, names, redo=True, launcher=f"{sys.executable} {stage}") == code
+    assert (tmp_path / "begun").read_text() == str(pipeline.dir / "nodes/base.yaml")
+    assert ("base: finished, and asked to stop; start again" in capfd.readouterr().out) == (code == 85)
 
 
 def quickstart(*arguments):

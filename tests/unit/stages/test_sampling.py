@@ -153,7 +153,8 @@ def test_other_prompts_and_old_files_are_refused(start, tmp_path):
         start("old")
 
 
-def test_a_scorer_that_needs_the_generator_is_asked_at_the_windows_end(start, tmp_path):
+def test_a_scorer_that_needs_the_generator_is_asked_at_the_windows_end(start, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "MAX_UNGRADED", 2)  # fewer than a window's
     run = start(scores_while_sampling=False)
 
     class Judge(Scorer):

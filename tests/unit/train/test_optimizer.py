@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from r1mega import platform
 from r1mega.config.schema import ParallelConfig
@@ -126,8 +127,11 @@ def test_a_gradient_that_is_not_finite_moves_nothing_and_can_be_left_out(one_ran
 def broken_on_one_rank():
     """Two replicas, one of them with a broken sample, twice: (left out, no weight moved, the error of the second)."""
     from r1mega.errors import NonFiniteError
+    from r1mega.train.optimizer import _prepare_finite
 
     groups.init_parallel(ParallelConfig(), seed=0)
+    own = math.inf if dist.get_rank() == 1 else 1.0  # a norm that one rank alone knows
+    assert _prepare_finite(lambda: False, lambda: own) and not _prepare_finite(lambda: False, lambda: 1.0)
     trainer, samples = make_trainer(skip_nonfinite=1), make_samples()
     samples[2] = dataclasses.replace(samples[2], advantage=math.nan)
     before = {name: value.clone() for name, value in trainer.policy.hf_tensors()}

@@ -120,6 +120,7 @@ def ranks_sample(tp, steps=3):
     return found
 
 
+@pytest.mark.heavy
 def test_dynamic_sampling_trains_on_the_same_samples_over_any_number_of_ranks():
     (alone_,), *several = (launch(ranks_sample, *ranks) for ranks in ((1, 1), (4, 2), (3, 1)))
     assert all(len({slot for slot, *_ in step}) == 4 for step in alone_)

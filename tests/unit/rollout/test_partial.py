@@ -174,6 +174,7 @@ def check_equal(ranks, whole):
         assert all(found[step][1] == same for found, _ in ranks)
 
 
+@pytest.mark.heavy
 def test_neither_speed_nor_number_of_generators_changes_a_step(tmp_path):
     """One generator with room for all, one that queues, three that are unequal; two, and from their checkpoint on three."""
     ((whole, _),) = launch(steps_of, 1, [1000])
@@ -184,6 +185,7 @@ def test_neither_speed_nor_number_of_generators_changes_a_step(tmp_path):
     check_equal(launch(steps_of, 3, [7, 1000, 3], tmp_path, two[0][1], 6, 8), whole[5:])
 
 
+@pytest.mark.heavy
 def test_a_slow_generator_leaves_groups_to_others_and_changes_none(tmp_path):
     """Groups beyond the seats go to who has room; then from a checkpoint on with what is on disk, by others or by more."""
     ((whole, progress),) = launch(steps_of, 1, [5], None, None, 1, 4, 0.0, QUEUES, 1.0)
@@ -199,6 +201,7 @@ def test_a_slow_generator_leaves_groups_to_others_and_changes_none(tmp_path):
     assert [len(steps[0][0]) for steps, _ in kept] == [12] * 3
 
 
+@pytest.mark.heavy
 def test_groups_in_the_making_are_shared_too(tmp_path):
     """Each has the steps of one generator with room for all, though who samples what is a matter of speed; and goes on so."""
     keys = {"num_prompts": 6, "max_num_seqs": 5}

@@ -46,7 +46,7 @@ else
 fi
 [ "$fast" ] || transformer_engine_files
 [ "$only_set_up" ] && exit
-half=$(echo tests/unit/{checkpoint,config,kernels,model,observe,plan,platform,train})  # of the time of --fast
+half=$(echo tests/unit/{config,kernels,model,observe,plan,platform,train})  # of the time of --fast
 if [ "$fast" ]; then
   export PYTEST_ADDOPTS='-m "not heavy"'
   if [ $# -gt 0 ]; then

@@ -154,6 +154,14 @@ def test_those_of_the_other_megatron_are_there_and_none_is_run_twice(tmp_path):
     assert len(named) == len(set(named)) > 20 and all(file.is_file() for file in named)
 
 
+@pytest.mark.parametrize(("failing", "code"), [("none", 0), ("tests/unit/model", 1)])
+def test_both_are_everything_and_what_the_other_megatron_runs(tmp_path, failing, code):
+    ended, runs, errors = run_test_script(tmp_path, "--both", failing=failing)
+    assert ended == code, errors
+    apart = [run for given in ([], ["--megatron", "0.19"]) for run in run_test_script(tmp_path, *given)[1]]
+    assert sorted(runs) == sorted(apart)
+
+
 def test_the_fast_tests_are_two_runs_with_every_folder_in_one_of_them(tmp_path):
     code, runs, errors = run_test_script(tmp_path, "--fast")
     assert (code, len(runs)) == (0, 2), errors

@@ -42,9 +42,9 @@ make_venv() {
     if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then # also after a set-up that could not make it whole
         rm -rf "$venv"
         base=${base:-$(find_python)}
-        [ -n "$base" ] || fail "no Python 3.11 or 3.12 found; install one (Debian 12: apt-get install python3 python3-venv) or set R1MEGA_PYTHON"
         [ -n "${2:-}" ] || [ -z "${R1MEGA_PYTHON:-}" ] || [ "$base" = "$(command -v "$R1MEGA_PYTHON")" ] ||
             say "R1MEGA_PYTHON=$R1MEGA_PYTHON is no Python 3.11 or 3.12"
+        [ -n "$base" ] || fail "no Python 3.11 or 3.12 found; install one (Debian 12: apt-get install python3 python3-venv) or set R1MEGA_PYTHON"
         say "making $venv with $base"
         if ! "$base" -m venv "$venv" 2>/dev/null; then  # Debian keeps ensurepip in a package of its own
             apt_get python3-venv || true
@@ -59,8 +59,8 @@ make_venv() {
 # pip_install ARGUMENT...: without dependencies, and without a word on folders of an index that lacks a package.
 pip_install() { "$PYTHON" -m pip install -q --no-deps "$@" 2> >(grep -v 'is ignored: it is neither' >&2); }
 
-# compile_packages: all that is installed, on all cores, where pip takes a minute of one; what cannot be compiled is no matter to it either.
-compile_packages() { "$PYTHON" -m compileall -qq -j 0 "$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" || true; }
+# compile_packages: all that is installed, on all cores, where pip takes a minute of one; what cannot be compiled, and warnings, are no matter to it either.
+compile_packages() { "$PYTHON" -W ignore -m compileall -qq -j 0 "$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" || true; }
 
 # set_up [VENV PYTHON]: make_venv, the pinned packages, and this one.
 set_up() {

@@ -270,7 +270,7 @@ def test_probe_finds_a_weakened_sandbox(launcher, monkeypatch, weaken, expected)
     assert "No code is scored" in str(breach.value)
 
 
-# --- sessions -------------------------------------------------------------------------------------------------------
+# --- starved --------------------------------------------------------------------------------------------------------
 
 
 def test_a_starved_answer_is_not_out_of_time(launcher):

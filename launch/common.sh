@@ -42,6 +42,8 @@ make_venv() {
     if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then # also after a set-up that could not make it whole
         rm -rf "$venv"
         base=${base:-$(find_python)}
+        [ -n "${2:-}" ] || [ -z "${R1MEGA_PYTHON:-}" ] || [ "$base" = "$(command -v "$R1MEGA_PYTHON")" ] ||
+            say "R1MEGA_PYTHON=$R1MEGA_PYTHON is no Python 3.11 or 3.12"
         [ -n "$base" ] || fail "no Python 3.11 or 3.12 found; install one (Debian 12: apt-get install python3 python3-venv) or set R1MEGA_PYTHON"
         say "making $venv with $base"
         if ! "$base" -m venv "$venv" 2>/dev/null; then  # Debian keeps ensurepip in a package of its own
@@ -57,6 +59,9 @@ make_venv() {
 # pip_install ARGUMENT...: without dependencies, and without a word on folders of an index that lacks a package.
 pip_install() { "$PYTHON" -m pip install -q --no-deps "$@" 2> >(grep -v 'is ignored: it is neither' >&2); }
 
+# compile_packages: all that is installed, on all cores, where pip takes a minute of one; what cannot be compiled, and warnings, are no matter to it either.
+compile_packages() { "$PYTHON" -W ignore -m compileall -qq -j 0 "$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" || true; }
+
 # set_up [VENV PYTHON]: make_venv, the pinned packages, and this one.
 set_up() {
     local venv=${1:-.venv} lock=requirements/cpu.lock stamp wanted
@@ -65,8 +70,9 @@ set_up() {
     make_venv "$@"
     if [ "$(cat "$stamp" 2>/dev/null || true)" != "$wanted" ]; then
         say "installing the pinned packages (about 4 GB on disk, a few minutes, once)"
-        pip_install ${2:+--no-compile} -r "$lock" ||
+        pip_install --no-compile -r "$lock" ||
             fail "pip could not install $lock; is a package index reachable? Start again to go on where it stopped."
+        [ -n "${2:-}" ] || compile_packages
         [ -e /dev/nvidiactl ] || "$PYTHON" -c 'import torch' 2>/dev/null || "$PYTHON" launch/cuda_stand_ins.py
         "$PYTHON" -c 'import torch' 2>/dev/null ||
             fail "torch does not load: the package index served a CUDA build. Set PIP_EXTRA_INDEX_URL to PyTorch's own index of CPU wheels (pytorch.org, Get Started: pip, CPU), remove $venv and start again."
@@ -78,7 +84,7 @@ set_up() {
         echo "$wanted" >"$stamp"
     fi
     export PYTHONWARNINGS="${PYTHONWARNINGS:-ignore}" HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}" PYTHONDONTWRITEBYTECODE=
-    # with the last one set, as in some containers, every process would compile what pip was told not to: 27 s a start
+    # with the last one set, as in some containers, every process would compile what is not compiled there (VENV): 27 s a start
 }
 
 # transformer_engine_files: its Python files, for tests/te, beside those of $PYTHON.

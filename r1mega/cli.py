@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import math
-import os
 import sys
 import threading
 import time
@@ -17,6 +15,7 @@ from typing import Annotated
 import typer
 
 from r1mega import ending
+from r1mega.arguments import ConfigPath, Overrides, Quiet, Redo, expanded_path, positive
 from r1mega.errors import ConfigError, FreshProcessNeeded
 from r1mega.noise import silence
 
@@ -31,40 +30,6 @@ reward_app = typer.Typer(help="Score lines of JSON from standard input.", no_arg
 app.add_typer(reward_app, name="reward")
 reshard_app = typer.Typer(help="Weights from the trainer's layout to the generator's.", no_args_is_help=True)
 app.add_typer(reshard_app, name="reshard")
-
-
-def _path(text: str) -> Path:
-    """`~` in it replaced: no shell does that in --option=~/x."""
-    try:
-        return Path(text).expanduser()
-    except RuntimeError:
-        raise typer.BadParameter(f"{text}: there is no such home directory") from None
-
-
-def _positive(text: str) -> float:
-    with contextlib.suppress(ValueError):
-        if 0 < float(text) < math.inf:
-            return float(text)
-    raise typer.BadParameter(f"{text!r} is not a finite number above 0")
-
-
-ConfigPath = Annotated[Path, typer.Argument(parser=_path, help="a YAML file, see configs/")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="key.sub=value ..., over the file")]
-
-
-def _be_quiet(quiet: bool) -> bool:
-    """For this process and those that it starts."""
-    if quiet:
-        from r1mega.observe.progress import QUIET
-
-        os.environ[QUIET] = "1"
-    return quiet
-
-
-Quiet = Annotated[
-    bool, typer.Option("--quiet", callback=_be_quiet, help="warnings and errors only, and where the report is")
-]
-Redo = Annotated[bool, typer.Option(help="run changed nodes anew, with their old runs moved aside")]
 
 
 @app.command()
@@ -162,7 +127,9 @@ def pipeline(
 def quickstart(
     overrides: Annotated[list[str] | None, typer.Argument(help="node.key.sub=value ..., over configs/nano")] = None,
     stage: Annotated[str, typer.Option(help="the last stage to run; zero: R1-Zero only")] = "evaluate",
-    directory: Annotated[Path, typer.Option("--dir", parser=_path, help="where the runs go")] = Path("runs/nano"),
+    directory: Annotated[Path, typer.Option("--dir", parser=expanded_path, help="where the runs go")] = Path(
+        "runs/nano"
+    ),
     seed: Annotated[int, typer.Option(min=0, help="of every stage")] = 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would run and why; write nothing")] = False,
     redo: Redo = False,
@@ -185,7 +152,9 @@ def quickstart(
 
 @app.command()
 def doctor(
-    config: Annotated[Path | None, typer.Argument(parser=_path, help="also check what this config would use")] = None,
+    config: Annotated[
+        Path | None, typer.Argument(parser=expanded_path, help="also check what this config would use")
+    ] = None,
     overrides: Overrides = None,
     gpus: Annotated[int | None, typer.Option(min=1, help="look at the config as if started on so many")] = None,
     gpu: Annotated[str, typer.Option(help="of this kind, see plan")] = "h100-80",
@@ -200,7 +169,7 @@ def doctor(
 @app.command("check-nodes")
 def check_nodes(
     run_dir: Annotated[
-        Path | None, typer.Option(parser=_path, help="also write and read there, where a run will")
+        Path | None, typer.Option(parser=expanded_path, help="also write and read there, where a run will")
     ] = None,
     slow: Annotated[
         float | None,
@@ -294,7 +263,7 @@ def plan(
 
 @app.command()
 def report(
-    run_dir: Annotated[Path, typer.Argument(parser=_path, help="a run directory, or a pipeline's")],
+    run_dir: Annotated[Path, typer.Argument(parser=expanded_path, help="a run directory, or a pipeline's")],
 ) -> None:
     """Write report.html there: one file that opens without network."""
     from r1mega.observe.pipeline_report import PIPELINE_FILE, write_pipeline_report
@@ -305,7 +274,7 @@ def report(
 
 @app.command()
 def generate(
-    checkpoint: Annotated[Path, typer.Argument(parser=_path, help="an HF directory or a run directory")],
+    checkpoint: Annotated[Path, typer.Argument(parser=expanded_path, help="an HF directory or a run directory")],
     prompt: Annotated[str, typer.Argument(help="the question")],
     num_samples: int = 1,
     temperature: float = 0.6,
@@ -326,8 +295,10 @@ def generate(
 
 @app.command("eval")
 def evaluate(
-    checkpoint: Annotated[Path, typer.Argument(parser=_path, help="an HF directory or a run directory")],
-    data: Annotated[Path, typer.Argument(parser=_path, help="a prompt file (JSONL, Parquet, ...), see docs/data.md")],
+    checkpoint: Annotated[Path, typer.Argument(parser=expanded_path, help="an HF directory or a run directory")],
+    data: Annotated[
+        Path, typer.Argument(parser=expanded_path, help="a prompt file (JSONL, Parquet, ...), see docs/data.md")
+    ],
     num_samples: Annotated[int, typer.Option(help="k: pass@1 is the mean over k samples, cons@k the majority")] = 1,
     temperature: float = 0.6,
     top_p: float = 0.95,
@@ -336,7 +307,7 @@ def evaluate(
     template: Annotated[str | None, typer.Option(help="default: the run's own")] = None,
     seed: int = 0,
     output: Annotated[
-        Path | None, typer.Option(parser=_path, help="write every sample and verdict here (JSON)")
+        Path | None, typer.Option(parser=expanded_path, help="write every sample and verdict here (JSON)")
     ] = None,
 ) -> None:
     """pass@1 over k samples, with its interval, and cons@k."""
@@ -356,10 +327,10 @@ def reshard_explain(
     overrides: Overrides = None,
     gpus: Annotated[int | None, typer.Option(min=1, help="processes of the job; default: the fewest that fit")] = None,
     bandwidth: Annotated[
-        float, typer.Option(parser=_positive, help="GB/s of a rank to other nodes, each direction")
+        float, typer.Option(parser=positive, help="GB/s of a rank to other nodes, each direction")
     ] = 40.0,
     node_bandwidth: Annotated[
-        float, typer.Option(parser=_positive, help="GB/s of a rank inside of its node, each direction")
+        float, typer.Option(parser=positive, help="GB/s of a rank inside of its node, each direction")
     ] = 300.0,
     gpus_per_node: Annotated[int, typer.Option(min=1)] = 8,
     fp8: Annotated[bool, typer.Option(help="as if the generator held block-quantised FP8 weights")] = False,
@@ -375,11 +346,13 @@ def reshard_explain(
 def compare(
     first: Annotated[
         Path,
-        typer.Argument(parser=_path, help="results.json of an evaluation, its run directory, or an output of eval"),
+        typer.Argument(
+            parser=expanded_path, help="results.json of an evaluation, its run directory, or an output of eval"
+        ),
     ],
     second: Annotated[
         Path,
-        typer.Argument(parser=_path, help="the same of another checkpoint (or of the same file, see --second)"),
+        typer.Argument(parser=expanded_path, help="the same of another checkpoint (or of the same file, see --second)"),
     ],
     first_name: Annotated[str | None, typer.Option("--first", help="which checkpoint, where there are several")] = None,
     second_name: Annotated[
@@ -400,14 +373,14 @@ def compare(
 @app.command()
 def convert(
     source: Annotated[
-        Path, typer.Argument(parser=_path, help="an HF directory; or a run directory, or one checkpoint of it")
+        Path, typer.Argument(parser=expanded_path, help="an HF directory; or a run directory, or one checkpoint of it")
     ],
-    out: Annotated[Path, typer.Argument(parser=_path, help="the directory to make")],
+    out: Annotated[Path, typer.Argument(parser=expanded_path, help="the directory to make")],
     to_megatron: Annotated[bool, typer.Option("--to-megatron", help="HF directory -> torch_dist checkpoint")] = False,
     to_hf: Annotated[bool, typer.Option("--to-hf", help="torch_dist checkpoint -> HF directory")] = False,
     parallel: Annotated[str, typer.Option(help="tp=..,ep=..,etp=..: the layout that OUT is cut for")] = "",
     config: Annotated[
-        Path | None, typer.Option(parser=_path, help="HF directory of the model, if not the run's own")
+        Path | None, typer.Option(parser=expanded_path, help="HF directory of the model, if not the run's own")
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; default: as the source says")] = None,
     fp8_blocks: Annotated[bool, typer.Option(help="FP8 weights in blocks, as DeepSeek-V3 is published")] = False,
@@ -436,7 +409,7 @@ def convert(
 @reward_app.command("math")
 def reward_math(
     workers: Annotated[int, typer.Option(min=1, help="processes for what only symbolic algebra can tell")] = 1,
-    timeout: Annotated[float, typer.Option(parser=_positive, help="seconds for one symbolic comparison")] = 5.0,
+    timeout: Annotated[float, typer.Option(parser=positive, help="seconds for one symbolic comparison")] = 5.0,
     max_work: Annotated[int, typer.Option(min=0, help="digits of arithmetic that an answer may leave undone")] = 1,
 ) -> None:
     """{"gold", "prediction"} lines in; {"value", "status", "reason"} lines out, in the same order."""
@@ -459,7 +432,7 @@ def reward_code(
 
 def _standard_input() -> Iterator[str]:
     """Its lines, whatever the locale says; a byte order mark before one is left out. DataError for what is no UTF-8."""
-    from r1mega.data.rows import decode
+    from r1mega.data.text import decode
 
     return (decode(line, f"<stdin>:{number}") for number, line in enumerate(sys.stdin.buffer, start=1))
 

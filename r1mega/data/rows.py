@@ -20,6 +20,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+from r1mega.data.text import decode, other_encoding, parse_json, wide_encoding
 from r1mega.errors import DataError
 
 MMLU_COLUMNS = ("question", "A", "B", "C", "D", "answer")
@@ -37,15 +38,6 @@ _PACKED: Mapping[str, tuple[bytes, Callable[[Path], io.BufferedIOBase]]] = {
 }
 _HEAD_BYTES = 512
 _AS_CSV = "save the sheet with the rows as CSV in UTF-8"
-_WIDE = (
-    ("UTF-32", re.compile(rb"\xff\xfe\0\0|\0\0\xfe\xff")),
-    ("UTF-16", re.compile(rb"\xff\xfe|\xfe\xff")),
-    ("UTF-32LE", re.compile(rb"[^\0]\0\0\0")),
-    ("UTF-32BE", re.compile(rb"\0\0\0[^\0]")),
-    ("UTF-16LE", re.compile(rb"(?:[^\0]\0){2}")),
-    ("UTF-16BE", re.compile(rb"(?:\0[^\0]){2}")),
-)
-"""Encodings of more than a byte a character, by the first bytes: a byte order mark, or two Latin characters without one."""
 _REFUSED: tuple[tuple[int, bytes, str, str], ...] = (
     (0, b"\x28\xb5\x2f\xfd", "compressed by zstd", "unpack it: zstd -d {0}"),
     *(
@@ -230,8 +222,8 @@ def _rows_of(path: Path, columns: tuple[str, ...] | None, on_bad_line: Callable[
             yield from _parquet(path, file)
         elif head.startswith(b"ARROW1") or ending == ".arrow":
             yield from _arrow(path, file, head.startswith(b"ARROW1"))
-        elif encoding := _wide_encoding(head):
-            raise DataError(_other_encoding(path, encoding, path))
+        elif encoding := wide_encoding(head):
+            raise DataError(other_encoding(path, encoding, path))
         elif ending in _CSV_ENDINGS:
             yield from _csv(path, file, columns, "\t" if ending == ".tsv" else ",", on_bad_line)
         elif ending not in _JSON_ENDINGS and first != b"{":
@@ -301,38 +293,6 @@ def is_chat(value: object) -> bool:
 
 def _is_message(value: object) -> bool:
     return isinstance(value, Mapping) and isinstance(value.get("role"), str) and "content" in value
-
-
-def parse_json(content: bytes, where: str) -> Any:
-    """The value of a text of JSON, with a byte order mark or without. DataError for what is none, or is no text."""
-    try:
-        value = json.loads(decode(content, where))
-        if b"\\ud" in content.lower():  # half of a surrogate pair is JSON, but no text
-            json.dumps(value, ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not JSON ({error})") from error
-    return value
-
-
-def decode(content: bytes, where: str) -> str:
-    """UTF-8 without the byte order mark that some editors put before it. DataError for another encoding."""
-    if encoding := _wide_encoding(content):
-        raise DataError(_other_encoding(where, encoding, "OLD"))
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{where}: not UTF-8 ({error.reason} at byte {error.start + 1}); a file of Excel or Windows becomes UTF-8 by: "
-            "iconv -f CP1252 -t UTF-8 OLD > NEW"
-        ) from error
-
-
-def _wide_encoding(head: bytes) -> str | None:
-    return next((name for name, start in _WIDE if start.match(head)), None)
-
-
-def _other_encoding(where: object, encoding: str, old: object) -> str:
-    return f"{where}: {encoding} text; write it anew: iconv -f {encoding} -t UTF-8 {old} > NEW"
 
 
 def _csv(

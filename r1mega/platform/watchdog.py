@@ -20,7 +20,6 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -29,12 +28,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
 from r1mega.config.schema import TimeoutsConfig, WatchdogConfig
 from r1mega.errors import EXIT_STALLED
 from r1mega.files import write_atomic
+from r1mega.platform.stacks import dump_collectives, native_stacks
 
 FLOOR_SECONDS, UNSEEN_SECONDS, TIMES_LONGEST = 600.0, 3600.0, 10
 """A phase may stand still for TIMES_LONGEST the longest pause that it had, at least FLOOR_SECONDS; UNSEEN_SECONDS until it was
@@ -341,7 +340,7 @@ class Watchdog:
             faulthandler.dump_traceback(file, all_threads=True)
             file.write(native_stacks(os.getpid()))
         own.with_suffix(".tmp").rename(own)
-        _dump_collectives(self._directory / f"nccl_trace_rank_{self._rank}")
+        dump_collectives(self._directory / f"nccl_trace_rank_{self._rank}")
         while len(list(stacks.glob("*.txt"))) < dumps and time.monotonic() < limit:
             time.sleep(0.2)  # the first rank to end has the launcher kill the others
 
@@ -356,40 +355,6 @@ def prepare_directory(directory: Path) -> None:
             path.rename(directory / "earlier" / path.name)
     for path in directory.glob("rank_*.json"):
         path.unlink()
-
-
-def record_collectives(directory: Path) -> None:
-    """Switch on NCCL's flight recorder (torch 2.13: FlightRecorder.hpp, ProcessGroupNCCL.hpp), before the process groups: the last
-    2,000 collectives of each rank with their state, in memory alone, written as `nccl_trace_rank_N` when one times out. It tells
-    which rank did not enter which collective, which no Python stack of a GPU job does.
-    """
-    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", os.environ.get("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000"))
-    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
-    os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(directory.absolute() / "nccl_trace_rank_"))
-
-
-def native_stacks(pid: int, seconds: int = 15) -> str:
-    """Stacks of a process with its C frames, by py-spy or gdb within `seconds`; without either, that they are missing."""
-    for command in (
-        ["py-spy", "dump", "--native", "--nonblocking", "--pid", str(pid)],
-        ["gdb", "-p", str(pid), "-batch", "-ex", "thread apply all bt"],
-    ):
-        if shutil.which(command[0]) is None:
-            continue
-        try:
-            # gdb stops the process, also this one: another keeps the limit, and ends the stop that a killed gdb leaves
-            limited = ["sh", "-c", f'timeout -s KILL {seconds} "$@"; kill -CONT "$0"', str(pid), *command]
-            done = subprocess.run(limited, capture_output=True, text=True)
-        except OSError as error:
-            return f"\nnative stacks: {command[0]} failed ({error})\n"
-        return f"\nnative stacks by {command[0]}:\n{done.stdout}{done.stderr}"
-    return "\nnative stacks: neither py-spy nor gdb is installed here\n"
-
-
-def _dump_collectives(path: Path) -> None:
-    dump = getattr(torch._C._distributed_c10d, "_dump_nccl_trace", None)  # of CUDA builds
-    if dump is not None and dist.is_initialized() and not path.exists():
-        path.write_bytes(dump())
 
 
 def _sequence_numbers() -> tuple[int, int]:

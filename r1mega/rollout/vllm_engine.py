@@ -9,15 +9,12 @@ from __future__ import annotations
 import contextlib
 import gc
 import itertools
-import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -26,8 +23,6 @@ from r1mega.errors import FreshProcessNeeded, GenerationError, PlatformError, St
 from r1mega.platform.generator import vllm_platform
 from r1mega.platform.watchdog import tick
 from r1mega.rollout.engine import EngineSettings, check_requests, continued_seed, in_order, read_config
-from r1mega.rollout.kept import KeptLists, kept_ids, kept_width
-from r1mega.rollout.open_groups import NEVER
 from r1mega.rollout.routing import Recorder, ReturnedRouting, RoutingRecorder
 from r1mega.rollout.stop_strings import StopStrings
 from r1mega.rollout.vllm_arguments import check_settings, keep_config_classes_apart, vllm_arguments
@@ -38,7 +33,8 @@ from r1mega.rollout.vllm_groups import (
     rank_within,
     shared_names,
 )
-from r1mega.types import UNFINISHED, Completion, Cut, GenerationRequest, Refill, Response, SamplingSettings
+from r1mega.rollout.vllm_samples import Sample, core_request, fewest_tokens, sampling_params
+from r1mega.types import UNFINISHED, Completion, Cut, GenerationRequest, Refill, Response
 from r1mega.weights.layout import GeneratorRank, generator_layout, tensor_shapes
 from r1mega.weights.transfer import (
     ReloadTarget,
@@ -51,30 +47,6 @@ from r1mega.weights.transfer import (
 
 StepOutputs = list[Any]
 """vLLM's EngineCoreOutput of each sample that a step went on with."""
-
-
-@dataclass(slots=True)
-class _Running:
-    """A sample in flight. token_ids: with those that it goes on from; log_probs: of the others."""
-
-    request_index: int
-    sample_index: int
-    sampling: SamplingSettings
-    stop_candidates: frozenset[int]
-    token_ids: list[int]
-    log_probs: list[float] = field(default_factory=list)
-    kept: KeptLists = field(default_factory=KeptLists)  # of the same tokens
-
-    def completion(self, finish_reason: str, routed_experts: np.ndarray | None) -> Completion:
-        new = tuple(self.token_ids[len(self.token_ids) - len(self.log_probs) :])
-        kept = None if self.sampling.max_kept is None else self.kept.finished()
-        response = Response(new, tuple(self.log_probs), finish_reason, routed_experts, kept=kept)
-        return Completion(self.request_index, self.sample_index, response)
-
-
-def _fewest(running: Mapping[str, _Running]) -> int:
-    """New tokens of the sample with the fewest; NEVER without any."""
-    return min((len(state.log_probs) for state in running.values()), default=NEVER)
 
 
 class VllmEngine:
@@ -202,7 +174,7 @@ class VllmEngine:
     ) -> Generator[Completion]:
         """See GenerationEngine."""
         self._check_ready()
-        running: dict[str, _Running] = {}
+        running: dict[str, Sample] = {}
         known: list[GenerationRequest] = []
         steps = self._steps()
         self._is_busy = True
@@ -225,7 +197,7 @@ class VllmEngine:
                 if cut is None or passes % cut.every or not (running or self._shared_passes is not None):
                     continue
                 with self._telling(steps):
-                    is_reached = cut.reached(_fewest(running))
+                    is_reached = cut.reached(fewest_tokens(running))
                 if is_reached:
                     break
             for state in running.values():
@@ -237,7 +209,7 @@ class VllmEngine:
             self._is_busy = False
 
     def _finished(
-        self, outputs: StepOutputs, known: Sequence[GenerationRequest], running: dict[str, _Running]
+        self, outputs: StepOutputs, known: Sequence[GenerationRequest], running: dict[str, Sample]
     ) -> list[Completion]:
         """Adds a step's tokens to the samples that run; those that are complete, which run no longer."""
         finished = []
@@ -247,7 +219,7 @@ class VllmEngine:
                 continue  # a step that was in flight when its sample was aborted
             if self._recorder is not None:
                 self._recorder.add(output.request_id, output.routed_experts)
-            reason = self._advance(state, output)
+            reason = state.advance(output, self._stop_strings, self.config["vocab_size"])
             if reason is None:
                 continue
             del running[output.request_id]
@@ -359,13 +331,11 @@ class VllmEngine:
         return num_running < self.settings.max_num_seqs and not len(self._core.engine_core.scheduler.waiting)
 
     def _submit(
-        self, requests: Sequence[GenerationRequest], known: list[GenerationRequest], running: dict[str, _Running]
+        self, requests: Sequence[GenerationRequest], known: list[GenerationRequest], running: dict[str, Sample]
     ) -> None:
         """Adds requests to those of the stream (`known`), and all of their samples to the engine core's queue, in order, and to
         `running`.
         """
-        from vllm import SamplingParams
-
         has_tokenizer = self.settings.tokenizer_path is not None
         check_requests(requests, self.settings.max_model_len, self.config["vocab_size"], has_tokenizer)
         first = len(known)
@@ -373,68 +343,20 @@ class VllmEngine:
         for request_index, request in enumerate(requests, first):
             sampling = request.sampling
             candidates = self._stop_strings.candidates(sampling.stop_strings)
-            params = SamplingParams(
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                top_k=sampling.most_kept or 0,
-                min_p=sampling.min_p or 0.0,
-                max_tokens=sampling.max_tokens - len(request.begun),
-                stop_token_ids=list(sampling.stop_token_ids),
-                logprobs=kept_width(sampling, self.config["vocab_size"]),
-                detokenize=False,
-            )
+            params = sampling_params(request, self.config["vocab_size"])
             prompt = [*request.prompt_token_ids, *request.begun]
             for sample_index in range(request.first_sample, request.first_sample + request.num_samples):
                 seeded = copy(params)
                 seeded.seed = continued_seed(request, sample_index)
                 identifier = self._add(prompt, seeded)
                 begun = list(request.begun)
-                running[identifier] = _Running(request_index, sample_index, sampling, candidates, begun)
+                running[identifier] = Sample(request_index, sample_index, sampling, candidates, begun)
 
     def _add(self, prompt: list[int], params: Any) -> str:
-        from vllm.v1.engine import EngineCoreRequest
-
         self._next_id += 1
         identifier = str(self._next_id)
-        self._core.add_request(
-            EngineCoreRequest(
-                request_id=identifier,
-                prompt_token_ids=prompt,
-                mm_features=None,
-                sampling_params=params,
-                pooling_params=None,
-                arrival_time=time.time(),
-                lora_request=None,
-                cache_salt=None,
-                data_parallel_rank=None,
-                external_req_id=identifier,
-            )
-        )
+        self._core.add_request(core_request(identifier, prompt, params))
         return identifier
-
-    def _advance(self, state: _Running, output: Any) -> str | None:
-        """Appends a step's tokens; the finish reason if the sample is complete."""
-        tokens = output.new_token_ids
-        if output.new_logprobs is not None:
-            log_probs = output.new_logprobs.logprobs[: len(tokens), 0].tolist()
-        for place, (token, log_prob) in enumerate(zip(tokens, log_probs if tokens else (), strict=True)):
-            state.token_ids.append(token)
-            state.log_probs.append(log_prob)
-            if state.sampling.max_kept is not None:
-                likeliest = output.new_logprobs.logprob_token_ids[place, 1:], output.new_logprobs.logprobs[place, 1:]
-                state.kept.add(kept_ids(*likeliest, state.sampling, self.config["vocab_size"]))
-            may_stop = token in state.stop_candidates
-            if may_stop and self._stop_strings.matches(state.token_ids, state.sampling.stop_strings):
-                return "stop"
-        if output.finish_reason is None:
-            return None
-        reason = str(output.finish_reason)
-        if reason not in ("stop", "length"):
-            raise GenerationError(
-                f"vLLM ended request {state.request_index}, sample {state.sample_index} with "
-                f"{reason!r} after {len(state.token_ids)} tokens"
-            )
-        return reason
 
     def _steps(self) -> Generator[StepOutputs]:
         """Steps of the engine core, a token of every running sample each, until it holds no request any more, nor does the core of

@@ -35,7 +35,8 @@ from r1mega.platform.launcher import prepare_restart, reserve_port
 from r1mega.platform.memory import device_used_bytes, peak_probes
 from r1mega.platform.peaks import peak_tflops
 from r1mega.platform.signals import StopRequest
-from r1mega.platform.watchdog import Place, Watchdog, prepare_directory, record_collectives
+from r1mega.platform.stacks import record_collectives
+from r1mega.platform.watchdog import Place, Watchdog, prepare_directory
 from r1mega.types import RolloutGroup
 
 if TYPE_CHECKING:

@@ -3,15 +3,13 @@
 import json
 import math
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from r1mega.model.flops import Work, generation_work, model_flops, sequences_work
 from tests.e2e.runs import metrics
-from tests.processes import REPOSITORY, environment
+from tests.processes import REPOSITORY, environment, run
 
 NANO = json.loads((REPOSITORY / "configs/nano/model/config.json").read_text())
 SMALL = ("threads=1", "rollout.num_prompts=4", "rollout.group_size=4", "update.num_minibatches=2")
@@ -19,18 +17,10 @@ SMALL = ("threads=1", "rollout.num_prompts=4", "rollout.group_size=4", "update.n
 
 def benchmark(config, directory, *arguments):
     """The summary that it writes, and what it prints."""
-    command = [
-        sys.executable,
-        "tools/bench_throughput.py",
-        f"configs/nano/{config}.yaml",
-        "--synthetic",
-        "--dir",
-        directory,
-    ]
-    done = subprocess.run(
-        [*map(str, command), *map(str, arguments)], cwd=REPOSITORY, text=True, timeout=500,
-        env=environment() | {"PYTHONPATH": f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'kernels'}"},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    paths = {"PYTHONPATH": f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'kernels'}"}
+    done = run(
+        f"configs/nano/{config}.yaml", "--synthetic", "--dir", directory, *arguments,
+        program=["tools/bench_throughput.py"], variables=environment() | paths, timeout=500,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:]
     return json.loads((Path(directory) / "throughput.json").read_text()), done.stdout

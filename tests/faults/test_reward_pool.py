@@ -38,7 +38,7 @@ def mixed_items(count: int, killer_share: float, seed: int) -> list[Task]:
     for index in range(count):
         if rng.random() < killer_share:
             name = rng.choice(KILLERS)
-            items.append(task(name, seconds=0.2 if name in ("endless_loop", "giant_integer") else 1.0))
+            items.append(task(name, seconds=0.05 if name in ("endless_loop", "giant_integer") else 1.0))
         else:
             items.append(task("square", index))
     return items

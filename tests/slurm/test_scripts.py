@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -163,6 +164,14 @@ def test_those_of_the_other_megatron_are_there_and_none_is_run_twice(tmp_path):
     assert len(named) == len(set(named)) > 20 and all(file.is_file() for file in named)
 
 
+@pytest.mark.parametrize(("failing", "code"), [("none", 0), ("tests/unit/model", 1)])
+def test_both_are_everything_and_what_the_other_megatron_runs(tmp_path, failing, code):
+    ended, runs, errors = run_test_script(tmp_path, "--both", failing=failing)
+    assert ended == code, errors
+    apart = [run for given in ([], ["--megatron", "0.19"]) for run in run_test_script(tmp_path, *given)[1]]
+    assert sorted(runs) == sorted(apart)
+
+
 def test_the_fast_tests_are_two_runs_with_every_folder_in_one_of_them(tmp_path):
     code, runs, errors = run_test_script(tmp_path, "--fast")
     assert (code, len(runs)) == (0, 2), errors
@@ -185,3 +194,48 @@ def test_an_interpreter_is_taken_by_its_version_only(tmp_path, given, wanted, fo
     assert (lines == [str(python)]) == found
     _, lines, _ = bash("-c", "source launch/common.sh; find_python 3.12", **others)
     assert (lines == [str(python)]) == (given == "3.12")
+
+
+def test_a_wrong_interpreter_is_named_also_where_no_other_is_found(tmp_path):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho 3.13\n")
+    python.chmod(0o755)
+    wrong = {"R1MEGA_PYTHON": str(python), "PYENV_ROOT": str(tmp_path)}
+    for found in ("", "/bin/false"):
+        show = f"source launch/common.sh; find_python() {{ echo {found}; }}; make_venv {tmp_path / 'venv'}"
+        code, lines, errors = bash("-c", show, **wrong)
+        assert code == 1 and f"R1MEGA_PYTHON={python} is no Python 3.11 or 3.12" in lines[0], (lines, errors)
+
+
+def test_packages_are_compiled_without_a_word(tmp_path):
+    """What warns, and what is for another Python, among them."""
+    sources = {"warns": "x = 1 is 1\n", "other": "def f(:\n", "plain": "x = 1\n"}
+    for name, source in sources.items():
+        (tmp_path / f"{name}.py").write_text(source)
+    python = f'python() {{ if [ "$1" = -c ]; then echo {tmp_path}; else {sys.executable} "$@"; fi; }}; PYTHON=python'
+    assert bash("-c", f"source launch/common.sh; {python}; compile_packages") == (0, [], "")
+    assert sorted(file.name.split(".")[0] for file in tmp_path.rglob("*.pyc")) == ["plain", "warns"]
+
+
+@pytest.mark.parametrize(
+    ("failing", "code", "tested"),
+    [
+        ("none", 0, 1),
+        ("--set-up", 3, 0),
+        ("--megatron 0.19 --set-up", 1, 1),
+        ("format --check", 1, 1),
+        ("--both", 3, 1),
+    ],
+)
+def test_continuous_integration_fails_when_a_part_does(tmp_path, failing, code, tested):
+    """The tests run all the same, and what every part printed is there, but without packages nothing can."""
+    part = f'#!/bin/sh\necho "ran $*"; [ "$*" != "{failing}" ] || exit 3\n'
+    for name in (".ci/run", "launch/test.sh", ".venv/bin/ruff", ".venv/bin/mypy"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text((REPOSITORY / name).read_text() if name == ".ci/run" else part)
+        (tmp_path / name).chmod(0o755)
+    ended, lines, errors = bash(str(tmp_path / ".ci/run"))
+    assert ended == code, errors
+    packages = "ran --megatron 0.19 --set-up"
+    assert (lines.count(packages), lines.count("ran --both")) == (tested, tested)
+    assert not tested or lines.index(packages) < lines.index("ran --both")

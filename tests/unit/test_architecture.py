@@ -96,6 +96,13 @@ def test_no_two_modules_import_each_other(found):
     assert circles({module: {target for target, _ in targets} - {module} for module, targets in found.items()}) == []
 
 
+def test_files_are_of_a_length_to_be_read():
+    folders = ("r1mega", "kernels", "tests", "tools")
+    lines = {path: path.read_text().count("\n") for folder in folders for path in (REPOSITORY / folder).rglob("*.py")}
+    assert len(lines) > 300
+    assert {str(path): count for path, count in lines.items() if count > 450} == {}, "split it by subject"
+
+
 def test_an_import_that_leads_up_is_named():
     below = {"r1mega.data.prompts": [("r1mega.reward.math", 3), ("r1mega.config.load", 4)]}
     floor = {"reward": 2, "data": 1, "config": 0}

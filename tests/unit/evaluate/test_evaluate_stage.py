@@ -7,8 +7,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -76,17 +74,6 @@ def interrupt(path, samples, at, sent):
         time.sleep(0.002)
     assert process.wait(200) in (-signal.SIGKILL, 85), path.with_suffix(".log").read_text()[-6000:]
     return process.returncode
-
-
-def run_on_two_ranks_with_an_engine_each(path, run_dir):
-    """Under torchrun, whose ranks start themselves anew."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*launcher, "tests/unit/evaluate/one_engine_worker.py", "train", path, f"run_dir={run_dir}"], text=True, timeout=300,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=processes.environment(),
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-6000:]
-    return done.stdout
 
 
 def rows(directory, task):
@@ -217,7 +204,8 @@ def test_an_engine_a_process_says_the_same_as_two_in_one(config, run_dir, tmp_pa
     )  # fmt: skip
     anew = "starting anew"
     assert anew not in run(path)
-    output = run_on_two_ranks_with_an_engine_each(path, tmp_path / "one")
+    worker = ["tests/unit/evaluate/one_engine_worker.py"]
+    output = run(path, f"run_dir={tmp_path}/one", num_ranks=2, program=worker)
     assert output.count(anew) == 1, output
     results = [
         json.loads((tmp_path / name / "results.json").read_text())["checkpoints"] for name in ("evaluation", "one")

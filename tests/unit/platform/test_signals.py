@@ -87,6 +87,7 @@ with StopRequest() as stop:
 
 
 @pytest.mark.parametrize(("agreed", "needed"), [(False, 2), (True, 3)])
+@pytest.mark.heavy
 def test_sigterm_again_ends_a_process_that_hangs(agreed, needed):
     process = subprocess.Popen([sys.executable, "-c", HANGS.format(agreed=agreed)], stdout=subprocess.PIPE, text=True)
     try:

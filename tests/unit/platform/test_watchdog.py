@@ -309,7 +309,7 @@ def test_a_debugger_that_is_cut_off_leaves_the_process_running(tmp_path):
     gdb = tmp_path / "gdb"
     gdb.write_text('#!/bin/sh\nkill -STOP "$2"\nsleep 60\n')
     gdb.chmod(0o755)
-    asks = "import os; from r1mega.platform.watchdog import native_stacks; print(native_stacks(os.getpid(), seconds=1))"
+    asks = "import os; from r1mega.platform.stacks import native_stacks; print(native_stacks(os.getpid(), seconds=1))"
     done = subprocess.run(
         [sys.executable, "-c", asks], capture_output=True, text=True, timeout=60,
         env=os.environ | {"PATH": f"{tmp_path}:/usr/bin:/bin"},

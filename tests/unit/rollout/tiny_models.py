@@ -136,3 +136,31 @@ def greedy_requests(count: int = 6, max_tokens: int = 24) -> list[GenerationRequ
 def sampled_requests(count: int = 4, num_samples: int = 3, seed: int = 0, **sampling) -> list[GenerationRequest]:
     sampling = SamplingSettings(**({"max_tokens": 24} | sampling))
     return [GenerationRequest(prompt(i), num_samples, seed + i, sampling) for i in range(count)]
+
+
+def reference_log_probs(name: str, request: GenerationRequest, tokens) -> np.ndarray:
+    """float64 log-probs of the response tokens under temperature and nucleus, from transformers' logits."""
+    sampling, start = request.sampling, len(request.prompt_token_ids)
+    logits = hf_logits(name, (*request.prompt_token_ids, *tokens))[start - 1 : -1]
+    result = []
+    for row, token in zip((logits / (sampling.temperature or 1)).softmax(-1).numpy(), tokens, strict=True):
+        order = np.argsort(-row, kind="stable")
+        kept = order[: 1 + np.searchsorted(np.cumsum(row[order]), sampling.top_p)] if sampling.top_p < 1 else order
+        assert token in kept
+        result.append(np.log(row[token] / row[kept].sum()))
+    return np.array(result)
+
+
+def reference_kept(row: np.ndarray, sampling: SamplingSettings) -> tuple[set[int], set[int]]:
+    """(ids that are kept, ids that are only just kept or not) of probabilities in float64, by the definition of each rule."""
+    order = [int(i) for i in np.argsort(-row, kind="stable")]
+    near = {i for i in order if abs(row[i] / row[order[0]] / (sampling.min_p or 1e-9) - 1) < 1e-3}
+    kept = [i for i in order if row[i] >= (sampling.min_p or 0) * row[order[0]]]
+    kept = kept[: sampling.most_kept]
+    mass, last = row[kept].sum(), len(kept)
+    for place in range(len(kept)):
+        if (before := row[kept[:place]].sum() / mass) >= sampling.top_p:
+            last = min(last, place)
+        if abs(before - sampling.top_p) < 1e-4:
+            near.add(kept[place])
+    return set(kept[:last]), near

@@ -114,6 +114,29 @@ def test_three_matrix_products(native):
     assert (one.operations, two.operations) == (3 * product, 4 * product)
 
 
+class Zeroed(TorchDispatchMode):
+    """Counts tensors that are made of zeros."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        self.count += "zero" in function.overloadpacket.__name__ and made.dim() == 2 and made.shape[0] > 3
+        return made
+
+
+@pytest.mark.parametrize("one", [True, False])
+def test_a_sum_of_one_product_is_that_product(native, one):
+    """No gradient is cleared first and added to, where all tokens and columns are in one block or chunk."""
+    x, weight, targets = random_case()
+    leaf_x, leaf_w = leaves(x, weight, False)
+    with Zeroed() as zeroed:
+        linear_log_prob(leaf_x, leaf_w, targets, buffer_bytes=1 << 27 if one else 1).log_prob.sum().backward()
+        whole = len(targets) if one else len(targets) // 2
+        linear_grpo_loss(leaf_x, leaf_w, targets, lambda s, _: (s.log_prob.sum(), 0), chunk_tokens=whole)[0].backward()
+    assert zeroed.count == (0 if one else 3), "in chunks the weight's gradient is still begun by a product"
+
+
 def sequence_loss(log_probs, old, advantages, lengths):
     """GSPO, eq. 5 and 7: the clipped surrogate of each sequence's length-normalised ratio, times its advantage."""
     total = 0.0

@@ -114,9 +114,8 @@ class OutputLayer(NamedTuple):
 
     def product(self, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """a @ b in `dtype`, whatever the factors', in `out` if that is given."""
-        if out is None and torch.is_autocast_enabled(
-            a.device.type
-        ):  # it casts factors where there is no place for a result
+        kind = "cuda" if a.is_cuda else "cpu"
+        if out is None and torch.is_autocast_enabled(kind):  # it casts factors where there is no place for a result
             out = a.new_empty(a.shape[0], b.shape[1], dtype=self.dtype)
         if a.dtype == self.dtype:
             return torch.mm(a, b, out=out)

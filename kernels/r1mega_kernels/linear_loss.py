@@ -126,9 +126,8 @@ class _LinearLoss(torch.autograd.Function):
             grad = head.gradient_of(logits, of_part, scratch, 0, stats, results.select(0, 1), grads)
             for column in columns:
                 of_column = _of_columns(grad, column)
-                if needs_hidden:
-                    factor = head.factor(piece(weight, column))
-                    grad_hidden = head.added(grad_hidden, hidden, part, of_column, factor)
+                if needs_hidden:  # what is widened has no name here: it is gone before the next is
+                    grad_hidden = head.added(grad_hidden, hidden, part, of_column, head.factor(piece(weight, column)))
                 if needs_weight:
                     grad_weight = head.added(grad_weight, weight, column, of_column.t(), states)
             del grad, of_column  # copies, on a GPU: not beside the next chunk's
@@ -137,8 +136,8 @@ class _LinearLoss(torch.autograd.Function):
             or_zeros(grad_weight, weight, head.dtype) if needs_weight else None,
         )
         ctx.head = head
-        total = losses[0] if len(losses) == 1 else torch.stack(losses).sum(dtype=torch.float64)
-        return total.clone() if total.dtype == head.dtype else total.to(head.dtype)  # apart from the caller's own
+        total = losses[0] if len(losses) == 1 else sum(loss.double() for loss in losses)  # some may be a CPU's
+        return total.to(hidden.device, head.dtype, copy=True)  # apart from the caller's own
 
     @staticmethod
     def backward(ctx, grad_loss):

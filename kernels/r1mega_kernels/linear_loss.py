@@ -136,8 +136,9 @@ class _LinearLoss(torch.autograd.Function):
             or_zeros(grad_weight, weight, head.dtype) if needs_weight else None,
         )
         ctx.head = head
-        total = losses[0] if len(losses) == 1 else sum(loss.double() for loss in losses)  # some may be a CPU's
-        return total.to(hidden.device, head.dtype, copy=True)  # apart from the caller's own
+        if len(losses) > 1:
+            losses = [torch.stack([loss.to(hidden.device, torch.float64) for loss in losses]).sum()]
+        return losses[0].to(hidden.device, head.dtype, copy=True)  # apart from the caller's own
 
     @staticmethod
     def backward(ctx, grad_loss):

@@ -8,12 +8,14 @@
 #pragma once
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <iterator>
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -31,7 +33,7 @@
 #define R1_SHUFFLE_XOR(value, offset) emulator::shuffle(value, emulator::lane() ^ (offset))
 #define R1_ATOMIC_ADD(address, value) emulator::atomic_add(address, value)
 #define R1_LOAD_STREAMING(address) emulator::load_aligned(address)
-#define R1_LOAD_FRESH(address) (*(address))
+#define R1_LOAD_FRESH(address) emulator::load_fresh(address)
 #define R1_MAX_NAN(a, b) emulator::max_nan(a, b)
 #define R1_MAX_BF16X2(a, b) emulator::by_halves(a, b, [](float x, float y) { return fmaxf(x, y); })
 #define R1_MAX_NAN_BF16X2(a, b) emulator::by_halves(a, b, emulator::max_nan)
@@ -172,10 +174,22 @@ T load_aligned(const T* address) {
     return value;
 }
 
+// Counted: what other blocks left is read by one thread after the other, or by many at once.
+inline unsigned fresh_loads[1024];
+
+template <class T>
+T load_fresh(const T* address) {
+    ++fresh_loads[current];
+    return *address;
+}
+
+inline unsigned most_fresh_loads() { return *std::max_element(std::begin(fresh_loads), std::end(fresh_loads)); }
+
 // order: 0 runs threads upwards, 1 downwards; a race shows as a difference. Blocks run in the same order.
 inline void launch(unsigned blocks, unsigned threads, int order, std::function<void()> kernel) {
     grid_size = {blocks};
     body = std::move(kernel);
+    std::fill(std::begin(fresh_loads), std::end(fresh_loads), 0u);
     for (unsigned b = 0; b < blocks; ++b) {
         block_index = {order ? blocks - 1 - b : b};
         block = Barrier{};

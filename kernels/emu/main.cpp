@@ -123,6 +123,12 @@ void run_token_loss() {
     emulator::launch(blocks, device::kLossThreads, int(s.get()[0]),
                      [&] { device::token_loss(tensors, chosen, count, partial.get(), &finished, sums.get()); });
     if (finished != 0) abort();
+    const unsigned share = (blocks + device::kLossThreads - 1) / device::kLossThreads * kNumSums;
+    if (emulator::most_fresh_loads() > share) {
+        fprintf(stderr, "emulator: a thread adds %u sums of other blocks, its share is %u\n",
+                emulator::most_fresh_loads(), share);
+        abort();
+    }
     write(grad);
     write(sums);
 }

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from r1mega_kernels.library import check_devices, kernels, uses_reference
+from r1mega_kernels.library import check_devices, kernels, nothing, plain, uses_reference
 
 _BASELINES = {"group": 0, "leave_one_out": 1}
 _SCALES = {"none": 0, "group": 1, "batch": 2}
@@ -36,13 +36,14 @@ def group_advantage(
         ValueError: unknown names, shapes, epsilon, or (on a CPU) offsets that are not a partition of the rewards.
         TypeError: offsets that are no integers.
     """
-    if baseline not in _BASELINES or scale not in _SCALES:
+    kind, unit = _BASELINES.get(baseline), _SCALES.get(scale)
+    if kind is None or unit is None:
         raise ValueError(
             f"baseline must be one of {list(_BASELINES)}, scale one of {list(_SCALES)}; not {baseline!r}, {scale!r}"
         )
     if not 0 <= epsilon < math.inf:
         raise ValueError(f"epsilon must be a finite number, 0 or more, not {epsilon}")
-    use_reference = uses_reference(rewards.device, backend)
+    use_reference = uses_reference(rewards, backend)
     if rewards.dim() != 1 or group_offsets.dim() != 1 or group_offsets.shape[0] == 0:
         raise ValueError(
             f"expected rewards [R] and group_offsets [G + 1], not {list(rewards.shape)}, {list(group_offsets.shape)}"
@@ -52,12 +53,9 @@ def group_advantage(
     check_devices(rewards.device, group_offsets=group_offsets, mask=mask)
     if mask is not None and mask.shape != rewards.shape:
         raise ValueError(f"mask {list(mask.shape)} does not fit rewards {list(rewards.shape)}")
-    offsets = group_offsets.to(torch.int64).contiguous()
-    values = rewards.detach().to(torch.float64).contiguous()
-    counted = values.new_empty(0, dtype=torch.uint8) if mask is None else mask.to(torch.uint8).contiguous()
-    advantages = values.new_empty(values.shape, dtype=torch.float32)
-    if rewards.shape[0] or rewards.device.type == "cpu":  # a CPU's operator looks at the offsets too
-        kernels(use_reference).group_advantage(
-            values, offsets, counted, _BASELINES[baseline], _SCALES[scale], epsilon, advantages
-        )
+    offsets, values = plain(group_offsets, torch.int64), plain(rewards, torch.float64)
+    counted = nothing(values, torch.uint8) if mask is None else plain(mask, torch.uint8)
+    advantages = torch.empty_like(values, dtype=torch.float32)
+    if rewards.shape[0] or rewards.is_cpu:  # a CPU's operator looks at the offsets too
+        kernels(use_reference).group_advantage(values, offsets, counted, kind, unit, epsilon, advantages)
     return advantages

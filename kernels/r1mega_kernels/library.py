@@ -144,26 +144,24 @@ def _say_once(message: str) -> None:
     _log.warning(message)
 
 
-def uses_reference(device: torch.device, requested: str | None) -> bool:
-    """Whether a call on `device` runs the torch reference: asked for by name, or the CPU library is not built (logged).
+def uses_reference(x: torch.Tensor, requested: str | None) -> bool:
+    """Whether a call on the device of `x` runs the torch reference: asked for by name, or the CPU library is not built (logged).
 
     Raises:
         ValueError: `requested` is neither None, 'native' nor 'reference'.
         PlatformError: the native kernels are asked for, or the device is a GPU, and the library is not built; or it is of no
             use (see `backend`).
     """
-    if requested not in (None, "native", "reference"):
+    if requested is not None and requested not in ("native", "reference"):
         raise ValueError(f"backend must be None, 'native' or 'reference', not {requested!r}")
     if requested == "reference" or _DISABLED:
         return True
-    if device.type == "meta":
+    if _has_cpu() if x.is_cpu else x.is_meta or (x.is_cuda and _has_cuda()):
         return False
-    if _has_cpu() if device.type == "cpu" else device.type == "cuda" and _has_cuda():
-        return False
-    if requested == "native" or device.type != "cpu":
+    if requested == "native" or not x.is_cpu:
         raise PlatformError(
-            f"no compiled kernels for device {device}: run `python kernels/build.py` (needs "
-            f"{'g++' if device.type == 'cpu' else 'nvcc'}), or ask for backend='reference'"
+            f"no compiled kernels for device {x.device}: run `python kernels/build.py` (needs "
+            f"{'g++' if x.is_cpu else 'nvcc'}), or ask for backend='reference'"
         )
     _say_once("r1mega_kernels: the CPU library is not built (no g++ at install time?); using the torch reference")
     return True
@@ -174,6 +172,37 @@ def check_devices(device: torch.device, **tensors: torch.Tensor | None) -> None:
     for name, tensor in tensors.items():
         if tensor is not None and tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device}, expected {device}")
+
+
+def plain(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`x` as a kernel reads it: contiguous, of `dtype`, without a gradient's history; itself where it is that already."""
+    if x.requires_grad:
+        x = x.detach()
+    if x.dtype != dtype:
+        x = x.to(dtype=dtype)  # by its name, for the call is half a microsecond shorter
+    return x if x.is_contiguous() else x.contiguous()
+
+
+def looks_at_values(x: torch.Tensor) -> bool:
+    """Whether arguments are checked by their values: on a GPU that would stall the stream, and torch.compile cannot branch
+    on them."""
+    return x.is_cpu and not torch.compiler.is_compiling()
+
+
+def is_plain_cpu(x: torch.Tensor) -> bool:
+    """Whether constants that were made once may stand beside `x`: not beside a fake tensor or another subclass."""
+    return type(x) in (torch.Tensor, torch.nn.Parameter) and looks_at_values(x)
+
+
+@functools.cache
+def _nothing(dtype: torch.dtype) -> torch.Tensor:
+    with torch.inference_mode(False):  # whatever mode or default device is on at the first call
+        return torch.empty(0, dtype=dtype, device="cpu")
+
+
+def nothing(like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """[0], where `like` is: stands for a tensor that is not given."""
+    return _nothing(dtype) if is_plain_cpu(like) else like.new_empty(0, dtype=dtype)
 
 
 def kernels(use_reference: bool) -> Any | ModuleType:

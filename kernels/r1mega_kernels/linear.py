@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from r1mega_kernels.kept import KeptTokens, gradient_scratch
-from r1mega_kernels.library import check_devices, kernels, uses_reference
+from r1mega_kernels.library import check_devices, kernels, looks_at_values, uses_reference
 from r1mega_kernels.log_prob import (
     NATIVE_DTYPES,
     LogProbs,
@@ -25,7 +24,6 @@ from r1mega_kernels.log_prob import (
     gathered_stats,
     inverse_temperature,
     kept_lists,
-    looks_at_values,
     narrow_rows,
     put_together,
     refuse_second_derivative,
@@ -73,7 +71,7 @@ def linear_log_prob(
         hidden, weight, targets, temperature, rows, tp_group, vocab_start, vocab_size, kept, softcap, entropy,
         reduce_hidden_grad, backend,
     )  # fmt: skip
-    return LogProbs(*_LinearLogProb.apply(hidden, weight, head, tokens, buffer_bytes))
+    return LogProbs(*_LinearLogProb.apply(hidden, weight, (head, tokens, buffer_bytes)))
 
 
 class Tokens(NamedTuple):
@@ -94,8 +92,7 @@ class Tokens(NamedTuple):
         return Tokens(self.targets[row], inverse, self.kept_ids, ranges)
 
 
-@dataclass(frozen=True, slots=True)
-class OutputLayer:
+class OutputLayer(NamedTuple):
     """The output weight of this rank and what its logits need. width: rows of the weight that are no padding; vocab_size: of
     all ranks."""
 
@@ -115,12 +112,31 @@ class OutputLayer:
         """`x` as the matrix products take it: as it is on a GPU, in `dtype` on a CPU, whose products give what they take."""
         return x if x.dtype == self.dtype or widens(x) else x.to(self.dtype)
 
-    def logits_into(self, out: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """out [t, v] <- the logits of factors [t, H] and [v, H]."""
-        if hidden.dtype == out.dtype:
-            torch.mm(hidden, weight.t(), out=out)
+    def product(self, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """a @ b in `dtype`, whatever the factors', in `out` if that is given."""
+        kind = "cuda" if a.is_cuda else "cpu"
+        if out is None and torch.is_autocast_enabled(kind):  # it casts factors where there is no place for a result
+            out = a.new_empty(a.shape[0], b.shape[1], dtype=self.dtype)
+        if a.dtype == self.dtype:
+            return torch.mm(a, b, out=out)
+        return torch.mm(a, b, out_dtype=self.dtype, out=out)
+
+    def added(self, total: torch.Tensor | None, like: torch.Tensor, part: slice, a, b) -> torch.Tensor:
+        """`total` (in `dtype`, of the shape of `like`; None: nothing yet), to rows `part` of which a @ b is added in `dtype`."""
+        if total is None:
+            if part.stop - part.start == like.shape[0]:
+                return self.product(a, b)
+            total = like.new_zeros(like.shape, dtype=self.dtype)
+        rows = piece(total, part)
+        if a.dtype == self.dtype:
+            rows.addmm_(a, b)
         else:
-            torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
+            torch.addmm(rows, a, b, out_dtype=self.dtype, out=rows)
+        return total
+
+    def logits(self, hidden: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """[t, v] of factors [t, H] and [v, H], in `out` if that is given."""
+        out = self.product(hidden, weight.t(), out)
         return out if self.softcap is None else out.div_(self.softcap).tanh_().mul_(self.softcap)
 
     def stats_into(self, stats, logits, tokens: Tokens, first_column: int) -> None:
@@ -131,17 +147,18 @@ class OutputLayer:
             stats, logits, targets, inverse, None, kept, start, self.vocab_size, self.entropy, self.use_reference
         )
 
-    def merged(self, shards: torch.Tensor, inverse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """([t, 4] statistics, [3, t] log-prob, entropy and logsumexp) of statistics [blocks, t, 4], over all ranks."""
+    def merged(self, merged: torch.Tensor, shards: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+        """[3, t] log-prob, entropy and logsumexp of statistics [blocks, t, 4], over all ranks; merged [t, 4] <- theirs, which may
+        be the only block's."""
         merge, count = kernels(self.use_reference).log_prob_merge, shards.shape[1]
-        merged, results = shards.new_empty(count, 4), shards.new_empty(3, count)
+        results = shards.new_empty(3, count)
         if self.group is not None:
             if count:
                 merge(shards, inverse, merged, False, merged, results)
             shards = gathered_stats(merged.clone(), self.group.group_name)
         if count:
             merge(shards, inverse, merged, False, merged, results)
-        return merged, results
+        return results
 
     def gradient_of(self, logits, tokens: Tokens, scratch, first_column, stats, entropy, grads) -> torch.Tensor:
         """The gradient of the products, in the place of contiguous logits, from `grads` [3, t]; a factor of further products:
@@ -163,7 +180,11 @@ class OutputLayer:
         """The gradient of the hidden states over all ranks, in their dtype."""
         if self.group is not None and self.reduce_hidden_grad:
             dist.all_reduce(grad_hidden, group=self.group)
-        return grad_hidden.to(self.weight.dtype)
+        return self.narrowed(grad_hidden)
+
+    def narrowed(self, x: torch.Tensor) -> torch.Tensor:
+        """In the dtype of the weight."""
+        return x if x.dtype == self.weight.dtype else x.to(self.weight.dtype)
 
 
 def output_layer(
@@ -172,7 +193,7 @@ def output_layer(
 ) -> tuple[OutputLayer, torch.Tensor, Tokens]:  # fmt: skip
     """(the layer, the chosen rows of hidden states, what else is said of them); raises as `linear_log_prob`."""
     refuse_transforms()
-    use_reference = uses_reference(hidden.device, backend)
+    use_reference = uses_reference(hidden, backend)
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"expected hidden [T, H] and weight [V, H], not {list(hidden.shape)} and {list(weight.shape)}")
     if hidden.dtype != weight.dtype:
@@ -182,7 +203,7 @@ def output_layer(
     check_devices(hidden.device, weight=weight)
     start, size = vocabulary_range(weight.shape[0], tp_group, vocab_start, vocab_size)
     check_arguments(hidden, targets, rows, use_reference, (*NATIVE_DTYPES, torch.float16))
-    by_value = looks_at_values(hidden)
+    by_value = (rows is not None or kept is not None) and looks_at_values(hidden)
     if by_value and rows is not None:
         check_rows(rows, hidden.shape[0])
     kept_ids, kept_ranges = kept_lists(kept, targets, rows, size, by_value, use_reference)
@@ -192,8 +213,10 @@ def output_layer(
         inverse = inverse[rows] if inverse.numel() > 1 else inverse
         kept_ranges = None if kept_ranges is None else kept_ranges[rows]
     group = tp_group if tp_group is not None and dist.get_world_size(tp_group) > 1 else None
-    width, dtype = min(weight.shape[0], size - start), torch.promote_types(weight.dtype, torch.float32)
-    head = OutputLayer(weight, width, start, size, group, softcap, entropy, reduce_hidden_grad, use_reference, dtype)
+    width = min(weight.shape[0], size - start)
+    head = OutputLayer(
+        weight, width, start, size, group, softcap, entropy, reduce_hidden_grad, use_reference, inverse.dtype
+    )
     return head, hidden, Tokens(targets.contiguous(), inverse, kept_ids, kept_ranges)
 
 
@@ -208,6 +231,8 @@ def block_shape(rows: int, columns: int, element_size: int, buffer_bytes: int) -
     squares do so least often.
     """
     elements = buffer_bytes // element_size
+    if 0 < rows * columns <= elements:
+        return rows, columns
     side = math.isqrt(max(1, elements))
 
     def rounded(limit: int, length: int) -> int:
@@ -231,23 +256,24 @@ def parts(length: int, step: int) -> Iterator[slice]:
 
 class _LinearLogProb(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, head, tokens, buffer_bytes):
+    def forward(ctx, hidden, weight, rest):
         """Log-probs, entropies and logsumexps, [T] each. The blocks of the vocabulary are merged as shards of it are."""
         ctx.set_materialize_grads(False)
+        head, tokens, buffer_bytes = rest
         count = hidden.shape[0]
-        ctx.block = height, width = block_shape(count, head.width, head.dtype.itemsize, buffer_bytes)
-        columns = list(parts(head.width, width))
-        buffer = hidden.new_empty(height, width, dtype=head.dtype)
-        shards = tokens.inverse.new_empty(len(columns), count, 4)
-        for number, column in enumerate(columns):
-            shard = shards.select(0, number)
+        height, width = block = block_shape(count, head.width, head.dtype.itemsize, buffer_bytes)
+        buffer = _buffer(head, count, block)
+        stats = tokens.inverse.new_empty(count, 4)
+        shards = stats.unsqueeze(0) if width == head.width else stats.new_empty(-(-head.width // width), count, 4)
+        for number, column in enumerate(parts(head.width, width)):
+            shard = stats if width == head.width else shards[number]
             factor = head.factor(piece(weight, column))
             for row in parts(count, height):
-                logits = head.logits_into(_block(buffer, row, column), head.factor(piece(hidden, row)), factor)
+                logits = head.logits(head.factor(piece(hidden, row)), factor, _block(buffer, row, column))
                 head.stats_into(piece(shard, row), logits, tokens.part(row), column.start)
-        merged, results = head.merged(shards, tokens.inverse)
-        ctx.save_for_backward(hidden, weight, merged, results, *tokens)
-        ctx.head = head
+        results = head.merged(stats, shards, tokens.inverse)
+        ctx.save_for_backward(hidden, weight, stats, results, *tokens)
+        ctx.head, ctx.block = head, block
         return results.unbind()
 
     @staticmethod
@@ -255,66 +281,61 @@ class _LinearLogProb(torch.autograd.Function):
         """Gradients of hidden and weight: the logits of each block again, overwritten by their gradient."""
         refuse_second_derivative()
         hidden, weight, stats, results, *rest = ctx.saved_tensors
-        entropy, together, tokens = results.select(0, 1), put_together(grads, results), Tokens(*rest)
-        head, (height, width) = ctx.head, ctx.block
-        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        buffer = hidden.new_empty(height, width, dtype=head.dtype)
-        grad_hidden = hidden.new_zeros(hidden.shape, dtype=head.dtype) if needs_hidden else None
-        grad_weight = weight_grad(head) if needs_weight else None
+        all_rows = stats, entropy, together = stats, results.select(0, 1), put_together(grads, results)
+        head, (height, width), count, tokens = ctx.head, ctx.block, hidden.shape[0], Tokens(*rest)
+        needs_hidden, needs_weight, _ = ctx.needs_input_grad
+        buffer = _buffer(head, count, ctx.block)
+        grad_hidden, grad_weight = None, main_grad(head) if needs_weight else None
         scratch = gradient_scratch(tokens.kept_ids)
         for column in parts(head.width, width):
             factor = head.factor(piece(weight, column))
-            for row in parts(hidden.shape[0], height):
+            for row in parts(count, height):
                 states = head.factor(piece(hidden, row))
-                logits = head.logits_into(_block(buffer, row, column), states, factor)
-                of_rows = (
-                    piece(stats, row),
-                    piece(entropy, row),
-                    together[:, row] if height < len(hidden) else together,
-                )
+                logits = head.logits(states, factor, _block(buffer, row, column))
+                of_rows = all_rows if height >= count else (stats[row], entropy[row], together[:, row])
                 grad = head.gradient_of(logits, tokens.part(row), scratch, column.start, *of_rows)
-                if grad_hidden is not None:
-                    add_product(piece(grad_hidden, row), grad, factor)
-                if grad_weight is not None:
-                    add_product(piece(grad_weight, column), grad.t(), states)
-        if grad_hidden is not None:
-            grad_hidden = head.reduced(grad_hidden)
-        return grad_hidden, handed_over(head, grad_weight), None, None, None
+                if needs_hidden:
+                    grad_hidden = head.added(grad_hidden, hidden, row, grad, factor)
+                if needs_weight:
+                    grad_weight = head.added(grad_weight, weight, column, grad.t(), states)
+        if needs_hidden:
+            grad_hidden = head.reduced(or_zeros(grad_hidden, hidden, head.dtype))
+        return grad_hidden, handed_over(head, or_zeros(grad_weight, weight, head.dtype)) if needs_weight else None, None
 
 
-def _block(buffer: torch.Tensor, row: slice, column: slice) -> torch.Tensor:
+def _buffer(head: OutputLayer, count: int, block: tuple[int, int]) -> torch.Tensor | None:
+    """For logits of blocks of `count` rows; None for a single block, which is a product's own."""
+    return None if block == (count, head.width) else head.weight.new_empty(block, dtype=head.dtype)
+
+
+def _block(buffer: torch.Tensor | None, row: slice, column: slice) -> torch.Tensor | None:
     """[rows, columns], contiguous, in the beginning of the buffer."""
+    if buffer is None:
+        return None
     height, width = row.stop - row.start, column.stop - column.start
     if (height, width) == tuple(buffer.shape):
         return buffer
     return buffer.view(-1)[: height * width].view(height, width)
 
 
-def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """total (fp32) += a @ b, accumulated and added in fp32 whatever the factors' dtype."""
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
-    else:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+def or_zeros(total: torch.Tensor | None, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A sum of `OutputLayer.added`; zeros of one to which nothing was added."""
+    return like.new_zeros(like.shape, dtype=dtype) if total is None else total
 
 
-def weight_grad(head: OutputLayer) -> torch.Tensor:
-    """[V, H] where the weight's gradient is added up: its main_grad, or zeros."""
-    main_grad = getattr(head.weight, "main_grad", None)
-    if main_grad is None:
-        return torch.zeros(head.weight.shape, dtype=head.dtype, device=head.weight.device)
-    if main_grad.dtype != head.dtype:
-        raise TypeError(f"weight.main_grad is {main_grad.dtype}; the gradient is accumulated in {head.dtype}")
-    return main_grad
+def main_grad(head: OutputLayer) -> torch.Tensor | None:
+    """[V, H] where the weight has its gradient added up, if it has. TypeError where that is of another dtype than the sum."""
+    found = getattr(head.weight, "main_grad", None)
+    if found is not None and found.dtype != head.dtype:
+        raise TypeError(f"weight.main_grad is {found.dtype}; the gradient is accumulated in {head.dtype}")
+    return found
 
 
-def handed_over(head: OutputLayer, grad_weight: torch.Tensor | None) -> torch.Tensor | None:
+def handed_over(head: OutputLayer, grad_weight: torch.Tensor) -> torch.Tensor | None:
     """What autograd is given for the weight: its gradient in its dtype; zeros or nothing where that is in main_grad."""
     weight = head.weight
-    if grad_weight is None:
-        return None
     if getattr(weight, "main_grad", None) is None:
-        return grad_weight.to(weight.dtype)
+        return head.narrowed(grad_weight)
     if hasattr(weight, "grad_added_to_main_grad"):
         weight.grad_added_to_main_grad = True
         # Megatron's hook wants a gradient, which it ignores (tied: autograd adds the embedding's to it). It is returned, for

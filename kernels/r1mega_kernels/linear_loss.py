@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from r1mega_kernels.kept import KeptTokens, gradient_scratch
-from r1mega_kernels.linear import OutputLayer, add_product, handed_over, output_layer, parts, piece, weight_grad, widens
+from r1mega_kernels.linear import OutputLayer, handed_over, main_grad, or_zeros, output_layer, parts, piece, widens
 from r1mega_kernels.log_prob import LogProbs, put_together, refuse_second_derivative
 
 S = TypeVar("S")
@@ -78,7 +78,7 @@ def linear_grpo_loss(
         found.append(further)
         return loss
 
-    loss = _LinearLoss.apply(hidden, weight, head, tokens, of_chunk, chunks, wanted)
+    loss = _LinearLoss.apply(hidden, weight, (head, tokens, of_chunk, chunks, wanted))
     return loss, found
 
 
@@ -105,37 +105,40 @@ def chunks_of(count: int, chunk_tokens: int, sequence_offsets: Sequence[int] | N
 
 class _LinearLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, head, tokens, token_loss, chunks, wanted):
+    def forward(ctx, hidden, weight, rest):
         """The loss; both gradients for a loss's own of 1 are kept for the backward pass."""
-        height = max(part.stop - part.start for part in chunks)
-        buffer = hidden.new_empty(height, head.width, dtype=head.dtype)
-        grad_hidden, grad_weight = (
-            x.new_zeros(x.shape, dtype=head.dtype) if needed else None
-            for x, needed in zip((hidden, weight), wanted, strict=True)
-        )
+        head, tokens, token_loss, chunks, wanted = rest
+        (needs_hidden, needs_weight), grad_hidden, grad_weight = wanted, None, None
         scratch = gradient_scratch(tokens.kept_ids) if any(wanted) else None
-        total, columns = torch.zeros((), dtype=torch.float64, device=hidden.device), _columns(head)
+        losses, columns, buffer = [], _columns(head), None
+        if len(chunks) > 1 or len(columns) > 1:
+            height = max(part.stop - part.start for part in chunks)
+            buffer = hidden.new_empty(height, head.width, dtype=head.dtype)
         for part in chunks:
-            logits, states = piece(buffer, slice(0, part.stop - part.start)), head.factor(piece(hidden, part))
-            of_part = tokens.part(part)
-            for column in columns:
-                head.logits_into(_of_columns(logits, column), states, head.factor(piece(weight, column)))
+            place = None if buffer is None else piece(buffer, slice(0, part.stop - part.start))
+            states, of_part = head.factor(piece(hidden, part)), tokens.part(part)
+            logits = _logits(head, states, columns, place)
             stats, results = _statistics(head, logits, of_part)
             loss, grads = _loss_and_gradient(token_loss, results, part, any(wanted))
-            total += loss
+            losses.append(loss)
             if grads is None or not len(states):
                 continue
-            grad = head.gradient_of(logits, of_part, scratch, 0, stats, results[1], grads)
+            grad = head.gradient_of(logits, of_part, scratch, 0, stats, results.select(0, 1), grads)
             for column in columns:
                 of_column = _of_columns(grad, column)
-                if grad_hidden is not None:
-                    add_product(piece(grad_hidden, part), of_column, head.factor(piece(weight, column)))
-                if grad_weight is not None:
-                    add_product(piece(grad_weight, column), of_column.t(), states)
+                if needs_hidden:  # what is widened has no name here: it is gone before the next is
+                    grad_hidden = head.added(grad_hidden, hidden, part, of_column, head.factor(piece(weight, column)))
+                if needs_weight:
+                    grad_weight = head.added(grad_weight, weight, column, of_column.t(), states)
             del grad, of_column  # copies, on a GPU: not beside the next chunk's
-        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.save_for_backward(
+            or_zeros(grad_hidden, hidden, head.dtype) if needs_hidden else None,
+            or_zeros(grad_weight, weight, head.dtype) if needs_weight else None,
+        )
         ctx.head = head
-        return total.to(tokens.inverse.dtype)
+        if len(losses) > 1:
+            losses = [torch.stack([loss.to(hidden.device, torch.float64) for loss in losses]).sum()]
+        return losses[0].to(hidden.device, head.dtype, copy=True)  # apart from the caller's own
 
     @staticmethod
     def backward(ctx, grad_loss):
@@ -146,11 +149,13 @@ class _LinearLoss(torch.autograd.Function):
         if grad_hidden is not None:
             grad_hidden = head.reduced(grad_hidden * grad_loss)
         if grad_weight is not None:
-            if getattr(head.weight, "main_grad", None) is None:
+            total = main_grad(head)
+            if total is None:
                 grad_weight = grad_weight * grad_loss
             else:
-                grad_weight = weight_grad(head).addcmul_(grad_weight, grad_loss.to(head.dtype))
-        return grad_hidden, handed_over(head, grad_weight), *([None] * 5)
+                grad_weight = total.addcmul_(grad_weight, grad_loss.to(head.dtype))
+            grad_weight = handed_over(head, grad_weight)
+        return grad_hidden, grad_weight, None
 
 
 def _columns(head: OutputLayer) -> list[slice]:
@@ -159,24 +164,33 @@ def _columns(head: OutputLayer) -> list[slice]:
     return list(parts(head.width, head.width if as_it_is else _WIDENED_COLUMNS))
 
 
+def _logits(head: OutputLayer, states, columns: list[slice], place: torch.Tensor | None) -> torch.Tensor:
+    """[n, width] of a chunk, in `place`; None: of all columns at once, in a tensor of the product's own."""
+    if place is None:
+        return head.logits(states, head.factor(piece(head.weight, columns[0])))
+    for column in columns:
+        head.logits(states, head.factor(piece(head.weight, column)), _of_columns(place, column))
+    return place
+
+
 def _of_columns(x: torch.Tensor, column: slice) -> torch.Tensor:
     return x if column.stop - column.start == x.shape[1] else x[:, column]
 
 
 def _statistics(head, logits, tokens) -> tuple[torch.Tensor, torch.Tensor]:
     """([n, 4] statistics, [3, n] results) of a chunk's logits, over all ranks."""
-    shard = tokens.inverse.new_empty(1, len(logits), 4)
-    head.stats_into(shard[0], logits, tokens, 0)
-    return head.merged(shard, tokens.inverse)
+    stats = tokens.inverse.new_empty(len(logits), 4)
+    head.stats_into(stats, logits, tokens, 0)
+    return stats, head.merged(stats, stats.unsqueeze(0), tokens.inverse)
 
 
 def _loss_and_gradient(token_loss, results, part, needed) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(a chunk's loss, its gradient [3, n] by the results, or None)."""
     if not needed:
         return token_loss(results.unbind(), part).detach(), None
-    leaves = [row.detach().requires_grad_() for row in results.unbind()]  # apart: nothing to stack in the backward pass
+    leaves = [row.requires_grad_() for row in results.unbind()]  # apart: nothing to stack in the backward pass
     with torch.enable_grad():
         loss = token_loss(leaves, part)
     if not loss.requires_grad:  # it depends on none of them
-        return loss, None
+        return loss.detach(), None
     return loss.detach(), put_together(torch.autograd.grad(loss, leaves, allow_unused=True), results)

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from r1mega_kernels.kept import KeptTokens, check_ends, check_kept, gradient_scratch
-from r1mega_kernels.library import LIBRARY, check_devices, kernels, uses_reference
+from r1mega_kernels.library import LIBRARY, check_devices, is_plain_cpu, kernels, looks_at_values, uses_reference
 
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 
@@ -62,7 +62,7 @@ def grouped_log_prob(
         PlatformError: no compiled kernels for a GPU.
     """
     refuse_transforms()
-    use_reference = uses_reference(logits.device, backend)
+    use_reference = uses_reference(logits, backend)
     inverse = inverse_temperature(temperature, logits)
     width = logits.shape[-1]
     start, size = vocabulary_range(width, tp_group, vocab_start, vocab_size)
@@ -117,7 +117,7 @@ def inverse_temperature(temperature: float | torch.Tensor, like: torch.Tensor) -
             found = float(temperature.reshape(-1)[~usable][0])
             raise ValueError(f"temperature must be > 0 and 1 / temperature a finite number above 0, found {found}")
         return inverse.to(like.device).contiguous()
-    if type(like) in (torch.Tensor, torch.nn.Parameter) and looks_at_values(like):
+    if is_plain_cpu(like):
         return _constant(temperature, dtype)
     return torch.full((1,), reciprocal(temperature, dtype), dtype=dtype, device=like.device)
 
@@ -194,12 +194,6 @@ def refuse_transforms() -> None:
             "the functions of r1mega_kernels work with torch.autograd, not within torch.func's transforms (grad, vmap, jvp): "
             "call them outside of these"
         )
-
-
-def looks_at_values(x: torch.Tensor) -> bool:
-    """Whether arguments are checked by their values: on a GPU that would stall the stream, and torch.compile cannot branch
-    on them."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def gathered_stats(stats: torch.Tensor, group_name: str) -> torch.Tensor:

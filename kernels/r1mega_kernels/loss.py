@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from r1mega_kernels.library import LIBRARY, check_devices, kernels, uses_reference
-from r1mega_kernels.log_prob import looks_at_values, refuse_second_derivative, refuse_transforms
+from r1mega_kernels.library import LIBRARY, check_devices, kernels, looks_at_values, nothing, plain, uses_reference
+from r1mega_kernels.log_prob import refuse_second_derivative, refuse_transforms
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +106,7 @@ def grpo_token_loss(
         TypeError: sequence_ids that are no integers.
     """
     refuse_transforms()
-    use_reference = uses_reference(log_probs.device, backend)
+    use_reference = uses_reference(log_probs, backend)
     count = log_probs.numel()
     optional = (old_log_probs, reference_log_probs, sampler_log_probs, mask, sequence_ids)
     _check_shapes((log_probs, *optional, *((advantages, weights) if sequence_ids is None else ())), count)
@@ -133,16 +133,16 @@ def grpo_token_loss(
             advantages, weights = log_probs.new_zeros(1), log_probs.new_zeros(1) if weights_per_sequence else weights
     wide = torch.promote_types(log_probs.dtype, torch.float32) if use_reference else torch.float32
 
-    nothing = log_probs.new_empty(0, dtype=wide)  # stands for a tensor that is not given
+    none = nothing(log_probs, wide)
     floats = (old_log_probs, reference_log_probs, sampler_log_probs, advantages, weights)
     inputs = (
-        *[nothing if x is None else _plain(x, wide) for x in floats],
-        nothing if mask is None else mask.bool().view(torch.uint8).contiguous(),
-        nothing if sequence_ids is None else _plain(sequence_ids, torch.int64),
+        *[none if x is None else plain(x, wide) for x in floats],
+        none if mask is None else mask.bool().view(torch.uint8).contiguous(),
+        none if sequence_ids is None else plain(sequence_ids, torch.int64),
         weights_per_sequence, clip_low, clip_high, dual_clip or 0.0, kl_coefficient, importance_cap or 0.0,
         _SURROGATES[surrogate], *sapo_temperatures, kl_bias_correction, use_reference,
     )  # fmt: skip
-    policy = log_probs.to(wide).contiguous()
+    policy = log_probs if log_probs.dtype == wide and log_probs.is_contiguous() else log_probs.to(wide).contiguous()
     if torch.compiler.is_compiling():
         loss, _, sums = torch.ops.r1mega_kernels.token_loss(policy, *inputs)
         sums = sums.detach()
@@ -151,12 +151,6 @@ def grpo_token_loss(
         loss = _TokenLoss.apply(policy, inputs, found)
         (sums,) = found
     return loss, GRPOMetrics(sums)
-
-
-def _plain(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    if x.dtype == dtype and not x.requires_grad and x.is_contiguous():  # three calls less
-        return x
-    return x.detach().to(dtype).contiguous()
 
 
 _NAMES = (

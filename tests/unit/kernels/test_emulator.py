@@ -280,6 +280,7 @@ def test_masked_columns_and_not_a_number(emulator):
     [(1, "clip", False), (100, "clip", False), (5000, "clip", False), (300, "cispo", True), (300, "sapo", True)],
 )
 def test_token_loss(emulator, count, surrogate, corrected):
+    """The emulator also looks that the sums of 3 blocks are added by as many threads."""
     dual_clip = 3.0 if surrogate == "clip" else None
     policy, old, reference, sampler, advantages, weights = (t.float() for t in random_tokens(count))
     mask = torch.rand(count, generator=torch.Generator().manual_seed(1)) > 0.2

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from r1mega_kernels import grpo_token_loss, linear_grpo_loss, linear_log_prob
+from r1mega_kernels.linear import OutputLayer
 from tests.unit.kernels.test_linear import random_case
 
 ROWS = torch.arange(7, 150)
@@ -112,6 +115,61 @@ def test_three_matrix_products(native):
         of(linear_log_prob(leaf_x, leaf_w, targets, rows=ROWS), slice(0, len(ROWS)))[0].backward()
     product = 2 * len(ROWS) * x.shape[1] * weight.shape[0]
     assert (one.operations, two.operations) == (3 * product, 4 * product)
+
+
+class Zeroed(TorchDispatchMode):
+    """Counts tensors that are made of zeros."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        self.count += "zero" in function.overloadpacket.__name__ and made.dim() == 2 and made.shape[0] > 3
+        return made
+
+
+@pytest.mark.parametrize("one", [True, False])
+def test_a_sum_of_one_product_is_that_product(native, one):
+    """No gradient is cleared first and added to, where all tokens and columns are in one block or chunk."""
+    x, weight, targets = random_case()
+    leaf_x, leaf_w = leaves(x, weight, False)
+    with Zeroed() as zeroed:
+        linear_log_prob(leaf_x, leaf_w, targets, buffer_bytes=1 << 27 if one else 1).log_prob.sum().backward()
+        whole = len(targets) if one else len(targets) // 2
+        linear_grpo_loss(leaf_x, leaf_w, targets, lambda s, _: (s.log_prob.sum(), 0), chunk_tokens=whole)[0].backward()
+    assert zeroed.count == (0 if one else 3), "in chunks the weight's gradient is still begun by a product"
+
+
+def test_of_a_converted_weight_one_piece_is_held_at_a_time(native, monkeypatch):
+    """On a CPU, which takes 16 bits only after they are widened."""
+    monkeypatch.setattr("r1mega_kernels.linear_loss._WIDENED_COLUMNS", 128)
+    x, weight, targets = random_case(dtype=torch.bfloat16)
+    pieces, held, factor = [], [], OutputLayer.factor
+
+    def watched(head, of):
+        if of.shape[0] == len(targets) // 2:  # a chunk's hidden states
+            return factor(head, of)
+        held.append(sum(piece() is not None for piece in pieces))
+        widened = factor(head, of)
+        pieces.append(weakref.ref(widened))
+        return widened
+
+    monkeypatch.setattr(OutputLayer, "factor", watched)
+    leaf_x, leaf_w = leaves(x, weight, False)
+    linear_grpo_loss(leaf_x, leaf_w, targets, lambda s, _: (s.log_prob.sum(), 0), chunk_tokens=len(targets) // 2)
+    assert held == [0] * (2 * 2 * 6)  # 700 columns, for the logits and for the gradient of each chunk
+
+
+@pytest.mark.parametrize("chunk_tokens", [2, 4])
+def test_a_loss_on_another_device_is_a_number(chunk_tokens):
+    """Such as the zero of a chunk that has nothing to learn."""
+    x, weight, targets = (torch.empty(*shape, device="meta") for shape in ((4, 8), (9, 8), (4,)))
+
+    def of(scores, part):
+        return (torch.zeros(()) if part.stop == 4 else scores.log_prob.sum()), None
+
+    loss, _ = linear_grpo_loss(x, weight, targets.long(), of, chunk_tokens=chunk_tokens)
+    assert loss.device.type == "meta" and loss.dtype == torch.float32
 
 
 def sequence_loss(log_probs, old, advantages, lengths):

@@ -350,7 +350,7 @@ def head_peak(monkeypatch, rows: int, words: int) -> int:
             chosen = hidden.index_select(0, ids)
             chunks = linear_loss.chunks_of(rows, linear_loss.DEFAULT_CHUNK_TOKENS)
             tokens, both = linear.Tokens(ids, inverse, None, None), (True, True)
-            loss = linear_loss._LinearLoss.forward(context, chosen, weight, layer, tokens, None, chunks, both)
+            loss = linear_loss._LinearLoss.forward(context, chosen, weight, (layer, tokens, None, chunks, both))
             given = linear_loss._LinearLoss.backward(context, torch.ones_like(loss))
     assert given[0].dtype == torch.bfloat16 and weight.grad_added_to_main_grad
     return counted.peak

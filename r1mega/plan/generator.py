@@ -20,6 +20,10 @@ OTHER_BYTES = 1.5e9
 """CUDA graphs, cuBLAS workspaces and NCCL's buffers of a generator's rank. Estimated: no GPU was asked."""
 
 
+MOST_UTILIZATION = 0.92
+"""That is advised: some of a GPU is taken before a generator asks for its share."""
+
+
 class GeneratorConfig(Protocol):
     """Keys of RolloutConfig that say what a generator takes."""
 
@@ -136,6 +140,9 @@ def generator_memory_problems(config: Stage, hf: Mapping[str, Any], gpu: GPU, gp
         )  # fmt: skip
         least = next(fitting, None)
         advice = f"raise it to at least {least}" if least else "take more GPUs"
+        needed = memory.weights + memory.profile + OTHER_BYTES + _longest(config) * memory.kv_bytes_per_token
+        if (share := math.ceil(100 * needed / gpu.memory_bytes) / 100) <= MOST_UTILIZATION:
+            advice = f"set rollout.gpu_memory_utilization to at least {share:g}"
         yield (
             f"rollout.tp = {rollout.tp}: the generator's weights are {memory.weights / 1e9:,.1f} GB a GPU, and "
             f"rollout.gpu_memory_utilization = {rollout.gpu_memory_utilization:g} of {gpu.name} is {budget / 1e9:.1f}; "
@@ -143,11 +150,12 @@ def generator_memory_problems(config: Stage, hf: Mapping[str, Any], gpu: GPU, gp
         )
         return
     longest = _longest(config)
-    if memory.kv_tokens < longest:
-        yield (
-            f"rollout: the KV cache holds {memory.kv_tokens:,} tokens and one response needs {longest:,}; raise "
-            "rollout.gpu_memory_utilization or rollout.tp, or lower rollout.max_batched_tokens"
-        )
+    if memory.kv_tokens >= longest:
+        return
+    advice = "raise rollout.gpu_memory_utilization or rollout.tp, or lower rollout.max_batched_tokens"
+    if rollout.kv_cache_bytes is not None:
+        advice = f"raise rollout.kv_cache_bytes to at least {math.ceil(longest * memory.kv_bytes_per_token)}, or leave it out"
+    yield f"rollout: the KV cache holds {memory.kv_tokens:,} tokens and one response needs {longest:,}; {advice}"
 
 
 def _longest(config: Stage) -> int:

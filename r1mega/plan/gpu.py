@@ -23,6 +23,11 @@ class GPU:
     host_bandwidth: float
 
 
+NODE_BYTES = 0.985 * 2 * 2**40
+"""Host memory of a node: the 2 TiB of a DGX A100, H100, H200 or B200, of which the kernel keeps one or two percent. Estimated:
+no node was asked."""
+
+
 @dataclass(frozen=True, slots=True)
 class Efficiency:
     """The four constants. matmul: of a GPU's peak, in the trainer; network: of its links; memory: of its memory's

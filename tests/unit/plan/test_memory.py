@@ -6,8 +6,10 @@ import dataclasses
 import itertools
 import json
 import math
+import random
 import sys
 import weakref
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,10 +32,20 @@ from r1mega.plan.generator import (
 )
 from r1mega.plan.given import read_model
 from r1mega.plan.gpu import gpu_kind
-from r1mega.plan.memory import PhaseMemory, StageRank, in_flight, largest_parameter_bytes, phase_memory, plan_memory
+from r1mega.plan.memory import (
+    PhaseMemory,
+    StageRank,
+    checkpoint_bytes,
+    host_memory,
+    in_flight,
+    largest_parameter_bytes,
+    node_verdict,
+    phase_memory,
+    plan_memory,
+)
 from r1mega.plan.memory import _advice as advice
 from r1mega.plan.memory import _head_bytes as head_bytes
-from r1mega.plan.memory import _host_and_disk as host_and_disk
+from r1mega.plan.memory import _Placed as Placed
 from r1mega.plan.place import _rank_groups as rank_groups
 from r1mega.plan.place import as_rank
 from r1mega.plan.rank import Activations, RankMemory, Routes, Static, measure
@@ -93,7 +105,7 @@ def test_what_is_moved_to_host_memory_is_not_kept():
     assert moved.pinned == 4 * (2**26 + 2**25 + 2**23)
     config = load_config(CONFIGS / "moonlight_16b/sft.yaml", [])
     rank = StageRank(0, RankMemory(Static(0, 0, 0, 0, 0, 0, 0, 0), (moved,)), in_flight=3, head_bytes=0)
-    host, _ = host_and_disk(config, DEEPSEEK, (rank,), None, 8)
+    host = host_memory(config, (rank,), None, 8)
     assert host["activations"] == 8 * 3 * moved.pinned
 
 
@@ -190,6 +202,33 @@ def test_a_generator_that_no_gpu_holds_is_refused_with_the_number():
     assert not list(generator_memory_problems(shipped, read_model(shipped, path), gpu_kind("h100-80"), 512))
 
 
+def test_a_cache_of_a_given_size_is_told_how_large_it_has_to_be():
+    path, gpu = CONFIGS / "deepseek_v3_671b/zero.yaml", gpu_kind("h100-80")
+    (said,) = generator_memory_problems(load_config(path, ["rollout.kv_cache_bytes=1000"]), DEEPSEEK, gpu, 512)
+    least = int(said.partition("kv_cache_bytes to at least ")[2].partition(",")[0])
+    for size, enough in ((least, True), (least - 100_000, False)):
+        problems = generator_memory_problems(load_config(path, [f"rollout.kv_cache_bytes={size}"]), DEEPSEEK, gpu, 512)
+        assert (next(problems, None) is None) == enough
+
+
+def test_a_share_too_small_for_the_weights_is_told_what_it_has_to_be():
+    path, gpu = CONFIGS / "moonlight_16b/zero.yaml", gpu_kind("h100-80")
+    hf, key = read_model(load_config(path), path), "rollout.gpu_memory_utilization"
+    (said,) = generator_memory_problems(load_config(path, [f"{key}=0.05"]), hf, gpu, 8)
+    least = said.rpartition(" to at least ")[2]
+    assert f"set {key} to at least {least}" in said and 0.4 < float(least) < 0.5
+    assert not list(generator_memory_problems(load_config(path, [f"{key}={least}"]), hf, gpu, 8))
+
+
+def test_a_dispatcher_of_a_library_that_is_not_here_is_planned():
+    hf = json.loads((CONFIGS / "nano/model/config.json").read_text())
+    one, other = (
+        measure(hf, ModelConfig(path="unused", dispatcher=name), ParallelConfig(ep=2), None, world=2, rank=0, tokens=8)
+        for name in ("alltoall", "deepep")
+    )
+    assert one == other
+
+
 def test_longer_passes_leave_less_cache():
     path = CONFIGS / "deepseek_v3_671b/zero.yaml"
     sizes = []
@@ -211,6 +250,7 @@ def test_fp8_is_refused_where_there_is_none():
     [
         ("model.offload_modules=[core_attn]", "recompute = full nothing of a layer is kept"),
         ("model.megatron.overlap_moe_expert_parallel_comm=true", "wants parallel.vpp > 1 in a pipeline"),
+        ("model.dispatcher=deepep", "moe_shared_expert_overlap wants model.dispatcher = alltoall, not deepep"),
     ],
 )
 def test_keys_that_a_run_refuses_together_are_not_planned(key, message):
@@ -235,7 +275,7 @@ def test_a_save_has_the_layers_of_multi_token_prediction():
     sizes = []
     for words in ((), ("model.mtp_loss_coefficient=0.3",)):
         config = load_config(CONFIGS / "deepseek_v3_671b/sft.yaml", list(words))
-        sizes.append(host_and_disk(config, DEEPSEEK, (stage_rank(),), None, 8)[1])
+        sizes.append(checkpoint_bytes(config, DEEPSEEK))
     assert sizes[1] - sizes[0] == pytest.approx(14 * 11.6e9, rel=0.02)  # one more layer, and what joins two states
 
 
@@ -274,6 +314,49 @@ def test_the_advice_to_compute_all_again_names_what_does_not_go_with_it():
     assert advice(config, update) == "set model.recompute=full, and leave model.offload_modules out"
 
 
+@pytest.mark.parametrize(
+    ("gigabytes", "said"), [(0, "fits"), (1959, "fits"), (1961, "at risk"), (2001, "does not fit")]
+)
+def test_a_node_keeps_five_gigabytes_for_each_of_its_ranks(gigabytes, said):
+    assert node_verdict({"save": 1e9 * gigabytes} if gigabytes else {}, 8, 2000e9) == said
+
+
+def trainer_of(parameters: float, kept: float) -> StageRank:
+    """As many bfloat16 weights, whose float32 state is shared by two; kept: bytes of activations."""
+    n = int(parameters)
+    static = Static(2 * n, 4 * n, 2 * n, 2 * n, 2 * n, num_parameters=n, num_expert_parameters=0, reference=2 * n)
+    return StageRank(0, RankMemory(static, (Activations(8, kept, 1e9, 1e9, {}),)), in_flight=1, head_bytes=0)
+
+
+def test_what_is_told_to_set_makes_it_fit():
+    """Of drawn trainers and generators: where keys are named for a phase or a node, it fits with them."""
+    path, gpu, numbers = CONFIGS / "moonlight_16b/zero.yaml", gpu_kind("h100-80"), random.Random(3)
+    hf = read_model(load_config(path), path)
+    told: Counter[str] = Counter()
+    for _ in range(40):
+        keys = [
+            f"memory.optimizer_offload={numbers.choice(('none', 'rollout'))}", f"memory.reference_swap={numbers.random() < 0.5}",
+            f"memory.param_offload={numbers.random() < 0.5}", f"checkpoint.async_save={numbers.random() < 0.5}",
+            f"rollout.gpu_memory_utilization={numbers.choice((0.9, 0.97))}", "model.recompute=full",
+        ]  # fmt: skip
+        config = load_config(path, keys)
+        memory = generator_memory(hf, torch.bfloat16, config.rollout, gpu.memory_bytes)
+        trainer = trainer_of(numbers.uniform(1e9, 12e9), numbers.uniform(0, 30e9))
+        placed = Placed(hf, gpu, 8, (trainer,), memory, 8, numbers.choice((400e9, 1000e9, 2000e9)), None, 1e9)
+        for problem in placed.problems(config):
+            where, words = problem.split(":")[0], problem.partition("set ")[2].split()
+            told["" if not words else words[0].split("=")[0]] += 1
+            if not words:
+                continue
+            after = load_config(path, [*keys, *words])
+            memory = generator_memory(hf, torch.bfloat16, after.rollout, gpu.memory_bytes)
+            there = dataclasses.replace(placed, generator=memory)
+            left = [phase for phase in there.phases(after) if phase.verdict(gpu) != "fits"]
+            assert where not in [phase.phase for phase in left], (keys, problem)
+            assert words[0].startswith("rollout.") or (not left and where not in map(str, there.problems(after)))
+    assert {"", "rollout.gpu_memory_utilization"} < set(told) and len(told) > 3, told
+
+
 @pytest.mark.parametrize("layout", [{"tp": 2}, {"tp": 2, "etp": 2}, {}])
 def test_a_model_leaves_a_rank_by_its_largest_parameter(layout):
     """The export itself, on tensors without memory: its peak is that of the largest parameter, and what is cast of none."""
@@ -292,12 +375,11 @@ def test_a_model_leaves_a_rank_by_its_largest_parameter(layout):
 
 def test_a_save_in_the_background_takes_its_share_again():
     """Of 8 ranks with 1,000 elements each."""
-    hf = json.loads((CONFIGS / "moonlight_16b/model/config.json").read_text())
     saved = []
     for background in ("false", "true"):
         config = load_config(CONFIGS / "moonlight_16b/sft.yaml", [f"checkpoint.async_save={background}"])
         aware = config.optimizer.model_copy(update={"precision_aware": True})
-        host, _ = host_and_disk(config.model_copy(update={"optimizer": aware}), hf, (stage_rank(),), None, 8)
+        host = host_memory(config.model_copy(update={"optimizer": aware}), (stage_rank(),), None, 8)
         saved.append(host["save"])
     assert saved == [8 * (20 * 1000 + 2000), 8 * (32 * 1000 + 2000)]
 
@@ -391,7 +473,7 @@ def test_samples_take_a_share_of_host_memory_and_not_all_of_it():
     replays = config.model_copy(update={"rollout": config.rollout.model_copy(update={"router_replay": True})})
     work = workload(config, Lengths(mean=9000), replicas=16)
     plain, routed = (planned_samples(one, DEEPSEEK, 512, work) for one in (config, replays))
-    host, _ = host_and_disk(config, DEEPSEEK, (stage_rank(),), None, 8, plain)
+    host = host_memory(config, (stage_rank(),), None, 8, plain)
     assert host["samples"] == 8 * plain.peak
     assert plain.peak < 0.8e9 and routed.peak < 3.3e9
     algorithm = config.algorithm.model_copy(update={"router_replay": True})

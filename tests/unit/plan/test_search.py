@@ -12,7 +12,7 @@ import pytest
 
 from r1mega.config.load import load_config
 from r1mega.errors import ConfigError
-from r1mega.plan.candidates import candidates, uneven_stages
+from r1mega.plan.candidates import candidates, memory_choices, uneven_stages
 from r1mega.plan.command import Job, search_lines
 from r1mega.plan.given import read_model
 from r1mega.plan.gpu import gpu_kind
@@ -52,7 +52,7 @@ def test_the_search_finds_what_looking_at_all_finds():
     taken = []
     for one in search.trained():
         ranks = tuple(stage_ranks(one.config, search.hf, 4, one.work, 1.5))
-        for held in search._held(one.config):
+        for held in memory_choices(one.config):
             size = max(p.total for p in phase_memory(held, search.hf, ranks, None))
             moving = moving_seconds(held, search.hf, 4, kind, one.work.minibatches)
             taken.append((one.seconds + moving, size))

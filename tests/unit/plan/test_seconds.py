@@ -257,7 +257,7 @@ def test_ranks_of_a_pipeline_hold_all_parameters(name, changes, mtp, copies):
     for pp, held in counts.items():
         parallel = config.parallel.model_copy(update={"pp": pp, "vpp": None, "layers_per_stage": held})
         found = stage_parameters(config.model_copy(update={"parallel": parallel}), hf)
-        assert len(found) == pp and sum(map(sum, found)) == pytest.approx(listed + table * copies * (pp > 1), rel=1e-4)
+        assert len(found) == pp and sum(map(sum, found)) == pytest.approx(listed + table * copies * (pp > 1), rel=5e-4)
         if pp > 1:
             assert found[0] == (table, 0.0) and found[-1][0] >= table
 

@@ -78,7 +78,7 @@ class MemoryPlan:
     """phases: the fullest rank of each; ranks: one of every kind of pipeline stage (none where nothing is trained).
 
     host_bytes: of a node, in its worst phase, by what takes them, and node: what of it is left of a node; checkpoint_bytes: of one
-    save.
+    save; starts: whether the generator can.
     """
 
     phases: tuple[PhaseMemory, ...]
@@ -87,6 +87,7 @@ class MemoryPlan:
     host_bytes: Mapping[str, float]
     node: Verdict
     checkpoint_bytes: float
+    starts: bool
     problems: tuple[str, ...]
 
     @property
@@ -128,7 +129,9 @@ def plan_memory(
     phases, host = tuple(at.phases(config)), at.host(config)
     node = node_verdict(host, at.per_node, node_bytes)
     saved = checkpoint_bytes(config, hf) if isinstance(config, TrainingStage) else 0.0
-    return MemoryPlan(phases, ranks, generator, host, node, saved, tuple(at.problems(config)))
+    unable = () if generator is None else tuple(generator_memory_problems(config, hf, gpu, gpus))
+    problems = [*unable, *at.problems(config, starts=not unable)]
+    return MemoryPlan(phases, ranks, generator, host, node, saved, not unable, tuple(problems))
 
 
 def stage_ranks(
@@ -381,15 +384,11 @@ class _Placed:
     def host(self, config: Stage) -> dict[str, float]:
         return host_memory(config, self.ranks, self.generator, self.per_node, self.samples)
 
-    def problems(self, config: Stage) -> Iterator[str]:
-        """What does not fit, and the number to change."""
-        unable = (
-            () if self.generator is None else tuple(generator_memory_problems(config, self.hf, self.gpu, self.gpus))
-        )
-        yield from unable
-        change = None if unable else self._change(config)
+    def problems(self, config: Stage, *, starts: bool = True) -> Iterator[str]:
+        """What does not fit, and the number to change. starts: whether the generator can; if not, that has been said of its rollout."""
+        change = self._change(config)
         for phase in self.phases(config):
-            if phase.verdict(self.gpu) != "fits" and not (unable and phase.phase == "rollout"):
+            if phase.verdict(self.gpu) != "fits" and (starts or phase.phase != "rollout"):
                 advice = change or self._less_cache(config, phase) or _advice(config, phase)
                 over = phase.total - (self.gpu.memory_bytes - SPARE_BYTES)
                 yield f"{phase.phase}: {phase.total / 1e9:.1f} GB, {over / 1e9:.1f} too many; {advice}"

@@ -20,10 +20,9 @@ GIGA = 1e9
 def verdict(plan: MemoryPlan, gpu: GPU) -> Verdict:
     """Of the whole stage: the worst of its phases and of its nodes; what cannot start does not fit."""
     found = {plan.node, *(phase.verdict(gpu) for phase in plan.phases)}
-    for one in ("does not fit", "at risk"):
-        if one in found:
-            return one
-    return "does not fit" if plan.problems else "fits"
+    if "does not fit" in found or not plan.starts:
+        return "does not fit"
+    return "at risk" if "at risk" in found else "fits"
 
 
 def report(

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from r1mega.config.load import load_config
 from r1mega.config.schema import ModelConfig, OptimizerConfig, ParallelConfig
 from r1mega.config.stages.rl import AlgorithmConfig
-from r1mega.errors import ConfigError
+from r1mega.errors import ConfigError, GenerationError
 from r1mega.plan import rank
 from r1mega.plan.generator import (
     GeneratorMemory,
@@ -33,6 +33,7 @@ from r1mega.plan.generator import (
 from r1mega.plan.given import read_model
 from r1mega.plan.gpu import gpu_kind
 from r1mega.plan.memory import (
+    MemoryPlan,
     PhaseMemory,
     StageRank,
     checkpoint_bytes,
@@ -49,10 +50,14 @@ from r1mega.plan.memory import _Placed as Placed
 from r1mega.plan.place import _rank_groups as rank_groups
 from r1mega.plan.place import as_rank
 from r1mega.plan.rank import Activations, RankMemory, Routes, Static, measure
+from r1mega.plan.report import verdict
 from r1mega.plan.residency import residency
 from r1mega.plan.samples import Sizes, planned_samples, sample_memory
 from r1mega.plan.shapes import ShapesOnly
 from r1mega.plan.workload import Lengths, workload
+from r1mega.platform import vllm_cuda
+from r1mega.rollout.build import engine_settings
+from r1mega.rollout.vllm_arguments import check_settings
 from r1mega.train.policy import Policy
 from r1mega.train.samples import pack_for_loss, training_samples
 from r1mega.types import KeptIds, Prompt, Response, Reward, RewardStatus, RolloutGroup
@@ -202,13 +207,37 @@ def test_a_generator_that_no_gpu_holds_is_refused_with_the_number():
     assert not list(generator_memory_problems(shipped, read_model(shipped, path), gpu_kind("h100-80"), 512))
 
 
-def test_a_cache_of_a_given_size_is_told_how_large_it_has_to_be():
-    path, gpu = CONFIGS / "deepseek_v3_671b/zero.yaml", gpu_kind("h100-80")
-    (said,) = generator_memory_problems(load_config(path, ["rollout.kv_cache_bytes=1000"]), DEEPSEEK, gpu, 512)
+@pytest.mark.parametrize("keys", [(), ("rollout.tp=4", "rollout.dcp=4")])
+def test_a_cache_of_a_given_size_is_told_how_large_it_has_to_be(keys):
+    """And a byte less is what the engine refuses too, which counts in whole blocks."""
+    path, gpu = CONFIGS / "moonlight_16b/zero.yaml", gpu_kind("h100-80")
+    keys = [*keys, "rollout.max_response_tokens=5000"]
+    shipped = load_config(path, keys)
+    hf, longest = read_model(shipped, path), shipped.data.max_prompt_tokens + 5001
+
+    def plans(size: int) -> list[str]:
+        config = load_config(path, [*keys, f"rollout.kv_cache_bytes={size}"])
+        return list(generator_memory_problems(config, hf, gpu, 8))
+
+    def starts(size: int) -> bool:
+        rollout = shipped.rollout.model_copy(update={"kv_cache_bytes": size})
+        try:
+            check_settings(engine_settings(path, "bfloat16", longest, rollout), hf, vllm_cuda)
+        except GenerationError:
+            return False
+        return True
+
+    (said,) = plans(1000)
     least = int(said.partition("kv_cache_bytes to at least ")[2].partition(",")[0])
-    for size, enough in ((least, True), (least - 100_000, False)):
-        problems = generator_memory_problems(load_config(path, [f"rollout.kv_cache_bytes={size}"]), DEEPSEEK, gpu, 512)
-        assert (next(problems, None) is None) == enough
+    assert [(not plans(size), starts(size)) for size in (least - 1, least)] == [(False, False), (True, True)]
+
+
+def test_what_cannot_start_does_not_fit():
+    """Whatever else is at risk."""
+    gpu = gpu_kind("h100-80")
+    tight = PhaseMemory("update", {"trainer": gpu.memory_bytes - 1e9}, 0)
+    for starts, said in ((True, "at risk"), (False, "does not fit")):
+        assert verdict(MemoryPlan((tight,), (), None, {}, "fits", 0.0, starts, ("rollout: no",)), gpu) == said
 
 
 def test_a_share_too_small_for_the_weights_is_told_what_it_has_to_be():
@@ -328,6 +357,16 @@ def trainer_of(parameters: float, kept: float) -> StageRank:
     return StageRank(0, RankMemory(static, (Activations(8, kept, 1e9, 1e9, {}),)), in_flight=1, head_bytes=0)
 
 
+def test_a_trainer_is_told_its_keys_beside_a_generator_that_cannot_start():
+    path, gpu = CONFIGS / "moonlight_16b/zero.yaml", gpu_kind("h100-80")
+    config = load_config(path, ["rollout.kv_cache_bytes=1000", "memory.optimizer_offload=none", "model.recompute=full"])
+    hf = read_model(config, path)
+    memory = generator_memory(hf, torch.bfloat16, config.rollout, gpu.memory_bytes)
+    placed = Placed(hf, gpu, 8, (trainer_of(7e9, 1e9),), memory, 8, 4000e9, None, 1e9)
+    said = dict(problem.split(": ", 1) for problem in placed.problems(config, starts=False))
+    assert "set " in said["update"] and "optimizer.cpu_offload=true" in said["update"] and "rollout" not in said
+
+
 def test_what_is_told_to_set_makes_it_fit():
     """Of drawn trainers and generators: where keys are named for a phase or a node, it fits with them."""
     path, gpu, numbers = CONFIGS / "moonlight_16b/zero.yaml", gpu_kind("h100-80"), random.Random(3)
@@ -342,7 +381,9 @@ def test_what_is_told_to_set_makes_it_fit():
         config = load_config(path, keys)
         memory = generator_memory(hf, torch.bfloat16, config.rollout, gpu.memory_bytes)
         trainer = trainer_of(numbers.uniform(1e9, 12e9), numbers.uniform(0, 30e9))
-        placed = Placed(hf, gpu, 8, (trainer,), memory, 8, numbers.choice((400e9, 1000e9, 2000e9)), None, 1e9)
+        placed = Placed(hf, gpu, 8, (trainer,), memory, 8, 2000e9, None, 1e9)
+        if numbers.random() < 0.5:
+            placed = dataclasses.replace(placed, node_bytes=0.9 * sum(placed.host(config).values()) + 40e9)
         for problem in placed.problems(config):
             where, words = problem.split(":")[0], problem.partition("set ")[2].split()
             told["" if not words else words[0].split("=")[0]] += 1
@@ -353,8 +394,9 @@ def test_what_is_told_to_set_makes_it_fit():
             there = dataclasses.replace(placed, generator=memory)
             left = [phase for phase in there.phases(after) if phase.verdict(gpu) != "fits"]
             assert where not in [phase.phase for phase in left], (keys, problem)
-            assert words[0].startswith("rollout.") or (not left and where not in map(str, there.problems(after)))
-    assert {"", "rollout.gpu_memory_utilization"} < set(told) and len(told) > 3, told
+            assert words[0].startswith("rollout.") or (not left and not list(there.problems(after))), (keys, problem)
+            told |= Counter(host=1) if where == "host" else Counter()
+    assert {"", "rollout.gpu_memory_utilization", "host"} < set(told) and len(told) > 4, told
 
 
 @pytest.mark.parametrize("layout", [{"tp": 2}, {"tp": 2, "etp": 2}, {}])

@@ -63,3 +63,8 @@ def test_lengths_that_are_none(text, tmp_path):
 def test_what_is_out_of_bounds_is_a_usage_error(words):
     found = CliRunner().invoke(app, ["plan", ZERO, *words])
     assert found.exit_code == 2 and words[0] in found.output
+
+
+def test_a_stage_that_is_not_planned_is_not_said_to_train_nothing():
+    found = CliRunner().invoke(app, ["plan", str(REPOSITORY / "configs/nano/base.yaml"), "--gpus", "4"])
+    assert isinstance(found.exception, ConfigError) and "a stage base is not planned" in str(found.exception)

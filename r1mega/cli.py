@@ -208,6 +208,7 @@ def plan(
     lengths: Annotated[Path | None, typer.Option(help="tokens of responses, one number a line, instead")] = None,
     imbalance: Annotated[float, typer.Option(min=1, help="tokens of the fullest expert rank over the mean")] = 1.5,
     gpus_per_node: Annotated[int | None, typer.Option(min=1, help="8; of a pipeline, its ranks_per_machine")] = None,
+    host_memory: Annotated[float, typer.Option(min=1, help="GB of a node; 2 TiB but for the kernel's part")] = 2166,
     search: Annotated[bool, typer.Option("--search", help="propose the fastest layouts that fit")] = False,
     calibrate: Annotated[Path | None, typer.Option(help="a run directory: its measured phases set the seconds")] = None,
     sbatch: Annotated[Path | None, typer.Option(help="write a submission for Slurm there")] = None,
@@ -221,7 +222,7 @@ def plan(
     from r1mega.plan.command import Job, is_pipeline, plan_lines, sample_counts, search_lines
     from r1mega.plan.workload import Lengths
 
-    for name, value in (("mean", mean), ("imbalance", imbalance)):
+    for name, value in (("mean", mean), ("imbalance", imbalance), ("host-memory", host_memory)):
         if value is not None and not math.isfinite(value):
             raise ConfigError(f"--{name} {value}: wants a number")
     if search and sbatch is not None:
@@ -229,15 +230,15 @@ def plan(
     if sbatch is not None and (sbatch.is_dir() or not sbatch.absolute().parent.is_dir()):
         raise ConfigError(f"--sbatch {sbatch}: wants the name of a file in a directory that is there")
     drawn = Lengths(mean, cv, prompt=prompt)
-    job = Job(config, overrides or [], gpus or 8, gpu, drawn, imbalance, gpus_per_node or 8, lengths, calibrate)
+    job = Job(
+        config, overrides or [], gpus or 8, gpu, drawn, imbalance, gpus_per_node or 8, lengths, calibrate, host_memory * 1e9
+    )  # fmt: skip
     counts = sample_counts(samples or [])
     if is_pipeline(config):
         from r1mega.plan.recipe import recipe_lines
 
         if search or sbatch is not None:
-            raise ConfigError(
-                f"{config}: --search and --sbatch are for the config of one stage, and this is a pipeline"
-            )
+            raise ConfigError(f"{config}: --search and --sbatch are for the config of one stage; this is a pipeline")
         if gpus is not None or gpus_per_node is not None:
             raise ConfigError(
                 f"{config}: --gpus and --gpus-per-node are for the config of one stage, and a pipeline says its own: set "

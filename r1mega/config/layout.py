@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import Protocol
@@ -111,7 +112,7 @@ def generator_problems(generator: Generator, processes: int, hf: HFConfig, *, to
             "cannot sample from such a model"
         )
     if processes % tp:
-        yield f"rollout.tp = {tp} does not divide the {processes} processes"
+        yield f"rollout.tp = {tp} does not divide the {processes} processes; {math.gcd(tp, processes)} would"
     elif dp is not None and dp * tp != processes:
         yield (
             f"rollout.dp = {dp} with rollout.tp = {tp} wants {dp * tp} processes, there are {processes}; leave dp out, "

@@ -70,6 +70,10 @@ def dispatch_problems(model: ModelConfig, layout: ParallelConfig, hf: Mapping[st
             yield f"model.megatron.{key} is of models with experts, and this one has none; leave it out"
     if model.megatron.moe_shared_expert_overlap and num_experts(hf) and not hf.get("n_shared_experts"):
         yield "model.megatron.moe_shared_expert_overlap: this model has no shared experts; leave it out"
+    if model.megatron.moe_shared_expert_overlap and model.dispatcher != "alltoall":
+        yield (
+            f"model.megatron.moe_shared_expert_overlap wants model.dispatcher = alltoall, not {model.dispatcher}; set it to false"
+        )
     if model.dispatcher != "alltoall" and layout.ep * layout.etp == 1:
         yield (
             f"model.dispatcher = {model.dispatcher} sends tokens between ranks, and parallel.ep * parallel.etp = 1; "

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from r1mega.config.layout import num_experts
 from r1mega.config.model_files import HFConfig
-from r1mega.config.schema import ParallelConfig, Recompute, RecomputeModule, TrainingStage
+from r1mega.config.schema import MemoryConfig, ParallelConfig, Recompute, RecomputeModule, TrainingStage
 from r1mega.config.stages.reward_model import RewardModelStage
 from r1mega.config.stages.rl import RLStage
 from r1mega.config.stages.sft import SFTStage
@@ -16,6 +16,20 @@ from r1mega.config.validate import layout_problems
 from r1mega.errors import ConfigError
 from r1mega.model.architecture import LatentAttention
 from r1mega.model.families import architecture_of
+
+MEMORY = (
+    (MemoryConfig(), False),
+    (MemoryConfig(grad_offload=True), False),
+    (MemoryConfig(grad_offload=True, optimizer_offload="rollout"), False),
+    (MemoryConfig(grad_offload=True, optimizer_offload="rollout", param_offload=True), False),
+    (MemoryConfig(grad_offload=True, optimizer_offload="update"), False),
+    (MemoryConfig(grad_offload=True, optimizer_offload="update", param_offload=True), False),
+    (MemoryConfig(grad_offload=True, optimizer_offload="update", param_offload=True, reference_swap=True), False),
+    (MemoryConfig(grad_offload=True), True),
+    (MemoryConfig(grad_offload=True, param_offload=True), True),
+    (MemoryConfig(grad_offload=True, param_offload=True, reference_swap=True), True),
+)
+"""(memory, optimizer.cpu_offload). The last one without and the last one with it leave the least on the device in any phase."""
 
 
 def candidates(config: TrainingStage, hf: HFConfig, gpus: int) -> Iterator[TrainingStage]:
@@ -31,6 +45,17 @@ def candidates(config: TrainingStage, hf: HFConfig, gpus: int) -> Iterator[Train
         for model, tokens in itertools.product(models, capacities(config)):
             if (_as_laid_out(parallel), model, tokens) != (own, config.model, capacity(config)[1]):
                 yield with_capacity(config.model_copy(update={"parallel": parallel, "model": model}), tokens)
+
+
+def memory_choices(config: TrainingStage) -> list[TrainingStage]:
+    """The config with what `memory` and optimizer.cpu_offload may be; its own first."""
+    found = []
+    for memory, cpu in dict.fromkeys(((config.memory, config.optimizer.cpu_offload), *MEMORY)):
+        optimizer = config.optimizer.model_copy(update={"cpu_offload": cpu})
+        one = config.model_copy(update={"memory": memory, "optimizer": optimizer})
+        if next(iter(one.memory_problems()), None) is None:
+            found.append(one)
+    return found
 
 
 def _legal(config: TrainingStage, hf: HFConfig, gpus: int) -> bool:
@@ -114,7 +139,7 @@ def divisors(number: int) -> list[int]:
 
 def differences(before: TrainingStage, after: TrainingStage) -> Iterator[str]:
     """Overrides of the command line that make `after` of `before`: keys of the sections that a search changes."""
-    for section in ("parallel", "model", "memory", "optimizer", "rollout", "update"):
+    for section in ("parallel", "model", "memory", "optimizer", "checkpoint", "rollout", "update"):
         one, other = getattr(before, section, None), getattr(after, section, None)
         if one is None or other is None:
             continue

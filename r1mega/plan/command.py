@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import shlex
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import yaml
 
+from r1mega.config.layout import model_problems, process_problems
 from r1mega.config.load import load_config
 from r1mega.config.model_files import HFConfig
 from r1mega.config.schema import Stage, TrainingStage
 from r1mega.errors import ConfigError
-from r1mega.plan.given import on_the_host, read_model
-from r1mega.plan.gpu import GPU, Efficiency, gpu_kind
+from r1mega.plan.given import made_for, on_the_host, read_model
+from r1mega.plan.gpu import GPU, NODE_BYTES, Efficiency, gpu_kind
 
 if TYPE_CHECKING:
     from r1mega.plan.calibrate import Calibration
@@ -26,7 +28,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A config on GPUs, as asked on the command line. run: whose measured phases say how efficient they are."""
+    """A config on GPUs, as asked on the command line. run: whose measured phases say how efficient they are; node_bytes: host
+    memory of a node.
+    """
 
     path: Path
     overrides: list[str]
@@ -37,6 +41,7 @@ class Job:
     per_node: int
     lengths_file: Path | None = None
     run: Path | None = None
+    node_bytes: float = NODE_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +74,13 @@ def plan_job(job: Job, given: Stage | None = None, known: Calibration | None = N
 
     config, gpu, hf, lengths, calibration = _loaded(job, given, known)
     work = replicas_work(config, lengths, job.gpus) if isinstance(config, TrainingStage) else None
-    memory = plan_memory(config, hf, job.gpus, gpu, work, imbalance=job.imbalance, per_node=job.per_node)
+    try:
+        memory = plan_memory(
+            config, hf, job.gpus, gpu, work, imbalance=job.imbalance, per_node=job.per_node, node_bytes=job.node_bytes
+        )
+    except ConfigError as error:
+        further = list(_instead(job, config, hf)) if given is None else []
+        raise ConfigError("\n".join([str(error), *further])) from error
     seconds = None
     if isinstance(config, TrainingStage) and work is not None:
         seconds = plan_seconds(
@@ -93,6 +104,21 @@ def plan_lines(job: Job) -> tuple[list[str], Planned]:
     ], planned
 
 
+def _instead(job: Job, config: Stage, hf: HFConfig) -> Iterator[str]:
+    """What to plan where a config cannot be laid out on so many GPUs: one of the stage that is made for them, what a search finds."""
+    divided, legal = True, True
+    if isinstance(config, TrainingStage):
+        divided = not list(process_problems(config.parallel, job.gpus))
+        legal = divided and not list(model_problems(config.parallel, hf))
+    rollout = getattr(config, "rollout", None)
+    divided = divided and (rollout is None or job.gpus % rollout.tp == 0)
+    for path in () if divided else made_for(job.path, config.stage, job.gpus):
+        yield f"{path} is made for {job.gpus:,} GPUs"
+    if isinstance(config, TrainingStage) and not (divided and legal):
+        words = shlex.join(["r1mega", "plan", str(job.path), *job.overrides, "--gpus", str(job.gpus), "--search"])
+        yield f"`{words}` proposes layouts, if some fit"
+
+
 def search_lines(job: Job, say: Callable[[str], None]) -> tuple[list[str], bool]:
     """(lines with the best layouts that fit, whether there is one). say: is told of the progress."""
     on_the_host()
@@ -103,7 +129,7 @@ def search_lines(job: Job, say: Callable[[str], None]) -> tuple[list[str], bool]
     config, gpu, hf, lengths, calibration = _loaded(job)
     if not isinstance(config, TrainingStage):
         raise ConfigError(f"{job.path}: stage {config.stage} trains nothing: there is no layout to search for")
-    search = Search(config, hf, job.gpus, gpu, lengths, job.imbalance, job.per_node, say)
+    search = Search(config, hf, job.gpus, gpu, lengths, job.imbalance, job.per_node, say, node_bytes=job.node_bytes)
     if calibration is not None:
         search.efficiency = calibration.efficiency
     proposals = search.run()

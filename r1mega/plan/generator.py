@@ -10,14 +10,20 @@ from typing import Any, Protocol
 import torch
 
 from r1mega.config.layout import generator_problems
+from r1mega.config.model_files import HFConfig
 from r1mega.config.schema import Stage
 from r1mega.model.architecture import LatentAttention
 from r1mega.model.families import architecture_of
 from r1mega.plan.gpu import GPU
+from r1mega.platform.vllm_cuda import kv_block_tokens
 from r1mega.weights.layout import GeneratorRank, generator_layout, weight_dtype
 
 OTHER_BYTES = 1.5e9
 """CUDA graphs, cuBLAS workspaces and NCCL's buffers of a generator's rank. Estimated: no GPU was asked."""
+
+
+MOST_UTILIZATION = 0.92
+"""That is advised: some of a GPU is taken before a generator asks for its share."""
 
 
 class GeneratorConfig(Protocol):
@@ -120,7 +126,7 @@ def kv_bytes_per_token(hf: Mapping[str, Any], dtype: torch.dtype, tp: int, dcp: 
     return model.num_layers * width * dtype.itemsize / dcp
 
 
-def generator_memory_problems(config: Stage, hf: Mapping[str, Any], gpu: GPU, gpus: int) -> Iterator[str]:
+def generator_memory_problems(config: Stage, hf: HFConfig, gpu: GPU, gpus: int) -> Iterator[str]:
     """Of the generator alone: whether weights and one sequence fit. Light: nothing is built."""
     rollout: Any = getattr(config, "rollout", None)
     if rollout is None or rollout.engine != "vllm":
@@ -136,20 +142,28 @@ def generator_memory_problems(config: Stage, hf: Mapping[str, Any], gpu: GPU, gp
         )  # fmt: skip
         least = next(fitting, None)
         advice = f"raise it to at least {least}" if least else "take more GPUs"
+        needed = memory.weights + memory.profile + OTHER_BYTES + _longest(config, hf) * memory.kv_bytes_per_token
+        if (share := math.ceil(100 * needed / gpu.memory_bytes) / 100) <= MOST_UTILIZATION:
+            advice = f"set rollout.gpu_memory_utilization to at least {share:g}"
         yield (
             f"rollout.tp = {rollout.tp}: the generator's weights are {memory.weights / 1e9:,.1f} GB a GPU, and "
             f"rollout.gpu_memory_utilization = {rollout.gpu_memory_utilization:g} of {gpu.name} is {budget / 1e9:.1f}; "
             f"{advice}"
         )
         return
-    longest = _longest(config)
-    if memory.kv_tokens < longest:
-        yield (
-            f"rollout: the KV cache holds {memory.kv_tokens:,} tokens and one response needs {longest:,}; raise "
-            "rollout.gpu_memory_utilization or rollout.tp, or lower rollout.max_batched_tokens"
-        )
+    longest = _longest(config, hf)
+    least = math.ceil(longest * memory.kv_bytes_per_token)
+    if memory.kv_cache >= least:
+        return
+    advice = "raise rollout.gpu_memory_utilization or rollout.tp, or lower rollout.max_batched_tokens"
+    if rollout.kv_cache_bytes is not None:
+        advice = f"raise rollout.kv_cache_bytes to at least {least}, or leave it out"
+    yield f"rollout: the KV cache holds {memory.kv_tokens:,} tokens and one response needs {longest:,}; {advice}"
 
 
-def _longest(config: Stage) -> int:
+def _longest(config: Stage, hf: HFConfig) -> int:
+    """Tokens of one response with its prompt, in whole blocks of the cache (rollout/vllm_arguments.py, check_settings)."""
     rollout, data = getattr(config, "rollout", None), getattr(config, "data", None)
-    return getattr(data, "max_prompt_tokens", 0) + getattr(rollout, "max_response_tokens", 0) + 1
+    longest = getattr(data, "max_prompt_tokens", 0) + getattr(rollout, "max_response_tokens", 0) + 1
+    block = kv_block_tokens(hf) * getattr(rollout, "dcp", 1)
+    return -(-longest // block) * block

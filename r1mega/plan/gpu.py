@@ -23,6 +23,11 @@ class GPU:
     host_bandwidth: float
 
 
+NODE_BYTES = 2.166e12
+"""Host memory of a node: the 2 TiB of a DGX A100, H100, H200 or B200, of which the kernel keeps one or two percent. Estimated:
+no node was asked. The command has it as the default of --host-memory."""
+
+
 @dataclass(frozen=True, slots=True)
 class Efficiency:
     """The four constants. matmul: of a GPU's peak, in the trainer; network: of its links; memory: of its memory's

@@ -11,16 +11,17 @@ import torch
 
 from r1mega.checkpoint.name_rules import Entry
 from r1mega.checkpoint.parameters import parameters
-from r1mega.config.layout import generator_problems, model_problems, num_stages, process_problems, stage_layers
-from r1mega.config.megatron import exchange_problems, offload_problems
+from r1mega.config.layout import generator_problems, num_stages, stage_layers
 from r1mega.config.model_files import HFConfig
 from r1mega.config.schema import ModelConfig, OptimizerConfig, ParallelConfig, Stage, TrainingStage
 from r1mega.config.stages.rl import RLStage
 from r1mega.config.stages.sft import SFTStage
+from r1mega.config.validate import layout_problems
 from r1mega.errors import ConfigError
 from r1mega.model.families import architecture_of
+from r1mega.plan.candidates import differences, memory_choices
 from r1mega.plan.generator import OTHER_BYTES, GeneratorMemory, generator_memory, generator_memory_problems
-from r1mega.plan.gpu import GPU
+from r1mega.plan.gpu import GPU, NODE_BYTES
 from r1mega.plan.rank import RankMemory, kind_of, measure
 from r1mega.plan.residency import TRAINER, residency
 from r1mega.plan.samples import SampleMemory, planned_samples
@@ -31,7 +32,8 @@ from r1mega_kernels.linear_loss import DEFAULT_CHUNK_TOKENS
 CONTEXT_BYTES = 2.5e9
 """CUDA's context and NCCL's buffers of the trainer's groups. Estimated: no GPU was asked."""
 SPARE_BYTES = 5e9
-"""What must be left for a plan to fit: fragmentation, and what no plan knows of."""
+"""What must be left for a plan to fit, of a GPU and, for each of its ranks, of a node: fragmentation, the programs themselves, and
+what no plan knows of."""
 HEAD_BUFFER_BYTES = 128 * 2**20
 """Logits that `model.log_probs: hidden` has at a time (r1mega_kernels.linear)."""
 
@@ -75,14 +77,17 @@ class StageRank:
 class MemoryPlan:
     """phases: the fullest rank of each; ranks: one of every kind of pipeline stage (none where nothing is trained).
 
-    host_bytes: of a node, in its worst phase, by what takes them; checkpoint_bytes: of one save.
+    host_bytes: of a node, in its worst phase, by what takes them, and node: what of it is left of a node; checkpoint_bytes: of one
+    save; starts: whether the generator can.
     """
 
     phases: tuple[PhaseMemory, ...]
     ranks: tuple[StageRank, ...]
     generator: GeneratorMemory | None
     host_bytes: Mapping[str, float]
+    node: Verdict
     checkpoint_bytes: float
+    starts: bool
     problems: tuple[str, ...]
 
     @property
@@ -93,9 +98,12 @@ class MemoryPlan:
 
 
 def plan_memory(
-    config: Stage, hf: Mapping[str, Any], gpus: int, gpu: GPU, work: Workload | None, *, imbalance: float, per_node: int
-) -> MemoryPlan:
-    """work: None for a stage that trains nothing. Raises ConfigError for a layout that does not divide."""
+    config: Stage, hf: HFConfig, gpus: int, gpu: GPU, work: Workload | None, *, imbalance: float, per_node: int,
+    node_bytes: float = NODE_BYTES,
+) -> MemoryPlan:  # fmt: skip
+    """work: None for a stage that trains nothing; node_bytes: host memory of a node. Raises ConfigError for a layout that does not
+    divide.
+    """
     rollout = getattr(config, "rollout", None)
     problems: list[str] = []
     if isinstance(config, RLStage):
@@ -103,8 +111,7 @@ def plan_memory(
     elif rollout is not None:
         problems = list(generator_problems(rollout, gpus, hf, together=False))
     if isinstance(config, TrainingStage):
-        problems = [*model_problems(config.parallel, hf), *process_problems(config.parallel, gpus), *problems]
-        problems += [*offload_problems(config.model, hf), *exchange_problems(config.model, config.parallel, hf)]
+        problems = [*layout_problems(config, dict(hf), gpus), *problems]
     if config.model.fp8 != "off" and gpu.fp8_flops is None:
         problems.append(f"model.fp8 = {config.model.fp8}: {gpu.name} has no FP8; set model.fp8=off, or another --gpu")
     if problems:
@@ -116,10 +123,15 @@ def plan_memory(
     ranks: tuple[StageRank, ...] = ()
     if isinstance(config, TrainingStage) and work is not None:
         ranks = tuple(stage_ranks(config, hf, gpus, work, imbalance))
-    phases = tuple(phase_memory(config, hf, ranks, generator))
     samples = planned_samples(config, hf, gpus, work) if isinstance(config, RLStage) and work is not None else None
-    host, saved = _host_and_disk(config, hf, ranks, generator, per_node, samples)
-    return MemoryPlan(phases, ranks, generator, host, saved, tuple(_problems(config, hf, gpu, gpus, phases, generator)))
+    whole = largest_parameter_bytes(hf, config) if isinstance(config, TrainingStage) else 0.0
+    at = _Placed(hf, gpu, gpus, ranks, generator, min(per_node, gpus), node_bytes, samples, whole)
+    phases, host = tuple(at.phases(config)), at.host(config)
+    node = node_verdict(host, at.per_node, node_bytes)
+    saved = checkpoint_bytes(config, hf) if isinstance(config, TrainingStage) else 0.0
+    unable = () if generator is None else tuple(generator_memory_problems(config, hf, gpu, gpus))
+    problems = [*unable, *at.problems(config, starts=not unable)]
+    return MemoryPlan(phases, ranks, generator, host, node, saved, not unable, tuple(problems))
 
 
 def stage_ranks(
@@ -181,15 +193,19 @@ def _head_bytes(config: TrainingStage, hf: Mapping[str, Any], rows: float) -> fl
 
 
 def phase_memory(
-    config: Stage, hf: HFConfig, ranks: tuple[StageRank, ...], generator: GeneratorMemory | None
+    config: Stage,
+    hf: HFConfig,
+    ranks: tuple[StageRank, ...],
+    generator: GeneratorMemory | None,
+    whole: float | None = None,
 ) -> Iterator[PhaseMemory]:
-    """Of each phase of a step, in their order, the rank that has the most of these."""
+    """Of each phase of a step, in their order, the rank that has the most of these. whole: `largest_parameter_bytes`, if known."""
     if not isinstance(config, TrainingStage):
         if generator is not None:
             yield PhaseMemory("rollout", _generator_parts(generator) | {"context": CONTEXT_BYTES}, 0)
         return
     plan, phases = residency(config)
-    whole = largest_parameter_bytes(hf, config)
+    whole = largest_parameter_bytes(hf, config) if whole is None else whole
     for phase in phases:
         places = plan.places[phase]
         candidates = []
@@ -292,23 +308,21 @@ def _passing(config: TrainingStage, phase: Phase, rank: StageRank, whole: float)
     return {}
 
 
-def _host_and_disk(
+def host_memory(
     config: Stage,
-    hf: Mapping[str, Any],
     ranks: tuple[StageRank, ...],
     generator: GeneratorMemory | None,
     per_node: int,
     samples: SampleMemory | None = None,
-) -> tuple[dict[str, float], float]:
-    """(bytes of a node by what takes them, in the phase that has most; bytes of a checkpoint)."""
+) -> dict[str, float]:
+    """Bytes of a node by what takes them, in the phase that has most; {} for a stage that trains nothing."""
     if not ranks or not isinstance(config, TrainingStage):
-        return {}, 0.0
+        return {}
     rank = max((rank.memory for rank in ranks), key=lambda memory: memory.static.total)
     plan, phases = residency(config)
-    with_reference = isinstance(config, RLStage) and config.algorithm.kl_coefficient > 0
     sizes = _host_sizes(config, rank, generator)
     names = dict.fromkeys(TRAINER, "trainer") | {"generator_weights": "generator"}
-    names |= {"reference": "reference"} if with_reference else {}
+    names |= {"reference": "reference"} if _has_reference(config) else {}
     found = []
     for phase in phases:
         host: dict[str, float] = {}
@@ -327,32 +341,96 @@ def _host_and_disk(
             trained = phase in ("logprob", "reference", "update", "step", "reshard")
             host["samples"] = per_node * (samples.peak if trained else samples.made)
         found.append(host)
+    return max(found, key=lambda host: sum(host.values()))
+
+
+def node_verdict(host: Mapping[str, float], per_node: int, node_bytes: float) -> Verdict:
+    """Of what `host_memory` says, on nodes of so many bytes."""
+    left = node_bytes - sum(host.values())
+    if left < 0:
+        return "does not fit"
+    return "at risk" if host and left < per_node * SPARE_BYTES else "fits"
+
+
+def checkpoint_bytes(config: TrainingStage, hf: HFConfig) -> float:
+    """Of one save."""
     further = (hf.get("num_nextn_predict_layers") or 0) if config.model.mtp_loss_coefficient > 0 else 0
     numel = sum(math.prod(shape) for p in parameters(hf, further) for shape in p.entry.hf_shapes)
     weights = getattr(torch, config.model.dtype).itemsize
-    saved = numel * (weights * (2 if with_reference else 1) + 12.0)
-    return max(found, key=lambda host: sum(host.values())), saved
+    return numel * (weights * (2 if _has_reference(config) else 1) + 12.0)
 
 
-def _problems(
-    config: Stage,
-    hf: Mapping[str, Any],
-    gpu: GPU,
-    gpus: int,
-    phases: tuple[PhaseMemory, ...],
-    generator: GeneratorMemory | None,
-) -> Iterator[str]:
-    """What does not fit, and the number to change."""
-    if generator is not None:
-        yield from generator_memory_problems(config, hf, gpu, gpus)
-    for phase in phases:
-        if phase.verdict(gpu) != "fits":
-            over = phase.total - (gpu.memory_bytes - SPARE_BYTES)
-            yield f"{phase.phase}: {phase.total / 1e9:.1f} GB, {over / 1e9:.1f} too many; {_advice(config, phase)}"
+def _has_reference(config: Stage) -> bool:
+    return isinstance(config, RLStage) and config.algorithm.kl_coefficient > 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Placed:
+    """What was measured of a config, which other choices of `memory` put in other places."""
+
+    hf: HFConfig
+    gpu: GPU
+    gpus: int
+    ranks: tuple[StageRank, ...]
+    generator: GeneratorMemory | None
+    per_node: int
+    node_bytes: float
+    samples: SampleMemory | None
+    whole: float
+
+    def phases(self, config: Stage) -> Iterator[PhaseMemory]:
+        return phase_memory(config, self.hf, self.ranks, self.generator, self.whole)
+
+    def host(self, config: Stage) -> dict[str, float]:
+        return host_memory(config, self.ranks, self.generator, self.per_node, self.samples)
+
+    def problems(self, config: Stage, *, starts: bool = True) -> Iterator[str]:
+        """What does not fit, and the number to change. starts: whether the generator can; if not, that has been said of its rollout."""
+        change = self._change(config)
+        for phase in self.phases(config):
+            if phase.verdict(self.gpu) != "fits" and (starts or phase.phase != "rollout"):
+                advice = change or self._less_cache(config, phase) or _advice(config, phase)
+                over = phase.total - (self.gpu.memory_bytes - SPARE_BYTES)
+                yield f"{phase.phase}: {phase.total / 1e9:.1f} GB, {over / 1e9:.1f} too many; {advice}"
+        if not self._node_fits(config):
+            taken = sum(self.host(config).values())
+            over = taken - (self.node_bytes - self.per_node * SPARE_BYTES)
+            yield (
+                f"host: {taken / 1e9:,.0f} GB a node, {over / 1e9:,.0f} too many beside {SPARE_BYTES / 1e9:.0f} of each rank's programs "
+                f"(--host-memory, {self.node_bytes / 1e9:,.0f}); "
+                f"{change or 'take more GPUs, each of which then has a smaller share of the optimizer state'}"
+            )
+
+    def _node_fits(self, config: Stage) -> bool:
+        return node_verdict(self.host(config), self.per_node, self.node_bytes) == "fits"
+
+    def _change(self, config: Stage) -> str | None:
+        """The keys of `memory`, `optimizer` and `checkpoint` with which all of it fits, if there are."""
+        if not isinstance(config, TrainingStage):
+            return None
+        quiet = config.checkpoint.model_copy(update={"async_save": False})
+        for one in (*memory_choices(config), *memory_choices(config.model_copy(update={"checkpoint": quiet}))):
+            if all(phase.verdict(self.gpu) == "fits" for phase in self.phases(one)) and self._node_fits(one):
+                return "set " + " ".join(differences(config, one))
+        return None
+
+    def _less_cache(self, config: Stage, phase: PhaseMemory) -> str | None:
+        """The share of the GPU that leaves a generator which can still start; None: there is none."""
+        rollout = getattr(config, "rollout", None)
+        if phase.phase != "rollout" or rollout is None or rollout.kv_cache_bytes is not None:
+            return None
+        over = (phase.total - (self.gpu.memory_bytes - SPARE_BYTES)) / self.gpu.memory_bytes
+        share = math.floor(100 * (rollout.gpu_memory_utilization - over)) / 100
+        if share <= 0:
+            return None
+        less = config.model_copy(update={"rollout": rollout.model_copy(update={"gpu_memory_utilization": share})})
+        if next(generator_memory_problems(less, self.hf, self.gpu, self.gpus), None) is not None:
+            return None
+        return f"set rollout.gpu_memory_utilization={share:g}"
 
 
 def _advice(config: Stage, phase: PhaseMemory) -> str:
-    """The number to change: recomputation first, which costs a third of the update's time and no GPU."""
+    """The number to change where `memory` has none: recomputation first, which costs a third of the update's time and no GPU."""
     largest = max(phase.parts, key=lambda name: phase.parts[name])
     if isinstance(config, TrainingStage) and phase.phase == "update":
         if config.model.recompute != "full":
@@ -365,5 +443,5 @@ def _advice(config: Stage, phase: PhaseMemory) -> str:
         if largest == "activations":
             return "raise parallel.cp or parallel.tp, which cut a microbatch's tokens"
     if largest in ("generator", "KV cache"):
-        return "lower rollout.gpu_memory_utilization, or raise rollout.tp"
+        return "raise rollout.tp, which cuts the generator's weights"
     return "raise parallel.ep or parallel.pp: the trainer's weights, gradients and optimizer state take the most"

@@ -135,7 +135,8 @@ def measure(
     A rank is measured once in a process, and so is a layer whose activations hang on nothing else that was asked.
     Raises ConfigError for a layout that does not fit.
     """
-    anywhere = model.model_copy(update={"path": Path()})
+    # dispatchers of other libraries, which are not here, send the same tokens; what of their buffers stays is not known
+    anywhere = model.model_copy(update={"path": Path(), "dispatcher": "alltoall"})
     sent = min(tokens, LONGEST * parallel.tp * parallel.cp)
     asked = _Asked(json.dumps(hf), anywhere, imbalance, sent, labels, on_gpu)
     measured = _measured(asked, parallel, optimizer, world, rank)

@@ -18,12 +18,11 @@ GIGA = 1e9
 
 
 def verdict(plan: MemoryPlan, gpu: GPU) -> Verdict:
-    """Of the whole stage: the worst of its phases; what cannot start does not fit."""
-    found = {phase.verdict(gpu) for phase in plan.phases}
-    for one in ("does not fit", "at risk"):
-        if one in found:
-            return one
-    return "does not fit" if plan.problems else "fits"
+    """Of the whole stage: the worst of its phases and of its nodes; what cannot start does not fit."""
+    found = {plan.node, *(phase.verdict(gpu) for phase in plan.phases)}
+    if "does not fit" in found or not plan.starts:
+        return "does not fit"
+    return "at risk" if "at risk" in found else "fits"
 
 
 def report(
@@ -52,13 +51,13 @@ def times(config: Stage, seconds: Seconds | None, gpus: int, gpu: GPU) -> Iterab
     """Lines on the seconds of a step and the hours of the stage; none for a stage that trains nothing."""
     if seconds is None:
         return
-    parts = ", ".join(f"{name} {value:,.0f}" for name, value in seconds.phases.items())
+    parts = ", ".join(f"{name} {_short(value)}" for name, value in seconds.phases.items())
     yield ""
-    yield f"seconds     {seconds.total:,.0f} a step ({parts}), without saves and evaluations"
+    yield f"seconds     {_short(seconds.total)} a step ({parts}), without saves and evaluations"
     if (steps := getattr(config, "steps", None)) is not None:
-        yield f"stage       {steps:,} steps: {gpu_hours(seconds.total, steps, gpus):,} GPU hours, {seconds.total * steps / 86400:,.1f} days"
+        yield f"stage       {steps:,} steps: {gpu_hours(seconds.total, steps, gpus):,} GPU hours, {_short(seconds.total * steps / 86400)} days"
     yield (
-        f"speed       {seconds.tokens_per_gpu(gpus):,.0f} tokens/s/GPU, MFU {100 * seconds.mfu(gpus, gpu):.1f} %; a model, off by "
+        f"speed       {_short(seconds.tokens_per_gpu(gpus))} tokens/s/GPU, MFU {_short(100 * seconds.mfu(gpus, gpu))} %; a model, off by "
         "up to 30 % from what tuned programs took (docs/plan.md)"
     )
 
@@ -74,11 +73,18 @@ def proposed(
     for proposal in proposals:
         phase = proposal.fullest
         yield (
-            f"{proposal.seconds:,.0f} s a step, fullest in {phase.phase}: {phase.total / GIGA:.1f} of {gpu.memory_bytes / GIGA:.1f} GB"
+            f"{_short(proposal.seconds)} s a step, fullest in {phase.phase}: {phase.total / GIGA:.1f} of {gpu.memory_bytes / GIGA:.1f} GB"
         )
         yield "  " + shlex.join([str(path), *overrides, *proposal.overrides])
     if skipped:
         yield f"the search was cut off: {skipped:,} more layouts, any of which may be faster, were not measured"
+
+
+def _short(value: float) -> str:
+    """As far as a model of seconds is good for: 1,234, 12.3, 1.2, 0.012."""
+    if value >= 10:
+        return f"{value:,.{int(value < 100)}f}"
+    return f"{value:.2g}" if value >= 0.01 or value == 0 else "< 0.01"
 
 
 def _table(plan: MemoryPlan, gpu: GPU) -> Iterable[str]:

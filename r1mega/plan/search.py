@@ -25,20 +25,24 @@ from r1mega.config.stages.sft import SFTStage
 from r1mega.config.validate import layout_problems
 from r1mega.errors import ConfigError
 from r1mega.model.families import architecture_of
-from r1mega.plan.candidates import candidates, capacity, differences, divisors
+from r1mega.plan.candidates import candidates, capacity, differences, divisors, memory_choices
 from r1mega.plan.decoding import partial_seconds, rollout_seconds
 from r1mega.plan.generator import GeneratorMemory, generator_memory, generator_memory_problems, of_generators
-from r1mega.plan.gpu import GPU, Efficiency
+from r1mega.plan.gpu import GPU, NODE_BYTES, Efficiency
 from r1mega.plan.memory import (
     PhaseMemory,
     StageRank,
+    host_memory,
     in_flight,
+    largest_parameter_bytes,
     moment_bytes,
+    node_verdict,
     padded,
     phase_memory,
     stage_ranks,
 )
 from r1mega.plan.rank import LONGEST, Activations, Kind, RankMemory, Routes, Static, kind_of, measure
+from r1mega.plan.samples import planned_samples
 from r1mega.plan.seconds import (
     layer_parameters,
     moving_seconds,
@@ -52,19 +56,6 @@ MOST_MEASURED = 60
 """Layouts whose memory is measured before a search ends; each takes about two seconds."""
 SURE = 0.8
 """Activations a token of a layout not measured, over those of another that cuts no more of a layer: at the least."""
-MEMORY = (
-    (MemoryConfig(), False),
-    (MemoryConfig(grad_offload=True), False),
-    (MemoryConfig(grad_offload=True, optimizer_offload="rollout"), False),
-    (MemoryConfig(grad_offload=True, optimizer_offload="rollout", param_offload=True), False),
-    (MemoryConfig(grad_offload=True, optimizer_offload="update"), False),
-    (MemoryConfig(grad_offload=True, optimizer_offload="update", param_offload=True), False),
-    (MemoryConfig(grad_offload=True, optimizer_offload="update", param_offload=True, reference_swap=True), False),
-    (MemoryConfig(grad_offload=True), True),
-    (MemoryConfig(grad_offload=True, param_offload=True), True),
-    (MemoryConfig(grad_offload=True, param_offload=True, reference_swap=True), True),
-)
-"""(memory, optimizer.cpu_offload). The last one without and the last one with it leave the least on the device in any phase."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +142,7 @@ class Search:
     per_node: int
     say: Callable[[str], None] = lambda line: None
     efficiency: Efficiency = Efficiency()
+    node_bytes: float = NODE_BYTES
     measured: int = 0
     skipped: int = 0
     _ranks: dict[object, list[StageRank] | None] = field(default_factory=dict)
@@ -158,6 +150,7 @@ class Search:
     _seen: dict[_Chunk, Activations] = field(default_factory=dict)
     _large: dict[ParallelConfig, bool] = field(default_factory=dict)
     _work: dict[object, Workload] = field(default_factory=dict)
+    _whole: dict[ParallelConfig, float] = field(default_factory=dict)
 
     def run(self, *, most: int = MOST_PROPOSED, measured: int = MOST_MEASURED) -> list[Proposal]:
         """The fastest that fit, each of another layout; the config's own among the candidates. Empty: none was found.
@@ -217,7 +210,7 @@ class Search:
                 continue
             if (work := self.workload(config)) is None:
                 continue
-            update = {"memory": MEMORY[0][0], "optimizer": config.optimizer.model_copy(update={"cpu_offload": False})}
+            update = {"memory": MemoryConfig(), "optimizer": config.optimizer.model_copy(update={"cpu_offload": False})}
             seconds = plan_seconds(
                 config.model_copy(update=update), self.hf, self.gpus, self.gpu, work, None,
                 imbalance=self.imbalance, per_node=self.per_node, efficiency=self.efficiency,
@@ -277,16 +270,24 @@ class Search:
     ) -> tuple[float, TrainingStage, PhaseMemory] | None:
         """(seconds, config, fullest phase) with what `memory` and optimizer.cpu_offload have to move for it to fit."""
         found = []
-        for config in self._held(one.config):
+        for config in memory_choices(one.config):
             if isinstance(config, RLStage) and other.tp is not None:
                 rollout = config.rollout.model_copy(update=of_generators(config.rollout, other.tp))
                 config = config.model_copy(update={"rollout": rollout})
-            phases = tuple(phase_memory(config, self.hf, tuple(ranks), other.memory))
-            if all(phase.verdict(self.gpu) == "fits" for phase in phases):
+            phases = tuple(self._phases(config, ranks, other.memory))
+            if all(phase.verdict(self.gpu) == "fits" for phase in phases) and self._node_fits(
+                config, one, other, ranks
+            ):
                 moving = moving_seconds(config, self.hf, self.gpus, self.gpu, one.work.minibatches, self.efficiency)
                 fullest = max(phases, key=lambda phase: phase.total)
                 found.append((one.beside(other) + moving, config, fullest))
         return min(found, key=lambda choice: choice[0], default=None)
+
+    def _node_fits(self, config: TrainingStage, one: Trained, other: Generated, ranks: list[StageRank]) -> bool:
+        samples = planned_samples(config, self.hf, self.gpus, one.work) if isinstance(config, RLStage) else None
+        per_node = min(self.per_node, self.gpus)
+        host = host_memory(config, tuple(ranks), other.memory, per_node, samples)
+        return node_verdict(host, per_node, self.node_bytes) == "fits"
 
     def _bound(self, one: Trained) -> list[StageRank] | None:
         """The least that its fullest stages take by what was measured; None: no generator would leave room for it."""
@@ -324,24 +325,21 @@ class Search:
                 )  # fmt: skip
                 self._remember(one, 0, found)
 
-    def _held(self, config: TrainingStage) -> list[TrainingStage]:
-        """The config with what `memory` and optimizer.cpu_offload may be; its own first."""
-        choices = dict.fromkeys(((config.memory, config.optimizer.cpu_offload), *MEMORY))
-        found = []
-        for memory, cpu in choices:
-            optimizer = config.optimizer.model_copy(update={"cpu_offload": cpu})
-            held = config.model_copy(update={"memory": memory, "optimizer": optimizer})
-            if next(iter(held.memory_problems()), None) is None:
-                found.append(held)
-        return found
-
     def _fit(self, config: TrainingStage, ranks: list[StageRank]) -> bool:
         """Without a generator, when as little is on the device as can be."""
-        least = {held.optimizer.cpu_offload: held for held in self._held(config)[1:]}.values()
+        least = {one.optimizer.cpu_offload: one for one in memory_choices(config)[1:]}.values()
         return any(
-            all(phase.verdict(self.gpu) == "fits" for phase in phase_memory(held, self.hf, tuple(ranks), None))
-            for held in (*least, config)
+            all(phase.verdict(self.gpu) == "fits" for phase in self._phases(one, ranks, None))
+            for one in (*least, config)
         )
+
+    def _phases(
+        self, config: TrainingStage, ranks: list[StageRank], generator: GeneratorMemory | None
+    ) -> Iterator[PhaseMemory]:
+        """A parameter is as large whatever `memory` moves."""
+        if (layout := config.parallel) not in self._whole:
+            self._whole[layout] = largest_parameter_bytes(self.hf, config)
+        return phase_memory(config, self.hf, tuple(ranks), generator, self._whole[layout])
 
     def _measured(self, one: Trained) -> list[StageRank] | None:
         self.measured += 1

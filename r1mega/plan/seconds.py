@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from r1mega.config.layout import num_stages
+from r1mega.config.layout import num_stages, stage_layers
 from r1mega.config.model_files import HFConfig
 from r1mega.config.schema import ParallelConfig, TrainingStage
 from r1mega.config.stages.reward_model import RewardModelStage
@@ -253,45 +253,70 @@ def optimizer_steps(config: TrainingStage, minibatches: int) -> int:
 def optimizer_seconds(
     config: TrainingStage, hf: HFConfig, gpus: int, gpu: GPU, per_node: int, efficiency: Efficiency = ASSUMED
 ) -> float:
-    """Of one: gradients are added up over data-parallel ranks, each to the one that updates it, Adam reads and writes its state,
+    """Of one, on the pipeline stage that takes longest: gradients are added up over data-parallel ranks, each to the one that updates it, Adam reads and writes its state,
     and weights are handed round again. Nothing of it is hidden; what Adam on the CPU takes is in `moving_seconds`. Ranks of a
     pipeline stage follow one another, those of tp and cp, of ep and etp first; a group has a link to other nodes for each
     of its ranks in a node.
     """
     p, itemsize = config.parallel, getattr(torch, config.model.dtype).itemsize
-    dense, experts = (sum(sizes) / p.pp for sizes in zip(*layer_parameters(hf), strict=True))
     gradient = 4 if config.optimizer.grad_reduce_in_fp32 else itemsize
-    seconds, stage = 0.0, gpus / p.pp
+    stage = gpus / p.pp
     adam = gradient + itemsize + 2 * (4 + sum(moment_bytes(config.optimizer)))
-    for numbers, cut in ((dense, p.tp), (experts, p.ep * p.etp)):
+
+    def seconds(numbers: float, cut: int) -> float:
         ranks = stage / cut
         sent = (gradient + itemsize) * numbers / cut * (1 - 1 / ranks)
         across = 0.0 if stage <= per_node else 1 / (max(1.0, per_node / cut) * gpu.network_bandwidth)
-        seconds += sent * max(1 / gpu.nvlink_bandwidth, across) / efficiency.network
-        if not config.optimizer.cpu_offload:
-            seconds += adam * numbers / stage / (gpu.memory_bandwidth * efficiency.memory)
-    return seconds
+        took = sent * max(1 / gpu.nvlink_bandwidth, across) / efficiency.network
+        updated = 0.0 if config.optimizer.cpu_offload else adam * numbers / stage
+        return took + updated / (gpu.memory_bandwidth * efficiency.memory)
+
+    return max(seconds(dense, p.tp) + seconds(experts, p.ep * p.etp) for dense, experts in stage_parameters(config, hf))
 
 
 def moving_seconds(
     config: TrainingStage, hf: HFConfig, gpus: int, gpu: GPU, minibatches: int, efficiency: Efficiency = ASSUMED
 ) -> float:
     """Of a step, for what `memory` moves between device and host, and for Adam on the CPU: its weights and state of 28 bytes
-    a number go through host memory, taken as fast as the link. The reference takes the weights' place only where RL asks it. Nothing of it is hidden behind
-    anything.
+    a number go through host memory, taken as fast as the link. The reference takes the weights' place only where RL asks it. Of
+    the pipeline stage that has most to move. Nothing of it is hidden behind anything.
     """
     p, memory, itemsize = config.parallel, config.memory, getattr(torch, config.model.dtype).itemsize
-    dense, experts = (sum(sizes) for sizes in zip(*layer_parameters(hf), strict=True))
-    of_rank = itemsize * (dense / p.tp + experts / (p.ep * p.etp)) / p.pp
-    updated = (dense + experts) / gpus  # numbers whose optimizer state is this rank's
     updates = optimizer_steps(config, minibatches)
     swapped = memory.reference_swap and isinstance(config, RLStage) and config.algorithm.kl_coefficient > 0
-    moved = 2 * of_rank * (memory.param_offload + swapped)
     state = 4 + sum(moment_bytes(config.optimizer))
-    moved += 2 * state * updated * {"none": 0, "rollout": 1, "update": updates}[memory.optimizer_offload]
+    a_number = 2 * state * {"none": 0, "rollout": 1, "update": updates}[memory.optimizer_offload]
     if config.optimizer.cpu_offload:
-        moved += updates * updated * (4 + itemsize + 28)
-    return moved / (gpu.host_bandwidth * efficiency.network)
+        a_number += updates * (4 + itemsize + 28)
+
+    def moved(dense: float, experts: float) -> float:
+        weights = itemsize * (dense / p.tp + experts / (p.ep * p.etp))
+        updated = (dense + experts) * p.pp / gpus  # numbers whose optimizer state is this rank's
+        return 2 * weights * (memory.param_offload + swapped) + a_number * updated
+
+    most = max(moved(dense, experts) for dense, experts in stage_parameters(config, hf))
+    return most / (gpu.host_bandwidth * efficiency.network)
+
+
+def stage_parameters(config: TrainingStage, hf: HFConfig) -> list[tuple[float, float]]:
+    """Of each rank of the pipeline what `layer_parameters` says of its layers, with the tables of words: the embedding is on
+    the first one, the output layer on the last (none in a reward model; the same table where they are tied on one rank).
+    Layers of multi-token prediction are on the last one too, with an embedding of their own where the first is another rank.
+    """
+    p, layers = config.parallel, layer_parameters(hf)
+    table, stages = float(hf["vocab_size"] * hf["hidden_size"]), stage_layers(p, len(layers))
+    held = []
+    for rank in range(p.pp):
+        own = [layers[layer] for chunk in stages[rank :: p.pp] for layer in chunk]
+        tables = table * (rank == 0)
+        if rank == p.pp - 1:
+            tied = bool(hf.get("tie_word_embeddings")) and p.pp == 1
+            tables += table * (not tied and not isinstance(config, RewardModelStage))
+            if further := architecture_of(hf).num_mtp_layers if config.model.mtp_loss_coefficient > 0 else 0:
+                own += [layers[-1]] * further
+                tables += 2.0 * hf["hidden_size"] ** 2 * further + table * (p.pp > 1)
+        held.append((tables + sum(dense for dense, _ in own), sum(experts for _, experts in own)))
+    return held
 
 
 def layer_parameters(hf: HFConfig) -> list[tuple[float, float]]:

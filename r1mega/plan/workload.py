@@ -93,13 +93,15 @@ def replicas_work(config: TrainingStage, lengths: Lengths, gpus: int) -> Workloa
 def longest_drawn(config: TrainingStage) -> int:
     """Tokens of the longest response, of the longest sample where there are no prompts apart.
 
-    Raises ConfigError for a stage that trains nothing.
+    Raises ConfigError for a stage that is not planned (`base`).
     """
     if isinstance(config, RLStage):
         return config.rollout.max_response_tokens
     if isinstance(config, SFTStage | RewardModelStage):
         return config.data.max_tokens
-    raise ConfigError(f"stage {config.stage} trains nothing: there are no microbatches to plan")
+    raise ConfigError(
+        f"a stage {config.stage} is not planned: its samples have no lengths to draw; plan one of RL, SFT or a reward model"
+    )
 
 
 def workload(config: TrainingStage, lengths: Lengths, replicas: int, multiple: int = 1) -> Workload:

@@ -19,7 +19,7 @@ ALLOWED = {
     "kernels": 5,
     "model": 69,
     "observe": 67,
-    "plan": 45,
+    "plan": 41,
     "platform": 71,
     "reward": 31,
     "rollout": 18,

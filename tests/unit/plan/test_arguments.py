@@ -21,7 +21,10 @@ ZERO = str(REPOSITORY / "configs/deepseek_v3_671b/zero.yaml")
         (("--mean", "40000"), "allows 32,768 tokens at most"),
         (("--imbalance", "inf"), "--imbalance inf: wants a number"),
         (("--gpu", "h100"), "--gpu h100: not one of h100-80, h200"),
-        (("--gpus", "12"), "12"),
+        (("--gpus", "12"), "--gpus 12 --search` proposes layouts"),
+        (("--gpus", "256"), "zero_256.yaml is made for 256 GPUs"),
+        (("--gpus", "12"), "rollout.tp = 32 does not divide the 12 processes; 4 would"),
+        (("--host-memory", "inf"), "--host-memory inf: wants a number"),
         (("--gpus", "100000"), "100000"),
         (("--sbatch", "missing/job.sh"), "--sbatch missing/job.sh: wants the name of a file"),
         (("--sbatch", "."), "--sbatch .: wants the name of a file"),
@@ -34,6 +37,16 @@ def test_what_is_refused(words, said, tmp_path, monkeypatch):
     found = CliRunner().invoke(app, ["plan", ZERO, *(() if "--gpus" in words else ("--gpus", "512")), *words])
     assert isinstance(found.exception, ConfigError), found.output
     assert said in str(found.exception)
+
+
+def test_another_config_is_named_for_its_gpus_alone():
+    """512 are what this one is made for too: what is refused is another thing, or the layout that is given beside it."""
+    for words, searched in (("model.offload_modules=[core_attn]", False), ("parallel.etp=2", True)):
+        found = CliRunner().invoke(app, ["plan", ZERO, "--gpus", "512", words])
+        said = str(found.exception)
+        assert (
+            words.split("=")[0].split(".")[1] in said and "is made for" not in said and ("--search" in said) == searched
+        )
 
 
 @pytest.mark.parametrize("text", ["", "500,600\n", "12.5\n", "500\n0\n", "tokens\n"])
@@ -50,3 +63,8 @@ def test_lengths_that_are_none(text, tmp_path):
 def test_what_is_out_of_bounds_is_a_usage_error(words):
     found = CliRunner().invoke(app, ["plan", ZERO, *words])
     assert found.exit_code == 2 and words[0] in found.output
+
+
+def test_a_stage_that_is_not_planned_is_not_said_to_train_nothing():
+    found = CliRunner().invoke(app, ["plan", str(REPOSITORY / "configs/nano/base.yaml"), "--gpus", "4"])
+    assert isinstance(found.exception, ConfigError) and "a stage base is not planned" in str(found.exception)

@@ -6,8 +6,10 @@ import dataclasses
 import itertools
 import json
 import math
+import random
 import sys
 import weakref
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,18 +24,24 @@ from r1mega.config.stages.rl import AlgorithmConfig
 from r1mega.errors import ConfigError
 from r1mega.plan import rank
 from r1mega.plan.generator import (
-    GeneratorMemory,
     generator_memory,
-    generator_memory_problems,
-    kv_bytes_per_token,
-    weight_bytes,
 )
 from r1mega.plan.given import read_model
 from r1mega.plan.gpu import gpu_kind
-from r1mega.plan.memory import PhaseMemory, StageRank, in_flight, largest_parameter_bytes, phase_memory, plan_memory
+from r1mega.plan.memory import (
+    PhaseMemory,
+    StageRank,
+    checkpoint_bytes,
+    host_memory,
+    in_flight,
+    largest_parameter_bytes,
+    node_verdict,
+    phase_memory,
+    plan_memory,
+)
 from r1mega.plan.memory import _advice as advice
 from r1mega.plan.memory import _head_bytes as head_bytes
-from r1mega.plan.memory import _host_and_disk as host_and_disk
+from r1mega.plan.memory import _Placed as Placed
 from r1mega.plan.place import _rank_groups as rank_groups
 from r1mega.plan.place import as_rank
 from r1mega.plan.rank import Activations, RankMemory, Routes, Static, measure
@@ -93,7 +101,7 @@ def test_what_is_moved_to_host_memory_is_not_kept():
     assert moved.pinned == 4 * (2**26 + 2**25 + 2**23)
     config = load_config(CONFIGS / "moonlight_16b/sft.yaml", [])
     rank = StageRank(0, RankMemory(Static(0, 0, 0, 0, 0, 0, 0, 0), (moved,)), in_flight=3, head_bytes=0)
-    host, _ = host_and_disk(config, DEEPSEEK, (rank,), None, 8)
+    host = host_memory(config, (rank,), None, 8)
     assert host["activations"] == 8 * 3 * moved.pinned
 
 
@@ -147,57 +155,13 @@ def test_activations_in_flight():
     assert in_flight(ParallelConfig(pp=4, vpp=2), 3, 8) == 2.5  # megatron: 0 + 4 + 1 chunks of two
 
 
-def test_generator_weights_are_the_layouts():
-    total = 671.0e9  # parameters, without multi-token prediction
-    assert weight_bytes(DEEPSEEK, torch.bfloat16, 1, 1) == pytest.approx(2 * total, rel=0.001)
-    replicated = 61 * HIDDEN * (1536 + 576) + 58 * 256 * HIDDEN
-    expected = 2 * (replicated + (total - replicated) / 64)
-    assert weight_bytes(DEEPSEEK, torch.bfloat16, 64, 1) == pytest.approx(expected, rel=0.001)
-    assert kv_bytes_per_token(DEEPSEEK, torch.bfloat16, 64) == 61 * 576 * 2
-    halves = weight_bytes(DEEPSEEK, torch.bfloat16, 1, 1, fp8=True) / (
-        2 * total
-    )  # embeddings, head and routers are not in FP8
-    assert 0.5 < halves < 0.504
-    dense = (
-        3 * 3 * HIDDEN * 18432
-    )  # of the first three layers; routed experts are whole, 8 a rank, and the shared one is on each
-    shared, routed = 58 * 3 * HIDDEN * 2048, 58 * 256 * 3 * HIDDEN * 2048
-    attention = total - replicated - dense - shared - routed - 2 * HIDDEN * 129280
-    expected = replicated + shared + routed / 32 + (dense + attention + 2 * HIDDEN * 129280) / 4
-    assert weight_bytes(DEEPSEEK, torch.bfloat16, 4, 32) == pytest.approx(2 * expected, rel=0.002)
-
-
-def test_ranks_that_share_a_cache_hold_more_tokens():
-    path = CONFIGS / "deepseek_v3_671b/zero.yaml"
-
-    def memory(*keys: str) -> GeneratorMemory:
-        rollout = load_config(path, list(keys)).rollout
-        return generator_memory(DEEPSEEK, torch.bfloat16, rollout, gpu_kind("h100-80").memory_bytes)
-
-    whole, cut = memory(), memory("rollout.dcp=8")
-    assert cut.kv_cache == whole.kv_cache and cut.kv_tokens // 8 == whole.kv_tokens
-    # eight generators share experts: each rank's have the tokens of all
-    few = memory("rollout.tp=4", "rollout.ep=32", "rollout.max_batched_tokens=1024")
-    assert few.profile == 1024 * (4 + 8 * (16 + 2)) * HIDDEN * 2 + 256 * 129280 * 4 * 3
-
-
-def test_a_generator_that_no_gpu_holds_is_refused_with_the_number():
-    path = CONFIGS / "deepseek_v3_671b/zero.yaml"
-    config = load_config(path, ["rollout.tp=1"])
-    (problem,) = generator_memory_problems(config, read_model(config, path), gpu_kind("h100-80"), 512)
-    assert "rollout.tp = 1" in problem and "1,342.1 GB" in problem and "at least 32" in problem
-    shipped = load_config(path, [])
-    assert not list(generator_memory_problems(shipped, read_model(shipped, path), gpu_kind("h100-80"), 512))
-
-
-def test_longer_passes_leave_less_cache():
-    path = CONFIGS / "deepseek_v3_671b/zero.yaml"
-    sizes = []
-    for tokens in (8192, 33793):
-        rollout = load_config(path, [f"rollout.max_batched_tokens={tokens}"]).rollout
-        sizes.append(generator_memory(DEEPSEEK, torch.bfloat16, rollout, gpu_kind("h100-80").memory_bytes))
-    # two workspaces of [tokens, 8, hidden] and four of [tokens, hidden]
-    assert sizes[0].kv_cache - sizes[1].kv_cache == pytest.approx((33793 - 8192) * 20 * HIDDEN * 2)
+def test_a_dispatcher_of_a_library_that_is_not_here_is_planned():
+    hf = json.loads((CONFIGS / "nano/model/config.json").read_text())
+    one, other = (
+        measure(hf, ModelConfig(path="unused", dispatcher=name), ParallelConfig(ep=2), None, world=2, rank=0, tokens=8)
+        for name in ("alltoall", "deepep")
+    )
+    assert one == other
 
 
 def test_fp8_is_refused_where_there_is_none():
@@ -211,6 +175,7 @@ def test_fp8_is_refused_where_there_is_none():
     [
         ("model.offload_modules=[core_attn]", "recompute = full nothing of a layer is kept"),
         ("model.megatron.overlap_moe_expert_parallel_comm=true", "wants parallel.vpp > 1 in a pipeline"),
+        ("model.dispatcher=deepep", "moe_shared_expert_overlap wants model.dispatcher = alltoall, not deepep"),
     ],
 )
 def test_keys_that_a_run_refuses_together_are_not_planned(key, message):
@@ -219,23 +184,11 @@ def test_keys_that_a_run_refuses_together_are_not_planned(key, message):
         plan_memory(config, DEEPSEEK, 512, gpu_kind("h100-80"), None, imbalance=1.0, per_node=8)
 
 
-def test_generators_that_cannot_share_experts_are_refused_as_by_the_stage():
-    wide = ["rollout.tp=32", "rollout.ep=64", "rollout.max_batched_tokens=1024"]
-    for name, keys, message in (
-        ("evaluate", [], "each samples at its own pace"),
-        ("zero", ["rollout.router_replay=true"], "choices of experts are not recorded"),
-        ("zero", ["reward.judge.engine=policy", "reward.judge.weight=1"], "asks each generator for itself"),
-    ):
-        config = load_config(CONFIGS / f"deepseek_v3_671b/{name}.yaml", wide + keys)
-        with pytest.raises(ConfigError, match=message):
-            plan_memory(config, DEEPSEEK, 512, gpu_kind("h100-80"), None, imbalance=1.0, per_node=8)
-
-
 def test_a_save_has_the_layers_of_multi_token_prediction():
     sizes = []
     for words in ((), ("model.mtp_loss_coefficient=0.3",)):
         config = load_config(CONFIGS / "deepseek_v3_671b/sft.yaml", list(words))
-        sizes.append(host_and_disk(config, DEEPSEEK, (stage_rank(),), None, 8)[1])
+        sizes.append(checkpoint_bytes(config, DEEPSEEK))
     assert sizes[1] - sizes[0] == pytest.approx(14 * 11.6e9, rel=0.02)  # one more layer, and what joins two states
 
 
@@ -274,6 +227,62 @@ def test_the_advice_to_compute_all_again_names_what_does_not_go_with_it():
     assert advice(config, update) == "set model.recompute=full, and leave model.offload_modules out"
 
 
+@pytest.mark.parametrize(
+    ("gigabytes", "said"), [(0, "fits"), (1959, "fits"), (1961, "at risk"), (2001, "does not fit")]
+)
+def test_a_node_keeps_five_gigabytes_for_each_of_its_ranks(gigabytes, said):
+    assert node_verdict({"save": 1e9 * gigabytes} if gigabytes else {}, 8, 2000e9) == said
+
+
+def trainer_of(parameters: float, kept: float) -> StageRank:
+    """As many bfloat16 weights, whose float32 state is shared by two; kept: bytes of activations."""
+    n = int(parameters)
+    static = Static(2 * n, 4 * n, 2 * n, 2 * n, 2 * n, num_parameters=n, num_expert_parameters=0, reference=2 * n)
+    return StageRank(0, RankMemory(static, (Activations(8, kept, 1e9, 1e9, {}),)), in_flight=1, head_bytes=0)
+
+
+def test_a_trainer_is_told_its_keys_beside_a_generator_that_cannot_start():
+    path, gpu = CONFIGS / "moonlight_16b/zero.yaml", gpu_kind("h100-80")
+    config = load_config(path, ["rollout.kv_cache_bytes=1000", "memory.optimizer_offload=none", "model.recompute=full"])
+    hf = read_model(config, path)
+    memory = generator_memory(hf, torch.bfloat16, config.rollout, gpu.memory_bytes)
+    placed = Placed(hf, gpu, 8, (trainer_of(7e9, 1e9),), memory, 8, 4000e9, None, 1e9)
+    said = dict(problem.split(": ", 1) for problem in placed.problems(config, starts=False))
+    assert "set " in said["update"] and "optimizer.cpu_offload=true" in said["update"] and "rollout" not in said
+
+
+def test_what_is_told_to_set_makes_it_fit():
+    """Of drawn trainers and generators: where keys are named for a phase or a node, it fits with them."""
+    path, gpu, numbers = CONFIGS / "moonlight_16b/zero.yaml", gpu_kind("h100-80"), random.Random(3)
+    hf = read_model(load_config(path), path)
+    told: Counter[str] = Counter()
+    for _ in range(40):
+        keys = [
+            f"memory.optimizer_offload={numbers.choice(('none', 'rollout'))}", f"memory.reference_swap={numbers.random() < 0.5}",
+            f"memory.param_offload={numbers.random() < 0.5}", f"checkpoint.async_save={numbers.random() < 0.5}",
+            f"rollout.gpu_memory_utilization={numbers.choice((0.9, 0.97))}", "model.recompute=full",
+        ]  # fmt: skip
+        config = load_config(path, keys)
+        memory = generator_memory(hf, torch.bfloat16, config.rollout, gpu.memory_bytes)
+        trainer = trainer_of(numbers.uniform(1e9, 12e9), numbers.uniform(0, 30e9))
+        placed = Placed(hf, gpu, 8, (trainer,), memory, 8, 2000e9, None, 1e9)
+        if numbers.random() < 0.5:
+            placed = dataclasses.replace(placed, node_bytes=0.9 * sum(placed.host(config).values()) + 40e9)
+        for problem in placed.problems(config):
+            where, words = problem.split(":")[0], problem.partition("set ")[2].split()
+            told["" if not words else words[0].split("=")[0]] += 1
+            if not words:
+                continue
+            after = load_config(path, [*keys, *words])
+            memory = generator_memory(hf, torch.bfloat16, after.rollout, gpu.memory_bytes)
+            there = dataclasses.replace(placed, generator=memory)
+            left = [phase for phase in there.phases(after) if phase.verdict(gpu) != "fits"]
+            assert where not in [phase.phase for phase in left], (keys, problem)
+            assert words[0].startswith("rollout.") or (not left and not list(there.problems(after))), (keys, problem)
+            told |= Counter(host=1) if where == "host" else Counter()
+    assert {"", "rollout.gpu_memory_utilization", "host"} < set(told) and len(told) > 4, told
+
+
 @pytest.mark.parametrize("layout", [{"tp": 2}, {"tp": 2, "etp": 2}, {}])
 def test_a_model_leaves_a_rank_by_its_largest_parameter(layout):
     """The export itself, on tensors without memory: its peak is that of the largest parameter, and what is cast of none."""
@@ -292,12 +301,11 @@ def test_a_model_leaves_a_rank_by_its_largest_parameter(layout):
 
 def test_a_save_in_the_background_takes_its_share_again():
     """Of 8 ranks with 1,000 elements each."""
-    hf = json.loads((CONFIGS / "moonlight_16b/model/config.json").read_text())
     saved = []
     for background in ("false", "true"):
         config = load_config(CONFIGS / "moonlight_16b/sft.yaml", [f"checkpoint.async_save={background}"])
         aware = config.optimizer.model_copy(update={"precision_aware": True})
-        host, _ = host_and_disk(config.model_copy(update={"optimizer": aware}), hf, (stage_rank(),), None, 8)
+        host = host_memory(config.model_copy(update={"optimizer": aware}), (stage_rank(),), None, 8)
         saved.append(host["save"])
     assert saved == [8 * (20 * 1000 + 2000), 8 * (32 * 1000 + 2000)]
 
@@ -391,7 +399,7 @@ def test_samples_take_a_share_of_host_memory_and_not_all_of_it():
     replays = config.model_copy(update={"rollout": config.rollout.model_copy(update={"router_replay": True})})
     work = workload(config, Lengths(mean=9000), replicas=16)
     plain, routed = (planned_samples(one, DEEPSEEK, 512, work) for one in (config, replays))
-    host, _ = host_and_disk(config, DEEPSEEK, (stage_rank(),), None, 8, plain)
+    host = host_memory(config, (stage_rank(),), None, 8, plain)
     assert host["samples"] == 8 * plain.peak
     assert plain.peak < 0.8e9 and routed.peak < 3.3e9
     algorithm = config.algorithm.model_copy(update={"router_replay": True})

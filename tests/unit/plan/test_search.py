@@ -12,7 +12,7 @@ import pytest
 
 from r1mega.config.load import load_config
 from r1mega.errors import ConfigError
-from r1mega.plan.candidates import candidates, uneven_stages
+from r1mega.plan.candidates import candidates, memory_choices, uneven_stages
 from r1mega.plan.command import Job, search_lines
 from r1mega.plan.given import read_model
 from r1mega.plan.gpu import gpu_kind
@@ -52,7 +52,7 @@ def test_the_search_finds_what_looking_at_all_finds():
     taken = []
     for one in search.trained():
         ranks = tuple(stage_ranks(one.config, search.hf, 4, one.work, 1.5))
-        for held in search._held(one.config):
+        for held in memory_choices(one.config):
             size = max(p.total for p in phase_memory(held, search.hf, ranks, None))
             moving = moving_seconds(held, search.hf, 4, kind, one.work.minibatches)
             taken.append((one.seconds + moving, size))
@@ -138,7 +138,7 @@ def test_the_command_prints_words_for_the_shell():
     said: list[str] = []
     job = Job(SFT, ["seed=3"], 1, "h100-80", Lengths(80), 1.5, per_node=8)
     lines, found = search_lines(job, said.append)
-    assert found and lines[0].split()[1] == "s" and any("measured 1:" in line for line in said)
+    assert found and " s a step, fullest in " in lines[0] and any("measured 1:" in line for line in said)
     path, first, *overrides = shlex.split(lines[1])
     assert Path(path) == SFT and first == "seed=3" and load_config(SFT, overrides)
     with pytest.raises(ConfigError, match="trains nothing"):

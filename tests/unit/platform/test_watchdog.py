@@ -18,6 +18,7 @@ import pytest
 
 from r1mega.config.schema import TimeoutsConfig, WatchdogConfig
 from r1mega.errors import EXIT_STALLED
+from r1mega.platform.stacks import record_collectives
 from r1mega.platform.watchdog import (
     FLOOR_SECONDS,
     UNSEEN_SECONDS,
@@ -27,7 +28,6 @@ from r1mega.platform.watchdog import (
     _Seen,
     behind,
     prepare_directory,
-    record_collectives,
 )
 
 pytestmark = pytest.mark.heavy

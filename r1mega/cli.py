@@ -41,7 +41,7 @@ def train(
 ) -> None:
     """Run one stage, from wherever an earlier start left it. Also under torchrun and srun."""
     if ranks is not None:
-        raise typer.Exit(_train_on_ranks(config, overrides or [], ranks))
+        ending.leave(_train_on_ranks(config, overrides or [], ranks))
     ending.requeue_on_signals()
     from r1mega.config.load import load_config
     from r1mega.config.validate import validate
@@ -64,7 +64,7 @@ def train(
         if ending.is_first_rank():
             tell("starting anew for the next generator: one a process")
         restart()
-    raise typer.Exit(code)
+    ending.leave(code)
 
 
 def _train_on_ranks(path: Path, overrides: list[str], ranks: int) -> int:

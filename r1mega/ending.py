@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from typing import NoReturn
 
 from r1mega.errors import EXIT_FILE, EXIT_SAVED_FOR_REQUEUE, ConfigError, DataError, R1MegaError, StragglerError
 
@@ -79,6 +80,15 @@ def exit_on_signals(code: int) -> None:
     for number in numbers:
         signal.signal(number, lambda *_: os._exit(code))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)  # a restart blocks them (platform/launcher.py)
+
+
+def leave(code: int) -> NoReturn:
+    """With that code, whatever is asked from here on: the interpreter's end takes Python's handlers away, and seconds after that a signal
+    would end the process by itself, as if nothing had been saved.
+    """
+    for number in (signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    sys.exit(code)
 
 
 def is_first_rank() -> bool:

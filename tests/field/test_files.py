@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -330,6 +331,17 @@ def test_a_rank_that_is_ended_while_it_waits_for_the_cause_saves_nothing():
         "cli.app, time.sleep = app, lambda _: os.kill(os.getpid(), signal.SIGTERM)\ncli.main()"
     )
     assert subprocess.run([sys.executable, "-c", waits], capture_output=True).returncode == StragglerError.exit_code
+
+
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGUSR2"])
+def test_a_signal_in_the_interpreters_end_leaves_the_exit_code(number):
+    """When Python has no handlers any more: what of an object's end comes after them sends it."""
+    ends = (
+        "import os, signal; from r1mega import ending\n"
+        f"class Late:\n    def __del__(self, kill=os.kill, pid=os.getpid()): kill(pid, {getattr(signal, number):d})\n"
+        "late = Late(); ending.requeue_on_signals(); ending.leave(3)"
+    )
+    assert subprocess.run([sys.executable, "-c", ends], capture_output=True).returncode == 3
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])

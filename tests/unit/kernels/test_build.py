@@ -210,6 +210,8 @@ def test_cuda_kernels_keep_their_budgets(build):
         for kernel in ("log_prob_stats", "log_prob_backward"):
             assert {(kernel, "bf16", target), (kernel, "fp32", target)} <= compiled
         assert {(k, None, target) for k in ("log_prob_merge", "token_loss", "group_advantages")} <= compiled
+    if report["cuobjdump"] is None:
+        pytest.skip("all but the instructions of loops, which no cuobjdump was there to count")
 
 
 def test_over_budget_is_reported():

@@ -31,7 +31,7 @@ class NodeConfig(Section):
 
     config: Path
     overrides: dict[str, Any] = {}
-    ranks: PositiveInt = 1  # processes; more than one: on this machine, or by the launcher that the command names
+    ranks: PositiveInt | None = None  # the pipeline's
 
 
 class PipelineConfig(Section):
@@ -39,6 +39,8 @@ class PipelineConfig(Section):
 
     name: str
     dir: Path
+    ranks: PositiveInt = 1
+    # processes of a node that says nothing else; more than one: on this machine, or by the launcher that the command names
     ranks_per_machine: PositiveInt = 8
     overrides: dict[str, Any] = {}
     external: dict[str, Path | None] = {}
@@ -117,7 +119,7 @@ def load_pipeline(path: Path, overrides: Sequence[str] = (), moved: Mapping[Path
         stages[name] = _moved(stage, {**(moved or {}), file.dir: config.dir})
     _check_run_dirs(stages)
     nodes = {
-        name: Node(name, stages[name], path.parent / node.config, node.ranks, _inputs(name, stages))
+        name: Node(name, stages[name], path.parent / node.config, node.ranks or config.ranks, _inputs(name, stages))
         for name, node in config.nodes.items()
     }
     external = {_move(Path(name).expanduser(), file.dir, config.dir): model for name, model in config.external.items()}

@@ -36,6 +36,19 @@ def test_every_shipped_pipeline_loads_and_could_run(path):
     check_pipeline(pipeline, list(pipeline.nodes), dry_run=True)
 
 
+def test_the_quickstart_is_the_same_on_any_machine_and_takes_a_number_of_ranks():
+    """Sums are in another order with other threads or ranks: neither may depend on how many cores there are."""
+    pipeline = load_pipeline(NANO)
+    assert {node.config.threads for node in pipeline.nodes.values()} == {1}
+    alone = {"base", "reward_helpful", "reward_harmless"}
+    assert {name: node.ranks for name, node in pipeline.nodes.items()} == {
+        name: 1 if name in alone else 2 for name in pipeline.nodes
+    }
+    assert {node.ranks for node in load_pipeline(NANO, ["ranks=1"]).nodes.values()} == {1}
+    other = load_pipeline(NANO, ["ranks=4", "nodes.zero.ranks=3"])
+    assert [other.nodes[name].ranks for name in ("base", "zero", "sft")] == [1, 3, 4]
+
+
 def test_the_documentations_example_could_run(tmp_path):
     example = re.search(r"```yaml\n(.*?)```", Path("docs/pipeline.md").read_text(), re.DOTALL)[1]
     (tmp_path / "mine.yaml").write_text(example.replace("../configs", f"{Path.cwd()}/configs"))

@@ -87,7 +87,7 @@ setup(
             "uv>=0.9",
         ],
     },
-    entry_points={"console_scripts": ["r1mega = r1mega.cli:main"]},
+    entry_points={"console_scripts": ["r1mega = r1mega.__main__:main"]},
     cmdclass={
         "build_py": BuildPy,
         "develop": with_kernels(develop),

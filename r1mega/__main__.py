@@ -1,6 +1,12 @@
-"""`python -m r1mega`, and what torchrun starts."""
+"""`python -m r1mega`, what torchrun starts, and the `r1mega` command."""
 
-from r1mega.cli import main
+from r1mega import cli, ending
+
+
+def main() -> None:
+    """Entry point."""
+    ending.run(cli.main)
+
 
 if __name__ == "__main__":  # a checkpoint's writer processes import this module again
     main()

@@ -17,6 +17,7 @@ import typer
 from r1mega import ending
 from r1mega.arguments import ConfigPath, Overrides, Quiet, Redo, expanded_path, positive
 from r1mega.errors import ConfigError, FreshProcessNeeded
+from r1mega.loading import uncollected
 from r1mega.noise import silence
 
 app = typer.Typer(
@@ -50,11 +51,11 @@ def train(
     loaded = load_config(config, overrides or [])
     validate(loaded)
     scan_data(loaded)
-    # from here on torch is imported: what is wrong with the files is told before, at once
-    from r1mega.observe.progress import tell
-    from r1mega.platform.launcher import adopt_launcher_environment, restart
-    from r1mega.platform.validate import validate_platform
-    from r1mega.stages import run_stage
+    with uncollected():  # from here on torch is imported: what is wrong with the files is told before, at once
+        from r1mega.observe.progress import tell
+        from r1mega.platform.launcher import adopt_launcher_environment, restart
+        from r1mega.platform.validate import validate_platform
+        from r1mega.stages import run_stage
 
     adopt_launcher_environment()
     validate_platform(loaded)
@@ -444,7 +445,3 @@ def main() -> None:
     silence()
     with ending.told():
         app()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,15 +1,13 @@
 """A process that has imported what runs of r1mega import, and forks for each: a start costs a fork, not ten seconds of imports.
 
 Started by tests/processes.py, with the socket of its requests as standard input. A fork has arguments, variables, directory and
-standard streams of its own; it waits for its threads and calls its exit handlers as the interpreter does, but takes no module
-down after them: that went through all that is imported, a third of a short run. What forks share and real starts do not: the
+standard streams of its own, and ends as the command does (r1mega/ending.py). What forks share and real starts do not: the
 seed of text hashes (the order of sets), addresses, and variables that are read at import. So each test that compares runs has
 one real start.
 """
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import gc
 import json
@@ -18,13 +16,13 @@ import runpy
 import signal
 import socket
 import sys
-import threading
 import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy
+
+from r1mega import ending
 
 STREAMS = 3
 
@@ -42,13 +40,12 @@ def preload() -> None:
     from r1mega.platform import vllm_cpu, vllm_import
 
     vllm_cpu.prepare_environment()
-    import vllm.v1.engine.llm_engine
-    import vllm.v1.worker.cpu_worker  # noqa: F401
     from vllm.platforms import current_platform
 
     current_platform.register_triton_kernel_overrides()  # goes through all modules; once a process (platform/vllm_cpu_patches.py)
     torch._dynamo.config.disable = False  # until a run prepares vLLM's environment itself
-    assert not any(map(sys.modules.get, vllm_import.NOT_USED)), "imported, and seconds of every start lost"
+    lost = [*vllm_import.NOT_USED, *vllm_import.STOOD_IN_FOR, "openai"]
+    assert not any(map(sys.modules.get, lost)), "imported, and seconds of every start lost"
     assert len(os.listdir("/proc/self/task")) == 1, "a thread would be missing in the forks"
 
 
@@ -99,29 +96,7 @@ def become(arguments: list[str], environment: dict[str, str], directory: str, st
     path = [first, *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
     sys.path[:] = list(dict.fromkeys([*path, *sys.path]))
     run = runpy.run_module if is_module else runpy.run_path
-    end(lambda: run(program, run_name="__main__", **({"alter_sys": True} if is_module else {})))
-
-
-def end(main: Callable[[], Any]) -> NoReturn:
-    """Call `main` and end as `python` does after it, but without taking modules down: `__del__` at the end, files left open and
-    C++ destructors are what real starts alone show.
-    """
-    code: Any = 0
-    try:
-        main()
-    except SystemExit as error:
-        code = error.code
-    except Exception:
-        sys.excepthook(*sys.exc_info())
-        code = 1
-    if not isinstance(code, int | None):
-        print(code, file=sys.stderr)
-        code = 1
-    threading._shutdown()  # type: ignore[attr-defined]  # waits for threads, after what concurrent.futures asks for
-    atexit._run_exitfuncs()
-    for stream in filter(None, (sys.stdout, sys.stderr)):
-        stream.flush()
-    os._exit((code or 0) & 0xFF)
+    ending.run(lambda: run(program, run_name="__main__", **({"alter_sys": True} if is_module else {})))
 
 
 if __name__ == "__main__":

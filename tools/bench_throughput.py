@@ -240,4 +240,6 @@ def compare(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from r1mega import ending
+
+    ending.run(main)

@@ -6,15 +6,19 @@ before or after (vLLM replaces parts of torch.cuda itself).
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
 import logging
+import marshal
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from types import CodeType, ModuleType
-from typing import Any
+from typing import Any, Literal
 
 from r1mega.errors import PlatformError
 from r1mega.noise import silence
@@ -64,7 +68,9 @@ def apply_patches(module: str, source: str, patches: Sequence[Patch]) -> str:
 
 
 class _Loader(importlib.machinery.SourceFileLoader):
-    """Compiles the changed source; unchanged modules take Python's own way, with its bytecode cache."""
+    """Compiles the changed source, once: what came of it is kept beside Python's own bytecode, with a digest of all that it came from.
+    Unchanged modules take Python's own way.
+    """
 
     def __init__(self, fullname: str, path: str, patches: Sequence[Patch], cpu: bool, names: dict[str, Any]):
         super().__init__(fullname, path)
@@ -72,21 +78,51 @@ class _Loader(importlib.machinery.SourceFileLoader):
 
     def get_code(self, fullname: str) -> CodeType | None:
         """See importlib. Raises PlatformError where a patch finds no longer what it replaces."""
-        with open(self.path, encoding="utf-8") as file:
-            original = file.read()
+        original = self.get_data(self.path)
+        kept = importlib.util.cache_from_source(self.path, optimization="r1megacpu" if self._cpu else "r1mega")
+        came_from = (
+            repr((_rules(), self._patches, self._cpu, self.path, importlib.util.MAGIC_NUMBER)).encode() + original
+        )
+        if (code := _read_code(kept, came_from)) is None:
+            code = self._changed(fullname, original.decode())
+            if not sys.dont_write_bytecode:
+                content = marshal.dumps(code)
+                self.set_data(kept, _digest(came_from) + _digest(content) + content)
+        return code or super().get_code(fullname)
+
+    def _changed(self, fullname: str, original: str) -> CodeType | Literal[""]:
+        """Nothing where nothing was to change."""
         module = fullname.removeprefix("megatron.core.")
         source = apply_patches(module, original, self._patches)
         if self._cpu:
             source = rewrite_for_cpu(source)
             if module in _EXPECTED_REWRITES and source == original:
                 raise PlatformError(f"{fullname}: no use of CUDA found to rewrite; megatron-core has changed")
-        if source == original:
-            return super().get_code(fullname)
-        return compile(source, self.path, "exec", dont_inherit=True)
+        return compile(source, self.path, "exec", dont_inherit=True) if source != original else ""
 
     def exec_module(self, module: ModuleType) -> None:
         module.__dict__.update(self._names)
         super().exec_module(module)
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.sha256(content).digest()
+
+
+@functools.cache
+def _rules() -> bytes:
+    """What a source is changed by, beside the patches: a digest of this file."""
+    return _digest(Path(__file__).read_bytes())
+
+
+def _read_code(path: str, came_from: bytes) -> CodeType | Literal[""] | None:
+    """None where there is none, none of that, or none that is whole."""
+    try:
+        content = Path(path).read_bytes()
+    except OSError:
+        return None
+    source, whole, content = content[:32], content[32:64], content[64:]
+    return marshal.loads(content) if source == _digest(came_from) and whole == _digest(content) else None
 
 
 class _Finder(importlib.abc.MetaPathFinder):

@@ -14,6 +14,7 @@ import torch
 
 from r1mega.config.model_files import HFConfig
 from r1mega.errors import PlatformError
+from r1mega.loading import uncollected
 from r1mega.platform import vllm_cpu_patches
 from r1mega.platform.vllm_import import import_vllm
 from r1mega.platform.vllm_scheduler import scheduler_class
@@ -62,11 +63,12 @@ def prepare_environment() -> None:
             )
     if os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
         raise PlatformError("VLLM_CPU_KVCACHE_SPACE is set and would override rollout.kv_cache_bytes; unset it")
-    import torch._dynamo  # importing it here: the variable is read once, and another library may have been first
+    with uncollected():
+        import torch._dynamo  # importing it here: the variable is read once, and another library may have been first
 
-    torch._dynamo.config.disable = True
-    check_version(PACKAGE)
-    import_vllm()
+        torch._dynamo.config.disable = True
+        check_version(PACKAGE)
+        import_vllm()
 
 
 def apply_patches() -> None:

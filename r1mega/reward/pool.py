@@ -111,7 +111,7 @@ class _Worker:
         """The reply to one task. Raises WorkerDiedError; the worker is then of no further use."""
         if task.function not in self.warm:  # imports are awaited apart, so that a slow start costs the task nothing
             begin = time.monotonic()
-            self._exchange(Task("r1mega.reward.pool:warm_up", (task.function,), start_seconds))
+            self._exchange(Task("r1mega.reward.worker:warm_up", (task.function,), start_seconds))
             self.started_seconds = max(self.started_seconds, time.monotonic() - begin)
             self.warm.add(task.function)
         return self._exchange(task)
@@ -148,17 +148,6 @@ class _Worker:
         with contextlib.suppress(BrokenPipeError):  # bytes that the dead worker never read
             self.requests.close()
         self.replies.close()
-
-
-def warm_up(function: str) -> bool:
-    """Import the libraries of a task's module, outside the limit of the first task."""
-    import importlib
-
-    module = importlib.import_module(function.partition(":")[0])
-    prepare = getattr(module, "prepare", None)
-    if prepare is not None:
-        prepare()
-    return True
 
 
 class WorkerPool:

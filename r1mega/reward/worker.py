@@ -41,6 +41,15 @@ def limit_memory(num_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
+def warm_up(function: str) -> bool:
+    """Import the libraries of a task's module, outside the limit of the first task."""
+    module = importlib.import_module(function.partition(":")[0])
+    prepare = getattr(module, "prepare", None)
+    if prepare is not None:
+        prepare()
+    return True
+
+
 def serve(memory_bytes: int, parent: int) -> None:
     """Answer requests until stdin closes. Replies: {"value"}, {"error"}, or {"fatal"} after which the process ends."""
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")

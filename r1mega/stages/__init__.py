@@ -15,6 +15,7 @@ from r1mega.config.schema import Stage, TrainingStage
 from r1mega.config.stages.reward_model import RewardModelStage
 from r1mega.config.stages.rl import RLStage
 from r1mega.errors import CheckpointError, ConfigError
+from r1mega.loading import uncollected
 from r1mega.observe.progress import tell
 from r1mega.observe.run import RunDirectory
 from r1mega.reward.custom import load_part
@@ -47,10 +48,11 @@ def run_stage(config: Stage) -> int:
     check_model(config)
     platform.prepare()  # before megatron is imported
     check_rewards(config)
-    from r1mega.platform import groups
-    from r1mega.stages.runtime import Runtime, Stopped
+    with uncollected():
+        from r1mega.platform import groups
+        from r1mega.stages.runtime import Runtime, Stopped
 
-    run = importlib.import_module(MODULES.get(config.stage, type(config).__module__)).run
+        run = importlib.import_module(MODULES.get(config.stage, type(config).__module__)).run
     with groups.peers_named(), Runtime.open(config) as runtime:
         try:
             return run(config, runtime)

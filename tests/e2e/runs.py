@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import run, start
+from tests.processes import REPOSITORY, run, start
 
 RATES = tuple(
     f"perf/{part}_{rate}" for part in ("rollout", "logprob", "update", "step") for rate in ("tokens", "tflops", "mfu")
@@ -86,3 +86,24 @@ def base_arguments(run_dir, *overrides):
         "train", "configs/nano/base.yaml", f"run_dir={run_dir}", "steps=60", "threads=1", "optimizer.decay_steps=20",
         "task.num_train_prompts=64", "task.num_eval_prompts=16", *overrides,
     )  # fmt: skip
+
+
+SMALL = [
+    "overrides.threads=1", "base.steps=60", "base.optimizer.decay_steps=20", "base.task.num_train_prompts=64",
+    "base.task.num_eval_prompts=16", "zero.steps=3", "zero.rollout.num_prompts=4", "zero.rollout.group_size=4",
+    "zero.rollout.max_response_tokens=24", "zero.evaluate.num_prompts=4", "zero.checkpoint.every_steps=2",
+    "zero.observe.tensorboard=false",
+]  # fmt: skip
+PIPELINE = f"""
+name: small
+dir: runs/nano
+nodes:
+  base: {{config: {REPOSITORY}/configs/nano/base.yaml}}
+  zero: {{config: {REPOSITORY}/configs/nano/zero.yaml}}
+"""
+"""Base and zero, with those overrides a minute; base as `base_arguments` has it."""
+
+
+def lineage(directory, node):
+    """What is recorded of a node of a pipeline."""
+    return json.loads((directory / node / "lineage.json").read_text())

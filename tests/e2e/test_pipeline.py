@@ -2,35 +2,14 @@
 
 import json
 import re
-import signal
-import time
 
 import pytest
 
 from r1mega.config.pipeline import load_pipeline
 from r1mega.errors import ConfigError
 from r1mega.stages.pipeline import dry_run, jobs, select
-from tests.e2e.runs import metrics, r1mega
+from tests.e2e.runs import SMALL, lineage, metrics, r1mega
 from tests.e2e.test_report import dump_dom, line_points, needs_browser, plots
-from tests.processes import REPOSITORY, start
-
-SMALL = [
-    "overrides.threads=1", "base.steps=60", "base.optimizer.decay_steps=20", "base.task.num_train_prompts=64",
-    "base.task.num_eval_prompts=16", "zero.steps=3", "zero.rollout.num_prompts=4", "zero.rollout.group_size=4",
-    "zero.rollout.max_response_tokens=24", "zero.evaluate.num_prompts=4", "zero.checkpoint.every_steps=2",
-    "zero.observe.tensorboard=false",
-]  # fmt: skip
-FILE = f"""
-name: small
-dir: runs/nano
-nodes:
-  base: {{config: {REPOSITORY}/configs/nano/base.yaml}}
-  zero: {{config: {REPOSITORY}/configs/nano/zero.yaml}}
-"""
-
-
-def lineage(directory, node):
-    return json.loads((directory / node / "lineage.json").read_text())
 
 
 def decisions(arguments):
@@ -39,24 +18,8 @@ def decisions(arguments):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """(directory, arguments, exit code of the first start, output of the second): stopped in zero's first steps, then
-    started again."""
-    directory = tmp_path_factory.mktemp("pipeline") / "runs"
-    file = directory.parent / "r1.yaml"
-    file.write_text(FILE)
-    arguments = ["pipeline", file, f"dir={directory}", *SMALL]
-    with open(directory.parent / "log", "w") as log:
-        first = start(*arguments, output=log, real=True)
-    limit = time.monotonic() + 900
-    while not metrics(directory / "zero") and first.poll() is None and time.monotonic() < limit:
-        time.sleep(0.05)
-    running = lineage(directory, "zero")["state"]
-    first.send_signal(signal.SIGTERM)
-    code = first.wait(300)
-    stopped = lineage(directory, "zero")["state"]
-    second = r1mega(*arguments)
-    return directory, arguments, (running, code, stopped), second.stdout
+def whole(small_pipeline):
+    return small_pipeline
 
 
 def test_an_interrupted_stage_goes_on_and_a_finished_one_is_skipped(whole):

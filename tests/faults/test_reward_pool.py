@@ -18,6 +18,8 @@ from r1mega.reward.pool import Task, WorkerPool
 
 KILLERS = ("segfault", "memory_bomb", "endless_loop", "giant_integer")
 MEMORY_BYTES = 512 << 20
+FEW_MEMORY_BYTES = 256 << 20
+"""Where many a bomb goes off: each fills what it may have."""
 HERE = Path(__file__).parent
 
 
@@ -46,7 +48,7 @@ def mixed_items(count: int, killer_share: float, seed: int) -> list[Task]:
 
 def run_mixed(count: int, num_workers: int, max_retries: int) -> None:
     items = mixed_items(count, 0.01, seed=7)
-    with WorkerPool(num_workers, MEMORY_BYTES, max_retries, max_pending=256) as pool:
+    with WorkerPool(num_workers, FEW_MEMORY_BYTES, max_retries, max_pending=256) as pool:
         outcomes = pool.map(items)
         metrics = pool.metrics()
     killers = 0

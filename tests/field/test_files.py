@@ -344,6 +344,31 @@ def test_a_signal_in_the_interpreters_end_leaves_the_exit_code(number):
     assert subprocess.run([sys.executable, "-c", ends], capture_output=True).returncode == 3
 
 
+@pytest.mark.parametrize(
+    ("ends", "more", "code", "told", "errors"),
+    [
+        ("raise SystemExit(3)", "", 3, "thread handler", ""),
+        ("return", "", 0, "thread handler", ""),
+        ("raise SystemExit('why')", "", 1, "thread handler", "why"),
+        ("raise ValueError('which')", "", 1, "thread handler", "ValueError: which"),
+        ("raise SystemExit(3)", "sys.modules['mpi4py.MPI'] = sys", 3, "thread handler taken down", ""),
+        ("raise SystemExit(3)", "ending.NVIDIA = pathlib.Path('/')", 3, "thread handler taken down", ""),
+    ],
+    ids=["code", "without", "text", "error", "MPI", "GPU"],
+)
+def test_a_command_ends_as_python_does_and_takes_down_what_needs_it_alone(ends, more, code, told, errors):
+    program = (
+        "import atexit, pathlib, sys, threading, time; from r1mega import ending; ending.NVIDIA = pathlib.Path('/no')\n"
+        "class Late:\n    def __del__(self, say=print): say('taken down', end='')\n"
+        f"late = Late()\n{more}\n"
+        "def main():\n    atexit.register(print, 'handler', end=' ')\n"
+        "    threading.Thread(target=lambda: (time.sleep(0.2), print('thread', end=' '))).start()\n"
+        f"    {ends}\nending.run(main)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (code, told) and done.stderr.endswith(errors and f"{errors}\n")
+
+
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_a_command_that_has_failed_does_not_ask_to_be_started_again(rank):
     """SIGTERM while it waits for the first to tell, and after it has told."""

@@ -6,8 +6,7 @@ import sys
 
 import pytest
 
-from tests.e2e.runs import metrics
-from tests.e2e.test_pipeline import FILE, SMALL
+from tests.e2e.runs import PIPELINE, SMALL, metrics
 from tests.processes import REPOSITORY
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm]
@@ -15,7 +14,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.slurm]
 
 def test_a_job_for_each_stage_that_is_not_finished(cluster, tmp_path):
     file = tmp_path / "r1.yaml"
-    file.write_text(FILE.replace("zero.yaml}", "zero.yaml, ranks: 2}") + "ranks_per_machine: 1\n")
+    file.write_text(PIPELINE.replace("zero.yaml}", "zero.yaml, ranks: 2}") + "ranks_per_machine: 1\n")
 
     def submit():
         environment = cluster.environment | {

@@ -12,6 +12,7 @@ import torch
 
 from r1mega import platform
 from r1mega.errors import PlatformError
+from r1mega.platform import megatron_import
 from r1mega.platform.megatron_import import apply_patches, rewrite_for_cpu
 from r1mega.platform.megatron_patches import MEGATRON_VERSIONS, PATCHES, Patch, installed_version
 
@@ -195,3 +196,44 @@ def test_vllm_before_and_after(first):
     )
     result = run_python(code)
     assert "finite True True" in result.stdout, result.stderr[-2000:]
+
+
+def test_what_a_patched_module_was_compiled_to_is_kept_until_anything_of_it_changes(tmp_path, monkeypatch):
+    file = tmp_path / "one.py"
+    file.write_text("x = torch.cuda.one()\ny = 'old'\n")
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    changes = []
+    monkeypatch.setattr(
+        megatron_import, "apply_patches", lambda *given: changes.append(given[0]) or apply_patches(*given)
+    )
+
+    def names_of(new="new", cpu=True):
+        patch = Patch("one", "always", "'old'", f"'{new}'", "a test")
+        loader = megatron_import._Loader("megatron.core.one", str(file), [patch], cpu, {})
+        code = loader.get_code("megatron.core.one")
+        return code.co_names, code.co_consts[0], code.co_filename
+
+    stand_in = (("_cuda_stand_in", "one", "x", "y"), "new", str(file))
+    assert names_of() == names_of() == stand_in and len(changes) == 1
+    (kept,) = (tmp_path / "__pycache__").iterdir()
+    kept.write_bytes(kept.read_bytes()[:-1])
+    assert names_of() == stand_in and len(changes) == 2, "one that is not whole is none"
+    assert names_of("other")[1] == "other" and "cuda" in names_of(cpu=False)[0] and len(changes) == 4
+    file.write_text("y = 'old', 2\n")
+    assert names_of()[1] == ("new", 2) and len(changes) == 5
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    file.write_text("y = 'old', 3\n")
+    assert names_of() == names_of() and len(changes) == 7
+    file.write_text("y = 4\n")
+    for _ in range(2):
+        with pytest.raises(PlatformError, match="0 times instead of 1"):
+            names_of()
+
+
+def test_what_a_module_without_changes_is_compiled_to_is_pythons_own(tmp_path, monkeypatch):
+    file = tmp_path / "two.py"
+    file.write_text("z = 1\n")
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    loader = megatron_import._Loader("megatron.core.two", str(file), [], True, {})
+    assert loader.get_code("megatron.core.two") == loader.get_code("megatron.core.two")
+    assert (tmp_path / "__pycache__" / f"two.{sys.implementation.cache_tag}.pyc").exists()

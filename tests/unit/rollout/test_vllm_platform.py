@@ -60,6 +60,15 @@ def test_what_is_hidden_is_not_there_meanwhile_only(monkeypatch):
     assert importlib.import_module("colorsys").rgb_to_hls
 
 
+def test_what_is_stood_in_for_can_be_imported_afterwards(monkeypatch):
+    monkeypatch.delitem(sys.modules, "colorsys", raising=False)
+    monkeypatch.setattr(vllm_import, "STOOD_IN_FOR", {"colorsys": ("rgb_to_hls",), "json": ("loads",)})
+    with vllm_import.stood_in_for():
+        assert sys.modules["json"] is json
+        assert isinstance(importlib.import_module("colorsys").rgb_to_hls, type)
+    assert importlib.import_module("colorsys").rgb_to_hls(0, 0, 0) == (0, 0, 0)
+
+
 def test_scikit_learn_finds_scipy_while_vllm_is_imported(tmp_path):
     """transformers imports it where it is installed; and what needs scipy later finds it."""
     (tmp_path / "sklearn").mkdir()

@@ -51,12 +51,13 @@ class Case:
 
     @property
     def name(self) -> str:
-        sizes = [f"{k}{v}" for k, v in asdict(self.trainer).items() if v not in (None, 1)]
+        sizes = [f"{k}{v}" for k, v in asdict(self.trainer).items() if v not in (None, 1, False)]
         return " ".join(
             [
                 self.model,
                 self.dtype,
                 *["mtp"] * self.mtp,
+                *["alone"] * self.trainer.mtp_standalone,
                 *(sizes or ["dp"]),
                 "to",
                 f"tp{self.tp}",

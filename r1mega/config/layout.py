@@ -236,7 +236,7 @@ def _standalone_problems(layout: Layout, hf: HFConfig) -> Iterator[str]:
             f"{key}: with parallel.pp = 2 and vpp = {layout.vpp} the stage before the last is on the first rank, which would "
             "hold the embedding twice; set pp to 3 or more, or leave vpp out"
         )
-    if not hf.get("num_nextn_predict_layers"):
+    if hf and not hf.get("num_nextn_predict_layers"):
         yield f"{key}: the model has no layers of multi-token prediction (num_nextn_predict_layers); leave it out"
     if hf.get("tie_word_embeddings"):
         yield f"{key}: with tied embeddings (tie_word_embeddings) they would be in three stages; leave it out"

@@ -99,11 +99,6 @@ def test_shipped_nano_config_for_four_ranks_is_valid(run):
         ),
         (["parallel.tp=2", "parallel.sp=false"], 2, r"needs sequence parallelism; leave sp out"),
         (
-            ["parallel.pp=2", "parallel.layers_per_stage=[3,0]", "parallel.mtp_standalone=true"],
-            2,
-            r"parallel\.mtp_standalone: model\.mtp_loss_coefficient = 0 builds no layers of multi-token prediction; leave it out",
-        ),
-        (
             ["model.mtp_loss_coefficient=0.1", "model.log_probs=hidden"],
             1,
             r"model\.log_probs = hidden wants .*no MTP loss",

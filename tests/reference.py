@@ -117,6 +117,7 @@ class Layout:
     cp: int = 1
     dp: int | None = None
     layers_per_stage: tuple[int, ...] | None = None
+    mtp_standalone: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,12 @@ EXPERT_KEYS = ("n_routed_experts", "num_experts", "num_local_experts")
 """Keys of a config.json that say how many routed experts a layer has; each family has one of them."""
 
 
+NOT_BUILT = (
+    "parallel.mtp_standalone: model.mtp_loss_coefficient = 0 builds no layers of multi-token prediction; leave it out (the loss "
+    "has a stage of its own where parallel.layers_per_stage ends in 0)"
+)
+
+
 def expert_key(hf: HFConfig) -> str:
     """Which of EXPERT_KEYS this config.json has; the first where it has none."""
     return next((key for key in EXPERT_KEYS if hf.get(key)), EXPERT_KEYS[0])
@@ -41,6 +47,7 @@ class Layout(Protocol):
     cp: int
     dp: int | None
     layers_per_stage: tuple[int, ...] | None
+    mtp_standalone: bool
 
 
 class Generator(Protocol):
@@ -98,6 +105,8 @@ def model_problems(layout: Layout, hf: HFConfig) -> Iterator[str]:
         yield f"parallel.vpp = {layout.vpp} wants parallel.pp > 1"
     if layout.layers_per_stage is not None and hf.get("num_hidden_layers"):
         yield from _stage_problems(layout, layout.layers_per_stage, hf["num_hidden_layers"])
+    if layout.mtp_standalone:
+        yield from _standalone_problems(layout, hf)
 
 
 def generator_problems(generator: Generator, processes: int, hf: HFConfig, *, together: bool = True) -> Iterator[str]:
@@ -204,11 +213,33 @@ def _stage_problems(layout: Layout, given: Sequence[int], layers: int) -> Iterat
             f"parallel.layers_per_stage adds up to {sum(given)} layers, the model's num_hidden_layers is {layers}: "
             f"{'take away' if sum(given) > layers else 'add'} {abs(sum(given) - layers)}"
         )
-    if 0 in given[1:-1]:
+    if 0 in given[1 : mtp_stage(layout)]:
         yield (
             f"parallel.layers_per_stage: stage {given.index(0, 1)} holds nothing; only the first stage (it has the "
-            "embedding) and the last (multi-token prediction and the output layer) may have 0"
+            "embedding) and the last (multi-token prediction and the output layer; with parallel.mtp_standalone the last "
+            "two) may have 0"
         )
+
+
+def _standalone_problems(layout: Layout, hf: HFConfig) -> Iterator[str]:
+    """Megatron: all layers of multi-token prediction in one stage, behind those of the decoder, one embedding a rank."""
+    key, counts = "parallel.mtp_standalone", layout.layers_per_stage
+    if layout.pp == 1:
+        yield f"{key} wants parallel.pp > 1: the output layer and the loss get a stage of their own"
+    elif counts is None or counts[-1:] != (0,):
+        said = "is not set" if counts is None else f"ends in {counts[-1]}" if counts else "is empty"
+        yield (
+            f"{key}: the last stage has the output layer and the loss alone, and parallel.layers_per_stage {said}; end it in 0"
+        )
+    if layout.pp == 2 and (layout.vpp or 1) > 1:
+        yield (
+            f"{key}: with parallel.pp = 2 and vpp = {layout.vpp} the stage before the last is on the first rank, which would "
+            "hold the embedding twice; set pp to 3 or more, or leave vpp out"
+        )
+    if hf and not hf.get("num_nextn_predict_layers"):
+        yield f"{key}: the model has no layers of multi-token prediction (num_nextn_predict_layers); leave it out"
+    if hf.get("tie_word_embeddings"):
+        yield f"{key}: with tied embeddings (tie_word_embeddings) they would be in three stages; leave it out"
 
 
 def num_stages(layout: Layout) -> int:
@@ -216,11 +247,17 @@ def num_stages(layout: Layout) -> int:
     return layout.pp * (layout.vpp or 1)
 
 
+def mtp_stage(layout: Layout) -> int:
+    """The stage that has the layers of multi-token prediction where they are built, and a copy of the embedding."""
+    return num_stages(layout) - 1 - layout.mtp_standalone
+
+
 def stage_layers(layout: Layout, num_layers: int) -> tuple[range, ...]:
     """The decoder layers (from 0) of each stage, in the order of the model.
 
-    Stage s is chunk s // pp of pipeline rank s % pp. The first one has the embedding too, the last one the layers of
-    multi-token prediction, the final norm and the output layer.
+    Stage s is chunk s // pp of pipeline rank s % pp. The first one has the embedding too, the last one the output layer and,
+    where no layers of multi-token prediction are built, the final norm; else `mtp_stage` has those, and the norm is with the
+    last decoder layer: they read it, too.
     """
     stages = num_stages(layout)
     counts = layout.layers_per_stage or (num_layers // stages,) * stages

@@ -48,6 +48,7 @@ class ParallelConfig(Section):
     layers_per_stage: tuple[NonNegativeInt, ...] | None = None
     # decoder layers of each of the pp * vpp stages in the order of the model (stage s runs on pipeline rank s % pp);
     # None: equally many. DeepSeek-V3's 61 on pp=16: [4, 4, ... 4, 1], the last with MTP and loss
+    mtp_standalone: bool = False  # the loss alone in the last stage (0 in layers_per_stage), MTP in the one before it
     cp: PositiveInt = 1
     dp: PositiveInt | None = None  # None: what the world size leaves
 

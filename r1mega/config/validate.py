@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from r1mega.config.launched import launched_place
-from r1mega.config.layout import model_problems, process_problems
+from r1mega.config.layout import NOT_BUILT, model_problems, process_problems
 from r1mega.config.megatron import (
     dispatch_problems,
     exchange_problems,
@@ -162,6 +162,8 @@ def layout_problems(config: Stage, hf: dict[str, Any], world: int) -> Iterator[s
     """Why this stage cannot be laid out over so many processes, or its layers not built so."""
     yield from process_problems(config.parallel, world)
     yield from model_problems(config.parallel, hf)
+    if config.parallel.mtp_standalone and not config.model.mtp_loss_coefficient:
+        yield NOT_BUILT
     yield from fp8_problems(config.model, config.parallel, hf)
     yield from recompute_problems(config.model, hf)
     yield from offload_problems(config.model, hf)

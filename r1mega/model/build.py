@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from r1mega import platform
-from r1mega.config.layout import Layout, model_problems
+from r1mega.config.layout import NOT_BUILT, Layout, model_problems, mtp_stage
 from r1mega.config.model_files import HFConfig
 from r1mega.config.schema import MegatronConfig
 from r1mega.errors import ConfigError, PlatformError
@@ -119,7 +119,7 @@ def megatron_config(hf: HFConfig, layout: Layout, model: Any, *, init_std: float
     }
     if layout.layers_per_stage is not None:
         arguments["pipeline_model_parallel_layout"] = _pipeline_layout(
-            layout.layers_per_stage, arguments.get("mtp_num_layers") or 0
+            layout, layout.layers_per_stage, arguments.get("mtp_num_layers") or 0
         )
     from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
@@ -143,11 +143,14 @@ def _leave(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def _pipeline_layout(layers_per_stage: Sequence[int], num_mtp_layers: int) -> list[list[str]]:
+def _pipeline_layout(layout: Layout, layers_per_stage: Sequence[int], num_mtp_layers: int) -> list[list[str]]:
     """Megatron's pipeline_model_parallel_layout: what each stage holds, in the order of the model."""
+    if layout.mtp_standalone and not num_mtp_layers:
+        raise ConfigError(NOT_BUILT)
     stages = [["decoder"] * count for count in layers_per_stage]
     stages[0].insert(0, "embedding")
-    stages[-1] += ["mtp"] * num_mtp_layers + ["loss"]
+    stages[mtp_stage(layout)] += ["mtp"] * num_mtp_layers
+    stages[-1].append("loss")
     return stages
 
 

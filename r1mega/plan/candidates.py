@@ -39,7 +39,8 @@ def candidates(config: TrainingStage, hf: HFConfig, gpus: int) -> Iterator[Train
     recomputed = dict.fromkeys((config.model.recompute, *_recompute(hf)))
     models = [config.model.model_copy(update={"recompute": recompute}) for recompute in recomputed]
     own = _as_laid_out(config.parallel)
-    for parallel in dict.fromkeys(_layouts(config.parallel, hf, gpus)):
+    further = architecture_of(hf).num_mtp_layers if config.model.mtp_loss_coefficient > 0 else 0
+    for parallel in dict.fromkeys(_layouts(config.parallel, hf, gpus, further)):
         if not _legal(config.model_copy(update={"parallel": parallel}), hf, gpus):
             continue
         for model, tokens in itertools.product(models, capacities(config)):
@@ -67,7 +68,8 @@ def _as_laid_out(parallel: ParallelConfig) -> ParallelConfig:
     return parallel.model_copy(update={"vpp": parallel.vpp if (parallel.vpp or 1) > 1 else None, "dp": None})
 
 
-def _layouts(own: ParallelConfig, hf: HFConfig, gpus: int) -> Iterator[ParallelConfig]:
+def _layouts(own: ParallelConfig, hf: HFConfig, gpus: int, further: int) -> Iterator[ParallelConfig]:
+    """further: layers of multi-token prediction, which may be apart from the loss."""
     layers = architecture_of(hf).num_layers
     tps, cps = dict.fromkeys((1, 2, 4, 8, own.tp)), dict.fromkeys((1, 2, 4, 8, own.cp))
     eps = [ep for ep in divisors(num_experts(dict(hf)) or 1) if gpus % ep == 0]
@@ -80,11 +82,14 @@ def _layouts(own: ParallelConfig, hf: HFConfig, gpus: int) -> Iterator[ParallelC
             or pp * (vpp or 1) > layers
         ):
             continue
-        same = (pp, vpp) == (own.pp, _as_laid_out(own).vpp)
-        stages = dict.fromkeys((uneven_stages(layers, pp * (vpp or 1)), *([own.layers_per_stage] if same else [])))
-        for counts in stages:
+        stages = [(uneven_stages(layers, pp * (vpp or 1)), False)]
+        if (pp, vpp) == (own.pp, _as_laid_out(own).vpp):
+            stages.append((own.layers_per_stage, own.mtp_standalone))
+        if further and pp > 1:
+            stages.append((standalone_stages(layers, further, pp * (vpp or 1)), True))
+        for counts, alone in dict.fromkeys(stages):
             update = {"tp": tp, "cp": cp, "pp": pp, "ep": ep, "vpp": vpp, "layers_per_stage": counts, "dp": None}
-            yield own.model_copy(update=update)
+            yield own.model_copy(update=update | {"mtp_standalone": alone})
 
 
 def uneven_stages(layers: int, stages: int) -> tuple[int, ...] | None:
@@ -95,6 +100,16 @@ def uneven_stages(layers: int, stages: int) -> tuple[int, ...] | None:
         return None
     least, more = divmod(layers + 1, stages)
     return *[least] * (stages - 1 - more), *[least + 1] * more, least - 1
+
+
+def standalone_stages(layers: int, further: int, stages: int) -> tuple[int, ...]:
+    """Decoder layers of each stage where the last one has the loss alone and the one before it so many layers of multi-token
+    prediction: as even as can be with these among them, the first among the shorter ones.
+    """
+    others = stages - 2
+    beside = max(0, (layers + further) // (others + 1) - further) if others else layers
+    least, more = divmod(layers - beside, max(1, others))
+    return *[least] * (others - more), *[least + 1] * more, beside, 0
 
 
 def _recompute(hf: HFConfig) -> Iterator[Recompute]:

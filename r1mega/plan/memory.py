@@ -11,7 +11,7 @@ import torch
 
 from r1mega.checkpoint.name_rules import Entry
 from r1mega.checkpoint.parameters import parameters
-from r1mega.config.layout import generator_problems, num_stages, stage_layers
+from r1mega.config.layout import generator_problems, mtp_stage, num_stages, stage_layers
 from r1mega.config.model_files import HFConfig
 from r1mega.config.schema import ModelConfig, OptimizerConfig, ParallelConfig, Stage, TrainingStage
 from r1mega.config.stages.rl import RLStage
@@ -145,7 +145,7 @@ def stage_ranks(
     for stage in range(parallel.pp):
         chunks = [layers[index] for index in range(stage, num_stages(parallel), parallel.pp)]
         kinds = tuple(tuple(kind_of(layer, model, config.model) for layer in chunk) for chunk in chunks)
-        kind = (kinds, stage in (0, parallel.pp - 1) and stage)
+        kind = (kinds, stage in {0, mtp_stage(parallel) % parallel.pp, parallel.pp - 1} and stage)
         if kind in seen:
             continue
         seen.add(kind)

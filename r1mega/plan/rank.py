@@ -235,6 +235,8 @@ class _Pass:
         if not chunk.pre_process:
             tokens = self.batch.num_tokens // config.context_parallel_size
             tokens //= config.tensor_model_parallel_size if config.sequence_parallel else 1
+            if self.mtp_loss and chunk.post_process and not chunk.mtp_process:
+                tokens *= 1 + config.mtp_num_layers  # those of another stage, behind the decoder's
             grad = torch.is_grad_enabled()
             chunk.set_input_tensor(torch.empty(tokens, 1, config.hidden_size, dtype=policy.dtype, requires_grad=grad))
         return policy.forward(policy.modules[index], self.batch, mtp_loss=self.mtp_loss)[0]
@@ -278,7 +280,7 @@ def _activations(one: _Pass, index: int, key: Hashable) -> Activations:
         decoder.layers, decoder.num_layers_per_pipeline_rank = torch.nn.ModuleList(chosen), len(chosen)
 
     one_each = [same[0] for same in kinds.values()]
-    end = (key, chunk.pre_process, chunk.post_process, tuple(kinds))
+    end = (key, chunk.pre_process, chunk.post_process, chunk.mtp_process, tuple(kinds))
     try:
         if end not in _ends:
             choose(*one_each)
@@ -293,7 +295,8 @@ def _activations(one: _Pass, index: int, key: Hashable) -> Activations:
         decoder.layers, decoder.num_layers_per_pipeline_rank = layers, number
     each = {kind: _further[key, kind].kept for kind in kinds if (key, kind) in _further}
     more = [(len(same) - 1, _further[key, kind]) for kind, same in kinds.items() if len(same) > 1]
-    if len(unknown := [kind for kind in kinds if kind not in each]) == 1 and not chunk.post_process:
+    unknown = [kind for kind in kinds if kind not in each]
+    if len(unknown) == 1 and not (chunk.post_process or chunk.mtp_process):
         each[unknown[0]] = kept.kept - sum(each.values())
     # those of one layer are on the device while they are on their way there, or back before they are wanted
     alone = kept.moved - sum(layer.moved for _, layer in more)  # of kinds with one layer

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from r1mega.config.layout import generator_problems, stage_layers
+from r1mega.config.layout import generator_problems, mtp_stage, stage_layers
 from r1mega.config.model_files import HFConfig
 from r1mega.config.schema import MemoryConfig, ParallelConfig, Recompute, TrainingStage
 from r1mega.config.stages.rl import RLStage
@@ -96,8 +96,8 @@ class Generated:
 
 class _Chunk(NamedTuple):
     """What the activations of a chunk hang on, beside how many layers it has. kinds: of its layers; ends: whether
-    it is the model's first, and its last; tokens: of a microbatch that were sent through; uneven: tokens of the experts of the
-    fullest rank over the mean.
+    it is the model's first, its last, and that of multi-token prediction; tokens: of a microbatch that were sent through;
+    uneven: tokens of the experts of the fullest rank over the mean.
     """
 
     recompute: Recompute
@@ -107,7 +107,7 @@ class _Chunk(NamedTuple):
     etp: int
     tokens: int
     kinds: tuple[Kind, ...] = ()
-    ends: tuple[bool, bool] = (False, False)
+    ends: tuple[bool, bool, bool] = (False, False, False)
     uneven: float = 1.0
 
     def share(self, other: _Chunk) -> float:
@@ -420,7 +420,8 @@ class Search:
         uneven = Routes.of(self.hf, p, 0, self.imbalance).imbalance if model.experts is not None else 1.0
         for index in range(stage, len(stages), p.pp):
             counts = Counter(kind_of(layer, model, config.model) for layer in stages[index])
-            kinds, ends = tuple(sorted(counts)), (index == 0, index == len(stages) - 1)
+            ends = index == 0, index == len(stages) - 1, index == mtp_stage(p)
+            kinds = tuple(sorted(counts))
             yield _Chunk(config.model.recompute, p.tp, p.cp, p.ep, p.etp, sent, kinds, ends, uneven), counts
 
     def _full(self, parallel: ParallelConfig) -> set[int]:

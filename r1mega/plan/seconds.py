@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from r1mega.config.layout import num_stages, stage_layers
+from r1mega.config.layout import mtp_stage, num_stages, stage_layers
 from r1mega.config.model_files import HFConfig
 from r1mega.config.schema import ParallelConfig, TrainingStage
 from r1mega.config.stages.reward_model import RewardModelStage
@@ -156,10 +156,10 @@ class _Costs:
         return max(seconds(rank, count) for rank, count in enumerate(counts))
 
     def _layers(self) -> list[float]:
-        """Of each rank of the pipeline; those of multi-token prediction are as dear as others, on the last one."""
+        """Of each rank of the pipeline; those of multi-token prediction are as dear as others."""
         p, layers = self.config.parallel, self.model.num_layers
         counts = list(p.layers_per_stage or [layers / num_stages(p)] * num_stages(p))
-        counts[-1] += self._mtp_layers
+        counts[mtp_stage(p)] += self._mtp_layers
         return [sum(counts[rank :: p.pp]) for rank in range(p.pp)]
 
     @property
@@ -301,10 +301,11 @@ def moving_seconds(
 def stage_parameters(config: TrainingStage, hf: HFConfig) -> list[tuple[float, float]]:
     """Of each rank of the pipeline what `layer_parameters` says of its layers, with the tables of words: the embedding is on
     the first one, the output layer on the last (none in a reward model; the same table where they are tied on one rank).
-    Layers of multi-token prediction are on the last one too, with an embedding of their own where the first is another rank.
+    Layers of multi-token prediction have an embedding of their own where the first is another rank.
     """
     p, layers = config.parallel, layer_parameters(hf)
     table, stages = float(hf["vocab_size"] * hf["hidden_size"]), stage_layers(p, len(layers))
+    further = architecture_of(hf).num_mtp_layers if config.model.mtp_loss_coefficient > 0 else 0
     held = []
     for rank in range(p.pp):
         own = [layers[layer] for chunk in stages[rank :: p.pp] for layer in chunk]
@@ -312,9 +313,9 @@ def stage_parameters(config: TrainingStage, hf: HFConfig) -> list[tuple[float, f
         if rank == p.pp - 1:
             tied = bool(hf.get("tie_word_embeddings")) and p.pp == 1
             tables += table * (not tied and not isinstance(config, RewardModelStage))
-            if further := architecture_of(hf).num_mtp_layers if config.model.mtp_loss_coefficient > 0 else 0:
-                own += [layers[-1]] * further
-                tables += 2.0 * hf["hidden_size"] ** 2 * further + table * (p.pp > 1)
+        if rank == mtp_stage(p) % p.pp and further:
+            own += [layers[-1]] * further
+            tables += 2.0 * hf["hidden_size"] ** 2 * further + table * (rank > 0)
         held.append((tables + sum(dense for dense, _ in own), sum(experts for _, experts in own)))
     return held
 

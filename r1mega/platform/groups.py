@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
 import random
@@ -20,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from r1mega import platform
-from r1mega.config.layout import Layout, process_problems
+from r1mega.config.layout import Layout, mtp_stage, process_problems
 from r1mega.config.schema import TimeoutsConfig
 from r1mega.errors import ConfigError, R1MegaError, StragglerError
 from r1mega.platform import processors
@@ -358,7 +359,15 @@ def make_groups(layout: Layout, wait: timedelta) -> None:
         expert_tensor_parallel_size=layout.etp,
         create_gloo_process_groups=True,
         distributed_timeout_minutes=wait / timedelta(minutes=1),
+        get_embedding_ranks=functools.partial(_with_mtp, layout) if layout.mtp_standalone else None,
     )
+
+
+def _with_mtp(layout: Layout, pipeline: Sequence[int]) -> list[int]:
+    """Of a pipeline's ranks those that add up the embedding's gradient: the first and, in the place of the last, which Megatron
+    takes and which here holds no embedding but an output layer of its own, the one that has the layers of multi-token prediction.
+    """
+    return sorted({pipeline[0], pipeline[mtp_stage(layout) % layout.pp]})
 
 
 def seed_all(seed: int) -> None:

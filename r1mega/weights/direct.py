@@ -25,8 +25,6 @@ from r1mega.weights.plan import GeneratorLayout, Plan
 from r1mega.weights.quantize import QuantizedParameters, quantized_parts
 from r1mega.weights.trainer_layout import Holders, TrainerLayout
 
-_EMBEDDING = "model.embed_tokens.weight"
-
 
 def local_parameters(chunks: Sequence[Any]) -> dict[str, torch.Tensor]:
     """This rank's trainer parameters by the names that a plan has for them: the first HF name of each."""
@@ -43,14 +41,14 @@ def measured_layout(chunks: Sequence[Any]) -> TrainerLayout:
     place, shape = coordinates(), model_shape(chunks[0])
     layers = {layer.layer_number - 1 for chunk in chunks for layer in unwrap(chunk).decoder.layers}
     pp, stage = ps.get_pipeline_model_parallel_world_size(), ps.get_pipeline_model_parallel_rank()
-    mine = (stage, layers, any(entry.hf_names[0] == _EMBEDDING for entry, _ in local_entries(chunks)))
+    mine = (stage, layers, any(hasattr(unwrap(chunk), "mtp") for chunk in chunks))
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     owner = {layer: theirs for theirs, held, _ in everyone for layer in held}
     layout = TrainerLayout(
         world=dist.get_world_size(), tp=place.tp, ep=place.ep, etp=place.etp, pp=pp,
         cp=ps.get_context_parallel_world_size(), stages=tuple(owner[layer] for layer in range(shape.num_layers)),
-        embedding_on_last=any(theirs == pp - 1 and has for theirs, _, has in everyone),
+        embedding_on_last=shape.tied_embeddings, mtp_stage=next((theirs for theirs, _, has in everyone if has), None),
     )  # fmt: skip
     rank, per_stage = dist.get_rank(), layout.world // pp
     expected = (rank % place.tp, rank % place.etp, rank // place.etp % place.ep, rank // per_stage)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from r1mega.config.layout import model_problems, process_problems
+from r1mega.config.layout import model_problems, mtp_stage, process_problems
 from r1mega.config.model_files import HFConfig
 from r1mega.config.stages.rl import RLStage
 from r1mega.errors import ConfigError
@@ -129,7 +129,8 @@ def layouts(
         p.pp,
         p.cp,
         pipeline_stages(p, hf["num_hidden_layers"]),
-        bool(hf.get("tie_word_embeddings")) or builds_mtp,
+        bool(hf.get("tie_word_embeddings")),
+        mtp_stage(p) % p.pp if builds_mtp else None,
     )
     return trainer, GeneratorLayout(world, tp, ep, fp8)
 

@@ -20,6 +20,7 @@ from r1mega.errors import ConfigError
 from r1mega.weights.layout import FP8_BLOCK, SCALE, Placement, block_region
 
 _EMBEDDING = "model.embed_tokens.weight"
+_NORM = "model.norm.weight"
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.*)")
 _EXPERT = re.compile(r"mlp\.experts\.(\d+)\.(.*)")
 
@@ -50,7 +51,8 @@ class Holders:
 class TrainerLayout:
     """Megatron's layout on `world` processes. stages: the pipeline stage of every decoder layer.
 
-    embedding_on_last: the last stage holds the embeddings too (tied to the head, or read by MTP layers there).
+    embedding_on_last: the last stage holds the embeddings too (tied to the head). mtp_stage: that of the layers of multi-token
+    prediction, which read the embeddings there; the final norm is then behind the last decoder layer, not before the head.
     """
 
     world: int
@@ -61,6 +63,7 @@ class TrainerLayout:
     cp: int
     stages: tuple[int, ...]
     embedding_on_last: bool = False
+    mtp_stage: int | None = None
 
     def __post_init__(self) -> None:
         dense, experts = self.tp * self.pp * self.cp, self.ep * self.etp * self.pp
@@ -76,7 +79,10 @@ class TrainerLayout:
         if layer is not None:
             return (self.stages[int(layer[1])],)
         if name == _EMBEDDING:
-            return (0, self.pp - 1) if self.embedding_on_last and self.pp > 1 else (0,)
+            copies = (self.pp - 1 if self.embedding_on_last else 0, self.mtp_stage or 0)
+            return tuple(sorted({0, *copies}))
+        if name == _NORM and self.mtp_stage is not None:
+            return (self.stages[-1],)
         return (self.pp - 1,)
 
     def ranks(self, holders: Holders, stages: Sequence[int]) -> np.ndarray:

@@ -31,10 +31,12 @@ class Case:
     recompute: str | tuple[str, ...] = "none"
     tokens: int = 64
     optimizer: OptimizerConfig = OptimizerConfig()
+    mtp: bool = False  # labels are known, and layers of multi-token prediction have their loss
 
     @property
     def model(self) -> ModelConfig:
-        return ModelConfig(path="unused", dtype=self.dtype, recompute=self.recompute)
+        mtp = 0.3 if self.mtp else 0.0
+        return ModelConfig(path="unused", dtype=self.dtype, recompute=self.recompute, mtp_loss_coefficient=mtp)
 
 
 def run_cases(config: dict[str, Any], cases: list[Case]) -> list[dict[str, Any]]:
@@ -91,9 +93,12 @@ def kept_bytes(policy: Policy, index: int, case: Case) -> int:
     if not chunk.pre_process:
         tokens = case.tokens // layout.context_parallel_size
         tokens //= layout.tensor_model_parallel_size if layout.sequence_parallel else 1
-        chunk.set_input_tensor(torch.randn(tokens, 1, layout.hidden_size, dtype=policy.dtype, requires_grad=True))
+        tokens *= 1 + (case.mtp and chunk.post_process and not chunk.mtp_process)
+        received = torch.randn(tokens, 1, layout.hidden_size, dtype=policy.dtype, requires_grad=True)
+        chunk.set_input_tensor(received)
+        saved[received.untyped_storage().data_ptr()] = received.untyped_storage()  # schedules hold it until then
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output, _ = policy.forward(policy.modules[index], batch, mtp_loss=False)
+        output, _ = policy.forward(policy.modules[index], batch, mtp_loss=case.mtp)
     if chunk.post_process:  # what a head reads it keeps, too
         saved[output.untyped_storage().data_ptr()] = output.untyped_storage()
     return total(saved.values())

@@ -21,11 +21,14 @@ MODELS = {
     "deepseek": DEEPSEEK | ODD,
     "kimi_k2": KIMI | ODD | {"n_routed_experts": 12},  # of 384 some get a gradient that is rounding alone
     "mtp": MTP,
+    "mtp_deep": MTP | {"num_hidden_layers": 5},
     "mtp_every": MTP | EVERY,
     "qwen3": DENSE | ODD | {"model_type": "qwen3", "head_dim": 24, "tie_word_embeddings": True},
     "qwen3_untied": DENSE | ODD | {"model_type": "qwen3", "head_dim": 24, "tie_word_embeddings": False},
 }
 BF16 = "bfloat16"
+ALONE = {"layers_per_stage": (2, 0), "mtp_standalone": True}
+ALONE_OF_8 = ALONE | {"layers_per_stage": (0, 1, 1, 1, 1, 1, 0, 0)}
 BESIDE = {"overlap_moe_expert_parallel_comm": True}
 CASES = {
     1: [
@@ -71,6 +74,8 @@ CASES = {
         Case("labels", {"tp": 2, "ep": 2}, model="mtp", aux=0.1),
         Case("labels", {"pp": 2}, model="mtp", aux=0.1),
         Case("labels", {"cp": 2}, model="mtp", aux=0.1),
+        Case("labels", {"pp": 2} | ALONE, model="mtp", aux=0.1, recompute="full"),
+        Case("labels", {"pp": 2, "layers_per_stage": (2, 0)}, model="mtp", aux=0.1),
         Case("labels", {}, model="mtp", aux=0.1),
         Case("grpo", {}, dtype=BF16),
         Case("grpo", {"tp": 2, "ep": 2}, dtype=BF16),
@@ -101,6 +106,10 @@ CASES = {
         Case("grpo", {"tp": 2, "pp": 2, "vpp": 2, "ep": 2}, log_probs="hidden", dtype=BF16),
         Case("grpo", {"tp": 2, "cp": 2, "ep": 2}, dtype=BF16),
         Case("grpo", {"pp": 2, "vpp": 2, "ep": 2}, microbatch_tokens=100, dtype=BF16, megatron=BESIDE),
+        Case("labels", {"tp": 2, "ep": 2, "pp": 2} | ALONE, model="mtp", aux=0.1),
+        Case("labels", {"pp": 4, "layers_per_stage": (1, 1, 0, 0), "mtp_standalone": True}, model="mtp", aux=0.1),
+        Case("labels", {"pp": 4, "vpp": 2} | ALONE_OF_8, model="mtp_deep"),
+        Case("labels", {"pp": 2, "cp": 2} | ALONE, model="mtp_every", aux=0.1, dtype=BF16),
     ],
 }
 
@@ -112,7 +121,7 @@ def write_expectations(directory: Path, cases: Iterable[Case]) -> None:
         path = directory / case.file
         if path.exists():
             continue
-        further = mtp_state() if case.model.startswith("mtp") else None
+        further = mtp_state(MODELS[case.model]["num_hidden_layers"]) if case.model.startswith("mtp") else None
         expected = start(MODELS[case.model], further, case.dtype, case.ratio, case.kept)
         if case.kind == "grpo":
             take_grpo_steps(expected, case.ratio)
@@ -123,16 +132,15 @@ def write_expectations(directory: Path, cases: Iterable[Case]) -> None:
         launch(one_rank, 1, directory, list(alone.values()), timeout_seconds=600)
 
 
-def mtp_state() -> dict[str, torch.Tensor]:
-    """Random weights of the multi-token-prediction layer, which transformers' model does not have."""
+def mtp_state(layers: int) -> dict[str, torch.Tensor]:
+    """Random weights of the multi-token-prediction layer behind so many, which transformers' model does not have."""
     torch.manual_seed(3)
     like = start(MTP | {"num_hidden_layers": 3}).state
     hidden = MTP["hidden_size"]
-    state = {n: t for n, t in like.items() if n.startswith("model.layers.2.")}
-    state |= {
-        f"model.layers.2.{n}.weight": 1 + 0.1 * torch.randn(hidden) for n in ("enorm", "hnorm", "shared_head.norm")
-    }
-    return state | {"model.layers.2.eh_proj.weight": 0.06 * torch.randn(hidden, 2 * hidden)}
+    own, prefix = "model.layers.2.", f"model.layers.{layers}."
+    state = {prefix + n.removeprefix(own): t for n, t in like.items() if n.startswith(own)}
+    state |= {f"{prefix}{n}.weight": 1 + 0.1 * torch.randn(hidden) for n in ("enorm", "hnorm", "shared_head.norm")}
+    return state | {f"{prefix}eh_proj.weight": 0.06 * torch.randn(hidden, 2 * hidden)}
 
 
 def large(directory: Path, case: Case, result: dict[str, Any]) -> dict[str, Any]:

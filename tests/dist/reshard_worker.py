@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -37,21 +38,26 @@ BUCKET_BYTES = 200_000  # many buckets for models of 3 MB
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """model: a directory of HF checkpoints `<model>_0`, `<model>_1`; tp, ep: of the generator."""
+    """model: a directory of HF checkpoints `<model>_0`, `<model>_1`; tp, ep: of the generator; mtp: the trainer has a layer of
+    multi-token prediction, of which the generator knows nothing.
+    """
 
     model: str
     trainer: Layout
     tp: int
     dtype: str = "float32"
     ep: int = 1
+    mtp: bool = False
 
     @property
     def name(self) -> str:
-        sizes = [f"{k}{v}" for k, v in asdict(self.trainer).items() if v not in (None, 1)]
+        sizes = [f"{k}{v}" for k, v in asdict(self.trainer).items() if v not in (None, 1, False)]
         return " ".join(
             [
                 self.model,
                 self.dtype,
+                *["mtp"] * self.mtp,
+                *["alone"] * self.trainer.mtp_standalone,
                 *(sizes or ["dp"]),
                 "to",
                 f"tp{self.tp}",
@@ -142,8 +148,16 @@ def differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
 
 def measure(case: Case, engine: VllmEngine, expected: dict[str, Any], old: Path, new: Path) -> dict[str, Any]:
     config, dtype = read_config(new), getattr(torch, case.dtype)
-    chunks = build_model(config, case.trainer, ModelSettings(dtype=case.dtype))
-    load_hf(chunks, HFTensors(new))
+    if case.mtp:
+        chunks = build_model(
+            config | {"num_nextn_predict_layers": 1},
+            case.trainer,
+            ModelSettings(dtype=case.dtype, mtp_loss_coefficient=0.3),
+        )
+        load_hf(chunks, with_mtp(HFTensors(new), config))
+    else:
+        chunks = build_model(config, case.trainer, ModelSettings(dtype=case.dtype))
+        load_hf(chunks, HFTensors(new))
     direct = DirectTransfer(
         lambda: chunks, engine, config, GeneratorLayout(dist.get_world_size(), case.tp, case.ep), model_dtype=dtype,
         bucket_bytes=BUCKET_BYTES)  # fmt: skip
@@ -167,6 +181,15 @@ def measure(case: Case, engine: VllmEngine, expected: dict[str, Any], old: Path,
     result["stale"] = caught(direct, engine, lambda: engine.update_weights(checkpoint_tensors(old)))
     result["corrupted"] = caught_corruption(direct, engine, old)
     return result
+
+
+def with_mtp(tensors: Mapping[str, torch.Tensor], config: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """A layer of multi-token prediction beside them, made of the last layer's tensors."""
+    layers, size = config["num_hidden_layers"], config["hidden_size"]
+    last, further = f"model.layers.{layers - 1}.", f"model.layers.{layers}."
+    found = dict(tensors) | {further + n.removeprefix(last): tensors[n] for n in tensors if n.startswith(last)}
+    found |= {f"{further}{name}.weight": torch.ones(size) for name in ("enorm", "hnorm", "shared_head.norm")}
+    return found | {f"{further}eh_proj.weight": torch.ones(size, 2 * size)}
 
 
 def digested_bytes(direct: DirectTransfer) -> list[int]:

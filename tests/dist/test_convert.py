@@ -16,8 +16,13 @@ from tests.dist.launch import launch
 from tests.reference import Layout
 
 LIMIT = 100_000  # bytes a file, so that there are several
+ALONE = {
+    "pp": 2,
+    "layers_per_stage": (MTP["num_hidden_layers"], 0),
+    "mtp_standalone": True,
+}  # the loss in a stage of its own
 LOADS = {  # family: (the layout it is written for, the layouts it is loaded in)
-    "deepseek_v3_mtp": (Layout(tp=2, ep=2), [{}, {"tp": 2, "ep": 2}, {"ep": 2}, {"pp": 2}]),
+    "deepseek_v3_mtp": (Layout(tp=2, ep=2), [{}, {"tp": 2, "ep": 2}, {"ep": 2}, {"pp": 2}, ALONE]),
     "deepseek_v2_lite": (Layout(), [{"tp": 2, "ep": 2}]),
     "moonlight": (Layout(ep=2), [{"pp": 2}]),
     "kimi_k2": (Layout(ep=2), [{}, {"tp": 2, "ep": 2}, {"pp": 2}]),
@@ -59,7 +64,9 @@ def run(tmp_path_factory, request):
     return base / "run", config, dtype
 
 
-@pytest.mark.parametrize(("ranks", "cases"), [(1, [({}, 2)]), (2, [({"pp": 2}, 2), ({"ep": 2}, 2), ({"tp": 2}, 0)])])
+@pytest.mark.parametrize(
+    ("ranks", "cases"), [(1, [({}, 2)]), (2, [({"pp": 2}, 2), ({"ep": 2}, 2), ({"tp": 2}, 0), (ALONE, 2)])]
+)
 def test_a_run_goes_on_in_another_layout_as_if_uninterrupted(run, ranks, cases):
     """What is loaded is bit for bit what was saved. In bfloat16 the steps after it differ by no more than twice what
     rounding changes in the uninterrupted run."""

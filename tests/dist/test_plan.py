@@ -14,6 +14,7 @@ from tests.reference import DEEPSEEK
 
 # all experts of a token are chosen, so that there is no imbalance to know of; a vocabulary that tp pads
 MODEL = DEEPSEEK | {"vocab_size": 97, "num_experts_per_tok": 8, "n_group": 1, "topk_group": 1}
+MODEL |= {"num_nextn_predict_layers": 1}
 PRECISION_AWARE = OptimizerConfig(precision_aware=True, grad_reduce_in_fp32=False)
 CASES = {
     2: [
@@ -25,8 +26,14 @@ CASES = {
         Case({"cp": 2}),
         Case({"pp": 2, "vpp": 2}, recompute="full", tokens=256),
         Case({"pp": 2, "layers_per_stage": (3, 1)}),
+        Case({"pp": 2, "layers_per_stage": (4, 0), "mtp_standalone": True}, mtp=True),
+        Case({"pp": 2, "layers_per_stage": (3, 1)}, mtp=True),
     ],
-    4: [Case({"tp": 2, "pp": 2, "ep": 2}, dtype="bfloat16"), Case({"pp": 2, "ep": 2, "cp": 2})],
+    4: [
+        Case({"tp": 2, "pp": 2, "ep": 2}, dtype="bfloat16"),
+        Case({"pp": 2, "ep": 2, "cp": 2}),
+        Case({"pp": 4, "layers_per_stage": (2, 2, 0, 0), "mtp_standalone": True}, dtype="bfloat16", mtp=True),
+    ],
 }
 PARTS = ("weights", "gradients", "main_params", "exp_avg", "exp_avg_sq", "reference")
 
@@ -35,10 +42,14 @@ PARTS = ("weights", "gradients", "main_params", "exp_avg", "exp_avg_sq", "refere
 def test_a_rank_holds_what_is_planned(ranks):
     found = launch(run_cases, ranks, MODEL, CASES[ranks])
     for index, case in enumerate(CASES[ranks]):
-        for rank in {0, ranks - 1}:  # of the first and the last stage, of different shares of everything
+        for rank in {
+            0,
+            ranks // 2,
+            ranks - 1,
+        }:  # of the first, a middle and the last stage, of different shares of everything
             plan = measure(
                 MODEL, case.model, ParallelConfig(**case.layout), case.optimizer,
-                world=ranks, rank=rank, tokens=case.tokens, on_gpu=False,
+                world=ranks, rank=rank, tokens=case.tokens, labels=case.mtp, on_gpu=False,
             )  # fmt: skip
             real, planned = found[rank][index], dataclasses.asdict(plan.static)
             assert {part: planned[part] for part in PARTS} == {part: real[part] for part in PARTS}, (case, rank)

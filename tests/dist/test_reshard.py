@@ -23,6 +23,8 @@ CASES = {
         Case("deepseek", Layout(ep=2), 2),
         Case("deepseek", Layout(tp=2), 2),
         Case("deepseek", Layout(etp=2), 2, ep=2),
+        Case("deepseek", Layout(pp=2, layers_per_stage=(4, 0), mtp_standalone=True), 2, mtp=True),
+        Case("deepseek", Layout(pp=2, layers_per_stage=(4, 0)), 2, mtp=True),  # the final norm on the first rank
         Case("qwen3_tied", Layout(pp=2), 2),
         Case("qwen2", Layout(tp=2), 1, "bfloat16"),
         Case("kimi_k2", Layout(tp=2, ep=2), 1),
@@ -41,6 +43,7 @@ CASES = {
         Case("deepseek", Layout(tp=2, ep=2), 1, ep=2),  # twice two generators that share experts
         Case("deepseek", Layout(tp=2, pp=2, ep=2), 2),
         Case("deepseek", Layout(ep=2, etp=2), 2),
+        Case("deepseek", Layout(pp=4, layers_per_stage=(2, 2, 0, 0), mtp_standalone=True), 2, mtp=True),
         Case("deepseek", Layout(pp=2, ep=2), 4),  # 96 words over 4 ranks in blocks of 32: the last rank has none
         Case("deepseek", Layout(tp=2, ep=2), 4, ep=4),
         Case("deepseek", Layout(tp=2, pp=2), 2, ep=4),

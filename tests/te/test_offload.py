@@ -48,7 +48,7 @@ def differences(cases: list[Case]) -> list[tuple[list[str], set[str]]]:
     ChunkOffloadHandler.offload, found = told, []
     for case in cases:
         groups.init_parallel(ParallelConfig(**case.layout), seed=0)
-        expected = start(MODELS[case.model], mtp_state() if case.model == "mtp" else None)
+        expected = start(MODELS[case.model], mtp_state(2) if case.model == "mtp" else None)
         moved.clear()
         results = []
         for one in (case, dataclasses.replace(case, offload=())):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import pytest
 
 from tests.dist.launch import RankError, launch
-from tests.dist.policy_cases import BESIDE, large, write_expectations
+from tests.dist.policy_cases import ALONE, BESIDE, large, write_expectations
 from tests.dist.policy_worker import Case, run_cases
 
 CASES = {
@@ -34,6 +34,7 @@ CASES = {
         Case("grpo", {"cp": 2}),
         Case("labels", {"tp": 2, "ep": 2}, model="mtp", aux=0.1, recompute="full"),
         Case("labels", {"pp": 2}, model="mtp", aux=0.1),
+        Case("labels", {"pp": 2} | ALONE, model="mtp", aux=0.1, recompute="full"),
         Case("labels", {"cp": 2}, model="mtp", aux=0.1),
     ],
     4: [

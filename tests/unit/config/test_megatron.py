@@ -7,6 +7,7 @@ import pytest
 
 from r1mega.config.load import load_config
 from r1mega.config.megatron import dispatch_problems, exchange_problems, offload_problems, recompute_problems
+from r1mega.config.validate import layout_problems
 
 NANO = json.loads(Path("configs/nano/model/config.json").read_text())
 
@@ -34,6 +35,18 @@ def test_the_fused_router_is_for_groups_that_are_scored_by_two(chosen, message):
     hf = {"n_routed_experts": 16, "n_group": 4, "topk_group": chosen, "num_experts_per_tok": 8}
     problems = list(dispatch_problems(config.model, config.parallel, hf))
     assert [message in problem for problem in problems] == ([True] if message else [])
+
+
+@pytest.mark.parametrize(("coefficient", "further"), [(0, 1), (0.1, 0), (0.1, 1)])
+def test_the_loss_is_apart_from_layers_that_are_there(coefficient, further):
+    words = ["parallel.pp=2", "parallel.layers_per_stage=[3,0]", "parallel.mtp_standalone=true"]
+    config = load_config(Path("configs/nano/sft.yaml"), [*words, f"model.mtp_loss_coefficient={coefficient}"])
+    problems = list(layout_problems(config, NANO | {"num_nextn_predict_layers": further}, 2))
+    said = "model.mtp_loss_coefficient = 0 builds no layers" if not coefficient else "the model has no layers"
+    assert [said in problem for problem in problems] == [True] * (not (coefficient and further))
+    assert bool(list(layout_problems(config, {}, 2))) == (
+        not coefficient
+    )  # of a model that cannot be read nothing is said
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 
 from r1mega.config.load import load_config
 from r1mega.errors import ConfigError
-from r1mega.plan.candidates import candidates, memory_choices, uneven_stages
+from r1mega.plan.candidates import candidates, memory_choices, standalone_stages, uneven_stages
 from r1mega.plan.command import Job, search_lines
 from r1mega.plan.given import read_model
 from r1mega.plan.gpu import gpu_kind
@@ -154,3 +154,20 @@ def test_stages_of_unequal_length():
         if layers >= stages and counts is not None:
             assert len(counts) == stages and sum(counts) == layers and min(counts[:-1]) > 0 <= counts[-1]
             assert max(counts) == -(-(layers + 1) // stages)
+    assert standalone_stages(61, 1, 32) == (*[2] * 30, 1, 0)
+    assert standalone_stages(61, 1, 16) == (*[4] * 12, 5, 5, 3, 0)
+    for layers, stages, further in itertools.product(range(2, 70), range(2, 20), (1, 2)):
+        if layers >= stages:
+            counts = standalone_stages(layers, further, stages)
+            assert len(counts) == stages and sum(counts) == layers and min(counts[:-2], default=1) > 0 == counts[-1]
+            assert counts[-2] + further <= max((further, *counts[:-2])) or stages == 2
+
+
+def test_a_search_looks_at_the_loss_in_a_stage_of_its_own():
+    """Only where layers of multi-token prediction are built; in layouts that the checks let pass."""
+    hf = read_model(load_config(SFT), SFT) | {"num_hidden_layers": 4, "num_nextn_predict_layers": 1}
+    for coefficient, apart in (("0", set()), ("0.1", {(2, None), (4, None)})):
+        config = load_config(SFT, [f"model.mtp_loss_coefficient={coefficient}"])
+        found = {one.parallel for one in candidates(config, hf, 4)}
+        assert {(one.pp, one.vpp) for one in found if one.mtp_standalone} == apart
+        assert {(one.pp, one.vpp) for one in found if not one.mtp_standalone} > {(2, None), (2, 2), (4, None)}

@@ -172,6 +172,13 @@ def test_multi_token_prediction_is_computed_by_the_last_stage():
     for stages in ("[2,2,2,2]", "[3,1,1,3]"):  # a rank has the first and the third, or the others
         assert found[0, stages][0] == found[0, "[2,2,2,2]"][0]
         assert found[0.3, stages][0] == pytest.approx(found[0, stages][0] * 5 / 4, rel=1e-4)
+    words = [*layout[1:], "parallel.pp=4", "parallel.layers_per_stage=[2,3,3,0]", "model.mtp_loss_coefficient=0.3"]
+    took = []
+    for where in ("false", "true"):  # three layers in a stage at most, and four
+        config = load_config(path, [*words, f"parallel.mtp_standalone={where}"])
+        seconds = plan_seconds(config, hf, 32, GPU, work, None, imbalance=1.0, per_node=8)
+        took.append(seconds.phases["update"] - optimizer_seconds(config, hf, 32, GPU, 8))
+    assert took[1] == pytest.approx(took[0] * 4 / 3, rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -257,6 +264,12 @@ def test_ranks_of_a_pipeline_hold_all_parameters(name, changes, mtp, copies):
     for pp, held in counts.items():
         parallel = config.parallel.model_copy(update={"pp": pp, "vpp": None, "layers_per_stage": held})
         found = stage_parameters(config.model_copy(update={"parallel": parallel}), hf)
+        if pp > 1 and mtp:
+            apart = parallel.model_copy(update={"mtp_standalone": True})
+            alone = stage_parameters(config.model_copy(update={"parallel": apart}), hf)
+            assert alone[-1] == (table, 0.0) and [sum(part) for part in zip(*alone, strict=True)] == pytest.approx(
+                [sum(part) for part in zip(*found, strict=True)]
+            )
         assert len(found) == pp and sum(map(sum, found)) == pytest.approx(listed + table * copies * (pp > 1), rel=5e-4)
         if pp > 1:
             assert found[0] == (table, 0.0) and found[-1][0] >= table

@@ -11,6 +11,7 @@ from r1mega.model.build import check_layout, family_of, megatron_config
 from r1mega.platform import Platform, groups, libraries
 from tests.reference import DEEPSEEK, DENSE, Layout, ModelSettings
 
+MTP = DEEPSEEK | {"num_nextn_predict_layers": 1}
 QWEN = DENSE | {"model_type": "qwen2"}
 
 
@@ -105,6 +106,29 @@ def test_transformer_engine_brings_grouped_gemm_and_fp8(monkeypatch, fp8, form, 
         ),
         (DEEPSEEK, Layout(pp=2, layers_per_stage=(3,)), "has 1 numbers; parallel.pp * vpp = 2 * 1 wants 2"),
         (DEEPSEEK, Layout(pp=4, layers_per_stage=(0, 4, 0, 0)), "stage 2 holds nothing"),
+        (MTP, Layout(pp=4, layers_per_stage=(4, 0, 0, 0), mtp_standalone=True), "stage 1 holds nothing"),
+        (MTP, Layout(mtp_standalone=True), "parallel.mtp_standalone wants parallel.pp > 1"),
+        (MTP, Layout(pp=2, mtp_standalone=True), "parallel.layers_per_stage is not set; end it in 0"),
+        (
+            MTP,
+            Layout(pp=2, layers_per_stage=(3, 1), mtp_standalone=True),
+            "parallel.layers_per_stage ends in 1; end it in 0",
+        ),
+        (
+            MTP,
+            Layout(pp=2, vpp=2, layers_per_stage=(2, 2, 0, 0), mtp_standalone=True),
+            "on the first rank, which would hold the embedding twice; set pp to 3 or more",
+        ),
+        (
+            DEEPSEEK,
+            Layout(pp=2, layers_per_stage=(4, 0), mtp_standalone=True),
+            "has no layers of multi-token prediction",
+        ),
+        (
+            MTP | {"tie_word_embeddings": True},
+            Layout(pp=2, layers_per_stage=(4, 0), mtp_standalone=True),
+            "tied embeddings (tie_word_embeddings) they would be in three stages",
+        ),
     ],
 )
 def test_layouts_that_do_not_divide_are_named(hf, layout, message):
@@ -118,6 +142,10 @@ def test_layouts_that_do_not_divide_are_named(hf, layout, message):
     [
         (Layout(pp=16, layers_per_stage=(4,) * 15 + (1,)), ["decoder", "mtp", "loss"]),
         (Layout(pp=16, vpp=2, layers_per_stage=(1,) + (2,) * 30 + (0,)), ["mtp", "loss"]),
+        (
+            Layout(pp=16, vpp=2, layers_per_stage=(3,) + (2,) * 29 + (0, 0), mtp_standalone=True),
+            ["loss"],
+        ),  # "Et*3|(tt|)*29,m|L"
     ],
 )
 def test_sixty_one_layers_fit_sixteen_stages(layout, last):
@@ -128,6 +156,10 @@ def test_sixty_one_layers_fit_sixteen_stages(layout, last):
     assert [chunk.count("decoder") for chunk in chunks] == list(layout.layers_per_stage)
     assert chunks[0][0] == "embedding"
     assert chunks[-1] == last
+    if layout.mtp_standalone:
+        assert chunks[-2] == ["mtp"]
+        with pytest.raises(ConfigError, match=r"mtp_loss_coefficient = 0 builds no layers.*leave it out"):
+            megatron_config(hf, layout, ModelSettings())
 
 
 @pytest.mark.parametrize(

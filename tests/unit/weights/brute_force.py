@@ -118,10 +118,12 @@ def trainer_parameters(
                 for rule in EXPERT_RULES.values():
                     add(rule, f"{prefix}mlp.experts.{expert}.", expert)
     embedding, norm, head = TOP_RULES.values()
-    if stage == 0 or (layout.embedding_on_last and stage == layout.pp - 1):
+    last, further = layout.pp - 1, layout.mtp_stage
+    if stage in (0, further) or (layout.embedding_on_last and stage == last):
         add(embedding, "")
-    if stage == layout.pp - 1:
+    if stage == (last if further is None else layout.stages[-1]):
         add(norm, "")
+    if stage == last:
         add(head, "")
     return held
 

@@ -33,8 +33,8 @@ def cases(draw):
         stages = pipeline_stages(Layout(pp=pp, vpp=vpp), layers)
     else:  # uneven, in order; stages may be empty but for the first and the last
         stages = tuple(sorted(draw(st.lists(st.integers(0, pp - 1), min_size=layers, max_size=layers))))
-    last = config["tie_word_embeddings"] or draw(st.booleans())
-    trainer = TrainerLayout(world, tp, ep, etp, pp, cp, stages, last)
+    further = draw(st.sampled_from([None, pp - 1, max(pp - 2, stages[-1])]))  # layers of multi-token prediction
+    trainer = TrainerLayout(world, tp, ep, etp, pp, cp, stages, config["tie_word_embeddings"], further)
     gtp = draw(st.sampled_from([t for t in powers if t <= 8 and config["num_attention_heads"] % t == 0]))
     gep = draw(st.sampled_from([1, *(e for e in powers if e > 1 and e % gtp == 0)])) if moe else 1
     bucket_bytes = draw(st.integers(64, 8192))

@@ -31,10 +31,8 @@ from r1mega.plan.gpu import gpu_kind
 from r1mega.plan.memory import (
     PhaseMemory,
     StageRank,
-    checkpoint_bytes,
     host_memory,
     in_flight,
-    largest_parameter_bytes,
     node_verdict,
     phase_memory,
     plan_memory,
@@ -42,6 +40,7 @@ from r1mega.plan.memory import (
 from r1mega.plan.memory import _advice as advice
 from r1mega.plan.memory import _head_bytes as head_bytes
 from r1mega.plan.memory import _Placed as Placed
+from r1mega.plan.parameters import checkpoint_bytes, largest_parameter_bytes
 from r1mega.plan.place import _rank_groups as rank_groups
 from r1mega.plan.place import as_rank
 from r1mega.plan.rank import Activations, RankMemory, Routes, Static, measure

@@ -14,7 +14,7 @@ from r1mega.config.load import load_config
 from r1mega.errors import ConfigError
 from r1mega.plan import parameters, rank
 from r1mega.plan.bounds import SURE, Chunk
-from r1mega.plan.candidates import candidates, memory_choices, uneven_stages
+from r1mega.plan.candidates import candidates, memory_choices, uneven_stages, with_capacity
 from r1mega.plan.command import Job, search_lines
 from r1mega.plan.given import read_model
 from r1mega.plan.gpu import gpu_kind
@@ -22,7 +22,7 @@ from r1mega.plan.memory import SPARE_BYTES, phase_memory, stage_ranks
 from r1mega.plan.report import proposed
 from r1mega.plan.search import Search, Trained
 from r1mega.plan.seconds import moving_seconds
-from r1mega.plan.workload import Lengths
+from r1mega.plan.workload import Lengths, workload
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 SFT = CONFIGS / "nano/sft.yaml"
@@ -76,6 +76,31 @@ def test_a_layout_is_a_candidate_once(own):
     found, wanted = (list(candidates(one, read_model(one, SFT), 4)) for one in (config, plain))
     assert found[0] == config and found[1:] == wanted[1:]
     assert len({one.model_dump_json() for one in wanted}) == len(wanted)
+
+
+def test_microbatches_of_candidates_hold_what_a_run_asks_of_them():
+    """One and two of the longest samples, which are pairs where a reward model compares."""
+    path = CONFIGS / "nano/reward_helpful.yaml"
+    config = load_config(path, ["objective=pairwise", "data.max_tokens=100", "microbatch_tokens=1000"])
+    found = {one.microbatch_tokens for one in candidates(config, read_model(config, path), 1)}
+    assert found == {200, 400, 1000}
+    for tokens in found:
+        taken = with_capacity(config, tokens).problems({}, 1)
+        assert not [problem for problem in taken if problem.startswith("microbatch_tokens")]
+
+
+def test_a_microbatch_of_a_reward_model_holds_whole_pairs():
+    path = CONFIGS / "nano/reward_helpful.yaml"
+    keys = ["batch_size=8", "data.max_tokens=100", "microbatch_tokens=250"]
+    of = {
+        objective: workload(load_config(path, [*keys, f"objective={objective}"]), Lengths(given=(100,)), replicas=2)
+        for objective in ("pairwise", "pointwise")
+    }
+    assert {name: (one.microbatches, one.microbatch_tokens, len(one.samples)) for name, one in of.items()} == {
+        "pairwise": (4, 200, 16), "pointwise": (2, 200, 8)
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match="does not fit"):
+        workload(load_config(path, [*keys[:2], "microbatch_tokens=150"]), Lengths(given=(100,)), replicas=2)
 
 
 def test_nothing_fits_a_gpu_without_memory():

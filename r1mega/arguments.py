@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer.models import OptionInfo
 
 
 def expanded_path(text: str) -> Path:
@@ -17,6 +18,11 @@ def expanded_path(text: str) -> Path:
         return Path(text).expanduser()
     except RuntimeError:
         raise typer.BadParameter(f"{text}: there is no such home directory") from None
+
+
+def path_option(said: str) -> OptionInfo:
+    """Of a path that need not be given. said: its help."""
+    return typer.Option(parser=expanded_path, help=said)
 
 
 def positive(text: str) -> float:

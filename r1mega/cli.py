@@ -15,10 +15,11 @@ from typing import Annotated
 import typer
 
 from r1mega import ending
-from r1mega.arguments import ConfigPath, Overrides, Quiet, Redo, expanded_path, positive
+from r1mega.arguments import ConfigPath, Overrides, Quiet, Redo, expanded_path, path_option, positive
 from r1mega.errors import ConfigError, FreshProcessNeeded
 from r1mega.loading import uncollected
 from r1mega.noise import silence
+from r1mega.plan.gpu import NODE_BYTES
 
 app = typer.Typer(
     name="r1mega",
@@ -169,9 +170,7 @@ def doctor(
 
 @app.command("check-nodes")
 def check_nodes(
-    run_dir: Annotated[
-        Path | None, typer.Option(parser=expanded_path, help="also write and read there, where a run will")
-    ] = None,
+    run_dir: Annotated[Path | None, path_option("also write and read there, where a run will")] = None,
     slow: Annotated[
         float | None,
         typer.Option(
@@ -206,13 +205,15 @@ def plan(
     ] = None,
     cv: Annotated[float, typer.Option(min=0, max=10, help="standard deviation of lengths over their mean")] = 0.8,
     prompt: Annotated[int, typer.Option(min=1, help="tokens of a prompt")] = 256,
-    lengths: Annotated[Path | None, typer.Option(help="tokens of responses, one number a line, instead")] = None,
+    lengths: Annotated[Path | None, path_option("tokens of responses, one number a line, instead")] = None,
     imbalance: Annotated[float, typer.Option(min=1, help="tokens of the fullest expert rank over the mean")] = 1.5,
     gpus_per_node: Annotated[int | None, typer.Option(min=1, help="8; of a pipeline, its ranks_per_machine")] = None,
-    host_memory: Annotated[float, typer.Option(min=1, help="GB of a node; 2 TiB but for the kernel's part")] = 2166,
+    host_memory: Annotated[
+        float, typer.Option(min=1, help="GB of a node; 2 TiB but for the kernel's part")
+    ] = NODE_BYTES / 1e9,
     search: Annotated[bool, typer.Option("--search", help="propose the fastest layouts that fit")] = False,
-    calibrate: Annotated[Path | None, typer.Option(help="a run directory: its measured phases set the seconds")] = None,
-    sbatch: Annotated[Path | None, typer.Option(help="write a submission for Slurm there")] = None,
+    calibrate: Annotated[Path | None, path_option("a run directory: its measured phases set the seconds")] = None,
+    sbatch: Annotated[Path | None, path_option("write a submission for Slurm there")] = None,
     samples: Annotated[
         list[str] | None, typer.Option(help="of a pipeline's node: NODE=N samples to train on, or responses to draw")
     ] = None,
@@ -308,9 +309,7 @@ def evaluate(
     num_prompts: Annotated[int | None, typer.Option(help="only the first so many")] = None,
     template: Annotated[str | None, typer.Option(help="default: the run's own")] = None,
     seed: int = 0,
-    output: Annotated[
-        Path | None, typer.Option(parser=expanded_path, help="write every sample and verdict here (JSON)")
-    ] = None,
+    output: Annotated[Path | None, path_option("write every sample and verdict here (JSON)")] = None,
 ) -> None:
     """pass@1 over k samples, with its interval, and cons@k."""
     from r1mega.evaluate.run import evaluate_checkpoint
@@ -381,9 +380,7 @@ def convert(
     to_megatron: Annotated[bool, typer.Option("--to-megatron", help="HF directory -> torch_dist checkpoint")] = False,
     to_hf: Annotated[bool, typer.Option("--to-hf", help="torch_dist checkpoint -> HF directory")] = False,
     parallel: Annotated[str, typer.Option(help="tp=..,ep=..,etp=..: the layout that OUT is cut for")] = "",
-    config: Annotated[
-        Path | None, typer.Option(parser=expanded_path, help="HF directory of the model, if not the run's own")
-    ] = None,
+    config: Annotated[Path | None, path_option("HF directory of the model, if not the run's own")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; default: as the source says")] = None,
     fp8_blocks: Annotated[bool, typer.Option(help="FP8 weights in blocks, as DeepSeek-V3 is published")] = False,
     max_shard_size: Annotated[str, typer.Option(help="largest output file, e.g. 5GB or 512MiB")] = "5GB",

@@ -120,8 +120,8 @@ def search_table(searched: Iterable[Found]) -> Iterator[str]:
             one.job.path.relative_to(CONFIGS),
             "" if one.job.lengths.mean is None else f"{one.job.lengths.mean:,.0f}",
         )
-        best = "nothing" if one.best is None else f"{one.best:,.0f}"
-        yield f"| {name} | {one.job.gpus:,} | {mean} | {one.own:,.0f} | {best} | {one.took:,.0f} | `{one.words}` |"
+        own, best = ("nothing" if value is None else f"{value:,.{int(value < 100)}f}" for value in (one.own, one.best))
+        yield f"| {name} | {one.job.gpus:,} | {mean} | {own} | {best} | {one.took:,.0f} | `{one.words}` |"
 
 
 def table(found: Iterable[Row]) -> list[str]:

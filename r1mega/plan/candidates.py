@@ -125,11 +125,13 @@ def _recompute(hf: HFConfig) -> Iterator[Recompute]:
 
 
 def capacity(config: TrainingStage) -> tuple[int, int]:
-    """(tokens of the longest sample, of a microbatch)."""
+    """(tokens of the longest sample, of a pair where they stay together; of a microbatch)."""
     if isinstance(config, RLStage):
         longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
         return longest, config.update.microbatch_tokens
-    if isinstance(config, SFTStage | RewardModelStage):
+    if isinstance(config, RewardModelStage):
+        return config.longest, config.microbatch_tokens
+    if isinstance(config, SFTStage):
         return config.data.max_tokens, config.microbatch_tokens
     raise ConfigError(f"stage {config.stage} trains nothing that a search lays out")
 

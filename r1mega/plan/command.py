@@ -160,9 +160,15 @@ def _loaded(
     job: Job, given: Stage | None = None, known: Calibration | None = None
 ) -> tuple[Stage, GPU, HFConfig, Lengths, Calibration | None]:
     from r1mega.plan.calibrate import calibrated
+    from r1mega.plan.memory import SPARE_BYTES
     from r1mega.plan.workload import longest_drawn, read_lengths
 
-    gpu, lengths = gpu_kind(job.gpu), job.lengths
+    gpu, lengths, per_node = gpu_kind(job.gpu), job.lengths, min(job.per_node, job.gpus)
+    if job.node_bytes <= (programs := per_node * SPARE_BYTES):
+        raise ConfigError(
+            f"--host-memory {job.node_bytes / 1e9:g}: the programs of a node's {per_node} ranks alone are counted with "
+            f"{programs / 1e9:g} GB; give all memory of a node"
+        )
     config = load_config(job.path, job.overrides) if given is None else given
     if job.lengths_file is not None:
         lengths = dataclasses.replace(lengths, given=read_lengths(job.lengths_file))

@@ -25,7 +25,7 @@ class GPU:
 
 NODE_BYTES = 2.166e12
 """Host memory of a node: the 2 TiB of a DGX A100, H100, H200 or B200, of which the kernel keeps one or two percent. Estimated:
-no node was asked. The command has it as the default of --host-memory."""
+no node was asked. The default of --host-memory."""
 
 
 @dataclass(frozen=True, slots=True)

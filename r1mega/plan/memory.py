@@ -9,8 +9,6 @@ from typing import Any, Literal
 
 import torch
 
-from r1mega.checkpoint.name_rules import Entry
-from r1mega.checkpoint.parameters import parameters
 from r1mega.config.layout import generator_problems, mtp_stage, num_stages, stage_layers
 from r1mega.config.model_files import HFConfig
 from r1mega.config.schema import ModelConfig, OptimizerConfig, ParallelConfig, Stage, TrainingStage
@@ -22,6 +20,7 @@ from r1mega.model.families import architecture_of
 from r1mega.plan.candidates import differences, memory_choices
 from r1mega.plan.generator import OTHER_BYTES, GeneratorMemory, generator_memory, generator_memory_problems
 from r1mega.plan.gpu import GPU, NODE_BYTES
+from r1mega.plan.parameters import checkpoint_bytes, has_reference, largest_parameter_bytes
 from r1mega.plan.rank import RankMemory, kind_of, measure
 from r1mega.plan.residency import TRAINER, residency
 from r1mega.plan.samples import SampleMemory, planned_samples
@@ -264,21 +263,6 @@ def _generator_parts(generator: GeneratorMemory) -> dict[str, float]:
     }  # fmt: skip
 
 
-def largest_parameter_bytes(hf: HFConfig, config: TrainingStage) -> float:
-    """What a rank has of a parameter beside its own part while the model leaves it whole (`checkpoint/hf_state.py: export_hf`),
-    of the largest one: what ranks of tp or etp cut, in pieces and put together; what another stage or rank of ep has, once.
-    """
-    p, itemsize = config.parallel, getattr(torch, config.model.dtype).itemsize
-    further = (hf.get("num_nextn_predict_layers") or 0) if config.model.mtp_loss_coefficient > 0 else 0
-
-    def times(entry: Entry) -> int:
-        cut = (p.tp if entry.expert is None else p.etp) if entry.dim is not None else 1
-        return 2 if cut > 1 else int(p.pp > 1 or (entry.expert is not None and p.ep > 1))
-
-    entries = (parameter.entry for parameter in parameters(hf, further))
-    return max(float(itemsize * times(entry) * sum(map(math.prod, entry.hf_shapes))) for entry in entries)
-
-
 def _passing(config: TrainingStage, phase: Phase, rank: StageRank, whole: float) -> dict[str, float]:
     """What comes and goes within a phase. A pass without gradients wants copies in FP8 of weights' rows alone. whole: of the
     largest parameter, which the export of the last save holds, and a push by `gather`.
@@ -322,7 +306,7 @@ def host_memory(
     plan, phases = residency(config)
     sizes = _host_sizes(config, rank, generator)
     names = dict.fromkeys(TRAINER, "trainer") | {"generator_weights": "generator"}
-    names |= {"reference": "reference"} if _has_reference(config) else {}
+    names |= {"reference": "reference"} if has_reference(config) else {}
     found = []
     for phase in phases:
         host: dict[str, float] = {}
@@ -350,18 +334,6 @@ def node_verdict(host: Mapping[str, float], per_node: int, node_bytes: float) ->
     if left < 0:
         return "does not fit"
     return "at risk" if host and left < per_node * SPARE_BYTES else "fits"
-
-
-def checkpoint_bytes(config: TrainingStage, hf: HFConfig) -> float:
-    """Of one save."""
-    further = (hf.get("num_nextn_predict_layers") or 0) if config.model.mtp_loss_coefficient > 0 else 0
-    numel = sum(math.prod(shape) for p in parameters(hf, further) for shape in p.entry.hf_shapes)
-    weights = getattr(torch, config.model.dtype).itemsize
-    return numel * (weights * (2 if _has_reference(config) else 1) + 12.0)
-
-
-def _has_reference(config: Stage) -> bool:
-    return isinstance(config, RLStage) and config.algorithm.kl_coefficient > 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -393,12 +365,14 @@ class _Placed:
                 over = phase.total - (self.gpu.memory_bytes - SPARE_BYTES)
                 yield f"{phase.phase}: {phase.total / 1e9:.1f} GB, {over / 1e9:.1f} too many; {advice}"
         if not self._node_fits(config):
-            taken = sum(self.host(config).values())
-            over = taken - (self.node_bytes - self.per_node * SPARE_BYTES)
+            taken, programs = sum(self.host(config).values()), self.per_node * SPARE_BYTES
+            more = (
+                f"take nodes of {math.ceil((taken + programs) / 1e9):,} GB at least, or more GPUs, each of which has a smaller "
+                "share of the optimizer state"
+            )
             yield (
-                f"host: {taken / 1e9:,.0f} GB a node, {over / 1e9:,.0f} too many beside {SPARE_BYTES / 1e9:.0f} of each rank's programs "
-                f"(--host-memory, {self.node_bytes / 1e9:,.0f}); "
-                f"{change or 'take more GPUs, each of which then has a smaller share of the optimizer state'}"
+                f"host: {taken / 1e9:,.0f} GB a node, {(taken + programs - self.node_bytes) / 1e9:,.0f} too many beside "
+                f"{SPARE_BYTES / 1e9:.0f} of each rank's programs (--host-memory, {self.node_bytes / 1e9:,.0f}); {change or more}"
             )
 
     def _node_fits(self, config: Stage) -> bool:

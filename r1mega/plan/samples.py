@@ -94,8 +94,8 @@ def planned_samples(config: RLStage, hf: HFConfig, gpus: int, work: Workload) ->
         top_k * (1 if fits else 2), top_k * (1 if fits else 4), sum(flags), max(own),
         kept=min(KEPT_IDS, rollout.max_kept_ids, rollout.top_k or KEPT_IDS) if rollout.cuts_vocabulary else 0.0,
     )  # fmt: skip
-    tokens = sum(prompt + response for prompt, response in work.samples)
-    found = sample_memory(len(work.samples), tokens, sum(work.responses), sizes)
+    tokens = work.whole.tokens
+    found = sample_memory(len(work.samples), tokens, work.whole.scored, sizes)
     if config.algorithm.router_replay:  # what a rank's own routers took of the tokens that they see
         seen = tokens * config.update.num_epochs / (sizes.replicas * p.cp * p.tp)
         recorded = chosen * (1 if fits else 2) * sizes.own_layers * seen

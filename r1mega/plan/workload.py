@@ -106,7 +106,7 @@ def longest_drawn(config: TrainingStage) -> int:
 
 def workload(config: TrainingStage, lengths: Lengths, replicas: int, multiple: int = 1) -> Workload:
     """Of a stage with these lengths on so many data-parallel replicas. multiple: of microbatches (interleaved pipelines)."""
-    prompt, minibatches, least, longest = 0, 1, None, longest_drawn(config)
+    prompt, minibatches, least, longest, together = 0, 1, None, longest_drawn(config), 1
     if isinstance(config, RLStage):
         count = config.rollout.num_prompts * config.rollout.group_size
         capacity = config.update.microbatch_tokens
@@ -117,10 +117,10 @@ def workload(config: TrainingStage, lengths: Lengths, replicas: int, multiple: i
         least = config.min_microbatches
     else:
         assert isinstance(config, RewardModelStage)
-        pair = 2 if config.objective == "pairwise" else 1
-        count, capacity = config.batch_size * pair, config.microbatch_tokens
-    drawn = lengths.draw(count, longest, config.seed)
-    whole = [prompt + response for response in drawn]
+        together = 2 if config.objective == "pairwise" else 1  # a microbatch holds whole pairs
+        count, capacity = config.batch_size, config.microbatch_tokens
+    drawn = lengths.draw(count * together, longest, config.seed)
+    whole = [prompt * together + sum(drawn[i : i + together]) for i in range(0, len(drawn), together)]
     parts = split_minibatches(count, minibatches, f"{config.seed}/plan")[:PACKED_MINIBATCHES]
     bins = plan_packing(
         whole, parts, capacity, replicas, multiple, least or least_microbatches(config.parallel.pp)

@@ -50,13 +50,17 @@ class RewardModelStage(TrainingStage):
     def text_read(self) -> Literal["summary", "response"]:
         return self.reads or ("summary" if self.objective == "pairwise" else "response")
 
+    @property
+    def longest(self) -> int:
+        """Tokens of what a microbatch has to hold: a pair, or a response."""
+        return self.data.max_tokens * (2 if self.objective == "pairwise" else 1)
+
     def problems(self, hf: dict[str, Any], world: int) -> Iterator[str]:
         """See Stage. Weights, data files and lengths."""
         yield from weights_problems(self.model.path, hf)
         files = [("data.files", self.data.files), ("data.held_out", self.data.held_out)]
         yield from missing_file_problems([(key, path) for key, paths in files for path in paths])
-        longest = self.data.max_tokens * (2 if self.objective == "pairwise" else 1)
-        if self.microbatch_tokens < longest:
+        if self.microbatch_tokens < (longest := self.longest):
             yield (
                 f"microbatch_tokens = {self.microbatch_tokens} does not hold the longest "
                 f"{'pair, 2 * ' if self.objective == 'pairwise' else 'response, '}data.max_tokens = {longest}; raise it"

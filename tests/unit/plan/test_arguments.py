@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 from typer.testing import CliRunner
 
+from r1mega.arguments import expanded_path
 from r1mega.cli import app
 from r1mega.errors import ConfigError
 
@@ -25,6 +27,7 @@ ZERO = str(REPOSITORY / "configs/deepseek_v3_671b/zero.yaml")
         (("--gpus", "256"), "zero_256.yaml is made for 256 GPUs"),
         (("--gpus", "12"), "rollout.tp = 32 does not divide the 12 processes; 4 would"),
         (("--host-memory", "inf"), "--host-memory inf: wants a number"),
+        (("--host-memory", "30"), "--host-memory 30: the programs of a node's 8 ranks alone are counted with 40 GB"),
         (("--gpus", "100000"), "100000"),
         (("--sbatch", "missing/job.sh"), "--sbatch missing/job.sh: wants the name of a file"),
         (("--sbatch", "."), "--sbatch .: wants the name of a file"),
@@ -37,6 +40,21 @@ def test_what_is_refused(words, said, tmp_path, monkeypatch):
     found = CliRunner().invoke(app, ["plan", ZERO, *(() if "--gpus" in words else ("--gpus", "512")), *words])
     assert isinstance(found.exception, ConfigError), found.output
     assert said in str(found.exception)
+
+
+def test_every_path_of_every_command_takes_a_home_directory():
+    """No shell replaces `~` in --option=~/x."""
+    apps = [app, *(group.typer_instance for group in app.registered_groups)]
+    commands = [command.callback for one in apps for command in one.registered_commands]
+    paths = [
+        (function.__name__, name, hint)
+        for function in commands
+        for name, hint in get_type_hints(function, include_extras=True).items()
+        if Path in (kinds := get_args(hint)) or Path in get_args(kinds[0] if kinds else None)
+    ]
+    assert {"lengths", "calibrate", "sbatch", "config"} <= {name for function, name, _ in paths if function == "plan"}
+    for function, name, hint in paths:
+        assert hint.__metadata__[0].parser is expanded_path, (function, name)
 
 
 def test_another_config_is_named_for_its_gpus_alone():

@@ -31,10 +31,8 @@ from r1mega.plan.gpu import gpu_kind
 from r1mega.plan.memory import (
     PhaseMemory,
     StageRank,
-    checkpoint_bytes,
     host_memory,
     in_flight,
-    largest_parameter_bytes,
     node_verdict,
     phase_memory,
     plan_memory,
@@ -42,6 +40,7 @@ from r1mega.plan.memory import (
 from r1mega.plan.memory import _advice as advice
 from r1mega.plan.memory import _head_bytes as head_bytes
 from r1mega.plan.memory import _Placed as Placed
+from r1mega.plan.parameters import checkpoint_bytes, largest_parameter_bytes
 from r1mega.plan.place import _rank_groups as rank_groups
 from r1mega.plan.place import as_rank
 from r1mega.plan.rank import Activations, RankMemory, Routes, Static, measure
@@ -397,11 +396,11 @@ def test_samples_take_a_share_of_host_memory_and_not_all_of_it():
     """On 512 ranks, for a rank's host memory. Bytes are measured below, and on 8 ranks in tests/dist."""
     config = load_config(CONFIGS / "deepseek_v3_671b/zero.yaml", [])
     replays = config.model_copy(update={"rollout": config.rollout.model_copy(update={"router_replay": True})})
-    work = workload(config, Lengths(mean=9000), replicas=16)
+    work = workload(config, Lengths(mean=9000), replicas=8)
     plain, routed = (planned_samples(one, DEEPSEEK, 512, work) for one in (config, replays))
     host = host_memory(config, (stage_rank(),), None, 8, plain)
     assert host["samples"] == 8 * plain.peak
-    assert plain.peak < 0.8e9 and routed.peak < 3.3e9
+    assert 1.0e9 < plain.peak < 1.1e9 and 3.4e9 < routed.peak < 3.9e9, (plain, routed, routed.peak)
     algorithm = config.algorithm.model_copy(update={"router_replay": True})
     recorded = planned_samples(config.model_copy(update={"algorithm": algorithm}), DEEPSEEK, 512, work)
     p, tokens = config.parallel, sum(map(sum, work.samples)) * config.update.num_epochs

@@ -12,15 +12,17 @@ import pytest
 
 from r1mega.config.load import load_config
 from r1mega.errors import ConfigError
-from r1mega.plan.candidates import candidates, memory_choices, standalone_stages, uneven_stages
+from r1mega.plan import parameters, rank
+from r1mega.plan.bounds import SURE, Chunk
+from r1mega.plan.candidates import candidates, memory_choices, standalone_stages, uneven_stages, with_capacity
 from r1mega.plan.command import Job, search_lines
 from r1mega.plan.given import read_model
 from r1mega.plan.gpu import gpu_kind
 from r1mega.plan.memory import SPARE_BYTES, phase_memory, stage_ranks
 from r1mega.plan.report import proposed
-from r1mega.plan.search import SURE, Search, Trained, _Chunk
+from r1mega.plan.search import Search, Trained
 from r1mega.plan.seconds import moving_seconds
-from r1mega.plan.workload import Lengths
+from r1mega.plan.workload import Lengths, workload
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 SFT = CONFIGS / "nano/sft.yaml"
@@ -76,6 +78,31 @@ def test_a_layout_is_a_candidate_once(own):
     assert len({one.model_dump_json() for one in wanted}) == len(wanted)
 
 
+def test_microbatches_of_candidates_hold_what_a_run_asks_of_them():
+    """One and two of the longest samples, which are pairs where a reward model compares."""
+    path = CONFIGS / "nano/reward_helpful.yaml"
+    config = load_config(path, ["objective=pairwise", "data.max_tokens=100", "microbatch_tokens=1000"])
+    found = {one.microbatch_tokens for one in candidates(config, read_model(config, path), 1)}
+    assert found == {200, 400, 1000}
+    for tokens in found:
+        taken = with_capacity(config, tokens).problems({}, 1)
+        assert not [problem for problem in taken if problem.startswith("microbatch_tokens")]
+
+
+def test_a_microbatch_of_a_reward_model_holds_whole_pairs():
+    path = CONFIGS / "nano/reward_helpful.yaml"
+    keys = ["batch_size=8", "data.max_tokens=100", "microbatch_tokens=250"]
+    of = {
+        objective: workload(load_config(path, [*keys, f"objective={objective}"]), Lengths(given=(100,)), replicas=2)
+        for objective in ("pairwise", "pointwise")
+    }
+    assert {name: (one.microbatches, one.microbatch_tokens, len(one.samples)) for name, one in of.items()} == {
+        "pairwise": (4, 200, 16), "pointwise": (2, 200, 8)
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match="does not fit"):
+        workload(load_config(path, [*keys[:2], "microbatch_tokens=150"]), Lengths(given=(100,)), replicas=2)
+
+
 def test_nothing_fits_a_gpu_without_memory():
     none = some(dataclasses.replace(gpu_kind("h100-80"), memory_bytes=SPARE_BYTES))
     assert none.run() == []
@@ -91,6 +118,39 @@ def test_a_search_that_is_cut_off_says_so():
     assert "cut off" not in "".join(proposed(SFT, [], found, 4, search.gpu, 0))
 
 
+def test_a_search_builds_few_models_and_lists_parameters_once(monkeypatch):
+    """What a search of DeepSeek-V3 took minutes for. A model is built for each choice of recomputation and for the stages of
+    what is measured, whose kinds are three: the first, those in the middle, the last.
+    """
+    built, listed = [], []
+
+    def counting(calls, function):
+        return lambda *given, **named: calls.append(1) or function(*given, **named)
+
+    rank._measured.cache_clear()
+    parameters._counted.cache_clear()
+    monkeypatch.setattr(rank, "Policy", counting(built, rank.Policy))
+    monkeypatch.setattr(parameters, "parameters", counting(listed, parameters.parameters))
+    search = some(gpu_kind("h100-80"), Search)
+    trained = len(list(search.trained()))
+    assert len(listed) == 1 and not built
+    found = search.run()
+    assert len(found) == 3 and len(listed) == 1
+    assert search.measured <= 4 and len(built) <= 5 + 3 * search.measured < trained
+
+
+def test_what_is_given_up_is_what_takes_longer():
+    """A limit of seconds ends the choices of `memory` early, the quickest first, and changes none that is taken."""
+    search = some(gpu_kind("h100-80"))
+    (generated,), trained = search.generated(), list(search.trained())
+    for one in trained[:3]:
+        moves = search._moves(one)
+        assert [seconds for seconds, _ in moves] == sorted(seconds for seconds, _ in moves) and len(moves) > 1
+        found = search.fitting(one, generated)
+        assert search.fitting(one, generated, found.seconds) is None
+        assert search.fitting(one, generated, found.seconds * 1.001) == found
+
+
 def test_a_search_of_nothing_says_why():
     config = load_config(CONFIGS / "nano/zero.yaml")
     hf, small = read_model(config, SFT), dataclasses.replace(gpu_kind("h100-80"), memory_bytes=1e5)
@@ -99,7 +159,7 @@ def test_a_search_of_nothing_says_why():
 
 
 def test_fuller_experts_bound_no_evener_ones():
-    even, uneven = (_Chunk("none", 1, 1, ep, 1, 64, uneven=by) for ep, by in ((2, 1.5), (4, 4.0)))
+    even, uneven = (Chunk("none", 1, 1, ep, 1, 64, uneven=by) for ep, by in ((2, 1.5), (4, 4.0)))
     assert even.share(uneven) == SURE and uneven.share(even) == 0 and uneven.share(uneven) == 1
 
 
@@ -116,12 +176,12 @@ def test_layers_that_skip_fp8_stand_for_none_that_compute_in_it():
         search = Search(one, hf, 4, gpu_kind("h100-80"), Lengths(80), 1.0, 8)
         trained = Trained(one, search.workload(one), 0.0, 0.0)
         stages[skipped] = search.ranks(trained)
-        for rank in stages[skipped]:
-            (real,), least = rank.memory.activations, search._activations(one, rank.stage, trained.work)
-            assert 0 < least.kept <= real.kept, (skipped, rank.stage)
-            assert least.kept + least.working <= 1.01 * (real.kept + real.working), (skipped, rank.stage)
-    assert [[rank.stage for rank in found] for found in stages.values()] == [[0, 1, 3], [0, 1, 2, 3]]
-    layers = [rank.memory.activations[0].layers for rank in stages[2]]
+        for held in stages[skipped]:
+            (real,), least = held.memory.activations, search.bounds.activations(one, held.stage, trained.work)
+            assert 0 < least.kept <= real.kept, (skipped, held.stage)
+            assert least.kept + least.working <= 1.01 * (real.kept + real.working), (skipped, held.stage)
+    assert [[held.stage for held in found] for found in stages.values()] == [[0, 1, 3], [0, 1, 2, 3]]
+    layers = [held.memory.activations[0].layers for held in stages[2]]
     assert [*layers[0]] == [(True, False)] and layers[1][True, True] < layers[0][True, False]
 
 
@@ -130,7 +190,7 @@ def test_the_least_of_a_stage_has_moments_as_they_are_stored():
     for keys, part in (([], 1), (["optimizer.precision_aware=true"], 2)):
         config = load_config(path, keys)
         search = Search(config, read_model(config, path), 8, gpu_kind("h100-80"), Lengths(), 1.0, 8)
-        static = search._least(config, 0, None).memory.static
+        static = search.bounds.least_of(config, 0, None).memory.static
         assert part * static.exp_avg == part * static.exp_avg_sq == static.main_params > 0
 
 

@@ -25,7 +25,7 @@ platform.prepare()
 
 WORLD = 512
 ZERO = Path(__file__).parents[3] / "configs/deepseek_v3_671b/zero.yaml"
-LAYOUT = ParallelConfig(**yaml.safe_load(ZERO.read_text())["parallel"])
+LAYOUT = ParallelConfig(**(yaml.safe_load(ZERO.read_text())["parallel"] | {"tp": 2, "ep": 32}))
 
 
 class Splits:

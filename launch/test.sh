@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The same set-up as the quickstart, then the tests.   bash launch/test.sh [--fast | --megatron 0.19 | --both] [--set-up] [pytest arguments ...]
-#   --fast            the unit tests that are not heavy (tests/unit/conftest.py), meant to take a minute and a half
+#   --fast            the unit tests that are not heavy (tests/unit/conftest.py), meant to take under a minute and a half
 #   --megatron 0.19   with the other supported megatron-core, on Python 3.12, the tests that depend on it
 #   --both            everything, and beside it what --megatron 0.19 runs
 #   --set-up          install, run nothing
@@ -59,8 +59,9 @@ elif [ $# -gt 0 ]; then
   run_tests "$@"
 elif [ "$megatron" ]; then
   export PYTEST_ADDOPTS='-m "not slow"'
+  apart=--ignore=tests/unit/platform/test_vllm_contract.py  # the same vLLM, and no Megatron
   run_beside "$(echo tests/dist/test_{layouts,policy_layouts,optimizer_state}.py tests/te/test_{operations,rows,policy_layouts}.py)" \
-    "$(echo tests/unit/checkpoint/test_{hf_state,optimizer_state,store,two_versions}.py tests/unit/{platform,train,model})"
+    "$(echo tests/unit/checkpoint/test_{hf_state,optimizer_state,store,two_versions}.py tests/unit/{platform,train,model}) $apart"
 else
   engines=$(echo tests/unit/{evaluate,rollout,weights})
   others="tests/unit $(printf -- '--ignore=%s ' $engines $half)"

@@ -19,7 +19,7 @@ from tests.release import release_models
 platform.prepare()
 
 from r1mega.checkpoint.hf import write_hf  # noqa: E402
-from r1mega.gpu_check.policy import Case, make_samples, make_trainer  # noqa: E402
+from r1mega.gpu_check.policy import HF, OPTIMIZER, make_samples  # noqa: E402
 from r1mega.model.reward_head import SCORE, classifier_config, initial_head  # noqa: E402
 from r1mega.observe.trace import PhaseTimer  # noqa: E402
 from r1mega.platform import groups  # noqa: E402
@@ -27,8 +27,14 @@ from r1mega.train.grpo_update import update_policy  # noqa: E402
 from r1mega.train.policy import Policy  # noqa: E402
 from r1mega.train.reward_model import PreferenceSample, ShardedRewardModel, preference_scores  # noqa: E402
 from r1mega.train.sample_exchange import SampleExchange  # noqa: E402
+from r1mega.train.trainer import Trainer  # noqa: E402
 
 WORLD = 4
+MODEL = HF | {
+    "hidden_size": 64, "intermediate_size": 128, "moe_intermediate_size": 32, "q_lora_rank": 48, "kv_lora_rank": 32,
+    "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 24,
+}  # fmt: skip
+"""The one that the samples are made for, narrow: what is compared is bits of one code with those of the same code."""
 CLASSIFIER = DEEPSEEK | {"architectures": ["DeepseekV3ForCausalLM"], "rope_interleave": True}
 
 
@@ -44,7 +50,7 @@ def run_layouts(layouts: list[tuple[dict[str, Any], int]], directory: Path) -> l
         metrics, weights, sent = {}, dict[bool | None, str](), 0
         for spread in (False, True):
             groups.seed_all(0)
-            trainer = make_trainer(Case(experts="given", layout=parallel), None)
+            trainer = _make_trainer(parallel)
             exchange = SampleExchange.of(trainer.policy, generator_tp)
             weights[None] = _digest(trainer.policy)
             metrics[spread] = _step(trainer, exchange, generator_tp if spread else None)
@@ -58,6 +64,12 @@ def run_layouts(layouts: list[tuple[dict[str, Any], int]], directory: Path) -> l
     return found
 
 
+def _make_trainer(layout: ParallelConfig) -> Trainer:
+    model = ModelConfig(path=Path("unused"), dtype="float32", expert_bias_update_rate=0.01)
+    policy = Policy(model, MODEL, layout, seed=1, init_std=MODEL["initializer_range"])
+    return Trainer(policy, OPTIMIZER, total_steps=9)
+
+
 def _digest(policy: Policy) -> str:
     """Of all weights, by every bit."""
     digest = hashlib.blake2b()
@@ -66,7 +78,7 @@ def _digest(policy: Policy) -> str:
     return digest.hexdigest()
 
 
-def _step(trainer: Any, exchange: SampleExchange, generator_tp: int | None) -> dict[str, float | None]:
+def _step(trainer: Trainer, exchange: SampleExchange, generator_tp: int | None) -> dict[str, float | None]:
     """generator_tp: None: each rank has all samples."""
     config = RLStage(
         stage="zero", run_dir=Path("unused"), model=ModelConfig(path=Path("unused")), data=DataConfig(prompts=()),

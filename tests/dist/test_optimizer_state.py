@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +13,22 @@ from typing import Any
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from tests.checkpoints import DEEPSEEK, MTP
 from tests.dist.launch import launch
 
 BLOCK = 1000  # elements of a message here, so that there are many
+
+
+def tensors(tree: Any) -> Iterator[torch.Tensor]:
+    """Those in lists, tuples and dicts; in a third of the time of torch's own, which knows other trees too."""
+    if isinstance(tree, torch.Tensor):
+        yield tree
+    elif isinstance(tree, dict):
+        yield from tensors([*tree.values()])
+    elif isinstance(tree, list | tuple):
+        for branch in tree:
+            yield from tensors(branch)
 
 
 class PeakMemory(TorchDispatchMode):
@@ -28,13 +40,11 @@ class PeakMemory(TorchDispatchMode):
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        for tensor in tree_leaves((args, kwargs)):
-            if isinstance(tensor, torch.Tensor):
-                self._know(tensor.untyped_storage(), 0)
+        for tensor in tensors([args, kwargs]):
+            self._know(tensor.untyped_storage(), 0)
         result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                self._know(tensor.untyped_storage(), 0 if tensor.is_meta else tensor.untyped_storage().nbytes())
+        for tensor in tensors(result):
+            self._know(tensor.untyped_storage(), 0 if tensor.is_meta else tensor.untyped_storage().nbytes())
         return result
 
     def _know(self, storage: torch.UntypedStorage, num_bytes: int) -> None:
@@ -157,6 +167,7 @@ class Case:
     dtype: str = "bfloat16"
     layers: int = 2
     keys: tuple[tuple[str, bool], ...] = ()
+    weighed: bool = False  # the memory of loading is asked for; to watch it takes as long as the loading
 
 
 PRECISION_AWARE = (("precision_aware", True), ("grad_reduce_in_fp32", False))
@@ -165,8 +176,8 @@ DENSE_FIRST = (("pp", 2), ("layers_per_stage", (1, 2)))
 CASES = {
     1: [Case(dtype="float32"), Case(), Case(keys=PRECISION_AWARE)],
     2: [
-        Case((("ep", 2),)),
-        Case((("ep", 2),), layers=4),
+        Case((("ep", 2),), weighed=True),
+        Case((("ep", 2),), layers=4, weighed=True),
         Case((("tp", 2),), "float32"),
         Case(DENSE_FIRST, layers=3),
         Case(DENSE_FIRST, layers=3, keys=PRECISION_AWARE),
@@ -180,7 +191,8 @@ CASES = {
 def load_in_both_ways(directory: Path, cases: list[Case]) -> list[dict[str, Any]]:
     """Each case saved after a step, and loaded into new policies by Megatron's own way and by r1mega's.
 
-    {way: (most bytes of new tensors while loading, what is not as in the run that went on)}, elements of the optimizers.
+    {way: (most bytes of new tensors while loading, of those that are weighed; what is not as in the run that went on)},
+    elements of the optimizers.
     """
     from r1mega.checkpoint import torch_dist
     from r1mega.platform import groups
@@ -227,13 +239,13 @@ def _load_in_both_ways(directory: Path, case: Case) -> dict[str, Any]:
                 del part.sharded_param_state_fully_reshardable, part.load_parameter_state_from_fully_reshardable
         module.fill_empty_state(fresh.optimizer)  # which stays; what passes is counted
         assert not equal(bits(fresh), expected[0])
-        with PeakMemory() as memory:
+        with PeakMemory() if case.weighed else contextlib.nullcontext() as memory:
             state, _ = store.load(path, fresh.sharded_state(is_loading=True))
             fresh.load_sharded_state(state)
         now = [bits(fresh), update(fresh), bits(fresh)]
         names = ("what is loaded", "loss and gradient norm of a step", "state after it")
         wrong = [name for name, one, other in zip(names, now, expected, strict=True) if not equal(one, other)]
-        found[way] = memory.peak, wrong
+        found[way] = memory.peak if memory else None, wrong
     groups.destroy_parallel()
     return found
 
@@ -269,7 +281,8 @@ def test_groups_that_count_no_steps_are_saved_and_loaded_with_those_of_the_other
 
 
 def test_memory_to_load_state_does_not_grow_with_the_model(loaded):
-    for small, large, *_ in loaded(2):
+    for found in loaded(2):
+        small, large = (result for case, result in zip(CASES[2], found, strict=True) if case.weighed)
         print({found["elements"]: (found["theirs"][0], found["ours"][0]) for found in (small, large)})
         more = large["elements"] - small["elements"]
         assert (

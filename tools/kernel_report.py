@@ -83,7 +83,7 @@ def find_cuobjdump() -> str | None:
         Path(triton.origin).parent / "backends/nvidia/bin/cuobjdump" if triton and triton.origin else None,
         *(path for folder in wheels for path in sorted(folder.glob("cu*/bin/cuobjdump"))),
     ]
-    for path in map(Path, filter(None, candidates)):
+    for path in [Path(candidate) for candidate in candidates if candidate]:
         if os.access(path, os.X_OK) and (os.access(path.parent / "nvdisasm", os.X_OK) or shutil.which("nvdisasm")):
             return str(path)
     return None

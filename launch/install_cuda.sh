@@ -26,8 +26,8 @@ install() { pip install -c .venv/constraints.txt "$@"; }
 
 [ -n "${R1MEGA_PYTHON:-}" ] || base=$(find_python 3.12) # megatron-core's current release; 3.11 gets the last one for it
 make_venv .venv "${base:-}"
-# What a CPU has too in the versions that the tests run; but for one, of which vLLM for CUDA wants its own.
-grep -v '^apache-tvm-ffi==' requirements/cpu.lock >.venv/constraints.txt
+# What a CPU has too in the versions that the tests run; but for some, of which vLLM and the toolkit for CUDA want their own.
+grep -Ev '^(apache-tvm-ffi|nvidia-cuda-cuobjdump|nvidia-cuda-nvdisasm)==' requirements/cpu.lock >.venv/constraints.txt
 say "torch, vLLM and Transformer Engine's compiled core"
 install "$(pin torch)"
 install -r requirements/cuda.txt

@@ -3,9 +3,10 @@
     python tools/kernel_report.py [--targets 80 90a 100] [--check]
 
 For each kernel and target: registers a thread, spilled bytes, stack and static shared memory, and how many blocks of
-its size an SM holds by registers (65536 a SM); where there is a cuobjdump (of the toolkit or of the wheels of triton or
-nvidia-cuda-cuobjdump), of the statistics of log-probs the instructions of a loop, which reads four 16-byte packs a thread.
---check: exit status 1 if a kernel is over its budget; without a cuobjdump it says that loops were not counted.
+its size an SM holds by registers (65536 a SM); where there is a cuobjdump with its nvdisasm (of the toolkit, of triton's wheel or
+of nvidia-cuda-cuobjdump's and nvidia-cuda-nvdisasm's), of the statistics of log-probs the instructions of a loop, which reads
+four 16-byte packs a thread.
+--check: exit status 1 if a kernel is over its budget, or its loop was not counted for want of a cuobjdump.
 """
 
 from __future__ import annotations
@@ -72,7 +73,8 @@ def compile_report(targets: tuple[str, ...] = build.CUDA_TARGETS) -> dict[str, A
 
 
 def find_cuobjdump() -> str | None:
-    """cuobjdump beside nvcc, on PATH, or in the wheels of triton or nvidia-cuda-cuobjdump."""
+    """cuobjdump beside nvcc, on PATH, or in the wheels of triton or nvidia-cuda-cuobjdump; one that finds its nvdisasm beside it
+    or on PATH, without which it disassembles nothing."""
     nvcc, triton, nvidia = build.find_nvcc(), importlib.util.find_spec("triton"), importlib.util.find_spec("nvidia")
     wheels = [Path(folder) for folder in nvidia.submodule_search_locations or ()] if nvidia else []
     candidates = [
@@ -81,7 +83,10 @@ def find_cuobjdump() -> str | None:
         Path(triton.origin).parent / "backends/nvidia/bin/cuobjdump" if triton and triton.origin else None,
         *(path for folder in wheels for path in sorted(folder.glob("cu*/bin/cuobjdump"))),
     ]
-    return next((str(path) for path in candidates if path and os.access(path, os.X_OK)), None)
+    for path in [Path(candidate) for candidate in candidates if candidate]:
+        if os.access(path, os.X_OK) and (os.access(path.parent / "nvdisasm", os.X_OK) or shutil.which("nvdisasm")):
+            return str(path)
+    return None
 
 
 def _loops(cubin: str) -> dict[str, int]:
@@ -166,7 +171,7 @@ def _template_arguments(name: str, symbol: str) -> tuple[list[str], list[bool], 
     return types, [flag == "1" for flag in re.findall("Lb([01])E", listed)], int(width[1]) if width else None
 
 
-def _loop_budget(record: dict[str, object]) -> int | None:
+def loop_budget(record: dict[str, object]) -> int | None:
     """Of the variant that large vocabularies meet: rows aligned, a block each."""
     if (
         record["kernel"] != "log_prob_stats"
@@ -184,7 +189,7 @@ def violations(report: dict[str, Any]) -> list[str]:
         f"{r['kernel']} ({r['element']}, {'with' if r['entropy'] else 'without'} entropy): {r['loop_instructions']} of {budget} "
         "instructions a loop"
         for r in report["kernels"]
-        if (budget := _loop_budget(r)) and (r.get("loop_instructions") or 0) > budget
+        if (budget := loop_budget(r)) and (r.get("loop_instructions") or 0) > budget
     ]
     return long + [
         f"{r['kernel']} ({r['element']}) on {r['target']}: {r['registers']} of {r['register_budget']} registers, "
@@ -203,10 +208,10 @@ def main() -> None:
     report = compile_report(tuple(arguments.targets))
     print(json.dumps(report, indent=1))
     over = violations(report)
-    if arguments.check and report["cuobjdump"] is None:
-        print(
-            "loops were not counted: no cuobjdump (pip install nvidia-cuda-cuobjdump, or the toolkit's on PATH)",
-            file=sys.stderr,
+    if report["cuobjdump"] is None:
+        over.append(
+            "loops were not counted: no cuobjdump with an nvdisasm (pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm, "
+            "or the toolkit's on PATH)"
         )
     for line in over:
         print(line, file=sys.stderr)

@@ -8,7 +8,7 @@ import torch
 
 import r1mega_kernels
 
-TOKENS, COLUMNS, REPEATS = 8, 16, 300
+TOKENS, COLUMNS = 8, 16
 _GENERATOR = torch.Generator().manual_seed(0)
 LOGITS = torch.randn(TOKENS, COLUMNS, generator=_GENERATOR).requires_grad_()
 TARGETS = torch.randint(0, COLUMNS, (TOKENS,), generator=_GENERATOR)
@@ -164,12 +164,6 @@ class RawLoss(torch.autograd.Function):
 def raw_loss(policy: torch.Tensor) -> torch.Tensor:
     """The loss; the metrics' sums are found too."""
     return RawLoss.apply(policy, OLD, ADVANTAGES, [])
-
-
-def repeat(function: Callable[[], object]) -> None:
-    """REPEATS calls."""
-    for _ in range(REPEATS):
-        function()
 
 
 def raw_advantage() -> torch.Tensor:

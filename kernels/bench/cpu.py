@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import torch
 
 import r1mega_kernels
 from bench import calls, eager
-from bench.timing import cpu_seconds, peak_bytes
+from bench.timing import call_seconds, cpu_seconds, peak_bytes
 
 Record = dict[str, str | float]
 
@@ -118,13 +117,12 @@ def _linear_loss_case(tokens: int, width: int, vocabulary: int, rounds: int) -> 
     return record | {f"{key}_peak_mb": round(peak_bytes(run) / 1e6, 1) for key, run in contestants.items()}
 
 
-def call_rows(rounds: int) -> list[Record]:
+def call_rows(blocks: int) -> list[Record]:
     """What a call with its backward pass costs, at 8 tokens and 16 columns: beside an autograd.Function that does nothing
     but call the operators. Thousandths of the printed milliseconds are what counts here."""
     records = []
     for name, contestants in calls.CONTESTANTS.items():
-        many = {who: functools.partial(calls.repeat, way) for who, way in contestants.items()}
-        seconds = {who: value / calls.REPEATS for who, value in cpu_seconds(many, rounds).items()}
+        seconds = call_seconds(contestants, blocks)
         record = _record(f"one call of {name} + backward", seconds, None)
         records.append(record | {"kernel / raw operators": round(seconds["kernel"] / seconds["raw operators"], 2)})
     return records
@@ -154,6 +152,6 @@ def measure(quick: bool) -> list[Record]:
     return (
         log_prob_rows(shapes, rounds)
         + loss_rows(100_000 // scale, rounds)
-        + call_rows(rounds)
+        + call_rows(200 if quick else 1000)
         + linear_loss_rows(linear, min(rounds, 3))
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import math
 import time
 from collections.abc import Callable, Mapping
 
@@ -23,18 +25,63 @@ def cpu_seconds(contestants: Contestants, rounds: int) -> dict[str, float]:
     return _best(contestants, rounds, timed)
 
 
+def call_seconds(contestants: Contestants, blocks: int) -> dict[str, float]:
+    """Seconds of a call of functions of some microseconds: the least of many short blocks of calls, in turn. CPU time of this thread.
+
+    A core that another process shares is half as fast for some milliseconds, then whole again: a block is shorter than
+    that, so each contestant meets both, and only noise is added to the least (medians fall on either side, and put
+    ratios nearer to 1). The thread is not bound to a core, where something else may have the right of way; no garbage
+    is collected meanwhile.
+    """
+
+    def block(function: Callable[[], object], calls: int) -> float:
+        start = time.thread_time()
+        for _ in range(calls):
+            function()
+        return time.thread_time() - start
+
+    collects = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        for function in contestants.values():
+            block(function, 20)  # warms up
+        calls = {name: max(1, int(5e-4 * 20 / block(function, 20))) for name, function in contestants.items()}
+        found: dict[str, list[float]] = {name: [] for name in contestants}
+        for number in range(blocks):
+            for name in list(contestants)[:: 1 if number % 2 else -1]:
+                found[name].append(block(contestants[name], calls[name]) / calls[name])
+    finally:
+        if collects:
+            gc.enable()
+    return {name: min(seconds) for name, seconds in found.items()}
+
+
 def gpu_seconds(contestants: Contestants, rounds: int) -> dict[str, float]:
-    """The same on the current CUDA stream, by events; the L2 cache is overwritten before each run."""
+    """The same on the current CUDA stream, by events. Before each run the L2 cache is overwritten, for longer than the host takes to
+    launch the run: its kernels then wait in the stream one behind the other, and what is between the events is theirs alone.
+    """
     flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
 
-    def timed(function: Callable[[], object]) -> float:
-        flush.zero_()
+    def seconds_of(function: Callable[[], object]) -> float:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         function()
         end.record()
         end.synchronize()
         return start.elapsed_time(end) / 1e3
+
+    seconds_of(flush.zero_)  # its first launch takes longer
+    of_flush = seconds_of(lambda: [flush.zero_() for _ in range(8)]) / 8
+
+    def timed(function: Callable[[], object]) -> float:
+        begun = time.perf_counter()
+        function()
+        launched = time.perf_counter() - begun  # of the host, which the next time takes as long
+        torch.cuda.synchronize()
+        for _ in range(1 + math.ceil(2 * launched / of_flush)):
+            flush.zero_()
+        return seconds_of(function)
 
     return _best(contestants, rounds, timed)
 

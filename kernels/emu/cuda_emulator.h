@@ -36,7 +36,7 @@
 #define R1_LOAD_FRESH(address) emulator::load_fresh(address)
 #define R1_MAX_NAN(a, b) emulator::max_nan(a, b)
 #define R1_MAX_BF16X2(a, b) emulator::by_halves(a, b, [](float x, float y) { return fmaxf(x, y); })
-#define R1_MAX_NAN_BF16X2(a, b) emulator::by_halves(a, b, emulator::max_nan)
+#define R1_MAX_NAN_BF16X2(a, b) emulator::by_halves(a, b, emulator::larger_or_nan)
 
 struct alignas(16) uint4 {
     unsigned x, y, z, w;
@@ -44,7 +44,22 @@ struct alignas(16) uint4 {
 
 namespace emulator {
 
-inline float max_nan(float a, float b) { return a != a || b != b ? NAN : fmaxf(a, b); }
+inline unsigned current = 0, alive = 0;
+
+// Counted, of a thread of a block: rounds of vector loads, which are in flight together until what one of them brought is used (by
+// what follows it here, a maximum). On a GPU each round waits for memory once.
+struct Rounds {
+    unsigned begun = 0;
+    bool is_open = false;
+};
+inline Rounds rounds[1024];
+inline unsigned most_rounds = 0, block_barriers = 0;  // of the launch
+
+inline float larger_or_nan(float a, float b) { return a != a || b != b ? NAN : fmaxf(a, b); }
+inline float max_nan(float a, float b) {
+    rounds[current].is_open = false;
+    return larger_or_nan(a, b);
+}
 
 // A function of bf16, on both of a word.
 template <class F>
@@ -59,6 +74,7 @@ uint32_t by_halves(uint32_t a, uint32_t b, F function) {
         memcpy(&result, &value, sizeof result);
         return result;
     };
+    rounds[current].is_open = false;
     const uint32_t low = bits(function(widened(a << 16), widened(b << 16))) >> 16;
     return low | (bits(function(widened(a & 0xffff0000u), widened(b & 0xffff0000u))) & 0xffff0000u);
 }
@@ -83,7 +99,6 @@ inline ucontext_t scheduler;
 inline void* scheduler_fake_stack = nullptr;
 inline const void* scheduler_bottom = nullptr;
 inline size_t scheduler_size = 0;
-inline unsigned current = 0, alive = 0;
 inline uint64_t progress = 0;
 inline Barrier block, warps[32];
 inline uint64_t exchange[1024];
@@ -138,7 +153,10 @@ inline void wait(Barrier& barrier, unsigned expected) {
     while (barrier.generation == generation) to_scheduler(false);
 }
 
-inline void block_barrier() { wait(block, unsigned(fibers.size())); }
+inline void block_barrier() {
+    ++block_barriers;
+    wait(block, unsigned(fibers.size()));
+}
 
 inline void warp_barrier() { wait(warps[current / 32], 32); }
 
@@ -169,6 +187,9 @@ T load_aligned(const T* address) {
         fprintf(stderr, "emulator: misaligned vector load\n");
         abort();
     }
+    Rounds& of_thread = rounds[current];
+    if (!of_thread.is_open) most_rounds = std::max(most_rounds, ++of_thread.begun);
+    of_thread.is_open = true;
     T value;
     memcpy(&value, address, sizeof value);
     return value;
@@ -190,9 +211,11 @@ inline void launch(unsigned blocks, unsigned threads, int order, std::function<v
     grid_size = {blocks};
     body = std::move(kernel);
     std::fill(std::begin(fresh_loads), std::end(fresh_loads), 0u);
+    most_rounds = block_barriers = 0;
     for (unsigned b = 0; b < blocks; ++b) {
         block_index = {order ? blocks - 1 - b : b};
         block = Barrier{};
+        std::fill(std::begin(rounds), std::end(rounds), Rounds{});
         for (Barrier& warp : warps) warp = Barrier{};
         alive = threads;
         fibers = std::vector<Fiber>(threads);

@@ -56,6 +56,21 @@ void write(Array<T>& array) {
     std::cout.write(array.raw(), array.bytes());
 }
 
+// After a launch over rows: a thread reads its share in as few rounds of four loads as there are, the last step's too, and a
+// short row is a warp's, which waits for no other.
+template <class E>
+void check_rounds(int64_t columns) {
+    const bool is_short = columns <= 1024;
+    const int64_t step = (is_short ? 32 : 256) * 4, packs = columns / (16 / int64_t(sizeof(E)));
+    const int64_t share = (packs + step - 1) / step;
+    if (emulator::most_rounds > share || (is_short && emulator::block_barriers)) {
+        fprintf(stderr, "emulator: a thread reads %lld columns in %u rounds of loads, its share takes %lld; %u waits at barriers\n",
+                static_cast<long long>(columns), emulator::most_rounds, static_cast<long long>(share),
+                emulator::block_barriers);
+        abort();
+    }
+}
+
 // scalars: tokens, columns, stride, vocab_start, count, order, misalignment, in_place, entropy; a gradient of the logits'
 // size has their stride, one of half of it their rows, in place. is_kept: after them come lists of kept ids
 template <class E, class G = E>
@@ -83,6 +98,7 @@ void run_log_prob(bool is_kept) {
     emulator::launch(is_kept ? unsigned(count) : device::row_blocks(count, columns), device::kThreads, order, [&] {
         is_kept ? kept_kernel(source, lists, stats.get()) : kernel(source, count, stats.get());
     });
+    if (!is_kept && entropy) check_rounds<E>(columns);
     const auto blocks = unsigned((count + device::kThreads - 1) / device::kThreads);
     emulator::launch(blocks, device::kThreads, order,
                      [&] { device::log_prob_merge(stats.get(), source, 1, count, merged.get(), results.get()); });

@@ -48,14 +48,19 @@ def group_advantage(
         raise ValueError(
             f"expected rewards [R] and group_offsets [G + 1], not {list(rewards.shape)}, {list(group_offsets.shape)}"
         )
-    if group_offsets.is_floating_point():
-        raise TypeError(f"group_offsets must be integers, not {group_offsets.dtype}")
-    check_devices(rewards.device, group_offsets=group_offsets, mask=mask)
+    offsets = group_offsets
+    if offsets.dtype != torch.int64 or not offsets.is_contiguous():
+        if offsets.is_floating_point():
+            raise TypeError(f"group_offsets must be integers, not {offsets.dtype}")
+        offsets = plain(offsets, torch.int64)
+    if mask is not None or offsets.device != rewards.device:
+        check_devices(rewards.device, group_offsets=group_offsets, mask=mask)
     if mask is not None and mask.shape != rewards.shape:
         raise ValueError(f"mask {list(mask.shape)} does not fit rewards {list(rewards.shape)}")
-    offsets, values = plain(group_offsets, torch.int64), plain(rewards, torch.float64)
+    values = plain(rewards, torch.float64)
     counted = nothing(values, torch.uint8) if mask is None else plain(mask, torch.uint8)
-    advantages = torch.empty_like(values, dtype=torch.float32)
-    if rewards.shape[0] or rewards.is_cpu:  # a CPU's operator looks at the offsets too
+    single = rewards.dtype == torch.float32
+    advantages = torch.empty_like(rewards) if single else torch.empty_like(values, dtype=torch.float32)
+    if rewards.is_cpu or rewards.shape[0]:  # a CPU's operator looks at the offsets too
         kernels(use_reference).group_advantage(values, offsets, counted, kind, unit, epsilon, advantages)
     return advantages

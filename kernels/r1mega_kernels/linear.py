@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from r1mega_kernels.kept import KeptTokens, gradient_scratch
-from r1mega_kernels.library import check_devices, kernels, looks_at_values, uses_reference
+from r1mega_kernels.library import NATIVE, check_devices, kernels, looks_at_values, uses_reference
 from r1mega_kernels.log_prob import (
     NATIVE_DTYPES,
     LogProbs,
@@ -176,6 +176,34 @@ class OutputLayer(NamedTuple):
             return grad
         return logits.mul_(slope).to(self.weight.dtype) if is_narrow else logits.mul_(slope)  # rounded once
 
+    def is_short(self, tokens: Tokens) -> bool:
+        """Whether logits of all columns at once are a plain product, their statistics all that there is to know of them, and
+        their gradient in their place a factor as it is: `short_results` and `short_gradient` then serve, whose few lines are what
+        a call of few tokens takes its time for."""
+        weight = self.weight
+        return (
+            weight.is_cpu and weight.dtype == self.dtype and weight.shape[0] == self.width and self.softcap is None
+            and self.group is None and tokens.kept_ids is None and not self.use_reference
+            and not torch.is_autocast_enabled("cpu")
+        )  # fmt: skip
+
+    def short_results(self, logits: torch.Tensor, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
+        """([t, 4] statistics, [3, t] results) of logits of all columns, where `is_short`."""
+        targets, inverse = tokens.targets, tokens.inverse
+        stats, results = logits.new_empty(logits.shape[0], 4), logits.new_empty(3, logits.shape[0])
+        NATIVE.log_prob_stats(
+            logits, targets, inverse, targets, False, self.vocab_start, self.vocab_size, self.entropy, stats
+        )
+        NATIVE.log_prob_merge(stats.unsqueeze(0), inverse, targets, False, stats, results)
+        return stats, results
+
+    def short_gradient(self, logits: torch.Tensor, tokens: Tokens, stats, results, grads: torch.Tensor) -> None:
+        """The gradient of these logits in their place, from `grads` [3, t]."""
+        targets, entropy = tokens.targets, results.select(0, 1)
+        NATIVE.log_prob_backward(
+            logits, targets, tokens.inverse, targets, False, self.vocab_start, stats, entropy, grads, logits
+        )
+
     def reduced(self, grad_hidden: torch.Tensor) -> torch.Tensor:
         """The gradient of the hidden states over all ranks, in their dtype."""
         if self.group is not None and self.reduce_hidden_grad:
@@ -262,6 +290,11 @@ class _LinearLogProb(torch.autograd.Function):
         head, tokens, buffer_bytes = rest
         count = hidden.shape[0]
         height, width = block = block_shape(count, head.width, head.dtype.itemsize, buffer_bytes)
+        ctx.head, ctx.block, ctx.is_whole = head, block, block == (count, head.width)
+        if ctx.is_whole and head.is_short(tokens):
+            stats, results = head.short_results(torch.mm(hidden, weight.t()), tokens)
+            ctx.save_for_backward(hidden, weight, stats, results, *tokens)
+            return results.unbind()
         buffer = _buffer(head, count, block)
         stats = tokens.inverse.new_empty(count, 4)
         shards = stats.unsqueeze(0) if width == head.width else stats.new_empty(-(-head.width // width), count, 4)
@@ -273,7 +306,6 @@ class _LinearLogProb(torch.autograd.Function):
                 head.stats_into(piece(shard, row), logits, tokens.part(row), column.start)
         results = head.merged(stats, shards, tokens.inverse)
         ctx.save_for_backward(hidden, weight, stats, results, *tokens)
-        ctx.head, ctx.block = head, block
         return results.unbind()
 
     @staticmethod
@@ -281,9 +313,18 @@ class _LinearLogProb(torch.autograd.Function):
         """Gradients of hidden and weight: the logits of each block again, overwritten by their gradient."""
         refuse_second_derivative()
         hidden, weight, stats, results, *rest = ctx.saved_tensors
-        all_rows = stats, entropy, together = stats, results.select(0, 1), put_together(grads, results)
-        head, (height, width), count, tokens = ctx.head, ctx.block, hidden.shape[0], Tokens(*rest)
+        head, together, tokens = ctx.head, put_together(grads, results), Tokens(*rest)
         needs_hidden, needs_weight, _ = ctx.needs_input_grad
+        if ctx.is_whole and head.is_short(tokens) and (not needs_weight or main_grad(head) is None):
+            logits = torch.mm(hidden, weight.t())
+            head.short_gradient(logits, tokens, stats, results, together)
+            return (
+                torch.mm(logits, weight) if needs_hidden else None,
+                torch.mm(logits.t(), hidden) if needs_weight else None,
+                None,
+            )
+        all_rows, count, (height, width) = (stats, results.select(0, 1), together), hidden.shape[0], ctx.block
+        _, entropy, _ = all_rows
         buffer = _buffer(head, count, ctx.block)
         grad_hidden, grad_weight = None, main_grad(head) if needs_weight else None
         scratch = gradient_scratch(tokens.kept_ids)

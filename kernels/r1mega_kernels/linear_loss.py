@@ -107,7 +107,10 @@ class _LinearLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, rest):
         """The loss; both gradients for a loss's own of 1 are kept for the backward pass."""
-        head, tokens, token_loss, chunks, wanted = rest
+        ctx.head, tokens, token_loss, chunks, wanted = rest
+        if len(chunks) == 1 and hidden.shape[0] and ctx.head.is_short(tokens):
+            return _short_loss(ctx, hidden, weight, tokens, token_loss, chunks[0], wanted)
+        head = ctx.head
         (needs_hidden, needs_weight), grad_hidden, grad_weight = wanted, None, None
         scratch = gradient_scratch(tokens.kept_ids) if any(wanted) else None
         losses, columns, buffer = [], _columns(head), None
@@ -135,7 +138,6 @@ class _LinearLoss(torch.autograd.Function):
             or_zeros(grad_hidden, hidden, head.dtype) if needs_hidden else None,
             or_zeros(grad_weight, weight, head.dtype) if needs_weight else None,
         )
-        ctx.head = head
         if len(losses) > 1:
             losses = [torch.stack([loss.to(hidden.device, torch.float64) for loss in losses]).sum()]
         return losses[0].to(hidden.device, head.dtype, copy=True)  # apart from the caller's own
@@ -156,6 +158,23 @@ class _LinearLoss(torch.autograd.Function):
                 grad_weight = total.addcmul_(grad_weight, grad_loss.to(head.dtype))
             grad_weight = handed_over(head, grad_weight)
         return grad_hidden, grad_weight, None
+
+
+def _short_loss(ctx, hidden, weight, tokens, token_loss, part, wanted) -> torch.Tensor:
+    """The loss of a single chunk where the head `is_short`; leaves `ctx` what its backward pass needs."""
+    head, (needs_hidden, needs_weight), grad_hidden, grad_weight = ctx.head, wanted, None, None
+    logits = torch.mm(hidden, weight.t())
+    stats, results = head.short_results(logits, tokens)
+    loss, grads = _loss_and_gradient(token_loss, results, part, needs_hidden or needs_weight)
+    if grads is not None:
+        head.short_gradient(logits, tokens, stats, results, grads)
+        grad_hidden = torch.mm(logits, weight) if needs_hidden else None
+        grad_weight = torch.mm(logits.t(), hidden) if needs_weight else None
+    ctx.save_for_backward(
+        or_zeros(grad_hidden, hidden, head.dtype) if needs_hidden else None,
+        or_zeros(grad_weight, weight, head.dtype) if needs_weight else None,
+    )
+    return loss.to(hidden.device, head.dtype, copy=True)
 
 
 def _columns(head: OutputLayer) -> list[slice]:

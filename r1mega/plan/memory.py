@@ -183,7 +183,7 @@ def _head_bytes(config: TrainingStage, hf: Mapping[str, Any], rows: float) -> fl
     if config.model.log_probs != "hidden":
         return 0.0  # logits are a layer's output, and counted there
     hidden = hf["hidden_size"]
-    if not (isinstance(config, RLStage) and config.parallel.cp == 1):
+    if not (isinstance(config, RLStage | SFTStage) and config.parallel.cp == 1):
         return 2.0 * HEAD_BUFFER_BYTES + rows * hidden * (4 + 2)
     vocabulary, chunk = hf["vocab_size"] / config.parallel.tp, min(rows, DEFAULT_CHUNK_TOKENS)
     forward = vocabulary * chunk * 4

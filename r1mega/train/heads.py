@@ -88,15 +88,18 @@ class HiddenHead:
         temperature: float,
         token_loss: Callable[[TokenScores, slice], tuple[torch.Tensor, S]],
         row_offsets: Sequence[int] | None = None,
+        *,
+        entropies: bool = True,
     ) -> tuple[torch.Tensor, list[S]]:
         """The sum of a loss over chunks of `part.rows`, and what else it returned of each: as of `scores`, with one matrix
         product less. It is a sum over tokens, of each one's scores alone, or with row_offsets over sequences: the chunks are
-        then of whole ones, which begin there.
+        then of whole ones, which begin there. entropies: as of `scores`.
         """
         return linear_grpo_loss(
             output, self.weight, part.labels,
-            lambda scores, rows: token_loss(TokenScores(scores.log_prob, scores.entropy), rows), temperature, part.rows,
-            self.group, vocab_size=self.vocab_size, kept=part.kept, reduce_hidden_grad=self.reduce_hidden_grad,
+            lambda found, rows: token_loss(TokenScores(found.log_prob, found.entropy if entropies else None), rows),
+            temperature, part.rows, self.group, vocab_size=self.vocab_size, kept=part.kept, entropy=entropies,
+            reduce_hidden_grad=self.reduce_hidden_grad,
             chunk_tokens=self.chunk_tokens, sequence_offsets=row_offsets,
         )  # fmt: skip
 

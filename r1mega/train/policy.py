@@ -410,7 +410,7 @@ class _Pass(Generic[B, S]):
             whole = offsets is not None
             value, found = head.loss(
                 output[0], part, self.temperature,
-                lambda scores, rows: self.loss(batch.of_rows(rows, of_samples=whole), scores), offsets,
+                lambda scores, rows: self.loss(batch.of_rows(rows, of_samples=whole), scores), offsets, entropies=self.entropies,
             )  # fmt: skip
             self.statistics += found
         else:

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
@@ -30,6 +31,8 @@ class WeightedSample:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightedMicrobatch(Microbatch):
     """weights: [R] float32, the loss weight of each trained token."""
+
+    _row_fields: ClassVar[tuple[str, ...]] = (*Microbatch._row_fields, "weights")
 
     weights: torch.Tensor
 
@@ -78,7 +81,9 @@ def supervised_step(trainer: Trainer, batches: Sequence[WeightedMicrobatch]) -> 
         value = -(scores.values * batch.weights).sum() / total_weight
         return value, torch.stack([value.detach().double() * total_weight, batch.weights.sum().double()])
 
-    result = trainer.update(batches, loss, total_response_tokens=int(total_rows), mtp_loss=True, entropies=False)
+    result = trainer.update(
+        batches, loss, total_response_tokens=int(total_rows), mtp_loss=True, sums_over="tokens", entropies=False
+    )
     return SupervisedResult(result, _weighted_mean(result.statistics), Work(total_tokens, total_pairs, total_rows))
 
 

@@ -16,7 +16,7 @@ ALLOWED = {
     "evaluate": 11,
     "files": 2,
     "gpu_check": 24,
-    "kernels": 5,
+    "kernels": 4,
     "model": 69,
     "observe": 67,
     "plan": 41,

@@ -210,8 +210,20 @@ def test_cuda_kernels_keep_their_budgets(build):
         for kernel in ("log_prob_stats", "log_prob_backward"):
             assert {(kernel, "bf16", target), (kernel, "fp32", target)} <= compiled
         assert {(k, None, target) for k in ("log_prob_merge", "token_loss", "group_advantages")} <= compiled
-    if report["cuobjdump"] is None:
-        pytest.skip("all but the instructions of loops, which no cuobjdump was there to count")
+    assert report["cuobjdump"], "no cuobjdump, of requirements/cpu.lock, to count the instructions of loops"
+    counted = [record["loop_instructions"] for record in report["kernels"] if report_tool.loop_budget(record)]
+    assert len(counted) == 4 and all(60 < count <= 220 for count in counted), "each loop that has a budget is found"
+
+
+def test_a_cuobjdump_without_its_disassembler_is_none(tmp_path, monkeypatch):
+    report_tool = module_from(ROOT / "tools" / "kernel_report.py")
+    monkeypatch.setattr(report_tool.build, "find_nvcc", lambda: str(tmp_path / "nvcc"))
+    monkeypatch.setattr(report_tool.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setenv("PATH", "")
+    for name, found in (("cuobjdump", None), ("nvdisasm", str(tmp_path / "cuobjdump"))):
+        (tmp_path / name).write_text("#!/bin/sh\n")
+        (tmp_path / name).chmod(0o755)
+        assert report_tool.find_cuobjdump() == found
 
 
 def test_over_budget_is_reported():

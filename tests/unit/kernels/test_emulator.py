@@ -111,6 +111,18 @@ def test_log_prob_and_gradient(emulator, dtype, vocabulary):
         assert torch.equal(other[0], results) and torch.equal(other[1], grad), variant
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "vocabulary", [400, 16160]
+)  # a nano model's, an eighth of 129280: 1 and 2 (4 of fp32) rounds a thread
+def test_a_row_is_read_in_as_few_rounds_as_it_can_be(emulator, dtype, vocabulary):
+    """The emulator counts and refuses more (`check_rounds`): a remainder whose steps wait for memory one after the other, and
+    short rows of a whole block, compute the same."""
+    logits, targets = random_case(2, vocabulary, dtype)
+    results, _ = run_log_prob(emulator, logits, targets, torch.ones(1), None, torch.zeros(3, 2))
+    torch.testing.assert_close(results.double(), exact(logits, targets, 1.0)[0].detach(), rtol=3e-7, atol=2e-6)
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_drawn_widths_masks_and_addresses(emulator, seed):
     """Widths on both sides of where kernels, steps and packs end; -inf and least numbers; several rows a warp kernel's block."""

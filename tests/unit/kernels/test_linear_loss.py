@@ -68,6 +68,38 @@ def test_equals_the_two_step_way(implementation, chunk_tokens, dtype, fused):
         assert (one_pass.double() - two_step.double()).norm() <= limit * two_step.double().norm() + 2e-8
 
 
+@pytest.mark.parametrize("frozen", ["", "hidden", "weight"])
+@pytest.mark.parametrize("temperature", [0.8, torch.linspace(0.7, 1.3, 150)])
+def test_the_short_way_of_one_block_has_the_same_bits(native, monkeypatch, frozen, temperature):
+    """Of few lines for a call's time; what has softcap, ranks, kept ids, 16 bits, autocast takes the other."""
+    x, weight, targets = random_case()
+    old, ways, taken = linear_log_prob(x, weight, targets, temperature, ROWS).log_prob + 0.2 * MOVED, [], []
+    is_short = OutputLayer.is_short
+
+    def asked(short):
+        def of(head, tokens):
+            taken.append(is_short(head, tokens))
+            return short and taken[-1]
+
+        return of
+
+    for short in (True, False):
+        monkeypatch.setattr(OutputLayer, "is_short", asked(short))
+        leaf_x, leaf_w = x.clone().requires_grad_(frozen != "hidden"), weight.clone().requires_grad_(frozen != "weight")
+        common = (leaf_x, leaf_w, targets)
+        one_pass, _ = linear_grpo_loss(*common, token_loss(old, "native"), temperature, ROWS)
+        scores = linear_log_prob(*common, temperature, ROWS)
+        inputs = [leaf for leaf in (leaf_x, leaf_w) if leaf.requires_grad]
+        outputs = (one_pass, (scores.log_prob * MOVED).sum() + scores.entropy.sum())
+        ways.append([*outputs, *scores, *(g for output in outputs for g in torch.autograd.grad(output, inputs))])
+    torch.testing.assert_close(*ways, rtol=0, atol=0)
+    assert taken == [True] * 6, "forward of both functions and the second's backward pass"
+    taken.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        linear_log_prob(x, weight, targets), linear_log_prob(x, weight, targets, softcap=9.0)
+    assert taken == [False, False]
+
+
 def test_without_gradients(implementation):
     """Only the loss is computed: one product; a leaf that needs no gradient gets none."""
     x, weight, targets = random_case()

@@ -365,9 +365,11 @@ def head_peak(monkeypatch, rows: int, words: int) -> int:
 
 @pytest.mark.parametrize("rows", [8192, 67584])
 def test_beside_the_last_layers_the_fuller_of_both_passes(monkeypatch, rows):
-    """Of a rank's 32,320 words; what the tensors of the pass itself take."""
+    """Of a rank's 32,320 words; what the tensors of the pass itself take. Of SFT too, whose config is another model's."""
     config = load_config(CONFIGS / "deepseek_v3_671b/zero.yaml", ["parallel.tp=4", f"update.microbatch_tokens={rows}"])
-    assert head_bytes(config, DEEPSEEK, rows) == pytest.approx(head_peak(monkeypatch, rows, 129280 // 4), rel=0.01)
+    supervised = load_config(CONFIGS / "moonlight_16b/sft.yaml", ["parallel.tp=4", "parallel.cp=1"])
+    expected = pytest.approx(head_peak(monkeypatch, rows, 129280 // 4), rel=0.01)
+    assert head_bytes(config, DEEPSEEK, rows) == expected and head_bytes(supervised, DEEPSEEK, rows) == expected
 
 
 def test_lengths_and_microbatches():

@@ -1,5 +1,6 @@
 """Supervised steps against transformers + torch.optim.AdamW: prompts without and with weight, packing, held-out loss."""
 
+import dataclasses
 import math
 
 import pytest
@@ -45,12 +46,14 @@ def entropies_asked(policy, monkeypatch) -> list[bool]:
     return asked
 
 
-@pytest.mark.parametrize("prompt_weight", [0.0, 0.1])
-def test_sft_steps_equal_transformers_and_adamw(one_rank, tmp_path, monkeypatch, prompt_weight):
+@pytest.mark.parametrize(("prompt_weight", "log_probs"), [(0.0, "logits"), (0.1, "logits"), (0.1, "hidden")])
+def test_sft_steps_equal_transformers_and_adamw(one_rank, tmp_path, monkeypatch, prompt_weight, log_probs):
     from r1mega.train.supervised import mean_loss, pack_weighted, sample_losses, supervised_step
 
-    trainer, samples = make_trainer(), make_samples()
+    trainer, samples = make_trainer(log_probs), make_samples()
     policy = trainer.policy
+    if log_probs == "hidden":  # loss and gradient in one pass of three products, in several parts
+        policy._head = dataclasses.replace(policy._head, chunk_tokens=5)
     asked = entropies_asked(policy, monkeypatch)
     model = transformers_model(policy, tmp_path)
     groups = [[p for p in model.parameters() if p.ndim > 1], [p for p in model.parameters() if p.ndim == 1]]
@@ -75,7 +78,8 @@ def test_sft_steps_equal_transformers_and_adamw(one_rank, tmp_path, monkeypatch,
         assert math.isclose(result.update.grad_norm, float(norm), rel_tol=1e-4)
         lengths = [len(s.token_ids) for s in samples]
         assert result.work.tokens == sum(lengths) and result.work.pairs == sum(n * (n + 1) / 2 for n in lengths)
-    assert asked and not any(asked)  # nobody reads them
+        assert (len(result.update.statistics) == 2) == (log_probs == "logits")
+    assert bool(asked) == (log_probs == "logits") and not any(asked)  # nobody reads them
     trained, expected = dict(policy.hf_tensors()), hub_names(model.state_dict())
     for name, value in expected.items():
         difference = (trained[name] - value).abs()  # where a gradient is near zero Adam's step has the sign of rounding

@@ -399,6 +399,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     options = arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # or who is stopped stays so
     if problem := install(options.venv):
         print(f"skipped: TRL {TRL} cannot be installed into {options.venv}: {problem}")
         return

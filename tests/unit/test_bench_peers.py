@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -47,6 +48,33 @@ def test_several_processes_take_one_step():
     both = bench_peers.together([step(1, 2, 30), step(3, 1, 70)])
     assert both["tokens"] == 100 and both["times"]["step"] == {"wall": 3.0, "cpu": 3.0}
     assert [peer_side.share([1, 2, 3, 4], rank, 2) for rank in range(2)] == [[1, 2], [3, 4]]
+
+
+def test_who_is_stopped_ends_with_the_tool():
+    """At SIGTERM too, which Python would end by without a word to its children."""
+    code = f"""if True:
+        import subprocess, sys, time
+        sys.path[:0] = [{str(Path(__file__).parents[2])!r}, {str(Path(bench_peers.__file__).parent)!r}]
+        import bench_peers
+
+        class Side(bench_peers.Side):
+            def __init__(self):
+                self._processes = [subprocess.Popen(["cat"], stdin=subprocess.PIPE, text=True)]
+                self._signal(bench_peers.signal.SIGSTOP)
+
+        def compare(*_):
+            with Side() as side:
+                print(side._processes[0].pid, flush=True)
+                time.sleep(60)
+
+        bench_peers.install, bench_peers.compare, sys.argv = lambda venv: None, compare, ["bench_peers.py", "small"]
+        bench_peers.main()
+    """
+    tool = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    child = int(tool.stdout.readline())
+    tool.terminate()
+    assert tool.wait(30) == 143
+    assert not Path(f"/proc/{child}").exists(), "it was waited for"
 
 
 def test_arguments(capsys, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
-"""One side of bench_peers.py, in its own process and virtual environment: `peer_side.py r1mega|trl DIRECTORY`.
+"""One process of a side of bench_peers.py, in its own virtual environment: `peer_side.py r1mega|trl DIRECTORY RUN_DIRECTORY`.
 
-DIRECTORY is what bench_peers.make_inputs wrote. Says one line of JSON when the trainer is built; then, for each line that it
+DIRECTORY is what bench_peers.make_inputs wrote. With RANK and WORLD_SIZE it is one of several, and takes its share of the
+responses; all seconds and tokens that it says are its own. Says one line of JSON when the trainer is built; then, for each line that it
 reads, takes a step and says {"times": {phase: {"wall": s, "cpu": s}}, "tokens": sampled tokens}. What libraries print goes to stderr.
 The environment of TRL has no r1mega: each side imports its own library only.
 """
@@ -18,6 +19,12 @@ from pathlib import Path
 from typing import TextIO
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+RANK, SIZE = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def share(lengths: list[int], rank: int, size: int) -> list[int]:
+    """Of a step's lengths those of one process."""
+    return lengths[rank * len(lengths) // size : (rank + 1) * len(lengths) // size]
 
 
 class Stopwatch:
@@ -61,8 +68,8 @@ def differences(whole: Mapping[str, float], *parts: Mapping[str, float]) -> dict
 # ---------------------------------------------------------------------- r1mega
 
 
-def run_r1mega(directory: Path, say: Callable[[object], None]) -> None:
-    """Steps of `stages.rl.RLTrainer` on DIRECTORY/zero.yaml."""
+def run_r1mega(directory: Path, run: Path, say: Callable[[object], None]) -> None:
+    """Steps of `stages.rl.RLTrainer` on DIRECTORY/zero.yaml, in the run directory `run`."""
     from r1mega import platform
     from r1mega.config.load import load_config
     from r1mega.config.stages.rl import RLStage
@@ -80,7 +87,7 @@ def run_r1mega(directory: Path, say: Callable[[object], None]) -> None:
     from r1mega.stages.runtime import Runtime
 
     spec = json.loads((directory / "spec.json").read_text())
-    config = load_config(directory / "zero.yaml", [f"threads={os.environ['OMP_NUM_THREADS']}"])
+    config = load_config(directory / "zero.yaml", [f"threads={os.environ['OMP_NUM_THREADS']}", f"run_dir={run}"])
     assert isinstance(config, RLStage)
     validate(config)
     validate_platform(config)
@@ -109,7 +116,7 @@ def run_r1mega(directory: Path, say: Callable[[object], None]) -> None:
         for number, lengths in enumerate(spec["lengths"], 1):
             if not sys.stdin.readline():
                 break
-            waiting[:] = lengths
+            waiting[:] = share(lengths, RANK, SIZE)
             for timer in (cpu, wall):
                 timer.start_step()
             metrics, _ = trainer.step(number)
@@ -124,14 +131,14 @@ def run_r1mega(directory: Path, say: Callable[[object], None]) -> None:
                 )
             }
             times["the rest"] = differences(times["step"], times["rollout"], times["log-probs"], times["update"])
-            say({"times": times, "tokens": metrics["tokens/rollout"], "phases": found})
+            say({"times": times, "tokens": metrics["tokens/rollout"] / SIZE, "phases": found})
         trainer.close()
 
 
 # ---------------------------------------------------------------------- TRL
 
 
-def run_trl(directory: Path, say: Callable[[object], None]) -> None:
+def run_trl(directory: Path, run: Path, say: Callable[[object], None]) -> None:
     """Steps of TRL's GRPOTrainer; `transformers.Trainer` calls back where one begins and ends."""
     import torch
     from datasets import Dataset
@@ -189,11 +196,11 @@ def run_trl(directory: Path, say: Callable[[object], None]) -> None:
         return [float(random.random() < 0.5) for _ in completions]
 
     settings = GRPOConfig(
-        output_dir=str(directory / "trl"), use_cpu=True, bf16=False, gradient_checkpointing=False,
-        per_device_train_batch_size=spec["trl_batch"], gradient_accumulation_steps=responses // spec["trl_batch"],
+        output_dir=str(run), use_cpu=True, bf16=False, gradient_checkpointing=False,
+        per_device_train_batch_size=spec["trl_batch"], gradient_accumulation_steps=responses // spec["trl_batch"] // SIZE,
         num_generations=spec["group_size"], max_completion_length=spec["max_tokens"], beta=0.001, learning_rate=1e-6,
         max_steps=len(spec["lengths"]), logging_steps=10**6, save_strategy="no", report_to="none", disable_tqdm=True,
-        seed=spec["seed"], model_init_kwargs={"dtype": "float32"}, dataloader_pin_memory=False,
+        seed=spec["seed"], ddp_backend="gloo" if SIZE > 1 else None, model_init_kwargs={"dtype": "float32"}, dataloader_pin_memory=False,
     )  # fmt: skip
     trainer = GRPOTrainer(
         str(directory / "model"), reward, args=settings, processing_class=tokenizer,
@@ -201,7 +208,9 @@ def run_trl(directory: Path, say: Callable[[object], None]) -> None:
     )  # fmt: skip
     model = trainer.model
     generate = model.generate
-    model.generate = lambda **named: generate(**named, logits_processor=LogitsProcessorList([Lengths(next(steps))]))
+    model.generate = lambda **named: generate(
+        **named, logits_processor=LogitsProcessorList([Lengths(share(next(steps), RANK, SIZE))])
+    )
     watch.around(trainer, "_generate", "rollout")
     watch.around(trainer, "_generate_and_score_completions", "scored")
     scores = trainer._get_per_token_logps_and_entropies
@@ -217,7 +226,7 @@ def run_trl(directory: Path, say: Callable[[object], None]) -> None:
 
 
 def main() -> None:
-    side, directory = sys.argv[1], Path(sys.argv[2])
+    side, directory, run = sys.argv[1], *map(Path, sys.argv[2:])
     lines: TextIO = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # libraries print as they like
 
@@ -225,7 +234,7 @@ def main() -> None:
         lines.write(json.dumps(line) + "\n")
         lines.flush()
 
-    {"r1mega": run_r1mega, "trl": run_trl}[side](directory, say)
+    {"r1mega": run_r1mega, "trl": run_trl}[side](directory, run, say)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ model) names the language of each sentence, by its words that are no names.
 
 from __future__ import annotations
 
+import html
 import re
 import threading
 from collections import Counter
@@ -309,7 +310,10 @@ def mixes_languages(text: str) -> bool:
     """Whether the chain of thought is written in more than one script to a degree that a reader notices (a metric;
     fast).
     """
-    counts = script_counts(strip_markup(chain_of_thought(text)))
+    thought = chain_of_thought(text)
+    if html.unescape(thought).isascii():  # one script: nothing to look for
+        return False
+    counts = script_counts(strip_markup(thought))
     if "kana" in counts:
         counts["kana"] += counts.pop("han", 0)
     total = sum(counts.values())

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -25,6 +25,8 @@ def apply() -> None:
     _patch_uneven_collectives()
     _patch_single_tokens()
     _patch_unfinished_prompts()
+    _patch_seeds_of_rows()
+    _patch_cache_reset()
     _patch_memory_binding()
     _patch_kernel_overrides()
 
@@ -225,6 +227,69 @@ def _patch_unfinished_prompts() -> None:
             batch.generators.update(aside)
 
     _replace(CPUModelRunner, "sample_tokens", sample_tokens)
+
+
+def draw_seeds(rows: int, generators: Mapping[int, torch.Generator]) -> torch.Tensor:
+    """A seed a row, int64 [rows]: the next draw of the row's generator, or of the global one where it has none."""
+    seeds = torch.randint(0, 2**31, (rows,), dtype=torch.long)
+    places = seeds.unbind()
+    for row, generator in generators.items():
+        places[row].random_(0, 2**31, generator=generator)
+    return seeds
+
+
+def _patch_seeds_of_rows() -> None:
+    """vllm/v1/sample/ops/topk_topp_sampler.py, TopKTopPSampler.forward_cpu.
+
+    Reason: it makes a tensor for each row's seed, takes the number out of it and puts that into another tensor: with 256
+    samples of a small model a tenth of a rollout. Here each generator draws into its place; numbers and tokens are the same.
+    """
+    from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler, apply_top_k_top_p
+
+    original = TopKTopPSampler.__dict__.get("forward_cpu")
+    if _is_patched(original):
+        return
+    if original is None or "torch.ops._C.fused_gumbel_argmax(logits_f32, seeds)" not in inspect.getsource(original):
+        raise PlatformError("vllm TopKTopPSampler.forward_cpu draws in another way: unknown vLLM build")
+
+    @functools.wraps(original)
+    def forward_cpu(self, logits, generators, k, p):
+        if self.use_fp64_gumbel or self.logprobs_mode == "processed_logits":
+            return original(self, logits, generators, k, p)
+        logits, kept = apply_top_k_top_p(logits, k, p), None
+        if self.logprobs_mode == "processed_logprobs":
+            kept = logits.log_softmax(dim=-1, dtype=torch.float32)
+        seeds = draw_seeds(logits.shape[0], generators)
+        return torch.ops._C.fused_gumbel_argmax(logits.to(dtype=torch.float32), seeds), kept
+
+    _replace(TopKTopPSampler, "forward_cpu", forward_cpu)
+
+
+def _patch_cache_reset() -> None:
+    """vllm/v1/core/block_pool.py, BlockPool.reset_prefix_cache.
+
+    Reason: it calls a method of every block there is, used or not, five times a step of RL: with a small model a tenth of a push.
+    Here it goes through those that have something to forget.
+    """
+    from vllm.v1.core.block_pool import BlockPool
+
+    original = BlockPool.reset_prefix_cache
+    if _is_patched(original):
+        return
+    if "for block in self.blocks:\n            block.reset_hash()" not in inspect.getsource(original):
+        raise PlatformError("vllm BlockPool.reset_prefix_cache forgets in another way: unknown vLLM build")
+
+    @functools.wraps(original)
+    def reset_prefix_cache(self):
+        blocks = self.blocks
+        if not self._reuse_watchers:  # who are found by a block's place
+            self.blocks = [block for block in blocks if block.block_hash is not None]
+        try:
+            return original(self)
+        finally:
+            self.blocks = blocks
+
+    _replace(BlockPool, "reset_prefix_cache", reset_prefix_cache)
 
 
 def _patch_memory_binding() -> None:

@@ -1,6 +1,8 @@
 """The comparison with TRL: its arguments, what it makes of the two sides' figures, and the inputs that both get."""
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -20,30 +22,75 @@ def step(seconds, cpu, tokens=100):
     return {"times": {k: {"wall": seconds * v, "cpu": cpu * v} for k, v in parts.items()}, "tokens": tokens}
 
 
-def test_ratios_are_of_pairs_and_goals_want_both_clocks():
-    rounds = [{"r1mega": step(1, 2), "trl": step(s, c)} for s, c in ((1.0, 3.0), (1.4, 3.2), (9.0, 3.1))]
-    summary = {"workload": "small", "threads": 1, "trl": "1.16.0", "rounds": rounds}
-    assert bench_peers.ratios(rounds, "step", "wall") == pytest.approx([1.0, 1.4, 9.0])
-    assert bench_peers.ratios(rounds, "step", "cpu") == pytest.approx([1.5, 1.6, 1.55])
+def test_the_best_layouts_of_both_are_compared_by_pairs():
+    theirs = ((1.0, 3.0), (1.4, 3.2), (9.0, 3.1))
+    rounds = [
+        {"r1mega 1x1": step(2, 1), "r1mega 2x1": step(1, 2), "trl 1x1": step(s, c), "trl 1x2": step(10, 1)}
+        for s, c in theirs
+    ]
+    summary = {"workload": "small", "trl": "1.16.0", "rounds": rounds}
+    assert [bench_peers.best(rounds, library) for library in ("r1mega", "trl")] == ["r1mega 2x1", "trl 1x1"]
+    pair = ("r1mega 2x1", "trl 1x1")
+    assert bench_peers.ratios(rounds, "step", "wall", *pair) == pytest.approx([1.0, 1.4, 9.0])
+    assert bench_peers.ratios(rounds, "step", "cpu", *pair) == pytest.approx([1.5, 1.6, 1.55])
     lines = bench_peers.table(summary).splitlines()
     assert "3 rounds" in lines[0] and "100 sampled tokens" in lines[0]
+    assert "r1mega 1x1 / 2.000 / 1.000, r1mega 2x1 / 1.000 / 2.000" in lines[1]
+    assert lines[3].split() == ["r1mega", "2x1", "trl", "1x1", "ratio"] * 2
     assert lines[-3].split() == ["step", "1.000", "1.400", "1.40", "2.000", "3.100", "1.55"]
-    assert lines[-2:] == [
-        "goal: step at least 1.3 times as fast: holds",
-        "goal: rollout at least 1.2 times as fast: holds",
-    ]
-    slow = [{"r1mega": step(1, 2), "trl": step(1.4, 2)}]
-    assert "holds by one clock only" in bench_peers.table(summary | {"rounds": slow})
-    assert "missed" in bench_peers.table(summary | {"rounds": [{"r1mega": step(1, 2), "trl": step(1, 2)}]})
+    assert all("by wall time: holds" in line for line in lines[-2:])
+    slow = [{"r1mega 1x1": step(1, 2), "trl 1x1": step(1.25, 9)}]
+    missed, held = bench_peers.table(summary | {"rounds": slow}).splitlines()[-2:]
+    assert "step" in missed and "missed" in missed and "rollout" in held and "holds" in held
+
+
+def test_several_processes_take_one_step():
+    both = bench_peers.together([step(1, 2, 30), step(3, 1, 70)])
+    assert both["tokens"] == 100 and both["times"]["step"] == {"wall": 3.0, "cpu": 3.0}
+    assert [peer_side.share([1, 2, 3, 4], rank, 2) for rank in range(2)] == [[1, 2], [3, 4]]
+
+
+def test_who_is_stopped_ends_with_the_tool():
+    """At SIGTERM too, which Python would end by without a word to its children."""
+    code = f"""if True:
+        import subprocess, sys, time
+        sys.path[:0] = [{str(Path(__file__).parents[2])!r}, {str(Path(bench_peers.__file__).parent)!r}]
+        import bench_peers
+
+        class Side(bench_peers.Side):
+            def __init__(self):
+                self._processes = [subprocess.Popen(["cat"], stdin=subprocess.PIPE, text=True)]
+                self._signal(bench_peers.signal.SIGSTOP)
+
+        def compare(*_):
+            with Side() as side:
+                print(side._processes[0].pid, flush=True)
+                time.sleep(60)
+
+        bench_peers.install, bench_peers.compare, sys.argv = lambda venv: None, compare, ["bench_peers.py", "small"]
+        bench_peers.main()
+    """
+    tool = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    child = int(tool.stdout.readline())
+    tool.terminate()
+    assert tool.wait(30) == 143
+    assert not Path(f"/proc/{child}").exists(), "it was waited for"
 
 
 def test_arguments(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     options = bench_peers.arguments([])
-    assert options.workloads == ["small", "smollm2"] and options.threads == 1
+    assert options.workloads == ["small", "smollm2"] and options.ours == options.theirs == ["1x1", "1x2", "2x1"]
     assert options.venv == tmp_path / f"r1mega/trl-{bench_peers.TRL}"
-    assert bench_peers.arguments(["smollm2", "--rounds", "2"]).workloads == ["smollm2"]
-    for words, message in ((["big"], "no workload 'big'"), (["--rounds", "0"], "at least 1")):
+    assert bench_peers.arguments(["smollm2", "--rounds", "2", "--ours", "2x1"]).ours == ["2x1"]
+    wrong = (
+        (["big"], "no workload 'big'"),
+        (["--rounds", "0"], "at least 1"),
+        (["--ours", "2"], "'2' is not processes x threads"),
+        (["small", "--theirs", "3x1"], "cannot be divided among 3"),
+    )
+    for words, message in wrong:
         with pytest.raises(SystemExit):
             bench_peers.arguments(words)
         assert message in capsys.readouterr().err

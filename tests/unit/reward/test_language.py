@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import random
+import string
+
 import pytest
 
-from r1mega.data.language import chain_of_thought, language_of, language_share, mixes_languages, strip_markup
+from r1mega.data.language import (
+    chain_of_thought,
+    language_of,
+    language_share,
+    mixes_languages,
+    script_counts,
+    strip_markup,
+)
 from r1mega.errors import RewardError
 from r1mega.reward.language import LanguageConsistency
 from r1mega.reward.parts import ScoringItem
@@ -128,3 +138,25 @@ def test_mixing_is_a_matter_of_scripts():
     assert not mixes_languages("")
     assert not mixes_languages("これは日本語の文章です。漢字も使います。")
     assert mixes_languages(f"<think>{ENGLISH[0]} 所以答案</think>")
+    entities = "".join(f"&#{ord(character)};" for character in "所以答案")
+    assert entities.isascii() and mixes_languages(f"<think>{ENGLISH[0]} {entities}</think>")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_letters_of_one_alphabet_hold_one_script(seed):
+    """What a metric of each response does not look for: whatever ASCII text, its words are of one script."""
+    rng = random.Random(seed)
+    pieces = [
+        *string.printable,
+        *ENGLISH,
+        r"\alpha",
+        r"\text{so it is}",
+        r"\'e",
+        "`x = 1`",
+        "$x_{max}$",
+        "<b>",
+        "a@b.c",
+    ]
+    for _ in range(100):
+        text = "".join(rng.choices(pieces, k=rng.randrange(60)))
+        assert len(script_counts(strip_markup(text.replace("&", "")))) < 2

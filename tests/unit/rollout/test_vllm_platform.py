@@ -137,3 +137,42 @@ def test_a_tokens_sum_over_experts_does_not_depend_on_its_row():
     expected = functools.reduce(torch.add, map(rows_of, range(3)))
     for (mine, everyone), size in zip(launch(sum_of_rows, 3), (1, 3, 2), strict=True):
         assert mine == expected[:size].tolist() and everyone == expected.tolist()
+
+
+@pytest.mark.parametrize("mode", ["raw_logprobs", "processed_logprobs"])
+def test_rows_draw_what_they_draw_without_the_patch(rotary, mode):
+    """Tokens, log-probs and the generators' states after, with rows that have none among them."""
+    from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler
+
+    sampler = TopKTopPSampler(mode)
+    cells = [cell.cell_contents for cell in TopKTopPSampler.forward_cpu.__closure__]
+    (original,) = [content for content in cells if getattr(content, "__name__", "") == "forward_cpu"]
+    top_k = torch.tensor([50, 3, 50, 7, 50, 50, 1])
+
+    def drawn(draw):
+        torch.manual_seed(3)
+        generators = {row: torch.Generator().manual_seed((row << 40) + 11) for row in (0, 1, 3, 6)}
+        logits = torch.randn(7, 50)
+        turns = [draw(logits.clone(), generators, k, None) for k in (None, top_k, None)]
+        return turns, [generator.get_state() for generator in generators.values()], torch.get_rng_state()
+
+    torch.testing.assert_close(drawn(sampler.forward_cpu), drawn(functools.partial(original, sampler)), rtol=0, atol=0)
+
+
+def test_a_prefix_cache_forgets_all_that_it_knew(rotary):
+    """Blocks with a hash, used and given back in any order; and none while one is in use."""
+    from vllm.v1.core.block_pool import BlockPool
+
+    pool = BlockPool(40, True, 16)
+    blocks = list(pool.blocks)
+    taken = pool.get_new_blocks(9)
+    for number, block in enumerate(taken):
+        name = bytes([number])
+        block.set_block_hash(name)
+        pool.cached_block_hash_to_block.insert(name, block)
+    assert not pool.reset_prefix_cache() and all(block.block_hash for block in taken)
+    pool.free_blocks(taken)
+    assert pool.reset_prefix_cache()
+    assert pool.blocks == blocks and not any(block.block_hash for block in blocks)
+    assert all(pool.cached_block_hash_to_block.get_one_block(bytes([number])) is None for number in range(9))
+    assert pool.get_num_free_blocks() == 39

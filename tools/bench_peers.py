@@ -28,6 +28,7 @@ import itertools
 import json
 import os
 import re
+import selectors
 import signal
 import socket
 import statistics
@@ -74,7 +75,7 @@ class Summary(TypedDict):
 @dataclass(frozen=True, slots=True)
 class Workload:
     """hf: config.json. mean, cv: of log-normal lengths of responses, cut at max_tokens. microbatch_tokens: of r1mega's packed
-    microbatches; trl_batch: TRL's responses a forward pass.
+    microbatches; trl_batch: TRL's responses a forward pass, of a process that has as many.
     """
 
     hf: Mapping[str, object]
@@ -164,7 +165,11 @@ class Side:
                     stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment | place,
                     cwd=own,
                 ))  # fmt: skip
-        self._read()  # it is ready
+        try:
+            self._read()  # it is ready
+        except BaseException:  # of ranks that wait for one that is gone, too
+            self._kill()
+            raise
         self._signal(signal.SIGSTOP)
 
     def step(self) -> Step:
@@ -172,8 +177,9 @@ class Side:
         self._signal(signal.SIGCONT)
         for process in self._processes:
             assert process.stdin is not None
-            process.stdin.write("step\n")
-            process.stdin.flush()
+            with contextlib.suppress(BrokenPipeError):  # it has ended, and `_read` says by what
+                process.stdin.write("step\n")
+                process.stdin.flush()
         said = self._read()
         self._signal(signal.SIGSTOP)
         return together(said)
@@ -182,18 +188,29 @@ class Side:
         for process in self._processes:
             process.send_signal(number)
 
+    def _kill(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.wait()
+
     def _read(self) -> list[Step]:
-        """A line of each process."""
-        said = []
-        for process, log in zip(self._processes, self._logs, strict=True):
-            assert process.stdout is not None
-            line = process.stdout.readline()
-            if not line:
-                process.wait()
-                tail = "\n".join(log.read_text().splitlines()[-30:])
-                raise SystemExit(f"{self.name} ended with {process.returncode}:\n{tail}")
-            said.append(json.loads(line))
-        return said
+        """A line of each process. Raises SystemExit when any of them ends, whoever else waits for it."""
+        said: dict[int, Step] = {}
+        with selectors.DefaultSelector() as outputs:
+            for rank, process in enumerate(self._processes):
+                assert process.stdout is not None
+                outputs.register(process.stdout, selectors.EVENT_READ, (rank, process.stdout))
+            while len(said) < len(self._processes):
+                for key, _ in outputs.select():
+                    rank, output = key.data
+                    line = output.readline()
+                    if not line:
+                        code = self._processes[rank].wait()
+                        tail = "\n".join(self._logs[rank].read_text().splitlines()[-30:])
+                        raise SystemExit(f"{self.name} ended with {code}:\n{tail}")
+                    said[rank] = json.loads(line)
+                    outputs.unregister(output)
+        return [said[rank] for rank in range(len(said))]
 
     def __enter__(self) -> Self:
         return self
@@ -202,7 +219,8 @@ class Side:
         self._signal(signal.SIGCONT)
         for process in self._processes:
             assert process.stdin is not None
-            process.stdin.close()
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()
         for process in self._processes:
             try:
                 process.wait(60)
@@ -368,16 +386,21 @@ def _layout(word: str) -> str:
     return word
 
 
+def _is_divided(workload: Workload, processes: int) -> bool:
+    """Whether each process has as many prompts, and TRL's forward passes as many responses."""
+    own = workload.prompts * workload.group_size // processes
+    return not workload.prompts % processes and not own % min(workload.trl_batch, own)
+
+
 def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workloads", nargs="*", metavar="workload", help=f"of {', '.join(WORKLOADS)}; default: all")
     parser.add_argument("--rounds", type=int, default=5, help="measured steps of each side (after one of warm-up)")
-    cores = len(os.sched_getaffinity(0))
-    layouts = list(dict.fromkeys(["1x1", f"1x{cores}", f"{cores}x1"]))
     for option, whose in (("--ours", "r1mega's ranks"), ("--theirs", "TRL's processes")):
         parser.add_argument(
-            option, nargs="+", type=_layout, default=layouts, metavar="PxT",
-            help=f"{whose} x threads of each, one or several; default: {' '.join(layouts)}",
+            option, nargs="+", type=_layout, metavar="PxT",
+            help=f"{whose} x threads of each, one or several; default: one process of one thread, one of all cores, and a "
+            "process a core (or as many as the prompts can be divided among)",
         )  # fmt: skip
     parser.add_argument("--seed", type=int, default=1)
     cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
@@ -389,10 +412,16 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"no workload {unknown[0]!r}; there are {', '.join(WORKLOADS)}")
     if options.rounds < 1:
         parser.error("--rounds must be at least 1")
+    chosen = [WORKLOADS[name] for name in options.workloads]
+    cores = len(os.sched_getaffinity(0))
+    processes = max(n for n in range(1, cores + 1) if all(_is_divided(workload, n) for workload in chosen))
+    layouts = list(dict.fromkeys(["1x1", f"1x{cores}", f"{processes}x{cores // processes}"]))
+    options.ours, options.theirs = options.ours or layouts, options.theirs or layouts
     for name, layout in itertools.product(options.workloads, options.ours + options.theirs):
-        workload, processes = WORKLOADS[name], int(layout.split("x")[0])
-        if workload.prompts % processes or workload.prompts * workload.group_size % (workload.trl_batch * processes):
-            parser.error(f"the {workload.prompts} prompts of {name} cannot be divided among {processes} processes")
+        if not _is_divided(WORKLOADS[name], processes := int(layout.split("x")[0])):
+            parser.error(
+                f"the {WORKLOADS[name].prompts} prompts of {name} cannot be divided among {processes} processes"
+            )
     options.venv = options.venv.resolve()
     return options
 

@@ -150,6 +150,7 @@ def run_trl(directory: Path, run: Path, say: Callable[[object], None]) -> None:
     questions = [json.loads(line)["question"] for line in (directory / "prompts.jsonl").read_text().splitlines()]
     tokenizer = AutoTokenizer.from_pretrained(directory / "model")
     responses = spec["prompts"] * spec["group_size"]
+    batch = min(spec["trl_batch"], responses // SIZE)
     steps, watch, tokens = iter(spec["lengths"]), Stopwatch(), 0
 
     class Lengths(LogitsProcessor):
@@ -197,7 +198,7 @@ def run_trl(directory: Path, run: Path, say: Callable[[object], None]) -> None:
 
     settings = GRPOConfig(
         output_dir=str(run), use_cpu=True, bf16=False, gradient_checkpointing=False,
-        per_device_train_batch_size=spec["trl_batch"], gradient_accumulation_steps=responses // spec["trl_batch"] // SIZE,
+        per_device_train_batch_size=batch, gradient_accumulation_steps=responses // batch // SIZE,
         num_generations=spec["group_size"], max_completion_length=spec["max_tokens"], beta=0.001, learning_rate=1e-6,
         max_steps=len(spec["lengths"]), logging_steps=10**6, save_strategy="no", report_to="none", disable_tqdm=True,
         seed=spec["seed"], ddp_backend="gloo" if SIZE > 1 else None, model_init_kwargs={"dtype": "float32"}, dataloader_pin_memory=False,

@@ -249,7 +249,12 @@ def _patch_seeds_of_rows() -> None:
     original = TopKTopPSampler.__dict__.get("forward_cpu")
     if _is_patched(original):
         return
-    if original is None or "torch.ops._C.fused_gumbel_argmax(logits_f32, seeds)" not in inspect.getsource(original):
+    source = "" if original is None else " ".join(inspect.getsource(original).split())
+    draws = (
+        "torch.randint( 0, 2**31, (1,), generator=gen, dtype=torch.long ).item()",
+        "fused_gumbel_argmax(logits_f32, seeds)",
+    )
+    if not all(draw in source for draw in draws):
         raise PlatformError("vllm TopKTopPSampler.forward_cpu draws in another way: unknown vLLM build")
 
     @functools.wraps(original)

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -77,11 +78,50 @@ def test_who_is_stopped_ends_with_the_tool():
     assert not Path(f"/proc/{child}").exists(), "it was waited for"
 
 
+@pytest.fixture
+def stand_in(tmp_path):
+    """In the place of Python: a script that runs as a side's processes; it gets its rank as $RANK."""
+
+    def side(script, layout="1x1"):
+        python = tmp_path / "python"
+        python.write_text(f"#!/bin/sh\n{script}\n")
+        python.chmod(0o755)
+        return bench_peers.Side("trl", layout, python, tmp_path)
+
+    return side
+
+
+def test_a_rank_that_does_not_start_ends_those_that_wait_for_it(stand_in, tmp_path):
+    """Of which the first says nothing until a timeout of its own."""
+    script = (
+        f"echo $$ > {tmp_path}/$RANK; [ $RANK = 1 ] || exec sleep 50; until [ -s {tmp_path}/0 ]; do sleep 0.1; done; "
+    )
+    begun = time.monotonic()
+    with pytest.raises(SystemExit, match="trl 2x1 ended with 3:\nthe reason"):
+        stand_in(script + "echo the reason >&2; exit 3", "2x1")
+    assert time.monotonic() - begun < 45
+    waiting = int((tmp_path / "0").read_text())
+    assert not Path(f"/proc/{waiting}").exists()
+
+
+def test_who_died_while_others_took_their_step_is_named(stand_in):
+    with stand_in("echo '\"ready\"'; exec sleep 50") as side:
+        (process,) = side._processes
+        process.kill()
+        process.wait()
+        with pytest.raises(SystemExit, match="trl 1x1 ended with -9"):
+            side.step()
+
+
 def test_arguments(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     options = bench_peers.arguments([])
     assert options.workloads == ["small", "smollm2"] and options.ours == options.theirs == ["1x1", "1x2", "2x1"]
+    for cores, layouts in ((1, ["1x1"]), (6, ["1x1", "1x6", "2x3"])):  # of which not all have a share of smollm2
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)))
+        assert bench_peers.arguments([]).theirs == layouts
+    assert bench_peers.arguments(["small", "--ours", "8x1"]).ours == ["8x1"]
     assert options.venv == tmp_path / f"r1mega/trl-{bench_peers.TRL}"
     assert bench_peers.arguments(["smollm2", "--rounds", "2", "--ours", "2x1"]).ours == ["2x1"]
     wrong = (

@@ -80,14 +80,14 @@ class _Loader(importlib.machinery.SourceFileLoader):
         """See importlib. Raises PlatformError where a patch finds no longer what it replaces."""
         original = self.get_data(self.path)
         kept = importlib.util.cache_from_source(self.path, optimization="r1megacpu" if self._cpu else "r1mega")
-        came_from = (
-            repr((_rules(), self._patches, self._cpu, self.path, importlib.util.MAGIC_NUMBER)).encode() + original
-        )
+        how = (_rules(), self._patches, self._cpu, self.path, importlib.util.MAGIC_NUMBER, sys.flags.optimize)
+        came_from = repr(how).encode() + original
         if (code := _read_code(kept, came_from)) is None:
             code = self._changed(fullname, original.decode())
             if not sys.dont_write_bytecode:
                 content = marshal.dumps(code)
-                self.set_data(kept, _digest(came_from) + _digest(content) + content)
+                content = _digest(came_from) + _digest(content) + content
+                self._cache_bytecode(self.path, kept, content)  # type: ignore[attr-defined]  # with the rights of the source
         return code or super().get_code(fullname)
 
     def _changed(self, fullname: str, original: str) -> CodeType | Literal[""]:

@@ -350,11 +350,13 @@ def test_a_signal_in_the_interpreters_end_leaves_the_exit_code(number):
         ("raise SystemExit(3)", "", 3, "thread handler", ""),
         ("return", "", 0, "thread handler", ""),
         ("raise SystemExit('why')", "", 1, "thread handler", "why"),
+        ("raise SystemExit('')", "", 1, "thread handler", ""),
         ("raise ValueError('which')", "", 1, "thread handler", "ValueError: which"),
         ("raise SystemExit(3)", "sys.modules['mpi4py.MPI'] = sys", 3, "thread handler taken down", ""),
         ("raise SystemExit(3)", "ending.NVIDIA = pathlib.Path('/')", 3, "thread handler taken down", ""),
+        ("raise SystemExit(3)", "sys.setprofile(slice)", 3, "thread handler taken down", ""),
     ],
-    ids=["code", "without", "text", "error", "MPI", "GPU"],
+    ids=["code", "without", "text", "no text", "error", "MPI", "GPU", "profiler"],
 )
 def test_a_command_ends_as_python_does_and_takes_down_what_needs_it_alone(ends, more, code, told, errors):
     program = (
@@ -367,6 +369,19 @@ def test_a_command_ends_as_python_does_and_takes_down_what_needs_it_alone(ends, 
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (code, told) and done.stderr.endswith(errors and f"{errors}\n")
+
+
+def test_what_a_command_has_left_open_is_written_and_what_c_has_to_do_is_done(tmp_path):
+    program = (
+        "import ctypes, pathlib, sys; from r1mega import ending; ending.NVIDIA = pathlib.Path('/no')\n"
+        f"file = open({str(tmp_path / 'log')!r}, 'w')\n"
+        "def main():\n    file.write('of a plug-in')\n    ctypes.CDLL(None).printf(b'of C')\n"
+        "    sys.stdout.close()  # Python's alone\n    raise SystemExit(3)\nending.run(main)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "of C", "")
+    assert (tmp_path / "log").read_text() == "of a plug-in"
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])

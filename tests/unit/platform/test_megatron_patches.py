@@ -201,6 +201,7 @@ def test_vllm_before_and_after(first):
 def test_what_a_patched_module_was_compiled_to_is_kept_until_anything_of_it_changes(tmp_path, monkeypatch):
     file = tmp_path / "one.py"
     file.write_text("x = torch.cuda.one()\ny = 'old'\n")
+    file.chmod(0o640)
     monkeypatch.setattr(sys, "dont_write_bytecode", False)
     changes = []
     monkeypatch.setattr(
@@ -216,6 +217,7 @@ def test_what_a_patched_module_was_compiled_to_is_kept_until_anything_of_it_chan
     stand_in = (("_cuda_stand_in", "one", "x", "y"), "new", str(file))
     assert names_of() == names_of() == stand_in and len(changes) == 1
     (kept,) = (tmp_path / "__pycache__").iterdir()
+    assert kept.stat().st_mode & 0o777 == 0o640, "who may not change the source may not change this"
     kept.write_bytes(kept.read_bytes()[:-1])
     assert names_of() == stand_in and len(changes) == 2, "one that is not whole is none"
     assert names_of("other")[1] == "other" and "cuda" in names_of(cpu=False)[0] and len(changes) == 4
@@ -237,3 +239,16 @@ def test_what_a_module_without_changes_is_compiled_to_is_pythons_own(tmp_path, m
     loader = megatron_import._Loader("megatron.core.two", str(file), [], True, {})
     assert loader.get_code("megatron.core.two") == loader.get_code("megatron.core.two")
     assert (tmp_path / "__pycache__" / f"two.{sys.implementation.cache_tag}.pyc").exists()
+
+
+def test_what_is_compiled_without_assertions_is_not_kept_for_those_who_want_them(tmp_path):
+    file = tmp_path / "three.py"
+    file.write_text("x = 1\nassert x, 'old'\n")
+    code = (
+        "import sys; sys.dont_write_bytecode = False; from r1mega.platform import megatron_import as m\n"
+        "p = m.Patch('three', 'always', 'old', 'new', '')\n"
+        f"print('new' in m._Loader('megatron.core.three', {str(file)!r}, [p], True, {{}}).get_code('megatron.core.three').co_consts)"
+    )
+    told = [subprocess.run([sys.executable, *flags, "-c", code], capture_output=True, text=True).stdout
+            for flags in (["-O"], [], ["-O"])]  # fmt: skip
+    assert told == ["False\n", "True\n", "False\n"]

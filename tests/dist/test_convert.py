@@ -16,11 +16,8 @@ from tests.dist.launch import launch
 from tests.reference import Layout
 
 LIMIT = 100_000  # bytes a file, so that there are several
-ALONE = {
-    "pp": 2,
-    "layers_per_stage": (MTP["num_hidden_layers"], 0),
-    "mtp_standalone": True,
-}  # the loss in a stage of its own
+# the loss in a stage of its own
+ALONE = {"pp": 2, "layers_per_stage": (MTP["num_hidden_layers"], 0), "mtp_standalone": True}
 LOADS = {  # family: (the layout it is written for, the layouts it is loaded in)
     "deepseek_v3_mtp": (Layout(tp=2, ep=2), [{}, {"tp": 2, "ep": 2}, {"ep": 2}, {"pp": 2}, ALONE]),
     "deepseek_v2_lite": (Layout(), [{"tp": 2, "ep": 2}]),

@@ -42,11 +42,7 @@ PARTS = ("weights", "gradients", "main_params", "exp_avg", "exp_avg_sq", "refere
 def test_a_rank_holds_what_is_planned(ranks):
     found = launch(run_cases, ranks, MODEL, CASES[ranks])
     for index, case in enumerate(CASES[ranks]):
-        for rank in {
-            0,
-            ranks // 2,
-            ranks - 1,
-        }:  # of the first, a middle and the last stage, of different shares of everything
+        for rank in {0, ranks // 2, ranks - 1}:  # of the first, a middle and the last stage; of different shares
             plan = measure(
                 MODEL, case.model, ParallelConfig(**case.layout), case.optimizer,
                 world=ranks, rank=rank, tokens=case.tokens, labels=case.mtp, on_gpu=False,

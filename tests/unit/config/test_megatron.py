@@ -44,9 +44,8 @@ def test_the_loss_is_apart_from_layers_that_are_there(coefficient, further):
     problems = list(layout_problems(config, NANO | {"num_nextn_predict_layers": further}, 2))
     said = "model.mtp_loss_coefficient = 0 builds no layers" if not coefficient else "the model has no layers"
     assert [said in problem for problem in problems] == [True] * (not (coefficient and further))
-    assert bool(list(layout_problems(config, {}, 2))) == (
-        not coefficient
-    )  # of a model that cannot be read nothing is said
+    unread = list(layout_problems(config, {}, 2))  # of a model that cannot be read nothing is said
+    assert bool(unread) == (not coefficient)
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ def share_device() -> None:
     """From here on. Idempotent; groups that are there keep their own. Where torch has no such options, all do: it only saves time."""
     made = getattr(ProcessGroupGloo, "_Options", None)
     if all(hasattr(made, name) for name in ("_devices", "_threads", "_timeout")):
-        ProcessGroupGloo.__init__ = _with_shared_device  # type: ignore[method-assign, assignment]
+        ProcessGroupGloo.__init__ = _with_shared_device  # type: ignore[method-assign]
 
 
 def _with_shared_device(self: ProcessGroupGloo, *args: object, **named: object) -> None:

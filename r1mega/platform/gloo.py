@@ -13,45 +13,35 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, cast
 
-import torch.distributed as dist
 from torch.distributed.distributed_c10d import ProcessGroupGloo, default_pg_timeout
 
 _init: Callable[..., None] = ProcessGroupGloo.__init__
-_devices: dict[tuple[int, str, str], list[ProcessGroupGloo.Device]] = {}
-"""By process, for a fork has none of its threads, and by what torch makes them from."""
+_first: dict[tuple[int, str | None, str | None], tuple[list[ProcessGroupGloo.Device], int]] = {}
+"""Devices and number of threads that torch gave the first group; by process, for a fork has none of its parent's threads, and by
+the variables that torch reads then.
+"""
 
 
 def share_device() -> None:
-    """From here on. Idempotent; groups that are there keep their own."""
-    ProcessGroupGloo.__init__ = _with_shared_device  # type: ignore[method-assign, assignment]
+    """From here on. Idempotent; groups that are there keep their own. Where torch has no such options, all do: it only saves time."""
+    made = getattr(ProcessGroupGloo, "_Options", None)
+    if all(hasattr(made, name) for name in ("_devices", "_threads", "_timeout")):
+        ProcessGroupGloo.__init__ = _with_shared_device  # type: ignore[method-assign]
 
 
-def _of_this_process() -> list[ProcessGroupGloo.Device]:
-    """As torch makes them for a group: one for each of the interfaces in GLOO_SOCKET_IFNAME, else the default's."""
-    names = os.environ.get("GLOO_SOCKET_IFNAME", "")
-    key = os.getpid(), names, os.environ.get("TORCH_GLOO_LAZY_INIT", "")
-    if key not in _devices:
-        _devices[key] = [
-            ProcessGroupGloo.create_device(interface=name) if name else ProcessGroupGloo.create_default_device()
-            for name in names.split(",")
-        ]
-    return _devices[key]
-
-
-def _with_shared_device(
-    self: ProcessGroupGloo,
-    store: dist.Store,
-    rank: int,
-    size: int,
-    options: ProcessGroupGloo.Options | timedelta | None = None,
-    *,
-    timeout: timedelta | None = None,
-) -> None:
-    """torch gives a time-out, or options that say which devices."""
-    if options is None or isinstance(options, timedelta):
-        shared = cast("Any", ProcessGroupGloo)._Options()
-        shared._devices = _of_this_process()
-        shared._threads = 2 * len(shared._devices)  # as torch has it
-        shared._timeout = timeout or options or default_pg_timeout
-        options = shared
-    _init(self, store, rank, size, options)
+def _with_shared_device(self: ProcessGroupGloo, *args: object, **named: object) -> None:
+    """(store, rank, size, timeout), as torch and vLLM call it. Who gives something else says himself which devices."""
+    given = dict(zip(("store", "rank", "size", "timeout"), args, strict=False)) | named
+    timeout = given.pop("timeout", default_pg_timeout)
+    if given.keys() != {"store", "rank", "size"} or not isinstance(timeout, timedelta):
+        return _init(self, *args, **named)
+    key = os.getpid(), os.environ.get("GLOO_SOCKET_IFNAME"), os.environ.get("TORCH_GLOO_LAZY_INIT")
+    if key in _first:
+        options = cast("Any", ProcessGroupGloo)._Options()
+        options._devices, options._threads = _first[key]
+        options._timeout = timeout
+        return _init(self, **given, options=options)
+    _init(self, *args, **named)
+    made = cast("Any", self.options)
+    _first[key] = made._devices, made._threads
+    return None

@@ -146,7 +146,7 @@ def test_a_rank_that_is_waited_for_in_vain_is_named():
     first, slow, last = launch(a_rollout_that_takes_too_long, 3, timeout_seconds=600)
     for text in (first, last):
         assert text.startswith("StragglerError: the rollout of step 7: waited for rank 1 (")
-        assert "raise timeouts.rollout_seconds (3)" in text
+        assert "raise timeouts.rollout_seconds (3" in text  # on a loaded machine ", for which 10 times ..." follows
     assert "the rollout of step 7" in slow
 
 

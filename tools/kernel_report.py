@@ -6,7 +6,7 @@ For each kernel and target: registers a thread, spilled bytes, stack and static 
 its size an SM holds by registers (65536 a SM); where there is a cuobjdump with its nvdisasm (of the toolkit, of triton's wheel or
 of nvidia-cuda-cuobjdump's and nvidia-cuda-nvdisasm's), of the statistics of log-probs the instructions of a loop, which reads
 four 16-byte packs a thread.
---check: exit status 1 if a kernel is over its budget, or its loop was not counted for want of a cuobjdump.
+--check: exit status 1 if a kernel is over its budget, or a loop that has one was not counted.
 """
 
 from __future__ import annotations
@@ -184,12 +184,12 @@ def loop_budget(record: dict[str, object]) -> int | None:
 
 
 def violations(report: dict[str, Any]) -> list[str]:
-    """What is over budget: spills, stack frames, registers, instructions of a loop."""
+    """What is over budget: spills, stack frames, registers, instructions of a loop (None: it was not found)."""
     long = [
         f"{r['kernel']} ({r['element']}, {'with' if r['entropy'] else 'without'} entropy): {r['loop_instructions']} of {budget} "
         "instructions a loop"
         for r in report["kernels"]
-        if (budget := loop_budget(r)) and (r.get("loop_instructions") or 0) > budget
+        if (budget := loop_budget(r)) and not 0 < (r["loop_instructions"] or 0) <= budget
     ]
     return long + [
         f"{r['kernel']} ({r['element']}) on {r['target']}: {r['registers']} of {r['register_budget']} registers, "

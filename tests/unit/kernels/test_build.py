@@ -193,6 +193,7 @@ def test_cuda_kernels_keep_their_budgets(build):
         pytest.skip("no nvcc")
     report_tool = module_from(ROOT / "tools" / "kernel_report.py")
     report = report_tool.compile_report()
+    assert report["cuobjdump"], "no cuobjdump, of requirements/cpu.lock, to count the instructions of loops"
     assert report_tool.violations(report) == []
     compiled = {(r["kernel"], r["element"], r["target"]) for r in report["kernels"]}
     variants = [(r["element"], r["gradient"], r["aligned"], r["entropy"], r["row_threads"])
@@ -210,7 +211,6 @@ def test_cuda_kernels_keep_their_budgets(build):
         for kernel in ("log_prob_stats", "log_prob_backward"):
             assert {(kernel, "bf16", target), (kernel, "fp32", target)} <= compiled
         assert {(k, None, target) for k in ("log_prob_merge", "token_loss", "group_advantages")} <= compiled
-    assert report["cuobjdump"], "no cuobjdump, of requirements/cpu.lock, to count the instructions of loops"
     counted = [record["loop_instructions"] for record in report["kernels"] if report_tool.loop_budget(record)]
     assert len(counted) == 4 and all(60 < count <= 220 for count in counted), "each loop that has a budget is found"
 
@@ -243,6 +243,7 @@ def test_over_budget_is_reported():
     long |= {"entropy": True, "loop_instructions": 221}
     assert "221 of 220 instructions" in report_tool.violations({"kernels": [long]})[0]
     assert "221 of 170 instructions" in report_tool.violations({"kernels": [long | {"entropy": False}]})[0]
+    assert "None of 220 instructions" in report_tool.violations({"kernels": [long | {"loop_instructions": None}]})[0]
     assert "255 of 64 registers" in report_tool.violations({"kernels": [record]})[0]
 
 

@@ -4,7 +4,7 @@
 
 Each of these files says in a comment for how many GPUs and which lengths it is made and what the planner finds:
 
-    # r1mega plan --gpus 512 --mean 9000: rollout 78.9 GB, update 51.2 GB, step 31.2 GB; fits
+    # r1mega plan --gpus 512 --mean 9000: rollout 78.9 GB, update 56.7 GB, step 55.4 GB; fits
 
 --write puts the figures after the options. --search prints another table: the seconds of a step of each config that trains, and
 of the best that `r1mega plan --search` finds. tests/unit/plan/test_configs.py holds comments and table against the planner.

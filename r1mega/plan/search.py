@@ -121,6 +121,7 @@ class Search:
         self.say(f"{len(trained):,} layouts by {len(generated)} of the generator; the fastest are measured first")
         self._learn(trained)
         pairs = sorted(itertools.product(trained, generated), key=lambda pair: pair[0].beside(pair[1]))
+        own_tp = self.config.rollout.tp if isinstance(self.config, RLStage) else None
         found: dict[object, Proposal] = {}
         skipped: set[object] = set()
         for one, other in pairs:
@@ -131,7 +132,7 @@ class Search:
             known = found.get(layout := (one.config.parallel, capacity(one.config)[1]))
             if known is not None and known.seconds <= least:
                 continue
-            own = one.config == self.config and other.rollout in (None, getattr(self.config, "rollout", None))
+            own = one.config == self.config and (other.rollout is None or other.rollout.tp == own_tp)
             if self.measured >= measured and _key(one) not in self._ranks and not own:
                 skipped.add(_key(one))
                 continue  # the config's own is looked at, however many were measured before

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import shlex
 import statistics
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -116,6 +118,26 @@ def test_a_search_that_is_cut_off_says_so():
     assert search.skipped > 0 and said[-1].startswith(f"cut off after {search.measured} measured: {search.skipped:,}")
     assert f"{search.skipped:,} more layouts" in [*proposed(SFT, [], found, 4, search.gpu, search.skipped)][-1]
     assert "cut off" not in "".join(proposed(SFT, [], found, 4, search.gpu, 0))
+
+
+def test_a_search_that_is_cut_off_looks_at_the_config_itself():
+    """Also where it says how many generators there are, which follows from the others' tp."""
+
+    class Looked(Some):
+        looked: ClassVar[list[int]] = []
+
+        def _learn(self, trained):
+            pass
+
+        def fitting(self, one, other, limit=math.inf):
+            assert one.config == self.config
+            self.looked.append(other.rollout.tp)
+
+    path = CONFIGS / "nano/zero.yaml"
+    config = load_config(path, ["rollout.dp=2"])
+    search = Looked(config, read_model(config, path), 2, gpu_kind("h100-80"), Lengths(80), 1.5, 8)
+    search.run(measured=0)
+    assert Looked.looked == [config.rollout.tp] and search.skipped > 0
 
 
 def test_a_search_builds_few_models_and_lists_parameters_once(monkeypatch):

@@ -16,9 +16,9 @@ from typing import Any, cast
 from torch.distributed.distributed_c10d import ProcessGroupGloo, default_pg_timeout
 
 _init: Callable[..., None] = ProcessGroupGloo.__init__
-_first: dict[tuple[int, str | None, str | None], tuple[list[ProcessGroupGloo.Device], int]] = {}
+_first: dict[tuple[int, str | None], tuple[list[ProcessGroupGloo.Device], int]] = {}
 """Devices and number of threads that torch gave the first group; by process, for a fork has none of its parent's threads, and by
-the variables that torch reads then.
+the variable that torch reads then.
 """
 
 
@@ -33,9 +33,10 @@ def _with_shared_device(self: ProcessGroupGloo, *args: object, **named: object) 
     """(store, rank, size, timeout), as torch and vLLM call it. Who gives something else says himself which devices."""
     given = dict(zip(("store", "rank", "size", "timeout"), args, strict=False)) | named
     timeout = given.pop("timeout", default_pg_timeout)
-    if given.keys() != {"store", "rank", "size"} or not isinstance(timeout, timedelta):
+    is_lazy = os.environ.get("TORCH_GLOO_LAZY_INIT", "0") != "0"  # as for many ranks: groups of one device hang then
+    if is_lazy or given.keys() != {"store", "rank", "size"} or not isinstance(timeout, timedelta):
         return _init(self, *args, **named)
-    key = os.getpid(), os.environ.get("GLOO_SOCKET_IFNAME"), os.environ.get("TORCH_GLOO_LAZY_INIT")
+    key = os.getpid(), os.environ.get("GLOO_SOCKET_IFNAME")
     if key in _first:
         options = cast("Any", ProcessGroupGloo)._Options()
         options._devices, options._threads = _first[key]

@@ -57,3 +57,12 @@ def test_without_the_options_torch_makes_its_own(monkeypatch):
     monkeypatch.delattr(ProcessGroupGloo, "_Options")
     gloo.share_device()
     assert ProcessGroupGloo.__init__ is gloo._init
+
+
+def test_groups_that_connect_late_have_devices_of_their_own(monkeypatch):
+    """On one device two ranks of several such groups wait for each other for good."""
+    monkeypatch.setenv("TORCH_GLOO_LAZY_INIT", "1")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    gloo.share_device()
+    options()
+    assert not gloo._first

@@ -24,7 +24,7 @@ from r1mega import platform
 from r1mega.config.layout import Layout, mtp_stage, process_problems
 from r1mega.config.schema import TimeoutsConfig
 from r1mega.errors import ConfigError, R1MegaError, StragglerError
-from r1mega.platform import gloo, processors
+from r1mega.platform import processors
 from r1mega.types import Deal, by_itself
 
 T = TypeVar("T")
@@ -80,7 +80,6 @@ def init_distributed(timeouts: TimeoutsConfig | None = None) -> None:
     if here.name == "cuda":
         torch.cuda.set_device(here.device)
         processors.stay_near(here.device)
-    gloo.share_device()
     alone = os.environ["WORLD_SIZE"] == "1"  # then nobody needs to find anybody: no port that could be taken
     backend, limit = here.distributed_backend, timeout("startup")
     if alone:
@@ -384,7 +383,7 @@ def seed_all(seed: int) -> None:
 
 def destroy_parallel() -> None:
     """Take down Megatron's groups; the world stays, and `init_parallel` may make another layout's. Nothing happens when there
-    are none. Each group of a rank has threads and sockets (gloo: two threads that run what is asked of it).
+    are none. Each group of a rank has threads and sockets (gloo: three threads that wake a hundred times a second).
     """
     if "megatron.core.parallel_state" in sys.modules:
         parallel_state: Any = sys.modules["megatron.core.parallel_state"]

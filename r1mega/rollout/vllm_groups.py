@@ -11,7 +11,6 @@ import torch.distributed as dist
 
 from r1mega.config.model_files import HFConfig
 from r1mega.errors import GenerationError, StragglerError
-from r1mega.platform import gloo
 from r1mega.weights.layout import GeneratorRank, divided_names
 
 
@@ -23,7 +22,6 @@ def ensure_process_group() -> None:
                 "several processes were launched but torch.distributed is not initialised; "
                 "initialise the trainer's process groups before the generator"
             )
-        gloo.share_device()
         dist.init_process_group(
             "gloo" if not torch.cuda.is_available() else "cpu:gloo,cuda:nccl",
             store=dist.HashStore(),

@@ -5,13 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import time
-from datetime import timedelta
 
 import pytest
-import torch
-import torch.distributed as dist
 
-from r1mega.config.schema import TimeoutsConfig
 from r1mega.errors import CheckpointError, ConfigError
 from r1mega.platform import groups
 from r1mega.platform.signals import StopRequest
@@ -142,39 +138,3 @@ def test_ranks_help_the_first(ranks):
     for found in results:
         assert found[0] == [squares, [0, 1, 2], []]
         assert found[2:] == ["there is a seven", "nothing to lead", [25], squares]
-
-
-def groups_and_threads() -> tuple[list[int], list[int], list[float], set[float]]:
-    """(threads of five groups more, and once they are gone; descriptors likewise; what sums over them were; all time-outs)."""
-    groups.init_distributed(TimeoutsConfig(collective_seconds=61))
-    dist.barrier()
-
-    def count() -> tuple[int, int]:
-        return len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd"))
-
-    before, sums = count(), []
-    made = [dist.new_group(backend="gloo", timeout=timedelta(seconds=62)) for _ in range(5)]
-    for number, group in enumerate(made):
-        dist.all_reduce(value := torch.tensor(float(number)), group=group)
-        sums.append(float(value))
-    there = count()
-    limits = {
-        group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in (dist.group.WORLD, *made)
-    }
-    while made:
-        dist.destroy_process_group(made.pop())
-    del group
-    dist.all_reduce(value)  # the world's goes on
-    after = count()
-    groups.destroy()
-    threads, files = ([there[kind] - before[kind], after[kind] - before[kind]] for kind in (0, 1))
-    return threads, files, sums, limits
-
-
-def test_groups_share_the_thread_that_looks_for_messages():
-    """It wakes a hundred times a second. Of two ranks a group has two threads that run what is asked of it, and a connection."""
-    for threads, files, sums, limits in launch(groups_and_threads, 2):
-        assert threads == [10, 0]
-        assert files[0] < 3 * 5 and files[1] <= 0
-        assert sums == [0, 2, 4, 6, 8]
-        assert limits == {61, 62}

@@ -61,7 +61,7 @@ elif [ "$megatron" ]; then
   export PYTEST_ADDOPTS='-m "not slow"'
   apart=--ignore=tests/unit/platform/test_vllm_contract.py  # the same vLLM, and no Megatron
   run_beside "$(echo tests/dist/test_{layouts,policy_layouts,optimizer_state}.py tests/te/test_{operations,rows,policy_layouts}.py)" \
-    "$(echo tests/unit/checkpoint/test_{hf_state,optimizer_state,store,two_versions}.py tests/unit/{platform,train,model}) $apart"
+    "$apart $(echo tests/unit/checkpoint/test_{hf_state,optimizer_state,store,two_versions}.py tests/unit/{platform,train,model})"
 else
   engines=$(echo tests/unit/{evaluate,rollout,weights})
   others="tests/unit $(printf -- '--ignore=%s ' $engines $half)"

@@ -234,7 +234,7 @@ def test_help_is_quick_because_it_imports_nothing_heavy():
 
 def test_doctor_looks_at_a_cluster_that_is_not_there():
     done = r1mega("doctor", "configs/deepseek_v3_671b/zero.yaml", "rollout.tp=1", "--gpus", "512", COLUMNS="200")
-    assert "512 processes: tp 2, pp 16, cp 1, dp 16" in done.stdout and "1,342.1 GB a GPU" in done.stdout
+    assert "512 processes: tp 4, pp 16, cp 1, dp 8" in done.stdout and "1,342.1 GB a GPU" in done.stdout
 
 
 def test_plan_tells_every_phase_and_whether_it_fits():

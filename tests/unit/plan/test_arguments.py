@@ -24,7 +24,7 @@ ZERO = str(REPOSITORY / "configs/deepseek_v3_671b/zero.yaml")
         (("--imbalance", "inf"), "--imbalance inf: wants a number"),
         (("--gpu", "h100"), "--gpu h100: not one of h100-80, h200"),
         (("--gpus", "12"), "--gpus 12 --search` proposes layouts"),
-        (("--gpus", "256"), "zero_256.yaml is made for 256 GPUs"),
+        (("--gpus", "256", "parallel.etp=8"), "zero_256.yaml is made for 256 GPUs"),
         (("--gpus", "12"), "rollout.tp = 32 does not divide the 12 processes; 4 would"),
         (("--host-memory", "inf"), "--host-memory inf: wants a number"),
         (("--host-memory", "30"), "--host-memory 30: the programs of a node's 8 ranks alone are counted with 40 GB"),
@@ -59,7 +59,7 @@ def test_every_path_of_every_command_takes_a_home_directory():
 
 def test_another_config_is_named_for_its_gpus_alone():
     """512 are what this one is made for too: what is refused is another thing, or the layout that is given beside it."""
-    for words, searched in (("model.offload_modules=[core_attn]", False), ("parallel.etp=2", True)):
+    for words, searched in (("model.offload_modules=[core_attn]", False), ("parallel.etp=8", True)):
         found = CliRunner().invoke(app, ["plan", ZERO, "--gpus", "512", words])
         said = str(found.exception)
         assert (

@@ -43,7 +43,12 @@ return 'SYSTEM CALL ALLOWED'
 
 
 BOMBS = [
-    in_solve("fork bomb", "while True:\n    try: os.fork()\n    except OSError: pass", Verdict.TIME_LIMIT),
+    in_solve(  # which limit it meets first, of time or of memory, is a matter of speed
+        "fork bomb",
+        "while True:\n    try: os.fork()\n    except OSError: pass",
+        Verdict.TIME_LIMIT,
+        Verdict.MEMORY_LIMIT,
+    ),
     in_solve(
         "exec bomb",
         "import subprocess\nwhile True:\n    try: subprocess.Popen(['/bin/sh', '-c', 'sleep 9'])\n"
